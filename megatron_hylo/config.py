@@ -1,0 +1,213 @@
+"""Model configuration: the single source of every architectural setting.
+
+A model is described by one pattern string in Megatron-Core's alphabet, two symbols a Transformer
+layer (a token mixer, then an MLP):
+
+    `*` attention    `+` MLA    `M` Mamba2    `G` Gated DeltaNet    `-` MLP
+
+plus the numbers below, which carry Megatron's field names. Everything else (parameters, KV bytes,
+checkpoint mapping, pipeline split) is derived from a `ModelConfig`, never configured twice.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, Mapping
+
+MIXER_SYMBOLS = "*+MG"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the value and what to do."""
+
+
+def from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """Build dataclass `cls` from a mapping, refusing unknown keys.
+
+    Args:
+        cls: a dataclass type; fields that are dataclasses themselves may be given as mappings.
+        values: field name -> value.
+        where: what to call the source in an error message (a file name, an option).
+
+    Raises:
+        ConfigError: an unknown key, or a required one that is missing.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(fields)}")
+    nested = {k: from_dict(fields[k].type, v, f"{where}.{k}") if isinstance(v, Mapping) else v for k, v in values.items()}
+    try:
+        return cls(**nested)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks are divided; what is left over is data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False  # with tensor parallelism: norms and residuals split over the sequence
+    distributed_timeout_minutes: float = 10.0  # a rank that hangs longer ends the job
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError("sequence_parallel needs tensor_model_parallel_size > 1; set one of them otherwise")
+        if self.context_parallel_size > 1:
+            raise ConfigError(
+                f"context_parallel_size {self.context_parallel_size} is not supported yet: use 1, and more "
+                f"tensor parallelism with sequence_parallel for long sequences"
+            )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that share one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than the pretrained one."""
+
+    rope_type: Literal["none", "llama3", "yarn"] = "none"
+    factor: float = 1.0  # target length / original length
+    original_max_position_embeddings: int = 0  # tokens the frequencies were trained for
+    low_freq_factor: float = 1.0  # llama3 only
+    high_freq_factor: float = 4.0  # llama3 only
+    beta_fast: float = 32.0  # yarn only: rotations above which a frequency is left alone
+    beta_slow: float = 1.0  # yarn only: rotations below which it is divided by `factor`
+    attention_factor: float | None = None  # yarn only: cos/sin multiplier; None: 0.1 ln(factor) + 1
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("none", "llama3", "yarn"):
+            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; use none, llama3 or yarn")
+        if self.rope_type != "none" and (self.factor < 1 or self.original_max_position_embeddings < 1):
+            raise ConfigError(
+                f"{self.rope_type} needs factor >= 1 and original_max_position_embeddings >= 1, "
+                f"got {self.factor} and {self.original_max_position_embeddings}"
+            )
+
+    @property
+    def cos_sin_multiplier(self) -> float:
+        """Factor on cos and sin (YaRN's mscale, with mscale=1 and mscale_all_dim=0)."""
+        if self.rope_type != "yarn":
+            return 1.0
+        return self.attention_factor if self.attention_factor is not None else 0.1 * math.log(self.factor) + 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a teacher (`*-*-...`) or a hybrid. Sizes are counts of channels, heads or tokens."""
+
+    hybrid_layer_pattern: str  # e.g. "G-+-G-G-"
+    hidden_size: int
+    ffn_hidden_size: int  # SwiGLU width
+    num_attention_heads: int  # query heads
+    num_query_groups: int  # key/value heads; MLA's kv_b_proj produces this many too
+    kv_channels: int  # attention head dimension
+    vocab_size: int
+    model_family: Literal["llama", "qwen2", "qwen3"] = "llama"  # of the base model
+    max_position_embeddings: int = 8192
+    layernorm_epsilon: float = 1e-5
+    untie_embeddings_and_output_weights: bool = True
+    add_qkv_bias: bool = False  # Qwen2.5
+    qk_layernorm: bool = False  # Qwen3: RMSNorm over each query/key head; kept in MLA
+    rotary_base: float = 500000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)  # of `*` layers
+    # MLA (`+`)
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    qk_head_dim: int = 0  # without rotation ("nope")
+    qk_pos_emb_head_dim: int = 0  # with rotation, one shared key ("rope")
+    v_head_dim: int = 0
+    mla_rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    # Mamba2 (`M`): mamba_num_heads groups; x and B come from num_query_groups heads, repeated after the conv
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    mamba_state_dim: int = 0
+    # Gated DeltaNet (`G`)
+    linear_num_heads: int = 0
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+    # short convolution of both linear mixers
+    linear_conv_kernel_dim: int = 4
+
+    def __post_init__(self) -> None:
+        mixers = self.mixers  # checks the pattern
+        if self.num_query_groups < 1 or self.num_attention_heads % self.num_query_groups:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_query_groups {self.num_query_groups}"
+            )
+        if "+" in mixers:
+            _positive(
+                self, "an MLA layer `+`", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"
+            )
+            kv_width = self.num_query_groups * (self.qk_head_dim + self.v_head_dim)
+            q_width = self.num_attention_heads * (self.qk_head_dim + self.qk_pos_emb_head_dim)
+            for name, rank, width in (
+                ("q_lora_rank", self.q_lora_rank, min(self.hidden_size, q_width)),
+                ("kv_lora_rank", self.kv_lora_rank, min(self.hidden_size, kv_width)),
+            ):
+                if rank > width:
+                    raise ConfigError(f"{name} {rank} is larger than {width}, the rank of what it factors; use at most {width}")
+            if self.qk_pos_emb_head_dim % 2:
+                raise ConfigError(f"qk_pos_emb_head_dim must be even, got {self.qk_pos_emb_head_dim}")
+            if self.qk_layernorm and self.qk_head_dim + self.qk_pos_emb_head_dim != self.kv_channels:
+                raise ConfigError(
+                    f"with q/k-norm, qk_head_dim + qk_pos_emb_head_dim must equal kv_channels {self.kv_channels}, "
+                    f"got {self.qk_head_dim} + {self.qk_pos_emb_head_dim}"
+                )
+        if "M" in mixers:
+            _positive(self, "a Mamba2 layer `M`", "mamba_num_heads", "mamba_head_dim", "mamba_state_dim")
+            if self.mamba_num_heads % self.num_query_groups:
+                raise ConfigError(
+                    f"mamba_num_heads {self.mamba_num_heads} must be a multiple of num_query_groups {self.num_query_groups}"
+                )
+        if "G" in mixers:
+            _positive(self, "a Gated DeltaNet layer `G`", "linear_num_heads", "linear_key_head_dim", "linear_value_head_dim")
+
+    @property
+    def mixers(self) -> str:
+        """One mixer symbol a Transformer layer, e.g. "G+GG" for "G-+-G-G-".
+
+        Raises:
+            ConfigError: the pattern is not mixer, MLP, mixer, MLP, ...
+        """
+        pattern = self.hybrid_layer_pattern.replace("|", "")
+        mixers, mlps = pattern[0::2], pattern[1::2]
+        if not pattern or len(mixers) != len(mlps) or set(mlps) != {"-"} or not set(mixers) <= set(MIXER_SYMBOLS):
+            raise ConfigError(
+                f"pattern {self.hybrid_layer_pattern!r} must alternate a mixer out of {' '.join(MIXER_SYMBOLS)} and an MLP '-', "
+                f"e.g. 'G-+-G-'"
+            )
+        return mixers
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Transformer layers (mixer + MLP); Megatron counts twice as many."""
+        return len(self.mixers)
+
+    @property
+    def mamba_key_value_dim(self) -> int:
+        """Channels of Mamba2's x (d_xb = H_kv * head_dim); B has num_query_groups * state_dim."""
+        return self.num_query_groups * self.mamba_head_dim
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able mapping; `from_dict(ModelConfig, ...)` is its inverse."""
+        return dataclasses.asdict(self)
+
+
+def _positive(config: ModelConfig, what: str, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{what} needs {name} >= 1, got {getattr(config, name)}")

@@ -1,0 +1,272 @@
+"""Named layouts of the HyLo paper, their exact sizes, and the pattern algebra for one's own.
+
+A layout is a base model, a pattern, MLA ranks and linear dimensions. Sources: HyLo (arXiv:2604.24715)
+model cards; parameter counts reproduce the released checkpoints to the parameter.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import Iterable
+
+from megatron_hylo.config import MIXER_SYMBOLS, ConfigError, ModelConfig, RopeScaling
+
+LLAMA3_ROPE = RopeScaling(
+    "llama3", factor=32.0, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0
+)
+
+BASES: dict[str, ModelConfig] = {
+    "llama3.2-1b": ModelConfig(
+        hybrid_layer_pattern="*-" * 16, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=32, num_query_groups=8,
+        kv_channels=64, vocab_size=128256, max_position_embeddings=131072, untie_embeddings_and_output_weights=False,
+        rotary_base=500000.0, rope_scaling=LLAMA3_ROPE,
+    ),
+    "llama3.2-3b": ModelConfig(
+        hybrid_layer_pattern="*-" * 28, hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24, num_query_groups=8,
+        kv_channels=128, vocab_size=128256, max_position_embeddings=131072, untie_embeddings_and_output_weights=False,
+        rotary_base=500000.0, rope_scaling=LLAMA3_ROPE,
+    ),
+    "llama3.1-8b": ModelConfig(
+        hybrid_layer_pattern="*-" * 32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
+        kv_channels=128, vocab_size=128256, max_position_embeddings=131072,
+        rotary_base=500000.0, rope_scaling=RopeScaling("llama3", 8.0, 8192, 1.0, 4.0),
+    ),
+    "qwen3-1.7b": ModelConfig(
+        hybrid_layer_pattern="*-" * 28, hidden_size=2048, ffn_hidden_size=6144, num_attention_heads=16, num_query_groups=8,
+        kv_channels=128, vocab_size=151936, model_family="qwen3", max_position_embeddings=40960, layernorm_epsilon=1e-6,
+        untie_embeddings_and_output_weights=False, qk_layernorm=True, rotary_base=1000000.0,
+    ),
+    "qwen3-8b": ModelConfig(
+        hybrid_layer_pattern="*-" * 36, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32, num_query_groups=8,
+        kv_channels=128, vocab_size=151936, model_family="qwen3", max_position_embeddings=40960, layernorm_epsilon=1e-6,
+        qk_layernorm=True, rotary_base=1000000.0,
+    ),
+    "smollm2-135m": ModelConfig(
+        hybrid_layer_pattern="*-" * 30, hidden_size=576, ffn_hidden_size=1536, num_attention_heads=9, num_query_groups=3,
+        kv_channels=64, vocab_size=49152, max_position_embeddings=8192, untie_embeddings_and_output_weights=False,
+        rotary_base=100000.0,
+    ),
+}  # fmt: skip
+
+# MLA dimensions by base: q_lora_rank, kv_lora_rank, qk_pos_emb_head_dim, qk_head_dim, v_head_dim
+_MLA = {
+    "llama3.2-1b": (1344, 128, 32, 32, 64),
+    "llama3.2-3b": (1536, 128, 64, 64, 128),
+    "qwen3-1.7b": (1344, 256, 64, 64, 128),
+    "smollm2-135m": (576, 96, 32, 32, 64),
+}
+
+_EVERY_SECOND_28 = tuple(range(0, 28, 2))
+
+
+@dataclass(frozen=True)
+class NamedLayout:
+    """A base model and the indices of its layers that become MLA; the others become `linear`."""
+
+    base: str
+    mla_layers: tuple[int, ...]
+    linear: str  # "G" or "M"
+
+    @property
+    def config(self) -> ModelConfig:
+        """The hybrid's full configuration."""
+        base = BASES[self.base]
+        mixers = "".join("+" if i in self.mla_layers else self.linear for i in range(base.num_hidden_layers))
+        return hybrid_config(base, mixers, base_name=self.base)
+
+
+def _layouts() -> dict[str, NamedLayout]:
+    rows = [
+        ("llama3.2-1b", "4mla12", (1, 5, 10, 14)),
+        ("llama3.2-1b", "8mla8", (0, 2, 4, 6, 8, 10, 12, 14)),
+        ("llama3.2-3b", "6mla22", (0, 5, 10, 16, 21, 26)),
+        ("llama3.2-3b", "14mla14", _EVERY_SECOND_28),
+        ("qwen3-1.7b", "7mla21", (1, 5, 9, 13, 17, 21, 25)),
+        ("qwen3-1.7b", "14mla14", _EVERY_SECOND_28),
+        ("smollm2-135m", "8mla22", (1, 5, 9, 13, 17, 21, 25, 28)),
+    ]
+    return {
+        f"{base}-{counts}{suffix}": NamedLayout(base, indices, symbol)
+        for base, counts, indices in rows
+        for suffix, symbol in (("gdn", "G"), ("m2", "M"))
+    }
+
+
+LAYOUTS: dict[str, NamedLayout] = _layouts()
+
+
+def expand_pattern(pattern: str, num_layers: int) -> str:
+    """One mixer symbol a layer out of a user's pattern.
+
+    Args:
+        pattern: with MLPs ("G-+-G-") or without ("G+G").
+        num_layers: Transformer layers of the base model.
+
+    Raises:
+        ConfigError: an unknown symbol, or a number of mixers other than `num_layers`.
+    """
+    mixers = pattern.replace("-", "").replace("|", "")
+    unknown = sorted(set(mixers) - set(MIXER_SYMBOLS))
+    if unknown:
+        raise ConfigError(f"pattern {pattern!r} holds {unknown[0]!r}; use {' '.join(MIXER_SYMBOLS)} for mixers and - for MLPs")
+    if len(mixers) != num_layers:
+        raise ConfigError(f"pattern {pattern!r} has {len(mixers)} mixers, but the base model has {num_layers} layers")
+    if "-" in pattern and pattern.replace("|", "") != "".join(m + "-" for m in mixers):
+        raise ConfigError(f"pattern {pattern!r}: every mixer must be followed by its MLP '-', e.g. 'G-+-G-'")
+    return mixers
+
+
+def uniform_mixers(num_layers: int, num_mla: int, linear: str = "G") -> str:
+    """`num_mla` MLA layers spread evenly, the rest linear: "G+GGG+GG" for 8 and 2."""
+    if not 0 <= num_mla <= num_layers:
+        raise ConfigError(f"number of MLA layers must lie between 0 and {num_layers}, got {num_mla}")
+    chosen = {int((i + 0.5) * num_layers / num_mla) for i in range(num_mla)}
+    return "".join("+" if i in chosen else linear for i in range(num_layers))
+
+
+def hybrid_config(base: ModelConfig, pattern: str, base_name: str | None = None, **overrides: object) -> ModelConfig:
+    """A hybrid of `base`: its backbone, `pattern` for the mixers, the paper's rules for their dimensions.
+
+    The rules (HyLo model cards): MLA keeps the head size, half of it rotary, with the listed ranks for
+    known bases and otherwise full-rank queries and about half of W_K;W_V's rank in the cache; Gated
+    DeltaNet has key width 0.75 d in heads of 256 (144 where 256 does not divide) and values twice as
+    wide; Mamba2 has the attention's heads and sizes. The output head is untied. Any field of
+    `ModelConfig` can be overridden.
+
+    Raises:
+        ConfigError: the pattern does not fit the base, or an override is not a field.
+    """
+    mixers = expand_pattern(pattern, base.num_hidden_layers)
+    name = base_name or next((n for n, b in BASES.items() if _same_backbone(b, base)), None)
+    d, head_dim = base.hidden_size, base.kv_channels
+    half = head_dim // 2
+    q_width, kv_width = base.num_attention_heads * head_dim, base.num_query_groups * head_dim
+    ranks = _MLA.get(name or "", (min(d, q_width), _multiple_of_8(kv_width / 2), half, head_dim - half, head_dim))
+    key_width = d * 3 // 4
+    gdn_head_dim = next((h for h in (256, 144, 128, 64, 48, 32, 16, 8) if key_width % h == 0), key_width)
+    fields: dict[str, object] = dict(
+        hybrid_layer_pattern="".join(m + "-" for m in mixers),
+        untie_embeddings_and_output_weights=True,
+        add_qkv_bias=False if not set(mixers) & {"*"} else base.add_qkv_bias,
+        q_lora_rank=ranks[0], kv_lora_rank=ranks[1], qk_pos_emb_head_dim=ranks[2], qk_head_dim=ranks[3], v_head_dim=ranks[4],
+        mamba_num_heads=base.num_attention_heads, mamba_head_dim=head_dim, mamba_state_dim=head_dim,
+        linear_num_heads=key_width // gdn_head_dim, linear_key_head_dim=gdn_head_dim, linear_value_head_dim=2 * gdn_head_dim,
+    )  # fmt: skip
+    unknown = sorted(set(overrides) - set(ModelConfig.__dataclass_fields__))
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} is not a field of the model configuration")
+    return base.replace(**{**fields, **overrides})
+
+
+def pipeline_pattern(config: ModelConfig, num_stages: int) -> str:
+    """The pattern with `|` between pipeline stages, so that the most loaded stage has as few parameters as can be.
+
+    Stages are cut between Transformer layers; the embedding counts on the first, the output head on the last.
+
+    Raises:
+        ConfigError: more stages than layers.
+    """
+    mixers, d = config.mixers, config.hidden_size
+    if num_stages > len(mixers):
+        raise ConfigError(f"pipeline_model_parallel_size {num_stages} is larger than the model's {len(mixers)} layers")
+    costs = [mixer_parameters(config, m) + 3 * d * config.ffn_hidden_size for m in mixers]
+    costs[0] += config.vocab_size * d
+    costs[-1] += config.vocab_size * d
+    sums = list(itertools.accumulate(costs, initial=0))
+
+    @functools.cache
+    def best(start: int, stages: int) -> tuple[int, tuple[int, ...]]:
+        """(largest stage, where stages end) of layers from `start` on."""
+        if stages == 1:
+            return sums[-1] - sums[start], ()
+        options = []
+        for end in range(start + 1, len(mixers) - stages + 2):
+            rest, cuts = best(end, stages - 1)
+            options.append((max(sums[end] - sums[start], rest), (end, *cuts)))
+        return min(options)
+
+    cuts = set(best(0, num_stages)[1])
+    return "".join(("|" if i in cuts else "") + m + "-" for i, m in enumerate(mixers))
+
+
+def _same_backbone(a: ModelConfig, b: ModelConfig) -> bool:
+    keys = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "num_hidden_layers")
+    return all(getattr(a, k) == getattr(b, k) for k in keys)
+
+
+def _multiple_of_8(x: float) -> int:
+    return max(8, int(x) // 8 * 8)
+
+
+def mixer_parameters(config: ModelConfig, symbol: str) -> int:
+    """Parameters of one token mixer, without its layer norm."""
+    c, d = config, config.hidden_size
+    hq, hkv = c.num_attention_heads, c.num_query_groups
+    if symbol == "*":
+        bias = (hq + 2 * hkv) * c.kv_channels if c.add_qkv_bias else 0
+        return 2 * d * (hq + hkv) * c.kv_channels + bias + (2 * c.kv_channels if c.qk_layernorm else 0)
+    if symbol == "+":
+        qk = c.qk_head_dim + c.qk_pos_emb_head_dim
+        query = c.q_lora_rank * (d + hq * qk)
+        key_value = d * (c.kv_lora_rank + c.qk_pos_emb_head_dim) + c.kv_lora_rank * hkv * (c.qk_head_dim + c.v_head_dim)
+        return query + key_value + hq * c.v_head_dim * d + (2 * qk if c.qk_layernorm else 0)
+    if symbol == "M":
+        heads, x_width, state = c.mamba_num_heads, c.mamba_key_value_dim, c.mamba_state_dim
+        inner, b_width, c_width = heads * c.mamba_head_dim, hkv * state, heads * state
+        conv_channels = x_width + b_width + c_width
+        in_proj = d * (inner + conv_channels + heads)
+        return in_proj + conv_channels * (c.linear_conv_kernel_dim + 1) + 3 * heads + inner + inner * d
+    if symbol == "G":
+        keys, values = c.linear_num_heads * c.linear_key_head_dim, c.linear_num_heads * c.linear_value_head_dim
+        in_proj = d * (2 * keys + 2 * values + 2 * c.linear_num_heads)
+        conv = (2 * keys + values) * c.linear_conv_kernel_dim
+        return in_proj + conv + 2 * c.linear_num_heads + c.linear_value_head_dim + values * d
+    raise ConfigError(f"unknown mixer symbol {symbol!r}")
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """All parameters; an untied output head counts beside the embedding, as in the released checkpoints."""
+    d = config.hidden_size
+    layers = sum(mixer_parameters(config, m) + 3 * d * config.ffn_hidden_size + 2 * d for m in config.mixers)
+    embeddings = config.vocab_size * d * (2 if config.untie_embeddings_and_output_weights else 1)
+    return layers + embeddings + d
+
+
+def kv_elements_per_token(config: ModelConfig) -> int:
+    """Numbers cached per token: r_kv + d_rope an MLA layer, 2 H_kv d_h an attention layer, none a linear one."""
+    per = {"*": 2 * config.num_query_groups * config.kv_channels, "+": config.kv_lora_rank + config.qk_pos_emb_head_dim}
+    return sum(per.get(m, 0) for m in config.mixers)
+
+
+def kv_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2) -> int:
+    """Bytes of KV cache a token costs (bf16 by default)."""
+    return bytes_per_element * kv_elements_per_token(config)
+
+
+def kv_percent(config: ModelConfig) -> float:
+    """KV cache a token as a percentage of the all-attention base's."""
+    base = 2 * config.num_hidden_layers * config.num_query_groups * config.kv_channels
+    return 100.0 * kv_elements_per_token(config) / base
+
+
+def layout_rows(names: Iterable[str] | None = None) -> list[dict[str, object]]:
+    """One {name, params, kv_percent, kv_bytes_per_token} a named layout."""
+    rows = []
+    for name in names or LAYOUTS:
+        config = LAYOUTS[name].config
+        rows.append(
+            dict(name=name, params=parameter_count(config), kv_percent=round(kv_percent(config), 4),
+                 kv_bytes_per_token=kv_bytes_per_token(config))
+        )  # fmt: skip
+    return rows
+
+
+def get_layout(name: str) -> NamedLayout:
+    """Look a named layout up.
+
+    Raises:
+        ConfigError: no such layout.
+    """
+    if name not in LAYOUTS:
+        raise ConfigError(f"unknown layout {name!r}; known: {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]

@@ -1,0 +1,115 @@
+"""Start and stop a rank: device, process groups, Megatron-Core's parallel state, random seeds.
+
+The same call serves one plain process, `torchrun` on the CPU (gloo) and `torchrun` on GPUs (NCCL).
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import warnings
+from datetime import timedelta
+from typing import Iterator
+
+import torch
+
+from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.platform.cpu import install_cpu_patches
+
+logger = logging.getLogger("megatron_hylo.platform")
+
+
+def device() -> torch.device:
+    """This rank's device: its GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def rank() -> int:
+    """Global rank, 0 when nothing was initialised."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """True on the rank that prints and writes summaries."""
+    return rank() == 0
+
+
+def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torch.device:
+    """Initialise torch.distributed and Megatron-Core on this rank; safe to call again with the same sizes.
+
+    Without torchrun's variables it makes a world of one rank. Model weights made from random numbers
+    depend on `seed` alone where tensor_model_parallel_size is the same.
+
+    Args:
+        parallel: sizes of the parallel groups; one rank each by default.
+        seed: seed of the CPU and tensor-parallel generators.
+
+    Returns:
+        The device of this rank.
+
+    Raises:
+        ConfigError: the world does not divide into the groups asked for.
+    """
+    parallel = parallel or ParallelConfig()
+    install_cpu_patches()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state, tensor_parallel
+    here = device()
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if here.type == "cuda" else "gloo"
+        timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+        if "RANK" in os.environ:
+            torch.distributed.init_process_group(backend, timeout=timeout)
+        else:
+            store = torch.distributed.TCPStore("127.0.0.1", _free_port(), 1, True)
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    world = torch.distributed.get_world_size()
+    model_parallel = parallel.model_parallel_size
+    if world % model_parallel:
+        raise ConfigError(
+            f"{world} ranks do not divide into groups of tensor {parallel.tensor_model_parallel_size} x pipeline "
+            f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} = {model_parallel}; "
+            f"start a multiple of {model_parallel} ranks"
+        )
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+        )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    if is_main():
+        logger.info("device %s, %d ranks, backend %s", here, world, torch.distributed.get_backend())
+    return here
+
+
+def shutdown() -> None:
+    """Leave all process groups."""
+    from megatron.core import parallel_state
+
+    if torch.distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def session(parallel: ParallelConfig | None = None, seed: int = 1234) -> Iterator[torch.device]:
+    """`initialize` on entry; on exit `shutdown`, if it was this context that started the process groups."""
+    owner = not torch.distributed.is_initialized()
+    try:
+        yield initialize(parallel, seed)
+    finally:
+        if owner:
+            shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,153 @@
+"""Folders that are either whole or absent: built beside their place, checked against a manifest, renamed in.
+
+Everything this project writes for later use (converted models, checkpoints, datasets, exports) goes through here.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Iterator
+
+import torch
+
+from megatron_hylo.config import ConfigError
+
+MANIFEST = "manifest.json"
+
+
+class DamagedError(RuntimeError):
+    """A sealed folder whose content is not what its manifest says; the message names the file."""
+
+
+@contextlib.contextmanager
+def sealed_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a folder to write into; on success it appears at `path` complete with a manifest, else nothing does.
+
+    Every rank of an initialised process group must enter and leave; rank 0 creates, seals and renames, and all
+    ranks share the hashing.
+
+    Args:
+        path: where the finished folder will be.
+        overwrite: replace a folder that is already there (the old one stays until the new one is whole).
+
+    Raises:
+        ConfigError: `path` exists and `overwrite` is false, or the disk is full.
+    """
+    path = Path(path)
+    partial = path.parent / f".{path.name}.partial"
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} already exists; choose another place, remove it, or ask to overwrite")
+    if _rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _barrier()
+    try:
+        yield partial
+        _barrier()
+        _write_manifest(partial)
+        if _rank() == 0:
+            _replace(partial, path)
+        _barrier()
+    except BaseException as error:
+        if _rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        if _is_disk_full(error):
+            raise ConfigError(f"the disk is full: {path} was not written; free space and run again") from error
+        raise
+
+
+def verify_sealed(path: str | Path, hashes: bool = True) -> None:
+    """Check a sealed folder against its manifest.
+
+    Args:
+        path: the folder.
+        hashes: also compare every file's sha256, not only its size.
+
+    Raises:
+        ConfigError: there is no such folder, or it has no manifest.
+        DamagedError: a file is missing, has another size, or other content.
+    """
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        raise ConfigError(f"{path} is not a finished megatron_hylo folder: it has no {MANIFEST}")
+    for name, entry in json.loads((path / MANIFEST).read_text())["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedError(f"{file} is missing; the folder is damaged, make it again or take another checkpoint")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise DamagedError(f"{file} has {size} bytes, its manifest says {entry['bytes']}: damaged")
+        if hashes and sha256(file) != entry["sha256"]:
+            raise DamagedError(f"{file} does not have the sha256 of its manifest: damaged")
+
+
+def is_sealed(path: str | Path) -> bool:
+    """True where a finished folder is (not whether its content is intact)."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write indented JSON, through a file beside it so that readers never see half."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    mine = {
+        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files[_rank() :: _world_size()]
+    }
+    parts = [mine]
+    if _world_size() > 1:
+        parts = [None] * _world_size()
+        torch.distributed.all_gather_object(parts, mine)
+    if _rank() == 0:
+        merged = {name: entry for part in parts for name, entry in part.items()}
+        write_json(folder / MANIFEST, {"files": dict(sorted(merged.items()))})
+
+
+def _replace(partial: Path, path: Path) -> None:
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+    if path.exists():
+        old = path.parent / f".{path.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+        os.rename(partial, path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(partial, path)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _barrier() -> None:
+    if _world_size() > 1:
+        torch.distributed.barrier()

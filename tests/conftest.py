@@ -1,0 +1,49 @@
+"""Shared fixtures: one process group of a single rank for the whole session, tiny models, a tiny dataset."""
+
+import pytest
+import torch
+import transformers
+
+from megatron_hylo.config import ModelConfig
+from megatron_hylo.platform.distributed import session
+
+
+@pytest.fixture(scope="session", autouse=False)
+def one_rank():
+    """Megatron-Core initialised with one rank; yields its device."""
+    with session() as device:
+        yield device
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+def tiny_hf_model(family: str, tied: bool = True, **changes):
+    """A tiny random transformers model of a family: every dimension different, so that a transpose is caught."""
+    shared = dict(
+        vocab_size=160, hidden_size=48, intermediate_size=112, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+        head_dim=16, max_position_embeddings=128, tie_word_embeddings=tied, rms_norm_eps=1e-5, initializer_range=0.2,
+    )  # fmt: skip
+    configs = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}
+    config = configs[family](**(shared | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():  # norms of all ones and biases of zeros would hide a missing one
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def tiny_config(pattern: str = "G-+-M-*-", **changes) -> ModelConfig:
+    """A tiny hybrid configuration with every dimension different."""
+    fields = dict(
+        hybrid_layer_pattern=pattern, hidden_size=48, ffn_hidden_size=112, num_attention_heads=6, num_query_groups=2,
+        kv_channels=16, vocab_size=160, max_position_embeddings=128, rotary_base=10000.0,
+        q_lora_rank=40, kv_lora_rank=24, qk_head_dim=10, qk_pos_emb_head_dim=6, v_head_dim=16,
+        mamba_num_heads=6, mamba_head_dim=16, mamba_state_dim=16,
+        linear_num_heads=2, linear_key_head_dim=18, linear_value_head_dim=36,
+    )  # fmt: skip
+    return ModelConfig(**(fields | changes))
