@@ -1,0 +1,128 @@
+"""The whole conversion contract as data: which Hugging Face tensors make which Megatron tensor, and back.
+
+One `Entry` a Megatron tensor. Families differ in which entries exist (QKV bias, q/k-norm, head), mixers in theirs;
+both directions are permutations and concatenations, so a round trip is bit-exact.
+"""
+
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_hylo.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`megatron` = merge(tensors of `hugging_face`); split is its inverse."""
+
+    megatron: str
+    hugging_face: tuple[str, ...]
+    merge: Callable[[list[Tensor]], Tensor]
+    split: Callable[[Tensor], list[Tensor]]
+
+
+def _same(megatron: str, hugging_face: str) -> Entry:
+    return Entry(megatron, (hugging_face,), lambda tensors: tensors[0], lambda tensor: [tensor])
+
+
+def _stacked(megatron: str, hugging_face: tuple[str, ...], rows: tuple[int, ...]) -> Entry:
+    """Tensors one above the other along dimension 0."""
+    return Entry(megatron, hugging_face, torch.cat, lambda tensor: list(tensor.split(rows)))
+
+
+def _interleaved_qkv(megatron: str, hugging_face: tuple[str, ...], config: ModelConfig) -> Entry:
+    """Megatron's linear_qkv: for each KV head its query heads, its key, its value."""
+    groups, head_dim = config.num_query_groups, config.kv_channels
+    per_group = config.num_attention_heads // groups
+
+    def merge(tensors: list[Tensor]) -> Tensor:
+        parts = [t.reshape(groups, n * head_dim, *t.shape[1:]) for t, n in zip(tensors, (per_group, 1, 1))]
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def split(tensor: Tensor) -> list[Tensor]:
+        grouped = tensor.reshape(groups, (per_group + 2) * head_dim, *tensor.shape[1:])
+        return [part.flatten(0, 1) for part in grouped.split([per_group * head_dim, head_dim, head_dim], dim=1)]
+
+    return Entry(megatron, hugging_face, merge, split)
+
+
+def _attention(m: str, h: str, c: ModelConfig) -> list[Entry]:
+    names = tuple(f"{h}self_attn.{n}_proj" for n in "qkv")
+    entries = [
+        _interleaved_qkv(f"{m}linear_qkv.weight", tuple(f"{n}.weight" for n in names), c),
+        _same(f"{m}linear_proj.weight", f"{h}self_attn.o_proj.weight"),
+    ]
+    if c.add_qkv_bias:
+        entries.append(_interleaved_qkv(f"{m}linear_qkv.bias", tuple(f"{n}.bias" for n in names), c))
+    return entries + _qk_norm(m, h, c)
+
+
+def _qk_norm(m: str, h: str, c: ModelConfig) -> list[Entry]:
+    return [_same(f"{m}{n}_layernorm.weight", f"{h}self_attn.{n}_norm.weight") for n in "qk"] if c.qk_layernorm else []
+
+
+def _mla(m: str, h: str, c: ModelConfig) -> list[Entry]:
+    pairs = {
+        "linear_q_down_proj": "q_a_proj",
+        "linear_q_up_proj": "q_b_proj",
+        "linear_kv_down_proj": "kv_a_proj_with_mqa",
+        "linear_kv_up_proj": "kv_b_proj",
+        "linear_proj": "o_proj",
+    }
+    return [_same(f"{m}{a}.weight", f"{h}self_attn.{b}.weight") for a, b in pairs.items()] + _qk_norm(m, h, c)
+
+
+def _mamba2(m: str, h: str, c: ModelConfig) -> list[Entry]:
+    names = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "A_log", "dt_bias", "D", "norm.weight", "out_proj.weight")
+    return [_same(f"{m}{name}", f"{h}mamba.{name}") for name in names]
+
+
+def _gated_deltanet(m: str, h: str, c: ModelConfig) -> list[Entry]:
+    p, keys, values = (
+        f"{h}linear_attn.",
+        c.linear_num_heads * c.linear_key_head_dim,
+        c.linear_num_heads * c.linear_value_head_dim,
+    )
+    rows = (keys, keys, values, values, c.linear_num_heads, c.linear_num_heads)
+    return [
+        _stacked(f"{m}in_proj.weight", tuple(f"{p}{n}_proj.weight" for n in "qkvgba"), rows),
+        _stacked(f"{m}conv1d.weight", tuple(f"{p}{n}_conv1d.weight" for n in "qkv"), rows[:3]),
+        _same(f"{m}A_log", f"{p}A_log"),
+        _same(f"{m}dt_bias", f"{p}dt_bias"),
+        _same(f"{m}out_norm.weight", f"{p}o_norm.weight"),
+        _same(f"{m}out_proj.weight", f"{p}o_proj.weight"),
+    ]
+
+
+MIXER_ENTRIES: dict[str, Callable[[str, str, ModelConfig], list[Entry]]] = {
+    "*": _attention,
+    "+": _mla,
+    "M": _mamba2,
+    "G": _gated_deltanet,
+}
+
+
+def layer_entries(config: ModelConfig, layer: int) -> list[Entry]:
+    """Entries of one Transformer layer (Megatron's layers 2 l and 2 l + 1)."""
+    h, mixer, mlp = f"model.layers.{layer}.", f"decoder.layers.{2 * layer}.", f"decoder.layers.{2 * layer + 1}."
+    ffn = config.ffn_hidden_size
+    return [
+        _same(f"{mixer}input_layernorm.weight", f"{h}input_layernorm.weight"),
+        *MIXER_ENTRIES[config.mixers[layer]](f"{mixer}self_attention.", h, config),
+        _same(f"{mlp}pre_mlp_layernorm.weight", f"{h}post_attention_layernorm.weight"),
+        _stacked(f"{mlp}mlp.linear_fc1.weight", (f"{h}mlp.gate_proj.weight", f"{h}mlp.up_proj.weight"), (ffn, ffn)),
+        _same(f"{mlp}mlp.linear_fc2.weight", f"{h}mlp.down_proj.weight"),
+    ]
+
+
+def model_entries(config: ModelConfig) -> list[Entry]:
+    """Entries of a whole model, in the order of its layers."""
+    entries = [_same("embedding.word_embeddings.weight", "model.embed_tokens.weight")]
+    for layer in range(config.num_hidden_layers):
+        entries += layer_entries(config, layer)
+    entries.append(_same("decoder.final_norm.weight", "model.norm.weight"))
+    if config.untie_embeddings_and_output_weights:
+        entries.append(_same("output_layer.weight", "lm_head.weight"))
+    return entries

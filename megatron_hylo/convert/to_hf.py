@@ -1,0 +1,87 @@
+"""Megatron model folder -> Hugging Face folder (the teacher's own family, or a hybrid with its modelling code)."""
+
+import shutil
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_hylo.convert.hf_config import HYLO_MODEL_TYPE, hf_config_from_model
+from megatron_hylo.convert.hf_reader import INDEX, SINGLE
+from megatron_hylo.convert.mapping import model_entries
+from megatron_hylo.convert.to_megatron import Track, no_progress
+from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.sealed import sealed_directory, write_json
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def hf_tensors(model: HyloModel, track: Track = no_progress) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of a whole Megatron model, on the CPU."""
+    parameters = dict(model.named_parameters())
+    for entry in track(model_entries(model.config.hylo), "tensors"):
+        for name, tensor in zip(entry.hugging_face, entry.split(parameters[entry.megatron].detach())):
+            yield name, tensor.cpu().contiguous()
+
+
+def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write tensors as safetensors, at most `max_shard_bytes` held and written at a time, with the usual index."""
+    names: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    total = held_bytes = 0
+
+    def flush() -> None:
+        save_file(held, folder / f"shard-{len(names):05d}.partial", metadata={"format": "pt"})
+        names.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if held and held_bytes + size > max_shard_bytes:
+            flush()
+            held_bytes = 0
+        held[name] = tensor
+        held_bytes += size
+        total += size
+    flush()
+    if len(names) == 1:
+        (folder / "shard-00000.partial").rename(folder / SINGLE)
+        return
+    weight_map = {}
+    for i, shard in enumerate(names):
+        file = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors"
+        (folder / f"shard-{i:05d}.partial").rename(folder / file)
+        weight_map |= {name: file for name in shard}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, track: Track = no_progress) -> None:
+    """config.json, safetensors, tokenizer and, for a hybrid, its modelling code, into an existing folder."""
+    config = model.config.hylo
+    dtype = "bfloat16" if model.config.params_dtype == torch.bfloat16 else "float32"
+    values = hf_config_from_model(config, dtype)
+    write_json(folder / "config.json", values)
+    write_shards(hf_tensors(model, track), folder)
+    if values["model_type"] == HYLO_MODEL_TYPE:
+        from megatron_hylo.serve.export import copy_modelling_code
+
+        copy_modelling_code(folder)
+    if tokenizer is not None and tokenizer.is_dir():
+        shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+
+
+def convert_megatron_to_hf(source: str | Path, output: str | Path, overwrite: bool = False, track: Track = no_progress) -> None:
+    """Convert a model folder or training checkpoint to a Hugging Face folder; `platform.initialize` must have run.
+
+    Args:
+        source: a model folder.
+        output: the Hugging Face folder to make; it appears when it is complete.
+        overwrite: replace what is there.
+        track: progress display over an iterable.
+    """
+    with sealed_directory(output, overwrite) as folder:
+        model = load_model(source, backend="local")
+        write_hf_folder(model, folder, Path(source) / "tokenizer", track)

@@ -1,0 +1,80 @@
+"""Hugging Face -> Megatron model folder."""
+
+import tempfile
+from pathlib import Path
+from typing import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.convert.hf_reader import load_transformers_tokenizer, open_source
+from megatron_hylo.convert.mapping import model_entries
+from megatron_hylo.models.checkpoint import save_model
+from megatron_hylo.models.hylo_model import HyloModel, build_model
+
+Track = Callable[[Iterable, str], Iterable]
+
+
+def no_progress(items: Iterable, description: str) -> Iterable:
+    """The `track` argument that shows nothing."""
+    return items
+
+
+def fill_model(model: HyloModel, config: ModelConfig, read: Callable[[str], Tensor], track: Track = no_progress) -> None:
+    """Copy Hugging Face tensors into a whole (unsharded) Megatron model.
+
+    Args:
+        model: built with every parallel size 1.
+        config: its configuration.
+        read: Hugging Face name -> tensor.
+        track: progress display over an iterable.
+
+    Raises:
+        ConfigError: a tensor has another shape, or the model has parameters that nothing fills.
+    """
+    parameters = dict(model.named_parameters())
+    unfilled = set(parameters)
+    with torch.no_grad():
+        for entry in track(model_entries(config), "tensors"):
+            tensor = entry.merge([read(name) for name in entry.hugging_face])
+            target = parameters[entry.megatron]
+            if tensor.shape != target.shape:
+                raise ConfigError(f"{' + '.join(entry.hugging_face)}: {list(tensor.shape)} does not fit {list(target.shape)}")
+            target.copy_(tensor)
+            unfilled.discard(entry.megatron)
+    if unfilled:
+        raise ConfigError(f"nothing in the checkpoint fills {sorted(unfilled)[0]}")
+
+
+def convert_hf_to_megatron(
+    source: str | Path, output: str | Path, overwrite: bool = False, track: Track = no_progress
+) -> ModelConfig:
+    """Convert a Hugging Face folder or GGUF file to a model folder; `platform.initialize` must have run.
+
+    Weights keep their dtype, so converting back is bit-exact (float16 becomes float32).
+
+    Args:
+        source: folder with config.json and safetensors, or a .gguf file, or a folder with one.
+        output: the model folder to make.
+        overwrite: replace what is there.
+        track: progress display over an iterable.
+
+    Returns:
+        The model's configuration.
+
+    Raises:
+        ConfigError: the source cannot be converted; nothing is left at `output`.
+    """
+    if Path(output).exists() and not overwrite:
+        raise ConfigError(f"{output} already exists; choose another place or ask to overwrite")
+    opened = open_source(source)
+    dtype = opened.dtype()
+    model = build_model(opened.config, params_dtype=dtype, backend="local")
+    fill_model(model, opened.config, opened.read, track)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = load_transformers_tokenizer(source)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        save_model(model, output, scratch if tokenizer is not None else None, {"converted_from": Path(source).name}, overwrite)
+    return opened.config

@@ -1,0 +1,84 @@
+"""Softmax attention with grouped key/value heads, by torch's scaled_dot_product_attention.
+
+Causality is aligned to the end: the last query sees every key, as in prefill and decode with a cache. On
+CUDA the backend is chosen here, in the order cuDNN, flash, memory-efficient, math (cuDNN is the fastest on
+Hopper and takes value heads that differ from query heads, as MLA has), and logged.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_hylo.kernels.registry import forced, use
+
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = True) -> torch.Tensor:
+    """softmax(scale q k^T) v; query head i reads key/value head i // (hq / hkv).
+
+    Args:
+        q: [b, t, hq, d], floating.
+        k: [b, s, hkv, d], same dtype, hkv a divisor of hq.
+        v: [b, s, hkv, dv]; dv may differ from d.
+        scale: factor on the scores, e.g. d ** -0.5.
+        causal: query i sees keys 0 .. s - t + i (needs t <= s); False: all keys.
+
+    Returns:
+        [b, t, hq, dv] in q's dtype.
+
+    Raises:
+        ValueError: shapes that disagree, or more queries than keys with causal.
+    """
+    (b, t, hq, d), (s, hkv) = q.shape, k.shape[1:3]
+    if k.shape != (b, s, hkv, d) or v.shape[:3] != (b, s, hkv) or hq % hkv:
+        raise ValueError(
+            f"q {tuple(q.shape)} [b, t, hq, d] needs k [b, s, hkv, d] and v [b, s, hkv, dv] with hkv dividing hq, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if causal and t > s:
+        raise ValueError(f"causal attention needs at least as many keys as queries, got {s} keys and {t} queries")
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, heads, tokens, channels]
+    mask = None
+    if causal and 1 < t < s:
+        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    is_causal = causal and t == s and t > 1
+    backend = _backend(q, k, v, mask, is_causal)
+    if backend == "torch":
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=hq != hkv)
+    else:
+        if backend == "efficient" and hq != hkv:  # the one that has no grouped heads
+            k, v = (x.repeat_interleave(hq // hkv, 1) for x in (k, v))
+        with sdpa_kernel(BACKENDS[backend]):
+            out = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+    return out.transpose(1, 2)
+
+
+def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> str:
+    """Name of the first usable backend; "torch" off CUDA, where torch itself chooses."""
+    name = forced("attention")
+    if name is not None:
+        use("attention", name, "forced")
+        return name
+    if not q.is_cuda:
+        use("attention", "torch", "cuDNN and flash need a CUDA device")
+        return "torch"
+    cuda, heads = torch.backends.cuda, q.shape[1]
+    grouped = cuda.SDPAParams(q, k, v, mask, 0.0, is_causal, heads != k.shape[1])
+    if cuda.can_use_cudnn_attention(grouped, False):
+        name = "cudnn"
+    elif cuda.can_use_flash_attention(grouped, False):
+        name = "flash"
+    else:
+        repeated = (x[:, :1].expand(-1, heads, -1, -1) for x in (k, v))  # shapes are all that is asked about
+        usable = cuda.can_use_efficient_attention(cuda.SDPAParams(q, *repeated, mask, 0.0, is_causal, False), False)
+        name = "efficient" if usable else "math"
+    use("attention", name, "first usable of cuDNN, flash, efficient, math")
+    return name

@@ -1,0 +1,189 @@
+"""The gated delta rule, the recurrence of Gated DeltaNet, in chunks.
+
+From "Gated Delta Networks" (Yang, Kautz and Hatamizadeh, 2024, equation 10 and section 3.3): within a chunk
+the delta rule's corrections are one unit-lower-triangular system (the WY form), between chunks one decayed
+[dk, dv] state a head is carried. On CUDA fla's Triton kernels run. `recurrent_gated_delta_rule` is the
+definition, token by token: the oracle, and the decode step.
+"""
+
+import importlib.metadata
+import importlib.util
+import re
+
+import torch
+import torch.nn.functional as F
+
+from megatron_hylo.kernels.registry import Obstacle, library_obstacle, select
+from megatron_hylo.kernels.ssd import segment_sum
+
+CHUNK = 64  # tokens
+L2_EPS = 1e-6  # as fla's l2norm
+FLA_MAX_KEY_DIM = 256
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> None:
+    heads = q.shape[:3]
+    if k.shape != q.shape or v.shape[:3] != heads or g.shape != heads or beta.shape != heads or q.shape[1] < 1:
+        raise ValueError(
+            f"q {tuple(q.shape)} [b, t, h, dk] needs t >= 1, k like q, v [b, t, h, dv], g and beta [b, t, h], got "
+            f"{tuple(k.shape)}, {tuple(v.shape)}, {tuple(g.shape)}, {tuple(beta.shape)}"
+        )
+
+
+def gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """S = exp(g_t) S_{t-1};  S_t = S + k_t (beta_t (v_t - S^T k_t))^T;  o_t = S_t^T q_t / sqrt(dk).
+
+    q and k are L2-normalised here, over dk.
+
+    Args:
+        q, k: [b, t, h, dk], floating.
+        v: [b, t, h, dv], floating.
+        g: [b, t, h], log decay <= 0, float32.
+        beta: [b, t, h], writing strength in [0, 1].
+        initial_state: [b, h, dk, dv] or None for zeros.
+        output_final_state: also return the state after the last token.
+
+    Returns:
+        o [b, t, h, dv] in v's dtype, and the state [b, h, dk, dv] (float32; float64 for float64 v) or None.
+
+    Raises:
+        ValueError: shapes that disagree.
+    """
+    _check(q, k, v, g, beta)
+    if q.shape[1] == 1:  # one token: the recurrence itself is the fastest
+        return recurrent_gated_delta_rule(q, k, v, g, beta, initial_state, output_final_state)
+    differentiates = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state)
+    )
+    if select("gated_delta_rule", "fla", _fla_obstacle(k, v, differentiates)) == "fla":
+        return _fla(q, k, v, g, beta, initial_state, output_final_state)
+    with torch.autocast(v.device.type, enabled=False):
+        return _chunked(q, k, v, g, beta, initial_state, output_final_state)
+
+
+def _fla_obstacle(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Obstacle | None:
+    obstacle = library_obstacle("fla", "fla.ops.gated_delta_rule", v, "pip install flash-linear-attention")
+    if obstacle is not None:
+        return obstacle
+    if k.shape[-1] > FLA_MAX_KEY_DIM:
+        return Obstacle(f"fla takes keys up to {FLA_MAX_KEY_DIM} wide, not {k.shape[-1]}")
+    if differentiates and torch.cuda.get_device_capability(v.device)[0] == 9 and not importlib.util.find_spec("tilelang"):
+        version = importlib.metadata.version("triton")
+        if (3, 4, 0) <= tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < (3, 7, 1):
+            return Obstacle(
+                f"fla refuses to train on Hopper with Triton {version}: wrong gradients, fla issue 640",
+                "pip install 'triton>=3.7.1' (or tilelang)",
+            )
+    return None
+
+
+def _fla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule(
+        q.to(v.dtype),
+        k.to(v.dtype),
+        v,
+        g.float(),
+        beta,
+        initial_state=None if initial_state is None else initial_state.float(),
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=True,
+    )
+
+
+def _normalised(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+
+
+def _chunked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Section 3.3, with u_i = beta_i (v_i - S^T k_i), the values that are really written.
+
+    With decays D_ij from token j to i and d_i from the chunk's start to i, a chunk's u solve
+    (I + tril(beta_i D_ij k_i.k_j, -1)) u = beta v - beta d (k S_0).
+    """
+    t, wide = v.shape[1], torch.promote_types(v.dtype, torch.float32)
+    chunk = min(CHUNK, t)
+    pad = -t % chunk  # padded tokens have g = 0 and k = 0: no decay, nothing written
+
+    def chunks(value: torch.Tensor) -> torch.Tensor:  # [b, t, h, ...] -> [b, h, chunks, chunk, ...]
+        padded = F.pad(value.to(wide), (0, 0) * (value.dim() - 2) + (0, pad))
+        return padded.unflatten(1, (-1, chunk)).movedim(3, 1)
+
+    queries = chunks(_normalised(q.to(wide)) * q.shape[-1] ** -0.5)
+    keys = chunks(_normalised(k.to(wide)))
+    strength = chunks(beta)[..., None]
+    log_decay = chunks(g)
+    decay = segment_sum(log_decay).exp()  # D: [b, h, n, c, c]
+    since_start = log_decay.cumsum(-1).exp()[..., None]  # d: [b, h, n, c, 1]
+
+    written_keys = keys * strength
+    system = (written_keys @ keys.transpose(-1, -2) * decay).tril(-1)
+    identity = torch.eye(chunk, dtype=wide, device=v.device).expand_as(system)
+    inverse = torch.linalg.solve_triangular(system, identity, upper=False, unitriangular=True)
+    values = inverse @ (chunks(v) * strength)  # u for a zero state: [b, h, n, c, dv]
+    reads = inverse @ (written_keys * since_start)  # what u loses to the state: [b, h, n, c, dk]
+    to_end = (keys * decay[..., -1, :, None]).transpose(-1, -2)  # [b, h, n, dk, c]
+
+    state = values.new_zeros(*values.shape[:2], k.shape[-1], v.shape[-1]) if initial_state is None else initial_state.to(wide)
+    before, written = [], []
+    for value, read, key, kept in zip(
+        values.unbind(2), reads.unbind(2), to_end.unbind(2), since_start[:, :, :, -1:].unbind(2), strict=True
+    ):
+        before.append(state)
+        written.append(value - read @ state)
+        state = state * kept + key @ written[-1]
+    o = (queries * since_start) @ torch.stack(before, 2)
+    o = o + (queries @ keys.transpose(-1, -2) * decay) @ torch.stack(written, 2)
+    o = o.movedim(1, 3).flatten(1, 2)[:, :t]  # [b, t, h, dv]
+    return o.to(v.dtype), state if output_final_state else None
+
+
+def recurrent_gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The definition of `gated_delta_rule`, one token after another: same arguments, results and errors."""
+    _check(q, k, v, g, beta)
+    wide = torch.promote_types(v.dtype, torch.float32)
+    b, t, h, dk = q.shape
+    queries = (_normalised(q.to(wide)) * dk**-0.5)[..., None]
+    keys = _normalised(k.to(wide))[..., None]  # [b, t, h, dk, 1]
+    values, decay, strength = v.to(wide), g.to(wide).exp()[..., None, None], beta.to(wide)[..., None]
+    state = v.new_zeros(b, h, dk, v.shape[-1], dtype=wide) if initial_state is None else initial_state.to(wide)
+    outputs = []
+    for i in range(t):
+        state = state * decay[:, i]
+        written = strength[:, i] * (values[:, i] - (state * keys[:, i]).sum(-2))  # [b, h, dv]
+        state = state + keys[:, i] * written[..., None, :]
+        outputs.append((state * queries[:, i]).sum(-2))
+    return torch.stack(outputs, 1).to(v.dtype), state if output_final_state else None

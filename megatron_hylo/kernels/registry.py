@@ -1,0 +1,172 @@
+"""Which implementation of an operation runs, and why: decided here, logged once, never silent.
+
+Every operation has a plain-torch implementation that runs anywhere. Faster ones are taken when the
+tensors are on a CUDA device and their library imports; when they should have been taken but cannot,
+a warning says what to install. The environment variable `HYLO_KERNELS` ("ssd=torch,attention=math")
+and the context manager `force` override the choice.
+"""
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+import sys
+import types
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "attention": ("torch", "cudnn", "flash", "efficient", "math"),
+    "causal_conv1d": ("torch", "fla"),
+    "gated_delta_rule": ("torch", "fla"),
+    "ssd": ("torch", "mamba_ssm"),
+}
+ENVIRONMENT_VARIABLE = "HYLO_KERNELS"
+
+logger = logging.getLogger("megatron_hylo.kernels")
+
+_chosen: dict[str, str] = {}
+_logged: set[tuple[str, str]] = set()
+_forced: dict[str, str] = {}  # a plain dict: recomputation in backward runs in other threads, which must see it
+
+
+class Obstacle(NamedTuple):
+    """Why a fast implementation cannot run here."""
+
+    reason: str
+    advice: str = ""  # what to install; non-empty when the user would want the fast one, so it is worth a warning
+
+
+def check(op: str, implementation: str) -> None:
+    """Refuse an unknown operation or implementation.
+
+    Raises:
+        ValueError: naming the allowed ones.
+    """
+    if op not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown operation {op!r}; use one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation not in IMPLEMENTATIONS[op]:
+        raise ValueError(f"{op} has no implementation {implementation!r}; use one of {', '.join(IMPLEMENTATIONS[op])}")
+
+
+def use(op: str, implementation: str, reason: str, level: int = logging.INFO) -> None:
+    """Record that `implementation` runs `op`; logged once per pair.
+
+    Args:
+        op: a key of `IMPLEMENTATIONS`.
+        implementation: one of its values.
+        reason: why it was chosen, in a few words.
+        level: logging level of the message.
+
+    Raises:
+        ValueError: unknown operation or implementation.
+    """
+    check(op, implementation)
+    _chosen[op] = implementation
+    if (op, implementation) not in _logged:
+        _logged.add((op, implementation))
+        logger.log(level, "%s: %s (%s)", op, implementation, reason)
+
+
+def in_use() -> dict[str, str]:
+    """Operation -> implementation that ran last, for the operations that have run."""
+    return dict(_chosen)
+
+
+@contextlib.contextmanager
+def force(op: str, implementation: str) -> Iterator[None]:
+    """Run `op` with `implementation` inside the `with` block, whatever the device.
+
+    Raises:
+        ValueError: unknown operation or implementation.
+    """
+    check(op, implementation)
+    before = _forced.get(op)
+    _forced[op] = implementation
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[op]
+        else:
+            _forced[op] = before
+
+
+@functools.cache
+def _parse(setting: str) -> dict[str, str]:
+    forced = {}
+    for item in filter(None, (part.strip() for part in setting.split(","))):
+        op, _, implementation = item.partition("=")
+        check(op, implementation)
+        forced[op] = implementation
+    return forced
+
+
+def forced(op: str) -> str | None:
+    """Implementation that `force` or the environment demands for `op`, if any.
+
+    Raises:
+        ValueError: the environment variable names an unknown operation or implementation.
+    """
+    return _forced.get(op) or _parse(os.environ.get(ENVIRONMENT_VARIABLE, "")).get(op)
+
+
+def select(op: str, fast: str, obstacle: Obstacle | None) -> str:
+    """The implementation to run: the forced one, else `fast`, else "torch" when there is an obstacle.
+
+    Args:
+        op: operation name.
+        fast: its preferred implementation.
+        obstacle: why `fast` cannot run on these inputs; None if it can.
+
+    Raises:
+        RuntimeError: `fast` is forced but cannot run.
+        ValueError: unknown operation or implementation.
+    """
+    demanded = forced(op)
+    if demanded == fast and obstacle is not None:
+        raise RuntimeError(f"{op}: {fast} was forced, but {obstacle.reason}{'; ' * bool(obstacle.advice)}{obstacle.advice}")
+    if demanded is not None:
+        use(op, demanded, "forced")
+        return demanded
+    if obstacle is None:
+        use(op, fast, "available")
+        return fast
+    if obstacle.advice:
+        use(op, "torch", f"{obstacle.reason}; slow here: {obstacle.advice}", logging.WARNING)
+    else:
+        use(op, "torch", obstacle.reason)
+    return "torch"
+
+
+def library_obstacle(library: str, module: str, x: torch.Tensor, advice: str) -> Obstacle | None:
+    """Why the Triton kernels in `module` cannot run on `x`; None if they can.
+
+    Args:
+        library: its name in messages, e.g. "fla".
+        module: what has to import, e.g. "fla.ops.gated_delta_rule".
+        x: a tensor on the device and of the dtype in question.
+        advice: what to install when the import fails.
+    """
+    if not x.is_cuda:
+        return Obstacle(f"{library} needs a CUDA device")
+    if x.dtype == torch.float64:
+        return Obstacle(f"{library} has no float64 kernels")
+    error = import_error(module)
+    return Obstacle(f"{module} does not import: {error}", advice) if error else None
+
+
+@functools.cache
+def import_error(module: str) -> str | None:
+    """None if `module` imports, else the reason it does not."""
+    if module.startswith("mamba_ssm") and importlib.util.find_spec("selective_scan_cuda") is None:
+        # Mamba1's compiled scan: mamba_ssm imports it unconditionally, the SSD kernels used here never call it.
+        sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
+    return None

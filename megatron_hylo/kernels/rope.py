@@ -1,0 +1,112 @@
+"""Rotary position embeddings: frequencies (plain, Llama 3, YaRN), cos/sin, and the rotation.
+
+RoPE is from "RoFormer" (Su et al., 2021, section 3.2.2), YaRN from "YaRN: Efficient Context Window
+Extension" (Peng et al., 2023, section 3.2 and appendix A.2). Frequencies equal those of transformers'
+`modeling_rope_utils`. A scaling is any object with RopeScaling's fields.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+
+def rope_frequencies(dim: int, base: float, scaling: Any = None, device: torch.device | str | None = None) -> torch.Tensor:
+    """Angular frequencies in radians per token.
+
+    Args:
+        dim: rotated channels a head, even.
+        base: RoPE base (theta).
+        scaling: None, or an object with `rope_type` ("none", "llama3", "yarn"), `factor`,
+            `original_max_position_embeddings`, and `low_freq_factor`, `high_freq_factor` (llama3) or
+            `beta_fast`, `beta_slow` (yarn).
+        device: where to put the result.
+
+    Returns:
+        float32 [dim / 2].
+
+    Raises:
+        ValueError: odd dim, or an unknown rope_type.
+    """
+    if dim < 2 or dim % 2:
+        raise ValueError(f"rotated channels must be even and at least 2, got {dim}")
+    # on the CPU, then moved: every rank and device gets the same bits
+    frequencies = 1.0 / base ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
+    rope_type = "none" if scaling is None else scaling.rope_type
+    if rope_type == "llama3":
+        frequencies = _llama3(frequencies, scaling)
+    elif rope_type == "yarn":
+        frequencies = _yarn(frequencies, dim, base, scaling)
+    elif rope_type != "none":
+        raise ValueError(f"rope_type {rope_type!r} is not supported; use none, llama3 or yarn")
+    return frequencies.to(device) if device is not None else frequencies
+
+
+def _llama3(frequencies: torch.Tensor, scaling: Any) -> torch.Tensor:
+    """Llama 3.1's rule: divide slow frequencies by the factor, keep fast ones, blend in between."""
+    original = scaling.original_max_position_embeddings
+    wavelength = 2 * math.pi / frequencies
+    blend = (original / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blended = (1 - blend) * frequencies / scaling.factor + blend * frequencies
+    slow = wavelength > original / scaling.low_freq_factor
+    fast = wavelength < original / scaling.high_freq_factor
+    return torch.where(slow, frequencies / scaling.factor, torch.where(fast, frequencies, blended))
+
+
+def _yarn(frequencies: torch.Tensor, dim: int, base: float, scaling: Any) -> torch.Tensor:
+    """YaRN's "NTK by parts": a linear ramp from kept to divided frequencies over the channel index."""
+
+    def channel(rotations: float) -> float:  # whose wavelength makes that many turns in the original length
+        return dim * math.log(scaling.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(channel(scaling.beta_fast)), 0)
+    high = min(math.ceil(channel(scaling.beta_slow)), dim - 1)
+    if low == high:
+        high += 0.001  # a step instead of a division by zero
+    divided = ((torch.arange(dim // 2, device="cpu").float() - low) / (high - low)).clamp(0, 1)
+    return frequencies / scaling.factor * divided + frequencies * (1 - divided)
+
+
+def rope_cos_sin(positions: torch.Tensor, inv_freq: torch.Tensor, multiplier: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position and frequency.
+
+    Args:
+        positions: [...] token indices, integer or floating.
+        inv_freq: float32 [dim / 2] from `rope_frequencies`.
+        multiplier: factor on both (YaRN's attention scaling, `RopeScaling.cos_sin_multiplier`).
+
+    Returns:
+        cos, sin: float32 [..., dim / 2].
+    """
+    angles = positions.to(inv_freq.device, torch.float32)[..., None] * inv_freq.float()
+    return angles.cos() * multiplier, angles.sin() * multiplier
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Rotate channel pairs of every head by the token's angles.
+
+    Args:
+        x: [b, t, h, d], floating.
+        cos, sin: [t, d / 2] or [b, t, d / 2].
+        interleaved: False pairs channels (i, i + d/2) like Hugging Face's Llama, True pairs (2i, 2i+1)
+            like DeepSeek's MLA. The output keeps x's channel order.
+
+    Returns:
+        [b, t, h, d] in x's dtype, computed in float32 (float64 stays).
+
+    Raises:
+        ValueError: cos and x disagree on t or d.
+    """
+    b, t, _, d = x.shape
+    if cos.shape not in ((t, d // 2), (b, t, d // 2), (1, t, d // 2)) or cos.shape != sin.shape or d % 2:
+        raise ValueError(
+            f"x {tuple(x.shape)} [b, t, h, d] needs cos and sin [t, d/2] or [b, t, d/2], "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(wide).unsqueeze(-2), sin.to(wide).unsqueeze(-2)  # a head axis
+    y = x.to(wide)
+    first, second = (y[..., 0::2], y[..., 1::2]) if interleaved else y.chunk(2, -1)
+    rotated = first * cos - second * sin, second * cos + first * sin
+    out = torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)
+    return out.to(x.dtype)

@@ -1,0 +1,171 @@
+"""State-space duality (SSD), the recurrence of Mamba2, in chunks.
+
+From "Transformers are SSMs" (Dao and Gu, 2024, section 6, block decomposition): a masked matrix product
+within chunks, one decayed [p, n] state a head between them. On CUDA mamba_ssm's Triton kernels run.
+`recurrent_ssd` is the definition, token by token: the oracle, and the decode step.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from megatron_hylo.kernels.registry import library_obstacle, select
+
+CHUNK = 64  # tokens; on a CPU as fast as 128 with half the memory
+MAMBA_CHUNK = 256  # mamba_ssm's default
+
+
+def segment_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sums over segments, the log of the decay from token j to token i.
+
+    Args:
+        x: [..., c] log decays, float32 or float64.
+
+    Returns:
+        [..., c, c] in x's dtype: sum of x[j+1..i] at (i, j) for j <= i, -inf above the diagonal (masked
+        before any exp, so no overflow reaches a gradient).
+    """
+    total = x.double().cumsum(-1)  # differences of large sums lose digits in float32
+    segments = (total[..., :, None] - total[..., None, :]).to(x.dtype)
+    future = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).triu(1)
+    return segments.masked_fill(future, -torch.inf)
+
+
+def _check(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> None:
+    b, t, h, _ = x.shape
+    if dt.shape != (b, t, h) or A.shape != (h,) or B.shape[:3] != (b, t, h) or C.shape != B.shape or t < 1:
+        raise ValueError(
+            f"x {tuple(x.shape)} [b, t, h, p] needs t >= 1, dt [b, t, h], A [h], B and C [b, t, h, n], got {tuple(dt.shape)}, "
+            f"{tuple(A.shape)}, {tuple(B.shape)}, {tuple(C.shape)}"
+        )
+
+
+def ssd(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T;  y_t = h_t C_t + D x_t.
+
+    Args:
+        x: [b, t, h, p], floating.
+        dt: [b, t, h], step sizes >= 0 (after softplus), float32.
+        A: [h], negative, float32.
+        B, C: [b, t, h, n], floating.
+        D: [h] or None.
+        initial_state: [b, h, p, n] or None for zeros.
+        output_final_state: also return the state after the last token.
+
+    Returns:
+        y [b, t, h, p] in x's dtype, and the state [b, h, p, n] (float32; float64 for float64 x) or None.
+
+    Raises:
+        ValueError: shapes that disagree.
+    """
+    _check(x, dt, A, B, C)
+    if x.shape[1] == 1:  # one token: the recurrence itself is the fastest
+        return recurrent_ssd(x, dt, A, B, C, D, initial_state, output_final_state)
+    module = "mamba_ssm.ops.triton.ssd_combined"
+    obstacle = library_obstacle("mamba_ssm", module, x, "pip install mamba-ssm")
+    if select("ssd", "mamba_ssm", obstacle) == "mamba_ssm":
+        return _mamba_ssm(x, dt, A, B, C, D, initial_state, output_final_state)
+    with torch.autocast(x.device.type, enabled=False):
+        return _chunked(x, dt, A, B, C, D, initial_state, output_final_state)
+
+
+def _mamba_ssm(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    y = mamba_chunk_scan_combined(
+        x,
+        dt.float(),
+        A.float(),
+        B.to(x.dtype),
+        C.to(x.dtype),
+        MAMBA_CHUNK,
+        D=None if D is None else D.float(),
+        initial_states=None if initial_state is None else initial_state.float(),
+        return_final_states=output_final_state,
+    )
+    return y if output_final_state else (y, None)
+
+
+def _chunked(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    b, t, h, p = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    chunk = min(CHUNK, t)
+    pad = -t % chunk  # padded tokens have dt = 0: no decay, no input
+
+    def chunks(value: torch.Tensor) -> torch.Tensor:  # [b, t, h, ...] -> [b, h, chunks, chunk, ...]
+        padded = F.pad(value.to(wide), (0, 0) * (value.dim() - 2) + (0, pad))
+        return padded.unflatten(1, (-1, chunk)).movedim(3, 1)
+
+    dt = dt.to(wide)
+    log_decay = chunks(dt * A.to(wide))  # [b, h, n, c]
+    inputs = chunks(x.to(wide) * dt[..., None])  # [b, h, n, c, p]
+    keys, queries = chunks(B), chunks(C)  # [b, h, n, c, n_state]
+    decay = segment_sum(log_decay).exp()  # [b, h, n, c, c], from token j to token i
+    since_start = log_decay.cumsum(-1).exp()  # from before the chunk to token i
+
+    y = (queries @ keys.transpose(-1, -2) * decay) @ inputs
+    added = (inputs * decay[..., -1, :, None]).transpose(-1, -2) @ keys  # [b, h, n, p, n_state]
+    state = x.new_zeros(added[:, :, 0].shape, dtype=wide) if initial_state is None else initial_state.to(wide)
+    before = []
+    for new, kept in zip(added.unbind(2), since_start[..., -1, None, None].unbind(2), strict=True):
+        before.append(state)
+        state = torch.addcmul(new, state, kept)
+    y = y + (queries * since_start[..., None]) @ torch.stack(before, 2).transpose(-1, -2)
+    y = y.movedim(1, 3).flatten(1, 2)[:, :t]  # [b, t, h, p]
+    if D is not None:
+        y = torch.addcmul(y, x.to(wide), D.to(wide)[:, None])
+    return y.to(x.dtype), state if output_final_state else None
+
+
+def recurrent_ssd(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The definition of `ssd`, one token after another: same arguments, results and errors."""
+    _check(x, dt, A, B, C)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    b, t, h, p = x.shape
+    state = x.new_zeros(b, h, p, B.shape[-1], dtype=wide) if initial_state is None else initial_state.to(wide)
+    step = dt.to(wide)[..., None, None]  # [b, t, h, 1, 1]
+    kept = (step * A.to(wide)[:, None, None]).exp()
+    added = step * x.to(wide)[..., None] * B.to(wide)[..., None, :]  # [b, t, h, p, n]
+    outputs = []
+    for i in range(t):
+        state = state * kept[:, i] + added[:, i]
+        outputs.append((state * C[:, i, :, None].to(wide)).sum(-1))
+    y = torch.stack(outputs, 1)
+    if D is not None:
+        y = y + x.to(wide) * D.to(wide)[:, None]
+    return y.to(x.dtype), state if output_final_state else None

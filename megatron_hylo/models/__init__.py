@@ -1,0 +1,1 @@
+"""Token mixers and layer specs that plug into Megatron-Core's HybridModel."""

@@ -1,0 +1,52 @@
+"""`*`: the teacher's attention (Llama, Qwen2.5, Qwen3): grouped queries, optional QKV bias and q/k-norm, RoPE."""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_hylo.kernels.attention import attention
+from megatron_hylo.kernels.rope import apply_rope
+from megatron_hylo.models.layers import HeadNorm, rotary_table
+from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_packing, row_linear
+from megatron_hylo.models.transformer_config import HyloTransformerConfig
+
+
+class GroupedQueryAttention(MegatronModule):
+    """Causal softmax attention; `linear_qkv` has Megatron's order, for each KV head its queries, key, value."""
+
+    def __init__(
+        self,
+        config: HyloTransformerConfig,
+        submodules: MixerSubmodules,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        c = config.hylo
+        self.tp_group = pg_collection.tp
+        self.head_dim = c.kv_channels
+        self.queries_per_group = c.num_attention_heads // c.num_query_groups
+        self.groups = c.num_query_groups // self.tp_group.size()
+        width = (c.num_attention_heads + 2 * c.num_query_groups) * c.kv_channels
+        self.linear_qkv = column_linear(submodules, config, c.hidden_size, width, self.tp_group, bias=c.add_qkv_bias)
+        self.linear_proj = row_linear(submodules, config, c.num_attention_heads * c.kv_channels, c.hidden_size, self.tp_group)
+        self.q_layernorm = HeadNorm(config, c.kv_channels) if c.qk_layernorm else None
+        self.k_layernorm = HeadNorm(config, c.kv_channels) if c.qk_layernorm else None
+
+    def forward(self, hidden_states: Tensor, attention_mask: None = None, **kwargs: object) -> tuple[Tensor, None]:
+        """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
+        refuse_packing(kwargs)
+        c = self.config.hylo
+        qkv, _ = self.linear_qkv(hidden_states)
+        s, b, _ = qkv.shape
+        qkv = qkv.transpose(0, 1).reshape(b, s, self.groups, self.queries_per_group + 2, self.head_dim)
+        query, key, value = torch.split(qkv, [self.queries_per_group, 1, 1], dim=3)
+        query, key, value = query.reshape(b, s, -1, self.head_dim), key.squeeze(3), value.squeeze(3)
+        if self.q_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        cos, sin = rotary_table(self.head_dim, c.rotary_base, c.rope_scaling, s, query.device)
+        query, key = apply_rope(query, cos, sin, interleaved=False), apply_rope(key, cos, sin, interleaved=False)
+        out = attention(query, key, value, scale=self.head_dim**-0.5)
+        return self.linear_proj(out.reshape(b, s, -1).transpose(0, 1).contiguous())

@@ -1,0 +1,163 @@
+"""Model folders: the one format that conversion, upcycling, training and export share.
+
+DIR/hylo.json     {"format", "version", "model": ModelConfig, "params_dtype", "provenance"}
+DIR/weights/      Megatron-Core dist_checkpointing (any tensor/pipeline layout can load it)
+DIR/tokenizer/    the tokenizer's files, when there is one
+DIR/manifest.json sizes and sha256 of all files; a folder without it is not finished
+"""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from torch import nn
+
+from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig, from_dict
+from megatron_hylo.models.hylo_model import HyloModel, build_model
+from megatron_hylo.models.specs import BackendName
+from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.sealed import sealed_directory, verify_sealed, write_json
+
+FORMAT, VERSION = "megatron_hylo.model", 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def sharding_metadata() -> dict[str, Any]:
+    """What Megatron-Core's sharded_state_dict functions want to know."""
+    return {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable",
+    }
+
+
+def sharded_weights(model: HyloModel) -> dict[str, Any]:
+    """Sharded state dict of the weights alone; Transformer Engine's extra states are left out, so backends agree."""
+    state = model.sharded_state_dict(metadata=sharding_metadata())
+    return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+
+def describe(config: ModelConfig, params_dtype: torch.dtype, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Content of hylo.json."""
+    name = next(k for k, v in DTYPES.items() if v == params_dtype)
+    return {"format": FORMAT, "version": VERSION, "model": config.to_dict(), "params_dtype": name, "provenance": provenance}
+
+
+def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration and the whole of hylo.json of a model folder.
+
+    Raises:
+        ConfigError: not a model folder, or one of another format version.
+    """
+    file = Path(path) / "hylo.json"
+    if not file.is_file():
+        raise ConfigError(f"{path} is not a megatron_hylo model folder: it has no hylo.json")
+    description = json.loads(file.read_text())
+    if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
+        raise ConfigError(
+            f"{file}: format {description.get('format')} {description.get('version')}, expected {FORMAT} {VERSION}"
+        )
+    return from_dict(ModelConfig, description["model"], str(file)), description
+
+
+def save_weights(state: dict[str, Any], folder: Path) -> None:
+    """Write a sharded state dict into `folder` (created)."""
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dist_checkpointing.save(state, str(folder))
+
+
+def load_weights(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Read what a sharded state dict asks for out of `folder`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dist_checkpointing.load(state, str(folder))
+
+
+def put_weights(model: nn.Module, state: dict[str, Any]) -> None:
+    """Load a plain state dict; only Transformer Engine's extra states may be missing.
+
+    Raises:
+        ConfigError: any other tensor is missing or unknown.
+    """
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise ConfigError(f"weights do not fit the model: missing {missing[:3]}, unknown {unexpected[:3]}")
+
+
+def save_model(
+    model: HyloModel,
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    provenance: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model folder; all ranks call it.
+
+    Args:
+        model: this rank's part.
+        path: folder to make.
+        tokenizer: folder whose files are copied to DIR/tokenizer.
+        provenance: where the weights come from, kept in hylo.json.
+        overwrite: replace what is there.
+    """
+    config = model.config
+    with sealed_directory(path, overwrite) as folder:
+        save_weights({"model": sharded_weights(model)}, folder / "weights")
+        if is_main():
+            write_json(folder / "hylo.json", describe(config.hylo, config.params_dtype, provenance or {}))
+            if tokenizer is not None:
+                shutil.copytree(tokenizer, folder / "tokenizer")
+
+
+def load_model(
+    path: str | Path,
+    parallel: ParallelConfig | None = None,
+    params_dtype: torch.dtype | None = None,
+    backend: BackendName = "auto",
+    recompute: bool = False,
+    verify_hashes: bool = True,
+    **changes: Any,
+) -> HyloModel:
+    """Build this rank's part of a saved model and fill it.
+
+    Args:
+        path: a model folder or a training checkpoint.
+        parallel: any layout, whatever the folder was written under.
+        params_dtype: by default the folder's own.
+        backend, recompute: as in `build_model`.
+        verify_hashes: compare all files with the manifest first.
+        changes: fields of the configuration to replace (a longer context's rope scaling, say).
+
+    Raises:
+        ConfigError: not a model folder.
+        DamagedError: its files are not what its manifest says.
+    """
+    config, description = read_description(path)
+    if is_main():
+        verify_sealed(path, hashes=verify_hashes)
+    dtype = params_dtype or DTYPES[description["params_dtype"]]
+    model = build_model(config.replace(**changes), parallel, dtype, backend, recompute)
+    state = load_weights({"model": sharded_weights(model)}, Path(path) / "weights")
+    put_weights(model, state["model"])
+    return model
+
+
+def tokenizer_directory(path: str | Path) -> Path:
+    """The tokenizer inside a model folder.
+
+    Raises:
+        ConfigError: the folder has none.
+    """
+    folder = Path(path) / "tokenizer"
+    if not folder.is_dir():
+        raise ConfigError(f"{path} holds no tokenizer; convert it again from a folder that has tokenizer files")
+    return folder

@@ -1,0 +1,103 @@
+"""`G`: Gated DeltaNet with the paper's shapes (fla's layer: key width 0.75 d, values twice as wide, output gate).
+
+S_t = exp(g_t) S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T,  o_t = S_t^T q_t / sqrt(d_k)      (HyLo, appendix A.3)
+y = W_O (RMSNorm(o) * silu(W_G x)),  g = -exp(A_log) softplus(W_a x + dt_bias),  beta = sigmoid(W_b x)
+"""
+
+import math
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_hylo.kernels.causal_conv1d import causal_conv1d
+from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
+from megatron_hylo.models.layers import HeadNorm, sharded_mixer_state, tensor_parallel_parameter
+from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_packing, row_linear
+from megatron_hylo.models.transformer_config import HyloTransformerConfig
+from megatron_hylo.platform.distributed import device
+
+
+class ShortConvolution(MegatronModule):
+    """Depthwise causal convolution over `channels` of this rank, SiLU after it. Weight [channels, 1, kernel]."""
+
+    def __init__(self, config: HyloTransformerConfig, channels: int, bias: bool) -> None:
+        super().__init__(config=config)
+        kernel, where = config.hylo.linear_conv_kernel_dim, device()
+        bound = 1 / math.sqrt(kernel)  # nn.Conv1d's default for one input channel a group
+        with get_cuda_rng_tracker().fork():
+            weight = torch.empty(channels, 1, kernel, device=where).uniform_(-bound, bound)
+            offset = torch.empty(channels, device=where).uniform_(-bound, bound)
+        self.weight = tensor_parallel_parameter(weight, dtype=config.params_dtype)
+        self.bias = tensor_parallel_parameter(offset, dtype=config.params_dtype) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [batch, sequence, channels] -> the same."""
+        return causal_conv1d(x, self.weight.squeeze(1), self.bias, activation="silu")[0]
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Channels are split over the tensor-parallel ranks."""
+        return sharded_mixer_state(self, prefix, sharded_offsets, metadata, self.tp_group, {})
+
+
+def log_uniform_dt_bias(heads: int, where: torch.device) -> Tensor:
+    """Inverse softplus of step sizes drawn log-uniformly from [1e-3, 1e-1], floor 1e-4: fp32 [heads] (Mamba2)."""
+    dt = torch.exp(torch.rand(heads, device=where) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(min=1e-4)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class GatedDeltaNet(MegatronModule):
+    """Linear attention with a delta-rule state of [key_head_dim, value_head_dim] a head."""
+
+    def __init__(
+        self,
+        config: HyloTransformerConfig,
+        submodules: MixerSubmodules,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        c = config.hylo
+        self.tp_group = pg_collection.tp
+        tp = self.tp_group.size()
+        self.heads = c.linear_num_heads // tp
+        keys, values = self.heads * c.linear_key_head_dim, self.heads * c.linear_value_head_dim
+        self.sections = {"query": keys, "key": keys, "value": values, "gate": values, "beta": self.heads, "alpha": self.heads}
+        self.in_proj = column_linear(submodules, config, c.hidden_size, tp * sum(self.sections.values()), self.tp_group)
+        self.conv1d = ShortConvolution(config, 2 * keys + values, bias=False)
+        self.conv1d.tp_group = self.tp_group
+        with get_cuda_rng_tracker().fork():
+            decay = torch.empty(self.heads, device=device()).uniform_(1e-4, 16).log()
+            self.A_log = tensor_parallel_parameter(decay, keep_fp32=True)
+            self.dt_bias = tensor_parallel_parameter(log_uniform_dt_bias(self.heads, device()), keep_fp32=True)
+        self.out_norm = HeadNorm(config, c.linear_value_head_dim)
+        self.out_proj = row_linear(submodules, config, tp * values, c.hidden_size, self.tp_group)
+
+    def forward(self, hidden_states: Tensor, attention_mask: None = None, **kwargs: object) -> tuple[Tensor, None]:
+        """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
+        refuse_packing(kwargs)
+        c = self.config.hylo
+        projected, _ = self.in_proj(hidden_states)
+        s, b, _ = projected.shape
+        keys, _, values, *_ = self.sections.values()
+        qkv, gate, beta, alpha = projected.transpose(0, 1).split([2 * keys + values, values, self.heads, self.heads], dim=-1)
+        query, key, value = self.conv1d(qkv).split([keys, keys, values], dim=-1)
+        decay = -self.A_log.exp() * torch.nn.functional.softplus(alpha.float() + self.dt_bias)
+        out, _ = gated_delta_rule(
+            query.reshape(b, s, self.heads, c.linear_key_head_dim),
+            key.reshape(b, s, self.heads, c.linear_key_head_dim),
+            value.reshape(b, s, self.heads, c.linear_value_head_dim),
+            decay,
+            beta.sigmoid(),
+        )
+        out = self.out_norm(out, gate.reshape(out.shape))
+        return self.out_proj(out.reshape(b, s, values).transpose(0, 1).contiguous())
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """The fused projection and convolution are stored by section, so that any tensor-parallel size can load them."""
+        conv = {name: self.sections[name] for name in ("query", "key", "value")}
+        splits = {"in_proj.weight": self.sections, "conv1d.weight": conv}
+        return sharded_mixer_state(self, prefix, sharded_offsets, metadata, self.tp_group, splits)

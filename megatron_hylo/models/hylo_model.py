@@ -1,0 +1,83 @@
+"""The model: Megatron-Core's HybridModel that stops at hidden states, so that losses can be computed in chunks."""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor, nn
+
+from megatron_hylo.config import ModelConfig, ParallelConfig
+from megatron_hylo.layouts import pipeline_pattern
+from megatron_hylo.models.specs import BackendName, get_backend, hybrid_stack_spec, megatron_pattern
+from megatron_hylo.models.transformer_config import build_transformer_config
+
+
+class HyloModel(HybridModel):
+    """A teacher or a hybrid, this rank's part of it."""
+
+    def forward(self, input_ids: Tensor | None, **_: object) -> Tensor:
+        """Hidden states after the last norm (on the last pipeline stage), before the output head.
+
+        Args:
+            input_ids: int64 [batch, sequence]; needed on the first pipeline stage only.
+
+        Returns:
+            [sequence (/ TP with sequence parallelism), batch, hidden].
+        """
+        hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        return self.decoder(hidden_states=hidden, attention_mask=None)
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the output head: [vocab / TP, hidden]; the embedding where they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits of some hidden states: [sequence, batch, hidden] -> [batch, sequence, vocab]. For short inputs."""
+        weight = self.head_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=weight)
+        return gather_from_tensor_model_parallel_region(logits).transpose(0, 1).contiguous()
+
+    def mixer_layers(self) -> list[tuple[nn.Module, nn.Module]]:
+        """This stage's (mixer layer, MLP layer) pairs, in order."""
+        layers = list(self.decoder.layers)
+        return list(zip(layers[0::2], layers[1::2]))
+
+
+def build_model(
+    config: ModelConfig,
+    parallel: ParallelConfig | None = None,
+    params_dtype: torch.dtype = torch.float32,
+    backend: BackendName = "auto",
+    recompute: bool = False,
+) -> HyloModel:
+    """Build this rank's part of a model with random weights; `platform.initialize` must have run.
+
+    Args:
+        config: architecture.
+        parallel: sizes of the parallel groups, as given to `initialize`.
+        params_dtype: torch.float32 or torch.bfloat16; A_log, dt_bias and D stay fp32.
+        backend: where linear maps and norms come from.
+        recompute: recompute activations in the backward pass.
+
+    Raises:
+        ConfigError: heads or vocabulary that tensor parallelism does not divide; more pipeline stages than layers.
+    """
+    parallel = parallel or ParallelConfig()
+    stages = parallel.pipeline_model_parallel_size
+    chosen = get_backend(backend)
+    model = HyloModel(
+        build_transformer_config(config, parallel, params_dtype, recompute),
+        hybrid_stack_spec(chosen),
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.max_position_embeddings,
+        hybrid_layer_pattern=megatron_pattern(pipeline_pattern(config, stages)),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
+        position_embedding_type="none",
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    return model.cuda() if torch.cuda.is_available() else model

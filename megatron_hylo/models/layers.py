@@ -1,0 +1,113 @@
+"""Small layers shared by the mixers: norms, a replicated linear map, rotary tables, fused-projection checkpoints.
+
+Gradients under tensor parallelism, the rules kept here:
+  - a weight applied to tokens that sequence parallelism has split carries `sequence_parallel`, and Megatron-Core
+    sums its gradient over the tensor-parallel ranks (RMSNorm, ReplicatedLinear);
+  - a weight shared by heads that tensor parallelism has split gets its gradient summed here, in the backward of
+    `copy_to_tensor_model_parallel_region` (HeadNorm).
+"""
+
+from functools import lru_cache
+
+import torch
+from megatron.core.ssm.utils import _split_tensor_factory
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import get_data_parallel_rng_tracker_name
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import Tensor, nn
+
+from megatron_hylo.config import RopeScaling
+from megatron_hylo.kernels.norm import gated_rms_norm, rms_norm
+from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
+from megatron_hylo.platform.distributed import device
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the hidden dimension; statistics in fp32. The `local` backend's norm."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device()))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [sequence, batch, hidden]; same shape and dtype out."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over the channels of each head, one weight for all heads; optionally gated by silu(gate)."""
+
+    def __init__(self, config: TransformerConfig, head_dim: int) -> None:
+        super().__init__()
+        self.eps = config.layernorm_epsilon
+        self.weight = nn.Parameter(torch.ones(head_dim, dtype=config.params_dtype, device=device()))
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """x, gate: [batch, sequence, heads, head_dim]; norm first, then the gate (Gated DeltaNet's order)."""
+        weight = copy_to_tensor_model_parallel_region(self.weight)
+        if gate is None:
+            return rms_norm(x, weight, self.eps)
+        return gated_rms_norm(x, gate, weight, self.eps, norm_before_gate=True)
+
+
+class ReplicatedLinear(nn.Module):
+    """A bias-free linear map held whole by every tensor-parallel rank (MLA's down-projections)."""
+
+    def __init__(self, in_features: int, out_features: int, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=config.params_dtype, device=device()))
+        with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):  # equal on all tensor-parallel ranks
+            config.init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [sequence, batch, in_features] -> [sequence, batch, out_features]."""
+        return torch.nn.functional.linear(x, self.weight)
+
+
+@lru_cache(maxsize=16)
+def rotary_table(dim: int, base: float, scaling: RopeScaling, length: int, where: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions 0..length-1: two fp32 tensors [length, dim / 2]."""
+    inverse = rope_frequencies(dim, base, scaling).to(where)
+    return rope_cos_sin(torch.arange(length, device=where), inverse, scaling.cos_sin_multiplier)
+
+
+def tensor_parallel_parameter(data: Tensor, keep_fp32: bool = False, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """A parameter whose first dimension is this rank's slice; `keep_fp32` for A_log, dt_bias and D."""
+    parameter = nn.Parameter(data.float() if keep_fp32 else data.to(dtype or data.dtype))
+    parameter.tensor_model_parallel = True
+    parameter.partition_dim = 0
+    parameter.partition_stride = 1
+    return parameter
+
+
+def sharded_mixer_state(
+    module: nn.Module, prefix: str, offsets: tuple, metadata: dict | None, tp_group, splits: dict[str, dict[str, int]]
+) -> dict:
+    """Sharded state dict of a mixer whose fused tensors hold several tensor-parallel parts.
+
+    Args:
+        module: the mixer; its own parameters are tensor-parallel along dimension 0.
+        prefix, offsets, metadata: as in Megatron-Core's `sharded_state_dict`.
+        tp_group: tensor-parallel group.
+        splits: for each fused tensor of this rank, e.g. "in_proj.weight": {"query": rows, "key": rows, ...}.
+    """
+    metadata = ensure_metadata_has_dp_cp_group(metadata)
+    own: dict = {}
+    module._save_to_state_dict(own, "", keep_vars=True)
+    state = make_sharded_tensors_for_checkpoint(
+        own, prefix, {name: 0 for name in own}, offsets, tp_group=tp_group, dp_cp_group=metadata["dp_cp_group"]
+    )
+    for name, child in module.named_children():
+        state.update(sharded_state_dict_default(child, f"{prefix}{name}.", offsets, metadata, tp_group=tp_group))
+    for name, sections in splits.items():
+        key = f"{prefix}{name}"
+        state[key] = _split_tensor_factory(state[key], list(sections.values()), list(sections), 0)
+    return state

@@ -1,0 +1,97 @@
+"""`M`: Mamba2 as HyLo builds it from attention (Mamba-in-the-Llama map: x from V, B from K, C from Q).
+
+x and B have only the base model's KV heads and are repeated to all heads after the convolution; every head is a
+group of its own. h_t = exp(dt A) h_{t-1} + dt x_t B_t^T,  y_t = h_t C_t + D x_t,  out = W_O RMSNorm_head(y * silu(z)).
+"""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_hylo.kernels.norm import gated_rms_norm
+from megatron_hylo.kernels.ssd import ssd
+from megatron_hylo.models.gdn import ShortConvolution, log_uniform_dt_bias
+from megatron_hylo.models.layers import sharded_mixer_state, tensor_parallel_parameter
+from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_packing, row_linear
+from megatron_hylo.models.transformer_config import HyloTransformerConfig
+from megatron_hylo.platform.distributed import device
+
+
+class GatedGroupNorm(MegatronModule):
+    """RMSNorm(y * silu(z)) over groups of `group_size` channels; one weight a channel of this rank."""
+
+    def __init__(self, config: HyloTransformerConfig, channels: int, group_size: int) -> None:
+        super().__init__(config=config)
+        self.group_size = group_size
+        self.weight = tensor_parallel_parameter(torch.ones(channels, device=device()), dtype=config.params_dtype)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """y, z: [batch, sequence, channels] -> the same."""
+        eps = self.config.layernorm_epsilon
+        return gated_rms_norm(y, z, self.weight, eps, group_size=self.group_size, norm_before_gate=False)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Channels are split over the tensor-parallel ranks."""
+        return sharded_mixer_state(self, prefix, sharded_offsets, metadata, self.tp_group, {})
+
+
+class Mamba2(MegatronModule):
+    """State-space layer with a state of [head_dim, state_dim] a head."""
+
+    def __init__(
+        self,
+        config: HyloTransformerConfig,
+        submodules: MixerSubmodules,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        c = config.hylo
+        self.tp_group = pg_collection.tp
+        tp = self.tp_group.size()
+        self.heads, self.groups = c.mamba_num_heads // tp, c.num_query_groups // tp
+        inner = self.heads * c.mamba_head_dim
+        self.sections = {
+            "z": inner,
+            "x": self.groups * c.mamba_head_dim,
+            "B": self.groups * c.mamba_state_dim,
+            "C": self.heads * c.mamba_state_dim,
+            "dt": self.heads,
+        }
+        self.in_proj = column_linear(submodules, config, c.hidden_size, tp * sum(self.sections.values()), self.tp_group)
+        self.conv1d = ShortConvolution(config, sum(self.sections[n] for n in "xBC"), bias=True)
+        self.norm = GatedGroupNorm(config, inner, c.mamba_head_dim)
+        self.conv1d.tp_group = self.norm.tp_group = self.tp_group
+        with get_cuda_rng_tracker().fork():
+            decay = torch.empty(self.heads, device=device()).uniform_(1, 16).log()
+            self.A_log = tensor_parallel_parameter(decay, keep_fp32=True)
+            self.dt_bias = tensor_parallel_parameter(log_uniform_dt_bias(self.heads, device()), keep_fp32=True)
+        self.D = tensor_parallel_parameter(torch.ones(self.heads, device=device()), keep_fp32=True)
+        self.out_proj = row_linear(submodules, config, tp * inner, c.hidden_size, self.tp_group)
+
+    def forward(self, hidden_states: Tensor, attention_mask: None = None, **kwargs: object) -> tuple[Tensor, None]:
+        """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
+        refuse_packing(kwargs)
+        c = self.config.hylo
+        projected, _ = self.in_proj(hidden_states)
+        s, b, _ = projected.shape
+        z, x_width, b_width, c_width, dt_width = self.sections.values()
+        z, xbc, dt = projected.transpose(0, 1).split([z, x_width + b_width + c_width, dt_width], dim=-1)
+        x, state_in, state_out = self.conv1d(xbc).split([x_width, b_width, c_width], dim=-1)
+        repeats = self.heads // self.groups
+        x = x.reshape(b, s, self.groups, c.mamba_head_dim).repeat_interleave(repeats, dim=2)
+        state_in = state_in.reshape(b, s, self.groups, c.mamba_state_dim).repeat_interleave(repeats, dim=2)
+        state_out = state_out.reshape(b, s, self.heads, c.mamba_state_dim)
+        dt = torch.nn.functional.softplus(dt.float() + self.dt_bias)
+        y, _ = ssd(x, dt, -self.A_log.exp(), state_in, state_out, self.D)
+        y = self.norm(y.reshape(b, s, -1), z)
+        return self.out_proj(y.transpose(0, 1).contiguous())
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """The fused projection and convolution are stored by section, so that any tensor-parallel size can load them."""
+        conv = {name: self.sections[name] for name in "xBC"}
+        splits = {"in_proj.weight": self.sections, "conv1d.weight": conv, "conv1d.bias": conv}
+        return sharded_mixer_state(self, prefix, sharded_offsets, metadata, self.tp_group, splits)

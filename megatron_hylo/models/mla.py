@@ -1,0 +1,74 @@
+"""`+`: HyLo's Multi-head Latent Attention.
+
+Differs from DeepSeek's (and Megatron-Core's) in that `linear_kv_up_proj` makes only the base model's KV heads,
+each shared by a group of query heads; the latents have no layer norm; Qwen's q/k-norm is kept, over the
+concatenated (unrotated, rotary) channels of each head and before the rotation. HyLo, model cards and blog.
+"""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_hylo.kernels.attention import attention
+from megatron_hylo.kernels.rope import apply_rope
+from megatron_hylo.models.layers import HeadNorm, ReplicatedLinear, rotary_table
+from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_packing, row_linear
+from megatron_hylo.models.transformer_config import HyloTransformerConfig
+
+
+class MultiLatentAttention(MegatronModule):
+    """Causal attention whose cache is one latent of kv_lora_rank and one rotary key a token."""
+
+    def __init__(
+        self,
+        config: HyloTransformerConfig,
+        submodules: MixerSubmodules,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        c = config.hylo
+        self.tp_group = pg_collection.tp
+        self.qk_dim = c.qk_head_dim + c.qk_pos_emb_head_dim
+        self.heads = c.num_attention_heads // self.tp_group.size()
+        self.groups = c.num_query_groups // self.tp_group.size()
+        query_width, kv_width = c.num_attention_heads * self.qk_dim, c.num_query_groups * (c.qk_head_dim + c.v_head_dim)
+        self.linear_q_down_proj = ReplicatedLinear(c.hidden_size, c.q_lora_rank, config)
+        self.linear_q_up_proj = column_linear(submodules, config, c.q_lora_rank, query_width, self.tp_group)
+        self.linear_kv_down_proj = ReplicatedLinear(c.hidden_size, c.kv_lora_rank + c.qk_pos_emb_head_dim, config)
+        self.linear_kv_up_proj = column_linear(submodules, config, c.kv_lora_rank, kv_width, self.tp_group)
+        self.linear_proj = row_linear(submodules, config, c.num_attention_heads * c.v_head_dim, c.hidden_size, self.tp_group)
+        self.q_layernorm = HeadNorm(config, self.qk_dim) if c.qk_layernorm else None
+        self.k_layernorm = HeadNorm(config, self.qk_dim) if c.qk_layernorm else None
+
+    def forward(self, hidden_states: Tensor, attention_mask: None = None, **kwargs: object) -> tuple[Tensor, None]:
+        """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
+        refuse_packing(kwargs)
+        c = self.config.hylo
+        query, _ = self.linear_q_up_proj(self.linear_q_down_proj(hidden_states))
+        latent, rotary_key = self.linear_kv_down_proj(hidden_states).split([c.kv_lora_rank, c.qk_pos_emb_head_dim], dim=-1)
+        key_value, _ = self.linear_kv_up_proj(latent.contiguous())
+        # Every rank's heads read the one rotary key, so its gradient is summed over the ranks.
+        if self.config.sequence_parallel:
+            rotary_key = gather_from_sequence_parallel_region(rotary_key.contiguous(), group=self.tp_group)
+        else:
+            rotary_key = copy_to_tensor_model_parallel_region(rotary_key, group=self.tp_group)
+        s, b, _ = query.shape
+        query = query.transpose(0, 1).reshape(b, s, self.heads, self.qk_dim)
+        key_value = key_value.transpose(0, 1).reshape(b, s, self.groups, c.qk_head_dim + c.v_head_dim)
+        key, value = key_value.split([c.qk_head_dim, c.v_head_dim], dim=-1)
+        rotary_key = rotary_key.transpose(0, 1).unsqueeze(2).expand(-1, -1, self.groups, -1)
+        key = torch.cat([key, rotary_key], dim=-1)
+        if self.q_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        cos, sin = rotary_table(c.qk_pos_emb_head_dim, c.rotary_base, c.mla_rope_scaling, s, query.device)
+        query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+        out = attention(query, key, value, scale=self.qk_dim**-0.5)
+        return self.linear_proj(out.reshape(b, s, -1).transpose(0, 1).contiguous())
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        plain, rotary = x.split([self.qk_dim - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
+        return torch.cat([plain, apply_rope(rotary, cos, sin, interleaved=True)], dim=-1)

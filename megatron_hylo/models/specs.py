@@ -1,0 +1,132 @@
+"""Layer specs for Megatron-Core's HybridModel, in two backends that build the same state dict.
+
+`local` needs nothing but torch and Megatron-Core; `te` takes linear maps and norms from Transformer Engine.
+The mixers are ours in both.
+"""
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any, Callable, Literal
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.models.attention import GroupedQueryAttention
+from megatron_hylo.models.gdn import GatedDeltaNet
+from megatron_hylo.models.layers import RMSNorm
+from megatron_hylo.models.mamba2 import Mamba2
+from megatron_hylo.models.mixer import MixerSubmodules
+from megatron_hylo.models.mla import MultiLatentAttention
+from megatron_hylo.models.transformer_config import HyloTransformerConfig
+
+BackendName = Literal["auto", "local", "te"]
+logger = logging.getLogger("megatron_hylo.models")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where linear maps and norms come from."""
+
+    name: str
+    column_parallel_linear: Callable[..., torch.nn.Module]
+    row_parallel_linear: Callable[..., torch.nn.Module]
+    norm: Callable[..., torch.nn.Module]
+
+
+def get_backend(name: BackendName = "auto") -> Backend:
+    """The backend of that name; "auto" is `te` on a GPU with Transformer Engine, else `local`.
+
+    Raises:
+        ConfigError: an unknown name, or `te` where Transformer Engine does not import.
+    """
+    from megatron.core.extensions import transformer_engine as te
+
+    if name not in ("auto", "local", "te"):
+        raise ConfigError(f"unknown backend {name!r}; use auto, local or te")
+    if name == "te" and not te.HAVE_TE:
+        raise ConfigError("backend te needs Transformer Engine, which does not import here; install it or use backend local")
+    use_te = te.HAVE_TE and (name == "te" or (name == "auto" and torch.cuda.is_available()))
+    if use_te:
+        chosen = Backend("te", te.TEColumnParallelLinear, te.TERowParallelLinear, te.TENorm)
+    else:
+        chosen = Backend("local", ColumnParallelLinear, RowParallelLinear, RMSNorm)
+    _log_once(chosen.name)
+    return chosen
+
+
+@functools.cache
+def _log_once(name: str) -> None:
+    logger.info("linear maps and norms: backend %s", name)
+
+
+class HyloStack(HybridStack):
+    """HybridStack whose final norm comes from the backend; the stock one exists in Transformer Engine only."""
+
+    def __init__(
+        self, config: Any, submodules: HybridStackSubmodules, norm: Callable[..., torch.nn.Module], **kwargs: Any
+    ) -> None:
+        super().__init__(config=config, submodules=submodules, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = True
+        if self.post_process:
+            self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+
+class AttentionOrLatent:
+    """Builds `*` or `+`, whichever the layer's place in the pattern asks for.
+
+    HybridModel refuses patterns with both, for the sake of its shared rotary embedding, which is not used here;
+    it is therefore given `*` for either (see `megatron_pattern`).
+    """
+
+    def __new__(cls, config: HyloTransformerConfig, layer_number: int = 1, **kwargs: Any) -> torch.nn.Module:
+        symbol = config.hylo.mixers[(layer_number - 1) // 2]
+        mixer = {"*": GroupedQueryAttention, "+": MultiLatentAttention}[symbol]
+        return mixer(config=config, layer_number=layer_number, **kwargs)
+
+
+def megatron_pattern(pattern: str) -> str:
+    """The pattern HybridModel is given: `+` written as `*`."""
+    return pattern.replace("+", "*")
+
+
+def hybrid_stack_spec(backend: Backend) -> ModuleSpec:
+    """Spec of a stack of `*`, `+`, `M`, `G` mixer layers and `-` MLP layers.
+
+    All mixers sit in the same place, `layers.{i}.self_attention` behind `layers.{i}.input_layernorm`.
+    """
+    linears = MixerSubmodules(backend.column_parallel_linear, backend.row_parallel_linear)
+
+    def mixer_layer(mixer: type, **params: Any) -> ModuleSpec:
+        submodules = TransformerLayerSubmodules(
+            input_layernorm=backend.norm,
+            self_attention=ModuleSpec(mixer, submodules=linears),
+            self_attn_bda=get_bias_dropout_add,
+        )
+        return ModuleSpec(TransformerLayer, submodules=submodules, params=params)
+
+    mlp = functools.partial(
+        MLP.as_mlp_submodule,
+        submodules=MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear),
+    )
+    mlp_layer = ModuleSpec(
+        MLPLayer,
+        submodules=TransformerLayerSubmodules(pre_mlp_layernorm=backend.norm, mlp=mlp, mlp_bda=get_bias_dropout_add),
+    )
+    return ModuleSpec(
+        HyloStack,
+        submodules=HybridStackSubmodules(
+            attention_layer=mixer_layer(AttentionOrLatent),
+            mamba_layer=mixer_layer(Mamba2, add_layer_offset=False),  # HybridStack says so for all others
+            gdn_layer=mixer_layer(GatedDeltaNet),
+            mlp_layer=mlp_layer,
+        ),
+        params={"norm": backend.norm},
+    )

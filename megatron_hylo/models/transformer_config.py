@@ -1,0 +1,89 @@
+"""From a `ModelConfig` to the TransformerConfig that Megatron-Core's modules read."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
+
+
+@dataclass
+class HyloTransformerConfig(TransformerConfig):
+    """Megatron-Core's configuration with ours attached: mixers read their sizes from `hylo`."""
+
+    hylo: ModelConfig | None = None
+
+
+def check_tensor_parallel(config: ModelConfig, size: int) -> None:
+    """Refuse a tensor-parallel size that does not divide the heads.
+
+    Raises:
+        ConfigError: naming the head count and the sizes that work.
+    """
+    counts = {"vocab_size": config.vocab_size, "ffn_hidden_size": config.ffn_hidden_size}
+    if set(config.mixers) & set("*+M"):
+        counts |= {"num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_query_groups}
+    if "M" in config.mixers:
+        counts["mamba_num_heads"] = config.mamba_num_heads
+    if "G" in config.mixers:
+        counts["linear_num_heads"] = config.linear_num_heads
+    for name, count in counts.items():
+        if count % size:
+            good = [n for n in range(1, 65) if all(c % n == 0 for c in counts.values())]
+            raise ConfigError(
+                f"tensor_model_parallel_size {size} does not divide {name} {count}; sizes that work for this model: "
+                f"{', '.join(map(str, good))}"
+            )
+
+
+def build_transformer_config(
+    config: ModelConfig,
+    parallel: ParallelConfig | None = None,
+    params_dtype: torch.dtype = torch.float32,
+    recompute: bool = False,
+) -> HyloTransformerConfig:
+    """Megatron-Core configuration of a model.
+
+    Args:
+        config: the architecture.
+        parallel: sizes of the parallel groups.
+        params_dtype: torch.float32 or torch.bfloat16.
+        recompute: recompute every layer's activations in the backward pass.
+    """
+    parallel = parallel or ParallelConfig()
+    check_tensor_parallel(config, parallel.tensor_model_parallel_size)
+    cuda = torch.cuda.is_available()
+    return HyloTransformerConfig(
+        hylo=config,
+        num_layers=2 * config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        layernorm_epsilon=config.layernorm_epsilon,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        add_qkv_bias=config.add_qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        use_cpu_initialization=not cuda,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=cuda,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+    )

@@ -1,0 +1,156 @@
+"""Conversion against transformers: logits, bit-exact round trips, and every way an input can be bad."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.convert.hf_reader import SafetensorsSource
+from megatron_hylo.convert.to_hf import convert_megatron_to_hf, write_shards
+from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
+from megatron_hylo.convert.verify import verify_conversion
+from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.sealed import DamagedError
+from tests.conftest import tiny_hf_model
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32, "rope_theta": 500000.0}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+CASES = {
+    "llama-tied": ("llama", True, {}),
+    "llama-untied-llama3-rope": ("llama", False, {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("llama", True, {"rope_parameters": YARN}),
+    "qwen2-bias": ("qwen2", True, {}),
+    "qwen3-qk-norm": ("qwen3", False, {}),
+    "qwen3-yarn": ("qwen3", True, {"rope_parameters": YARN}),
+    "llama-one-kv-head": ("llama", True, {"num_key_value_heads": 1}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_match_transformers_and_round_trip_is_bit_exact(case, one_rank, tmp_path):
+    family, tied, changes = CASES[case]
+    tiny_hf_model(family, tied, **changes).save_pretrained(tmp_path / "hf")
+    convert_hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    result = verify_conversion(tmp_path / "hf", tmp_path / "megatron", tokens=100)
+    assert result.ok and result.max_logit_difference < 2e-5, result
+    convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("hf", "back"))
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert type(again).__name__.lower().startswith(family)
+    ids = torch.randint(160, (2, 20))
+    original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert torch.equal(original(ids).logits, again(ids).logits)
+
+
+def test_bfloat16_round_trip_is_bit_exact(one_rank, tmp_path):
+    tiny_hf_model("qwen3").bfloat16().save_pretrained(tmp_path / "hf")
+    convert_hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("hf", "back"))
+    assert all(after[n].dtype == torch.bfloat16 and torch.equal(before[n], after[n]) for n in before)
+
+
+def test_sharded_checkpoint_equals_whole_one(one_rank, tmp_path):
+    model = tiny_hf_model("llama")
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="60KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    for name in ("one", "many"):
+        convert_hf_to_megatron(tmp_path / name, tmp_path / f"{name}-megatron")
+    one, many = (dict(load_model(tmp_path / f"{n}-megatron").named_parameters()) for n in ("one", "many"))
+    assert all(torch.equal(one[n], many[n]) for n in one)
+
+
+def test_write_shards_holds_no_more_than_asked(tmp_path):
+    tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(7)}
+    write_shards(iter(tensors.items()), tmp_path, max_shard_bytes=1000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2800
+    for name, file in index["weight_map"].items():
+        assert (tmp_path / file).stat().st_size < 1300
+        assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
+
+
+def test_verify_names_the_one_weight_that_was_changed(one_rank, tmp_path):
+    tiny_hf_model("llama").save_pretrained(tmp_path / "hf")
+    convert_hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.self_attn.k_proj.weight"][3, 5] += 0.25
+    save_file(tensors, file, metadata={"format": "pt"})
+    result = verify_conversion(tmp_path / "hf", tmp_path / "megatron")
+    assert not result.ok
+    assert len(result.differing) == 1 and result.differing[0].startswith(
+        "model.layers.1.self_attn.k_proj.weight: max |delta| 2.5"
+    )
+    assert result.max_logit_difference > 1e-4
+
+
+@pytest.fixture
+def hf_folder(tmp_path):
+    tiny_hf_model("llama").save_pretrained(tmp_path / "hf", max_shard_size="60KB")
+    return tmp_path / "hf"
+
+
+def refused(folder, message, tmp_path, error=ConfigError):
+    with pytest.raises(error, match=message):
+        convert_hf_to_megatron(folder, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def shard(folder, number=2):
+    return sorted(folder.glob("model-*.safetensors"))[number]
+
+
+def test_missing_shard(one_rank, hf_folder, tmp_path):
+    name = shard(hf_folder).name
+    shard(hf_folder).unlink()
+    refused(hf_folder, f"{name} is missing", tmp_path)
+
+
+def test_corrupt_shard(one_rank, hf_folder, tmp_path):
+    file = shard(hf_folder)
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(hf_folder, f"{file.name} is corrupt or cut short", tmp_path)
+
+
+def test_unknown_architecture(one_rank, hf_folder, tmp_path):
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps(config | {"model_type": "gemma9"}))
+    refused(hf_folder, "unknown architecture: model_type 'gemma9'.*supported: hylo, llama, qwen2, qwen3", tmp_path)
+
+
+def test_shape_that_config_does_not_ask_for(one_rank, hf_folder, tmp_path):
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    refused(hf_folder, r"mlp.gate_proj.weight has shape \[112, 48\], config.json asks for \[128, 48\]", tmp_path)
+
+
+def test_no_such_folder_and_no_checkpoint(one_rank, tmp_path):
+    (tmp_path / "hf").mkdir()
+    refused(tmp_path / "nowhere", "does not exist", tmp_path)
+    refused(tmp_path / "hf", "has no config.json", tmp_path)
+
+
+def test_damaged_model_folder_is_named(one_rank, hf_folder, tmp_path):
+    convert_hf_to_megatron(hf_folder, tmp_path / "megatron")
+    file = next((tmp_path / "megatron" / "weights").glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(DamagedError, match=file.name):
+        load_model(tmp_path / "megatron")
+
+
+def test_one_shard_is_open_at_a_time(hf_folder):
+    source = SafetensorsSource(hf_folder)
+    names = list(source.shard_of)
+    for name in names:
+        source.read(name)
+        assert source._open_shard[0] == source.shard_of[name]
