@@ -69,7 +69,7 @@ def test_mixer_parameters_match_the_papers_25_2_million():
 
 
 def test_hylo_layouts_json():
-    command = [sys.executable, "-m", "megatron_hylo.cli", "layouts", "--json", "true"]
+    command = [sys.executable, "-m", "megatron_hylo.cli", "layouts", "--json"]
     rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert {row["name"]: row["params"] for row in rows if row["name"] in RELEASED} == {n: v[0] for n, v in RELEASED.items()}
     assert set(rows[0]) == {"name", "params", "kv_percent", "kv_bytes_per_token"}

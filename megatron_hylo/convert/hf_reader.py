@@ -153,10 +153,30 @@ def load_transformers_tokenizer(path: str | Path) -> Any | None:
     path = Path(path)
     gguf = gguf_file(path)
     if gguf:
-        return transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        return _gguf_tokenizer(gguf)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     return transformers.AutoTokenizer.from_pretrained(path)
+
+
+def _gguf_tokenizer(file: Path) -> Any:
+    """The tokenizer inside a GGUF file, with two things set that transformers leaves out of it.
+
+    The end-of-sequence token is the one the file names, and the file's pre-tokenizer "smollm" splits digits one by
+    one before the byte-level split (235 of 721 documents tokenise differently without it).
+    """
+    import transformers
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    fields = GGUFReader(file).fields
+    if "tokenizer.ggml.eos_token_id" in fields:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(fields["tokenizer.ggml.eos_token_id"].contents()))
+    if "tokenizer.ggml.pre" in fields and fields["tokenizer.ggml.pre"].contents() == "smollm":
+        split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        tokenizer.backend_tokenizer.pre_tokenizer = split
+    return tokenizer
 
 
 def open_source(path: str | Path) -> TensorSource:

@@ -12,7 +12,7 @@ from megatron_hylo.convert.to_megatron import Track, fill_model, no_progress
 from megatron_hylo.layouts import expand_pattern, get_layout, hybrid_config
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
-from megatron_hylo.upcycle.assemble import assemble_state, upcycle_state
+from megatron_hylo.upcycle.assemble import Source, assemble_state, upcycle_state
 
 
 def student_config(teacher: ModelConfig, layout: str | None, pattern: str | None, overrides: dict[str, Any]) -> ModelConfig:
@@ -63,10 +63,9 @@ def upcycle_folder(
     teacher_config = model.config.hylo
     config = student_config(teacher_config, layout, pattern, overrides or {})
     source = dict(hf_tensors(model))
-    state = upcycle_state(source.__getitem__, teacher_config, config, initialiser=init, seed=seed)
-    names = list(track(state, "upcycle"))
+    state = dict(upcycle_state(source.__getitem__, teacher_config, config, initialiser=init, seed=seed, track=track))
     student = build_model(config, params_dtype=model.config.params_dtype, backend="local")
-    _write(student, dict(names), output, Path(teacher), {"teacher": str(teacher), "init": init, "seed": seed}, overwrite)
+    _write(student, state, output, Path(teacher), {"teacher": str(teacher), "init": init, "seed": seed}, overwrite)
     return config
 
 
@@ -103,10 +102,8 @@ def assemble_folder(
             f"pattern {pattern} asks for mixers that neither model has: {mla_config.mixers[0]}, {linear_config.mixers[0]}"
         )
     config = mla_config.replace(hybrid_layer_pattern="".join(m + "-" for m in mixers))
-    sources = [dict(hf_tensors(m)) for m in (mla_model, linear_model, base_model)]
-    state = dict(
-        track(assemble_state(sources[0].__getitem__, sources[1].__getitem__, config, sources[2].__getitem__), "assemble")
-    )
+    sources = [Source(m.config.hylo, dict(hf_tensors(m)).__getitem__) for m in (mla_model, linear_model, base_model)]
+    state = dict(assemble_state(*sources, config, track))
     student = build_model(config, params_dtype=mla_model.config.params_dtype, backend="local")
     _write(student, state, output, Path(base), {"mla": str(mla), "linear": str(linear), "base": str(base)}, overwrite)
     return config

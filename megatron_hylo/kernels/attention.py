@@ -5,6 +5,8 @@ CUDA the backend is chosen here, in the order cuDNN, flash, memory-efficient, ma
 Hopper and takes value heads that differ from query heads, as MLA has), and logged.
 """
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,7 +37,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, c
     Raises:
         ValueError: shapes that disagree, or more queries than keys with causal.
     """
-    (b, t, hq, d), (s, hkv) = q.shape, k.shape[1:3]
+    (b, t, hq, d), (s, hkv), dv = q.shape, k.shape[1:3], v.shape[-1]
     if k.shape != (b, s, hkv, d) or v.shape[:3] != (b, s, hkv) or hq % hkv:
         raise ValueError(
             f"q {tuple(q.shape)} [b, t, hq, d] needs k [b, s, hkv, d] and v [b, s, hkv, dv] with hkv dividing hq, "
@@ -50,7 +52,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, c
     is_causal = causal and t == s and t > 1
     backend = _backend(q, k, v, mask, is_causal)
     if backend == "torch":
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=hq != hkv)
+        width = max(d, dv)  # zero channels change nothing, and only equal widths take the flash kernel of the CPU
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=hq != hkv)[..., :dv]
     else:
         if backend == "efficient" and hq != hkv:  # the one that has no grouped heads
             k, v = (x.repeat_interleave(hq // hkv, 1) for x in (k, v))
@@ -80,5 +84,8 @@ def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tens
         repeated = (x[:, :1].expand(-1, heads, -1, -1) for x in (k, v))  # shapes are all that is asked about
         usable = cuda.can_use_efficient_attention(cuda.SDPAParams(q, *repeated, mask, 0.0, is_causal, False), False)
         name = "efficient" if usable else "math"
-    use("attention", name, "first usable of cuDNN, flash, efficient, math")
+    if name == "math":
+        use("attention", name, "no fused backend takes these inputs: all scores go to memory", logging.WARNING)
+    else:
+        use("attention", name, "first usable of cuDNN, flash, efficient")
     return name

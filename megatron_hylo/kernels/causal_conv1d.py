@@ -4,10 +4,14 @@ y_t = act(bias + sum_j weight[:, j] * x_{t-k+1+j}). The state is the last k-1 in
 cut anywhere and continued, down to one token at a time. On CUDA fla's Triton kernel runs.
 """
 
+import importlib
+
 import torch
 import torch.nn.functional as F
 
 from megatron_hylo.kernels.registry import library_obstacle, select
+
+FLA_MODULE = "fla.modules.causal_conv1d"
 
 
 def causal_conv1d(
@@ -50,7 +54,7 @@ def causal_conv1d(
         # The state is put in front instead of handed to the kernel: exact gradients for it in every implementation.
         x = torch.cat([initial_state.transpose(1, 2).to(x.dtype), x], 1)
         final = x[:, t:] if output_final_state else None
-    obstacle = library_obstacle("fla", "fla.modules.causal_conv1d", x, "pip install flash-linear-attention")
+    obstacle = library_obstacle("fla", FLA_MODULE, x, "pip install flash-linear-attention")
     run = _fla if select("causal_conv1d", "fla", obstacle) == "fla" else _torch
     y = run(x, weight, bias, activation, initial_state is not None)
     # a copy: a cached state must not keep the whole input alive
@@ -60,8 +64,7 @@ def causal_conv1d(
 def _fla(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, has_history: bool
 ) -> torch.Tensor:
-    from fla.modules.causal_conv1d import causal_conv1d as kernel
-
+    kernel = importlib.import_module(FLA_MODULE).causal_conv1d
     y, _ = kernel(x, weight, bias, activation=activation, backend="triton")
     return y[:, weight.shape[1] - 1 :] if has_history else y
 

@@ -6,7 +6,8 @@ the delta rule's corrections are one unit-lower-triangular system (the WY form),
 definition, token by token: the oracle, and the decode step.
 """
 
-import importlib.metadata
+import functools
+import importlib
 import importlib.util
 import re
 
@@ -18,6 +19,7 @@ from megatron_hylo.kernels.ssd import segment_sum
 
 CHUNK = 64  # tokens
 L2_EPS = 1e-6  # as fla's l2norm
+FLA_MODULE = "fla.ops.gated_delta_rule"
 FLA_MAX_KEY_DIM = 256
 
 
@@ -63,26 +65,38 @@ def gated_delta_rule(
     differentiates = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state)
     )
-    if select("gated_delta_rule", "fla", _fla_obstacle(k, v, differentiates)) == "fla":
+    if select("gated_delta_rule", "fla", fla_obstacle(k, v, differentiates)) == "fla":
         return _fla(q, k, v, g, beta, initial_state, output_final_state)
     with torch.autocast(v.device.type, enabled=False):
         return _chunked(q, k, v, g, beta, initial_state, output_final_state)
 
 
-def _fla_obstacle(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Obstacle | None:
-    obstacle = library_obstacle("fla", "fla.ops.gated_delta_rule", v, "pip install flash-linear-attention")
+def fla_obstacle(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Obstacle | None:
+    """Why fla cannot run on these keys [b, t, h, dk] and values [b, t, h, dv]; None if it can.
+
+    Args:
+        k, v: on the device and of the dtype in question.
+        differentiates: whether a backward pass follows; fla's is wrong with some Triton versions.
+    """
+    obstacle = library_obstacle("fla", FLA_MODULE, v, "pip install flash-linear-attention")
     if obstacle is not None:
         return obstacle
     if k.shape[-1] > FLA_MAX_KEY_DIM:
         return Obstacle(f"fla takes keys up to {FLA_MAX_KEY_DIM} wide, not {k.shape[-1]}")
-    if differentiates and torch.cuda.get_device_capability(v.device)[0] == 9 and not importlib.util.find_spec("tilelang"):
-        version = importlib.metadata.version("triton")
-        if (3, 4, 0) <= tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < (3, 7, 1):
-            return Obstacle(
-                f"fla refuses to train on Hopper with Triton {version}: wrong gradients, fla issue 640",
-                "pip install 'triton>=3.7.1' (or tilelang)",
-            )
-    return None
+    return triton_obstacle(torch.cuda.get_device_capability(v.device)) if differentiates else None
+
+
+@functools.cache
+def triton_obstacle(capability: tuple[int, int]) -> Obstacle | None:
+    """fla's own refusal, known before backward runs into it: Triton 3.4.0 to 3.7.0 on Hopper without tilelang."""
+    version = importlib.import_module("triton").__version__
+    number = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if capability[0] != 9 or not (3, 4, 0) <= number < (3, 7, 1) or importlib.util.find_spec("tilelang"):
+        return None
+    return Obstacle(
+        f"fla refuses to train on Hopper with Triton {version}: wrong gradients, fla issue 640",
+        "pip install 'triton>=3.7.1' (or tilelang)",
+    )
 
 
 def _fla(
@@ -94,9 +108,7 @@ def _fla(
     initial_state: torch.Tensor | None,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    return chunk_gated_delta_rule(
+    return importlib.import_module(FLA_MODULE).chunk_gated_delta_rule(
         q.to(v.dtype),
         k.to(v.dtype),
         v,

@@ -3,12 +3,14 @@
 Every operation has a plain-torch implementation that runs anywhere. Faster ones are taken when the
 tensors are on a CUDA device and their library imports; when they should have been taken but cannot,
 a warning says what to install. The environment variable `HYLO_KERNELS` ("ssd=torch,attention=math")
-and the context manager `force` override the choice.
+and the context manager `force` override the choice. The optional libraries are imported by name when
+they are used: transformers refuses remote code with an import statement, anywhere, that it cannot satisfy.
 """
 
 import contextlib
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -162,9 +164,9 @@ def library_obstacle(library: str, module: str, x: torch.Tensor, advice: str) ->
 @functools.cache
 def import_error(module: str) -> str | None:
     """None if `module` imports, else the reason it does not."""
-    if module.startswith("mamba_ssm") and importlib.util.find_spec("selective_scan_cuda") is None:
-        # Mamba1's compiled scan: mamba_ssm imports it unconditionally, the SSD kernels used here never call it.
-        sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
+    scan = "selective_scan_cuda"  # Mamba1's compiled scan: mamba_ssm always imports it, its SSD kernels never call it
+    if module.startswith("mamba_ssm") and scan not in sys.modules and importlib.util.find_spec(scan) is None:
+        sys.modules[scan] = types.ModuleType(scan)
     try:
         importlib.import_module(module)
     except ImportError as error:

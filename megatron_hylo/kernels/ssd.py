@@ -5,12 +5,15 @@ within chunks, one decayed [p, n] state a head between them. On CUDA mamba_ssm's
 `recurrent_ssd` is the definition, token by token: the oracle, and the decode step.
 """
 
+import importlib
+
 import torch
 import torch.nn.functional as F
 
 from megatron_hylo.kernels.registry import library_obstacle, select
 
 CHUNK = 64  # tokens; on a CPU as fast as 128 with half the memory
+MAMBA_MODULE = "mamba_ssm.ops.triton.ssd_combined"
 MAMBA_CHUNK = 256  # mamba_ssm's default
 
 
@@ -69,8 +72,7 @@ def ssd(
     _check(x, dt, A, B, C)
     if x.shape[1] == 1:  # one token: the recurrence itself is the fastest
         return recurrent_ssd(x, dt, A, B, C, D, initial_state, output_final_state)
-    module = "mamba_ssm.ops.triton.ssd_combined"
-    obstacle = library_obstacle("mamba_ssm", module, x, "pip install mamba-ssm")
+    obstacle = library_obstacle("mamba_ssm", MAMBA_MODULE, x, "pip install mamba-ssm")
     if select("ssd", "mamba_ssm", obstacle) == "mamba_ssm":
         return _mamba_ssm(x, dt, A, B, C, D, initial_state, output_final_state)
     with torch.autocast(x.device.type, enabled=False):
@@ -87,9 +89,7 @@ def _mamba_ssm(
     initial_state: torch.Tensor | None,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-    y = mamba_chunk_scan_combined(
+    y = importlib.import_module(MAMBA_MODULE).mamba_chunk_scan_combined(
         x,
         dt.float(),
         A.float(),
@@ -113,7 +113,7 @@ def _chunked(
     initial_state: torch.Tensor | None,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    b, t, h, p = x.shape
+    t = x.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     chunk = min(CHUNK, t)
     pad = -t % chunk  # padded tokens have dt = 0: no decay, no input

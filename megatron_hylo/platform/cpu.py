@@ -72,7 +72,7 @@ def _current_stream() -> None:
 
 
 def _factories() -> None:
-    for module in ("pipeline_parallel.schedules", "optimizer.clip_grads", "optimizer.optimizer"):
+    for module in ("pipeline_parallel.schedules", "optimizer.clip_grads", "optimizer.optimizer", "utils"):
         importlib.import_module(f"{_MEGATRON}.{module}").torch = _CpuTorch()
 
 
@@ -89,6 +89,10 @@ def _tensor_type() -> None:
     torch.Tensor.type = type_as_cuda
 
 
+def _tensor_cuda() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         "current_device", "modules allocate with device=torch.cuda.current_device(), which raises without CUDA", _current_device
@@ -98,6 +102,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch("current_stream", "gradient buffers ask for the current CUDA stream when they reduce", _current_stream),
     Patch("factories", 'schedules and optimizer make scalars on device="cuda"', _factories),
     Patch("tensor_type", 'the optimizer sorts parameters by type() == "torch.cuda.FloatTensor"', _tensor_type),
+    Patch("tensor_cuda", "a tied head on the last pipeline stage is copied with .cuda()", _tensor_cuda),
 )
 
 _installed: set[str] = set()

@@ -1,0 +1,60 @@
+# `make` lists the targets. All of them use .venv, made at first use from constraints.txt's exact versions.
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install test test-all lint format quickstart clean
+
+EXTRAS ?= dev
+ARGS ?=
+BIN := .venv/bin
+SCRIPTS := slurm/*.sh .ci/run
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/installed ## make .venv (PYTHON=... to choose the interpreter, EXTRAS=dev,gpu for more packages)
+
+test: lint ## lint, and all tests that need no GPU, no network and little time; what CI runs
+	$(TEST) -m "not gpu and not gpu2 and not network and not slow" $(ARGS)
+
+test-all: lint ## all tests; those that this machine cannot run are skipped, with the reason
+	$(TEST) $(ARGS)
+
+lint: .venv/installed ## ruff check, ruff format --check, shellcheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck -x $(SCRIPTS)
+
+format: .venv/installed ## fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quickstart: .venv/installed ## teacher to evaluated hybrid; options in ARGS="--linear mamba2"
+	$(BIN)/hylo quickstart $(ARGS)
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache build dist ./*.egg-info
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
+
+# Made again when the requirements change: a fresh environment, so that nothing of the old one is left.
+.venv/installed: setup.py constraints.txt
+	@python="$(PYTHON)"; \
+	works() { "$$1" -c 'import sys; sys.exit(sys.version_info[:2] < (3, 12))' >/dev/null 2>&1; }; \
+	for candidate in "$$python" python3.12 "$$(pyenv prefix 3.12 2>/dev/null || true)/bin/python" python3 python3.13; do \
+	  if [[ -n "$$candidate" ]] && works "$$candidate"; then python="$$candidate"; break; fi; \
+	  if [[ -n "$(PYTHON)" ]]; then echo "PYTHON=$(PYTHON) is not a Python of version 3.12 or later" >&2; exit 1; fi; \
+	done; \
+	if [[ -z "$$python" ]]; then \
+	  echo "Python 3.12 or later is needed and was not found." >&2; \
+	  echo "Install it (Ubuntu 24.04: apt install python3.12-venv; else: uv python install 3.12, pyenv install 3.12)," >&2; \
+	  echo "or name an interpreter: make PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	echo "making .venv with $$python ($$("$$python" --version)); this downloads about 3 GB"; \
+	rm -rf .venv; \
+	if ! "$$python" -m venv .venv; then \
+	  echo "this Python has no venv module; on Debian and Ubuntu: apt install python3.12-venv" >&2; rm -rf .venv; exit 1; \
+	fi
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@touch $@

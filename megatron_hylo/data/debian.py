@@ -1,0 +1,141 @@
+"""Plain-text manuals out of Debian packages, without root and without touching the system's package state.
+
+apt runs on the system's own sources, but keeps its lists and downloads in a folder of ours; packages are verified
+by apt (signed release files) and unpacked, never installed.
+"""
+
+import gzip
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.data.cache import logger, run_tool, working
+
+OWN_TEXT = "check the network, or train on your own text with --text DIR"
+
+
+@dataclass(frozen=True)
+class TextPackage:
+    """Where a package keeps its text, and the .deb that published numbers were measured with."""
+
+    folder: str  # inside the package
+    suffixes: tuple[str, ...]  # of text files, apart from a .gz
+    measured_version: str
+    measured_sha256: str
+
+
+PACKAGES = {
+    "anarchism": TextPackage(
+        "usr/share/doc/anarchism/markdown",
+        (".md",),
+        "15.3-3",
+        "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948",
+    ),
+    "linux-doc-6.1": TextPackage(
+        "usr/share/doc/linux-doc-6.1/Documentation",
+        (".rst", ".txt"),
+        "6.1.192-2",
+        "d1d1b5a602f0d439ecc39e713e044bf2df30d839fb4bf8a7b859ba3273c47993",
+    ),
+    "python3.11-doc": TextPackage(
+        "usr/share/doc/python3.11/html/_sources",
+        (".txt",),
+        "3.11.2-6+deb12u9",
+        "5b3594189d6ef9a6963ce0347fd307a1cc67620ad697e144db366070e2e146be",
+    ),
+}
+
+# Hooks of the system's apt (cleaning its caches, telling its desktop) must not run for our private state; the user
+# that apt would drop to cannot write into a home folder.
+APT_CONFIG = """\
+Dir::State "{root}/state";
+Dir::State::status "{root}/state/status";
+Dir::Cache "{root}/cache";
+APT::Sandbox::User "root";
+Acquire::Languages "none";
+Acquire::Retries "2";
+Acquire::http::Timeout "30";
+Acquire::https::Timeout "30";
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+"""
+
+
+def download_debs(names: Sequence[str], private: Path, into: Path) -> dict[str, Path]:
+    """Download packages at the version that the system's apt sources offer.
+
+    Args:
+        names: package names.
+        private: folder for apt's lists, kept for the next time.
+        into: existing folder for the .deb files.
+
+    Returns:
+        Package name -> .deb file.
+
+    Raises:
+        ConfigError: not a Debian-like system, offline, or a package is not offered here.
+    """
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise ConfigError(
+                f"{tool} is not installed: the documents {', '.join(names)} come as Debian packages, which needs Debian 12 "
+                f"or a system with its apt sources; train on your own text with --text DIR instead"
+            )
+    apt = _private_apt(private)
+    with working(f"downloading Debian packages {', '.join(names)}"):
+        if not any((private / "state" / "lists").glob("*_Packages*")):
+            _update(apt)
+        try:
+            run_tool([*apt, "download", *names], OWN_TEXT, cwd=into)
+        except ConfigError:
+            _update(apt)  # the lists may name a version that has been replaced since
+            otherwise = f"these packages are of Debian 12, and its sources must be configured and reachable: {OWN_TEXT}"
+            run_tool([*apt, "download", *names], otherwise, cwd=into)
+    debs = {run_tool(["dpkg-deb", "-f", str(deb), "Package"], OWN_TEXT).strip(): deb for deb in sorted(into.glob("*.deb"))}
+    return {name: debs[name] for name in names}
+
+
+def package_version(deb: Path) -> str:
+    """Version field of a .deb file."""
+    return run_tool(["dpkg-deb", "-f", str(deb), "Version"], OWN_TEXT).strip()
+
+
+def read_texts(name: str, deb: Path, scratch: Path) -> Iterator[tuple[str, str]]:
+    """Text files of a package, in the order of their names.
+
+    Args:
+        name: package name, a key of `PACKAGES`.
+        deb: its file.
+        scratch: folder to unpack into.
+
+    Yields:
+        (path inside the package's text folder without .gz, text). Symbolic links are left out: they repeat files.
+    """
+    package = PACKAGES[name]
+    run_tool(["dpkg-deb", "-x", str(deb), str(scratch)], "the download is damaged: run again")
+    folder = scratch / package.folder
+    files = {str(file.relative_to(folder)).removesuffix(".gz"): file for file in folder.rglob("*") if not file.is_symlink()}
+    for path in sorted(files):
+        file = files[path]
+        if file.is_file() and path.endswith(package.suffixes):
+            content = file.read_bytes()
+            yield path, (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8", errors="replace")
+
+
+def _update(apt: list[str]) -> None:
+    try:
+        run_tool([*apt, "update"], "going on with the other sources")
+    except ConfigError as error:  # one broken source does not matter unless it is the one that is needed
+        logger.warning("%s", error)
+
+
+def _private_apt(private: Path) -> list[str]:
+    for folder in ("state/lists/partial", "cache/archives/partial"):
+        (private / folder).mkdir(parents=True, exist_ok=True)
+    (private / "state" / "status").touch()  # nothing is installed, as far as downloading is concerned
+    config = private / "apt.conf"
+    config.write_text(APT_CONFIG.format(root=private))
+    return ["apt-get", "-qq", f"--config-file={config}"]

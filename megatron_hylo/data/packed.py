@@ -1,0 +1,233 @@
+"""Training windows out of an indexed dataset: constant-length packing, addressed by number alone.
+
+An epoch is all documents in a shuffled order, each with its end token, laid end to end and cut into windows of
+sequence_length + 1 tokens that overlap by one, so that every token is predicted once. The windows of an epoch are
+visited in a shuffled order too: a long document would fill a whole batch otherwise. Window i is a pure function of (seed,
+sequence_length, i), so a run resumes from its count of consumed samples. Loss is on all tokens, as in the paper.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.sealed import DamagedError
+
+DOCUMENT_ORDER, WINDOW_ORDER = 0, 1  # streams of random numbers of an epoch
+EPOCHS_KEPT = 2  # a batch may span two
+
+
+class DocumentStore:
+    """Memory-mapped documents of an indexed dataset, of one or several sequences each.
+
+    Args:
+        path_prefix: path without .bin or .idx.
+
+    Raises:
+        ConfigError: there is no dataset.
+        DamagedError: the index is unreadable, or its token count is not that of the .bin file or of data.json.
+    """
+
+    def __init__(self, path_prefix: str | Path) -> None:
+        prefix = str(path_prefix)
+        if not IndexedDataset.exists(prefix):
+            raise ConfigError(f"there is no dataset {prefix}.bin with {prefix}.idx; make one with `hylo preprocess`")
+        try:
+            self.sequences = IndexedDataset(prefix)
+        except (AssertionError, ValueError, struct.error) as error:
+            raise DamagedError(f"{prefix}.idx is not a readable index ({error}); preprocess again") from error
+        ends = np.concatenate([[0], np.cumsum(self.sequences.sequence_lengths, dtype=np.int64)])
+        first = self.sequences.document_indices
+        self.first_sequence = first[:-1]
+        self.lengths = ends[first[1:]] - ends[first[:-1]]  # tokens a document, int64
+        self.tokens = int(ends[-1])
+        self._check_tokens(prefix)
+
+    def read(self, document: int, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length) of a document, int64; its sequences lie end to end on disk."""
+        tokens = self.sequences.get(int(self.first_sequence[document]), offset=int(start), length=int(length))
+        return tokens.astype(np.int64)  # a copy: Megatron's view would outlive the mapping and crash the process
+
+    def _check_tokens(self, prefix: str) -> None:
+        on_disk = Path(get_bin_path(prefix)).stat().st_size / self.sequences.index.dtype_size
+        if on_disk != self.tokens:
+            raise DamagedError(
+                f"{prefix}.bin has {on_disk:.10g} tokens, its index says {self.tokens}: damaged, preprocess again"
+            )
+        description = Path(prefix).parent / "data.json"
+        if description.is_file():
+            expected = json.loads(description.read_text()).get(f"{Path(prefix).name}_tokens", self.tokens)
+            if expected != self.tokens:
+                raise DamagedError(f"{prefix} has {self.tokens} tokens, {description} says {expected}: files of two datasets")
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    documents: np.ndarray  # document numbers in this epoch's order
+    starts: np.ndarray  # [documents + 1] int64, first token of each in the epoch's stream; last: all tokens
+    windows: np.ndarray  # window numbers in this epoch's order
+
+
+class PackedDataset:
+    """Endless sequence of training windows; see the module's description.
+
+    Args:
+        path_prefix: path of the dataset without .bin or .idx.
+        sequence_length: tokens a window predicts.
+        seed: decides all orders.
+        shuffle: documents and windows in a new order each epoch; otherwise in the dataset's order.
+
+    Raises:
+        ConfigError: no dataset, or fewer tokens than a window.
+        DamagedError: the files contradict each other.
+    """
+
+    def __init__(self, path_prefix: str | Path, sequence_length: int, seed: int, shuffle: bool = True) -> None:
+        if sequence_length < 1 or seed < 0:
+            raise ConfigError(f"sequence_length must be at least 1 and seed at least 0, got {sequence_length} and {seed}")
+        self.store = DocumentStore(path_prefix)
+        self.sequence_length, self.seed, self.shuffle = sequence_length, seed, shuffle
+        self.windows_per_epoch = (self.store.tokens - 1) // sequence_length
+        if self.windows_per_epoch < 1:
+            raise ConfigError(
+                f"{path_prefix} has {self.store.tokens} tokens, a window of sequence_length {sequence_length} needs "
+                f"{sequence_length + 1}: give more text or a smaller sequence_length"
+            )
+        self._epochs: dict[int, _Epoch] = {}
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Window `index` of the endless sequence.
+
+        Returns:
+            [sequence_length + 1] int64: inputs are all but the last token, labels all but the first.
+
+        Raises:
+            IndexError: a negative index; there is no last window to count from.
+        """
+        if index < 0:
+            raise IndexError(f"window {index}: the sequence is endless, count from 0")
+        epoch = self._epoch(index // self.windows_per_epoch)
+        start = int(epoch.windows[index % self.windows_per_epoch]) * self.sequence_length
+        stop = start + self.sequence_length + 1
+        place = int(np.searchsorted(epoch.starts, start, side="right")) - 1
+        pieces = []
+        while start < stop:
+            take = min(stop, int(epoch.starts[place + 1])) - start
+            if take > 0:
+                pieces.append(self.store.read(epoch.documents[place], start - epoch.starts[place], take))
+            start, place = start + take, place + 1
+        return torch.from_numpy(np.concatenate(pieces))
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._epochs:
+            if len(self._epochs) >= EPOCHS_KEPT:
+                del self._epochs[min(self._epochs)]
+            documents = self._order(len(self.store.lengths), number, DOCUMENT_ORDER)
+            starts = np.concatenate([[0], np.cumsum(self.store.lengths[documents])])
+            self._epochs[number] = _Epoch(documents, starts, self._order(self.windows_per_epoch, number, WINDOW_ORDER))
+        return self._epochs[number]
+
+    def _order(self, count: int, epoch: int, stream: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(count)
+        # RandomState's streams are frozen: other numpy versions give the same order, which resuming relies on.
+        bits = np.random.MT19937(np.random.SeedSequence([self.seed, epoch, stream]))
+        return np.random.RandomState(bits).permutation(count)
+
+
+def batches(
+    dataset: PackedDataset,
+    consumed_samples: int,
+    micro_batch_size: int,
+    data_parallel_rank: int = 0,
+    data_parallel_size: int = 1,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """One rank's endless micro batches, from where `consumed_samples` windows (of all ranks) have been used.
+
+    The n-th micro batches of all ranks, in rank order, are the next micro_batch_size * data_parallel_size windows: which
+    windows a global step sees does not depend on the number of ranks.
+
+    Args:
+        dataset: the windows.
+        consumed_samples: windows used so far, over all ranks.
+        micro_batch_size: windows a micro batch.
+        data_parallel_rank: this rank.
+        data_parallel_size: ranks that share the data.
+
+    Yields:
+        {"input_ids", "labels", "position_ids"}, each [micro_batch_size, sequence_length] int64 on the CPU.
+
+    Raises:
+        ConfigError: a size below 1, a rank out of range, or a negative count.
+    """
+    if micro_batch_size < 1 or consumed_samples < 0 or not 0 <= data_parallel_rank < data_parallel_size:
+        raise ConfigError(
+            f"micro_batch_size {micro_batch_size} must be at least 1, consumed_samples {consumed_samples} at least 0, and "
+            f"data_parallel_rank {data_parallel_rank} below data_parallel_size {data_parallel_size}"
+        )
+    return _batches(dataset, consumed_samples + data_parallel_rank * micro_batch_size, micro_batch_size, data_parallel_size)
+
+
+def _batches(dataset: PackedDataset, first: int, size: int, ranks: int) -> Iterator[dict[str, torch.Tensor]]:
+    positions = torch.arange(dataset.sequence_length).repeat(size, 1)
+    while True:
+        windows = torch.stack([dataset[i] for i in range(first, first + size)])
+        yield {
+            "input_ids": windows[:, :-1].contiguous(),
+            "labels": windows[:, 1:].contiguous(),
+            "position_ids": positions.clone(),
+        }
+        first += size * ranks
+
+
+def heldout_windows(
+    path_prefix: str | Path, sequence_length: int, max_windows: int, allow_crossing: bool = False
+) -> torch.Tensor:
+    """Windows for evaluation, the same every time: evenly spaced over all that lie inside one document.
+
+    A document is cut from its start into windows overlapping by one token; what is left at its end, and documents
+    shorter than a window, are not used.
+
+    Args:
+        path_prefix: path of the dataset without .bin or .idx.
+        sequence_length: tokens a window predicts.
+        max_windows: most windows to return.
+        allow_crossing: cut all documents laid end to end instead, for sets of short ones.
+
+    Returns:
+        [n, sequence_length + 1] int64, 1 <= n <= max_windows.
+
+    Raises:
+        ConfigError: no dataset, or no document (with `allow_crossing`: not all together) as long as a window.
+        DamagedError: the files contradict each other.
+    """
+    if sequence_length < 1 or max_windows < 1:
+        raise ConfigError(f"sequence_length and max_windows must be at least 1, got {sequence_length} and {max_windows}")
+    if allow_crossing:
+        packed = PackedDataset(path_prefix, sequence_length, seed=0, shuffle=False)
+        return torch.stack([packed[int(i)] for i in _evenly(packed.windows_per_epoch, max_windows)])
+    store = DocumentStore(path_prefix)
+    ends = np.cumsum(np.maximum(store.lengths - 1, 0) // sequence_length)  # windows up to and with each document
+    if not ends[-1]:
+        raise ConfigError(
+            f"the longest document of {path_prefix} has {store.lengths.max()} tokens, a window of sequence_length "
+            f"{sequence_length} needs {sequence_length + 1}: use a smaller sequence_length, hold out longer documents, or "
+            f"allow windows that cross documents"
+        )
+    windows = []
+    for i in _evenly(int(ends[-1]), max_windows):
+        document = int(np.searchsorted(ends, i, side="right"))
+        number = int(i) - (int(ends[document - 1]) if document else 0)
+        windows.append(store.read(document, number * sequence_length, sequence_length + 1))
+    return torch.from_numpy(np.stack(windows))
+
+
+def _evenly(count: int, most: int) -> np.ndarray:
+    taken = min(count, most)
+    return np.arange(taken, dtype=np.int64) * count // taken

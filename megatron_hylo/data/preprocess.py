@@ -1,0 +1,245 @@
+"""Tokenise documents into Megatron-Core's indexed datasets, with whole documents held out.
+
+DIR/train.bin, .idx      token ids, one sequence a document, each ending in the end-of-document token
+DIR/heldout.bin, .idx    the same, of the documents held out
+DIR/data.json            `DataDescription`
+DIR/tokenizer/           the tokenizer
+DIR/manifest.json        sizes and sha256 of all files; a folder without it is not finished
+"""
+
+import hashlib
+import itertools
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from tokenizers import Tokenizer
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.convert.hf_reader import load_transformers_tokenizer
+from megatron_hylo.data.artefacts import Document, read_documents
+from megatron_hylo.sealed import sealed_directory, sha256, write_json
+
+logger = logging.getLogger("megatron_hylo.data")
+SPLITS = ("train", "heldout")
+# Text that models were pretrained on ends in these; an instruct model's `eos_token` ends a chat turn instead.
+DOCUMENT_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>")
+BATCH_CHARACTERS = 2_000_000  # bounds the memory of a batch's encodings, about 200 bytes a token
+BATCH_DOCUMENTS = 1024
+
+
+@dataclass(frozen=True)
+class DataDescription:
+    """Content of data.json: what a dataset holds and how it was made."""
+
+    vocab_size: int  # largest id of the tokenizer + 1; a model needs at least as many
+    end_token_id: int
+    dtype: str  # of the token ids on disk
+    tokenizer_sha256: str  # of tokenizer/tokenizer.json
+    train_documents: int
+    train_tokens: int  # end tokens included
+    heldout_documents: int
+    heldout_tokens: int
+    heldout_fraction: float
+    heldout_names: list[str]  # "source/name" of each document held out, in the dataset's order
+
+
+def build_dataset(
+    documents: Iterable[Document],
+    tokenizer: Any,
+    out_dir: str | Path,
+    heldout_fraction: float = 0.05,
+    end_token_id: int | None = None,
+    max_documents: int | None = None,
+    vocab_size: int | None = None,
+    overwrite: bool = False,
+) -> DataDescription:
+    """Tokenise documents into `out_dir`, which appears only when it is whole.
+
+    Whether a document is held out depends on a hash of its name alone, so neither on the order nor on the other
+    documents; only in a small set where that would leave one side empty, the nearest document changes side. No token is
+    added but the end token, and text that looks like a special token is tokenised as text.
+
+    Args:
+        documents: read once, in order; empty ones are skipped.
+        tokenizer: transformers' PreTrainedTokenizerFast.
+        out_dir: folder to make.
+        heldout_fraction: expected part of the documents held out, in [0, 1); 0 makes no held-out set.
+        end_token_id: end-of-document token; by default what `end_of_document_token` finds.
+        max_documents: read no more than this many.
+        vocab_size: rows of the embedding of the model that the data is for; None: not checked.
+        overwrite: replace `out_dir`.
+
+    Returns:
+        What was written, as in data.json.
+
+    Raises:
+        ConfigError: no text, a fraction out of range, a tokenizer that is slow or larger than the model's vocabulary,
+            or `out_dir` exists.
+    """
+    if not 0 <= heldout_fraction < 1:
+        raise ConfigError(f"heldout_fraction must be at least 0 and below 1, got {heldout_fraction}")
+    if max_documents is not None and max_documents < 1:
+        raise ConfigError(f"max_documents must be at least 1, got {max_documents}")
+    vocabulary = _vocabulary_size(tokenizer)
+    if vocab_size is not None and vocabulary > vocab_size:
+        raise ConfigError(
+            f"the tokenizer has ids up to {vocabulary - 1}, the model's vocabulary is {vocab_size}: they do not match"
+        )
+    end = end_of_document_token(tokenizer) if end_token_id is None else end_token_id
+    if not 0 <= end < vocabulary:
+        raise ConfigError(f"end_token_id {end} is not an id of the tokenizer, which has 0 to {vocabulary - 1}")
+    texts = (document for document in itertools.islice(documents, max_documents) if document.text.strip())
+    first = list(itertools.islice(texts, BATCH_DOCUMENTS))
+    threshold = _heldout_threshold(first, len(first) < BATCH_DOCUMENTS, heldout_fraction)
+    dtype = DType.optimal_dtype(vocabulary)
+    with sealed_directory(out_dir, overwrite) as folder, ExitStack() as stack:
+        splits = SPLITS if heldout_fraction else SPLITS[:1]
+        builders = {split: IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=dtype) for split in splits}
+        for builder in builders.values():
+            stack.enter_context(closing(builder.data_file))
+        counts, heldout_names = {split: [0, 0] for split in SPLITS}, []
+        for document, ids in _tokenise(itertools.chain(first, texts), plain_encoder(tokenizer), end, dtype):
+            split = "heldout" if heldout_score(document.name) < threshold else "train"
+            builders[split].add_document(ids, [len(ids)])
+            counts[split][0] += 1
+            counts[split][1] += len(ids)
+            if split == "heldout":
+                heldout_names.append(f"{document.source}/{document.name}")
+        for split, builder in builders.items():
+            if not counts[split][0]:
+                raise ConfigError(
+                    f"no document for {split} out of {sum(n for n, _ in counts.values())} with heldout_fraction "
+                    f"{heldout_fraction}: change the fraction"
+                )
+            builder.finalize(str(folder / f"{split}.idx"))
+        tokenizer.save_pretrained(folder / "tokenizer")
+        description = DataDescription(
+            vocab_size=vocabulary,
+            end_token_id=end,
+            dtype=np.dtype(dtype).name,
+            tokenizer_sha256=sha256(folder / "tokenizer" / "tokenizer.json"),
+            train_documents=counts["train"][0],
+            train_tokens=counts["train"][1],
+            heldout_documents=counts["heldout"][0],
+            heldout_tokens=counts["heldout"][1],
+            heldout_fraction=heldout_fraction,
+            heldout_names=heldout_names,
+        )
+        write_json(folder / "data.json", asdict(description))
+    logger.info("%s: %d documents, %d tokens; held out: %d documents, %d tokens", out_dir, *counts["train"], *counts["heldout"])
+    return description
+
+
+def preprocess(
+    input: str,
+    output: str,
+    tokenizer: str,
+    heldout_fraction: float = 0.05,
+    max_documents: int | None = None,
+    vocab_size: int | None = None,
+    overwrite: bool = False,
+) -> DataDescription:
+    """Tokenise text into a dataset folder for training.
+
+    Args:
+        input: folder of .txt, .md or .rst files, or a .jsonl file with a "text" field.
+        output: dataset folder to make.
+        tokenizer: Hugging Face folder, folder with a .gguf file, or model folder.
+        heldout_fraction: part of the documents held out for evaluation.
+        max_documents: read no more than this many.
+        vocab_size: vocabulary of the model, to check the tokenizer against.
+        overwrite: replace the output folder.
+
+    Raises:
+        ConfigError: as `build_dataset`, or there is no tokenizer or text.
+    """
+    folder = Path(tokenizer)
+    found = load_transformers_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
+    if found is None:
+        raise ConfigError(f"{tokenizer} holds no tokenizer; give a folder with tokenizer.json, a .gguf file, or a model folder")
+    return build_dataset(read_documents(input), found, output, heldout_fraction, None, max_documents, vocab_size, overwrite)
+
+
+def heldout_score(name: str) -> float:
+    """Hash of a document's name, uniform in [0, 1); a document is held out when it is below the fraction."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", errors="replace")).digest()[:8], "big") / 2**64
+
+
+def end_of_document_token(tokenizer: Any) -> int:
+    """Id of the token that ends documents: `DOCUMENT_END_TOKENS` where the vocabulary has one, else `eos_token`.
+
+    Raises:
+        ConfigError: the tokenizer has neither.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for token in (*DOCUMENT_END_TOKENS, tokenizer.eos_token):
+        if token in vocabulary:
+            return vocabulary[token]
+    raise ConfigError(f"the tokenizer has none of {', '.join(DOCUMENT_END_TOKENS)} and no eos_token; give end_token_id")
+
+
+def plain_encoder(tokenizer: Any) -> Tokenizer:
+    """A copy of the tokenizer's Rust part that takes text literally: no truncation, padding or special tokens."""
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True  # "<|endoftext|>" in a document is text about that token
+    return encoder
+
+
+def _vocabulary_size(tokenizer: Any) -> int:
+    if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
+        raise ConfigError(f"{type(tokenizer).__name__} is not a fast tokenizer; use one with a tokenizer.json")
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _heldout_threshold(first: list[Document], all_there: bool, fraction: float) -> float:
+    """The score below which documents are held out: the fraction, moved so far that neither side of a small set is empty."""
+    if not first:
+        raise ConfigError("there is no text in the documents; give others")
+    if not all_there or not fraction:
+        return fraction
+    scores = sorted({heldout_score(document.name) for document in first})
+    if len(scores) < 2:
+        raise ConfigError("one document cannot be both trained on and held out: give several files, or heldout_fraction 0")
+    return min(max(fraction, math.nextafter(scores[0], 1.0)), scores[-1])
+
+
+def _tokenise(
+    documents: Iterable[Document], encoder: Tokenizer, end: int, dtype: type[np.number]
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Each document with its ids [tokens + 1]; batches are encoded on all cores."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    done = tokens = 0
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("tokenising", total=None)
+        for batch in _batches(documents):
+            encodings = encoder.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+            for document, encoding in zip(batch, encodings, strict=True):
+                ids = np.array([*encoding.ids, end], dtype=dtype)
+                done, tokens = done + 1, tokens + len(ids)
+                yield document, ids
+            progress.update(task, description=f"tokenising: {done:,} documents, {tokens:,} tokens")
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,1 @@
+"""Losses that teach a hybrid: chunked output-head losses and layer-wise alignment."""

@@ -1,0 +1,205 @@
+"""Losses of the output head without its logits: KL to a teacher and cross-entropy, in chunks of tokens.
+
+For student hidden h [N, H_s], head W_s [V, H_s], teacher hidden [N, H_t], head W_t [V, H_t], with p = softmax:
+
+    L = kl_weight * mean_n sum_v p_t (log p_t - log p_s) + ce_weight * mean_n -log p_s[label_n]
+
+(forward KL at temperature 1 over the full vocabulary: HyLo stages 2 and 3; Zebra-Llama's trainer). The gradient with
+respect to the student's logits is (kl_weight + ce_weight) p_s - kl_weight p_t - ce_weight onehot(label), so both
+gradients are made in the forward pass, a chunk at a time: [chunk, V] is the largest tensor that ever exists.
+With tensor parallelism the vocabulary is split over ranks; only the soft-max statistics are reduced, never logits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.models.hylo_model import HyloModel
+
+
+@dataclass
+class HeadLoss:
+    """Means over tokens. `loss` carries the gradient; the others are for reports (None where not asked for)."""
+
+    loss: Tensor
+    kl: Tensor | None
+    cross_entropy: Tensor | None
+    agreement: Tensor | None  # part of the tokens whose most likely continuation is the teacher's
+
+
+def model_head_loss(
+    student: HyloModel,
+    hidden: Tensor,
+    labels: Tensor | None = None,
+    teacher: HyloModel | None = None,
+    teacher_hidden: Tensor | None = None,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    chunk_tokens: int = 1024,
+    measure_agreement: bool = False,
+) -> HeadLoss:
+    """`linear_head_loss` for a model's hidden states, whatever the tensor and sequence parallelism.
+
+    Args:
+        student: gives the head's weight.
+        hidden: the student's output, [sequence (/ TP), batch, H_s].
+        labels: int64 [batch, sequence]; needed where cross-entropy is wanted.
+        teacher, teacher_hidden: the frozen teacher and its output; both or neither.
+        kl_weight, ce_weight, chunk_tokens, measure_agreement: see `linear_head_loss`.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    full = _full_tokens(hidden, student.config.sequence_parallel, group)
+    teacher_full = None
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_full = _full_tokens(teacher_hidden, teacher.config.sequence_parallel, group).flatten(0, 1)
+    return linear_head_loss(
+        full.flatten(0, 1),
+        student.head_weight(),
+        labels.transpose(0, 1).flatten() if labels is not None else None,
+        teacher_full,
+        teacher.head_weight() if teacher is not None else None,
+        kl_weight,
+        ce_weight,
+        chunk_tokens,
+        group,
+        measure_agreement,
+    )
+
+
+def _full_tokens(hidden: Tensor, sequence_parallel: bool, group: dist.ProcessGroup) -> Tensor:
+    """All tokens on every rank; in the backward pass the ranks' partial gradients are summed."""
+    if sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+    return copy_to_tensor_model_parallel_region(hidden, group=group)
+
+
+def linear_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    chunk_tokens: int = 1024,
+    group: dist.ProcessGroup | None = None,
+    measure_agreement: bool = False,
+) -> HeadLoss:
+    """KL and cross-entropy of a linear head, see the module's formula; soft-max in fp32 whatever the inputs' dtype.
+
+    Args:
+        hidden: [N, H_s].
+        weight: this rank's rows [V / TP, H_s].
+        labels: int64 [N], global token ids; without them no cross-entropy.
+        teacher_hidden: [N, H_t], no gradient.
+        teacher_weight: this rank's rows [V / TP, H_t].
+        kl_weight: ignored without a teacher.
+        ce_weight: ignored without labels; the loss without a teacher is the cross-entropy, whatever this is.
+        chunk_tokens: tokens whose logits exist at a time.
+        group: ranks that share the vocabulary; gradients with respect to `hidden` are this rank's partial sums.
+        measure_agreement: also compare the most likely tokens.
+
+    Raises:
+        ConfigError: the heads' vocabularies differ, or there is neither teacher nor label.
+    """
+    if teacher_weight is None and labels is None:
+        raise ConfigError("a head loss needs a teacher or labels")
+    if teacher_weight is not None and teacher_weight.shape[0] != weight.shape[0]:
+        raise ConfigError(
+            f"the teacher's vocabulary has {teacher_weight.shape[0]} rows a rank, the student's {weight.shape[0]}; "
+            f"distil between models with the same vocabulary"
+        )
+    weights = (kl_weight, ce_weight) if teacher_weight is not None else (0.0, 1.0)
+    if labels is None:
+        weights = (weights[0], 0.0)
+    loss, sums = _LinearHeadLoss.apply(
+        hidden, weight, labels, teacher_hidden, teacher_weight, weights, chunk_tokens, group, measure_agreement
+    )
+    kl, cross_entropy, agreement = sums / hidden.shape[0]
+    return HeadLoss(
+        loss,
+        kl if teacher_weight is not None else None,
+        cross_entropy if labels is not None else None,
+        agreement if measure_agreement and teacher_weight is not None else None,
+    )
+
+
+class _LinearHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, teacher_hidden, teacher_weight, weights, chunk_tokens, group, measure_agreement):
+        kl_weight, ce_weight = weights
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        n, compute = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+        sums = torch.zeros(3, dtype=compute, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if wants_weight else None
+        first = group.rank() * weight.shape[0] if group is not None else 0
+        for start in range(0, n, chunk_tokens):
+            chunk = slice(start, min(start + chunk_tokens, n))
+            log_p = _log_softmax((hidden[chunk] @ weight.t()).to(compute), group)
+            grad = log_p.exp().mul_(kl_weight + ce_weight) if wants_hidden or wants_weight else None
+            if teacher_weight is not None:
+                log_q = _log_softmax((teacher_hidden[chunk] @ teacher_weight.t()).to(compute), group)
+                if measure_agreement:
+                    sums[2] += (_argmax(log_p, first, group) == _argmax(log_q, first, group)).sum()
+                q = log_q.exp()
+                sums[0] += _all_reduce((q * (log_q - log_p)).sum(), group)
+                if grad is not None:
+                    grad.sub_(q, alpha=kl_weight)
+            if labels is not None:
+                local = labels[chunk] - first
+                mine = (local >= 0) & (local < weight.shape[0])
+                index = local.clamp(0, weight.shape[0] - 1).unsqueeze(1)
+                picked = torch.where(mine, log_p.gather(1, index).squeeze(1), 0)
+                sums[1] -= _all_reduce(picked.sum(), group)
+                if grad is not None and ce_weight:
+                    grad.scatter_add_(1, index, -ce_weight * mine.to(compute).unsqueeze(1))
+            if grad is not None:
+                grad = grad.div_(n).to(weight.dtype)
+                if wants_hidden:
+                    grad_hidden[chunk] = grad @ weight
+                if wants_weight:
+                    grad_weight += (grad.t() @ hidden[chunk]).to(compute)
+        ctx.grads = grad_hidden, grad_weight.to(weight.dtype) if wants_weight else None
+        loss = (kl_weight * sums[0] + ce_weight * sums[1]) / n
+        ctx.mark_non_differentiable(sums)
+        return loss, sums
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        grad_hidden, grad_weight = ctx.grads
+        ctx.grads = None
+        scale = lambda g: g if g is None else g.mul_(grad_loss.to(g.dtype))  # noqa: E731
+        return scale(grad_hidden), scale(grad_weight), *[None] * 7
+
+
+def _all_reduce(value: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    if group is not None and group.size() > 1:
+        dist.all_reduce(value, op=op, group=group)
+    return value
+
+
+def _log_softmax(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """log soft-max over a vocabulary split over `group`: [n, V / TP]; two reductions of n numbers."""
+    if group is None or group.size() == 1:
+        return torch.log_softmax(logits, dim=-1)
+    largest = _all_reduce(logits.amax(dim=-1, keepdim=True), group, dist.ReduceOp.MAX)
+    logits = logits.sub_(largest)
+    total = _all_reduce(logits.exp().sum(dim=-1, keepdim=True), group)
+    return logits.sub_(total.log())
+
+
+def _argmax(log_p: Tensor, first: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Global index of the largest of each row; the smallest index where several are equal."""
+    value, index = log_p.max(dim=-1)
+    if group is None or group.size() == 1:
+        return index
+    best = _all_reduce(value.clone(), group, dist.ReduceOp.MAX)
+    candidate = torch.where(value == best, index + first, torch.iinfo(torch.int64).max)
+    return _all_reduce(candidate, group, dist.ReduceOp.MIN)

@@ -1,0 +1,1 @@
+"""How good a model is: held-out perplexity, distance to its teacher."""

@@ -1,0 +1,1 @@
+"""Estimates: what a run costs before it is started."""

@@ -1,0 +1,59 @@
+"""Floating-point operations of a forward pass, and the peak rate of the device they run on."""
+
+import time
+
+import torch
+
+from megatron_hylo.config import ModelConfig
+from megatron_hylo.layouts import mixer_parameters
+
+# Dense bf16 peaks, FLOP/s, by a word of the device's name (vendor data sheets).
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def forward_flops_per_token(config: ModelConfig, sequence_length: int, with_head: bool = True) -> float:
+    """Model FLOPs of one token's forward pass, averaged over a causal sequence; a backward pass costs twice as much.
+
+    Two per weight of each matrix product, 2 T d_qk + 2 T d_v over 2 (causal) a head for attention, and the recurrent
+    state's update and read for linear mixers (Gated DeltaNet 6, Mamba2 4 per state element).
+
+    Args:
+        config: the model.
+        sequence_length: tokens of the sequence.
+        with_head: count the output head.
+    """
+    total = 2.0 * config.vocab_size * config.hidden_size if with_head else 0.0
+    for symbol in config.mixers:
+        total += 2.0 * (mixer_parameters(config, symbol) + 3 * config.hidden_size * config.ffn_hidden_size)
+        if symbol == "*":
+            total += config.num_attention_heads * 2 * config.kv_channels * sequence_length
+        elif symbol == "+":
+            qk = config.qk_head_dim + config.qk_pos_emb_head_dim
+            total += config.num_attention_heads * (qk + config.v_head_dim) * sequence_length
+        elif symbol == "G":
+            total += 6.0 * config.linear_num_heads * config.linear_key_head_dim * config.linear_value_head_dim
+        elif symbol == "M":
+            total += 4.0 * config.mamba_num_heads * config.mamba_head_dim * config.mamba_state_dim
+    return total
+
+
+def peak_flops(device: torch.device) -> tuple[float, str]:
+    """(FLOP/s, where the number comes from): the data sheet's for a known GPU, a measured fp32 product for a CPU."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for word, rate in PEAK_FLOPS.items():
+            if word in name:
+                return rate, f"{word} data sheet, dense bf16"
+    dtype, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        product = a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    del product
+    return 2.0 * n**3 / best, f"measured {n}^3 {dtype} product"

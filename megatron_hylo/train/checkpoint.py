@@ -1,0 +1,98 @@
+"""Training checkpoints: a model folder that also holds optimizer, schedule and position.
+
+RUN/checkpoints/step_00000100/ is sealed (written beside, checked, renamed), so the newest one that is there is
+whole; the last K are kept. Any tensor, pipeline or data-parallel layout can load it. The position is the number of
+consumed samples, of which the data order is a pure function; training draws no random numbers (no dropout).
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hylo.models.checkpoint import (
+    describe,
+    load_weights,
+    put_weights,
+    read_description,
+    save_weights,
+    sharded_weights,
+    sharding_metadata,
+)
+from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.sealed import is_sealed, sealed_directory, verify_sealed, write_json
+from megatron_hylo.train.optimizer import TrainingState
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` steps."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest finished checkpoint of a run, or None."""
+    return next((p for p in sorted((run / "checkpoints").glob("step_*"), reverse=True) if is_sealed(p)), None)
+
+
+def _sharded_state(state: TrainingState, loading: bool) -> dict[str, Any]:
+    model = sharded_weights(state.bare_model)
+    optimizer = state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=sharding_metadata())
+    return {"model": model, "optimizer": optimizer, "scheduler": state.scheduler.state_dict()}
+
+
+def save_checkpoint(
+    state: TrainingState,
+    run: Path,
+    step: int,
+    consumed_samples: int,
+    provenance: dict[str, Any],
+    tokenizer: Path | None,
+    keep: int,
+) -> Path:
+    """Write the checkpoint after `step` steps and remove all but the newest `keep`; all ranks call it.
+
+    Raises:
+        ConfigError: the disk is full; nothing is left and older checkpoints stay.
+    """
+    path = checkpoint_path(run, step)
+    config = state.bare_model.config
+    with sealed_directory(path, overwrite=True) as folder:
+        save_weights(_sharded_state(state, loading=False), folder / "weights")
+        if is_main():
+            write_json(folder / "hylo.json", describe(config.hylo, config.params_dtype, provenance))
+            write_json(folder / "train_state.json", {"step": step, "consumed_samples": consumed_samples})
+            if tokenizer is not None and tokenizer.is_dir():
+                shutil.copytree(tokenizer, folder / "tokenizer")
+    if is_main():
+        finished = [p for p in sorted((run / "checkpoints").glob("step_*")) if is_sealed(p)]
+        for old in finished[:-keep]:
+            shutil.rmtree(old)
+    return path
+
+
+def load_checkpoint(state: TrainingState, path: Path) -> tuple[int, int]:
+    """Restore weights, optimizer and schedule.
+
+    Args:
+        state: freshly built for the same architecture, under any parallel layout.
+        path: a checkpoint folder.
+
+    Returns:
+        (steps done, samples consumed).
+
+    Raises:
+        DamagedError: the files are not what the manifest says.
+    """
+    if is_main():
+        verify_sealed(path)
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()
+    read_description(path)
+    loaded = load_weights(_sharded_state(state, loading=True), path / "weights")
+    put_weights(state.bare_model, loaded["model"])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.scheduler.load_state_dict(loaded["scheduler"])
+    position = json.loads((path / "train_state.json").read_text())
+    return position["step"], position["consumed_samples"]

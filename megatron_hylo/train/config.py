@@ -1,0 +1,100 @@
+"""Every setting of a training run. A recipe (YAML) holds these keys; the command line overrides them."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_hylo.config import ConfigError, ParallelConfig, RopeScaling
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW with a cosine schedule; fp32 master weights always. A_log, dt_bias, D, biases and norms never decay."""
+
+    lr: float = 6e-5  # peak learning rate of everything but the mixers
+    mixer_lr: float | None = None  # peak learning rate of the token mixers; lr by default
+    min_lr_ratio: float = 0.0  # final / peak learning rate
+    warmup_ratio: float = 0.01  # part of the steps spent warming up
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
+    use_distributed_optimizer: bool = True  # shard optimizer state over the data-parallel ranks
+
+
+@dataclass
+class TrainConfig:
+    """One run of one stage."""
+
+    stage: Literal["pretrain", "align", "distil"]
+    data: str  # dataset folder made by `hylo preprocess` (train and heldout)
+    output: str  # run folder: checkpoints/, logs, final model
+    model: str | None = None  # model folder to start from; pretrain may give `scratch` instead
+    scratch: str | None = None  # pretrain from random weights: a named layout, a base model, or a model folder's shape
+    teacher: str | None = None  # model folder of the frozen teacher (align, distil)
+    # amount of work
+    sequence_length: int = 2048  # tokens a sample
+    global_batch_size: int = 32  # samples a step, over all ranks
+    micro_batch_size: int = 1  # samples a forward pass of one rank
+    train_tokens: int = 10_000_000  # tokens in all; rounded up to whole steps
+    # what is trained
+    trainable: Literal["all", "mixers"] = "all"
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    mla_rope_scaling: RopeScaling | None = None  # stretch MLA's rotary frequencies for longer sequences
+    ce_weight: float = 0.0  # distil: weight of cross-entropy on the text beside KL to the teacher
+    hidden_weight: float = 1.0  # align: weight of the layer-output term
+    mixer_weight: float = 1.0  # align: weight of the mixer-output term
+    loss_chunk_tokens: int = 1024  # tokens whose logits exist at a time
+    recompute: bool = False  # recompute activations in the backward pass: less memory, a third more work
+    # where
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    backend: Literal["auto", "local", "te"] = "auto"
+    seed: int = 1234
+    # record and resume
+    log_interval: int = 10  # steps
+    eval_interval: int = 0  # steps between held-out evaluations; 0: at the end only
+    eval_windows: int = 32  # held-out windows of sequence_length
+    save_interval: int = 500  # steps
+    keep_checkpoints: int = 2
+    tensorboard: bool = True
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "megatron_hylo"
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "global_batch_size", "micro_batch_size", "train_tokens", "loss_chunk_tokens",
+                     "log_interval", "save_interval", "keep_checkpoints"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.stage in ("align", "distil") and not (self.model and self.teacher):
+            raise ConfigError(f"stage {self.stage} needs both model and teacher (model folders)")
+        if self.stage == "pretrain" and bool(self.model) == bool(self.scratch):
+            raise ConfigError("stage pretrain needs either model (a folder to continue from) or scratch (a layout to make)")
+        if self.stage != "pretrain" and self.parallel.pipeline_model_parallel_size > 1:
+            raise ConfigError(
+                f"stage {self.stage} with pipeline_model_parallel_size {self.parallel.pipeline_model_parallel_size} is not "
+                f"supported yet; use tensor and data parallelism"
+            )
+        if self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+
+    @property
+    def train_steps(self) -> int:
+        """Optimizer steps."""
+        return -(-self.train_tokens // (self.global_batch_size * self.sequence_length))
+
+    def micro_batches(self, data_parallel_size: int) -> int:
+        """Forward passes a rank makes in one step.
+
+        Raises:
+            ConfigError: the ranks do not share the batch evenly.
+        """
+        per_pass = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % per_pass:
+            raise ConfigError(
+                f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size} x "
+                f"{data_parallel_size} data-parallel ranks = {per_pass}"
+            )
+        return self.global_batch_size // per_pass

@@ -1,0 +1,250 @@
+"""The training loop: set up, resume, step, report, save, stop well.
+
+Read `train` from top to bottom: it is the whole flow of a run, on one CPU process or on many GPUs.
+"""
+
+import json
+import logging
+import math
+import signal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.data.packed import PackedDataset, batches, heldout_windows
+from megatron_hylo.eval.perplexity import Quality, evaluate
+from megatron_hylo.kernels.registry import in_use
+from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count
+from megatron_hylo.models.checkpoint import load_model, read_description, save_model
+from megatron_hylo.models.hylo_model import HyloModel, build_model
+from megatron_hylo.plan.flops import forward_flops_per_token
+from megatron_hylo.platform.distributed import is_main, session
+from megatron_hylo.sealed import is_sealed, write_json
+from megatron_hylo.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_hylo.train.config import TrainConfig
+from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
+from megatron_hylo.train.reporting import Reporter
+from megatron_hylo.train.stages import get_stage
+
+logger = logging.getLogger("megatron_hylo.train")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """Training was asked to stop before its end and has saved; the message says how to resume."""
+
+
+def train(config: TrainConfig) -> Quality | None:
+    """Run one stage to its end, from where an earlier start of the same run left off.
+
+    Args:
+        config: the run. RUN/model is the result; a run that has it already is not repeated.
+
+    Returns:
+        Held-out quality at the end (None with pipeline stages, which are not evaluated).
+
+    Raises:
+        ConfigError: anything that cannot work, before training starts.
+        Stopped: a signal came; a checkpoint was saved.
+    """
+    run = Path(config.output)
+    with session(config.parallel, config.seed) as device:
+        if is_sealed(run / "model"):
+            logger.info("%s is already trained; remove it to train again", run)
+            return _read_quality(run)
+        micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
+        dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
+        windows = _heldout(config)
+        model, teacher = _build_models(config)
+        _check_data(Path(config.data), model)
+        stage = get_stage(config, teacher)
+        stage.check(model)
+        choose_trainable(model, config)
+        state = build_training_state(model, config)
+        provenance = {"stage": config.stage, "model": config.model or config.scratch, "teacher": config.teacher}
+        tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
+        step = consumed = 0
+        newest = latest_checkpoint(run)
+        _check_same_run(config, run)
+        if newest is not None:
+            step, consumed = load_checkpoint(state, newest)
+        reporter = Reporter(config, run, device, _flops_per_token(config, model, teacher), step)
+        reporter.say(f"{config.stage}: {_describe(config, model)}" + (f"; resumed at step {step}" if step else ""))
+        stop = StopRequest()
+        try:
+            feed = batches(
+                dataset, consumed, config.micro_batch_size, parallel_state.get_data_parallel_rank(),
+                parallel_state.get_data_parallel_world_size(),
+            )  # fmt: skip
+            feed = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in feed)
+            while step < config.train_steps:
+                metrics = _step(state, stage, feed, micro_batches, step)
+                step, consumed = step + 1, consumed + config.global_batch_size
+                if step == 1 or reporter.last[1] == 0:
+                    logger.info("operations: %s", in_use())
+                reporter.step(step, metrics)
+                stopping = stop.agreed(device)
+                if step < config.train_steps and (stopping or step % config.save_interval == 0):
+                    save_checkpoint(state, run, step, consumed, provenance, tokenizer, config.keep_checkpoints)
+                if stopping and step < config.train_steps:
+                    raise Stopped(f"stopped at step {step} of {config.train_steps} and saved; run the same command to resume")
+                if config.eval_interval and step % config.eval_interval == 0 and step < config.train_steps:
+                    _evaluate(config, state, teacher, windows, reporter, step)
+            quality = _evaluate(config, state, teacher, windows, reporter, step)
+            save_model(state.bare_model, run / "model", tokenizer if tokenizer.is_dir() else None, provenance, overwrite=True)
+        finally:
+            stop.restore()
+            reporter.close()
+        return quality
+
+
+class StopRequest:
+    """Remembers a stop signal; ranks agree on it, so that all stop after the same step."""
+
+    def __init__(self) -> None:
+        self.seen: int | None = None
+        self.previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self.seen = number
+
+    def agreed(self, device: torch.device) -> bool:
+        """True on all ranks once any of them was signalled."""
+        flag = torch.tensor([int(self.seen is not None)], device=device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def restore(self) -> None:
+        """Put the earlier handlers back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def _step(state: TrainingState, stage: Any, feed: Any, micro_batches: int, step: int) -> dict[str, float]:
+    state.model.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    metrics = stage.forward_backward(state, feed, micro_batches)
+    _, norm, _ = state.optimizer.step()
+    values = {name: float(value) for name, value in _mean_over_ranks(metrics).items()}
+    if not all(map(math.isfinite, values.values())) or not math.isfinite(norm or 0.0):
+        raise ConfigError(f"step {step + 1}: loss {values} or gradient norm {norm} is not finite; lower the learning rate")
+    rates = {f"learning_rate_{name}": rate for name, rate in state.learning_rates().items()}
+    state.scheduler.step(1)
+    return values | {"gradient_norm": float(norm or 0.0)} | rates
+
+
+def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Means over the data-parallel ranks of the last pipeline stage, known to all ranks."""
+    names = metrics if parallel_state.is_pipeline_last_stage() else {}
+    if names:
+        stacked = torch.stack([metrics[n].float() for n in names])
+        torch.distributed.all_reduce(stacked, op=torch.distributed.ReduceOp.AVG if stacked.is_cuda else
+                                     torch.distributed.ReduceOp.SUM, group=parallel_state.get_data_parallel_group())  # fmt: skip
+        if not stacked.is_cuda:  # gloo has no average
+            stacked /= parallel_state.get_data_parallel_world_size()
+        metrics = dict(zip(names, stacked))
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        shared = [{n: float(v) for n, v in metrics.items()}]
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast_object_list(shared, src=source, group=parallel_state.get_pipeline_model_parallel_group())
+        metrics = {n: torch.tensor(v) for n, v in shared[0].items()}
+    return metrics
+
+
+def _build_models(config: TrainConfig) -> tuple[HyloModel, HyloModel | None]:
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    shared = dict(parallel=config.parallel, params_dtype=dtype, backend=config.backend)
+    changes = {"mla_rope_scaling": config.mla_rope_scaling} if config.mla_rope_scaling else {}
+    if config.model:
+        model = load_model(config.model, recompute=config.recompute, **shared, **changes)
+    else:
+        model = build_model(_scratch_config(config.scratch).replace(**changes), recompute=config.recompute, **shared)
+    teacher = None
+    if config.teacher:
+        teacher = load_model(config.teacher, **shared).requires_grad_(False).eval()
+    return model.train(), teacher
+
+
+def _scratch_config(name: str) -> Any:
+    if name in LAYOUTS:
+        return LAYOUTS[name].config
+    if name in BASES:
+        return BASES[name]
+    if Path(name).is_dir():
+        return read_description(name)[0]
+    raise ConfigError(f"scratch {name!r} is no layout ({', '.join(LAYOUTS)}), no base ({', '.join(BASES)}) and no model folder")
+
+
+def _heldout(config: TrainConfig) -> torch.Tensor:
+    """Windows inside held-out documents; across them, and said so, where none is as long as the sequence."""
+    where = f"{config.data}/heldout"
+    try:
+        return heldout_windows(where, config.sequence_length, config.eval_windows)
+    except ConfigError as error:
+        logger.warning("%s; evaluating on windows that cross documents", error)
+        return heldout_windows(where, config.sequence_length, config.eval_windows, allow_crossing=True)
+
+
+def _check_data(data: Path, model: HyloModel) -> None:
+    """The dataset's tokens must be in the model's vocabulary."""
+    described = json.loads((data / "data.json").read_text())
+    ours = model.config.hylo.vocab_size
+    if described["vocab_size"] > ours:
+        raise ConfigError(
+            f"{data} was made with a vocabulary of {described['vocab_size']}, the model has {ours}; preprocess again"
+        )
+
+
+def _check_same_run(config: TrainConfig, run: Path) -> None:
+    """A run folder keeps the settings it was started with; going on with others would change its meaning silently."""
+    may_change = {"log_interval", "eval_interval", "save_interval", "keep_checkpoints", "tensorboard", "wandb", "wandb_project",
+                  "parallel", "micro_batch_size", "recompute", "backend", "eval_windows", "loss_chunk_tokens", "output"}  # fmt: skip
+    file = run / "config.json"
+    mine = json.loads(json.dumps(asdict(config)))
+    if file.is_file():
+        theirs = json.loads(file.read_text())
+        for name in sorted(set(mine) - may_change):
+            if theirs.get(name) != mine[name]:
+                raise ConfigError(
+                    f"{run} was started with {name} = {theirs.get(name)}, now {mine[name]}; use another output to change it"
+                )
+    elif is_main():
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(file, mine)
+    torch.distributed.barrier()
+
+
+def _evaluate(
+    config: TrainConfig, state: TrainingState, teacher: Any, windows: Any, reporter: Reporter, step: int
+) -> Quality | None:
+    if config.parallel.pipeline_model_parallel_size > 1:
+        return None
+    quality = evaluate(state.bare_model, windows, teacher, config.micro_batch_size, config.loss_chunk_tokens)
+    reporter.record(step, {f"heldout_{name}": value for name, value in quality.to_dict().items()})
+    reporter.say(f"held-out perplexity {quality.perplexity:.2f}" + (f", KL {quality.kl:.3f}" if quality.kl is not None else ""))
+    if is_main() and step == config.train_steps:
+        write_json(Path(config.output) / "quality.json", quality.to_dict())
+    return quality
+
+
+def _read_quality(run: Path) -> Quality | None:
+    file = run / "quality.json"
+    return Quality(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def _flops_per_token(config: TrainConfig, model: HyloModel, teacher: HyloModel | None) -> float:
+    head = config.stage != "align"
+    flops = 3 * forward_flops_per_token(model.config.hylo, config.sequence_length, head)
+    return flops + (forward_flops_per_token(teacher.config.hylo, config.sequence_length, head) if teacher is not None else 0.0)
+
+
+def _describe(config: TrainConfig, model: HyloModel) -> str:
+    millions = parameter_count(model.config.hylo) / 1e6
+    return (
+        f"{model.config.hylo.mixers} ({millions:,.0f} M parameters), {config.train_steps} steps of {config.global_batch_size} x "
+        f"{config.sequence_length} tokens, {config.precision}, {torch.distributed.get_world_size()} ranks"
+    )

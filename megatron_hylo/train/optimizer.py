@@ -1,0 +1,108 @@
+"""Megatron-Core's data-parallel wrapper, optimizer and schedule, set up the way upcycling needs them."""
+
+from dataclasses import dataclass
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamGroupOverride,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.train.config import OptimizerSettings, TrainConfig
+
+MIXER_PARAMETERS = "*.self_attention.*"
+
+
+@dataclass
+class TrainingState:
+    """What a step changes: the wrapped model, the optimizer and the schedule."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def bare_model(self) -> HyloModel:
+        """The model inside the data-parallel wrapper."""
+        return self.model.module
+
+    def learning_rates(self) -> dict[str, float]:
+        """Current learning rate by group: {"rest": ..., "mixers": ...}."""
+        rates = {}
+        for group in self.optimizer.param_groups:
+            rates["mixers" if group.get("max_lr") != self.scheduler.max_lr else "rest"] = group["lr"]
+        return rates
+
+
+def choose_trainable(model: HyloModel, config: TrainConfig) -> None:
+    """Freeze what the stage does not train: all but the mixers on request; in `align`, embedding and head always.
+
+    Stage 1 feeds every layer the teacher's hidden state, so nothing there could give those two a gradient.
+    """
+    for name, parameter in model.named_parameters():
+        mixer = ".self_attention." in name
+        outside = name.startswith(("embedding.", "output_layer."))
+        parameter.requires_grad = mixer or (config.trainable == "all" and not (config.stage == "align" and outside))
+
+
+def build_training_state(model: HyloModel, config: TrainConfig) -> TrainingState:
+    """Wrap a model for data-parallel training with fp32 gradients and fp32 master weights.
+
+    Args:
+        model: this rank's part, with `requires_grad` set.
+        config: optimizer settings, number of steps, precision.
+    """
+    settings = config.optimizer
+    transformer_config = model.config
+    wrapped = DistributedDataParallel(
+        transformer_config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=settings.use_distributed_optimizer, overlap_grad_reduce=False
+        ),
+        model,
+    )
+    wrapped.broadcast_params()
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.lr * settings.min_lr_ratio,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.precision == "bf16",
+        params_dtype=transformer_config.params_dtype,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+    )
+    # Megatron's own rule first (no weight decay on biases and one-dimensional tensors), then ours.
+    overrides = dict(get_standard_config_overrides(optimizer_config))
+    if settings.mixer_lr is not None and settings.mixer_lr != settings.lr:
+        group = ParamGroupOverride(max_lr=settings.mixer_lr, min_lr=settings.mixer_lr * settings.min_lr_ratio)
+        overrides[ParamKey(name=MIXER_PARAMETERS)] = group
+    optimizer = get_megatron_optimizer(optimizer_config, [wrapped], config_overrides=overrides)
+    transformer_config.finalize_model_grads_func = finalize_model_grads
+    transformer_config.no_sync_func = wrapped.no_sync
+    return TrainingState(wrapped, optimizer, _scheduler(optimizer, settings, config.train_steps))
+
+
+def _scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings, steps: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.lr * settings.min_lr_ratio,
+        lr_warmup_steps=min(round(steps * settings.warmup_ratio), steps - 1) if steps > 1 else 0,
+        lr_decay_steps=steps,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,112 @@
+"""What a run shows and records: a progress bar with ETA, metrics.jsonl, TensorBoard, wandb on request."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.plan.flops import peak_flops
+from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.train.config import TrainConfig
+
+logger = logging.getLogger("megatron_hylo.train")
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far: allocated on the GPU, or resident of the process, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Reporter:
+    """Shows and records metrics on the main rank; silent on the others."""
+
+    def __init__(self, config: TrainConfig, run: Path, device: torch.device, flops_per_token: float, start_step: int) -> None:
+        self.config, self.run, self.device, self.flops_per_token = config, run, device, flops_per_token
+        self.tokens_per_step = config.global_batch_size * config.sequence_length
+        self.writer = self.wandb = self.progress = None
+        self.last = (time.perf_counter(), start_step)
+        if not is_main():
+            return
+        run.mkdir(parents=True, exist_ok=True)
+        self.peak, source = peak_flops(device)
+        logger.info("peak of one %s for MFU: %.3g FLOP/s (%s)", device.type, self.peak, source)
+        self.metrics_file = open(run / "metrics.jsonl", "a", buffering=1)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+        if config.wandb != "disabled":
+            self.wandb = _start_wandb(config, run)
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"), refresh_per_second=2,
+        )  # fmt: skip
+        self.task = self.progress.add_task(config.stage, total=config.train_steps, completed=start_step, numbers="")
+        self.progress.start()
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """After every step: moves the bar; every `log_interval` steps (and the first and last) records."""
+        if self.progress is None:
+            return
+        self.progress.update(self.task, completed=step)
+        if step % self.config.log_interval and step not in (1, self.config.train_steps):
+            return
+        now, (then, previous) = time.perf_counter(), self.last
+        self.last = (now, step)
+        rate = (step - previous) * self.tokens_per_step / max(now - then, 1e-9)
+        world = torch.distributed.get_world_size()
+        record = metrics | {
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / (self.peak * world),
+            "peak_memory_gib": peak_memory_gib(self.device),
+        }
+        self.record(step, record)
+        loss, mfu = record["loss"], 100 * record["mfu"]
+        self.progress.update(self.task, numbers=f"loss {loss:.4f}  {rate:,.0f} tokens/s  MFU {mfu:.1f}%")
+
+    def record(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write metrics of one step everywhere."""
+        if self.progress is None:
+            return
+        self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            if self.writer is not None and value is not None:
+                self.writer.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=step)
+
+    def say(self, message: str) -> None:
+        """A line above the progress bar."""
+        if self.progress is not None:
+            self.progress.console.print(message)
+
+    def close(self) -> None:
+        """Flush and stop."""
+        if self.progress is None:
+            return
+        self.progress.stop()
+        self.metrics_file.close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _start_wandb(config: TrainConfig, run: Path) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("wandb is asked for but not installed; pip install wandb, or set wandb to disabled") from error
+    from dataclasses import asdict
+
+    return wandb.init(project=config.wandb_project, dir=str(run), mode=config.wandb, config=asdict(config), resume="allow")

@@ -1,0 +1,204 @@
+"""Whole models out of whole models, one layer in memory at a time.
+
+`upcycle_state` makes an untrained hybrid from a Transformer: its backbone verbatim, its mixers by an initialiser.
+`assemble_state` makes the hybrid of stage 2 from the two aligned pure models of stage 1. Both yield tensors by
+canonical name in the order of `tensor_names`, so that a writer can stream.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.tensor_names import Shape, layer_tensor_names, mixer_tensor_names, tensor_names
+from megatron_hylo.upcycle.registry import CalibrationStatistics, get_initialiser
+
+Read = Callable[[str], Tensor]  # canonical name -> CPU tensor
+Track = Callable[[Iterable, str], Iterable]  # progress display: (items, description) -> the same items
+
+_BACKBONE = ("hidden_size", "ffn_hidden_size", "num_hidden_layers", "vocab_size")
+_ATTENTION = ("num_attention_heads", "num_query_groups", "kv_channels", "add_qkv_bias", "qk_layernorm")
+
+
+class Source(NamedTuple):
+    """A model to take tensors from."""
+
+    config: ModelConfig
+    read: Read
+
+
+def upcycle_state(
+    read_teacher: Read,
+    teacher_config: ModelConfig,
+    student_config: ModelConfig,
+    initialiser: str = "paper",
+    seed: int = 0,
+    statistics: Mapping[int, CalibrationStatistics] | None = None,
+    track: Track = lambda items, _: items,
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a student made from a teacher.
+
+    Embedding, norms, MLPs and output head are the teacher's, untouched (an untied student of a tied teacher gets a copy
+    of the embedding as its head); so are layers that stay attention. A mixer depends on the teacher's layer, the seed
+    and the layer's index alone, not on what the other layers become.
+
+    Args:
+        read_teacher: gives a tensor of the teacher by its canonical name.
+        teacher_config: attention in every layer.
+        student_config: the hybrid; same hidden size, MLP, depth and vocabulary.
+        initialiser: a name out of `initialiser_names()`.
+        seed: of everything random.
+        statistics: calibration statistics by layer index, for initialisers that use them.
+        track: progress display over the layers.
+
+    Returns:
+        Iterator of (name, CPU tensor) in the order of `tensor_names(student_config)`; new mixers are fp32, what is
+        copied keeps the teacher's dtype.
+
+    Raises:
+        ConfigError: at once, if teacher and student do not fit or the initialiser is unknown; while iterating, if a
+            tensor has another shape than its configuration says or a mixer's dimensions do not suit the initialiser.
+    """
+    if set(teacher_config.mixers) != {"*"}:
+        raise ConfigError(
+            f"the teacher must be attention `*` in every layer, its pattern is {teacher_config.hybrid_layer_pattern!r}"
+        )
+    _check_same(teacher_config, student_config, _BACKBONE, "a student keeps its teacher's backbone")
+    if "*" in student_config.mixers:
+        _check_same(teacher_config, student_config, _ATTENTION, "a layer that stays attention `*` is copied")
+    _check_head(teacher_config, student_config)
+    initialisers = {symbol: get_initialiser(initialiser, symbol) for symbol in sorted(set(student_config.mixers) - {"*"})}
+
+    def layer_tensors(layer: int) -> Iterator[tuple[str, Tensor]]:
+        symbol, prefix = student_config.mixers[layer], f"model.layers.{layer}."
+        mixer: dict[str, Tensor] = {}
+        if symbol in initialisers:
+            attention = {
+                name.removeprefix("self_attn."): _checked(read_teacher, prefix + name, shape)
+                for name, shape in mixer_tensor_names(teacher_config, "*").items()
+            }
+            layer_statistics = statistics.get(layer) if statistics is not None else None
+            mixer = initialisers[symbol](
+                attention, student_config, teacher_config, layer_generator(seed, layer), layer_statistics
+            )
+            _check_mixer(mixer, mixer_tensor_names(student_config, symbol), initialiser, symbol)
+        for name, shape in layer_tensor_names(student_config, symbol).items():
+            yield prefix + name, mixer.pop(name) if name in mixer else _checked(read_teacher, prefix + name, shape)
+
+    return _model_tensors(Source(teacher_config, read_teacher), student_config, layer_tensors, track, "upcycle")
+
+
+def assemble_state(
+    mla: Source,
+    linear: Source,
+    base: Source,
+    target_config: ModelConfig,
+    track: Track = lambda items, _: items,
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a hybrid picked layer by layer from two aligned models (HyLo: pure models first, then the hybrid).
+
+    A layer is taken whole, mixer, MLP and norms: from the MLA model where the target has `+`, from the linear model
+    where it has `M` or `G`. Embedding, final norm and output head are the base model's.
+
+    Args:
+        mla: the aligned model whose layers are MLA (at least those the target wants).
+        linear: the aligned model whose layers are linear.
+        base: the model both were made from.
+        target_config: the hybrid.
+        track: progress display over the layers.
+
+    Returns:
+        Iterator of (name, CPU tensor) in the order of `tensor_names(target_config)`, dtypes as read.
+
+    Raises:
+        ConfigError: at once, if one of the models does not fit the target or the target has an attention layer `*`;
+            while iterating, if a tensor has another shape than its configuration says.
+    """
+    if "*" in target_config.mixers:
+        layer = target_config.mixers.index("*")
+        raise ConfigError(f"layer {layer} of the target is attention `*`; assembled models have `+`, `M` or `G` in every layer")
+    for source in (mla, linear, base):
+        _check_same(source.config, target_config, _BACKBONE, "all assembled models share one backbone")
+    _check_head(base.config, target_config)
+    sources = {"+": mla, "M": linear, "G": linear}
+    for layer, symbol in enumerate(target_config.mixers):
+        has, what = sources[symbol].config, "MLA" if symbol == "+" else "linear"
+        if has.mixers[layer] != symbol:
+            raise ConfigError(f"layer {layer} of the target is `{symbol}`, but of the {what} model it is `{has.mixers[layer]}`")
+        wanted, found = mixer_tensor_names(target_config, symbol), mixer_tensor_names(has, symbol)
+        if wanted != found:
+            name = next(n for n in {**wanted, **found} if wanted.get(n) != found.get(n))
+            raise ConfigError(
+                f"layer {layer} `{symbol}`: {name} is {found.get(name, 'absent')} in the {what} model, "
+                f"{wanted.get(name, 'absent')} in the target; give the target the dimensions of the models it is made of"
+            )
+
+    def layer_tensors(layer: int) -> Iterator[tuple[str, Tensor]]:
+        symbol, prefix = target_config.mixers[layer], f"model.layers.{layer}."
+        for name, shape in layer_tensor_names(target_config, symbol).items():
+            yield prefix + name, _checked(sources[symbol].read, prefix + name, shape)
+
+    return _model_tensors(base, target_config, layer_tensors, track, "assemble")
+
+
+def layer_generator(seed: int, layer: int) -> torch.Generator:
+    """The CPU generator of one layer: the same for the same (seed, layer), whatever the other layers are."""
+    digest = hashlib.sha256(f"{seed}:{layer}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))  # torch's CPU generator uses 32 bits of it
+
+
+def _model_tensors(
+    base: Source,
+    config: ModelConfig,
+    layer_tensors: Callable[[int], Iterator[tuple[str, Tensor]]],
+    track: Track,
+    description: str,
+) -> Iterator[tuple[str, Tensor]]:
+    """Embedding, layers, final norm, output head; all but the layers from `base`."""
+    shapes = tensor_names(config)
+    yield "model.embed_tokens.weight", _checked(base.read, "model.embed_tokens.weight", shapes["model.embed_tokens.weight"])
+    for layer in track(range(config.num_hidden_layers), description):
+        yield from layer_tensors(layer)
+    yield "model.norm.weight", _checked(base.read, "model.norm.weight", shapes["model.norm.weight"])
+    if "lm_head.weight" in shapes:
+        untied = base.config.untie_embeddings_and_output_weights
+        head = _checked(base.read, "lm_head.weight" if untied else "model.embed_tokens.weight", shapes["lm_head.weight"])
+        # a file may hold no two names for one piece of memory
+        yield "lm_head.weight", head if untied else head.clone()
+
+
+def _checked(read: Read, name: str, shape: Shape) -> Tensor:
+    tensor = read(name)
+    if tuple(tensor.shape) != shape:
+        raise ConfigError(f"tensor {name} has shape {list(tensor.shape)}, its configuration asks for {list(shape)}")
+    return tensor
+
+
+def _check_mixer(mixer: Mapping[str, Tensor], shapes: Mapping[str, Shape], initialiser: str, symbol: str) -> None:
+    made = {name: tuple(tensor.shape) for name, tensor in mixer.items()}
+    if made != dict(shapes):
+        name = next(n for n in {**shapes, **made} if made.get(n) != shapes.get(n))
+        raise ConfigError(
+            f"initialiser {initialiser!r} for `{symbol}` made {name} {made.get(name, 'not at all')}, "
+            f"the student needs {shapes.get(name, 'no such tensor')}"
+        )
+
+
+def _check_same(source: ModelConfig, target: ModelConfig, names: Iterable[str], why: str) -> None:
+    for name in names:
+        has, wants = getattr(source, name), getattr(target, name)
+        if has != wants:
+            raise ConfigError(
+                f"{name} is {has} in the model given and {wants} in the one to make; {why}, so they must be equal"
+            )
+
+
+def _check_head(source: ModelConfig, target: ModelConfig) -> None:
+    if source.untie_embeddings_and_output_weights and not target.untie_embeddings_and_output_weights:
+        raise ConfigError(
+            "untie_embeddings_and_output_weights is True in the model given and False in the one to make; "
+            "an output head of its own cannot be tied to the embedding, set it to True"
+        )

@@ -1,0 +1,90 @@
+"""Attention against an explicit softmax over an explicit, end-aligned causal mask."""
+
+import pytest
+import torch
+
+from megatron_hylo.kernels.attention import attention
+from megatron_hylo.kernels.registry import force, in_use
+from tests.kernels.compare import relative_error
+
+
+def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = True) -> torch.Tensor:
+    """The formula, in float32 or wider, with K and V repeated and query i seeing keys 0 .. s - t + i."""
+    (t, hq), (s, hkv) = q.shape[1:3], k.shape[1:3]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.to(wide).repeat_interleave(hq // hkv, 2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q.to(wide), k) * scale
+    if causal:
+        keys, queries = torch.arange(s, device=q.device), torch.arange(t, device=q.device)
+        scores = scores.masked_fill(keys > queries[:, None] + s - t, -torch.inf)
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).to(q.dtype)
+
+
+def inputs(
+    t: int, s: int, d: int, dv: int, hkv: int = 2, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(t + s)
+    shapes = ((2, t, 6, d), (2, s, hkv, d), (2, s, hkv, dv))
+    values = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [x.to(device).requires_grad_() for x in values]
+
+
+def worst_error(values: list[torch.Tensor], causal: bool) -> float:
+    scale = 0.3 * values[0].shape[-1] ** -0.5  # not the default, which must not be used instead
+    cotangent = torch.randn(explicit(*values, scale, causal).shape, generator=torch.Generator().manual_seed(0)).to(values[0])
+    outputs = [f(*values, scale, causal) for f in (attention, explicit)]
+    gradients = [torch.autograd.grad(out, values, cotangent) for out in outputs]
+    pairs = [outputs, *zip(*gradients, strict=True)]
+    return max(relative_error(value, truth) for value, truth in pairs)
+
+
+@pytest.mark.parametrize("hkv", [1, 2, 6])
+@pytest.mark.parametrize(("d", "dv"), [(16, 16), (16, 24), (24, 16)])
+@pytest.mark.parametrize(("t", "s"), [(9, 9), (4, 11), (1, 7)])
+def test_causal_matches_explicit_softmax(t: int, s: int, d: int, dv: int, hkv: int) -> None:
+    assert worst_error(inputs(t, s, d, dv, hkv), causal=True) < 1e-10
+
+
+def test_a_single_token_reads_its_own_value() -> None:
+    q, k, v = inputs(1, 1, 16, 24)
+    torch.testing.assert_close(attention(q, k, v, 1.0), v.repeat_interleave(3, 2), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(("t", "s"), [(5, 9), (9, 5)])
+def test_full_matches_explicit_softmax(t: int, s: int) -> None:
+    assert worst_error(inputs(t, s, 16, 16), causal=False) < 1e-10
+
+
+def test_float32_matches_explicit_softmax() -> None:
+    assert worst_error(inputs(40, 70, 32, 32, dtype=torch.float32), causal=True) < 1e-5
+
+
+def test_forced_math_backend_matches_explicit_softmax() -> None:
+    with force("attention", "math"):
+        assert worst_error(inputs(9, 9, 16, 24), causal=True) < 1e-10
+    assert in_use()["attention"] == "math"
+
+
+def test_more_queries_than_keys_and_wrong_heads_are_refused() -> None:
+    q, k, v = inputs(5, 3, 8, 8)
+    with pytest.raises(ValueError, match="3 keys and 5 queries"):
+        attention(q, k, v, 1.0)
+    with pytest.raises(ValueError, match="hkv dividing hq"):
+        attention(q[:, :, :5], k, v, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("backend", [None, "cudnn", "flash", "efficient"])
+@pytest.mark.parametrize(("t", "s", "dv"), [(192, 192, 64), (192, 192, 128), (33, 200, 64), (1, 200, 64)])
+def test_cuda_backends_match_explicit_softmax(backend: str | None, t: int, s: int, dv: int) -> None:
+    if backend == "flash" and (dv != 64 or 1 < t < s):
+        pytest.skip("torch's flash backend takes neither value heads of another width nor a mask")
+    values = inputs(t, s, 64, dv, dtype=torch.bfloat16, device="cuda")
+    if backend is None:
+        error = worst_error(values, causal=True)
+        assert in_use()["attention"] in ("cudnn", "flash", "efficient")
+    else:
+        with force("attention", backend):
+            error = worst_error(values, causal=True)
+    assert error < 1e-2

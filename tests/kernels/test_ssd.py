@@ -1,0 +1,121 @@
+"""State-space duality: chunked form against the token-by-token definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_hylo.kernels.registry import force, import_error
+from megatron_hylo.kernels.ssd import MAMBA_MODULE, recurrent_ssd, segment_sum, ssd
+from tests.kernels.compare import relative_error, worst_error
+
+
+def inputs(
+    t: int, dtype: torch.dtype = torch.float64, h: int = 3, p: int = 10, n: int = 12, step: float = 1.0, device: str = "cpu"
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(t)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    values = [
+        normal(2, t, h, p).to(dtype),
+        (step * F.softplus(normal(2, t, h))).to(wide),
+        -normal(h).exp().to(wide),
+        normal(2, t, h, n).to(dtype),
+        normal(2, t, h, n).to(dtype),
+        normal(h).to(wide),
+        normal(2, h, p, n).to(wide),
+    ]
+    return [x.to(device).requires_grad_() for x in values]
+
+
+@pytest.mark.parametrize("t", [1, 2, 63, 64, 65, 150])
+def test_outputs_state_and_gradients_match_recurrence(t: int) -> None:
+    assert worst_error(ssd, recurrent_ssd, inputs(t)) < 1e-10
+
+
+@pytest.mark.parametrize("step", [1e-3, 1.0, 1e3])
+def test_float32_matches_recurrence_for_any_decay(step: float) -> None:
+    """With dt A near -1000 a token decays underflow and their inverses would overflow: all must stay finite."""
+    assert worst_error(ssd, recurrent_ssd, inputs(130, torch.float32, step=step)) < 1e-5
+
+
+def test_recurrence_is_the_definition() -> None:
+    """Three tokens of one head, written out with numbers."""
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.0]], dtype=torch.float64)
+    b = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    c = torch.tensor([[1.0, 1.0], [0.5, -1.0], [2.0, 3.0]], dtype=torch.float64)
+    dt, a, d = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64), torch.tensor([-2.0], dtype=torch.float64), 0.7
+    state, rows = torch.zeros(2, 2, dtype=torch.float64), []
+    for i in range(3):
+        state = torch.exp(dt[i] * a) * state + dt[i] * torch.outer(x[i], b[i])
+        rows.append(state @ c[i] + d * x[i])
+    tokens = (x[None, :, None], dt[None, :, None], a, b[None, :, None], c[None, :, None])
+    out, last = recurrent_ssd(*tokens, torch.tensor([d], dtype=torch.float64), output_final_state=True)
+    torch.testing.assert_close(out[0, :, 0], torch.stack(rows), rtol=1e-14, atol=0)
+    torch.testing.assert_close(last[0, 0], state, rtol=1e-14, atol=0)
+
+
+def test_gradcheck() -> None:
+    x, dt, A, B, C, D, state = (y.detach().requires_grad_() for y in inputs(4, h=1, p=2, n=3))
+    assert torch.autograd.gradcheck(lambda *y: ssd(*y, output_final_state=True), (x, dt, A, B, C, D, state))
+
+
+@pytest.mark.parametrize("cut", [1, 40, 64, 149])
+def test_split_with_carried_state_equals_whole(cut: int) -> None:
+    x, dt, A, B, C, D, state = inputs(150)
+    whole, whole_state = ssd(x, dt, A, B, C, D, state, output_final_state=True)
+    first, carried = ssd(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, state, output_final_state=True)
+    second, last = ssd(x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], D, carried, output_final_state=True)
+    assert relative_error(torch.cat([first, second], 1), whole) < 1e-12
+    assert relative_error(last, whole_state) < 1e-12
+
+
+def test_without_skip_and_state() -> None:
+    x, dt, A, B, C, D, _ = inputs(70)
+    out, state = ssd(x, dt, A, B, C)
+    assert state is None
+    assert relative_error(out + x * D[:, None], ssd(x, dt, A, B, C, D)[0]) < 1e-12
+
+
+def test_segment_sum_matches_explicit_sums() -> None:
+    x = torch.randn(2, 6, dtype=torch.float64)
+    sums = segment_sum(x)
+    for i in range(6):
+        for j in range(6):
+            expected = x[:, j + 1 : i + 1].sum(-1) if j <= i else torch.full((2,), -torch.inf, dtype=torch.float64)
+            torch.testing.assert_close(sums[:, i, j], expected, rtol=0, atol=1e-14)
+
+
+def test_bfloat16_is_float32_inside() -> None:
+    values = [x.detach() for x in inputs(70, torch.bfloat16)]
+    out, state = ssd(*values, output_final_state=True)
+    truth, truth_state = recurrent_ssd(*(x.double() for x in values), output_final_state=True)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(state, truth_state) < 1e-5
+    assert relative_error(out, truth) < 4e-3  # half a bfloat16 digit: only the output is rounded
+
+
+def test_autocast_leaves_float32_inside() -> None:
+    values = inputs(70, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = ssd(*values)
+    assert relative_error(out, ssd(*values)[0]) == 0
+
+
+def test_wrong_shapes_are_refused() -> None:
+    x, dt, A, B, C, *_ = inputs(4)
+    with pytest.raises(ValueError, match=r"A \[h\]"):
+        ssd(x, dt, A[:1], B, C)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("t", "p", "n"), [(130, 64, 64), (600, 64, 128)])
+def test_mamba_ssm_matches_recurrence_on_gpu(t: int, p: int, n: int) -> None:
+    if error := import_error(MAMBA_MODULE):
+        pytest.skip(f"needs mamba_ssm: {error}")
+    values = inputs(t, torch.bfloat16, p=p, n=n, device="cuda")
+    with force("ssd", "mamba_ssm"):
+        assert worst_error(ssd, recurrent_ssd, values) < 1e-2

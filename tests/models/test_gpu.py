@@ -1,0 +1,82 @@
+"""On a GPU: the mixers with their fast kernels against the fp32 reference on the CPU, outputs and gradients."""
+
+import copy
+
+import pytest
+import torch
+
+from megatron_hylo.kernels.registry import force, in_use
+from megatron_hylo.models.hylo_model import build_model
+from tests.conftest import tiny_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+SIZES = dict(
+    hidden_size=256, ffn_hidden_size=512, kv_channels=64, q_lora_rank=192, kv_lora_rank=96, qk_head_dim=32,
+    qk_pos_emb_head_dim=32, v_head_dim=64, mamba_head_dim=64, mamba_state_dim=64, linear_key_head_dim=96,
+    linear_value_head_dim=192, vocab_size=512,
+)  # fmt: skip
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+@pytest.mark.parametrize("backend", ["local", "te"])
+@pytest.mark.parametrize("mixer", ["*", "+", "M", "G"])
+def test_bf16_mixer_matches_fp32_reference(mixer, backend, one_rank):
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if backend == "te" and not HAVE_TE:
+        pytest.skip("needs Transformer Engine")
+    config = tiny_config(f"{mixer}-", **SIZES)
+    reference = build_model(config, backend="local").mixer_layers()[0][0].self_attention
+    fast = build_model(config, params_dtype=torch.bfloat16, backend=backend).mixer_layers()[0][0].self_attention
+    state = {k: v for k, v in reference.state_dict().items() if not k.endswith("_extra_state")}
+    missing, unexpected = fast.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.endswith("_extra_state") for name in missing)
+    x = torch.randn(777, 2, 256, device="cuda").bfloat16()
+    upstream = torch.randn(777, 2, 256, device="cuda")
+    results = []
+    for module, inputs in ((reference, x.float()), (fast, x.clone())):
+        inputs.requires_grad_()
+        forced = [force(op, name) for op, name in (("gated_delta_rule", "torch"), ("ssd", "torch"), ("causal_conv1d", "torch"))]
+        for context in forced if module is reference else []:
+            context.__enter__()
+        out, _ = module(inputs)
+        (out.float() * upstream).sum().backward()
+        for context in forced if module is reference else []:
+            context.__exit__(None, None, None)
+        grads = {name: p.grad for name, p in module.named_parameters()}
+        results.append((out.detach(), inputs.grad, grads))
+    (out, grad, grads), (fast_out, fast_grad, fast_grads) = results
+    errors = {"output": relative(fast_out, out), "input": relative(fast_grad, grad)}
+    errors |= {name: relative(fast_grads[name], grads[name]) for name in grads}
+    print(mixer, backend, in_use(), {k: f"{v:.1e}" for k, v in errors.items()})
+    assert max(errors.values()) < 3e-2, errors
+
+
+def test_one_step_of_training_lowers_the_loss(one_rank):
+    """fp32 masters over bf16 weights through Megatron-Core's optimizer, on CUDA with nothing patched."""
+    from megatron_hylo.train.config import OptimizerSettings, TrainConfig
+    from megatron_hylo.train.optimizer import build_training_state
+    from megatron_hylo.train.stages import get_stage
+
+    settings = TrainConfig(
+        stage="pretrain", data="-", output="-", scratch="-", sequence_length=128, global_batch_size=4, micro_batch_size=4,
+        train_tokens=128 * 4 * 20, optimizer=OptimizerSettings(lr=3e-3, warmup_ratio=0.0),
+    )  # fmt: skip
+    model = build_model(tiny_config(**SIZES), params_dtype=torch.bfloat16)
+    state, stage = build_training_state(model, settings), get_stage(settings, None)
+    ids = torch.randint(512, (4, 129), device="cuda")
+    batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+    losses = []
+    for _ in range(20):
+        state.model.zero_grad_buffer()
+        state.optimizer.zero_grad()
+        losses.append(stage.forward_backward(state, iter([copy.copy(batch)]), 1)["loss"].item())
+        state.optimizer.step()
+        state.scheduler.step(1)
+    assert losses[-1] < 0.7 * losses[0], losses

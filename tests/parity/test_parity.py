@@ -1,0 +1,130 @@
+"""Every parallel layout makes the losses, gradients and weights that one rank makes, for every stage and mixer.
+
+Oracle: the same fp32 model folder trained on one rank. Layouts load it, see the same global batches (whatever number
+of data-parallel ranks shares them) and go through the training loop's own functions; see worker.py.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_hylo.config import ParallelConfig
+from megatron_hylo.models.checkpoint import save_model
+from megatron_hylo.models.hylo_model import build_model
+from megatron_hylo.train.config import OptimizerSettings, TrainConfig
+from tests.conftest import tiny_config
+from tests.parity.worker import job, launch, measure
+
+pytestmark = pytest.mark.multirank
+
+MODELS = {
+    "mixed": tiny_config("G-+-M-*-"),
+    "normed": tiny_config("G-+-M-*-", qk_layernorm=True, add_qkv_bias=True, model_family="qwen3"),
+    "tied": tiny_config("*-*-*-*-", untie_embeddings_and_output_weights=False),
+}
+TEACHER = tiny_config("*-*-*-*-", add_qkv_bias=True)
+STAGES = ("pretrain", "distil", "align")
+# name: (ranks, parallel groups, distributed optimizer)
+LAYOUTS = {
+    "tp2": (2, dict(tensor_model_parallel_size=2), True),
+    "tp2_sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True), True),
+    "pp2": (2, dict(pipeline_model_parallel_size=2), True),
+    "dp2": (2, {}, True),
+    "dp2_plain": (2, {}, False),
+    "tp2_pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), True),
+    "tp2_sp_dp2": (4, dict(tensor_model_parallel_size=2, sequence_parallel=True), True),
+}
+CASES = [
+    (model, stage, layout)
+    for model in MODELS
+    for stage in STAGES
+    for layout in LAYOUTS
+    if stage == "pretrain" or "pp" not in layout  # only pretrain has pipeline stages
+]
+GRADIENT, WEIGHT, LOSS = 1e-5, 1e-5, 1e-6  # relative; gradients and weights by the norm of each tensor
+
+
+def make_model(config, folder: Path, seed: int) -> None:
+    """A model folder whose weights are large enough, and whose norms and biases uneven enough, to show a fault."""
+    torch.manual_seed(seed)
+    model = build_model(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                p.uniform_(0.5, 1.5)
+            elif p.dim() == 2:
+                p.normal_(std=0.1)
+    save_model(model, folder)
+
+
+def make_dataset(folder: Path) -> None:
+    """Random tokens, in documents of several lengths."""
+    folder.mkdir()
+    builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
+    generator = np.random.default_rng(0)
+    for length in (50, 200, 31, 400):
+        builder.add_document(generator.integers(0, 160, length).tolist(), [length])
+    builder.finalize(str(folder / "train.idx"))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, one_rank) -> Path:
+    """ROOT/{model}-{stage}-{layout}, "one" among the layouts."""
+    root = tmp_path_factory.mktemp("parity")
+    make_dataset(root / "data")
+    make_model(TEACHER, root / "teacher", seed=1)
+    for name, config in MODELS.items():
+        make_model(config, root / name, seed=2)
+
+    def config(model: str, stage: str, groups: dict, distributed: bool) -> TrainConfig:
+        return TrainConfig(
+            stage=stage, data=str(root / "data"), output="unused", model=str(root / model),
+            teacher=None if stage == "pretrain" else str(root / "teacher"), sequence_length=24, global_batch_size=4,
+            train_tokens=4 * 24 * 10, precision="fp32", parallel=ParallelConfig(**groups), ce_weight=0.3, loss_chunk_tokens=7,
+            optimizer=OptimizerSettings(
+                lr=1e-3, mixer_lr=2e-3, weight_decay=0.1, warmup_ratio=0, use_distributed_optimizer=distributed
+            ),
+        )  # fmt: skip
+
+    for model in MODELS:
+        for stage in STAGES:
+            measure(config(model, stage, {}, False), root / f"{model}-{stage}-one")
+    for ranks in (2, 4):
+        jobs = [
+            job("measure", config(model, stage, *LAYOUTS[layout][1:]), root / f"{model}-{stage}-{layout}")
+            for model, stage, layout in sorted(CASES, key=lambda case: case[2])
+            if LAYOUTS[layout][0] == ranks
+        ]
+        launch(jobs, ranks, root)
+    assert parallel_state.get_data_parallel_world_size() == 1
+    return root
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Whole tensors by name, put together from all ranks' shards."""
+    return dist_checkpointing.load_plain_tensors(str(folder))
+
+
+def largest_difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """Largest |a - b| / |b| of any tensor, with its name; zeros must be zeros."""
+    assert mine.keys() == theirs.keys()
+    return max((float((mine[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-30)), n) for n in mine)
+
+
+@pytest.mark.parametrize(("model", "stage", "layout"), CASES, ids=lambda value: value)
+def test_layout_equals_one_rank(measured, model, stage, layout):
+    here, one = (measured / f"{model}-{stage}-{name}" for name in (layout, "one"))
+    reports = [json.loads((folder / "measured.json").read_text()) for folder in (here, one)]
+    for mine, theirs in zip(*(report["steps"] for report in reports), strict=True):
+        assert mine == pytest.approx(theirs, rel=LOSS)
+    gradient, name = largest_difference(read_tensors(here / "gradients"), read_tensors(one / "gradients"))
+    assert gradient < GRADIENT, f"gradient of {name}"
+    weight, name = largest_difference(read_tensors(here / "weights"), read_tensors(one / "weights"))
+    assert weight < WEIGHT, f"weight {name}"
+    for what, (difference, name) in reports[0]["replicas"].items():
+        assert difference < 1e-6, f"{what}: ranks hold different {name}"
