@@ -15,8 +15,8 @@ help: ## this list
 
 install: .venv/installed ## make .venv (PYTHON=... to choose the interpreter, EXTRAS=dev,gpu for more packages)
 
-test: lint ## lint, and all tests that need no GPU, no network and little time; what CI runs
-	$(TEST) -m "not gpu and not gpu2 and not network and not slow" $(ARGS)
+test: lint ## lint, and all tests that need no network and little time (GPU tests are skipped, and said so); what CI runs
+	$(TEST) -m "not network and not slow" $(ARGS)
 
 test-all: lint ## all tests; those that this machine cannot run are skipped, with the reason
 	$(TEST) $(ARGS)

@@ -194,7 +194,7 @@ def generate(
 
     Args:
         model: model folder, training checkpoint, or exported Hugging Face folder.
-        prompt: text to continue.
+        prompt: text to continue; asked for where it is not given.
         max_new_tokens: tokens to make at most.
         temperature: 0 takes the most likely token each time.
         top_p: with temperature > 0, sample from the most likely tokens that hold this much probability.
@@ -203,6 +203,8 @@ def generate(
     """
     from megatron_hylo.serve.generate import generate_text
 
+    if prompt is None:
+        prompt = console.input("prompt: ")
     console.print(prompt, style="dim", end="", highlight=False, markup=False)
     result = generate_text(
         Path(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, chat=chat,

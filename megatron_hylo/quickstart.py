@@ -43,7 +43,8 @@ class Budget:
     """How much a quickstart trains, chosen by measuring (docs/quickstart.md)."""
 
     sequence_length: int
-    global_batch_size: int
+    align_batch_size: int
+    distil_batch_size: int
     micro_batch_size: int
     align_tokens: int
     distil_tokens: int
@@ -53,8 +54,10 @@ class Budget:
     lr: float
 
 
-CPU = Budget(256, 2, 2, align_tokens=10_240, distil_tokens=25_600, eval_windows=16, precision="fp32", mixer_lr=1e-3, lr=5e-4)
-GPU = Budget(2048, 16, 8, align_tokens=655_360, distil_tokens=16_777_216, eval_windows=128, precision="bf16", mixer_lr=1e-3, lr=2e-4)
+CPU = Budget(256, 2, 2, 2, align_tokens=10_240, distil_tokens=25_600, eval_windows=16, precision="fp32", mixer_lr=1e-3, lr=5e-4)
+GPU = Budget(
+    2048, 4, 16, 4, align_tokens=655_360, distil_tokens=16_777_216, eval_windows=128, precision="bf16", mixer_lr=1e-3, lr=2e-4
+)
 
 
 def run_quickstart(
@@ -160,7 +163,9 @@ def _upcycle(teacher: Path, hybrid: Path, linear: str) -> None:
     if is_sealed(hybrid):
         found = read_description(hybrid)[0].mixers
         if ("M" in found) != (linear == "mamba2"):
-            raise ConfigError(f"{hybrid} was made with other linear layers ({found}); give another --output for --linear {linear}")
+            raise ConfigError(
+                f"{hybrid} was made with other linear layers ({found}); give another --output for --linear {linear}"
+            )
         return
     with session():
         upcycle_folder(teacher, hybrid, LAYOUT[linear], None)
@@ -181,6 +186,7 @@ def _evaluate_start(teacher: Path, hybrid: Path, data: Path, output: Path, budge
 
 def _stage(stage: str, budget: Budget, model: Path, teacher: Path, data: Path, output: Path, tokens: int) -> TrainConfig:
     align = stage == "align"
+    batch = budget.align_batch_size if align else budget.distil_batch_size
     return TrainConfig(
         stage=stage,
         data=str(data),
@@ -188,14 +194,14 @@ def _stage(stage: str, budget: Budget, model: Path, teacher: Path, data: Path, o
         model=str(model),
         teacher=str(teacher),
         sequence_length=budget.sequence_length,
-        global_batch_size=budget.global_batch_size,
+        global_batch_size=batch,
         micro_batch_size=budget.micro_batch_size,
         train_tokens=tokens,
         trainable="mixers" if align else "all",
         precision=budget.precision,
         optimizer=OptimizerSettings(lr=budget.lr, mixer_lr=budget.mixer_lr, warmup_ratio=0.05, min_lr_ratio=0.05),
         eval_windows=budget.eval_windows,
-        save_interval=max(1, tokens // (budget.global_batch_size * budget.sequence_length) // 4),
+        save_interval=max(1, tokens // (batch * budget.sequence_length) // 4),
         log_interval=5,
         keep_checkpoints=1,
     )

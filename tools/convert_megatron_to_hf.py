@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Convert a Megatron model folder or training checkpoint to a Hugging Face folder.
 
-    python tools/convert_megatron_to_hf.py MODEL_DIR HF_DIR [--overwrite]
+python tools/convert_megatron_to_hf.py MODEL_DIR HF_DIR [--overwrite]
 """
 
 import sys

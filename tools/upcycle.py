@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make a hybrid's model folder from a teacher's.
 
-    python tools/upcycle.py TEACHER_DIR HYBRID_DIR --layout llama3.2-1b-4mla12gdn
+python tools/upcycle.py TEACHER_DIR HYBRID_DIR --layout llama3.2-1b-4mla12gdn
 """
 
 import sys

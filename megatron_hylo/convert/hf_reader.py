@@ -87,10 +87,11 @@ class SafetensorsSource:
 
 
 class StateDictSource:
-    """Tensors already in memory (a GGUF file read by transformers, a model under test)."""
+    """Tensors already in memory: those of a transformers model, read out of a GGUF file."""
 
-    def __init__(self, config: ModelConfig, state: dict[str, Tensor]) -> None:
-        self.config, self.state = config, state
+    def __init__(self, config: ModelConfig, model: Any) -> None:
+        self.config, self.model = config, model
+        self.state = model.state_dict()
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name."""
@@ -131,10 +132,17 @@ def gguf_file(path: Path) -> Path | None:
     return files[0] if files else None
 
 
-def load_transformers_model(path: str | Path) -> Any:
-    """The model at `path` (Hugging Face folder or GGUF) through transformers, fp32, eval mode: the oracle."""
+def _transformers() -> Any:
+    """transformers, imported when it is needed (seconds) and without its progress bars."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def load_transformers_model(path: str | Path) -> Any:
+    """The model at `path` (Hugging Face folder or GGUF) through transformers, fp32, eval mode: the oracle."""
+    transformers = _transformers()
     path = Path(path)
     gguf = gguf_file(path)
     if gguf is None and read_hf_config(path).get("model_type") == "hylo":
@@ -148,8 +156,7 @@ def load_transformers_model(path: str | Path) -> Any:
 
 def load_transformers_tokenizer(path: str | Path) -> Any | None:
     """The tokenizer at `path` (Hugging Face folder or GGUF), or None where the folder has none."""
-    import transformers
-
+    transformers = _transformers()
     path = Path(path)
     gguf = gguf_file(path)
     if gguf:
@@ -165,11 +172,10 @@ def _gguf_tokenizer(file: Path) -> Any:
     The end-of-sequence token is the one the file names, and the file's pre-tokenizer "smollm" splits digits one by
     one before the byte-level split (235 of 721 documents tokenise differently without it).
     """
-    import transformers
     from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = _transformers().AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     fields = GGUFReader(file).fields
     if "tokenizer.ggml.eos_token_id" in fields:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(fields["tokenizer.ggml.eos_token_id"].contents()))
@@ -191,4 +197,4 @@ def open_source(path: str | Path) -> TensorSource:
     if gguf_file(path) is None:
         return SafetensorsSource(path)
     model = load_transformers_model(path)
-    return StateDictSource(model_config_from_hf(model.config.to_dict()), model.state_dict())
+    return StateDictSource(model_config_from_hf(model.config.to_dict()), model)

@@ -1,5 +1,6 @@
 """Hugging Face -> Megatron model folder."""
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Callable, Iterable
@@ -12,7 +13,9 @@ from megatron_hylo.convert.hf_reader import load_transformers_tokenizer, open_so
 from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
+from megatron_hylo.sealed import write_json
 
+GENERATION_CONFIG = "generation_config.json"
 Track = Callable[[Iterable, str], Iterable]
 
 
@@ -73,8 +76,20 @@ def convert_hf_to_megatron(
     model = build_model(opened.config, params_dtype=dtype, backend="local")
     fill_model(model, opened.config, opened.read, track)
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = load_transformers_tokenizer(source)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        save_model(model, output, scratch if tokenizer is not None else None, {"converted_from": Path(source).name}, overwrite)
+        has_tokenizer = _save_tokenizer(Path(source), Path(scratch))
+        save_model(model, output, scratch if has_tokenizer else None, {"converted_from": Path(source).name}, overwrite)
     return opened.config
+
+
+def _save_tokenizer(source: Path, folder: Path) -> bool:
+    """Tokenizer files and, so that generation stops where it should, generation_config.json; False where there are none."""
+    tokenizer = load_transformers_tokenizer(source)
+    if tokenizer is None:
+        return False
+    tokenizer.save_pretrained(folder)
+    if (source / GENERATION_CONFIG).is_file():
+        shutil.copy(source / GENERATION_CONFIG, folder)
+    else:
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        write_json(folder / GENERATION_CONFIG, {name: token for name, token in ends.items() if token is not None})
+    return True

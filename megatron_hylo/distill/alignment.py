@@ -69,14 +69,15 @@ def align_layers(
         with torch.no_grad():
             target_mixer = mixer_output(teacher_mixer, hidden)
             target = _mlp_layer(teacher_mlp, hidden + target_mixer)
+            compared = teacher.decoder.final_norm(target) if last else target
         with torch.set_grad_enabled(gradient_scale is not None):
             out_mixer = mixer_output(mixer, hidden)
             mixer_term = _mean_norm(out_mixer - target_mixer, total) if mixer_weight else hidden.new_zeros(())
             hidden_term = hidden.new_zeros(())
             if hidden_weight:
                 out = _mlp_layer(mlp, hidden + out_mixer)
-                normed = (student.decoder.final_norm(out), teacher.decoder.final_norm(target)) if last else (out, target)
-                hidden_term = _mean_norm(normed[0] - normed[1], total)
+                out = student.decoder.final_norm(out) if last else out
+                hidden_term = _mean_norm(out - compared, total)
             if gradient_scale is not None:
                 ((hidden_weight * hidden_term + mixer_weight * mixer_term) * gradient_scale).backward()
         layers.append(torch.stack([hidden_term.detach().float(), mixer_term.detach().float()]))

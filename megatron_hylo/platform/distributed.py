@@ -4,6 +4,7 @@ The same call serves one plain process, `torchrun` on the CPU (gloo) and `torchr
 """
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -62,12 +63,16 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
         torch.cuda.set_device(here)
     if not torch.distributed.is_initialized():
         backend = "nccl" if here.type == "cuda" else "gloo"
-        timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+        settings = dict(
+            backend=backend,
+            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
+            device_id=here if here.type == "cuda" else None,
+        )
         if "RANK" in os.environ:
-            torch.distributed.init_process_group(backend, timeout=timeout)
+            torch.distributed.init_process_group(**settings)
         else:
             store = torch.distributed.TCPStore("127.0.0.1", _free_port(), 1, True)
-            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+            torch.distributed.init_process_group(store=store, rank=0, world_size=1, **settings)
     world = torch.distributed.get_world_size()
     model_parallel = parallel.model_parallel_size
     if world % model_parallel:
@@ -84,9 +89,14 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
         )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    if is_main():
-        logger.info("device %s, %d ranks, backend %s", here, world, torch.distributed.get_backend())
+    _log_once(f"device {here}, {world} ranks, backend {torch.distributed.get_backend()}")
     return here
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    if is_main():
+        logger.info(message)
 
 
 def shutdown() -> None:

@@ -23,7 +23,7 @@ from megatron_hylo.models.checkpoint import (
 )
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.sealed import is_sealed, sealed_directory, verify_sealed, write_json
-from megatron_hylo.train.optimizer import TrainingState
+from megatron_hylo.train.optimizer import TrainingState, allocate_optimizer_state, load_optimizer_state
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -90,9 +90,10 @@ def load_checkpoint(state: TrainingState, path: Path) -> tuple[int, int]:
     if torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()
     read_description(path)
+    allocate_optimizer_state(state.optimizer)
     loaded = load_weights(_sharded_state(state, loading=True), path / "weights")
     put_weights(state.bare_model, loaded["model"])
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    load_optimizer_state(state.optimizer, loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])
     position = json.loads((path / "train_state.json").read_text())
     return position["step"], position["consumed_samples"]

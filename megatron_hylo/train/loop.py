@@ -53,6 +53,7 @@ def train(config: TrainConfig) -> Quality | None:
     """
     run = Path(config.output)
     with session(config.parallel, config.seed) as device:
+        _check_same_run(config, run)
         if is_sealed(run / "model"):
             logger.info("%s is already trained; remove it to train again", run)
             return _read_quality(run)
@@ -69,7 +70,6 @@ def train(config: TrainConfig) -> Quality | None:
         tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
         step = consumed = 0
         newest = latest_checkpoint(run)
-        _check_same_run(config, run)
         if newest is not None:
             step, consumed = load_checkpoint(state, newest)
         reporter = Reporter(config, run, device, _flops_per_token(config, model, teacher), step)
@@ -142,10 +142,8 @@ def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     names = metrics if parallel_state.is_pipeline_last_stage() else {}
     if names:
         stacked = torch.stack([metrics[n].float() for n in names])
-        torch.distributed.all_reduce(stacked, op=torch.distributed.ReduceOp.AVG if stacked.is_cuda else
-                                     torch.distributed.ReduceOp.SUM, group=parallel_state.get_data_parallel_group())  # fmt: skip
-        if not stacked.is_cuda:  # gloo has no average
-            stacked /= parallel_state.get_data_parallel_world_size()
+        torch.distributed.all_reduce(stacked, group=parallel_state.get_data_parallel_group())
+        stacked /= parallel_state.get_data_parallel_world_size()
         metrics = dict(zip(names, stacked))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         shared = [{n: float(v) for n, v in metrics.items()}]
@@ -201,21 +199,31 @@ def _check_data(data: Path, model: HyloModel) -> None:
 
 def _check_same_run(config: TrainConfig, run: Path) -> None:
     """A run folder keeps the settings it was started with; going on with others would change its meaning silently."""
-    may_change = {"log_interval", "eval_interval", "save_interval", "keep_checkpoints", "tensorboard", "wandb", "wandb_project",
-                  "parallel", "micro_batch_size", "recompute", "backend", "eval_windows", "loss_chunk_tokens", "output"}  # fmt: skip
+    may_change = {
+        "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "tensorboard", "wandb", "wandb_project",
+        "parallel", "micro_batch_size", "recompute", "backend", "eval_windows", "loss_chunk_tokens", "output",
+    }  # fmt: skip
     file = run / "config.json"
     mine = json.loads(json.dumps(asdict(config)))
     if file.is_file():
-        theirs = json.loads(file.read_text())
-        for name in sorted(set(mine) - may_change):
-            if theirs.get(name) != mine[name]:
+        ours, theirs = _flat(mine), _flat(json.loads(file.read_text()))
+        for name in sorted(ours.keys() | theirs.keys()):
+            if name.split(".")[0] not in may_change and ours.get(name) != theirs.get(name):
                 raise ConfigError(
-                    f"{run} was started with {name} = {theirs.get(name)}, now {mine[name]}; use another output to change it"
+                    f"{run} was started with {name} = {theirs.get(name)}, now {ours.get(name)}; use another output to change it"
                 )
     elif is_main():
         run.mkdir(parents=True, exist_ok=True)
         write_json(file, mine)
     torch.distributed.barrier()
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}, as on the command line."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _evaluate(
@@ -243,8 +251,8 @@ def _flops_per_token(config: TrainConfig, model: HyloModel, teacher: HyloModel |
 
 
 def _describe(config: TrainConfig, model: HyloModel) -> str:
-    millions = parameter_count(model.config.hylo) / 1e6
+    millions, ranks = parameter_count(model.config.hylo) / 1e6, torch.distributed.get_world_size()
     return (
-        f"{model.config.hylo.mixers} ({millions:,.0f} M parameters), {config.train_steps} steps of {config.global_batch_size} x "
-        f"{config.sequence_length} tokens, {config.precision}, {torch.distributed.get_world_size()} ranks"
+        f"{model.config.hylo.mixers} ({millions:,.0f} M parameters), {config.train_steps} steps of "
+        f"{config.global_batch_size} x {config.sequence_length} tokens, {config.precision}, {ranks} ranks"
     )

@@ -1,7 +1,9 @@
 """Megatron-Core's data-parallel wrapper, optimizer and schedule, set up the way upcycling needs them."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -10,6 +12,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -17,6 +20,7 @@ from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 
 MIXER_PARAMETERS = "*.self_attention.*"
+FP32_PARAMETERS = ("*.A_log", "*.dt_bias", "*.D")
 
 
 @dataclass
@@ -83,6 +87,8 @@ def build_training_state(model: HyloModel, config: TrainConfig) -> TrainingState
     )
     # Megatron's own rule first (no weight decay on biases and one-dimensional tensors), then ours.
     overrides = dict(get_standard_config_overrides(optimizer_config))
+    # fp32 parameters in groups of their own: the distributed optimizer's checkpoints mix up groups of two dtypes.
+    overrides[ParamKey(name=FP32_PARAMETERS)] = ParamGroupOverride(start_wd=0.0, end_wd=0.0)
     if settings.mixer_lr is not None and settings.mixer_lr != settings.lr:
         group = ParamGroupOverride(max_lr=settings.mixer_lr, min_lr=settings.mixer_lr * settings.min_lr_ratio)
         overrides[ParamKey(name=MIXER_PARAMETERS)] = group
@@ -90,6 +96,36 @@ def build_training_state(model: HyloModel, config: TrainConfig) -> TrainingState
     transformer_config.finalize_model_grads_func = finalize_model_grads
     transformer_config.no_sync_func = wrapped.no_sync
     return TrainingState(wrapped, optimizer, _scheduler(optimizer, settings, config.train_steps))
+
+
+def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
+    """Make the moments of a fresh optimizer, all zero, for a checkpoint to be loaded into.
+
+    Megatron-Core does so itself except for torch's AdamW, whose empty state its distributed optimizer refuses.
+    """
+    (part,) = optimizer.chained_optimizers
+    if isinstance(part.optimizer, torch.optim.Adam):
+        for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
+            zeros = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
+            part.optimizer.state[parameter] = {"step": torch.tensor(0.0)} | zeros
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Put a loaded optimizer state in place.
+
+    The distributed optimizer's own loading fails on the "step" of torch's AdamW (Transformer Engine's has none) and
+    shares one counter among all parameters, each of which would then advance it.
+    """
+    (part,) = optimizer.chained_optimizers
+    if not (isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam)):
+        optimizer.load_state_dict(loaded)
+        return
+    moments = loaded.pop("param_state")
+    optimizer.load_state_dict(loaded)
+    steps = [(state, state.pop("step").clone()) for state in part.optimizer.state.values()]
+    part.load_parameter_state_from_fully_reshardable(moments)
+    for state, step in steps:
+        state["step"] = step
 
 
 def _scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings, steps: int) -> OptimizerParamScheduler:

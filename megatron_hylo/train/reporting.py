@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -39,7 +39,7 @@ class Reporter:
         run.mkdir(parents=True, exist_ok=True)
         self.peak, source = peak_flops(device)
         logger.info("peak of one %s for MFU: %.3g FLOP/s (%s)", device.type, self.peak, source)
-        self.metrics_file = open(run / "metrics.jsonl", "a", buffering=1)
+        self.metrics_file = _open_metrics(run / "metrics.jsonl", start_step)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -100,6 +100,16 @@ class Reporter:
             self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _open_metrics(file: Path, start_step: int) -> TextIO:
+    """For appending, without the steps after the checkpoint that a killed run went on from: they are done again."""
+    if file.is_file():
+        kept = [
+            line for line in file.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= start_step
+        ]
+        file.write_text("".join(kept))
+    return open(file, "a", buffering=1)
 
 
 def _start_wandb(config: TrainConfig, run: Path) -> Any:

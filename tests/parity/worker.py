@@ -1,21 +1,20 @@
 """One rank of a test that needs several: runs a list of jobs, each under its own parallel layout.
 
 Started by `launch` through `python -m torch.distributed.run --standalone --nproc-per-node N tests/parity/worker.py JOBS`,
-so that one start-up of Python and Megatron-Core serves many cases. A job is {"kind", "config", "folder"}:
-  measure   FOLDER/gradients, FOLDER/weights, FOLDER/measured.json of two steps of that configuration
-  train     the whole of `megatron_hylo.train.loop.train`
-Gradients are stored like weights: for the time of the save every parameter's data is its reduced gradient, so the
-model's own sharded state dict puts the shards of fused projections in their places.
+so that one start-up of Python and Megatron-Core serves many cases. A job is {"kind", "config", "file"}:
+  measure   gradients, weights and metrics of two steps of that configuration, as whole tensors, to FILE
+  train     the whole of `megatron_hylo.train.loop.train`; where FILE is a checkpoint, from a copy of it
 """
 
-import contextlib
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,9 +22,9 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[2]
 
 
-def job(kind: str, config: Any, folder: Path | None = None) -> dict[str, Any]:
+def job(kind: str, config: Any, file: Path | None = None) -> dict[str, Any]:
     """One entry of the list that `launch` takes; `config` is a TrainConfig."""
-    return {"kind": kind, "config": asdict(config), "folder": str(folder)}
+    return {"kind": kind, "config": asdict(config), "file": file and str(file)}
 
 
 def launch(jobs: list[dict[str, Any]], ranks: int, scratch: Path) -> None:
@@ -38,21 +37,62 @@ def launch(jobs: list[dict[str, Any]], ranks: int, scratch: Path) -> None:
     """
     file = scratch / f"jobs_{ranks}.json"
     file.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__, str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        __file__,
+        str(file),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     if result.returncode:
         raise RuntimeError(f"{ranks} ranks failed:\n{result.stdout[-3000:]}\n{result.stderr[-12000:]}")
 
 
-@contextlib.contextmanager
-def _gradients_as_weights(model: torch.nn.Module, gradients: dict[str, torch.Tensor]) -> Iterator[None]:
+def whole_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float, str]:
+    """Tensors shaped like this rank's parameters, put together from all ranks, on every rank.
+
+    While the model's own sharded state dict is made, every parameter's data is the tensor of its name; so fused
+    projections come apart by section exactly as in a checkpoint.
+
+    Returns:
+        Tensors by their name in a checkpoint; the largest relative difference between ranks that hold the same
+        piece, and where.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    from megatron_hylo.models.checkpoint import sharded_weights
+
     kept = {name: p.data for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
-        p.data = gradients[name]
-    yield
+        p.data = tensors[name]
+    state = sharded_weights(model)
+    apply_factories(state)
+    pieces = [
+        (t.key, t.global_shape, t.global_offset, t.data.detach().clone())
+        for t in nested_values(state)
+        if isinstance(t, ShardedTensor)
+    ]
     for name, p in model.named_parameters():
         p.data = kept[name]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, pieces)
+    whole, worst = {}, (0.0, "")
+    for key, shape, offset, piece in (entry for rank in everyone for entry in rank):
+        full = whole.setdefault(key, torch.full(shape, float("nan")))
+        place = full[tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))]
+        if bool(place.isnan().any()):
+            place.copy_(piece)
+        else:
+            worst = max(worst, (float((place - piece).norm() / place.norm().clamp(min=1e-30)), key))
+    missing = [key for key, tensor in whole.items() if bool(tensor.isnan().any())]
+    assert not missing, f"no rank has all of {missing}"
+    return whole, *worst
 
 
 def _reduced_gradients(state: Any) -> dict[str, torch.Tensor]:
@@ -69,30 +109,11 @@ def _reduced_gradients(state: Any) -> dict[str, torch.Tensor]:
     return {name: p.main_grad.clone() if p.requires_grad else torch.zeros_like(p) for name, p in named}
 
 
-def _replica_difference(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """Largest relative difference between ranks that should hold the same tensor, and its name."""
-    from megatron.core import parallel_state
-
-    worst = (0.0, "")
-    for name, p in model.named_parameters():
-        groups = [parallel_state.get_data_parallel_group()]
-        if not getattr(p, "tensor_model_parallel", False):
-            groups.append(parallel_state.get_tensor_model_parallel_group())
-        for group in groups:
-            mean = tensors[name].clone()
-            dist.all_reduce(mean, group=group)
-            mean /= group.size()
-            difference = float((tensors[name] - mean).norm() / mean.norm().clamp(min=1e-30))
-            worst = max(worst, (difference, name))
-    return worst
-
-
-def measure(config: Any, folder: Path) -> None:
+def measure(config: Any, file: Path) -> None:
     """Gradients of one global batch, then two optimizer steps from the start, as the training loop makes them."""
     from megatron.core import parallel_state
 
     from megatron_hylo.data.packed import PackedDataset, batches
-    from megatron_hylo.models.checkpoint import save_weights, sharded_weights
     from megatron_hylo.platform.distributed import initialize, is_main
     from megatron_hylo.train.loop import _build_models, _step
     from megatron_hylo.train.optimizer import build_training_state, choose_trainable
@@ -111,35 +132,35 @@ def measure(config: Any, folder: Path) -> None:
     state.model.zero_grad_buffer()
     stage.forward_backward(state, batches(dataset, 0, config.micro_batch_size, rank, ranks), micro_batches)
     gradients = _reduced_gradients(state)
-    with _gradients_as_weights(model, gradients):
-        save_weights({"model": sharded_weights(model)}, folder / "gradients")
-    gradient_replicas = _replica_difference(model, gradients)
-
+    gradients = whole_tensors(model, gradients)
     feed = batches(dataset, 0, config.micro_batch_size, rank, ranks)
     steps = [_step(state, stage, feed, micro_batches, step) for step in range(2)]
-    save_weights({"model": sharded_weights(model)}, folder / "weights")
-    replicas = [gradient_replicas, _replica_difference(model, {n: p.data for n, p in model.named_parameters()})]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, replicas)
+    weights = whole_tensors(model, {name: p.data for name, p in model.named_parameters()})
     if is_main():
-        worst = {name: max(r[i] for r in everyone) for i, name in enumerate(("gradients", "weights"))}
-        (folder / "measured.json").write_text(json.dumps({"steps": steps, "replicas": worst}))
+        torch.save({"steps": steps, "gradients": gradients, "weights": weights}, file)
 
 
 def main(file: str) -> None:
-    """Run the jobs of a list, each after leaving the former's parallel groups."""
-    from megatron.core import parallel_state
-
+    """Run the jobs of a list; process groups are made anew where the parallel layout changes."""
     from megatron_hylo.config import from_dict
+    from megatron_hylo.platform.distributed import shutdown
     from megatron_hylo.train.config import TrainConfig
     from megatron_hylo.train.loop import train
 
-    dist.init_process_group("gloo")
-    for entry in json.loads(Path(file).read_text()):
-        config = from_dict(TrainConfig, entry["config"], file)
-        train(config) if entry["kind"] == "train" else measure(config, Path(entry["folder"]))
-        parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    entries = [(e, from_dict(TrainConfig, e["config"], file)) for e in json.loads(Path(file).read_text())]
+    for number, (_, group) in enumerate(itertools.groupby(entries, key=lambda entry: entry[1].parallel)):
+        store = dist.FileStore(f"{file}.{number}", ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+        for entry, config in group:
+            if entry["kind"] == "measure":
+                measure(config, Path(entry["file"]))
+                continue
+            if entry["file"] is not None and rank == 0:
+                shutil.copytree(entry["file"], Path(config.output) / "checkpoints" / Path(entry["file"]).name)
+            dist.barrier()
+            train(config)
+        shutdown()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""Generation with a carried cache, out of a Megatron model folder, an exported Hugging Face folder or a GGUF file."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.convert.hf_reader import gguf_file, load_transformers_model, load_transformers_tokenizer, read_hf_config
+from megatron_hylo.platform.distributed import device, session
+from megatron_hylo.serve.hf import HyloCache, HyloConfig, HyloForCausalLM
+
+PREFILL_TOKENS = 8192  # longer prompts are read in pieces of so many, to bound the memory of activations
+DECODE = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)  # cleaning up would drop spaces
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation and what it cost."""
+
+    text: str  # without the prompt
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float  # until the first new token
+    tokens_per_second: float  # of the tokens after the first; of the first one where there is no other
+    cache_bytes: int  # at the end, everything that is carried
+    kv_bytes_per_token: int  # of that, what each token adds; 0 without attention layers
+
+
+class _Streamer(TextStreamer):
+    """Hands finished text on and keeps the time of every token."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, **DECODE)
+        self.on_text = on_text
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, then with each new token."""
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called with text that later tokens will not change."""
+        self.on_text(text)
+
+
+def load_for_generation(path: str | Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of a model folder, training checkpoint, Hugging Face folder or GGUF file, on this rank's device.
+
+    Raises:
+        ConfigError: nothing that can be loaded is there, or it has no tokenizer.
+    """
+    path = Path(path)
+    is_megatron = (path / "hylo.json").is_file()
+    source = path / "tokenizer" if is_megatron else path
+    if is_megatron:
+        model = model_from_megatron(path)
+    elif gguf_file(path) is not None:
+        model = load_transformers_model(path)
+    elif read_hf_config(path).get("model_type") == HyloConfig.model_type:
+        model = HyloForCausalLM.from_pretrained(path, dtype="auto")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    tokenizer = load_transformers_tokenizer(source)
+    if tokenizer is None:
+        raise ConfigError(f"{source} holds no tokenizer; copy the base model's tokenizer files there")
+    return model.to(device()).eval(), tokenizer
+
+
+def model_from_megatron(path: str | Path) -> HyloForCausalLM:
+    """The Hugging Face model of a model folder or training checkpoint, in the folder's dtype, on the CPU."""
+    # Megatron-Core takes seconds to import, which exported folders need not wait for.
+    from megatron_hylo.convert.to_hf import hf_tensors
+    from megatron_hylo.models.checkpoint import load_model
+
+    with session():
+        source = load_model(path, backend="local")
+        tensors = dict(hf_tensors(source))
+    with torch.device("meta"):
+        model = HyloForCausalLM(HyloConfig(hylo=source.config.hylo.to_dict(), dtype=source.config.params_dtype))
+    model.load_state_dict(tensors, strict=not model.config.tie_word_embeddings, assign=True)
+    model.tie_weights()
+    return model
+
+
+def generate_text(
+    path: str | Path,
+    prompt: str,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Generation:
+    """Continue a prompt until the end-of-sequence token or `max_new_tokens`.
+
+    Args:
+        path: model folder, training checkpoint, Hugging Face folder (exported hybrid or teacher), or .gguf file.
+        prompt: text to continue.
+        max_new_tokens: tokens at most.
+        temperature: 0 takes the most likely token each time; else logits are divided by it and sampled from.
+        top_p: sample from the most likely tokens that hold this much probability.
+        seed: of the sampling.
+        chat: wrap the prompt in the tokenizer's chat template as the user's turn.
+        on_text: called with each piece of text as it is finished.
+
+    Raises:
+        ConfigError: a setting outside its range, an empty prompt, no chat template, nothing loadable at `path`.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ConfigError(
+            f"need max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, got {max_new_tokens}, {temperature} and {top_p}"
+        )
+    model, tokenizer = load_for_generation(path)
+    ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)
+    streamer = _Streamer(tokenizer, on_text)
+    stop = model.generation_config.eos_token_id
+    stop = tokenizer.eos_token_id if stop is None else stop
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else dict(do_sample=False)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop,
+        pad_token_id=stop[0] if isinstance(stop, list) else stop,
+        return_dict_in_generate=True,
+        prefill_chunk_size=PREFILL_TOKENS if ids.shape[1] > PREFILL_TOKENS else None,
+        **sampling,
+    )
+    model.generation_config = settings  # else a folder's own defaults (a top_k, say) fill what is not set here
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    result = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
+    first, last = streamer.times[1], streamer.times[-1]
+    new = result.sequences[0, ids.shape[1] :]
+    total, growing = _cache_bytes(result.past_key_values)
+    return Generation(
+        text=tokenizer.decode(new, **DECODE),
+        prompt_tokens=ids.shape[1],
+        new_tokens=len(new),
+        prefill_seconds=first - start,
+        tokens_per_second=(len(new) - 1) / (last - first) if len(new) > 1 else 1 / (first - start),
+        cache_bytes=total,
+        kv_bytes_per_token=growing // result.past_key_values.get_seq_length(),
+    )
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+    """int64 [1, tokens]."""
+    if chat:
+        if tokenizer.chat_template is None:
+            raise ConfigError("this tokenizer has no chat template; give the prompt as plain text, without chat")
+        turns = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+    ids = tokenizer(prompt).input_ids
+    if not ids:
+        raise ConfigError("the prompt is empty; give at least one word")
+    return torch.tensor([ids])
+
+
+def _cache_bytes(cache: Any) -> tuple[int, int]:
+    """(all bytes, bytes that grow with the sequence) of our cache or of transformers' own for a teacher."""
+    if isinstance(cache, HyloCache):
+        return cache.nbytes(), cache.token_nbytes()
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    return held, held

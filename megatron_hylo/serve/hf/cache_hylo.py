@@ -1,0 +1,46 @@
+"""What a HyLo model remembers between calls: growing latents or keys and values, and states of fixed size."""
+
+import torch
+from torch import Tensor
+
+
+class HyloCache:
+    """What every layer remembers of the tokens seen so far, of all sequences of a batch."""
+
+    is_compileable = False  # asked by generate(): tensors grow, so nothing to compile for
+    is_croppable = False  # recurrent states cannot go back
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, tuple[Tensor, ...]] = {}  # layer -> tensors [batch, sequence, ...], one row a token
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (convolution's inputs, recurrent state)
+        self.length = 0
+
+    def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
+        """Add the rows of new tokens, [batch, new tokens, ...] each; returns those of all tokens."""
+        if layer in self.tokens:
+            new = tuple(torch.cat(pair, dim=1) for pair in zip(self.tokens[layer], new))
+        self.tokens[layer] = new
+        return new
+
+    def state(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """A linear layer's (convolution's inputs, recurrent state); None before the first token."""
+        return self.states.get(layer, (None, None))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen."""
+        return self.length
+
+    def token_nbytes(self) -> int:
+        """Bytes of what grows with the sequence: the KV cache in the narrow sense."""
+        return sum(t.numel() * t.element_size() for tensors in self.tokens.values() for t in tensors)
+
+    def nbytes(self) -> int:
+        """Bytes of everything, the linear layers' states included."""
+        states = sum(t.numel() * t.element_size() for tensors in self.states.values() for t in tensors)
+        return self.token_nbytes() + states
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes a copy of what was sequence beam_idx[i] (beam search)."""
+        for held in (self.tokens, self.states):
+            for layer, tensors in held.items():
+                held[layer] = tuple(t.index_select(0, beam_idx.to(t.device)) for t in tensors)

@@ -1,0 +1,66 @@
+"""Hugging Face configuration of a HyLo model: the project's own model description under the key `hylo`.
+
+The standard fields (vocab_size, hidden_size, ...) that other libraries read are derived from it where they are
+not given. An exported folder holds this file beside its weights, so it imports nothing but transformers.
+"""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class HyloConfig(PreTrainedConfig):
+    """config.json of model_type "hylo".
+
+    Args:
+        hylo: the model description, field names as in Megatron-Core: `hybrid_layer_pattern` (mixer symbols `*`, `+`,
+            `M`, `G`, each followed by an MLP `-`), sizes of the backbone and of the mixers, RoPE scalings as mappings.
+        kwargs: standard fields of a Hugging Face configuration; vocab_size, hidden_size, num_hidden_layers,
+            max_position_embeddings and tie_word_embeddings follow from `hylo` unless given.
+    """
+
+    model_type = "hylo"
+    hylo: dict | None = None
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    max_position_embeddings: int | None = None
+    tie_word_embeddings: bool | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Derive the standard fields; `hylo` may be absent, as transformers makes empty configurations to compare with."""
+        if self.hylo is not None:
+            c = self.hylo
+            derived = {name: c[name] for name in ("vocab_size", "hidden_size", "max_position_embeddings")}
+            derived["num_hidden_layers"] = len(self.mixers)
+            derived["tie_word_embeddings"] = not c["untie_embeddings_and_output_weights"]
+            for name, value in derived.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+        super().__post_init__(**kwargs)
+
+    @property
+    def mixers(self) -> str:
+        """One mixer symbol a layer, e.g. "G+GG" for "G-+-G-G-"."""
+        return self.hylo["hybrid_layer_pattern"].replace("|", "")[0::2]
+
+    def architecture(self) -> SimpleNamespace:
+        """`hylo` with attribute access, its RoPE scalings too; these get `cos_sin_multiplier`.
+
+        The multiplier is YaRN's attention factor on cos and sin, 0.1 ln(factor) + 1 where none is given (Peng et al.,
+        2023, equation 22), and 1 for other scalings.
+        """
+        c = SimpleNamespace(**self.hylo)
+        for name in ("rope_scaling", "mla_rope_scaling"):
+            scaling = SimpleNamespace(**self.hylo[name])
+            scaling.cos_sin_multiplier = 1.0
+            if scaling.rope_type == "yarn":
+                given = scaling.attention_factor
+                scaling.cos_sin_multiplier = 0.1 * math.log(scaling.factor) + 1.0 if given is None else given
+            setattr(c, name, scaling)
+        return c

@@ -1,0 +1,176 @@
+"""Layer-wise alignment against whole forward passes: the teacher's with hooks, the student's in one autograd graph."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.distill.alignment import align_layers, check_alignable
+from megatron_hylo.models.hylo_model import HyloModel, build_model
+from tests.conftest import tiny_config
+from tests.kernels.compare import relative_error
+
+TOLERANCE = 1e-6
+
+
+def make_model(pattern: str, **changes) -> HyloModel:
+    """A float64 model whose weights are large enough, and norms uneven enough, to show a fault; the norms are fp32."""
+    model = build_model(tiny_config(pattern, **changes))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.uniform_(0.5, 1.5)
+            elif p.dim() == 2:
+                p.normal_(std=0.15)
+    return model.double()
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(160, (2, 19))
+
+
+def recorded(modules: dict[str, nn.Module], run) -> dict[str, Tensor]:
+    """Outputs of modules during `run()`."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str):
+        def keep(module, args, out):
+            seen[name] = out[0] if isinstance(out, tuple) else out
+
+        return keep
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    run()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def reference_loss(student: HyloModel, teacher: HyloModel, ids: Tensor, hidden_weight: float, mixer_weight: float):
+    """(loss, [layers, 2] terms) as the module's formula says, through Megatron-Core's own layers."""
+    count = len(teacher.mixer_layers())
+    watched: dict[str, nn.Module] = {"embedding": teacher.embedding, "final_norm": teacher.decoder.final_norm}
+    for i, (mixer, mlp) in enumerate(teacher.mixer_layers()):
+        watched |= {f"a{i}": mixer.self_attention, f"h{i}": mlp}
+    with torch.no_grad():
+        targets = recorded(watched, lambda: teacher(ids))
+    targets[f"h{count - 1}"] = targets["final_norm"]
+    given = targets["embedding"]
+    terms = []
+    for i, (mixer, mlp) in enumerate(student.mixer_layers()):
+        last = i == count - 1
+        outputs = {}
+
+        def run():
+            hidden = mixer(hidden_states=given, attention_mask=None)[0]
+            hidden = mlp(hidden_states=hidden, attention_mask=None)[0]
+            outputs["h"] = student.decoder.final_norm(hidden) if last else hidden
+
+        outputs |= recorded({"a": mixer.self_attention}, run)
+        pair = [(outputs[name] - targets[f"{name}{i}"]).square().sum(-1).sqrt().mean() for name in ("h", "a")]
+        terms.append(torch.stack(pair))
+        if not last:
+            given = targets[f"h{i}"]
+    terms = torch.stack(terms)
+    return hidden_weight * terms[:, 0].sum() + mixer_weight * terms[:, 1].sum(), terms
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients there are, cleared for the next pass."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for p in model.parameters():
+        p.grad = None
+    return found
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 1.7)])
+@pytest.mark.parametrize("qk_layernorm", [False, True])
+def test_equals_one_graph_over_whole_forwards(weights, qk_layernorm, one_rank, ids):
+    student = make_model("G-+-M-*-+-", qk_layernorm=qk_layernorm)
+    teacher = make_model("*-*-*-*-*-", qk_layernorm=qk_layernorm)
+    loss, terms = reference_loss(student, teacher, ids, *weights)
+    loss.backward()
+    theirs = gradients(student)
+    result = align_layers(student, teacher, ids, *weights, gradient_scale=1.0)
+    ours = gradients(student)
+    assert relative_error(result.loss, loss) < TOLERANCE
+    assert relative_error(result.layers, terms) < TOLERANCE
+    assert ours.keys() == theirs.keys()
+    assert set(ours) == {n for n, _ in student.named_parameters() if not n.startswith(("embedding.", "output_layer."))}
+    found = {name: relative_error(ours[name], theirs[name]) for name in ours}
+    print(f"worst gradient {max(found.values()):.1e}")
+    assert max(found.values()) < TOLERANCE, found
+    assert not gradients(teacher)
+
+    align_layers(student, teacher, ids, *weights, gradient_scale=0.25)
+    assert all(relative_error(g, 0.25 * theirs[name]) < TOLERANCE for name, g in gradients(student).items())
+    measured = align_layers(student, teacher, ids, *weights)
+    assert not measured.loss.requires_grad and not gradients(student)
+    assert torch.equal(measured.layers, result.layers)
+
+
+@pytest.mark.parametrize("symbol", ["G", "M", "+"])
+def test_a_layer_learns_the_same_in_a_hybrid_as_in_a_pure_model(symbol, one_rank, ids):
+    """What lets stage 1 align the pure models once and assemble any hybrid from them."""
+    teacher = make_model("*-*-*-*-")
+    hybrid = make_model("G-+-M-+-")
+    pure = make_model(f"{symbol}-" * 4)
+    shared = [i for i, s in enumerate(hybrid.config.hylo.mixers) if s == symbol]
+    prefixes = tuple(f"decoder.layers.{2 * i + k}." for i in shared for k in (0, 1))
+    weights = dict(hybrid.named_parameters())
+    with torch.no_grad():
+        for name, p in pure.named_parameters():
+            if name.startswith((*prefixes, "decoder.final_norm.")):
+                p.copy_(weights[name])
+    results = [align_layers(model, teacher, ids, gradient_scale=1.0) for model in (hybrid, pure)]
+    assert torch.equal(results[0].layers[shared], results[1].layers[shared])
+    in_hybrid, in_pure = gradients(hybrid), gradients(pure)
+    names = [name for name in in_hybrid if name.startswith(prefixes)]
+    assert len(names) > 6 * len(shared)
+    assert all(torch.equal(in_hybrid[name], in_pure[name]) for name in names)
+    assert all(in_hybrid[name].norm() > 0 for name in names)
+
+
+def test_a_student_equal_to_its_teacher_has_no_loss_and_finite_gradients(one_rank, ids):
+    teacher = make_model("*-*-*-")
+    student = make_model("*-*-*-")
+    student.load_state_dict(teacher.state_dict())
+    result = align_layers(student, teacher, ids, gradient_scale=1.0)
+    assert result.loss.item() == 0
+    found = gradients(student)
+    assert found and all(g.count_nonzero() == 0 for g in found.values())  # NaN would count
+
+
+@pytest.mark.parametrize("skipped", ["hidden", "mixer"])
+def test_a_term_of_weight_zero_is_skipped(skipped, one_rank, ids):
+    student, teacher = make_model("G-+-M-"), make_model("*-*-*-")
+    both = align_layers(student, teacher, ids)
+    weights = (0.0, 1.0) if skipped == "hidden" else (1.0, 0.0)
+    one = align_layers(student, teacher, ids, *weights, gradient_scale=1.0)
+    ours = gradients(student)
+    column = 0 if skipped == "hidden" else 1
+    assert one.layers[:, column].count_nonzero() == 0
+    assert torch.equal(one.layers[:, 1 - column], both.layers[:, 1 - column])
+    assert one.loss.item() == pytest.approx(both.layers[:, 1 - column].sum().item(), rel=1e-6)
+    reference_loss(student, teacher, ids, *weights)[0].backward()
+    theirs = gradients(student)
+    trained_mlp = any(".mlp." in name for name in ours)
+    assert trained_mlp == (skipped == "mixer")
+    assert all(relative_error(g, theirs[name]) < TOLERANCE for name, g in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 96}, "same vocab_size: student 160, teacher 96"),
+        ({"hidden_size": 64}, "same hidden_size: student 48, teacher 64"),
+        ({"hybrid_layer_pattern": "*-*-"}, "same num_hidden_layers: student 3, teacher 2"),
+    ],
+)
+def test_a_teacher_that_does_not_pair_is_refused(changes, message, one_rank):
+    student = build_model(tiny_config("G-+-M-"))
+    check_alignable(student, build_model(tiny_config("*-*-*-")))
+    teacher = build_model(tiny_config("*-*-*-").replace(**changes))
+    with pytest.raises(ConfigError, match=message):
+        check_alignable(student, teacher)

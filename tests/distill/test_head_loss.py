@@ -1,0 +1,178 @@
+"""The chunked head loss against plain float64 torch: values, gradients, memory, refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.distill.head_loss import linear_head_loss
+from tests.kernels.compare import relative_error
+
+N, VOCAB, WIDTH, TEACHER_WIDTH = 53, 97, 24, 40
+
+
+def make_inputs(dtype: torch.dtype = torch.float32, n: int = N, vocab: int = VOCAB) -> dict[str, Tensor]:
+    """Logits of a spread of about 3; student and teacher of different width."""
+    return {
+        "hidden": torch.randn(n, WIDTH).to(dtype).requires_grad_(),
+        "weight": (torch.randn(vocab, WIDTH) * 3 * WIDTH**-0.5).to(dtype).requires_grad_(),
+        "labels": torch.randint(vocab, (n,)),
+        "teacher_hidden": torch.randn(n, TEACHER_WIDTH).to(dtype),
+        "teacher_weight": (torch.randn(vocab, TEACHER_WIDTH) * 3 * TEACHER_WIDTH**-0.5).to(dtype),
+    }
+
+
+def reference(inputs: dict[str, Tensor], kl_weight: float, ce_weight: float) -> dict[str, Tensor]:
+    """The module's formula with whole logits in float64, on the very values of `inputs`."""
+    hidden, weight = (inputs[name].detach().double().requires_grad_() for name in ("hidden", "weight"))
+    log_p = F.log_softmax(hidden @ weight.T, -1)
+    log_q = F.log_softmax(inputs["teacher_hidden"].double() @ inputs["teacher_weight"].double().T, -1)
+    kl = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    cross_entropy = F.cross_entropy(hidden @ weight.T, inputs["labels"])
+    loss = kl_weight * kl + ce_weight * cross_entropy
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean()
+    return {"loss": loss, "kl": kl, "cross_entropy": cross_entropy, "agreement": agreement,
+            "hidden": gradients[0], "weight": gradients[1]}  # fmt: skip
+
+
+def errors(
+    inputs: dict[str, Tensor], kl_weight: float, ce_weight: float, chunk: int, drop: tuple[str, ...] = ()
+) -> dict[str, float]:
+    """Relative errors of everything the loss returns and of both gradients; `drop` names arguments left out."""
+    given = {name: value for name, value in inputs.items() if name not in drop}
+    measure = "teacher_weight" in given
+    result = linear_head_loss(**given, kl_weight=kl_weight, ce_weight=ce_weight, chunk_tokens=chunk, measure_agreement=measure)
+    truth = reference(inputs, kl_weight if measure else 0.0, ce_weight if measure else 1.0)
+    found = {}
+    for name in ("loss", "kl", "cross_entropy", "agreement"):
+        value = getattr(result, name)
+        missing = (name in ("kl", "agreement") and not measure) or (name == "cross_entropy" and "labels" in drop)
+        assert (value is None) == missing, name
+        if value is not None:
+            found[name] = relative_error(value, truth[name])
+    gradients = torch.autograd.grad(result.loss * 0.37, (given["hidden"], given["weight"]))
+    for name, gradient in zip(("hidden", "weight"), gradients):
+        assert gradient.dtype == inputs[name].dtype
+        found[f"gradient of {name}"] = relative_error(gradient, 0.37 * truth[name])
+    print({name: f"{value:.1e}" for name, value in found.items()})
+    return found
+
+
+CASES = {  # kl_weight, ce_weight, arguments left out
+    "kl": (1.0, 0.0, ("labels",)),
+    "kl, cross-entropy measured": (1.0, 0.0, ()),
+    "kl, ce_weight ignored": (2.0, 0.0, ("labels",)),
+    "mixed": (0.7, 0.4, ()),
+    "cross-entropy": (1.0, 0.25, ("teacher_hidden", "teacher_weight")),  # the weights are ignored
+    "cross-entropy beside a teacher": (0.0, 1.0, ()),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, N, 1000])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_float64_torch(case, chunk):
+    kl_weight, ce_weight, drop = CASES[case]
+    found = errors(make_inputs(), kl_weight, ce_weight, chunk, drop)
+    assert max(found.values()) < 2e-6, found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float64_inputs_stay_float64(case):
+    kl_weight, ce_weight, drop = CASES[case]
+    found = errors(make_inputs(torch.float64), kl_weight, ce_weight, 7, drop)
+    assert max(found.values()) < 1e-13, found
+
+
+def test_gradient_is_the_slope_of_the_loss():
+    """Central differences along random directions, in float64."""
+    inputs = make_inputs(torch.float64)
+    loss = linear_head_loss(**inputs, kl_weight=0.7, ce_weight=0.4, chunk_tokens=9).loss
+    gradients = torch.autograd.grad(loss, (inputs["hidden"], inputs["weight"]))
+    for name, gradient in zip(("hidden", "weight"), gradients):
+        direction = torch.randn_like(gradient)
+        ends = []
+        for step in (1e-5, -1e-5):
+            moved = inputs | {name: inputs[name].detach() + step * direction}
+            ends.append(linear_head_loss(**moved, kl_weight=0.7, ce_weight=0.4, chunk_tokens=9).loss)
+        slope = (ends[0] - ends[1]) / 2e-5
+        assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-8)
+
+
+@pytest.mark.parametrize("case", ["kl", "mixed", "cross-entropy"])
+def test_bf16_inputs(case):
+    kl_weight, ce_weight, drop = CASES[case]
+    found = errors(make_inputs(torch.bfloat16, n=512, vocab=1000), kl_weight, ce_weight, 100, drop)
+    assert found["loss"] < 1e-4, found
+    assert max(found["gradient of hidden"], found["gradient of weight"]) < 1e-2, found
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_only_the_gradients_asked_for(frozen):
+    inputs = make_inputs()
+    truth = reference(inputs, 1.0, 0.0)
+    for name in ("hidden", "weight"):
+        inputs[name].requires_grad_(frozen not in (name, "both"))
+    loss = linear_head_loss(**inputs, chunk_tokens=7).loss
+    assert loss.requires_grad == (frozen != "both")
+    assert relative_error(loss, truth["loss"]) < 2e-6
+    if frozen != "both":
+        loss.backward()
+    for name in ("hidden", "weight"):
+        assert (inputs[name].grad is None) == (frozen in (name, "both"))
+        assert inputs[name].grad is None or relative_error(inputs[name].grad, truth[name]) < 2e-6
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if torch.is_tensor(t))])
+        return out
+
+
+def test_whole_logits_never_exist():
+    n, vocab, chunk = 4096, 1024, 256
+    inputs = make_inputs(n=n, vocab=vocab)
+    with LargestTensor() as seen:
+        linear_head_loss(**inputs, kl_weight=1.0, ce_weight=0.5, chunk_tokens=chunk, measure_agreement=True).loss.backward()
+    assert inputs["hidden"].grad is not None
+    assert seen.numel == chunk * vocab  # and neither hidden [n, 40] nor head is larger
+    with LargestTensor() as seen:
+        (inputs["hidden"] @ inputs["weight"].T).logsumexp(-1).sum().backward()
+    assert seen.numel == n * vocab  # the counter counts
+
+
+def test_a_student_equal_to_its_teacher_has_no_loss_and_full_agreement():
+    inputs = make_inputs()
+    inputs |= {"teacher_hidden": inputs["hidden"].detach(), "teacher_weight": inputs["weight"].detach()}
+    result = linear_head_loss(**inputs, chunk_tokens=10, measure_agreement=True)
+    result.loss.backward()
+    assert abs(result.loss.item()) < 1e-7 and result.agreement.item() == 1.0
+    assert max(inputs[name].grad.abs().max().item() for name in ("hidden", "weight")) < 1e-8
+
+
+def test_agreement_counts_tokens():
+    """One-hot hidden states and heads: the most likely tokens are known."""
+    weight = torch.eye(5)
+    student, teacher = torch.eye(5)[[0, 1, 2, 3, 4, 0]], torch.eye(5)[[0, 1, 4, 3, 2, 1]]
+    for chunk in (1, 4, 6):
+        result = linear_head_loss(student, weight, None, teacher, weight, chunk_tokens=chunk, measure_agreement=True)
+        assert result.agreement.item() == 0.5
+        assert result.cross_entropy is None
+    assert linear_head_loss(student, weight, None, teacher, weight).agreement is None
+
+
+def test_refusals():
+    inputs = make_inputs()
+    with pytest.raises(ConfigError, match="needs a teacher or labels"):
+        linear_head_loss(inputs["hidden"], inputs["weight"])
+    inputs["teacher_weight"] = inputs["teacher_weight"][:-3]
+    with pytest.raises(ConfigError, match=f"teacher's vocabulary has {VOCAB - 3} rows a rank, the student's {VOCAB}"):
+        linear_head_loss(**inputs)

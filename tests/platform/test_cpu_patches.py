@@ -1,0 +1,176 @@
+"""Every patch of platform/cpu.py is needed: a training step that works with all of them fails without that one.
+
+This file is also the program that makes the steps, so that one start-up of Megatron-Core serves many: it forks
+the ranks of every case, which are told apart by the patch they leave out.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def train_and_resume(folder: Path, stages: int) -> None:
+    """One step of a tiny hybrid on that many pipeline stages, a checkpoint, and a step resumed from it."""
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_hylo.config import ParallelConfig
+    from megatron_hylo.models.hylo_model import build_model
+    from megatron_hylo.platform.distributed import initialize
+    from megatron_hylo.train.checkpoint import load_checkpoint, save_checkpoint
+    from megatron_hylo.train.config import OptimizerSettings, TrainConfig
+    from megatron_hylo.train.optimizer import build_training_state
+    from megatron_hylo.train.stages import get_stage
+    from tests.conftest import tiny_config
+
+    parallel = ParallelConfig(pipeline_model_parallel_size=stages)
+    initialize(parallel)
+    config = TrainConfig(
+        stage="pretrain", data="-", output="-", scratch="-", sequence_length=8, global_batch_size=2, train_tokens=64,
+        precision="fp32", parallel=parallel, optimizer=OptimizerSettings(use_distributed_optimizer=False),
+    )  # fmt: skip
+    stage = get_stage(config, None)
+    micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
+    architecture = tiny_config("G-+-M-*-", untie_embeddings_and_output_weights=False)
+
+    def step(state) -> None:
+        ids = torch.randint(160, (micro_batches, 1, 9))
+        state.model.zero_grad_buffer()
+        state.optimizer.zero_grad()
+        stage.forward_backward(state, iter([{"input_ids": i[:, :-1], "labels": i[:, 1:]} for i in ids]), micro_batches)
+        success, norm, _ = state.optimizer.step()
+        assert success and norm > 0
+        state.scheduler.step(1)
+
+    first, second = (build_training_state(build_model(architecture, parallel), config) for _ in range(2))
+    step(first)
+    path = save_checkpoint(first, folder, 1, 2, {}, None, keep=1)
+    assert load_checkpoint(second, path) == (1, 2)
+    for name, p in second.bare_model.named_parameters():
+        assert torch.equal(p, first.bare_model.get_parameter(name)), name
+    step(second)
+
+
+def run_case(ranks: int, skip: str, folder: Path) -> list[str]:
+    """Fork the ranks; the last lines of each one's traceback, empty where it succeeded."""
+    from megatron_hylo.platform import cpu, distributed
+
+    folder.mkdir()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    errors = [folder / f"error_{rank}" for rank in range(ranks)]
+    children = {}
+    for rank, error in enumerate(errors):
+        child = os.fork()
+        if child:
+            children[child] = error
+            continue
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        distributed.install_cpu_patches = lambda: cpu.install_cpu_patches(skip=(skip,))
+        try:
+            train_and_resume(folder, stages=ranks)
+            error.write_text("")
+        except BaseException:
+            error.write_text("\n".join(traceback.format_exc().strip().splitlines()[-30:]))
+        os._exit(0)
+    deadline = time.monotonic() + 200
+    while children and time.monotonic() < deadline:
+        for child, error in list(children.items()):
+            if os.waitpid(child, os.WNOHANG)[0]:
+                del children[child]
+                if error.read_text():  # the other rank would wait for this one
+                    deadline = min(deadline, time.monotonic() + 2)
+        time.sleep(0.02)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return [error.read_text() if error.exists() else "stopped" for error in errors]
+
+
+def main(ranks: int, folder: Path, names: list[str]) -> None:
+    """Leave out one patch after another; FOLDER/outcomes.json is name -> tracebacks."""
+    import megatron_hylo.train.loop  # noqa: F401  imported once, for all forks
+    import tests.conftest  # noqa: F401
+
+    outcomes = {name: run_case(ranks, name, folder / name) for name in names}
+    (folder / "outcomes.json").write_text(json.dumps(outcomes))
+
+
+def launch(ranks: int, names: tuple[str, ...], folder: Path) -> dict[str, list[str]]:
+    """`main` in a process that has imported nothing yet and sees no GPU."""
+    # NVML's check of CUDA leaves nothing behind that forked processes could trip over
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    command = [sys.executable, "-W", "ignore", __file__, str(ranks), str(folder), *names]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads((folder / "outcomes.json").read_text())
+
+
+# patch: (what runs into its absence, the last words of the traceback)
+NO_DRIVER = "NVIDIA driver|not compiled with CUDA|No CUDA GPUs"
+ONE_RANK = {
+    "current_device": NO_DRIVER,
+    "random_state": NO_DRIVER,
+    "synchronize": NO_DRIVER,
+    "current_stream": NO_DRIVER,
+    "factories": NO_DRIVER,
+    "tensor_type": "torch.cuda.FloatTensor",
+}
+TWO_STAGES = {"synchronize": NO_DRIVER, "tensor_cuda": NO_DRIVER}
+
+
+@pytest.fixture(scope="module")
+def one_rank_outcomes(tmp_path_factory):
+    return launch(1, ("nothing", *ONE_RANK), tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def two_stage_outcomes(tmp_path_factory):
+    return launch(2, ("nothing", *TWO_STAGES), tmp_path_factory.mktemp("two"))
+
+
+def test_every_patch_is_covered():
+    from megatron_hylo.platform.cpu import PATCHES
+
+    assert {patch.name for patch in PATCHES} == set(ONE_RANK) | set(TWO_STAGES)
+
+
+@pytest.mark.parametrize("patch", ["nothing", *ONE_RANK])
+def test_one_rank(one_rank_outcomes, patch):
+    (error,) = one_rank_outcomes[patch]
+    check(patch, error, ONE_RANK)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("patch", ["nothing", *TWO_STAGES])
+def test_two_pipeline_stages(two_stage_outcomes, patch):
+    errors = [error for error in two_stage_outcomes[patch] if error and error != "stopped"]
+    check(patch, errors[0] if errors else "", TWO_STAGES)
+
+
+def check(patch: str, error: str, expected: dict[str, str]) -> None:
+    """Nothing left out: no error. A patch left out: CUDA was asked for, by Megatron-Core."""
+    if patch == "nothing":
+        assert not error
+        return
+    print(patch, *re.findall(r'File ".*(megatron/core/.*)"(, line \d+)', error)[-1:], error.splitlines()[-1:])
+    assert re.search(expected[patch], error), error
+    assert "megatron/core/" in error, error
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

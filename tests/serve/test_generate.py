@@ -1,0 +1,130 @@
+"""generate_text out of every kind of folder, with a real (tiny) tokenizer."""
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
+from megatron_hylo.layouts import kv_bytes_per_token
+from megatron_hylo.models.checkpoint import save_model
+from megatron_hylo.models.hylo_model import build_model
+from megatron_hylo.serve import generate
+from megatron_hylo.serve.generate import generate_text, load_for_generation
+from tests.conftest import tiny_hf_model
+from tests.serve.conftest import serve_config
+
+PROMPT = "the quick brown fox"
+
+
+def save_tokenizer(folder):
+    """One token a letter; the other ids up to the tiny vocabulary's 160 stand for characters that no prompt holds."""
+    letters = "abcdefghijklmnopqrstuvwxyzĠ"
+    vocabulary = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(letters)}
+    vocabulary |= {chr(0x100 + i): i for i in range(len(vocabulary), 160) if chr(0x100 + i) != "Ġ"}
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %} answer"
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture
+def folders(one_rank, tmp_path):
+    """One hybrid as a Megatron folder and as an exported one."""
+    config = serve_config("G+M*")
+    model = build_model(config, backend="local")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.2)
+    save_tokenizer(tmp_path / "tokenizer")
+    save_model(model, tmp_path / "megatron", tokenizer=tmp_path / "tokenizer")
+    convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    return tmp_path / "megatron", tmp_path / "hf", config
+
+
+def test_megatron_and_exported_folder_give_the_same_text_and_numbers(folders):
+    megatron, exported, config = folders
+    results = []
+    for folder in (megatron, exported):
+        pieces = []
+        result = generate_text(folder, PROMPT, max_new_tokens=20, on_text=pieces.append)
+        assert "".join(pieces) == result.text != ""
+        assert result.tokens_per_second > 0 and result.prefill_seconds > 0
+        results.append(result)
+    one, other = results
+    assert (one.text, one.new_tokens, one.cache_bytes) == (other.text, other.new_tokens, other.cache_bytes)
+    assert one.prompt_tokens == len(PROMPT)
+    assert one.kv_bytes_per_token == kv_bytes_per_token(config, bytes_per_element=4)
+
+
+def test_text_is_the_argmax_of_full_forwards(folders):
+    model, tokenizer = load_for_generation(folders[0])
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        for _ in range(10):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert generate_text(folders[1], PROMPT, max_new_tokens=10).text == tokenizer.decode(
+        ids[0, len(PROMPT) :], skip_special_tokens=True
+    )
+
+
+def test_prefill_in_pieces_changes_nothing(folders, monkeypatch):
+    whole = generate_text(folders[1], PROMPT, max_new_tokens=10)
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", 5)
+    assert generate_text(folders[1], PROMPT, max_new_tokens=10).text == whole.text
+
+
+def test_sampling_depends_on_the_seed_alone(folders):
+    texts = [generate_text(folders[1], PROMPT, 20, temperature=2.0, top_p=0.95, seed=seed).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generation_ends_with_the_end_of_sequence_token(folders):
+    model, tokenizer = load_for_generation(folders[1])
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    continuation = model.generate(ids, max_new_tokens=10, do_sample=False)[0, len(PROMPT) :].tolist()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(continuation[6])
+    tokenizer.save_pretrained(folders[1])
+    result = generate_text(folders[1], PROMPT, max_new_tokens=10)
+    assert result.new_tokens == continuation.index(continuation[6]) + 1
+
+
+def test_chat_template_is_applied(folders):
+    chat = generate_text(folders[1], PROMPT, max_new_tokens=5, chat=True)
+    assert chat.prompt_tokens == len(PROMPT + " answer")
+
+
+def test_teacher_folders(one_rank, tmp_path):
+    tiny_hf_model("qwen3").save_pretrained(tmp_path / "hf")
+    save_tokenizer(tmp_path / "hf")
+    convert_hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    one, other = (generate_text(tmp_path / name, PROMPT, max_new_tokens=12) for name in ("hf", "megatron"))
+    assert (one.text, one.kv_bytes_per_token, one.cache_bytes) == (other.text, other.kv_bytes_per_token, other.cache_bytes)
+    assert one.kv_bytes_per_token == 3 * 2 * 2 * 16 * 4  # layers, key and value, KV heads, head size, fp32
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
+        ({"temperature": -1.0}, "temperature >= 0"),
+        ({"top_p": 0.0}, "0 < top_p <= 1"),
+        ({"prompt": ""}, "prompt is empty"),
+    ],
+)
+def test_bad_settings(folders, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        generate_text(folders[1], **({"prompt": PROMPT} | changes))
+
+
+def test_folder_without_tokenizer(folders):
+    (folders[1] / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="holds no tokenizer"):
+        generate_text(folders[1], PROMPT)
+    with pytest.raises(ConfigError, match="has no config.json"):
+        generate_text(folders[1].parent, PROMPT)

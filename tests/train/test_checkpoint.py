@@ -1,0 +1,104 @@
+"""Training checkpoints: any layout resumes them, a killed save leaves none, old ones go, damage is named.
+
+Oracle of resuming: the same run on one rank without interruption.
+"""
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_hylo.config import ParallelConfig
+from megatron_hylo.sealed import DamagedError, is_sealed
+from megatron_hylo.train.checkpoint import latest_checkpoint
+from megatron_hylo.train.config import OptimizerSettings
+from megatron_hylo.train.loop import train
+from tests.parity.worker import job, launch
+from tests.train.runs import metrics, relative_difference, start_train, weights
+
+CONTINUED = {
+    "tp2_sp": dict(tensor_model_parallel_size=2, sequence_parallel=True),
+    "pp2": dict(pipeline_model_parallel_size=2),
+}
+
+
+@pytest.mark.multirank
+def test_resuming_under_another_layout_equals_one_rank_uninterrupted(settings, tmp_path):
+    def config(name: str, distributed: bool, groups: dict):
+        # adam_eps above rounding errors: Adam's first steps are signs of gradients otherwise
+        optimizer = OptimizerSettings(
+            lr=2e-3, mixer_lr=4e-3, weight_decay=0.1, warmup_ratio=0, adam_eps=1e-3, use_distributed_optimizer=distributed
+        )
+        return settings(
+            "pretrain", steps=5, output=tmp_path / name, micro_batch_size=1, save_interval=3, optimizer=optimizer,
+            parallel=ParallelConfig(**groups),
+        )  # fmt: skip
+
+    train(config("whole", True, {}))
+    saved = {d: tmp_path / f"saved_{d}" / "checkpoints" / "step_00000003" for d in (True, False)}
+    jobs = [job("train", config(f"saved_{d}", d, {})) for d in (True, False)]
+    for name, groups in CONTINUED.items():
+        jobs += [job("train", config(f"{name}_{d}", d, groups), saved[d]) for d in (True, False)]
+    launch(jobs, 2, tmp_path)
+    for d in (True, False):
+        shutil.copytree(saved[d], tmp_path / f"one_{d}" / "checkpoints" / saved[d].name)
+        train(config(f"one_{d}", d, {}))
+
+    whole = metrics(tmp_path / "whole")
+    for d in (True, False):
+        assert list(metrics(tmp_path / f"saved_{d}")) == [1, 2, 3, 4, 5]
+        for name in ("saved", "one", *CONTINUED):
+            run = tmp_path / f"{name}_{d}"
+            steps = metrics(run)
+            assert list(steps)[-2:] == [4, 5] and len(steps) == (5 if name == "saved" else 2)
+            for step, loss in steps.items():
+                assert loss == pytest.approx(whole[step], rel=1e-6), f"{run.name}: step {step}"
+            difference, where = relative_difference(weights(run / "model"), weights(tmp_path / "whole" / "model"))
+            assert difference < 1e-5, f"{run.name}: {where}"
+
+
+def test_killed_save_leaves_no_checkpoint_and_the_earlier_one_is_used(settings, tmp_path):
+    config = settings(steps=4, output=tmp_path / "killed", save_interval=1, keep_checkpoints=4)
+    process = start_train(config)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    partial = checkpoints / ".step_00000002.partial"
+    while process.poll() is None and not partial.is_dir():
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert partial.is_dir() and not is_sealed(checkpoints / "step_00000002")
+    assert latest_checkpoint(tmp_path / "killed") == checkpoints / "step_00000001"
+
+    train(config)
+    assert sorted(p.name for p in checkpoints.iterdir()) == [f"step_0000000{i}" for i in (1, 2, 3)]
+    whole = settings(steps=4, output=tmp_path / "whole")
+    train(whole)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+
+
+def test_only_the_newest_are_kept(settings):
+    config = settings(steps=6, save_interval=1, keep_checkpoints=2)
+    train(config)
+    kept = sorted(p.name for p in (Path(config.output) / "checkpoints").iterdir())
+    assert kept == ["step_00000004", "step_00000005"]
+
+
+@pytest.mark.parametrize("trainable", ["all", "mixers"])
+def test_resumed_and_damaged(settings, tmp_path, trainable):
+    first = settings(steps=4, output=tmp_path / "first", save_interval=2, trainable=trainable)
+    train(first)
+    second = settings(steps=4, output=tmp_path / "second", save_interval=2, trainable=trainable)
+    newest = tmp_path / "second" / "checkpoints" / "step_00000002"
+    shutil.copytree(tmp_path / "first" / "checkpoints" / "step_00000002", newest)
+    file = max(newest.glob("weights/*.distcp"), key=lambda f: f.stat().st_size)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DamagedError, match=file.name):
+        train(second)
+    file.write_bytes(content)
+    train(second)
+    assert list(metrics(tmp_path / "second")) == [3, 4]
+    assert relative_difference(weights(tmp_path / "second" / "model"), weights(tmp_path / "first" / "model"))[0] == 0

@@ -1,0 +1,133 @@
+"""The training loop as a whole, on one rank: it learns, records, stops, resumes, and refuses what cannot work."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megatron_hylo.cli import EXIT_STOPPED, main
+from megatron_hylo.config import ConfigError
+from megatron_hylo.models.checkpoint import load_model, save_model
+from megatron_hylo.models.hylo_model import build_model
+from megatron_hylo.train.config import OptimizerSettings
+from megatron_hylo.train.loop import train
+from megatron_hylo.train.optimizer import build_training_state
+from tests.train.runs import metrics, start_train, weights
+
+
+@pytest.mark.parametrize(("stage", "trainable"), [("pretrain", "all"), ("distil", "all"), ("align", "mixers")])
+def test_loss_falls(settings, material, stage, trainable):
+    config = settings(stage, steps=20, trainable=trainable, tensorboard=True, eval_interval=10)
+    quality = train(config)
+    run = Path(config.output)
+    losses = metrics(run)
+    assert list(losses) == list(range(1, 21))
+    assert sum(losses[s] for s in range(16, 21)) < 0.98 * sum(losses[s] for s in range(1, 6))
+    assert list(metrics(run, "heldout_perplexity")) == [10, 20]
+    assert metrics(run, "heldout_perplexity")[20] == quality.perplexity
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    before, after = weights(material.student), weights(run / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in before if "self_attention" in name and "norm" not in name} <= changed
+    if trainable == "mixers":
+        assert all("self_attention" in name for name in changed)
+    elif stage != "align":
+        assert changed == set(before)
+
+
+def test_pretraining_from_scratch_uses_another_models_shape(settings, material):
+    config = settings("pretrain", steps=2, model=None, scratch=str(material.student))
+    train(config)
+    assert weights(Path(config.output) / "model").keys() == weights(material.student).keys()
+
+
+def test_interrupt_saves_and_the_same_command_resumes_bit_for_bit(settings, tmp_path):
+    stopped = settings(steps=40, output=tmp_path / "stopped", precision="bf16")
+    process = start_train(stopped)
+    written = tmp_path / "stopped" / "metrics.jsonl"
+    while process.poll() is None and not (written.is_file() and written.read_text().count("\n") >= 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == EXIT_STOPPED, output
+    assert "run the same command to resume" in output
+    steps_done = len(metrics(tmp_path / "stopped"))
+    assert 3 <= steps_done < 40
+    assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == [f"step_{steps_done:08d}"]
+
+    train(stopped)
+    whole = settings(steps=40, output=tmp_path / "whole", precision="bf16")
+    train(whole)
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    mine, theirs = weights(tmp_path / "stopped" / "model"), weights(tmp_path / "whole" / "model")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_finished_run_is_not_repeated_and_another_setting_is_refused(settings):
+    config = settings(steps=2)
+    quality = train(config)
+    model = Path(config.output) / "model" / "manifest.json"
+    written = model.stat().st_mtime_ns
+    assert train(config) == quality
+    assert model.stat().st_mtime_ns == written
+    assert len(metrics(Path(config.output))) == 2
+    with pytest.raises(ConfigError, match=r"optimizer\.lr = 0\.002, now 0\.5; use another output"):
+        train(settings(steps=2, optimizer=OptimizerSettings(lr=0.5, mixer_lr=4e-3, weight_decay=0.1, warmup_ratio=0.0)))
+    with pytest.raises(ConfigError, match="train_tokens"):
+        train(settings(steps=3))
+
+
+def test_infinite_loss_stops_before_anything_is_saved(settings, tmp_path, material):
+    model = load_model(material.student)
+    model.decoder.layers[1].mlp.linear_fc1.weight.data[0, 0] = float("nan")
+    save_model(model, tmp_path / "broken")
+    config = settings(model=str(tmp_path / "broken"), save_interval=1)
+    with pytest.raises(ConfigError, match="step 1.*not finite"):
+        train(config)
+    assert not list(Path(config.output).glob("checkpoints/*"))
+
+
+def test_unknown_key_in_a_recipe_exits_2(settings, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"stage": "pretrain", "data": "d", "output": "o", "scratch": "s", "learning_rat": 1}))
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(recipe)])
+    assert stop.value.code == 2
+    assert "learning_rat" in capsys.readouterr().err
+
+
+def test_bf16_keeps_decay_parameters_in_fp32(settings, material):
+    config = settings(steps=3, precision="bf16")
+    train(config)
+    model, start = load_model(Path(config.output) / "model"), load_model(material.student)
+    kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert kept == {n for n, _ in model.named_parameters() if n.endswith(("A_log", "dt_bias", ".D"))}
+    assert len(kept) == 5
+    for name, p in model.named_parameters():
+        if name in kept:
+            assert not torch.equal(p, start.get_parameter(name))
+            assert not torch.equal(p, p.bfloat16().float())  # has more digits than bf16 keeps
+
+
+@pytest.mark.parametrize("mixer_lr", [4e-3, None])
+def test_parameter_groups(settings, material, mixer_lr):
+    optimizer = OptimizerSettings(
+        lr=2e-3, mixer_lr=mixer_lr, weight_decay=0.1, warmup_ratio=0.0, use_distributed_optimizer=False
+    )
+    config = settings(optimizer=optimizer)
+    model = build_model(load_model(material.student).config.hylo)
+    state = build_training_state(model, config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen = set()
+    for group in state.optimizer.param_groups:
+        for name in (names[id(p)] for p in group["params"]):
+            seen.add(name)
+            assert group["lr"] == (mixer_lr or 2e-3 if ".self_attention." in name else 2e-3), name
+            decays = not ("norm" in name or name.endswith(("bias", "A_log", ".D")))
+            assert group["wd_mult"] * 0.1 == group["weight_decay"] == (0.1 if decays else 0.0), name
+    assert seen == set(names.values())
+    assert state.learning_rates() == ({"rest": 2e-3, "mixers": mixer_lr} if mixer_lr else {"rest": 2e-3})
