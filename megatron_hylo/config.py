@@ -183,8 +183,8 @@ class ModelConfig:
         mixers, mlps = pattern[0::2], pattern[1::2]
         if not pattern or len(mixers) != len(mlps) or set(mlps) != {"-"} or not set(mixers) <= set(MIXER_SYMBOLS):
             raise ConfigError(
-                f"pattern {self.hybrid_layer_pattern!r} must alternate a mixer out of {' '.join(MIXER_SYMBOLS)} and an MLP '-', "
-                f"e.g. 'G-+-G-'"
+                f"pattern {self.hybrid_layer_pattern!r} must alternate a mixer out of {' '.join(MIXER_SYMBOLS)} "
+                f"and an MLP '-', e.g. 'G-+-G-'"
             )
         return mixers
 

@@ -54,10 +54,14 @@ class Budget:
     lr: float
 
 
-CPU = Budget(256, 2, 2, 2, align_tokens=10_240, distil_tokens=25_600, eval_windows=16, precision="fp32", mixer_lr=1e-3, lr=5e-4)
+CPU = Budget(
+    sequence_length=256, align_batch_size=2, distil_batch_size=2, micro_batch_size=2, align_tokens=10_240,
+    distil_tokens=25_600, eval_windows=16, precision="fp32", mixer_lr=1e-3, lr=5e-4,
+)  # fmt: skip
 GPU = Budget(
-    2048, 4, 16, 4, align_tokens=655_360, distil_tokens=16_777_216, eval_windows=128, precision="bf16", mixer_lr=1e-3, lr=2e-4
-)
+    sequence_length=2048, align_batch_size=4, distil_batch_size=16, micro_batch_size=4, align_tokens=655_360,
+    distil_tokens=16_777_216, eval_windows=128, precision="bf16", mixer_lr=1e-3, lr=2e-4,
+)  # fmt: skip
 
 
 def run_quickstart(
@@ -163,9 +167,7 @@ def _upcycle(teacher: Path, hybrid: Path, linear: str) -> None:
     if is_sealed(hybrid):
         found = read_description(hybrid)[0].mixers
         if ("M" in found) != (linear == "mamba2"):
-            raise ConfigError(
-                f"{hybrid} was made with other linear layers ({found}); give another --output for --linear {linear}"
-            )
+            raise ConfigError(f"{hybrid} has other linear layers ({found}); give another --output for --linear {linear}")
         return
     with session():
         upcycle_folder(teacher, hybrid, LAYOUT[linear], None)

@@ -27,21 +27,16 @@ def plot_quickstart(summary: dict[str, Any], output: Path) -> Path:
         records = [json.loads(line) for line in (output / stage / "metrics.jsonl").read_text().splitlines()]
         points = [(r["tokens"], r[quantity]) for r in records if quantity in r]
         first = points[0][1]
-        middle.plot(
-            [t for t, _ in points],
-            [v / first for _, v in points],
-            color=color,
-            label=f"{stage} ({quantity}, from {first:,.1f})",
-        )
+        label = f"{stage} ({quantity}, from {first:,.1f})"
+        middle.plot([t for t, _ in points], [v / first for _, v in points], color=color, label=label)
     middle.set(xlabel="tokens", ylabel="loss / first loss", title="Training", yscale="log")
     middle.legend()
     kv = [summary["teacher_kv_bytes_per_token"], summary["kv_bytes_per_token"]]
     bars = right.bar(["teacher", "hybrid"], kv, color=["tab:gray", "tab:green"])
     right.bar_label(bars, [f"{v:,} B" for v in kv])
     right.set(ylabel="bytes a token, bf16", title=f"KV cache: {summary['kv_percent']:.1f}% of the teacher's")
-    figure.suptitle(
-        f"{summary['layout']}, {summary['train_tokens']:,} tokens on {summary['device']}; teacher {summary['teacher']}"
-    )
+    what = f"{summary['layout']}, {summary['train_tokens']:,} tokens on {summary['device']}"
+    figure.suptitle(f"{what}; teacher {summary['teacher']}")
     file = output / "quickstart.png"
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -29,8 +29,9 @@ def model_config_from_hf(values: dict[str, Any]) -> ModelConfig:
     """
     model_type = values.get("model_type")
     if model_type not in _TO_MODEL_CONFIG:
+        architectures = ", ".join(values.get("architectures") or ["no architectures"])
         raise ConfigError(
-            f"unknown architecture: model_type {model_type!r} ({', '.join(values.get('architectures') or ['no architectures'])}); "
+            f"unknown architecture: model_type {model_type!r} ({architectures}); "
             f"supported: {', '.join(sorted(_TO_MODEL_CONFIG))}"
         )
     return _TO_MODEL_CONFIG[model_type](values)
