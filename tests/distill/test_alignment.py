@@ -1,5 +1,7 @@
 """Layer-wise alignment against whole forward passes: the teacher's with hooks, the student's in one autograd graph."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,29 +51,20 @@ def recorded(modules: dict[str, nn.Module], run) -> dict[str, Tensor]:
 
 def reference_loss(student: HyloModel, teacher: HyloModel, ids: Tensor, hidden_weight: float, mixer_weight: float):
     """(loss, [layers, 2] terms) as the module's formula says, through Megatron-Core's own layers."""
-    count = len(teacher.mixer_layers())
-    watched: dict[str, nn.Module] = {"embedding": teacher.embedding, "final_norm": teacher.decoder.final_norm}
+    last = len(teacher.mixer_layers()) - 1
+    watched: dict[str, nn.Module] = {"embedding": teacher.embedding, f"h{last}": teacher.decoder.final_norm}
     for i, (mixer, mlp) in enumerate(teacher.mixer_layers()):
-        watched |= {f"a{i}": mixer.self_attention, f"h{i}": mlp}
+        watched = {f"a{i}": mixer.self_attention, f"h{i}": mlp} | watched
     with torch.no_grad():
         targets = recorded(watched, lambda: teacher(ids))
-    targets[f"h{count - 1}"] = targets["final_norm"]
-    given = targets["embedding"]
-    terms = []
+    given, terms = targets["embedding"], []
     for i, (mixer, mlp) in enumerate(student.mixer_layers()):
-        last = i == count - 1
-        outputs = {}
-
-        def run():
-            hidden = mixer(hidden_states=given, attention_mask=None)[0]
-            hidden = mlp(hidden_states=hidden, attention_mask=None)[0]
-            outputs["h"] = student.decoder.final_norm(hidden) if last else hidden
-
-        outputs |= recorded({"a": mixer.self_attention}, run)
-        pair = [(outputs[name] - targets[f"{name}{i}"]).square().sum(-1).sqrt().mean() for name in ("h", "a")]
-        terms.append(torch.stack(pair))
-        if not last:
-            given = targets[f"h{i}"]
+        outputs = recorded({"a": mixer.self_attention, "middle": mixer}, partial(mixer, given, attention_mask=None))
+        hidden = mlp(outputs["middle"], attention_mask=None)
+        hidden = student.decoder.final_norm(hidden[0]) if i == last else hidden[0]
+        pairs = [(hidden, targets[f"h{i}"]), (outputs["a"], targets[f"a{i}"])]
+        terms.append(torch.stack([(ours - theirs).square().sum(-1).sqrt().mean() for ours, theirs in pairs]))
+        given = targets[f"h{i}"]
     terms = torch.stack(terms)
     return hidden_weight * terms[:, 0].sum() + mixer_weight * terms[:, 1].sum(), terms
 

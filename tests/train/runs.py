@@ -36,9 +36,11 @@ def relative_difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.T
 
 
 def start_train(config: TrainConfig) -> subprocess.Popen:
-    """`hylo train --config RECIPE` with the recipe beside the output folder."""
+    """`hylo train --config RECIPE` with the recipe beside the output folder, as leader of a process group."""
     recipe = Path(f"{config.output}.yaml")
     recipe.write_text(yaml.safe_dump(asdict(config)))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "megatron_hylo.cli", "train", "--config", str(recipe)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )

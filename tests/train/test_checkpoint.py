@@ -3,6 +3,7 @@
 Oracle of resuming: the same run on one rank without interruption.
 """
 
+import os
 import shutil
 import signal
 import time
@@ -66,7 +67,7 @@ def test_killed_save_leaves_no_checkpoint_and_the_earlier_one_is_used(settings, 
     partial = checkpoints / ".step_00000002.partial"
     while process.poll() is None and not partial.is_dir():
         time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)  # with the processes that write files for it
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert partial.is_dir() and not is_sealed(checkpoints / "step_00000002")
