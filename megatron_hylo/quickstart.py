@@ -50,17 +50,18 @@ class Budget:
     distil_tokens: int
     eval_windows: int
     precision: str
+    align_mixer_lr: float
     mixer_lr: float
     lr: float
 
 
 CPU = Budget(
-    sequence_length=256, align_batch_size=2, distil_batch_size=2, micro_batch_size=2, align_tokens=10_240,
-    distil_tokens=25_600, eval_windows=16, precision="fp32", mixer_lr=1e-3, lr=5e-4,
+    sequence_length=256, align_batch_size=2, distil_batch_size=2, micro_batch_size=2, align_tokens=6_144,
+    distil_tokens=20_480, eval_windows=8, precision="fp32", align_mixer_lr=2e-3, mixer_lr=1e-3, lr=5e-4,
 )  # fmt: skip
 GPU = Budget(
     sequence_length=2048, align_batch_size=4, distil_batch_size=16, micro_batch_size=4, align_tokens=655_360,
-    distil_tokens=16_777_216, eval_windows=128, precision="bf16", mixer_lr=1e-3, lr=2e-4,
+    distil_tokens=16_777_216, eval_windows=128, precision="bf16", align_mixer_lr=2e-3, mixer_lr=1e-3, lr=2e-4,
 )  # fmt: skip
 
 
@@ -201,7 +202,12 @@ def _stage(stage: str, budget: Budget, model: Path, teacher: Path, data: Path, o
         train_tokens=tokens,
         trainable="mixers" if align else "all",
         precision=budget.precision,
-        optimizer=OptimizerSettings(lr=budget.lr, mixer_lr=budget.mixer_lr, warmup_ratio=0.05, min_lr_ratio=0.05),
+        optimizer=OptimizerSettings(
+            lr=budget.lr,
+            mixer_lr=budget.align_mixer_lr if align else budget.mixer_lr,
+            warmup_ratio=0.05,
+            min_lr_ratio=0.05,
+        ),
         eval_windows=budget.eval_windows,
         save_interval=max(1, tokens // (batch * budget.sequence_length) // 4),
         log_interval=5,

@@ -102,6 +102,9 @@ def save_model(
 ) -> None:
     """Write a model folder; all ranks call it.
 
+    Megatron-Core starts a process that imports the main script again, so a script of your own that calls this needs
+    `if __name__ == "__main__":` around its work.
+
     Args:
         model: this rank's part.
         path: folder to make.

@@ -75,6 +75,11 @@ class TrainConfig:
                 f"stage {self.stage} with pipeline_model_parallel_size {self.parallel.pipeline_model_parallel_size} is not "
                 f"supported yet; use tensor and data parallelism"
             )
+        if self.precision == "bf16" and not self.optimizer.use_distributed_optimizer:
+            raise ConfigError(
+                "precision bf16 needs optimizer.use_distributed_optimizer true: Megatron-Core's plain optimizer cannot save "
+                "bf16 weights beside the fp32 A_log and dt_bias of linear layers"
+            )
         if self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"

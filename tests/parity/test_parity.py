@@ -54,7 +54,7 @@ def make_model(config, folder: Path, seed: int) -> None:
     model = build_model(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(".bias"):
+            if name.endswith(".bias") or p.dim() == 3:
                 p.uniform_(-0.5, 0.5)
             elif "norm" in name:
                 p.uniform_(0.5, 1.5)
@@ -63,7 +63,7 @@ def make_model(config, folder: Path, seed: int) -> None:
             elif name.endswith(".D"):  # small: where D x is most of Mamba2's output, the norm cancels D's gradient
                 p.uniform_(0.1, 0.3)
             elif p.dim() == 2:
-                p.normal_(std=0.1)
+                p.normal_(std=0.06)
     save_model(model, folder)
 
 
