@@ -25,7 +25,8 @@ def tiny_hf_model(family: str, tied: bool = True, **changes):
     """A tiny random transformers model of a family: every dimension different, so that a transpose is caught."""
     shared = dict(
         vocab_size=160, hidden_size=48, intermediate_size=112, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=tied, rms_norm_eps=1e-5, initializer_range=0.2,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=tied, rms_norm_eps=1e-5,
+        initializer_range=0.2,
     )  # fmt: skip
     configs = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}
     config = configs[family](**(shared | changes))
