@@ -136,7 +136,7 @@ def upcycle(
     console.print(f"wrote {output}: {config.mixers}")
 
 
-def assemble(mla: str, linear: str, base: str, output: str, pattern: str, overwrite: bool = False) -> None:
+def assemble(mla: str, linear: str, base: str, output: str, *, pattern: str, overwrite: bool = False) -> None:
     """Put a hybrid together, layer by layer, from an aligned pure-MLA and an aligned pure-linear model.
 
     Args:
@@ -155,7 +155,7 @@ def assemble(mla: str, linear: str, base: str, output: str, pattern: str, overwr
     console.print(f"wrote {output}: {pattern}")
 
 
-def preprocess(input: str, output: str, tokenizer: str, heldout_fraction: float = 0.05) -> None:
+def preprocess(input: str, output: str, *, tokenizer: str, heldout_fraction: float = 0.05) -> None:
     """Tokenise text into a Megatron indexed dataset, with whole documents held out for evaluation.
 
     Args:
@@ -301,13 +301,22 @@ def build_parser() -> ArgumentParser:
             sub.add_argument("--config", action="config", help="recipe (YAML); later options override it")
             sub.add_class_arguments(TrainConfig)
         else:
-            switches = {n for n, p in inspect.signature(verb).parameters.items() if p.annotation is bool and p.default is False}
-            documented = {p.arg_name: p.description for p in parse_docstring(verb.__doc__).params}
-            sub.add_function_arguments(verb, as_positional=True, skip=switches)
-            for name in sorted(switches):
-                sub.add_argument(f"--{name}", action="store_true", help=documented[name])
+            _add_arguments(sub, verb)
         commands.add_subcommand(verb.__name__, sub, help=summary)
     return parser
+
+
+def _add_arguments(parser: ArgumentParser, verb: Callable) -> None:
+    """Required parameters as positionals, keyword-only ones as required options, `bool = False` as switches."""
+    parameters = inspect.signature(verb).parameters.values()
+    documented = {p.arg_name: p.description for p in parse_docstring(verb.__doc__).params}
+    switches = [p.name for p in parameters if p.annotation is bool and p.default is False]
+    named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    parser.add_function_arguments(verb, as_positional=True, skip={*switches, *named})
+    for name in named:
+        parser.add_argument(f"--{name}", type=str, required=True, help=documented[name])
+    for name in switches:
+        parser.add_argument(f"--{name}", action="store_true", help=documented[name])
 
 
 def _set_up_logging() -> None:
