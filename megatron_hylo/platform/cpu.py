@@ -98,7 +98,7 @@ PATCHES: tuple[Patch, ...] = (
         "current_device", "modules allocate with device=torch.cuda.current_device(), which raises without CUDA", _current_device
     ),
     Patch("random_state", "the tensor-parallel RNG tracker saves and restores the CUDA generator", _random_state),
-    Patch("synchronize", "pipeline sends and receives end with torch.cuda.synchronize()", _synchronize),
+    Patch("synchronize", "pipeline transfers and checkpoint writing end with torch.cuda.synchronize()", _synchronize),
     Patch("current_stream", "gradient buffers ask for the current CUDA stream when they reduce", _current_stream),
     Patch("factories", 'schedules and optimizer make scalars on device="cuda"', _factories),
     Patch("tensor_type", 'the optimizer sorts parameters by type() == "torch.cuda.FloatTensor"', _tensor_type),
