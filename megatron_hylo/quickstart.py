@@ -57,7 +57,7 @@ class Budget:
 
 CPU = Budget(
     sequence_length=256, align_batch_size=2, distil_batch_size=2, micro_batch_size=2, align_tokens=6_144,
-    distil_tokens=15_360, eval_windows=8, precision="fp32", align_mixer_lr=2e-3, mixer_lr=1e-3, lr=5e-4,
+    distil_tokens=18_432, eval_windows=8, precision="fp32", align_mixer_lr=2e-3, mixer_lr=1e-3, lr=5e-4,
 )  # fmt: skip
 GPU = Budget(
     sequence_length=2048, align_batch_size=4, distil_batch_size=16, micro_batch_size=4, align_tokens=655_360,
