@@ -39,8 +39,7 @@ def sealed_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     """
     path = Path(path)
     partial = path.parent / f".{path.name}.partial"
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{path} already exists; choose another place, remove it, or ask to overwrite")
+    check_free(path, overwrite)
     if _rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -58,6 +57,16 @@ def sealed_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         if _is_disk_full(error):
             raise ConfigError(f"the disk is full: {path} was not written; free space and run again") from error
         raise
+
+
+def check_free(path: str | Path, overwrite: bool) -> None:
+    """Refuse to replace what is at `path` unasked; `sealed_directory` does, and long work asks before it starts.
+
+    Raises:
+        ConfigError: something is there and `overwrite` is false.
+    """
+    if Path(path).exists() and not overwrite:
+        raise ConfigError(f"{path} already exists; choose another place, remove it, or ask to overwrite")
 
 
 def verify_sealed(path: str | Path, hashes: bool = True) -> None:

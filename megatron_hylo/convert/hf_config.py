@@ -46,7 +46,7 @@ def rope_from_hf(values: dict[str, Any]) -> tuple[float, RopeScaling]:
         return base, RopeScaling()
     if kind not in ("llama3", "yarn"):
         raise ConfigError(f"rope_type {kind!r} is not supported; use default, llama3 or yarn")
-    if any(rope.get(k) not in (None, 0, 0.0) for k in ("mscale_all_dim",)) or rope.get("mscale") not in (None, 1, 1.0):
+    if rope.get("mscale_all_dim") not in (None, 0) or rope.get("mscale") not in (None, 1):
         raise ConfigError("YaRN with mscale or mscale_all_dim is not supported; give attention_factor instead")
     keys = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
     original = rope.get("original_max_position_embeddings") or values.get("max_position_embeddings") or 0

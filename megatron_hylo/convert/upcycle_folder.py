@@ -12,6 +12,7 @@ from megatron_hylo.convert.to_megatron import Track, fill_model, no_progress
 from megatron_hylo.layouts import expand_pattern, get_layout, hybrid_config
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
+from megatron_hylo.sealed import check_free
 from megatron_hylo.upcycle.assemble import Source, assemble_state, upcycle_state
 
 
@@ -58,7 +59,7 @@ def upcycle_folder(
     Returns:
         The hybrid's configuration.
     """
-    _check_free(output, overwrite)
+    check_free(output, overwrite)
     model = load_model(teacher, backend="local")
     teacher_config = model.config.hylo
     config = student_config(teacher_config, layout, pattern, overrides or {})
@@ -89,7 +90,7 @@ def assemble_folder(
         overwrite: replace what is there.
         track: progress display over an iterable.
     """
-    _check_free(output, overwrite)
+    check_free(output, overwrite)
     mla_model, linear_model, base_model = (load_model(p, backend="local") for p in (mla, linear, base))
     mla_config, linear_config = mla_model.config.hylo, linear_model.config.hylo
     if set(mla_config.mixers) != {"+"} or len(set(linear_config.mixers)) != 1 or linear_config.mixers[0] not in "MG":
@@ -107,11 +108,6 @@ def assemble_folder(
     student = build_model(config, params_dtype=mla_model.config.params_dtype, backend="local")
     _write(student, state, output, Path(base), {"mla": str(mla), "linear": str(linear), "base": str(base)}, overwrite)
     return config
-
-
-def _check_free(output: str | Path, overwrite: bool) -> None:
-    if Path(output).exists() and not overwrite:
-        raise ConfigError(f"{output} already exists; choose another place or ask to overwrite")
 
 
 def _write(
