@@ -1,31 +1,18 @@
-"""`hylo <verb>`: one thin function a verb. jsonargparse turns their signatures into options, YAML keys and help."""
+"""`hylo <verb>`: one thin function a verb; cli_parser.py turns their signatures into options."""
 
-import inspect
 import json
-import logging
-import os
 import sys
-import warnings
 from pathlib import Path
-from typing import Any, Callable, Iterable, Literal
+from typing import Any, Callable, Literal
 
-from docstring_parser import parse as parse_docstring
-from jsonargparse import ArgumentParser
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import track as rich_track
 from rich.table import Table
 
+from megatron_hylo.cli_console import console, set_up_logging, track
+from megatron_hylo.cli_parser import build_parser
 from megatron_hylo.config import ConfigError
 from megatron_hylo.train.config import TrainConfig
 
-console = Console()
 EXIT_ERROR, EXIT_STOPPED = 2, 3
-
-
-def _track(items: Iterable, description: str) -> Iterable:
-    sequence = list(items)
-    return rich_track(sequence, description=description, console=console, transient=True)
 
 
 def layouts(json: bool = False) -> None:
@@ -80,7 +67,7 @@ def convert(source: str, output: str, to: Literal["megatron", "hf"] = "megatron"
 
     with session():
         function = convert_hf_to_megatron if to == "megatron" else convert_megatron_to_hf
-        function(source, output, overwrite, _track)
+        function(source, output, overwrite, track)
     console.print(f"wrote {output}")
 
 
@@ -97,7 +84,7 @@ def verify(hf_dir: str, megatron_dir: str, tokens: int = 128, tolerance: float =
     from megatron_hylo.platform.distributed import session
 
     with session():
-        result = verify_conversion(hf_dir, megatron_dir, tokens, tolerance, track=_track)
+        result = verify_conversion(hf_dir, megatron_dir, tokens, tolerance, track=track)
     print(f"tensors compared: {result.tensors}, differing: {len(result.differing)}")
     for line in result.differing:
         print(f"  {line}")
@@ -132,7 +119,7 @@ def upcycle(
     from megatron_hylo.platform.distributed import session
 
     with session():
-        config = upcycle_folder(teacher, output, layout, pattern, init, seed, overrides or {}, overwrite, _track)
+        config = upcycle_folder(teacher, output, layout, pattern, init, seed, overrides or {}, overwrite, track)
     console.print(f"wrote {output}: {config.mixers}")
 
 
@@ -151,8 +138,51 @@ def assemble(mla: str, linear: str, base: str, output: str, *, pattern: str, ove
     from megatron_hylo.platform.distributed import session
 
     with session():
-        assemble_folder(mla, linear, base, output, pattern, overwrite, _track)
+        assemble_folder(mla, linear, base, output, pattern, overwrite, track)
     console.print(f"wrote {output}: {pattern}")
+
+
+def select(
+    teacher: str,
+    *,
+    mla: str,
+    linear: str,
+    data: str,
+    count: int,
+    method: Literal["smart", "greedy", "uniform"] = "smart",
+    tokens: int = 65_536,
+    sequence_length: int = 2048,
+    output: str | None = None,
+    allow_unaligned: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Choose which layers of a hybrid are MLA by the KL to the teacher of hybrids of two aligned pure models.
+
+    Args:
+        teacher: model folder both were aligned with.
+        mla: model folder, aligned, all layers MLA.
+        linear: model folder, aligned, all layers Mamba2 or Gated DeltaNet.
+        data: dataset folder made by `hylo preprocess`; its training text is used.
+        count: number of MLA layers.
+        method: smart (sensitivity of each layer, spaced as in Zebra-Llama), greedy (the best one more, count times) or
+            uniform (evenly spread).
+        tokens: text to measure on.
+        sequence_length: tokens a window.
+        output: folder to make, with selection.json and selection.png.
+        allow_unaligned: go on where the models do not look aligned.
+        overwrite: replace what is there.
+    """
+    from megatron_hylo.convert.select_folder import select_folder
+    from megatron_hylo.platform.distributed import session
+
+    with session():
+        found = select_folder(
+            teacher, mla, linear, data, count, method, tokens, sequence_length, output, allow_unaligned, overwrite, track
+        )
+    console.print(f"KL to the teacher: {found.kl_all_linear:.4f} all linear, {found.kl_selected:.4f} as chosen")
+    cost = f"{found.tokens:,} tokens, {found.layer_evaluations:,.0f} layers run over them, {found.seconds:.1f} s"
+    console.print(cost, style="dim", highlight=False)
+    print(found.pattern)
 
 
 def preprocess(input: str, output: str, *, tokenizer: str, heldout_fraction: float = 0.05) -> None:
@@ -261,7 +291,7 @@ def quickstart(
 
 
 def train(config: TrainConfig) -> int:
-    """Train: pretrain (cross-entropy), align (stage 1, Enhanced ILD) or distil (stages 2 and 3, KL to the teacher).
+    """Train: pretrain (cross-entropy), align (stage 1, layer by layer) or distil (stages 2 and 3, KL to the teacher).
 
     Give a recipe by --config and override any key, e.g. --optimizer.lr 1e-4; under torchrun for several ranks.
     Started again, the same command resumes from the newest checkpoint. Ctrl-C or SIGUSR1 saves and stops (exit 3).
@@ -282,7 +312,7 @@ def train(config: TrainConfig) -> int:
 
 
 VERBS: tuple[Callable, ...] = (
-    quickstart, layouts, fetch, convert, verify, preprocess, upcycle, assemble, train, evaluate, export, generate,
+    quickstart, layouts, fetch, convert, verify, preprocess, upcycle, select, assemble, train, evaluate, export, generate,
 )  # fmt: skip
 
 
@@ -290,50 +320,12 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2)
 
 
-def build_parser() -> ArgumentParser:
-    """The whole command line."""
-    parser = ArgumentParser(prog="hylo", description="Long-context upcycling: a pretrained Transformer in, a hybrid out.")
-    commands = parser.add_subcommands(required=True, dest="verb")
-    for verb in VERBS:
-        summary = (verb.__doc__ or "").split("\n\n")[0]
-        sub = ArgumentParser(description=(verb.__doc__ or "").split("Args:")[0].strip())
-        if verb is train:
-            sub.add_argument("--config", action="config", help="recipe (YAML); later options override it")
-            sub.add_class_arguments(TrainConfig)
-        else:
-            _add_arguments(sub, verb)
-        commands.add_subcommand(verb.__name__, sub, help=summary)
-    return parser
-
-
-def _add_arguments(parser: ArgumentParser, verb: Callable) -> None:
-    """Required parameters as positionals, keyword-only ones as required options, `bool = False` as switches."""
-    parameters = inspect.signature(verb).parameters.values()
-    documented = {p.arg_name: p.description for p in parse_docstring(verb.__doc__).params}
-    switches = [p.name for p in parameters if p.annotation is bool and p.default is False]
-    named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    parser.add_function_arguments(verb, as_positional=True, skip={*switches, *named})
-    for name in named:
-        parser.add_argument(f"--{name}", type=str, required=True, help=documented[name])
-    for name in switches:
-        parser.add_argument(f"--{name}", action="store_true", help=documented[name])
-
-
-def _set_up_logging() -> None:
-    """Our own messages on the main rank; of other packages only errors, and no progress bars of theirs."""
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
-    logging.getLogger("megatron_hylo").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b.*")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `hylo`: exits 0 on success, 1 where a check failed, 2 on bad input, 3 when stopped by a signal."""
     from megatron_hylo.sealed import DamagedError
 
-    _set_up_logging()
-    parser = build_parser()
+    set_up_logging()
+    parser = build_parser(VERBS)
     parsed = parser.parse_args(arguments)
     verb = {v.__name__: v for v in VERBS}[parsed.verb]
     values = parser.instantiate(parsed)[parsed.verb]

@@ -123,10 +123,14 @@ class ModelConfig:
     # MLA (`+`)
     q_lora_rank: int = 0
     kv_lora_rank: int = 0
-    qk_head_dim: int = 0  # without rotation ("nope")
+    qk_head_dim: int = 0  # without rotation ("nope"); kv_channels with q/k-norm: the aligned norm of models/mla.py
     qk_pos_emb_head_dim: int = 0  # with rotation, one shared key ("rope")
     v_head_dim: int = 0
     mla_rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    mla_bias: bool = False  # on q_b_proj, kv_a_proj_with_mqa and kv_b_proj: room for Qwen2.5's QKV bias
+    # One entry a layer, () where it is not `+`: the rotary pair (2i, 2i+1) turns with frequency number entry[i] of the
+    # base model's kv_channels / 2; repeats allowed. Empty: the standard table of qk_pos_emb_head_dim channels.
+    mla_rotary_pairs: tuple[tuple[int, ...], ...] = ()
     # Mamba2 (`M`): mamba_num_heads groups; x and B come from num_query_groups heads, repeated after the conv
     mamba_num_heads: int = 0
     mamba_head_dim: int = 0
@@ -140,6 +144,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         mixers = self.mixers  # checks the pattern
+        object.__setattr__(self, "mla_rotary_pairs", _tuples(self.mla_rotary_pairs))  # JSON and YAML give lists
         if self.num_query_groups < 1 or self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_query_groups {self.num_query_groups}"
@@ -158,11 +163,9 @@ class ModelConfig:
                     raise ConfigError(f"{name} {rank} is larger than {width}, the rank of what it factors; use at most {width}")
             if self.qk_pos_emb_head_dim % 2:
                 raise ConfigError(f"qk_pos_emb_head_dim must be even, got {self.qk_pos_emb_head_dim}")
-            if self.qk_layernorm and self.qk_head_dim + self.qk_pos_emb_head_dim != self.kv_channels:
-                raise ConfigError(
-                    f"with q/k-norm, qk_head_dim + qk_pos_emb_head_dim must equal kv_channels {self.kv_channels}, "
-                    f"got {self.qk_head_dim} + {self.qk_pos_emb_head_dim}"
-                )
+            self._check_qk_norm()
+        if self.mla_rotary_pairs:
+            self._check_rotary_pairs()
         if "M" in mixers:
             _positive(self, "a Mamba2 layer `M`", "mamba_num_heads", "mamba_head_dim", "mamba_state_dim")
             if self.mamba_num_heads % self.num_query_groups:
@@ -171,6 +174,39 @@ class ModelConfig:
                 )
         if "G" in mixers:
             _positive(self, "a Gated DeltaNet layer `G`", "linear_num_heads", "linear_key_head_dim", "linear_value_head_dim")
+
+    def _check_qk_norm(self) -> None:
+        nope, rope, head_dim = self.qk_head_dim, self.qk_pos_emb_head_dim, self.kv_channels
+        placed = bool(self.mla_rotary_pairs) or rope == head_dim  # where the rotary slots lie in the teacher's head
+        if self.qk_layernorm and nope + rope != head_dim and not (nope == head_dim and placed):
+            raise ConfigError(
+                f"with q/k-norm, qk_head_dim {nope} and qk_pos_emb_head_dim {rope} do not suit kv_channels {head_dim}: either "
+                f"their sum must equal it (HyLo's norm), or qk_head_dim must (the aligned norm), with mla_rotary_pairs given "
+                f"or qk_pos_emb_head_dim equal to it too"
+            )
+
+    def _check_rotary_pairs(self) -> None:
+        pairs, mixers, frequencies = self.mla_rotary_pairs, self.mixers, self.kv_channels // 2
+        if len(pairs) != len(mixers):
+            raise ConfigError(f"mla_rotary_pairs has {len(pairs)} entries, the model {len(mixers)} layers; give one a layer")
+        for layer, (symbol, entry) in enumerate(zip(mixers, pairs)):
+            wanted = self.qk_pos_emb_head_dim // 2 if symbol == "+" else 0
+            if len(entry) != wanted:
+                raise ConfigError(
+                    f"mla_rotary_pairs of layer {layer} `{symbol}` has {len(entry)} numbers, it needs {wanted}: "
+                    f"qk_pos_emb_head_dim / 2 for `+`, none for other mixers"
+                )
+            bad = [j for j in entry if type(j) is not int or not 0 <= j < frequencies]
+            if bad:
+                raise ConfigError(
+                    f"mla_rotary_pairs of layer {layer} holds {bad[0]!r}; use whole numbers from 0 to {frequencies - 1}, "
+                    f"the frequencies of kv_channels {self.kv_channels}"
+                )
+
+    @property
+    def mla_aligned_norm(self) -> bool:
+        """q/k-norm with the statistics of the teacher's whole head, not of MLA's channels (see models/mla.py)."""
+        return self.qk_layernorm and self.qk_head_dim == self.kv_channels
 
     @property
     def mixers(self) -> str:
@@ -203,8 +239,14 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able mapping; `from_dict(ModelConfig, ...)` is its inverse."""
-        return dataclasses.asdict(self)
+        """What JSON gives back unchanged; `from_dict(ModelConfig, ...)` is its inverse."""
+        return dataclasses.asdict(self) | {"mla_rotary_pairs": [list(pairs) for pairs in self.mla_rotary_pairs]}
+
+
+def _tuples(entries: Any) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, (list, tuple)) for entry in entries):
+        raise ConfigError(f"mla_rotary_pairs must hold one list of whole numbers a layer, got {entries!r}")
+    return tuple(map(tuple, entries))
 
 
 def _positive(config: ModelConfig, what: str, *names: str) -> None:

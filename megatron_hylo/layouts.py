@@ -209,7 +209,9 @@ def mixer_parameters(config: ModelConfig, symbol: str) -> int:
         qk = c.qk_head_dim + c.qk_pos_emb_head_dim
         query = c.q_lora_rank * (d + hq * qk)
         key_value = d * (c.kv_lora_rank + c.qk_pos_emb_head_dim) + c.kv_lora_rank * hkv * (c.qk_head_dim + c.v_head_dim)
-        return query + key_value + hq * c.v_head_dim * d + (2 * qk if c.qk_layernorm else 0)
+        bias = hq * qk + c.kv_lora_rank + c.qk_pos_emb_head_dim + hkv * (c.qk_head_dim + c.v_head_dim) if c.mla_bias else 0
+        norm = (2 * qk if c.qk_layernorm else 0) + (hkv * c.qk_pos_emb_head_dim // 2 if c.mla_aligned_norm else 0)
+        return query + key_value + hq * c.v_head_dim * d + bias + norm
     if symbol == "M":
         heads, x_width, state = c.mamba_num_heads, c.mamba_key_value_dim, c.mamba_state_dim
         inner, b_width, c_width = heads * c.mamba_head_dim, hkv * state, heads * state

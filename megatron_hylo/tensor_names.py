@@ -8,6 +8,7 @@ from here, so that it is written down once.
 from megatron_hylo.config import ConfigError, ModelConfig
 
 Shape = tuple[int, ...]
+MLA_BIASED = ("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # MLA's projections that `mla_bias` gives a bias
 
 
 def mixer_tensor_names(config: ModelConfig, symbol: str) -> dict[str, Shape]:
@@ -86,15 +87,22 @@ def _attention(c: ModelConfig) -> dict[str, Shape]:
 
 def _mla(c: ModelConfig) -> dict[str, Shape]:
     d, qk = c.hidden_size, c.qk_head_dim + c.qk_pos_emb_head_dim
-    names: dict[str, Shape] = {
-        "self_attn.q_a_proj.weight": (c.q_lora_rank, d),
-        "self_attn.q_b_proj.weight": (c.num_attention_heads * qk, c.q_lora_rank),
-        "self_attn.kv_a_proj_with_mqa.weight": (c.kv_lora_rank + c.qk_pos_emb_head_dim, d),
-        "self_attn.kv_b_proj.weight": (c.num_query_groups * (c.qk_head_dim + c.v_head_dim), c.kv_lora_rank),
-        "self_attn.o_proj.weight": (d, c.num_attention_heads * c.v_head_dim),
+    shapes = {
+        "q_a_proj": (c.q_lora_rank, d),
+        "q_b_proj": (c.num_attention_heads * qk, c.q_lora_rank),
+        "kv_a_proj_with_mqa": (c.kv_lora_rank + c.qk_pos_emb_head_dim, d),
+        "kv_b_proj": (c.num_query_groups * (c.qk_head_dim + c.v_head_dim), c.kv_lora_rank),
+        "o_proj": (d, c.num_attention_heads * c.v_head_dim),
     }
+    names: dict[str, Shape] = {}
+    for name, shape in shapes.items():
+        names[f"self_attn.{name}.weight"] = shape
+        if c.mla_bias and name in MLA_BIASED:
+            names[f"self_attn.{name}.bias"] = shape[:1]
     if c.qk_layernorm:
         names |= {f"self_attn.{part}_norm.weight": (qk,) for part in "qk"}
+    if c.mla_aligned_norm:
+        names["self_attn.k_norm.rotary_mix"] = (c.num_query_groups, c.qk_pos_emb_head_dim // 2)
     return names
 
 

@@ -2,6 +2,7 @@
 # Stage 1, Enhanced ILD at 2K: align every mixer of an upcycled hybrid with its layer of the base model.
 # Submit from the repository's root:  HYLO_ROOT=/shared/hylo sbatch slurm/stage1_ild.sh [--train_tokens N ...]
 # or run it on one machine:           HYLO_ROOT=/shared/hylo bash slurm/stage1_ild.sh [...]
+# Two pure models in one pass over the teacher, for `hylo select`: MODEL=(all MLA) and --second_model (all linear).
 #SBATCH --job-name=hylo-stage1_ild
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

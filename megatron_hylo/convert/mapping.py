@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ModelConfig
+from megatron_hylo.tensor_names import MLA_BIASED
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,11 @@ def _mla(m: str, h: str, c: ModelConfig) -> list[Entry]:
         "linear_kv_up_proj": "kv_b_proj",
         "linear_proj": "o_proj",
     }
-    return [_same(f"{m}{a}.weight", f"{h}self_attn.{b}.weight") for a, b in pairs.items()] + _qk_norm(m, h, c)
+    entries = [_same(f"{m}{a}.weight", f"{h}self_attn.{b}.weight") for a, b in pairs.items()]
+    if c.mla_bias:
+        entries += [_same(f"{m}{a}.bias", f"{h}self_attn.{b}.bias") for a, b in pairs.items() if b in MLA_BIASED]
+    mix = [_same(f"{m}k_layernorm.rotary_mix", f"{h}self_attn.k_norm.rotary_mix")] if c.mla_aligned_norm else []
+    return entries + _qk_norm(m, h, c) + mix
 
 
 def _mamba2(m: str, h: str, c: ModelConfig) -> list[Entry]:

@@ -1,16 +1,25 @@
-"""Stage 1, Enhanced ILD: every student layer learns its teacher layer's output, fed the teacher's hidden state.
+"""Stage 1: every student layer learns its teacher layer's output, fed the teacher's hidden state. Two losses:
 
-    L = sum_l  hidden_weight * mean_t ||h_l^s - h_l^t||_2  +  mixer_weight * mean_t ||a_l^s - a_l^t||_2
+    mse   L = sum_l  mean_t ||a_l^s - a_l^t||_2^2 / mean_t ||a_l^t||_2^2
+    ild   L = sum_l  hidden_weight * mean_t ||h_l^s - h_l^t||_2  +  mixer_weight * mean_t ||a_l^s - a_l^t||_2
 
-h_l is a layer's output (the last one after the final norm), a_l its mixer's output before the residual (HyLo;
-un-squared norms as in the released Zebra-Llama trainer). Since each layer's input is the teacher's, layers do not
-depend on one another: gradients are made layer by layer, and one layer's activations exist at a time. For the same
-reason aligning a hybrid is aligning the pure-MLA and the pure-linear model, of which it has the chosen layers.
+a_l is a layer's mixer output before the residual, h_l the layer's output (the last one after the final norm), mean_t
+over a micro-batch's tokens. `ild` is
+HyLo's Enhanced ILD (un-squared norms as in the released Zebra-Llama trainer). `mse` compares mixers alone, as stage 1 of
+RADLADS and of KL-guided layer selection (arXiv:2512.20569) does, and divides by the teacher's power, so that every layer
+counts alike: 1 is the loss of a mixer that says nothing. It runs no MLP of the student and gives only mixers a gradient.
+
+Since each layer's input is the teacher's, layers do not depend on one another: gradients are made layer by layer, and
+one layer's activations exist at a time. For the same reason several students can learn from one forward pass of the
+teacher, and aligning a hybrid is aligning the pure-MLA and the pure-linear model, of which it has the chosen layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_hylo.config import ConfigError
@@ -19,7 +28,7 @@ from megatron_hylo.models.hylo_model import HyloModel
 
 @dataclass
 class AlignmentLoss:
-    """Means over tokens, sums over layers; `layers` has the two terms of each layer: [layers, 2] (hidden, mixer)."""
+    """Means over tokens, sums over layers; `layers` has the two terms of each layer: fp32 [layers, 2] (hidden, mixer)."""
 
     loss: Tensor
     layers: Tensor
@@ -44,52 +53,73 @@ def mixer_output(layer: nn.Module, hidden: Tensor) -> Tensor:
     return layer.self_attention(layer.input_layernorm(hidden), attention_mask=None)[0]
 
 
+def mlp_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """The residual stream after an MLP layer: [sequence, batch, hidden] -> the same."""
+    return hidden + layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
+
+
 def align_layers(
-    student: HyloModel,
+    students: Sequence[HyloModel],
     teacher: HyloModel,
     input_ids: Tensor,
+    align_loss: Literal["mse", "ild"] = "mse",
     hidden_weight: float = 1.0,
     mixer_weight: float = 1.0,
     gradient_scale: float | None = None,
-) -> AlignmentLoss:
-    """Both terms of every layer and, with `gradient_scale`, their gradients.
+) -> list[AlignmentLoss]:
+    """The loss of every layer of every student and, with `gradient_scale`, its gradients; one pass of the teacher.
 
     Args:
-        student, teacher: whole depth on this rank (no pipeline stages); the teacher gets no gradient.
+        students, teacher: whole depth on this rank (no pipeline stages); the teacher gets no gradient.
         input_ids: int64 [batch, sequence].
-        hidden_weight, mixer_weight: weights of the two terms; a term of weight 0 is not computed.
+        align_loss: see the module's formulas; `mse` has only a mixer term, of weight 1.
+        hidden_weight, mixer_weight: of `ild`; a term of weight 0 is not computed.
         gradient_scale: factor on the loss before `backward`; None measures only.
+
+    Returns:
+        One a student. With sequence parallelism a rank's part: the sum over the tensor-parallel ranks is the loss.
     """
-    layers, total = [], input_ids.numel()
+    if align_loss == "mse":
+        hidden_weight, mixer_weight = 0.0, 1.0
+    terms: list[list[Tensor]] = [[] for _ in students]
     with torch.no_grad():
         hidden = teacher.embedding(input_ids=input_ids, position_ids=None)
-    pairs = list(zip(student.mixer_layers(), teacher.mixer_layers()))
-    for index, ((mixer, mlp), (teacher_mixer, teacher_mlp)) in enumerate(pairs):
-        last = index == len(pairs) - 1
+    depth = teacher.config.hylo.num_hidden_layers
+    for index, (teacher_layer, *layers) in enumerate(zip(*(m.mixer_layers() for m in (teacher, *students)))):
         with torch.no_grad():
-            target_mixer = mixer_output(teacher_mixer, hidden)
-            target = _mlp_layer(teacher_mlp, hidden + target_mixer)
-            compared = teacher.decoder.final_norm(target) if last else target
-        with torch.set_grad_enabled(gradient_scale is not None):
-            out_mixer = mixer_output(mixer, hidden)
-            mixer_term = _mean_norm(out_mixer - target_mixer, total) if mixer_weight else hidden.new_zeros(())
-            hidden_term = hidden.new_zeros(())
-            if hidden_weight:
-                out = _mlp_layer(mlp, hidden + out_mixer)
-                out = student.decoder.final_norm(out) if last else out
-                hidden_term = _mean_norm(out - compared, total)
-            if gradient_scale is not None:
-                ((hidden_weight * hidden_term + mixer_weight * mixer_term) * gradient_scale).backward()
-        layers.append(torch.stack([hidden_term.detach().float(), mixer_term.detach().float()]))
+            target_mixer = mixer_output(teacher_layer[0], hidden)
+            target = mlp_layer(teacher_layer[1], hidden + target_mixer)
+            compared = teacher.decoder.final_norm(target) if index == depth - 1 else target
+            power = _power(target_mixer, teacher.config.sequence_parallel) if align_loss == "mse" else None
+        for student, (mixer, mlp), found in zip(students, layers, terms):
+            with torch.set_grad_enabled(gradient_scale is not None):
+                out_mixer = mixer_output(mixer, hidden)
+                hidden_term = mixer_term = hidden.new_zeros(())
+                if power is not None:
+                    mixer_term = (out_mixer.float() - target_mixer.float()).square().sum() / power
+                elif mixer_weight:
+                    mixer_term = _mean_norm(out_mixer - target_mixer, input_ids.numel())
+                if hidden_weight:
+                    out = mlp_layer(mlp, hidden + out_mixer)
+                    out = student.decoder.final_norm(out) if index == depth - 1 else out
+                    hidden_term = _mean_norm(out - compared, input_ids.numel())
+                if gradient_scale is not None:
+                    ((hidden_weight * hidden_term + mixer_weight * mixer_term) * gradient_scale).backward()
+            found.append(torch.stack([hidden_term.detach().float(), mixer_term.detach().float()]))
         hidden = target
-    terms = torch.stack(layers)
-    return AlignmentLoss((terms * terms.new_tensor([hidden_weight, mixer_weight])).sum(), terms)
-
-
-def _mlp_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
-    return hidden + layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
+    weights = torch.tensor([hidden_weight, mixer_weight], device=hidden.device)
+    stacked = [torch.stack(found) for found in terms]
+    return [AlignmentLoss((layers * weights).sum(), layers) for layers in stacked]
 
 
 def _mean_norm(difference: Tensor, tokens: int) -> Tensor:
     """Sum of the tokens' L2 norms over the number of tokens of all tensor-parallel ranks together."""
     return difference.float().norm(dim=-1).sum() / tokens
+
+
+def _power(target: Tensor, sequence_parallel: bool) -> Tensor:
+    """Sum of squares over the tokens of all tensor-parallel ranks together, fp32."""
+    power = target.float().square().sum()
+    if sequence_parallel:  # each rank has its part of the tokens; without, each has them all
+        torch.distributed.all_reduce(power, group=parallel_state.get_tensor_model_parallel_group())
+    return power

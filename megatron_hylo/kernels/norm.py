@@ -12,13 +12,14 @@ def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, reference: torch.Tensor | None = None) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
     Args:
         x: [..., n], floating.
         weight: [n].
         eps: added to the mean square.
+        reference: [..., m], whose mean square is taken in place of x's.
 
     Returns:
         [..., n] in x's dtype.
@@ -27,6 +28,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         ValueError: weight is not [n].
     """
     _check_weight("rms_norm", x, weight)
+    if reference is not None:
+        wide = _wide(x)
+        scale = (reference.to(wide).square().mean(-1, keepdim=True) + eps).rsqrt()
+        return (x.to(wide) * scale * weight.to(wide)).to(x.dtype)
     if weight.dtype == x.dtype:  # torch's own kernel, float32 inside, saves x as it is for backward
         return F.rms_norm(x, weight.shape, weight, eps)
     wide = _wide(x)

@@ -82,6 +82,28 @@ def rope_cos_sin(positions: torch.Tensor, inv_freq: torch.Tensor, multiplier: fl
     return angles.cos() * multiplier, angles.sin() * multiplier
 
 
+def unfold_rotary_key(plain: torch.Tensor, rotary: torch.Tensor, mix: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    """The unrotated key heads of attention out of those of MLA: what a head has of its own, plus its share of the rotary key.
+
+    Slot i of the rotary key, channels (2i, 2i+1), is a combination over heads of attention's channels (j, j + d/2) with
+    j = pairs[i] (a principal component of them in TransMLA, arXiv:2502.07864); head g has mix[g, i] of it.
+
+    Args:
+        plain: [b, t, g, d], floating, d even.
+        rotary: [b, t, 2 n].
+        mix: [g, n].
+        pairs: int64 [n], each in [0, d/2); repeats add up.
+
+    Returns:
+        [b, t, g, d], float32 (float64 stays).
+    """
+    wide = torch.promote_types(plain.dtype, torch.float32)
+    first_channel = torch.arange(plain.shape[-1] // 2, device=pairs.device)
+    spread = mix.to(wide)[:, :, None] * (pairs[:, None] == first_channel)  # [g, slot, j]; a product is deterministic
+    unfolded = torch.einsum("btic,gij->btgcj", rotary.to(wide).unflatten(-1, (-1, 2)), spread)
+    return plain.to(wide) + unfolded.flatten(-2)
+
+
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Rotate channel pairs of every head by the token's angles.
 

@@ -35,10 +35,15 @@ class GroupedQueryAttention(MegatronModule):
         self.q_layernorm = HeadNorm(config, c.kv_channels) if c.qk_layernorm else None
         self.k_layernorm = HeadNorm(config, c.kv_channels) if c.qk_layernorm else None
 
-    def forward(self, hidden_states: Tensor, attention_mask: None = None, **kwargs: object) -> tuple[Tensor, None]:
-        """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
-        refuse_packing(kwargs)
-        c = self.config.hylo
+    def query_key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the scores are made of, before the rotation: bias added, q/k-norm applied.
+
+        Args:
+            hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden].
+
+        Returns:
+            query [batch, sequence, query heads of this rank, head_dim], key and value with its KV heads.
+        """
         qkv, _ = self.linear_qkv(hidden_states)
         s, b, _ = qkv.shape
         qkv = qkv.transpose(0, 1).reshape(b, s, self.groups, self.queries_per_group + 2, self.head_dim)
@@ -46,7 +51,20 @@ class GroupedQueryAttention(MegatronModule):
         query, key, value = query.reshape(b, s, -1, self.head_dim), key.squeeze(3), value.squeeze(3)
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        cos, sin = rotary_table(self.head_dim, c.rotary_base, c.rope_scaling, s, query.device)
-        query, key = apply_rope(query, cos, sin, interleaved=False), apply_rope(key, cos, sin, interleaved=False)
-        out = attention(query, key, value, scale=self.head_dim**-0.5)
-        return self.linear_proj(out.reshape(b, s, -1).transpose(0, 1).contiguous())
+        return query, key, value
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """RoPE at positions 0, 1, ...: [batch, sequence, heads, head_dim] -> the same."""
+        c = self.config.hylo
+        cos, sin = rotary_table(self.head_dim, c.rotary_base, c.rope_scaling, x.shape[1], x.device)
+        return apply_rope(x, cos, sin, interleaved=False)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rotation, softmax attention and output projection: [sequence (/ TP), batch, hidden], and no bias."""
+        out = attention(self.rotate(query), self.rotate(key), value, scale=self.head_dim**-0.5)
+        return self.linear_proj(out.flatten(2).transpose(0, 1).contiguous())
+
+    def forward(self, hidden_states: Tensor, attention_mask: None = None, **kwargs: object) -> tuple[Tensor, None]:
+        """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
+        refuse_packing(kwargs)
+        return self.attend(*self.query_key_value(hidden_states))

@@ -49,27 +49,53 @@ class HeadNorm(nn.Module):
         self.eps = config.layernorm_epsilon
         self.weight = nn.Parameter(torch.ones(head_dim, dtype=config.params_dtype, device=device()))
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """x, gate: [batch, sequence, heads, head_dim]; norm first, then the gate (Gated DeltaNet's order)."""
+    def forward(self, x: Tensor, gate: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
+        """x, gate: [batch, sequence, heads, head_dim]; norm first, then the gate (Gated DeltaNet's order).
+
+        Without a gate, `reference` [batch, sequence, heads, any] gives the mean square in place of x.
+        """
         weight = copy_to_tensor_model_parallel_region(self.weight)
         if gate is None:
-            return rms_norm(x, weight, self.eps)
+            return rms_norm(x, weight, self.eps, reference)
         return gated_rms_norm(x, gate, weight, self.eps, norm_before_gate=True)
 
 
-class ReplicatedLinear(nn.Module):
-    """A bias-free linear map held whole by every tensor-parallel rank (MLA's down-projections)."""
+class AlignedKeyNorm(HeadNorm):
+    """HeadNorm of MLA's keys, with `rotary_mix`: what each key head of this rank has of each rotary pair, [groups, pairs].
 
-    def __init__(self, in_features: int, out_features: int, config: TransformerConfig) -> None:
+    `rotary_mix` is split over the tensor-parallel ranks as the key heads are, so its gradient needs no sum.
+    """
+
+    def __init__(self, config: TransformerConfig, head_dim: int, groups: int, pairs: int, tp_group: object) -> None:
+        super().__init__(config, head_dim)
+        self.tp_group = tp_group
+        self.rotary_mix = tensor_parallel_parameter(torch.ones(groups, pairs, device=device()), dtype=config.params_dtype)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Only `rotary_mix` is split over the tensor-parallel ranks."""
+        group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+        own = self.state_dict(keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(
+            own, prefix, {"rotary_mix": 0}, sharded_offsets, tp_group=self.tp_group, dp_cp_group=group
+        )
+
+
+class ReplicatedLinear(nn.Module):
+    """A linear map held whole by every tensor-parallel rank (MLA's down-projections); a bias starts at zero."""
+
+    def __init__(self, in_features: int, out_features: int, config: TransformerConfig, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=config.params_dtype, device=device()))
         with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):  # equal on all tensor-parallel ranks
             config.init_method(self.weight)
-        self.weight.sequence_parallel = config.sequence_parallel
+        zeros = torch.zeros(out_features, dtype=config.params_dtype, device=device()) if bias else None
+        self.bias = nn.Parameter(zeros) if bias else None
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [sequence, batch, in_features] -> [sequence, batch, out_features]."""
-        return torch.nn.functional.linear(x, self.weight)
+        return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
 @lru_cache(maxsize=16)

@@ -1,8 +1,16 @@
-"""`+`: HyLo's Multi-head Latent Attention.
+"""`+`: HyLo's Multi-head Latent Attention, and the aligned form of it that can equal the attention it replaces.
 
-Differs from DeepSeek's (and Megatron-Core's) in that `linear_kv_up_proj` makes only the base model's KV heads,
-each shared by a group of query heads; the latents have no layer norm; Qwen's q/k-norm is kept, over the
-concatenated (unrotated, rotary) channels of each head and before the rotation. HyLo, model cards and blog.
+HyLo's (model cards and blog) differs from DeepSeek's and Megatron-Core's in that `linear_kv_up_proj` makes only the base
+model's KV heads, each shared by a group of query heads; the latents have no layer norm; Qwen's q/k-norm is kept, over the
+concatenated (unrotated, rotary) channels of each head and before the rotation. Heads have qk_head_dim +
+qk_pos_emb_head_dim = kv_channels channels, and the rotary ones the frequencies of a standard table of their number.
+
+The aligned form is ours, after TransMLA's RoRoPE (arXiv:2502.07864). qk_head_dim = kv_channels unrotated channels come
+first, the rotary ones on top; each layer's rotary pairs take frequencies of the base model's table (mla_rotary_pairs),
+several pairs the same one if need be; biases make room for Qwen2.5's (mla_bias). The q/k-norm then is that of the base
+model's heads: the unrotated channels of a query are the base model's whole query; the unrotated channels of a key plus
+its share of the rotary key (k_layernorm.rotary_mix, see `unfold_rotary_key`) are its whole key. Their mean squares
+scale all channels of MLA's query and key, before the rotation. At full rank, with every pair rotary, nothing is lost.
 """
 
 import torch
@@ -12,10 +20,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_hylo.kernels.attention import attention
-from megatron_hylo.kernels.rope import apply_rope
-from megatron_hylo.models.layers import HeadNorm, ReplicatedLinear, rotary_table
+from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
+from megatron_hylo.models.layers import AlignedKeyNorm, HeadNorm, ReplicatedLinear, rotary_table
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_packing, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
+from megatron_hylo.platform.distributed import device
 
 
 class MultiLatentAttention(MegatronModule):
@@ -30,19 +39,27 @@ class MultiLatentAttention(MegatronModule):
         **_: object,
     ) -> None:
         super().__init__(config=config)
-        c = config.hylo
+        c, bias = config.hylo, config.hylo.mla_bias
         self.tp_group = pg_collection.tp
         self.qk_dim = c.qk_head_dim + c.qk_pos_emb_head_dim
         self.heads = c.num_attention_heads // self.tp_group.size()
         self.groups = c.num_query_groups // self.tp_group.size()
         query_width, kv_width = c.num_attention_heads * self.qk_dim, c.num_query_groups * (c.qk_head_dim + c.v_head_dim)
         self.linear_q_down_proj = ReplicatedLinear(c.hidden_size, c.q_lora_rank, config)
-        self.linear_q_up_proj = column_linear(submodules, config, c.q_lora_rank, query_width, self.tp_group)
-        self.linear_kv_down_proj = ReplicatedLinear(c.hidden_size, c.kv_lora_rank + c.qk_pos_emb_head_dim, config)
-        self.linear_kv_up_proj = column_linear(submodules, config, c.kv_lora_rank, kv_width, self.tp_group)
+        self.linear_q_up_proj = column_linear(submodules, config, c.q_lora_rank, query_width, self.tp_group, bias)
+        self.linear_kv_down_proj = ReplicatedLinear(c.hidden_size, c.kv_lora_rank + c.qk_pos_emb_head_dim, config, bias)
+        self.linear_kv_up_proj = column_linear(submodules, config, c.kv_lora_rank, kv_width, self.tp_group, bias)
         self.linear_proj = row_linear(submodules, config, c.num_attention_heads * c.v_head_dim, c.hidden_size, self.tp_group)
-        self.q_layernorm = HeadNorm(config, self.qk_dim) if c.qk_layernorm else None
-        self.k_layernorm = HeadNorm(config, self.qk_dim) if c.qk_layernorm else None
+        slots = c.qk_pos_emb_head_dim // 2
+        # layer_number counts mixers and MLPs of the whole model from 1, whatever the pipeline stage
+        pairs = c.mla_rotary_pairs[(layer_number - 1) // 2] if c.mla_rotary_pairs else range(slots)
+        self.register_buffer("rotary_pairs", torch.tensor(pairs, device=device()), persistent=False)
+        if c.qk_layernorm:
+            self.q_layernorm = HeadNorm(config, self.qk_dim)
+            if c.mla_aligned_norm:
+                self.k_layernorm = AlignedKeyNorm(config, self.qk_dim, self.groups, slots, self.tp_group)
+            else:
+                self.k_layernorm = HeadNorm(config, self.qk_dim)
 
     def forward(self, hidden_states: Tensor, attention_mask: None = None, **kwargs: object) -> tuple[Tensor, None]:
         """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
@@ -59,15 +76,26 @@ class MultiLatentAttention(MegatronModule):
         s, b, _ = query.shape
         query = query.transpose(0, 1).reshape(b, s, self.heads, self.qk_dim)
         key_value = key_value.transpose(0, 1).reshape(b, s, self.groups, c.qk_head_dim + c.v_head_dim)
-        key, value = key_value.split([c.qk_head_dim, c.v_head_dim], dim=-1)
-        rotary_key = rotary_key.transpose(0, 1).unsqueeze(2).expand(-1, -1, self.groups, -1)
-        key = torch.cat([key, rotary_key], dim=-1)
-        if self.q_layernorm is not None:
+        plain_key, value = key_value.split([c.qk_head_dim, c.v_head_dim], dim=-1)
+        rotary_key = rotary_key.transpose(0, 1)
+        key = torch.cat([plain_key, rotary_key.unsqueeze(2).expand(-1, -1, self.groups, -1)], dim=-1)
+        if c.mla_aligned_norm:
+            base_key = unfold_rotary_key(plain_key, rotary_key, self.k_layernorm.rotary_mix, self.rotary_pairs)
+            query = self.q_layernorm(query, reference=query[..., : c.qk_head_dim])
+            key = self.k_layernorm(key, reference=base_key)
+        elif c.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        cos, sin = rotary_table(c.qk_pos_emb_head_dim, c.rotary_base, c.mla_rope_scaling, s, query.device)
+        cos, sin = self._rotary_table(s)
         query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
         out = attention(query, key, value, scale=self.qk_dim**-0.5)
         return self.linear_proj(out.reshape(b, s, -1).transpose(0, 1).contiguous())
+
+    def _rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of this layer's rotary pairs, [length, pairs]: columns of one table that all layers share."""
+        c = self.config.hylo
+        width = c.kv_channels if c.mla_rotary_pairs else c.qk_pos_emb_head_dim
+        table = rotary_table(width, c.rotary_base, c.mla_rope_scaling, length, self.rotary_pairs.device)
+        return tuple(part[:, self.rotary_pairs] for part in table) if c.mla_rotary_pairs else table
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         plain, rotary = x.split([self.qk_dim - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)

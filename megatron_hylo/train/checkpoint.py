@@ -2,11 +2,13 @@
 
 RUN/checkpoints/step_00000100/ is sealed (written beside, checked, renamed), so the newest one that is there is
 whole; the last K are kept. Any tensor, pipeline or data-parallel layout can load it. The position is the number of
-consumed samples, of which the data order is a pure function; training draws no random numbers (no dropout).
+consumed samples, of which the data order is a pure function; training draws no random numbers (no dropout). A second
+student's hylo.json and weights/ are in second_model/ of the same folder, so that both are there or neither.
 """
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from megatron_hylo.models.checkpoint import (
 )
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.sealed import is_sealed, sealed_directory, verify_sealed, write_json
+from megatron_hylo.train.config import PREFIXES
 from megatron_hylo.train.optimizer import TrainingState, allocate_optimizer_state, load_optimizer_state
 
 
@@ -36,6 +39,11 @@ def latest_checkpoint(run: Path) -> Path | None:
     return next((p for p in sorted((run / "checkpoints").glob("step_*"), reverse=True) if is_sealed(p)), None)
 
 
+def _folders(states: Sequence[TrainingState], checkpoint: Path) -> list[tuple[TrainingState, Path]]:
+    """Each student with its part of a checkpoint: the folder itself, then second_model/ in it."""
+    return [(state, checkpoint / f"{prefix}model" if prefix else checkpoint) for state, prefix in zip(states, PREFIXES)]
+
+
 def _sharded_state(state: TrainingState, loading: bool) -> dict[str, Any]:
     model = sharded_weights(state.bare_model)
     optimizer = state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=sharding_metadata())
@@ -43,25 +51,38 @@ def _sharded_state(state: TrainingState, loading: bool) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    state: TrainingState,
+    states: Sequence[TrainingState],
     run: Path,
     step: int,
     consumed_samples: int,
-    provenance: dict[str, Any],
+    provenances: Sequence[dict[str, Any]],
     tokenizer: Path | None,
     keep: int,
 ) -> Path:
     """Write the checkpoint after `step` steps and remove all but the newest `keep`; all ranks call it.
 
+    Args:
+        states: the run's students, one or two.
+        run: run folder.
+        step, consumed_samples: the position.
+        provenances: of each student, for its hylo.json.
+        tokenizer: folder whose files are copied, where there is one.
+        keep: newest checkpoints that stay.
+
+    Returns:
+        The checkpoint.
+
     Raises:
         ConfigError: the disk is full; nothing is left and older checkpoints stay.
     """
     path = checkpoint_path(run, step)
-    config = state.bare_model.config
     with sealed_directory(path, overwrite=True) as folder:
-        save_weights(_sharded_state(state, loading=False), folder / "weights")
+        for (state, part), provenance in zip(_folders(states, folder), provenances):
+            config = state.bare_model.config
+            save_weights(_sharded_state(state, loading=False), part / "weights")
+            if is_main():
+                write_json(part / "hylo.json", describe(config.hylo, config.params_dtype, provenance))
         if is_main():
-            write_json(folder / "hylo.json", describe(config.hylo, config.params_dtype, provenance))
             write_json(folder / "train_state.json", {"step": step, "consumed_samples": consumed_samples})
             if tokenizer is not None and tokenizer.is_dir():
                 shutil.copytree(tokenizer, folder / "tokenizer")
@@ -72,11 +93,11 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(state: TrainingState, path: Path) -> tuple[int, int]:
-    """Restore weights, optimizer and schedule.
+def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, int]:
+    """Restore weights, optimizer and schedule of every student.
 
     Args:
-        state: freshly built for the same architecture, under any parallel layout.
+        states: freshly built for the same architectures, under any parallel layout.
         path: a checkpoint folder.
 
     Returns:
@@ -89,11 +110,12 @@ def load_checkpoint(state: TrainingState, path: Path) -> tuple[int, int]:
         verify_sealed(path)
     if torch.distributed.get_world_size() > 1:
         torch.distributed.barrier()
-    read_description(path)
-    allocate_optimizer_state(state.optimizer)
-    loaded = load_weights(_sharded_state(state, loading=True), path / "weights")
-    put_weights(state.bare_model, loaded["model"])
-    load_optimizer_state(state.optimizer, loaded["optimizer"])
-    state.scheduler.load_state_dict(loaded["scheduler"])
+    for state, part in _folders(states, path):
+        read_description(part)
+        allocate_optimizer_state(state.optimizer)
+        loaded = load_weights(_sharded_state(state, loading=True), part / "weights")
+        put_weights(state.bare_model, loaded["model"])
+        load_optimizer_state(state.optimizer, loaded["optimizer"])
+        state.scheduler.load_state_dict(loaded["scheduler"])
     position = json.loads((path / "train_state.json").read_text())
     return position["step"], position["consumed_samples"]

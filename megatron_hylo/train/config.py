@@ -5,6 +5,8 @@ from typing import Literal
 
 from megatron_hylo.config import ConfigError, ParallelConfig, RopeScaling
 
+PREFIXES = ("", "second_")  # of a run's students: RUN/model and RUN/second_model, loss and second_loss
+
 
 @dataclass
 class OptimizerSettings:
@@ -28,23 +30,25 @@ class TrainConfig:
 
     stage: Literal["pretrain", "align", "distil"]
     data: str  # dataset folder made by `hylo preprocess` (train and heldout)
-    output: str  # run folder: checkpoints/, logs, final model
+    output: str  # run folder: checkpoints/, logs, final model/ (and second_model/)
     model: str | None = None  # model folder to start from; pretrain may give `scratch` instead
     scratch: str | None = None  # pretrain from random weights: a named layout, a base model, or a model folder's shape
+    second_model: str | None = None  # align: another student (all linear beside all MLA, say) of the same teacher pass
     teacher: str | None = None  # model folder of the frozen teacher (align, distil)
     # amount of work
     sequence_length: int = 2048  # tokens a sample
     global_batch_size: int = 32  # samples a step, over all ranks
-    micro_batch_size: int = 1  # samples a forward pass of one rank
+    micro_batch_size: int = 1  # samples a forward pass of one rank (align with mse: and those its normaliser is of)
     train_tokens: int = 10_000_000  # tokens in all; rounded up to whole steps
     # what is trained
-    trainable: Literal["all", "mixers"] = "all"
+    trainable: Literal["all", "mixers"] = "all"  # align: mse trains mixers whatever this says; embedding, head never
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     precision: Literal["bf16", "fp32"] = "bf16"
     mla_rope_scaling: RopeScaling | None = None  # stretch MLA's rotary frequencies for longer sequences
     ce_weight: float = 0.0  # distil: weight of cross-entropy on the text beside KL to the teacher
-    hidden_weight: float = 1.0  # align: weight of the layer-output term
-    mixer_weight: float = 1.0  # align: weight of the mixer-output term
+    align_loss: Literal["mse", "ild"] = "mse"  # align: normalised squares of mixer outputs, or the paper's Enhanced ILD
+    hidden_weight: float = 1.0  # align with ild: weight of the layer-output term
+    mixer_weight: float = 1.0  # align with ild: weight of the mixer-output term
     loss_chunk_tokens: int = 1024  # tokens whose logits exist at a time
     recompute: bool = False  # recompute activations in the backward pass: less memory, a third more work
     # where
@@ -68,6 +72,11 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.stage in ("align", "distil") and not (self.model and self.teacher):
             raise ConfigError(f"stage {self.stage} needs both model and teacher (model folders)")
+        if self.second_model and self.stage != "align":
+            raise ConfigError(
+                f"second_model is for stage align alone, where two students share the teacher's pass; stage {self.stage} "
+                f"trains one model a run"
+            )
         if self.stage == "pretrain" and bool(self.model) == bool(self.scratch):
             raise ConfigError("stage pretrain needs either model (a folder to continue from) or scratch (a layout to make)")
         if self.stage != "pretrain" and self.parallel.pipeline_model_parallel_size > 1:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import signal
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.platform.distributed import is_main, session
 from megatron_hylo.sealed import is_sealed, write_json
 from megatron_hylo.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from megatron_hylo.train.config import TrainConfig
+from megatron_hylo.train.config import PREFIXES, TrainConfig
 from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter
-from megatron_hylo.train.stages import get_stage
+from megatron_hylo.train.stages import Stage, get_stage
 
 logger = logging.getLogger("megatron_hylo.train")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -42,10 +43,11 @@ def train(config: TrainConfig) -> Quality | None:
     """Run one stage to its end, from where an earlier start of the same run left off.
 
     Args:
-        config: the run. RUN/model is the result; a run that has it already is not repeated.
+        config: the run. RUN/model is the result (with `second_model` RUN/second_model too); a run that has it already
+            is not repeated.
 
     Returns:
-        Held-out quality at the end (None with pipeline stages, which are not evaluated).
+        Held-out quality of RUN/model at the end (None with pipeline stages, which are not evaluated).
 
     Raises:
         ConfigError: anything that cannot work, before training starts.
@@ -60,20 +62,22 @@ def train(config: TrainConfig) -> Quality | None:
         micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
         dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
         windows = _heldout(config)
-        model, teacher = _build_models(config)
-        _check_data(Path(config.data), model)
+        students, teacher = _build_models(config)
         stage = get_stage(config, teacher)
-        stage.check(model)
-        choose_trainable(model, config)
-        state = build_training_state(model, config)
-        provenance = {"stage": config.stage, "model": config.model or config.scratch, "teacher": config.teacher}
+        for student in students:
+            _check_data(Path(config.data), student)
+            stage.check(student)
+            choose_trainable(student, config)
+        states = [build_training_state(student, config) for student in students]
+        sources = (config.model or config.scratch, config.second_model)
+        provenances = [{"stage": config.stage, "model": m, "teacher": config.teacher} for m in sources[: len(states)]]
         tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
         step = consumed = 0
         newest = latest_checkpoint(run)
         if newest is not None:
-            step, consumed = load_checkpoint(state, newest)
-        reporter = Reporter(config, run, device, _flops_per_token(config, model, teacher), step)
-        reporter.say(f"{config.stage}: {_describe(config, model)}" + (f"; resumed at step {step}" if step else ""))
+            step, consumed = load_checkpoint(states, newest)
+        reporter = Reporter(config, run, device, _flops_per_token(config, students, teacher), step)
+        reporter.say(f"{config.stage}: {_describe(config, students)}" + (f"; resumed at step {step}" if step else ""))
         stop = StopRequest()
         try:
             feed = batches(
@@ -82,20 +86,23 @@ def train(config: TrainConfig) -> Quality | None:
             )  # fmt: skip
             feed = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in feed)
             while step < config.train_steps:
-                metrics = _step(state, stage, feed, micro_batches, step)
+                metrics = _step(states, stage, feed, micro_batches, step)
                 step, consumed = step + 1, consumed + config.global_batch_size
                 if step == 1 or reporter.last[1] == 0:
                     logger.info("operations: %s", in_use())
                 reporter.step(step, metrics)
                 stopping = stop.agreed(device)
                 if step < config.train_steps and (stopping or step % config.save_interval == 0):
-                    save_checkpoint(state, run, step, consumed, provenance, tokenizer, config.keep_checkpoints)
+                    save_checkpoint(states, run, step, consumed, provenances, tokenizer, config.keep_checkpoints)
                 if stopping and step < config.train_steps:
                     raise Stopped(f"stopped at step {step} of {config.train_steps} and saved; run the same command to resume")
                 if config.eval_interval and step % config.eval_interval == 0 and step < config.train_steps:
-                    _evaluate(config, state, teacher, windows, reporter, step)
-            quality = _evaluate(config, state, teacher, windows, reporter, step)
-            save_model(state.bare_model, run / "model", tokenizer if tokenizer.is_dir() else None, provenance, overwrite=True)
+                    _evaluate(config, states, teacher, windows, reporter, step)
+            quality = _evaluate(config, states, teacher, windows, reporter, step)
+            files = tokenizer if tokenizer.is_dir() else None
+            # RUN/model last: where it is, the run is finished
+            for student, prefix, provenance in reversed(list(zip(students, PREFIXES, provenances))):
+                save_model(student, run / f"{prefix}model", files, provenance, overwrite=True)
         finally:
             stop.restore()
             reporter.close()
@@ -124,17 +131,20 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def _step(state: TrainingState, stage: Any, feed: Any, micro_batches: int, step: int) -> dict[str, float]:
-    state.model.zero_grad_buffer()
-    state.optimizer.zero_grad()
-    metrics = stage.forward_backward(state, feed, micro_batches)
-    _, norm, _ = state.optimizer.step()
-    values = {name: float(value) for name, value in _mean_over_ranks(metrics).items()}
-    if not all(map(math.isfinite, values.values())) or not math.isfinite(norm or 0.0):
-        raise ConfigError(f"step {step + 1}: loss {values} or gradient norm {norm} is not finite; lower the learning rate")
-    rates = {f"learning_rate_{name}": rate for name, rate in state.learning_rates().items()}
-    state.scheduler.step(1)
-    return values | {"gradient_norm": float(norm or 0.0)} | rates
+def _step(states: Sequence[TrainingState], stage: Stage, feed: Any, micro_batches: int, step: int) -> dict[str, float]:
+    for state in states:
+        state.model.zero_grad_buffer()
+        state.optimizer.zero_grad()
+    metrics = stage.forward_backward(states, feed, micro_batches)
+    # a norm, and clipping, of each student's own: two that share a run end as they would alone
+    norms = {f"{prefix}gradient_norm": float(state.optimizer.step()[1] or 0.0) for prefix, state in zip(PREFIXES, states)}
+    values = {name: float(value) for name, value in _mean_over_ranks(metrics).items()} | norms
+    if not all(map(math.isfinite, values.values())):
+        raise ConfigError(f"step {step + 1}: loss or gradient norm is not finite: {values}; lower the learning rate")
+    rates = {f"learning_rate_{name}": rate for name, rate in states[0].learning_rates().items()}
+    for state in states:
+        state.scheduler.step(1)
+    return values | rates
 
 
 def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -153,18 +163,20 @@ def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return metrics
 
 
-def _build_models(config: TrainConfig) -> tuple[HyloModel, HyloModel | None]:
+def _build_models(config: TrainConfig) -> tuple[list[HyloModel], HyloModel | None]:
+    """(the students, the teacher)."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     shared = dict(parallel=config.parallel, params_dtype=dtype, backend=config.backend)
     changes = {"mla_rope_scaling": config.mla_rope_scaling} if config.mla_rope_scaling else {}
     if config.model:
-        model = load_model(config.model, recompute=config.recompute, **shared, **changes)
+        folders = [folder for folder in (config.model, config.second_model) if folder]
+        students = [load_model(folder, recompute=config.recompute, **shared, **changes) for folder in folders]
     else:
-        model = build_model(_scratch_config(config.scratch).replace(**changes), recompute=config.recompute, **shared)
+        students = [build_model(_scratch_config(config.scratch).replace(**changes), recompute=config.recompute, **shared)]
     teacher = None
     if config.teacher:
         teacher = load_model(config.teacher, **shared).requires_grad_(False).eval()
-    return model.train(), teacher
+    return [student.train() for student in students], teacher
 
 
 def _scratch_config(name: str) -> Any:
@@ -227,16 +239,20 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _evaluate(
-    config: TrainConfig, state: TrainingState, teacher: Any, windows: Any, reporter: Reporter, step: int
+    config: TrainConfig, states: Sequence[TrainingState], teacher: Any, windows: Any, reporter: Reporter, step: int
 ) -> Quality | None:
+    """Measure every student, record and show it; returns the first one's."""
     if config.parallel.pipeline_model_parallel_size > 1:
         return None
-    quality = evaluate(state.bare_model, windows, teacher, config.micro_batch_size, config.loss_chunk_tokens)
-    reporter.record(step, {f"heldout_{name}": value for name, value in quality.to_dict().items()})
-    reporter.say(f"held-out perplexity {quality.perplexity:.2f}" + (f", KL {quality.kl:.3f}" if quality.kl is not None else ""))
-    if is_main() and step == config.train_steps:
-        write_json(Path(config.output) / "quality.json", quality.to_dict())
-    return quality
+    measured = [evaluate(s.bare_model, windows, teacher, config.micro_batch_size, config.loss_chunk_tokens) for s in states]
+    for prefix, quality in zip(PREFIXES, measured):
+        reporter.record(step, {f"{prefix}heldout_{name}": value for name, value in quality.to_dict().items()})
+        which = f"{prefix}model: " if len(states) > 1 else ""
+        kl = f", KL {quality.kl:.3f}" if quality.kl is not None else ""
+        reporter.say(f"{which}held-out perplexity {quality.perplexity:.2f}{kl}")
+        if is_main() and step == config.train_steps:
+            write_json(Path(config.output) / f"{prefix}quality.json", quality.to_dict())
+    return measured[0]
 
 
 def _read_quality(run: Path) -> Quality | None:
@@ -244,15 +260,19 @@ def _read_quality(run: Path) -> Quality | None:
     return Quality(**json.loads(file.read_text())) if file.is_file() else None
 
 
-def _flops_per_token(config: TrainConfig, model: HyloModel, teacher: HyloModel | None) -> float:
+def _flops_per_token(config: TrainConfig, students: Sequence[HyloModel], teacher: HyloModel | None) -> float:
     head = config.stage != "align"
-    flops = 3 * forward_flops_per_token(model.config.hylo, config.sequence_length, head)
+    shapes = [s.config.hylo for s in students]
+    flops = sum(3 * forward_flops_per_token(c, config.sequence_length, head) for c in shapes)
+    if config.stage == "align" and config.align_loss == "mse":  # runs no MLP of a student
+        flops -= sum(3 * 6 * c.num_hidden_layers * c.hidden_size * c.ffn_hidden_size for c in shapes)
     return flops + (forward_flops_per_token(teacher.config.hylo, config.sequence_length, head) if teacher is not None else 0.0)
 
 
-def _describe(config: TrainConfig, model: HyloModel) -> str:
-    millions, ranks = parameter_count(model.config.hylo) / 1e6, torch.distributed.get_world_size()
+def _describe(config: TrainConfig, students: Sequence[HyloModel]) -> str:
+    ranks = torch.distributed.get_world_size()
+    shapes = [f"{s.config.hylo.mixers} ({parameter_count(s.config.hylo) / 1e6:,.0f} M parameters)" for s in students]
     return (
-        f"{model.config.hylo.mixers} ({millions:,.0f} M parameters), {config.train_steps} steps of "
+        f"{' and '.join(shapes)}, {config.train_steps} steps of "
         f"{config.global_batch_size} x {config.sequence_length} tokens, {config.precision}, {ranks} ranks"
     )

@@ -47,12 +47,14 @@ class TrainingState:
 def choose_trainable(model: HyloModel, config: TrainConfig) -> None:
     """Freeze what the stage does not train: all but the mixers on request; in `align`, embedding and head always.
 
-    Stage 1 feeds every layer the teacher's hidden state, so nothing there could give those two a gradient.
+    Stage 1 feeds every layer the teacher's hidden state, so nothing there could give those two a gradient; and its mse
+    loss ends at the mixers' outputs, so there all but the mixers are frozen whatever `trainable` says.
     """
+    align = config.stage == "align"
+    mixers_only = config.trainable == "mixers" or (align and config.align_loss == "mse")
     for name, parameter in model.named_parameters():
-        mixer = ".self_attention." in name
         outside = name.startswith(("embedding.", "output_layer."))
-        parameter.requires_grad = mixer or (config.trainable == "all" and not (config.stage == "align" and outside))
+        parameter.requires_grad = ".self_attention." in name or not (mixers_only or (align and outside))
 
 
 def build_training_state(model: HyloModel, config: TrainConfig) -> TrainingState:
@@ -87,6 +89,7 @@ def build_training_state(model: HyloModel, config: TrainConfig) -> TrainingState
     )
     # Megatron's own rule first (no weight decay on biases and one-dimensional tensors), then ours.
     overrides = dict(get_standard_config_overrides(optimizer_config))
+    overrides[ParamKey(name="*.rotary_mix")] = ParamGroupOverride(wd_mult=0.0)  # a part of MLA's q/k-norm
     # fp32 parameters in groups of their own: the distributed optimizer's checkpoints mix up groups of two dtypes.
     overrides[ParamKey(name=FP32_PARAMETERS)] = ParamGroupOverride(start_wd=0.0, end_wd=0.0)
     if settings.mixer_lr is not None and settings.mixer_lr != settings.lr:

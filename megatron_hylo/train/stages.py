@@ -5,6 +5,7 @@ student pipeline, its gradients are made layer by layer (distill/alignment.py).
 """
 
 import contextlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Iterator
 
@@ -15,10 +16,10 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.distill.alignment import align_layers, check_alignable
+from megatron_hylo.distill.alignment import AlignmentLoss, align_layers, check_alignable
 from megatron_hylo.distill.head_loss import model_head_loss
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.train.config import TrainConfig
+from megatron_hylo.train.config import PREFIXES, TrainConfig
 from megatron_hylo.train.optimizer import TrainingState
 
 Batches = Iterator[dict[str, Tensor]]
@@ -37,8 +38,15 @@ class Stage:
             if ours != theirs:
                 raise ConfigError(f"vocabulary differs: student {ours}, teacher {theirs}; use a teacher of the same tokenizer")
 
-    def forward_backward(self, state: TrainingState, batches: Batches, micro_batches: int) -> dict[str, Tensor]:
-        """Gradients of `micro_batches` batches, reduced over all ranks; returns this rank's mean metrics."""
+    def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
+        """Gradients of `micro_batches` batches, reduced over all ranks; returns this rank's mean metrics.
+
+        Args:
+            states: the students; one, but for `align`.
+            batches: this rank's micro-batches.
+            micro_batches: how many of them a step has.
+        """
+        (state,) = states
         run = get_forward_backward_func()
         results = run(
             forward_step_func=self._forward_step,
@@ -77,29 +85,41 @@ class Stage:
 
 
 class Align(Stage):
-    """Stage 1, Enhanced ILD."""
+    """Stage 1: one student or two, layer by layer against one pass of the teacher."""
 
     def check(self, student: HyloModel) -> None:
         """Layers must pair."""
         super().check(student)
         check_alignable(student, self.teacher)
 
-    def forward_backward(self, state: TrainingState, batches: Batches, micro_batches: int) -> dict[str, Tensor]:
+    def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
         """Gradients layer by layer; reduced once, after the last micro-batch."""
-        c, losses = self.config, []
+        c, students, losses = self.config, [state.bare_model for state in states], []
         for i in range(micro_batches):
-            last = i == micro_batches - 1
-            with contextlib.nullcontext() if last else state.model.no_sync():
-                ids = next(batches)["input_ids"]
+            with contextlib.ExitStack() as not_yet:
+                for state in states if i < micro_batches - 1 else ():
+                    not_yet.enter_context(state.model.no_sync())
                 losses.append(
-                    align_layers(state.bare_model, self.teacher, ids, c.hidden_weight, c.mixer_weight, 1.0 / micro_batches)
-                )
-        finalize_model_grads([state.model], None)
+                    align_layers(
+                        students, self.teacher, next(batches)["input_ids"], c.align_loss, c.hidden_weight, c.mixer_weight,
+                        gradient_scale=1.0 / micro_batches,
+                    )
+                )  # fmt: skip
+        for state in states:
+            finalize_model_grads([state.model], None)
+        metrics = {}
+        for prefix, mine in zip(PREFIXES, zip(*losses)):
+            metrics |= {f"{prefix}{name}": value for name, value in self._metrics(mine).items()}
+        return metrics
+
+    def _metrics(self, losses: Sequence[AlignmentLoss]) -> dict[str, Tensor]:
         terms = torch.stack([loss.layers.sum(dim=0) for loss in losses]).mean(dim=0)
         total = torch.stack([loss.loss for loss in losses]).mean()
-        if c.parallel.sequence_parallel:  # each tensor-parallel rank summed its own tokens
+        if self.config.parallel.sequence_parallel:  # each tensor-parallel rank summed its own tokens
             for tensor in (terms, total):
                 torch.distributed.all_reduce(tensor, group=parallel_state.get_tensor_model_parallel_group())
+        if self.config.align_loss == "mse":
+            return {"loss": total, "loss_per_layer": total / len(losses[0].layers)}
         return {"loss": total, "hidden_term": terms[0], "mixer_term": terms[1]}
 
 

@@ -19,7 +19,8 @@ TeacherLayer = Mapping[str, Tensor]
 [dh] with qk_layernorm."""
 
 CalibrationStatistics = Mapping[str, Tensor]
-"""What was measured on one layer of the teacher, by name; an initialiser that needs none ignores it."""
+"""What was measured on one layer of the teacher, by name (the list is in `megatron_hylo.calibrate.statistics`); an
+initialiser that needs none ignores it."""
 
 Initialiser = Callable[
     [TeacherLayer, ModelConfig, ModelConfig, torch.Generator, CalibrationStatistics | None],
@@ -31,7 +32,11 @@ Initialiser = Callable[
 names and shapes of `mixer_tensor_names(config, symbol)`, fp32, contiguous, sharing no memory with the teacher.
 Raises ConfigError where the student's dimensions do not fit the map."""
 
-_MODULES = ("megatron_hylo.upcycle.paper",)  # importing one registers its initialisers
+_MODULES = (  # importing one registers its initialisers
+    "megatron_hylo.upcycle.paper",
+    "megatron_hylo.upcycle.calibrated_mla",
+    "megatron_hylo.upcycle.calibrated_linear",
+)
 _INITIALISERS: dict[tuple[str, str], Initialiser] = {}
 
 

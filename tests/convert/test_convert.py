@@ -12,9 +12,11 @@ from megatron_hylo.convert.hf_reader import SafetensorsSource
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf, write_shards
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
-from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.checkpoint import load_model, save_model
+from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.sealed import DamagedError
-from tests.conftest import tiny_hf_model
+from megatron_hylo.tensor_names import tensor_names
+from tests.conftest import tiny_config, tiny_hf_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32, "rope_theta": 500000.0}  # fmt: skip
@@ -54,6 +56,28 @@ def test_bfloat16_round_trip_is_bit_exact(one_rank, tmp_path):
     convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("hf", "back"))
     assert all(after[n].dtype == torch.bfloat16 and torch.equal(before[n], after[n]) for n in before)
+
+
+def test_hybrid_with_aligned_mla_round_trips_bit_exact(one_rank, tmp_path):
+    """Biases, rotary pairs and the key norm's mix; a folder's configuration comes back too."""
+    config = tiny_config(
+        "+-*-G-+-", qk_layernorm=True, qk_head_dim=16, mla_bias=True, mla_rotary_pairs=[[5, 0, 5], [], [], [1, 2, 3]]
+    )  # fmt: skip
+    model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-1, 1)
+    save_model(model, tmp_path / "megatron")
+    convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert convert_hf_to_megatron(tmp_path / "hf", tmp_path / "again") == config
+    again = load_model(tmp_path / "again")
+    assert again.config.hylo == config
+    before, after = (dict(m.named_parameters()) for m in (model, again))
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    convert_megatron_to_hf(tmp_path / "again", tmp_path / "back")
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("hf", "back"))
+    assert {n: tuple(t.shape) for n, t in before.items()} == tensor_names(config)
+    assert all(torch.equal(before[n], after[n]) for n in before)
 
 
 def test_sharded_checkpoint_equals_whole_one(one_rank, tmp_path):

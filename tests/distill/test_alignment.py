@@ -1,4 +1,7 @@
-"""Layer-wise alignment against whole forward passes: the teacher's with hooks, the student's in one autograd graph."""
+"""Layer-wise alignment against whole forward passes: the teacher's with hooks, the student's in one autograd graph.
+
+Both losses are written out again here from the module's formulas.
+"""
 
 from functools import partial
 
@@ -49,8 +52,15 @@ def recorded(modules: dict[str, nn.Module], run) -> dict[str, Tensor]:
     return seen
 
 
-def reference_loss(student: HyloModel, teacher: HyloModel, ids: Tensor, hidden_weight: float, mixer_weight: float):
-    """(loss, [layers, 2] terms) as the module's formula says, through Megatron-Core's own layers."""
+def reference_loss(
+    student: HyloModel,
+    teacher: HyloModel,
+    ids: Tensor,
+    hidden_weight: float = 0.0,
+    mixer_weight: float = 1.0,
+    loss: str = "ild",
+) -> tuple[Tensor, Tensor]:
+    """(loss, [layers, 2] terms) as the module's formulas say, through Megatron-Core's own layers."""
     last = len(teacher.mixer_layers()) - 1
     watched: dict[str, nn.Module] = {"embedding": teacher.embedding, f"h{last}": teacher.decoder.final_norm}
     for i, (mixer, mlp) in enumerate(teacher.mixer_layers()):
@@ -63,7 +73,12 @@ def reference_loss(student: HyloModel, teacher: HyloModel, ids: Tensor, hidden_w
         hidden = mlp(outputs["middle"], attention_mask=None)
         hidden = student.decoder.final_norm(hidden[0]) if i == last else hidden[0]
         pairs = [(hidden, targets[f"h{i}"]), (outputs["a"], targets[f"a{i}"])]
-        terms.append(torch.stack([(ours - theirs).square().sum(-1).sqrt().mean() for ours, theirs in pairs]))
+        if loss == "mse":
+            ours, theirs = pairs[1]
+            relative = (ours - theirs).square().sum(-1).mean() / theirs.square().sum(-1).mean()
+            terms.append(torch.stack([torch.zeros_like(relative), relative]))
+        else:
+            terms.append(torch.stack([(ours - theirs).square().sum(-1).sqrt().mean() for ours, theirs in pairs]))
         given = targets[f"h{i}"]
     terms = torch.stack(terms)
     return hidden_weight * terms[:, 0].sum() + mixer_weight * terms[:, 1].sum(), terms
@@ -85,7 +100,7 @@ def test_equals_one_graph_over_whole_forwards(weights, qk_layernorm, one_rank, i
     loss, terms = reference_loss(student, teacher, ids, *weights)
     loss.backward()
     theirs = gradients(student)
-    result = align_layers(student, teacher, ids, *weights, gradient_scale=1.0)
+    (result,) = align_layers([student], teacher, ids, "ild", *weights, gradient_scale=1.0)
     ours = gradients(student)
     assert relative_error(result.loss, loss) < TOLERANCE
     assert relative_error(result.layers, terms) < TOLERANCE
@@ -96,15 +111,74 @@ def test_equals_one_graph_over_whole_forwards(weights, qk_layernorm, one_rank, i
     assert max(found.values()) < TOLERANCE, found
     assert not gradients(teacher)
 
-    align_layers(student, teacher, ids, *weights, gradient_scale=0.25)
+    align_layers([student], teacher, ids, "ild", *weights, gradient_scale=0.25)
     assert all(relative_error(g, 0.25 * theirs[name]) < TOLERANCE for name, g in gradients(student).items())
-    measured = align_layers(student, teacher, ids, *weights)
+    (measured,) = align_layers([student], teacher, ids, "ild", *weights)
     assert not measured.loss.requires_grad and not gradients(student)
     assert torch.equal(measured.layers, result.layers)
 
 
+@pytest.mark.parametrize("qk_layernorm", [False, True])
+def test_normalised_squares_equal_one_graph_over_whole_forwards(qk_layernorm, one_rank, ids):
+    student = make_model("G-+-M-*-+-", qk_layernorm=qk_layernorm)
+    teacher = make_model("*-*-*-*-*-", qk_layernorm=qk_layernorm)
+    loss, terms = reference_loss(student, teacher, ids, loss="mse")
+    loss.backward()
+    theirs = gradients(student)
+    (result,) = align_layers([student], teacher, ids, "mse", 0.3, 1.7, gradient_scale=1.0)  # ild's weights do nothing
+    ours = gradients(student)
+    assert relative_error(result.loss, loss) < TOLERANCE
+    assert relative_error(result.layers, terms) < TOLERANCE
+    assert ours.keys() == theirs.keys()
+    # nothing past the mixers' outputs has a gradient: what choose_trainable freezes
+    assert all(".self_attention." in name or ".input_layernorm." in name for name in ours)
+    assert {name for name, _ in student.named_parameters() if ".self_attention." in name} <= set(ours)
+    found = {name: relative_error(ours[name], theirs[name]) for name in ours}
+    assert max(found.values()) < TOLERANCE, found
+    assert not gradients(teacher)
+
+    align_layers([student], teacher, ids, gradient_scale=0.25)  # mse is the default
+    assert all(relative_error(g, 0.25 * theirs[name]) < TOLERANCE for name, g in gradients(student).items())
+
+
+def test_normalised_squares_are_one_for_a_silent_mixer_and_do_not_change_with_scale(one_rank, ids):
+    student, teacher = make_model("*-*-*-"), make_model("*-*-*-")
+    with torch.no_grad():
+        for mixer, _ in student.mixer_layers():
+            mixer.self_attention.linear_proj.weight.zero_()
+        (silent,) = align_layers([student], teacher, ids)
+        assert torch.allclose(silent.layers, torch.tensor([[0.0, 1.0]] * 3), atol=1e-6)
+        assert silent.loss.item() == pytest.approx(3.0, rel=1e-6)
+        student.load_state_dict(teacher.state_dict())
+        for model, factor in ((teacher, 100.0), (student, 110.0)):
+            for mixer, _ in model.mixer_layers():
+                mixer.self_attention.linear_proj.weight *= factor
+        (scaled,) = align_layers([student], teacher, ids)
+    assert torch.allclose(scaled.layers[:, 1], torch.full((3,), 0.01), rtol=1e-5)  # (1.1 - 1)^2, whatever the teacher's scale
+
+
+@pytest.mark.parametrize("loss", ["mse", "ild"])
+def test_two_students_share_a_pass_and_learn_as_each_would_alone(loss, one_rank, ids):
+    teacher = make_model("*-*-*-*-")
+    students = [make_model("+-" * 4), make_model("G-" * 4)]
+    alone = [align_layers([student], teacher, ids, loss, gradient_scale=0.5)[0] for student in students]
+    separate = [gradients(student) for student in students]
+    calls = []
+    handle = teacher.mixer_layers()[2][1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    together = align_layers(students, teacher, ids, loss, gradient_scale=0.5)
+    handle.remove()
+    assert len(calls) == 1
+    for mine, theirs, student, expected in zip(together, alone, students, separate):
+        assert torch.equal(mine.layers, theirs.layers) and torch.equal(mine.loss, theirs.loss)
+        found = gradients(student)
+        assert found.keys() == expected.keys() and len(found) > 16
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert not torch.equal(together[0].layers, together[1].layers)
+
+
+@pytest.mark.parametrize("loss", ["mse", "ild"])
 @pytest.mark.parametrize("symbol", ["G", "M", "+"])
-def test_a_layer_learns_the_same_in_a_hybrid_as_in_a_pure_model(symbol, one_rank, ids):
+def test_a_layer_learns_the_same_in_a_hybrid_as_in_a_pure_model(symbol, loss, one_rank, ids):
     """What lets stage 1 align the pure models once and assemble any hybrid from them."""
     teacher = make_model("*-*-*-*-")
     hybrid = make_model("G-+-M-+-")
@@ -116,20 +190,21 @@ def test_a_layer_learns_the_same_in_a_hybrid_as_in_a_pure_model(symbol, one_rank
         for name, p in pure.named_parameters():
             if name.startswith((*prefixes, "decoder.final_norm.")):
                 p.copy_(weights[name])
-    results = [align_layers(model, teacher, ids, gradient_scale=1.0) for model in (hybrid, pure)]
+    results = [align_layers([model], teacher, ids, loss, gradient_scale=1.0)[0] for model in (hybrid, pure)]
     assert torch.equal(results[0].layers[shared], results[1].layers[shared])
     in_hybrid, in_pure = gradients(hybrid), gradients(pure)
     names = [name for name in in_hybrid if name.startswith(prefixes)]
-    assert len(names) > 6 * len(shared)
+    assert len(names) > (6 if loss == "ild" else 3) * len(shared)
     assert all(torch.equal(in_hybrid[name], in_pure[name]) for name in names)
     assert all(in_hybrid[name].norm() > 0 for name in names)
 
 
-def test_a_student_equal_to_its_teacher_has_no_loss_and_finite_gradients(one_rank, ids):
+@pytest.mark.parametrize("loss", ["mse", "ild"])
+def test_a_student_equal_to_its_teacher_has_no_loss_and_finite_gradients(loss, one_rank, ids):
     teacher = make_model("*-*-*-")
     student = make_model("*-*-*-")
     student.load_state_dict(teacher.state_dict())
-    result = align_layers(student, teacher, ids, gradient_scale=1.0)
+    (result,) = align_layers([student], teacher, ids, loss, gradient_scale=1.0)
     assert result.loss.item() == 0
     found = gradients(student)
     assert found and all(g.count_nonzero() == 0 for g in found.values())  # NaN would count
@@ -138,9 +213,9 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_finite_gradients(one_ran
 @pytest.mark.parametrize("skipped", ["hidden", "mixer"])
 def test_a_term_of_weight_zero_is_skipped(skipped, one_rank, ids):
     student, teacher = make_model("G-+-M-"), make_model("*-*-*-")
-    both = align_layers(student, teacher, ids)
+    (both,) = align_layers([student], teacher, ids, "ild")
     weights = (0.0, 1.0) if skipped == "hidden" else (1.0, 0.0)
-    one = align_layers(student, teacher, ids, *weights, gradient_scale=1.0)
+    (one,) = align_layers([student], teacher, ids, "ild", *weights, gradient_scale=1.0)
     ours = gradients(student)
     column = 0 if skipped == "hidden" else 1
     assert one.layers[:, column].count_nonzero() == 0

@@ -26,6 +26,19 @@ def test_rms_norm_matches_formula() -> None:
     torch.testing.assert_close(rms_norm(x, weight, EPS), explicit(x, 12) * weight, rtol=1e-12, atol=0)
 
 
+def test_rms_norm_by_another_tensors_mean_square_and_gradients_match_formula() -> None:
+    x, reference, weight = values = inputs()
+    reference = reference[..., :5]  # any number of channels
+    truth = x / (reference.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
+    out = rms_norm(x, weight, EPS, reference)
+    torch.testing.assert_close(out, truth, rtol=1e-12, atol=0)
+    for mine, theirs in zip(*(torch.autograd.grad(y.square().sum(), values) for y in (out, truth))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    narrow = [t.bfloat16() for t in (x, weight, reference)]
+    wide = rms_norm(narrow[0].float(), narrow[1].float(), EPS, narrow[2].float())
+    assert torch.equal(rms_norm(narrow[0], narrow[1], EPS, narrow[2]), wide.bfloat16())  # statistics in float32
+
+
 @pytest.mark.parametrize("group", [None, 12, 4, 1])
 @pytest.mark.parametrize("norm_before_gate", [True, False])
 def test_gated_rms_norm_and_gradients_match_formula(group: int | None, norm_before_gate: bool) -> None:

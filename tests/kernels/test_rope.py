@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from megatron_hylo.config import RopeScaling
-from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies
+from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies, unfold_rotary_key
 
 LLAMA3 = RopeScaling("llama3", 32.0, 8192)
 YARN = [
@@ -101,3 +101,17 @@ def test_bad_inputs_are_refused() -> None:
     x, (cos, sin) = torch.randn(1, 4, 2, 16), rope_cos_sin(torch.arange(3), rope_frequencies(16, 1e4))
     with pytest.raises(ValueError, match="cos and sin"):
         apply_rope(x, cos, sin, False)
+
+
+def test_unfolded_key_is_the_sum_slot_by_slot() -> None:
+    pairs = [3, 0, 3, 5]  # one pair twice
+    plain, rotary, mix = torch.randn(2, 7, 3, 12), torch.randn(2, 7, 8), torch.randn(3, 4)
+    truth = plain.double().clone()
+    for head in range(3):
+        for slot, j in enumerate(pairs):
+            truth[:, :, head, j] += mix[head, slot] * rotary[..., 2 * slot]
+            truth[:, :, head, j + 6] += mix[head, slot] * rotary[..., 2 * slot + 1]
+    out = unfold_rotary_key(plain, rotary, mix, torch.tensor(pairs))
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-6)
+    narrow = unfold_rotary_key(plain.bfloat16(), rotary.bfloat16(), mix.bfloat16(), torch.tensor(pairs))
+    assert narrow.dtype == torch.float32

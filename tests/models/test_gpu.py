@@ -76,7 +76,7 @@ def test_one_step_of_training_lowers_the_loss(one_rank):
     for _ in range(20):
         state.model.zero_grad_buffer()
         state.optimizer.zero_grad()
-        losses.append(stage.forward_backward(state, iter([copy.copy(batch)]), 1)["loss"].item())
+        losses.append(stage.forward_backward([state], iter([copy.copy(batch)]), 1)["loss"].item())
         state.optimizer.step()
         state.scheduler.step(1)
     assert losses[-1] < 0.7 * losses[0], losses

@@ -121,7 +121,7 @@ def measure(config: Any, file: Path) -> None:
 
     initialize(config.parallel, config.seed)
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    model, teacher = _build_models(config)
+    (model,), teacher = _build_models(config)
     stage = get_stage(config, teacher)
     stage.check(model)
     choose_trainable(model, config)
@@ -130,11 +130,11 @@ def measure(config: Any, file: Path) -> None:
     micro_batches = config.micro_batches(ranks)
 
     state.model.zero_grad_buffer()
-    stage.forward_backward(state, batches(dataset, 0, config.micro_batch_size, rank, ranks), micro_batches)
+    stage.forward_backward([state], batches(dataset, 0, config.micro_batch_size, rank, ranks), micro_batches)
     gradients = _reduced_gradients(state)
     gradients = whole_tensors(model, gradients)
     feed = batches(dataset, 0, config.micro_batch_size, rank, ranks)
-    steps = [_step(state, stage, feed, micro_batches, step) for step in range(2)]
+    steps = [_step([state], stage, feed, micro_batches, step) for step in range(2)]
     weights = whole_tensors(model, {name: p.data for name, p in model.named_parameters()})
     if is_main():
         torch.save({"steps": steps, "gradients": gradients, "weights": weights}, file)

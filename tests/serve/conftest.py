@@ -8,6 +8,12 @@ from tests.conftest import tiny_config
 
 # no two sizes that meet in a product are equal, but for v_head_dim, which nothing ties to the others
 SIZES = dict(num_attention_heads=4, v_head_dim=14, mamba_num_heads=4, mamba_head_dim=20, mamba_state_dim=12)
+# the aligned form of MLA: two layers that turn with different frequencies, one of them twice
+PAIRS = dict(qk_pos_emb_head_dim=4, mla_rotary_pairs=[[], [0, 5], [], [3, 3]])
+ALIGNED = {
+    "G+*+ pairs, bias": dict(**PAIRS, mla_bias=True),
+    "G+*+ pairs, bias, aligned q/k-norm": dict(**PAIRS, mla_bias=True, qk_layernorm=True, qk_head_dim=16),
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
 

@@ -10,7 +10,7 @@ from megatron_hylo.layouts import kv_bytes_per_token
 from megatron_hylo.serve.hf import HyloCache, HyloConfig, HyloForCausalLM
 from megatron_hylo.tensor_names import tensor_names
 from tests.conftest import tiny_hf_model
-from tests.serve.conftest import LLAMA3, YARN, random_model, serve_config
+from tests.serve.conftest import ALIGNED, LLAMA3, YARN, random_model, serve_config
 
 CASES = {
     "*": serve_config("**"),
@@ -19,6 +19,8 @@ CASES = {
     "+": serve_config("++"),
     "+ q/k-norm": serve_config("++", qk_layernorm=True),
     "+ yarn": serve_config("++", mla_rope_scaling=RopeScaling(**YARN)),
+    "+ aligned q/k-norm": serve_config("++", qk_layernorm=True, qk_head_dim=16, qk_pos_emb_head_dim=16),
+    **{name: serve_config("G+*+", **settings) for name, settings in ALIGNED.items()},
     "M": serve_config("MM"),
     "G": serve_config("GG"),
     "G+M*": serve_config("G+M*"),
@@ -126,6 +128,30 @@ def test_attention_only_models_equal_transformers(family, rope, ids):
         model = HyloForCausalLM(HyloConfig(hylo=config.to_dict())).eval()
         model.load_state_dict(oracle.state_dict())
         torch.testing.assert_close(model(ids).logits, oracle(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(mla_rotary_pairs=[[0, 1, 2]]), r"needs \[0, 3\] numbers from 0 to 7 in its layers, got \[3\]"),
+        (dict(mla_rotary_pairs=[[], [0, 1]]), r"got \[0, 2\]"),
+        (dict(mla_rotary_pairs=[[], [0, 1, 8]]), r"got \[0, 3\] with 8"),
+        (dict(qk_layernorm=True, qk_head_dim=16), r"qk_head_dim 16 \+ qk_pos_emb_head_dim 6 must equal kv_channels 16"),
+        (dict(qk_layernorm=True, qk_head_dim=12, mla_rotary_pairs=[[], [0, 1, 2]]), "qk_head_dim 12"),
+    ],
+)
+def test_settings_of_latent_attention_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        HyloConfig(hylo=serve_config("G+").to_dict() | settings)
+
+
+@torch.no_grad()
+def test_configurations_older_than_pairs_and_biases_load(ids):
+    model = random_model(serve_config("+"))
+    older = {name: value for name, value in model.config.hylo.items() if name not in ("mla_rotary_pairs", "mla_bias")}
+    again = HyloForCausalLM(HyloConfig(hylo=older)).double().eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_loss_is_that_of_transformers(ids):

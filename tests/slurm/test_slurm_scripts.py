@@ -14,7 +14,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_hylo.cli import build_parser
+from megatron_hylo.cli import VERBS
+from megatron_hylo.cli_parser import build_parser
 from megatron_hylo.data.artefacts import Document
 from megatron_hylo.data.preprocess import build_dataset
 from megatron_hylo.models.checkpoint import save_model
@@ -40,7 +41,7 @@ PATHS = ["--model", "m", "--teacher", "t", "--data", "d", "--output", "o"]
 
 def load_recipe(file: Path) -> TrainConfig:
     """A recipe as `hylo train` reads it, with the four paths that recipes leave out."""
-    parser = build_parser()
+    parser = build_parser(VERBS)
     values = parser.instantiate(parser.parse_args(["train", "--config", str(file), *PATHS]))["train"]
     return TrainConfig(**{name: value for name, value in values.items() if name in TrainConfig.__dataclass_fields__})
 
@@ -60,6 +61,7 @@ def test_recipe_has_the_papers_hyperparameters(file):
     found = (config.stage, config.sequence_length, config.optimizer.lr, config.global_batch_size, scaling and scaling.factor)
     assert found == HYLO[file.stem]
     assert config.optimizer.warmup_ratio == 0.01
+    assert config.stage != "align" or (config.align_loss, config.trainable) == ("ild", "all")
     assert scaling is None or scaling.factor * scaling.original_max_position_embeddings == config.sequence_length
     assert config.micro_batches(8 // config.parallel.model_parallel_size) >= 1  # the scripts ask for 8 GPUs
 

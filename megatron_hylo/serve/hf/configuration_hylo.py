@@ -19,6 +19,9 @@ class HyloConfig(PreTrainedConfig):
             `M`, `G`, each followed by an MLP `-`), sizes of the backbone and of the mixers, RoPE scalings as mappings.
         kwargs: standard fields of a Hugging Face configuration; vocab_size, hidden_size, num_hidden_layers,
             max_position_embeddings and tie_word_embeddings follow from `hylo` unless given.
+
+    Raises:
+        ValueError: `hylo` has MLA settings that the modelling code would read wrongly.
     """
 
     model_type = "hylo"
@@ -36,6 +39,8 @@ class HyloConfig(PreTrainedConfig):
         """Derive the standard fields; `hylo` may be absent, as transformers makes empty configurations to compare with."""
         if self.hylo is not None:
             c = self.hylo
+            if "+" in self.mixers:
+                _check_latent_attention(self.architecture(), self.mixers)
             derived = {name: c[name] for name in ("vocab_size", "hidden_size", "max_position_embeddings")}
             derived["num_hidden_layers"] = len(self.mixers)
             derived["tie_word_embeddings"] = not c["untie_embeddings_and_output_weights"]
@@ -50,12 +55,13 @@ class HyloConfig(PreTrainedConfig):
         return self.hylo["hybrid_layer_pattern"].replace("|", "")[0::2]
 
     def architecture(self) -> SimpleNamespace:
-        """`hylo` with attribute access, its RoPE scalings too; these get `cos_sin_multiplier`.
+        """`hylo` with attribute access, its RoPE scalings too; these get `cos_sin_multiplier`, it gets `mla_aligned_norm`.
 
         The multiplier is YaRN's attention factor on cos and sin, 0.1 ln(factor) + 1 where none is given (Peng et al.,
-        2023, equation 22), and 1 for other scalings.
+        2023, equation 22), and 1 for other scalings. Older folders have neither `mla_bias` nor `mla_rotary_pairs`.
         """
-        c = SimpleNamespace(**self.hylo)
+        c = SimpleNamespace(**{"mla_bias": False, "mla_rotary_pairs": (), **self.hylo})
+        c.mla_aligned_norm = c.qk_layernorm and c.qk_head_dim == c.kv_channels
         for name in ("rope_scaling", "mla_rope_scaling"):
             scaling = SimpleNamespace(**self.hylo[name])
             scaling.cos_sin_multiplier = 1.0
@@ -64,3 +70,21 @@ class HyloConfig(PreTrainedConfig):
                 scaling.cos_sin_multiplier = 0.1 * math.log(scaling.factor) + 1.0 if given is None else given
             setattr(c, name, scaling)
         return c
+
+
+def _check_latent_attention(c: SimpleNamespace, mixers: str) -> None:
+    """Refuse rotary pairs that do not fit the layers, and a q/k-norm that is neither HyLo's nor the aligned one."""
+    nope, rope, head_dim = c.qk_head_dim, c.qk_pos_emb_head_dim, c.kv_channels
+    aligned = c.mla_aligned_norm and (c.mla_rotary_pairs or rope == head_dim)
+    if c.qk_layernorm and nope + rope != head_dim and not aligned:
+        raise ValueError(
+            f"hylo: with q/k-norm, qk_head_dim {nope} + qk_pos_emb_head_dim {rope} must equal kv_channels {head_dim}, or "
+            f"qk_head_dim must, with mla_rotary_pairs given or qk_pos_emb_head_dim equal to it too"
+        )
+    wanted = [rope // 2 if symbol == "+" else 0 for symbol in mixers]
+    outside = [j for pairs in c.mla_rotary_pairs for j in pairs if j not in range(head_dim // 2)]
+    if c.mla_rotary_pairs and (list(map(len, c.mla_rotary_pairs)) != wanted or outside):
+        raise ValueError(
+            f"hylo: mla_rotary_pairs needs {wanted} numbers from 0 to {head_dim // 2 - 1} in its layers, "
+            f"got {list(map(len, c.mla_rotary_pairs))}{f' with {outside[0]}' if outside else ''}"
+        )

@@ -20,7 +20,7 @@ from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.kernels.norm import gated_rms_norm, rms_norm
-from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies
+from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies, unfold_rotary_key
 from megatron_hylo.kernels.ssd import ssd
 
 from .cache_hylo import HyloCache
@@ -37,9 +37,9 @@ class HyloRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., channels] -> the same."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, reference: Tensor | None = None) -> Tensor:
+        """x: [..., channels] -> the same; `reference` [..., any] gives the mean square in place of x."""
+        return rms_norm(x, self.weight, self.eps, reference)
 
 
 class HyloAttention(nn.Module):
@@ -70,34 +70,50 @@ class HyloAttention(nn.Module):
 
 
 class HyloLatentAttention(nn.Module):
-    """`+`: HyLo's MLA; heads are [unrotated | rotary], the rotary key is shared, q/k-norm comes before the rotation."""
+    """`+`: HyLo's MLA; heads are [unrotated | rotary], the rotary key is shared, q/k-norm comes before the rotation.
+
+    With `aligned_norm` (qk_head_dim = kv_channels) mean squares are those of the base model's heads: of a query the
+    unrotated channels, of a key those plus the head's share of the rotary key. `hylo.mla_rotary_pairs`, where given, holds
+    each layer's frequencies as numbers in the base model's table.
+    """
 
     def __init__(self, config: HyloConfig, layer: int) -> None:
         super().__init__()
         c = config.architecture()
         self.layer, self.rank, self.rotary = layer, c.kv_lora_rank, c.qk_pos_emb_head_dim
         self.plain, self.value, self.groups = c.qk_head_dim, c.v_head_dim, c.num_query_groups
-        self.qk = c.qk_head_dim + c.qk_pos_emb_head_dim
+        self.qk, self.aligned_norm = c.qk_head_dim + c.qk_pos_emb_head_dim, c.mla_aligned_norm
+        self.pairs = list(c.mla_rotary_pairs[layer]) if c.mla_rotary_pairs else None
         self.q_a_proj = nn.Linear(config.hidden_size, c.q_lora_rank, bias=False)
-        self.q_b_proj = nn.Linear(c.q_lora_rank, c.num_attention_heads * self.qk, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.rank + self.rotary, bias=False)
-        self.kv_b_proj = nn.Linear(self.rank, self.groups * (self.plain + self.value), bias=False)
+        self.q_b_proj = nn.Linear(c.q_lora_rank, c.num_attention_heads * self.qk, bias=c.mla_bias)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.rank + self.rotary, bias=c.mla_bias)
+        self.kv_b_proj = nn.Linear(self.rank, self.groups * (self.plain + self.value), bias=c.mla_bias)
         self.o_proj = nn.Linear(c.num_attention_heads * self.value, config.hidden_size, bias=False)
         self.q_norm = HyloRMSNorm(self.qk, c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
         self.k_norm = HyloRMSNorm(self.qk, c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
+        if self.aligned_norm:
+            self.k_norm.rotary_mix = nn.Parameter(torch.ones(self.groups, self.rotary // 2))
 
     def forward(self, x: Tensor, rope: Rope, cache: HyloCache | None) -> Tensor:
         """x: [batch, new tokens, hidden] -> the same."""
         b, t, _ = x.shape
-        query = self.q_norm(self.q_b_proj(self.q_a_proj(x)).view(b, t, -1, self.qk))
+        query = self.q_b_proj(self.q_a_proj(x)).view(b, t, -1, self.qk)
         compressed = self.kv_a_proj_with_mqa(x)
         if cache is not None:
             (compressed,) = cache.append(self.layer, compressed)
         latent, rotary_key = compressed.split([self.rank, self.rotary], dim=-1)
         # Keys and values of all tokens are made anew; absorbing kv_b_proj is not used (k-norm forbids it).
         key_value = self.kv_b_proj(latent).view(b, -1, self.groups, self.plain + self.value)
-        key, value = key_value.split([self.plain, self.value], dim=-1)
-        key = self.k_norm(torch.cat([key, rotary_key.unsqueeze(2).expand(-1, -1, self.groups, -1)], dim=-1))
+        plain_key, value = key_value.split([self.plain, self.value], dim=-1)
+        key = torch.cat([plain_key, rotary_key.unsqueeze(2).expand(-1, -1, self.groups, -1)], dim=-1)
+        if self.aligned_norm:
+            pairs = torch.tensor(self.pairs or range(self.rotary // 2), device=x.device)
+            base_key = unfold_rotary_key(plain_key, rotary_key, self.k_norm.rotary_mix, pairs)
+            query, key = self.q_norm(query, query[..., : self.plain]), self.k_norm(key, base_key)
+        else:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.pairs is not None:
+            rope = tuple(table[:, self.pairs] for table in rope)
         query, key = self._rotate(query, rope), self._rotate(key, rope)
         return self.o_proj(attention(query, key, value, scale=self.qk**-0.5).reshape(b, t, -1))
 
@@ -232,7 +248,8 @@ class HyloModel(nn.Module):
         super().__init__()
         c = config.architecture()
         self.mixers = config.mixers
-        self.rotations = {"*": (c.kv_channels, c.rope_scaling), "+": (c.qk_pos_emb_head_dim, c.mla_rope_scaling)}
+        latent = c.kv_channels if c.mla_rotary_pairs else c.qk_pos_emb_head_dim  # layers choose out of the base model's table
+        self.rotations = {"*": (c.kv_channels, c.rope_scaling), "+": (latent, c.mla_rope_scaling)}
         self.rotary_base = c.rotary_base
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HyloLayer(config, i) for i in range(config.num_hidden_layers))
@@ -280,6 +297,8 @@ class HyloForCausalLM(PreTrainedModel, GenerationMixin):
             init.constant_(module.dt_bias, math.log(math.expm1(0.01)))
         if isinstance(module, HyloMamba2):
             init.ones_(module.D)
+        if isinstance(module, HyloLatentAttention) and module.aligned_norm:
+            init.ones_(module.k_norm.rotary_mix)
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,238 @@
+"""`hylo calibrate`: one pass of the teacher over some text, layer by layer, all tokens through one layer at a time.
+
+So one layer's statistics exist at a time, and what is held of the text is its hidden states. Ranks share the work:
+data-parallel ranks the windows, tensor-parallel ranks the heads and the rows of the input moment. Each finished layer
+is written; started again, the pass runs through the layers that are there without measuring.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from megatron_hylo.calibrate.statistics import (
+    FORMAT,
+    LOOK_BACK_TOKENS,
+    RECEPTION_TOKENS,
+    VERSION,
+    check_statistics,
+    fingerprint,
+    layer_file,
+)
+from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.convert.to_megatron import Track, no_progress
+from megatron_hylo.data.packed import PackedDataset, heldout_windows
+from megatron_hylo.distill.alignment import mlp_layer
+from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.sealed import check_free, sealed_directory, write_json
+
+
+def calibrate(
+    teacher: str | Path,
+    data: str | Path,
+    output: str | Path,
+    tokens: int = 65_536,
+    sequence_length: int = 2048,
+    heldout_windows_wanted: int = 16,
+    seed: int = 1234,
+    precision: torch.dtype = torch.float32,
+    parallel: ParallelConfig | None = None,
+    overwrite: bool = False,
+    track: Track = no_progress,
+) -> None:
+    """Write a calibration folder; `platform.initialize` must have run, with `parallel`.
+
+    Args:
+        teacher: model folder, attention in every layer.
+        data: dataset folder made by `hylo preprocess`; `train` is measured, windows of `heldout` are kept for evaluation.
+        output: folder to make. Layers done so far are kept beside it and reused when the same command runs again.
+        tokens: of calibration text, rounded up to whole windows.
+        sequence_length: tokens a window.
+        heldout_windows_wanted: windows at most that later evaluations use.
+        seed: of the choice of windows.
+        precision: of the teacher's forward pass; moments are float64 sums whatever it is.
+        parallel: tensor and data parallelism; no pipeline stages.
+        overwrite: replace what is there.
+        track: progress display over an iterable.
+
+    Raises:
+        ConfigError: a layer that cannot be calibrated (see `check_statistics`), or a setting that cannot work.
+    """
+    check_free(output, overwrite)
+    config, _ = read_description(teacher)
+    if set(config.mixers) != {"*"}:
+        raise ConfigError(f"calibrate needs a teacher with attention `*` in every layer, {teacher} has {config.mixers}")
+    if parallel is not None and (parallel.pipeline_model_parallel_size > 1 or parallel.sequence_parallel):
+        raise ConfigError("calibrate works with tensor and data parallelism; set pipeline size 1 and sequence_parallel false")
+    windows = _calibration_windows(data, tokens, sequence_length, seed)
+    heldout = heldout_windows(f"{data}/heldout", sequence_length, heldout_windows_wanted)
+    description = {
+        "format": FORMAT, "version": VERSION, "teacher": fingerprint(teacher), "tokens": windows[:, 1:].numel(),
+        "sequence_length": sequence_length, "layers": config.num_hidden_layers,
+        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "precision": str(precision).split(".")[1],
+    }  # fmt: skip
+    work = _work_folder(Path(output), description)
+    model = load_model(teacher, parallel, precision)
+    _gather_layers(model, windows[:, :-1], work, track)
+    with sealed_directory(output, overwrite) as folder:
+        if is_main():
+            save_file({"calibration": windows.int(), "heldout": heldout.int()}, folder / "windows.safetensors")
+            write_json(folder / "calibration.json", description)
+            for layer in range(config.num_hidden_layers):
+                (folder / layer_file(layer)).write_bytes((work / layer_file(layer)).read_bytes())
+    if is_main():
+        for file in work.iterdir():
+            file.unlink()
+        work.rmdir()
+
+
+def embed(model: HyloModel, windows: Tensor, micro_batch_size: int) -> list[Tensor]:
+    """Hidden states before the first layer: int64 [n, sequence] -> [sequence, batch, hidden] a micro-batch."""
+    where = next(model.parameters()).device
+    with torch.no_grad():
+        return [model.embedding(input_ids=ids.to(where), position_ids=None) for ids in windows.split(micro_batch_size)]
+
+
+def micro_batch(sequence_length: int, tokens: int = 8192) -> int:
+    """Windows that pass through a layer together."""
+    return max(1, tokens // sequence_length)
+
+
+def _calibration_windows(data: str | Path, tokens: int, sequence_length: int, seed: int) -> Tensor:
+    dataset = PackedDataset(f"{data}/train", sequence_length, seed)
+    wanted = math.ceil(tokens / sequence_length)
+    if wanted > dataset.windows_per_epoch:
+        raise ConfigError(
+            f"{data} has {dataset.windows_per_epoch} windows of {sequence_length} tokens, {tokens} calibration tokens need "
+            f"{wanted}; give more text or ask for at most {dataset.windows_per_epoch * sequence_length} tokens"
+        )
+    return torch.stack([dataset[i] for i in range(wanted)])
+
+
+def _work_folder(output: Path, description: dict[str, Any]) -> Path:
+    """Where finished layers wait; emptied if they are of another calibration."""
+    work = output.parent / f".{output.name}.layers"
+    if is_main():
+        work.mkdir(parents=True, exist_ok=True)
+        key = work / "calibration.json"
+        if not key.is_file() or json.loads(key.read_text()) != description:
+            for file in work.iterdir():
+                file.unlink()
+            write_json(key, description)
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()
+    return work
+
+
+@torch.no_grad()
+def _gather_layers(model: HyloModel, windows: Tensor, work: Path, track: Track) -> None:
+    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    if len(windows) < ranks:
+        raise ConfigError(f"{len(windows)} calibration windows for {ranks} data-parallel ranks; give more tokens")
+    states = embed(model, windows[rank::ranks], micro_batch(windows.shape[1]))
+    for layer, (mixer, mlp) in enumerate(track(model.mixer_layers(), "calibrate")):
+        file = work / layer_file(layer)
+        sums = None if file.is_file() else LayerSums(mixer.self_attention)
+        for i, hidden in enumerate(states):
+            x = mixer.input_layernorm(hidden)
+            query, key, value = mixer.self_attention.query_key_value(x)
+            out = mixer.self_attention.attend(query, key, value)[0]
+            if sums is not None:
+                sums.add(x, query, key, value, out)
+            states[i] = mlp_layer(mlp, hidden + out)
+        if sums is not None:
+            statistics = sums.means(layer)
+            check_statistics(statistics)
+            if is_main():
+                beside = file.with_suffix(".partial")
+                save_file(statistics, beside)
+                beside.rename(file)
+        else:
+            check_statistics(load_file(file))
+
+
+class LayerSums:
+    """Sums over tokens of one attention layer, float64, this rank's part."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+        """One micro-batch.
+
+        Args:
+            x, out: input and output of the mixer, [sequence, batch, hidden].
+            query, key, value: [batch, sequence, heads of this rank, head_dim].
+        """
+        flat = x.flatten(0, 1).double()
+        tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+        q, k = (part.flatten(0, 1).transpose(0, 1).double() for part in (query, key))  # [heads, tokens, dh]
+        new = {
+            "tokens": torch.tensor(float(len(flat)), dtype=torch.float64, device=flat.device),
+            "input_mean": flat.sum(0),
+            "input_second_moment": flat.chunk(tp, dim=1)[rank].T @ flat,
+            "query_second_moment": q.mT @ q,
+            "key_second_moment": k.mT @ k,
+            "output_energy": out.double().square().sum(),
+        }
+        seen = slice(0, LOOK_BACK_TOKENS)
+        new |= self._look_back(x[seen].transpose(0, 1), query[:, seen], key[:, seen], value[:, seen])
+        for name, tensor in new.items():
+            self.sums[name] = self.sums[name] + tensor if name in self.sums else tensor
+
+    def _look_back(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+        """Sums that need attention probabilities; arguments [batch, sequence, ...]."""
+        query, key, value = (part.float() for part in (self.attention.rotate(query), self.attention.rotate(key), value))
+        repeats, length, x = query.shape[2] // key.shape[2], query.shape[1], x.double()
+        key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
+        scores = torch.einsum("bthd,bshd->bhts", query, key) * query.shape[-1] ** -0.5
+        position = torch.arange(length, device=query.device)
+        back = position[:, None] - position
+        probability = scores.masked_fill(back < 0, -torch.inf).softmax(-1)  # [batch, heads, queries, keys]
+        norm = torch.einsum("bhts,bshd->bthd", probability, value).norm(dim=-1).double()
+        near = probability * ((back >= 0) & (back < RECEPTION_TOKENS))
+        received = (near / near.sum(-1, keepdim=True)).sum(2).clamp(1e-2, 20).log().transpose(1, 2).double()
+        return {
+            "seen_tokens": torch.tensor(float(norm[..., 0].numel()), dtype=torch.float64, device=x.device),
+            "seen_input": x.sum((0, 1)),
+            "head_energy": norm.square().sum((0, 1)),
+            "head_length": norm.sum((0, 1)),
+            "length_moment": torch.einsum("bth,btd->hd", norm, x),
+            "reception": received.sum((0, 1)),
+            "reception_moment": torch.einsum("bth,btd->hd", received, x),
+            "sink_mass": probability[..., 0].sum((0, 2)).double(),
+            "looked_back": (probability * back.clamp(min=0))[..., 1:].sum((0, 2, 3)).double(),
+            "looked_mass": probability[..., 1:].sum((0, 2, 3)).double(),
+        }
+
+    def means(self, layer: int) -> dict[str, Tensor]:
+        """Means over all ranks' tokens, CPU fp32, all heads; see `megatron_hylo.calibrate.statistics`."""
+        for tensor in self.sums.values():
+            torch.distributed.all_reduce(tensor, group=parallel_state.get_data_parallel_group())
+        tokens, seen = self.sums["tokens"], self.sums["seen_tokens"]
+        looked = ("head_energy", "head_length", "length_moment", "reception", "reception_moment", "sink_mass", "seen_input")
+        mean = {name: tensor / (seen if name in looked else tokens) for name, tensor in self.sums.items()}
+        split = ("input_second_moment", "query_second_moment", "key_second_moment", "sink_mass", "head_energy")
+        by_rank = {name: mean[name] for name in split}  # this tensor-parallel rank's rows, or heads
+        by_rank["attention_distance"] = self.sums["looked_back"] / self.sums["looked_mass"]
+        by_rank["length_moment"] = mean["length_moment"] / mean["head_length"][:, None]
+        by_rank["reception_moment"] = mean["reception_moment"] - torch.outer(mean["reception"], mean["seen_input"])
+        whole = {name: mean[name] for name in ("input_mean", "output_energy")}
+        whole |= {name: _gather_first(tensor) for name, tensor in by_rank.items()}
+        numbers = {"layer": torch.tensor(layer), "tokens": tokens.long().cpu()}
+        return numbers | {name: tensor.float().cpu().contiguous() for name, tensor in whole.items()}
+
+
+def _gather_first(tensor: Tensor) -> Tensor:
+    """Concatenation along dimension 0 over the tensor-parallel ranks."""
+    return gather_from_tensor_model_parallel_region(tensor.movedim(0, -1).contiguous()).movedim(-1, 0)
