@@ -9,6 +9,7 @@ from rich.table import Table
 
 from megatron_hylo.cli_console import console, set_up_logging, track
 from megatron_hylo.cli_parser import build_parser
+from megatron_hylo.cli_upcycle import assemble, calibrate, select, upcycle
 from megatron_hylo.config import ConfigError
 from megatron_hylo.train.config import TrainConfig
 
@@ -91,98 +92,6 @@ def verify(hf_dir: str, megatron_dir: str, tokens: int = 128, tolerance: float =
     print(f"max |delta logit|: {result.max_logit_difference:.3e} over {result.tokens} tokens (tolerance {tolerance:.0e})")
     print("verified" if result.ok else "NOT verified")
     return 0 if result.ok else 1
-
-
-def upcycle(
-    teacher: str,
-    output: str,
-    layout: str | None = None,
-    pattern: str | None = None,
-    init: str = "paper",
-    seed: int = 0,
-    overrides: dict[str, int] | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Make a hybrid from a teacher: its mixers from the attention weights, everything else copied.
-
-    Args:
-        teacher: model folder of the teacher.
-        output: model folder to make.
-        layout: a named layout (see `hylo layouts`), or
-        pattern: one mixer a layer out of * + M G, e.g. "GG+G..."; MLPs may be written ("G-G-+-...").
-        init: name of the initialiser.
-        seed: of the tensors the initialiser draws at random.
-        overrides: dimensions that replace the layout's, e.g. {kv_lora_rank: 64}.
-        overwrite: replace what is there.
-    """
-    from megatron_hylo.convert.upcycle_folder import upcycle_folder
-    from megatron_hylo.platform.distributed import session
-
-    with session():
-        config = upcycle_folder(teacher, output, layout, pattern, init, seed, overrides or {}, overwrite, track)
-    console.print(f"wrote {output}: {config.mixers}")
-
-
-def assemble(mla: str, linear: str, base: str, output: str, *, pattern: str, overwrite: bool = False) -> None:
-    """Put a hybrid together, layer by layer, from an aligned pure-MLA and an aligned pure-linear model.
-
-    Args:
-        mla: model folder, all layers MLA.
-        linear: model folder, all layers Mamba2 or Gated DeltaNet.
-        base: model folder of the teacher, for embedding, final norm and head.
-        output: model folder to make.
-        pattern: one mixer a layer, e.g. "G+GG".
-        overwrite: replace what is there.
-    """
-    from megatron_hylo.convert.upcycle_folder import assemble_folder
-    from megatron_hylo.platform.distributed import session
-
-    with session():
-        assemble_folder(mla, linear, base, output, pattern, overwrite, track)
-    console.print(f"wrote {output}: {pattern}")
-
-
-def select(
-    teacher: str,
-    *,
-    mla: str,
-    linear: str,
-    data: str,
-    count: int,
-    method: Literal["smart", "greedy", "uniform"] = "smart",
-    tokens: int = 65_536,
-    sequence_length: int = 2048,
-    output: str | None = None,
-    allow_unaligned: bool = False,
-    overwrite: bool = False,
-) -> None:
-    """Choose which layers of a hybrid are MLA by the KL to the teacher of hybrids of two aligned pure models.
-
-    Args:
-        teacher: model folder both were aligned with.
-        mla: model folder, aligned, all layers MLA.
-        linear: model folder, aligned, all layers Mamba2 or Gated DeltaNet.
-        data: dataset folder made by `hylo preprocess`; its training text is used.
-        count: number of MLA layers.
-        method: smart (sensitivity of each layer, spaced as in Zebra-Llama), greedy (the best one more, count times) or
-            uniform (evenly spread).
-        tokens: text to measure on.
-        sequence_length: tokens a window.
-        output: folder to make, with selection.json and selection.png.
-        allow_unaligned: go on where the models do not look aligned.
-        overwrite: replace what is there.
-    """
-    from megatron_hylo.convert.select_folder import select_folder
-    from megatron_hylo.platform.distributed import session
-
-    with session():
-        found = select_folder(
-            teacher, mla, linear, data, count, method, tokens, sequence_length, output, allow_unaligned, overwrite, track
-        )
-    console.print(f"KL to the teacher: {found.kl_all_linear:.4f} all linear, {found.kl_selected:.4f} as chosen")
-    cost = f"{found.tokens:,} tokens, {found.layer_evaluations:,.0f} layers run over them, {found.seconds:.1f} s"
-    console.print(cost, style="dim", highlight=False)
-    print(found.pattern)
 
 
 def preprocess(input: str, output: str, *, tokenizer: str, heldout_fraction: float = 0.05) -> None:
@@ -271,15 +180,17 @@ def evaluate(model: str, data: str, teacher: str | None = None, sequence_length:
 
 def quickstart(
     linear: Literal["gdn", "mamba2"] = "gdn",
+    init: Literal["calibrated", "paper"] = "calibrated",
     prompt: str | None = None,
     text: str | None = None,
     output: str = "runs/quickstart",
     train_tokens: int | None = None,
 ) -> None:
-    """Real teacher to evaluated hybrid in one go: fetch, convert, verify, upcycle, align, distil, export, generate.
+    """Real teacher to evaluated hybrid in one go: fetch, convert, verify, calibrate, upcycle, train, export, generate.
 
     Args:
         linear: what three quarters of the layers become.
+        init: how the hybrid starts: calibrated on data, or paper (HyLo's own, in its own shapes) for contrast.
         prompt: text to continue at the end; a default otherwise.
         text: folder or .jsonl of own training text instead of the Debian documentation packages.
         output: run folder; started again, the same command goes on where it was.
@@ -287,7 +198,7 @@ def quickstart(
     """
     from megatron_hylo.quickstart import run_quickstart
 
-    run_quickstart(linear, prompt, text, Path(output), train_tokens, console)
+    run_quickstart(linear, init, prompt, text, Path(output), train_tokens, console, track=track)
 
 
 def train(config: TrainConfig) -> int:
@@ -312,7 +223,8 @@ def train(config: TrainConfig) -> int:
 
 
 VERBS: tuple[Callable, ...] = (
-    quickstart, layouts, fetch, convert, verify, preprocess, upcycle, select, assemble, train, evaluate, export, generate,
+    quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, train, evaluate,
+    export, generate,
 )  # fmt: skip
 
 

@@ -4,10 +4,11 @@ A layout is a base model, a pattern, MLA ranks and linear dimensions. Sources: H
 model cards; parameter counts reproduce the released checkpoints to the parameter.
 """
 
+import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import Iterable
+from typing import Iterable, Literal
 
 from megatron_hylo.config import MIXER_SYMBOLS, ConfigError, ModelConfig, RopeScaling
 
@@ -56,6 +57,11 @@ _MLA = {
     "smollm2-135m": (576, 96, 32, 32, 64),
 }
 
+# MLA in aligned shapes, where measured (docs/upcycling.md): kv_lora_rank, qk_pos_emb_head_dim
+_ALIGNED_MLA = {"smollm2-135m": (112, 48)}
+
+Shapes = Literal["paper", "aligned"]
+
 _EVERY_SECOND_28 = tuple(range(0, 28, 2))
 
 
@@ -66,13 +72,14 @@ class NamedLayout:
     base: str
     mla_layers: tuple[int, ...]
     linear: str  # "G" or "M"
+    shapes: Shapes = "paper"
 
     @property
     def config(self) -> ModelConfig:
         """The hybrid's full configuration."""
         base = BASES[self.base]
         mixers = "".join("+" if i in self.mla_layers else self.linear for i in range(base.num_hidden_layers))
-        return hybrid_config(base, mixers, base_name=self.base)
+        return hybrid_config(base, mixers, base_name=self.base, shapes=self.shapes)
 
 
 def _layouts() -> dict[str, NamedLayout]:
@@ -85,11 +92,13 @@ def _layouts() -> dict[str, NamedLayout]:
         ("qwen3-1.7b", "14mla14", _EVERY_SECOND_28),
         ("smollm2-135m", "8mla22", (1, 5, 9, 13, 17, 21, 25, 28)),
     ]
-    return {
+    layouts = {
         f"{base}-{counts}{suffix}": NamedLayout(base, indices, symbol)
         for base, counts, indices in rows
         for suffix, symbol in (("gdn", "G"), ("m2", "M"))
     }
+    ours = {name: layout for name, layout in layouts.items() if layout.base == "smollm2-135m"}
+    return layouts | {f"{name}-aligned": dataclasses.replace(layout, shapes="aligned") for name, layout in ours.items()}
 
 
 LAYOUTS: dict[str, NamedLayout] = _layouts()
@@ -124,14 +133,19 @@ def uniform_mixers(num_layers: int, num_mla: int, linear: str = "G") -> str:
     return "".join("+" if i in chosen else linear for i in range(num_layers))
 
 
-def hybrid_config(base: ModelConfig, pattern: str, base_name: str | None = None, **overrides: object) -> ModelConfig:
-    """A hybrid of `base`: its backbone, `pattern` for the mixers, the paper's rules for their dimensions.
+def hybrid_config(
+    base: ModelConfig, pattern: str, base_name: str | None = None, shapes: Shapes = "paper", **overrides: object
+) -> ModelConfig:
+    """A hybrid of `base`: its backbone, `pattern` for the mixers, the dimensions that `shapes` names.
 
-    The rules (HyLo model cards): MLA keeps the head size, half of it rotary, with the listed ranks for
+    The paper's rules (HyLo model cards): MLA keeps the head size, half of it rotary, with the listed ranks for
     known bases and otherwise full-rank queries and about half of W_K;W_V's rank in the cache; Gated
     DeltaNet has key width 0.75 d in heads of 256 (144 where 256 does not divide) and values twice as
-    wide; Mamba2 has the attention's heads and sizes. The output head is untied. Any field of
-    `ModelConfig` can be overridden.
+    wide; Mamba2 has the attention's heads and sizes. The output head is untied. "aligned" shapes can
+    hold what the calibrated initialisation knows of the teacher: MLA's unrotated channels are as many
+    as the teacher's head has and rotary ones come on top (same cache: both are computed from it), its
+    rotary frequencies are the teacher's, QKV biases stay, Gated DeltaNet has the attention's heads.
+    Any field of `ModelConfig` can be overridden.
 
     Raises:
         ConfigError: the pattern does not fit the base, or an override is not a field.
@@ -152,6 +166,13 @@ def hybrid_config(base: ModelConfig, pattern: str, base_name: str | None = None,
         mamba_num_heads=base.num_attention_heads, mamba_head_dim=head_dim, mamba_state_dim=head_dim,
         linear_num_heads=key_width // gdn_head_dim, linear_key_head_dim=gdn_head_dim, linear_value_head_dim=2 * gdn_head_dim,
     )  # fmt: skip
+    if shapes == "aligned":
+        kv_rank, rotary = _ALIGNED_MLA.get(name or "", (ranks[1], ranks[2]))
+        fields |= dict(
+            q_lora_rank=min(d, q_width), kv_lora_rank=kv_rank, qk_pos_emb_head_dim=rotary, qk_head_dim=head_dim,
+            v_head_dim=head_dim, mla_rope_scaling=base.rope_scaling, mla_bias=base.add_qkv_bias,
+            linear_num_heads=base.num_attention_heads, linear_key_head_dim=head_dim, linear_value_head_dim=head_dim,
+        )  # fmt: skip
     unknown = sorted(set(overrides) - set(ModelConfig.__dataclass_fields__))
     if unknown:
         raise ConfigError(f"{unknown[0]!r} is not a field of the model configuration")

@@ -1,12 +1,13 @@
 """`hylo quickstart`: a real teacher becomes an evaluated hybrid, one resumable step after another.
 
-    fetch -> convert -> verify -> tokenise -> upcycle -> align (stage 1) -> distil (stage 2) -> export -> generate
+    fetch -> convert -> verify -> tokenise -> calibrate -> upcycle -> align (stage 1) -> distil (stage 2) -> export -> generate
 
 Every step leaves a finished folder or a line in results.json; started again, the command skips what is there and
 training resumes from its newest checkpoint.
 """
 
 import json
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_hylo.calibrate.gather import calibrate
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
-from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
+from megatron_hylo.convert.to_megatron import Track, convert_hf_to_megatron, no_progress
 from megatron_hylo.convert.upcycle_folder import upcycle_folder
 from megatron_hylo.convert.verify import verify_conversion
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
-from megatron_hylo.layouts import kv_bytes_per_token, kv_percent
+from megatron_hylo.layouts import get_layout, kv_bytes_per_token, kv_percent
 from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.quickstart_report import plot_quickstart
 from megatron_hylo.sealed import is_sealed, write_json
@@ -35,7 +38,16 @@ from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from megatron_hylo.train.loop import train
 
 DEFAULT_PROMPT = "The Linux kernel is"
-LAYOUT = {"gdn": "smollm2-135m-8mla22gdn", "mamba2": "smollm2-135m-8mla22m2"}
+LAYOUT = {
+    ("paper", "gdn"): "smollm2-135m-8mla22gdn",
+    ("paper", "mamba2"): "smollm2-135m-8mla22m2",
+    ("calibrated", "gdn"): "smollm2-135m-8mla22gdn-aligned",
+    ("calibrated", "mamba2"): "smollm2-135m-8mla22m2-aligned",
+}
+ALIGN_LOSS = {
+    "calibrated": ("mse", "normalised error of its mixer's output"),
+    "paper": ("ild", "Enhanced ILD"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,8 @@ class Budget:
     align_batch_size: int
     distil_batch_size: int
     micro_batch_size: int
+    calibration_tokens: int
+    calibration_length: int
     align_tokens: int
     distil_tokens: int
     eval_windows: int
@@ -55,50 +69,80 @@ class Budget:
     lr: float
 
 
-CPU = Budget(
-    sequence_length=256, align_batch_size=2, distil_batch_size=2, micro_batch_size=2, align_tokens=6_144,
-    distil_tokens=18_432, eval_windows=8, precision="fp32", align_mixer_lr=2e-3, mixer_lr=1e-3, lr=5e-4,
-)  # fmt: skip
-GPU = Budget(
-    sequence_length=2048, align_batch_size=4, distil_batch_size=16, micro_batch_size=4, align_tokens=655_360,
-    distil_tokens=16_777_216, eval_windows=128, precision="bf16", align_mixer_lr=2e-3, mixer_lr=1e-3, lr=2e-4,
-)  # fmt: skip
+BUDGETS = {
+    ("cpu", "calibrated"): Budget(
+        sequence_length=256, align_batch_size=2, distil_batch_size=2, micro_batch_size=2, calibration_tokens=16_384,
+        calibration_length=512, align_tokens=4_096, distil_tokens=18_432, eval_windows=8, precision="fp32",
+        align_mixer_lr=5e-4, mixer_lr=5e-4, lr=2e-4,
+    ),
+    ("cpu", "paper"): Budget(
+        sequence_length=256, align_batch_size=2, distil_batch_size=2, micro_batch_size=2, calibration_tokens=0,
+        calibration_length=0, align_tokens=6_144, distil_tokens=18_432, eval_windows=8, precision="fp32",
+        align_mixer_lr=2e-3, mixer_lr=1e-3, lr=5e-4,
+    ),
+    ("cuda", "calibrated"): Budget(
+        sequence_length=2048, align_batch_size=4, distil_batch_size=16, micro_batch_size=4, calibration_tokens=65_536,
+        calibration_length=2048, align_tokens=327_680, distil_tokens=16_777_216, eval_windows=128, precision="bf16",
+        align_mixer_lr=1e-3, mixer_lr=1e-3, lr=2e-4,
+    ),
+    ("cuda", "paper"): Budget(
+        sequence_length=2048, align_batch_size=4, distil_batch_size=16, micro_batch_size=4, calibration_tokens=0,
+        calibration_length=0, align_tokens=655_360, distil_tokens=16_777_216, eval_windows=128, precision="bf16",
+        align_mixer_lr=2e-3, mixer_lr=1e-3, lr=2e-4,
+    ),
+}  # fmt: skip
 
 
 def run_quickstart(
-    linear: str, prompt: str | None, text: str | None, output: Path, train_tokens: int | None, console: Console
+    linear: str,
+    init: str,
+    prompt: str | None,
+    text: str | None,
+    output: Path,
+    train_tokens: int | None,
+    console: Console,
+    budget: Budget | None = None,
+    track: Track = no_progress,
 ) -> dict[str, Any]:
     """Run or resume the whole chain and write OUTPUT/summary.json and OUTPUT/quickstart.png.
 
     Args:
         linear: "gdn" or "mamba2".
+        init: "calibrated", or "paper" for contrast.
         prompt: continued at the end.
         text: own training text, folder or .jsonl.
         output: run folder.
         train_tokens: tokens of stage 2, by default the device's budget.
         console: where to show progress.
+        budget: how much to calibrate and train, by default what suits the device.
+        track: progress display over an iterable.
 
     Returns:
         The content of summary.json.
     """
-    start, budget = time.perf_counter(), GPU if torch.cuda.is_available() else CPU
+    start = time.perf_counter()
+    budget = budget or BUDGETS["cuda" if torch.cuda.is_available() else "cpu", init]
     output.mkdir(parents=True, exist_ok=True)
     teacher, hybrid, data = output / "teacher", output / "hybrid", output / "data"
-    step = _Steps(console, 8)
+    layout = LAYOUT[init, linear]
+    step = _Steps(console, 9 if init == "calibrated" else 8)
 
     step("teacher: SmolLM2-135M-Instruct (4-bit GGUF, dequantised), converted and verified against transformers")
     _prepare_teacher(teacher, output, console)
     step("text: whole documents held out")
     if not is_sealed(data):
         preprocess(text or str(fetch_documents()), str(data), str(teacher))
-    step(f"upcycle: {LAYOUT[linear]}, the paper's initialisation")
-    _upcycle(teacher, hybrid, linear)
-    results = _evaluate_start(teacher, hybrid, data, output, budget)
-    step("stage 1: align every layer with the teacher's (Enhanced ILD)")
-    aligned = train(_stage("align", budget, hybrid, teacher, data, output, budget.align_tokens))
+    if init == "calibrated":
+        step("calibrate: what the teacher's layers do on some of that text")
+        _calibrate(teacher, data, output, budget, track)
+    step(f"upcycle: {layout}, {'calibrated' if init == 'calibrated' else 'by the initialisation of the paper'}")
+    _upcycle(teacher, hybrid, linear, init, output, track)
+    results = _evaluate_start(teacher, hybrid, linear, data, output, budget)
+    step(f"stage 1: align every layer with the teacher's ({ALIGN_LOSS[init][1]})")
+    aligned = train(_stage("align", init, budget, hybrid, teacher, data, output, budget.align_tokens))
     step("stage 2: distil, KL to the teacher's full distribution")
-    distil = _stage("distil", budget, output / "align" / "model", teacher, data, output, train_tokens or budget.distil_tokens)
-    distilled = train(distil)
+    tokens = train_tokens or budget.distil_tokens
+    distilled = train(_stage("distil", init, budget, output / "align" / "model", teacher, data, output, tokens))
     step("export to a Hugging Face folder")
     if not is_sealed(output / "export"):
         with session():
@@ -115,9 +159,11 @@ def run_quickstart(
     summary = {
         "teacher_ppl": results["teacher"]["perplexity"],
         "init_ppl": results["init"]["perplexity"],
+        "paper_init_ppl": results["paper_init"]["perplexity"],
         "aligned_ppl": aligned.perplexity,
         "distilled_ppl": distilled.perplexity,
         "init_kl": results["init"]["kl"],
+        "paper_init_kl": results["paper_init"]["kl"],
         "aligned_kl": aligned.kl,
         "distilled_kl": distilled.kl,
         "distilled_agreement": distilled.agreement,
@@ -128,7 +174,8 @@ def run_quickstart(
         "heldout_tokens": distilled.tokens,
         "seconds": seconds,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "layout": LAYOUT[linear],
+        "init": init,
+        "layout": layout,
         "teacher": "SmolLM2-135M-Instruct, dequantised from 4 bits",
     }
     write_json(output / "summary.json", summary)
@@ -164,30 +211,55 @@ def _prepare_teacher(folder: Path, output: Path, console: Console) -> None:
     _record(output, verified={"tensors": result.tensors, "max_logit_difference": result.max_logit_difference})
 
 
-def _upcycle(teacher: Path, hybrid: Path, linear: str) -> None:
+def _calibrate(teacher: Path, data: Path, output: Path, budget: Budget, track: Track) -> None:
+    if not is_sealed(output / "calibration"):
+        with session():
+            calibrate(
+                teacher, data, output / "calibration", budget.calibration_tokens, budget.calibration_length,
+                heldout=budget.eval_windows, track=track,
+            )  # fmt: skip
+
+
+def _upcycle(teacher: Path, hybrid: Path, linear: str, init: str, output: Path, track: Track) -> None:
+    layout = LAYOUT[init, linear]
     if is_sealed(hybrid):
-        found = read_description(hybrid)[0].mixers
-        if ("M" in found) != (linear == "mamba2"):
-            raise ConfigError(f"{hybrid} has other linear layers ({found}); give another --output for --linear {linear}")
+        config, description = read_description(hybrid)
+        if config.mixers != get_layout(layout).config.mixers or description["provenance"]["init"] != init:
+            raise ConfigError(f"{hybrid} is another model than {layout}, {init}; give another --output for it")
         return
     with session():
-        upcycle_folder(teacher, hybrid, LAYOUT[linear], None)
+        calibration = output / "calibration" if init == "calibrated" else None
+        upcycle_folder(teacher, hybrid, layout, init=init, calibration=calibration, track=track)
 
 
-def _evaluate_start(teacher: Path, hybrid: Path, data: Path, output: Path, budget: Budget) -> dict[str, Any]:
-    """Held-out quality of the teacher and of the hybrid before any training, kept in results.json."""
-    if "init" not in _results(output):
-        dtype = torch.bfloat16 if budget.precision == "bf16" else torch.float32
-        with session():
-            windows = heldout_windows(data / "heldout", budget.sequence_length, budget.eval_windows)
-            reference = load_model(teacher, params_dtype=dtype)
-            _record(output, teacher=evaluate(reference, windows, None, budget.micro_batch_size).to_dict())
-            student = load_model(hybrid, params_dtype=dtype)
-            _record(output, init=evaluate(student, windows, reference, budget.micro_batch_size).to_dict())
+def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output: Path, budget: Budget) -> dict[str, Any]:
+    """Held-out quality of the teacher and of the hybrid before any training, kept in results.json.
+
+    Beside a calibrated hybrid also that of the paper's initialisation, in its own shapes.
+    """
+    if "init" in _results(output):
+        return _results(output)
+    dtype = torch.bfloat16 if budget.precision == "bf16" else torch.float32
+    with session():
+        windows = heldout_windows(data / "heldout", budget.sequence_length, budget.eval_windows)
+        reference = load_model(teacher, params_dtype=dtype)
+
+        def quality(model: HyloModel, compared: HyloModel | None) -> dict[str, Any]:
+            return evaluate(model, windows, compared, budget.micro_batch_size).to_dict()
+
+        found = {"teacher": quality(reference, None), "init": quality(load_model(hybrid, params_dtype=dtype), reference)}
+        found["paper_init"] = found["init"]
+        if read_description(hybrid)[1]["provenance"]["init"] != "paper":
+            with tempfile.TemporaryDirectory() as scratch:
+                upcycle_folder(teacher, Path(scratch) / "paper", LAYOUT["paper", linear], init="paper")
+                found["paper_init"] = quality(load_model(Path(scratch) / "paper", params_dtype=dtype), reference)
+        _record(output, **found)
     return _results(output)
 
 
-def _stage(stage: str, budget: Budget, model: Path, teacher: Path, data: Path, output: Path, tokens: int) -> TrainConfig:
+def _stage(
+    stage: str, init: str, budget: Budget, model: Path, teacher: Path, data: Path, output: Path, tokens: int
+) -> TrainConfig:
     align = stage == "align"
     batch = budget.align_batch_size if align else budget.distil_batch_size
     return TrainConfig(
@@ -201,6 +273,7 @@ def _stage(stage: str, budget: Budget, model: Path, teacher: Path, data: Path, o
         micro_batch_size=budget.micro_batch_size,
         train_tokens=tokens,
         trainable="mixers" if align else "all",
+        align_loss=ALIGN_LOSS[init][0],
         precision=budget.precision,
         optimizer=OptimizerSettings(
             lr=budget.lr,
@@ -235,6 +308,8 @@ def _show(summary: dict[str, Any], console: Console) -> None:
         table.add_column(name, justify="left" if not name else "right")
     kv = f"{summary['kv_bytes_per_token']:,}"
     table.add_row("teacher", f"{summary['teacher_ppl']:,.2f}", "0", f"{summary['teacher_kv_bytes_per_token']:,}")
-    for name, key in (("hybrid, initialised", "init"), ("after stage 1", "aligned"), ("after stage 2", "distilled")):
+    rows = [("hybrid, initialised as in the paper", "paper_init"), ("hybrid, calibrated", "init")]
+    rows = rows if summary["init"] == "calibrated" else rows[:1]
+    for name, key in (*rows, ("after stage 1", "aligned"), ("after stage 2", "distilled")):
         table.add_row(name, f"{summary[key + '_ppl']:,.2f}", f"{summary[key + '_kl']:.3f}", kv)
     console.print(table)

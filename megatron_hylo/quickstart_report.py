@@ -18,9 +18,12 @@ def plot_quickstart(summary: dict[str, Any], output: Path) -> Path:
         output: the quickstart's run folder.
     """
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
-    names = ["teacher", "initialised", "stage 1", "stage 2"]
-    values = [summary[f"{key}_ppl"] for key in ("teacher", "init", "aligned", "distilled")]
-    bars = left.bar(names, values, color=["tab:gray", "tab:red", "tab:orange", "tab:green"])
+    shown = [("teacher", "teacher", "tab:gray"), ("paper's start", "paper_init", "tab:red")]
+    shown += [("calibrated", "init", "tab:purple")] if summary["init"] == "calibrated" else []
+    shown += [("stage 1", "aligned", "tab:orange"), ("stage 2", "distilled", "tab:green")]
+    names, keys, colors = zip(*shown)
+    values = [summary[f"{key}_ppl"] for key in keys]
+    bars = left.bar(names, values, color=colors)
     left.bar_label(bars, [f"{v:,.1f}" for v in values])
     left.set(yscale="log", ylabel="held-out perplexity", title="Perplexity (whole documents held out)")
     for stage, color, quantity in (("align", "tab:orange", "loss"), ("distil", "tab:green", "kl")):

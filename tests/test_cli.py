@@ -40,7 +40,7 @@ def test_verify_passes_then_names_the_changed_weight_and_exits_1(teacher, tmp_pa
 
 def test_upcycling_directly_equals_assembling_pure_models(teacher, tmp_path, capsys):
     for name, pattern in (("mla", "+++"), ("gdn", "GGG"), ("direct", "G+G")):
-        assert run(capsys, "upcycle", teacher, tmp_path / name, "--pattern", pattern)[0] == 0
+        assert run(capsys, "upcycle", teacher, tmp_path / name, "--pattern", pattern, "--init", "paper")[0] == 0
     places = (tmp_path / n for n in ("mla", "gdn", "teacher", "assembled"))
     assert run(capsys, "assemble", *places, "--pattern", "G-+-G-")[0] == 0
     assert read_description(tmp_path / "assembled")[0] == read_description(tmp_path / "direct")[0]
@@ -49,7 +49,7 @@ def test_upcycling_directly_equals_assembling_pure_models(teacher, tmp_path, cap
 
 
 def test_export_and_back_keeps_every_weight(teacher, tmp_path, capsys):
-    assert run(capsys, "upcycle", teacher, tmp_path / "hybrid", "--pattern", "M+G")[0] == 0
+    assert run(capsys, "upcycle", teacher, tmp_path / "hybrid", "--pattern", "M+G", "--init", "paper")[0] == 0
     assert run(capsys, "export", tmp_path / "hybrid", tmp_path / "exported")[0] == 0
     assert run(capsys, "convert", tmp_path / "exported", tmp_path / "back")[0] == 0
     code, text = run(capsys, "verify", tmp_path / "exported", tmp_path / "hybrid")

@@ -42,7 +42,7 @@ def calibrate(
     output: str | Path,
     tokens: int = 65_536,
     sequence_length: int = 2048,
-    heldout_windows_wanted: int = 16,
+    heldout: int = 16,
     seed: int = 1234,
     precision: torch.dtype = torch.float32,
     parallel: ParallelConfig | None = None,
@@ -57,7 +57,7 @@ def calibrate(
         output: folder to make. Layers done so far are kept beside it and reused when the same command runs again.
         tokens: of calibration text, rounded up to whole windows.
         sequence_length: tokens a window.
-        heldout_windows_wanted: windows at most that later evaluations use.
+        heldout: windows at most that later evaluations use.
         seed: of the choice of windows.
         precision: of the teacher's forward pass; moments are float64 sums whatever it is.
         parallel: tensor and data parallelism; no pipeline stages.
@@ -74,7 +74,7 @@ def calibrate(
     if parallel is not None and (parallel.pipeline_model_parallel_size > 1 or parallel.sequence_parallel):
         raise ConfigError("calibrate works with tensor and data parallelism; set pipeline size 1 and sequence_parallel false")
     windows = _calibration_windows(data, tokens, sequence_length, seed)
-    heldout = heldout_windows(f"{data}/heldout", sequence_length, heldout_windows_wanted)
+    kept = heldout_windows(f"{data}/heldout", sequence_length, heldout)
     description = {
         "format": FORMAT, "version": VERSION, "teacher": fingerprint(teacher), "tokens": windows[:, 1:].numel(),
         "sequence_length": sequence_length, "layers": config.num_hidden_layers,
@@ -85,7 +85,7 @@ def calibrate(
     _gather_layers(model, windows[:, :-1], work, track)
     with sealed_directory(output, overwrite) as folder:
         if is_main():
-            save_file({"calibration": windows.int(), "heldout": heldout.int()}, folder / "windows.safetensors")
+            save_file({"calibration": windows.int(), "heldout": kept.int()}, folder / "windows.safetensors")
             write_json(folder / "calibration.json", description)
             for layer in range(config.num_hidden_layers):
                 (folder / layer_file(layer)).write_bytes((work / layer_file(layer)).read_bytes())

@@ -74,11 +74,12 @@ def solve_outputs(
         normed = [mixer.input_layernorm(h) for h in (studied if sequential else taught)]
         if symbol == "M":
             _match_norm(mixer.self_attention, normed[0])
-        targets, initial, features = [], [], []
+        targets, energy, initial, features = [], [], [], []
         for i, (h_t, h_s, x) in enumerate(zip(taught, studied, normed)):
             a_t = teacher_mixer.self_attention(teacher_mixer.input_layernorm(h_t), attention_mask=None)[0]
             feature, out = _features(mixer.self_attention, x)
             targets.append(a_t + (h_t - h_s) if sequential else a_t)
+            energy.append(a_t)
             initial.append(out)
             features.append(feature)
             taught[i] = h_t + a_t
@@ -91,7 +92,6 @@ def solve_outputs(
                 raise ConfigError(f"layer {layer} `{symbol}`: its outputs are not finite on the calibration text; use fp32")
             projection.weight.copy_(weight)
         solved = [f @ projection.weight.T for f in features]
-        energy = [h_t - (h_t - y) for h_t, y in zip(taught, targets)]
         errors.append(LayerError(layer, symbol, *(_error(x, targets, energy, validation) for x in (initial, solved))))
         for i, (h_s, out) in enumerate(zip(studied, solved)):
             studied[i] = mlp_layer(mlp, h_s + out)

@@ -1,22 +1,41 @@
 """Upcycling and assembling at the level of model folders: read a teacher, make every student tensor, write a folder."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_hylo.calibrate.gather import micro_batch
+from megatron_hylo.calibrate.solve import LayerError, solve_outputs
+from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.convert.to_hf import hf_tensors
 from megatron_hylo.convert.to_megatron import Track, fill_model, no_progress
-from megatron_hylo.layouts import expand_pattern, get_layout, hybrid_config
-from megatron_hylo.models.checkpoint import load_model, save_model
+from megatron_hylo.eval.perplexity import Quality, evaluate
+from megatron_hylo.layouts import Shapes, expand_pattern, get_layout, hybrid_config
+from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
+from megatron_hylo.platform.distributed import device
 from megatron_hylo.sealed import check_free
 from megatron_hylo.upcycle.assemble import Source, assemble_state, upcycle_state
+from megatron_hylo.upcycle.calibrated_mla import choose_rotary_pairs
 
 
-def student_config(teacher: ModelConfig, layout: str | None, pattern: str | None, overrides: dict[str, Any]) -> ModelConfig:
+@dataclass
+class UpcycleReport:
+    """What an upcycled model is before any training."""
+
+    config: ModelConfig
+    errors: list[LayerError] | None  # by layer; with a calibration folder
+    quality: Quality | None  # on the calibration folder's held-out windows
+    teacher_quality: Quality | None
+
+
+def student_config(
+    teacher: ModelConfig, layout: str | None, pattern: str | None, shapes: Shapes, overrides: dict[str, Any]
+) -> ModelConfig:
     """The hybrid's configuration out of a layout name or a pattern.
 
     Raises:
@@ -25,25 +44,30 @@ def student_config(teacher: ModelConfig, layout: str | None, pattern: str | None
     if (layout is None) == (pattern is None):
         raise ConfigError("give either a layout name or a pattern")
     if pattern is not None:
-        return hybrid_config(teacher, pattern, **overrides)
-    config = get_layout(layout).config
+        return hybrid_config(teacher, pattern, shapes=shapes, **overrides)
+    named = get_layout(layout)
+    config = named.config
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size"):
         if getattr(config, name) != getattr(teacher, name):
             raise ConfigError(f"layout {layout} has {name} {getattr(config, name)}, the teacher {getattr(teacher, name)}")
-    return hybrid_config(teacher, config.mixers, base_name=get_layout(layout).base, **overrides)
+    return hybrid_config(teacher, config.mixers, base_name=named.base, shapes=named.shapes, **overrides)
 
 
 def upcycle_folder(
     teacher: str | Path,
     output: str | Path,
-    layout: str | None,
-    pattern: str | None,
-    init: str = "paper",
+    layout: str | None = None,
+    pattern: str | None = None,
+    init: str = "calibrated",
+    calibration: str | Path | None = None,
+    shapes: Shapes | None = None,
+    rotary: str = "energy",
+    sequential: bool = False,
     seed: int = 0,
     overrides: dict[str, Any] | None = None,
     overwrite: bool = False,
     track: Track = no_progress,
-) -> ModelConfig:
+) -> UpcycleReport:
     """Make a hybrid's model folder from a teacher's; `platform.initialize` must have run.
 
     Args:
@@ -51,23 +75,69 @@ def upcycle_folder(
         output: model folder to make.
         layout, pattern: which layers become what; one of the two.
         init: name of a registered initialiser.
+        calibration: folder made by `hylo calibrate` with this teacher; `calibrated` needs it, others are measured with it.
+        shapes: of a pattern's mixers; by default aligned for `calibrated`, the paper's for others. A layout has its own.
+        rotary: which of the teacher's rotary components MLA keeps (`choose_rotary_pairs`); "table": the standard table's.
+        sequential: solve each output projection on the student's own hidden states instead of the teacher's.
         seed: of random tensors.
         overrides: fields of the student's configuration.
         overwrite: replace what is there.
         track: progress display over an iterable.
 
     Returns:
-        The hybrid's configuration.
+        The hybrid's configuration and, with a calibration folder, its quality before training.
+
+    Raises:
+        ConfigError: teacher, calibration and settings do not fit one another.
     """
     check_free(output, overwrite)
+    teacher_config, _ = read_description(teacher)
+    calibrated = init == "calibrated"
+    config = student_config(teacher_config, layout, pattern, shapes or ("aligned" if calibrated else "paper"), overrides or {})
+    if calibrated and calibration is None:
+        raise ConfigError("init `calibrated` needs --calibration, a folder made by `hylo calibrate`; or use --init paper")
+    statistics = CalibrationFolder(calibration, teacher, device()) if calibration is not None else None
     model = load_model(teacher, backend="local")
-    teacher_config = model.config.hylo
-    config = student_config(teacher_config, layout, pattern, overrides or {})
     source = dict(hf_tensors(model))
-    state = dict(upcycle_state(source.__getitem__, teacher_config, config, initialiser=init, seed=seed, track=track))
+    if calibrated and rotary != "table" and "+" in config.mixers:
+        span = statistics.description["sequence_length"]
+        config = config.replace(mla_rotary_pairs=_rotary_pairs(source, config, teacher_config, statistics, rotary, span))
+    used = statistics if calibrated else None
+    state = dict(upcycle_state(source.__getitem__, teacher_config, config, init, seed, used, track))
     student = build_model(config, params_dtype=model.config.params_dtype, backend="local")
-    _write(student, state, output, Path(teacher), {"teacher": str(teacher), "init": init, "seed": seed}, overwrite)
-    return config
+    _fill(student, state)
+    report = UpcycleReport(config, None, None, None)
+    if statistics is not None:
+        windows, heldout = statistics.windows()
+        if calibrated:
+            report.errors = solve_outputs(student, model, windows, sequential, track)
+        size = micro_batch(heldout.shape[1] - 1)
+        report.quality, report.teacher_quality = (evaluate(m, heldout, model, size) for m in (student, model))
+    provenance = {"teacher": str(teacher), "init": init, "seed": seed}
+    if calibrated:
+        provenance |= {"rotary": rotary, "sequential": sequential, "calibration_tokens": statistics.description["tokens"]}
+    _save(student, output, Path(teacher), provenance, overwrite)
+    return report
+
+
+def _rotary_pairs(
+    source: dict[str, Tensor],
+    config: ModelConfig,
+    teacher_config: ModelConfig,
+    statistics: CalibrationFolder,
+    rotary: str,
+    span: int,
+) -> tuple[tuple[int, ...], ...]:
+    """`mla_rotary_pairs` of all layers."""
+    pairs = []
+    for layer, symbol in enumerate(config.mixers):
+        prefix = f"model.layers.{layer}.self_attn."
+        attention = {name.removeprefix(prefix): tensor for name, tensor in source.items() if name.startswith(prefix)}
+        chosen = () if symbol != "+" else choose_rotary_pairs(
+            attention, config, teacher_config, statistics[layer], rotary, span
+        )  # fmt: skip
+        pairs.append(chosen)
+    return tuple(pairs)
 
 
 def assemble_folder(
@@ -107,14 +177,16 @@ def assemble_folder(
     sources = [Source(m.config.hylo, dict(hf_tensors(m)).__getitem__) for m in (mla_model, linear_model, base_model)]
     state = dict(assemble_state(*sources, config, track))
     student = build_model(config, params_dtype=mla_model.config.params_dtype, backend="local")
-    _write(student, state, output, Path(base), {"mla": str(mla), "linear": str(linear), "base": str(base)}, overwrite)
+    _fill(student, state)
+    _save(student, output, Path(base), {"mla": str(mla), "linear": str(linear), "base": str(base)}, overwrite)
     return config
 
 
-def _write(
-    student: HyloModel, state: dict[str, Tensor], output: str | Path, base: Path, provenance: dict[str, Any], overwrite: bool
-) -> None:
+def _fill(student: HyloModel, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         fill_model(student, student.config.hylo, state.__getitem__)
+
+
+def _save(student: HyloModel, output: str | Path, base: Path, provenance: dict[str, Any], overwrite: bool) -> None:
     tokenizer = base / "tokenizer"
     save_model(student, output, tokenizer if tokenizer.is_dir() else None, provenance, overwrite)

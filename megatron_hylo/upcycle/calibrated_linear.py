@@ -21,8 +21,9 @@ from megatron_hylo.upcycle.registry import CalibrationStatistics, TeacherLayer, 
 
 VALUE_TAP = 0.2  # of the values' convolution: SiLU of so small a number is half of it
 GATE = 2.0  # SiLU(2 n) is nearly proportional to n, the length of a head's output over its mean
-WRITING, RECEPTION = 0.2, 0.5  # mean writing strength; how much the log of the received attention changes its logit
-HALF_LIVES = {"G": (2.0, 32.0), "M": (1.0, 16.0)}  # tokens, shortest and longest; Mamba2 has no delta rule to overwrite with
+HALF_LIVES = {"G": (2.0, 32.0), "M": (1.0, 16.0)}  # tokens, of the heads that share keys: shortest and longest
+WRITING = 0.2  # mean writing strength of Gated DeltaNet
+RECEPTION = 0.5  # how much the log of the received attention changes the logit of writing, or Mamba2's step size
 STEP = 0.1  # Mamba2's mean step size
 
 
@@ -73,10 +74,11 @@ def gated_delta_net_from_attention(
         value.append(_fit(torch.cat([*m.value[order], leading]), values))
         lengths = group_length[order].repeat_interleave(m.value.shape[1], 0)
         mean_length = group_length.mean(0).expand(len(leading), -1)
-        gate.append(length[i].expand(values, -1) if per_head else torch.cat([lengths, mean_length])[:values])
+        gate.append(length[i].expand(values, -1) if per_head else _fit(torch.cat([lengths, mean_length]), values))
         write.append(reception[i] if per_head else group_reception[order[0]])
+    cycle = heads // groups if per_head else heads
+    half_lives = spread(heads, cycle, *HALF_LIVES["G"])
     b_proj = math.log(WRITING / (1 - WRITING)) * one + RECEPTION * torch.stack(write)
-    half_lives = spread_half_lives(heads, heads // groups if per_head else heads, *HALF_LIVES["G"])
     mixer = {
         "q_proj.weight": torch.cat(query),
         "k_proj.weight": torch.cat(key),
@@ -131,7 +133,7 @@ def mamba2_from_attention(
     taps[: groups * dh] *= VALUE_TAP
     gate = GATE * length.repeat_interleave(dh, 0)
     parts = [gate, m.value.flatten(0, 1), m.key.flatten(0, 1), m.query.flatten(0, 1), RECEPTION * reception]
-    half_lives = spread_half_lives(heads, heads // groups, *HALF_LIVES["M"])
+    half_lives = spread(heads, heads // groups, *HALF_LIVES["M"])
     mixer = {
         "in_proj.weight": torch.cat(parts),
         "conv1d.weight": taps,
@@ -145,13 +147,13 @@ def mamba2_from_attention(
     return {f"mamba.{name}": _plain(tensor) for name, tensor in mixer.items()}
 
 
-def spread_half_lives(heads: int, cycle: int, shortest: float, longest: float) -> Tensor:
-    """Half-lives in tokens, evenly spaced in their logarithm over each `cycle` heads in a row: fp32 [heads].
+def spread(heads: int, cycle: int, first: float, last: float) -> Tensor:
+    """Numbers evenly spaced in their logarithm over each `cycle` heads in a row: fp32 [heads].
 
     A cycle is the query heads of one KV head, which would otherwise remember the same; a cycle of 1 gets the middle.
     """
     steps = torch.linspace(0, 1, cycle) if cycle > 1 else torch.full((1,), 0.5)
-    return (shortest * (longest / shortest) ** steps).repeat(-(-heads // cycle))[:heads]
+    return (first * (last / first) ** steps).repeat(-(-heads // cycle))[:heads]
 
 
 def _predictions(m: AttentionMoments, statistics: CalibrationStatistics) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,7 +45,7 @@ def material(one_rank, tmp_path_factory) -> SimpleNamespace:
                 p.normal_(std={"embedding": 0.5, "output_layer": 0.25}.get(name.split(".")[0], 0.1))
     save_model(teacher, root / "teacher")
     for name, symbol in (("mla", "+"), ("linear", "G"), ("mamba", "M")):
-        upcycle_folder(root / "teacher", root / f"{name}_made", None, symbol * LAYERS)
+        upcycle_folder(root / "teacher", root / f"{name}_made", None, symbol * LAYERS, init="paper")
         student = load_model(root / f"{name}_made")
         with torch.no_grad():
             for parameter in student.parameters():

@@ -1,0 +1,151 @@
+"""The verbs of `hylo` that make a hybrid: calibrate, upcycle, select, assemble."""
+
+from typing import Literal
+
+from megatron_hylo.cli_console import console, show_upcycle, track
+
+
+def calibrate(
+    teacher: str,
+    data: str,
+    output: str,
+    tokens: int = 65_536,
+    sequence_length: int = 2048,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    tensor_model_parallel_size: int = 1,
+    seed: int = 1234,
+    overwrite: bool = False,
+) -> None:
+    """Measure what the calibrated initialisation needs of a teacher, in one pass over some text, layer by layer.
+
+    Made once for a teacher, used for any layout. Under torchrun the ranks share windows (and heads). Started again after
+    an interruption, the same command keeps the layers that are done.
+
+    Args:
+        teacher: model folder of the teacher.
+        data: dataset folder made by `hylo preprocess`, best of text like that the hybrid is for.
+        output: calibration folder to make.
+        tokens: calibration text; 65,536 is enough for most, 1 million the most that is worth its time.
+        sequence_length: tokens a window, the length that attention is measured over.
+        precision: of the teacher's forward pass.
+        tensor_model_parallel_size: ranks that share each layer.
+        seed: of the choice of windows.
+        overwrite: replace what is there.
+    """
+    import torch
+
+    from megatron_hylo.calibrate.gather import calibrate as gather
+    from megatron_hylo.config import ParallelConfig
+    from megatron_hylo.platform.distributed import session
+
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    with session(parallel):
+        gather(teacher, data, output, tokens, sequence_length, seed=seed, precision=dtype, parallel=parallel,
+               overwrite=overwrite, track=track)  # fmt: skip
+    console.print(f"wrote {output}")
+
+
+def upcycle(
+    teacher: str,
+    output: str,
+    layout: str | None = None,
+    pattern: str | None = None,
+    init: str = "calibrated",
+    calibration: str | None = None,
+    shapes: Literal["paper", "aligned"] | None = None,
+    rotary: Literal["energy", "all", "fastest", "table"] = "energy",
+    sequential: bool = False,
+    seed: int = 0,
+    overrides: dict[str, int] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Make a hybrid from a teacher: its mixers from the attention weights; shows how good it is before any training.
+
+    Args:
+        teacher: model folder of the teacher.
+        output: model folder to make.
+        layout: a named layout (see `hylo layouts`), or
+        pattern: one mixer a layer out of * + M G, e.g. "GG+G..."; MLPs may be written ("G-G-+-...").
+        init: calibrated (needs --calibration), or paper (HyLo's own).
+        calibration: folder made by `hylo calibrate`; with it any initialisation is also measured on held-out text.
+        shapes: dimensions of a pattern's mixers; by default aligned for calibrated, the paper's otherwise.
+        rotary: which of the teacher's rotary components MLA keeps: energy (the most useful), all or fastest (standard
+            tables), table (the standard table of the layout's own dimensions).
+        sequential: solve each layer on the student's own hidden states instead of the teacher's; measured better for MLA
+            alone, worse where linear layers are many.
+        seed: of the tensors the initialiser draws at random.
+        overrides: dimensions that replace the layout's, e.g. {kv_lora_rank: 64}.
+        overwrite: replace what is there.
+    """
+    from megatron_hylo.convert.upcycle_folder import upcycle_folder
+    from megatron_hylo.platform.distributed import session
+
+    with session():
+        report = upcycle_folder(
+            teacher, output, layout, pattern, init, calibration, shapes, rotary, sequential, seed, overrides, overwrite, track
+        )
+    show_upcycle(report)
+    console.print(f"wrote {output}: {report.config.mixers}")
+
+
+def assemble(mla: str, linear: str, base: str, output: str, *, pattern: str, overwrite: bool = False) -> None:
+    """Put a hybrid together, layer by layer, from an aligned pure-MLA and an aligned pure-linear model.
+
+    Args:
+        mla: model folder, all layers MLA.
+        linear: model folder, all layers Mamba2 or Gated DeltaNet.
+        base: model folder of the teacher, for embedding, final norm and head.
+        output: model folder to make.
+        pattern: one mixer a layer, e.g. "G+GG".
+        overwrite: replace what is there.
+    """
+    from megatron_hylo.convert.upcycle_folder import assemble_folder
+    from megatron_hylo.platform.distributed import session
+
+    with session():
+        assemble_folder(mla, linear, base, output, pattern, overwrite, track)
+    console.print(f"wrote {output}: {pattern}")
+
+
+def select(
+    teacher: str,
+    *,
+    mla: str,
+    linear: str,
+    data: str,
+    count: int,
+    method: Literal["smart", "greedy", "uniform"] = "smart",
+    tokens: int = 65_536,
+    sequence_length: int = 2048,
+    output: str | None = None,
+    allow_unaligned: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Choose which layers of a hybrid are MLA by the KL to the teacher of hybrids of two aligned pure models.
+
+    Args:
+        teacher: model folder both were aligned with.
+        mla: model folder, aligned, all layers MLA.
+        linear: model folder, aligned, all layers Mamba2 or Gated DeltaNet.
+        data: dataset folder made by `hylo preprocess`; its training text is used.
+        count: number of MLA layers.
+        method: smart (sensitivity of each layer, spaced as in Zebra-Llama), greedy (the best one more, count times) or
+            uniform (evenly spread).
+        tokens: text to measure on.
+        sequence_length: tokens a window.
+        output: folder to make, with selection.json and selection.png.
+        allow_unaligned: go on where the models do not look aligned.
+        overwrite: replace what is there.
+    """
+    from megatron_hylo.convert.select_folder import select_folder
+    from megatron_hylo.platform.distributed import session
+
+    with session():
+        found = select_folder(
+            teacher, mla, linear, data, count, method, tokens, sequence_length, output, allow_unaligned, overwrite, track
+        )
+    console.print(f"KL to the teacher: {found.kl_all_linear:.4f} all linear, {found.kl_selected:.4f} as chosen")
+    cost = f"{found.tokens:,} tokens, {found.layer_evaluations:,.0f} layers run over them, {found.seconds:.1f} s"
+    console.print(cost, style="dim", highlight=False)
+    print(found.pattern)

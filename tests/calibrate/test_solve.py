@@ -1,0 +1,205 @@
+"""Output projections in closed form: against least squares, on layers whose solution is known, and on held-out text."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hylo.calibrate import solve
+from megatron_hylo.calibrate.solve import output_projection, ridge, solve_outputs
+from megatron_hylo.calibrate.statistics import CalibrationFolder
+from megatron_hylo.config import ConfigError
+from megatron_hylo.convert.to_hf import hf_tensors
+from megatron_hylo.convert.to_megatron import fill_model
+from megatron_hylo.eval.perplexity import evaluate
+from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.hylo_model import HyloModel, build_model
+from megatron_hylo.upcycle.assemble import upcycle_state
+from tests.kernels.compare import relative_error
+
+
+@pytest.fixture(scope="module")
+def teacher(material) -> HyloModel:
+    return load_model(material.teacher)
+
+
+@pytest.fixture(scope="module")
+def text(material) -> tuple[Tensor, Tensor]:
+    return CalibrationFolder(material.done, material.teacher).windows()
+
+
+@pytest.fixture
+def make_student(material, teacher):
+    """(mixers, fields) -> a student by the `calibrated` initialiser."""
+
+    def make(mixers: str, full: bool = False, **fields) -> HyloModel:
+        base = teacher.config.hylo
+        pairs = [0, 0, 1, 1, 2, 3] if not full else sorted(list(range(8)) * 2)
+        config = base.replace(
+            hybrid_layer_pattern="".join(f"{m}-" for m in mixers), q_lora_rank=48, kv_lora_rank=32 if full else 20,
+            qk_head_dim=16, v_head_dim=16, qk_pos_emb_head_dim=2 * len(pairs), linear_num_heads=6, linear_key_head_dim=16,
+            linear_value_head_dim=16, mla_rotary_pairs=[pairs if m == "+" else [] for m in mixers] if "+" in mixers else [],
+            **fields,
+        )  # fmt: skip
+        statistics = CalibrationFolder(material.done, material.teacher)
+        source = {name: t.detach() for name, t in hf_tensors(teacher)}
+        state = dict(upcycle_state(source.__getitem__, base, config, "calibrated", 0, statistics))
+        student = build_model(config)
+        with torch.no_grad():
+            fill_model(student, config, state.__getitem__)
+        return student
+
+    return make
+
+
+def projections(model: HyloModel) -> list[Tensor]:
+    return [output_projection(mixer.self_attention).weight for mixer, _ in model.mixer_layers()]
+
+
+@pytest.mark.parametrize("damping", [1e-12, 1e-2, 3.0])
+def test_ridge_is_least_squares_with_the_prior_as_more_rows(damping):
+    features, targets, prior = torch.randn(5, 3, 40, 9), torch.randn(5, 3, 40, 4), torch.randn(4, 9)
+    f, y = features.flatten(0, 2).double(), targets.flatten(0, 2).double()
+    level = damping * float((f.T @ f).trace()) / 9
+    rows = torch.cat([f, level**0.5 * torch.eye(9, dtype=torch.float64)])
+    wanted = torch.linalg.lstsq(rows, torch.cat([y, level**0.5 * prior.double().T])).solution.T
+    found = ridge(iter(zip(features, targets)), prior, damping)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    if damping < 1e-9:
+        torch.testing.assert_close(found.double(), torch.linalg.lstsq(f, y).solution.T, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sequential", [False, True], ids=["one-shot", "sequential"])
+def test_projections_that_fit_exactly_are_found_again(sequential, teacher, text, make_student, monkeypatch):
+    """A student equal to its teacher but for spoilt output projections."""
+    monkeypatch.setitem(solve.DAMPING, "+", 1e-10)
+    student = make_student("+*+", full=True)
+    with torch.no_grad():
+        for weight in projections(student)[::2]:
+            weight.add_(torch.randn_like(weight) * weight.std())
+    errors = solve_outputs(student, teacher, text[0], sequential)
+    assert [e.layer for e in errors] == [0, 1, 2] and "".join(e.symbol for e in errors) == "+*+"
+    for e in errors:
+        assert e.solved < 1e-8 and (e.initial > 0.1 if e.symbol == "+" else e.initial == e.solved), e
+    for ours, theirs in zip(projections(student), projections(teacher)):
+        assert relative_error(ours, theirs) < 1e-3
+    ids = text[1][:, :-1]
+    with torch.no_grad():
+        assert relative_error(student(ids), teacher(ids)) < 1e-4
+
+
+def test_a_solved_layer_is_the_ridge_solution_of_its_features(teacher, text, make_student):
+    """One-shot, layer 0, written out: features by running the mixer with a unit output projection."""
+    student = make_student("+**")
+    prior = projections(student)[0].detach().clone()
+    ids = text[0][:, :-1]
+    held = torch.arange(len(ids)) % 8 == 7
+    mixer, attention = (m.mixer_layers()[0][0] for m in (student, teacher))
+    with torch.no_grad():
+        x = mixer.input_layernorm(teacher.embedding(input_ids=ids, position_ids=None))
+        target = attention.self_attention(x)[0].transpose(0, 1).double()
+        weight = projections(student)[0]
+        parts = []
+        for half in torch.eye(96).split(48):
+            weight.copy_(half)
+            parts.append(mixer.self_attention(x)[0])
+        features = torch.cat(parts, -1).transpose(0, 1).double()
+        weight.copy_(prior)
+    (error, *_) = solve_outputs(student, teacher, text[0], sequential=False)
+    f, y = features[~held].flatten(0, 1), target[~held].flatten(0, 1)
+    level = solve.DAMPING["+"] * (f.T @ f).trace() / 96
+    unit = torch.eye(96, dtype=torch.float64)
+    wanted = torch.linalg.solve(f.T @ f + level * unit, f.T @ y + level * prior.double().T).T
+    assert relative_error(weight, wanted) < 1e-5
+    for found, by in ((error.initial, prior.double()), (error.solved, wanted)):
+        lost = (features[held] @ by.T - target[held]).square().sum() / target[held].square().sum()
+        assert found == pytest.approx(float(lost), rel=1e-4)
+
+
+@pytest.mark.parametrize("sequential", [False, True], ids=["one-shot", "sequential"])
+def test_validation_windows_are_not_solved_on(sequential, teacher, text, make_student):
+    solved, errors = [], []
+    for changed in (None, 7, 15, 3):
+        windows, student = text[0].clone(), make_student("G+M", mamba_num_heads=6)
+        if changed is not None:
+            windows[changed] = windows[changed].flip(0)
+        errors.append([e.solved for e in solve_outputs(student, teacher, windows, sequential)])
+        solved.append([weight.clone() for weight in projections(student)])
+    first, *others = solved
+    for same in others[:2]:
+        assert all(torch.equal(a, b) for a, b in zip(first, same))
+    assert errors[0] != errors[1] != errors[2]
+    assert all(relative_error(b, a) > 1e-4 for a, b in zip(first, others[2]))
+
+
+@pytest.mark.parametrize("mixers", ["+++", "GGG", "MMM", "G+M"])
+def test_solving_helps_and_sequential_helps_more(mixers, teacher, make_student):
+    """On windows that were not solved on: error of the last hidden state, and KL of the predictions. Ample text: a tiny
+    teacher's outputs are mostly noise to a linear mixer, which 20 windows would be fitted to."""
+    windows = torch.randint(300, (260, 41), generator=torch.Generator().manual_seed(0))
+    windows, heldout = windows[:240], windows[240:]
+    hidden, kl = {}, {}
+    with torch.no_grad():
+        wanted = teacher(heldout[:, :-1])
+    for how in ("initial", "one-shot", "sequential"):
+        student = make_student(mixers, mamba_num_heads=6)
+        if how != "initial":
+            errors = solve_outputs(student, teacher, windows, how == "sequential")
+            assert all(e.solved < e.initial for e in errors), errors
+        with torch.no_grad():
+            hidden[how] = relative_error(student(heldout[:, :-1]), wanted)
+        kl[how] = evaluate(student, heldout, teacher, 4).kl
+    print(mixers, hidden, kl)
+    for found in (hidden, kl):
+        assert found["sequential"] < found["one-shot"] < found["initial"], found
+
+
+def test_mamba2s_values_are_as_large_as_the_norms_epsilon(teacher, text, make_student):
+    """So that what W_O sees still knows lengths."""
+    student, seen = make_student("M**", mamba_num_heads=6), []
+    mixer = student.mixer_layers()[0][0].self_attention
+    norm = mixer.norm
+    before = {name: p.detach().clone() for name, p in mixer.named_parameters()}
+    solve_outputs(student, teacher, text[0])
+    norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+    with torch.no_grad():
+        student(text[0][:, :-1])
+    y, gate = seen[0]
+    y = y * torch.nn.functional.silu(gate)
+    assert float(y.square().mean().sqrt()) == pytest.approx(student.config.layernorm_epsilon**0.5, rel=0.5)
+    changed = {name for name, p in mixer.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"conv1d.weight", "out_proj.weight"}
+    rows = (mixer.conv1d.weight != before["conv1d.weight"]).flatten(1).any(1)
+    values = slice(0, 32)
+    assert rows[values].all() and int(rows.sum()) == values.stop - values.start
+
+
+def test_nothing_but_mixers_changes(teacher, text, make_student):
+    student = make_student("+*G")
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    solve_outputs(student, teacher, text[0])
+    changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    layer = "decoder.layers.{}.self_attention.{}.weight".format
+    assert changed == {layer(0, "linear_proj"), layer(4, "out_proj")}
+
+
+def test_a_single_window_is_refused(teacher, text, make_student):
+    with pytest.raises(ConfigError, match="at least 2 windows, got 1"):
+        solve_outputs(make_student("+**"), teacher, text[0][:1])
+
+
+def test_few_windows_keep_the_last_for_validation(teacher, text, make_student):
+    weights = []
+    for last in (2, 5):
+        student = make_student("+**")
+        solve_outputs(student, teacher, text[0][[0, 1, last]])
+        weights.append(projections(student)[0])
+    assert torch.equal(*weights)
+
+
+def test_outputs_that_are_not_finite_are_refused(teacher, text, make_student):
+    student = make_student("*+*")
+    with torch.no_grad():
+        student.mixer_layers()[1][0].self_attention.linear_kv_up_proj.weight[3, 3] = torch.nan
+    with pytest.raises(ConfigError, match="layer 1 `\\+`: its outputs are not finite"):
+        solve_outputs(student, teacher, text[0])

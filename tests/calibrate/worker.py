@@ -1,0 +1,27 @@
+"""Ranks of a test: `calibrate` under several layouts. Started by torchrun with a JSON file of [layout, arguments]."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_hylo.calibrate.gather import calibrate
+from megatron_hylo.config import ParallelConfig
+from megatron_hylo.platform.distributed import initialize, shutdown
+
+
+def main(file: str) -> None:
+    """One calibration a layout; process groups are made anew in between."""
+    for number, (layout, arguments) in enumerate(json.loads(Path(file).read_text())):
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", store=dist.FileStore(f"{file}.{number}", ranks), rank=rank, world_size=ranks)
+        parallel = ParallelConfig(**layout)
+        initialize(parallel)
+        calibrate(**arguments, parallel=parallel)
+        shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
