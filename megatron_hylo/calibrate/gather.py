@@ -8,6 +8,7 @@ is written; started again, the pass runs through the layers that are there witho
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,9 @@ def calibrate(
             save_file({"calibration": windows.int(), "heldout": kept.int()}, folder / "windows.safetensors")
             write_json(folder / "calibration.json", description)
             for layer in range(config.num_hidden_layers):
-                (folder / layer_file(layer)).write_bytes((work / layer_file(layer)).read_bytes())
+                shutil.copy(work / layer_file(layer), folder)
     if is_main():
-        for file in work.iterdir():
-            file.unlink()
-        work.rmdir()
+        shutil.rmtree(work)
 
 
 def embed(model: HyloModel, windows: Tensor, micro_batch_size: int) -> list[Tensor]:

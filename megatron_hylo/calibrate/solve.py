@@ -61,7 +61,8 @@ def solve_outputs(
     """
     if len(windows) < 2:
         raise ConfigError(f"solving output projections needs at least 2 windows, got {len(windows)}; calibrate on more tokens")
-    held = torch.arange(len(windows)) % VALIDATION == VALIDATION - 1 if len(windows) >= VALIDATION else _last(len(windows))
+    period = min(VALIDATION, len(windows))
+    held = torch.arange(len(windows)) % period == period - 1
     size = micro_batch(windows.shape[1] - 1)
     ids = windows[:, :-1]
     batches = [(part, False) for part in ids[~held].split(size)] + [(part, True) for part in ids[held].split(size)]
@@ -148,10 +149,6 @@ def _match_norm(mixer: Mamba2, x: Tensor) -> None:
     size = (y.float() * torch.nn.functional.silu(z.float())).square().mean().sqrt()
     if size > 0:
         mixer.conv1d.weight[: mixer.sections["x"]] *= mixer.config.layernorm_epsilon**0.5 / size
-
-
-def _last(count: int) -> Tensor:
-    return torch.arange(count) == count - 1
 
 
 def _error(outputs: list[Tensor], targets: list[Tensor], energy: list[Tensor], validation: list[bool]) -> float:

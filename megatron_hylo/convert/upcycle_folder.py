@@ -19,7 +19,7 @@ from megatron_hylo.models.checkpoint import load_model, read_description, save_m
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.platform.distributed import device
 from megatron_hylo.sealed import check_free
-from megatron_hylo.upcycle.assemble import Source, assemble_state, upcycle_state
+from megatron_hylo.upcycle.assemble import Source, assemble_state, attention_tensors, upcycle_state
 from megatron_hylo.upcycle.calibrated_mla import choose_rotary_pairs
 
 
@@ -101,7 +101,11 @@ def upcycle_folder(
     source = dict(hf_tensors(model))
     if calibrated and rotary != "table" and "+" in config.mixers:
         span = statistics.description["sequence_length"]
-        config = config.replace(mla_rotary_pairs=_rotary_pairs(source, config, teacher_config, statistics, rotary, span))
+        pairs: list[tuple[int, ...]] = [()] * config.num_hidden_layers
+        for layer in (i for i, symbol in enumerate(config.mixers) if symbol == "+"):
+            attention = attention_tensors(source.__getitem__, teacher_config, layer)
+            pairs[layer] = choose_rotary_pairs(attention, config, teacher_config, statistics[layer], rotary, span)
+        config = config.replace(mla_rotary_pairs=pairs)
     used = statistics if calibrated else None
     state = dict(upcycle_state(source.__getitem__, teacher_config, config, init, seed, used, track))
     student = build_model(config, params_dtype=model.config.params_dtype, backend="local")
@@ -118,26 +122,6 @@ def upcycle_folder(
         provenance |= {"rotary": rotary, "sequential": sequential, "calibration_tokens": statistics.description["tokens"]}
     _save(student, output, Path(teacher), provenance, overwrite)
     return report
-
-
-def _rotary_pairs(
-    source: dict[str, Tensor],
-    config: ModelConfig,
-    teacher_config: ModelConfig,
-    statistics: CalibrationFolder,
-    rotary: str,
-    span: int,
-) -> tuple[tuple[int, ...], ...]:
-    """`mla_rotary_pairs` of all layers."""
-    pairs = []
-    for layer, symbol in enumerate(config.mixers):
-        prefix = f"model.layers.{layer}.self_attn."
-        attention = {name.removeprefix(prefix): tensor for name, tensor in source.items() if name.startswith(prefix)}
-        chosen = () if symbol != "+" else choose_rotary_pairs(
-            attention, config, teacher_config, statistics[layer], rotary, span
-        )  # fmt: skip
-        pairs.append(chosen)
-    return tuple(pairs)
 
 
 def assemble_folder(

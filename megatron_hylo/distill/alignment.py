@@ -4,10 +4,10 @@
     ild   L = sum_l  hidden_weight * mean_t ||h_l^s - h_l^t||_2  +  mixer_weight * mean_t ||a_l^s - a_l^t||_2
 
 a_l is a layer's mixer output before the residual, h_l the layer's output (the last one after the final norm), mean_t
-over a micro-batch's tokens. `ild` is
-HyLo's Enhanced ILD (un-squared norms as in the released Zebra-Llama trainer). `mse` compares mixers alone, as stage 1 of
-RADLADS and of KL-guided layer selection (arXiv:2512.20569) does, and divides by the teacher's power, so that every layer
-counts alike: 1 is the loss of a mixer that says nothing. It runs no MLP of the student and gives only mixers a gradient.
+over a micro-batch's tokens. `ild` is HyLo's Enhanced ILD (un-squared norms as in the released Zebra-Llama trainer).
+`mse` compares mixers alone, as stage 1 of RADLADS and of KL-guided layer selection (arXiv:2512.20569) does, and divides
+by the teacher's power, so that every layer counts alike: 1 is the loss of a mixer that says nothing. It runs no MLP of
+the student and gives only mixers a gradient.
 
 Since each layer's input is the teacher's, layers do not depend on one another: gradients are made layer by layer, and
 one layer's activations exist at a time. For the same reason several students can learn from one forward pass of the

@@ -76,10 +76,7 @@ def upcycle_state(
         symbol, prefix = student_config.mixers[layer], f"model.layers.{layer}."
         mixer: dict[str, Tensor] = {}
         if symbol in initialisers:
-            attention = {
-                name.removeprefix("self_attn."): _checked(read_teacher, prefix + name, shape)
-                for name, shape in mixer_tensor_names(teacher_config, "*").items()
-            }
+            attention = attention_tensors(read_teacher, teacher_config, layer)
             layer_statistics = statistics.get(layer) if statistics is not None else None
             mixer = initialisers[symbol](
                 attention, student_config, teacher_config, layer_generator(seed, layer), layer_statistics
@@ -142,6 +139,18 @@ def assemble_state(
             yield prefix + name, _checked(sources[symbol].read, prefix + name, shape)
 
     return _model_tensors(base, target_config, layer_tensors, track, "assemble")
+
+
+def attention_tensors(read: Read, config: ModelConfig, layer: int) -> dict[str, Tensor]:
+    """One attention layer of a teacher as initialisers see it (`registry.TeacherLayer`), dtypes as read.
+
+    Raises:
+        ConfigError: a tensor has another shape than the configuration says.
+    """
+    return {
+        name.removeprefix("self_attn."): _checked(read, f"model.layers.{layer}.{name}", shape)
+        for name, shape in mixer_tensor_names(config, "*").items()
+    }
 
 
 def layer_generator(seed: int, layer: int) -> torch.Generator:

@@ -70,7 +70,7 @@ def gated_delta_net_from_attention(
             query.append(m.query[i])
         else:
             query.append(_fit(torch.cat([m.query.unflatten(0, (groups, -1))[g].mean(0) for g in order]), keys))
-        key.append(_fit(torch.cat([m.key[g] for g in order]), keys) if not per_head else m.key[order[0]])
+        key.append(_fit(torch.cat([*m.key[order]]), keys))
         value.append(_fit(torch.cat([*m.value[order], leading]), values))
         lengths = group_length[order].repeat_interleave(m.value.shape[1], 0)
         mean_length = group_length.mean(0).expand(len(leading), -1)
