@@ -36,11 +36,11 @@ def show_upcycle(report: "UpcycleReport") -> None:
     from megatron_hylo.layouts import kv_bytes_per_token, kv_percent
 
     if report.errors is not None:
-        table = Table(title="squared error of mixer outputs / energy of the teacher's, text not solved on")
-        for name in ("layer", "mixer", "initialised", "W_O solved"):
+        table = Table(title="squared error of mixer outputs / energy of the teacher's, and of hidden states; other text")
+        for name in ("layer", "mixer", "initialised", "W_O solved", "hidden state after it"):
             table.add_column(name, justify="right")
         for error in report.errors:
-            table.add_row(str(error.layer), error.symbol, f"{error.initial:.3f}", f"{error.solved:.3f}")
+            table.add_row(str(error.layer), error.symbol, f"{error.initial:.3f}", f"{error.solved:.3f}", f"{error.hidden:.3f}")
         console.print(table)
     kv = f"KV {kv_percent(report.config):.1f}% ({kv_bytes_per_token(report.config):,} bytes a token)"
     if report.quality is None:

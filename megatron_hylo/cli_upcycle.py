@@ -55,7 +55,8 @@ def upcycle(
     calibration: str | None = None,
     shapes: Literal["paper", "aligned"] | None = None,
     rotary: Literal["energy", "all", "fastest", "table"] = "energy",
-    sequential: bool = False,
+    sequential: bool = True,
+    mlps: bool = True,
     seed: int = 0,
     overrides: dict[str, int] | None = None,
     overwrite: bool = False,
@@ -72,8 +73,8 @@ def upcycle(
         shapes: dimensions of a pattern's mixers; by default aligned for calibrated, the paper's otherwise.
         rotary: which of the teacher's rotary components MLA keeps: energy (the most useful), all or fastest (standard
             tables), table (the standard table of the layout's own dimensions).
-        sequential: solve each layer on the student's own hidden states instead of the teacher's; a little better with
-            65,536 calibration tokens, not with few.
+        sequential: let each layer make up for what the layers before it got wrong; false is faster, and less good.
+        mlps: let MLPs make up for it too (their last linear map changes); false keeps the teacher's MLPs.
         seed: of the tensors the initialiser draws at random.
         overrides: dimensions that replace the layout's, e.g. {kv_lora_rank: 64}.
         overwrite: replace what is there.
@@ -83,7 +84,20 @@ def upcycle(
 
     with session():
         report = upcycle_folder(
-            teacher, output, layout, pattern, init, calibration, shapes, rotary, sequential, seed, overrides, overwrite, track
+            teacher,
+            output,
+            layout,
+            pattern,
+            init,
+            calibration,
+            shapes,
+            rotary,
+            sequential,
+            mlps,
+            seed,
+            overrides,
+            overwrite,
+            track,
         )
     show_upcycle(report)
     console.print(f"wrote {output}: {report.config.mixers}")

@@ -45,8 +45,9 @@ LAYOUT = {
     ("calibrated", "mamba2"): "smollm2-135m-8mla22m2-aligned",
 }
 ALIGN_LOSS = {
-    "calibrated": ("mse", "normalised error of its mixer's output"),
-    "paper": ("ild", "Enhanced ILD"),
+    "mse": "normalised error of its mixer's output",
+    "ild": "Enhanced ILD",
+    "sequential": "distance of the hidden states it makes",
 }
 
 
@@ -60,6 +61,8 @@ class Budget:
     micro_batch_size: int
     calibration_tokens: int
     calibration_length: int
+    sequential: bool  # let calibrated layers correct those before them
+    align_loss: str
     align_tokens: int
     distil_tokens: int
     eval_windows: int
@@ -71,19 +74,19 @@ class Budget:
 
 CPU = Budget(
     sequence_length=256, align_batch_size=2, distil_batch_size=2, micro_batch_size=2, calibration_tokens=16_384,
-    calibration_length=512, align_tokens=4_096, distil_tokens=18_432, eval_windows=8, precision="fp32",
-    align_mixer_lr=5e-4, mixer_lr=5e-4, lr=2e-4,
+    calibration_length=512, sequential=False, align_loss="mse", align_tokens=4_096, distil_tokens=18_432,
+    eval_windows=8, precision="fp32", align_mixer_lr=5e-4, mixer_lr=5e-4, lr=2e-4,
 )  # fmt: skip
 GPU = Budget(
-    sequence_length=2048, align_batch_size=4, distil_batch_size=16, micro_batch_size=4, calibration_tokens=65_536,
-    calibration_length=2048, align_tokens=327_680, distil_tokens=16_777_216, eval_windows=128, precision="bf16",
-    align_mixer_lr=1e-3, mixer_lr=1e-3, lr=2e-4,
+    sequence_length=2048, align_batch_size=16, distil_batch_size=16, micro_batch_size=16, calibration_tokens=262_144,
+    calibration_length=2048, sequential=True, align_loss="sequential", align_tokens=655_360,
+    distil_tokens=16_777_216, eval_windows=128, precision="bf16", align_mixer_lr=1e-3, mixer_lr=1e-3, lr=2e-4,
 )  # fmt: skip
 BUDGETS = {  # the paper's start has further to go: larger steps, a longer stage 1
     ("cpu", "calibrated"): CPU,
-    ("cpu", "paper"): replace(CPU, align_tokens=6_144, align_mixer_lr=2e-3, mixer_lr=1e-3, lr=5e-4),
+    ("cpu", "paper"): replace(CPU, align_loss="ild", align_tokens=6_144, align_mixer_lr=2e-3, mixer_lr=1e-3, lr=5e-4),
     ("cuda", "calibrated"): GPU,
-    ("cuda", "paper"): replace(GPU, align_tokens=655_360, align_mixer_lr=2e-3),
+    ("cuda", "paper"): replace(GPU, align_loss="ild", align_tokens=655_360, align_mixer_lr=2e-3),
 }
 
 
@@ -130,13 +133,13 @@ def run_quickstart(
         step("calibrate: what the teacher's layers do on some of that text")
         _calibrate(teacher, data, output, budget, track)
     step(f"upcycle: {layout}, {'calibrated' if init == 'calibrated' else 'by the initialisation of the paper'}")
-    _upcycle(teacher, hybrid, linear, init, output, track)
+    _upcycle(teacher, hybrid, linear, init, output, budget, track)
     results = _evaluate_start(teacher, hybrid, linear, data, output, budget)
-    step(f"stage 1: align every layer with the teacher's ({ALIGN_LOSS[init][1]})")
-    aligned = train(_stage("align", init, budget, hybrid, teacher, data, output, budget.align_tokens))
+    step(f"stage 1: align every layer with the teacher's ({ALIGN_LOSS[budget.align_loss]})")
+    aligned = train(_stage("align", budget, hybrid, teacher, data, output, budget.align_tokens))
     step("stage 2: distil, KL to the teacher's full distribution")
     tokens = train_tokens or budget.distil_tokens
-    distilled = train(_stage("distil", init, budget, output / "align" / "model", teacher, data, output, tokens))
+    distilled = train(_stage("distil", budget, output / "align" / "model", teacher, data, output, tokens))
     step("export to a Hugging Face folder")
     if not is_sealed(output / "export"):
         with session():
@@ -214,7 +217,7 @@ def _calibrate(teacher: Path, data: Path, output: Path, budget: Budget, track: T
             )  # fmt: skip
 
 
-def _upcycle(teacher: Path, hybrid: Path, linear: str, init: str, output: Path, track: Track) -> None:
+def _upcycle(teacher: Path, hybrid: Path, linear: str, init: str, output: Path, budget: Budget, track: Track) -> None:
     layout = LAYOUT[init, linear]
     if is_sealed(hybrid):
         config, description = read_description(hybrid)
@@ -223,7 +226,7 @@ def _upcycle(teacher: Path, hybrid: Path, linear: str, init: str, output: Path, 
         return
     with session():
         calibration = output / "calibration" if init == "calibrated" else None
-        upcycle_folder(teacher, hybrid, layout, init=init, calibration=calibration, track=track)
+        upcycle_folder(teacher, hybrid, layout, init=init, calibration=calibration, sequential=budget.sequential, track=track)
 
 
 def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output: Path, budget: Budget) -> dict[str, Any]:
@@ -251,9 +254,7 @@ def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output
     return _results(output)
 
 
-def _stage(
-    stage: str, init: str, budget: Budget, model: Path, teacher: Path, data: Path, output: Path, tokens: int
-) -> TrainConfig:
+def _stage(stage: str, budget: Budget, model: Path, teacher: Path, data: Path, output: Path, tokens: int) -> TrainConfig:
     align = stage == "align"
     batch = budget.align_batch_size if align else budget.distil_batch_size
     return TrainConfig(
@@ -267,7 +268,7 @@ def _stage(
         micro_batch_size=budget.micro_batch_size,
         train_tokens=tokens,
         trainable="mixers" if align else "all",
-        align_loss=ALIGN_LOSS[init][0],
+        align_loss=budget.align_loss,
         precision=budget.precision,
         optimizer=OptimizerSettings(
             lr=budget.lr,

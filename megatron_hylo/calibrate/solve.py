@@ -1,15 +1,19 @@
-"""Output projections in closed form: every mixer of a student gets the W_O that fits its teacher best with all else live.
+"""Output projections in closed form: every mixer, and every MLP, gets the last linear map that fits its teacher best.
 
-Layer by layer, all tokens through one layer at a time, with features F (what W_O is applied to) and target Y,
+Layer by layer, all tokens through one layer at a time. With features F (what the projection W is applied to), the
+teacher's output a, hidden states h_s of the student and h_t of the teacher, and a weight w a token,
 
-    W_O = argmin |F W_O^T - Y|^2 + damping tr(F^T F)/n |W_O - W_prior|^2
+    W  = argmin sum_n w_n |F_n W^T - a_n|^2  + damping |W - W_prior|^2                  the layer's own output
+    W' = argmin sum_n w_n |F_n W'^T - (a_n + h_t,n - h_s,n)|^2 + damping' |W' - W|^2    sequential: and what is missing so far
 
-`sequential`: a student layer reads the student's own hidden state h_s, and Y = a_t + (h_t - h_s), so that it makes up for
-what the layers before it got wrong (a_t, h_t: the teacher's mixer output and hidden state). One-shot: it reads h_t and
-Y = a_t, as if all others were exact. MLPs stay the teacher's.
+`sequential`: a student layer reads the student's own hidden state and makes up for what the layers before it got wrong,
+as far as that holds on windows that are not solved on: damping' is the best of a few there, infinity among them, so with
+little text the correction vanishes. One-shot: a layer reads h_t, as if all others were exact, and W is the solution.
+w_n = 1 / (|h_t,n|^2 + |h_s,n|^2): layers see hidden states through RMSNorm, so errors count relative to them. Without it
+the first token of a window, a thousand times larger than others, decides every layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,22 +22,59 @@ from torch import Tensor, nn
 from megatron_hylo.calibrate.gather import embed, micro_batch
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.to_megatron import Track, no_progress
-from megatron_hylo.distill.alignment import mlp_layer
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.mamba2 import Mamba2
 
-DAMPING = {"+": 1e-2, "M": 1e-2, "G": 1e-2}
-VALIDATION = 8  # every so manieth window is not solved on but measures the error
+DAMPING = {"+": 1e-2, "M": 1e-2, "G": 1e-2, "-": 1e-2}  # of the mean diagonal of F^T F, by layer symbol
+CORRECTION_DAMPING = (1e-3, 1e-2, 1e-1, 1.0)
+VALIDATION = 8  # every so manieth window is not solved on
 
 
 @dataclass
 class LayerError:
-    """Squared error of one mixer's output over the teacher's energy, on windows that were not solved on."""
+    """How far a mixer layer and the model up to it are from the teacher, on windows that were not solved on."""
 
     layer: int
     symbol: str
-    initial: float  # with the output projection as initialised
-    solved: float
+    initial: float  # squared error of the mixer's output over the teacher's energy, as initialised
+    solved: float  # the same with the solved projection, before it corrects for other layers
+    hidden: float  # mean over tokens of |h_s - h_t|^2 / (|h_s|^2 + |h_t|^2) before the MLP; 1: unrelated
+
+
+class NormalEquations:
+    """All that a linear least-squares problem asks of its tokens: sums of products, float64 over fp32 micro-batches."""
+
+    def __init__(self) -> None:
+        self.gram = self.own = self.missing = None
+        self.energy = 0.0
+
+    def add(self, features: Tensor, own: Tensor, missing: Tensor, weight: Tensor) -> None:
+        """One micro-batch.
+
+        Args:
+            features: [..., in].
+            own: the layer's own target, [..., out].
+            missing: what the target has beside it, [..., out].
+            weight: [...].
+        """
+        root = weight.flatten().sqrt()[:, None]
+        f, y, d = (part.flatten(0, -2).float() * root for part in (features, own, missing))
+        new = [product.double() for product in (f.T @ f, f.T @ y, f.T @ d)]
+        sums = (self.gram, self.own, self.missing)
+        self.gram, self.own, self.missing = new if self.gram is None else [a + b for a, b in zip(sums, new)]
+        self.energy += float((y + d).double().square().sum())
+
+    def solve(self, prior: Tensor, damping: float, missing: bool = False) -> Tensor:
+        """The projection [out, in], float64, nearest to `prior` for the layer's own target or for all of it."""
+        level = damping * self.gram.diagonal().mean()
+        cross = self.own + self.missing if missing else self.own
+        regular = self.gram + level * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
+        return torch.cholesky_solve(cross + level * prior.double().T, torch.linalg.cholesky_ex(regular)[0]).T
+
+    def error(self, projection: Tensor) -> float:
+        """Sum of squared errors of a projection [out, in] on all of the target."""
+        w = projection.double().T
+        return float((w * (self.gram @ w - 2 * (self.own + self.missing))).sum()) + self.energy
 
 
 @torch.no_grad()
@@ -42,15 +83,17 @@ def solve_outputs(
     teacher: HyloModel,
     windows: Tensor,
     sequential: bool = True,
+    mlps: bool = True,
     track: Track = no_progress,
 ) -> list[LayerError]:
-    """Re-solve the output projection of every `+`, `M` and `G` layer, in place.
+    """Re-solve the output projection of every `+`, `M` and `G` layer, and of MLPs, in place.
 
     Args:
         student: initialised, whole on this rank.
         teacher: attention in every layer, same depth, hidden size and embedding.
         windows: int64 [n, sequence + 1], n >= 2.
         sequential: on the student's own hidden states instead of the teacher's.
+        mlps: with `sequential`, let MLPs correct as well; else they stay the teacher's.
         track: progress display over the layers.
 
     Returns:
@@ -65,57 +108,42 @@ def solve_outputs(
     held = torch.arange(len(windows)) % period == period - 1
     size = micro_batch(windows.shape[1] - 1)
     ids = windows[:, :-1]
-    batches = [(part, False) for part in ids[~held].split(size)] + [(part, True) for part in ids[held].split(size)]
-    taught = [embed(teacher, part, size)[0] for part, _ in batches]
-    studied = [hidden.clone() for hidden in taught]
-    validation = [is_held for _, is_held in batches]
+    parts = [(part, False) for part in ids[~held].split(size)] + [(part, True) for part in ids[held].split(size)]
+    taught = [embed(teacher, part, size)[0] for part, _ in parts]
+    studied = list(taught)
+    validation = [is_held for _, is_held in parts]
     errors = []
     layers = zip(student.config.hylo.mixers, student.mixer_layers(), teacher.mixer_layers())
     for layer, (symbol, (mixer, mlp), (teacher_mixer, teacher_mlp)) in enumerate(track(list(layers), "solve")):
-        normed = [mixer.input_layernorm(h) for h in (studied if sequential else taught)]
         if symbol == "M":
-            _match_norm(mixer.self_attention, normed[0])
-        targets, energy, initial, features = [], [], [], []
-        for i, (h_t, h_s, x) in enumerate(zip(taught, studied, normed)):
-            a_t = teacher_mixer.self_attention(teacher_mixer.input_layernorm(h_t), attention_mask=None)[0]
-            feature, out = _features(mixer.self_attention, x)
-            targets.append(a_t + (h_t - h_s) if sequential else a_t)
-            energy.append(a_t)
-            initial.append(out)
-            features.append(feature)
-            taught[i] = h_t + a_t
+            _match_norm(mixer.self_attention, mixer.input_layernorm(studied[0]))
+        own = [_mixer_output(teacher_mixer, h) for h in taught]
         projection = output_projection(mixer.self_attention)
+        features = [_features(projection, _mixer_output, mixer, h) for h in studied]
+        initial = solved = _relative_error(features, own, projection.weight, validation)
         if symbol != "*":
-            prior = projection.weight.float() if symbol == "+" else torch.zeros_like(projection.weight, dtype=torch.float32)
-            used = [(f, y) for f, y, is_held in zip(features, targets, validation) if not is_held]
-            weight = ridge(iter(used), prior, DAMPING[symbol])
-            if not weight.isfinite().all():
-                raise ConfigError(f"layer {layer} `{symbol}`: its outputs are not finite on the calibration text; use fp32")
-            projection.weight.copy_(weight)
-        solved = [f @ projection.weight.T for f in features]
-        errors.append(LayerError(layer, symbol, *(_error(x, targets, energy, validation) for x in (initial, solved))))
-        for i, (h_s, out) in enumerate(zip(studied, solved)):
-            studied[i] = mlp_layer(mlp, h_s + out)
-            taught[i] = mlp_layer(teacher_mlp, taught[i])
+            prior = projection.weight.clone() if symbol == "+" else torch.zeros_like(projection.weight)
+            fit, check = _normal_equations(features, own, taught, studied, validation)
+            weight = fit.solve(prior, DAMPING[symbol])
+            solved = _relative_error(features, own, weight, validation)
+            _set(projection, _corrected(weight, fit, check) if sequential else weight, layer, symbol)
+        _advance(taught, own)
+        _advance(studied, _outputs(features, projection.weight))
+        errors.append(LayerError(layer, symbol, initial, solved, _distance(taught, studied, validation)))
+
+        own = [_mlp_output(teacher_mlp, h) for h in taught]
+        projection = mlp.mlp.linear_fc2
+        features = [_features(projection, _mlp_output, mlp, h) for h in studied if sequential]
+        if sequential and mlps:
+            fit, check = _normal_equations(features, own, taught, studied, validation)
+            weight = fit.solve(projection.weight, DAMPING["-"])
+            _set(projection, _corrected(weight, fit, check), layer, "-")
+        _advance(taught, own)
+        if sequential:
+            _advance(studied, _outputs(features, projection.weight))
+        else:
+            studied = list(taught)
     return errors
-
-
-def ridge(pairs: Iterator[tuple[Tensor, Tensor]], prior: Tensor, damping: float) -> Tensor:
-    """The weight [out, in] nearest to `prior` that maps features to targets.
-
-    Args:
-        pairs: (features [..., in], targets [..., out]); sums are float64.
-        prior: [out, in] fp32.
-        damping: of the mean diagonal of F^T F.
-    """
-    gram = cross = None
-    for feature, target in pairs:
-        f, y = feature.flatten(0, -2).double(), target.flatten(0, -2).double()
-        gram = f.T @ f if gram is None else gram + f.T @ f
-        cross = f.T @ y if cross is None else cross + f.T @ y
-    level = damping * gram.diagonal().mean()
-    gram.diagonal().add_(level)
-    return torch.linalg.solve(gram, cross + level * prior.double().T).T.float()
 
 
 def output_projection(mixer: nn.Module) -> nn.Module:
@@ -123,15 +151,68 @@ def output_projection(mixer: nn.Module) -> nn.Module:
     return mixer.linear_proj if hasattr(mixer, "linear_proj") else mixer.out_proj
 
 
-def _features(mixer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the output projection is applied to, and the mixer's output."""
+def _mixer_output(layer: nn.Module, hidden: Tensor) -> Tensor:
+    return layer.self_attention(layer.input_layernorm(hidden), attention_mask=None)[0]
+
+
+def _mlp_output(layer: nn.Module, hidden: Tensor) -> Tensor:
+    return layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
+
+
+def _features(projection: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module, hidden: Tensor) -> Tensor:
+    """What a layer's output projection is applied to."""
     seen = []
-    hook = output_projection(mixer).register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    hook = projection.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     try:
-        out = mixer(x, attention_mask=None)[0]
+        run(layer, hidden)
     finally:
         hook.remove()
-    return seen[0], out
+    return seen[0]
+
+
+def _normal_equations(
+    features: list[Tensor], own: list[Tensor], taught: list[Tensor], studied: list[Tensor], validation: list[bool]
+) -> tuple[NormalEquations, NormalEquations]:
+    """Of the micro-batches that are solved on, and of those that are not."""
+    fit, check = NormalEquations(), NormalEquations()
+    for f, a, t, s, is_held in zip(features, own, taught, studied, validation):
+        (check if is_held else fit).add(f, a, t - s, _weight(t, s))
+    return fit, check
+
+
+def _corrected(weight: Tensor, fit: NormalEquations, check: NormalEquations) -> Tensor:
+    """The best on `check` of `weight` and its corrections."""
+    return min([weight, *(fit.solve(weight, damping, missing=True) for damping in CORRECTION_DAMPING)], key=check.error)
+
+
+def _set(projection: nn.Module, weight: Tensor, layer: int, symbol: str) -> None:
+    if not weight.isfinite().all():
+        raise ConfigError(f"layer {layer} `{symbol}`: its outputs are not finite on the calibration text; use fp32")
+    projection.weight.copy_(weight)
+
+
+def _outputs(features: list[Tensor], weight: Tensor) -> list[Tensor]:
+    return [f @ weight.T.to(f) for f in features]
+
+
+def _advance(hidden: list[Tensor], outputs: list[Tensor]) -> None:
+    for i, out in enumerate(outputs):
+        hidden[i] = hidden[i] + out
+
+
+def _weight(taught: Tensor, studied: Tensor) -> Tensor:
+    return 1 / (taught.float().square().sum(-1) + studied.float().square().sum(-1))
+
+
+def _relative_error(features: list[Tensor], targets: list[Tensor], weight: Tensor, validation: list[bool]) -> float:
+    rows = [(f @ weight.T.to(f) - y, y) for f, y, is_held in zip(features, targets, validation) if is_held]
+    lost, energy = (sum(part.float().square().sum() for part in parts) for parts in zip(*rows))
+    return float(lost / energy)
+
+
+def _distance(taught: list[Tensor], studied: list[Tensor], validation: list[bool]) -> float:
+    rows = [(s - t).float().square().sum(-1) * _weight(t, s) for t, s, is_held in zip(taught, studied, validation) if is_held]
+    return float(torch.cat(rows, 1).mean())
 
 
 def _match_norm(mixer: Mamba2, x: Tensor) -> None:
@@ -149,9 +230,3 @@ def _match_norm(mixer: Mamba2, x: Tensor) -> None:
     size = (y.float() * torch.nn.functional.silu(z.float())).square().mean().sqrt()
     if size > 0:
         mixer.conv1d.weight[: mixer.sections["x"]] *= mixer.config.layernorm_epsilon**0.5 / size
-
-
-def _error(outputs: list[Tensor], targets: list[Tensor], energy: list[Tensor], validation: list[bool]) -> float:
-    rows = [(o, y, e) for o, y, e, held in zip(outputs, targets, energy, validation) if held]
-    lost = sum((o.float() - y.float()).square().sum() for o, y, _ in rows)
-    return float(lost / sum(e.float().square().sum() for *_, e in rows))

@@ -62,7 +62,8 @@ def upcycle_folder(
     calibration: str | Path | None = None,
     shapes: Shapes | None = None,
     rotary: str = "energy",
-    sequential: bool = False,
+    sequential: bool = True,
+    mlps: bool = True,
     seed: int = 0,
     overrides: dict[str, Any] | None = None,
     overwrite: bool = False,
@@ -78,7 +79,7 @@ def upcycle_folder(
         calibration: folder made by `hylo calibrate` with this teacher; `calibrated` needs it, others are measured with it.
         shapes: of a pattern's mixers; by default aligned for `calibrated`, the paper's for others. A layout has its own.
         rotary: which of the teacher's rotary components MLA keeps (`choose_rotary_pairs`); "table": the standard table's.
-        sequential: solve each output projection on the student's own hidden states instead of the teacher's.
+        sequential, mlps: how output projections are solved (`solve_outputs`).
         seed: of random tensors.
         overrides: fields of the student's configuration.
         overwrite: replace what is there.
@@ -114,12 +115,13 @@ def upcycle_folder(
     if statistics is not None:
         windows, heldout = statistics.windows()
         if calibrated:
-            report.errors = solve_outputs(student, model, windows, sequential, track)
+            report.errors = solve_outputs(student, model, windows, sequential, mlps, track)
         size = micro_batch(heldout.shape[1] - 1)
         report.quality, report.teacher_quality = (evaluate(m, heldout, model, size) for m in (student, model))
     provenance = {"teacher": str(teacher), "init": init, "seed": seed}
     if calibrated:
-        provenance |= {"rotary": rotary, "sequential": sequential, "calibration_tokens": statistics.description["tokens"]}
+        tokens = statistics.description["tokens"]
+        provenance |= {"rotary": rotary, "sequential": sequential, "mlps": sequential and mlps, "calibration_tokens": tokens}
     _save(student, output, Path(teacher), provenance, overwrite)
     return report
 

@@ -1,15 +1,19 @@
-"""Stage 1: every student layer learns its teacher layer's output, fed the teacher's hidden state. Two losses:
+"""Stage 1: every student layer learns its teacher layer's output, with gradients that stay in the layer. Three losses:
 
-    mse   L = sum_l  mean_t ||a_l^s - a_l^t||_2^2 / mean_t ||a_l^t||_2^2
-    ild   L = sum_l  hidden_weight * mean_t ||h_l^s - h_l^t||_2  +  mixer_weight * mean_t ||a_l^s - a_l^t||_2
+    mse         L = sum_l  mean_t ||a_l^s - a_l^t||_2^2 / mean_t ||a_l^t||_2^2
+    ild         L = sum_l  hidden_weight * mean_t ||h_l^s - h_l^t||_2  +  mixer_weight * mean_t ||a_l^s - a_l^t||_2
+    sequential  L = sum_l  mean_t ||m_l^s - m_l^t||_2^2 / (||m_l^s||_2^2 + ||m_l^t||_2^2)
 
-a_l is a layer's mixer output before the residual, h_l the layer's output (the last one after the final norm), mean_t
-over a micro-batch's tokens. `ild` is HyLo's Enhanced ILD (un-squared norms as in the released Zebra-Llama trainer).
-`mse` compares mixers alone, as stage 1 of RADLADS and of KL-guided layer selection (arXiv:2512.20569) does, and divides
-by the teacher's power, so that every layer counts alike: 1 is the loss of a mixer that says nothing. It runs no MLP of
-the student and gives only mixers a gradient.
+a_l is a layer's mixer output before the residual, m_l the residual stream after it, h_l the layer's output (the last
+one after the final norm), mean_t over a micro-batch's tokens. `ild` is HyLo's Enhanced ILD (un-squared norms as in the
+released Zebra-Llama trainer). `mse` compares mixers alone, as stage 1 of RADLADS and of KL-guided layer selection
+(arXiv:2512.20569) does, and divides by the teacher's power, so that every layer counts alike: 1 is the loss of a mixer
+that says nothing. `mse` runs no MLP of the student; it and `sequential` give only mixers a gradient.
 
-Since each layer's input is the teacher's, layers do not depend on one another: gradients are made layer by layer, and
+With `mse` and `ild` a student layer reads the teacher's hidden state. With `sequential` it reads the student's own, as
+`calibrate.solve` does, and learns to make up for what the layers before it got wrong (the divisor is held constant).
+
+Where each layer's input is the teacher's, layers do not depend on one another: gradients are made layer by layer, and
 one layer's activations exist at a time. For the same reason several students can learn from one forward pass of the
 teacher, and aligning a hybrid is aligning the pure-MLA and the pure-linear model, of which it has the chosen layers.
 """
@@ -62,7 +66,7 @@ def align_layers(
     students: Sequence[HyloModel],
     teacher: HyloModel,
     input_ids: Tensor,
-    align_loss: Literal["mse", "ild"] = "mse",
+    align_loss: Literal["mse", "ild", "sequential"] = "mse",
     hidden_weight: float = 1.0,
     mixer_weight: float = 1.0,
     gradient_scale: float | None = None,
@@ -72,30 +76,34 @@ def align_layers(
     Args:
         students, teacher: whole depth on this rank (no pipeline stages); the teacher gets no gradient.
         input_ids: int64 [batch, sequence].
-        align_loss: see the module's formulas; `mse` has only a mixer term, of weight 1.
+        align_loss: see the module's formulas; all but `ild` have only a mixer term, of weight 1.
         hidden_weight, mixer_weight: of `ild`; a term of weight 0 is not computed.
         gradient_scale: factor on the loss before `backward`; None measures only.
 
     Returns:
         One a student. With sequence parallelism a rank's part: the sum over the tensor-parallel ranks is the loss.
     """
-    if align_loss == "mse":
+    if align_loss != "ild":
         hidden_weight, mixer_weight = 0.0, 1.0
     terms: list[list[Tensor]] = [[] for _ in students]
     with torch.no_grad():
         hidden = teacher.embedding(input_ids=input_ids, position_ids=None)
     depth = teacher.config.hylo.num_hidden_layers
+    read = [hidden] * len(students)  # by each student's next layer
     for index, (teacher_layer, *layers) in enumerate(zip(*(m.mixer_layers() for m in (teacher, *students)))):
         with torch.no_grad():
             target_mixer = mixer_output(teacher_layer[0], hidden)
             target = mlp_layer(teacher_layer[1], hidden + target_mixer)
             compared = teacher.decoder.final_norm(target) if index == depth - 1 else target
             power = _power(target_mixer, teacher.config.sequence_parallel) if align_loss == "mse" else None
-        for student, (mixer, mlp), found in zip(students, layers, terms):
+        for n, (student, (mixer, mlp), found) in enumerate(zip(students, layers, terms)):
             with torch.set_grad_enabled(gradient_scale is not None):
-                out_mixer = mixer_output(mixer, hidden)
+                out_mixer = mixer_output(mixer, read[n])
                 hidden_term = mixer_term = hidden.new_zeros(())
-                if power is not None:
+                if align_loss == "sequential":
+                    middle = read[n] + out_mixer
+                    mixer_term = _relative_distance(middle, hidden + target_mixer, input_ids.numel())
+                elif power is not None:
                     mixer_term = (out_mixer.float() - target_mixer.float()).square().sum() / power
                 elif mixer_weight:
                     mixer_term = _mean_norm(out_mixer - target_mixer, input_ids.numel())
@@ -106,6 +114,8 @@ def align_layers(
                 if gradient_scale is not None:
                     ((hidden_weight * hidden_term + mixer_weight * mixer_term) * gradient_scale).backward()
             found.append(torch.stack([hidden_term.detach().float(), mixer_term.detach().float()]))
+            with torch.no_grad():
+                read[n] = mlp_layer(mlp, middle.detach()) if align_loss == "sequential" else target
         hidden = target
     weights = torch.tensor([hidden_weight, mixer_weight], device=hidden.device)
     stacked = [torch.stack(found) for found in terms]
@@ -115,6 +125,13 @@ def align_layers(
 def _mean_norm(difference: Tensor, tokens: int) -> Tensor:
     """Sum of the tokens' L2 norms over the number of tokens of all tensor-parallel ranks together."""
     return difference.float().norm(dim=-1).sum() / tokens
+
+
+def _relative_distance(ours: Tensor, theirs: Tensor, tokens: int) -> Tensor:
+    """Sum over tokens of their squared distance over their squared lengths, over `tokens` as in `_mean_norm`."""
+    ours, theirs = ours.float(), theirs.float()
+    size = ours.detach().square().sum(-1) + theirs.square().sum(-1)
+    return ((ours - theirs).square().sum(-1) / size).sum() / tokens
 
 
 def _power(target: Tensor, sequence_parallel: bool) -> Tensor:

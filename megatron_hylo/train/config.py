@@ -41,12 +41,12 @@ class TrainConfig:
     micro_batch_size: int = 1  # samples a forward pass of one rank (align with mse: and those its normaliser is of)
     train_tokens: int = 10_000_000  # tokens in all; rounded up to whole steps
     # what is trained
-    trainable: Literal["all", "mixers"] = "all"  # align: mse trains mixers whatever this says; embedding, head never
+    trainable: Literal["all", "mixers"] = "all"  # align: all but ild train mixers whatever this says; embedding, head never
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     precision: Literal["bf16", "fp32"] = "bf16"
     mla_rope_scaling: RopeScaling | None = None  # stretch MLA's rotary frequencies for longer sequences
     ce_weight: float = 0.0  # distil: weight of cross-entropy on the text beside KL to the teacher
-    align_loss: Literal["mse", "ild"] = "mse"  # align: normalised squares of mixer outputs, or the paper's Enhanced ILD
+    align_loss: Literal["mse", "ild", "sequential"] = "mse"  # align: see distill/alignment.py; ild is the paper's
     hidden_weight: float = 1.0  # align with ild: weight of the layer-output term
     mixer_weight: float = 1.0  # align with ild: weight of the mixer-output term
     loss_chunk_tokens: int = 1024  # tokens whose logits exist at a time

@@ -51,7 +51,7 @@ def choose_trainable(model: HyloModel, config: TrainConfig) -> None:
     loss ends at the mixers' outputs, so there all but the mixers are frozen whatever `trainable` says.
     """
     align = config.stage == "align"
-    mixers_only = config.trainable == "mixers" or (align and config.align_loss == "mse")
+    mixers_only = config.trainable == "mixers" or (align and config.align_loss != "ild")
     for name, parameter in model.named_parameters():
         outside = name.startswith(("embedding.", "output_layer."))
         parameter.requires_grad = ".self_attention." in name or not (mixers_only or (align and outside))

@@ -118,7 +118,7 @@ class Align(Stage):
         if self.config.parallel.sequence_parallel:  # each tensor-parallel rank summed its own tokens
             for tensor in (terms, total):
                 torch.distributed.all_reduce(tensor, group=parallel_state.get_tensor_model_parallel_group())
-        if self.config.align_loss == "mse":
+        if self.config.align_loss != "ild":
             return {"loss": total, "loss_per_layer": total / len(losses[0].layers)}
         return {"loss": total, "hidden_term": terms[0], "mixer_term": terms[1]}
 

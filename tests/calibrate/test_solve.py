@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.calibrate import solve
-from megatron_hylo.calibrate.solve import output_projection, ridge, solve_outputs
+from megatron_hylo.calibrate.solve import NormalEquations, output_projection, solve_outputs
 from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.to_hf import hf_tensors
@@ -55,18 +55,41 @@ def projections(model: HyloModel) -> list[Tensor]:
     return [output_projection(mixer.self_attention).weight for mixer, _ in model.mixer_layers()]
 
 
+@pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("damping", [1e-12, 1e-2, 3.0])
-def test_ridge_is_least_squares_with_the_prior_as_more_rows(damping):
-    features, targets, prior = torch.randn(5, 3, 40, 9), torch.randn(5, 3, 40, 4), torch.randn(4, 9)
-    f, y = features.flatten(0, 2).double(), targets.flatten(0, 2).double()
+def test_solution_is_weighted_least_squares_with_the_prior_as_more_rows(damping, missing):
+    features, own, rest, prior = torch.randn(5, 3, 40, 9), torch.randn(5, 3, 40, 4), torch.randn(5, 3, 40, 4), torch.randn(4, 9)
+    weight = torch.rand(5, 3, 40)
+    equations = NormalEquations()
+    for batch in zip(features, own, rest, weight):
+        equations.add(*batch)
+    root = weight.flatten().double().sqrt()[:, None]
+    f, y = features.flatten(0, 2).double() * root, (own + missing * rest).flatten(0, 2).double() * root
     level = damping * float((f.T @ f).trace()) / 9
     rows = torch.cat([f, level**0.5 * torch.eye(9, dtype=torch.float64)])
     wanted = torch.linalg.lstsq(rows, torch.cat([y, level**0.5 * prior.double().T])).solution.T
-    found = ridge(iter(zip(features, targets)), prior, damping)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
-    if damping < 1e-9:
-        torch.testing.assert_close(found.double(), torch.linalg.lstsq(f, y).solution.T, rtol=1e-5, atol=1e-6)
+    found = equations.solve(prior, damping, missing)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    whole = (own + rest).flatten(0, 2).double() * root
+    assert equations.error(found) == pytest.approx(float((f @ found.T - whole).square().sum()), rel=1e-5)
+
+
+def test_a_correction_is_the_best_on_other_tokens_or_none():
+    """Tokens whose missing part follows from the features are corrected, others not."""
+    projection, generator = torch.randn(4, 9), torch.Generator().manual_seed(1)
+
+    def equations(learnable: bool, tokens: int) -> NormalEquations:
+        made, features = NormalEquations(), torch.randn(tokens, 9, generator=generator)
+        own, noise = features @ projection.T, torch.randn(tokens, 4, generator=generator)
+        made.add(features, own, features @ projection.T if learnable else noise, torch.ones(tokens))
+        return made
+
+    weight = projection.double()
+    found = {
+        learnable: solve._corrected(weight, equations(learnable, 30), equations(learnable, 400)) for learnable in (True, False)
+    }
+    assert relative_error(found[True], 2 * weight) < 1e-2
+    assert torch.equal(found[False], weight)
 
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["one-shot", "sequential"])
@@ -106,7 +129,8 @@ def test_a_solved_layer_is_the_ridge_solution_of_its_features(teacher, text, mak
         features = torch.cat(parts, -1).transpose(0, 1).double()
         weight.copy_(prior)
     (error, *_) = solve_outputs(student, teacher, text[0], sequential=False)
-    f, y = features[~held].flatten(0, 1), target[~held].flatten(0, 1)
+    root = teacher.embedding(input_ids=ids, position_ids=None).transpose(0, 1).double().square().sum(-1, keepdim=True) ** -0.5
+    f, y = ((part * root / 2**0.5)[~held].flatten(0, 1) for part in (features, target))
     level = solve.DAMPING["+"] * (f.T @ f).trace() / 96
     unit = torch.eye(96, dtype=torch.float64)
     wanted = torch.linalg.solve(f.T @ f + level * unit, f.T @ y + level * prior.double().T).T
@@ -116,14 +140,13 @@ def test_a_solved_layer_is_the_ridge_solution_of_its_features(teacher, text, mak
         assert found == pytest.approx(float(lost), rel=1e-4)
 
 
-@pytest.mark.parametrize("sequential", [False, True], ids=["one-shot", "sequential"])
-def test_validation_windows_are_not_solved_on(sequential, teacher, text, make_student):
+def test_validation_windows_are_not_solved_on(teacher, text, make_student):
     solved, errors = [], []
     for changed in (None, 7, 15, 3):
         windows, student = text[0].clone(), make_student("G+M", mamba_num_heads=6)
         if changed is not None:
             windows[changed] = windows[changed].flip(0)
-        errors.append([e.solved for e in solve_outputs(student, teacher, windows, sequential)])
+        errors.append([e.solved for e in solve_outputs(student, teacher, windows, sequential=False)])
         solved.append([weight.clone() for weight in projections(student)])
     first, *others = solved
     for same in others[:2]:
@@ -174,13 +197,34 @@ def test_mamba2s_values_are_as_large_as_the_norms_epsilon(teacher, text, make_st
     assert rows[values].all() and int(rows.sum()) == values.stop - values.start
 
 
-def test_nothing_but_mixers_changes(teacher, text, make_student):
+@pytest.mark.parametrize("mlps", [False, True])
+def test_nothing_but_output_projections_changes(mlps, teacher, text, make_student):
     student = make_student("+*G")
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    solve_outputs(student, teacher, text[0])
+    solve_outputs(student, teacher, text[0].repeat(8, 1), mlps=mlps)
     changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
-    layer = "decoder.layers.{}.self_attention.{}.weight".format
-    assert changed == {layer(0, "linear_proj"), layer(4, "out_proj")}
+    layer = "decoder.layers.{}.{}.weight".format
+    of_mixers = {layer(0, "self_attention.linear_proj"), layer(4, "self_attention.out_proj")}
+    assert changed == of_mixers | {layer(i, "mlp.linear_fc2") for i in (1, 3, 5) if mlps}
+
+
+def test_hidden_states_are_as_far_from_the_teachers_as_reported(teacher, make_student):
+    """The last layer's, from whole forward passes over text that was not solved on."""
+    windows = torch.randint(300, (64, 41), generator=torch.Generator().manual_seed(0))
+    student = make_student("+GM", mamba_num_heads=6)
+    errors = solve_outputs(student, teacher, windows)
+    seen = []
+    for model in (student, teacher):
+        layer = model.mixer_layers()[-1][1]
+        hook = layer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        with torch.no_grad():
+            model(windows[7::8, :-1])
+        hook.remove()
+    ours, theirs = seen
+    distance = (ours - theirs).square().sum(-1) / (ours.square().sum(-1) + theirs.square().sum(-1))
+    assert errors[-1].hidden == pytest.approx(float(distance.mean()), rel=1e-4) and errors[-1].hidden > 0.01
 
 
 def test_a_single_window_is_refused(teacher, text, make_student):
