@@ -88,8 +88,9 @@ def align_layers(
     terms: list[list[Tensor]] = [[] for _ in students]
     with torch.no_grad():
         hidden = teacher.embedding(input_ids=input_ids, position_ids=None)
+        embeddings = [(s if align_loss == "sequential" else teacher).embedding for s in students]
+        read = [embedding(input_ids=input_ids, position_ids=None) for embedding in embeddings]  # by each next layer
     depth = teacher.config.hylo.num_hidden_layers
-    read = [hidden] * len(students)  # by each student's next layer
     for index, (teacher_layer, *layers) in enumerate(zip(*(m.mixer_layers() for m in (teacher, *students)))):
         with torch.no_grad():
             target_mixer = mixer_output(teacher_layer[0], hidden)

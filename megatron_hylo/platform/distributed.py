@@ -61,6 +61,7 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
+        os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # autotuning takes minutes; keep what it finds
     if not torch.distributed.is_initialized():
         backend = "nccl" if here.type == "cuda" else "gloo"
         settings = dict(

@@ -141,6 +141,34 @@ def test_normalised_squares_equal_one_graph_over_whole_forwards(qk_layernorm, on
     assert all(relative_error(g, 0.25 * theirs[name]) < TOLERANCE for name, g in gradients(student).items())
 
 
+def test_sequential_equals_a_whole_forward_whose_layers_are_cut_apart(one_rank, ids):
+    """The student's own forward pass, one graph a layer, against the teacher's residual stream before each MLP."""
+    student, teacher = make_model("G-+-M-*-+-"), make_model("*-*-*-*-*-")
+    names = [f"m{i}" for i in range(5)]
+    with torch.no_grad():
+        targets = recorded(dict(zip(names, (mixer for mixer, _ in teacher.mixer_layers()))), lambda: teacher(ids))
+        hidden = student.embedding(input_ids=ids, position_ids=None)
+    terms = []
+    for name, (mixer, mlp) in zip(names, student.mixer_layers()):
+        out = mixer(hidden, attention_mask=None)[0]
+        ours, theirs = out.float(), targets[name].float()
+        size = (ours.square().sum(-1) + theirs.square().sum(-1)).detach()
+        terms.append(((ours - theirs).square().sum(-1) / size).mean())
+        with torch.no_grad():
+            hidden = mlp(out.detach(), attention_mask=None)[0]
+    sum(terms).backward()
+    with torch.no_grad():  # what was cut apart is the student's forward pass
+        assert relative_error(student.decoder.final_norm(hidden), student(ids)) < TOLERANCE
+    theirs = gradients(student)
+    (result,) = align_layers([student], teacher, ids, "sequential", gradient_scale=1.0)
+    ours = gradients(student)
+    assert relative_error(result.layers[:, 1], torch.stack(terms)) < TOLERANCE and not result.layers[:, 0].any()
+    assert ours.keys() == theirs.keys() and not any(".mlp." in name for name in ours)
+    found = {name: relative_error(ours[name], theirs[name]) for name in ours}
+    assert max(found.values()) < TOLERANCE, found
+    assert not gradients(teacher)
+
+
 def test_normalised_squares_are_one_for_a_silent_mixer_and_do_not_change_with_scale(one_rank, ids):
     student, teacher = make_model("*-*-*-"), make_model("*-*-*-")
     with torch.no_grad():
@@ -157,7 +185,7 @@ def test_normalised_squares_are_one_for_a_silent_mixer_and_do_not_change_with_sc
     assert torch.allclose(scaled.layers[:, 1], torch.full((3,), 0.01), rtol=1e-5)  # (1.1 - 1)^2, whatever the teacher's scale
 
 
-@pytest.mark.parametrize("loss", ["mse", "ild"])
+@pytest.mark.parametrize("loss", ["mse", "ild", "sequential"])
 def test_two_students_share_a_pass_and_learn_as_each_would_alone(loss, one_rank, ids):
     teacher = make_model("*-*-*-*-")
     students = [make_model("+-" * 4), make_model("G-" * 4)]
@@ -199,7 +227,7 @@ def test_a_layer_learns_the_same_in_a_hybrid_as_in_a_pure_model(symbol, loss, on
     assert all(in_hybrid[name].norm() > 0 for name in names)
 
 
-@pytest.mark.parametrize("loss", ["mse", "ild"])
+@pytest.mark.parametrize("loss", ["mse", "ild", "sequential"])
 def test_a_student_equal_to_its_teacher_has_no_loss_and_finite_gradients(loss, one_rank, ids):
     teacher = make_model("*-*-*-")
     student = make_model("*-*-*-")

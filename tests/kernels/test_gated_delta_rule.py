@@ -149,4 +149,6 @@ def test_fla_matches_recurrence_on_gpu(t: int, dk: int, dv: int) -> None:
     if obstacle := fla_obstacle(values[1], values[2], differentiates=True):
         pytest.skip(f"{obstacle.reason}; {obstacle.advice}")
     with force("gated_delta_rule", "fla"):
-        assert worst_error(gated_delta_rule, recurrent_gated_delta_rule, values) < 1e-2
+        # fla keeps what is written in bf16 (steps of 2^-8): 1.17e-2 on an H100 where all is right, and a wrong kernel
+        # (Triton before 3.7.1 on Hopper) is off by the gradient itself
+        assert worst_error(gated_delta_rule, recurrent_gated_delta_rule, values) < 2e-2

@@ -38,6 +38,7 @@ STAGES = {
     "distil": dict(stage="distil", ce_weight=0.3),
     "mse": dict(stage="align", align_loss="mse"),
     "ild": dict(stage="align", align_loss="ild"),
+    "sequential": dict(stage="align", align_loss="sequential"),
 }
 # name: (ranks, parallel groups, distributed optimizer)
 LAYOUTS = {
@@ -55,7 +56,7 @@ CASES = [
     *((model, "pretrain", "pp2") for model in MODELS),  # only pretrain has pipeline stages
     *(("aligned", "pretrain", layout) for layout in ("tp2", "tp2_sp", "pp2")),
     *((model, "pretrain", "tp2_pp2") for model in ("normed", "tied")),
-    *(("normed", stage, "tp2_sp_dp2") for stage in ("distil", "mse", "ild")),
+    *(("normed", stage, "tp2_sp_dp2") for stage in ("distil", "mse", "ild", "sequential")),
 ]
 GRADIENT, WEIGHT, LOSS = 1e-5, 1e-5, 1e-6  # relative; gradients and weights by the norm of each tensor
 
