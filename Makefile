@@ -7,7 +7,7 @@ SHELL := /usr/bin/env bash
 EXTRAS ?= dev
 ARGS ?=
 BIN := .venv/bin
-SCRIPTS := slurm/*.sh .ci/run
+SCRIPTS := slurm/*.sh examples/*/*.sh .ci/run
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 help: ## this list

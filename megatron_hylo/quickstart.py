@@ -136,10 +136,10 @@ def run_quickstart(
     _upcycle(teacher, hybrid, linear, init, output, budget, track)
     results = _evaluate_start(teacher, hybrid, linear, data, output, budget)
     step(f"stage 1: align every layer with the teacher's ({ALIGN_LOSS[budget.align_loss]})")
-    aligned = train(_stage("align", budget, hybrid, teacher, data, output, budget.align_tokens))
+    aligned = train(stage_config("align", budget, hybrid, teacher, data, output, budget.align_tokens))
     step("stage 2: distil, KL to the teacher's full distribution")
     tokens = train_tokens or budget.distil_tokens
-    distilled = train(_stage("distil", budget, output / "align" / "model", teacher, data, output, tokens))
+    distilled = train(stage_config("distil", budget, output / "align" / "model", teacher, data, output, tokens))
     step("export to a Hugging Face folder")
     if not is_sealed(output / "export"):
         with session():
@@ -254,7 +254,16 @@ def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output
     return _results(output)
 
 
-def _stage(stage: str, budget: Budget, model: Path, teacher: Path, data: Path, output: Path, tokens: int) -> TrainConfig:
+def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: Path, output: Path, tokens: int) -> TrainConfig:
+    """The settings of one stage within a budget.
+
+    Args:
+        stage: "align" or "distil".
+        budget: how to train.
+        model, teacher, data: folders to start from.
+        output: folder of runs; this one goes into OUTPUT/STAGE.
+        tokens: of this stage.
+    """
     align = stage == "align"
     batch = budget.align_batch_size if align else budget.distil_batch_size
     return TrainConfig(

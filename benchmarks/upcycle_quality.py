@@ -1,0 +1,233 @@
+"""What an initialiser is worth: a hybrid's quality before any training, and after the same training from each start.
+
+    python benchmarks/upcycle_quality.py                                    # all of it: about 25 minutes on one H100
+    python benchmarks/upcycle_quality.py --tokens []                        # before training only; also on a CPU
+    python benchmarks/upcycle_quality.py --training [calibrated] --seeds [1]  # a part, on another GPU, with the same --work
+
+Each measurement is a file in WORK/cells: what is there is not measured again, and the table is made of all that is there.
+Prints the table and, last, one JSON line; writes RESULTS.md and RESULTS.png. The teacher is SmolLM2-135M-Instruct
+dequantised from 4 bits, the text the Debian documentation packages, whole documents held out.
+"""
+
+import gc
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+
+from megatron_hylo.calibrate.gather import calibrate
+from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
+from megatron_hylo.convert.upcycle_folder import upcycle_folder
+from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
+from megatron_hylo.data.preprocess import preprocess
+from megatron_hylo.layouts import kv_percent
+from megatron_hylo.models.checkpoint import read_description
+from megatron_hylo.platform.distributed import session
+from megatron_hylo.quickstart import BUDGETS, stage_config
+from megatron_hylo.sealed import is_sealed, write_json
+from megatron_hylo.train.loop import train
+
+ALL_MLA = dict(pattern="+" * 30, overrides=dict(kv_lora_rank=78, qk_pos_emb_head_dim=48))
+GDN, MAMBA2 = "smollm2-135m-8mla22gdn", "smollm2-135m-8mla22m2"
+STARTS: dict[str, dict[str, Any]] = {  # name: arguments of upcycle_folder
+    "paper": dict(layout=GDN, init="paper"),
+    "one-shot": dict(layout=f"{GDN}-aligned", sequential=False),
+    "sequential": dict(layout=f"{GDN}-aligned", mlps=False),
+    "calibrated": dict(layout=f"{GDN}-aligned"),
+    "paper shapes": dict(layout=GDN),
+    "Mamba2 paper": dict(layout=MAMBA2, init="paper"),
+    "Mamba2": dict(layout=f"{MAMBA2}-aligned"),
+    "all MLA one-shot": ALL_MLA | dict(sequential=False),
+    "all MLA": ALL_MLA,
+}
+TRAINING = {  # name: (start, stage-1 loss); all else is the same
+    "paper": ("paper", "ild"),
+    "paper, sequential stage 1": ("paper", "sequential"),
+    "calibrated": ("calibrated", "sequential"),
+    "Mamba2": ("Mamba2", "sequential"),
+}
+STAGE_1 = 0.1  # of the tokens
+
+
+def main(
+    work: Path = Path("runs/upcycle_quality"),
+    starts: list[str] = list(STARTS),  # noqa: B006  jsonargparse shows it
+    training: list[str] = ["paper", "paper, sequential stage 1", "calibrated"],  # noqa: B006
+    tokens: list[int] = [1_000_000, 3_000_000, 10_000_000],  # noqa: B006
+    seeds: list[int] = [0, 1],  # noqa: B006
+    calibration_tokens: int = 262_144,
+    eval_windows: int = 128,
+    results: Path = Path("benchmarks/results/upcycle_quality"),
+    commit: str | None = None,
+) -> None:
+    """Measure what is missing in WORK, then show all of it.
+
+    Args:
+        work: folder for models, runs and measurements.
+        starts: which initialisations to measure before training.
+        training: which of them to train.
+        tokens: of both stages together, a separate run each; empty for none.
+        seeds: of the order of the text.
+        calibration_tokens: text that the calibrated starts see.
+        eval_windows: held-out windows of 2,048 tokens.
+        results: path without suffix of the .md and .png to write.
+        commit: of the code; asked of git by default.
+    """
+    teacher, data, calibration = work / "teacher", work / "data", work / "calibration"
+    with session():
+        if not is_sealed(teacher):
+            convert_hf_to_megatron(fetch_teacher(), teacher)
+        if not is_sealed(data):
+            preprocess(str(fetch_documents()), str(data), str(teacher))
+        if not is_sealed(calibration):
+            calibrate(teacher, data, calibration, calibration_tokens, 2048, heldout=eval_windows)
+    for name in starts:
+        measure_start(name, work, teacher, calibration)
+    for count in tokens:
+        for seed in seeds:
+            for name in training:
+                measure_training(name, count, seed, work, teacher, data, calibration, eval_windows)
+    show(list(cells(work)), results, commit)
+
+
+def measure_start(name: str, work: Path, teacher: Path, calibration: Path) -> None:
+    """One start without training, in fp32; leaves the model for training in WORK/starts."""
+    file, model = cell_file(work, name, 0, 0), work / "starts" / name.replace(" ", "_")
+    if file.is_file() and is_sealed(model):
+        return
+    start = time.perf_counter()
+    with session():
+        report = upcycle_folder(teacher, model, calibration=calibration, overwrite=True, **STARTS[name])
+        kv = kv_percent(report.config)
+    quality, reference = report.quality.to_dict(), report.teacher_quality
+    values = dict(seconds=time.perf_counter() - start, kv_percent=kv, teacher_perplexity=reference.perplexity)
+    save_cell(file, dict(name=name, train_tokens=0, seed=0, precision="fp32") | quality | values)
+    free_memory()
+
+
+def measure_training(
+    name: str, tokens: int, seed: int, work: Path, teacher: Path, data: Path, calibration: Path, eval_windows: int
+) -> None:
+    """One start, aligned and distilled on `tokens` tokens in all."""
+    file = cell_file(work, name, tokens, seed)
+    if file.is_file():
+        return
+    start_name, align_loss = TRAINING[name]
+    measure_start(start_name, work, teacher, calibration)
+    model, run = work / "starts" / start_name.replace(" ", "_"), work / "runs" / file.stem
+    budget = replace(
+        BUDGETS["cuda" if torch.cuda.is_available() else "cpu", "calibrated"], align_loss=align_loss, eval_windows=eval_windows
+    )
+    first = int(STAGE_1 * tokens)
+    started = time.perf_counter()
+    for stage, source, count in (("align", model, first), ("distil", run / "align" / "model", tokens - first)):
+        settings = stage_config(stage, budget, source, teacher, data, run, count)
+        quality = train(replace(settings, seed=1000 + seed, save_interval=10**9, tensorboard=False, log_interval=20))
+        free_memory()
+    values = dict(seconds=time.perf_counter() - started, kv_percent=kv_percent(read_description(model)[0]))
+    save_cell(file, dict(name=name, train_tokens=tokens, seed=seed, precision=budget.precision) | quality.to_dict() | values)
+    shutil.rmtree(run)
+
+
+def free_memory() -> None:
+    """Models refer to themselves and wait for the garbage collector."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def cell_file(work: Path, name: str, tokens: int, seed: int) -> Path:
+    """Where a measurement is kept."""
+    return work / "cells" / f"{name.replace(' ', '_').replace(',', '')}-{tokens}-{seed}.json"
+
+
+def save_cell(file: Path, values: dict[str, Any]) -> None:
+    """Write a measurement with the device it was made on."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cuda = torch.cuda.is_available()
+    write_json(file, values | {"device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"})
+
+
+def cells(work: Path) -> Iterator[dict[str, Any]]:
+    """All measurements there are."""
+    for file in sorted((work / "cells").glob("*.json")):
+        yield json.loads(file.read_text())
+
+
+def show(found: list[dict[str, Any]], results: Path, commit: str | None) -> None:
+    """Table, plot, results file, JSON line."""
+    order = [*STARTS, *TRAINING]
+    found.sort(key=lambda c: (c["train_tokens"], order.index(c["name"]), c["seed"]))
+    teacher = next((c["teacher_perplexity"] for c in found if "teacher_perplexity" in c), None)
+    paper = {(c["train_tokens"], c["seed"]): c["kl"] for c in found if c["name"] == "paper"}
+    columns = ("start", "tokens", "seed", "perplexity", "KL", "KL / paper's", "top-1 %", "KV %", "seconds")
+    rows = []
+    for c in found:
+        base = paper.get((c["train_tokens"], c["seed"]))
+        ratio = f"{c['kl'] / base:.3f}" if base else ""
+        numbers = (f"{c['perplexity']:,.2f}", f"{c['kl']:.4f}", ratio, f"{100 * c['agreement']:.1f}", f"{c['kv_percent']:.1f}")
+        rows.append((c["name"], f"{c['train_tokens']:,}", str(c["seed"]), *numbers, f"{c['seconds']:.0f}"))
+    console, table = Console(width=120), Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    lines = [
+        "# Quality of a hybrid by its start and training", "",
+        "SmolLM2-135M-Instruct dequantised from 4 bits"
+        + (f" (held-out perplexity {teacher:.2f} in fp32)" if teacher else "") + f", {found[0]['tokens']:,} held-out tokens of",
+        "whole documents in windows of 2,048. KL(teacher || hybrid) in nats a token. Tokens: of both stages, 10% stage 1.", "",
+        f"`python {' '.join(sys.argv)}`, commit {commit or git_commit()}, {', '.join(sorted({c['device'] for c in found}))}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}", "",
+        "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(row) + " |" for row in rows), "",
+        "![KL by training tokens](upcycle_quality.png)", "",
+    ]  # fmt: skip
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.with_suffix(".md").write_text("\n".join(lines))
+    plot(found, results.with_suffix(".png"))
+    print(json.dumps({"benchmark": "upcycle_quality", "teacher_perplexity": teacher, "cells": found}))
+
+
+def plot(found: list[dict[str, Any]], file: Path) -> None:
+    """KL against training tokens, a line a start, its seeds as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    for name in TRAINING:
+        points = [(c["train_tokens"], c["kl"]) for c in found if c["name"] == name]
+        if not points:
+            continue
+        counts = sorted({count for count, _ in points})
+        means = [sum(kl for c, kl in points if c == count) / sum(c == count for c, _ in points) for count in counts]
+        (line,) = axes.plot(counts, means, label=name)
+        axes.plot(*zip(*points), "o", color=line.get_color(), markersize=4)
+    axes.set(xlabel="training tokens", ylabel="KL to the teacher, nats a token", yscale="log")
+    axes.set_xscale("symlog", linthresh=1e6)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def git_commit() -> str:
+    """Short hash of the checkout, "unknown" outside one."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    auto_cli(main)
