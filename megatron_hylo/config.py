@@ -59,11 +59,6 @@ class ParallelConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError("sequence_parallel needs tensor_model_parallel_size > 1; set one of them otherwise")
-        if self.context_parallel_size > 1:
-            raise ConfigError(
-                f"context_parallel_size {self.context_parallel_size} is not supported yet: use 1, and more "
-                f"tensor parallelism with sequence_parallel for long sequences"
-            )
 
     @property
     def model_parallel_size(self) -> int:

@@ -136,8 +136,11 @@ def _relative_distance(ours: Tensor, theirs: Tensor, tokens: int) -> Tensor:
 
 
 def _power(target: Tensor, sequence_parallel: bool) -> Tensor:
-    """Sum of squares over the tokens of all tensor-parallel ranks together, fp32."""
+    """Sum of squares over the tokens of all tensor-parallel ranks together, fp32; mean over context-parallel ranks."""
     power = target.float().square().sum()
     if sequence_parallel:  # each rank has its part of the tokens; without, each has them all
         torch.distributed.all_reduce(power, group=parallel_state.get_tensor_model_parallel_group())
+    if (ranks := parallel_state.get_context_parallel_world_size()) > 1:  # losses are averaged over these, not summed
+        torch.distributed.all_reduce(power, group=parallel_state.get_context_parallel_group())
+        power /= ranks
     return power

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_hylo.distill.head_loss import model_head_loss
 from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.parallel.context import own_part
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Quality:
 def evaluate(
     model: HyloModel, windows: Tensor, teacher: HyloModel | None = None, batch_size: int = 1, chunk_tokens: int = 1024
 ) -> Quality:
-    """Evaluate on held-out windows, shared out over the data-parallel ranks; no pipeline stages.
+    """Evaluate on held-out windows, shared out over the data- and context-parallel ranks; no pipeline stages.
 
     Args:
         model: in any precision.
@@ -45,7 +46,7 @@ def evaluate(
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     sums = torch.zeros(4, dtype=torch.float64, device=where)  # cross-entropy, kl, agreement, tokens
     for batch in windows[rank::ranks].split(batch_size):
-        inputs, labels = batch[:, :-1].to(where), batch[:, 1:].to(where)
+        inputs, labels = own_part(batch[:, :-1]).to(where), own_part(batch[:, 1:]).to(where)
         hidden, teacher_hidden = model(inputs), teacher(inputs) if teacher is not None else None
         loss = model_head_loss(
             model, hidden, labels, teacher, teacher_hidden, chunk_tokens=chunk_tokens, measure_agreement=teacher is not None
@@ -54,7 +55,7 @@ def evaluate(
         parts = [loss.cross_entropy, loss.kl, loss.agreement]
         sums += torch.stack([torch.as_tensor(p if p is not None else 0.0, device=where).double() * n for p in parts]
                             + [torch.tensor(float(n), dtype=torch.float64, device=where)])  # fmt: skip
-    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     model.train(was_training)
     cross_entropy, kl, agreement = (sums[:3] / sums[3]).tolist()
     compared = teacher is not None

@@ -71,6 +71,27 @@ def gated_delta_rule(
         return _chunked(q, k, v, g, beta, initial_state, output_final_state)
 
 
+def delta_rule_transition(
+    k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What these tokens do to any state: S -> A S + B. Both come out of one pass, whose state begins as [0, I].
+
+    Args:
+        k, v, g, beta: as in `gated_delta_rule`.
+
+    Returns:
+        A [b, h, dk, dk] and B [b, h, dk, dv], in the dtype of its states.
+    """
+    b, t, h, dk = k.shape
+    wide = torch.promote_types(v.dtype, torch.float32)
+    unit = torch.eye(dk, dtype=wide, device=v.device).expand(b, h, dk, dk)
+    state = torch.cat([v.new_zeros(b, h, dk, v.shape[-1], dtype=wide), unit], -1)
+    values = torch.cat([v, v.new_zeros(b, t, h, dk)], -1)
+    _, state = gated_delta_rule(torch.zeros_like(k), k, values, g, beta, state, output_final_state=True)
+    added, kept = state.split([v.shape[-1], dk], -1)
+    return kept, added
+
+
 def fla_obstacle(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Obstacle | None:
     """Why fla cannot run on these keys [b, t, h, dk] and values [b, t, h, dv]; None if it can.
 

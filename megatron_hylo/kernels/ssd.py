@@ -79,6 +79,23 @@ def ssd(
         return _chunked(x, dt, A, B, C, D, initial_state, output_final_state)
 
 
+def ssd_transition(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What these tokens do to any state: h -> a h + b, in closed form: b = sum_t exp(A sum_{s > t} dt_s) dt_t x_t B_t^T.
+
+    Args:
+        x, dt, A, B: as in `ssd`.
+
+    Returns:
+        a [b, h, 1, 1] and b [b, h, p, n], in the dtype of its states.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    decay = dt.to(wide) * A.to(wide)  # [b, t, h]
+    total = decay.double().cumsum(1)  # differences of large sums lose digits in float32
+    to_end = (total[:, -1:] - total).to(wide).exp()
+    added = torch.einsum("bthp,bthn->bhpn", x.to(wide) * (dt.to(wide) * to_end)[..., None], B.to(wide))
+    return total[:, -1].to(wide).exp()[..., None, None], added
+
+
 def _mamba_ssm(
     x: torch.Tensor,
     dt: torch.Tensor,

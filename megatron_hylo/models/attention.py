@@ -10,6 +10,7 @@ from megatron_hylo.kernels.rope import apply_rope
 from megatron_hylo.models.layers import HeadNorm, rotary_table
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_packing, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
+from megatron_hylo.parallel.context import ContextGroup
 
 
 class GroupedQueryAttention(MegatronModule):
@@ -25,7 +26,7 @@ class GroupedQueryAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         c = config.hylo
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.context = pg_collection.tp, ContextGroup(pg_collection.cp)
         self.head_dim = c.kv_channels
         self.queries_per_group = c.num_attention_heads // c.num_query_groups
         self.groups = c.num_query_groups // self.tp_group.size()
@@ -54,14 +55,16 @@ class GroupedQueryAttention(MegatronModule):
         return query, key, value
 
     def rotate(self, x: Tensor) -> Tensor:
-        """RoPE at positions 0, 1, ...: [batch, sequence, heads, head_dim] -> the same."""
-        c = self.config.hylo
-        cos, sin = rotary_table(self.head_dim, c.rotary_base, c.rope_scaling, x.shape[1], x.device)
-        return apply_rope(x, cos, sin, interleaved=False)
+        """RoPE at this rank's positions: [batch, sequence, heads, head_dim] -> the same."""
+        c, here = self.config.hylo, self.context.positions(x.shape[1])
+        cos, sin = rotary_table(self.head_dim, c.rotary_base, c.rope_scaling, here.stop, x.device)
+        return apply_rope(x, cos[here], sin[here], interleaved=False)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rotation, softmax attention and output projection: [sequence (/ TP), batch, hidden], and no bias."""
-        out = attention(self.rotate(query), self.rotate(key), value, scale=self.head_dim**-0.5)
+        key_value = torch.cat([self.rotate(key), value], dim=-1).transpose(0, 1)
+        key, value = self.context.up_to_here(key_value).transpose(0, 1).chunk(2, dim=-1)
+        out = attention(self.rotate(query), key, value, scale=self.head_dim**-0.5)
         return self.linear_proj(out.flatten(2).transpose(0, 1).contiguous())
 
     def forward(self, hidden_states: Tensor, attention_mask: None = None, **kwargs: object) -> tuple[Tensor, None]:

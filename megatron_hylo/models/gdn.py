@@ -13,10 +13,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
-from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
+from megatron_hylo.kernels.gated_delta_rule import delta_rule_transition, gated_delta_rule
 from megatron_hylo.models.layers import HeadNorm, sharded_mixer_state, tensor_parallel_parameter
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_packing, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
+from megatron_hylo.parallel.context import ContextGroup
 from megatron_hylo.platform.distributed import device
 
 
@@ -33,9 +34,9 @@ class ShortConvolution(MegatronModule):
         self.weight = tensor_parallel_parameter(weight, dtype=config.params_dtype)
         self.bias = tensor_parallel_parameter(offset, dtype=config.params_dtype) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [batch, sequence, channels] -> the same."""
-        return causal_conv1d(x, self.weight.squeeze(1), self.bias, activation="silu")[0]
+    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """x: [batch, sequence, channels] -> the same; `before` [batch, channels, kernel - 1] are the tokens before it."""
+        return causal_conv1d(x, self.weight.squeeze(1), self.bias, activation="silu", initial_state=before)[0]
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Channels are split over the tensor-parallel ranks."""
@@ -61,7 +62,7 @@ class GatedDeltaNet(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         c = config.hylo
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.context = pg_collection.tp, ContextGroup(pg_collection.cp)
         tp = self.tp_group.size()
         self.heads = c.linear_num_heads // tp
         keys, values = self.heads * c.linear_key_head_dim, self.heads * c.linear_value_head_dim
@@ -84,15 +85,12 @@ class GatedDeltaNet(MegatronModule):
         s, b, _ = projected.shape
         keys, _, values, *_ = self.sections.values()
         qkv, gate, beta, alpha = projected.transpose(0, 1).split([2 * keys + values, values, self.heads, self.heads], dim=-1)
-        query, key, value = self.conv1d(qkv).split([keys, keys, values], dim=-1)
+        qkv = self.conv1d(qkv, self.context.tokens_before(qkv, c.linear_conv_kernel_dim - 1))
+        query, key, value = (x.reshape(b, s, self.heads, -1) for x in qkv.split([keys, keys, values], dim=-1))
         decay = -self.A_log.exp() * torch.nn.functional.softplus(alpha.float() + self.dt_bias)
-        out, _ = gated_delta_rule(
-            query.reshape(b, s, self.heads, c.linear_key_head_dim),
-            key.reshape(b, s, self.heads, c.linear_key_head_dim),
-            value.reshape(b, s, self.heads, c.linear_value_head_dim),
-            decay,
-            beta.sigmoid(),
-        )
+        beta = beta.sigmoid()
+        state = self.context.state_before(lambda: delta_rule_transition(key, value, decay, beta), matrix=True)
+        out, _ = gated_delta_rule(query, key, value, decay, beta, initial_state=state)
         out = self.out_norm(out, gate.reshape(out.shape))
         return self.out_proj(out.reshape(b, s, values).transpose(0, 1).contiguous())
 

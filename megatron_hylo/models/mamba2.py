@@ -11,11 +11,12 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_hylo.kernels.norm import gated_rms_norm
-from megatron_hylo.kernels.ssd import ssd
+from megatron_hylo.kernels.ssd import ssd, ssd_transition
 from megatron_hylo.models.gdn import ShortConvolution, log_uniform_dt_bias
 from megatron_hylo.models.layers import sharded_mixer_state, tensor_parallel_parameter
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_packing, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
+from megatron_hylo.parallel.context import ContextGroup
 from megatron_hylo.platform.distributed import device
 
 
@@ -50,7 +51,7 @@ class Mamba2(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         c = config.hylo
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.context = pg_collection.tp, ContextGroup(pg_collection.cp)
         tp = self.tp_group.size()
         self.heads, self.groups = c.mamba_num_heads // tp, c.num_query_groups // tp
         inner = self.heads * c.mamba_head_dim
@@ -80,13 +81,16 @@ class Mamba2(MegatronModule):
         s, b, _ = projected.shape
         z, x_width, b_width, c_width, dt_width = self.sections.values()
         z, xbc, dt = projected.transpose(0, 1).split([z, x_width + b_width + c_width, dt_width], dim=-1)
-        x, state_in, state_out = self.conv1d(xbc).split([x_width, b_width, c_width], dim=-1)
+        xbc = self.conv1d(xbc, self.context.tokens_before(xbc, c.linear_conv_kernel_dim - 1))
+        x, state_in, state_out = xbc.split([x_width, b_width, c_width], dim=-1)
         repeats = self.heads // self.groups
         x = x.reshape(b, s, self.groups, c.mamba_head_dim).repeat_interleave(repeats, dim=2)
         state_in = state_in.reshape(b, s, self.groups, c.mamba_state_dim).repeat_interleave(repeats, dim=2)
         state_out = state_out.reshape(b, s, self.heads, c.mamba_state_dim)
         dt = torch.nn.functional.softplus(dt.float() + self.dt_bias)
-        y, _ = ssd(x, dt, -self.A_log.exp(), state_in, state_out, self.D)
+        rate = -self.A_log.exp()
+        state = self.context.state_before(lambda: ssd_transition(x, dt, rate, state_in), matrix=False)
+        y, _ = ssd(x, dt, rate, state_in, state_out, self.D, initial_state=state)
         y = self.norm(y.reshape(b, s, -1), z)
         return self.out_proj(y.transpose(0, 1).contiguous())
 

@@ -24,6 +24,7 @@ from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
 from megatron_hylo.models.layers import AlignedKeyNorm, HeadNorm, ReplicatedLinear, rotary_table
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_packing, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
+from megatron_hylo.parallel.context import ContextGroup
 from megatron_hylo.platform.distributed import device
 
 
@@ -40,7 +41,7 @@ class MultiLatentAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         c, bias = config.hylo, config.hylo.mla_bias
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.context = pg_collection.tp, ContextGroup(pg_collection.cp)
         self.qk_dim = c.qk_head_dim + c.qk_pos_emb_head_dim
         self.heads = c.num_attention_heads // self.tp_group.size()
         self.groups = c.num_query_groups // self.tp_group.size()
@@ -66,16 +67,19 @@ class MultiLatentAttention(MegatronModule):
         refuse_packing(kwargs)
         c = self.config.hylo
         query, _ = self.linear_q_up_proj(self.linear_q_down_proj(hidden_states))
-        latent, rotary_key = self.linear_kv_down_proj(hidden_states).split([c.kv_lora_rank, c.qk_pos_emb_head_dim], dim=-1)
+        # Context parallelism moves the latents; each rank makes keys and values of them up to its own last token.
+        cached = self.context.up_to_here(self.linear_kv_down_proj(hidden_states))
+        latent, rotary_key = cached.split([c.kv_lora_rank, c.qk_pos_emb_head_dim], dim=-1)
         key_value, _ = self.linear_kv_up_proj(latent.contiguous())
         # Every rank's heads read the one rotary key, so its gradient is summed over the ranks.
         if self.config.sequence_parallel:
             rotary_key = gather_from_sequence_parallel_region(rotary_key.contiguous(), group=self.tp_group)
+            key_value, rotary_key = self._in_order(key_value), self._in_order(rotary_key)
         else:
             rotary_key = copy_to_tensor_model_parallel_region(rotary_key, group=self.tp_group)
-        s, b, _ = query.shape
+        (s, b, _), keys = query.shape, len(key_value)
         query = query.transpose(0, 1).reshape(b, s, self.heads, self.qk_dim)
-        key_value = key_value.transpose(0, 1).reshape(b, s, self.groups, c.qk_head_dim + c.v_head_dim)
+        key_value = key_value.transpose(0, 1).reshape(b, keys, self.groups, c.qk_head_dim + c.v_head_dim)
         plain_key, value = key_value.split([c.qk_head_dim, c.v_head_dim], dim=-1)
         rotary_key = rotary_key.transpose(0, 1)
         key = torch.cat([plain_key, rotary_key.unsqueeze(2).expand(-1, -1, self.groups, -1)], dim=-1)
@@ -85,10 +89,15 @@ class MultiLatentAttention(MegatronModule):
             key = self.k_layernorm(key, reference=base_key)
         elif c.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        cos, sin = self._rotary_table(s)
-        query, key = self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+        cos, sin = self._rotary_table(keys)
+        query, key = self._rotate(query, cos[keys - s :], sin[keys - s :]), self._rotate(key, cos, sin)
         out = attention(query, key, value, scale=self.qk_dim**-0.5)
         return self.linear_proj(out.reshape(b, s, -1).transpose(0, 1).contiguous())
+
+    def _in_order(self, x: Tensor) -> Tensor:
+        """Tokens that sequence parallelism gathered from ranks which each hold a piece of every context part."""
+        parts = self.context.rank + 1
+        return x.unflatten(0, (self.tp_group.size(), parts, -1)).transpose(0, 1).flatten(0, 2) if parts > 1 else x
 
     def _rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin of this layer's rotary pairs, [length, pairs]: columns of one table that all layers share."""

@@ -89,6 +89,19 @@ class TrainConfig:
                 "precision bf16 needs optimizer.use_distributed_optimizer true: Megatron-Core's plain optimizer cannot save "
                 "bf16 weights beside the fp32 A_log and dt_bias of linear layers"
             )
+        parallel, parts = self.parallel, self.parallel.context_parallel_size
+        if parallel.sequence_parallel:
+            parts *= parallel.tensor_model_parallel_size
+        if self.sequence_length % parts:
+            raise ConfigError(
+                f"sequence_length {self.sequence_length} must be a multiple of {parts} = context_parallel_size "
+                f"{parallel.context_parallel_size}"
+                + (
+                    f" x tensor_model_parallel_size {parts // parallel.context_parallel_size}"
+                    if parallel.sequence_parallel
+                    else ""
+                )
+            )
         if self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"

@@ -22,6 +22,7 @@ from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
+from megatron_hylo.parallel.context import own_part
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.platform.distributed import is_main, session
 from megatron_hylo.sealed import is_sealed, write_json
@@ -84,7 +85,7 @@ def train(config: TrainConfig) -> Quality | None:
                 dataset, consumed, config.micro_batch_size, parallel_state.get_data_parallel_rank(),
                 parallel_state.get_data_parallel_world_size(),
             )  # fmt: skip
-            feed = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in feed)
+            feed = ({name: own_part(tensor).to(device) for name, tensor in batch.items()} for batch in feed)
             while step < config.train_steps:
                 metrics = _step(states, stage, feed, micro_batches, step)
                 step, consumed = step + 1, consumed + config.global_batch_size
@@ -148,12 +149,12 @@ def _step(states: Sequence[TrainingState], stage: Stage, feed: Any, micro_batche
 
 
 def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Means over the data-parallel ranks of the last pipeline stage, known to all ranks."""
+    """Means over the data- and context-parallel ranks of the last pipeline stage, known to all ranks."""
     names = metrics if parallel_state.is_pipeline_last_stage() else {}
     if names:
         stacked = torch.stack([metrics[n].float() for n in names])
-        torch.distributed.all_reduce(stacked, group=parallel_state.get_data_parallel_group())
-        stacked /= parallel_state.get_data_parallel_world_size()
+        torch.distributed.all_reduce(stacked, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        stacked /= parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         metrics = dict(zip(names, stacked))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         shared = [{n: float(v) for n, v in metrics.items()}]

@@ -80,8 +80,11 @@ class Stage:
             chunk_tokens=c.loss_chunk_tokens,
         )
         metrics = {"loss": head.loss, "kl": head.kl, "cross_entropy": head.cross_entropy}
-        # clone: Megatron-Core scales the loss in place
-        return head.loss, {k: v.detach().clone() for k, v in metrics.items() if v is not None}
+        # Megatron-Core multiplies the loss by the context-parallel ranks, in place (hence the clone), and averages gradients
+        # over them too; the mean over a sequence's tokens is that of its parts' means
+        return head.loss / parallel_state.get_context_parallel_world_size(), {
+            k: v.detach().clone() for k, v in metrics.items() if v is not None
+        }
 
 
 class Align(Stage):

@@ -47,14 +47,22 @@ LAYOUTS = {
     "pp2": (2, dict(pipeline_model_parallel_size=2), True),
     "dp2": (2, {}, True),
     "dp2_plain": (2, {}, False),
+    "cp2": (2, dict(context_parallel_size=2), True),
+    "tp2_sp_cp2": (4, dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2), True),
+    "cp2_dp2": (4, dict(context_parallel_size=2), True),
+    "pp2_cp2": (4, dict(pipeline_model_parallel_size=2, context_parallel_size=2), True),
+    "cp4": (4, dict(context_parallel_size=4), False),
     "tp2_pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), True),
     "tp2_sp_dp2": (4, dict(tensor_model_parallel_size=2, sequence_parallel=True), True),
 }
 CASES = [
-    *((model, stage, layout) for layout in ("tp2", "tp2_sp", "dp2") for model in MODELS for stage in STAGES),
+    *((model, stage, layout) for layout in ("tp2", "tp2_sp", "dp2", "cp2") for model in MODELS for stage in STAGES),
     *(("mixed", stage, "dp2_plain") for stage in STAGES),
     *((model, "pretrain", "pp2") for model in MODELS),  # only pretrain has pipeline stages
-    *(("aligned", "pretrain", layout) for layout in ("tp2", "tp2_sp", "pp2")),
+    *(("aligned", "pretrain", layout) for layout in ("tp2", "tp2_sp", "pp2", "cp2", "tp2_sp_cp2")),
+    *(("normed", stage, "tp2_sp_cp2") for stage in STAGES),
+    *(("mixed", stage, "cp2_dp2") for stage in ("pretrain", "distil", "mse")),
+    *((model, "pretrain", layout) for layout in ("cp4", "pp2_cp2") for model in ("normed", "tied")),
     *((model, "pretrain", "tp2_pp2") for model in ("normed", "tied")),
     *(("normed", stage, "tp2_sp_dp2") for stage in ("distil", "mse", "ild", "sequential")),
 ]

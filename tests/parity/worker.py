@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def _reduced_gradients(state: Any) -> dict[str, torch.Tensor]:
     """Gradients of all parameters; zeros where frozen. The distributed optimizer's shards are put together first."""
     from megatron.core import parallel_state
 
-    group = parallel_state.get_data_parallel_group()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if state.model.ddp_config.use_distributed_optimizer and group.size() > 1:
         for buffer in state.model.buffers:
             for bucket in buffer.buckets:
@@ -114,6 +115,7 @@ def measure(config: Any, file: Path) -> None:
     from megatron.core import parallel_state
 
     from megatron_hylo.data.packed import PackedDataset, batches
+    from megatron_hylo.parallel.context import own_part
     from megatron_hylo.platform.distributed import initialize, is_main
     from megatron_hylo.train.loop import _build_models, _step
     from megatron_hylo.train.optimizer import build_training_state, choose_trainable
@@ -129,12 +131,16 @@ def measure(config: Any, file: Path) -> None:
     dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
     micro_batches = config.micro_batches(ranks)
 
+    def feed() -> Iterator[dict[str, torch.Tensor]]:
+        for batch in batches(dataset, 0, config.micro_batch_size, rank, ranks):
+            yield {name: own_part(tensor) for name, tensor in batch.items()}
+
     state.model.zero_grad_buffer()
-    stage.forward_backward([state], batches(dataset, 0, config.micro_batch_size, rank, ranks), micro_batches)
+    stage.forward_backward([state], feed(), micro_batches)
     gradients = _reduced_gradients(state)
     gradients = whole_tensors(model, gradients)
-    feed = batches(dataset, 0, config.micro_batch_size, rank, ranks)
-    steps = [_step([state], stage, feed, micro_batches, step) for step in range(2)]
+    again = feed()
+    steps = [_step([state], stage, again, micro_batches, step) for step in range(2)]
     weights = whole_tensors(model, {name: p.data for name, p in model.named_parameters()})
     if is_main():
         torch.save({"steps": steps, "gradients": gradients, "weights": weights}, file)

@@ -1,0 +1,1 @@
+"""What ranks exchange inside a layer when the sequence is split over them."""
