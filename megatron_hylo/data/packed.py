@@ -20,6 +20,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.sealed import DamagedError
 
 DOCUMENT_ORDER, WINDOW_ORDER = 0, 1  # streams of random numbers of an epoch
+IGNORED = -100  # label of a token whose continuation is not to be learnt
 EPOCHS_KEPT = 2  # a batch may span two
 
 
@@ -110,10 +111,7 @@ class PackedDataset:
         Raises:
             IndexError: a negative index; there is no last window to count from.
         """
-        if index < 0:
-            raise IndexError(f"window {index}: the sequence is endless, count from 0")
-        epoch = self._epoch(index // self.windows_per_epoch)
-        start = int(epoch.windows[index % self.windows_per_epoch]) * self.sequence_length
+        epoch, start = self._place(index)
         stop = start + self.sequence_length + 1
         place = int(np.searchsorted(epoch.starts, start, side="right")) - 1
         pieces = []
@@ -123,6 +121,22 @@ class PackedDataset:
                 pieces.append(self.store.read(epoch.documents[place], start - epoch.starts[place], take))
             start, place = start + take, place + 1
         return torch.from_numpy(np.concatenate(pieces))
+
+    def document_starts(self, index: int) -> np.ndarray:
+        """Places in window `index` where documents begin, int64 ascending, in [0, sequence_length]; 0 is always one.
+
+        The window's start counts as a document's, whether or not it begins there.
+        """
+        epoch, start = self._place(index)
+        inside = (epoch.starts > start) & (epoch.starts <= start + self.sequence_length)
+        return np.unique(np.concatenate([[0], epoch.starts[inside] - start]))
+
+    def _place(self, index: int) -> tuple["_Epoch", int]:
+        """The epoch of a window and its first token in that epoch's stream."""
+        if index < 0:
+            raise IndexError(f"window {index}: the sequence is endless, count from 0")
+        epoch = self._epoch(index // self.windows_per_epoch)
+        return epoch, int(epoch.windows[index % self.windows_per_epoch]) * self.sequence_length
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
@@ -147,6 +161,7 @@ def batches(
     micro_batch_size: int,
     data_parallel_rank: int = 0,
     data_parallel_size: int = 1,
+    packed_documents: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """One rank's endless micro batches, from where `consumed_samples` windows (of all ranks) have been used.
 
@@ -159,9 +174,12 @@ def batches(
         micro_batch_size: windows a micro batch.
         data_parallel_rank: this rank.
         data_parallel_size: ranks that share the data.
+        packed_documents: all windows of a micro batch in one sequence, and where documents begin in it.
 
     Yields:
-        {"input_ids", "labels", "position_ids"}, each [micro_batch_size, sequence_length] int64 on the CPU.
+        {"input_ids", "labels"}, each [micro_batch_size, sequence_length] int64 on the CPU. With `packed_documents`
+        [1, micro_batch_size * sequence_length], the label of a document's last token is IGNORED (it would be another
+        document's), and "document_starts" is int64 [n].
 
     Raises:
         ConfigError: a size below 1, a rank out of range, or a negative count.
@@ -171,18 +189,25 @@ def batches(
             f"micro_batch_size {micro_batch_size} must be at least 1, consumed_samples {consumed_samples} at least 0, and "
             f"data_parallel_rank {data_parallel_rank} below data_parallel_size {data_parallel_size}"
         )
-    return _batches(dataset, consumed_samples + data_parallel_rank * micro_batch_size, micro_batch_size, data_parallel_size)
+    first = consumed_samples + data_parallel_rank * micro_batch_size
+    return _batches(dataset, first, micro_batch_size, data_parallel_size, packed_documents)
 
 
-def _batches(dataset: PackedDataset, first: int, size: int, ranks: int) -> Iterator[dict[str, torch.Tensor]]:
-    positions = torch.arange(dataset.sequence_length).repeat(size, 1)
+def _batches(
+    dataset: PackedDataset, first: int, size: int, ranks: int, packed_documents: bool
+) -> Iterator[dict[str, torch.Tensor]]:
+    length = dataset.sequence_length
     while True:
         windows = torch.stack([dataset[i] for i in range(first, first + size)])
-        yield {
-            "input_ids": windows[:, :-1].contiguous(),
-            "labels": windows[:, 1:].contiguous(),
-            "position_ids": positions.clone(),
-        }
+        batch = {"input_ids": windows[:, :-1].contiguous(), "labels": windows[:, 1:].contiguous()}
+        if packed_documents:
+            batch = {name: tensor.view(1, -1) for name, tensor in batch.items()}
+            starts = [torch.from_numpy(dataset.document_starts(first + i)) + i * (length + 1) for i in range(size)]
+            starts = torch.cat(starts)
+            row, place = starts // (length + 1), starts % (length + 1)  # place `length` begins after the inputs
+            batch["labels"][0, (row * length + place - 1)[place > 0]] = IGNORED
+            batch["document_starts"] = (row * length + place)[place < length]
+        yield batch
         first += size * ranks
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.parallel.documents import PackedDocuments
 
 
 @dataclass
@@ -52,9 +53,9 @@ def check_alignable(student: HyloModel, teacher: HyloModel) -> None:
             )
 
 
-def mixer_output(layer: nn.Module, hidden: Tensor) -> Tensor:
+def mixer_output(layer: nn.Module, hidden: Tensor, documents: PackedDocuments | None = None) -> Tensor:
     """What a mixer layer adds to the residual stream: [sequence, batch, hidden] -> the same."""
-    return layer.self_attention(layer.input_layernorm(hidden), attention_mask=None)[0]
+    return layer.self_attention(layer.input_layernorm(hidden), attention_mask=None, packed_seq_params=documents)[0]
 
 
 def mlp_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
@@ -70,6 +71,7 @@ def align_layers(
     hidden_weight: float = 1.0,
     mixer_weight: float = 1.0,
     gradient_scale: float | None = None,
+    documents: PackedDocuments | None = None,
 ) -> list[AlignmentLoss]:
     """The loss of every layer of every student and, with `gradient_scale`, its gradients; one pass of the teacher.
 
@@ -79,6 +81,7 @@ def align_layers(
         align_loss: see the module's formulas; all but `ild` have only a mixer term, of weight 1.
         hidden_weight, mixer_weight: of `ild`; a term of weight 0 is not computed.
         gradient_scale: factor on the loss before `backward`; None measures only.
+        documents: of a packed sequence, batch 1.
 
     Returns:
         One a student. With sequence parallelism a rank's part: the sum over the tensor-parallel ranks is the loss.
@@ -93,13 +96,13 @@ def align_layers(
     depth = teacher.config.hylo.num_hidden_layers
     for index, (teacher_layer, *layers) in enumerate(zip(*(m.mixer_layers() for m in (teacher, *students)))):
         with torch.no_grad():
-            target_mixer = mixer_output(teacher_layer[0], hidden)
+            target_mixer = mixer_output(teacher_layer[0], hidden, documents)
             target = mlp_layer(teacher_layer[1], hidden + target_mixer)
             compared = teacher.decoder.final_norm(target) if index == depth - 1 else target
             power = _power(target_mixer, teacher.config.sequence_parallel) if align_loss == "mse" else None
         for n, (student, (mixer, mlp), found) in enumerate(zip(students, layers, terms)):
             with torch.set_grad_enabled(gradient_scale is not None):
-                out_mixer = mixer_output(mixer, read[n])
+                out_mixer = mixer_output(mixer, read[n], documents)
                 hidden_term = mixer_term = hidden.new_zeros(())
                 if align_loss == "sequential":
                     middle = read[n] + out_mixer

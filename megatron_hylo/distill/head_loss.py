@@ -96,7 +96,7 @@ def linear_head_loss(
     Args:
         hidden: [N, H_s].
         weight: this rank's rows [V / TP, H_s].
-        labels: int64 [N], global token ids; without them no cross-entropy.
+        labels: int64 [N], global token ids; a negative one has no cross-entropy but counts in the mean; without them none.
         teacher_hidden: [N, H_t], no gradient.
         teacher_weight: this rank's rows [V / TP, H_t].
         kl_weight: ignored without a teacher.
@@ -143,7 +143,10 @@ class _LinearHeadLoss(torch.autograd.Function):
         for start in range(0, n, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, n))
             log_p = _log_softmax((hidden[chunk] @ weight.t()).to(compute), group)
-            grad = log_p.exp().mul_(kl_weight + ce_weight) if wants_hidden or wants_weight else None
+            grad = None
+            if wants_hidden or wants_weight:
+                scale = kl_weight + ce_weight if labels is None else kl_weight + ce_weight * (labels[chunk, None] >= 0)
+                grad = log_p.exp().mul_(scale)
             if teacher_weight is not None:
                 log_q = _log_softmax((teacher_hidden[chunk] @ teacher_weight.t()).to(compute), group)
                 if measure_agreement:

@@ -21,6 +21,7 @@ def causal_conv1d(
     activation: str | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Convolve each channel over time with its own k taps.
 
@@ -31,6 +32,7 @@ def causal_conv1d(
         activation: "silu" or None.
         initial_state: [b, c, k-1], the inputs before x, oldest first; None for zeros.
         output_final_state: also return the state after x.
+        positions: int64 [t], place of each token in its document; no tap reaches before a document's first token.
 
     Returns:
         y [b, t, c] in x's dtype (float32 inside, float64 stays), and the state [b, c, k-1] in x's dtype or None.
@@ -56,21 +58,37 @@ def causal_conv1d(
         final = x[:, t:] if output_final_state else None
     obstacle = library_obstacle("fla", FLA_MODULE, x, "pip install flash-linear-attention")
     run = _fla if select("causal_conv1d", "fla", obstacle) == "fla" else _torch
-    y = run(x, weight, bias, activation, initial_state is not None)
+    y = run(x, weight, bias, activation, initial_state is not None, positions)
     # a copy: a cached state must not keep the whole input alive
     return y, None if final is None else final.transpose(1, 2).contiguous()
 
 
 def _fla(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, has_history: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    has_history: bool,
+    positions: torch.Tensor | None,
 ) -> torch.Tensor:
-    kernel = importlib.import_module(FLA_MODULE).causal_conv1d
-    y, _ = kernel(x, weight, bias, activation=activation, backend="triton")
+    kernel, documents = importlib.import_module(FLA_MODULE).causal_conv1d, None
+    if positions is not None:  # where documents begin in x, with the history before them
+        history = x.shape[1] - len(positions)
+        starts = torch.where(positions < history, torch.arange(len(positions), device=x.device) - positions + history, 0)
+        starts = torch.cat([starts[positions < history], (positions == 0).nonzero().flatten() + history])
+        edges = [starts.new_zeros(1), starts[starts > 0], starts.new_full((1,), x.shape[1])]
+        documents = torch.cat(edges).unique().to(torch.int32)
+    y, _ = kernel(x, weight, bias, activation=activation, backend="triton", cu_seqlens=documents)
     return y[:, weight.shape[1] - 1 :] if has_history else y
 
 
 def _torch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, has_history: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    has_history: bool,
+    positions: torch.Tensor | None,
 ) -> torch.Tensor:
     """Shifted multiply-adds: for k = 4 two to three times as fast as a grouped F.conv1d on a CPU, forward and backward."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -78,9 +96,14 @@ def _torch(
     history = x.to(wide) if has_history else F.pad(x.to(wide), (0, 0, k - 1, 0))
     t = history.shape[1] - k + 1
     taps = weight.to(wide).unbind(1)
-    y = history[:, :t] * taps[0]
+
+    def earlier(j: int) -> torch.Tensor:  # the inputs of tap j, of the same document
+        inputs = history[:, j : j + t]
+        return inputs if positions is None else inputs * (positions >= k - 1 - j)[:, None]
+
+    y = earlier(0) * taps[0]
     if bias is not None:
         y = y + bias.to(wide)
     for j in range(1, k):
-        y = torch.addcmul(y, history[:, j : j + t], taps[j])
+        y = torch.addcmul(y, earlier(j), taps[j])
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)

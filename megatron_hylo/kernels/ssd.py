@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from megatron_hylo.kernels.registry import library_obstacle, select
 
+RESET = -60.0  # a log decay that leaves nothing: e^-60 is far below fp32's rounding, and sums of it keep their digits
+
 CHUNK = 64  # tokens; on a CPU as fast as 128 with half the memory
 MAMBA_MODULE = "mamba_ssm.ops.triton.ssd_combined"
 MAMBA_CHUNK = 256  # mamba_ssm's default
@@ -51,6 +53,7 @@ def ssd(
     D: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    begins: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T;  y_t = h_t C_t + D x_t.
 
@@ -62,6 +65,7 @@ def ssd(
         D: [h] or None.
         initial_state: [b, h, p, n] or None for zeros.
         output_final_state: also return the state after the last token.
+        begins: bool [t], tokens that forget the state before them: the first of each document.
 
     Returns:
         y [b, t, h, p] in x's dtype, and the state [b, h, p, n] (float32; float64 for float64 x) or None.
@@ -71,29 +75,37 @@ def ssd(
     """
     _check(x, dt, A, B, C)
     if x.shape[1] == 1:  # one token: the recurrence itself is the fastest
-        return recurrent_ssd(x, dt, A, B, C, D, initial_state, output_final_state)
+        return recurrent_ssd(x, dt, A, B, C, D, initial_state, output_final_state, begins)
     obstacle = library_obstacle("mamba_ssm", MAMBA_MODULE, x, "pip install mamba-ssm")
     if select("ssd", "mamba_ssm", obstacle) == "mamba_ssm":
-        return _mamba_ssm(x, dt, A, B, C, D, initial_state, output_final_state)
+        return _mamba_ssm(x, dt, A, B, C, D, initial_state, output_final_state, begins)
     with torch.autocast(x.device.type, enabled=False):
-        return _chunked(x, dt, A, B, C, D, initial_state, output_final_state)
+        return _chunked(x, dt, A, B, C, D, initial_state, output_final_state, begins)
 
 
-def ssd_transition(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def ssd_transition(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, begins: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What these tokens do to any state: h -> a h + b, in closed form: b = sum_t exp(A sum_{s > t} dt_s) dt_t x_t B_t^T.
 
     Args:
-        x, dt, A, B: as in `ssd`.
+        x, dt, A, B, begins: as in `ssd`.
 
     Returns:
         a [b, h, 1, 1] and b [b, h, p, n], in the dtype of its states.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    decay = dt.to(wide) * A.to(wide)  # [b, t, h]
+    decay = _log_decay(dt.to(wide), A.to(wide), begins)
     total = decay.double().cumsum(1)  # differences of large sums lose digits in float32
     to_end = (total[:, -1:] - total).to(wide).exp()
     added = torch.einsum("bthp,bthn->bhpn", x.to(wide) * (dt.to(wide) * to_end)[..., None], B.to(wide))
     return total[:, -1].to(wide).exp()[..., None, None], added
+
+
+def _log_decay(dt: torch.Tensor, A: torch.Tensor, begins: torch.Tensor | None) -> torch.Tensor:
+    """[b, t, h]; `RESET` where the state is forgotten."""
+    decay = dt * A
+    return decay if begins is None else decay.masked_fill(begins[:, None], RESET)
 
 
 def _mamba_ssm(
@@ -105,6 +117,7 @@ def _mamba_ssm(
     D: torch.Tensor | None,
     initial_state: torch.Tensor | None,
     output_final_state: bool,
+    begins: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     y = importlib.import_module(MAMBA_MODULE).mamba_chunk_scan_combined(
         x,
@@ -115,6 +128,8 @@ def _mamba_ssm(
         MAMBA_CHUNK,
         D=None if D is None else D.float(),
         initial_states=None if initial_state is None else initial_state.float(),
+        # its initial state belongs to document 0
+        seq_idx=None if begins is None else begins.int().cumsum(0, dtype=torch.int32).expand(x.shape[0], -1).contiguous(),
         return_final_states=output_final_state,
     )
     return y if output_final_state else (y, None)
@@ -129,6 +144,7 @@ def _chunked(
     D: torch.Tensor | None,
     initial_state: torch.Tensor | None,
     output_final_state: bool,
+    begins: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     t = x.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -140,7 +156,7 @@ def _chunked(
         return padded.unflatten(1, (-1, chunk)).movedim(3, 1)
 
     dt = dt.to(wide)
-    log_decay = chunks(dt * A.to(wide))  # [b, h, n, c]
+    log_decay = chunks(_log_decay(dt, A.to(wide), begins))  # [b, h, n, c]
     inputs = chunks(x.to(wide) * dt[..., None])  # [b, h, n, c, p]
     keys, queries = chunks(B), chunks(C)  # [b, h, n, c, n_state]
     decay = segment_sum(log_decay).exp()  # [b, h, n, c, c], from token j to token i
@@ -169,6 +185,7 @@ def recurrent_ssd(
     D: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    begins: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The definition of `ssd`, one token after another: same arguments, results and errors."""
     _check(x, dt, A, B, C)
@@ -176,7 +193,7 @@ def recurrent_ssd(
     b, t, h, p = x.shape
     state = x.new_zeros(b, h, p, B.shape[-1], dtype=wide) if initial_state is None else initial_state.to(wide)
     step = dt.to(wide)[..., None, None]  # [b, t, h, 1, 1]
-    kept = (step * A.to(wide)[:, None, None]).exp()
+    kept = _log_decay(dt.to(wide), A.to(wide), begins).exp()[..., None, None]
     added = step * x.to(wide)[..., None] * B.to(wide)[..., None, :]  # [b, t, h, p, n]
     outputs = []
     for i in range(t):

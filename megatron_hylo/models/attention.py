@@ -8,9 +8,10 @@ from torch import Tensor
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.rope import apply_rope
 from megatron_hylo.models.layers import HeadNorm, rotary_table
-from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_packing, row_linear
+from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import ContextGroup
+from megatron_hylo.parallel.documents import PackedDocuments, split_documents
 
 
 class GroupedQueryAttention(MegatronModule):
@@ -54,20 +55,30 @@ class GroupedQueryAttention(MegatronModule):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         return query, key, value
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, documents: PackedDocuments | None = None) -> Tensor:
         """RoPE at this rank's positions: [batch, sequence, heads, head_dim] -> the same."""
         c, here = self.config.hylo, self.context.positions(x.shape[1])
         cos, sin = rotary_table(self.head_dim, c.rotary_base, c.rope_scaling, here.stop, x.device)
-        return apply_rope(x, cos[here], sin[here], interleaved=False)
+        places = here if documents is None else documents.own_positions
+        return apply_rope(x, cos[places], sin[places], interleaved=False)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Rotation, softmax attention and output projection: [sequence (/ TP), batch, hidden], and no bias."""
-        key_value = torch.cat([self.rotate(key), value], dim=-1).transpose(0, 1)
-        key, value = self.context.up_to_here(key_value).transpose(0, 1).chunk(2, dim=-1)
-        out = attention(self.rotate(query), key, value, scale=self.head_dim**-0.5)
+        query, key = self.rotate(query, documents), self.rotate(key, documents)
+        key_value = self.context.up_to_here(torch.cat([key, value], dim=-1).transpose(0, 1)).transpose(0, 1)
+        pieces = split_documents(documents, query, *key_value.chunk(2, dim=-1))
+        out = torch.cat([attention(*piece, scale=self.head_dim**-0.5) for piece in pieces], dim=1)
         return self.linear_proj(out.flatten(2).transpose(0, 1).contiguous())
 
-    def forward(self, hidden_states: Tensor, attention_mask: None = None, **kwargs: object) -> tuple[Tensor, None]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        packed_seq_params: PackedDocuments | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, None]:
         """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
-        refuse_packing(kwargs)
-        return self.attend(*self.query_key_value(hidden_states))
+        refuse_inference(kwargs)
+        return self.attend(*self.query_key_value(hidden_states), packed_seq_params)

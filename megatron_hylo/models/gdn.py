@@ -14,10 +14,12 @@ from torch import Tensor
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 from megatron_hylo.kernels.gated_delta_rule import delta_rule_transition, gated_delta_rule
+from megatron_hylo.kernels.ssd import RESET
 from megatron_hylo.models.layers import HeadNorm, sharded_mixer_state, tensor_parallel_parameter
-from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_packing, row_linear
+from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import ContextGroup
+from megatron_hylo.parallel.documents import PackedDocuments
 from megatron_hylo.platform.distributed import device
 
 
@@ -34,9 +36,16 @@ class ShortConvolution(MegatronModule):
         self.weight = tensor_parallel_parameter(weight, dtype=config.params_dtype)
         self.bias = tensor_parallel_parameter(offset, dtype=config.params_dtype) if bias else None
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """x: [batch, sequence, channels] -> the same; `before` [batch, channels, kernel - 1] are the tokens before it."""
-        return causal_conv1d(x, self.weight.squeeze(1), self.bias, activation="silu", initial_state=before)[0]
+    def forward(self, x: Tensor, before: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """x: [batch, sequence, channels] -> the same.
+
+        Args:
+            x: the input.
+            before: the tokens before it, [batch, channels, kernel - 1].
+            positions: place of each token in its document, int64 [sequence]; no tap reaches before a document.
+        """
+        weight = self.weight.squeeze(1)
+        return causal_conv1d(x, weight, self.bias, activation="silu", initial_state=before, positions=positions)[0]
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Channels are split over the tensor-parallel ranks."""
@@ -77,17 +86,26 @@ class GatedDeltaNet(MegatronModule):
         self.out_norm = HeadNorm(config, c.linear_value_head_dim)
         self.out_proj = row_linear(submodules, config, tp * values, c.hidden_size, self.tp_group)
 
-    def forward(self, hidden_states: Tensor, attention_mask: None = None, **kwargs: object) -> tuple[Tensor, None]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        packed_seq_params: PackedDocuments | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, None]:
         """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
-        refuse_packing(kwargs)
+        refuse_inference(kwargs)
         c = self.config.hylo
         projected, _ = self.in_proj(hidden_states)
         s, b, _ = projected.shape
         keys, _, values, *_ = self.sections.values()
         qkv, gate, beta, alpha = projected.transpose(0, 1).split([2 * keys + values, values, self.heads, self.heads], dim=-1)
-        qkv = self.conv1d(qkv, self.context.tokens_before(qkv, c.linear_conv_kernel_dim - 1))
+        places = packed_seq_params.own_positions if packed_seq_params is not None else None
+        qkv = self.conv1d(qkv, self.context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places)
         query, key, value = (x.reshape(b, s, self.heads, -1) for x in qkv.split([keys, keys, values], dim=-1))
         decay = -self.A_log.exp() * torch.nn.functional.softplus(alpha.float() + self.dt_bias)
+        if packed_seq_params is not None:
+            decay = decay.masked_fill(packed_seq_params.begins[:, None], RESET)
         beta = beta.sigmoid()
         state = self.context.state_before(lambda: delta_rule_transition(key, value, decay, beta), matrix=True)
         out, _ = gated_delta_rule(query, key, value, decay, beta, initial_state=state)

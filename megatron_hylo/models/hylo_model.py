@@ -11,22 +11,24 @@ from megatron_hylo.config import ModelConfig, ParallelConfig
 from megatron_hylo.layouts import pipeline_pattern
 from megatron_hylo.models.specs import BackendName, get_backend, hybrid_stack_spec, megatron_pattern
 from megatron_hylo.models.transformer_config import build_transformer_config
+from megatron_hylo.parallel.documents import PackedDocuments
 
 
 class HyloModel(HybridModel):
     """A teacher or a hybrid, this rank's part of it."""
 
-    def forward(self, input_ids: Tensor | None, **_: object) -> Tensor:
+    def forward(self, input_ids: Tensor | None, documents: PackedDocuments | None = None, **_: object) -> Tensor:
         """Hidden states after the last norm (on the last pipeline stage), before the output head.
 
         Args:
             input_ids: int64 [batch, sequence]; needed on the first pipeline stage only.
+            documents: of a packed sequence, batch 1.
 
         Returns:
             [sequence (/ TP with sequence parallelism), batch, hidden].
         """
         hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
-        return self.decoder(hidden_states=hidden, attention_mask=None)
+        return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=documents)
 
     def head_weight(self) -> Tensor:
         """This rank's rows of the output head: [vocab / TP, hidden]; the embedding where they are tied."""

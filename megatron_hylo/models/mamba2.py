@@ -14,9 +14,10 @@ from megatron_hylo.kernels.norm import gated_rms_norm
 from megatron_hylo.kernels.ssd import ssd, ssd_transition
 from megatron_hylo.models.gdn import ShortConvolution, log_uniform_dt_bias
 from megatron_hylo.models.layers import sharded_mixer_state, tensor_parallel_parameter
-from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_packing, row_linear
+from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import ContextGroup
+from megatron_hylo.parallel.documents import PackedDocuments
 from megatron_hylo.platform.distributed import device
 
 
@@ -73,15 +74,22 @@ class Mamba2(MegatronModule):
         self.D = tensor_parallel_parameter(torch.ones(self.heads, device=device()), keep_fp32=True)
         self.out_proj = row_linear(submodules, config, tp * inner, c.hidden_size, self.tp_group)
 
-    def forward(self, hidden_states: Tensor, attention_mask: None = None, **kwargs: object) -> tuple[Tensor, None]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        packed_seq_params: PackedDocuments | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, None]:
         """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
-        refuse_packing(kwargs)
+        refuse_inference(kwargs)
         c = self.config.hylo
         projected, _ = self.in_proj(hidden_states)
         s, b, _ = projected.shape
         z, x_width, b_width, c_width, dt_width = self.sections.values()
         z, xbc, dt = projected.transpose(0, 1).split([z, x_width + b_width + c_width, dt_width], dim=-1)
-        xbc = self.conv1d(xbc, self.context.tokens_before(xbc, c.linear_conv_kernel_dim - 1))
+        places = packed_seq_params.own_positions if packed_seq_params is not None else None
+        xbc = self.conv1d(xbc, self.context.tokens_before(xbc, c.linear_conv_kernel_dim - 1), places)
         x, state_in, state_out = xbc.split([x_width, b_width, c_width], dim=-1)
         repeats = self.heads // self.groups
         x = x.reshape(b, s, self.groups, c.mamba_head_dim).repeat_interleave(repeats, dim=2)
@@ -89,8 +97,9 @@ class Mamba2(MegatronModule):
         state_out = state_out.reshape(b, s, self.heads, c.mamba_state_dim)
         dt = torch.nn.functional.softplus(dt.float() + self.dt_bias)
         rate = -self.A_log.exp()
-        state = self.context.state_before(lambda: ssd_transition(x, dt, rate, state_in), matrix=False)
-        y, _ = ssd(x, dt, rate, state_in, state_out, self.D, initial_state=state)
+        begins = packed_seq_params.begins if packed_seq_params is not None else None
+        state = self.context.state_before(lambda: ssd_transition(x, dt, rate, state_in, begins), matrix=False)
+        y, _ = ssd(x, dt, rate, state_in, state_out, self.D, initial_state=state, begins=begins)
         y = self.norm(y.reshape(b, s, -1), z)
         return self.out_proj(y.transpose(0, 1).contiguous())
 

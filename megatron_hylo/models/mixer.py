@@ -55,12 +55,11 @@ def row_linear(
     )
 
 
-def refuse_packing(kwargs: dict[str, Any]) -> None:
-    """Packed sequences and Megatron's inference contexts are not what these forwards do.
+def refuse_inference(kwargs: dict[str, Any]) -> None:
+    """Megatron's inference contexts are not what these forwards do (`serve` decodes).
 
     Raises:
-        NotImplementedError: either was passed.
+        NotImplementedError: one was passed.
     """
-    for name in ("packed_seq_params", "inference_context"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{name} is not supported: pass [sequence, batch, hidden] without it")
+    if kwargs.get("inference_context") is not None:
+        raise NotImplementedError("inference_context is not supported: decode with megatron_hylo.serve")

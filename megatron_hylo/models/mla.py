@@ -22,9 +22,10 @@ from torch import Tensor
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
 from megatron_hylo.models.layers import AlignedKeyNorm, HeadNorm, ReplicatedLinear, rotary_table
-from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_packing, row_linear
+from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import ContextGroup
+from megatron_hylo.parallel.documents import PackedDocuments, split_documents
 from megatron_hylo.platform.distributed import device
 
 
@@ -62,9 +63,15 @@ class MultiLatentAttention(MegatronModule):
             else:
                 self.k_layernorm = HeadNorm(config, self.qk_dim)
 
-    def forward(self, hidden_states: Tensor, attention_mask: None = None, **kwargs: object) -> tuple[Tensor, None]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        packed_seq_params: PackedDocuments | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, None]:
         """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
-        refuse_packing(kwargs)
+        refuse_inference(kwargs)
         c = self.config.hylo
         query, _ = self.linear_q_up_proj(self.linear_q_down_proj(hidden_states))
         # Context parallelism moves the latents; each rank makes keys and values of them up to its own last token.
@@ -90,8 +97,11 @@ class MultiLatentAttention(MegatronModule):
         elif c.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         cos, sin = self._rotary_table(keys)
+        if packed_seq_params is not None:
+            cos, sin = cos[packed_seq_params.positions], sin[packed_seq_params.positions]
         query, key = self._rotate(query, cos[keys - s :], sin[keys - s :]), self._rotate(key, cos, sin)
-        out = attention(query, key, value, scale=self.qk_dim**-0.5)
+        pieces = split_documents(packed_seq_params, query, key, value)
+        out = torch.cat([attention(*piece, scale=self.qk_dim**-0.5) for piece in pieces], dim=1)
         return self.linear_proj(out.reshape(b, s, -1).transpose(0, 1).contiguous())
 
     def _in_order(self, x: Tensor) -> Tensor:

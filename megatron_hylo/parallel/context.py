@@ -21,16 +21,21 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError
 
 
-def own_part(x: Tensor) -> Tensor:
-    """This rank's part of whole sequences: [batch, sequence] -> [batch, sequence / context-parallel ranks].
+def own_slice(length: int) -> slice:
+    """Places of this rank's tokens in a sequence of `length`.
 
     Raises:
-        ConfigError: the ranks do not divide the sequence.
+        ConfigError: the context-parallel ranks do not divide the sequence.
     """
-    ranks = parallel_state.get_context_parallel_world_size()
-    if x.shape[1] % ranks:
-        raise ConfigError(f"context_parallel_size {ranks} does not divide a sequence of {x.shape[1]} tokens")
-    return x.chunk(ranks, dim=1)[parallel_state.get_context_parallel_rank()].contiguous()
+    ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    if length % ranks:
+        raise ConfigError(f"context_parallel_size {ranks} does not divide a sequence of {length} tokens")
+    return slice(rank * length // ranks, (rank + 1) * length // ranks)
+
+
+def own_part(x: Tensor) -> Tensor:
+    """This rank's part of whole sequences: [batch, sequence] -> [batch, sequence / context-parallel ranks]."""
+    return x[:, own_slice(x.shape[1])].contiguous()
 
 
 class ContextGroup:

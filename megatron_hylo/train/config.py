@@ -37,6 +37,7 @@ class TrainConfig:
     teacher: str | None = None  # model folder of the frozen teacher (align, distil)
     # amount of work
     sequence_length: int = 2048  # tokens a sample
+    packed_documents: bool = False  # documents in a window do not see each other; else only their end token parts them
     global_batch_size: int = 32  # samples a step, over all ranks
     micro_batch_size: int = 1  # samples a forward pass of one rank (align with mse: and those its normaliser is of)
     train_tokens: int = 10_000_000  # tokens in all; rounded up to whole steps

@@ -16,18 +16,18 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.packed import PackedDataset, batches, heldout_windows
+from megatron_hylo.data.packed import PackedDataset, heldout_windows
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
-from megatron_hylo.parallel.context import own_part
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.platform.distributed import is_main, session
 from megatron_hylo.sealed import is_sealed, write_json
 from megatron_hylo.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_hylo.train.config import PREFIXES, TrainConfig
+from megatron_hylo.train.feed import rank_batches
 from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter
 from megatron_hylo.train.stages import Stage, get_stage
@@ -81,11 +81,7 @@ def train(config: TrainConfig) -> Quality | None:
         reporter.say(f"{config.stage}: {_describe(config, students)}" + (f"; resumed at step {step}" if step else ""))
         stop = StopRequest()
         try:
-            feed = batches(
-                dataset, consumed, config.micro_batch_size, parallel_state.get_data_parallel_rank(),
-                parallel_state.get_data_parallel_world_size(),
-            )  # fmt: skip
-            feed = ({name: own_part(tensor).to(device) for name, tensor in batch.items()} for batch in feed)
+            feed = rank_batches(config, dataset, consumed, device)
             while step < config.train_steps:
                 metrics = _step(states, stage, feed, micro_batches, step)
                 step, consumed = step + 1, consumed + config.global_batch_size

@@ -22,7 +22,7 @@ from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.train.config import PREFIXES, TrainConfig
 from megatron_hylo.train.optimizer import TrainingState
 
-Batches = Iterator[dict[str, Tensor]]
+Batches = Iterator[dict[str, Any]]
 
 
 class Stage:
@@ -47,14 +47,14 @@ class Stage:
             micro_batches: how many of them a step has.
         """
         (state,) = states
-        run = get_forward_backward_func()
+        run, packed = get_forward_backward_func(), self.config.packed_documents
         results = run(
             forward_step_func=self._forward_step,
             data_iterator=batches,
             model=[state.model],
             num_microbatches=micro_batches,
-            seq_length=self.config.sequence_length,
-            micro_batch_size=self.config.micro_batch_size,
+            seq_length=self.config.sequence_length * (self.config.micro_batch_size if packed else 1),
+            micro_batch_size=1 if packed else self.config.micro_batch_size,
             forward_only=False,
         )
         return {k: torch.stack([r[k] for r in results]).mean() for k in results[0]} if results else {}
@@ -64,8 +64,10 @@ class Stage:
         teacher_hidden = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_hidden = self.teacher(batch["input_ids"])
-        return model(batch["input_ids"]), partial(self._loss, model.module, batch["labels"], teacher_hidden)
+                teacher_hidden = self.teacher(batch["input_ids"], batch.get("documents"))
+        return model(batch["input_ids"], batch.get("documents")), partial(
+            self._loss, model.module, batch["labels"], teacher_hidden
+        )
 
     def _loss(self, student: HyloModel, labels: Tensor, teacher_hidden: Tensor | None, hidden: Tensor) -> tuple[Tensor, dict]:
         c = self.config
@@ -102,10 +104,11 @@ class Align(Stage):
             with contextlib.ExitStack() as not_yet:
                 for state in states if i < micro_batches - 1 else ():
                     not_yet.enter_context(state.model.no_sync())
+                batch = next(batches)
                 losses.append(
                     align_layers(
-                        students, self.teacher, next(batches)["input_ids"], c.align_loss, c.hidden_weight, c.mixer_weight,
-                        gradient_scale=1.0 / micro_batches,
+                        students, self.teacher, batch["input_ids"], c.align_loss, c.hidden_weight, c.mixer_weight,
+                        gradient_scale=1.0 / micro_batches, documents=batch.get("documents"),
                     )
                 )  # fmt: skip
         for state in states:

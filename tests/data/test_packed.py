@@ -13,7 +13,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.packed import PackedDataset, batches, heldout_windows
+from megatron_hylo.data.packed import IGNORED, PackedDataset, batches, heldout_windows
 from megatron_hylo.sealed import DamagedError
 
 LENGTHS = np.random.default_rng(0).integers(1, 60, size=40).tolist() + [300]
@@ -87,7 +87,7 @@ def test_resuming_gives_the_same_batches(prefix):
     for done in (0, 1, steps // 2, steps - 1):
         rest = itertools.islice(batches(PackedDataset(prefix, LENGTH, seed=5), 3 * done, 3), steps - done)
         for mine, theirs in zip(rest, whole[done:], strict=True):
-            assert all(torch.equal(mine[name], theirs[name]) for name in ("input_ids", "labels", "position_ids"))
+            assert all(torch.equal(mine[name], theirs[name]) for name in ("input_ids", "labels"))
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(1, 4), (2, 2), (4, 1)])
@@ -105,8 +105,21 @@ def test_a_batch_is_inputs_and_the_next_tokens(prefix):
     batch = next(batches(dataset, 0, 2))
     assert torch.equal(torch.cat([batch["input_ids"], batch["labels"][:, -1:]], dim=1), torch.stack([dataset[0], dataset[1]]))
     assert torch.equal(batch["labels"][:, :-1], batch["input_ids"][:, 1:])
-    assert batch["position_ids"].tolist() == [list(range(LENGTH))] * 2
     assert all(tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in batch.values())
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_packed_batch_says_where_documents_begin(prefix, shuffle):
+    """Tokens of this dataset are their places in it, so documents can be told from them."""
+    dataset = PackedDataset(prefix, LENGTH, seed=5, shuffle=shuffle)
+    plain, packed = batches(dataset, 0, 3), batches(dataset, 0, 3, packed_documents=True)
+    for _ in range(dataset.windows_per_epoch // 3):
+        bare, batch = next(plain), next(packed)
+        ids, labels = bare["input_ids"].flatten().tolist(), bare["labels"].flatten().tolist()
+        assert batch["input_ids"].tolist() == [ids]
+        assert batch["labels"].tolist() == [[IGNORED if label in STARTS else label for label in labels]]
+        begins = [i for i, token in enumerate(ids) if i % LENGTH == 0 or token in STARTS]
+        assert batch["document_starts"].tolist() == begins
 
 
 def test_documents_of_several_sequences_are_kept_together(prefix, tmp_path):

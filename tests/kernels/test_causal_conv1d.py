@@ -83,3 +83,24 @@ def test_fla_matches_conv1d_on_gpu(t: int) -> None:
         pytest.skip(f"needs fla: {error}")
     with force("causal_conv1d", "fla"):
         assert worst_error(ours, oracle, inputs(t, torch.bfloat16, c=96, device="cuda")) < 1e-2
+
+
+@pytest.mark.parametrize("history", [False, True])
+def test_no_tap_reaches_before_a_document(history: bool) -> None:
+    """With a history, the first document began two tokens before x."""
+    x, weight, bias, state = inputs(14)
+    lengths = [5, 1, 2, 6]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    before = state if history else None
+    if history:
+        positions[:5] += 2
+    packed = causal_conv1d(x, weight, bias, "silu", before, positions=positions)[0]
+    parts = []
+    for i, piece in enumerate(x.split(lengths, 1)):
+        start = torch.cat([torch.zeros_like(state[..., :1]), state[..., 1:]], -1) if history and i == 0 else None
+        parts.append(causal_conv1d(piece, weight, bias, "silu", start)[0])
+    alone = torch.cat(parts, 1)
+    upstream = torch.randn_like(alone)
+    leaves = (x, weight, bias, *([state] if history else []))
+    grads = [torch.autograd.grad((y * upstream).sum(), leaves) for y in (packed, alone)]
+    assert all(relative_error(mine, theirs) < 1e-12 for mine, theirs in zip((packed, *grads[0]), (alone, *grads[1])))

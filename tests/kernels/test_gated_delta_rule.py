@@ -8,7 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_hylo.kernels.gated_delta_rule import fla_obstacle, gated_delta_rule, recurrent_gated_delta_rule, triton_obstacle
+from megatron_hylo.kernels.gated_delta_rule import (
+    delta_rule_transition,
+    fla_obstacle,
+    gated_delta_rule,
+    recurrent_gated_delta_rule,
+    triton_obstacle,
+)
 from megatron_hylo.kernels.registry import force
 from tests.kernels.compare import relative_error, worst_error
 
@@ -152,3 +158,14 @@ def test_fla_matches_recurrence_on_gpu(t: int, dk: int, dv: int) -> None:
         # fla keeps what is written in bf16 (steps of 2^-8): 1.17e-2 on an H100 where all is right, and a wrong kernel
         # (Triton before 3.7.1 on Hopper) is off by the gradient itself
         assert worst_error(gated_delta_rule, recurrent_gated_delta_rule, values) < 2e-2
+
+
+def test_transition_is_what_the_tokens_do_to_a_state() -> None:
+    q, k, v, g, beta, state = inputs(90)
+    _, after = gated_delta_rule(q, k, v, g, beta, state, output_final_state=True)
+    kept, added = delta_rule_transition(k, v, g, beta)
+    composed = kept @ state + added
+    assert relative_error(composed, after) < 1e-10
+    upstream = torch.randn_like(after)
+    grads = [torch.autograd.grad((s * upstream).sum(), (k, v, g, beta, state)) for s in (composed, after)]
+    assert all(relative_error(mine, theirs) < 1e-9 for mine, theirs in zip(*grads))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_hylo.kernels.registry import force, import_error
-from megatron_hylo.kernels.ssd import MAMBA_MODULE, recurrent_ssd, segment_sum, ssd
+from megatron_hylo.kernels.ssd import MAMBA_MODULE, recurrent_ssd, segment_sum, ssd, ssd_transition
 from tests.kernels.compare import relative_error, worst_error
 
 
@@ -119,3 +119,37 @@ def test_mamba_ssm_matches_recurrence_on_gpu(t: int, p: int, n: int) -> None:
     values = inputs(t, torch.bfloat16, p=p, n=n, device="cuda")
     with force("ssd", "mamba_ssm"):
         assert worst_error(ssd, recurrent_ssd, values) < 1e-2
+
+
+def test_documents_equal_separate_calls_and_the_last_state() -> None:
+    """Values and gradients; the state before belongs to the first document alone."""
+    x, dt, A, B, C, D, state = inputs(140)
+    cuts = [3, 1, 70, 66]
+    begins = torch.zeros(140, dtype=torch.bool)
+    begins[torch.tensor([3, 4, 74])] = True
+    packed = ssd(x, dt, A, B, C, D, state, True, begins)
+    parts, carried = [], state
+    for piece in zip(*(value.split(cuts, 1) for value in (x, dt, B, C))):
+        y, carried = ssd(piece[0], piece[1], A, piece[2], piece[3], D, carried if not parts else None, True)
+        parts.append(y)
+    alone = torch.cat(parts, 1), carried
+    upstream = [torch.randn_like(value) for value in alone]
+    gradients = [torch.autograd.grad(sum((a * u).sum() for a, u in zip(found, upstream)), (x, dt, A, B, C, D, state))
+                 for found in (packed, alone)]  # fmt: skip
+    for mine, theirs in zip((*packed, *gradients[0]), (*alone, *gradients[1]), strict=True):
+        assert relative_error(mine, theirs) < 1e-10
+    recurrent = recurrent_ssd(x, dt, A, B, C, D, state, True, begins)
+    assert all(relative_error(mine, theirs) < 1e-10 for mine, theirs in zip(packed, recurrent))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_transition_is_what_the_tokens_do_to_a_state(documents: bool) -> None:
+    x, dt, A, B, C, _, state = inputs(90)
+    begins = torch.arange(90) == 40 if documents else None
+    _, after = ssd(x, dt, A, B, C, None, state, True, begins)
+    kept, added = ssd_transition(x, dt, A, B, begins)
+    assert relative_error(kept * state + added, after) < 1e-10
+    leaves = (x, dt, A, B, state)
+    upstream = torch.randn_like(after)
+    grads = [torch.autograd.grad((s * upstream).sum(), leaves) for s in (kept * state + added, after)]
+    assert all(relative_error(mine, theirs) < 1e-9 for mine, theirs in zip(*grads))

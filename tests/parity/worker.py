@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -114,33 +113,28 @@ def measure(config: Any, file: Path) -> None:
     """Gradients of one global batch, then two optimizer steps from the start, as the training loop makes them."""
     from megatron.core import parallel_state
 
-    from megatron_hylo.data.packed import PackedDataset, batches
-    from megatron_hylo.parallel.context import own_part
+    from megatron_hylo.data.packed import PackedDataset
     from megatron_hylo.platform.distributed import initialize, is_main
+    from megatron_hylo.train.feed import rank_batches
     from megatron_hylo.train.loop import _build_models, _step
     from megatron_hylo.train.optimizer import build_training_state, choose_trainable
     from megatron_hylo.train.stages import get_stage
 
-    initialize(config.parallel, config.seed)
-    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    here = initialize(config.parallel, config.seed)
     (model,), teacher = _build_models(config)
     stage = get_stage(config, teacher)
     stage.check(model)
     choose_trainable(model, config)
     state = build_training_state(model, config)
     dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
-    micro_batches = config.micro_batches(ranks)
-
-    def feed() -> Iterator[dict[str, torch.Tensor]]:
-        for batch in batches(dataset, 0, config.micro_batch_size, rank, ranks):
-            yield {name: own_part(tensor) for name, tensor in batch.items()}
+    micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
 
     state.model.zero_grad_buffer()
-    stage.forward_backward([state], feed(), micro_batches)
+    stage.forward_backward([state], rank_batches(config, dataset, 0, here), micro_batches)
     gradients = _reduced_gradients(state)
     gradients = whole_tensors(model, gradients)
-    again = feed()
-    steps = [_step([state], stage, again, micro_batches, step) for step in range(2)]
+    feed = rank_batches(config, dataset, 0, here)
+    steps = [_step([state], stage, feed, micro_batches, step) for step in range(2)]
     weights = whole_tensors(model, {name: p.data for name, p in model.named_parameters()})
     if is_main():
         torch.save({"steps": steps, "gradients": gradients, "weights": weights}, file)

@@ -1,0 +1,64 @@
+"""Documents laid end to end in one packed sequence, which must not see each other.
+
+A packed batch is one sequence [1, all tokens]: windows and the documents in them are alike. Attention runs document by
+document, rotary positions, convolutions and recurrent states start anew at each, also where a rank's part of the
+sequence begins in the middle of one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedDocuments:
+    """Where documents begin, and which tokens are this rank's; passed through the model as `packed_seq_params`.
+
+    Args:
+        starts: int64 [n], ascending, first 0: places in the whole sequence.
+        length: tokens of the whole sequence.
+        part: this rank's tokens (context parallelism), without step.
+    """
+
+    starts: Tensor
+    length: int
+    part: slice
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Place in its document of every token up to this rank's last: int64 [part.stop]."""
+        places = torch.arange(self.part.stop, device=self.starts.device)
+        return places - self.starts[torch.searchsorted(self.starts, places, right=True) - 1]
+
+    @cached_property
+    def own_positions(self) -> Tensor:
+        """Of this rank's tokens: int64 [part]."""
+        return self.positions[self.part]
+
+    @cached_property
+    def begins(self) -> Tensor:
+        """Which of this rank's tokens are the first of a document: bool [part]."""
+        return self.own_positions == 0
+
+    @cached_property
+    def pieces(self) -> list[tuple[slice, slice]]:
+        """Of each document that this rank has tokens of: those, counted from the part's start, and its keys so far."""
+        edges = [*self.starts.tolist(), self.length]
+        found = []
+        for start, stop in zip(edges, edges[1:]):
+            first, last = max(start, self.part.start), min(stop, self.part.stop)
+            if first < last:
+                found.append((slice(first - self.part.start, last - self.part.start), slice(start, last)))
+        return found
+
+
+def split_documents(documents: PackedDocuments | None, query: Tensor, *keys: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """(query, *keys) of each document: tokens are dimension 1; all at once where nothing is packed."""
+    if documents is None:
+        yield query, *keys
+        return
+    for own, so_far in documents.pieces:
+        yield query[:, own], *(x[:, so_far] for x in keys)
