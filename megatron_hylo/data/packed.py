@@ -199,7 +199,7 @@ def _batches(
     length = dataset.sequence_length
     while True:
         windows = torch.stack([dataset[i] for i in range(first, first + size)])
-        batch = {"input_ids": windows[:, :-1].contiguous(), "labels": windows[:, 1:].contiguous()}
+        batch = {"input_ids": windows[:, :-1].contiguous(), "labels": windows[:, 1:].clone()}
         if packed_documents:
             batch = {name: tensor.view(1, -1) for name, tensor in batch.items()}
             starts = [torch.from_numpy(dataset.document_starts(first + i)) + i * (length + 1) for i in range(size)]

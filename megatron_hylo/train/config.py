@@ -80,6 +80,8 @@ class TrainConfig:
             )
         if self.stage == "pretrain" and bool(self.model) == bool(self.scratch):
             raise ConfigError("stage pretrain needs either model (a folder to continue from) or scratch (a layout to make)")
+        if self.stage == "pretrain" and self.teacher:
+            raise ConfigError("stage pretrain learns from text alone; leave teacher out, or use stage distil")
         if self.stage != "pretrain" and self.parallel.pipeline_model_parallel_size > 1:
             raise ConfigError(
                 f"stage {self.stage} with pipeline_model_parallel_size {self.parallel.pipeline_model_parallel_size} is not "

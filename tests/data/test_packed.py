@@ -108,12 +108,13 @@ def test_a_batch_is_inputs_and_the_next_tokens(prefix):
     assert all(tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in batch.values())
 
 
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_packed_batch_says_where_documents_begin(prefix, shuffle):
+def test_a_packed_batch_says_where_documents_begin(prefix, shuffle, size):
     """Tokens of this dataset are their places in it, so documents can be told from them."""
     dataset = PackedDataset(prefix, LENGTH, seed=5, shuffle=shuffle)
-    plain, packed = batches(dataset, 0, 3), batches(dataset, 0, 3, packed_documents=True)
-    for _ in range(dataset.windows_per_epoch // 3):
+    plain, packed = batches(dataset, 0, size), batches(dataset, 0, size, packed_documents=True)
+    for _ in range(dataset.windows_per_epoch // size):
         bare, batch = next(plain), next(packed)
         ids, labels = bare["input_ids"].flatten().tolist(), bare["labels"].flatten().tolist()
         assert batch["input_ids"].tolist() == [ids]

@@ -39,7 +39,12 @@ STAGES = {
     "mse": dict(stage="align", align_loss="mse"),
     "ild": dict(stage="align", align_loss="ild"),
     "sequential": dict(stage="align", align_loss="sequential"),
+    "packed": dict(stage="pretrain", packed_documents=True),
+    "packed_distil": dict(stage="distil", ce_weight=0.3, packed_documents=True),
+    "packed_mse": dict(stage="align", align_loss="mse", packed_documents=True),
 }
+PACKED = [stage for stage in STAGES if stage.startswith("packed")]
+WHOLE = [stage for stage in STAGES if stage not in PACKED]
 # name: (ranks, parallel groups, distributed optimizer)
 LAYOUTS = {
     "tp2": (2, dict(tensor_model_parallel_size=2), True),
@@ -56,11 +61,14 @@ LAYOUTS = {
     "tp2_sp_dp2": (4, dict(tensor_model_parallel_size=2, sequence_parallel=True), True),
 }
 CASES = [
-    *((model, stage, layout) for layout in ("tp2", "tp2_sp", "dp2", "cp2") for model in MODELS for stage in STAGES),
-    *(("mixed", stage, "dp2_plain") for stage in STAGES),
+    *((model, stage, layout) for layout in ("tp2", "tp2_sp", "dp2", "cp2") for model in MODELS for stage in WHOLE),
+    *(("mixed", stage, "dp2_plain") for stage in WHOLE),
+    *(("normed", stage, layout) for layout in ("tp2_sp", "cp2", "tp2_sp_cp2") for stage in PACKED),
+    *(("mixed", "packed", layout) for layout in ("pp2", "cp2_dp2", "cp4", "pp2_cp2")),
+    *(("aligned", "packed", layout) for layout in ("cp2", "tp2_sp_cp2")),
     *((model, "pretrain", "pp2") for model in MODELS),  # only pretrain has pipeline stages
     *(("aligned", "pretrain", layout) for layout in ("tp2", "tp2_sp", "pp2", "cp2", "tp2_sp_cp2")),
-    *(("normed", stage, "tp2_sp_cp2") for stage in STAGES),
+    *(("normed", stage, "tp2_sp_cp2") for stage in WHOLE),
     *(("mixed", stage, "cp2_dp2") for stage in ("pretrain", "distil", "mse")),
     *((model, "pretrain", layout) for layout in ("cp4", "pp2_cp2") for model in ("normed", "tied")),
     *((model, "pretrain", "tp2_pp2") for model in ("normed", "tied")),
@@ -95,7 +103,7 @@ def make_dataset(folder: Path) -> None:
     folder.mkdir()
     builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
     generator = np.random.default_rng(0)
-    for length in (50, 200, 31, 400):
+    for length in (50, 200, 31, 400, *generator.integers(1, 20, 40).tolist()):
         builder.add_document(generator.integers(0, 160, length).tolist(), [length])
     builder.finalize(str(folder / "train.idx"))
 
@@ -112,7 +120,7 @@ def measured(tmp_path_factory, one_rank) -> Path:
     def config(model: str, stage: str, groups: dict, distributed: bool) -> TrainConfig:
         return TrainConfig(
             data=str(root / "data"), output="unused", model=str(root / model),
-            teacher=None if stage == "pretrain" else str(root / "teacher"), sequence_length=24, global_batch_size=4,
+            teacher=None if STAGES[stage]["stage"] == "pretrain" else str(root / "teacher"), sequence_length=24, global_batch_size=4,
             train_tokens=4 * 24 * 10, precision="fp32", parallel=ParallelConfig(**groups), loss_chunk_tokens=7, **STAGES[stage],
             optimizer=OptimizerSettings(
                 lr=1e-3, mixer_lr=2e-3, weight_decay=0.1, warmup_ratio=0, use_distributed_optimizer=distributed,
