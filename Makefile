@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all lint format quickstart clean
+.PHONY: help install test test-all test-parity lint format quickstart clean
 
 EXTRAS ?= dev
 ARGS ?=
@@ -20,6 +20,9 @@ test: lint ## lint, and all tests that need no network and little time (GPU test
 
 test-all: lint ## all tests; those that this machine cannot run are skipped, with the reason
 	$(TEST) $(ARGS)
+
+test-parity: .venv/installed ## every parallel layout against one rank, with a table of errors and of the planted faults
+	$(TEST) tests/parity -q -s $(ARGS)
 
 lint: .venv/installed ## ruff check, ruff format --check, shellcheck
 	$(BIN)/ruff check .

@@ -173,6 +173,9 @@ def hybrid_config(
             v_head_dim=head_dim, mla_rope_scaling=base.rope_scaling, mla_bias=base.add_qkv_bias,
             linear_num_heads=base.num_attention_heads, linear_key_head_dim=head_dim, linear_value_head_dim=head_dim,
         )  # fmt: skip
+        rotary = overrides.get("qk_pos_emb_head_dim", rotary)
+        if base.qk_layernorm and rotary != head_dim:  # whose norm asks which pairs of the head are rotary: the fastest
+            fields["mla_rotary_pairs"] = [tuple(range(rotary // 2)) if m == "+" else () for m in mixers]
     unknown = sorted(set(overrides) - set(ModelConfig.__dataclass_fields__))
     if unknown:
         raise ConfigError(f"{unknown[0]!r} is not a field of the model configuration")

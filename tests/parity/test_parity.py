@@ -17,6 +17,7 @@ from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from tests.conftest import tiny_config
+from tests.parity.faults import FAULTS
 from tests.parity.worker import job, launch, measure
 
 pytestmark = pytest.mark.multirank
@@ -120,8 +121,9 @@ def measured(tmp_path_factory, one_rank) -> Path:
     def config(model: str, stage: str, groups: dict, distributed: bool) -> TrainConfig:
         return TrainConfig(
             data=str(root / "data"), output="unused", model=str(root / model),
-            teacher=None if STAGES[stage]["stage"] == "pretrain" else str(root / "teacher"), sequence_length=24, global_batch_size=4,
-            train_tokens=4 * 24 * 10, precision="fp32", parallel=ParallelConfig(**groups), loss_chunk_tokens=7, **STAGES[stage],
+            teacher=None if STAGES[stage]["stage"] == "pretrain" else str(root / "teacher"),
+            sequence_length=24, global_batch_size=4, train_tokens=4 * 24 * 10, precision="fp32",
+            parallel=ParallelConfig(**groups), loss_chunk_tokens=7, **STAGES[stage],
             optimizer=OptimizerSettings(
                 lr=1e-3, mixer_lr=2e-3, weight_decay=0.1, warmup_ratio=0, use_distributed_optimizer=distributed,
                 adam_eps=1e-3,  # above rounding errors: the first steps of Adam are signs of gradients otherwise
@@ -134,6 +136,11 @@ def measured(tmp_path_factory, one_rank) -> Path:
         jobs = [
             job("measure", config(model, stage, *LAYOUTS[layout][1:]), root / f"{model}-{stage}-{layout}.pt")
             for model, stage, layout in CASES
+            if LAYOUTS[layout][0] == ranks
+        ]
+        jobs += [
+            job("measure", config(model, stage, *LAYOUTS[layout][1:]), root / f"{fault}.pt", fault)
+            for fault, (_, model, stage, layout) in FAULTS.items()
             if LAYOUTS[layout][0] == ranks
         ]
         launch(jobs, ranks, root)
@@ -159,3 +166,15 @@ def test_layout_equals_one_rank(measured, model, stage, layout):
         assert between_ranks < tolerance, f"{what}: ranks hold different {where}"
         difference, name = largest_difference(mine, one[what][0])
         assert difference < tolerance, f"{what}: {name}"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_fails_its_case(measured, fault):
+    _, model, stage, layout = FAULTS[fault]
+    assert (model, stage, layout) in CASES
+    faulty, one = torch.load(measured / f"{fault}.pt"), torch.load(measured / f"{model}-{stage}-one.pt")
+    (mine, between_ranks, where), theirs = faulty["gradients"], one["gradients"][0]
+    difference, name = largest_difference(mine, theirs)
+    worst, name = max((difference, name), (between_ranks, where))
+    print(f"{fault} | {model}-{stage}-{layout} | {worst:.1e} | {name}")
+    assert worst > 100 * GRADIENT

@@ -6,6 +6,7 @@ so that one start-up of Python and Megatron-Core serves many cases. A job is {"k
   train     the whole of `megatron_hylo.train.loop.train`; where FILE is a checkpoint, from a copy of it
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -22,9 +23,9 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[2]
 
 
-def job(kind: str, config: Any, file: Path | None = None) -> dict[str, Any]:
-    """One entry of the list that `launch` takes; `config` is a TrainConfig."""
-    return {"kind": kind, "config": asdict(config), "file": file and str(file)}
+def job(kind: str, config: Any, file: Path | None = None, fault: str | None = None) -> dict[str, Any]:
+    """One entry of the list that `launch` takes; `config` is a TrainConfig, `fault` one of faults.FAULTS to plant."""
+    return {"kind": kind, "config": asdict(config), "file": file and str(file), "fault": fault}
 
 
 def launch(jobs: list[dict[str, Any]], ranks: int, scratch: Path) -> None:
@@ -146,6 +147,7 @@ def main(file: str) -> None:
     from megatron_hylo.platform.distributed import shutdown
     from megatron_hylo.train.config import TrainConfig
     from megatron_hylo.train.loop import train
+    from tests.parity.faults import FAULTS
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     entries = [(e, from_dict(TrainConfig, e["config"], file)) for e in json.loads(Path(file).read_text())]
@@ -154,7 +156,8 @@ def main(file: str) -> None:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
         for entry, config in group:
             if entry["kind"] == "measure":
-                measure(config, Path(entry["file"]))
+                with FAULTS[entry["fault"]][0]() if entry["fault"] else contextlib.nullcontext():
+                    measure(config, Path(entry["file"]))
                 continue
             if entry["file"] is not None and rank == 0:
                 shutil.copytree(entry["file"], Path(config.output) / "checkpoints" / Path(entry["file"]).name)

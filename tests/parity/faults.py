@@ -1,0 +1,123 @@
+"""Faults of the kind that parallel training really has, planted into the code one at a time: each must fail its case.
+
+A fault is a context manager that the ranks enter before they build a model; the one-rank oracle runs without it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+def _head_norm_gradient_not_summed() -> contextlib.AbstractContextManager:
+    from megatron_hylo.models import layers
+
+    return _replaced(layers, "copy_to_tensor_model_parallel_region", lambda x, **_: x)
+
+
+def _rotary_key_gradient_not_summed() -> contextlib.AbstractContextManager:
+    from megatron_hylo.models import mla
+
+    return _replaced(mla, "copy_to_tensor_model_parallel_region", lambda x, **_: x)
+
+
+def _loss_normalised_per_rank() -> contextlib.AbstractContextManager:
+    from megatron_hylo.train import stages
+
+    proxy = SimpleNamespace(**vars(stages.parallel_state) | {"get_context_parallel_world_size": lambda: 1})
+    return _replaced(stages, "parallel_state", proxy)
+
+
+def _alignment_normalised_per_rank() -> contextlib.AbstractContextManager:
+    from megatron_hylo.distill import alignment
+
+    return _replaced(alignment, "_power", lambda target, sequence_parallel: target.float().square().sum())
+
+
+def _halo_off_by_one() -> contextlib.AbstractContextManager:
+    from megatron_hylo.parallel.context import ContextGroup
+
+    right = ContextGroup.tokens_before
+    return _replaced(ContextGroup, "tokens_before", lambda self, x, count: right(self, x[:, :-1], count))
+
+
+def _positions_from_zero() -> contextlib.AbstractContextManager:
+    from megatron_hylo.parallel.context import ContextGroup
+
+    return _replaced(ContextGroup, "positions", lambda self, length: slice(0, length))
+
+
+def _states_not_composed() -> contextlib.AbstractContextManager:
+    """Only the part just before counts: as if nothing before it were left."""
+    from megatron_hylo.parallel.context import ContextGroup
+
+    right = ContextGroup._before
+
+    def last_only(self: Any, x: Tensor, compose: Callable, shape: torch.Size | None = None) -> Tensor:
+        return right(self, x, lambda state, theirs: compose(torch.zeros_like(state), theirs), shape)
+
+    return _replaced(ContextGroup, "_before", last_only)
+
+
+def _delta_rule_not_reset() -> contextlib.AbstractContextManager:
+    from megatron_hylo.models import gdn
+
+    return _replaced(gdn, "RESET", 0.0)
+
+
+def _mamba_not_reset() -> contextlib.AbstractContextManager:
+    from megatron_hylo.kernels import ssd
+
+    return _replaced(ssd, "RESET", 0.0)
+
+
+def _document_positions_run_on() -> contextlib.AbstractContextManager:
+    from megatron_hylo.parallel.documents import PackedDocuments
+
+    return _replaced(PackedDocuments, "positions", property(lambda self: torch.arange(self.part.stop) % 24))
+
+
+def _key_value_head_duplicated() -> contextlib.AbstractContextManager:
+    from megatron.core import parallel_state
+
+    from megatron_hylo.models.attention import GroupedQueryAttention
+
+    right = GroupedQueryAttention.query_key_value
+
+    def first_ranks(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = right(self, hidden)
+        group = parallel_state.get_tensor_model_parallel_group()
+        with torch.no_grad():
+            torch.distributed.broadcast(key, torch.distributed.get_global_rank(group, 0), group=group)
+        return query, key, value
+
+    return _replaced(GroupedQueryAttention, "query_key_value", first_ranks)
+
+
+# name: (fault, model, stage, layout of the case that it must fail)
+FAULTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], str, str, str]] = {
+    "a norm's gradient not summed over tensor-parallel ranks": (_head_norm_gradient_not_summed, "normed", "pretrain", "tp2"),
+    "the rotary key's gradient not summed": (_rotary_key_gradient_not_summed, "mixed", "pretrain", "tp2"),
+    "a key head duplicated over tensor-parallel ranks": (_key_value_head_duplicated, "tied", "pretrain", "tp2"),
+    "the loss normalised by each context-parallel rank": (_loss_normalised_per_rank, "mixed", "pretrain", "cp2"),
+    "alignment normalised by each context-parallel rank": (_alignment_normalised_per_rank, "mixed", "mse", "cp2"),
+    "a convolution's halo off by one": (_halo_off_by_one, "mixed", "pretrain", "cp2"),
+    "rotary positions that begin at each rank": (_positions_from_zero, "tied", "pretrain", "cp2"),
+    "states of earlier ranks not composed": (_states_not_composed, "normed", "pretrain", "cp4"),
+    "Gated DeltaNet's state not reset at a document": (_delta_rule_not_reset, "normed", "packed", "cp2"),
+    "Mamba2's state not reset at a document": (_mamba_not_reset, "normed", "packed", "cp2"),
+    "rotary positions that run on over documents": (_document_positions_run_on, "normed", "packed", "tp2_sp"),
+}
