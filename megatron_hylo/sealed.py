@@ -17,6 +17,7 @@ import torch
 from megatron_hylo.config import ConfigError
 
 MANIFEST = "manifest.json"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a spent quota, a file-size limit
 
 
 class DamagedError(RuntimeError):
@@ -35,7 +36,7 @@ def sealed_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         overwrite: replace a folder that is already there (the old one stays until the new one is whole).
 
     Raises:
-        ConfigError: `path` exists and `overwrite` is false, or the disk is full.
+        ConfigError: `path` exists and `overwrite` is false, or the disk is full or cannot be written.
     """
     path = Path(path)
     partial = path.parent / f".{path.name}.partial"
@@ -56,6 +57,12 @@ def sealed_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
             shutil.rmtree(partial, ignore_errors=True)
         if _is_disk_full(error):
             raise ConfigError(f"the disk is full: {path} was not written; free space and run again") from error
+        if _is_failed_writer(error):
+            free = shutil.disk_usage(path.parent).free / 1e9
+            raise ConfigError(
+                f"{path} was not written: a process that writes checkpoints failed, its error is logged above; there are "
+                f"{free:,.1f} GB free: make space, or look at your quota, and run again"
+            ) from error
         raise
 
 
@@ -143,10 +150,15 @@ def _replace(partial: Path, path: Path) -> None:
 
 def _is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        if getattr(error, "errno", None) in NO_SPACE or any(os.strerror(number) in str(error) for number in NO_SPACE):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _is_failed_writer(error: BaseException) -> bool:
+    """Megatron-Core writes shards in processes of their own and says no more of their errors than the class."""
+    return type(error).__name__ == "CheckpointException"
 
 
 def _rank() -> int:

@@ -1,5 +1,11 @@
 """Sealed folders: whole or absent, and damage is named."""
 
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from megatron_hylo.config import ConfigError
@@ -50,8 +56,34 @@ def test_damage_is_found_and_the_file_named(tmp_path, damage, word):
         verify_sealed(tmp_path / "a")
 
 
-def test_full_disk_ends_in_one_sentence(tmp_path):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk_ends_in_one_sentence(number, tmp_path):
     with pytest.raises(ConfigError, match="disk is full"):
         with sealed_directory(tmp_path / "a"):
-            raise OSError(28, "No space left on device")
+            raise OSError(number, os.strerror(number))
     assert list(tmp_path.iterdir()) == []
+
+
+WRITER = """
+import resource, sys
+from megatron_hylo.models.checkpoint import save_model
+from megatron_hylo.models.hylo_model import build_model
+from megatron_hylo.platform.distributed import session
+from tests.conftest import tiny_config
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    with session():
+        save_model(build_model(tiny_config()), sys.argv[1])
+"""
+
+
+def test_a_checkpoint_writer_that_fails_ends_in_one_sentence(tmp_path):
+    """Megatron-Core's own writer process, whose files may be no larger than 50 kB."""
+    script, where = tmp_path / "writer.py", tmp_path / "models"
+    script.write_text(WRITER)
+    where.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([sys.executable, script, where / "a"], env=environment, capture_output=True, text=True)
+    assert "ConfigError" in result.stderr and f"{where}/a was not written" in result.stderr, result.stderr[-2000:]
+    assert list(where.iterdir()) == []

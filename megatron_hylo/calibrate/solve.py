@@ -8,9 +8,10 @@ teacher's output a, hidden states h_s of the student and h_t of the teacher, and
 
 `sequential`: a student layer reads the student's own hidden state and makes up for what the layers before it got wrong,
 as far as that holds on windows that are not solved on: damping' is the best of a few there, infinity among them, so with
-little text the correction vanishes. One-shot: a layer reads h_t, as if all others were exact, and W is the solution.
-w_n = 1 / (|h_t,n|^2 + |h_s,n|^2): layers see hidden states through RMSNorm, so errors count relative to them. Without it
-the first token of a window, a thousand times larger than others, decides every layer.
+little text the correction vanishes. There w_n = 1 / (|h_t,n|^2 + |h_s,n|^2): layers see hidden states through RMSNorm, so
+what is missing counts relative to them; else the first token of a window, a thousand times larger than others, decides it.
+One-shot: a layer reads h_t, as if all others were exact, and W is the solution, with w_n = 1: it costs nothing to leave
+the first token, which all heads attend to, as exact as its size makes it, and training then starts more calmly.
 """
 
 from collections.abc import Callable
@@ -123,7 +124,7 @@ def solve_outputs(
         initial = solved = _relative_error(features, own, projection.weight, validation)
         if symbol != "*":
             prior = projection.weight.clone() if symbol == "+" else torch.zeros_like(projection.weight)
-            fit, check = _normal_equations(features, own, taught, studied, validation)
+            fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
             weight = fit.solve(prior, DAMPING[symbol])
             solved = _relative_error(features, own, weight, validation)
             _set(projection, _corrected(weight, fit, check) if sequential else weight, layer, symbol)
@@ -135,7 +136,7 @@ def solve_outputs(
         projection = mlp.mlp.linear_fc2
         features = [_features(projection, _mlp_output, mlp, h) for h in studied if sequential]
         if sequential and mlps:
-            fit, check = _normal_equations(features, own, taught, studied, validation)
+            fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
             weight = fit.solve(projection.weight, DAMPING["-"])
             _set(projection, _corrected(weight, fit, check), layer, "-")
         _advance(taught, own)
@@ -171,12 +172,18 @@ def _features(projection: nn.Module, run: Callable[[nn.Module, Tensor], Tensor],
 
 
 def _normal_equations(
-    features: list[Tensor], own: list[Tensor], taught: list[Tensor], studied: list[Tensor], validation: list[bool]
+    features: list[Tensor],
+    own: list[Tensor],
+    taught: list[Tensor],
+    studied: list[Tensor],
+    validation: list[bool],
+    relative: bool,
 ) -> tuple[NormalEquations, NormalEquations]:
-    """Of the micro-batches that are solved on, and of those that are not."""
+    """Of the micro-batches that are solved on, and of those that are not; `relative` to the hidden states' sizes."""
     fit, check = NormalEquations(), NormalEquations()
     for f, a, t, s, is_held in zip(features, own, taught, studied, validation):
-        (check if is_held else fit).add(f, a, t - s, _weight(t, s))
+        weight = _weight(t, s) if relative else torch.ones_like(t[..., 0], dtype=torch.float32)
+        (check if is_held else fit).add(f, a, t - s, weight)
     return fit, check
 
 

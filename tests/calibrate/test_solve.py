@@ -129,8 +129,7 @@ def test_a_solved_layer_is_the_ridge_solution_of_its_features(teacher, text, mak
         features = torch.cat(parts, -1).transpose(0, 1).double()
         weight.copy_(prior)
     (error, *_) = solve_outputs(student, teacher, text[0], sequential=False)
-    root = teacher.embedding(input_ids=ids, position_ids=None).transpose(0, 1).double().square().sum(-1, keepdim=True) ** -0.5
-    f, y = ((part * root / 2**0.5)[~held].flatten(0, 1) for part in (features, target))
+    f, y = features[~held].flatten(0, 1), target[~held].flatten(0, 1)
     level = solve.DAMPING["+"] * (f.T @ f).trace() / 96
     unit = torch.eye(96, dtype=torch.float64)
     wanted = torch.linalg.solve(f.T @ f + level * unit, f.T @ y + level * prior.double().T).T
