@@ -2,7 +2,7 @@
 
     python benchmarks/upcycle_quality.py                                    # all of it: about 25 minutes on one H100
     python benchmarks/upcycle_quality.py --tokens []                        # before training only; also on a CPU
-    python benchmarks/upcycle_quality.py --training [calibrated] --seeds [1]  # a part, on another GPU, with the same --work
+    python benchmarks/upcycle_quality.py --training [sequential] --seeds [1]  # a part, on another GPU, with the same --work
 
 Each measurement is a file in WORK/cells: what is there is not measured again, and the table is made of all that is there.
 Prints the table and, last, one JSON line; writes RESULTS.md and RESULTS.png. The teacher is SmolLM2-135M-Instruct
@@ -42,20 +42,22 @@ ALL_MLA = dict(pattern="+" * 30, overrides=dict(kv_lora_rank=78, qk_pos_emb_head
 GDN, MAMBA2 = "smollm2-135m-8mla22gdn", "smollm2-135m-8mla22m2"
 STARTS: dict[str, dict[str, Any]] = {  # name: arguments of upcycle_folder
     "paper": dict(layout=GDN, init="paper"),
-    "one-shot": dict(layout=f"{GDN}-aligned", sequential=False),
-    "sequential": dict(layout=f"{GDN}-aligned", mlps=False),
-    "calibrated": dict(layout=f"{GDN}-aligned"),
-    "paper shapes": dict(layout=GDN),
+    "one-shot": dict(layout=f"{GDN}-aligned"),
+    "sequential, mixers alone": dict(layout=f"{GDN}-aligned", sequential=True, mlps=False),
+    "sequential": dict(layout=f"{GDN}-aligned", sequential=True),
+    "sequential, paper's shapes": dict(layout=GDN, sequential=True),
     "Mamba2 paper": dict(layout=MAMBA2, init="paper"),
-    "Mamba2": dict(layout=f"{MAMBA2}-aligned"),
-    "all MLA one-shot": ALL_MLA | dict(sequential=False),
-    "all MLA": ALL_MLA,
+    "Mamba2 one-shot": dict(layout=f"{MAMBA2}-aligned"),
+    "Mamba2 sequential": dict(layout=f"{MAMBA2}-aligned", sequential=True),
+    "all MLA one-shot": ALL_MLA,
+    "all MLA sequential": ALL_MLA | dict(sequential=True),
 }
 TRAINING = {  # name: (start, stage-1 loss); all else is the same
     "paper": ("paper", "ild"),
     "paper, sequential stage 1": ("paper", "sequential"),
-    "calibrated": ("calibrated", "sequential"),
-    "Mamba2": ("Mamba2", "sequential"),
+    "one-shot": ("one-shot", "mse"),
+    "sequential": ("sequential", "sequential"),
+    "Mamba2 sequential": ("Mamba2 sequential", "sequential"),
 }
 STAGE_1 = 0.1  # of the tokens
 
@@ -63,7 +65,7 @@ STAGE_1 = 0.1  # of the tokens
 def main(
     work: Path = Path("runs/upcycle_quality"),
     starts: list[str] = list(STARTS),  # noqa: B006  jsonargparse shows it
-    training: list[str] = ["paper", "paper, sequential stage 1", "calibrated"],  # noqa: B006
+    training: list[str] = ["paper", "paper, sequential stage 1", "sequential"],  # noqa: B006
     tokens: list[int] = [1_000_000, 3_000_000, 10_000_000],  # noqa: B006
     seeds: list[int] = [0, 1],  # noqa: B006
     calibration_tokens: int = 262_144,
@@ -103,7 +105,7 @@ def main(
 
 def measure_start(name: str, work: Path, teacher: Path, calibration: Path) -> None:
     """One start without training, in fp32; leaves the model for training in WORK/starts."""
-    file, model = cell_file(work, name, 0, 0), work / "starts" / name.replace(" ", "_")
+    file, model = cell_file(work, name, 0, 0), work / "starts" / slug(name)
     if file.is_file() and is_sealed(model):
         return
     start = time.perf_counter()
@@ -125,7 +127,7 @@ def measure_training(
         return
     start_name, align_loss = TRAINING[name]
     measure_start(start_name, work, teacher, calibration)
-    model, run = work / "starts" / start_name.replace(" ", "_"), work / "runs" / file.stem
+    model, run = work / "starts" / slug(start_name), work / "runs" / file.stem
     budget = replace(
         BUDGETS["cuda" if torch.cuda.is_available() else "cpu", "calibrated"], align_loss=align_loss, eval_windows=eval_windows
     )
@@ -147,9 +149,14 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def slug(name: str) -> str:
+    """A name as part of a path."""
+    return name.replace(" ", "_").replace(",", "").replace("'", "")
+
+
 def cell_file(work: Path, name: str, tokens: int, seed: int) -> Path:
     """Where a measurement is kept."""
-    return work / "cells" / f"{name.replace(' ', '_').replace(',', '')}-{tokens}-{seed}.json"
+    return work / "cells" / f"{slug(name)}-{tokens}-{seed}.json"
 
 
 def save_cell(file: Path, values: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ def calibrate(
         teacher: model folder of the teacher.
         data: dataset folder made by `hylo preprocess`, best of text like that the hybrid is for.
         output: calibration folder to make.
-        tokens: calibration text; 65,536 is enough for most, 1 million the most that is worth its time.
+        tokens: calibration text; 65,536 for the default initialisation; 262,144 to a million for --sequential.
         sequence_length: tokens a window, the length that attention is measured over.
         precision: of the teacher's forward pass.
         tensor_model_parallel_size: ranks that share each layer.
@@ -55,7 +55,7 @@ def upcycle(
     calibration: str | None = None,
     shapes: Literal["paper", "aligned"] | None = None,
     rotary: Literal["energy", "all", "fastest", "table"] = "energy",
-    sequential: bool = True,
+    sequential: bool = False,
     mlps: bool = True,
     seed: int = 0,
     overrides: dict[str, int] | None = None,
@@ -73,8 +73,9 @@ def upcycle(
         shapes: dimensions of a pattern's mixers; by default aligned for calibrated, the paper's otherwise.
         rotary: which of the teacher's rotary components MLA keeps: energy (the most useful), all or fastest (standard
             tables), table (the standard table of the layout's own dimensions).
-        sequential: let each layer make up for what the layers before it got wrong; false is faster, and less good.
-        mlps: let MLPs make up for it too (their last linear map changes); false keeps the teacher's MLPs.
+        sequential: let each layer make up for what the layers before it got wrong: much better before training with
+            262,144 calibration tokens or more, not with fewer.
+        mlps: with sequential, let MLPs make up for it too (their last linear map changes); false keeps the teacher's.
         seed: of the tensors the initialiser draws at random.
         overrides: dimensions that replace the layout's, e.g. {kv_lora_rank: 64}.
         overwrite: replace what is there.

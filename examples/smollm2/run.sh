@@ -20,7 +20,7 @@ mkdir -p "$OUT"
 [[ -d $OUT/teacher ]] || $hylo convert "$($hylo fetch teacher)" "$OUT/teacher"
 [[ -d $OUT/data ]] || $hylo preprocess "${TEXT:-$($hylo fetch documents)}" "$OUT/data" --tokenizer "$OUT/teacher"
 [[ -d $OUT/calibration ]] || $hylo calibrate "$OUT/teacher" "$OUT/data" "$OUT/calibration" --tokens "$CALIBRATION_TOKENS"
-[[ -d $OUT/hybrid ]] || $hylo upcycle "$OUT/teacher" "$OUT/hybrid" --layout "$layout" --calibration "$OUT/calibration"
+[[ -d $OUT/hybrid ]] || $hylo upcycle "$OUT/teacher" "$OUT/hybrid" --layout "$layout" --calibration "$OUT/calibration" --sequential true
 
 shared=(--data "$OUT/data" --teacher "$OUT/teacher" --sequence_length 2048 --global_batch_size 16 --eval_windows 128
   --micro_batch_size "$((16 / NPROC))" --optimizer.warmup_ratio 0.05 --optimizer.min_lr_ratio 0.05)

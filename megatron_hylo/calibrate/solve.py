@@ -27,7 +27,7 @@ from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.mamba2 import Mamba2
 
 DAMPING = {"+": 1e-2, "M": 1e-2, "G": 1e-2, "-": 1e-2}  # of the mean diagonal of F^T F, by layer symbol
-CORRECTION_DAMPING = (1e-3, 1e-2, 1e-1, 1.0)
+CORRECTION_DAMPING = (1e-2, 1e-1, 1.0)
 VALIDATION = 8  # every so manieth window is not solved on
 
 
@@ -83,7 +83,7 @@ def solve_outputs(
     student: HyloModel,
     teacher: HyloModel,
     windows: Tensor,
-    sequential: bool = True,
+    sequential: bool = False,
     mlps: bool = True,
     track: Track = no_progress,
 ) -> list[LayerError]:

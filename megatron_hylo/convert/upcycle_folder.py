@@ -62,7 +62,7 @@ def upcycle_folder(
     calibration: str | Path | None = None,
     shapes: Shapes | None = None,
     rotary: str = "energy",
-    sequential: bool = True,
+    sequential: bool = False,
     mlps: bool = True,
     seed: int = 0,
     overrides: dict[str, Any] | None = None,

@@ -182,7 +182,7 @@ def test_mamba2s_values_are_as_large_as_the_norms_epsilon(teacher, text, make_st
     mixer = student.mixer_layers()[0][0].self_attention
     norm = mixer.norm
     before = {name: p.detach().clone() for name, p in mixer.named_parameters()}
-    solve_outputs(student, teacher, text[0])
+    solve_outputs(student, teacher, text[0], sequential=True)
     norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
     with torch.no_grad():
         student(text[0][:, :-1])
@@ -200,7 +200,7 @@ def test_mamba2s_values_are_as_large_as_the_norms_epsilon(teacher, text, make_st
 def test_nothing_but_output_projections_changes(mlps, teacher, text, make_student):
     student = make_student("+*G")
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    solve_outputs(student, teacher, text[0].repeat(8, 1), mlps=mlps)
+    solve_outputs(student, teacher, text[0].repeat(8, 1), sequential=True, mlps=mlps)
     changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
     layer = "decoder.layers.{}.{}.weight".format
     of_mixers = {layer(0, "self_attention.linear_proj"), layer(4, "self_attention.out_proj")}
@@ -211,7 +211,7 @@ def test_hidden_states_are_as_far_from_the_teachers_as_reported(teacher, make_st
     """The last layer's, from whole forward passes over text that was not solved on."""
     windows = torch.randint(300, (64, 41), generator=torch.Generator().manual_seed(0))
     student = make_student("+GM", mamba_num_heads=6)
-    errors = solve_outputs(student, teacher, windows)
+    errors = solve_outputs(student, teacher, windows, sequential=True)
     seen = []
     for model in (student, teacher):
         layer = model.mixer_layers()[-1][1]
@@ -245,4 +245,4 @@ def test_outputs_that_are_not_finite_are_refused(teacher, text, make_student):
     with torch.no_grad():
         student.mixer_layers()[1][0].self_attention.linear_kv_up_proj.weight[3, 3] = torch.nan
     with pytest.raises(ConfigError, match="layer 1 `\\+`: its outputs are not finite"):
-        solve_outputs(student, teacher, text[0])
+        solve_outputs(student, teacher, text[0], sequential=True)
