@@ -41,12 +41,15 @@ def own_part(x: Tensor) -> Tensor:
 class ContextGroup:
     """The ranks that share a sequence, as the mixers see them.
 
+    `received_bytes` counts what this rank got from the others in forward passes (docs/parallelism.md has the formulas).
+
     Args:
         group: context-parallel process group.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.size, self.rank = group, group.size(), group.rank()
+        self.received_bytes = 0
 
     def positions(self, length: int) -> slice:
         """Places in the whole sequence of this rank's `length` tokens."""
@@ -56,7 +59,7 @@ class ContextGroup:
         """This part and all before it: [sequence, batch, ...] of each rank -> [(rank + 1) sequence, batch, ...]."""
         if self.size == 1:
             return x
-        return gather_from_sequence_parallel_region(x.contiguous(), group=self.group)[: (self.rank + 1) * len(x)]
+        return self._gather(x)[: (self.rank + 1) * len(x)]
 
     def tokens_before(self, x: Tensor, count: int) -> Tensor | None:
         """The inputs a causal convolution needs from the part before.
@@ -102,8 +105,13 @@ class ContextGroup:
 
     def _before(self, x: Tensor, compose: Callable[[Tensor, Tensor], Tensor], shape: torch.Size | None = None) -> Tensor:
         """What `compose` makes of the tensors of all ranks before this one, from zeros; in the graph of every rank."""
-        everyone = gather_from_sequence_parallel_region(x.contiguous().unsqueeze(0), group=self.group)
+        everyone = self._gather(x.unsqueeze(0))
         states = [x.new_zeros(shape or x.shape)]
         for theirs in everyone[:-1]:
             states.append(compose(states[-1], theirs))
         return torch.stack(states)[self.rank]
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """[n, ...] of each rank -> [ranks n, ...]; gradients are summed back."""
+        self.received_bytes += (self.size - 1) * x.numel() * x.element_size()
+        return gather_from_sequence_parallel_region(x.contiguous(), group=self.group)

@@ -165,6 +165,7 @@ def test_layout_equals_one_rank(measured, model, stage, layout):
         mine, between_ranks, where = here[what]
         assert between_ranks < tolerance, f"{what}: ranks hold different {where}"
         difference, name = largest_difference(mine, one[what][0])
+        print(f"{model} | {stage} | {layout} | {what} | {difference:.1e} | {name}")
         assert difference < tolerance, f"{what}: {name}"
 
 
@@ -178,3 +179,21 @@ def test_a_planted_fault_fails_its_case(measured, fault):
     worst, name = max((difference, name), (between_ranks, where))
     print(f"{fault} | {model}-{stage}-{layout} | {worst:.1e} | {name}")
     assert worst > 100 * GRADIENT
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("cp2", 2), ("cp4", 4), ("tp2_sp_cp2", 2)])
+def test_context_parallelism_moves_what_the_formulas_say(measured, layout, ranks):
+    """Bytes of each mixer's forward passes, fp32, against docs/parallelism.md."""
+    c, (passes, length), tp = MODELS["normed"], (4, 24), 2 if layout.startswith("tp2") else 1
+    part, taps = length // ranks, c.linear_conv_kernel_dim - 1
+    gdn_heads, keys, values = c.linear_num_heads // tp, c.linear_key_head_dim, c.linear_value_head_dim
+    heads, groups = c.mamba_num_heads // tp, c.num_query_groups // tp
+    numbers = {
+        "G": gdn_heads * keys * (keys + values) + taps * gdn_heads * (2 * keys + values),
+        "+": part // tp * (c.kv_lora_rank + c.qk_pos_emb_head_dim),  # each tensor-parallel rank its piece
+        "M": heads * c.mamba_head_dim * (c.mamba_state_dim + 1)
+        + taps * (groups * (c.mamba_head_dim + c.mamba_state_dim) + heads * c.mamba_state_dim),
+        "*": part * 2 * groups * c.kv_channels,
+    }  # fmt: skip
+    found = torch.load(measured / f"normed-pretrain-{layout}.pt")["received"]
+    assert found == [4 * passes * (ranks - 1) * numbers[symbol] for symbol in c.mixers]

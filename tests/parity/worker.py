@@ -132,13 +132,14 @@ def measure(config: Any, file: Path) -> None:
 
     state.model.zero_grad_buffer()
     stage.forward_backward([state], rank_batches(config, dataset, 0, here), micro_batches)
+    received = [mixer.self_attention.context.received_bytes for mixer, _ in model.mixer_layers()]
     gradients = _reduced_gradients(state)
     gradients = whole_tensors(model, gradients)
     feed = rank_batches(config, dataset, 0, here)
     steps = [_step([state], stage, feed, micro_batches, step) for step in range(2)]
     weights = whole_tensors(model, {name: p.data for name, p in model.named_parameters()})
     if is_main():
-        torch.save({"steps": steps, "gradients": gradients, "weights": weights}, file)
+        torch.save({"steps": steps, "gradients": gradients, "weights": weights, "received": received}, file)
 
 
 def main(file: str) -> None:
