@@ -77,7 +77,7 @@ def _fla(
         starts = torch.where(positions < history, torch.arange(len(positions), device=x.device) - positions + history, 0)
         starts = torch.cat([starts[positions < history], (positions == 0).nonzero().flatten() + history])
         edges = [starts.new_zeros(1), starts[starts > 0], starts.new_full((1,), x.shape[1])]
-        documents = torch.cat(edges).unique().to(torch.int32)
+        documents = torch.cat(edges).unique()
     y, _ = kernel(x, weight, bias, activation=activation, backend="triton", cu_seqlens=documents)
     return y[:, weight.shape[1] - 1 :] if has_history else y
 

@@ -56,6 +56,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     backend: Literal["auto", "local", "te"] = "auto"
     seed: int = 1234
+    max_skipped_steps: int = 3  # in a row, for NaN or infinity in loss or gradients; one more ends the run
     # record and resume
     log_interval: int = 10  # steps
     eval_interval: int = 0  # steps between held-out evaluations; 0: at the end only

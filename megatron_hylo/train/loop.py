@@ -5,7 +5,6 @@ Read `train` from top to bottom: it is the whole flow of a run, on one CPU proce
 
 import json
 import logging
-import math
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from megatron_hylo.sealed import is_sealed, write_json
 from megatron_hylo.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_hylo.train.config import PREFIXES, TrainConfig
 from megatron_hylo.train.feed import rank_batches
+from megatron_hylo.train.health import SkippedSteps
 from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter
 from megatron_hylo.train.stages import Stage, get_stage
@@ -82,14 +82,17 @@ def train(config: TrainConfig) -> Quality | None:
         stop = StopRequest()
         try:
             feed = rank_batches(config, dataset, consumed, device)
+            skipped = SkippedSteps(config.max_skipped_steps)
             while step < config.train_steps:
-                metrics = _step(states, stage, feed, micro_batches, step)
+                metrics = _step(states, stage, feed, micro_batches, step, skipped)
                 step, consumed = step + 1, consumed + config.global_batch_size
                 if step == 1 or reporter.last[1] == 0:
                     logger.info("operations: %s", in_use())
                 reporter.step(step, metrics)
+                if skipped.in_a_row:
+                    reporter.say(f"step {step} skipped: NaN or infinity in loss or gradients ({skipped.total} such steps)")
                 stopping = stop.agreed(device)
-                if step < config.train_steps and (stopping or step % config.save_interval == 0):
+                if step < config.train_steps and (stopping or (step % config.save_interval == 0 and not skipped.in_a_row)):
                     save_checkpoint(states, run, step, consumed, provenances, tokenizer, config.keep_checkpoints)
                 if stopping and step < config.train_steps:
                     raise Stopped(f"stopped at step {step} of {config.train_steps} and saved; run the same command to resume")
@@ -128,16 +131,19 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def _step(states: Sequence[TrainingState], stage: Stage, feed: Any, micro_batches: int, step: int) -> dict[str, float]:
+def _step(
+    states: Sequence[TrainingState], stage: Stage, feed: Any, micro_batches: int, step: int, skipped: SkippedSteps
+) -> dict[str, float]:
     for state in states:
         state.model.zero_grad_buffer()
         state.optimizer.zero_grad()
     metrics = stage.forward_backward(states, feed, micro_batches)
-    # a norm, and clipping, of each student's own: two that share a run end as they would alone
-    norms = {f"{prefix}gradient_norm": float(state.optimizer.step()[1] or 0.0) for prefix, state in zip(PREFIXES, states)}
-    values = {name: float(value) for name, value in _mean_over_ranks(metrics).items()} | norms
-    if not all(map(math.isfinite, values.values())):
-        raise ConfigError(f"step {step + 1}: loss or gradient norm is not finite: {values}; lower the learning rate")
+    if skipped.must_skip(states, metrics, step + 1):
+        values = {"skipped_steps": float(skipped.total)}
+    else:
+        # a norm, and clipping, of each student's own: two that share a run end as they would alone
+        norms = {f"{prefix}gradient_norm": float(s.optimizer.step()[1] or 0.0) for prefix, s in zip(PREFIXES, states)}
+        values = {name: float(value) for name, value in _mean_over_ranks(metrics).items()} | norms
     rates = {f"learning_rate_{name}": rate for name, rate in states[0].learning_rates().items()}
     for state in states:
         state.scheduler.step(1)

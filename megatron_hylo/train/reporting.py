@@ -71,7 +71,7 @@ class Reporter:
             "peak_memory_gib": peak_memory_gib(self.device),
         }
         self.record(step, record)
-        loss, mfu = record["loss"], 100 * record["mfu"]
+        loss, mfu = record.get("loss", float("nan")), 100 * record["mfu"]
         self.progress.update(self.task, numbers=f"loss {loss:.4f}  {rate:,.0f} tokens/s  MFU {mfu:.1f}%")
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:

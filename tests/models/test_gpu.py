@@ -7,6 +7,7 @@ import torch
 
 from megatron_hylo.kernels.registry import force, in_use
 from megatron_hylo.models.hylo_model import build_model
+from megatron_hylo.parallel.documents import PackedDocuments
 from tests.conftest import tiny_config
 
 pytestmark = [
@@ -24,9 +25,10 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("backend", ["local", "te"])
 @pytest.mark.parametrize("mixer", ["*", "+", "M", "G"])
-def test_bf16_mixer_matches_fp32_reference(mixer, backend, one_rank):
+def test_bf16_mixer_matches_fp32_reference(mixer, backend, packed, one_rank):
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if backend == "te" and not HAVE_TE:
@@ -37,15 +39,18 @@ def test_bf16_mixer_matches_fp32_reference(mixer, backend, one_rank):
     state = {k: v for k, v in reference.state_dict().items() if not k.endswith("_extra_state")}
     missing, unexpected = fast.load_state_dict(state, strict=False)
     assert not unexpected and all(name.endswith("_extra_state") for name in missing)
-    x = torch.randn(777, 2, 256, device="cuda").bfloat16()
-    upstream = torch.randn(777, 2, 256, device="cuda")
+    batch, documents = 2, None
+    if packed:
+        batch, documents = 1, PackedDocuments(torch.tensor([0, 1, 3, 70, 300, 302], device="cuda"), 777, slice(0, 777))
+    x = torch.randn(777, batch, 256, device="cuda").bfloat16()
+    upstream = torch.randn(777, batch, 256, device="cuda")
     results = []
     for module, inputs in ((reference, x.float()), (fast, x.clone())):
         inputs.requires_grad_()
         forced = [force(op, name) for op, name in (("gated_delta_rule", "torch"), ("ssd", "torch"), ("causal_conv1d", "torch"))]
         for context in forced if module is reference else []:
             context.__enter__()
-        out, _ = module(inputs)
+        out, _ = module(inputs, packed_seq_params=documents)
         (out.float() * upstream).sum().backward()
         for context in forced if module is reference else []:
             context.__exit__(None, None, None)
@@ -54,7 +59,7 @@ def test_bf16_mixer_matches_fp32_reference(mixer, backend, one_rank):
     (out, grad, grads), (fast_out, fast_grad, fast_grads) = results
     errors = {"output": relative(fast_out, out), "input": relative(fast_grad, grad)}
     errors |= {name: relative(fast_grads[name], grads[name]) for name in grads}
-    print(mixer, backend, in_use(), {k: f"{v:.1e}" for k, v in errors.items()})
+    print(mixer, backend, packed, in_use(), {k: f"{v:.1e}" for k, v in errors.items()})
     # mamba_ssm sums D's gradient, one number a head, over bf16 products that mostly cancel: 3.1e-2 on an H100
     limits = {name: 5e-2 if name == "D" else 3e-2 for name in errors}
     assert all(errors[name] < limits[name] for name in errors), errors

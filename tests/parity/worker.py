@@ -117,6 +117,7 @@ def measure(config: Any, file: Path) -> None:
     from megatron_hylo.data.packed import PackedDataset
     from megatron_hylo.platform.distributed import initialize, is_main
     from megatron_hylo.train.feed import rank_batches
+    from megatron_hylo.train.health import SkippedSteps
     from megatron_hylo.train.loop import _build_models, _step
     from megatron_hylo.train.optimizer import build_training_state, choose_trainable
     from megatron_hylo.train.stages import get_stage
@@ -136,7 +137,7 @@ def measure(config: Any, file: Path) -> None:
     gradients = _reduced_gradients(state)
     gradients = whole_tensors(model, gradients)
     feed = rank_batches(config, dataset, 0, here)
-    steps = [_step([state], stage, feed, micro_batches, step) for step in range(2)]
+    steps = [_step([state], stage, feed, micro_batches, step, SkippedSteps(0)) for step in range(2)]
     weights = whole_tensors(model, {name: p.data for name, p in model.named_parameters()})
     if is_main():
         torch.save({"steps": steps, "gradients": gradients, "weights": weights, "received": received}, file)

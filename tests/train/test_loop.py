@@ -15,6 +15,7 @@ from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train.config import OptimizerSettings
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.optimizer import build_training_state
+from megatron_hylo.train.stages import get_stage
 from tests.train.runs import metrics, start_train, weights
 
 
@@ -98,9 +99,41 @@ def test_infinite_loss_stops_before_anything_is_saved(settings, tmp_path, materi
     model.decoder.layers[1].mlp.linear_fc1.weight.data[0, 0] = float("nan")
     save_model(model, tmp_path / "broken")
     config = settings(model=str(tmp_path / "broken"), save_interval=1)
-    with pytest.raises(ConfigError, match="step 1.*not finite"):
+    with pytest.raises(
+        ConfigError, match="step 4: NaN or infinity, 4 steps in a row .rank 0: loss.*output of layer 1 .*gradients"
+    ):
         train(config)
     assert not list(Path(config.output).glob("checkpoints/*"))
+    assert metrics(Path(config.output), "skipped_steps") == {1: 1, 2: 2, 3: 3}
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(settings, monkeypatch):
+    """As if its learning rate were zero: the weights after it are those before it, and training goes on."""
+    spoilt, seen = [], []
+
+    def spoiling_stage(config, teacher):
+        stage = get_stage(config, teacher)
+        right = stage.forward_backward
+
+        def forward_backward(states, feed, micro_batches):
+            found = right(states, feed, micro_batches)
+            seen.append(next(states[0].bare_model.parameters()).detach().clone())
+            if len(seen) in spoilt:
+                list(states[0].bare_model.parameters())[-1].main_grad.view(-1)[3] = float("inf")
+            return found
+
+        stage.forward_backward = forward_backward
+        return stage
+
+    monkeypatch.setattr("megatron_hylo.train.loop.get_stage", spoiling_stage)
+    spoilt += [2, 3]
+    config = settings(steps=5, save_interval=2)
+    quality = train(config)
+    assert list(metrics(Path(config.output))) == [1, 4, 5]
+    assert metrics(Path(config.output), "skipped_steps") == {2: 1, 3: 2}
+    same = [torch.equal(a, b) for a, b in zip(seen, seen[1:])]
+    assert same == [False, True, True, False]
+    assert quality.perplexity > 0 and all(tensor.isfinite().all() for tensor in weights(Path(config.output) / "model").values())
 
 
 def test_unknown_key_in_a_recipe_exits_2(settings, tmp_path, capsys):
