@@ -145,8 +145,8 @@ class _LinearHeadLoss(torch.autograd.Function):
             log_p = _log_softmax((hidden[chunk] @ weight.t()).to(compute), group)
             grad = None
             if wants_hidden or wants_weight:
-                scale = kl_weight + ce_weight if labels is None else kl_weight + ce_weight * (labels[chunk, None] >= 0)
-                grad = log_p.exp().mul_(scale)
+                known = (labels[chunk, None] >= 0).to(compute) if labels is not None else 1.0
+                grad = log_p.exp().mul_(kl_weight + ce_weight * known)
             if teacher_weight is not None:
                 log_q = _log_softmax((teacher_hidden[chunk] @ teacher_weight.t()).to(compute), group)
                 if measure_agreement:
