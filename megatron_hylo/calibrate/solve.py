@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from megatron_hylo.calibrate.gather import embed, micro_batch
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.to_megatron import Track, no_progress
+from megatron_hylo.distill.alignment import mixer_output
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.mamba2 import Mamba2
 
@@ -118,9 +119,9 @@ def solve_outputs(
     for layer, (symbol, (mixer, mlp), (teacher_mixer, teacher_mlp)) in enumerate(track(list(layers), "solve")):
         if symbol == "M":
             _match_norm(mixer.self_attention, mixer.input_layernorm(studied[0]))
-        own = [_mixer_output(teacher_mixer, h) for h in taught]
+        own = [mixer_output(teacher_mixer, h) for h in taught]
         projection = output_projection(mixer.self_attention)
-        features = [_features(projection, _mixer_output, mixer, h) for h in studied]
+        features = [_features(projection, mixer_output, mixer, h) for h in studied]
         initial = solved = _relative_error(features, own, projection.weight, validation)
         if symbol != "*":
             prior = projection.weight.clone() if symbol == "+" else torch.zeros_like(projection.weight)
@@ -150,10 +151,6 @@ def solve_outputs(
 def output_projection(mixer: nn.Module) -> nn.Module:
     """The last linear map of a mixer: `linear_proj` of attention and MLA, `out_proj` of the linear mixers."""
     return mixer.linear_proj if hasattr(mixer, "linear_proj") else mixer.out_proj
-
-
-def _mixer_output(layer: nn.Module, hidden: Tensor) -> Tensor:
-    return layer.self_attention(layer.input_layernorm(hidden), attention_mask=None)[0]
 
 
 def _mlp_output(layer: nn.Module, hidden: Tensor) -> Tensor:
@@ -223,9 +220,11 @@ def _distance(taught: list[Tensor], studied: list[Tensor], validation: list[bool
 
 
 def _match_norm(mixer: Mamba2, x: Tensor) -> None:
-    """Scale Mamba2's values so that what its norm sees is as large as the root of the norm's epsilon.
+    """Shorten Mamba2's steps so that what its norm sees is as large as the root of the norm's epsilon.
 
     The norm comes after the gate and would cancel a gate that is one number a head; at this size it lets lengths through.
+    Rates grow as steps shrink, so states decay as before. Both are logarithms, or nearly: a training step changes them as
+    little as before, which it would not do to values made as small.
     """
     seen = []
     hook = mixer.norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
@@ -236,4 +235,7 @@ def _match_norm(mixer: Mamba2, x: Tensor) -> None:
     y, z = seen[0]
     size = (y.float() * torch.nn.functional.silu(z.float())).square().mean().sqrt()
     if size > 0:
-        mixer.conv1d.weight[: mixer.sections["x"]] *= mixer.config.layernorm_epsilon**0.5 / size
+        ratio = mixer.config.layernorm_epsilon**0.5 / size
+        steps = torch.nn.functional.softplus(mixer.dt_bias) * ratio
+        mixer.dt_bias.copy_(steps.expm1().log())
+        mixer.A_log -= ratio.log()
