@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.multirank
-def test_nothing_is_lost_in_a_killed_save_a_flipped_bit_or_a_full_disk():
-    faults = ["kill a rank in a save", "flip a bit of a shard", "fill the disk"]
+def test_nothing_is_lost_by_a_preemption_a_flipped_bit_or_a_full_disk():
+    faults = ["SIGUSR1 to all ranks", "flip a bit of a shard", "fill the disk"]
     command = [sys.executable, str(ROOT / "tools" / "fault_drill.py"), "--drills", "3", "--faults", json.dumps(faults)]
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
