@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from megatron_hylo.config import ModelConfig
+from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.platform.distributed import session
 
 
@@ -48,3 +49,15 @@ def tiny_config(pattern: str = "G-+-M-*-", **changes) -> ModelConfig:
         linear_num_heads=2, linear_key_head_dim=18, linear_value_head_dim=36,
     )  # fmt: skip
     return ModelConfig(**(fields | changes))
+
+
+def uneven_model(pattern: str, **changes) -> HyloModel:
+    """A float64 model whose weights are large enough, and norms uneven enough, to show a fault; the norms are fp32."""
+    model = build_model(tiny_config(pattern, **changes))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.uniform_(0.5, 1.5)
+            elif p.dim() == 2:
+                p.normal_(std=0.15)
+    return model.double()

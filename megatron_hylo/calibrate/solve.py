@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megatron_hylo.calibrate.gather import embed, micro_batch
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.to_megatron import Track, no_progress
-from megatron_hylo.distill.alignment import mixer_output
+from megatron_hylo.distill.alignment import mixer_output, relative_distance
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.mamba2 import Mamba2
 
@@ -215,7 +215,7 @@ def _relative_error(features: list[Tensor], targets: list[Tensor], weight: Tenso
 
 
 def _distance(taught: list[Tensor], studied: list[Tensor], validation: list[bool]) -> float:
-    rows = [(s - t).float().square().sum(-1) * _weight(t, s) for t, s, is_held in zip(taught, studied, validation) if is_held]
+    rows = [relative_distance(s, t) for t, s, is_held in zip(taught, studied, validation) if is_held]
     return float(torch.cat(rows, 1).mean())
 
 

@@ -201,12 +201,12 @@ def _batches(
         windows = torch.stack([dataset[i] for i in range(first, first + size)])
         batch = {"input_ids": windows[:, :-1].contiguous(), "labels": windows[:, 1:].clone()}
         if packed_documents:
+            starts = [torch.from_numpy(dataset.document_starts(first + row)) for row in range(size)]
+            for row, places in enumerate(starts):
+                batch["labels"][row, places[1:] - 1] = IGNORED
             batch = {name: tensor.view(1, -1) for name, tensor in batch.items()}
-            starts = [torch.from_numpy(dataset.document_starts(first + i)) + i * (length + 1) for i in range(size)]
-            starts = torch.cat(starts)
-            row, place = starts // (length + 1), starts % (length + 1)  # place `length` begins after the inputs
-            batch["labels"][0, (row * length + place - 1)[place > 0]] = IGNORED
-            batch["document_starts"] = (row * length + place)[place < length]
+            # a document that begins at `length` has only a label in this window
+            batch["document_starts"] = torch.cat([row * length + s[s < length] for row, s in enumerate(starts)])
         yield batch
         first += size * ranks
 

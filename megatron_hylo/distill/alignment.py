@@ -106,7 +106,7 @@ def align_layers(
                 hidden_term = mixer_term = hidden.new_zeros(())
                 if align_loss == "sequential":
                     middle = read[n] + out_mixer
-                    mixer_term = _relative_distance(middle, hidden + target_mixer, input_ids.numel())
+                    mixer_term = relative_distance(middle, hidden + target_mixer).sum() / input_ids.numel()
                 elif power is not None:
                     mixer_term = (out_mixer.float() - target_mixer.float()).square().sum() / power
                 elif mixer_weight:
@@ -131,11 +131,11 @@ def _mean_norm(difference: Tensor, tokens: int) -> Tensor:
     return difference.float().norm(dim=-1).sum() / tokens
 
 
-def _relative_distance(ours: Tensor, theirs: Tensor, tokens: int) -> Tensor:
-    """Sum over tokens of their squared distance over their squared lengths, over `tokens` as in `_mean_norm`."""
+def relative_distance(ours: Tensor, theirs: Tensor) -> Tensor:
+    """|a - b|^2 / (|a|^2 + |b|^2) of each token's hidden states, the divisor a constant: [..., hidden] -> fp32 [...]."""
     ours, theirs = ours.float(), theirs.float()
     size = ours.detach().square().sum(-1) + theirs.square().sum(-1)
-    return ((ours - theirs).square().sum(-1) / size).sum() / tokens
+    return (ours - theirs).square().sum(-1) / size
 
 
 def _power(target: Tensor, sequence_parallel: bool) -> Tensor:

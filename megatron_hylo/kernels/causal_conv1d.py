@@ -72,12 +72,9 @@ def _fla(
     positions: torch.Tensor | None,
 ) -> torch.Tensor:
     kernel, documents = importlib.import_module(FLA_MODULE).causal_conv1d, None
-    if positions is not None:  # where documents begin in x, with the history before them
-        history = x.shape[1] - len(positions)
-        starts = torch.where(positions < history, torch.arange(len(positions), device=x.device) - positions + history, 0)
-        starts = torch.cat([starts[positions < history], (positions == 0).nonzero().flatten() + history])
-        edges = [starts.new_zeros(1), starts[starts > 0], starts.new_full((1,), x.shape[1])]
-        documents = torch.cat(edges).unique()
+    if positions is not None:  # where each token's document begins in x, which the history is part of
+        starts = torch.arange(x.shape[1] - len(positions), x.shape[1], device=x.device) - positions
+        documents = torch.cat([starts.new_tensor([0, x.shape[1]]), starts.clamp(min=0)]).unique()
     y, _ = kernel(x, weight, bias, activation=activation, backend="triton", cu_seqlens=documents)
     return y[:, weight.shape[1] - 1 :] if has_history else y
 

@@ -107,7 +107,7 @@ class GatedDeltaNet(MegatronModule):
         if packed_seq_params is not None:
             decay = decay.masked_fill(packed_seq_params.begins[:, None], RESET)
         beta = beta.sigmoid()
-        state = self.context.state_before(lambda: delta_rule_transition(key, value, decay, beta), matrix=True)
+        state = self.context.state_before(lambda: delta_rule_transition(key, value, decay, beta))
         out, _ = gated_delta_rule(query, key, value, decay, beta, initial_state=state)
         out = self.out_norm(out, gate.reshape(out.shape))
         return self.out_proj(out.reshape(b, s, values).transpose(0, 1).contiguous())

@@ -98,7 +98,7 @@ class Mamba2(MegatronModule):
         dt = torch.nn.functional.softplus(dt.float() + self.dt_bias)
         rate = -self.A_log.exp()
         begins = packed_seq_params.begins if packed_seq_params is not None else None
-        state = self.context.state_before(lambda: ssd_transition(x, dt, rate, state_in, begins), matrix=False)
+        state = self.context.state_before(lambda: ssd_transition(x, dt, rate, state_in, begins))
         y, _ = ssd(x, dt, rate, state_in, state_out, self.D, initial_state=state, begins=begins)
         y = self.norm(y.reshape(b, s, -1), z)
         return self.out_proj(y.transpose(0, 1).contiguous())

@@ -80,13 +80,12 @@ class ContextGroup:
             )
         return self._before(x[:, -count:].movedim(1, -1), lambda state, ends: ends)
 
-    def state_before(self, part: Callable[[], tuple[Tensor, Tensor]], matrix: bool) -> Tensor | None:
+    def state_before(self, part: Callable[[], tuple[Tensor, Tensor]]) -> Tensor | None:
         """The recurrent state that this part of the sequence begins with.
 
         Args:
             part: gives A and B of this rank's tokens: B [batch, heads, rows, columns], and A [batch, heads, rows, rows]
                 to multiply states with from the left, or [batch, heads, 1, 1].
-            matrix: which of the two A is.
 
         Returns:
             Like B; None with one rank.
@@ -94,14 +93,13 @@ class ContextGroup:
         if self.size == 1:
             return None
         a, b = part()
-        split = a.shape[-1] if matrix else 1
-        packed = torch.cat([a if matrix else a.expand(*b.shape[:-1], 1), b], -1)
+        width = a.shape[-1]
 
         def compose(state: Tensor, ab: Tensor) -> Tensor:
-            a, b = ab.split([split, ab.shape[-1] - split], -1)
-            return (a @ state if matrix else a * state) + b
+            a, b = ab.split([width, ab.shape[-1] - width], -1)
+            return (a @ state if width > 1 else a * state) + b
 
-        return self._before(packed, compose, b.shape)
+        return self._before(torch.cat([a.expand(*b.shape[:-1], width), b], -1), compose, b.shape)
 
     def _before(self, x: Tensor, compose: Callable[[Tensor, Tensor], Tensor], shape: torch.Size | None = None) -> Tensor:
         """What `compose` makes of the tensors of all ranks before this one, from zeros; in the graph of every rank."""

@@ -79,7 +79,7 @@ class SkippedSteps:
             for name, parameter in state.bare_model.named_parameters()
             if parameter.requires_grad and not parameter.main_grad.isfinite().all()
         ]
-        facts = [f"{', '.join(losses)}"] if losses else []
+        facts = [", ".join(losses)] if losses else []
         facts += [f"output of {self.first_layer} of this stage first"] if self.first_layer else []
         facts += [f"{len(names)} gradients, first {names[0]}"] if names else []
         return ", ".join(facts)

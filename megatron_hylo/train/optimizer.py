@@ -47,8 +47,8 @@ class TrainingState:
 def choose_trainable(model: HyloModel, config: TrainConfig) -> None:
     """Freeze what the stage does not train: all but the mixers on request; in `align`, embedding and head always.
 
-    Stage 1 feeds every layer the teacher's hidden state, so nothing there could give those two a gradient; and its mse
-    loss ends at the mixers' outputs, so there all but the mixers are frozen whatever `trainable` says.
+    Stage 1 feeds every layer the teacher's hidden state, so nothing there could give those two a gradient; and its
+    losses but `ild` end at the mixers' outputs, so there all but the mixers are frozen whatever `trainable` says.
     """
     align = config.stage == "align"
     mixers_only = config.trainable == "mixers" or (align and config.align_loss != "ild")

@@ -12,22 +12,10 @@ from torch import Tensor, nn
 from megatron_hylo.config import ConfigError
 from megatron_hylo.distill.alignment import align_layers, check_alignable
 from megatron_hylo.models.hylo_model import HyloModel, build_model
-from tests.conftest import tiny_config
+from tests.conftest import tiny_config, uneven_model
 from tests.kernels.compare import relative_error
 
 TOLERANCE = 1e-6
-
-
-def make_model(pattern: str, **changes) -> HyloModel:
-    """A float64 model whose weights are large enough, and norms uneven enough, to show a fault; the norms are fp32."""
-    model = build_model(tiny_config(pattern, **changes))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" in name:
-                p.uniform_(0.5, 1.5)
-            elif p.dim() == 2:
-                p.normal_(std=0.15)
-    return model.double()
 
 
 @pytest.fixture
@@ -95,8 +83,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 1.7)])
 @pytest.mark.parametrize("qk_layernorm", [False, True])
 def test_equals_one_graph_over_whole_forwards(weights, qk_layernorm, one_rank, ids):
-    student = make_model("G-+-M-*-+-", qk_layernorm=qk_layernorm)
-    teacher = make_model("*-*-*-*-*-", qk_layernorm=qk_layernorm)
+    student = uneven_model("G-+-M-*-+-", qk_layernorm=qk_layernorm)
+    teacher = uneven_model("*-*-*-*-*-", qk_layernorm=qk_layernorm)
     loss, terms = reference_loss(student, teacher, ids, *weights)
     loss.backward()
     theirs = gradients(student)
@@ -120,8 +108,8 @@ def test_equals_one_graph_over_whole_forwards(weights, qk_layernorm, one_rank, i
 
 @pytest.mark.parametrize("qk_layernorm", [False, True])
 def test_normalised_squares_equal_one_graph_over_whole_forwards(qk_layernorm, one_rank, ids):
-    student = make_model("G-+-M-*-+-", qk_layernorm=qk_layernorm)
-    teacher = make_model("*-*-*-*-*-", qk_layernorm=qk_layernorm)
+    student = uneven_model("G-+-M-*-+-", qk_layernorm=qk_layernorm)
+    teacher = uneven_model("*-*-*-*-*-", qk_layernorm=qk_layernorm)
     loss, terms = reference_loss(student, teacher, ids, loss="mse")
     loss.backward()
     theirs = gradients(student)
@@ -143,7 +131,7 @@ def test_normalised_squares_equal_one_graph_over_whole_forwards(qk_layernorm, on
 
 def test_sequential_equals_a_whole_forward_whose_layers_are_cut_apart(one_rank, ids):
     """The student's own forward pass, one graph a layer, against the teacher's residual stream before each MLP."""
-    student, teacher = make_model("G-+-M-*-+-"), make_model("*-*-*-*-*-")
+    student, teacher = uneven_model("G-+-M-*-+-"), uneven_model("*-*-*-*-*-")
     names = [f"m{i}" for i in range(5)]
     with torch.no_grad():
         targets = recorded(dict(zip(names, (mixer for mixer, _ in teacher.mixer_layers()))), lambda: teacher(ids))
@@ -170,7 +158,7 @@ def test_sequential_equals_a_whole_forward_whose_layers_are_cut_apart(one_rank, 
 
 
 def test_normalised_squares_are_one_for_a_silent_mixer_and_do_not_change_with_scale(one_rank, ids):
-    student, teacher = make_model("*-*-*-"), make_model("*-*-*-")
+    student, teacher = uneven_model("*-*-*-"), uneven_model("*-*-*-")
     with torch.no_grad():
         for mixer, _ in student.mixer_layers():
             mixer.self_attention.linear_proj.weight.zero_()
@@ -187,8 +175,8 @@ def test_normalised_squares_are_one_for_a_silent_mixer_and_do_not_change_with_sc
 
 @pytest.mark.parametrize("loss", ["mse", "ild", "sequential"])
 def test_two_students_share_a_pass_and_learn_as_each_would_alone(loss, one_rank, ids):
-    teacher = make_model("*-*-*-*-")
-    students = [make_model("+-" * 4), make_model("G-" * 4)]
+    teacher = uneven_model("*-*-*-*-")
+    students = [uneven_model("+-" * 4), uneven_model("G-" * 4)]
     alone = [align_layers([student], teacher, ids, loss, gradient_scale=0.5)[0] for student in students]
     separate = [gradients(student) for student in students]
     calls = []
@@ -208,9 +196,9 @@ def test_two_students_share_a_pass_and_learn_as_each_would_alone(loss, one_rank,
 @pytest.mark.parametrize("symbol", ["G", "M", "+"])
 def test_a_layer_learns_the_same_in_a_hybrid_as_in_a_pure_model(symbol, loss, one_rank, ids):
     """What lets stage 1 align the pure models once and assemble any hybrid from them."""
-    teacher = make_model("*-*-*-*-")
-    hybrid = make_model("G-+-M-+-")
-    pure = make_model(f"{symbol}-" * 4)
+    teacher = uneven_model("*-*-*-*-")
+    hybrid = uneven_model("G-+-M-+-")
+    pure = uneven_model(f"{symbol}-" * 4)
     shared = [i for i, s in enumerate(hybrid.config.hylo.mixers) if s == symbol]
     prefixes = tuple(f"decoder.layers.{2 * i + k}." for i in shared for k in (0, 1))
     weights = dict(hybrid.named_parameters())
@@ -229,8 +217,8 @@ def test_a_layer_learns_the_same_in_a_hybrid_as_in_a_pure_model(symbol, loss, on
 
 @pytest.mark.parametrize("loss", ["mse", "ild", "sequential"])
 def test_a_student_equal_to_its_teacher_has_no_loss_and_finite_gradients(loss, one_rank, ids):
-    teacher = make_model("*-*-*-")
-    student = make_model("*-*-*-")
+    teacher = uneven_model("*-*-*-")
+    student = uneven_model("*-*-*-")
     student.load_state_dict(teacher.state_dict())
     (result,) = align_layers([student], teacher, ids, loss, gradient_scale=1.0)
     assert result.loss.item() == 0
@@ -240,7 +228,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_finite_gradients(loss, o
 
 @pytest.mark.parametrize("skipped", ["hidden", "mixer"])
 def test_a_term_of_weight_zero_is_skipped(skipped, one_rank, ids):
-    student, teacher = make_model("G-+-M-"), make_model("*-*-*-")
+    student, teacher = uneven_model("G-+-M-"), uneven_model("*-*-*-")
     (both,) = align_layers([student], teacher, ids, "ild")
     weights = (0.0, 1.0) if skipped == "hidden" else (1.0, 0.0)
     (one,) = align_layers([student], teacher, ids, "ild", *weights, gradient_scale=1.0)

@@ -7,26 +7,14 @@ from torch import Tensor
 from megatron_hylo.data.packed import IGNORED
 from megatron_hylo.distill.alignment import align_layers
 from megatron_hylo.distill.head_loss import model_head_loss
-from megatron_hylo.models.hylo_model import HyloModel, build_model
+from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.documents import PackedDocuments
-from tests.conftest import tiny_config
+from tests.conftest import uneven_model
 from tests.kernels.compare import relative_error
 
 LENGTHS = [5, 1, 70, 2, 3, 66]  # shorter than a convolution, and longer than a chunk of the linear layers' kernels
 TOLERANCE = 2e-6  # the norms are fp32 inside
 PATTERNS = ["*-", "+-", "M-", "G-", "G-+-M-*-"]
-
-
-def make_model(pattern: str, **changes) -> HyloModel:
-    """A float64 model whose weights are large enough, and norms uneven enough, to show a fault."""
-    model = build_model(tiny_config(pattern, **changes))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" in name:
-                p.uniform_(0.5, 1.5)
-            elif p.dim() == 2:
-                p.normal_(std=0.15)
-    return model.double()
 
 
 @pytest.fixture
@@ -52,7 +40,7 @@ def worst(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_hidden_states_and_gradients(pattern, changes, one_rank, text):
     ids, documents = text
-    model = make_model(pattern, **changes)
+    model = uneven_model(pattern, **changes)
     packed = model(ids, documents)
     alone = torch.cat([model(part) for part in ids.split(LENGTHS, dim=1)])
     upstream = torch.randn_like(packed)
@@ -68,7 +56,7 @@ def test_hidden_states_and_gradients(pattern, changes, one_rank, text):
 def test_losses_of_the_head(one_rank, text):
     """Cross-entropy and KL; the last token of each document has no label."""
     ids, documents = text
-    student, teacher = make_model("G-+-M-"), make_model("*-*-*-")
+    student, teacher = uneven_model("G-+-M-"), uneven_model("*-*-*-")
     labels = ids.roll(-1, 1)
     labels[0, torch.cat([documents.starts[1:], torch.tensor([documents.length])]) - 1] = IGNORED
 
@@ -92,7 +80,7 @@ def test_losses_of_the_head(one_rank, text):
 def test_alignment(loss, one_rank, text):
     """Both losses are means over tokens, so the packed one is the mean of the documents', by length."""
     ids, documents = text
-    student, teacher = make_model("G-+-M-"), make_model("*-*-*-")
+    student, teacher = uneven_model("G-+-M-"), uneven_model("*-*-*-")
     (packed,) = align_layers([student], teacher, ids, loss, gradient_scale=1.0, documents=documents)
     mine, total = gradients(student), 0.0
     for part in ids.split(LENGTHS, dim=1):
@@ -104,7 +92,7 @@ def test_alignment(loss, one_rank, text):
 
 
 def test_windows_of_a_batch_are_documents_too(one_rank):
-    model = make_model("G-+-M-*-")
+    model = uneven_model("G-+-M-*-")
     ids = torch.randint(160, (3, 20))
     documents = PackedDocuments(torch.tensor([0, 20, 40]), 60, slice(0, 60))
     with torch.no_grad():
