@@ -7,6 +7,7 @@ DIR/manifest.json sizes and sha256 of all files; a folder without it is not fini
 """
 
 import json
+import queue
 import shutil
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig, from_dict
@@ -65,6 +67,9 @@ def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 def save_weights(state: dict[str, Any], folder: Path) -> None:
     """Write a sharded state dict into `folder` (created)."""
+    # Megatron-Core reports what its writing threads did through a queue that a process of its own serves. That process
+    # imports the main script again, seconds a run, and outlives a rank that is killed, with the rank's output open.
+    filesystem_async._results_queue = queue.Queue()
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
     if torch.distributed.get_world_size() > 1:
@@ -101,9 +106,6 @@ def save_model(
     overwrite: bool = False,
 ) -> None:
     """Write a model folder; all ranks call it.
-
-    Megatron-Core starts a process that imports the main script again, so a script of your own that calls this needs
-    `if __name__ == "__main__":` around its work.
 
     Args:
         model: this rank's part.
