@@ -7,8 +7,9 @@ model cards; parameter counts reproduce the released checkpoints to the paramete
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Iterable, Literal
+from typing import Literal
 
 from megatron_hylo.config import MIXER_SYMBOLS, ConfigError, ModelConfig, RopeScaling
 
@@ -182,17 +183,33 @@ def hybrid_config(
     return base.replace(**{**fields, **overrides})
 
 
-def pipeline_pattern(config: ModelConfig, num_stages: int) -> str:
-    """The pattern with `|` between pipeline stages, so that the most loaded stage has as few parameters as can be.
+def pipeline_pattern(config: ModelConfig, num_stages: int, layers: Sequence[int] | None = None) -> str:
+    """The pattern with `|` between pipeline stages.
 
-    Stages are cut between Transformer layers; the embedding counts on the first, the output head on the last.
+    Args:
+        config: of the model.
+        num_stages: pipeline ranks x virtual stages of each.
+        layers: Transformer layers of every stage; by default so that the most loaded stage has as few parameters as can
+            be. Stages are cut between Transformer layers; the embedding counts on the first, the output head on the last.
 
     Raises:
-        ConfigError: more stages than layers.
+        ConfigError: more stages than layers, or `layers` that are not the model's.
     """
+    layers = layers or pipeline_layers(config, num_stages)
+    if sum(layers) != len(config.mixers):
+        raise ConfigError(f"pipeline_layers {list(layers)} are {sum(layers)} layers, the model has {len(config.mixers)}")
+    cuts = set(itertools.accumulate(layers[:-1]))
+    return "".join(("|" if i in cuts else "") + m + "-" for i, m in enumerate(config.mixers))
+
+
+def pipeline_layers(config: ModelConfig, num_stages: int) -> list[int]:
+    """Layers of each pipeline stage, so that the most loaded one has as few parameters as can be; see `pipeline_pattern`."""
     mixers, d = config.mixers, config.hidden_size
     if num_stages > len(mixers):
-        raise ConfigError(f"pipeline_model_parallel_size {num_stages} is larger than the model's {len(mixers)} layers")
+        raise ConfigError(
+            f"{num_stages} pipeline stages (pipeline_model_parallel_size x virtual_pipeline_model_parallel_size) are more than "
+            f"the model's {len(mixers)} layers"
+        )
     costs = [mixer_parameters(config, m) + 3 * d * config.ffn_hidden_size for m in mixers]
     costs[0] += config.vocab_size * d
     costs[-1] += config.vocab_size * d
@@ -209,8 +226,8 @@ def pipeline_pattern(config: ModelConfig, num_stages: int) -> str:
             options.append((max(sums[end] - sums[start], rest), (end, *cuts)))
         return min(options)
 
-    cuts = set(best(0, num_stages)[1])
-    return "".join(("|" if i in cuts else "") + m + "-" for i, m in enumerate(mixers))
+    edges = [0, *best(0, num_stages)[1], len(mixers)]
+    return [end - start for start, end in itertools.pairwise(edges)]
 
 
 def _same_backbone(a: ModelConfig, b: ModelConfig) -> bool:

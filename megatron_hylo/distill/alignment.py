@@ -72,33 +72,42 @@ def align_layers(
     mixer_weight: float = 1.0,
     gradient_scale: float | None = None,
     documents: PackedDocuments | None = None,
-) -> list[AlignmentLoss]:
+    received: Tensor | None = None,
+) -> tuple[list[AlignmentLoss], Tensor]:
     """The loss of every layer of every student and, with `gradient_scale`, its gradients; one pass of the teacher.
 
     Args:
-        students, teacher: whole depth on this rank (no pipeline stages); the teacher gets no gradient.
+        students, teacher: the same layers of each: all, or those of a pipeline stage; the teacher gets no gradient.
         input_ids: int64 [batch, sequence].
         align_loss: see the module's formulas; all but `ild` have only a mixer term, of weight 1.
         hidden_weight, mixer_weight: of `ild`; a term of weight 0 is not computed.
         gradient_scale: factor on the loss before `backward`; None measures only.
         documents: of a packed sequence, batch 1.
+        received: what the stage before returned; None on the first.
 
     Returns:
-        One a student. With sequence parallelism a rank's part: the sum over the tensor-parallel ranks is the loss.
+        A loss a student (with sequence parallelism a rank's part: the sum over the tensor-parallel ranks is the loss), and
+        what the next stage reads: hidden states [sequence, batch, streams * hidden], of the teacher and, with
+        `sequential`, of each student.
     """
     if align_loss != "ild":
         hidden_weight, mixer_weight = 0.0, 1.0
     terms: list[list[Tensor]] = [[] for _ in students]
     with torch.no_grad():
-        hidden = teacher.embedding(input_ids=input_ids, position_ids=None)
-        embeddings = [(s if align_loss == "sequential" else teacher).embedding for s in students]
-        read = [embedding(input_ids=input_ids, position_ids=None) for embedding in embeddings]  # by each next layer
-    depth = teacher.config.hylo.num_hidden_layers
-    for index, (teacher_layer, *layers) in enumerate(zip(*(m.mixer_layers() for m in (teacher, *students)))):
+        if received is None:
+            models = (teacher, *students) if align_loss == "sequential" else (teacher,)
+            streams = [m.embedding(input_ids=input_ids, position_ids=None) for m in models]
+        else:
+            streams = received.split(teacher.config.hidden_size, dim=-1)
+        hidden = streams[0]
+        read = list(streams[1:]) or [hidden] * len(students)  # by each student's next layer
+    pairs = list(zip(*(m.mixer_layers() for m in (teacher, *students)), strict=True))
+    for index, (teacher_layer, *layers) in enumerate(pairs):
+        last = teacher.post_process and index == len(pairs) - 1
         with torch.no_grad():
             target_mixer = mixer_output(teacher_layer[0], hidden, documents)
             target = mlp_layer(teacher_layer[1], hidden + target_mixer)
-            compared = teacher.decoder.final_norm(target) if index == depth - 1 else target
+            compared = teacher.decoder.final_norm(target) if last else target
             power = _power(target_mixer, teacher.config.sequence_parallel) if align_loss == "mse" else None
         for n, (student, (mixer, mlp), found) in enumerate(zip(students, layers, terms)):
             with torch.set_grad_enabled(gradient_scale is not None):
@@ -113,7 +122,7 @@ def align_layers(
                     mixer_term = _mean_norm(out_mixer - target_mixer, input_ids.numel())
                 if hidden_weight:
                     out = mlp_layer(mlp, hidden + out_mixer)
-                    out = student.decoder.final_norm(out) if index == depth - 1 else out
+                    out = student.decoder.final_norm(out) if last else out
                     hidden_term = _mean_norm(out - compared, input_ids.numel())
                 if gradient_scale is not None:
                     ((hidden_weight * hidden_term + mixer_weight * mixer_term) * gradient_scale).backward()
@@ -123,7 +132,8 @@ def align_layers(
         hidden = target
     weights = torch.tensor([hidden_weight, mixer_weight], device=hidden.device)
     stacked = [torch.stack(found) for found in terms]
-    return [AlignmentLoss((layers * weights).sum(), layers) for layers in stacked]
+    losses = [AlignmentLoss((layers * weights).sum(), layers) for layers in stacked]
+    return losses, torch.cat([hidden, *read], dim=-1) if align_loss == "sequential" else hidden
 
 
 def _mean_norm(difference: Tensor, tokens: int) -> Tensor:

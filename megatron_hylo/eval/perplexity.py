@@ -1,6 +1,7 @@
 """Held-out perplexity of whole documents, and KL and top-1 agreement with a teacher."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from megatron_hylo.distill.head_loss import model_head_loss
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import own_part
+from megatron_hylo.parallel.pipeline import from_last_stage, rank_shape, through_stages
 
 
 @dataclass
@@ -29,36 +31,51 @@ class Quality:
 
 @torch.no_grad()
 def evaluate(
-    model: HyloModel, windows: Tensor, teacher: HyloModel | None = None, batch_size: int = 1, chunk_tokens: int = 1024
+    model: HyloModel | Sequence[HyloModel],
+    windows: Tensor,
+    teacher: HyloModel | Sequence[HyloModel] | None = None,
+    batch_size: int = 1,
+    chunk_tokens: int = 1024,
 ) -> Quality:
-    """Evaluate on held-out windows, shared out over the data- and context-parallel ranks; no pipeline stages.
+    """Evaluate on held-out windows, shared out over the data- and context-parallel ranks.
 
     Args:
-        model: in any precision.
+        model: this rank's part, or its chunks; in any precision.
         windows: int64 [n, sequence + 1].
-        teacher: compare with it as well.
+        teacher: compare with it as well; the same kind of part.
         batch_size: windows a forward pass.
         chunk_tokens: tokens whose logits exist at a time.
+
+    Returns:
+        The same on every rank.
     """
-    was_training = model.training
-    model.eval()
-    where = next(model.parameters()).device
+    chunks = [model] if isinstance(model, HyloModel) else model
+    teachers = [teacher] if isinstance(teacher, HyloModel) else teacher
+    was_training = chunks[0].training
+    for chunk in chunks:
+        chunk.eval()
+    where = next(chunks[0].parameters()).device
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     sums = torch.zeros(4, dtype=torch.float64, device=where)  # cross-entropy, kl, agreement, tokens
     for batch in windows[rank::ranks].split(batch_size):
         inputs, labels = own_part(batch[:, :-1]).to(where), own_part(batch[:, 1:]).to(where)
-        hidden, teacher_hidden = model(inputs), teacher(inputs) if teacher is not None else None
+        hidden, teacher_hidden = hidden_states(chunks, inputs), hidden_states(teachers, inputs) if teachers else None
+        if hidden is None:
+            continue
         loss = model_head_loss(
-            model, hidden, labels, teacher, teacher_hidden, chunk_tokens=chunk_tokens, measure_agreement=teacher is not None
-        )
+            chunks[-1], hidden, labels, teachers and teachers[-1], teacher_hidden, chunk_tokens=chunk_tokens,
+            measure_agreement=bool(teachers),
+        )  # fmt: skip
         n = labels.numel()
         parts = [loss.cross_entropy, loss.kl, loss.agreement]
         sums += torch.stack([torch.as_tensor(p if p is not None else 0.0, device=where).double() * n for p in parts]
                             + [torch.tensor(float(n), dtype=torch.float64, device=where)])  # fmt: skip
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    model.train(was_training)
+    from_last_stage(sums)
+    for chunk in chunks:
+        chunk.train(was_training)
     cross_entropy, kl, agreement = (sums[:3] / sums[3]).tolist()
-    compared = teacher is not None
+    compared = bool(teachers)
     return Quality(
         cross_entropy,
         math.exp(min(cross_entropy, 700.0)),
@@ -66,3 +83,21 @@ def evaluate(
         agreement if compared else None,
         int(sums[3].item()),
     )
+
+
+def hidden_states(chunks: Sequence[HyloModel], input_ids: Tensor) -> Tensor | None:
+    """What a model's head reads, [sequence (/ TP), batch, hidden], on the last pipeline stage; None on others.
+
+    Args:
+        chunks: this rank's part.
+        input_ids: int64 [batch, sequence], on every stage.
+    """
+
+    def run(index: int, received: Tensor | None) -> Tensor:
+        if received is not None:
+            chunks[index].set_input_tensor(received)
+        return chunks[index](input_ids)
+
+    config = chunks[0].config
+    shape = rank_shape(input_ids.shape[1], len(input_ids), config.hidden_size, config.sequence_parallel)
+    return through_stages(run, len(chunks), shape, config.pipeline_dtype, input_ids.device)

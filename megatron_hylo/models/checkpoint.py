@@ -10,6 +10,7 @@ import json
 import queue
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig, from_dict
-from megatron_hylo.models.hylo_model import HyloModel, build_model
+from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.specs import BackendName
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.sealed import sealed_directory, verify_sealed, write_json
@@ -40,6 +41,11 @@ def sharded_weights(model: HyloModel) -> dict[str, Any]:
     """Sharded state dict of the weights alone; Transformer Engine's extra states are left out, so backends agree."""
     state = model.sharded_state_dict(metadata=sharding_metadata())
     return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+
+def sharded_chunks(chunks: Sequence[HyloModel]) -> dict[str, dict[str, Any]]:
+    """`sharded_weights` of a rank's chunks: {"model", "model1", ...}; tensors have the same keys whatever the layout."""
+    return {f"model{index or ''}": sharded_weights(chunk) for index, chunk in enumerate(chunks)}
 
 
 def describe(config: ModelConfig, params_dtype: torch.dtype, provenance: dict[str, Any]) -> dict[str, Any]:
@@ -98,8 +104,14 @@ def put_weights(model: nn.Module, state: dict[str, Any]) -> None:
         raise ConfigError(f"weights do not fit the model: missing {missing[:3]}, unknown {unexpected[:3]}")
 
 
+def put_chunks(chunks: Sequence[HyloModel], state: dict[str, Any]) -> None:
+    """Load what `sharded_chunks` names."""
+    for index, chunk in enumerate(chunks):
+        put_weights(chunk, state[f"model{index or ''}"])
+
+
 def save_model(
-    model: HyloModel,
+    model: HyloModel | Sequence[HyloModel],
     path: str | Path,
     tokenizer: str | Path | None = None,
     provenance: dict[str, Any] | None = None,
@@ -108,22 +120,29 @@ def save_model(
     """Write a model folder; all ranks call it.
 
     Args:
-        model: this rank's part.
+        model: this rank's part, or its chunks.
         path: folder to make.
         tokenizer: folder whose files are copied to DIR/tokenizer.
         provenance: where the weights come from, kept in hylo.json.
         overwrite: replace what is there.
     """
-    config = model.config
+    chunks = [model] if isinstance(model, HyloModel) else model
+    config = chunks[0].config
     with sealed_directory(path, overwrite) as folder:
-        save_weights({"model": sharded_weights(model)}, folder / "weights")
+        save_weights(sharded_chunks(chunks), folder / "weights")
         if is_main():
             write_json(folder / "hylo.json", describe(config.hylo, config.params_dtype, provenance or {}))
             if tokenizer is not None:
                 shutil.copytree(tokenizer, folder / "tokenizer")
 
 
-def load_model(
+def load_model(path: str | Path, parallel: ParallelConfig | None = None, **settings: Any) -> HyloModel:
+    """The only chunk of `load_chunks`, for layouts without virtual pipeline stages; takes what that takes."""
+    (model,) = load_chunks(path, parallel, **settings)
+    return model
+
+
+def load_chunks(
     path: str | Path,
     parallel: ParallelConfig | None = None,
     params_dtype: torch.dtype | None = None,
@@ -131,8 +150,8 @@ def load_model(
     recompute: bool = False,
     verify_hashes: bool = True,
     **changes: Any,
-) -> HyloModel:
-    """Build this rank's part of a saved model and fill it.
+) -> list[HyloModel]:
+    """Build this rank's part of a saved model, a chunk a virtual pipeline stage, and fill it.
 
     Args:
         path: a model folder or a training checkpoint.
@@ -150,10 +169,9 @@ def load_model(
     if is_main():
         verify_sealed(path, hashes=verify_hashes)
     dtype = params_dtype or DTYPES[description["params_dtype"]]
-    model = build_model(config.replace(**changes), parallel, dtype, backend, recompute)
-    state = load_weights({"model": sharded_weights(model)}, Path(path) / "weights")
-    put_weights(model, state["model"])
-    return model
+    chunks = build_chunks(config.replace(**changes), parallel, dtype, backend, recompute)
+    put_chunks(chunks, load_weights(sharded_chunks(chunks), Path(path) / "weights"))
+    return chunks
 
 
 def tokenizer_directory(path: str | Path) -> Path:

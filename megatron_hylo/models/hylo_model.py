@@ -55,7 +55,19 @@ def build_model(
     backend: BackendName = "auto",
     recompute: bool = False,
 ) -> HyloModel:
-    """Build this rank's part of a model with random weights; `platform.initialize` must have run.
+    """The only chunk of `build_chunks`, for layouts without virtual pipeline stages."""
+    (model,) = build_chunks(config, parallel, params_dtype, backend, recompute)
+    return model
+
+
+def build_chunks(
+    config: ModelConfig,
+    parallel: ParallelConfig | None = None,
+    params_dtype: torch.dtype = torch.float32,
+    backend: BackendName = "auto",
+    recompute: bool = False,
+) -> list[HyloModel]:
+    """Build this rank's part of a model with random weights, a chunk a virtual pipeline stage; after `platform.initialize`.
 
     Args:
         config: architecture.
@@ -68,18 +80,23 @@ def build_model(
         ConfigError: heads or vocabulary that tensor parallelism does not divide; more pipeline stages than layers.
     """
     parallel = parallel or ParallelConfig()
-    stages = parallel.pipeline_model_parallel_size
-    chosen = get_backend(backend)
-    model = HyloModel(
-        build_transformer_config(config, parallel, params_dtype, recompute),
-        hybrid_stack_spec(chosen),
-        vocab_size=config.vocab_size,
-        max_sequence_length=config.max_position_embeddings,
-        hybrid_layer_pattern=megatron_pattern(pipeline_pattern(config, stages)),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
-        position_embedding_type="none",
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
-    return model.cuda() if torch.cuda.is_available() else model
+    spec, pattern = hybrid_stack_spec(get_backend(backend)), pipeline_pattern(config, parallel.stages, parallel.pipeline_layers)
+    transformer_config = build_transformer_config(config, parallel, params_dtype, recompute)
+    chunks = []
+    for index in range(parallel.virtual_pipeline_model_parallel_size):
+        stage = index if parallel.virtual_pipeline_model_parallel_size > 1 else None
+        chunk = HyloModel(
+            transformer_config,
+            spec,
+            vocab_size=config.vocab_size,
+            max_sequence_length=config.max_position_embeddings,
+            hybrid_layer_pattern=megatron_pattern(pattern),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
+            position_embedding_type="none",
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            vp_stage=stage,
+        )
+        chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
+    return chunks

@@ -54,7 +54,7 @@ def build_transformer_config(
     """
     parallel = parallel or ParallelConfig()
     check_tensor_parallel(config, parallel.tensor_model_parallel_size)
-    cuda = torch.cuda.is_available()
+    cuda, interleaved = torch.cuda.is_available(), parallel.virtual_pipeline_model_parallel_size > 1
     return HyloTransformerConfig(
         hylo=config,
         num_layers=2 * config.num_hidden_layers,
@@ -76,6 +76,9 @@ def build_transformer_config(
         bf16=params_dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size if interleaved else None,
+        overlap_p2p_comm=interleaved,  # else messages both ways between two ranks are mixed up
+        batch_p2p_comm=not interleaved,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         use_cpu_initialization=not cuda,

@@ -86,6 +86,7 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
         parallel_state.initialize_model_parallel(
             parallel.tensor_model_parallel_size,
             parallel.pipeline_model_parallel_size,
+            parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None,
             context_parallel_size=parallel.context_parallel_size,
         )
     torch.manual_seed(seed)

@@ -17,10 +17,10 @@ import torch
 from megatron_hylo.models.checkpoint import (
     describe,
     load_weights,
-    put_weights,
+    put_chunks,
     read_description,
     save_weights,
-    sharded_weights,
+    sharded_chunks,
     sharding_metadata,
 )
 from megatron_hylo.platform.distributed import is_main
@@ -45,9 +45,11 @@ def _folders(states: Sequence[TrainingState], checkpoint: Path) -> list[tuple[Tr
 
 
 def _sharded_state(state: TrainingState, loading: bool) -> dict[str, Any]:
-    model = sharded_weights(state.bare_model)
-    optimizer = state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=sharding_metadata())
-    return {"model": model, "optimizer": optimizer, "scheduler": state.scheduler.state_dict()}
+    model = sharded_chunks(state.chunks)
+    optimizer = state.optimizer.sharded_state_dict(
+        model if len(model) > 1 else model["model"], is_loading=loading, metadata=sharding_metadata()
+    )
+    return model | {"optimizer": optimizer, "scheduler": state.scheduler.state_dict()}
 
 
 def save_checkpoint(
@@ -78,7 +80,7 @@ def save_checkpoint(
     path = checkpoint_path(run, step)
     with sealed_directory(path, overwrite=True) as folder:
         for (state, part), provenance in zip(_folders(states, folder), provenances):
-            config = state.bare_model.config
+            config = state.config
             save_weights(_sharded_state(state, loading=False), part / "weights")
             if is_main():
                 write_json(part / "hylo.json", describe(config.hylo, config.params_dtype, provenance))
@@ -114,7 +116,7 @@ def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, i
         read_description(part)
         allocate_optimizer_state(state.optimizer)
         loaded = load_weights(_sharded_state(state, loading=True), part / "weights")
-        put_weights(state.bare_model, loaded["model"])
+        put_chunks(state.chunks, loaded)
         load_optimizer_state(state.optimizer, loaded["optimizer"])
         state.scheduler.load_state_dict(loaded["scheduler"])
     position = json.loads((path / "train_state.json").read_text())

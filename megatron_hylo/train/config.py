@@ -83,11 +83,6 @@ class TrainConfig:
             raise ConfigError("stage pretrain needs either model (a folder to continue from) or scratch (a layout to make)")
         if self.stage == "pretrain" and self.teacher:
             raise ConfigError("stage pretrain learns from text alone; leave teacher out, or use stage distil")
-        if self.stage != "pretrain" and self.parallel.pipeline_model_parallel_size > 1:
-            raise ConfigError(
-                f"stage {self.stage} with pipeline_model_parallel_size {self.parallel.pipeline_model_parallel_size} is not "
-                f"supported yet; use tensor and data parallelism"
-            )
         if self.precision == "bf16" and not self.optimizer.use_distributed_optimizer:
             raise ConfigError(
                 "precision bf16 needs optimizer.use_distributed_optimizer true: Megatron-Core's plain optimizer cannot save "

@@ -36,7 +36,7 @@ class SkippedSteps:
         Raises:
             ConfigError: too many in a row; says on which ranks and in which layer.
         """
-        sums = [buffer.grad_data.sum().float() for state in states for buffer in state.model.buffers]
+        sums = [buffer.grad_data.sum().float() for state in states for wrapper in state.wrapped for buffer in wrapper.buffers]
         sums += [value.float() for value in metrics.values()]
         broken = ~torch.stack(sums).isfinite().all()
         everywhere = broken.float()
@@ -54,7 +54,8 @@ class SkippedSteps:
                 f"the text of these steps"
             )
         if not self.watches:
-            layers = [(f"layer {i}", layer) for state in states for i, layer in enumerate(state.bare_model.decoder.layers)]
+            chunks = [chunk for state in states for chunk in state.chunks]
+            layers = [(f"layer {i}", layer) for chunk in chunks for i, layer in enumerate(chunk.decoder.layers)]
             self.watches = [layer.register_forward_hook(self._watcher(name)) for name, layer in layers]
         return True
 
@@ -76,7 +77,8 @@ class SkippedSteps:
         names = [
             name
             for state in states
-            for name, parameter in state.bare_model.named_parameters()
+            for chunk in state.chunks
+            for name, parameter in chunk.named_parameters()
             if parameter.requires_grad and not parameter.main_grad.isfinite().all()
         ]
         facts = [", ".join(losses)] if losses else []

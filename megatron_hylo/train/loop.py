@@ -7,20 +7,20 @@ import json
 import logging
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
-from megatron_hylo.config import ConfigError
+from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.kernels.registry import in_use
-from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count
-from megatron_hylo.models.checkpoint import load_model, read_description, save_model
-from megatron_hylo.models.hylo_model import HyloModel, build_model
+from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count, pipeline_pattern
+from megatron_hylo.models.checkpoint import load_chunks, read_description, save_model
+from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.platform.distributed import is_main, session
 from megatron_hylo.sealed import is_sealed, write_json
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> Quality | None:
             is not repeated.
 
     Returns:
-        Held-out quality of RUN/model at the end (None with pipeline stages, which are not evaluated).
+        Held-out quality of RUN/model at the end.
 
     Raises:
         ConfigError: anything that cannot work, before training starts.
@@ -66,8 +66,8 @@ def train(config: TrainConfig) -> Quality | None:
         students, teacher = _build_models(config)
         stage = get_stage(config, teacher)
         for student in students:
-            _check_data(Path(config.data), student)
-            stage.check(student)
+            _check_data(Path(config.data), student[0])
+            stage.check(student[0])
             choose_trainable(student, config)
         states = [build_training_state(student, config) for student in students]
         sources = (config.model or config.scratch, config.second_model)
@@ -135,7 +135,8 @@ def _step(
     states: Sequence[TrainingState], stage: Stage, feed: Any, micro_batches: int, step: int, skipped: SkippedSteps
 ) -> dict[str, float]:
     for state in states:
-        state.model.zero_grad_buffer()
+        for wrapper in state.wrapped:
+            wrapper.zero_grad_buffer()
         state.optimizer.zero_grad()
     metrics = stage.forward_backward(states, feed, micro_batches)
     if skipped.must_skip(states, metrics, step + 1):
@@ -166,20 +167,30 @@ def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return metrics
 
 
-def _build_models(config: TrainConfig) -> tuple[list[HyloModel], HyloModel | None]:
-    """(the students, the teacher)."""
+def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[HyloModel] | None]:
+    """(the students, the teacher), each this rank's chunks of it; the teacher's layers are where the student's are."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    shared = dict(parallel=config.parallel, params_dtype=dtype, backend=config.backend)
+    architecture = read_description(config.model)[0] if config.model else _scratch_config(config.scratch)
+    pattern = pipeline_pattern(architecture, config.parallel.stages, config.parallel.pipeline_layers)
+    layers = [stage.count("-") for stage in pattern.split("|")]
+    shared = dict(parallel=replace(config.parallel, pipeline_layers=layers), params_dtype=dtype, backend=config.backend)
     changes = {"mla_rope_scaling": config.mla_rope_scaling} if config.mla_rope_scaling else {}
     if config.model:
         folders = [folder for folder in (config.model, config.second_model) if folder]
-        students = [load_model(folder, recompute=config.recompute, **shared, **changes) for folder in folders]
+        students = [_load_chunks(folder, recompute=config.recompute, **shared, **changes) for folder in folders]
     else:
-        students = [build_model(_scratch_config(config.scratch).replace(**changes), recompute=config.recompute, **shared)]
+        students = [build_chunks(architecture.replace(**changes), recompute=config.recompute, **shared)]
     teacher = None
     if config.teacher:
-        teacher = load_model(config.teacher, **shared).requires_grad_(False).eval()
-    return [student.train() for student in students], teacher
+        teacher = [chunk.requires_grad_(False).eval() for chunk in _load_chunks(config.teacher, **shared)]
+    return [[chunk.train() for chunk in student] for student in students], teacher
+
+
+def _load_chunks(folder: str, parallel: ParallelConfig, **settings: Any) -> list[HyloModel]:
+    """Cut as `parallel` says; by the model's own weights where it has another depth (a teacher in `distil` may)."""
+    if sum(parallel.pipeline_layers) != read_description(folder)[0].num_hidden_layers:
+        parallel = replace(parallel, pipeline_layers=None)
+    return load_chunks(folder, parallel, **settings)
 
 
 def _scratch_config(name: str) -> Any:
@@ -243,11 +254,9 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _evaluate(
     config: TrainConfig, states: Sequence[TrainingState], teacher: Any, windows: Any, reporter: Reporter, step: int
-) -> Quality | None:
+) -> Quality:
     """Measure every student, record and show it; returns the first one's."""
-    if config.parallel.pipeline_model_parallel_size > 1:
-        return None
-    measured = [evaluate(s.bare_model, windows, teacher, config.micro_batch_size, config.loss_chunk_tokens) for s in states]
+    measured = [evaluate(s.chunks, windows, teacher, config.micro_batch_size, config.loss_chunk_tokens) for s in states]
     for prefix, quality in zip(PREFIXES, measured):
         reporter.record(step, {f"{prefix}heldout_{name}": value for name, value in quality.to_dict().items()})
         which = f"{prefix}model: " if len(states) > 1 else ""
@@ -263,18 +272,22 @@ def _read_quality(run: Path) -> Quality | None:
     return Quality(**json.loads(file.read_text())) if file.is_file() else None
 
 
-def _flops_per_token(config: TrainConfig, students: Sequence[HyloModel], teacher: HyloModel | None) -> float:
+def _flops_per_token(
+    config: TrainConfig, students: Sequence[Sequence[HyloModel]], teacher: Sequence[HyloModel] | None
+) -> float:
     head = config.stage != "align"
-    shapes = [s.config.hylo for s in students]
+    shapes = [chunks[0].config.hylo for chunks in students]
     flops = sum(3 * forward_flops_per_token(c, config.sequence_length, head) for c in shapes)
     if config.stage == "align" and config.align_loss == "mse":  # runs no MLP of a student
         flops -= sum(3 * 6 * c.num_hidden_layers * c.hidden_size * c.ffn_hidden_size for c in shapes)
-    return flops + (forward_flops_per_token(teacher.config.hylo, config.sequence_length, head) if teacher is not None else 0.0)
+    return flops + (
+        forward_flops_per_token(teacher[0].config.hylo, config.sequence_length, head) if teacher is not None else 0.0
+    )
 
 
-def _describe(config: TrainConfig, students: Sequence[HyloModel]) -> str:
-    ranks = torch.distributed.get_world_size()
-    shapes = [f"{s.config.hylo.mixers} ({parameter_count(s.config.hylo) / 1e6:,.0f} M parameters)" for s in students]
+def _describe(config: TrainConfig, students: Sequence[Sequence[HyloModel]]) -> str:
+    ranks, configs = torch.distributed.get_world_size(), [chunks[0].config.hylo for chunks in students]
+    shapes = [f"{c.mixers} ({parameter_count(c) / 1e6:,.0f} M parameters)" for c in configs]
     return (
         f"{' and '.join(shapes)}, {config.train_steps} steps of "
         f"{config.global_batch_size} x {config.sequence_length} tokens, {config.precision}, {ranks} ranks"

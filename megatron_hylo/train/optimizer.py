@@ -1,5 +1,6 @@
 """Megatron-Core's data-parallel wrapper, optimizer and schedule, set up the way upcycling needs them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 
 MIXER_PARAMETERS = "*.self_attention.*"
@@ -25,16 +27,21 @@ FP32_PARAMETERS = ("*.A_log", "*.dt_bias", "*.D")
 
 @dataclass
 class TrainingState:
-    """What a step changes: the wrapped model, the optimizer and the schedule."""
+    """What a step changes: the model, a wrapped chunk a virtual pipeline stage, the optimizer and the schedule."""
 
-    model: DistributedDataParallel
+    wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
     @property
-    def bare_model(self) -> HyloModel:
-        """The model inside the data-parallel wrapper."""
-        return self.model.module
+    def chunks(self) -> list[HyloModel]:
+        """The chunks inside their data-parallel wrappers."""
+        return [wrapper.module for wrapper in self.wrapped]
+
+    @property
+    def config(self) -> HyloTransformerConfig:
+        """That all chunks share."""
+        return self.wrapped[0].module.config
 
     def learning_rates(self) -> dict[str, float]:
         """Current learning rate by group: {"rest": ..., "mixers": ...}."""
@@ -44,7 +51,7 @@ class TrainingState:
         return rates
 
 
-def choose_trainable(model: HyloModel, config: TrainConfig) -> None:
+def choose_trainable(chunks: Sequence[HyloModel], config: TrainConfig) -> None:
     """Freeze what the stage does not train: all but the mixers on request; in `align`, embedding and head always.
 
     Stage 1 feeds every layer the teacher's hidden state, so nothing there could give those two a gradient; and its
@@ -52,28 +59,26 @@ def choose_trainable(model: HyloModel, config: TrainConfig) -> None:
     """
     align = config.stage == "align"
     mixers_only = config.trainable == "mixers" or (align and config.align_loss != "ild")
-    for name, parameter in model.named_parameters():
+    for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
         outside = name.startswith(("embedding.", "output_layer."))
         parameter.requires_grad = ".self_attention." in name or not (mixers_only or (align and outside))
 
 
-def build_training_state(model: HyloModel, config: TrainConfig) -> TrainingState:
+def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> TrainingState:
     """Wrap a model for data-parallel training with fp32 gradients and fp32 master weights.
 
     Args:
-        model: this rank's part, with `requires_grad` set.
+        chunks: this rank's part, with `requires_grad` set.
         config: optimizer settings, number of steps, precision.
     """
     settings = config.optimizer
-    transformer_config = model.config
-    wrapped = DistributedDataParallel(
-        transformer_config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=settings.use_distributed_optimizer, overlap_grad_reduce=False
-        ),
-        model,
+    transformer_config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=settings.use_distributed_optimizer, overlap_grad_reduce=False
     )
-    wrapped.broadcast_params()
+    wrapped = [DistributedDataParallel(transformer_config, ddp_config, chunk) for chunk in chunks]
+    for wrapper in wrapped:
+        wrapper.broadcast_params()
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -95,9 +100,10 @@ def build_training_state(model: HyloModel, config: TrainConfig) -> TrainingState
     if settings.mixer_lr is not None and settings.mixer_lr != settings.lr:
         group = ParamGroupOverride(max_lr=settings.mixer_lr, min_lr=settings.mixer_lr * settings.min_lr_ratio)
         overrides[ParamKey(name=MIXER_PARAMETERS)] = group
-    optimizer = get_megatron_optimizer(optimizer_config, [wrapped], config_overrides=overrides)
+    optimizer = get_megatron_optimizer(optimizer_config, wrapped, config_overrides=overrides)
     transformer_config.finalize_model_grads_func = finalize_model_grads
-    transformer_config.no_sync_func = wrapped.no_sync
+    no_sync = [wrapper.no_sync for wrapper in wrapped]
+    transformer_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return TrainingState(wrapped, optimizer, _scheduler(optimizer, settings, config.train_steps))
 
 

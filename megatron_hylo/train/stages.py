@@ -1,10 +1,12 @@
 """The three stages: what one step's forward and backward passes are. The loop around them is the same.
 
-`pretrain` and `distil` run under Megatron-Core's schedules (pipeline stages, gradient accumulation); `align` has no
-student pipeline, its gradients are made layer by layer (distill/alignment.py).
+`pretrain` and `distil` run under Megatron-Core's schedules (pipeline stages, gradient accumulation). With a teacher its
+hidden states travel beside the student's from stage to stage, so that no rank needs all of it. `align` has no backward
+pass across stages, its gradients are made layer by layer (distill/alignment.py).
 """
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Iterator
@@ -19,6 +21,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.distill.alignment import AlignmentLoss, align_layers, check_alignable
 from megatron_hylo.distill.head_loss import model_head_loss
 from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.parallel.pipeline import rank_shape, through_stages
 from megatron_hylo.train.config import PREFIXES, TrainConfig
 from megatron_hylo.train.optimizer import TrainingState
 
@@ -28,13 +31,13 @@ Batches = Iterator[dict[str, Any]]
 class Stage:
     """One step's losses and gradients."""
 
-    def __init__(self, config: TrainConfig, teacher: HyloModel | None) -> None:
+    def __init__(self, config: TrainConfig, teacher: Sequence[HyloModel] | None) -> None:
         self.config, self.teacher = config, teacher
 
     def check(self, student: HyloModel) -> None:
-        """Refuse a student and teacher that do not fit, before training starts."""
+        """Refuse a student (one of its chunks will do) and teacher that do not fit, before training starts."""
         if self.teacher is not None:
-            ours, theirs = student.config.hylo.vocab_size, self.teacher.config.hylo.vocab_size
+            ours, theirs = student.config.hylo.vocab_size, self.teacher[0].config.hylo.vocab_size
             if ours != theirs:
                 raise ConfigError(f"vocabulary differs: student {ours}, teacher {theirs}; use a teacher of the same tokenizer")
 
@@ -48,10 +51,13 @@ class Stage:
         """
         (state,) = states
         run, packed = get_forward_backward_func(), self.config.packed_documents
+        # the teacher's hidden states make what stages hand on wider than Megatron-Core expects; so it asks for shapes
+        state.config.variable_seq_lengths = self.teacher is not None and self.config.parallel.stages > 1
+        taken = list(itertools.islice(batches, micro_batches))
         results = run(
             forward_step_func=self._forward_step,
-            data_iterator=batches,
-            model=[state.model],
+            data_iterator=[iter(taken) for _ in state.wrapped],
+            model=state.wrapped,
             num_microbatches=micro_batches,
             seq_length=self.config.sequence_length * (self.config.micro_batch_size if packed else 1),
             micro_batch_size=1 if packed else self.config.micro_batch_size,
@@ -60,22 +66,32 @@ class Stage:
         return {k: torch.stack([r[k] for r in results]).mean() for k in results[0]} if results else {}
 
     def _forward_step(self, batches: Batches, model: Any) -> tuple[Tensor, Any]:
-        batch = next(batches)
-        teacher_hidden = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher_hidden = self.teacher(batch["input_ids"], batch.get("documents"))
-        return model(batch["input_ids"], batch.get("documents")), partial(
-            self._loss, model.module, batch["labels"], teacher_hidden
-        )
+        batch, student = next(batches), model.module
+        ids, documents = batch["input_ids"], batch.get("documents")
+        teacher = self.teacher[student.vp_stage or 0] if self.teacher is not None else None
+        if teacher is None:
+            return model(ids, documents), partial(self._loss, student, None, batch["labels"], None)
+        if not student.pre_process:
+            widths = [student.config.hidden_size, teacher.config.hidden_size]
+            own, theirs = student.decoder.input_tensor.split(widths, dim=-1)
+            student.set_input_tensor(own.contiguous())
+            teacher.set_input_tensor(theirs.detach().contiguous())
+        with torch.no_grad():
+            teacher_hidden = teacher(ids, documents)
+        hidden = model(ids, documents)
+        if not student.post_process:
+            hidden = torch.cat([hidden, teacher_hidden], dim=-1)
+        return hidden, partial(self._loss, student, teacher, batch["labels"], teacher_hidden)
 
-    def _loss(self, student: HyloModel, labels: Tensor, teacher_hidden: Tensor | None, hidden: Tensor) -> tuple[Tensor, dict]:
+    def _loss(
+        self, student: HyloModel, teacher: HyloModel | None, labels: Tensor, teacher_hidden: Tensor | None, hidden: Tensor
+    ) -> tuple[Tensor, dict]:
         c = self.config
         head = model_head_loss(
             student,
             hidden,
             labels,
-            self.teacher,
+            teacher,
             teacher_hidden,
             kl_weight=1.0,
             ce_weight=c.ce_weight,
@@ -95,40 +111,57 @@ class Align(Stage):
     def check(self, student: HyloModel) -> None:
         """Layers must pair."""
         super().check(student)
-        check_alignable(student, self.teacher)
+        check_alignable(student, self.teacher[0])
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
         """Gradients layer by layer; reduced once, after the last micro-batch."""
-        c, students, losses = self.config, [state.bare_model for state in states], []
+        losses = []
         for i in range(micro_batches):
             with contextlib.ExitStack() as not_yet:
-                for state in states if i < micro_batches - 1 else ():
-                    not_yet.enter_context(state.model.no_sync())
-                batch = next(batches)
-                losses.append(
-                    align_layers(
-                        students, self.teacher, batch["input_ids"], c.align_loss, c.hidden_weight, c.mixer_weight,
-                        gradient_scale=1.0 / micro_batches, documents=batch.get("documents"),
-                    )
-                )  # fmt: skip
+                for wrapper in [w for state in states for w in state.wrapped] if i < micro_batches - 1 else ():
+                    not_yet.enter_context(wrapper.no_sync())
+                losses.append(self._align(states, next(batches), 1.0 / micro_batches))
         for state in states:
-            finalize_model_grads([state.model], None)
+            finalize_model_grads(state.wrapped, None)
         metrics = {}
         for prefix, mine in zip(PREFIXES, zip(*losses)):
             metrics |= {f"{prefix}{name}": value for name, value in self._metrics(mine).items()}
         return metrics
 
-    def _metrics(self, losses: Sequence[AlignmentLoss]) -> dict[str, Tensor]:
-        terms = torch.stack([loss.layers.sum(dim=0) for loss in losses]).mean(dim=0)
-        total = torch.stack([loss.loss for loss in losses]).mean()
+    def _align(
+        self, states: Sequence[TrainingState], batch: dict[str, Any], gradient_scale: float
+    ) -> list[list[AlignmentLoss]]:
+        """One micro-batch through all stages: for each student the losses of this rank's chunks."""
+        c, ids, found = self.config, batch["input_ids"], []
+
+        def run(index: int, received: Tensor | None) -> Tensor:
+            losses, handed_on = align_layers(
+                [state.chunks[index] for state in states], self.teacher[index], ids, c.align_loss, c.hidden_weight,
+                c.mixer_weight, gradient_scale, batch.get("documents"), received,
+            )  # fmt: skip
+            found.append(losses)
+            return handed_on
+
+        config, streams = self.teacher[0].config, 1 + len(states) if c.align_loss == "sequential" else 1
+        shape = rank_shape(ids.shape[1], len(ids), streams * config.hidden_size, config.sequence_parallel)
+        through_stages(run, len(self.teacher), shape, config.pipeline_dtype, ids.device)
+        return list(zip(*found))
+
+    def _metrics(self, losses: Sequence[Sequence[AlignmentLoss]]) -> dict[str, Tensor]:
+        """Sums over layers, of all stages; means over micro-batches, whose chunks' losses are given."""
+        terms = sum(loss.layers.sum(dim=0) for chunks in losses for loss in chunks) / len(losses)
+        total = sum(loss.loss for chunks in losses for loss in chunks) / len(losses)
+        groups = [parallel_state.get_pipeline_model_parallel_group()] if self.config.parallel.stages > 1 else []
         if self.config.parallel.sequence_parallel:  # each tensor-parallel rank summed its own tokens
+            groups.append(parallel_state.get_tensor_model_parallel_group())
+        for group in groups:
             for tensor in (terms, total):
-                torch.distributed.all_reduce(tensor, group=parallel_state.get_tensor_model_parallel_group())
+                torch.distributed.all_reduce(tensor, group=group)
         if self.config.align_loss != "ild":
-            return {"loss": total, "loss_per_layer": total / len(losses[0].layers)}
+            return {"loss": total, "loss_per_layer": total / self.teacher[0].config.hylo.num_hidden_layers}
         return {"loss": total, "hidden_term": terms[0], "mixer_term": terms[1]}
 
 
-def get_stage(config: TrainConfig, teacher: HyloModel | None) -> Stage:
+def get_stage(config: TrainConfig, teacher: Sequence[HyloModel] | None) -> Stage:
     """The stage a configuration names."""
     return (Align if config.stage == "align" else Stage)(config, teacher)

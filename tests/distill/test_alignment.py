@@ -88,7 +88,7 @@ def test_equals_one_graph_over_whole_forwards(weights, qk_layernorm, one_rank, i
     loss, terms = reference_loss(student, teacher, ids, *weights)
     loss.backward()
     theirs = gradients(student)
-    (result,) = align_layers([student], teacher, ids, "ild", *weights, gradient_scale=1.0)
+    ((result,), _) = align_layers([student], teacher, ids, "ild", *weights, gradient_scale=1.0)
     ours = gradients(student)
     assert relative_error(result.loss, loss) < TOLERANCE
     assert relative_error(result.layers, terms) < TOLERANCE
@@ -101,7 +101,7 @@ def test_equals_one_graph_over_whole_forwards(weights, qk_layernorm, one_rank, i
 
     align_layers([student], teacher, ids, "ild", *weights, gradient_scale=0.25)
     assert all(relative_error(g, 0.25 * theirs[name]) < TOLERANCE for name, g in gradients(student).items())
-    (measured,) = align_layers([student], teacher, ids, "ild", *weights)
+    ((measured,), _) = align_layers([student], teacher, ids, "ild", *weights)
     assert not measured.loss.requires_grad and not gradients(student)
     assert torch.equal(measured.layers, result.layers)
 
@@ -113,7 +113,7 @@ def test_normalised_squares_equal_one_graph_over_whole_forwards(qk_layernorm, on
     loss, terms = reference_loss(student, teacher, ids, loss="mse")
     loss.backward()
     theirs = gradients(student)
-    (result,) = align_layers([student], teacher, ids, "mse", 0.3, 1.7, gradient_scale=1.0)  # ild's weights do nothing
+    ((result,), _) = align_layers([student], teacher, ids, "mse", 0.3, 1.7, gradient_scale=1.0)  # ild's weights do nothing
     ours = gradients(student)
     assert relative_error(result.loss, loss) < TOLERANCE
     assert relative_error(result.layers, terms) < TOLERANCE
@@ -148,7 +148,7 @@ def test_sequential_equals_a_whole_forward_whose_layers_are_cut_apart(one_rank, 
     with torch.no_grad():  # what was cut apart is the student's forward pass
         assert relative_error(student.decoder.final_norm(hidden), student(ids)) < TOLERANCE
     theirs = gradients(student)
-    (result,) = align_layers([student], teacher, ids, "sequential", gradient_scale=1.0)
+    ((result,), _) = align_layers([student], teacher, ids, "sequential", gradient_scale=1.0)
     ours = gradients(student)
     assert relative_error(result.layers[:, 1], torch.stack(terms)) < TOLERANCE and not result.layers[:, 0].any()
     assert ours.keys() == theirs.keys() and not any(".mlp." in name for name in ours)
@@ -162,14 +162,14 @@ def test_normalised_squares_are_one_for_a_silent_mixer_and_do_not_change_with_sc
     with torch.no_grad():
         for mixer, _ in student.mixer_layers():
             mixer.self_attention.linear_proj.weight.zero_()
-        (silent,) = align_layers([student], teacher, ids)
+        ((silent,), _) = align_layers([student], teacher, ids)
         assert torch.allclose(silent.layers, torch.tensor([[0.0, 1.0]] * 3), atol=1e-6)
         assert silent.loss.item() == pytest.approx(3.0, rel=1e-6)
         student.load_state_dict(teacher.state_dict())
         for model, factor in ((teacher, 100.0), (student, 110.0)):
             for mixer, _ in model.mixer_layers():
                 mixer.self_attention.linear_proj.weight *= factor
-        (scaled,) = align_layers([student], teacher, ids)
+        ((scaled,), _) = align_layers([student], teacher, ids)
     assert torch.allclose(scaled.layers[:, 1], torch.full((3,), 0.01), rtol=1e-5)  # (1.1 - 1)^2, whatever the teacher's scale
 
 
@@ -177,11 +177,11 @@ def test_normalised_squares_are_one_for_a_silent_mixer_and_do_not_change_with_sc
 def test_two_students_share_a_pass_and_learn_as_each_would_alone(loss, one_rank, ids):
     teacher = uneven_model("*-*-*-*-")
     students = [uneven_model("+-" * 4), uneven_model("G-" * 4)]
-    alone = [align_layers([student], teacher, ids, loss, gradient_scale=0.5)[0] for student in students]
+    alone = [align_layers([student], teacher, ids, loss, gradient_scale=0.5)[0][0] for student in students]
     separate = [gradients(student) for student in students]
     calls = []
     handle = teacher.mixer_layers()[2][1].mlp.register_forward_hook(lambda *_: calls.append(1))
-    together = align_layers(students, teacher, ids, loss, gradient_scale=0.5)
+    together, _ = align_layers(students, teacher, ids, loss, gradient_scale=0.5)
     handle.remove()
     assert len(calls) == 1
     for mine, theirs, student, expected in zip(together, alone, students, separate):
@@ -206,7 +206,7 @@ def test_a_layer_learns_the_same_in_a_hybrid_as_in_a_pure_model(symbol, loss, on
         for name, p in pure.named_parameters():
             if name.startswith((*prefixes, "decoder.final_norm.")):
                 p.copy_(weights[name])
-    results = [align_layers([model], teacher, ids, loss, gradient_scale=1.0)[0] for model in (hybrid, pure)]
+    results = [align_layers([model], teacher, ids, loss, gradient_scale=1.0)[0][0] for model in (hybrid, pure)]
     assert torch.equal(results[0].layers[shared], results[1].layers[shared])
     in_hybrid, in_pure = gradients(hybrid), gradients(pure)
     names = [name for name in in_hybrid if name.startswith(prefixes)]
@@ -220,7 +220,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_finite_gradients(loss, o
     teacher = uneven_model("*-*-*-")
     student = uneven_model("*-*-*-")
     student.load_state_dict(teacher.state_dict())
-    (result,) = align_layers([student], teacher, ids, loss, gradient_scale=1.0)
+    ((result,), _) = align_layers([student], teacher, ids, loss, gradient_scale=1.0)
     assert result.loss.item() == 0
     found = gradients(student)
     assert found and all(g.count_nonzero() == 0 for g in found.values())  # NaN would count
@@ -229,9 +229,9 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_finite_gradients(loss, o
 @pytest.mark.parametrize("skipped", ["hidden", "mixer"])
 def test_a_term_of_weight_zero_is_skipped(skipped, one_rank, ids):
     student, teacher = uneven_model("G-+-M-"), uneven_model("*-*-*-")
-    (both,) = align_layers([student], teacher, ids, "ild")
+    ((both,), _) = align_layers([student], teacher, ids, "ild")
     weights = (0.0, 1.0) if skipped == "hidden" else (1.0, 0.0)
-    (one,) = align_layers([student], teacher, ids, "ild", *weights, gradient_scale=1.0)
+    ((one,), _) = align_layers([student], teacher, ids, "ild", *weights, gradient_scale=1.0)
     ours = gradients(student)
     column = 0 if skipped == "hidden" else 1
     assert one.layers[:, column].count_nonzero() == 0

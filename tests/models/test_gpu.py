@@ -76,12 +76,12 @@ def test_one_step_of_training_lowers_the_loss(one_rank):
         train_tokens=128 * 4 * 20, optimizer=OptimizerSettings(lr=3e-3, warmup_ratio=0.0),
     )  # fmt: skip
     model = build_model(tiny_config(**SIZES), params_dtype=torch.bfloat16)
-    state, stage = build_training_state(model, settings), get_stage(settings, None)
+    state, stage = build_training_state([model], settings), get_stage(settings, None)
     ids = torch.randint(512, (4, 129), device="cuda")
     batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
     losses = []
     for _ in range(20):
-        state.model.zero_grad_buffer()
+        state.wrapped[0].zero_grad_buffer()
         state.optimizer.zero_grad()
         losses.append(stage.forward_backward([state], iter([copy.copy(batch)]), 1)["loss"].item())
         state.optimizer.step()

@@ -284,10 +284,10 @@ def test_rotary_mix_trains_as_a_norm_does(one_rank):
         precision="fp32", trainable="mixers", optimizer=optimizer,
     )  # fmt: skip
     model = build_model(tiny_config("+-", **CASES["all three"]))
-    choose_trainable(model, settings)
+    choose_trainable([model], settings)
     mixer = model.mixer_layers()[0][0].self_attention
     names = {id(p): name for name, p in mixer.named_parameters()}
-    groups = build_training_state(model, settings).optimizer.param_groups
+    groups = build_training_state([model], settings).optimizer.param_groups
     decay = {names[id(p)]: (group["lr"], group["wd_mult"]) for group in groups for p in group["params"]}
     assert set(decay) == set(names.values())
     for name, (rate, factor) in decay.items():

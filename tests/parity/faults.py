@@ -107,6 +107,27 @@ def _key_value_head_duplicated() -> contextlib.AbstractContextManager:
     return _replaced(GroupedQueryAttention, "query_key_value", first_ranks)
 
 
+def _virtual_stages_swapped() -> contextlib.AbstractContextManager:
+    """Each rank runs the layers of its second chunk where those of the first belong."""
+    from megatron_hylo.train import loop
+
+    right = loop._build_models
+
+    def build(config: Any) -> Any:
+        students, teacher = right(config)
+        first, second = (chunk.decoder for chunk in students[0])
+
+        def swap(*_: Any) -> None:
+            first.layers, second.layers = second.layers, first.layers
+
+        for stack in (first, second):
+            stack.register_forward_pre_hook(swap)
+            stack.register_forward_hook(swap)
+        return students, teacher
+
+    return _replaced(loop, "_build_models", build)
+
+
 # name: (fault, model, stage, layout of the case that it must fail)
 FAULTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], str, str, str]] = {
     "a norm's gradient not summed over tensor-parallel ranks": (_head_norm_gradient_not_summed, "normed", "pretrain", "tp2"),
@@ -119,5 +140,6 @@ FAULTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], str, st
     "states of earlier ranks not composed": (_states_not_composed, "normed", "pretrain", "cp4"),
     "Gated DeltaNet's state not reset at a document": (_delta_rule_not_reset, "normed", "packed", "cp2"),
     "Mamba2's state not reset at a document": (_mamba_not_reset, "normed", "packed", "cp2"),
+    "virtual pipeline stages swapped": (_virtual_stages_swapped, "normed", "pretrain", "pp2_vp2"),
     "rotary positions that run on over documents": (_document_positions_run_on, "normed", "packed", "tp2_sp"),
 }

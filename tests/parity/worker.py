@@ -54,8 +54,8 @@ def launch(jobs: list[dict[str, Any]], ranks: int, scratch: Path) -> None:
         raise RuntimeError(f"{ranks} ranks failed:\n{result.stdout[-3000:]}\n{result.stderr[-12000:]}")
 
 
-def whole_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float, str]:
-    """Tensors shaped like this rank's parameters, put together from all ranks, on every rank.
+def whole_tensors(chunks: list[torch.nn.Module], tensors: list[dict[str, torch.Tensor]]) -> tuple[dict, float, str]:
+    """Tensors shaped like this rank's parameters, by chunk, put together from all ranks, on every rank.
 
     While the model's own sharded state dict is made, every parameter's data is the tensor of its name; so fused
     projections come apart by section exactly as in a checkpoint.
@@ -67,20 +67,21 @@ def whole_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> t
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    from megatron_hylo.models.checkpoint import sharded_weights
+    from megatron_hylo.models.checkpoint import sharded_chunks
 
-    kept = {name: p.data for name, p in model.named_parameters()}
-    for name, p in model.named_parameters():
-        p.data = tensors[name]
-    state = sharded_weights(model)
+    parameters = [(p, mine[name]) for chunk, mine in zip(chunks, tensors) for name, p in chunk.named_parameters()]
+    kept = [p.data for p, _ in parameters]
+    for p, tensor in parameters:
+        p.data = tensor
+    state = sharded_chunks(chunks)
     apply_factories(state)
     pieces = [
         (t.key, t.global_shape, t.global_offset, t.data.detach().clone())
         for t in nested_values(state)
         if isinstance(t, ShardedTensor)
     ]
-    for name, p in model.named_parameters():
-        p.data = kept[name]
+    for (p, _), data in zip(parameters, kept):
+        p.data = data
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, pieces)
     whole, worst = {}, (0.0, "")
@@ -96,18 +97,20 @@ def whole_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> t
     return whole, *worst
 
 
-def _reduced_gradients(state: Any) -> dict[str, torch.Tensor]:
-    """Gradients of all parameters; zeros where frozen. The distributed optimizer's shards are put together first."""
+def _reduced_gradients(state: Any) -> list[dict[str, torch.Tensor]]:
+    """Gradients of all parameters, by chunk; zeros where frozen. The distributed optimizer's shards are put together first."""
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if state.model.ddp_config.use_distributed_optimizer and group.size() > 1:
-        for buffer in state.model.buffers:
+    if state.wrapped[0].ddp_config.use_distributed_optimizer and group.size() > 1:
+        for buffer in (buffer for wrapper in state.wrapped for buffer in wrapper.buffers):
             for bucket in buffer.buckets:
                 shards = list(bucket.grad_data.chunk(group.size()))
                 dist.all_gather(shards, shards[group.rank()].clone(), group=group)
-    named = state.bare_model.named_parameters()
-    return {name: p.main_grad.clone() if p.requires_grad else torch.zeros_like(p) for name, p in named}
+    return [
+        {name: p.main_grad.clone() if p.requires_grad else torch.zeros_like(p) for name, p in chunk.named_parameters()}
+        for chunk in state.chunks
+    ]
 
 
 def measure(config: Any, file: Path) -> None:
@@ -123,22 +126,22 @@ def measure(config: Any, file: Path) -> None:
     from megatron_hylo.train.stages import get_stage
 
     here = initialize(config.parallel, config.seed)
-    (model,), teacher = _build_models(config)
+    (chunks,), teacher = _build_models(config)
     stage = get_stage(config, teacher)
-    stage.check(model)
-    choose_trainable(model, config)
-    state = build_training_state(model, config)
+    stage.check(chunks[0])
+    choose_trainable(chunks, config)
+    state = build_training_state(chunks, config)
     dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
     micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
 
-    state.model.zero_grad_buffer()
+    for wrapper in state.wrapped:
+        wrapper.zero_grad_buffer()
     stage.forward_backward([state], rank_batches(config, dataset, 0, here), micro_batches)
-    received = [mixer.self_attention.context.received_bytes for mixer, _ in model.mixer_layers()]
-    gradients = _reduced_gradients(state)
-    gradients = whole_tensors(model, gradients)
+    received = [mixer.self_attention.context.received_bytes for chunk in chunks for mixer, _ in chunk.mixer_layers()]
+    gradients = whole_tensors(chunks, _reduced_gradients(state))
     feed = rank_batches(config, dataset, 0, here)
     steps = [_step([state], stage, feed, micro_batches, step, SkippedSteps(0)) for step in range(2)]
-    weights = whole_tensors(model, {name: p.data for name, p in model.named_parameters()})
+    weights = whole_tensors(chunks, [{name: p.data for name, p in chunk.named_parameters()} for chunk in chunks])
     if is_main():
         torch.save({"steps": steps, "gradients": gradients, "weights": weights, "received": received}, file)
 

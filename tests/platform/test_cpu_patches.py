@@ -45,19 +45,19 @@ def train_and_resume(folder: Path, stages: int) -> None:
 
     def step(state) -> None:
         ids = torch.randint(160, (micro_batches, 1, 9))
-        state.model.zero_grad_buffer()
+        state.wrapped[0].zero_grad_buffer()
         state.optimizer.zero_grad()
         stage.forward_backward([state], iter([{"input_ids": i[:, :-1], "labels": i[:, 1:]} for i in ids]), micro_batches)
         success, norm, _ = state.optimizer.step()
         assert success and norm > 0
         state.scheduler.step(1)
 
-    first, second = (build_training_state(build_model(architecture, parallel), config) for _ in range(2))
+    first, second = (build_training_state([build_model(architecture, parallel)], config) for _ in range(2))
     step(first)
     path = save_checkpoint([first], folder, 1, 2, [{}], None, keep=1)
     assert load_checkpoint([second], path) == (1, 2)
-    for name, p in second.bare_model.named_parameters():
-        assert torch.equal(p, first.bare_model.get_parameter(name)), name
+    for name, p in second.chunks[0].named_parameters():
+        assert torch.equal(p, first.chunks[0].get_parameter(name)), name
     step(second)
 
 

@@ -3,6 +3,7 @@
 Oracle of resuming: the same run on one rank without interruption.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -22,7 +23,13 @@ from tests.train.runs import metrics, relative_difference, start_train, weights
 CONTINUED = {
     "tp2_sp": dict(tensor_model_parallel_size=2, sequence_parallel=True),
     "pp2": dict(pipeline_model_parallel_size=2),
+    "pp2_vp2": dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
 }
+
+
+def quality(run: Path) -> dict:
+    """Held-out measures at a run's end, without those it has not."""
+    return {name: value for name, value in json.loads((run / "quality.json").read_text()).items() if value is not None}
 
 
 @pytest.mark.multirank
@@ -58,6 +65,7 @@ def test_resuming_under_another_layout_equals_one_rank_uninterrupted(settings, t
                 assert loss == pytest.approx(whole[step], rel=1e-6), f"{run.name}: step {step}"
             difference, where = relative_difference(weights(run / "model"), weights(tmp_path / "whole" / "model"))
             assert difference < 1e-5, f"{run.name}: {where}"
+            assert quality(run) == pytest.approx(quality(tmp_path / "whole"), rel=1e-5), run.name
 
 
 def test_killed_save_leaves_no_checkpoint_and_the_earlier_one_is_used(settings, tmp_path):

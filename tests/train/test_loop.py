@@ -117,9 +117,9 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(settings, monkeyp
 
         def forward_backward(states, feed, micro_batches):
             found = right(states, feed, micro_batches)
-            seen.append(next(states[0].bare_model.parameters()).detach().clone())
+            seen.append(next(states[0].chunks[0].parameters()).detach().clone())
             if len(seen) in spoilt:
-                list(states[0].bare_model.parameters())[-1].main_grad.view(-1)[3] = float("inf")
+                list(states[0].chunks[0].parameters())[-1].main_grad.view(-1)[3] = float("inf")
             return found
 
         stage.forward_backward = forward_backward
@@ -165,7 +165,7 @@ def test_parameter_groups(settings, material, mixer_lr):
     )
     config = settings(optimizer=optimizer)
     model = build_model(load_model(material.student).config.hylo)
-    state = build_training_state(model, config)
+    state = build_training_state([model], config)
     names = {id(p): name for name, p in model.named_parameters()}
     seen = set()
     for group in state.optimizer.param_groups:

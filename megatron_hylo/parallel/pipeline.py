@@ -1,0 +1,59 @@
+"""Pipeline stages without a schedule: one micro-batch after the other goes forward through all of them.
+
+For passes that send no gradient back: evaluation, and alignment, whose gradients stay in their layer. Training with
+gradients that cross stages runs under Megatron-Core's schedules.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+
+def through_stages(
+    run: Callable[[int, Tensor | None], Tensor],
+    virtual_stages: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    where: torch.device,
+) -> Tensor | None:
+    """Run this rank's chunks on one micro-batch, each on what the stage before it made.
+
+    Args:
+        run: (chunk, what it receives; None on the first stage) -> what the next stage receives.
+        virtual_stages: chunks of each rank.
+        shape, dtype, where: of what is handed on.
+
+    Returns:
+        What the last stage made, on its rank; None on others.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    rank, ranks = group.rank(), group.size()
+    last = (virtual_stages - 1, ranks - 1)
+    out = None
+    for chunk in range(virtual_stages):
+        received = None
+        if (chunk, rank) != (0, 0):
+            received = torch.empty(shape, dtype=dtype, device=where)
+            dist.recv(received, dist.get_global_rank(group, (rank - 1) % ranks), group=group)
+        out = run(chunk, received)
+        if (chunk, rank) != last:
+            dist.send(out.detach().contiguous(), dist.get_global_rank(group, (rank + 1) % ranks), group=group)
+            out = None
+    return out
+
+
+def rank_shape(sequence: int, batch: int, width: int, sequence_parallel: bool) -> tuple[int, int, int]:
+    """[sequence, batch, width] of this rank's hidden states, `sequence` being its context-parallel part."""
+    parts = parallel_state.get_tensor_model_parallel_world_size() if sequence_parallel else 1
+    return sequence // parts, batch, width
+
+
+def from_last_stage(value: Tensor) -> Tensor:
+    """`value` of the last pipeline stage, on all of them (in place)."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(value, source, group=parallel_state.get_pipeline_model_parallel_group())
+    return value
