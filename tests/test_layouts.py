@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_hylo.config import ConfigError, ModelConfig, RopeScaling, from_dict
+from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig, RopeScaling, from_dict
 from megatron_hylo.layouts import (
     BASES,
     LAYOUTS,
@@ -135,6 +135,19 @@ def test_pipeline_pattern_is_the_best_of_all_splits(stages):
     best = min(largest(split) for split in itertools.combinations(range(1, 8), stages - 1))
     counts = list(itertools.accumulate(part.count("-") for part in pattern.split("|")))
     assert largest(counts[:-1]) == best
+
+
+def test_a_split_of_ones_own_is_taken_or_refused():
+    config = BASES["smollm2-135m"].replace(hybrid_layer_pattern="*-" * 8)
+    assert pipeline_pattern(config, 3, [1, 5, 2]) == "*-|*-*-*-*-*-|*-*-"
+    with pytest.raises(ConfigError, match=r"pipeline_layers \[1, 5\] are 6 layers, the model has 8"):
+        pipeline_pattern(config, 2, [1, 5])
+    with pytest.raises(ConfigError, match=r"pipeline_layers \[8\] must be 2 numbers"):
+        ParallelConfig(pipeline_model_parallel_size=2, pipeline_layers=[8])
+    with pytest.raises(ConfigError, match="9 pipeline stages .* more than the model's 8 layers"):
+        pipeline_pattern(config, 9)
+    with pytest.raises(ConfigError, match="virtual_pipeline_model_parallel_size 2 needs pipeline_model_parallel_size > 1"):
+        ParallelConfig(virtual_pipeline_model_parallel_size=2)
 
 
 def test_config_is_frozen():

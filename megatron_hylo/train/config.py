@@ -123,4 +123,10 @@ class TrainConfig:
                 f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size} x "
                 f"{data_parallel_size} data-parallel ranks = {per_pass}"
             )
-        return self.global_batch_size // per_pass
+        count, ranks = self.global_batch_size // per_pass, self.parallel.pipeline_model_parallel_size
+        if self.parallel.virtual_pipeline_model_parallel_size > 1 and count % ranks and self.stage != "align":
+            raise ConfigError(
+                f"{count} micro-batches a step must be a multiple of pipeline_model_parallel_size {ranks} where stages are "
+                f"interleaved; change global_batch_size {self.global_batch_size} or micro_batch_size {self.micro_batch_size}"
+            )
+        return count
