@@ -9,14 +9,16 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Iterator
 
 import torch
 
 from megatron_hylo.config import ConfigError
 
 MANIFEST = "manifest.json"
+EARLY = ".hashed_"  # files with a part of the manifest to come
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a spent quota, a file-size limit
 
 
@@ -76,6 +78,16 @@ def check_free(path: str | Path, overwrite: bool) -> None:
         raise ConfigError(f"{path} already exists; choose another place, remove it, or ask to overwrite")
 
 
+def hash_early(folder: Path, files: Iterable[Path]) -> None:
+    """Hash complete files of a folder that is still being written, for its manifest; any rank, any thread.
+
+    Args:
+        folder: what `sealed_directory` yielded.
+        files: inside it; they must not change any more.
+    """
+    write_json(folder / f"{EARLY}{_rank()}_{threading.get_ident()}", {str(f.relative_to(folder)): _entry(f) for f in files})
+
+
 def verify_sealed(path: str | Path, hashes: bool = True) -> None:
     """Check a sealed folder against its manifest.
 
@@ -120,17 +132,23 @@ def write_json(path: Path, value: object) -> None:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    mine = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files[_rank() :: _world_size()]
-    }
+    known = {name: entry for part in folder.glob(f"{EARLY}*") for name, entry in json.loads(part.read_text()).items()}
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(EARLY)]
+    files = [p for p in files if str(p.relative_to(folder)) not in known]
+    mine = known | {str(p.relative_to(folder)): _entry(p) for p in files[_rank() :: _world_size()]}
     parts = [mine]
     if _world_size() > 1:
         parts = [None] * _world_size()
         torch.distributed.all_gather_object(parts, mine)
     if _rank() == 0:
         merged = {name: entry for part in parts for name, entry in part.items()}
+        for part in folder.glob(f"{EARLY}*"):
+            part.unlink()
         write_json(folder / MANIFEST, {"files": dict(sorted(merged.items()))})
+
+
+def _entry(file: Path) -> dict[str, int | str]:
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def _replace(partial: Path, path: Path) -> None:
@@ -157,7 +175,7 @@ def _is_disk_full(error: BaseException | None) -> bool:
 
 
 def _is_failed_writer(error: BaseException) -> bool:
-    """Megatron-Core writes shards in processes of their own and says no more of their errors than the class."""
+    """Megatron-Core gathers what went wrong on all ranks and says no more of it than the class."""
     return type(error).__name__ == "CheckpointException"
 
 

@@ -93,7 +93,7 @@ def test_teacher_of_another_vocabulary_is_refused(teacher, tmp_path, capsys):
 
     settings = TrainConfig("distil", "-", "-", model="-", teacher="-", precision="fp32")
     with pytest.raises(ConfigError, match="vocabulary differs: student 160, teacher 200"):
-        get_stage(settings, load_model(tmp_path / "teacher200")).check(load_model(teacher))
+        get_stage(settings, [load_model(tmp_path / "teacher200")]).check(load_model(teacher))
 
 
 def test_existing_output_is_not_overwritten_unasked(teacher, tmp_path, capsys):

@@ -82,7 +82,7 @@ def calibrate(
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "precision": str(precision).split(".")[1],
     }  # fmt: skip
     work = _work_folder(Path(output), description)
-    model = load_model(teacher, parallel, precision)
+    model = load_model(teacher, parallel, params_dtype=precision)
     _gather_layers(model, windows[:, :-1], work, track)
     with sealed_directory(output, overwrite) as folder:
         if is_main():

@@ -6,9 +6,11 @@ DIR/tokenizer/    the tokenizer's files, when there is one
 DIR/manifest.json sizes and sha256 of all files; a folder without it is not finished
 """
 
+import contextlib
 import json
 import queue
 import shutil
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig, from_
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.specs import BackendName
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.sealed import sealed_directory, verify_sealed, write_json
+from megatron_hylo.sealed import hash_early, sealed_directory, verify_sealed, write_json
 
 FORMAT, VERSION = "megatron_hylo.model", 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -71,18 +73,57 @@ def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     return from_dict(ModelConfig, description["model"], str(file)), description
 
 
-def save_weights(state: dict[str, Any], folder: Path) -> None:
-    """Write a sharded state dict into `folder` (created)."""
-    # Megatron-Core reports what its writing threads did through a queue that a process of its own serves. That process
-    # imports the main script again, seconds a run, and outlives a rank that is killed, with the rank's output open.
-    filesystem_async._results_queue = queue.Queue()
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.barrier()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dist_checkpointing.save(state, str(folder))
+class BackgroundWrite:
+    """A sharded state dict on its way into `folder` (created), in a thread, of values as they are now; all ranks make one.
+
+    Megatron-Core's own asynchronous saving forks or starts processes. Here its writing function runs in a thread, which
+    the disk keeps waiting most of the time: nothing to fork beside NCCL and CUDA, nothing that outlives a killed rank.
+
+    Args:
+        state: sharded state dict.
+        folder: inside a folder that is being sealed, `sealed`.
+        sealed: whose manifest gets the hashes of what this rank wrote.
+    """
+
+    def __init__(self, state: dict[str, Any], folder: Path, sealed: Path) -> None:
+        # Megatron-Core's own queue is served by a process that imports the main script again, seconds a run, and outlives
+        # a rank that is killed, with the rank's output open.
+        filesystem_async._results_queue = queue.Queue()
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.barrier()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
+        self.finalize, self.thread = request.finalize_fns, None
+        if request.async_fn is not None:
+            rank, _, results = request.async_fn_args
+            buckets = request.preload_fn()
+            if not torch.cuda.is_available():  # tensors of a CPU were not copied yet
+                buckets = [(*names, (data, [(item, t.clone()) for item, t in ts])) for *names, (data, ts) in buckets]
+            files = [Path(file) for file, *_ in buckets]
+
+            def write() -> None:
+                request.async_fn(rank, buckets, results)
+                with contextlib.suppress(OSError):  # of a full disk; `finish` says so
+                    hash_early(sealed, files)
+
+            self.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+            self.thread.start()
+
+    def done(self) -> bool:
+        """Whether this rank has written its part."""
+        return self.thread is None or not self.thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for all ranks and complete the folder."""
+        if self.thread is not None:
+            self.thread.join()
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.barrier()
+        for finalize in self.finalize:
+            finalize()
 
 
 def load_weights(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -129,7 +170,7 @@ def save_model(
     chunks = [model] if isinstance(model, HyloModel) else model
     config = chunks[0].config
     with sealed_directory(path, overwrite) as folder:
-        save_weights(sharded_chunks(chunks), folder / "weights")
+        BackgroundWrite(sharded_chunks(chunks), folder / "weights", folder).finish()
         if is_main():
             write_json(folder / "hylo.json", describe(config.hylo, config.params_dtype, provenance or {}))
             if tokenizer is not None:

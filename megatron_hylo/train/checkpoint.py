@@ -1,11 +1,12 @@
 """Training checkpoints: a model folder that also holds optimizer, schedule and position.
 
-RUN/checkpoints/step_00000100/ is sealed (written beside, checked, renamed), so the newest one that is there is
-whole; the last K are kept. Any tensor, pipeline or data-parallel layout can load it. The position is the number of
-consumed samples, of which the data order is a pure function; training draws no random numbers (no dropout). A second
-student's hylo.json and weights/ are in second_model/ of the same folder, so that both are there or neither.
+RUN/checkpoints/step_00000100/ is written while training goes on and sealed (written beside, checked, renamed), so the
+newest one that is there is whole; the last K are kept. Any tensor, pipeline or data-parallel layout can load it. The position
+is the number of consumed samples, of which the data order is a pure function; training draws no random numbers (no
+dropout). A second student's hylo.json and weights/ are in second_model/ of the same folder, so that both are there or neither.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,11 +16,11 @@ from typing import Any
 import torch
 
 from megatron_hylo.models.checkpoint import (
+    BackgroundWrite,
     describe,
     load_weights,
     put_chunks,
     read_description,
-    save_weights,
     sharded_chunks,
     sharding_metadata,
 )
@@ -52,47 +53,65 @@ def _sharded_state(state: TrainingState, loading: bool) -> dict[str, Any]:
     return model | {"optimizer": optimizer, "scheduler": state.scheduler.state_dict()}
 
 
-def save_checkpoint(
-    states: Sequence[TrainingState],
-    run: Path,
-    step: int,
-    consumed_samples: int,
-    provenances: Sequence[dict[str, Any]],
-    tokenizer: Path | None,
-    keep: int,
-) -> Path:
-    """Write the checkpoint after `step` steps and remove all but the newest `keep`; all ranks call it.
+class CheckpointSaver:
+    """Writes a run's checkpoints, one at a time, and removes all but the newest; all ranks call all of it.
 
     Args:
-        states: the run's students, one or two.
         run: run folder.
-        step, consumed_samples: the position.
         provenances: of each student, for its hylo.json.
         tokenizer: folder whose files are copied, where there is one.
         keep: newest checkpoints that stay.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        ConfigError: the disk is full; nothing is left and older checkpoints stay.
     """
-    path = checkpoint_path(run, step)
-    with sealed_directory(path, overwrite=True) as folder:
-        for (state, part), provenance in zip(_folders(states, folder), provenances):
-            config = state.config
-            save_weights(_sharded_state(state, loading=False), part / "weights")
+
+    def __init__(self, run: Path, provenances: Sequence[dict[str, Any]], tokenizer: Path | None, keep: int) -> None:
+        self.run, self.provenances, self.tokenizer, self.keep = run, provenances, tokenizer, keep
+        self.writes: list[BackgroundWrite] = []
+        self.sealing = contextlib.ExitStack()
+
+    def start(self, states: Sequence[TrainingState], step: int, consumed_samples: int) -> None:
+        """Begin to write the checkpoint after `step` steps, of values as they are now; a former one is finished first.
+
+        Args:
+            states: the run's students, one or two.
+            step, consumed_samples: the position.
+
+        Raises:
+            ConfigError: the disk is full; nothing is left and older checkpoints stay.
+        """
+        self.finish()
+        with contextlib.ExitStack() as sealing:
+            folder = sealing.enter_context(sealed_directory(checkpoint_path(self.run, step), overwrite=True))
+            writes = []
+            for (state, part), provenance in zip(_folders(states, folder), self.provenances):
+                writes.append(BackgroundWrite(_sharded_state(state, loading=False), part / "weights", folder))
+                if is_main():
+                    write_json(part / "hylo.json", describe(state.config.hylo, state.config.params_dtype, provenance))
             if is_main():
-                write_json(part / "hylo.json", describe(config.hylo, config.params_dtype, provenance))
+                write_json(folder / "train_state.json", {"step": step, "consumed_samples": consumed_samples})
+                if self.tokenizer is not None and self.tokenizer.is_dir():
+                    shutil.copytree(self.tokenizer, folder / "tokenizer")
+            self.writes, self.sealing = writes, sealing.pop_all()
+
+    def finish_if_written(self, device: torch.device) -> None:
+        """Seal what `start` began, once every rank has written its part."""
+        if self.writes:
+            written = torch.tensor([int(all(write.done() for write in self.writes))], device=device)
+            torch.distributed.all_reduce(written, op=torch.distributed.ReduceOp.MIN)
+            if written.item():
+                self.finish()
+
+    def finish(self) -> None:
+        """Wait for what `start` began, seal it, and remove old checkpoints; raises as `start` does."""
+        if not self.writes:
+            return
+        writes, self.writes = self.writes, []
+        with self.sealing:
+            for write in writes:
+                write.finish()
         if is_main():
-            write_json(folder / "train_state.json", {"step": step, "consumed_samples": consumed_samples})
-            if tokenizer is not None and tokenizer.is_dir():
-                shutil.copytree(tokenizer, folder / "tokenizer")
-    if is_main():
-        finished = [p for p in sorted((run / "checkpoints").glob("step_*")) if is_sealed(p)]
-        for old in finished[:-keep]:
-            shutil.rmtree(old)
-    return path
+            finished = [p for p in sorted((self.run / "checkpoints").glob("step_*")) if is_sealed(p)]
+            for old in finished[: -self.keep]:
+                shutil.rmtree(old)
 
 
 def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, int]:

@@ -63,6 +63,7 @@ class TrainConfig:
     eval_windows: int = 32  # held-out windows of sequence_length
     save_interval: int = 500  # steps
     keep_checkpoints: int = 2
+    async_save: bool = True  # write checkpoints while training goes on; takes memory for a copy of a rank's part
     tensorboard: bool = True
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "megatron_hylo"

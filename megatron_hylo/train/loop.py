@@ -24,7 +24,7 @@ from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.platform.distributed import is_main, session
 from megatron_hylo.sealed import is_sealed, write_json
-from megatron_hylo.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from megatron_hylo.train.config import PREFIXES, TrainConfig
 from megatron_hylo.train.feed import rank_batches
 from megatron_hylo.train.health import SkippedSteps
@@ -79,6 +79,7 @@ def train(config: TrainConfig) -> Quality | None:
             step, consumed = load_checkpoint(states, newest)
         reporter = Reporter(config, run, device, _flops_per_token(config, students, teacher), step)
         reporter.say(f"{config.stage}: {_describe(config, students)}" + (f"; resumed at step {step}" if step else ""))
+        saver = CheckpointSaver(run, provenances, tokenizer, config.keep_checkpoints)
         stop = StopRequest()
         try:
             feed = rank_batches(config, dataset, consumed, device)
@@ -93,11 +94,15 @@ def train(config: TrainConfig) -> Quality | None:
                     reporter.say(f"step {step} skipped: NaN or infinity in loss or gradients ({skipped.total} such steps)")
                 stopping = stop.agreed(device)
                 if step < config.train_steps and (stopping or (step % config.save_interval == 0 and not skipped.in_a_row)):
-                    save_checkpoint(states, run, step, consumed, provenances, tokenizer, config.keep_checkpoints)
+                    saver.start(states, step, consumed)
+                if stopping or not config.async_save:
+                    saver.finish()
+                saver.finish_if_written(device)
                 if stopping and step < config.train_steps:
                     raise Stopped(f"stopped at step {step} of {config.train_steps} and saved; run the same command to resume")
                 if config.eval_interval and step % config.eval_interval == 0 and step < config.train_steps:
                     _evaluate(config, states, teacher, windows, reporter, step)
+            saver.finish()
             quality = _evaluate(config, states, teacher, windows, reporter, step)
             files = tokenizer if tokenizer.is_dir() else None
             # RUN/model last: where it is, the run is finished
@@ -227,7 +232,7 @@ def _check_same_run(config: TrainConfig, run: Path) -> None:
     """A run folder keeps the settings it was started with; going on with others would change its meaning silently."""
     may_change = {
         "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "tensorboard", "wandb", "wandb_project",
-        "parallel", "micro_batch_size", "recompute", "backend", "eval_windows", "loss_chunk_tokens", "output",
+        "parallel", "micro_batch_size", "async_save", "recompute", "backend", "eval_windows", "loss_chunk_tokens", "output",
     }  # fmt: skip
     file = run / "config.json"
     mine = json.loads(json.dumps(asdict(config)))

@@ -27,7 +27,7 @@ def train_and_resume(folder: Path, stages: int) -> None:
     from megatron_hylo.config import ParallelConfig
     from megatron_hylo.models.hylo_model import build_model
     from megatron_hylo.platform.distributed import initialize
-    from megatron_hylo.train.checkpoint import load_checkpoint, save_checkpoint
+    from megatron_hylo.train.checkpoint import CheckpointSaver, checkpoint_path, load_checkpoint
     from megatron_hylo.train.config import OptimizerSettings, TrainConfig
     from megatron_hylo.train.optimizer import build_training_state
     from megatron_hylo.train.stages import get_stage
@@ -54,7 +54,9 @@ def train_and_resume(folder: Path, stages: int) -> None:
 
     first, second = (build_training_state([build_model(architecture, parallel)], config) for _ in range(2))
     step(first)
-    path = save_checkpoint([first], folder, 1, 2, [{}], None, keep=1)
+    saver, path = CheckpointSaver(folder, [{}], None, keep=1), checkpoint_path(folder, 1)
+    saver.start([first], 1, 2)
+    saver.finish()
     assert load_checkpoint([second], path) == (1, 2)
     for name, p in second.chunks[0].named_parameters():
         assert torch.equal(p, first.chunks[0].get_parameter(name)), name

@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from megatron.core import dist_checkpointing
 
 from megatron_hylo.config import ParallelConfig
+from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.sealed import DamagedError, is_sealed
 from megatron_hylo.train.checkpoint import latest_checkpoint
 from megatron_hylo.train.config import OptimizerSettings
@@ -86,6 +89,37 @@ def test_killed_save_leaves_no_checkpoint_and_the_earlier_one_is_used(settings, 
     whole = settings(steps=4, output=tmp_path / "whole")
     train(whole)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+
+
+def test_a_checkpoint_written_during_later_steps_holds_its_own(one_rank, settings, tmp_path, monkeypatch):
+    # the plain optimizer: tensors that are not parts of buffers, which Megatron-Core copies in any case
+    optimizer = OptimizerSettings(lr=2e-3, use_distributed_optimizer=False)
+    right = dist_checkpointing.save
+
+    def late(*args, **kwargs):
+        """Writes only after the step that follows."""
+        request = right(*args, **kwargs)
+
+        def write(*what):
+            while 3 not in metrics(tmp_path / "late"):
+                time.sleep(0.01)
+            request.async_fn(*what)
+
+        return request._replace(async_fn=write)
+
+    train(settings(steps=4, output=tmp_path / "prompt", save_interval=2, log_interval=1, optimizer=optimizer, async_save=False))
+    with monkeypatch.context() as patched:
+        patched.setattr(dist_checkpointing, "save", late)
+        config = settings(steps=4, output=tmp_path / "late", save_interval=2, log_interval=1, optimizer=optimizer)
+        patched.setattr("megatron_hylo.train.loop.save_model", lambda *_, **__: None)  # is written the same way
+        train(config)
+    prompt, written_late = (tmp_path / name / "checkpoints" / "step_00000002" for name in ("prompt", "late"))
+    names = [sorted(str(file.relative_to(folder)) for file in folder.rglob("*")) for folder in (prompt, written_late)]
+    assert names[0] == names[1]
+    late_weights, weights_then = (dict(load_model(folder).named_parameters()) for folder in (written_late, prompt))
+    assert all(torch.equal(late_weights[name], weights_then[name]) for name in weights_then)
+    train(config)  # resumes from it
+    assert relative_difference(weights(tmp_path / "late" / "model"), weights(tmp_path / "prompt" / "model"))[0] == 0
 
 
 def test_only_the_newest_are_kept(settings):
