@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/context_parallel.py
     torchrun --nproc-per-node 2 benchmarks/context_parallel.py --lengths [512] --precision fp32   # gloo ranks on a CPU
 
-Every rank first runs the whole sequence alone (the peer), then its part of it with the others. Times are medians over
+Every rank first runs the whole sequence alone (the peer), then its part of it with the others, by both ways to exchange. Times are medians over
 repeats, of the slowest rank. Prints a table and, last, one JSON line; writes RESULTS.md.
 """
 
@@ -64,9 +64,11 @@ def main(
                 mixer = _mixer(config, symbol, dtype)
                 for length in lengths:
                     one, _ = _time(mixer, ContextGroup(alone), length, config.hidden_size, dtype, device, repeats)
-                    split, received = _time(mixer, ContextGroup(together), length, config.hidden_size, dtype, device, repeats)
-                    rows.append(dict(shape=shape, mixer=NAMES[symbol], tokens=length, one_gpu_ms=one, ranks_ms=split,
-                                     speedup=one / split, received_mb=received / 1e6))  # fmt: skip
+                    for method in ("all_gather", "a2a"):
+                        group = ContextGroup(together, by_heads=method == "a2a")
+                        split, received = _time(mixer, group, length, config.hidden_size, dtype, device, repeats)
+                        rows.append(dict(shape=shape, mixer=NAMES[symbol], tokens=length, method=method, one_gpu_ms=one,
+                                         ranks_ms=split, speedup=one / split, received_mb=received / 1e6))  # fmt: skip
         if is_main():
             _show(rows, ranks, device, precision, results, commit)
 
@@ -109,10 +111,10 @@ def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def _show(rows: list[dict], ranks: int, device: torch.device, precision: str, results: Path, commit: str) -> None:
-    columns = ("shape", "mixer", "tokens", "one GPU, ms", f"{ranks} ranks, ms", "speed-up", "received, MB")
+    columns = ("shape", "mixer", "tokens", "cp_comm_type", "one GPU, ms", f"{ranks} ranks, ms", "speed-up", "received, MB")
     table, lines = Table(*columns), []
     for r in rows:
-        cells = (r["shape"], r["mixer"], f"{r['tokens']:,}", f"{r['one_gpu_ms']:.1f}", f"{r['ranks_ms']:.1f}",
+        cells = (r["shape"], r["mixer"], f"{r['tokens']:,}", r["method"], f"{r['one_gpu_ms']:.1f}", f"{r['ranks_ms']:.1f}",
                  f"{r['speedup']:.2f}", f"{r['received_mb']:.2f}")  # fmt: skip
         table.add_row(*cells)
         lines.append("| " + " | ".join(cells) + " |")

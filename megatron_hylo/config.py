@@ -52,6 +52,7 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int = 1  # parts of the model on each pipeline rank, interleaved: smaller bubbles
     pipeline_layers: list[int] | None = None  # layers of every stage in order; by default stages have about as many weights
     context_parallel_size: int = 1
+    cp_comm_type: Literal["auto", "all_gather", "a2a"] = "auto"  # what context-parallel ranks exchange: parallel/context.py
     sequence_parallel: bool = False  # with tensor parallelism: norms and residuals split over the sequence
     distributed_timeout_minutes: float = 10.0  # a rank that hangs longer ends the job
 

@@ -286,7 +286,7 @@ def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: P
             min_lr_ratio=0.05,
         ),
         eval_windows=budget.eval_windows,
-        save_interval=max(1, tokens // (batch * budget.sequence_length) // 2),
+        save_interval=max(1, tokens // (batch * budget.sequence_length) // 4),
         log_interval=5,
         keep_checkpoints=1,
     )

@@ -21,6 +21,7 @@ from megatron_hylo.layouts import (
     pipeline_pattern,
     uniform_mixers,
 )
+from megatron_hylo.models.transformer_config import check_tensor_parallel
 
 # parameters, KV % of the base, KV bytes a token: the seven released layouts, then their Mamba2 or GDN twins
 RELEASED = {
@@ -135,6 +136,17 @@ def test_pipeline_pattern_is_the_best_of_all_splits(stages):
     best = min(largest(split) for split in itertools.combinations(range(1, 8), stages - 1))
     counts = list(itertools.accumulate(part.count("-") for part in pattern.split("|")))
     assert largest(counts[:-1]) == best
+
+
+def test_tensor_parallel_sizes_that_do_not_divide_are_refused_with_those_that_do():
+    teacher, hybrid = BASES["smollm2-135m"], LAYOUTS["llama3.2-1b-4mla12gdn"].config
+    check_tensor_parallel(teacher, 3)
+    with pytest.raises(ConfigError, match=r"size 2 does not divide num_attention_heads 9; .* for this model: 1, 3$"):
+        check_tensor_parallel(teacher, 2)
+    with pytest.raises(ConfigError, match=r"size 4 does not divide linear_num_heads 6; .* for this model: 1, 2$"):
+        check_tensor_parallel(hybrid, 4)
+    with pytest.raises(ConfigError, match="does not divide vocab_size 100"):
+        check_tensor_parallel(teacher.replace(vocab_size=100), 3)
 
 
 def test_a_split_of_ones_own_is_taken_or_refused():

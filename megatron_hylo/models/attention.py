@@ -10,7 +10,7 @@ from megatron_hylo.kernels.rope import apply_rope
 from megatron_hylo.models.layers import HeadNorm, rotary_table
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
-from megatron_hylo.parallel.context import ContextGroup
+from megatron_hylo.parallel.context import context_group
 from megatron_hylo.parallel.documents import PackedDocuments, split_documents
 
 
@@ -27,10 +27,11 @@ class GroupedQueryAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         c = config.hylo
-        self.tp_group, self.context = pg_collection.tp, ContextGroup(pg_collection.cp)
+        self.tp_group = pg_collection.tp
         self.head_dim = c.kv_channels
         self.queries_per_group = c.num_attention_heads // c.num_query_groups
         self.groups = c.num_query_groups // self.tp_group.size()
+        self.context = context_group(config.cp_comm_type, pg_collection.cp, is_attention=True, num_query_groups=self.groups)
         width = (c.num_attention_heads + 2 * c.num_query_groups) * c.kv_channels
         self.linear_qkv = column_linear(submodules, config, c.hidden_size, width, self.tp_group, bias=c.add_qkv_bias)
         self.linear_proj = row_linear(submodules, config, c.num_attention_heads * c.kv_channels, c.hidden_size, self.tp_group)
@@ -66,11 +67,20 @@ class GroupedQueryAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Rotation, softmax attention and output projection: [sequence (/ TP), batch, hidden], and no bias."""
+        documents = self.context.seen(documents)
+        if self.context.by_heads:
+            parts = [x.flatten(2) for x in (query, key, value)]
+            widths = [x.shape[-1] for x in parts]
+            own = self.context.exchange(torch.cat(parts, dim=-1), widths)
+            own = own.split([width // self.context.size for width in widths], dim=-1)
+            query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in own)
         query, key = self.rotate(query, documents), self.rotate(key, documents)
-        key_value = self.context.up_to_here(torch.cat([key, value], dim=-1).transpose(0, 1)).transpose(0, 1)
+        key_value = torch.cat([key, value], dim=-1)
+        if not self.context.by_heads:
+            key_value = self.context.up_to_here(key_value.transpose(0, 1)).transpose(0, 1)
         pieces = split_documents(documents, query, *key_value.chunk(2, dim=-1))
         out = torch.cat([attention(*piece, scale=self.head_dim**-0.5) for piece in pieces], dim=1)
-        return self.linear_proj(out.flatten(2).transpose(0, 1).contiguous())
+        return self.linear_proj(self.context.give_back(out.flatten(2)).transpose(0, 1).contiguous())
 
     def forward(
         self,

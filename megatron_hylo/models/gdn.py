@@ -5,6 +5,7 @@ y = W_O (RMSNorm(o) * silu(W_G x)),  g = -exp(A_log) softplus(W_a x + dt_bias), 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,7 +19,7 @@ from megatron_hylo.kernels.ssd import RESET
 from megatron_hylo.models.layers import HeadNorm, sharded_mixer_state, tensor_parallel_parameter
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
-from megatron_hylo.parallel.context import ContextGroup
+from megatron_hylo.parallel.context import context_group
 from megatron_hylo.parallel.documents import PackedDocuments
 from megatron_hylo.platform.distributed import device
 
@@ -36,16 +37,23 @@ class ShortConvolution(MegatronModule):
         self.weight = tensor_parallel_parameter(weight, dtype=config.params_dtype)
         self.bias = tensor_parallel_parameter(offset, dtype=config.params_dtype) if bias else None
 
-    def forward(self, x: Tensor, before: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        before: Tensor | None = None,
+        positions: Tensor | None = None,
+        own: Callable[[Tensor], Tensor] = lambda parameter: parameter,
+    ) -> Tensor:
         """x: [batch, sequence, channels] -> the same.
 
         Args:
             x: the input.
             before: the tokens before it, [batch, channels, kernel - 1].
             positions: place of each token in its document, int64 [sequence]; no tap reaches before a document.
+            own: weight or bias of all channels -> that of x's.
         """
-        weight = self.weight.squeeze(1)
-        return causal_conv1d(x, weight, self.bias, activation="silu", initial_state=before, positions=positions)[0]
+        weight, bias = own(self.weight.squeeze(1)), own(self.bias) if self.bias is not None else None
+        return causal_conv1d(x, weight, bias, activation="silu", initial_state=before, positions=positions)[0]
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Channels are split over the tensor-parallel ranks."""
@@ -71,9 +79,10 @@ class GatedDeltaNet(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         c = config.hylo
-        self.tp_group, self.context = pg_collection.tp, ContextGroup(pg_collection.cp)
+        self.tp_group = pg_collection.tp
         tp = self.tp_group.size()
         self.heads = c.linear_num_heads // tp
+        self.context = context_group(config.cp_comm_type, pg_collection.cp, is_attention=False, linear_num_heads=self.heads)
         keys, values = self.heads * c.linear_key_head_dim, self.heads * c.linear_value_head_dim
         self.sections = {"query": keys, "key": keys, "value": values, "gate": values, "beta": self.heads, "alpha": self.heads}
         self.in_proj = column_linear(submodules, config, c.hidden_size, tp * sum(self.sections.values()), self.tp_group)
@@ -95,22 +104,25 @@ class GatedDeltaNet(MegatronModule):
     ) -> tuple[Tensor, None]:
         """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
         refuse_inference(kwargs)
-        c = self.config.hylo
+        c, context, documents = self.config.hylo, self.context, self.context.seen(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
-        s, b, _ = projected.shape
-        keys, _, values, *_ = self.sections.values()
-        qkv, gate, beta, alpha = projected.transpose(0, 1).split([2 * keys + values, values, self.heads, self.heads], dim=-1)
-        places = packed_seq_params.own_positions if packed_seq_params is not None else None
-        qkv = self.conv1d(qkv, self.context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places)
-        query, key, value = (x.reshape(b, s, self.heads, -1) for x in qkv.split([keys, keys, values], dim=-1))
-        decay = -self.A_log.exp() * torch.nn.functional.softplus(alpha.float() + self.dt_bias)
-        if packed_seq_params is not None:
-            decay = decay.masked_fill(packed_seq_params.begins[:, None], RESET)
+        projected = context.exchange(projected.transpose(0, 1), self.sections.values())
+        b, s, _ = projected.shape
+        keys, _, values, _, heads, _ = (width // context.shares for width in self.sections.values())
+        qkv, gate, beta, alpha = projected.split([2 * keys + values, values, heads, heads], dim=-1)
+        own = lambda parameter: context.own_share(parameter, [self.sections[name] for name in ("query", "key", "value")])  # noqa: E731
+        places = documents.own_positions if documents is not None else None
+        qkv = self.conv1d(qkv, context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places, own)
+        query, key, value = (x.reshape(b, s, heads, -1) for x in qkv.split([keys, keys, values], dim=-1))
+        rate, bias = context.own_share(self.A_log).exp(), context.own_share(self.dt_bias)
+        decay = -rate * torch.nn.functional.softplus(alpha.float() + bias)
+        if documents is not None:
+            decay = decay.masked_fill(documents.begins[:, None], RESET)
         beta = beta.sigmoid()
-        state = self.context.state_before(lambda: delta_rule_transition(key, value, decay, beta))
+        state = context.state_before(lambda: delta_rule_transition(key, value, decay, beta))
         out, _ = gated_delta_rule(query, key, value, decay, beta, initial_state=state)
         out = self.out_norm(out, gate.reshape(out.shape))
-        return self.out_proj(out.reshape(b, s, values).transpose(0, 1).contiguous())
+        return self.out_proj(context.give_back(out.reshape(b, s, values)).transpose(0, 1).contiguous())
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The fused projection and convolution are stored by section, so that any tensor-parallel size can load them."""

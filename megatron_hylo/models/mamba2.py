@@ -4,6 +4,8 @@ x and B have only the base model's KV heads and are repeated to all heads after 
 group of its own. h_t = exp(dt A) h_{t-1} + dt x_t B_t^T,  y_t = h_t C_t + D x_t,  out = W_O RMSNorm_head(y * silu(z)).
 """
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -16,7 +18,7 @@ from megatron_hylo.models.gdn import ShortConvolution, log_uniform_dt_bias
 from megatron_hylo.models.layers import sharded_mixer_state, tensor_parallel_parameter
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
-from megatron_hylo.parallel.context import ContextGroup
+from megatron_hylo.parallel.context import context_group
 from megatron_hylo.parallel.documents import PackedDocuments
 from megatron_hylo.platform.distributed import device
 
@@ -29,10 +31,10 @@ class GatedGroupNorm(MegatronModule):
         self.group_size = group_size
         self.weight = tensor_parallel_parameter(torch.ones(channels, device=device()), dtype=config.params_dtype)
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """y, z: [batch, sequence, channels] -> the same."""
+    def forward(self, y: Tensor, z: Tensor, own: Callable[[Tensor], Tensor] = lambda weight: weight) -> Tensor:
+        """y, z: [batch, sequence, channels] -> the same; `own`: weight of all channels -> that of these."""
         eps = self.config.layernorm_epsilon
-        return gated_rms_norm(y, z, self.weight, eps, group_size=self.group_size, norm_before_gate=False)
+        return gated_rms_norm(y, z, own(self.weight), eps, group_size=self.group_size, norm_before_gate=False)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Channels are split over the tensor-parallel ranks."""
@@ -52,9 +54,11 @@ class Mamba2(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         c = config.hylo
-        self.tp_group, self.context = pg_collection.tp, ContextGroup(pg_collection.cp)
+        self.tp_group = pg_collection.tp
         tp = self.tp_group.size()
         self.heads, self.groups = c.mamba_num_heads // tp, c.num_query_groups // tp
+        counts = dict(mamba_num_heads=self.heads, num_query_groups=self.groups)
+        self.context = context_group(config.cp_comm_type, pg_collection.cp, is_attention=False, **counts)
         inner = self.heads * c.mamba_head_dim
         self.sections = {
             "z": inner,
@@ -83,25 +87,28 @@ class Mamba2(MegatronModule):
     ) -> tuple[Tensor, None]:
         """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
         refuse_inference(kwargs)
-        c = self.config.hylo
+        c, context, documents = self.config.hylo, self.context, self.context.seen(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
-        s, b, _ = projected.shape
-        z, x_width, b_width, c_width, dt_width = self.sections.values()
-        z, xbc, dt = projected.transpose(0, 1).split([z, x_width + b_width + c_width, dt_width], dim=-1)
-        places = packed_seq_params.own_positions if packed_seq_params is not None else None
-        xbc = self.conv1d(xbc, self.context.tokens_before(xbc, c.linear_conv_kernel_dim - 1), places)
+        projected = context.exchange(projected.transpose(0, 1), self.sections.values())
+        b, s, _ = projected.shape
+        z, x_width, b_width, c_width, dt_width = (width // context.shares for width in self.sections.values())
+        z, xbc, dt = projected.split([z, x_width + b_width + c_width, dt_width], dim=-1)
+        own = lambda parameter: context.own_share(parameter, [self.sections[name] for name in "xBC"])  # noqa: E731
+        places = documents.own_positions if documents is not None else None
+        xbc = self.conv1d(xbc, context.tokens_before(xbc, c.linear_conv_kernel_dim - 1), places, own)
         x, state_in, state_out = xbc.split([x_width, b_width, c_width], dim=-1)
         repeats = self.heads // self.groups
-        x = x.reshape(b, s, self.groups, c.mamba_head_dim).repeat_interleave(repeats, dim=2)
-        state_in = state_in.reshape(b, s, self.groups, c.mamba_state_dim).repeat_interleave(repeats, dim=2)
-        state_out = state_out.reshape(b, s, self.heads, c.mamba_state_dim)
-        dt = torch.nn.functional.softplus(dt.float() + self.dt_bias)
-        rate = -self.A_log.exp()
-        begins = packed_seq_params.begins if packed_seq_params is not None else None
-        state = self.context.state_before(lambda: ssd_transition(x, dt, rate, state_in, begins))
-        y, _ = ssd(x, dt, rate, state_in, state_out, self.D, initial_state=state, begins=begins)
-        y = self.norm(y.reshape(b, s, -1), z)
-        return self.out_proj(y.transpose(0, 1).contiguous())
+        x = x.reshape(b, s, -1, c.mamba_head_dim).repeat_interleave(repeats, dim=2)
+        state_in = state_in.reshape(b, s, -1, c.mamba_state_dim).repeat_interleave(repeats, dim=2)
+        state_out = state_out.reshape(b, s, -1, c.mamba_state_dim)
+        decay, bias, skip = (context.own_share(parameter) for parameter in (self.A_log, self.dt_bias, self.D))
+        dt = torch.nn.functional.softplus(dt.float() + bias)
+        rate = -decay.exp()
+        begins = documents.begins if documents is not None else None
+        state = context.state_before(lambda: ssd_transition(x, dt, rate, state_in, begins))
+        y, _ = ssd(x, dt, rate, state_in, state_out, skip, initial_state=state, begins=begins)
+        y = self.norm(y.reshape(b, s, -1), z, context.own_share)
+        return self.out_proj(context.give_back(y).transpose(0, 1).contiguous())
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The fused projection and convolution are stored by section, so that any tensor-parallel size can load them."""

@@ -24,7 +24,7 @@ from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
 from megatron_hylo.models.layers import AlignedKeyNorm, HeadNorm, ReplicatedLinear, rotary_table
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
-from megatron_hylo.parallel.context import ContextGroup
+from megatron_hylo.parallel.context import context_group
 from megatron_hylo.parallel.documents import PackedDocuments, split_documents
 from megatron_hylo.platform.distributed import device
 
@@ -42,10 +42,11 @@ class MultiLatentAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         c, bias = config.hylo, config.hylo.mla_bias
-        self.tp_group, self.context = pg_collection.tp, ContextGroup(pg_collection.cp)
+        self.tp_group = pg_collection.tp
         self.qk_dim = c.qk_head_dim + c.qk_pos_emb_head_dim
         self.heads = c.num_attention_heads // self.tp_group.size()
         self.groups = c.num_query_groups // self.tp_group.size()
+        self.context = context_group(config.cp_comm_type, pg_collection.cp, is_attention=True, num_query_groups=self.groups)
         query_width, kv_width = c.num_attention_heads * self.qk_dim, c.num_query_groups * (c.qk_head_dim + c.v_head_dim)
         self.linear_q_down_proj = ReplicatedLinear(c.hidden_size, c.q_lora_rank, config)
         self.linear_q_up_proj = column_linear(submodules, config, c.q_lora_rank, query_width, self.tp_group, bias)
@@ -74,7 +75,7 @@ class MultiLatentAttention(MegatronModule):
         refuse_inference(kwargs)
         c = self.config.hylo
         query, _ = self.linear_q_up_proj(self.linear_q_down_proj(hidden_states))
-        # Context parallelism moves the latents; each rank makes keys and values of them up to its own last token.
+        # Context parallelism moves the latents; each rank makes of them what keys and values its queries read.
         cached = self.context.up_to_here(self.linear_kv_down_proj(hidden_states))
         latent, rotary_key = cached.split([c.kv_lora_rank, c.qk_pos_emb_head_dim], dim=-1)
         key_value, _ = self.linear_kv_up_proj(latent.contiguous())
@@ -96,17 +97,20 @@ class MultiLatentAttention(MegatronModule):
             key = self.k_layernorm(key, reference=base_key)
         elif c.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
+        query = self.context.exchange(query.flatten(2), [self.heads * self.qk_dim]).unflatten(2, (-1, self.qk_dim))
+        key, value = (self.context.own_share(x, dim=2) for x in (key, value))
+        documents, s = self.context.seen(packed_seq_params), query.shape[1]
         cos, sin = self._rotary_table(keys)
-        if packed_seq_params is not None:
-            cos, sin = cos[packed_seq_params.positions], sin[packed_seq_params.positions]
+        if documents is not None:
+            cos, sin = cos[documents.positions], sin[documents.positions]
         query, key = self._rotate(query, cos[keys - s :], sin[keys - s :]), self._rotate(key, cos, sin)
-        pieces = split_documents(packed_seq_params, query, key, value)
+        pieces = split_documents(documents, query, key, value)
         out = torch.cat([attention(*piece, scale=self.qk_dim**-0.5) for piece in pieces], dim=1)
-        return self.linear_proj(out.reshape(b, s, -1).transpose(0, 1).contiguous())
+        return self.linear_proj(self.context.give_back(out.flatten(2)).transpose(0, 1).contiguous())
 
     def _in_order(self, x: Tensor) -> Tensor:
         """Tokens that sequence parallelism gathered from ranks which each hold a piece of every context part."""
-        parts = self.context.rank + 1
+        parts = self.context.parts_read
         return x.unflatten(0, (self.tp_group.size(), parts, -1)).transpose(0, 1).flatten(0, 2) if parts > 1 else x
 
     def _rotary_table(self, length: int) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,7 @@ def build_transformer_config(
         overlap_p2p_comm=interleaved,  # else messages both ways between two ranks are mixed up
         batch_p2p_comm=not interleaved,
         context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
         sequence_parallel=parallel.sequence_parallel,
         use_cpu_initialization=not cuda,
         gradient_accumulation_fusion=False,

@@ -1,24 +1,31 @@
-"""Context parallelism: rank r of n has the r-th of n equal, contiguous parts of every sequence.
+"""Context parallelism: rank r of n has the r-th of n equal, contiguous parts of every sequence. Two ways, `cp_comm_type`:
 
-Layers move what is small. Attention and MLA gather keys and values, MLA as its latent and rotary key; a convolution
-gathers the last inputs of each part; a linear layer gathers what each part does to the recurrent state, whose size does
-not depend on the sequence. Linear recurrences are affine in the state: a part turns S into A S + B, with A one number a
-head in Mamba2 and a [dk, dk] matrix a head in Gated DeltaNet, so every rank finds B (and A) from its own tokens, all at
-once, and composes those of the ranks before it.
+`all_gather`: layers move what is small. Attention and MLA gather keys and values, MLA as its latent and rotary key; a
+convolution gathers the last inputs of each part; a linear layer gathers what each part does to the recurrent state, whose
+size does not depend on the sequence. Linear recurrences are affine in the state: a part turns S into A S + B, with A one
+number a head in Mamba2 and a [dk, dk] matrix a head in Gated DeltaNet, so every rank finds B (and A) from its own tokens,
+all at once, and composes those of the ranks before it.
 
-One collective does it all, an all-gather whose backward is a reduce-scatter, and every rank takes part in it whether it
-reads the result or not: a rank whose graph lacked one would leave the others waiting in the backward pass.
+`a2a` (Megatron's all-to-all): ranks trade sequence for heads. Each gets all tokens of its share of the heads, computes as
+if alone, and gives the outputs back. MLA still gathers its latents, and trades queries and outputs only. It moves more, but
+causal attention costs every rank the same, where with contiguous parts the last of n has 2 - 1/n times the mean.
+
+`auto` is `a2a` for attention and MLA where the ranks divide their heads, and `all_gather` for all else.
+
+Every rank takes part in each collective whether it reads the result or not: a rank whose graph lacked one would leave the
+others waiting in the backward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.parallel.documents import PackedDocuments
 
 
 def own_slice(length: int) -> slice:
@@ -38,6 +45,28 @@ def own_part(x: Tensor) -> Tensor:
     return x[:, own_slice(x.shape[1])].contiguous()
 
 
+def context_group(method: str | None, group: dist.ProcessGroup, is_attention: bool, **heads: int) -> "ContextGroup":
+    """The ranks that share a sequence, for one mixer.
+
+    Args:
+        method: `cp_comm_type` of the configuration.
+        group: context-parallel process group.
+        is_attention: softmax attention or MLA.
+        heads: counts of this tensor-parallel rank that `a2a` must divide, by name.
+
+    Raises:
+        ConfigError: `a2a` does not divide one.
+    """
+    ranks = group.size()
+    indivisible = [f"{name} {count}" for name, count in heads.items() if count % ranks]
+    if method == "a2a" and indivisible:
+        raise ConfigError(
+            f"cp_comm_type a2a needs heads that context_parallel_size {ranks} divides; of a tensor-parallel rank it does not "
+            f"divide {', '.join(indivisible)}; use auto or all_gather, or other sizes"
+        )
+    return ContextGroup(group, ranks > 1 and not indivisible and (method == "a2a" or (method == "auto" and is_attention)))
+
+
 class ContextGroup:
     """The ranks that share a sequence, as the mixers see them.
 
@@ -45,21 +74,61 @@ class ContextGroup:
 
     Args:
         group: context-parallel process group.
+        by_heads: trade sequence for heads (`a2a`).
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.size, self.rank = group, group.size(), group.rank()
+    def __init__(self, group: dist.ProcessGroup, by_heads: bool = False) -> None:
+        self.group, self.size, self.rank, self.by_heads = group, group.size(), group.rank(), by_heads
+        self.shares = self.size if by_heads else 1
         self.received_bytes = 0
 
+    def exchange(self, x: Tensor, widths: Iterable[int]) -> Tensor:
+        """Own tokens of all heads -> all tokens of own heads; unchanged without `a2a`.
+
+        Args:
+            x: [batch, sequence, sum of widths]; each section has its heads one after the other.
+            widths: of the sections.
+
+        Returns:
+            [batch, ranks sequence, sum of widths / ranks], the same sections.
+        """
+        if not self.by_heads:
+            return x
+        sections = [section.chunk(self.size, -1) for section in x.split(list(widths), -1)]
+        received = self._all_to_all(torch.stack([torch.cat(share, -1) for share in zip(*sections)]))
+        return received.transpose(0, 1).flatten(1, 2)
+
+    def give_back(self, x: Tensor) -> Tensor:
+        """All tokens of own heads -> own tokens of all heads: [batch, ranks sequence, w] -> [batch, sequence, ranks w]."""
+        if not self.by_heads:
+            return x
+        return self._all_to_all(x.unflatten(1, (self.size, -1)).transpose(0, 1)).permute(1, 2, 0, 3).flatten(2)
+
+    def own_share(self, x: Tensor, widths: Iterable[int] | None = None, dim: int = 0) -> Tensor:
+        """What belongs to own heads of a tensor or parameter whose dimension `dim` counts heads, in sections or as one."""
+        if not self.by_heads:
+            return x
+        widths = list(widths) if widths is not None else [x.shape[dim]]
+        return torch.cat([section.chunk(self.size, dim)[self.rank] for section in x.split(widths, dim)], dim)
+
+    def seen(self, documents: PackedDocuments | None) -> PackedDocuments | None:
+        """Documents as they lie in the tokens that this rank computes with."""
+        return documents.whole if documents is not None and self.by_heads else documents
+
+    @property
+    def parts_read(self) -> int:
+        """Of the sequence, by this rank's queries."""
+        return self.size if self.by_heads else self.rank + 1
+
     def positions(self, length: int) -> slice:
-        """Places in the whole sequence of this rank's `length` tokens."""
-        return slice(self.rank * length, (self.rank + 1) * length)
+        """Places in the whole sequence of the `length` tokens that this rank computes with."""
+        return slice(0, length) if self.by_heads else slice(self.rank * length, (self.rank + 1) * length)
 
     def up_to_here(self, x: Tensor) -> Tensor:
-        """This part and all before it: [sequence, batch, ...] of each rank -> [(rank + 1) sequence, batch, ...]."""
+        """All parts that this rank's queries read: [sequence, batch, ...] of each rank -> [parts sequence, batch, ...]."""
         if self.size == 1:
             return x
-        return self._gather(x)[: (self.rank + 1) * len(x)]
+        return self._gather(x)[: self.parts_read * len(x)]
 
     def tokens_before(self, x: Tensor, count: int) -> Tensor | None:
         """The inputs a causal convolution needs from the part before.
@@ -69,9 +138,9 @@ class ContextGroup:
             count: how many.
 
         Returns:
-            [batch, channels, count], oldest first, zeros on the first rank; None with one rank.
+            [batch, channels, count], oldest first, zeros on the first rank; None where a rank has all tokens.
         """
-        if self.size == 1:
+        if self.size == 1 or self.by_heads:
             return None
         if x.shape[1] < count:
             raise ConfigError(
@@ -88,9 +157,9 @@ class ContextGroup:
                 to multiply states with from the left, or [batch, heads, 1, 1].
 
         Returns:
-            Like B; None with one rank.
+            Like B; None where a rank has all tokens.
         """
-        if self.size == 1:
+        if self.size == 1 or self.by_heads:
             return None
         a, b = part()
         width = a.shape[-1]
@@ -108,6 +177,11 @@ class ContextGroup:
         for theirs in everyone[:-1]:
             states.append(compose(states[-1], theirs))
         return torch.stack(states)[self.rank]
+
+    def _all_to_all(self, x: Tensor) -> Tensor:
+        """[ranks, ...], one for each rank -> [ranks, ...], one of each rank."""
+        self.received_bytes += (self.size - 1) * x[0].numel() * x.element_size()
+        return all_to_all(self.group, x.contiguous())
 
     def _gather(self, x: Tensor) -> Tensor:
         """[n, ...] of each rank -> [ranks n, ...]; gradients are summed back."""

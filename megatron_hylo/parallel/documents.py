@@ -6,7 +6,7 @@ sequence begins in the middle of one.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -26,6 +26,11 @@ class PackedDocuments:
     starts: Tensor
     length: int
     part: slice
+
+    @cached_property
+    def whole(self) -> "PackedDocuments":
+        """The same for a rank that has all tokens."""
+        return replace(self, part=slice(0, self.length))
 
     @cached_property
     def positions(self) -> Tensor:

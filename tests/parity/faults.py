@@ -60,6 +60,18 @@ def _positions_from_zero() -> contextlib.AbstractContextManager:
     return _replaced(ContextGroup, "positions", lambda self, length: slice(0, length))
 
 
+def _share_of_another_rank() -> contextlib.AbstractContextManager:
+    from megatron_hylo.parallel.context import ContextGroup
+
+    def others(self: Any, x: Tensor, widths: Any = None, dim: int = 0) -> Tensor:
+        if not self.by_heads:
+            return x
+        sections = x.split(list(widths) if widths is not None else [x.shape[dim]], dim)
+        return torch.cat([section.chunk(self.size, dim)[self.rank - 1] for section in sections], dim)
+
+    return _replaced(ContextGroup, "own_share", others)
+
+
 def _states_not_composed() -> contextlib.AbstractContextManager:
     """Only the part just before counts: as if nothing before it were left."""
     from megatron_hylo.parallel.context import ContextGroup
@@ -107,6 +119,20 @@ def _key_value_head_duplicated() -> contextlib.AbstractContextManager:
     return _replaced(GroupedQueryAttention, "query_key_value", first_ranks)
 
 
+def _sharded_parameters_unmarked() -> contextlib.AbstractContextManager:
+    """Megatron-Core takes them for copies and counts one rank's gradients alone in the norm that clips."""
+    from megatron_hylo.models import gdn
+
+    right = gdn.tensor_parallel_parameter
+
+    def unmarked(*arguments: Any, **settings: Any) -> torch.nn.Parameter:
+        parameter = right(*arguments, **settings)
+        parameter.tensor_model_parallel = False
+        return parameter
+
+    return _replaced(gdn, "tensor_parallel_parameter", unmarked)
+
+
 def _virtual_stages_swapped() -> contextlib.AbstractContextManager:
     """Each rank runs the layers of its second chunk where those of the first belong."""
     from megatron_hylo.train import loop
@@ -136,10 +162,12 @@ FAULTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], str, st
     "the loss normalised by each context-parallel rank": (_loss_normalised_per_rank, "mixed", "pretrain", "cp2"),
     "alignment normalised by each context-parallel rank": (_alignment_normalised_per_rank, "mixed", "mse", "cp2"),
     "a convolution's halo off by one": (_halo_off_by_one, "mixed", "pretrain", "cp2"),
-    "rotary positions that begin at each rank": (_positions_from_zero, "tied", "pretrain", "cp2"),
+    "rotary positions that begin at each rank": (_positions_from_zero, "tied", "pretrain", "cp2_gather"),
+    "parameters of another rank's heads": (_share_of_another_rank, "normed", "pretrain", "cp2_a2a"),
     "states of earlier ranks not composed": (_states_not_composed, "normed", "pretrain", "cp4"),
     "Gated DeltaNet's state not reset at a document": (_delta_rule_not_reset, "normed", "packed", "cp2"),
     "Mamba2's state not reset at a document": (_mamba_not_reset, "normed", "packed", "cp2"),
+    "sharded parameters left out of the norm that clips": (_sharded_parameters_unmarked, "normed", "pretrain", "tp2"),
     "virtual pipeline stages swapped": (_virtual_stages_swapped, "normed", "pretrain", "pp2_vp2"),
     "rotary positions that run on over documents": (_document_positions_run_on, "normed", "packed", "tp2_sp"),
 }

@@ -33,6 +33,19 @@ ALIGNED = {
         "+-*-*-+-", qk_layernorm=True, qk_head_dim=16, mla_bias=True, mla_rotary_pairs=[[0, 3, 3], [], [], [7, 1, 2]]
     )
 }
+# heads that two tensor-parallel x two context-parallel ranks share
+WIDE = {
+    "wide": tiny_config(
+        "G-+-M-*-",
+        qk_layernorm=True,
+        num_attention_heads=8,
+        num_query_groups=4,
+        mamba_num_heads=8,
+        linear_num_heads=4,
+        linear_key_head_dim=12,
+        linear_value_head_dim=20,
+    )
+}
 TEACHER = tiny_config("*-*-*-*-", add_qkv_bias=True)
 STAGES = {
     "pretrain": dict(stage="pretrain"),
@@ -67,6 +80,14 @@ LAYOUTS = {
     "dp2": (2, {}, True),
     "dp2_plain": (2, {}, False),
     "cp2": (2, dict(context_parallel_size=2), True),
+    "cp2_gather": (2, dict(context_parallel_size=2, cp_comm_type="all_gather"), True),
+    "cp2_a2a": (2, dict(context_parallel_size=2, cp_comm_type="a2a"), True),
+    "cp4_a2a": (4, dict(context_parallel_size=4, cp_comm_type="a2a"), True),
+    "tp2_sp_cp2_a2a": (
+        4,
+        dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2, cp_comm_type="a2a"),
+        True,
+    ),
     "tp2_sp_cp2": (4, dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2), True),
     "cp2_dp2": (4, dict(context_parallel_size=2), True),
     "pp2_cp2": (4, dict(pipeline_model_parallel_size=2, context_parallel_size=2), True),
@@ -77,6 +98,10 @@ LAYOUTS = {
 CASES = [
     *((model, stage, layout) for layout in ("tp2", "tp2_sp", "dp2", "cp2") for model in MODELS for stage in WHOLE),
     *(("mixed", stage, "dp2_plain") for stage in WHOLE),
+    *((model, stage, layout) for layout in ("cp2_gather", "cp2_a2a") for model in MODELS for stage in ("pretrain", "distil")),
+    *(("normed", stage, layout) for layout in ("cp2_gather", "cp2_a2a") for stage in PACKED),
+    *(("aligned", stage, layout) for layout in ("cp2_gather", "cp2_a2a") for stage in ("pretrain", "packed")),
+    *(("wide", stage, layout) for layout in ("tp2_sp_cp2_a2a", "cp4_a2a") for stage in ("pretrain", "packed")),
     *(("normed", stage, layout) for layout in ("tp2_sp", "cp2", "tp2_sp_cp2") for stage in PACKED),
     *(("mixed", "packed", layout) for layout in ("pp2", "cp2_dp2", "cp4", "pp2_cp2")),
     *(("aligned", "packed", layout) for layout in ("cp2", "tp2_sp_cp2")),
@@ -132,7 +157,7 @@ def measured(tmp_path_factory, one_rank) -> Path:
     root = tmp_path_factory.mktemp("parity")
     make_dataset(root / "data")
     make_model(TEACHER, root / "teacher", seed=1)
-    for name, config in (MODELS | ALIGNED).items():
+    for name, config in (MODELS | ALIGNED | WIDE).items():
         make_model(config, root / name, seed=2)
 
     def config(model: str, stage: str, groups: dict, distributed: bool) -> TrainConfig:
@@ -193,12 +218,13 @@ def test_a_planted_fault_fails_its_case(measured, fault):
     faulty, one = torch.load(measured / f"{fault}.pt"), torch.load(measured / f"{model}-{stage}-one.pt")
     (mine, between_ranks, where), theirs = faulty["gradients"], one["gradients"][0]
     difference, name = largest_difference(mine, theirs)
-    worst, name = max((difference, name), (between_ranks, where))
+    norm, right = (run["steps"][0]["gradient_norm"] for run in (faulty, one))
+    worst, name = max((difference, name), (between_ranks, where), (abs(norm - right) / right, "norm of all gradients"))
     print(f"{fault} | {model}-{stage}-{layout} | {worst:.1e} | {name}")
     assert worst > 100 * GRADIENT
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [("cp2", 2), ("cp4", 4), ("tp2_sp_cp2", 2)])
+@pytest.mark.parametrize(("layout", "ranks"), [("cp2_gather", 2), ("cp4", 4), ("tp2_sp_cp2", 2)])
 def test_context_parallelism_moves_what_the_formulas_say(measured, layout, ranks):
     """Bytes of each mixer's forward passes, fp32, against docs/parallelism.md."""
     c, (passes, length), tp = MODELS["normed"], (4, 24), 2 if layout.startswith("tp2") else 1
@@ -213,4 +239,24 @@ def test_context_parallelism_moves_what_the_formulas_say(measured, layout, ranks
         "*": part * 2 * groups * c.kv_channels,
     }  # fmt: skip
     found = torch.load(measured / f"normed-pretrain-{layout}.pt")["received"]
+    assert found == [4 * passes * (ranks - 1) * numbers[symbol] for symbol in c.mixers]
+
+
+@pytest.mark.parametrize(("layout", "ranks", "tp"), [("cp4_a2a", 4, 1), ("tp2_sp_cp2_a2a", 2, 2)])
+def test_trading_sequence_for_heads_moves_what_the_formulas_say(measured, layout, ranks, tp):
+    """A rank keeps its share of the heads of its own tokens and gets that of the others' tokens, there and back."""
+    c, passes, share = WIDE["wide"], 4, 24 // ranks / ranks / tp
+    gdn_value = c.linear_num_heads * c.linear_value_head_dim
+    mamba_inner = c.mamba_num_heads * c.mamba_head_dim
+    query_head = c.qk_head_dim + c.qk_pos_emb_head_dim
+    widths = {
+        "G": c.linear_num_heads * (2 * c.linear_key_head_dim + 2) + 2 * gdn_value + gdn_value,
+        "+": c.num_attention_heads * (query_head + c.v_head_dim),
+        "M": mamba_inner + c.num_query_groups * (c.mamba_head_dim + c.mamba_state_dim)
+        + c.mamba_num_heads * (c.mamba_state_dim + 1) + mamba_inner,
+        "*": (2 * c.num_attention_heads + 2 * c.num_query_groups) * c.kv_channels,
+    }  # fmt: skip
+    latents = 24 // ranks // tp * (c.kv_lora_rank + c.qk_pos_emb_head_dim)
+    numbers = {symbol: share * width + (latents if symbol == "+" else 0) for symbol, width in widths.items()}
+    found = torch.load(measured / f"wide-pretrain-{layout}.pt")["received"]
     assert found == [4 * passes * (ranks - 1) * numbers[symbol] for symbol in c.mixers]
