@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 benchmarks/context_parallel.py
     torchrun --nproc-per-node 2 benchmarks/context_parallel.py --lengths [512] --precision fp32   # gloo ranks on a CPU
 
-Every rank first runs the whole sequence alone (the peer), then its part of it with the others, by both ways to exchange. Times are medians over
-repeats, of the slowest rank. Prints a table and, last, one JSON line; writes RESULTS.md.
+Every rank first runs the whole sequence alone (the peer), then its part of it with the others, by both ways to exchange.
+Times are medians over repeats, of the slowest rank. Prints a table and, last, one JSON line; writes RESULTS.md.
 """
 
 import json
@@ -37,6 +37,7 @@ NAMES = {"+": "MLA", "G": "Gated DeltaNet", "M": "Mamba2"}
 
 def main(
     shapes: list[str] = list(SHAPES),  # noqa: B006
+    mixers: list[str] = list(MIXERS),  # noqa: B006
     lengths: list[int] = [65_536, 131_072],  # noqa: B006
     repeats: int = 5,
     precision: Literal["bf16", "fp32"] = "bf16",
@@ -47,6 +48,7 @@ def main(
 
     Args:
         shapes: sizes of hybrids, of 1B and 3B.
+        mixers: symbols of layers, of + G M.
         lengths: tokens of one sequence.
         repeats: timed passes, after two that are not.
         precision: of weights and activations.
@@ -59,8 +61,8 @@ def main(
         alone = [dist.new_group([rank]) for rank in range(ranks)][dist.get_rank()]
         together = parallel_state.get_context_parallel_group()
         for shape in shapes:
-            for symbol, linear in MIXERS.items():
-                config = get_layout(f"{SHAPES[shape]}{linear}").config
+            for symbol in mixers:
+                config = get_layout(f"{SHAPES[shape]}{MIXERS[symbol]}").config
                 mixer = _mixer(config, symbol, dtype)
                 for length in lengths:
                     one, _ = _time(mixer, ContextGroup(alone), length, config.hidden_size, dtype, device, repeats)
