@@ -78,8 +78,8 @@ CPU = Budget(
     eval_windows=8, precision="fp32", align_mixer_lr=5e-4, mixer_lr=5e-4, lr=2e-4,
 )  # fmt: skip
 GPU = Budget(
-    sequence_length=2048, align_batch_size=16, distil_batch_size=16, micro_batch_size=16, calibration_tokens=262_144,
-    calibration_length=2048, sequential=True, align_loss="sequential", align_tokens=655_360,
+    sequence_length=2048, align_batch_size=8, distil_batch_size=8, micro_batch_size=8, calibration_tokens=262_144,
+    calibration_length=2048, sequential=False, align_loss="mse", align_tokens=655_360,
     distil_tokens=16_777_216, eval_windows=128, precision="bf16", align_mixer_lr=1e-3, mixer_lr=1e-3, lr=2e-4,
 )  # fmt: skip
 BUDGETS = {  # the paper's start has further to go: larger steps, a longer stage 1

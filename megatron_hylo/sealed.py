@@ -4,6 +4,7 @@ Everything this project writes for later use (converted models, checkpoints, dat
 """
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -156,7 +157,9 @@ def _replace(partial: Path, path: Path) -> None:
         if file.is_file():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
-    if path.exists():
+    if path.exists() and _exchange(partial, path):
+        shutil.rmtree(partial)  # the old one
+    elif path.exists():
         old = path.parent / f".{path.name}.old"
         shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
@@ -164,6 +167,13 @@ def _replace(partial: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.rename(partial, path)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, so that both names are there at any moment; False where the file system cannot."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    return swap is not None and swap(here, os.fsencode(one.absolute()), here, os.fsencode(other.absolute()), exchange) == 0
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

@@ -2,18 +2,20 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_hylo import sealed
 from megatron_hylo.config import ConfigError
 from megatron_hylo.sealed import DamagedError, is_sealed, sealed_directory, verify_sealed
 
 
-def make(path, text="content"):
-    with sealed_directory(path) as folder:
+def make(path, text="content", overwrite=False):
+    with sealed_directory(path, overwrite) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "file").write_text(text)
 
@@ -42,6 +44,26 @@ def test_existing_folder_is_kept_unless_asked(tmp_path):
     with sealed_directory(tmp_path / "a", overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["manifest.json", "new"]
+
+
+@pytest.mark.parametrize("file_system_swaps", [True, False])
+def test_a_folder_that_is_replaced_is_there_at_any_moment(file_system_swaps, tmp_path, monkeypatch):
+    """Whatever is removed or renamed, the name has a whole folder before and after; without swapping, not between renames."""
+    make(tmp_path / "a", "old")
+    if not file_system_swaps:
+        monkeypatch.setattr(sealed, "_exchange", lambda *_: False)
+    seen = []
+    for module, name in ((os, "rename"), (shutil, "rmtree")):
+        right = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, _right=right, **k: (seen.append(is_sealed(tmp_path / "a")), _right(*a, **k))
+        )
+    make(tmp_path / "a", "new", overwrite=True)
+    monkeypatch.undo()
+    if file_system_swaps and not all(seen):
+        pytest.skip("this file system cannot swap two folders")
+    assert all(seen) == file_system_swaps
+    assert (tmp_path / "a" / "sub" / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(("damage", "word"), [("cut", "bytes"), ("flip", "sha256"), ("remove", "missing")])
