@@ -1,6 +1,6 @@
 """Kill, fill and damage a training run many times: is anything lost that was saved, is anything damaged ever trusted?
 
-    python tools/fault_drill.py                      # 50 drills on 2 gloo ranks, about 20 minutes on 2 cores
+    python tools/fault_drill.py                      # 50 drills on 2 gloo ranks, about 30 minutes on 2 cores
     python tools/fault_drill.py --drills 5 --faults ["flip a bit of a shard"]
 
 A drill starts a tiny real run under torchrun, plants one fault at a random moment, starts the same command again until the
@@ -33,13 +33,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from megatron_hylo.config import ModelConfig
+from megatron_hylo.config import ModelConfig, ParallelConfig
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.train.config import TrainConfig
 
 STEPS, SAVE_INTERVAL = 24, 4
+TIMEOUT_MINUTES = 0.4
 ROOT = Path(__file__).parents[1]
 LARGEST_FILE = 100_000  # bytes, where the disk is "full"; a checkpoint of the tiny run has larger files
 
@@ -138,6 +139,21 @@ def _kill_one(run: Run, chance: random.Random, delay: float) -> None:
         chance.choice(ranks).kill()
 
 
+def hang(run: Run, chance: random.Random) -> None:
+    """A rank stops answering: the others must end the run with a sentence, in the configured time and a minute to clean up."""
+    step = chance.randrange(1, STEPS - 2)
+    if not run.wait(lambda: len(run.losses()) >= step):
+        return
+    chance.choice(run.rank_processes()).suspend()
+    started = time.monotonic()
+    status, output = run.finish()
+    took = time.monotonic() - started
+    if status == 0 or "another rank did not answer" not in " ".join(output.split()) or took > 60 * TIMEOUT_MINUTES + 60:
+        raise DrillFailure(
+            f"a rank that hangs did not end the run with a sentence: exit {status} after {took:.0f} s, {output[-900:]}"
+        )
+
+
 def preempt(number: signal.Signals) -> Callable[[Run, random.Random], None]:
     """A signal to every rank, as Slurm sends before preemption; the run must save its step and exit."""
 
@@ -198,6 +214,7 @@ FAULTS: dict[str, Callable[[Run, random.Random], None]] = {
     "kill a rank in a step": kill_in_step,
     "kill a rank in a save": kill_in_save,
     "kill a rank while sealing": kill_in_seal,
+    "a rank that hangs": hang,
     "SIGTERM to all ranks": preempt(signal.SIGTERM),
     "SIGUSR1 to all ranks": preempt(signal.SIGUSR1),
     "truncate a shard": damage(_truncate),
@@ -254,6 +271,7 @@ def prepare(folder: Path) -> Path:
         stage="distil", data=str(folder / "data"), output="given",
         model=str(folder / "student"), teacher=str(folder / "teacher"),
         sequence_length=32, global_batch_size=4, micro_batch_size=1, train_tokens=STEPS * 4 * 32, precision="fp32",
+        parallel=ParallelConfig(distributed_timeout_minutes=TIMEOUT_MINUTES),
         log_interval=1, save_interval=SAVE_INTERVAL, keep_checkpoints=2, eval_windows=2, tensorboard=False,
     )  # fmt: skip
     recipe = folder / "recipe.yaml"

@@ -88,6 +88,7 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
             parallel.pipeline_model_parallel_size,
             parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None,
             context_parallel_size=parallel.context_parallel_size,
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -99,6 +100,11 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
 def _log_once(message: str) -> None:
     if is_main():
         logger.info(message)
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether a collective operation waited for another rank in vain. (NCCL ends the process itself, and says so.)"""
+    return isinstance(error, RuntimeError) and "timed out" in str(error).lower()
 
 
 def shutdown() -> None:

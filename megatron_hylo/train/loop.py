@@ -22,7 +22,7 @@ from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count, pipeline_patt
 from megatron_hylo.models.checkpoint import load_chunks, read_description, save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token
-from megatron_hylo.platform.distributed import is_main, session
+from megatron_hylo.platform.distributed import is_main, is_timeout, session
 from megatron_hylo.sealed import is_sealed, write_json
 from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from megatron_hylo.train.config import PREFIXES, TrainConfig
@@ -108,6 +108,14 @@ def train(config: TrainConfig) -> Quality | None:
             # RUN/model last: where it is, the run is finished
             for student, prefix, provenance in reversed(list(zip(students, PREFIXES, provenances))):
                 save_model(student, run / f"{prefix}model", files, provenance, overwrite=True)
+        except RuntimeError as error:
+            if not is_timeout(error):
+                raise
+            raise ConfigError(
+                f"rank {torch.distributed.get_rank()}, step {step + 1}: another rank did not answer for "
+                f"{config.parallel.distributed_timeout_minutes:g} minutes (parallel.distributed_timeout_minutes); see what it "
+                f"printed last, and run the same command to go on from the newest checkpoint"
+            ) from error
         finally:
             stop.restore()
             reporter.close()
