@@ -232,7 +232,7 @@ def _match_norm(mixer: Mamba2, x: Tensor) -> None:
         mixer(x, attention_mask=None)
     finally:
         hook.remove()
-    y, z = seen[0]
+    y, z = seen[0][:2]
     size = (y.float() * torch.nn.functional.silu(z.float())).square().mean().sqrt()
     if size > 0:
         ratio = mixer.config.layernorm_epsilon**0.5 / size
