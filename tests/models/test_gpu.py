@@ -35,6 +35,8 @@ def test_bf16_mixer_matches_fp32_reference(mixer, backend, packed, one_rank):
         pytest.skip("needs Transformer Engine")
     config = tiny_config(f"{mixer}-", **SIZES)
     reference = build_model(config, backend="local").mixer_layers()[0][0].self_attention
+    if mixer == "M":  # where D x is most of the output, the norm after it cancels D's gradient and leaves bf16's rounding
+        torch.nn.init.uniform_(reference.D, 0.1, 0.3)
     fast = build_model(config, params_dtype=torch.bfloat16, backend=backend).mixer_layers()[0][0].self_attention
     state = {k: v for k, v in reference.state_dict().items() if not k.endswith("_extra_state")}
     missing, unexpected = fast.load_state_dict(state, strict=False)
@@ -60,9 +62,7 @@ def test_bf16_mixer_matches_fp32_reference(mixer, backend, packed, one_rank):
     errors = {"output": relative(fast_out, out), "input": relative(fast_grad, grad)}
     errors |= {name: relative(fast_grads[name], grads[name]) for name in grads}
     print(mixer, backend, packed, in_use(), {k: f"{v:.1e}" for k, v in errors.items()})
-    # mamba_ssm sums D's gradient, one number a head, over bf16 products that mostly cancel: 3.1e-2 on an H100
-    limits = {name: 5e-2 if name == "D" else 3e-2 for name in errors}
-    assert all(errors[name] < limits[name] for name in errors), errors
+    assert max(errors.values()) < 3e-2, errors
 
 
 def test_one_step_of_training_lowers_the_loss(one_rank):
