@@ -184,8 +184,7 @@ class LayerSums:
             "key_second_moment": k.mT @ k,
             "output_energy": out.double().square().sum(),
         }
-        seen = slice(0, LOOK_BACK_TOKENS)
-        new |= self._look_back(x[seen].transpose(0, 1), query[:, seen], key[:, seen], value[:, seen])
+        new |= self._look_back(x.transpose(0, 1), query, key, value)
         for name, tensor in new.items():
             self.sums[name] = self.sums[name] + tensor if name in self.sums else tensor
 
@@ -194,38 +193,39 @@ class LayerSums:
         query, key, value = (part.float() for part in (self.attention.rotate(query), self.attention.rotate(key), value))
         repeats, length, x = query.shape[2] // key.shape[2], query.shape[1], x.double()
         key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
-        scores = torch.einsum("bthd,bshd->bhts", query, key) * query.shape[-1] ** -0.5
-        position = torch.arange(length, device=query.device)
-        back = position[:, None] - position
-        probability = scores.masked_fill(back < 0, -torch.inf).softmax(-1)  # [batch, heads, queries, keys]
-        norm = torch.einsum("bhts,bshd->bthd", probability, value).norm(dim=-1).double()
-        near = probability * ((back >= 0) & (back < RECEPTION_TOKENS))
-        received = (near / near.sum(-1, keepdim=True)).sum(2).clamp(1e-2, 20).log().transpose(1, 2).double()
-        return {
-            "seen_tokens": torch.tensor(float(norm[..., 0].numel()), dtype=torch.float64, device=x.device),
-            "seen_input": x.sum((0, 1)),
+        norms, received = [], torch.zeros_like(query[..., 0].transpose(1, 2))  # [batch, heads, keys]
+        sums = {"sink_mass": 0.0, "looked_back": 0.0, "looked_mass": 0.0}
+        for start in range(0, length, LOOK_BACK_TOKENS):
+            stop = min(start + LOOK_BACK_TOKENS, length)
+            scores = torch.einsum("bthd,bshd->bhts", query[:, start:stop], key[:, :stop]) * query.shape[-1] ** -0.5
+            back = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(stop, device=query.device)
+            probability = scores.masked_fill(back < 0, -torch.inf).softmax(-1)  # [batch, heads, queries, keys]
+            norms.append(torch.einsum("bhts,bshd->bthd", probability, value[:, :stop]).norm(dim=-1).double())
+            near = probability * ((back >= 0) & (back < RECEPTION_TOKENS))
+            received[..., :stop] += (near / near.sum(-1, keepdim=True)).sum(2)
+            sums["sink_mass"] += probability[..., 0].sum((0, 2)).double()
+            sums["looked_back"] += (probability * back.clamp(min=0))[..., 1:].sum((0, 2, 3)).double()
+            sums["looked_mass"] += probability[..., 1:].sum((0, 2, 3)).double()
+        norm, received = torch.cat(norms, 1), received.clamp(1e-2, 20).log().transpose(1, 2).double()
+        return sums | {
             "head_energy": norm.square().sum((0, 1)),
             "head_length": norm.sum((0, 1)),
             "length_moment": torch.einsum("bth,btd->hd", norm, x),
             "reception": received.sum((0, 1)),
             "reception_moment": torch.einsum("bth,btd->hd", received, x),
-            "sink_mass": probability[..., 0].sum((0, 2)).double(),
-            "looked_back": (probability * back.clamp(min=0))[..., 1:].sum((0, 2, 3)).double(),
-            "looked_mass": probability[..., 1:].sum((0, 2, 3)).double(),
         }
 
     def means(self, layer: int) -> dict[str, Tensor]:
         """Means over all ranks' tokens, CPU fp32, all heads; see `megatron_hylo.calibrate.statistics`."""
         for tensor in self.sums.values():
             torch.distributed.all_reduce(tensor, group=parallel_state.get_data_parallel_group())
-        tokens, seen = self.sums["tokens"], self.sums["seen_tokens"]
-        looked = ("head_energy", "head_length", "length_moment", "reception", "reception_moment", "sink_mass", "seen_input")
-        mean = {name: tensor / (seen if name in looked else tokens) for name, tensor in self.sums.items()}
+        tokens = self.sums["tokens"]
+        mean = {name: tensor / tokens for name, tensor in self.sums.items()}
         split = ("input_second_moment", "query_second_moment", "key_second_moment", "sink_mass", "head_energy")
         by_rank = {name: mean[name] for name in split}  # this tensor-parallel rank's rows, or heads
         by_rank["attention_distance"] = self.sums["looked_back"] / self.sums["looked_mass"]
         by_rank["length_moment"] = mean["length_moment"] / mean["head_length"][:, None]
-        by_rank["reception_moment"] = mean["reception_moment"] - torch.outer(mean["reception"], mean["seen_input"])
+        by_rank["reception_moment"] = mean["reception_moment"] - torch.outer(mean["reception"], mean["input_mean"])
         whole = {name: mean[name] for name in ("input_mean", "output_energy")}
         whole |= {name: _gather_first(tensor) for name, tensor in by_rank.items()}
         numbers = {"layer": torch.tensor(layer), "tokens": tokens.long().cpu()}

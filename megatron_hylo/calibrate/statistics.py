@@ -14,7 +14,8 @@ A layer's statistics, fp32, means over all tokens (q and k as the scores see the
     key_second_moment           [Hkv, dh, dh] E[k k^T]
     output_energy               []            E|a|^2, a the mixer's output
 
-and, from the first LOOK_BACK_TOKENS of each window, where attention probabilities p are looked at:
+and, where attention probabilities p are looked at, LOOK_BACK_TOKENS queries at a time (of all tokens: what is predicted from x
+by least squares needs the same tokens in E[x x^T] as in E[n x]; of a part of them it made hybrids three times worse):
 
     head_energy                 [Hq]          E|o|^2 of each head's attention output, before W_O
     attention_distance          [Hq]          mean distance in tokens that a head looks back, the window's first token left out

@@ -26,7 +26,7 @@ LAYERS, HEADS, GROUPS, DIM = 3, 6, 2, 16
 FP32 = 1e-5
 
 
-def transformers_statistics(folder: Path, ids: torch.Tensor, layer: int, seen: int, near: int) -> dict[str, torch.Tensor]:
+def transformers_statistics(folder: Path, ids: torch.Tensor, layer: int, near: int) -> dict[str, torch.Tensor]:
     """The definitions of `calibrate/statistics.py`, from hooks and attention probabilities of transformers' float64 model."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     attention, found = model.model.layers[layer].self_attn, {}
@@ -46,13 +46,12 @@ def transformers_statistics(folder: Path, ids: torch.Tensor, layer: int, seen: i
         "key_second_moment": torch.stack([k[:, g].T @ k[:, g] / len(k) for g in range(GROUPS)]),
         "output_energy": found["a"].square().sum(-1).mean(),
     }
-    p, x = p[:, :, :seen, :seen], x[:, :seen]
     lists = {name: [] for name in ("head_energy", "attention_distance", "sink_mass", "length_moment", "reception_moment")}
     for h in range(HEADS):
-        length = (p[:, h] @ v[:, :seen, h // 3]).norm(dim=-1)
+        length = (p[:, h] @ v[:, :, h // 3]).norm(dim=-1)
         received = torch.zeros_like(length)
         distance = mass = 0.0
-        for t in range(seen):
+        for t in range(p.shape[2]):
             first = max(0, t - near + 1)
             local = p[:, h, t, first : t + 1]
             received[:, first : t + 1] += local / local.sum(-1, keepdim=True)
@@ -74,16 +73,16 @@ def hugging_face(material) -> Path:
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
-@pytest.mark.parametrize("cut", [False, True], ids=["whole windows", "first tokens of windows"])
-def test_statistics_equal_transformers_in_float64(cut, layer, material, hugging_face, tmp_path, monkeypatch):
+@pytest.mark.parametrize("pieces", [False, True], ids=["whole windows", "queries in pieces"])
+def test_statistics_equal_transformers_in_float64(pieces, layer, material, hugging_face, tmp_path, monkeypatch):
     folder = material.done
-    if cut:
-        monkeypatch.setattr(gather, "LOOK_BACK_TOKENS", 24)
+    if pieces:  # 16 + 16 + 8 queries; keys receive attention from two of them
+        monkeypatch.setattr(gather, "LOOK_BACK_TOKENS", 16)
         monkeypatch.setattr(gather, "RECEPTION_TOKENS", 7)
-        folder = tmp_path / "cut"
+        folder = tmp_path / "pieces"
         gather.calibrate(material.teacher, material.data, folder, **SETTINGS)
     windows = torch.stack([PackedDataset(material.data / "train", 40, 1234)[i] for i in range(24)])
-    expected = transformers_statistics(hugging_face, windows[:, :-1], layer, *((24, 7) if cut else (40, 32)))
+    expected = transformers_statistics(hugging_face, windows[:, :-1], layer, 7 if pieces else 32)
     found = CalibrationFolder(folder, material.teacher)[layer]
     assert int(found.pop("layer")) == layer and int(found.pop("tokens")) == 960
     assert found.keys() == expected.keys()
