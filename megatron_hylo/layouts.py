@@ -189,22 +189,28 @@ def pipeline_pattern(config: ModelConfig, num_stages: int, layers: Sequence[int]
     Args:
         config: of the model.
         num_stages: pipeline ranks x virtual stages of each.
-        layers: Transformer layers of every stage; by default so that the most loaded stage has as few parameters as can
-            be. Stages are cut between Transformer layers; the embedding counts on the first, the output head on the last.
-
-    Raises:
-        ConfigError: more stages than layers, or `layers` that are not the model's.
+        layers: of every stage, as `pipeline_layers` takes them.
     """
-    layers = layers or pipeline_layers(config, num_stages)
-    if sum(layers) != len(config.mixers):
-        raise ConfigError(f"pipeline_layers {list(layers)} are {sum(layers)} layers, the model has {len(config.mixers)}")
-    cuts = set(itertools.accumulate(layers[:-1]))
+    cuts = set(itertools.accumulate(pipeline_layers(config, num_stages, layers)[:-1]))
     return "".join(("|" if i in cuts else "") + m + "-" for i, m in enumerate(config.mixers))
 
 
-def pipeline_layers(config: ModelConfig, num_stages: int) -> list[int]:
-    """Layers of each pipeline stage, so that the most loaded one has as few parameters as can be; see `pipeline_pattern`."""
+def pipeline_layers(config: ModelConfig, num_stages: int, given: Sequence[int] | None = None) -> list[int]:
+    """Transformer layers of each pipeline stage.
+
+    Args:
+        config, num_stages: see `pipeline_pattern`.
+        given: a split of one's own; by default the most loaded stage has as few parameters as can be, the embedding
+            counted on the first, the output head on the last.
+
+    Raises:
+        ConfigError: more stages than layers, or a split that is not of the model's layers.
+    """
     mixers, d = config.mixers, config.hidden_size
+    if given:
+        if sum(given) != len(mixers):
+            raise ConfigError(f"pipeline_layers {list(given)} are {sum(given)} layers, the model has {len(mixers)}")
+        return list(given)
     if num_stages > len(mixers):
         raise ConfigError(
             f"{num_stages} pipeline stages (pipeline_model_parallel_size x virtual_pipeline_model_parallel_size) are more than "

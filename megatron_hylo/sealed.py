@@ -136,7 +136,7 @@ def _write_manifest(folder: Path) -> None:
     known = {name: entry for part in folder.glob(f"{EARLY}*") for name, entry in json.loads(part.read_text()).items()}
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(EARLY)]
     files = [p for p in files if str(p.relative_to(folder)) not in known]
-    mine = known | {str(p.relative_to(folder)): _entry(p) for p in files[_rank() :: _world_size()]}
+    mine = (known if _rank() == 0 else {}) | {str(p.relative_to(folder)): _entry(p) for p in files[_rank() :: _world_size()]}
     parts = [mine]
     if _world_size() > 1:
         parts = [None] * _world_size()

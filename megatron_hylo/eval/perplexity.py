@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_hylo.distill.head_loss import model_head_loss
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import own_part
-from megatron_hylo.parallel.pipeline import from_last_stage, rank_shape, through_stages
+from megatron_hylo.parallel.pipeline import rank_shape, share_last_stages, through_stages
 
 
 @dataclass
@@ -71,7 +71,7 @@ def evaluate(
         sums += torch.stack([torch.as_tensor(p if p is not None else 0.0, device=where).double() * n for p in parts]
                             + [torch.tensor(float(n), dtype=torch.float64, device=where)])  # fmt: skip
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    from_last_stage(sums)
+    share_last_stages(sums)
     for chunk in chunks:
         chunk.train(was_training)
     cross_entropy, kl, agreement = (sums[:3] / sums[3]).tolist()

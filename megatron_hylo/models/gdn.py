@@ -4,6 +4,7 @@ S_t = exp(g_t) S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T,  o_t = S_t^T q_t 
 y = W_O (RMSNorm(o) * silu(W_G x)),  g = -exp(A_log) softplus(W_a x + dt_bias),  beta = sigmoid(W_b x)
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -110,7 +111,7 @@ class GatedDeltaNet(MegatronModule):
         b, s, _ = projected.shape
         keys, _, values, _, heads, _ = (width // context.shares for width in self.sections.values())
         qkv, gate, beta, alpha = projected.split([2 * keys + values, values, heads, heads], dim=-1)
-        own = lambda parameter: context.own_share(parameter, [self.sections[name] for name in ("query", "key", "value")])  # noqa: E731
+        own = functools.partial(context.own_share, widths=[self.sections[name] for name in ("query", "key", "value")])
         places = documents.own_positions if documents is not None else None
         qkv = self.conv1d(qkv, context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places, own)
         query, key, value = (x.reshape(b, s, heads, -1) for x in qkv.split([keys, keys, values], dim=-1))

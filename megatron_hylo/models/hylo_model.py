@@ -1,5 +1,7 @@
 """The model: Megatron-Core's HybridModel that stops at hidden states, so that losses can be computed in chunks."""
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -48,15 +50,9 @@ class HyloModel(HybridModel):
         return list(zip(layers[0::2], layers[1::2]))
 
 
-def build_model(
-    config: ModelConfig,
-    parallel: ParallelConfig | None = None,
-    params_dtype: torch.dtype = torch.float32,
-    backend: BackendName = "auto",
-    recompute: bool = False,
-) -> HyloModel:
-    """The only chunk of `build_chunks`, for layouts without virtual pipeline stages."""
-    (model,) = build_chunks(config, parallel, params_dtype, backend, recompute)
+def build_model(config: ModelConfig, parallel: ParallelConfig | None = None, **settings: Any) -> HyloModel:
+    """The only chunk of `build_chunks`, for layouts without virtual pipeline stages; takes what that takes."""
+    (model,) = build_chunks(config, parallel, **settings)
     return model
 
 

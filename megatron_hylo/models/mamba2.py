@@ -4,6 +4,7 @@ x and B have only the base model's KV heads and are repeated to all heads after 
 group of its own. h_t = exp(dt A) h_{t-1} + dt x_t B_t^T,  y_t = h_t C_t + D x_t,  out = W_O RMSNorm_head(y * silu(z)).
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -93,7 +94,7 @@ class Mamba2(MegatronModule):
         b, s, _ = projected.shape
         z, x_width, b_width, c_width, dt_width = (width // context.shares for width in self.sections.values())
         z, xbc, dt = projected.split([z, x_width + b_width + c_width, dt_width], dim=-1)
-        own = lambda parameter: context.own_share(parameter, [self.sections[name] for name in "xBC"])  # noqa: E731
+        own = functools.partial(context.own_share, widths=[self.sections[name] for name in "xBC"])
         places = documents.own_positions if documents is not None else None
         xbc = self.conv1d(xbc, context.tokens_before(xbc, c.linear_conv_kernel_dim - 1), places, own)
         x, state_in, state_out = xbc.split([x_width, b_width, c_width], dim=-1)

@@ -51,9 +51,8 @@ def rank_shape(sequence: int, batch: int, width: int, sequence_parallel: bool) -
     return sequence // parts, batch, width
 
 
-def from_last_stage(value: Tensor) -> Tensor:
-    """`value` of the last pipeline stage, on all of them (in place)."""
+def share_last_stages(value: Tensor) -> None:
+    """Put the last pipeline stage's `value` in place of every stage's."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         source = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(value, source, group=parallel_state.get_pipeline_model_parallel_group())
-    return value

@@ -18,7 +18,7 @@ from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.kernels.registry import in_use
-from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count, pipeline_pattern
+from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
 from megatron_hylo.models.checkpoint import load_chunks, read_description, save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token
@@ -184,8 +184,7 @@ def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[Hylo
     """(the students, the teacher), each this rank's chunks of it; the teacher's layers are where the student's are."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     architecture = read_description(config.model)[0] if config.model else _scratch_config(config.scratch)
-    pattern = pipeline_pattern(architecture, config.parallel.stages, config.parallel.pipeline_layers)
-    layers = [stage.count("-") for stage in pattern.split("|")]
+    layers = pipeline_layers(architecture, config.parallel.stages, config.parallel.pipeline_layers)
     shared = dict(parallel=replace(config.parallel, pipeline_layers=layers), params_dtype=dtype, backend=config.backend)
     changes = {"mla_rope_scaling": config.mla_rope_scaling} if config.mla_rope_scaling else {}
     if config.model:
