@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-parity lint format quickstart clean
+.PHONY: help install test test-all test-parity test-parity-gpu lint format quickstart clean
 
 EXTRAS ?= dev
 ARGS ?=
@@ -11,7 +11,7 @@ SCRIPTS := slurm/*.sh examples/*/*.sh .ci/run
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/installed ## make .venv (PYTHON=... to choose the interpreter, EXTRAS=dev,gpu for more packages)
 
@@ -23,6 +23,9 @@ test-all: lint ## all tests; those that this machine cannot run are skipped, wit
 
 test-parity: .venv/installed ## every parallel layout against one rank, with a table of errors and of the planted faults
 	$(TEST) tests/parity -q -s $(ARGS)
+
+test-parity-gpu: .venv/installed ## the same over NCCL, on all GPUs there are (two at least)
+	$(BIN)/python -m pytest tests/parity/test_gpu_parity.py -q -s $(ARGS)
 
 lint: .venv/installed ## ruff check, ruff format --check, shellcheck
 	$(BIN)/ruff check .

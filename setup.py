@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_hylo", "megatron_hylo.*"]),
-    package_data={"megatron_hylo": ["recipes/*.yaml"]},
+    package_data={"megatron_hylo": ["recipes/*.yaml", "kernels/tuned/*.json"]},
     python_requires=">=3.12",  # of megatron-core 0.19, the first with every mixer symbol we use
     install_requires=[
         "accelerate>=1.0",  # transformers reads GGUF files with it

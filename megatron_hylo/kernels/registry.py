@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_hylo.kernels import tuned
+
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "cudnn", "flash", "efficient", "math"),
     "causal_conv1d": ("torch", "fla"),
@@ -163,7 +165,7 @@ def library_obstacle(library: str, module: str, x: torch.Tensor, advice: str) ->
 
 @functools.cache
 def import_error(module: str) -> str | None:
-    """None if `module` imports, else the reason it does not."""
+    """None if `module` imports, else the reason it does not. Its kernels' autotuners are told what is known for this GPU."""
     scan = "selective_scan_cuda"  # Mamba1's compiled scan: mamba_ssm always imports it, its SSD kernels never call it
     if module.startswith("mamba_ssm") and scan not in sys.modules and importlib.util.find_spec(scan) is None:
         sys.modules[scan] = types.ModuleType(scan)
@@ -171,4 +173,6 @@ def import_error(module: str) -> str | None:
         importlib.import_module(module)
     except ImportError as error:
         return str(error)
+    if torch.cuda.is_available() and (count := tuned.install(torch.cuda.get_device_capability())):
+        logger.info("%s: known configurations for %d kernels", module, count)
     return None

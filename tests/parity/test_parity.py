@@ -6,19 +6,13 @@ of data-parallel ranks shares them) and go through the training loop's own funct
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from megatron.core import parallel_state
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_hylo.config import ParallelConfig
-from megatron_hylo.models.checkpoint import save_model
-from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from tests.conftest import tiny_config
+from tests.parity.cases import LAYOUTS, STAGES, case_config, largest_difference, make_dataset, make_model
 from tests.parity.faults import FAULTS
-from tests.parity.worker import job, launch, measure
+from tests.parity.worker import job, launch
 
 pytestmark = pytest.mark.multirank
 
@@ -47,54 +41,8 @@ WIDE = {
     )
 }
 TEACHER = tiny_config("*-*-*-*-", add_qkv_bias=True)
-STAGES = {
-    "pretrain": dict(stage="pretrain"),
-    "distil": dict(stage="distil", ce_weight=0.3),
-    "mse": dict(stage="align", align_loss="mse"),
-    "ild": dict(stage="align", align_loss="ild"),
-    "sequential": dict(stage="align", align_loss="sequential"),
-    "packed": dict(stage="pretrain", packed_documents=True),
-    "packed_distil": dict(stage="distil", ce_weight=0.3, packed_documents=True),
-    "packed_mse": dict(stage="align", align_loss="mse", packed_documents=True),
-}
 PACKED = [stage for stage in STAGES if stage.startswith("packed")]
 WHOLE = [stage for stage in STAGES if stage not in PACKED]
-# name: (ranks, parallel groups, distributed optimizer)
-LAYOUTS = {
-    "tp2": (2, dict(tensor_model_parallel_size=2), True),
-    "tp2_sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True), True),
-    "pp2": (2, dict(pipeline_model_parallel_size=2), True),
-    "pp2_vp2": (2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2), True),
-    "pp2_given": (2, dict(pipeline_model_parallel_size=2, pipeline_layers=[3, 1]), False),
-    "pp4": (4, dict(pipeline_model_parallel_size=4), True),
-    "pp2_vp2_tp2_sp": (
-        4,
-        dict(
-            pipeline_model_parallel_size=2,
-            virtual_pipeline_model_parallel_size=2,
-            tensor_model_parallel_size=2,
-            sequence_parallel=True,
-        ),
-        True,
-    ),
-    "dp2": (2, {}, True),
-    "dp2_plain": (2, {}, False),
-    "cp2": (2, dict(context_parallel_size=2), True),
-    "cp2_gather": (2, dict(context_parallel_size=2, cp_comm_type="all_gather"), True),
-    "cp2_a2a": (2, dict(context_parallel_size=2, cp_comm_type="a2a"), True),
-    "cp4_a2a": (4, dict(context_parallel_size=4, cp_comm_type="a2a"), True),
-    "tp2_sp_cp2_a2a": (
-        4,
-        dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2, cp_comm_type="a2a"),
-        True,
-    ),
-    "tp2_sp_cp2": (4, dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2), True),
-    "cp2_dp2": (4, dict(context_parallel_size=2), True),
-    "pp2_cp2": (4, dict(pipeline_model_parallel_size=2, context_parallel_size=2), True),
-    "cp4": (4, dict(context_parallel_size=4), False),
-    "tp2_pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), True),
-    "tp2_sp_dp2": (4, dict(tensor_model_parallel_size=2, sequence_parallel=True), True),
-}
 CASES = [
     *((model, stage, layout) for layout in ("tp2", "tp2_sp", "dp2", "cp2") for model in MODELS for stage in WHOLE),
     *(("mixed", stage, "dp2_plain") for stage in WHOLE),
@@ -120,37 +68,6 @@ CASES = [
 GRADIENT, WEIGHT, LOSS = 1e-5, 1e-5, 1e-6  # relative; gradients and weights by the norm of each tensor
 
 
-def make_model(config, folder: Path, seed: int) -> None:
-    """A model folder whose weights are large enough, and whose norms and biases uneven enough, to show a fault."""
-    torch.manual_seed(seed)
-    model = build_model(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("up_proj.bias"):  # small: large ones make all keys alike, and the norms' gradients rounding errors
-                p.uniform_(-0.1, 0.1)
-            elif name.endswith(".bias") or p.dim() == 3:
-                p.uniform_(-0.5, 0.5)
-            elif "norm" in name:
-                p.uniform_(0.5, 1.5)
-            elif name.endswith(("A_log", "dt_bias")):
-                p.uniform_(-1, 1)
-            elif name.endswith(".D"):  # small: where D x is most of Mamba2's output, the norm cancels D's gradient
-                p.uniform_(0.1, 0.3)
-            elif p.dim() == 2:
-                p.normal_(std=0.06)
-    save_model(model, folder)
-
-
-def make_dataset(folder: Path) -> None:
-    """Random tokens, in documents of several lengths."""
-    folder.mkdir()
-    builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
-    generator = np.random.default_rng(0)
-    for length in (50, 200, 31, 400, *generator.integers(1, 20, 40).tolist()):
-        builder.add_document(generator.integers(0, 160, length).tolist(), [length])
-    builder.finalize(str(folder / "train.idx"))
-
-
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, one_rank) -> Path:
     """ROOT/{model}-{stage}-{layout}.pt, "one" among the layouts."""
@@ -160,40 +77,20 @@ def measured(tmp_path_factory, one_rank) -> Path:
     for name, config in (MODELS | ALIGNED | WIDE).items():
         make_model(config, root / name, seed=2)
 
-    def config(model: str, stage: str, groups: dict, distributed: bool) -> TrainConfig:
-        return TrainConfig(
-            data=str(root / "data"), output="unused", model=str(root / model),
-            teacher=None if STAGES[stage]["stage"] == "pretrain" else str(root / "teacher"),
-            sequence_length=24, global_batch_size=4, train_tokens=4 * 24 * 10, precision="fp32",
-            parallel=ParallelConfig(**groups), loss_chunk_tokens=7, **STAGES[stage],
-            optimizer=OptimizerSettings(
-                lr=1e-3, mixer_lr=2e-3, weight_decay=0.1, warmup_ratio=0, use_distributed_optimizer=distributed,
-                adam_eps=1e-3,  # above rounding errors: the first steps of Adam are signs of gradients otherwise
-            ),
-        )  # fmt: skip
-
-    for model, stage in dict.fromkeys((model, stage) for model, stage, _ in CASES):
-        measure(config(model, stage, {}, False), root / f"{model}-{stage}-one.pt")
-    for ranks in (2, 4):
+    ones = dict.fromkeys((model, stage, "one") for model, stage, _ in CASES)
+    for ranks in (1, 2, 4):
         jobs = [
-            job("measure", config(model, stage, *LAYOUTS[layout][1:]), root / f"{model}-{stage}-{layout}.pt")
-            for model, stage, layout in CASES
-            if LAYOUTS[layout][0] == ranks
+            job("measure", case_config(root, *case), root / f"{'-'.join(case)}.pt")
+            for case in (*ones, *CASES)
+            if LAYOUTS[case[2]][0] == ranks
         ]
         jobs += [
-            job("measure", config(model, stage, *LAYOUTS[layout][1:]), root / f"{fault}.pt", fault)
-            for fault, (_, model, stage, layout) in FAULTS.items()
-            if LAYOUTS[layout][0] == ranks
+            job("measure", case_config(root, *case), root / f"{fault}.pt", fault)
+            for fault, (_, *case) in FAULTS.items()
+            if LAYOUTS[case[2]][0] == ranks
         ]
         launch(jobs, ranks, root)
-    assert parallel_state.get_data_parallel_world_size() == 1
     return root
-
-
-def largest_difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """Largest |a - b| / |b| of any tensor, with its name; zeros must be zeros."""
-    assert mine.keys() == theirs.keys()
-    return max((float((mine[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-30)), n) for n in mine)
 
 
 @pytest.mark.parametrize(("model", "stage", "layout"), CASES, ids=lambda value: value)

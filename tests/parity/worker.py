@@ -28,13 +28,15 @@ def job(kind: str, config: Any, file: Path | None = None, fault: str | None = No
     return {"kind": kind, "config": asdict(config), "file": file and str(file), "fault": fault}
 
 
-def launch(jobs: list[dict[str, Any]], ranks: int, scratch: Path) -> None:
+def launch(jobs: list[dict[str, Any]], ranks: int, scratch: Path, gpus: bool = False, kernels: str = "") -> None:
     """Run jobs on that many ranks and wait; what they print is in the error if one fails.
 
     Args:
         jobs: made by `job`.
         ranks: processes.
         scratch: folder for the job list.
+        gpus: a GPU a rank and NCCL, instead of CPUs and gloo.
+        kernels: implementations to force, as in HYLO_KERNELS.
     """
     file = scratch / f"jobs_{ranks}.json"
     file.write_text(json.dumps(jobs))
@@ -48,7 +50,9 @@ def launch(jobs: list[dict[str, Any]], ranks: int, scratch: Path) -> None:
         __file__,
         str(file),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HYLO_KERNELS": kernels}
+    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     if result.returncode:
         raise RuntimeError(f"{ranks} ranks failed:\n{result.stdout[-3000:]}\n{result.stderr[-12000:]}")
@@ -76,7 +80,7 @@ def whole_tensors(chunks: list[torch.nn.Module], tensors: list[dict[str, torch.T
     state = sharded_chunks(chunks)
     apply_factories(state)
     pieces = [
-        (t.key, t.global_shape, t.global_offset, t.data.detach().clone())
+        (t.key, t.global_shape, t.global_offset, t.data.detach().float().cpu())
         for t in nested_values(state)
         if isinstance(t, ShardedTensor)
     ]
@@ -149,7 +153,7 @@ def measure(config: Any, file: Path) -> None:
 def main(file: str) -> None:
     """Run the jobs of a list; process groups are made anew where the parallel layout changes."""
     from megatron_hylo.config import from_dict
-    from megatron_hylo.platform.distributed import shutdown
+    from megatron_hylo.platform.distributed import device, shutdown
     from megatron_hylo.train.config import TrainConfig
     from megatron_hylo.train.loop import train
     from tests.parity.faults import FAULTS
@@ -157,8 +161,13 @@ def main(file: str) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     entries = [(e, from_dict(TrainConfig, e["config"], file)) for e in json.loads(Path(file).read_text())]
     for number, (_, group) in enumerate(itertools.groupby(entries, key=lambda entry: entry[1].parallel)):
-        store = dist.FileStore(f"{file}.{number}", ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+        store, here = dist.FileStore(f"{file}.{number}", ranks), device()
+        cuda = here.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(here)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks, device_id=here if cuda else None
+        )
         for entry, config in group:
             if entry["kind"] == "measure":
                 with FAULTS[entry["fault"]][0]() if entry["fault"] else contextlib.nullcontext():

@@ -1,0 +1,113 @@
+"""How long calibration and initialisation of one layer take, at the shape of an 8B model, with random weights.
+
+    python benchmarks/initialisation.py
+    python benchmarks/initialisation.py --hidden_size 576 --num_attention_heads 9 --num_query_groups 3 --kv_channels 64
+
+Times whole commands on a model of one layer: reading it, what is measured or solved, evaluation, writing it.
+Prints a table and, last, one JSON line; writes RESULTS.md.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from rich.console import Console
+from rich.table import Table
+
+from megatron_hylo.calibrate.gather import calibrate
+from megatron_hylo.config import ModelConfig
+from megatron_hylo.convert.upcycle_folder import upcycle_folder
+from megatron_hylo.models.checkpoint import save_model
+from megatron_hylo.models.hylo_model import build_model
+from megatron_hylo.platform.distributed import session
+
+MIXERS = {"MLA": "+-", "Gated DeltaNet": "G-", "Mamba2": "M-"}
+
+
+def main(
+    hidden_size: int = 4096,
+    ffn_hidden_size: int = 14336,
+    num_attention_heads: int = 32,
+    num_query_groups: int = 8,
+    kv_channels: int = 128,
+    tokens: int = 65_536,
+    sequence_length: int = 2048,
+    results: Path = Path("benchmarks/results/initialisation"),
+    commit: str = "",
+) -> None:
+    """Calibrate a random layer, then make each kind of mixer of it.
+
+    Args:
+        hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, kv_channels: of the layer.
+        tokens: of calibration.
+        sequence_length: tokens of a window.
+        results: path without suffix of the .md to write.
+        commit: of the code, for the results file.
+    """
+    vocabulary, rows = 512, []
+    config = ModelConfig(
+        hybrid_layer_pattern="*-", hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size, kv_channels=kv_channels,
+        num_attention_heads=num_attention_heads, num_query_groups=num_query_groups, vocab_size=vocabulary,
+        max_position_embeddings=8192, rotary_base=500_000.0,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch, session() as device:
+        folder = Path(scratch)
+        _random_text(folder / "data", vocabulary, tokens, sequence_length)
+        torch.manual_seed(0)
+        model = build_model(config)
+        torch.nn.init.normal_(model.embedding.word_embeddings.weight)
+        save_model(model, folder / "teacher")
+        del model
+        seconds = _seconds(
+            lambda: calibrate(folder / "teacher", folder / "data", folder / "calibration", tokens, sequence_length, heldout=2)
+        )
+        rows.append(("calibrate", seconds))
+        for name, pattern in MIXERS.items():
+            seconds = _seconds(
+                lambda pattern=pattern: upcycle_folder(
+                    folder / "teacher", folder / "student", pattern=pattern, calibration=folder / "calibration", overwrite=True
+                )
+            )
+            rows.append((f"initialise and solve, {name}", seconds))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    shape = f"{hidden_size} wide, {num_attention_heads}/{num_query_groups} heads of {kv_channels}, MLP {ffn_hidden_size}"
+    table = Table("one layer", "seconds", title=f"{shape}; {tokens:,} tokens; {name}")
+    for what, seconds in rows:
+        table.add_row(what, f"{seconds:.1f}")
+    Console().print(table)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.with_suffix(".md").write_text("\n".join([
+        "# Time to calibrate and to initialise one layer", "",
+        f"{shape}, random weights in fp32, {tokens:,} tokens in windows of {sequence_length:,}.", "",
+        f"`{' '.join(sys.argv)}`, {name}, torch {torch.__version__}, commit {commit}", "",
+        "| one layer | seconds |", "|---|---|", *(f"| {what} | {seconds:.1f} |" for what, seconds in rows), "",
+    ]))  # fmt: skip
+    print(json.dumps({"benchmark": "initialisation", "device": name, "shape": shape, "seconds": dict(rows)}))
+
+
+def _random_text(folder: Path, vocabulary: int, tokens: int, sequence_length: int) -> None:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for split, windows in (("train", 2 * tokens // sequence_length), ("heldout", 4)):
+        builder = IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=np.uint16)
+        for _ in range(windows):
+            builder.add_document(generator.integers(0, vocabulary, sequence_length + 1).tolist(), [sequence_length + 1])
+        builder.finalize(str(folder / f"{split}.idx"))
+
+
+def _seconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    auto_cli(main)

@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Find the best configurations of the linear layers' Triton kernels on this GPU, for the shapes of all named layouts.
+
+    python tools/tune_kernels.py                  # writes megatron_hylo/kernels/tuned/sm90.json on an H100
+    python tools/tune_kernels.py --workers 16     # that many processes compile first
+
+Needed once for a new kind of GPU, or new versions of Triton, fla or mamba-ssm. First all configurations are compiled by
+many processes at a time; then one process, with nothing else on the GPU, times them.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ |= {"HYLO_AUTOTUNE": "1", "FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}  # times are to be taken anew
+
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+
+from megatron_hylo.kernels.causal_conv1d import causal_conv1d
+from megatron_hylo.kernels.gated_delta_rule import delta_rule_transition, gated_delta_rule
+from megatron_hylo.kernels.ssd import ssd
+from megatron_hylo.kernels.tuned import FOLDER, found
+from megatron_hylo.layouts import LAYOUTS
+
+BATCH, LENGTH = 16, 2048  # fills the GPU; some kernels' configurations depend on the number of sequences
+
+
+def main(workers: int = min(16, os.cpu_count() or 1), output: Path | None = None, only: int | None = None) -> None:
+    """Tune all kernels and write their configurations.
+
+    Args:
+        workers: processes that compile before the timing; 0 to time at once.
+        output: file to write; by default the package's, for this GPU's compute capability.
+        only: run this one of the cases and write nothing (a worker's task).
+    """
+    if not torch.cuda.is_available():
+        sys.exit("tune_kernels.py needs a CUDA GPU: Triton's kernels run nowhere else")
+    torch.manual_seed(0)
+    work = cases()
+    if only is not None:
+        work[only][1]()
+        return
+    console, start = Console(), time.perf_counter()
+    if workers:
+        compile_all(len(work), workers)
+        console.print(f"{len(work)} cases compiled by {workers} processes in {time.perf_counter() - start:.0f} s")
+    for name, run in work:
+        before = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        console.print(f"  {name}: {time.perf_counter() - before:.1f} s", highlight=False)
+    major, minor = torch.cuda.get_device_capability()
+    file = output or FOLDER / f"sm{major}{minor}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kernels = found()
+    versions = {name: __import__(name).__version__ for name in ("torch", "triton", "fla")}
+    file.write_text(compact({"device": torch.cuda.get_device_name(), **versions, "kernels": kernels}))
+    count = sum(map(len, kernels.values()))
+    console.print(f"{file}: {len(kernels)} kernels, {count} shapes, {time.perf_counter() - start:.0f} s")
+
+
+def compile_all(count: int, workers: int) -> None:
+    """Run every case once in processes of its own, for what Triton's cache of compiled kernels keeps."""
+    waiting, running = list(range(count)), []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            running.append(subprocess.Popen([sys.executable, __file__, "--only", str(waiting.pop(0))]))
+        for process in [process for process in running if process.poll() is not None]:
+            running.remove(process)
+            if process.returncode:
+                sys.exit(f"{' '.join(map(str, process.args))} failed")
+        time.sleep(0.2)
+
+
+def compact(content: dict) -> str:
+    """JSON with one line a shape."""
+    lines = [f'"{name}": {json.dumps(value)},' for name, value in content.items() if name != "kernels"]
+    kernels = [
+        f"{json.dumps(name)}: [\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]"
+        for name, entries in content["kernels"].items()
+    ]
+    return "{\n" + "\n".join(lines) + '\n"kernels": {\n' + ",\n".join(kernels) + "\n}\n}\n"
+
+
+def cases() -> list[tuple[str, Callable[[], None]]]:
+    """Every call that layers make in training and generation, by shape."""
+    configs = [layout.config for layout in LAYOUTS.values()]
+    deltas = {(c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim) for c in configs if "G" in c.mixers}
+    scans = {(c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_dim) for c in configs if "M" in c.mixers}
+    channels = {h * (2 * dk + dv) for h, dk, dv in deltas}
+    channels |= {
+        c.num_query_groups * (c.mamba_head_dim + c.mamba_state_dim) + c.mamba_num_heads * c.mamba_state_dim
+        for c in configs
+        if "M" in c.mixers
+    }
+    found = []
+    for shape, state in itertools.product(sorted(deltas), (False, True)):
+        found.append((f"gated_delta_rule {shape} state={state}", lambda shape=shape, state=state: delta(*shape, state)))
+    for shape, begins, state in itertools.product(sorted(scans), (False, True), (False, True)):
+        name = f"ssd {shape} packed={begins} state={state}"
+        found.append((name, lambda shape=shape, begins=begins, state=state: scan(*shape, begins, state)))
+    for width, packed in itertools.product(sorted(channels), (False, True)):
+        found.append((f"causal_conv1d {width} packed={packed}", lambda width=width, packed=packed: convolve(width, packed)))
+    return found
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> torch.Tensor:
+    """Normal numbers on the GPU."""
+    return torch.randn(shape, dtype=dtype, device="cuda", requires_grad=grad)
+
+
+def delta(heads: int, dk: int, dv: int, state: bool) -> None:
+    """Forward and backward; with a state also what context parallelism and a prefill call."""
+    q, k = random(BATCH, LENGTH, heads, dk), random(BATCH, LENGTH, heads, dk)
+    v = random(BATCH, LENGTH, heads, dv)
+    g = -torch.rand(BATCH, LENGTH, heads, device="cuda")
+    beta = torch.rand(BATCH, LENGTH, heads, device="cuda").bfloat16()
+    for x in (g, beta):
+        x.requires_grad_()
+    before = random(BATCH, heads, dk, dv, dtype=torch.float32) if state else None
+    gated_delta_rule(q, k, v, g, beta, before)[0].sum().backward()
+    if state:
+        a, b = delta_rule_transition(k, v, g, beta)
+        (a.sum() + b.sum()).backward()
+        with torch.no_grad():
+            gated_delta_rule(q, k, v, g, beta, None, output_final_state=True)
+            gated_delta_rule(q, k, v, g, beta, before, output_final_state=True)
+
+
+def scan(heads: int, width: int, width_of_state: int, packed: bool, state: bool) -> None:
+    """Forward and backward; with a state also a prefill."""
+    x, b, c = (random(BATCH, LENGTH, heads, n) for n in (width, width_of_state, width_of_state))
+    dt = torch.rand(BATCH, LENGTH, heads, device="cuda", requires_grad=True)
+    rate, skip = -torch.rand(heads, device="cuda"), torch.rand(heads, device="cuda")
+    for parameter in (rate, skip):
+        parameter.requires_grad_()
+    before = random(BATCH, heads, width, width_of_state, dtype=torch.float32) if state else None
+    begins = torch.arange(LENGTH, device="cuda") % 300 == 0 if packed else None
+    ssd(x, dt, rate, b, c, skip, before, begins=begins)[0].sum().backward()
+    if state:
+        with torch.no_grad():
+            ssd(x, dt, rate, b, c, skip, before, output_final_state=True)
+
+
+def convolve(channels: int, packed: bool) -> None:
+    """Forward and backward, with SiLU."""
+    positions = torch.arange(LENGTH, device="cuda") % 300 if packed else None
+    for bias in (None, random(channels)):
+        batch = 1 if packed else BATCH
+        x, weight = random(batch, LENGTH, channels), random(channels, 4)
+        causal_conv1d(x, weight, bias, activation="silu", positions=positions)[0].sum().backward()
+
+
+if __name__ == "__main__":
+    auto_cli(main)
