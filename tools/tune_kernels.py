@@ -101,8 +101,8 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
         if "M" in c.mixers
     }
     found = []
-    for shape, state in itertools.product(sorted(deltas), (False, True)):
-        found.append((f"gated_delta_rule {shape} state={state}", lambda shape=shape, state=state: delta(*shape, state)))
+    for shape, call in itertools.product(sorted(deltas, reverse=True), (delta, delta_with_state, transition, prefill)):
+        found.append((f"{call.__name__} {shape}", lambda shape=shape, call=call: call(*delta_inputs(*shape))))
     for shape, begins, state in itertools.product(sorted(scans), (False, True), (False, True)):
         name = f"ssd {shape} packed={begins} state={state}"
         found.append((name, lambda shape=shape, begins=begins, state=state: scan(*shape, begins, state)))
@@ -116,22 +116,38 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) 
     return torch.randn(shape, dtype=dtype, device="cuda", requires_grad=grad)
 
 
-def delta(heads: int, dk: int, dv: int, state: bool) -> None:
-    """Forward and backward; with a state also what context parallelism and a prefill call."""
-    q, k = random(BATCH, LENGTH, heads, dk), random(BATCH, LENGTH, heads, dk)
-    v = random(BATCH, LENGTH, heads, dv)
+Inputs = tuple[torch.Tensor, ...]
+
+
+def delta_inputs(heads: int, dk: int, dv: int) -> Inputs:
+    """q, k, v, g, beta and an initial state."""
+    q, k, v = (random(BATCH, LENGTH, heads, n) for n in (dk, dk, dv))
     g = -torch.rand(BATCH, LENGTH, heads, device="cuda")
     beta = torch.rand(BATCH, LENGTH, heads, device="cuda").bfloat16()
-    for x in (g, beta):
-        x.requires_grad_()
-    before = random(BATCH, heads, dk, dv, dtype=torch.float32) if state else None
-    gated_delta_rule(q, k, v, g, beta, before)[0].sum().backward()
-    if state:
-        a, b = delta_rule_transition(k, v, g, beta)
-        (a.sum() + b.sum()).backward()
-        with torch.no_grad():
-            gated_delta_rule(q, k, v, g, beta, None, output_final_state=True)
-            gated_delta_rule(q, k, v, g, beta, before, output_final_state=True)
+    return q, k, v, g.requires_grad_(), beta.requires_grad_(), random(BATCH, heads, dk, dv, dtype=torch.float32)
+
+
+def delta(*inputs: torch.Tensor) -> None:
+    """Gated DeltaNet: forward and backward."""
+    gated_delta_rule(*inputs[:5])[0].sum().backward()
+
+
+def delta_with_state(*inputs: torch.Tensor) -> None:
+    """The same from a state: what a rank of context parallelism calls."""
+    gated_delta_rule(*inputs)[0].sum().backward()
+
+
+def transition(_, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, state: torch.Tensor) -> None:
+    """What a part of a sequence does to the state: what the ranks of context parallelism exchange."""
+    a, b = delta_rule_transition(k, v, g, beta)
+    (a.sum() + b.sum()).backward()
+
+
+@torch.no_grad()
+def prefill(*inputs: torch.Tensor) -> None:
+    """A prompt, from nothing and going on."""
+    gated_delta_rule(*inputs[:5], output_final_state=True)
+    gated_delta_rule(*inputs, output_final_state=True)
 
 
 def scan(heads: int, width: int, width_of_state: int, packed: bool, state: bool) -> None:
