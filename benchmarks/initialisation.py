@@ -50,7 +50,7 @@ def main(
         results: path without suffix of the .md to write.
         commit: of the code, for the results file.
     """
-    vocabulary, rows = 512, []
+    vocabulary, rows = 4 * hidden_size, []  # a layer that sees few different inputs is refused
     config = ModelConfig(
         hybrid_layer_pattern="*-", hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size, kv_channels=kv_channels,
         num_attention_heads=num_attention_heads, num_query_groups=num_query_groups, vocab_size=vocabulary,

@@ -29,7 +29,8 @@ from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.kernels.tuned import FOLDER, found
 from megatron_hylo.layouts import LAYOUTS
 
-BATCH, LENGTH = 16, 2048  # fills the GPU; some kernels' configurations depend on the number of sequences
+BATCH = 16  # some kernels' configurations depend on the number of sequences
+LENGTH = 2048  # fills the GPU; compiled kernels are the same for any other that 128 divides
 
 
 def main(workers: int = min(16, os.cpu_count() or 1), output: Path | None = None, only: int | None = None) -> None:
@@ -43,10 +44,10 @@ def main(workers: int = min(16, os.cpu_count() or 1), output: Path | None = None
     if not torch.cuda.is_available():
         sys.exit("tune_kernels.py needs a CUDA GPU: Triton's kernels run nowhere else")
     torch.manual_seed(0)
-    work = cases()
     if only is not None:
-        work[only][1]()
+        cases(length=256)[only][1]()
         return
+    work = cases(LENGTH)
     console, start = Console(), time.perf_counter()
     if workers:
         compile_all(len(work), workers)
@@ -55,6 +56,7 @@ def main(workers: int = min(16, os.cpu_count() or 1), output: Path | None = None
         before = time.perf_counter()
         run()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         console.print(f"  {name}: {time.perf_counter() - before:.1f} s", highlight=False)
     major, minor = torch.cuda.get_device_capability()
     file = output or FOLDER / f"sm{major}{minor}.json"
@@ -89,8 +91,8 @@ def compact(content: dict) -> str:
     return "{\n" + "\n".join(lines) + '\n"kernels": {\n' + ",\n".join(kernels) + "\n}\n}\n"
 
 
-def cases() -> list[tuple[str, Callable[[], None]]]:
-    """Every call that layers make in training and generation, by shape."""
+def cases(length: int) -> list[tuple[str, Callable[[], None]]]:
+    """Every call that layers make in training and generation, by shape, on sequences of `length` tokens."""
     configs = [layout.config for layout in LAYOUTS.values()]
     deltas = {(c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim) for c in configs if "G" in c.mixers}
     scans = {(c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_dim) for c in configs if "M" in c.mixers}
@@ -102,12 +104,14 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
     }
     found = []
     for shape, call in itertools.product(sorted(deltas, reverse=True), (delta, delta_with_state, transition, prefill)):
-        found.append((f"{call.__name__} {shape}", lambda shape=shape, call=call: call(*delta_inputs(*shape))))
+        found.append((f"{call.__name__} {shape}", lambda shape=shape, call=call: call(*delta_inputs(*shape, length))))
     for shape, begins, state in itertools.product(sorted(scans), (False, True), (False, True)):
         name = f"ssd {shape} packed={begins} state={state}"
-        found.append((name, lambda shape=shape, begins=begins, state=state: scan(*shape, begins, state)))
+        found.append((name, lambda shape=shape, begins=begins, state=state: scan(*shape, length, begins, state)))
     for width, packed in itertools.product(sorted(channels), (False, True)):
-        found.append((f"causal_conv1d {width} packed={packed}", lambda width=width, packed=packed: convolve(width, packed)))
+        found.append(
+            (f"causal_conv1d {width} packed={packed}", lambda width=width, packed=packed: convolve(width, length, packed))
+        )
     return found
 
 
@@ -119,11 +123,11 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) 
 Inputs = tuple[torch.Tensor, ...]
 
 
-def delta_inputs(heads: int, dk: int, dv: int) -> Inputs:
+def delta_inputs(heads: int, dk: int, dv: int, length: int) -> Inputs:
     """q, k, v, g, beta and an initial state."""
-    q, k, v = (random(BATCH, LENGTH, heads, n) for n in (dk, dk, dv))
-    g = -torch.rand(BATCH, LENGTH, heads, device="cuda")
-    beta = torch.rand(BATCH, LENGTH, heads, device="cuda").bfloat16()
+    q, k, v = (random(BATCH, length, heads, n) for n in (dk, dk, dv))
+    g = -torch.rand(BATCH, length, heads, device="cuda")
+    beta = torch.rand(BATCH, length, heads, device="cuda").bfloat16()
     return q, k, v, g.requires_grad_(), beta.requires_grad_(), random(BATCH, heads, dk, dv, dtype=torch.float32)
 
 
@@ -150,27 +154,27 @@ def prefill(*inputs: torch.Tensor) -> None:
     gated_delta_rule(*inputs, output_final_state=True)
 
 
-def scan(heads: int, width: int, width_of_state: int, packed: bool, state: bool) -> None:
+def scan(heads: int, width: int, width_of_state: int, length: int, packed: bool, state: bool) -> None:
     """Forward and backward; with a state also a prefill."""
-    x, b, c = (random(BATCH, LENGTH, heads, n) for n in (width, width_of_state, width_of_state))
-    dt = torch.rand(BATCH, LENGTH, heads, device="cuda", requires_grad=True)
+    x, b, c = (random(BATCH, length, heads, n) for n in (width, width_of_state, width_of_state))
+    dt = torch.rand(BATCH, length, heads, device="cuda", requires_grad=True)
     rate, skip = -torch.rand(heads, device="cuda"), torch.rand(heads, device="cuda")
     for parameter in (rate, skip):
         parameter.requires_grad_()
     before = random(BATCH, heads, width, width_of_state, dtype=torch.float32) if state else None
-    begins = torch.arange(LENGTH, device="cuda") % 300 == 0 if packed else None
+    begins = torch.arange(length, device="cuda") % 300 == 0 if packed else None
     ssd(x, dt, rate, b, c, skip, before, begins=begins)[0].sum().backward()
     if state:
         with torch.no_grad():
             ssd(x, dt, rate, b, c, skip, before, output_final_state=True)
 
 
-def convolve(channels: int, packed: bool) -> None:
+def convolve(channels: int, length: int, packed: bool) -> None:
     """Forward and backward, with SiLU."""
-    positions = torch.arange(LENGTH, device="cuda") % 300 if packed else None
+    positions = torch.arange(length, device="cuda") % 300 if packed else None
     for bias in (None, random(channels)):
         batch = 1 if packed else BATCH
-        x, weight = random(batch, LENGTH, channels), random(channels, 4)
+        x, weight = random(batch, length, channels), random(channels, 4)
         causal_conv1d(x, weight, bias, activation="silu", positions=positions)[0].sum().backward()
 
 
