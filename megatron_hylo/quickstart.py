@@ -70,6 +70,7 @@ class Budget:
     align_mixer_lr: float
     mixer_lr: float
     lr: float
+    cuda_graphs: bool = False
 
 
 CPU = Budget(
@@ -81,6 +82,7 @@ GPU = Budget(
     sequence_length=2048, align_batch_size=8, distil_batch_size=8, micro_batch_size=8, calibration_tokens=262_144,
     calibration_length=2048, sequential=False, align_loss="mse", align_tokens=655_360,
     distil_tokens=16_777_216, eval_windows=128, precision="bf16", align_mixer_lr=1e-3, mixer_lr=1e-3, lr=2e-4,
+    cuda_graphs=True,
 )  # fmt: skip
 BUDGETS = {  # the paper's start has further to go: larger steps, a longer stage 1
     ("cpu", "calibrated"): CPU,
@@ -279,6 +281,7 @@ def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: P
         trainable="mixers" if align else "all",
         align_loss=budget.align_loss,
         precision=budget.precision,
+        cuda_graphs=budget.cuda_graphs,
         optimizer=OptimizerSettings(
             lr=budget.lr,
             mixer_lr=budget.align_mixer_lr if align else budget.mixer_lr,

@@ -17,7 +17,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ |= {"HYLO_AUTOTUNE": "1", "FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}  # times are to be taken anew
+os.environ |= {
+    "HYLO_AUTOTUNE": "always",
+    "FLA_CACHE_RESULTS": "0",
+    "TRITON_CACHE_AUTOTUNING": "0",
+}  # times are to be taken anew
 
 import torch
 from jsonargparse import auto_cli

@@ -130,9 +130,8 @@ def align_layers(
             with torch.no_grad():
                 read[n] = mlp_layer(mlp, middle.detach()) if align_loss == "sequential" else target
         hidden = target
-    weights = torch.tensor([hidden_weight, mixer_weight], device=hidden.device)
     stacked = [torch.stack(found) for found in terms]
-    losses = [AlignmentLoss((layers * weights).sum(), layers) for layers in stacked]
+    losses = [AlignmentLoss((hidden_weight * t[:, 0] + mixer_weight * t[:, 1]).sum(), t) for t in stacked]
     return losses, torch.cat([hidden, *read], dim=-1) if align_loss == "sequential" else hidden
 
 

@@ -2,14 +2,17 @@
 
 Causality is aligned to the end: the last query sees every key, as in prefill and decode with a cache. On
 CUDA the backend is chosen here, in the order cuDNN, flash, memory-efficient, math (cuDNN is the fastest on
-Hopper and takes value heads that differ from query heads, as MLA has), and logged.
+Hopper and takes value heads that differ from query heads, as MLA has), and logged. Where queries are fewer than keys, as on
+a rank of context parallelism that has gathered keys, only flash needs no mask in memory, so it is the first there.
 """
 
+import contextlib
 import logging
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_hylo.kernels.registry import forced, use
 
@@ -46,26 +49,31 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, c
     if causal and t > s:
         raise ValueError(f"causal attention needs at least as many keys as queries, got {s} keys and {t} queries")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, heads, tokens, channels]
+    is_causal, is_lower_right = causal and t == s and t > 1, causal and 1 < t < s
+    backend = _backend(q, k, v, is_causal, is_lower_right)
     mask = None
-    if causal and 1 < t < s:
-        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    is_causal = causal and t == s and t > 1
-    backend = _backend(q, k, v, mask, is_causal)
-    if backend == "torch":
-        width = max(d, dv)  # zero channels change nothing, and only equal widths take the flash kernel of the CPU
-        q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=hq != hkv)[..., :dv]
-    else:
-        if backend == "efficient" and hq != hkv:  # the one that has no grouped heads
-            k, v = (x.repeat_interleave(hq // hkv, 1) for x in (k, v))
-        with sdpa_kernel(BACKENDS[backend]):
-            out = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
+    if is_lower_right:  # flash needs no mask, which with long sequences is larger than all else
+        mask = (
+            causal_lower_right(t, s) if backend == "flash" else torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+        )
+    if backend in ("torch", "flash"):
+        q, k, v = _same_width(q, k, v)
+    if backend == "efficient" and hq != hkv:  # the one that has no grouped heads
+        k, v = (x.repeat_interleave(hq // hkv, 1) for x in (k, v))
+    with sdpa_kernel(BACKENDS[backend]) if backend in BACKENDS else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )[..., :dv]
     return out.transpose(1, 2)
 
 
-def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> str:
+def _same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """With zero channels, which change nothing: flash kernels want queries, keys and values equally wide."""
+    width = max(x.shape[-1] for x in tensors)
+    return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)
+
+
+def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, is_lower_right: bool) -> str:
     """Name of the first usable backend; "torch" off CUDA, where torch itself chooses."""
     name = forced("attention")
     if name is not None:
@@ -75,14 +83,14 @@ def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tens
         use("attention", "torch", "cuDNN and flash need a CUDA device")
         return "torch"
     cuda, heads = torch.backends.cuda, q.shape[1]
-    grouped = cuda.SDPAParams(q, k, v, mask, 0.0, is_causal, heads != k.shape[1])
-    if cuda.can_use_cudnn_attention(grouped, False):
+    grouped = heads != k.shape[1]
+    if not is_lower_right and cuda.can_use_cudnn_attention(cuda.SDPAParams(q, k, v, None, 0.0, is_causal, grouped), False):
         name = "cudnn"
-    elif cuda.can_use_flash_attention(grouped, False):
+    elif cuda.can_use_flash_attention(cuda.SDPAParams(*_same_width(q, k, v), None, 0.0, is_causal, grouped), False):
         name = "flash"
     else:
         repeated = (x[:, :1].expand(-1, heads, -1, -1) for x in (k, v))  # shapes are all that is asked about
-        usable = cuda.can_use_efficient_attention(cuda.SDPAParams(q, *repeated, mask, 0.0, is_causal, False), False)
+        usable = cuda.can_use_efficient_attention(cuda.SDPAParams(q, *repeated, None, 0.0, is_causal, False), False)
         name = "efficient" if usable else "math"
     if name == "math":
         use("attention", name, "no fused backend takes these inputs: all scores go to memory", logging.WARNING)

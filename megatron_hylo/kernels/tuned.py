@@ -1,9 +1,10 @@
-"""Configurations of fla's and mamba_ssm's Triton kernels, found once on a kind of GPU and kept with the package.
+"""Which configuration each of fla's and mamba_ssm's Triton kernels runs with.
 
 Triton tries every configuration of every kernel when a shape is first seen: two to three minutes a shape. What
-tools/tune_kernels.py found is put into the kernels' own autotuners instead. A shape that is not in the file takes what
-was best for the nearest larger one, whose resources it does not exceed; a larger shape than all is tuned as ever.
-`HYLO_AUTOTUNE=1` turns this off.
+tools/tune_kernels.py found on a kind of GPU can be kept with the package and is put into the kernels' own autotuners. A
+shape that is not in the file takes what was best for the nearest larger one, whose resources it does not exceed; any other
+is tuned as ever. `HYLO_AUTOTUNE=always` tunes all shapes; `HYLO_AUTOTUNE=never` none: unknown ones get a middling
+configuration, slower but at once, which is what tests want.
 """
 
 import importlib
@@ -19,6 +20,7 @@ from typing import Any
 FOLDER = Path(__file__).parent / "tuned"  # sm90.json: the kernels of one compute capability
 LIBRARIES = ("fla.", "mamba_ssm.")
 ENVIRONMENT_VARIABLE = "HYLO_AUTOTUNE"
+MODES = ("always", "unknown", "never")  # which shapes to tune
 
 logger = logging.getLogger("megatron_hylo.kernels")
 
@@ -26,15 +28,39 @@ Key = tuple[Any, ...]  # of Triton's autotuner: values of the arguments that mat
 
 
 class KnownConfigurations(dict):
-    """An autotuner's cache, Key -> triton.Config, that answers for a smaller shape with what is known of a larger one."""
+    """An autotuner's cache, Key -> triton.Config, that answers for a smaller shape with what is known of a larger one.
+
+    Args:
+        known: to begin with.
+        otherwise: for shapes that nothing is known of; None to have them tuned.
+    """
+
+    def __init__(self, known: dict[Key, Any], otherwise: Any = None) -> None:
+        super().__init__(known)
+        self.otherwise = otherwise
 
     def __contains__(self, key: Key) -> bool:
         if not super().__contains__(key):
             larger = [known for known in self if distance(key, known) is not None]
-            if not larger:
+            config = self[min(larger, key=lambda known: distance(key, known))] if larger else self.otherwise
+            if config is None:
                 return False
-            self[key] = self[min(larger, key=lambda known: distance(key, known))]
+            self[key] = config
         return True
+
+
+def middling(configs: list[Any]) -> Any:
+    """The triton.Config nearest to 4 warps, 2 stages and blocks of 64: it needs few resources and wastes few."""
+
+    def oddity(config: Any) -> tuple[float, ...]:
+        blocks = [v for v in config.kwargs.values() if _is_size(v) and v > 0]
+        return (
+            abs(math.log2(config.num_warps / 4)),
+            abs(config.num_stages - 2),
+            sum(abs(math.log2(v / 64)) for v in blocks),
+        )
+
+    return min(configs, key=oddity)
 
 
 def distance(wanted: Key, known: Key) -> float | None:
@@ -80,17 +106,24 @@ def install(capability: tuple[int, int]) -> int:
 
     Returns:
         How many autotuners got something. A configuration that the installed library does not offer is left out.
+
+    Raises:
+        ValueError: an unknown value of the environment variable.
     """
+    mode = os.environ.get(ENVIRONMENT_VARIABLE, "unknown")
+    if mode not in MODES:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} is {mode!r}; use one of {', '.join(MODES)}")
     file = FOLDER / f"sm{capability[0]}{capability[1]}.json"
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "1" or not file.is_file():
+    if mode == "always" or (mode == "unknown" and not file.is_file()):
         return 0
-    kernels, count = json.loads(file.read_text())["kernels"], 0
+    kernels, count = json.loads(file.read_text())["kernels"] if file.is_file() else {}, 0
     for name, tuner in autotuners():
-        if name not in kernels or isinstance(tuner.cache, KnownConfigurations):
+        if isinstance(tuner.cache, KnownConfigurations) or not (mode == "never" or name in kernels):
             continue
         offered = {_settings(config): config for config in tuner.configs}
-        known = {tuple(entry["key"]): offered.get(_settings(entry["config"])) for entry in kernels[name]}
-        tuner.cache = KnownConfigurations({key: config for key, config in known.items() if config is not None})
+        known = {tuple(entry["key"]): offered.get(_settings(entry["config"])) for entry in kernels.get(name, ())}
+        known = {key: config for key, config in known.items() if config is not None}
+        tuner.cache = KnownConfigurations(known, middling(tuner.configs) if mode == "never" else None)
         count += 1
     return count
 

@@ -52,6 +52,7 @@ class TrainConfig:
     mixer_weight: float = 1.0  # align with ild: weight of the mixer-output term
     loss_chunk_tokens: int = 1024  # tokens whose logits exist at a time
     recompute: bool = False  # recompute activations in the backward pass: less memory, a third more work
+    cuda_graphs: bool = False  # replay a recorded step: small models are several times faster; takes more memory
     # where
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     backend: Literal["auto", "local", "te"] = "auto"
@@ -88,6 +89,11 @@ class TrainConfig:
             raise ConfigError(
                 "precision bf16 needs optimizer.use_distributed_optimizer true: Megatron-Core's plain optimizer cannot save "
                 "bf16 weights beside the fp32 A_log and dt_bias of linear layers"
+            )
+        if self.cuda_graphs and (self.recompute or self.packed_documents or self.parallel.stages > 1):
+            raise ConfigError(
+                "cuda_graphs cannot record recompute, packed_documents or pipeline stages; set cuda_graphs false, or leave "
+                "those out"
             )
         parallel, parts = self.parallel, self.parallel.context_parallel_size
         if parallel.sequence_parallel:

@@ -26,6 +26,7 @@ from megatron_hylo.platform.distributed import is_main, is_timeout, session
 from megatron_hylo.sealed import is_sealed, write_json
 from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from megatron_hylo.train.config import PREFIXES, TrainConfig
+from megatron_hylo.train.cuda_graph import RecordedStage, recordable
 from megatron_hylo.train.feed import rank_batches
 from megatron_hylo.train.health import SkippedSteps
 from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
@@ -55,7 +56,7 @@ def train(config: TrainConfig) -> Quality | None:
         Stopped: a signal came; a checkpoint was saved.
     """
     run = Path(config.output)
-    with session(config.parallel, config.seed) as device:
+    with session(config.parallel, config.seed) as device, recordable(config.cuda_graphs, device):
         _check_same_run(config, run)
         if is_sealed(run / "model"):
             logger.info("%s is already trained; remove it to train again", run)
@@ -81,11 +82,13 @@ def train(config: TrainConfig) -> Quality | None:
         reporter.say(f"{config.stage}: {_describe(config, students)}" + (f"; resumed at step {step}" if step else ""))
         saver = CheckpointSaver(run, provenances, tokenizer, config.keep_checkpoints)
         stop = StopRequest()
+        passes = RecordedStage(stage) if config.cuda_graphs else stage
         try:
             feed = rank_batches(config, dataset, consumed, device)
             skipped = SkippedSteps(config.max_skipped_steps)
             while step < config.train_steps:
-                metrics = _step(states, stage, feed, micro_batches, step, skipped)
+                # after a skipped step the layers are watched, which a recorded one does not know of
+                metrics = _step(states, stage if skipped.in_a_row else passes, feed, micro_batches, step, skipped)
                 step, consumed = step + 1, consumed + config.global_batch_size
                 if step == 1 or reporter.last[1] == 0:
                     logger.info("operations: %s", in_use())
@@ -145,7 +148,12 @@ class StopRequest:
 
 
 def _step(
-    states: Sequence[TrainingState], stage: Stage, feed: Any, micro_batches: int, step: int, skipped: SkippedSteps
+    states: Sequence[TrainingState],
+    stage: Stage | RecordedStage,
+    feed: Any,
+    micro_batches: int,
+    step: int,
+    skipped: SkippedSteps,
 ) -> dict[str, float]:
     for state in states:
         for wrapper in state.wrapped:
@@ -239,7 +247,8 @@ def _check_same_run(config: TrainConfig, run: Path) -> None:
     """A run folder keeps the settings it was started with; going on with others would change its meaning silently."""
     may_change = {
         "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "tensorboard", "wandb", "wandb_project",
-        "parallel", "micro_batch_size", "async_save", "recompute", "backend", "eval_windows", "loss_chunk_tokens", "output",
+        "parallel", "micro_batch_size", "async_save", "recompute", "cuda_graphs", "backend", "eval_windows",
+        "loss_chunk_tokens", "output",
     }  # fmt: skip
     file = run / "config.json"
     mine = json.loads(json.dumps(asdict(config)))

@@ -1,0 +1,123 @@
+"""Tokens a second of training, stage by stage, with random weights at real shapes: the training loop itself, nothing less.
+
+    python benchmarks/train_throughput.py
+    python benchmarks/train_throughput.py --layout llama3.2-1b-4mla12gdn --teacher llama3.1-8b --lengths [65536] --batches [1]
+
+Each row is a run of `steps` steps, with and without CUDA graphs; the rate is that of the last half. Prints a table and, last,
+one JSON line; writes RESULTS.md.
+"""
+
+import gc
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from rich.console import Console
+from rich.table import Table
+
+from megatron_hylo.kernels.registry import in_use
+from megatron_hylo.layouts import BASES, get_layout
+from megatron_hylo.models.checkpoint import save_model
+from megatron_hylo.models.hylo_model import build_model
+from megatron_hylo.platform.distributed import session
+from megatron_hylo.train.config import TrainConfig
+from megatron_hylo.train.loop import train
+
+COLUMNS = ("stage", "sequence", "batch", "CUDA graphs", "tokens/s", "MFU %", "peak GiB")
+
+
+def main(
+    layout: str = "smollm2-135m-8mla22gdn-aligned",
+    teacher: str = "smollm2-135m",
+    stages: list[str] = ["distil"],  # noqa: B006
+    lengths: list[int] = [2048],  # noqa: B006
+    batches: list[int] = [8, 16],  # noqa: B006
+    cuda_graphs: list[bool] = [False, True],  # noqa: B006
+    steps: int = 24,
+    results: Path = Path("benchmarks/results/train_throughput"),
+    commit: str = "",
+) -> None:
+    """Measure every combination.
+
+    Args:
+        layout: the student.
+        teacher: base model.
+        stages: of align, distil, pretrain.
+        lengths: tokens of a sequence.
+        batches: sequences of a step, all in one forward pass.
+        cuda_graphs: without and with.
+        steps: of a run.
+        results: path without suffix of the .md to write.
+        commit: of the code, for the results file.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        with session():
+            save_model(build_model(get_layout(layout).config, params_dtype=torch.bfloat16), folder / "student")
+            if set(stages) != {"pretrain"}:
+                save_model(build_model(BASES[teacher], params_dtype=torch.bfloat16), folder / "teacher")
+        _random_text(folder / "data", BASES[teacher].vocab_size, 2 * steps * max(batches) * max(lengths))
+        for number, (stage, length, batch, graphs) in enumerate(itertools.product(stages, lengths, batches, cuda_graphs)):
+            config = TrainConfig(
+                stage=stage, data=str(folder / "data"), output=str(folder / f"run{number}"), model=str(folder / "student"),
+                teacher=None if stage == "pretrain" else str(folder / "teacher"), sequence_length=length,
+                global_batch_size=batch, micro_batch_size=batch, train_tokens=steps * batch * length, log_interval=1,
+                eval_windows=1, save_interval=10**9, tensorboard=False, cuda_graphs=graphs,
+                precision="bf16" if torch.cuda.is_available() else "fp32",
+            )  # fmt: skip
+            train(config)
+            lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+            found = [line for line in lines if "tokens_per_second" in line][steps // 2 :]
+            middle = {key: statistics.median(line[key] for line in found) for key in ("tokens_per_second", "mfu")}
+            rows.append(dict(stage=stage, sequence=length, batch=batch, cuda_graphs=graphs, **middle,
+                             peak_gib=found[-1]["peak_memory_gib"]))  # fmt: skip
+            _free()
+    _show(rows, layout, teacher, results, commit)
+
+
+def _random_text(folder: Path, vocabulary: int, tokens: int) -> None:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for split, count in (("train", tokens), ("heldout", tokens)):
+        builder = IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=np.int32)
+        builder.add_document(generator.integers(0, vocabulary, count).tolist(), [count])
+        builder.finalize(str(folder / f"{split}.idx"))
+    (folder / "data.json").write_text(json.dumps({"vocab_size": vocabulary}))
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _show(rows: list[dict[str, Any]], layout: str, teacher: str, results: Path, commit: str) -> None:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    table, lines = Table(*COLUMNS, title=f"{layout}, teacher {teacher}, {name}"), []
+    for r in rows:
+        cells = (r["stage"], f"{r['sequence']:,}", str(r["batch"]), "yes" if r["cuda_graphs"] else "no",
+                 f"{r['tokens_per_second']:,.0f}", f"{100 * r['mfu']:.1f}", f"{r['peak_gib']:.1f}")  # fmt: skip
+        table.add_row(*cells)
+        lines.append("| " + " | ".join(cells) + " |")
+    Console(width=110).print(table)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.with_suffix(".md").write_text("\n".join([
+        "# Training throughput", "", f"{layout} with teacher {teacher}, random weights, the training loop as it is.", "",
+        f"`{' '.join(sys.argv)}`, {name}, torch {torch.__version__}, commit {commit}, {in_use()}", "",
+        "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *lines, "",
+    ]))  # fmt: skip
+    print(json.dumps({"benchmark": "train_throughput", "device": name, "layout": layout, "rows": rows}))
+
+
+if __name__ == "__main__":
+    auto_cli(main)
