@@ -64,9 +64,10 @@ def main(
             for symbol in mixers:
                 config = get_layout(f"{SHAPES[shape]}{MIXERS[symbol]}").config
                 mixer = _mixer(config, symbol, dtype)
+                divided = getattr(mixer, "groups", mixer.heads) % ranks == 0  # a2a gives every rank as many heads
                 for length in lengths:
                     one, _ = _time(mixer, ContextGroup(alone), length, config.hidden_size, dtype, device, repeats)
-                    for method in ("all_gather", "a2a"):
+                    for method in ("all_gather", "a2a") if divided else ("all_gather",):
                         group = ContextGroup(together, by_heads=method == "a2a")
                         split, received = _time(mixer, group, length, config.hidden_size, dtype, device, repeats)
                         rows.append(dict(shape=shape, mixer=NAMES[symbol], tokens=length, method=method, one_gpu_ms=one,

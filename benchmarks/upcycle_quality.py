@@ -65,7 +65,7 @@ STAGE_1 = 0.1  # of the tokens
 def main(
     work: Path = Path("runs/upcycle_quality"),
     starts: list[str] = list(STARTS),  # noqa: B006  jsonargparse shows it
-    training: list[str] = ["paper", "paper, sequential stage 1", "sequential"],  # noqa: B006
+    training: list[str] = ["paper", "one-shot", "sequential"],  # noqa: B006
     tokens: list[int] = [1_000_000, 3_000_000, 10_000_000],  # noqa: B006
     seeds: list[int] = [0, 1],  # noqa: B006
     calibration_tokens: int = 262_144,

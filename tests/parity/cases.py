@@ -99,7 +99,7 @@ def make_model(config: ModelConfig, folder: Path, seed: int) -> None:
             elif name.endswith(".D"):  # small: where D x is most of Mamba2's output, the norm cancels D's gradient
                 p.uniform_(0.1, 0.3)
             elif p.dim() == 2:
-                p.normal_(std=0.06)
+                p.normal_(std=0.42 * config.hidden_size**-0.5)
     save_model(model, folder)
 
 
