@@ -14,6 +14,7 @@ from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.convert.to_hf import hf_tensors
 from megatron_hylo.convert.to_megatron import Track, fill_model, no_progress
 from megatron_hylo.eval.perplexity import Quality, evaluate
+from megatron_hylo.kernels.registry import untuned
 from megatron_hylo.layouts import Shapes, expand_pattern, get_layout, hybrid_config
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
@@ -114,10 +115,11 @@ def upcycle_folder(
     report = UpcycleReport(config, None, None, None)
     if statistics is not None:
         windows, heldout = statistics.windows()
-        if calibrated:
-            report.errors = solve_outputs(student, model, windows, sequential, mlps, track)
         size = micro_batch(heldout.shape[1] - 1)
-        report.quality, report.teacher_quality = (evaluate(m, heldout, model, size) for m in (student, model))
+        with untuned():
+            if calibrated:
+                report.errors = solve_outputs(student, model, windows, sequential, mlps, track)
+            report.quality, report.teacher_quality = (evaluate(m, heldout, model, size) for m in (student, model))
     provenance = {"teacher": str(teacher), "init": init, "seed": seed}
     if calibrated:
         tokens = statistics.description["tokens"]

@@ -99,6 +99,20 @@ def force(op: str, implementation: str) -> Iterator[None]:
             _forced[op] = before
 
 
+@contextlib.contextmanager
+def untuned() -> Iterator[None]:
+    """Recurrences and convolutions in plain torch, for a pass over little text: it ends before Triton has tuned kernels.
+
+    What the environment variable demands goes before.
+    """
+    demanded = _parse(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    with contextlib.ExitStack() as stack:
+        for op in ("causal_conv1d", "gated_delta_rule", "ssd"):
+            if op not in demanded:
+                stack.enter_context(force(op, "torch"))
+        yield
+
+
 @functools.cache
 def _parse(setting: str) -> dict[str, str]:
     forced = {}

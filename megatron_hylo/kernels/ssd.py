@@ -83,23 +83,35 @@ def ssd(
         return _chunked(x, dt, A, B, C, D, initial_state, output_final_state, begins)
 
 
-def ssd_transition(
-    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, begins: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What these tokens do to any state: h -> a h + b, in closed form: b = sum_t exp(A sum_{s > t} dt_s) dt_t x_t B_t^T.
+def total_decay(dt: torch.Tensor, A: torch.Tensor, begins: torch.Tensor | None = None) -> torch.Tensor:
+    """What is left of a state after these tokens: with h from none of it, the state after them is a h_before + h.
 
     Args:
-        x, dt, A, B, begins: as in `ssd`.
+        dt, A, begins: as in `ssd`.
 
     Returns:
-        a [b, h, 1, 1] and b [b, h, p, n], in the dtype of its states.
+        a [b, h, 1, 1], float32 or wider.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    decay = _log_decay(dt.to(wide), A.to(wide), begins)
-    total = decay.double().cumsum(1)  # differences of large sums lose digits in float32
-    to_end = (total[:, -1:] - total).to(wide).exp()
-    added = torch.einsum("bthp,bthn->bhpn", x.to(wide) * (dt.to(wide) * to_end)[..., None], B.to(wide))
-    return total[:, -1].to(wide).exp()[..., None, None], added
+    return _log_decay(dt, A, begins).sum(1).exp()[..., None, None]
+
+
+def carried_in(
+    state: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, C: torch.Tensor, begins: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the state before the first token adds to the outputs, y_t += exp(A sum_{s <= t} dt_s) h C_t: one matrix product.
+
+    So a part of a sequence need not wait for the state that the part before it ends with.
+
+    Args:
+        state: [b, h, p, n].
+        dt, A, C, begins: as in `ssd`.
+
+    Returns:
+        [b, t, h, p] in C's dtype.
+    """
+    left = _log_decay(dt, A, begins).cumsum(1).exp()[..., None]  # [b, t, h, 1]
+    queries = (C * left).to(C.dtype).transpose(1, 2)  # [b, h, t, n]
+    return (queries @ state.to(C.dtype).transpose(-1, -2)).transpose(1, 2)
 
 
 def _log_decay(dt: torch.Tensor, A: torch.Tensor, begins: torch.Tensor | None) -> torch.Tensor:

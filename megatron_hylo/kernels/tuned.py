@@ -3,7 +3,7 @@
 Triton tries every configuration of every kernel when a shape is first seen: two to three minutes a shape. What
 tools/tune_kernels.py found on a kind of GPU can be kept with the package and is put into the kernels' own autotuners. A
 shape that is not in the file takes what was best for the nearest larger one, whose resources it does not exceed; any other
-is tuned as ever. `HYLO_AUTOTUNE=always` tunes all shapes; `HYLO_AUTOTUNE=never` none: unknown ones get a middling
+is tuned as ever. `HYLO_AUTOTUNE=always` tunes all shapes; `HYLO_AUTOTUNE=never` none: unknown ones get a modest
 configuration, slower but at once, which is what tests want.
 """
 
@@ -49,18 +49,14 @@ class KnownConfigurations(dict):
         return True
 
 
-def middling(configs: list[Any]) -> Any:
-    """The triton.Config nearest to 4 warps, 2 stages and blocks of 64: it needs few resources and wastes few."""
+def modest(configs: list[Any]) -> Any:
+    """The triton.Config of about 4 warps with the fewest stages and smallest blocks: it asks for the least shared memory."""
 
-    def oddity(config: Any) -> tuple[float, ...]:
-        blocks = [v for v in config.kwargs.values() if _is_size(v) and v > 0]
-        return (
-            abs(math.log2(config.num_warps / 4)),
-            abs(config.num_stages - 2),
-            sum(abs(math.log2(v / 64)) for v in blocks),
-        )
+    def size(config: Any) -> tuple[float, ...]:
+        blocks = [value for value in config.kwargs.values() if _is_size(value)]
+        return abs(math.log2(config.num_warps / 4)), config.num_stages, math.prod(blocks)
 
-    return min(configs, key=oddity)
+    return min(configs, key=size)
 
 
 def distance(wanted: Key, known: Key) -> float | None:
@@ -123,7 +119,7 @@ def install(capability: tuple[int, int]) -> int:
         offered = {_settings(config): config for config in tuner.configs}
         known = {tuple(entry["key"]): offered.get(_settings(entry["config"])) for entry in kernels.get(name, ())}
         known = {key: config for key, config in known.items() if config is not None}
-        tuner.cache = KnownConfigurations(known, middling(tuner.configs) if mode == "never" else None)
+        tuner.cache = KnownConfigurations(known, modest(tuner.configs) if mode == "never" else None)
         count += 1
     return count
 

@@ -31,7 +31,7 @@ class GroupedQueryAttention(MegatronModule):
         self.head_dim = c.kv_channels
         self.queries_per_group = c.num_attention_heads // c.num_query_groups
         self.groups = c.num_query_groups // self.tp_group.size()
-        self.context = context_group(config.cp_comm_type, pg_collection.cp, is_attention=True, num_query_groups=self.groups)
+        self.context = context_group(config.cp_comm_type, pg_collection.cp, num_query_groups=self.groups)
         width = (c.num_attention_heads + 2 * c.num_query_groups) * c.kv_channels
         self.linear_qkv = column_linear(submodules, config, c.hidden_size, width, self.tp_group, bias=c.add_qkv_bias)
         self.linear_proj = row_linear(submodules, config, c.num_attention_heads * c.kv_channels, c.hidden_size, self.tp_group)

@@ -83,7 +83,7 @@ class GatedDeltaNet(MegatronModule):
         self.tp_group = pg_collection.tp
         tp = self.tp_group.size()
         self.heads = c.linear_num_heads // tp
-        self.context = context_group(config.cp_comm_type, pg_collection.cp, is_attention=False, linear_num_heads=self.heads)
+        self.context = context_group(config.cp_comm_type, pg_collection.cp, linear_num_heads=self.heads)
         keys, values = self.heads * c.linear_key_head_dim, self.heads * c.linear_value_head_dim
         self.sections = {"query": keys, "key": keys, "value": values, "gate": values, "beta": self.heads, "alpha": self.heads}
         self.in_proj = column_linear(submodules, config, c.hidden_size, tp * sum(self.sections.values()), self.tp_group)
@@ -120,7 +120,9 @@ class GatedDeltaNet(MegatronModule):
         if documents is not None:
             decay = decay.masked_fill(documents.begins[:, None], RESET)
         beta = beta.sigmoid()
-        state = context.state_before(lambda: delta_rule_transition(key, value, decay, beta))
+        state = None
+        if context.passes_states:
+            state = context.state_before(*delta_rule_transition(key, value, decay, beta))
         out, _ = gated_delta_rule(query, key, value, decay, beta, initial_state=state)
         out = self.out_norm(out, gate.reshape(out.shape))
         return self.out_proj(context.give_back(out.reshape(b, s, values)).transpose(0, 1).contiguous())

@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_hylo.kernels.norm import gated_rms_norm
-from megatron_hylo.kernels.ssd import ssd, ssd_transition
+from megatron_hylo.kernels.ssd import carried_in, ssd, total_decay
 from megatron_hylo.models.gdn import ShortConvolution, log_uniform_dt_bias
 from megatron_hylo.models.layers import sharded_mixer_state, tensor_parallel_parameter
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
@@ -59,7 +59,7 @@ class Mamba2(MegatronModule):
         tp = self.tp_group.size()
         self.heads, self.groups = c.mamba_num_heads // tp, c.num_query_groups // tp
         counts = dict(mamba_num_heads=self.heads, num_query_groups=self.groups)
-        self.context = context_group(config.cp_comm_type, pg_collection.cp, is_attention=False, **counts)
+        self.context = context_group(config.cp_comm_type, pg_collection.cp, **counts)
         inner = self.heads * c.mamba_head_dim
         self.sections = {
             "z": inner,
@@ -106,8 +106,11 @@ class Mamba2(MegatronModule):
         dt = torch.nn.functional.softplus(dt.float() + bias)
         rate = -decay.exp()
         begins = documents.begins if documents is not None else None
-        state = context.state_before(lambda: ssd_transition(x, dt, rate, state_in, begins))
-        y, _ = ssd(x, dt, rate, state_in, state_out, skip, initial_state=state, begins=begins)
+        passes = context.passes_states
+        y, final = ssd(x, dt, rate, state_in, state_out, skip, output_final_state=passes, begins=begins)
+        if passes:
+            before = context.state_before(total_decay(dt, rate, begins), final)
+            y = y + carried_in(before, dt, rate, state_out, begins)
         y = self.norm(y.reshape(b, s, -1), z, context.own_share)
         return self.out_proj(context.give_back(y).transpose(0, 1).contiguous())
 

@@ -46,7 +46,7 @@ class MultiLatentAttention(MegatronModule):
         self.qk_dim = c.qk_head_dim + c.qk_pos_emb_head_dim
         self.heads = c.num_attention_heads // self.tp_group.size()
         self.groups = c.num_query_groups // self.tp_group.size()
-        self.context = context_group(config.cp_comm_type, pg_collection.cp, is_attention=True, num_query_groups=self.groups)
+        self.context = context_group(config.cp_comm_type, pg_collection.cp, num_query_groups=self.groups)
         query_width, kv_width = c.num_attention_heads * self.qk_dim, c.num_query_groups * (c.qk_head_dim + c.v_head_dim)
         self.linear_q_down_proj = ReplicatedLinear(c.hidden_size, c.q_lora_rank, config)
         self.linear_q_up_proj = column_linear(submodules, config, c.q_lora_rank, query_width, self.tp_group, bias)

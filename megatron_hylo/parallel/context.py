@@ -4,13 +4,14 @@
 convolution gathers the last inputs of each part; a linear layer gathers what each part does to the recurrent state, whose
 size does not depend on the sequence. Linear recurrences are affine in the state: a part turns S into A S + B, with A one
 number a head in Mamba2 and a [dk, dk] matrix a head in Gated DeltaNet, so every rank finds B (and A) from its own tokens,
-all at once, and composes those of the ranks before it.
+all at once, and composes those of the ranks before it. Mamba2 then adds what that state does to its outputs, in one matrix
+product; Gated DeltaNet finds A and B in a pass of their own, before the one for its outputs.
 
 `a2a` (Megatron's all-to-all): ranks trade sequence for heads. Each gets all tokens of its share of the heads, computes as
 if alone, and gives the outputs back. MLA still gathers its latents, and trades queries and outputs only. It moves more, but
 causal attention costs every rank the same, where with contiguous parts the last of n has 2 - 1/n times the mean.
 
-`auto` is `a2a` for attention and MLA where the ranks divide their heads, and `all_gather` for all else.
+`auto` is `a2a` for mixers whose heads the ranks divide, which is the faster one on the GPUs of a host, and else `all_gather`.
 
 Every rank takes part in each collective whether it reads the result or not: a rank whose graph lacked one would leave the
 others waiting in the backward pass.
@@ -45,13 +46,12 @@ def own_part(x: Tensor) -> Tensor:
     return x[:, own_slice(x.shape[1])].contiguous()
 
 
-def context_group(method: str | None, group: dist.ProcessGroup, is_attention: bool, **heads: int) -> "ContextGroup":
+def context_group(method: str | None, group: dist.ProcessGroup, **heads: int) -> "ContextGroup":
     """The ranks that share a sequence, for one mixer.
 
     Args:
         method: `cp_comm_type` of the configuration.
         group: context-parallel process group.
-        is_attention: softmax attention or MLA.
         heads: counts of this tensor-parallel rank that `a2a` must divide, by name.
 
     Raises:
@@ -64,7 +64,7 @@ def context_group(method: str | None, group: dist.ProcessGroup, is_attention: bo
             f"cp_comm_type a2a needs heads that context_parallel_size {ranks} divides; of a tensor-parallel rank it does not "
             f"divide {', '.join(indivisible)}; use auto or all_gather, or other sizes"
         )
-    return ContextGroup(group, ranks > 1 and not indivisible and (method == "a2a" or (method == "auto" and is_attention)))
+    return ContextGroup(group, ranks > 1 and not indivisible and method in ("a2a", "auto"))
 
 
 class ContextGroup:
@@ -149,19 +149,22 @@ class ContextGroup:
             )
         return self._before(x[:, -count:].movedim(1, -1), lambda state, ends: ends)
 
-    def state_before(self, part: Callable[[], tuple[Tensor, Tensor]]) -> Tensor | None:
+    @property
+    def passes_states(self) -> bool:
+        """Whether a recurrence begins with the state that other ranks' tokens left."""
+        return self.size > 1 and not self.by_heads
+
+    def state_before(self, a: Tensor, b: Tensor) -> Tensor:
         """The recurrent state that this part of the sequence begins with.
 
         Args:
-            part: gives A and B of this rank's tokens: B [batch, heads, rows, columns], and A [batch, heads, rows, rows]
-                to multiply states with from the left, or [batch, heads, 1, 1].
+            a: what this rank's tokens multiply states with from the left, [batch, heads, rows, rows] or
+                [batch, heads, 1, 1].
+            b: and add, [batch, heads, rows, columns].
 
         Returns:
-            Like B; None where a rank has all tokens.
+            Like b.
         """
-        if self.size == 1 or self.by_heads:
-            return None
-        a, b = part()
         width = a.shape[-1]
 
         def compose(state: Tensor, ab: Tensor) -> Tensor:

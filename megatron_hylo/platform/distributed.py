@@ -7,7 +7,6 @@ import contextlib
 import functools
 import logging
 import os
-import socket
 import warnings
 from datetime import timedelta
 from typing import Iterator
@@ -64,16 +63,12 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
         os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # autotuning takes minutes; keep what it finds
     if not torch.distributed.is_initialized():
         backend = "nccl" if here.type == "cuda" else "gloo"
-        settings = dict(
-            backend=backend,
-            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
-            device_id=here if here.type == "cuda" else None,
-        )
+        # no device_id: with it NCCL splits every group of Megatron-Core off one communicator, used or not
+        settings = dict(backend=backend, timeout=timedelta(minutes=parallel.distributed_timeout_minutes))
         if "RANK" in os.environ:
             torch.distributed.init_process_group(**settings)
-        else:
-            store = torch.distributed.TCPStore("127.0.0.1", _free_port(), 1, True)
-            torch.distributed.init_process_group(store=store, rank=0, world_size=1, **settings)
+        else:  # alone: a store of this process, for which no port is needed
+            torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1, **settings)
     world = torch.distributed.get_world_size()
     model_parallel = parallel.model_parallel_size
     if world % model_parallel:
@@ -108,26 +103,31 @@ def is_timeout(error: BaseException) -> bool:
 
 
 def shutdown() -> None:
-    """Leave all process groups."""
+    """Leave all process groups, when all ranks have come so far: NCCL may not return from taking down one that is in use."""
     from megatron.core import parallel_state
 
     if torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.barrier()
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
 def session(parallel: ParallelConfig | None = None, seed: int = 1234) -> Iterator[torch.device]:
-    """`initialize` on entry; on exit `shutdown`, if it was this context that started the process groups."""
+    """`initialize` on entry; on exit `shutdown`, if it was this context that started the process groups.
+
+    After an error a rank among several does not wait for the others, which may be waiting for it: it leaves, and torchrun
+    ends them.
+    """
     owner = not torch.distributed.is_initialized()
     try:
         yield initialize(parallel, seed)
-    finally:
-        if owner:
+    except BaseException:
+        if owner and torch.distributed.is_initialized() and torch.distributed.get_world_size() == 1:
             shutdown()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        raise
+    if owner:
+        shutdown()

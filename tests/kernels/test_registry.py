@@ -72,3 +72,12 @@ def test_unknown_names_list_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) ->
 def test_import_error_tells_why_a_module_is_missing() -> None:
     assert registry.import_error("torch.nn") is None
     assert "no_such_library" in registry.import_error("no_such_library.ops")
+
+
+def test_untuned_runs_torch_but_where_the_user_demands_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "ssd=mamba_ssm")
+    with registry.untuned():
+        assert registry.select("gated_delta_rule", "fla", None) == "torch"
+        assert registry.select("causal_conv1d", "fla", None) == "torch"
+        assert registry.select("ssd", "mamba_ssm", None) == "mamba_ssm"
+    assert registry.select("gated_delta_rule", "fla", None) == "fla"

@@ -165,9 +165,7 @@ def main(file: str) -> None:
         cuda = here.type == "cuda"
         if cuda:
             torch.cuda.set_device(here)
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks, device_id=here if cuda else None
-        )
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
         for entry, config in group:
             if entry["kind"] == "measure":
                 with FAULTS[entry["fault"]][0]() if entry["fault"] else contextlib.nullcontext():
