@@ -28,6 +28,7 @@ setup(
         "tokenizers>=0.22",
         "torch>=2.11",
         "transformers>=5.17,<6",
+        "zstandard>=0.23",  # teacher stores
     ],
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.20", "mamba-ssm>=2.3.2"],

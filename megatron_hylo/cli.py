@@ -8,8 +8,8 @@ from typing import Any, Callable, Literal
 from rich.table import Table
 
 from megatron_hylo.cli_console import console, set_up_logging, track
-from megatron_hylo.cli_parser import build_parser
-from megatron_hylo.cli_upcycle import assemble, calibrate, select, upcycle
+from megatron_hylo.cli_parser import build_parser, command
+from megatron_hylo.cli_upcycle import assemble, cache_teacher, calibrate, select, upcycle
 from megatron_hylo.config import ConfigError
 from megatron_hylo.train.config import TrainConfig
 
@@ -223,8 +223,8 @@ def train(config: TrainConfig) -> int:
 
 
 VERBS: tuple[Callable, ...] = (
-    quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, train, evaluate,
-    export, generate,
+    quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, train,
+    evaluate, export, generate,
 )  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     set_up_logging()
     parser = build_parser(VERBS)
     parsed = parser.parse_args(arguments)
-    verb = {v.__name__: v for v in VERBS}[parsed.verb]
+    verb = {command(v): v for v in VERBS}[parsed.verb]
     values = parser.instantiate(parsed)[parsed.verb]
     try:
         if verb is train:

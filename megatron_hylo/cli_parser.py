@@ -25,8 +25,13 @@ def build_parser(verbs: Iterable[Callable]) -> ArgumentParser:
             sub.add_class_arguments(TrainConfig)
         else:
             _add_arguments(sub, verb)
-        commands.add_subcommand(verb.__name__, sub, help=summary)
+        commands.add_subcommand(command(verb), sub, help=summary)
     return parser
+
+
+def command(verb: Callable) -> str:
+    """What a verb is called on the command line."""
+    return verb.__name__.replace("_", "-")
 
 
 def _add_arguments(parser: ArgumentParser, verb: Callable) -> None:

@@ -1,4 +1,4 @@
-"""The verbs of `hylo` that make a hybrid: calibrate, upcycle, select, assemble."""
+"""The verbs of `hylo` around a teacher and the hybrid made of it: calibrate, cache-teacher, upcycle, select, assemble."""
 
 from typing import Literal
 
@@ -44,6 +44,59 @@ def calibrate(
         gather(teacher, data, output, tokens, sequence_length, seed=seed, precision=dtype, parallel=parallel,
                overwrite=overwrite, track=track)  # fmt: skip
     console.print(f"wrote {output}")
+
+
+def cache_teacher(
+    teacher: str,
+    data: str,
+    output: str,
+    kl: float = 1e-3,
+    sequence_length: int = 2048,
+    overlap: int | None = None,
+    micro_batch_size: int = 8,
+    precision: Literal["fp32", "bf16"] | None = None,
+    tensor_model_parallel_size: int = 1,
+    overwrite: bool = False,
+) -> None:
+    """Keep what a teacher says of a dataset, for any number of `hylo train --stage distil --teacher_store OUTPUT` runs.
+
+    Stored are its last hidden states, so coarsely that its distribution over the vocabulary is off by --kl nats a token, and
+    its head. Runs may differ in batch size, seed, sequence length, packing and parallel layout. Under torchrun the ranks
+    share the text. Started again after an interruption, the same command keeps what is done.
+
+    Args:
+        teacher: model folder of the teacher.
+        data: dataset folder made by `hylo preprocess` with its tokenizer; all of its training text is read.
+        output: store to make.
+        kl: mean KL(teacher || store) a token; smaller takes more bytes.
+        sequence_length: tokens that the teacher reads at a time.
+        overlap: of these the context that is read again, half by default: so much any token deep in a document has before it.
+        micro_batch_size: segments a forward pass.
+        precision: of the teacher; bf16 on a GPU, fp32 on a CPU by default.
+        tensor_model_parallel_size: ranks that share each layer.
+        overwrite: replace what is there.
+    """
+    import torch
+
+    from megatron_hylo.config import ParallelConfig
+    from megatron_hylo.distill.teacher_store import write_store
+    from megatron_hylo.platform.distributed import is_main, session
+
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
+    bf16 = precision == "bf16" or (precision is None and torch.cuda.is_available())
+    with session(parallel):
+        made = write_store(
+            teacher, data, output, kl, sequence_length, overlap, micro_batch_size, torch.bfloat16 if bf16 else torch.float32,
+            parallel, overwrite, track,
+        )  # fmt: skip
+        main = is_main()
+    if main:
+        console.print(
+            f"wrote {output}: {made['tokens']:,} tokens, {made['bytes_per_token']:.0f} bytes each, KL to the teacher "
+            f"{made['measured_kl']:.1e} nats a token (99 % below {made['measured_kl_p99']:.1e}) on {made['measured_tokens']:,} "
+            f"tokens that the codec was not fitted on",
+            highlight=False,
+        )
 
 
 def upcycle(

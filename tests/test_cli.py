@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_hylo.cli import VERBS, main
+from megatron_hylo.cli_parser import command
 from megatron_hylo.models.checkpoint import load_model, read_description
 from tests.conftest import tiny_hf_model
 
@@ -102,7 +103,7 @@ def test_existing_output_is_not_overwritten_unasked(teacher, tmp_path, capsys):
     assert run(capsys, "convert", tmp_path / "hf", teacher, "--overwrite")[0] == 0
 
 
-@pytest.mark.parametrize("verb", [v.__name__ for v in VERBS])
+@pytest.mark.parametrize("verb", [command(v) for v in VERBS])
 def test_help_explains_every_option(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([verb, "--help"])

@@ -111,16 +111,20 @@ class PackedDataset:
         Raises:
             IndexError: a negative index; there is no last window to count from.
         """
+        return torch.from_numpy(np.concatenate([self.store.read(*piece) for piece in self.pieces(index)]))
+
+    def pieces(self, index: int) -> list[tuple[int, int, int]]:
+        """(document, first token, tokens) of what window `index` is made of, in order."""
         epoch, start = self._place(index)
         stop = start + self.sequence_length + 1
         place = int(np.searchsorted(epoch.starts, start, side="right")) - 1
-        pieces = []
+        found = []
         while start < stop:
             take = min(stop, int(epoch.starts[place + 1])) - start
             if take > 0:
-                pieces.append(self.store.read(epoch.documents[place], start - epoch.starts[place], take))
+                found.append((int(epoch.documents[place]), int(start - epoch.starts[place]), take))
             start, place = start + take, place + 1
-        return torch.from_numpy(np.concatenate(pieces))
+        return found
 
     def document_starts(self, index: int) -> np.ndarray:
         """Places in window `index` where documents begin, int64 ascending, in [0, sequence_length]; 0 is always one.
@@ -177,7 +181,8 @@ def batches(
         packed_documents: all windows of a micro batch in one sequence, and where documents begin in it.
 
     Yields:
-        {"input_ids", "labels"}, each [micro_batch_size, sequence_length] int64 on the CPU. With `packed_documents`
+        {"input_ids", "labels"}, each [micro_batch_size, sequence_length] int64 on the CPU, and "windows", their numbers in the
+        dataset. With `packed_documents`
         [1, micro_batch_size * sequence_length], the label of a document's last token is IGNORED (it would be another
         document's), and "document_starts" is int64 [n].
 
@@ -207,7 +212,7 @@ def _batches(
             batch = {name: tensor.view(1, -1) for name, tensor in batch.items()}
             # a document that begins at `length` has only a label in this window
             batch["document_starts"] = torch.cat([row * length + s[s < length] for row, s in enumerate(starts)])
-        yield batch
+        yield batch | {"windows": torch.arange(first, first + size)}
         first += size * ranks
 
 

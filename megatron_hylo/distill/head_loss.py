@@ -11,6 +11,7 @@ With tensor parallelism the vocabulary is split over ranks; only the soft-max st
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ def model_head_loss(
     student: HyloModel,
     hidden: Tensor,
     labels: Tensor | None = None,
-    teacher: HyloModel | None = None,
+    teacher: Any = None,
     teacher_hidden: Tensor | None = None,
     kl_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -49,7 +50,7 @@ def model_head_loss(
         student: gives the head's weight.
         hidden: the student's output, [sequence (/ TP), batch, H_s].
         labels: int64 [batch, sequence]; needed where cross-entropy is wanted.
-        teacher, teacher_hidden: the frozen teacher and its output; both or neither.
+        teacher, teacher_hidden: the frozen teacher (a model, or a `StoredTeacher`) and its output; both or neither.
         kl_weight, ce_weight, chunk_tokens, measure_agreement: see `linear_head_loss`.
     """
     group = parallel_state.get_tensor_model_parallel_group()

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_hylo.kernels import tuned
+from megatron_hylo.kernels.tuned import install
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "cudnn", "flash", "efficient", "math"),
@@ -187,6 +187,6 @@ def import_error(module: str) -> str | None:
         importlib.import_module(module)
     except ImportError as error:
         return str(error)
-    if torch.cuda.is_available() and (count := tuned.install(torch.cuda.get_device_capability())):
+    if torch.cuda.is_available() and (count := install(torch.cuda.get_device_capability())):
         logger.info("%s: known configurations for %d kernels", module, count)
     return None

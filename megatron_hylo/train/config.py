@@ -35,6 +35,7 @@ class TrainConfig:
     scratch: str | None = None  # pretrain from random weights: a named layout, a base model, or a model folder's shape
     second_model: str | None = None  # align: another student (all linear beside all MLA, say) of the same teacher pass
     teacher: str | None = None  # model folder of the frozen teacher (align, distil)
+    teacher_store: str | None = None  # distil: learn from a `hylo cache-teacher` folder; `teacher` then only evaluates
     # amount of work
     sequence_length: int = 2048  # tokens a sample
     packed_documents: bool = False  # documents in a window do not see each other; else only their end token parts them
@@ -74,8 +75,14 @@ class TrainConfig:
                      "log_interval", "save_interval", "keep_checkpoints"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.stage in ("align", "distil") and not (self.model and self.teacher):
-            raise ConfigError(f"stage {self.stage} needs both model and teacher (model folders)")
+        if self.stage in ("align", "distil") and not (self.model and (self.teacher or self.teacher_store)):
+            raise ConfigError(
+                f"stage {self.stage} needs both model and teacher (model folders); distil may have a teacher_store"
+            )
+        if self.teacher_store and self.stage != "distil":
+            raise ConfigError(
+                f"teacher_store is for stage distil; stage {self.stage} does not learn from a teacher's outputs alone"
+            )
         if self.second_model and self.stage != "align":
             raise ConfigError(
                 f"second_model is for stage align alone, where two students share the teacher's pass; stage {self.stage} "

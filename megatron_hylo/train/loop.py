@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
+from megatron_hylo.distill.teacher_store import StoredTeacher, TeacherStore
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
@@ -64,15 +65,19 @@ def train(config: TrainConfig) -> Quality | None:
         micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
         dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
         windows = _heldout(config)
+        stored = _stored_teacher(config)
         students, teacher = _build_models(config)
-        stage = get_stage(config, teacher)
+        stage = get_stage(config, teacher, stored)
         for student in students:
             _check_data(Path(config.data), student[0])
             stage.check(student[0])
             choose_trainable(student, config)
         states = [build_training_state(student, config) for student in students]
         sources = (config.model or config.scratch, config.second_model)
-        provenances = [{"stage": config.stage, "model": m, "teacher": config.teacher} for m in sources[: len(states)]]
+        provenances = [
+            {"stage": config.stage, "model": m, "teacher": config.teacher or config.teacher_store}
+            for m in sources[: len(states)]
+        ]
         tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
         step = consumed = 0
         newest = latest_checkpoint(run)
@@ -84,7 +89,8 @@ def train(config: TrainConfig) -> Quality | None:
         stop = StopRequest()
         passes = RecordedStage(stage) if config.cuda_graphs else stage
         try:
-            feed = rank_batches(config, dataset, consumed, device)
+            reads = stored if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
+            feed = rank_batches(config, dataset, consumed, device, reads)
             skipped = SkippedSteps(config.max_skipped_steps)
             while step < config.train_steps:
                 # after a skipped step the layers are watched, which a recorded one does not know of
@@ -206,6 +212,13 @@ def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[Hylo
     return [[chunk.train() for chunk in student] for student in students], teacher
 
 
+def _stored_teacher(config: TrainConfig) -> StoredTeacher | None:
+    if config.teacher_store is None:
+        return None
+    store = TeacherStore(config.teacher_store, config.data, config.teacher)
+    return StoredTeacher(store, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+
+
 def _load_chunks(folder: str, parallel: ParallelConfig, **settings: Any) -> list[HyloModel]:
     """Cut as `parallel` says; by the model's own weights where it has another depth (a teacher in `distil` may)."""
     if sum(parallel.pipeline_layers) != read_description(folder)[0].num_hidden_layers:
@@ -301,9 +314,8 @@ def _flops_per_token(
     flops = sum(3 * forward_flops_per_token(c, config.sequence_length, head) for c in shapes)
     if config.stage == "align" and config.align_loss == "mse":  # runs no MLP of a student
         flops -= sum(3 * 6 * c.num_hidden_layers * c.hidden_size * c.ffn_hidden_size for c in shapes)
-    return flops + (
-        forward_flops_per_token(teacher[0].config.hylo, config.sequence_length, head) if teacher is not None else 0.0
-    )
+    online = teacher is not None and config.teacher_store is None
+    return flops + (forward_flops_per_token(teacher[0].config.hylo, config.sequence_length, head) if online else 0.0)
 
 
 def _describe(config: TrainConfig, students: Sequence[Sequence[HyloModel]]) -> str:

@@ -133,7 +133,7 @@ def test_a_solved_layer_is_the_ridge_solution_of_its_features(teacher, text, mak
     level = solve.DAMPING["+"] * (f.T @ f).trace() / 96
     unit = torch.eye(96, dtype=torch.float64)
     wanted = torch.linalg.solve(f.T @ f + level * unit, f.T @ y + level * prior.double().T).T
-    assert relative_error(weight, wanted) < 1e-5
+    assert relative_error(weight, wanted) < 5e-5  # products of features are summed in fp32 within a micro-batch
     for found, by in ((error.initial, prior.double()), (error.solved, wanted)):
         lost = (features[held] @ by.T - target[held]).square().sum() / target[held].square().sum()
         assert found == pytest.approx(float(lost), rel=1e-4)

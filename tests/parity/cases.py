@@ -20,6 +20,8 @@ STAGES = {
     "sequential": dict(stage="align", align_loss="sequential"),
     "packed": dict(stage="pretrain", packed_documents=True),
     "packed_distil": dict(stage="distil", ce_weight=0.3, packed_documents=True),
+    "stored": dict(stage="distil", ce_weight=0.3, teacher_store="store"),
+    "packed_stored": dict(stage="distil", ce_weight=0.3, teacher_store="store", packed_documents=True),
     "packed_mse": dict(stage="align", align_loss="mse", packed_documents=True),
 }
 # name: (ranks, parallel groups, distributed optimizer)
@@ -64,16 +66,20 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
 def case_config(
     root: Path, model: str, stage: str, layout: str, precision: str = "fp32", sequence_length: int = 24
 ) -> TrainConfig:
-    """Two steps of a stage under a layout, of the folders ROOT/{data, teacher, MODEL}.
+    """Two steps of a stage under a layout, of the folders ROOT/{data, teacher, store, MODEL}.
 
     bf16 needs the distributed optimizer, also on one rank.
     """
     _, groups, distributed = LAYOUTS[layout]
+    settings = dict(STAGES[stage])
+    teacher = None if settings["stage"] == "pretrain" else "teacher"
+    if "teacher_store" in settings:
+        settings["teacher_store"], teacher = str(root / settings["teacher_store"]), None
     return TrainConfig(
         data=str(root / "data"), output="unused", model=str(root / model),
-        teacher=None if STAGES[stage]["stage"] == "pretrain" else str(root / "teacher"),
+        teacher=teacher and str(root / teacher),
         sequence_length=sequence_length, global_batch_size=4, train_tokens=4 * sequence_length * 10, precision=precision,
-        parallel=ParallelConfig(**groups), loss_chunk_tokens=7, **STAGES[stage],
+        parallel=ParallelConfig(**groups), loss_chunk_tokens=7, **settings,
         optimizer=OptimizerSettings(
             lr=1e-3, mixer_lr=2e-3, weight_decay=0.1, warmup_ratio=0,
             use_distributed_optimizer=distributed or precision == "bf16",
@@ -111,6 +117,7 @@ def make_dataset(folder: Path) -> None:
     for length in (50, 200, 31, 400, *generator.integers(1, 20, 40).tolist()):
         builder.add_document(generator.integers(0, 160, length).tolist(), [length])
     builder.finalize(str(folder / "train.idx"))
+    (folder / "data.json").write_text('{"vocab_size": 160}')
 
 
 def largest_difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:

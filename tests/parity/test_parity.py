@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_hylo.distill.teacher_store import write_store
 from tests.conftest import tiny_config
 from tests.parity.cases import LAYOUTS, STAGES, case_config, largest_difference, make_dataset, make_model
 from tests.parity.faults import FAULTS
@@ -41,13 +42,16 @@ WIDE = {
     )
 }
 TEACHER = tiny_config("*-*-*-*-", add_qkv_bias=True)
-PACKED = [stage for stage in STAGES if stage.startswith("packed")]
-WHOLE = [stage for stage in STAGES if stage not in PACKED]
+STORED = ["stored", "packed_stored"]
+PACKED = [stage for stage in STAGES if stage.startswith("packed") and stage not in STORED]
+WHOLE = [stage for stage in STAGES if stage not in (*PACKED, *STORED)]
 CASES = [
     *((model, stage, layout) for layout in ("tp2", "tp2_sp", "dp2", "cp2_gather") for model in MODELS for stage in WHOLE),
     *(("mixed", stage, "dp2_plain") for stage in WHOLE),
     *((model, stage, "cp2_a2a") for model in MODELS for stage in ("pretrain", "distil", "mse")),
     ("mixed", "pretrain", "cp2"),
+    *(("mixed", stage, layout) for layout in ("tp2", "tp2_sp", "pp2", "cp2_gather", "cp2_a2a", "dp2") for stage in STORED),
+    *(("normed", stage, "tp2_sp_cp2") for stage in STORED),
     *(("normed", stage, layout) for layout in ("cp2_gather", "cp2_a2a") for stage in PACKED),
     *(("aligned", stage, layout) for layout in ("cp2_gather", "cp2_a2a") for stage in ("pretrain", "packed")),
     *(("wide", stage, layout) for layout in ("tp2_sp_cp2_a2a", "cp4_a2a") for stage in ("pretrain", "packed")),
@@ -77,6 +81,8 @@ def measured(tmp_path_factory, one_rank) -> Path:
     make_model(TEACHER, root / "teacher", seed=1)
     for name, config in (MODELS | ALIGNED | WIDE).items():
         make_model(config, root / name, seed=2)
+
+    write_store(root / "teacher", root / "data", root / "store", sequence_length=48, precision=torch.float32)
 
     ones = dict.fromkeys((model, stage, "one") for model, stage, _ in CASES)
     for ranks in (1, 2, 4):

@@ -111,8 +111,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(settings, monkeyp
     """As if its learning rate were zero: the weights after it are those before it, and training goes on."""
     spoilt, seen = [], []
 
-    def spoiling_stage(config, teacher):
-        stage = get_stage(config, teacher)
+    def spoiling_stage(*arguments):
+        stage = get_stage(*arguments)
         right = stage.forward_backward
 
         def forward_backward(states, feed, micro_batches):

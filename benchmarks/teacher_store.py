@@ -1,0 +1,122 @@
+"""Bytes and error of stored teachers, coarse hidden states against the k most likely tokens, on text not fitted on.
+
+    python benchmarks/teacher_store.py                       # about two minutes on two CPU cores
+    python benchmarks/teacher_store.py --windows 64          # on a GPU
+
+KL is of the teacher's full distribution to the one made again from what is stored, nats a token. For the k most likely tokens
+(4 bytes an index, 2 a probability) the remaining mass is spread as the mean distribution of the fitted text has it. The teacher
+is SmolLM2-135M-Instruct dequantised from 4 bits, the text held-out Debian documentation. Prints a table and, last, one JSON
+line; writes RESULTS.md.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import zstandard
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+
+from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
+from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
+from megatron_hylo.data.packed import heldout_windows
+from megatron_hylo.data.preprocess import preprocess
+from megatron_hylo.distill.hidden_codec import fit_codec, token_kl
+from megatron_hylo.distill.teacher_store import BLOCK, _pack, _unpack
+from megatron_hylo.eval.perplexity import hidden_states
+from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.platform.distributed import session
+from megatron_hylo.sealed import is_sealed
+
+COLUMNS = ("stored", "bytes a token", "mean KL", "99 % below", "largest", "read, tokens/s")
+
+
+@torch.no_grad()
+def main(
+    work: Path = Path("runs/teacher_store"),
+    windows: int = 12,
+    kls: list[float] = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1],  # noqa: B006
+    top_k: list[int] = [19, 50, 256, 1024],  # noqa: B006
+    results: Path = Path("benchmarks/results/teacher_store"),
+    commit: str = "",
+) -> None:
+    """Measure.
+
+    Args:
+        work: folder for teacher and data.
+        windows: of 2,048 tokens; half of them for fitting.
+        kls: wanted mean KL of the codec.
+        top_k: kept tokens to compare with.
+        results: path without suffix of the .md to write.
+        commit: of the code, for the results file.
+    """
+    with session() as device:
+        if not is_sealed(work / "teacher"):
+            convert_hf_to_megatron(fetch_teacher(), work / "teacher")
+        if not is_sealed(work / "data"):
+            preprocess(str(fetch_documents()), str(work / "data"), str(work / "teacher"))
+        model = load_model(work / "teacher")
+        ids = heldout_windows(work / "data" / "heldout", 2048, windows)[:, :-1]
+        hidden = torch.cat([hidden_states([model], window[None].to(device))[:, 0].float() for window in ids])
+        head = model.head_weight().detach().float()
+    fitted, new = hidden.split(len(hidden) // 2)[:2]
+    rows = [_codec_row(fitted, new, head, kl) for kl in kls]
+    rows += _top_k_rows(fitted, new, head, top_k)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    table, lines = Table(*COLUMNS), []
+    for row in rows:
+        rate = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
+        numbers = (f"{row['bytes']:.0f}", f"{row['kl']:.1e}", f"{row['kl_p99']:.1e}", f"{row['kl_max']:.1e}", rate)
+        table.add_row(row["stored"], *numbers)
+        lines.append("| " + " | ".join((row["stored"], *numbers)) + " |")
+    Console(width=110).print(table)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.with_suffix(".md").write_text("\n".join([
+        "# A stored teacher: bytes and error", "",
+        f"SmolLM2-135M-Instruct dequantised from 4 bits (576 wide, 49,152 tokens), fp32, {len(new):,} held-out tokens;",
+        f"fitted on {len(fitted):,} others. Reading: one thread, from memory, decompressed and put into order.", "",
+        f"`{' '.join(sys.argv)}`, {name}, torch {torch.__version__}, zstandard {zstandard.__version__}, commit {commit}", "",
+        "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *lines, "",
+    ]))  # fmt: skip
+    print(json.dumps({"benchmark": "teacher_store", "device": name, "tokens": len(new), "rows": rows}))
+
+
+def _codec_row(fitted: torch.Tensor, new: torch.Tensor, head: torch.Tensor, kl: float) -> dict:
+    codec, _ = fit_codec(fitted, head, kl)
+    codes = codec.encode(new)
+    found = token_kl(new, codec.decode(codes), head)
+    compressor, parts = zstandard.ZstdCompressor(level=3, write_checksum=True), codes.cpu().split(BLOCK)
+    blocks = [compressor.compress(_pack(part.numpy())) for part in parts]
+    start, decompressor = time.perf_counter(), zstandard.ZstdDecompressor()
+    for block in blocks:
+        _unpack(decompressor.decompress(block), codes.shape[1])
+    rate = len(new) / (time.perf_counter() - start)
+    return dict(stored=f"hidden states for KL {kl:g}", bytes=sum(map(len, blocks)) / len(new), tokens_per_second=rate) | _kl(
+        found
+    )
+
+
+def _top_k_rows(fitted: torch.Tensor, new: torch.Tensor, head: torch.Tensor, counts: list[int]) -> list[dict]:
+    parts = fitted[:: max(1, len(fitted) // 1024)].split(128)
+    mean = torch.stack([torch.softmax(part @ head.T, -1).mean(0) for part in parts]).mean(0).clamp(min=1e-12)
+    found: dict[int, list[torch.Tensor]] = {k: [] for k in counts}
+    for part in new[:: max(1, len(new) // 2048)].split(64):
+        log_p = torch.log_softmax((part @ head.T).double(), -1)
+        for k in counts:
+            kept, index = log_p.exp().topk(k, -1)
+            rest = mean.double().expand_as(log_p).scatter(1, index, 0.0)
+            rest *= (1 - kept.sum(-1, keepdim=True)).clamp(min=1e-12) / rest.sum(-1, keepdim=True)
+            again = rest.scatter(1, index, kept)
+            found[k].append((log_p.exp() * (log_p - again.log())).sum(-1).float())
+    return [dict(stored=f"{k} most likely tokens", bytes=6 * k) | _kl(torch.cat(parts)) for k, parts in found.items()]
+
+
+def _kl(found: torch.Tensor) -> dict:
+    return dict(kl=found.mean().item(), kl_p99=found.quantile(0.99).item(), kl_max=found.max().item())
+
+
+if __name__ == "__main__":
+    auto_cli(main)
