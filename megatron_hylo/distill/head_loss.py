@@ -2,16 +2,19 @@
 
 For student hidden h [N, H_s], head W_s [V, H_s], teacher hidden [N, H_t], head W_t [V, H_t], with p = softmax:
 
-    L = kl_weight * mean_n sum_v p_t (log p_t - log p_s) + ce_weight * mean_n -log p_s[label_n]
+    L = kl_weight * mean_n KL_n + ce_weight * mean_n -log p_s[label_n]
+    forward   KL = sum_v p_t (log p_t - log p_s)    gradient with respect to the student's logits: p_s - p_t
+    reverse   KL = sum_v p_s (log p_s - log p_t)                                                   p_s (log p_s - log p_t - KL)
 
-(forward KL at temperature 1 over the full vocabulary: HyLo stages 2 and 3; Zebra-Llama's trainer). The gradient with
-respect to the student's logits is (kl_weight + ce_weight) p_s - kl_weight p_t - ce_weight onehot(label), so both
-gradients are made in the forward pass, a chunk at a time: [chunk, V] is the largest tensor that ever exists.
+over the full vocabulary (forward, at temperature 1: HyLo stages 2 and 3; Zebra-Llama's trainer; reverse: MiniLLM,
+arXiv:2306.08543). With a temperature T the logits of both are divided by it and the KL is multiplied by T^2, so that its
+gradients keep their size (Hinton et al., arXiv:1503.02531); cross-entropy stays at temperature 1. Both gradients are made
+in the forward pass, a chunk at a time: [chunk, V] is the size of the largest tensor that ever exists.
 With tensor parallelism the vocabulary is split over ranks; only the soft-max statistics are reduced, never logits.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,10 +25,15 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError
 from megatron_hylo.models.hylo_model import HyloModel
 
+Direction = Literal["forward", "reverse"]
+
 
 @dataclass
 class HeadLoss:
-    """Means over tokens. `loss` carries the gradient; the others are for reports (None where not asked for)."""
+    """Means over tokens. `loss` carries the gradient; the others are for reports (None where not asked for).
+
+    `kl` is in the direction and at the temperature of the loss, with its T^2.
+    """
 
     loss: Tensor
     kl: Tensor | None
@@ -43,6 +51,8 @@ def model_head_loss(
     ce_weight: float = 0.0,
     chunk_tokens: int = 1024,
     measure_agreement: bool = False,
+    kl_direction: Direction = "forward",
+    kl_temperature: float = 1.0,
 ) -> HeadLoss:
     """`linear_head_loss` for a model's hidden states, whatever the tensor and sequence parallelism.
 
@@ -51,7 +61,7 @@ def model_head_loss(
         hidden: the student's output, [sequence (/ TP), batch, H_s].
         labels: int64 [batch, sequence]; needed where cross-entropy is wanted.
         teacher, teacher_hidden: the frozen teacher (a model, or a `StoredTeacher`) and its output; both or neither.
-        kl_weight, ce_weight, chunk_tokens, measure_agreement: see `linear_head_loss`.
+        kl_weight, ce_weight, chunk_tokens, measure_agreement, kl_direction, kl_temperature: see `linear_head_loss`.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     full = _full_tokens(hidden, student.config.sequence_parallel, group)
@@ -70,6 +80,8 @@ def model_head_loss(
         chunk_tokens,
         group,
         measure_agreement,
+        kl_direction,
+        kl_temperature,
     )
 
 
@@ -91,6 +103,8 @@ def linear_head_loss(
     chunk_tokens: int = 1024,
     group: dist.ProcessGroup | None = None,
     measure_agreement: bool = False,
+    kl_direction: Direction = "forward",
+    kl_temperature: float = 1.0,
 ) -> HeadLoss:
     """KL and cross-entropy of a linear head, see the module's formula; soft-max in fp32 whatever the inputs' dtype.
 
@@ -105,6 +119,7 @@ def linear_head_loss(
         chunk_tokens: tokens whose logits exist at a time.
         group: ranks that share the vocabulary; gradients with respect to `hidden` are this rank's partial sums.
         measure_agreement: also compare the most likely tokens.
+        kl_direction, kl_temperature: see the module's formulas.
 
     Raises:
         ConfigError: the heads' vocabularies differ, or there is neither teacher nor label.
@@ -120,8 +135,9 @@ def linear_head_loss(
     if labels is None:
         weights = (weights[0], 0.0)
     loss, sums = _LinearHeadLoss.apply(
-        hidden, weight, labels, teacher_hidden, teacher_weight, weights, chunk_tokens, group, measure_agreement
-    )
+        hidden, weight, labels, teacher_hidden, teacher_weight, weights, chunk_tokens, group, measure_agreement,
+        kl_direction == "reverse", kl_temperature,
+    )  # fmt: skip
     kl, cross_entropy, agreement = sums / hidden.shape[0]
     return HeadLoss(
         loss,
@@ -133,37 +149,37 @@ def linear_head_loss(
 
 class _LinearHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, teacher_hidden, teacher_weight, weights, chunk_tokens, group, measure_agreement):
+    def forward(
+        ctx, hidden, weight, labels, teacher_hidden, teacher_weight, weights, chunk_tokens, group, measure_agreement, reverse,
+        temperature,
+    ):  # fmt: skip
         kl_weight, ce_weight = weights
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         n, compute = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-        sums = torch.zeros(3, dtype=compute, device=hidden.device)
+        sums = torch.zeros(3, dtype=compute, device=hidden.device)  # KL, cross-entropy, agreeing tokens
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if wants_weight else None
         first = group.rank() * weight.shape[0] if group is not None else 0
         for start in range(0, n, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, n))
-            log_p = _log_softmax((hidden[chunk] @ weight.t()).to(compute), group)
+            logits = (hidden[chunk] @ weight.t()).to(compute)
+            log_p = _log_softmax(logits, group)  # `logits` may be used up
             grad = None
-            if wants_hidden or wants_weight:
-                known = (labels[chunk, None] >= 0).to(compute) if labels is not None else 1.0
-                grad = log_p.exp().mul_(kl_weight + ce_weight * known)
-            if teacher_weight is not None:
-                log_q = _log_softmax((teacher_hidden[chunk] @ teacher_weight.t()).to(compute), group)
-                if measure_agreement:
-                    sums[2] += (_argmax(log_p, first, group) == _argmax(log_q, first, group)).sum()
-                q = log_q.exp()
-                sums[0] += _all_reduce((q * (log_q - log_p)).sum(), group)
-                if grad is not None:
-                    grad.sub_(q, alpha=kl_weight)
             if labels is not None:
-                local = labels[chunk] - first
-                mine = (local >= 0) & (local < weight.shape[0])
-                index = local.clamp(0, weight.shape[0] - 1).unsqueeze(1)
-                picked = torch.where(mine, log_p.gather(1, index).squeeze(1), 0)
-                sums[1] -= _all_reduce(picked.sum(), group)
-                if grad is not None and ce_weight:
-                    grad.scatter_add_(1, index, -ce_weight * mine.to(compute).unsqueeze(1))
+                picked, grad = _cross_entropy(log_p, labels[chunk], first, ce_weight if wants_hidden or wants_weight else 0.0)
+                sums[1] -= _all_reduce(picked, group)
+            if teacher_weight is not None:
+                teacher_logits = (teacher_hidden[chunk] @ teacher_weight.t()).to(compute)
+                if measure_agreement:
+                    sums[2] += (_argmax(log_p, first, group) == _argmax(teacher_logits, first, group)).sum()
+                if temperature != 1.0:  # log p up to a constant a token is as good as the logits
+                    log_p, teacher_logits = _log_softmax(log_p / temperature, group), teacher_logits / temperature
+                log_q = _log_softmax(teacher_logits, group)
+                kl, slope = _kl(log_p, log_q, reverse, group, wants_hidden or wants_weight)
+                sums[0] += kl * temperature**2
+                if slope is not None:
+                    slope.mul_(kl_weight * temperature)
+                    grad = slope if grad is None else grad.add_(slope)
             if grad is not None:
                 grad = grad.div_(n).to(weight.dtype)
                 if wants_hidden:
@@ -180,7 +196,39 @@ class _LinearHeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.grads
         ctx.grads = None
         scale = lambda g: g if g is None else g.mul_(grad_loss.to(g.dtype))  # noqa: E731
-        return scale(grad_hidden), scale(grad_weight), *[None] * 7
+        return scale(grad_hidden), scale(grad_weight), *[None] * 9
+
+
+def _cross_entropy(log_p: Tensor, labels: Tensor, first: int, weight: float) -> tuple[Tensor, Tensor | None]:
+    """(sum over tokens of log p[label], where this rank has it; the gradient weight (p - onehot), None for weight 0).
+
+    Args:
+        log_p: this rank's part of the vocabulary, [n, V / TP].
+        labels: int64 [n] of the whole vocabulary; a negative one counts nothing.
+        first: number of this rank's first row.
+        weight: of the gradient.
+    """
+    local = labels - first
+    mine = (local >= 0) & (local < log_p.shape[1])
+    index = local.clamp(0, log_p.shape[1] - 1).unsqueeze(1)
+    picked = torch.where(mine, log_p.gather(1, index).squeeze(1), 0).sum()
+    if not weight:
+        return picked, None
+    known, mine = (flag.to(log_p.dtype).unsqueeze(1) for flag in (labels >= 0, mine))
+    return picked, log_p.exp().mul_(weight * known).scatter_add_(1, index, -weight * mine)
+
+
+def _kl(
+    log_p: Tensor, log_q: Tensor, reverse: bool, group: dist.ProcessGroup | None, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(sum over tokens of the KL, on every rank; its gradient with respect to the student's logits): [n, V / TP]."""
+    if not reverse:
+        q = log_q.exp()
+        kl = _all_reduce((q * (log_q - log_p)).sum(), group)
+        return kl, log_p.exp().sub_(q) if wants_grad else None
+    p, difference = log_p.exp(), log_p - log_q
+    kl = _all_reduce((p * difference).sum(-1, keepdim=True), group)
+    return kl.sum(), p.mul_(difference.sub_(kl)) if wants_grad else None
 
 
 def _all_reduce(value: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:

@@ -47,6 +47,8 @@ class TrainConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     precision: Literal["bf16", "fp32"] = "bf16"
     mla_rope_scaling: RopeScaling | None = None  # stretch MLA's rotary frequencies for longer sequences
+    kl_direction: Literal["forward", "reverse"] = "forward"  # distil: KL(teacher || student), or KL(student || teacher)
+    kl_temperature: float = 1.0  # distil: divides the logits of both, and the KL counts its square
     ce_weight: float = 0.0  # distil: weight of cross-entropy on the text beside KL to the teacher
     align_loss: Literal["mse", "ild", "sequential"] = "mse"  # align: see distill/alignment.py; ild is the paper's
     hidden_weight: float = 1.0  # align with ild: weight of the layer-output term
@@ -75,6 +77,8 @@ class TrainConfig:
                      "log_interval", "save_interval", "keep_checkpoints"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.kl_temperature <= 0:
+            raise ConfigError(f"kl_temperature must be positive, got {self.kl_temperature}")
         if self.stage in ("align", "distil") and not (self.model and (self.teacher or self.teacher_store)):
             raise ConfigError(
                 f"stage {self.stage} needs both model and teacher (model folders); distil may have a teacher_store"

@@ -266,7 +266,9 @@ def _check_same_run(config: TrainConfig, run: Path) -> None:
     file = run / "config.json"
     mine = json.loads(json.dumps(asdict(config)))
     if file.is_file():
-        ours, theirs = _flat(mine), _flat(json.loads(file.read_text()))
+        # a setting that the run's version did not have yet had its default's effect
+        defaults = asdict(TrainConfig(stage="pretrain", data="-", output="-", scratch="-"))
+        ours, theirs = _flat(mine), _flat(defaults) | _flat(json.loads(file.read_text()))
         for name in sorted(ours.keys() | theirs.keys()):
             if name.split(".")[0] not in may_change and ours.get(name) != theirs.get(name):
                 raise ConfigError(

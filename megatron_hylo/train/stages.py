@@ -105,6 +105,8 @@ class Stage:
             kl_weight=1.0,
             ce_weight=c.ce_weight,
             chunk_tokens=c.loss_chunk_tokens,
+            kl_direction=c.kl_direction,
+            kl_temperature=c.kl_temperature,
         )
         metrics = {"loss": head.loss, "kl": head.kl, "cross_entropy": head.cross_entropy}
         # Megatron-Core multiplies the loss by the context-parallel ranks, in place (hence the clone), and averages gradients

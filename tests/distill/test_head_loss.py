@@ -25,12 +25,15 @@ def make_inputs(dtype: torch.dtype = torch.float32, n: int = N, vocab: int = VOC
     }
 
 
-def reference(inputs: dict[str, Tensor], kl_weight: float, ce_weight: float) -> dict[str, Tensor]:
+def reference(
+    inputs: dict[str, Tensor], kl_weight: float, ce_weight: float, direction: str = "forward", temperature: float = 1.0
+) -> dict[str, Tensor]:
     """The module's formula with whole logits in float64, on the very values of `inputs`."""
     hidden, weight = (inputs[name].detach().double().requires_grad_() for name in ("hidden", "weight"))
-    log_p = F.log_softmax(hidden @ weight.T, -1)
-    log_q = F.log_softmax(inputs["teacher_hidden"].double() @ inputs["teacher_weight"].double().T, -1)
-    kl = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    log_p = F.log_softmax(hidden @ weight.T / temperature, -1)
+    log_q = F.log_softmax(inputs["teacher_hidden"].double() @ inputs["teacher_weight"].double().T / temperature, -1)
+    pair = (log_p, log_q) if direction == "forward" else (log_q, log_p)
+    kl = F.kl_div(*pair, reduction="batchmean", log_target=True) * temperature**2
     cross_entropy = F.cross_entropy(hidden @ weight.T, inputs["labels"])
     loss = kl_weight * kl + ce_weight * cross_entropy
     gradients = torch.autograd.grad(loss, (hidden, weight))
@@ -40,13 +43,17 @@ def reference(inputs: dict[str, Tensor], kl_weight: float, ce_weight: float) -> 
 
 
 def errors(
-    inputs: dict[str, Tensor], kl_weight: float, ce_weight: float, chunk: int, drop: tuple[str, ...] = ()
-) -> dict[str, float]:
+    inputs: dict[str, Tensor], kl_weight: float, ce_weight: float, chunk: int, drop: tuple[str, ...] = (),
+    direction: str = "forward", temperature: float = 1.0,
+) -> dict[str, float]:  # fmt: skip
     """Relative errors of everything the loss returns and of both gradients; `drop` names arguments left out."""
     given = {name: value for name, value in inputs.items() if name not in drop}
     measure = "teacher_weight" in given
-    result = linear_head_loss(**given, kl_weight=kl_weight, ce_weight=ce_weight, chunk_tokens=chunk, measure_agreement=measure)
-    truth = reference(inputs, kl_weight if measure else 0.0, ce_weight if measure else 1.0)
+    result = linear_head_loss(
+        **given, kl_weight=kl_weight, ce_weight=ce_weight, chunk_tokens=chunk, measure_agreement=measure,
+        kl_direction=direction, kl_temperature=temperature,
+    )  # fmt: skip
+    truth = reference(inputs, kl_weight if measure else 0.0, ce_weight if measure else 1.0, direction, temperature)
     found = {}
     for name in ("loss", "kl", "cross_entropy", "agreement"):
         value = getattr(result, name)
@@ -78,6 +85,29 @@ def test_equals_float64_torch(case, chunk):
     kl_weight, ce_weight, drop = CASES[case]
     found = errors(make_inputs(), kl_weight, ce_weight, chunk, drop)
     assert max(found.values()) < 2e-6, found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("case", ["kl", "mixed"])
+def test_directions_and_temperatures_equal_float64_torch(case, direction, temperature):
+    kl_weight, ce_weight, drop = CASES[case]
+    found = errors(make_inputs(), kl_weight, ce_weight, 7, drop, direction, temperature)
+    assert max(found.values()) < 5e-6, found
+
+
+def test_unlabelled_tokens_have_no_cross_entropy_but_their_kl():
+    inputs = make_inputs(torch.float64)
+    hidden = inputs["hidden"]
+    inputs["labels"][::3] = -100
+    result = linear_head_loss(**inputs, kl_weight=0.7, ce_weight=0.4, chunk_tokens=7)
+    log_p = F.log_softmax(hidden @ inputs["weight"].T, -1)
+    log_q = F.log_softmax(inputs["teacher_hidden"] @ inputs["teacher_weight"].T, -1)
+    nll = F.nll_loss(log_p, inputs["labels"], reduction="sum", ignore_index=-100) / N
+    loss = 0.7 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) + 0.4 * nll
+    assert relative_error(result.loss, loss) < 1e-12
+    mine, theirs = (torch.autograd.grad(value, hidden)[0] for value in (result.loss, loss))
+    assert relative_error(mine, theirs) < 1e-12
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -192,11 +192,10 @@ def test_training_from_a_store_is_training_with_the_teacher(material, tmp_path, 
     assert metrics(tmp_path / "alone") == stored and alone.kl is None
 
 
-def test_a_run_resumes_with_its_store(material, store, tmp_path):
-    config = dict(teacher_store=str(store.path), save_interval=3)
+def test_micro_batches_do_not_matter_to_a_stored_teacher(material, store, tmp_path):
+    config = dict(teacher_store=str(store.path))
     train(settings(material, tmp_path / "whole", **config))
-    for batch, size in ((2, "two"), (1, "one")):
-        train(settings(material, tmp_path / size, micro_batch_size=batch, **config))
+    train(settings(material, tmp_path / "one", micro_batch_size=1, **config))
     assert metrics(tmp_path / "one") == pytest.approx(metrics(tmp_path / "whole"), rel=1e-4)
 
 

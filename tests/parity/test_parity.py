@@ -42,16 +42,16 @@ WIDE = {
     )
 }
 TEACHER = tiny_config("*-*-*-*-", add_qkv_bias=True)
-STORED = ["stored", "packed_stored"]
-PACKED = [stage for stage in STAGES if stage.startswith("packed") and stage not in STORED]
-WHOLE = [stage for stage in STAGES if stage not in (*PACKED, *STORED)]
+HEADS = ["stored", "packed_stored", "reverse"]  # what the head loss reads; few layouts will do
+PACKED = [stage for stage in STAGES if stage.startswith("packed") and stage not in HEADS]
+WHOLE = [stage for stage in STAGES if stage not in (*PACKED, *HEADS)]
 CASES = [
     *((model, stage, layout) for layout in ("tp2", "tp2_sp", "dp2", "cp2_gather") for model in MODELS for stage in WHOLE),
     *(("mixed", stage, "dp2_plain") for stage in WHOLE),
     *((model, stage, "cp2_a2a") for model in MODELS for stage in ("pretrain", "distil", "mse")),
     ("mixed", "pretrain", "cp2"),
-    *(("mixed", stage, layout) for layout in ("tp2", "tp2_sp", "pp2", "cp2_gather", "cp2_a2a", "dp2") for stage in STORED),
-    *(("normed", stage, "tp2_sp_cp2") for stage in STORED),
+    *(("mixed", stage, layout) for layout in ("tp2", "tp2_sp", "pp2", "cp2_gather", "cp2_a2a", "dp2") for stage in HEADS),
+    *(("normed", stage, "tp2_sp_cp2") for stage in HEADS),
     *(("normed", stage, layout) for layout in ("cp2_gather", "cp2_a2a") for stage in PACKED),
     *(("aligned", stage, layout) for layout in ("cp2_gather", "cp2_a2a") for stage in ("pretrain", "packed")),
     *(("wide", stage, layout) for layout in ("tp2_sp_cp2_a2a", "cp4_a2a") for stage in ("pretrain", "packed")),

@@ -1,5 +1,6 @@
 """The training loop as a whole, on one rank: it learns, records, stops, resumes, and refuses what cannot work."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -176,3 +177,18 @@ def test_parameter_groups(settings, material, mixer_lr):
             assert group["wd_mult"] * 0.1 == group["weight_decay"] == (0.1 if decays else 0.0), name
     assert seen == set(names.values())
     assert state.learning_rates() == ({"rest": 2e-3, "mixers": mixer_lr} if mixer_lr else {"rest": 2e-3})
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on(settings):
+    """What its config.json does not know had its default's effect; another value is another run."""
+    config = settings(steps=2)
+    train(config)
+    file = Path(config.output) / "config.json"
+    saved = json.loads(file.read_text())
+    for name in ("kl_direction", "kl_temperature"):
+        del saved[name]
+    del saved["optimizer"]["adam_eps"]
+    file.write_text(json.dumps(saved))
+    train(config)
+    with pytest.raises(ConfigError, match="was started with kl_direction = forward, now reverse"):
+        train(settings(steps=2, kl_direction="reverse"))
