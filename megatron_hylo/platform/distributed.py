@@ -63,7 +63,8 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
         os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # autotuning takes minutes; keep what it finds
     if not torch.distributed.is_initialized():
         backend = "nccl" if here.type == "cuda" else "gloo"
-        # no device_id: with it NCCL splits every group of Megatron-Core off one communicator, used or not
+        # no device_id: with it NCCL splits every group off one communicator, and two ranks did not return from taking them
+        # down (pytorch issue 190396)
         settings = dict(backend=backend, timeout=timedelta(minutes=parallel.distributed_timeout_minutes))
         if "RANK" in os.environ:
             torch.distributed.init_process_group(**settings)
