@@ -16,6 +16,8 @@ layout="smollm2-135m-8mla22$([[ $LINEAR == mamba2 ]] && echo m2 || echo gdn)-ali
 hylo="${HYLO:-hylo}"
 train() { if ((NPROC > 1)); then torchrun --nproc-per-node "$NPROC" -m megatron_hylo.cli train "$@"; else $hylo train "$@"; fi; }
 
+graphs=$( ((NPROC == 1)) && echo true || echo false)  # not tried with several ranks
+
 mkdir -p "$OUT"
 [[ -d $OUT/teacher ]] || $hylo convert "$($hylo fetch teacher)" "$OUT/teacher"
 [[ -d $OUT/data ]] || $hylo preprocess "${TEXT:-$($hylo fetch documents)}" "$OUT/data" --tokenizer "$OUT/teacher"
@@ -23,7 +25,7 @@ mkdir -p "$OUT"
 [[ -d $OUT/hybrid ]] || $hylo upcycle "$OUT/teacher" "$OUT/hybrid" --layout "$layout" --calibration "$OUT/calibration"
 
 shared=(--data "$OUT/data" --teacher "$OUT/teacher" --sequence_length 2048 --global_batch_size 8 --eval_windows 128
-  --micro_batch_size "$((8 / NPROC))" --cuda_graphs true --optimizer.warmup_ratio 0.05 --optimizer.min_lr_ratio 0.05)
+  --micro_batch_size "$((8 / NPROC))" --cuda_graphs "$graphs" --optimizer.warmup_ratio 0.05 --optimizer.min_lr_ratio 0.05)
 [[ -d $OUT/align/model ]] || train "${shared[@]}" --stage align --model "$OUT/hybrid" \
   --output "$OUT/align" --train_tokens "$((TOKENS / 50))" --optimizer.mixer_lr 1e-3
 [[ -d $OUT/distil/model ]] || train "${shared[@]}" --stage distil --model "$OUT/align/model" --output "$OUT/distil" \

@@ -55,7 +55,7 @@ class TrainConfig:
     mixer_weight: float = 1.0  # align with ild: weight of the mixer-output term
     loss_chunk_tokens: int = 1024  # tokens whose logits exist at a time
     recompute: bool = False  # recompute activations in the backward pass: less memory, a third more work
-    cuda_graphs: bool = False  # replay a recorded step: small models are several times faster; takes more memory
+    cuda_graphs: bool = False  # replay a recorded step: small models no longer wait for Python; tried on one GPU only
     # where
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     backend: Literal["auto", "local", "te"] = "auto"
