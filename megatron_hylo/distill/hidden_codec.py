@@ -20,6 +20,7 @@ from megatron_hylo.config import ConfigError
 FISHER_TOKENS = 2048  # that the mean Fisher matrix is of
 TINY = 1e-9  # of the largest eigenvalue: directions that the head does not see
 LARGEST = 2**15 - 1  # code
+ENCODED = 8192  # tokens whose fp64 copies exist at a time
 
 
 @dataclass
@@ -32,9 +33,9 @@ class HiddenCodec:
     step: float
 
     def encode(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> codes int16 [..., H]; what does not fit is cut (32,767 steps are far beyond any token)."""
-        y = (hidden.to(self.mean) - self.mean) @ self.to_axes.T / self.step
-        return y.round().clamp(-LARGEST, LARGEST).short()
+        """[N, H] -> codes int16 [N, H]; what does not fit is cut (32,767 steps are far beyond any token)."""
+        parts = ((part.to(self.mean) - self.mean) @ self.to_axes.T / self.step for part in hidden.split(ENCODED))
+        return torch.cat([y.round().clamp(-LARGEST, LARGEST).short() for y in parts])
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codes int16 [..., H] -> hidden states in `dtype`, on the codes' device, computed in fp32."""
