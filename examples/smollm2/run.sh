@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SmolLM2-135M -> 8 MLA + 22 linear layers at 11% of its KV cache, in about nine minutes on one H100:
+# SmolLM2-135M -> 8 MLA + 22 linear layers at 11% of its KV cache, in about twelve minutes on one H200:
 #     bash examples/smollm2/run.sh                      # Gated DeltaNet; LINEAR=mamba2 for Mamba2
 #     TOKENS=10000000 OUT=runs/smollm2_10m bash examples/smollm2/run.sh
 # Every step is a command of its own that leaves a finished folder; run again, the script goes on where it was.
