@@ -10,7 +10,6 @@ Times are medians over repeats, of the slowest rank. Prints a table and, last, o
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,7 @@ import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
 from megatron.core import parallel_state
-from rich.console import Console
-from rich.table import Table
+from report import device_name, report
 
 from megatron_hylo.config import ModelConfig, ParallelConfig
 from megatron_hylo.kernels.registry import in_use
@@ -73,7 +71,7 @@ def main(
                         rows.append(dict(shape=shape, mixer=NAMES[symbol], tokens=length, method=method, one_gpu_ms=one,
                                          ranks_ms=split, speedup=one / split, received_mb=received / 1e6))  # fmt: skip
         if is_main():
-            _show(rows, ranks, device, precision, results, commit)
+            _show(rows, ranks, precision, results, commit)
 
 
 def _mixer(config: ModelConfig, symbol: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -113,23 +111,16 @@ def _milliseconds(run: Callable[[], None], device: torch.device) -> float:
     return 1e3 * (now() - start)
 
 
-def _show(rows: list[dict], ranks: int, device: torch.device, precision: str, results: Path, commit: str) -> None:
+def _show(rows: list[dict], ranks: int, precision: str, results: Path, commit: str) -> None:
     columns = ("shape", "mixer", "tokens", "cp_comm_type", "one GPU, ms", f"{ranks} ranks, ms", "speed-up", "received, MB")
-    table, lines = Table(*columns), []
-    for r in rows:
-        cells = (r["shape"], r["mixer"], f"{r['tokens']:,}", r["method"], f"{r['one_gpu_ms']:.1f}", f"{r['ranks_ms']:.1f}",
-                 f"{r['speedup']:.2f}", f"{r['received_mb']:.2f}")  # fmt: skip
-        table.add_row(*cells)
-        lines.append("| " + " | ".join(cells) + " |")
-    Console(width=120).print(table)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.with_suffix(".md").write_text("\n".join([
-        "# One mixer, forward and backward, its sequence split over ranks", "",
-        f"`{' '.join(sys.argv)}`, {ranks} x {name}, {precision}, torch {torch.__version__}, commit {commit}, {in_use()}", "",
-        "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *lines, "",
-    ]))  # fmt: skip
-    print(json.dumps({"benchmark": "context_parallel", "device": name, "ranks": ranks, "rows": rows}))
+    cells = [
+        (r["shape"], r["mixer"], f"{r['tokens']:,}", r["method"], f"{r['one_gpu_ms']:.1f}", f"{r['ranks_ms']:.1f}",
+         f"{r['speedup']:.2f}", f"{r['received_mb']:.2f}")
+        for r in rows
+    ]  # fmt: skip
+    how = f"{ranks} x {device_name()}, {precision}, commit {commit}, {in_use()}"
+    report(results, "One mixer, forward and backward, its sequence split over ranks", [], columns, cells, how)
+    print(json.dumps({"benchmark": "context_parallel", "device": device_name(), "ranks": ranks, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -8,17 +8,13 @@ Prints a table and, last, one JSON line; writes RESULTS.md.
 """
 
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from jsonargparse import auto_cli
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from rich.console import Console
-from rich.table import Table
+from report import device_name, random_text, report
 
 from megatron_hylo.calibrate.gather import calibrate
 from megatron_hylo.config import ModelConfig
@@ -56,9 +52,10 @@ def main(
         num_attention_heads=num_attention_heads, num_query_groups=num_query_groups, vocab_size=vocabulary,
         max_position_embeddings=8192, rotary_base=500_000.0,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as scratch, session() as device:
+    with tempfile.TemporaryDirectory() as scratch, session():
         folder = Path(scratch)
-        _random_text(folder / "data", vocabulary, tokens, sequence_length)
+        sizes = {"train": (2 * tokens // sequence_length, sequence_length + 1), "heldout": (4, sequence_length + 1)}
+        random_text(folder / "data", vocabulary, sizes)
         torch.manual_seed(0)
         model = build_model(config)
         torch.nn.init.normal_(model.embedding.word_embeddings.weight)
@@ -75,30 +72,13 @@ def main(
                 )
             )
             rows.append((f"initialise and solve, {name}", seconds))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = device_name()
     shape = f"{hidden_size} wide, {num_attention_heads}/{num_query_groups} heads of {kv_channels}, MLP {ffn_hidden_size}"
-    table = Table("one layer", "seconds", title=f"{shape}; {tokens:,} tokens; {name}")
-    for what, seconds in rows:
-        table.add_row(what, f"{seconds:.1f}")
-    Console().print(table)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.with_suffix(".md").write_text("\n".join([
-        "# Time to calibrate and to initialise one layer", "",
-        f"{shape}, random weights in fp32, {tokens:,} tokens in windows of {sequence_length:,}.", "",
-        f"`{' '.join(sys.argv)}`, {name}, torch {torch.__version__}, commit {commit}", "",
-        "| one layer | seconds |", "|---|---|", *(f"| {what} | {seconds:.1f} |" for what, seconds in rows), "",
-    ]))  # fmt: skip
+    intro = f"{shape}, random weights in fp32, {tokens:,} tokens in windows of {sequence_length:,}."
+    cells = [(what, f"{seconds:.1f}") for what, seconds in rows]
+    title, how = "Time to calibrate and to initialise one layer", f"{name}, commit {commit}"
+    report(results, title, [intro], ("one layer", "seconds"), cells, how)
     print(json.dumps({"benchmark": "initialisation", "device": name, "shape": shape, "seconds": dict(rows)}))
-
-
-def _random_text(folder: Path, vocabulary: int, tokens: int, sequence_length: int) -> None:
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for split, windows in (("train", 2 * tokens // sequence_length), ("heldout", 4)):
-        builder = IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=np.uint16)
-        for _ in range(windows):
-            builder.add_document(generator.integers(0, vocabulary, sequence_length + 1).tolist(), [sequence_length + 1])
-        builder.finalize(str(folder / f"{split}.idx"))
 
 
 def _seconds(run) -> float:

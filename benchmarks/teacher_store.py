@@ -10,22 +10,20 @@ line; writes RESULTS.md.
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
 import zstandard
 from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
+from report import device_name, report
 
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.distill.hidden_codec import fit_codec, token_kl
-from megatron_hylo.distill.teacher_store import BLOCK, _pack, _unpack
+from megatron_hylo.distill.teacher_store import BLOCK, compress_block, decompress_block
 from megatron_hylo.eval.perplexity import hidden_states
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.platform.distributed import session
@@ -65,34 +63,28 @@ def main(
     fitted, new = hidden.split(len(hidden) // 2)[:2]
     rows = [_codec_row(fitted, new, head, kl) for kl in kls]
     rows += _top_k_rows(fitted, new, head, top_k)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    table, lines = Table(*COLUMNS), []
-    for row in rows:
-        rate = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
-        numbers = (f"{row['bytes']:.0f}", f"{row['kl']:.1e}", f"{row['kl_p99']:.1e}", f"{row['kl_max']:.1e}", rate)
-        table.add_row(row["stored"], *numbers)
-        lines.append("| " + " | ".join((row["stored"], *numbers)) + " |")
-    Console(width=110).print(table)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.with_suffix(".md").write_text("\n".join([
-        "# A stored teacher: bytes and error", "",
-        f"SmolLM2-135M-Instruct dequantised from 4 bits (576 wide, 49,152 tokens), fp32, {len(new):,} held-out tokens;",
-        f"fitted on {len(fitted):,} others. Reading: one thread, from memory, decompressed and put into order.", "",
-        f"`{' '.join(sys.argv)}`, {name}, torch {torch.__version__}, zstandard {zstandard.__version__}, commit {commit}", "",
-        "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *lines, "",
-    ]))  # fmt: skip
-    print(json.dumps({"benchmark": "teacher_store", "device": name, "tokens": len(new), "rows": rows}))
+    cells = [
+        (r["stored"], f"{r['bytes']:.0f}", f"{r['kl']:.1e}", f"{r['kl_p99']:.1e}", f"{r['kl_max']:.1e}",
+         f"{r['tokens_per_second']:,.0f}" if "tokens_per_second" in r else "")
+        for r in rows
+    ]  # fmt: skip
+    intro = (
+        f"SmolLM2-135M-Instruct dequantised from 4 bits (576 wide, 49,152 tokens), fp32, {len(new):,} held-out tokens;\n"
+        f"fitted on {len(fitted):,} others. Reading: one thread, from memory, decompressed and put into order."
+    )
+    how = f"{device_name()}, zstandard {zstandard.__version__}, commit {commit}"
+    report(results, "A stored teacher: bytes and error", [intro], COLUMNS, cells, how)
+    print(json.dumps({"benchmark": "teacher_store", "device": device_name(), "tokens": len(new), "rows": rows}))
 
 
 def _codec_row(fitted: torch.Tensor, new: torch.Tensor, head: torch.Tensor, kl: float) -> dict:
     codec, _ = fit_codec(fitted, head, kl)
     codes = codec.encode(new)
     found = token_kl(new, codec.decode(codes), head)
-    compressor, parts = zstandard.ZstdCompressor(level=3, write_checksum=True), codes.cpu().split(BLOCK)
-    blocks = [compressor.compress(_pack(part.numpy())) for part in parts]
-    start, decompressor = time.perf_counter(), zstandard.ZstdDecompressor()
+    blocks = [compress_block(part.numpy()) for part in codes.cpu().split(BLOCK)]
+    start = time.perf_counter()
     for block in blocks:
-        _unpack(decompressor.decompress(block), codes.shape[1])
+        decompress_block(block, codes.shape[1])
     rate = len(new) / (time.perf_counter() - start)
     return dict(stored=f"hidden states for KL {kl:g}", bytes=sum(map(len, blocks)) / len(new), tokens_per_second=rate) | _kl(
         found

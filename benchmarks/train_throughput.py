@@ -11,17 +11,13 @@ import gc
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jsonargparse import auto_cli
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from rich.console import Console
-from rich.table import Table
+from report import device_name, random_text, report
 
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES, get_layout
@@ -65,7 +61,8 @@ def main(
             save_model(build_model(get_layout(layout).config, params_dtype=torch.bfloat16), folder / "student")
             if set(stages) != {"pretrain"}:
                 save_model(build_model(BASES[teacher], params_dtype=torch.bfloat16), folder / "teacher")
-        _random_text(folder / "data", BASES[teacher].vocab_size, 2 * steps * max(batches) * max(lengths))
+        whole = (1, 2 * steps * max(batches) * max(lengths))
+        random_text(folder / "data", BASES[teacher].vocab_size, {"train": whole, "heldout": whole})
         for number, (stage, length, batch, graphs) in enumerate(itertools.product(stages, lengths, batches, cuda_graphs)):
             config = TrainConfig(
                 stage=stage, data=str(folder / "data"), output=str(folder / f"run{number}"), model=str(folder / "student"),
@@ -84,16 +81,6 @@ def main(
     _show(rows, layout, teacher, results, commit)
 
 
-def _random_text(folder: Path, vocabulary: int, tokens: int) -> None:
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for split, count in (("train", tokens), ("heldout", tokens)):
-        builder = IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=np.int32)
-        builder.add_document(generator.integers(0, vocabulary, count).tolist(), [count])
-        builder.finalize(str(folder / f"{split}.idx"))
-    (folder / "data.json").write_text(json.dumps({"vocab_size": vocabulary}))
-
-
 def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -102,21 +89,14 @@ def _free() -> None:
 
 
 def _show(rows: list[dict[str, Any]], layout: str, teacher: str, results: Path, commit: str) -> None:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    table, lines = Table(*COLUMNS, title=f"{layout}, teacher {teacher}, {name}"), []
-    for r in rows:
-        cells = (r["stage"], f"{r['sequence']:,}", str(r["batch"]), "yes" if r["cuda_graphs"] else "no",
-                 f"{r['tokens_per_second']:,.0f}", f"{100 * r['mfu']:.1f}", f"{r['peak_gib']:.1f}")  # fmt: skip
-        table.add_row(*cells)
-        lines.append("| " + " | ".join(cells) + " |")
-    Console(width=110).print(table)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.with_suffix(".md").write_text("\n".join([
-        "# Training throughput", "", f"{layout} with teacher {teacher}, random weights, the training loop as it is.", "",
-        f"`{' '.join(sys.argv)}`, {name}, torch {torch.__version__}, commit {commit}, {in_use()}", "",
-        "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *lines, "",
-    ]))  # fmt: skip
-    print(json.dumps({"benchmark": "train_throughput", "device": name, "layout": layout, "rows": rows}))
+    cells = [
+        (r["stage"], f"{r['sequence']:,}", str(r["batch"]), "yes" if r["cuda_graphs"] else "no",
+         f"{r['tokens_per_second']:,.0f}", f"{100 * r['mfu']:.1f}", f"{r['peak_gib']:.1f}")
+        for r in rows
+    ]  # fmt: skip
+    intro = f"{layout} with teacher {teacher}, random weights, the training loop as it is."
+    report(results, "Training throughput", [intro], COLUMNS, cells, f"{device_name()}, commit {commit}, {in_use()}")
+    print(json.dumps({"benchmark": "train_throughput", "device": device_name(), "layout": layout, "rows": rows}))
 
 
 if __name__ == "__main__":

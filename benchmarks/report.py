@@ -1,0 +1,57 @@
+"""What the benchmarks share: the table on the screen and in a results file, random text, the device's name."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from rich.console import Console
+from rich.table import Table
+
+
+def device_name() -> str:
+    """The GPU's, or the CPU's number of threads."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def report(
+    results: Path, title: str, intro: list[str], columns: tuple[str, ...], rows: list[tuple[str, ...]], how: str
+) -> None:
+    """Show a table and write it to RESULTS.md.
+
+    Args:
+        results: path without suffix.
+        title, intro: the file's heading, and paragraphs after it.
+        columns, rows: cells.
+        how: what else makes the numbers: device, commit and so on, after the command and the version of torch.
+    """
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=120).print(table)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.with_suffix(".md").write_text("\n".join([
+        f"# {title}", "", *(line for paragraph in intro for line in (paragraph, "")),
+        f"`{' '.join(sys.argv)}`, torch {torch.__version__}, {how}", "",
+        "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(row) + " |" for row in rows), "",
+    ]))  # fmt: skip
+
+
+def random_text(folder: Path, vocabulary: int, documents: dict[str, tuple[int, int]]) -> None:
+    """A dataset folder of random tokens.
+
+    Args:
+        folder: to make.
+        vocabulary: of the tokens.
+        documents: for "train" and "heldout", how many, and how many tokens each has.
+    """
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for split, (count, length) in documents.items():
+        builder = IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=np.int32)
+        for _ in range(count):
+            builder.add_document(generator.integers(0, vocabulary, length).tolist(), [length])
+        builder.finalize(str(folder / f"{split}.idx"))
+    (folder / "data.json").write_text(json.dumps({"vocab_size": vocabulary}))
