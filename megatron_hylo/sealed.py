@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,14 +48,14 @@ def sealed_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     if _rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _barrier()
+    barrier()
     try:
         yield partial
-        _barrier()
+        barrier()
         _write_manifest(partial)
         if _rank() == 0:
             _replace(partial, path)
-        _barrier()
+        barrier()
     except BaseException as error:
         if _rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -77,6 +78,27 @@ def check_free(path: str | Path, overwrite: bool) -> None:
     """
     if Path(path).exists() and not overwrite:
         raise ConfigError(f"{path} already exists; choose another place, remove it, or ask to overwrite")
+
+
+def work_folder(output: Path, pieces: str, key: str, description: dict[str, Any]) -> Path:
+    """Where the finished pieces of a folder to come wait beside it, for a writer that is started again; all ranks call it.
+
+    Args:
+        output: the folder to come.
+        pieces: what they are, for the folder's name.
+        key: name of the file that keeps `description`.
+        description: of the output; pieces of another are removed.
+    """
+    work = output.parent / f".{output.name}.{pieces}"
+    if _rank() == 0:
+        work.mkdir(parents=True, exist_ok=True)
+        file = work / f"{key}.json"
+        if not file.is_file() or json.loads(file.read_text()) != description:
+            for old in work.iterdir():
+                old.unlink()
+            write_json(file, description)
+    barrier()
+    return work
 
 
 def hash_early(folder: Path, files: Iterable[Path]) -> None:
@@ -197,6 +219,7 @@ def _world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def _barrier() -> None:
+def barrier() -> None:
+    """Wait for the other ranks, where there are any."""
     if _world_size() > 1:
         torch.distributed.barrier()

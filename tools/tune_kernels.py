@@ -119,15 +119,12 @@ def cases(length: int) -> list[tuple[str, Callable[[], None]]]:
     return found
 
 
-def random(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> torch.Tensor:
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Normal numbers on the GPU."""
-    return torch.randn(shape, dtype=dtype, device="cuda", requires_grad=grad)
+    return torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True)
 
 
-Inputs = tuple[torch.Tensor, ...]
-
-
-def delta_inputs(heads: int, dk: int, dv: int, length: int) -> Inputs:
+def delta_inputs(heads: int, dk: int, dv: int, length: int) -> tuple[torch.Tensor, ...]:
     """q, k, v, g, beta and an initial state."""
     q, k, v = (random(BATCH, length, heads, n) for n in (dk, dk, dv))
     g = -torch.rand(BATCH, length, heads, device="cuda")

@@ -6,11 +6,9 @@ is written; started again, the pass runs through the layers that are there witho
 """
 
 import hashlib
-import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -34,7 +32,7 @@ from megatron_hylo.distill.alignment import mlp_layer
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.sealed import check_free, sealed_directory, write_json
+from megatron_hylo.sealed import check_free, sealed_directory, work_folder, write_json
 
 
 def calibrate(
@@ -81,7 +79,7 @@ def calibrate(
         "sequence_length": sequence_length, "layers": config.num_hidden_layers,
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "precision": str(precision).split(".")[1],
     }  # fmt: skip
-    work = _work_folder(Path(output), description)
+    work = work_folder(Path(output), "layers", "calibration", description)
     model = load_model(teacher, parallel, params_dtype=precision)
     _gather_layers(model, windows[:, :-1], work, track)
     with sealed_directory(output, overwrite) as folder:
@@ -115,21 +113,6 @@ def _calibration_windows(data: str | Path, tokens: int, sequence_length: int, se
             f"{wanted}; give more text or ask for at most {dataset.windows_per_epoch * sequence_length} tokens"
         )
     return torch.stack([dataset[i] for i in range(wanted)])
-
-
-def _work_folder(output: Path, description: dict[str, Any]) -> Path:
-    """Where finished layers wait; emptied if they are of another calibration."""
-    work = output.parent / f".{output.name}.layers"
-    if is_main():
-        work.mkdir(parents=True, exist_ok=True)
-        key = work / "calibration.json"
-        if not key.is_file() or json.loads(key.read_text()) != description:
-            for file in work.iterdir():
-                file.unlink()
-            write_json(key, description)
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.barrier()
-    return work
 
 
 @torch.no_grad()

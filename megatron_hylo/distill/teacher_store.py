@@ -16,6 +16,7 @@ is started again leaves out those that are there.
 import functools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,16 @@ from megatron_hylo.distill.hidden_codec import HiddenCodec, fit_codec
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.sealed import DamagedError, check_free, is_sealed, sealed_directory, sha256, write_json
+from megatron_hylo.sealed import (
+    DamagedError,
+    barrier,
+    check_free,
+    is_sealed,
+    sealed_directory,
+    sha256,
+    work_folder,
+    write_json,
+)
 
 BLOCK = 2048  # tokens that are read together
 SHARD = 128 * BLOCK  # tokens of a file, and lost at most when a writer is killed
@@ -94,7 +104,7 @@ def write_store(
         "version": VERSION, "teacher": fingerprint(teacher), "dataset": dataset_identity(data), "tokens": documents.tokens,
         "kl": kl, "sequence_length": sequence_length, "overlap": overlap, "precision": str(precision).split(".")[1],
     }  # fmt: skip
-    work = _work_folder(Path(output), description)
+    work = work_folder(Path(output), "shards", "key", description)
     reader = _Reader(model, documents, sequence_length, overlap, micro_batch_size)
     _make_codec(reader, work, kl)
     codec = HiddenCodec.from_tensors(_tensors(work))
@@ -105,7 +115,7 @@ def write_store(
             codes = codec.encode(reader.hidden(shard * SHARD, min((shard + 1) * SHARD, documents.tokens)))
             if parallel_state.get_tensor_model_parallel_rank() == 0:
                 _write_shard(work / f"{shard:05d}", codes.cpu().numpy())
-    _barrier()
+    barrier()
     found = json.loads((work / "fit.json").read_text())
     stored = sum((work / f"{shard:05d}.bin").stat().st_size for shard in range(shards))
     description |= found | {"bytes_per_token": stored / documents.tokens}
@@ -181,7 +191,7 @@ def _make_codec(reader: _Reader, work: Path, kl: float) -> None:
             measured = {"measured_kl": found.mean().item(), "measured_kl_p99": found.quantile(0.99).item(),
                         "measured_kl_max": found.max().item(), "measured_tokens": len(found)}  # fmt: skip
             write_json(work / "fit.json", measured)
-    _barrier()
+    barrier()
 
 
 def _whole_head(model: HyloModel) -> Tensor:
@@ -192,41 +202,35 @@ def _whole_head(model: HyloModel) -> Tensor:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    return {name: tensor for name, tensor in load_file(folder / "codec.safetensors", device=where).items()}
-
-
-def _work_folder(output: Path, description: dict[str, Any]) -> Path:
-    """Where finished shards wait; emptied if they are of another store."""
-    work = output.parent / f".{output.name}.shards"
-    if is_main():
-        work.mkdir(parents=True, exist_ok=True)
-        key = work / "key.json"
-        if not key.is_file() or json.loads(key.read_text()) != description:
-            for file in work.iterdir():
-                file.unlink()
-            write_json(key, description)
-    _barrier()
-    return work
-
-
-def _barrier() -> None:
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.barrier()
+    return load_file(folder / "codec.safetensors", device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _write_shard(path: Path, codes: np.ndarray) -> None:
     """Codes int16 [tokens, H] -> PATH.bin, then PATH.json, whose presence says that both are whole."""
-    compressor, edges = zstandard.ZstdCompressor(level=3, write_checksum=True), [0]
+    edges = [0]
     partial = path.with_suffix(".tmp")
     with open(partial, "wb") as file:
         for first in range(0, len(codes), BLOCK):
-            file.write(compressor.compress(_pack(codes[first : first + BLOCK])))
+            file.write(compress_block(codes[first : first + BLOCK]))
             edges.append(file.tell())
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path.with_suffix(".bin"))
     write_json(path.with_suffix(".json"), {"tokens": len(codes), "edges": edges})
+
+
+def compress_block(codes: np.ndarray) -> bytes:
+    """Codes int16 [tokens, H] -> the bytes of a block."""
+    return zstandard.ZstdCompressor(level=3, write_checksum=True).compress(_pack(codes))
+
+
+def decompress_block(block: bytes, width: int) -> np.ndarray:
+    """What `compress_block` made of codes `width` wide -> int16 [tokens, H].
+
+    Raises:
+        zstandard.ZstdError: damaged.
+    """
+    return _unpack(zstandard.ZstdDecompressor().decompress(block), width)
 
 
 def _pack(codes: np.ndarray) -> bytes:
@@ -275,7 +279,8 @@ class TeacherStore:
             raise ConfigError(f"{path} was made by another teacher than {teacher}; cache this one, or leave teacher out")
         tensors = _tensors(self.path)
         self.head = tensors.pop("head")  # [V, H]
-        self.codec = HiddenCodec.from_tensors(tensors)
+        codec = HiddenCodec.from_tensors(tensors)  # in the precision that `decode` wants, every batch
+        self.codec = replace(codec, mean=codec.mean.float(), from_axes=codec.from_axes.float())
         self.starts = np.concatenate([[0], np.cumsum(DocumentStore(f"{data}/train").lengths)])
         self._open = functools.lru_cache(maxsize=64)(self._map)
 
@@ -303,13 +308,12 @@ class TeacherStore:
         shard, place = divmod(number, SHARD // BLOCK)
         data, edges = self._open(shard)
         try:
-            raw = zstandard.ZstdDecompressor().decompress(data[edges[place] : edges[place + 1]].tobytes())
+            return decompress_block(data[edges[place] : edges[place + 1]].tobytes(), self.head.shape[1])
         except (zstandard.ZstdError, IndexError) as error:
             raise DamagedError(
                 f"{self.path}/shards/{shard:05d}.bin: block {place} (tokens from {number * BLOCK:,}) is damaged ({error}); "
                 f"remove the store and run `hylo cache-teacher` again"
             ) from error
-        return _unpack(raw, self.head.shape[1])
 
 
 class StoredTeacher:

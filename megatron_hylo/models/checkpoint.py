@@ -25,7 +25,7 @@ from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig, from_
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.specs import BackendName
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.sealed import hash_early, sealed_directory, verify_sealed, write_json
+from megatron_hylo.sealed import barrier, hash_early, sealed_directory, verify_sealed, write_json
 
 FORMAT, VERSION = "megatron_hylo.model", 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -91,8 +91,7 @@ class BackgroundWrite:
         filesystem_async._results_queue = queue.Queue()
         if is_main():
             folder.mkdir(parents=True, exist_ok=True)
-        if torch.distributed.get_world_size() > 1:
-            torch.distributed.barrier()
+        barrier()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
@@ -120,8 +119,7 @@ class BackgroundWrite:
         """Wait for all ranks and complete the folder."""
         if self.thread is not None:
             self.thread.join()
-        if torch.distributed.get_world_size() > 1:
-            torch.distributed.barrier()
+        barrier()
         for finalize in self.finalize:
             finalize()
 

@@ -25,7 +25,7 @@ from megatron_hylo.models.checkpoint import (
     sharding_metadata,
 )
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.sealed import is_sealed, sealed_directory, verify_sealed, write_json
+from megatron_hylo.sealed import barrier, is_sealed, sealed_directory, verify_sealed, write_json
 from megatron_hylo.train.config import PREFIXES
 from megatron_hylo.train.optimizer import TrainingState, allocate_optimizer_state, load_optimizer_state
 
@@ -129,8 +129,7 @@ def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, i
     """
     if is_main():
         verify_sealed(path)
-    if torch.distributed.get_world_size() > 1:
-        torch.distributed.barrier()
+    barrier()
     for state, part in _folders(states, path):
         read_description(part)
         allocate_optimizer_state(state.optimizer)

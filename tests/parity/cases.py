@@ -119,9 +119,3 @@ def make_dataset(folder: Path) -> None:
         builder.add_document(generator.integers(0, 160, length).tolist(), [length])
     builder.finalize(str(folder / "train.idx"))
     (folder / "data.json").write_text('{"vocab_size": 160}')
-
-
-def largest_difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """Largest |a - b| / |b| of any tensor, with its name; zeros must be zeros."""
-    assert mine.keys() == theirs.keys()
-    return max((float((mine[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-30)), n) for n in mine)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
-from tests.parity.cases import LAYOUTS, case_config, largest_difference, make_dataset, make_model
+from tests.parity.cases import LAYOUTS, case_config, make_dataset, make_model
 from tests.parity.worker import job, launch
+from tests.train.runs import relative_difference
 
 GPUS = torch.cuda.device_count()
 if GPUS < 2:
@@ -71,7 +72,7 @@ def test_layout_equals_one_gpu(measured, model, stage, layout):
     exact = torch.load(root / "fp32" / f"{model}-{stage}-one.pt")
     for what in ("gradients", "weights"):
         (mine, between_ranks, where), theirs, truth = here[what], one[what][0], exact[what][0]
-        difference, name = largest_difference(mine, theirs)
+        difference, name = relative_difference(mine, theirs)
         print(f"{precision} | {model} | {stage} | {layout} | {what} | {difference:.1e} | {name}", end="")
         if precision == "fp32":
             assert difference < TENSOR, name

@@ -11,9 +11,10 @@ import torch
 
 from megatron_hylo.distill.teacher_store import write_store
 from tests.conftest import tiny_config
-from tests.parity.cases import LAYOUTS, STAGES, case_config, largest_difference, make_dataset, make_model
+from tests.parity.cases import LAYOUTS, STAGES, case_config, make_dataset, make_model
 from tests.parity.faults import FAULTS
 from tests.parity.worker import job, launch
+from tests.train.runs import relative_difference
 
 pytestmark = pytest.mark.multirank
 
@@ -110,7 +111,7 @@ def test_layout_equals_one_rank(measured, model, stage, layout):
     for what, tolerance in (("gradients", GRADIENT), ("weights", WEIGHT)):
         mine, between_ranks, where = here[what]
         assert between_ranks < tolerance, f"{what}: ranks hold different {where}"
-        difference, name = largest_difference(mine, one[what][0])
+        difference, name = relative_difference(mine, one[what][0])
         print(f"{model} | {stage} | {layout} | {what} | {difference:.1e} | {name}")
         assert difference < tolerance, f"{what}: {name}"
 
@@ -121,7 +122,7 @@ def test_a_planted_fault_fails_its_case(measured, fault):
     assert (model, stage, layout) in CASES
     faulty, one = torch.load(measured / f"{fault}.pt"), torch.load(measured / f"{model}-{stage}-one.pt")
     (mine, between_ranks, where), theirs = faulty["gradients"], one["gradients"][0]
-    difference, name = largest_difference(mine, theirs)
+    difference, name = relative_difference(mine, theirs)
     norm, right = (run["steps"][0]["gradient_norm"] for run in (faulty, one))
     worst, name = max((difference, name), (between_ranks, where), (abs(norm - right) / right, "norm of all gradients"))
     print(f"{fault} | {model}-{stage}-{layout} | {worst:.1e} | {name}")
