@@ -52,12 +52,13 @@ STARTS: dict[str, dict[str, Any]] = {  # name: arguments of upcycle_folder
     "all MLA one-shot": ALL_MLA,
     "all MLA sequential": ALL_MLA | dict(sequential=True),
 }
-TRAINING = {  # name: (start, stage-1 loss); all else is the same
-    "paper": ("paper", "ild"),
-    "paper, sequential stage 1": ("paper", "sequential"),
-    "one-shot": ("one-shot", "mse"),
-    "sequential": ("sequential", "sequential"),
-    "Mamba2 sequential": ("Mamba2 sequential", "sequential"),
+TRAINING = {  # name: (start, stage-1 loss, windows a step); all else is the same
+    "paper": ("paper", "ild", 8),
+    "paper, sequential stage 1": ("paper", "sequential", 8),
+    "one-shot": ("one-shot", "mse", 8),
+    "one-shot, 4 windows a step": ("one-shot", "mse", 4),
+    "sequential": ("sequential", "mse", 8),
+    "Mamba2 one-shot": ("Mamba2 one-shot", "mse", 8),
 }
 STAGE_1 = 0.1  # of the tokens
 
@@ -125,12 +126,13 @@ def measure_training(
     file = cell_file(work, name, tokens, seed)
     if file.is_file():
         return
-    start_name, align_loss = TRAINING[name]
+    start_name, align_loss, windows = TRAINING[name]
     measure_start(start_name, work, teacher, calibration)
     model, run = work / "starts" / slug(start_name), work / "runs" / file.stem
     budget = replace(
-        BUDGETS["cuda" if torch.cuda.is_available() else "cpu", "calibrated"], align_loss=align_loss, eval_windows=eval_windows
-    )
+        BUDGETS["cuda" if torch.cuda.is_available() else "cpu", "calibrated"], align_loss=align_loss, eval_windows=eval_windows,
+        align_batch_size=windows, distil_batch_size=windows, micro_batch_size=windows,
+    )  # fmt: skip
     first = int(STAGE_1 * tokens)
     started = time.perf_counter()
     for stage, source, count in (("align", model, first), ("distil", run / "align" / "model", tokens - first)):
