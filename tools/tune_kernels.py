@@ -2,18 +2,16 @@
 """Find the best configurations of the linear layers' Triton kernels on this GPU, for the shapes of all named layouts.
 
     python tools/tune_kernels.py                  # writes megatron_hylo/kernels/tuned/sm90.json on an H100
-    python tools/tune_kernels.py --workers 16     # that many processes compile first
+    python tools/tune_kernels.py --only '["(6, 256, 512)"]'
 
-Needed once for a new kind of GPU, or new versions of Triton, fla or mamba-ssm. First all configurations are compiled by
-many processes at a time; then one process on each GPU, with nothing else there, times its share of them.
+Needed once for a new kind of GPU, or new versions of Triton, fla or mamba-ssm, with nothing else on the GPU. Two or three
+minutes a shape of Gated DeltaNet; where there are several GPUs, one process on each can take some of the shapes.
 """
 
 import itertools
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,110 +23,62 @@ os.environ |= {
 }  # times are to be taken anew
 
 import torch
+from filelock import FileLock
 from jsonargparse import auto_cli
-from rich.console import Console
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 from megatron_hylo.kernels.gated_delta_rule import delta_rule_transition, gated_delta_rule
 from megatron_hylo.kernels.ssd import ssd
-from megatron_hylo.kernels.tuned import FOLDER, found, modest
+from megatron_hylo.kernels.tuned import FOLDER, found
 from megatron_hylo.layouts import LAYOUTS
 
 BATCH = 16  # some kernels' configurations depend on the number of sequences
-SLICES = 8  # of the configurations of a case, each compiled by a process of its own
 LENGTH = 2048  # fills the GPU; compiled kernels are the same for any other that 128 divides
 
 
-def main(workers: int = os.cpu_count() or 1, output: Path | None = None, task: str = "") -> None:
-    """Tune all kernels and write their configurations.
+def main(only: list[str] = [], output: Path | None = None) -> None:  # noqa: B006  jsonargparse shows it
+    """Tune the kernels and add their configurations to the file, case by case.
 
     Args:
-        workers: processes that compile before the timing; 0 to time at once.
-        output: file to write; by default the package's, for this GPU's compute capability.
-        task: what a process that this one starts has to do: "compile CASE SLICE" or "time SHARE GPUS FILE".
+        only: parts of names of cases, such as "(6, 256, 512)" or ssd; all cases by default.
+        output: file to add to; by default the package's, for this GPU's compute capability.
     """
     if not torch.cuda.is_available():
         sys.exit("tune_kernels.py needs a CUDA GPU: Triton's kernels run nowhere else")
     torch.manual_seed(0)
-    match task.split():
-        case ["compile", case, part]:
-            return compile_part(int(case), int(part))
-        case ["time", share, gpus, file]:
-            return time_share(int(share), int(gpus), Path(file))
-    console, start, gpus, count = Console(), time.perf_counter(), torch.cuda.device_count(), len(cases(LENGTH))
-    if workers:
-        parts = [f"compile {case} {part}" for case in range(count) for part in range(SLICES)]
-        run_all(parts, workers, gpus)
-        console.print(f"{count} cases compiled by {workers} processes in {time.perf_counter() - start:.0f} s")
-    with tempfile.TemporaryDirectory() as scratch:
-        files = [Path(scratch) / f"{share}.json" for share in range(gpus)]
-        run_all([f"time {share} {gpus} {file}" for share, file in enumerate(files)], gpus, gpus)
-        kernels = merge([json.loads(file.read_text()) for file in files])
+    work = [(name, run) for name, run in cases(LENGTH) if not only or any(part in name for part in only)]
+    if not work:
+        sys.exit(f"no case has any of {only} in its name; there are: {', '.join(name for name, _ in cases(LENGTH))}")
     major, minor = torch.cuda.get_device_capability()
     file = output or FOLDER / f"sm{major}{minor}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    versions = {name: __import__(name).__version__ for name in ("torch", "triton", "fla")}
-    file.write_text(compact({"device": torch.cuda.get_device_name(), **versions, "kernels": kernels}))
-    shapes = sum(map(len, kernels.values()))
-    console.print(f"{file}: {len(kernels)} kernels, {shapes} shapes, {time.perf_counter() - start:.0f} s")
-
-
-def compile_part(case: int, part: int) -> None:
-    """Compile one slice of every kernel's configurations, into Triton's cache; nothing is timed."""
-    from triton.runtime.autotuner import Autotuner
-
-    prune = Autotuner.prune_configs
-
-    def some(self: Autotuner, kwargs: dict) -> list:
-        configs = prune(self, kwargs)
-        return [*configs[part::SLICES], modest(configs)]  # the modest one runs where the others ask for too much
-
-    def once(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
-        call()
-        return [0.0 for _ in quantiles]
-
-    Autotuner.prune_configs, Autotuner.do_bench = some, staticmethod(once)
-    cases(length=256)[case][1]()
-    torch.cuda.synchronize()
-
-
-def time_share(share: int, gpus: int, file: Path) -> None:
-    """Tune every `gpus`-th case and write what was found."""
-    for name, run in cases(LENGTH)[share::gpus]:
-        before = time.perf_counter()
+    for number, (name, run) in enumerate(work, 1):
+        start = time.perf_counter()
         run()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        print(f"  {name}: {time.perf_counter() - before:.1f} s", flush=True)
-    file.write_text(json.dumps(found()))
+        shapes = add(file, found())
+        print(f"{number}/{len(work)} {name}: {time.perf_counter() - start:.1f} s; {file} has {shapes} shapes", flush=True)
 
 
-def run_all(tasks: list[str], workers: int, gpus: int) -> None:
-    """Run tasks in processes of their own, so many at a time, over the GPUs by turns; ends this one if one fails."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-    devices, waiting, running = visible.split(","), list(enumerate(tasks)), []
-    while waiting or running:
-        while waiting and len(running) < workers:
-            number, task = waiting.pop(0)
-            environment = os.environ | {"CUDA_VISIBLE_DEVICES": devices[number % gpus]}
-            running.append(subprocess.Popen([sys.executable, __file__, "--task", task], env=environment))
-        for process in [process for process in running if process.poll() is not None]:
-            running.remove(process)
-            if process.returncode:
-                for other in running:
-                    other.kill()
-                sys.exit(f"{' '.join(map(str, process.args))} failed")
-        time.sleep(0.2)
+def add(file: Path, kernels: dict[str, list[dict]]) -> int:
+    """Put configurations into a file, over those of the same shapes there; other processes may do so at the same time.
 
-
-def merge(shares: list[dict[str, list[dict]]]) -> dict[str, list[dict]]:
-    """One table of what several processes found; a shape that two of them saw is kept once."""
-    kernels: dict[str, dict[str, dict]] = {}
-    for share in shares:
-        for name, entries in share.items():
-            for entry in entries:
-                kernels.setdefault(name, {}).setdefault(str(entry["key"]), entry)
-    return {name: [entries[key] for key in sorted(entries)] for name, entries in sorted(kernels.items())}
+    Returns:
+        Shapes that the file now has, over all kernels. What other versions of the libraries found is dropped.
+    """
+    versions = {name: getattr(__import__(name), "__version__", "unknown") for name in ("torch", "triton", "fla", "mamba_ssm")}
+    with FileLock(file.with_suffix(".lock")):
+        before = json.loads(file.read_text()) if file.is_file() else {}
+        merged: dict[str, dict[str, dict]] = {}
+        for source in (before["kernels"] if before.get("versions") == versions else {}, kernels):
+            for name, entries in source.items():
+                merged.setdefault(name, {}).update({json.dumps(entry["key"]): entry for entry in entries})
+        content = {name: [entries[key] for key in sorted(entries)] for name, entries in sorted(merged.items())}
+        new = file.with_suffix(".new")
+        new.write_text(compact({"device": torch.cuda.get_device_name(), "versions": versions, "kernels": content}))
+        new.replace(file)
+    return sum(map(len, content.values()))
 
 
 def compact(content: dict) -> str:

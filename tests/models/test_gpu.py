@@ -32,6 +32,9 @@ def errors(mixer: str, backend: str, tokens: int, batch: int, starts: list[int] 
     reference = build_model(config, backend="local").mixer_layers()[0][0].self_attention
     if mixer == "M":  # where D x is most of the output, the norm after it cancels D's gradient and leaves bf16's rounding
         torch.nn.init.uniform_(reference.D, 0.1, 0.3)
+    with torch.no_grad():  # both compute with the same numbers
+        for parameter in reference.parameters():
+            parameter.copy_(parameter.bfloat16())
     fast = build_model(config, params_dtype=torch.bfloat16, backend=backend).mixer_layers()[0][0].self_attention
     state = {k: v for k, v in reference.state_dict().items() if not k.endswith("_extra_state")}
     missing, unexpected = fast.load_state_dict(state, strict=False)
