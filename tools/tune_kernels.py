@@ -27,7 +27,7 @@ from filelock import FileLock
 from jsonargparse import auto_cli
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
-from megatron_hylo.kernels.gated_delta_rule import delta_rule_transition, gated_delta_rule
+from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_of_part
 from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.kernels.tuned import FOLDER, found
 from megatron_hylo.layouts import LAYOUTS
@@ -67,7 +67,7 @@ def add(file: Path, kernels: dict[str, list[dict]]) -> int:
     Returns:
         Shapes that the file now has, over all kernels. What other versions of the libraries found is dropped.
     """
-    versions = {name: getattr(__import__(name), "__version__", "unknown") for name in ("torch", "triton", "fla", "mamba_ssm")}
+    versions = {name: __import__(name).__version__ for name in ("torch", "triton", "fla")}
     with FileLock(file.with_suffix(".lock")):
         before = json.loads(file.read_text()) if file.is_file() else {}
         merged: dict[str, dict[str, dict]] = {}
@@ -103,7 +103,7 @@ def cases(length: int) -> list[tuple[str, Callable[[], None]]]:
         if "M" in c.mixers
     }
     found = []
-    for shape, call in itertools.product(sorted(deltas, reverse=True), (delta, delta_with_state, transition, prefill)):
+    for shape, call in itertools.product(sorted(deltas, reverse=True), (delta, part, prefill)):
         found.append((f"{call.__name__} {shape}", lambda shape=shape, call=call: call(*delta_inputs(*shape, length))))
     for shape, begins, state in itertools.product(sorted(scans), (False, True), (False, True)):
         name = f"ssd {shape} packed={begins} state={state}"
@@ -133,15 +133,9 @@ def delta(*inputs: torch.Tensor) -> None:
     gated_delta_rule(*inputs[:5])[0].sum().backward()
 
 
-def delta_with_state(*inputs: torch.Tensor) -> None:
-    """The same from a state: what a rank of context parallelism calls."""
-    gated_delta_rule(*inputs)[0].sum().backward()
-
-
-def transition(_, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, state: torch.Tensor) -> None:
-    """What a part of a sequence does to the state: what the ranks of context parallelism exchange."""
-    a, b = delta_rule_transition(k, v, g, beta)
-    (a.sum() + b.sum()).backward()
+def part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, _: torch.Tensor) -> None:
+    """A part of a sequence whose first state is not known: what a rank of context parallelism calls."""
+    sum(x.sum() for x in gated_delta_rule_of_part(q, k, v, g, beta)).backward()
 
 
 @torch.no_grad()

@@ -71,25 +71,28 @@ def gated_delta_rule(
         return _chunked(q, k, v, g, beta, initial_state, output_final_state)
 
 
-def delta_rule_transition(
-    k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What these tokens do to any state: S -> A S + B. Both come out of one pass, whose state begins as [0, I].
+def gated_delta_rule_of_part(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A part of a sequence before the state S that it begins with is known: what S adds is linear in it.
+
+    With S the outputs are o + reach S and the state after the part is A S + B. All come out of one pass, over values
+    [v, 0] from the state [0, I].
 
     Args:
-        k, v, g, beta: as in `gated_delta_rule`.
+        q, k, v, g, beta: as in `gated_delta_rule`.
 
     Returns:
-        A [b, h, dk, dk] and B [b, h, dk, dv], in the dtype of its states.
+        o [b, t, h, dv] and reach [b, t, h, dk] in v's dtype; A [b, h, dk, dk] and B [b, h, dk, dv] in that of states.
     """
     b, t, h, dk = k.shape
-    wide = torch.promote_types(v.dtype, torch.float32)
+    dv, wide = v.shape[-1], torch.promote_types(v.dtype, torch.float32)
     unit = torch.eye(dk, dtype=wide, device=v.device).expand(b, h, dk, dk)
-    state = torch.cat([v.new_zeros(b, h, dk, v.shape[-1], dtype=wide), unit], -1)
+    state = torch.cat([v.new_zeros(b, h, dk, dv, dtype=wide), unit], -1)
     values = torch.cat([v, v.new_zeros(b, t, h, dk)], -1)
-    _, state = gated_delta_rule(torch.zeros_like(k), k, values, g, beta, state, output_final_state=True)
-    added, kept = state.split([v.shape[-1], dk], -1)
-    return kept, added
+    out, state = gated_delta_rule(q, k, values, g, beta, state, output_final_state=True)
+    (o, reach), (added, kept) = out.split([dv, dk], -1), state.split([dv, dk], -1)
+    return o, reach, kept, added
 
 
 def fla_obstacle(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Obstacle | None:

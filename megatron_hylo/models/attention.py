@@ -70,9 +70,7 @@ class GroupedQueryAttention(MegatronModule):
         documents = self.context.seen(documents)
         if self.context.by_heads:
             parts = [x.flatten(2) for x in (query, key, value)]
-            widths = [x.shape[-1] for x in parts]
-            own = self.context.exchange(torch.cat(parts, dim=-1), widths)
-            own = own.split([width // self.context.size for width in widths], dim=-1)
+            own = self.context.exchange(*((x, [x.shape[-1]]) for x in parts))
             query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in own)
         query, key = self.rotate(query, documents), self.rotate(key, documents)
         key_value = torch.cat([key, value], dim=-1)

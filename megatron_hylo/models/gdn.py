@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
-from megatron_hylo.kernels.gated_delta_rule import delta_rule_transition, gated_delta_rule
+from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_of_part
 from megatron_hylo.kernels.ssd import RESET
 from megatron_hylo.models.layers import HeadNorm, sharded_mixer_state, tensor_parallel_parameter
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
@@ -107,10 +107,10 @@ class GatedDeltaNet(MegatronModule):
         refuse_inference(kwargs)
         c, context, documents = self.config.hylo, self.context, self.context.seen(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
-        projected = context.exchange(projected.transpose(0, 1), self.sections.values())
-        b, s, _ = projected.shape
-        keys, _, values, _, heads, _ = (width // context.shares for width in self.sections.values())
-        qkv, gate, beta, alpha = projected.split([2 * keys + values, values, heads, heads], dim=-1)
+        keys, _, values, gates, heads, _ = self.sections.values()
+        qkv, gate, beta, alpha = projected.transpose(0, 1).split([2 * keys + values, gates, heads, heads], dim=-1)
+        qkv, beta, alpha = context.exchange((qkv, [keys, keys, values]), (beta, [heads]), (alpha, [heads]))
+        (b, s, heads), keys, values = beta.shape, keys // context.shares, values // context.shares
         own = functools.partial(context.own_share, widths=[self.sections[name] for name in ("query", "key", "value")])
         places = documents.own_positions if documents is not None else None
         qkv = self.conv1d(qkv, context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places, own)
@@ -120,12 +120,14 @@ class GatedDeltaNet(MegatronModule):
         if documents is not None:
             decay = decay.masked_fill(documents.begins[:, None], RESET)
         beta = beta.sigmoid()
-        state = None
         if context.passes_states:
-            state = context.state_before(*delta_rule_transition(key, value, decay, beta))
-        out, _ = gated_delta_rule(query, key, value, decay, beta, initial_state=state)
+            out, reach, kept, added = gated_delta_rule_of_part(query, key, value, decay, beta)
+            out = out + torch.einsum("bthk,bhkv->bthv", reach, context.state_before(kept, added).to(out.dtype))
+        else:
+            out, _ = gated_delta_rule(query, key, value, decay, beta)
+        out = context.give_back(out.reshape(b, s, values)).unflatten(-1, (self.heads, -1))
         out = self.out_norm(out, gate.reshape(out.shape))
-        return self.out_proj(context.give_back(out.reshape(b, s, values)).transpose(0, 1).contiguous())
+        return self.out_proj(out.flatten(2).transpose(0, 1).contiguous())
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The fused projection and convolution are stored by section, so that any tensor-parallel size can load them."""

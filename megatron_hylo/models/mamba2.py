@@ -5,7 +5,6 @@ group of its own. h_t = exp(dt A) h_{t-1} + dt x_t B_t^T,  y_t = h_t C_t + D x_t
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -32,10 +31,10 @@ class GatedGroupNorm(MegatronModule):
         self.group_size = group_size
         self.weight = tensor_parallel_parameter(torch.ones(channels, device=device()), dtype=config.params_dtype)
 
-    def forward(self, y: Tensor, z: Tensor, own: Callable[[Tensor], Tensor] = lambda weight: weight) -> Tensor:
-        """y, z: [batch, sequence, channels] -> the same; `own`: weight of all channels -> that of these."""
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """y, z: [batch, sequence, channels] -> the same."""
         eps = self.config.layernorm_epsilon
-        return gated_rms_norm(y, z, own(self.weight), eps, group_size=self.group_size, norm_before_gate=False)
+        return gated_rms_norm(y, z, self.weight, eps, group_size=self.group_size, norm_before_gate=False)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Channels are split over the tensor-parallel ranks."""
@@ -90,10 +89,10 @@ class Mamba2(MegatronModule):
         refuse_inference(kwargs)
         c, context, documents = self.config.hylo, self.context, self.context.seen(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
-        projected = context.exchange(projected.transpose(0, 1), self.sections.values())
-        b, s, _ = projected.shape
-        z, x_width, b_width, c_width, dt_width = (width // context.shares for width in self.sections.values())
-        z, xbc, dt = projected.split([z, x_width + b_width + c_width, dt_width], dim=-1)
+        inner, *widths, heads = self.sections.values()
+        z, xbc, dt = projected.transpose(0, 1).split([inner, sum(widths), heads], dim=-1)
+        xbc, dt = context.exchange((xbc, widths), (dt, [heads]))
+        (b, s, _), (x_width, b_width, c_width) = dt.shape, (width // context.shares for width in widths)
         own = functools.partial(context.own_share, widths=[self.sections[name] for name in "xBC"])
         places = documents.own_positions if documents is not None else None
         xbc = self.conv1d(xbc, context.tokens_before(xbc, c.linear_conv_kernel_dim - 1), places, own)
@@ -111,8 +110,8 @@ class Mamba2(MegatronModule):
         if passes:
             before = context.state_before(total_decay(dt, rate, begins), final)
             y = y + carried_in(before, dt, rate, state_out, begins)
-        y = self.norm(y.reshape(b, s, -1), z, context.own_share)
-        return self.out_proj(context.give_back(y).transpose(0, 1).contiguous())
+        y = self.norm(context.give_back(y.reshape(b, s, -1)), z)
+        return self.out_proj(y.transpose(0, 1).contiguous())
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The fused projection and convolution are stored by section, so that any tensor-parallel size can load them."""

@@ -97,7 +97,8 @@ class MultiLatentAttention(MegatronModule):
             key = self.k_layernorm(key, reference=base_key)
         elif c.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        query = self.context.exchange(query.flatten(2), [self.heads * self.qk_dim]).unflatten(2, (-1, self.qk_dim))
+        (query,) = self.context.exchange((query.flatten(2), [self.heads * self.qk_dim]))
+        query = query.unflatten(2, (-1, self.qk_dim))
         key, value = (self.context.own_share(x, dim=2) for x in (key, value))
         documents, s = self.context.seen(packed_seq_params), query.shape[1]
         cos, sin = self._rotary_table(keys)

@@ -5,7 +5,7 @@ convolution gathers the last inputs of each part; a linear layer gathers what ea
 size does not depend on the sequence. Linear recurrences are affine in the state: a part turns S into A S + B, with A one
 number a head in Mamba2 and a [dk, dk] matrix a head in Gated DeltaNet, so every rank finds B (and A) from its own tokens,
 all at once, and composes those of the ranks before it. Mamba2 then adds what that state does to its outputs, in one matrix
-product; Gated DeltaNet finds A and B in a pass of their own, before the one for its outputs.
+product; so does Gated DeltaNet, whose pass over its part finds A, B and what any state would add to each output.
 
 `a2a` (Megatron's all-to-all): ranks trade sequence for heads. Each gets all tokens of its share of the heads, computes as
 if alone, and gives the outputs back. MLA still gathers its latents, and trades queries and outputs only. It moves more, but
@@ -82,21 +82,24 @@ class ContextGroup:
         self.shares = self.size if by_heads else 1
         self.received_bytes = 0
 
-    def exchange(self, x: Tensor, widths: Iterable[int]) -> Tensor:
-        """Own tokens of all heads -> all tokens of own heads; unchanged without `a2a`.
+    def exchange(self, *parts: tuple[Tensor, Iterable[int]]) -> list[Tensor]:
+        """Own tokens of all heads -> all tokens of own heads, in one message; unchanged without `a2a`.
 
         Args:
-            x: [batch, sequence, sum of widths]; each section has its heads one after the other.
-            widths: of the sections.
+            parts: x [batch, sequence, sum of widths] and the widths of its sections; each section has its heads one after
+                the other.
 
         Returns:
-            [batch, ranks sequence, sum of widths / ranks], the same sections.
+            For each part [batch, ranks sequence, sum of widths / ranks], the same sections.
         """
         if not self.by_heads:
-            return x
-        sections = [section.chunk(self.size, -1) for section in x.split(list(widths), -1)]
-        received = self._all_to_all(torch.stack([torch.cat(share, -1) for share in zip(*sections)]))
-        return received.transpose(0, 1).flatten(1, 2)
+            return [x for x, _ in parts]
+        sections = [section for x, widths in parts for section in x.split(list(widths), -1)]
+        # for each rank its share of every section, put in order by one copy
+        received = self._all_to_all(
+            torch.cat([section.unflatten(-1, (self.size, -1)).movedim(-2, 0) for section in sections], -1)
+        )
+        return list(received.transpose(0, 1).flatten(1, 2).split([x.shape[-1] // self.size for x, _ in parts], -1))
 
     def give_back(self, x: Tensor) -> Tensor:
         """All tokens of own heads -> own tokens of all heads: [batch, ranks sequence, w] -> [batch, sequence, ranks w]."""

@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> Quality | None:
             skipped = SkippedSteps(config.max_skipped_steps)
             while step < config.train_steps:
                 # after a skipped step the layers are watched, which a recorded one does not know of
-                metrics = _step(states, stage if skipped.in_a_row else passes, feed, micro_batches, step, skipped)
+                metrics = training_step(states, stage if skipped.in_a_row else passes, feed, micro_batches, step, skipped)
                 step, consumed = step + 1, consumed + config.global_batch_size
                 if step == 1 or reporter.last[1] == 0:
                     logger.info("operations: %s", in_use())
@@ -153,7 +153,7 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def _step(
+def training_step(
     states: Sequence[TrainingState],
     stage: Stage | RecordedStage,
     feed: Any,
@@ -161,6 +161,19 @@ def _step(
     step: int,
     skipped: SkippedSteps,
 ) -> dict[str, float]:
+    """One step: gradients of `micro_batches` batches of this rank, and the optimizer's step unless there is NaN or infinity.
+
+    Args:
+        states: the students.
+        stage: what a step's passes are.
+        feed: micro-batches of this rank.
+        micro_batches: of the step.
+        step: steps before this one.
+        skipped: counts the steps that are left out.
+
+    Returns:
+        Means over all ranks of losses, gradient norms, learning rates.
+    """
     for state in states:
         for wrapper in state.wrapped:
             wrapper.zero_grad_buffer()

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron_hylo.kernels.gated_delta_rule import (
-    delta_rule_transition,
     fla_obstacle,
     gated_delta_rule,
+    gated_delta_rule_of_part,
     recurrent_gated_delta_rule,
     triton_obstacle,
 )
@@ -160,12 +160,14 @@ def test_fla_matches_recurrence_on_gpu(t: int, dk: int, dv: int) -> None:
         assert worst_error(gated_delta_rule, recurrent_gated_delta_rule, values) < 2e-2
 
 
-def test_transition_is_what_the_tokens_do_to_a_state() -> None:
-    q, k, v, g, beta, state = inputs(90)
-    _, after = gated_delta_rule(q, k, v, g, beta, state, output_final_state=True)
-    kept, added = delta_rule_transition(k, v, g, beta)
-    composed = kept @ state + added
-    assert relative_error(composed, after) < 1e-10
-    upstream = torch.randn_like(after)
-    grads = [torch.autograd.grad((s * upstream).sum(), (k, v, g, beta, state)) for s in (composed, after)]
+def test_a_part_can_be_computed_before_the_state_it_begins_with() -> None:
+    *values, state = inputs(90)
+    whole = gated_delta_rule(*values, state, output_final_state=True)
+    out, reach, kept, added = gated_delta_rule_of_part(*values)
+    parts = out + torch.einsum("bthk,bhkv->bthv", reach, state), kept @ state + added
+    assert all(relative_error(mine, theirs) < 1e-10 for mine, theirs in zip(parts, whole, strict=True))
+    upstream = [torch.randn_like(x) for x in whole]
+    grads = [
+        torch.autograd.grad(sum((x * u).sum() for x, u in zip(found, upstream)), (*values, state)) for found in (parts, whole)
+    ]
     assert all(relative_error(mine, theirs) < 1e-9 for mine, theirs in zip(*grads))

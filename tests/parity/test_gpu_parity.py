@@ -13,7 +13,6 @@ import torch
 from tests.conftest import tiny_config
 from tests.parity.cases import LAYOUTS, case_config, make_dataset, make_model
 from tests.parity.worker import job, launch
-from tests.train.runs import relative_difference
 
 GPUS = torch.cuda.device_count()
 if GPUS < 2:
@@ -29,6 +28,8 @@ MODELS["mixed"] = "G-+-M-*-"
 TORCH = "attention=math,causal_conv1d=torch,gated_delta_rule=torch,ssd=torch"
 KERNELS = {"fp32": TORCH, "bf16": ""}
 TENSOR = 1e-5  # relative difference of gradients and weights in fp32
+DECAYS = ("A_log", "dt_bias")  # a few numbers each, whose gradients are sums over all tokens that nearly cancel
+DECAY = 5e-4  # the same for these
 ROUNDING = 4.0  # the same in bf16, in units of what bf16 costs; a gradient that misses a rank's part is off by dozens
 NUMBERS = {"fp32": {"loss": 1e-6, "gradient_norm": 1e-5}, "bf16": {"loss": 2e-3, "gradient_norm": 2e-2}}
 TWO = ("tp2", "tp2_sp", "cp2_gather", "cp2_a2a", "pp2", "pp2_vp2", "dp2")
@@ -48,14 +49,16 @@ def measured(request, tmp_path_factory, one_rank) -> tuple[str, Path]:
     make_model(tiny_config("*-*-*-*-", add_qkv_bias=True, **SIZES), root / "teacher", seed=1)
     for name, pattern in MODELS.items():
         make_model(tiny_config(pattern, qk_layernorm=True, add_qkv_bias=True, **SIZES), root / name, seed=2)
-    ones = dict.fromkeys((model, stage, "one") for model, stage, _ in CASES)
+    chosen = [item.callspec.params for item in request.session.items if item.path == request.path]  # by -k, say
+    cases = [tuple(p[n] for n in ("model", "stage", "layout")) for p in chosen if p["measured"] == precision]
+    ones = dict.fromkeys((model, stage, "one") for model, stage, _ in cases)
     folders = {name: root / name for name in dict.fromkeys(("fp32", precision))}
     for name, folder in folders.items():  # in fp32 one GPU for both
         folder.mkdir()
         for ranks in (1, 2, 4) if name == precision else (1,):
             jobs = [
                 job("measure", case_config(root, *case, name, 256), folder / f"{'-'.join(case)}.pt")
-                for case in (*ones, *CASES)
+                for case in (*ones, *cases)
                 if LAYOUTS[case[2]][0] == ranks <= GPUS
             ]
             if jobs:
@@ -72,16 +75,16 @@ def test_layout_equals_one_gpu(measured, model, stage, layout):
     exact = torch.load(root / "fp32" / f"{model}-{stage}-one.pt")
     for what in ("gradients", "weights"):
         (mine, between_ranks, where), theirs, truth = here[what], one[what][0], exact[what][0]
-        difference, name = relative_difference(mine, theirs)
-        print(f"{precision} | {model} | {stage} | {layout} | {what} | {difference:.1e} | {name}", end="")
+        apart = {n: float((mine[n] - theirs[n]).norm()) for n in theirs}
+        norms = {n: max(float(theirs[n].norm()), 1e-30) for n in theirs}
         if precision == "fp32":
-            assert difference < TENSOR, name
+            limits = {n: (DECAY if n.endswith(DECAYS) else TENSOR) * norms[n] for n in theirs}
         else:
-            costs = {n: float((theirs[n] - truth[n]).norm() + TENSOR * truth[n].norm()) for n in truth}
-            ratio, name = max((float((mine[n] - theirs[n]).norm()) / max(costs[n], 1e-30), n) for n in costs)
-            print(f" | {ratio:.2f} x the cost of bf16 | {name}", end="")
-            assert ratio < ROUNDING, name
-        print()
+            limits = {n: ROUNDING * (float((theirs[n] - truth[n]).norm()) + TENSOR * norms[n]) for n in theirs}
+        used, name = max((apart[n] / limits[n], n) for n in theirs)
+        largest = max(apart[n] / norms[n] for n in theirs)
+        print(f"{precision} | {model} | {stage} | {layout} | {what} | {largest:.1e} | {used:.2f} of the limit of {name}")
+        assert used < 1, name
         assert between_ranks < TENSOR, f"{what}: ranks hold different {where}"
     for mine, theirs in zip(here["steps"], one["steps"], strict=True):
         for name, tolerance in NUMBERS[precision].items():

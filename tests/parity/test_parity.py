@@ -155,9 +155,9 @@ def test_trading_sequence_for_heads_moves_what_the_formulas_say(measured, layout
     mamba_inner = c.mamba_num_heads * c.mamba_head_dim
     query_head = c.qk_head_dim + c.qk_pos_emb_head_dim
     widths = {
-        "G": c.linear_num_heads * (2 * c.linear_key_head_dim + 2) + 2 * gdn_value + gdn_value,
+        "G": c.linear_num_heads * (2 * c.linear_key_head_dim + 2) + gdn_value + gdn_value,
         "+": c.num_attention_heads * (query_head + c.v_head_dim),
-        "M": mamba_inner + c.num_query_groups * (c.mamba_head_dim + c.mamba_state_dim)
+        "M": c.num_query_groups * (c.mamba_head_dim + c.mamba_state_dim)
         + c.mamba_num_heads * (c.mamba_state_dim + 1) + mamba_inner,
         "*": (2 * c.num_attention_heads + 2 * c.num_query_groups) * c.kv_channels,
     }  # fmt: skip

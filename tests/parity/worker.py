@@ -125,7 +125,7 @@ def measure(config: Any, file: Path) -> None:
     from megatron_hylo.platform.distributed import initialize, is_main
     from megatron_hylo.train.feed import rank_batches
     from megatron_hylo.train.health import SkippedSteps
-    from megatron_hylo.train.loop import _build_models, _step, _stored_teacher
+    from megatron_hylo.train.loop import _build_models, _stored_teacher, training_step
     from megatron_hylo.train.optimizer import build_training_state, choose_trainable
     from megatron_hylo.train.stages import get_stage
 
@@ -145,7 +145,7 @@ def measure(config: Any, file: Path) -> None:
     received = [mixer.self_attention.context.received_bytes for chunk in chunks for mixer, _ in chunk.mixer_layers()]
     gradients = whole_tensors(chunks, _reduced_gradients(state))
     feed = rank_batches(config, dataset, 0, here, stored)
-    steps = [_step([state], stage, feed, micro_batches, step, SkippedSteps(0)) for step in range(2)]
+    steps = [training_step([state], stage, feed, micro_batches, step, SkippedSteps(0)) for step in range(2)]
     weights = whole_tensors(chunks, [{name: p.data for name, p in chunk.named_parameters()} for chunk in chunks])
     if is_main():
         torch.save({"steps": steps, "gradients": gradients, "weights": weights, "received": received}, file)

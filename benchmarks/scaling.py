@@ -1,0 +1,268 @@
+"""Stage 3 on 1 to 8 GPUs: a hybrid learns long sequences from an 8B-shaped teacher, under every way to divide the work.
+
+    torchrun --nproc-per-node 8 benchmarks/scaling.py                   # then with 4, 2 and 1, same --work: one table of all
+    torchrun --nproc-per-node 8 benchmarks/scaling.py --lengths [262144] --modes [CP]
+
+Whole steps of the training loop, optimizer included, with random weights at real shapes, bf16, activations recomputed.
+Model FLOPs for MFU: the student's forward and backward and the teacher's forward; recomputation is not counted. Exposed
+communication: the part of a step in which a GPU has an NCCL kernel and nothing else to run, from the profiler. Each
+measurement is a file in WORK; what is there is not measured again. Prints a table and, last, one JSON line; writes
+RESULTS.md and RESULTS.png.
+"""
+
+import contextlib
+import gc
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jsonargparse import auto_cli
+from megatron.core import parallel_state
+from report import device_name, report
+
+from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.kernels.registry import in_use
+from megatron_hylo.layouts import BASES, get_layout
+from megatron_hylo.models.hylo_model import build_chunks
+from megatron_hylo.parallel.context import own_part
+from megatron_hylo.plan.flops import forward_flops_per_token, peak_flops
+from megatron_hylo.platform.distributed import device, initialize, is_main, shutdown
+from megatron_hylo.sealed import write_json
+from megatron_hylo.train.config import TrainConfig
+from megatron_hylo.train.health import SkippedSteps
+from megatron_hylo.train.loop import training_step
+from megatron_hylo.train.optimizer import build_training_state, choose_trainable
+from megatron_hylo.train.stages import get_stage
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to divide a step over n GPUs."""
+
+    groups: Callable[[int], dict[str, Any]]  # of ParallelConfig, for n GPUs
+    sequences: Callable[[int], int]  # of a step
+    least: int = 1  # GPUs
+
+
+MODES = {
+    "CP": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1),
+    "CP, latents and states": Mode(lambda n: dict(context_parallel_size=n, cp_comm_type="all_gather"), lambda n: 1, 2),
+    "CP, all-to-all": Mode(lambda n: dict(context_parallel_size=n, cp_comm_type="a2a"), lambda n: 1, 2),
+    "DP": Mode(lambda n: {}, lambda n: n, 2),
+    "TP2 x CP": Mode(
+        lambda n: dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=n // 2), lambda n: 1, 2
+    ),
+    "PP2 x CP": Mode(lambda n: dict(pipeline_model_parallel_size=2, context_parallel_size=n // 2), lambda n: 4, 2),
+}
+COLUMNS = (
+    "layout", "tokens", "GPUs", "mode", "s / step", "tokens/s a GPU", "MFU %", "only comm. %", "received, MB", "peak GiB",
+)  # fmt: skip
+
+
+def main(
+    layouts: list[str] = ["llama3.2-1b-4mla12gdn", "llama3.2-1b-4mla12m2", "llama3.2-3b-6mla22gdn"],  # noqa: B006
+    teacher: str = "llama3.1-8b",
+    lengths: list[int] = [65_536, 131_072],  # noqa: B006
+    modes: list[str] = list(MODES),  # noqa: B006
+    repeats: int = 2,
+    work: Path = Path("runs/scaling"),
+    results: Path = Path("benchmarks/results/scaling"),
+    commit: str = "",
+) -> None:
+    """Measure on the ranks there are what is missing in WORK, then show all of it.
+
+    Args:
+        layouts: the students.
+        teacher: base model.
+        lengths: tokens of a sequence.
+        modes: how to divide: CP (what `auto` chooses), DP and so on.
+        repeats: timed steps, after one that is not.
+        work: folder of measurements.
+        results: path without suffix of the .md and .png to write.
+        commit: of the code, for the results file.
+    """
+    ranks, work = int(os.environ.get("WORLD_SIZE", 1)), work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    unknown = sorted(set(modes) - set(MODES))
+    if unknown:
+        raise ConfigError(f"mode {unknown[0]!r} is none of {', '.join(MODES)}")
+    for number, (layout, length, mode) in enumerate(itertools.product(layouts, lengths, modes)):
+        file = work / f"{layout}-{length}-{ranks}-{mode.replace(' ', '_')}.json"
+        if ranks < MODES[mode].least or file.is_file():
+            continue
+        parallel = ParallelConfig(**MODES[mode].groups(ranks))
+        config = TrainConfig(
+            stage="distil", data="-", output="-", model="-", teacher="-", sequence_length=length, parallel=parallel,
+            global_batch_size=MODES[mode].sequences(ranks), recompute=True, loss_chunk_tokens=4096,
+            precision="bf16" if torch.cuda.is_available() else "fp32",
+        )  # fmt: skip
+        with _ranks(parallel, work / f"store-{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{number}"):
+            try:
+                row = measure(config, layout, teacher, repeats)
+            except ConfigError as error:  # heads that the ranks do not divide
+                row = {"refused": str(error)}
+            if is_main():
+                write_json(file, dict(layout=layout, teacher=teacher, tokens=length, gpus=ranks, mode=mode) | row)
+                print(file.name, row, flush=True)
+    if int(os.environ.get("RANK", 0)) == 0:
+        show([json.loads(file.read_text()) for file in sorted(work.glob("*.json"))], teacher, results, commit)
+
+
+@contextlib.contextmanager
+def _ranks(parallel: ParallelConfig, store: Path) -> Iterator[None]:
+    """Process groups of one configuration; another may follow in the same process."""
+    if "WORLD_SIZE" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
+        world = dist.FileStore(str(store), int(os.environ["WORLD_SIZE"]))
+        rank, backend = int(os.environ["RANK"]), "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=world, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
+    initialize(parallel)
+    yield
+    shutdown()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measure(config: TrainConfig, layout: str, teacher: str, repeats: int) -> dict[str, Any]:
+    """Time `repeats` steps, then profile one more.
+
+    Args:
+        config: how to train; its folders are not looked at.
+        layout: named layout of the student.
+        teacher: base model of the teacher.
+        repeats: timed steps.
+
+    Returns:
+        seconds: median of a step, of the slowest rank; tokens_per_second: of one GPU; mfu; exposed: seconds of rank 0's
+        step in which it only communicates; received_mb: by this rank's mixers of the student in a step's forward passes;
+        peak_gib: of the fullest rank.
+    """
+    here, ranks, architecture, theirs = device(), dist.get_world_size(), get_layout(layout).config, BASES[teacher]
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if here.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    chunks = build_chunks(architecture, config.parallel, dtype, recompute=config.recompute)
+    frozen = [chunk.requires_grad_(False).eval() for chunk in build_chunks(theirs, config.parallel, dtype)]
+    stage = get_stage(config, frozen)
+    choose_trainable(chunks, config)
+    state = build_training_state([chunk.train() for chunk in chunks], config)
+    micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
+    generator = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
+    text = torch.randint(architecture.vocab_size, (1, config.sequence_length + 1), generator=generator)
+    batch = {"input_ids": own_part(text[:, :-1]).to(here), "labels": own_part(text[:, 1:]).to(here)}
+    mixers = [mixer.self_attention for chunk in chunks for mixer, _ in chunk.mixer_layers()]
+
+    def step(number: int) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        training_step([state], stage, itertools.repeat(batch), micro_batches, number, SkippedSteps(0))
+        if here.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    step(0)
+    before = sum(mixer.context.received_bytes for mixer in mixers)
+    seconds = statistics.median(step(1 + i) for i in range(repeats))
+    received = (sum(mixer.context.received_bytes for mixer in mixers) - before) / repeats
+    exposed = _exposed(lambda: step(1 + repeats)) if here.type == "cuda" else None
+    peak = torch.cuda.max_memory_allocated() / 2**30 if here.type == "cuda" else 0.0
+    slowest = torch.tensor([seconds, peak], device=here)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    seconds, peak = slowest.tolist()
+    tokens = config.global_batch_size * config.sequence_length
+    flops = 3 * forward_flops_per_token(architecture, config.sequence_length)
+    flops += forward_flops_per_token(theirs, config.sequence_length)
+    return dict(
+        seconds=seconds, tokens_per_second=tokens / seconds / ranks, mfu=flops * tokens / seconds / ranks / peak_flops(here)[0],
+        exposed=exposed, received_mb=received / 1e6, peak_gib=peak, device=device_name(), parallel=asdict(config.parallel),
+        sequences=config.global_batch_size,
+    )  # fmt: skip
+
+
+def _exposed(step: Callable[[], Any]) -> float:
+    """Seconds of a step in which this GPU runs NCCL's kernels and no other."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        step()
+    kernels = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
+    communication, work = [], []
+    for kernel in kernels:
+        (communication if kernel.name.startswith("nccl") else work).append((kernel.time_range.start, kernel.time_range.end))
+    return (_covered(communication + work) - _covered(work)) / 1e6  # of microseconds
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def show(rows: list[dict[str, Any]], teacher: str, results: Path, commit: str) -> None:
+    """Table, plot, results file, JSON line."""
+    rows.sort(key=lambda r: (r["layout"], r["tokens"], r["gpus"], list(MODES).index(r["mode"])))
+    cells = []
+    for r in rows:
+        where = (r["layout"], f"{r['tokens']:,}", str(r["gpus"]), r["mode"])
+        if "refused" in r:
+            cells.append((*where, "refused: heads do not divide", *[""] * 5))
+            continue
+        exposed = "" if r["exposed"] is None else f"{100 * r['exposed'] / r['seconds']:.1f}"
+        cells.append((*where, f"{r['seconds']:.2f}", f"{r['tokens_per_second']:,.0f}", f"{100 * r['mfu']:.1f}", exposed,
+                      f"{r['received_mb']:,.0f}", f"{r['peak_gib']:.1f}"))  # fmt: skip
+    how = f"{device_name()}, bf16, commit {commit}, {in_use()}"
+    intro = [
+        f"Teacher {teacher}, random weights, whole training steps with recomputed activations; PP2 has 4 sequences a step, "
+        f"DP one a GPU, all else one. Received: by the student's mixers from context-parallel ranks, in forward passes, a GPU.",
+        "![tokens/s and MFU by GPUs](scaling.png)",
+    ]
+    report(results, "Stage 3 over several GPUs", intro, COLUMNS, cells, how)
+    measured = [r for r in rows if "refused" not in r]
+    plot(measured, results.with_suffix(".png"))
+    print(json.dumps({"benchmark": "scaling", "device": device_name(), "rows": rows}))
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Left: tokens/s a GPU at each length, over GPUs (strong scaling). Right: MFU where every GPU has as many tokens (weak)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (strong, weak) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for layout, mode in sorted({(r["layout"], r["mode"]) for r in rows}):
+        mine = [r for r in rows if (r["layout"], r["mode"]) == (layout, mode)]
+        for tokens in sorted({r["tokens"] for r in mine}):
+            points = [(r["gpus"], r["tokens_per_second"]) for r in mine if r["tokens"] == tokens]
+            strong.plot(*zip(*points), "o-", label=f"{layout} {tokens // 1024}K {mode}")
+        for share in sorted({r["tokens"] // r["gpus"] for r in mine if mode.startswith("CP")}):
+            points = [(r["gpus"], 100 * r["mfu"]) for r in mine if r["tokens"] // r["gpus"] == share]
+            if len(points) > 1:
+                weak.plot(*zip(*points), "o-", label=f"{layout} {share // 1024}K a GPU, {mode}")
+    strong.set(xlabel="GPUs", ylabel="tokens/s a GPU", yscale="log")
+    weak.set(xlabel="GPUs", ylabel="MFU, %", ylim=(0, None))
+    for axes in (strong, weak):
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=5)
+    figure.savefig(file, dpi=140)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    auto_cli(main)
