@@ -94,7 +94,7 @@ def main(
     unknown = sorted(set(modes) - set(MODES))
     if unknown:
         raise ConfigError(f"mode {unknown[0]!r} is none of {', '.join(MODES)}")
-    for number, (layout, length, mode) in enumerate(itertools.product(layouts, lengths, modes)):
+    for layout, length, mode in itertools.product(layouts, lengths, modes):
         file = work / f"{layout}-{length}-{ranks}-{mode.replace(' ', '_')}.json"
         if ranks < MODES[mode].least or file.is_file():
             continue
@@ -104,7 +104,7 @@ def main(
             global_batch_size=MODES[mode].sequences(ranks), recompute=True, loss_chunk_tokens=4096,
             precision="bf16" if torch.cuda.is_available() else "fp32",
         )  # fmt: skip
-        with _ranks(parallel, work / f"store-{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{number}"):
+        with _ranks(parallel, work / f"store-{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{file.stem}"):
             try:
                 row = measure(config, layout, teacher, repeats)
             except ConfigError as error:  # heads that the ranks do not divide

@@ -143,10 +143,11 @@ def measure(config: Any, file: Path) -> None:
         wrapper.zero_grad_buffer()
     stage.forward_backward([state], rank_batches(config, dataset, 0, here, stored), micro_batches)
     received = [mixer.self_attention.context.received_bytes for chunk in chunks for mixer, _ in chunk.mixer_layers()]
-    gradients = whole_tensors(chunks, _reduced_gradients(state))
+    gradients = _reduced_gradients(state)
     feed = rank_batches(config, dataset, 0, here, stored)
     steps = [training_step([state], stage, feed, micro_batches, step, SkippedSteps(0)) for step in range(2)]
     weights = whole_tensors(chunks, [{name: p.data for name, p in chunk.named_parameters()} for chunk in chunks])
+    gradients = whole_tensors(chunks, gradients)  # last: fp32 data in a bf16 parameter takes its gradient hooks away
     if is_main():
         torch.save({"steps": steps, "gradients": gradients, "weights": weights, "received": received}, file)
 
