@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,27 @@ STARTS: dict[str, dict[str, Any]] = {  # name: arguments of upcycle_folder
     "all MLA one-shot": ALL_MLA,
     "all MLA sequential": ALL_MLA | dict(sequential=True),
 }
-TRAINING = {  # name: (start, stage-1 loss, windows a step); all else is the same
-    "paper": ("paper", "ild", 8),
-    "paper, sequential stage 1": ("paper", "sequential", 8),
-    "one-shot": ("one-shot", "mse", 8),
-    "one-shot, 4 windows a step": ("one-shot", "mse", 4),
-    "sequential": ("sequential", "mse", 8),
-    "Mamba2 one-shot": ("Mamba2 one-shot", "mse", 8),
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a start is trained; all else is the quickstart's."""
+
+    start: str
+    align_loss: str = "mse"
+    windows: int = 8  # of a step
+    mixer_lr: float = 1e-3  # of stage 2
+    lr: float = 2e-4
+    adam_beta2: float = 0.95  # of stage 2
+
+
+TRAINING = {
+    "paper": Training("paper", "ild"),
+    "one-shot": Training("one-shot"),
+    "one-shot, 4 windows a step": Training("one-shot", windows=4),
+    "one-shot, 2 windows a step": Training("one-shot", windows=2, mixer_lr=7e-4, lr=1.5e-4, adam_beta2=0.98),
+    "sequential": Training("sequential"),
+    "Mamba2 one-shot": Training("Mamba2 one-shot"),
 }
 STAGE_1 = 0.1  # of the tokens
 
@@ -66,7 +80,7 @@ STAGE_1 = 0.1  # of the tokens
 def main(
     work: Path = Path("runs/upcycle_quality"),
     starts: list[str] = list(STARTS),  # noqa: B006  jsonargparse shows it
-    training: list[str] = ["paper", "one-shot", "sequential"],  # noqa: B006
+    training: list[str] = ["paper", "one-shot", "one-shot, 2 windows a step"],  # noqa: B006
     tokens: list[int] = [1_000_000, 3_000_000, 10_000_000],  # noqa: B006
     seeds: list[int] = [0, 1],  # noqa: B006
     calibration_tokens: int = 262_144,
@@ -126,17 +140,20 @@ def measure_training(
     file = cell_file(work, name, tokens, seed)
     if file.is_file():
         return
-    start_name, align_loss, windows = TRAINING[name]
-    measure_start(start_name, work, teacher, calibration)
-    model, run = work / "starts" / slug(start_name), work / "runs" / file.stem
+    how = TRAINING[name]
+    measure_start(how.start, work, teacher, calibration)
+    model, run = work / "starts" / slug(how.start), work / "runs" / file.stem
     budget = replace(
-        BUDGETS["cuda" if torch.cuda.is_available() else "cpu", "calibrated"], align_loss=align_loss, eval_windows=eval_windows,
-        align_batch_size=windows, distil_batch_size=windows, micro_batch_size=windows,
+        BUDGETS["cuda" if torch.cuda.is_available() else "cpu", "calibrated"], align_loss=how.align_loss, mixer_lr=how.mixer_lr,
+        lr=how.lr, eval_windows=eval_windows, align_batch_size=how.windows, distil_batch_size=how.windows,
+        micro_batch_size=how.windows,
     )  # fmt: skip
     first = int(STAGE_1 * tokens)
     started = time.perf_counter()
     for stage, source, count in (("align", model, first), ("distil", run / "align" / "model", tokens - first)):
         settings = stage_config(stage, budget, source, teacher, data, run, count)
+        if stage == "distil":
+            settings.optimizer.adam_beta2 = how.adam_beta2
         quality = train(replace(settings, seed=1000 + seed, save_interval=10**9, tensorboard=False, log_interval=20))
         free_memory()
     values = dict(seconds=time.perf_counter() - started, kv_percent=kv_percent(read_description(model)[0]))
