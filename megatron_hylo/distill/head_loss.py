@@ -23,6 +23,8 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.kernels.head_softmax import head_softmax, obstacle
+from megatron_hylo.kernels.registry import select
 from megatron_hylo.models.hylo_model import HyloModel
 
 Direction = Literal["forward", "reverse"]
@@ -155,37 +157,37 @@ class _LinearHeadLoss(torch.autograd.Function):
     ):  # fmt: skip
         kl_weight, ce_weight = weights
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        wants_grad = wants_hidden or wants_weight
         n, compute = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
         sums = torch.zeros(3, dtype=compute, device=hidden.device)  # KL, cross-entropy, agreeing tokens
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if wants_weight else None
         first = group.rank() * weight.shape[0] if group is not None else 0
+        # the most likely tokens are compared in evaluations alone, which need not be fast
+        fused = not measure_agreement and select("head_softmax", "triton", obstacle(hidden)) == "triton"
         for start in range(0, n, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, n))
-            logits = (hidden[chunk] @ weight.t()).to(compute)
-            log_p = _log_softmax(logits, group)  # `logits` may be used up
-            grad = None
-            if labels is not None:
-                picked, grad = _cross_entropy(log_p, labels[chunk], first, ce_weight if wants_hidden or wants_weight else 0.0)
-                sums[1] -= _all_reduce(picked, group)
-            if teacher_weight is not None:
-                teacher_logits = (teacher_hidden[chunk] @ teacher_weight.t()).to(compute)
-                if measure_agreement:
-                    sums[2] += (_argmax(log_p, first, group) == _argmax(teacher_logits, first, group)).sum()
-                if temperature != 1.0:  # log p up to a constant a token is as good as the logits
-                    log_p, teacher_logits = _log_softmax(log_p / temperature, group), teacher_logits / temperature
-                log_q = _log_softmax(teacher_logits, group)
-                kl, slope = _kl(log_p, log_q, reverse, group, wants_hidden or wants_weight)
-                sums[0] += kl * temperature**2
-                if slope is not None:
-                    slope.mul_(kl_weight * temperature)
-                    grad = slope if grad is None else grad.add_(slope)
-            if grad is not None:
-                grad = grad.div_(n).to(weight.dtype)
-                if wants_hidden:
-                    grad_hidden[chunk] = grad @ weight
-                if wants_weight:
-                    grad_weight += (grad.t() @ hidden[chunk]).to(compute)
+            logits = hidden[chunk] @ weight.t()
+            teacher_logits = teacher_hidden[chunk] @ teacher_weight.t() if teacher_weight is not None else None
+            own_labels = labels[chunk] if labels is not None else None
+            if fused:
+                *found, grad = *head_softmax(
+                    logits, teacher_logits, own_labels, first, kl_weight * temperature / n, ce_weight / n, reverse, temperature,
+                    group, wants_grad,
+                ), logits  # fmt: skip
+                sums[:2] += torch.stack(found)
+            else:
+                found, grad = _plain(
+                    logits.to(compute), teacher_logits, own_labels, first, weights, reverse, temperature, group, wants_grad,
+                    measure_agreement,
+                )  # fmt: skip
+                sums += found
+                grad = grad if grad is None else grad.div_(n).to(weight.dtype)
+            del logits, teacher_logits
+            if wants_hidden:
+                grad_hidden[chunk] = grad @ weight
+            if wants_weight:
+                grad_weight += (grad.t() @ hidden[chunk]).to(compute)
         ctx.grads = grad_hidden, grad_weight.to(weight.dtype) if wants_weight else None
         loss = (kl_weight * sums[0] + ce_weight * sums[1]) / n
         ctx.mark_non_differentiable(sums)
@@ -197,6 +199,37 @@ class _LinearHeadLoss(torch.autograd.Function):
         ctx.grads = None
         scale = lambda g: g if g is None else g.mul_(grad_loss.to(g.dtype))  # noqa: E731
         return scale(grad_hidden), scale(grad_weight), *[None] * 9
+
+
+def _plain(
+    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, first: int, weights: tuple[float, float],
+    reverse: bool, temperature: float, group: dist.ProcessGroup | None, wants_grad: bool, measure_agreement: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(sums over tokens of KL, cross-entropy and agreement, [3]; their weighted gradient): the oracle of `head_softmax`.
+
+    Args:
+        logits: the student's, [n, V / TP], fp32 or wider; may be used up.
+        teacher_logits: [n, V / TP] or None.
+        labels, first, weights, reverse, temperature, group, wants_grad, measure_agreement: of the loss.
+    """
+    kl_weight, ce_weight = weights
+    sums, grad = logits.new_zeros(3), None
+    log_p = _log_softmax(logits, group)
+    if labels is not None:
+        picked, grad = _cross_entropy(log_p, labels, first, ce_weight if wants_grad else 0.0)
+        sums[1] -= _all_reduce(picked, group)
+    if teacher_logits is not None:
+        teacher_logits = teacher_logits.to(logits.dtype)
+        if measure_agreement:
+            sums[2] += (_argmax(log_p, first, group) == _argmax(teacher_logits, first, group)).sum()
+        if temperature != 1.0:  # log p up to a constant a token is as good as the logits
+            log_p, teacher_logits = _log_softmax(log_p / temperature, group), teacher_logits / temperature
+        kl, slope = _kl(log_p, _log_softmax(teacher_logits, group), reverse, group, wants_grad)
+        sums[0] += kl * temperature**2
+        if slope is not None:
+            slope.mul_(kl_weight * temperature)
+            grad = slope if grad is None else grad.add_(slope)
+    return sums, grad
 
 
 def _cross_entropy(log_p: Tensor, labels: Tensor, first: int, weight: float) -> tuple[Tensor, Tensor | None]:

@@ -26,6 +26,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "cudnn", "flash", "efficient", "math"),
     "causal_conv1d": ("torch", "fla"),
     "gated_delta_rule": ("torch", "fla"),
+    "head_softmax": ("torch", "triton"),
     "ssd": ("torch", "mamba_ssm"),
 }
 ENVIRONMENT_VARIABLE = "HYLO_KERNELS"
