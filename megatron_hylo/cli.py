@@ -8,6 +8,7 @@ from typing import Any, Callable, Literal
 from rich.table import Table
 
 from megatron_hylo.cli_console import console, set_up_logging, track
+from megatron_hylo.cli_doctor import doctor
 from megatron_hylo.cli_parser import build_parser, command
 from megatron_hylo.cli_upcycle import assemble, cache_teacher, calibrate, select, upcycle
 from megatron_hylo.config import ConfigError
@@ -224,7 +225,7 @@ def train(config: TrainConfig) -> int:
 
 VERBS: tuple[Callable, ...] = (
     quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, train,
-    evaluate, export, generate,
+    evaluate, export, generate, doctor,
 )  # fmt: skip
 
 

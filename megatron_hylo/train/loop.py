@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
 from megatron_hylo.distill.teacher_store import StoredTeacher, TeacherStore
 from megatron_hylo.eval.perplexity import Quality, evaluate
@@ -30,6 +30,7 @@ from megatron_hylo.train.config import PREFIXES, TrainConfig
 from megatron_hylo.train.cuda_graph import RecordedStage, recordable
 from megatron_hylo.train.feed import rank_batches
 from megatron_hylo.train.health import SkippedSteps
+from megatron_hylo.train.kernel_check import check_run_kernels
 from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter
 from megatron_hylo.train.stages import Stage, get_stage
@@ -63,6 +64,7 @@ def train(config: TrainConfig) -> Quality | None:
             logger.info("%s is already trained; remove it to train again", run)
             return _read_quality(run)
         micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
+        check_run_kernels(_architectures(config), _dtype(config), device)
         dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
         windows = _heldout(config)
         stored = _stored_teacher(config)
@@ -209,8 +211,7 @@ def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[HyloModel] | None]:
     """(the students, the teacher), each this rank's chunks of it; the teacher's layers are where the student's are."""
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    architecture = read_description(config.model)[0] if config.model else _scratch_config(config.scratch)
+    architecture, dtype = _architectures(config)[0], _dtype(config)
     layers = pipeline_layers(architecture, config.parallel.stages, config.parallel.pipeline_layers)
     shared = dict(parallel=replace(config.parallel, pipeline_layers=layers), params_dtype=dtype, backend=config.backend)
     changes = {"mla_rope_scaling": config.mla_rope_scaling} if config.mla_rope_scaling else {}
@@ -229,7 +230,18 @@ def _stored_teacher(config: TrainConfig) -> StoredTeacher | None:
     if config.teacher_store is None:
         return None
     store = TeacherStore(config.teacher_store, config.data, config.teacher)
-    return StoredTeacher(store, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    return StoredTeacher(store, _dtype(config))
+
+
+def _dtype(config: TrainConfig) -> torch.dtype:
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def _architectures(config: TrainConfig) -> list[ModelConfig]:
+    """Of the student, a second one, the teacher; those there are."""
+    folders = [folder for folder in (config.model, config.second_model, config.teacher) if folder]
+    scratch = [] if config.model else [_scratch_config(config.scratch)]
+    return scratch + [read_description(folder)[0] for folder in folders]
 
 
 def _load_chunks(folder: str, parallel: ParallelConfig, **settings: Any) -> list[HyloModel]:

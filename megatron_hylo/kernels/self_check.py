@@ -1,0 +1,171 @@
+"""Are the kernels that run here right? Each operation of a model, at its shapes, against its definition in plain fp32 torch.
+
+Kernels have been wrong on some GPU with some compiler (Gated DeltaNet's gradients on Hopper with Triton 3.4 to 3.7.0: fla issue
+640), silently. So training compares them first on a short sequence: outputs and gradients, whatever implementation the registry
+chooses. A wrong kernel is off by as much as the gradient itself, rounding in bf16 by less than a percent.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_hylo.config import ModelConfig
+from megatron_hylo.kernels.attention import attention
+from megatron_hylo.kernels.causal_conv1d import causal_conv1d
+from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
+from megatron_hylo.kernels.head_softmax import head_softmax, obstacle
+from megatron_hylo.kernels.registry import in_use, select
+from megatron_hylo.kernels.ssd import recurrent_ssd, ssd
+
+TOKENS = 300  # more than one chunk of every kernel, and not whole ones
+DELTA_TOKENS = 140  # the same for Gated DeltaNet, whose definition keeps a state a token for its gradient
+VOCABULARY = 10_007  # more than one block of the head's kernel
+LIMITS = {torch.bfloat16: 3e-2, torch.float32: 5e-3}  # relative, by norm; fp32 kernels multiply in TF32
+
+
+@dataclass(frozen=True)
+class Check:
+    """One operation at one shape."""
+
+    operation: str  # as the registry calls it
+    shape: str
+    implementation: str
+    error: float  # the largest relative difference of the output and of a gradient
+    where: str  # "output", or the input whose gradient it is
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        """Within the limit (NaN is not)."""
+        return self.error < self.limit
+
+
+@dataclass(frozen=True)
+class _Case:
+    operation: str
+    shape: str
+    run: Callable[..., Tensor]
+    definition: Callable[..., Tensor]
+    inputs: dict[str, Tensor]  # fp32; those in `kept` stay so
+    kept: tuple[str, ...] = ()
+
+
+def check_kernels(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[Check]:
+    """Run every operation that the model's layers and its head use.
+
+    Args:
+        config: gives layers and shapes.
+        dtype: of weights and activations, bf16 or fp32.
+        device: where.
+    """
+    return [_check(case, dtype) for case in _cases(config, device)]
+
+
+def _check(case: _Case, dtype: torch.dtype) -> Check:
+    given = {name: x if name in case.kept else x.to(dtype) for name, x in case.inputs.items()}
+    exact = {name: x.detach().float().requires_grad_() for name, x in given.items()}  # the same numbers
+    given = {name: x.detach().requires_grad_() for name, x in given.items()}
+    ours, theirs = case.run(**given), case.definition(**exact)
+    upstream = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1)).to(theirs)
+    (ours.float() * upstream).sum().backward()
+    (theirs * upstream).sum().backward()
+    errors = {"output": _relative(ours, theirs)} | {n: _relative(given[n].grad, exact[n].grad) for n in exact}
+    where = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
+    return Check(case.operation, case.shape, in_use()[case.operation], errors[where], where, LIMITS[dtype])
+
+
+def _relative(ours: Tensor | None, theirs: Tensor) -> float:
+    theirs = theirs.detach().double()
+    ours = torch.zeros_like(theirs) if ours is None else ours.detach().double()  # a gradient that did not come
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def _cases(c: ModelConfig, device: torch.device) -> Iterator[_Case]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, tokens: int = TOKENS) -> Tensor:
+        return torch.randn(1, tokens, *shape, generator=generator).to(device)
+
+    def between(low: float, high: float, *shape: int, tokens: int = TOKENS) -> Tensor:
+        return (low + (high - low) * torch.rand(1, tokens, *shape, generator=generator)).to(device)
+
+    for symbol in dict.fromkeys(c.mixers):
+        if symbol in "*+":
+            width, values = (c.kv_channels, c.kv_channels)
+            if symbol == "+":
+                width, values = c.qk_head_dim + c.qk_pos_emb_head_dim, c.v_head_dim
+            heads, groups, scale = c.num_attention_heads, c.num_query_groups, width**-0.5
+            yield _Case(
+                "attention", f"{heads}/{groups} heads, {width} and {values} wide",
+                lambda q, k, v, scale=scale: attention(q, k, v, scale),
+                lambda q, k, v, scale=scale: _attention(q, k, v, scale),
+                {"q": normal(heads, width), "k": normal(groups, width), "v": normal(groups, values)},
+            )  # fmt: skip
+        elif symbol == "G":
+            heads, keys, values = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
+            yield _convolution(c, heads * (2 * keys + values), normal, device)
+            yield _Case(
+                "gated_delta_rule", f"{heads} heads, {keys} x {values}",
+                lambda **x: gated_delta_rule(**x)[0], lambda **x: recurrent_gated_delta_rule(**x)[0],
+                {name: normal(heads, width, tokens=DELTA_TOKENS) for name, width in (("q", keys), ("k", keys), ("v", values))}
+                | {"g": between(-1, 0, heads, tokens=DELTA_TOKENS), "beta": between(0, 1, heads, tokens=DELTA_TOKENS)}, ("g",),
+            )  # fmt: skip
+        elif symbol == "M":
+            heads, width, state, groups = c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_dim, c.num_query_groups
+            yield _convolution(c, groups * (width + state) + heads * state, normal, device)
+            rate = -torch.linspace(0.5, 2, heads, device=device)
+            yield _Case(
+                "ssd", f"{heads} heads, {width} x {state}",
+                lambda rate=rate, **x: ssd(A=rate, **x)[0], lambda rate=rate, **x: recurrent_ssd(A=rate, **x)[0],
+                {"x": normal(heads, width), "dt": between(0, 0.5, heads), "B": normal(heads, state), "C": normal(heads, state)},
+                ("dt",),
+            )  # fmt: skip
+    if select("head_softmax", "triton", obstacle(torch.empty(0, dtype=torch.bfloat16, device=device))) == "triton":
+        teacher = 3 * torch.randn(64, VOCABULARY, generator=generator).to(device).bfloat16().float()
+        student = 3 * torch.randn(64, VOCABULARY, generator=generator).to(device)
+        yield _Case(
+            "head_softmax", f"vocabulary {VOCABULARY:,}",
+            lambda student: _HeadKL.apply(student, teacher), lambda student: _head_kl(student, teacher), {"student": student},
+        )  # fmt: skip
+
+
+def _convolution(c: ModelConfig, channels: int, normal: Callable[..., Tensor], device: torch.device) -> _Case:
+    weight = torch.linspace(-1, 1, c.linear_conv_kernel_dim * channels, device=device).reshape(channels, -1)
+    return _Case(
+        "causal_conv1d", f"{channels:,} channels",
+        lambda x, weight: causal_conv1d(x, weight, activation="silu")[0],
+        lambda x, weight: F.silu(_convolve(x, weight)), {"x": normal(channels), "weight": weight},
+    )  # fmt: skip
+
+
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    taps, channels = weight.shape[1], x.shape[2]
+    return F.conv1d(F.pad(x.transpose(1, 2), (taps - 1, 0)), weight[:, None], groups=channels).transpose(1, 2)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    repeats = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(repeats, 2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+
+
+def _head_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True).reshape(1)
+
+
+class _HeadKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
+        gradient = student.clone()
+        kl, _ = head_softmax(gradient, teacher.to(student.dtype), None, 0, 1.0, 0.0)
+        ctx.save_for_backward(gradient)
+        return kl.reshape(1)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * upstream.to(ctx.saved_tensors[0].dtype), None

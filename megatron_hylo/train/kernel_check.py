@@ -1,0 +1,74 @@
+"""Before a run on a GPU: its kernels are compared with their definitions, once for a kind of GPU, libraries and shapes."""
+
+import hashlib
+import importlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.data.cache import cache_dir
+from megatron_hylo.kernels.registry import ENVIRONMENT_VARIABLE
+from megatron_hylo.kernels.self_check import Check, check_kernels
+from megatron_hylo.sealed import write_json
+
+logger = logging.getLogger("megatron_hylo.kernels")
+LIBRARIES = ("torch", "triton", "fla", "mamba_ssm")
+
+
+def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse kernels that are wrong here; what passed is remembered in the cache folder. On a CPU nothing is done: all is
+    plain torch there.
+
+    Args:
+        configs: of the models of a run.
+        dtype: bf16 or fp32.
+        device: of this rank.
+
+    Raises:
+        ConfigError: a kernel's output or gradient is wrong; says which, by how much, and how to go on.
+    """
+    if device.type != "cuda":
+        return
+    file = cache_dir() / "kernel_checks" / f"{_key(configs, dtype, device)}.json"
+    if file.is_file():
+        logger.info("kernels were checked before on this kind of GPU (%s)", file)
+        return
+    checks = list({(c.operation, c.shape): c for config in configs for c in check_kernels(config, dtype, device)}.values())
+    refuse_wrong(checks)
+    logger.info("kernels checked: %s", ", ".join(f"{c.operation} by {c.implementation} {c.error:.1e}" for c in checks))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"device": torch.cuda.get_device_name(device), "checks": [asdict(c) for c in checks]})
+
+
+def refuse_wrong(checks: Sequence[Check]) -> None:
+    """Raise ConfigError if one of them failed."""
+    for check in checks:
+        if not check.ok:
+            raise ConfigError(
+                f"{check.operation} ({check.shape}) by {check.implementation} is wrong on this machine: {check.where} differs "
+                f"from its definition by {check.error:.1e} of its size, {check.limit:.0e} is allowed. Install other versions "
+                f"of {check.implementation} and Triton (Gated DeltaNet on Hopper: triton>=3.7.1; `hylo doctor` shows what is "
+                f"there), or go on with plain torch: {ENVIRONMENT_VARIABLE}={check.operation}=torch"
+            )
+
+
+def _key(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device) -> str:
+    """Of all that the result depends on."""
+    about = [torch.cuda.get_device_name(device), str(dtype), os.environ.get(ENVIRONMENT_VARIABLE, ""), versions()]
+    return hashlib.sha256(json.dumps([*about, *(asdict(config) for config in configs)]).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that kernels come from; "" where one does not import."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = getattr(importlib.import_module(name), "__version__", "unknown")
+        except ImportError:
+            found[name] = ""
+    return found
