@@ -10,7 +10,7 @@ from rich.table import Table
 from megatron_hylo.cli_console import console, set_up_logging, track
 from megatron_hylo.cli_doctor import doctor
 from megatron_hylo.cli_parser import build_parser, command
-from megatron_hylo.cli_upcycle import assemble, cache_teacher, calibrate, select, upcycle
+from megatron_hylo.cli_upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
 from megatron_hylo.config import ConfigError
 from megatron_hylo.train.config import TrainConfig
 
@@ -224,8 +224,8 @@ def train(config: TrainConfig) -> int:
 
 
 VERBS: tuple[Callable, ...] = (
-    quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, train,
-    evaluate, export, generate, doctor,
+    quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, serve_teacher,
+    train, evaluate, export, generate, doctor,
 )  # fmt: skip
 
 

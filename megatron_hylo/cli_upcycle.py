@@ -1,4 +1,4 @@
-"""The verbs of `hylo` around a teacher and the hybrid made of it: calibrate, cache-teacher, upcycle, select, assemble."""
+"""The verbs of `hylo` around a teacher and the hybrid made of it."""
 
 from typing import Literal
 
@@ -97,6 +97,46 @@ def cache_teacher(
             f"tokens that the codec was not fitted on",
             highlight=False,
         )
+
+
+def serve_teacher(
+    teacher: str,
+    address: str,
+    precision: Literal["fp32", "bf16"] | None = None,
+    tensor_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    timeout_minutes: float = 30.0,
+    runs: int | None = None,
+) -> None:
+    """Answer students of another job: `hylo train --stage distil --teacher_address ADDRESS`.
+
+    Under torchrun with a GPU or more; its parallel layout has nothing to do with the students'. Ranks beyond one copy of the
+    teacher are more copies, which share the students. Serves one run after another until Ctrl-C.
+
+    Args:
+        teacher: model folder of the teacher.
+        address: HOST:PORT to listen at, HOST as students name this machine.
+        precision: bf16 on a GPU, fp32 on a CPU by default; hidden states travel in it.
+        tensor_model_parallel_size: ranks that share each layer.
+        context_parallel_size: ranks that share each sequence.
+        sequence_parallel: with tensor parallelism: norms and residuals split over the sequence.
+        timeout_minutes: how long a student may be silent before it is given up.
+        runs: end after so many runs of students.
+    """
+    from datetime import timedelta
+
+    import torch
+
+    from megatron_hylo.config import ParallelConfig
+    from megatron_hylo.distill.serve_teacher import serve_teacher as serve
+
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor_model_parallel_size, context_parallel_size=context_parallel_size,
+        sequence_parallel=sequence_parallel,
+    )  # fmt: skip
+    bf16 = precision == "bf16" or (precision is None and torch.cuda.is_available())
+    serve(teacher, address, parallel, torch.bfloat16 if bf16 else torch.float32, timedelta(minutes=timeout_minutes), runs)
 
 
 def upcycle(

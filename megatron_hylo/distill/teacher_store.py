@@ -16,6 +16,7 @@ is started again leaves out those that are there.
 import functools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,10 +32,12 @@ from torch import Tensor
 from megatron_hylo.calibrate.statistics import fingerprint
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.convert.to_megatron import Track, no_progress
-from megatron_hylo.data.packed import DocumentStore
+from megatron_hylo.data.ahead import ahead
+from megatron_hylo.data.packed import DocumentStore, PackedDataset
 from megatron_hylo.distill.hidden_codec import HiddenCodec, fit_codec
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.parallel.context import own_part
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.sealed import (
     DamagedError,
@@ -330,6 +333,23 @@ class StoredTeacher:
         """[vocab / TP, H]."""
         return self.weight
 
-    def hidden(self, codes: Tensor) -> Tensor:
-        """Codes [..., H] on their way to the loss."""
-        return self.store.codec.decode(codes.to(self.weight.device), self.dtype)
+    def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
+        """See `TeacherSignal`; the store is read in a thread, some micro-batches ahead."""
+        for batch in ahead(self._with_codes(batches, dataset)):
+            codes = batch.pop("codes").reshape(*batch["input_ids"].shape, -1)
+            yield batch | {"teacher_hidden": functools.partial(self._hidden, codes)}
+
+    def _with_codes(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
+        """With "codes" int16 [windows, sequence, H] of all input tokens, as the store has them."""
+        for batch in batches:
+            rows = []
+            for window in batch["windows"].tolist():
+                pieces = dataset.pieces(window)
+                document, first, count = pieces[-1]
+                pieces[-1] = (document, first, count - 1)  # the last token is a label alone
+                rows.append(np.concatenate([self.store.read(*piece) for piece in pieces if piece[2]]))
+            yield batch | {"codes": torch.from_numpy(np.stack(rows))}
+
+    def _hidden(self, codes: Tensor) -> Tensor:
+        decoded = self.store.codec.decode(own_part(codes).to(self.weight.device), self.dtype)
+        return decoded.transpose(0, 1).contiguous()

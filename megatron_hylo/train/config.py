@@ -36,6 +36,7 @@ class TrainConfig:
     second_model: str | None = None  # align: another student (all linear beside all MLA, say) of the same teacher pass
     teacher: str | None = None  # model folder of the frozen teacher (align, distil)
     teacher_store: str | None = None  # distil: learn from a `hylo cache-teacher` folder; `teacher` then only evaluates
+    teacher_address: str | None = None  # distil: learn from `hylo serve-teacher` at HOST:PORT; `teacher` then only evaluates
     # amount of work
     sequence_length: int = 2048  # tokens a sample
     packed_documents: bool = False  # documents in a window do not see each other; else only their end token parts them
@@ -79,14 +80,18 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.kl_temperature <= 0:
             raise ConfigError(f"kl_temperature must be positive, got {self.kl_temperature}")
-        if self.stage in ("align", "distil") and not (self.model and (self.teacher or self.teacher_store)):
+        elsewhere = {name: getattr(self, name) for name in ("teacher_store", "teacher_address") if getattr(self, name)}
+        if self.stage in ("align", "distil") and not (self.model and (self.teacher or elsewhere)):
             raise ConfigError(
-                f"stage {self.stage} needs both model and teacher (model folders); distil may have a teacher_store"
+                f"stage {self.stage} needs both model and teacher (model folders); distil may have a teacher_store or a "
+                f"teacher_address"
             )
-        if self.teacher_store and self.stage != "distil":
+        if elsewhere and self.stage != "distil":
             raise ConfigError(
-                f"teacher_store is for stage distil; stage {self.stage} does not learn from a teacher's outputs alone"
+                f"{min(elsewhere)} is for stage distil; stage {self.stage} does not learn from a teacher's outputs alone"
             )
+        if len(elsewhere) > 1:
+            raise ConfigError("teacher_store and teacher_address are two places of the same teacher; give one of them")
         if self.second_model and self.stage != "align":
             raise ConfigError(
                 f"second_model is for stage align alone, where two students share the teacher's pass; stage {self.stage} "

@@ -8,6 +8,7 @@ import logging
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from megatron.core import parallel_state
 
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
+from megatron_hylo.distill.remote_teacher import RemoteTeacher
+from megatron_hylo.distill.signal import TeacherSignal
 from megatron_hylo.distill.teacher_store import StoredTeacher, TeacherStore
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.kernels.registry import in_use
@@ -67,9 +70,9 @@ def train(config: TrainConfig) -> Quality | None:
         check_run_kernels(_architectures(config), _dtype(config), device)
         dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
         windows = _heldout(config)
-        stored = _stored_teacher(config)
+        elsewhere = teacher_elsewhere(config)
         students, teacher = _build_models(config)
-        stage = get_stage(config, teacher, stored)
+        stage = get_stage(config, teacher, elsewhere)
         for student in students:
             _check_data(Path(config.data), student[0])
             stage.check(student[0])
@@ -77,7 +80,7 @@ def train(config: TrainConfig) -> Quality | None:
         states = [build_training_state(student, config) for student in students]
         sources = (config.model or config.scratch, config.second_model)
         provenances = [
-            {"stage": config.stage, "model": m, "teacher": config.teacher or config.teacher_store}
+            {"stage": config.stage, "model": m, "teacher": config.teacher or config.teacher_store or config.teacher_address}
             for m in sources[: len(states)]
         ]
         tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
@@ -91,7 +94,7 @@ def train(config: TrainConfig) -> Quality | None:
         stop = StopRequest()
         passes = RecordedStage(stage) if config.cuda_graphs else stage
         try:
-            reads = stored if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
+            reads = elsewhere if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
             feed = rank_batches(config, dataset, consumed, device, reads)
             skipped = SkippedSteps(config.max_skipped_steps)
             while step < config.train_steps:
@@ -226,11 +229,14 @@ def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[Hylo
     return [[chunk.train() for chunk in student] for student in students], teacher
 
 
-def _stored_teacher(config: TrainConfig) -> StoredTeacher | None:
-    if config.teacher_store is None:
-        return None
-    store = TeacherStore(config.teacher_store, config.data, config.teacher)
-    return StoredTeacher(store, _dtype(config))
+def teacher_elsewhere(config: TrainConfig) -> TeacherSignal | None:
+    """The teacher of a run that has it on disk, or on the ranks of another job."""
+    if config.teacher_store is not None:
+        return StoredTeacher(TeacherStore(config.teacher_store, config.data, config.teacher), _dtype(config))
+    if config.teacher_address is not None:
+        minutes = config.parallel.distributed_timeout_minutes
+        return RemoteTeacher(config.teacher_address, _dtype(config), timedelta(minutes=minutes))
+    return None
 
 
 def _dtype(config: TrainConfig) -> torch.dtype:
@@ -286,7 +292,7 @@ def _check_same_run(config: TrainConfig, run: Path) -> None:
     may_change = {
         "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "tensorboard", "wandb", "wandb_project",
         "parallel", "micro_batch_size", "async_save", "recompute", "cuda_graphs", "backend", "eval_windows",
-        "loss_chunk_tokens", "output",
+        "loss_chunk_tokens", "output", "teacher_address",
     }  # fmt: skip
     file = run / "config.json"
     mine = json.loads(json.dumps(asdict(config)))
@@ -341,7 +347,7 @@ def _flops_per_token(
     flops = sum(3 * forward_flops_per_token(c, config.sequence_length, head) for c in shapes)
     if config.stage == "align" and config.align_loss == "mse":  # runs no MLP of a student
         flops -= sum(3 * 6 * c.num_hidden_layers * c.hidden_size * c.ffn_hidden_size for c in shapes)
-    online = teacher is not None and config.teacher_store is None
+    online = teacher is not None and config.teacher_store is None and config.teacher_address is None
     return flops + (forward_flops_per_token(teacher[0].config.hylo, config.sequence_length, head) if online else 0.0)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError
 from megatron_hylo.distill.alignment import AlignmentLoss, align_layers, check_alignable
 from megatron_hylo.distill.head_loss import model_head_loss
-from megatron_hylo.distill.teacher_store import StoredTeacher
+from megatron_hylo.distill.signal import TeacherSignal
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.pipeline import rank_shape, through_stages
 from megatron_hylo.train.config import PREFIXES, TrainConfig
@@ -32,13 +32,15 @@ Batches = Iterator[dict[str, Any]]
 class Stage:
     """One step's losses and gradients."""
 
-    def __init__(self, config: TrainConfig, teacher: Sequence[HyloModel] | None, stored: StoredTeacher | None = None) -> None:
-        self.config, self.stored = config, stored
-        self.teacher = teacher if stored is None else None
+    def __init__(
+        self, config: TrainConfig, teacher: Sequence[HyloModel] | None, elsewhere: TeacherSignal | None = None
+    ) -> None:
+        self.config, self.elsewhere = config, elsewhere
+        self.teacher = teacher if elsewhere is None else None
 
     def check(self, student: HyloModel) -> None:
         """Refuse a student (one of its chunks will do) and teacher that do not fit, before training starts."""
-        if (teacher := self.stored or (self.teacher and self.teacher[0])) is not None:
+        if (teacher := self.elsewhere or (self.teacher and self.teacher[0])) is not None:
             ours, theirs = student.config.hylo.vocab_size, teacher.config.hylo.vocab_size
             if ours != theirs:
                 raise ConfigError(f"vocabulary differs: student {ours}, teacher {theirs}; use a teacher of the same tokenizer")
@@ -73,7 +75,7 @@ class Stage:
         teacher = self.teacher[student.vp_stage or 0] if self.teacher is not None else None
         if teacher is None:
             return model(ids, documents), partial(
-                self._loss, student, self.stored, batch["labels"], batch.get("teacher_hidden")
+                self._loss, student, self.elsewhere, batch["labels"], batch.get("teacher_hidden")
             )
         if not student.pre_process:
             widths = [student.config.hidden_size, teacher.config.hidden_size]
@@ -90,7 +92,7 @@ class Stage:
     def _loss(
         self,
         student: HyloModel,
-        teacher: HyloModel | StoredTeacher | None,
+        teacher: HyloModel | TeacherSignal | None,
         labels: Tensor,
         teacher_hidden: Tensor | None,
         hidden: Tensor,
@@ -173,6 +175,6 @@ class Align(Stage):
         return {"loss": total, "hidden_term": terms[0], "mixer_term": terms[1]}
 
 
-def get_stage(config: TrainConfig, teacher: Sequence[HyloModel] | None, stored: StoredTeacher | None = None) -> Stage:
-    """The stage a configuration names; it learns from a stored teacher where there is one."""
-    return (Align if config.stage == "align" else Stage)(config, teacher, stored)
+def get_stage(config: TrainConfig, teacher: Sequence[HyloModel] | None, elsewhere: TeacherSignal | None = None) -> Stage:
+    """The stage a configuration names; it learns from a teacher elsewhere, on disk or on other ranks, where there is one."""
+    return (Align if config.stage == "align" else Stage)(config, teacher, elsewhere)

@@ -10,6 +10,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.data.ahead import ahead
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.distill import teacher_store
 from megatron_hylo.distill.teacher_store import TeacherStore, write_store
@@ -18,7 +19,6 @@ from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import initialize
 from megatron_hylo.sealed import DamagedError
 from megatron_hylo.train.config import OptimizerSettings, TrainConfig
-from megatron_hylo.train.feed import ahead
 from megatron_hylo.train.loop import train
 from tests.conftest import tiny_config
 from tests.train.runs import metrics

@@ -125,26 +125,27 @@ def measure(config: Any, file: Path) -> None:
     from megatron_hylo.platform.distributed import initialize, is_main
     from megatron_hylo.train.feed import rank_batches
     from megatron_hylo.train.health import SkippedSteps
-    from megatron_hylo.train.loop import _build_models, _stored_teacher, training_step
+    from megatron_hylo.train.loop import _build_models, teacher_elsewhere, training_step
     from megatron_hylo.train.optimizer import build_training_state, choose_trainable
     from megatron_hylo.train.stages import get_stage
 
     here = initialize(config.parallel, config.seed)
     (chunks,), teacher = _build_models(config)
-    stored = _stored_teacher(config)
-    stage = get_stage(config, teacher, stored)
+    elsewhere = teacher_elsewhere(config)
+    stage = get_stage(config, teacher, elsewhere)
     stage.check(chunks[0])
     choose_trainable(chunks, config)
     state = build_training_state(chunks, config)
     dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
     micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
 
+    reads = elsewhere if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
     for wrapper in state.wrapped:
         wrapper.zero_grad_buffer()
-    stage.forward_backward([state], rank_batches(config, dataset, 0, here, stored), micro_batches)
+    stage.forward_backward([state], rank_batches(config, dataset, 0, here, reads), micro_batches)
     received = [mixer.self_attention.context.received_bytes for chunk in chunks for mixer, _ in chunk.mixer_layers()]
     gradients = _reduced_gradients(state)
-    feed = rank_batches(config, dataset, 0, here, stored)
+    feed = rank_batches(config, dataset, 0, here, reads)
     steps = [training_step([state], stage, feed, micro_batches, step, SkippedSteps(0)) for step in range(2)]
     weights = whole_tensors(chunks, [{name: p.data for name, p in chunk.named_parameters()} for chunk in chunks])
     gradients = whole_tensors(chunks, gradients)  # last: fp32 data in a bf16 parameter takes its gradient hooks away
