@@ -26,17 +26,19 @@ import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
 from megatron.core import parallel_state
-from report import device_name, report
+from report import device_name, random_text, report
 
 from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.data.packed import PackedDataset
+from megatron_hylo.distill.signal import TeacherSignal
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES, get_layout
 from megatron_hylo.models.hylo_model import build_chunks
-from megatron_hylo.parallel.context import own_part
 from megatron_hylo.plan.flops import forward_flops_per_token, peak_flops
 from megatron_hylo.platform.distributed import device, initialize, is_main, shutdown
 from megatron_hylo.sealed import write_json
 from megatron_hylo.train.config import TrainConfig
+from megatron_hylo.train.feed import rank_batches
 from megatron_hylo.train.health import SkippedSteps
 from megatron_hylo.train.loop import training_step
 from megatron_hylo.train.optimizer import build_training_state, choose_trainable
@@ -95,16 +97,20 @@ def main(
     if unknown:
         raise ConfigError(f"mode {unknown[0]!r} is none of {', '.join(MODES)}")
     for layout, length, mode in itertools.product(layouts, lengths, modes):
+        data = work / f"data-{ranks}-{length}"  # enough for every step to have other text
         file = work / f"{layout}-{length}-{ranks}-{mode.replace(' ', '_')}.json"
         if ranks < MODES[mode].least or file.is_file():
             continue
         parallel = ParallelConfig(**MODES[mode].groups(ranks))
         config = TrainConfig(
-            stage="distil", data="-", output="-", model="-", teacher="-", sequence_length=length, parallel=parallel,
+            stage="distil", data=str(data), output="-", model="-", teacher="-", sequence_length=length, parallel=parallel,
             global_batch_size=MODES[mode].sequences(ranks), recompute=True, loss_chunk_tokens=4096,
             precision="bf16" if torch.cuda.is_available() else "fp32",
         )  # fmt: skip
         with _ranks(parallel, work / f"store-{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{file.stem}"):
+            if is_main() and not data.is_dir():
+                random_text(data, BASES[teacher].vocab_size, {"train": (1, 8 * length * config.global_batch_size)})
+            dist.barrier()
             try:
                 row = measure(config, layout, teacher, repeats)
             except ConfigError as error:  # heads that the ranks do not divide
@@ -133,14 +139,17 @@ def _ranks(parallel: ParallelConfig, store: Path) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def measure(config: TrainConfig, layout: str, teacher: str, repeats: int) -> dict[str, Any]:
+def measure(
+    config: TrainConfig, layout: str, teacher: str, repeats: int, elsewhere: TeacherSignal | None = None
+) -> dict[str, Any]:
     """Time `repeats` steps, then profile one more.
 
     Args:
-        config: how to train; its folders are not looked at.
+        config: how to train, and its data; models are made with random weights.
         layout: named layout of the student.
         teacher: base model of the teacher.
         repeats: timed steps.
+        elsewhere: a teacher that is not on these ranks.
 
     Returns:
         seconds: median of a step, of the slowest rank; tokens_per_second: of one GPU; mfu; exposed: seconds of rank 0's
@@ -151,21 +160,22 @@ def measure(config: TrainConfig, layout: str, teacher: str, repeats: int) -> dic
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     if here.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    chunks = build_chunks(architecture, config.parallel, dtype, recompute=config.recompute)
-    frozen = [chunk.requires_grad_(False).eval() for chunk in build_chunks(theirs, config.parallel, dtype)]
-    stage = get_stage(config, frozen)
+    chunks, frozen = build_chunks(architecture, config.parallel, dtype, recompute=config.recompute), None
+    if elsewhere is None:
+        frozen = [chunk.requires_grad_(False).eval() for chunk in build_chunks(theirs, config.parallel, dtype)]
+    stage = get_stage(config, frozen, elsewhere)
     choose_trainable(chunks, config)
     state = build_training_state([chunk.train() for chunk in chunks], config)
     micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
-    generator = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
-    text = torch.randint(architecture.vocab_size, (1, config.sequence_length + 1), generator=generator)
-    batch = {"input_ids": own_part(text[:, :-1]).to(here), "labels": own_part(text[:, 1:]).to(here)}
+    text = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
+    reads = elsewhere if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
+    feed = rank_batches(config, text, 0, here, reads)
     mixers = [mixer.self_attention for chunk in chunks for mixer, _ in chunk.mixer_layers()]
 
     def step(number: int) -> float:
         dist.barrier()
         start = time.perf_counter()
-        training_step([state], stage, itertools.repeat(batch), micro_batches, number, SkippedSteps(0))
+        training_step([state], stage, feed, micro_batches, number, SkippedSteps(0))
         if here.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start

@@ -50,12 +50,19 @@ def serve_teacher(
         raise ConfigError("serve-teacher has no pipeline stages; use tensor and context parallelism, and more replicas")
     with session(parallel):
         model = load_model(teacher, parallel, params_dtype=dtype).requires_grad_(False).eval()
-        replica = _Replica(model, address, dtype, timeout)
+        replica = Replica(model, address, dtype, timeout)
         for run in itertools.count() if runs is None else range(runs):
             replica.serve(run)
 
 
-class _Replica:
+class Replica:
+    """This rank's part of one copy of the teacher.
+
+    Args:
+        model: the teacher.
+        address, dtype, timeout: see `serve_teacher`.
+    """
+
     def __init__(self, model: HyloModel, address: str, dtype: torch.dtype, timeout: timedelta) -> None:
         self.model, self.dtype, self.timeout, self.device = model, dtype, timeout, device()
         self.cp, self.tp = parallel_state.get_context_parallel_group(), parallel_state.get_tensor_model_parallel_group()
