@@ -127,6 +127,7 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     chat: bool = False,
 ) -> None:
@@ -138,6 +139,7 @@ def generate(
         max_new_tokens: tokens to make at most.
         temperature: 0 takes the most likely token each time.
         top_p: with temperature > 0, sample from the most likely tokens that hold this much probability.
+        repetition_penalty: > 1 makes tokens that are there already less likely; small models want about 1.2.
         seed: of the sampling.
         chat: wrap the prompt in the tokenizer's chat template.
     """
@@ -147,7 +149,8 @@ def generate(
         prompt = console.input("prompt: ")
     console.print(prompt, style="dim", end="", highlight=False, markup=False)
     result = generate_text(
-        Path(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, chat=chat,
+        Path(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        repetition_penalty=repetition_penalty, seed=seed, chat=chat,
         on_text=lambda text: console.print(text, end="", highlight=False, markup=False, soft_wrap=True),
     )  # fmt: skip
     console.print()

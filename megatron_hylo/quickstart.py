@@ -149,8 +149,9 @@ def run_quickstart(
     step("generate with a carried cache")
     console.print(prompt or DEFAULT_PROMPT, style="dim", end="", highlight=False, markup=False)
     generated = generate_text(
-        output / "export", prompt or DEFAULT_PROMPT, max_new_tokens=48, on_text=lambda s: console.print(s, end="", markup=False)
-    )
+        output / "export", prompt or DEFAULT_PROMPT, max_new_tokens=48, repetition_penalty=1.2,
+        on_text=lambda s: console.print(s, end="", markup=False),
+    )  # fmt: skip
     console.print(f"\n{generated.tokens_per_second:.1f} tokens/s, cache {generated.cache_bytes / 1e6:.2f} MB", style="dim")
     step("summary")
     config, base = (read_description(folder)[0] for folder in (hybrid, teacher))

@@ -39,4 +39,4 @@ shared=(--data "$OUT/data" --teacher "$OUT/teacher" --sequence_length 2048 --glo
 [[ -d $OUT/export ]] || $hylo export "$OUT/distil/model" "$OUT/export"
 $hylo evaluate "$OUT/teacher" "$OUT/data" --windows 128
 $hylo evaluate "$OUT/distil/model" "$OUT/data" --teacher "$OUT/teacher" --windows 128
-$hylo generate "$OUT/export" "The Linux kernel is"
+$hylo generate "$OUT/export" "The Linux kernel is" --repetition_penalty 1.2

@@ -93,6 +93,7 @@ def generate_text(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     chat: bool = False,
     on_text: Callable[[str], None] = lambda text: None,
@@ -105,6 +106,8 @@ def generate_text(
         max_new_tokens: tokens at most.
         temperature: 0 takes the most likely token each time; else logits are divided by it and sampled from.
         top_p: sample from the most likely tokens that hold this much probability.
+        repetition_penalty: > 1 makes tokens that are there already less likely (CTRL, arXiv:1909.05858); small models repeat
+            themselves without.
         seed: of the sampling.
         chat: wrap the prompt in the tokenizer's chat template as the user's turn.
         on_text: called with each piece of text as it is finished.
@@ -112,9 +115,10 @@ def generate_text(
     Raises:
         ConfigError: a setting outside its range, an empty prompt, no chat template, nothing loadable at `path`.
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
         raise ConfigError(
-            f"need max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, got {max_new_tokens}, {temperature} and {top_p}"
+            f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0, got {max_new_tokens}, "
+            f"{temperature}, {top_p} and {repetition_penalty}"
         )
     model, tokenizer = load_for_generation(path)
     ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)
@@ -124,6 +128,7 @@ def generate_text(
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else dict(do_sample=False)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
+        repetition_penalty=repetition_penalty,
         eos_token_id=stop,
         pad_token_id=stop[0] if isinstance(stop, list) else stop,
         return_dict_in_generate=True,

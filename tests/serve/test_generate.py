@@ -84,6 +84,16 @@ def test_sampling_depends_on_the_seed_alone(folders):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_penalty_on_repetition_leaves_no_token_twice(folders):
+    model, tokenizer = load_for_generation(folders[1])
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    plain = model.generate(ids, max_new_tokens=60, do_sample=False)[0].tolist()
+    found = model.generate(ids, max_new_tokens=60, do_sample=False, repetition_penalty=1e9)[0, len(PROMPT) :].tolist()
+    assert len(set(found)) == len(found) and found != plain[len(PROMPT) :]
+    ours = generate_text(folders[1], PROMPT, max_new_tokens=60, repetition_penalty=1e9)
+    assert ours.text == tokenizer.decode(found[: ours.new_tokens], skip_special_tokens=True)  # the tokenizer's end may come
+
+
 def test_generation_ends_with_the_end_of_sequence_token(folders):
     model, tokenizer = load_for_generation(folders[1])
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -114,6 +124,7 @@ def test_teacher_folders(one_rank, tmp_path):
         ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
         ({"temperature": -1.0}, "temperature >= 0"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty > 0"),
         ({"prompt": ""}, "prompt is empty"),
     ],
 )
