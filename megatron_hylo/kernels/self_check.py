@@ -23,7 +23,8 @@ from megatron_hylo.kernels.ssd import recurrent_ssd, ssd
 TOKENS = 300  # more than one chunk of every kernel, and not whole ones
 DELTA_TOKENS = 140  # the same for Gated DeltaNet, whose definition keeps a state a token for its gradient
 VOCABULARY = 10_007  # more than one block of the head's kernel
-LIMITS = {torch.bfloat16: 3e-2, torch.float32: 5e-3}  # relative, by norm; fp32 kernels multiply in TF32
+# relative, by norm; several times what rounding makes (fla's Gated DeltaNet in bf16: 1.2e-2), a fraction of what a fault does
+LIMITS = {torch.bfloat16: 0.1, torch.float32: 0.03}  # fp32 kernels multiply in TF32
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import logging
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from megatron_hylo.train.health import SkippedSteps
 from megatron_hylo.train.kernel_check import check_run_kernels
 from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter
+from megatron_hylo.train.same_run import check_same_run
 from megatron_hylo.train.stages import Stage, get_stage
 
 logger = logging.getLogger("megatron_hylo.train")
@@ -62,7 +63,7 @@ def train(config: TrainConfig) -> Quality | None:
     """
     run = Path(config.output)
     with session(config.parallel, config.seed) as device, recordable(config.cuda_graphs, device):
-        _check_same_run(config, run)
+        check_same_run(config, run)
         if is_sealed(run / "model"):
             logger.info("%s is already trained; remove it to train again", run)
             return _read_quality(run)
@@ -285,38 +286,6 @@ def _check_data(data: Path, model: HyloModel) -> None:
         raise ConfigError(
             f"{data} was made with a vocabulary of {described['vocab_size']}, the model has {ours}; preprocess again"
         )
-
-
-def _check_same_run(config: TrainConfig, run: Path) -> None:
-    """A run folder keeps the settings it was started with; going on with others would change its meaning silently."""
-    may_change = {
-        "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "tensorboard", "wandb", "wandb_project",
-        "parallel", "micro_batch_size", "async_save", "recompute", "cuda_graphs", "backend", "eval_windows",
-        "loss_chunk_tokens", "output", "teacher_address",
-    }  # fmt: skip
-    file = run / "config.json"
-    mine = json.loads(json.dumps(asdict(config)))
-    if file.is_file():
-        # a setting that the run's version did not have yet had its default's effect
-        defaults = asdict(TrainConfig(stage="pretrain", data="-", output="-", scratch="-"))
-        ours, theirs = _flat(mine), _flat(defaults) | _flat(json.loads(file.read_text()))
-        for name in sorted(ours.keys() | theirs.keys()):
-            if name.split(".")[0] not in may_change and ours.get(name) != theirs.get(name):
-                raise ConfigError(
-                    f"{run} was started with {name} = {theirs.get(name)}, now {ours.get(name)}; use another output to change it"
-                )
-    elif is_main():
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(file, mine)
-    torch.distributed.barrier()
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}, as on the command line."""
-    flat = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _evaluate(

@@ -33,6 +33,27 @@ def test_kernels_equal_the_plain_form_in_triton_s_interpreter() -> None:
         assert float(gradient) < (1e-2 if "bfloat16" in name else 2e-6), (name, gradient)  # bf16 is what it is written in
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_kernels_compile_for_hopper(reverse) -> None:
+    """To machine code, which needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_hylo.kernels import triton_head_softmax as kernels
+
+    common = dict(VOCABULARY=128_256, INVERSE_TEMPERATURE=0.5, TEACHER=True, REVERSE=reverse, LABELS=True, BLOCK=4096)
+    logits = dict(student="*bf16", teacher="*bf16", labels="*i64")
+    for kernel, arguments, constants in (
+        (kernels.row_statistics, dict(out="*fp32"), common | dict(COLUMNS=7)),
+        (kernels.logit_gradient, dict(normalisers="*fp32", kl_scale="fp32", ce_scale="fp32"), common),
+    ):
+        signature = logits | arguments | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, signature, constants)
+        assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=8)).asm["cubin"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
