@@ -154,8 +154,9 @@ class Replica:
             return False
         if link is None:
             ids, starts = (torch.empty(shape, dtype=torch.int64) for shape in ((windows, length), (count,)))
-        ids, starts = self._from_leader(ids.to(self.device)), self._from_leader(starts.to(self.device))
-        documents = PackedDocuments(starts, length, own_slice(length)) if kind == PACKED else None
+        ids, documents = self._from_leader(ids.to(self.device)), None
+        if kind == PACKED:
+            documents = PackedDocuments(self._from_leader(starts.to(self.device)), length, own_slice(length))
         with torch.no_grad():
             hidden = self._whole(self.model(own_part(ids), documents))
         if link is not None:
