@@ -8,7 +8,6 @@ product on an H100). Errors are those of 1,024 tokens against float64. Peers tha
 Prints a table and, last, one JSON line; writes RESULTS.md.
 """
 
-import gc
 import importlib
 import json
 import statistics
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
-from report import device_name, report
+from report import device_name, free_memory, report
 from torch import Tensor
 
 from megatron_hylo.distill.head_loss import linear_head_loss
@@ -97,7 +96,7 @@ def main(
                 left_out[f"{name}, {vocabulary:,}"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
                 continue
             finally:
-                _free()
+                free_memory()
             rows.append(dict(vocabulary=vocabulary, implementation=name, seconds=seconds, floor=floor, extra_gib=extra / 2**30,
                              errors=errors))  # fmt: skip
     _show(rows, left_out, (tokens, student_width, teacher_width), results, commit)
@@ -141,12 +140,6 @@ def _measure(loss: Loss, inputs: list[Tensor], repeats: int) -> tuple[float, int
 
 def _relative(mine: Tensor, theirs: Tensor) -> float:
     return float((mine.double() - theirs).norm() / theirs.norm())
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _show(

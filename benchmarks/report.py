@@ -1,5 +1,6 @@
 """What the benchmarks share: the table on the screen and in a results file, random text, the device's name."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,13 @@ from rich.table import Table
 def device_name() -> str:
     """The GPU's, or the CPU's number of threads."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def free_memory() -> None:
+    """Models refer to themselves and wait for the garbage collector."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def report(

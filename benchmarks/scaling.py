@@ -11,7 +11,6 @@ RESULTS.md and RESULTS.png.
 """
 
 import contextlib
-import gc
 import itertools
 import json
 import os
@@ -26,7 +25,7 @@ import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
 from megatron.core import parallel_state
-from report import device_name, random_text, report
+from report import device_name, free_memory, random_text, report
 
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset
@@ -134,9 +133,7 @@ def _ranks(parallel: ParallelConfig, store: Path) -> Iterator[None]:
     initialize(parallel)
     yield
     shutdown()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
 
 
 def measure(

@@ -7,7 +7,6 @@ Each row is a run of `steps` steps, with and without CUDA graphs; the rate is th
 one JSON line; writes RESULTS.md.
 """
 
-import gc
 import itertools
 import json
 import statistics
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from report import device_name, random_text, report
+from report import device_name, free_memory, random_text, report
 
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES, get_layout
@@ -82,9 +81,8 @@ def main(
 
 
 def _free() -> None:
-    gc.collect()
+    free_memory()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 

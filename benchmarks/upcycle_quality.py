@@ -9,7 +9,6 @@ Prints the table and, last, one JSON line; writes RESULTS.md and RESULTS.png. Th
 dequantised from 4 bits, the text the Debian documentation packages, whole documents held out.
 """
 
-import gc
 import json
 import platform
 import shutil
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
+from report import free_memory
 from rich.console import Console
 from rich.table import Table
 
@@ -159,13 +159,6 @@ def measure_training(
     values = dict(seconds=time.perf_counter() - started, kv_percent=kv_percent(read_description(model)[0]))
     save_cell(file, dict(name=name, train_tokens=tokens, seed=seed, precision=budget.precision) | quality.to_dict() | values)
     shutil.rmtree(run)
-
-
-def free_memory() -> None:
-    """Models refer to themselves and wait for the garbage collector."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def slug(name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 from rich.table import Table
 
 from megatron_hylo.cli_console import console
+from megatron_hylo.cli_upcycle import chosen_dtype
 
 PACKAGES = (  # distribution, what it is for; None: needed
     ("torch", None), ("megatron-core", None), ("transformers", None), ("safetensors", None),
@@ -26,8 +27,6 @@ def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None
         layout: a named layout (see `hylo layouts`); all: one of each linear layer at the sizes of the quickstart.
         precision: bf16 on a GPU and fp32 on a CPU by default.
     """
-    import torch
-
     from megatron_hylo.kernels.self_check import check_kernels
     from megatron_hylo.layouts import get_layout
     from megatron_hylo.platform.distributed import device
@@ -35,8 +34,7 @@ def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None
     where = device()
     _environment(where)
     names = [f"smollm2-135m-8mla22{linear}-aligned" for linear in ("gdn", "m2")] if layout == "all" else [layout]
-    half = precision == "bf16" or (precision is None and where.type == "cuda")
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = chosen_dtype(precision)
     checks = {}
     with console.status("comparing kernels with their definitions"):
         for name in names:

@@ -5,6 +5,14 @@ from typing import Literal
 from megatron_hylo.cli_console import console, show_upcycle, track
 
 
+def chosen_dtype(precision: Literal["fp32", "bf16"] | None):
+    """The torch.dtype of a verb's --precision; bf16 on a GPU, fp32 on a CPU where it is not given."""
+    import torch
+
+    bf16 = precision == "bf16" or (precision is None and torch.cuda.is_available())
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def calibrate(
     teacher: str,
     data: str,
@@ -76,17 +84,14 @@ def cache_teacher(
         tensor_model_parallel_size: ranks that share each layer.
         overwrite: replace what is there.
     """
-    import torch
-
     from megatron_hylo.config import ParallelConfig
     from megatron_hylo.distill.teacher_store import write_store
     from megatron_hylo.platform.distributed import is_main, session
 
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
-    bf16 = precision == "bf16" or (precision is None and torch.cuda.is_available())
     with session(parallel):
         made = write_store(
-            teacher, data, output, kl, sequence_length, overlap, micro_batch_size, torch.bfloat16 if bf16 else torch.float32,
+            teacher, data, output, kl, sequence_length, overlap, micro_batch_size, chosen_dtype(precision),
             parallel, overwrite, track,
         )  # fmt: skip
         main = is_main()
@@ -126,8 +131,6 @@ def serve_teacher(
     """
     from datetime import timedelta
 
-    import torch
-
     from megatron_hylo.config import ParallelConfig
     from megatron_hylo.distill.serve_teacher import serve_teacher as serve
 
@@ -135,8 +138,7 @@ def serve_teacher(
         tensor_model_parallel_size=tensor_model_parallel_size, context_parallel_size=context_parallel_size,
         sequence_parallel=sequence_parallel,
     )  # fmt: skip
-    bf16 = precision == "bf16" or (precision is None and torch.cuda.is_available())
-    serve(teacher, address, parallel, torch.bfloat16 if bf16 else torch.float32, timedelta(minutes=timeout_minutes), runs)
+    serve(teacher, address, parallel, chosen_dtype(precision), timedelta(minutes=timeout_minutes), runs)
 
 
 def upcycle(

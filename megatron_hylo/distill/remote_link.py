@@ -25,7 +25,7 @@ class Link:
 
     def send(self, x: Tensor) -> "Sending":
         """Begin to send; `wait()` of the result returns when the other side has it."""
-        data = x.detach().contiguous().cpu().view(torch.uint8) if x.dim() else x.detach().cpu().reshape(1).view(torch.uint8)
+        data = x.detach().contiguous().cpu().view(torch.uint8)
         return Sending(self.group.send([data], self.other, 0), data)
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
