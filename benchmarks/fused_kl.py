@@ -51,7 +51,7 @@ def implementations(chunks: list[int]) -> dict[str, Loss | str]:
         found["fla FusedKLDivLoss"] = str(error)
     try:  # jsd_beta 0: the forward KL
         liger = importlib.import_module("liger_kernel.transformers").LigerFusedLinearJSD(jsd_beta=0.0)
-        found["Liger fused linear JSD, beta 0"] = lambda h, w, th, tw: liger(h, w, th, tw)
+        found["Liger fused linear JSD, beta 0"] = lambda h, w, th, tw: liger(h, w, th, tw, None)
     except ImportError as error:
         found["Liger fused linear JSD, beta 0"] = str(error)
     return found | {"naive": naive}

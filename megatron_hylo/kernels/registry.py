@@ -25,6 +25,7 @@ from megatron_hylo.kernels.tuned import install
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "cudnn", "flash", "efficient", "math"),
     "causal_conv1d": ("torch", "fla"),
+    "elementwise": ("torch", "inductor"),
     "gated_delta_rule": ("torch", "fla"),
     "head_softmax": ("torch", "triton"),
     "ssd": ("torch", "mamba_ssm"),

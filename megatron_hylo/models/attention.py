@@ -1,17 +1,22 @@
 """`*`: the teacher's attention (Llama, Qwen2.5, Qwen3): grouped queries, optional QKV bias and q/k-norm, RoPE."""
 
+import functools
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_hylo.kernels.attention import attention
+from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.rope import apply_rope
 from megatron_hylo.models.layers import HeadNorm, rotary_table
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
-from megatron_hylo.parallel.documents import PackedDocuments, split_documents
+from megatron_hylo.parallel.documents import PackedDocuments, by_document
+
+fused_rope = elementwise(apply_rope)
 
 
 class GroupedQueryAttention(MegatronModule):
@@ -61,7 +66,7 @@ class GroupedQueryAttention(MegatronModule):
         c, here = self.config.hylo, self.context.positions(x.shape[1])
         cos, sin = rotary_table(self.head_dim, c.rotary_base, c.rope_scaling, here.stop, x.device)
         places = here if documents is None else documents.own_positions
-        return apply_rope(x, cos[places], sin[places], interleaved=False)
+        return fused_rope(x, cos[places], sin[places], interleaved=False)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments | None = None
@@ -73,11 +78,10 @@ class GroupedQueryAttention(MegatronModule):
             own = self.context.exchange(*((x, [x.shape[-1]]) for x in parts))
             query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in own)
         query, key = self.rotate(query, documents), self.rotate(key, documents)
-        key_value = torch.cat([key, value], dim=-1)
-        if not self.context.by_heads:
-            key_value = self.context.up_to_here(key_value.transpose(0, 1)).transpose(0, 1)
-        pieces = split_documents(documents, query, *key_value.chunk(2, dim=-1))
-        out = torch.cat([attention(*piece, scale=self.head_dim**-0.5) for piece in pieces], dim=1)
+        if self.context.size > 1 and not self.context.by_heads:
+            key_value = torch.cat([key, value], dim=-1).transpose(0, 1)
+            key, value = self.context.up_to_here(key_value).transpose(0, 1).chunk(2, dim=-1)
+        out = by_document(functools.partial(attention, scale=self.head_dim**-0.5), documents, query, key, value)
         return self.linear_proj(self.context.give_back(out.flatten(2)).transpose(0, 1).contiguous())
 
     def forward(

@@ -9,16 +9,18 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
+from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_of_part
 from megatron_hylo.kernels.ssd import RESET
 from megatron_hylo.models.layers import HeadNorm, sharded_mixer_state, tensor_parallel_parameter
-from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
+from megatron_hylo.models.mixer import MixerSubmodules, fused_column_linear, refuse_inference, row_linear, split_sections
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
 from megatron_hylo.parallel.documents import PackedDocuments
@@ -67,6 +69,12 @@ def log_uniform_dt_bias(heads: int, where: torch.device) -> Tensor:
     return dt + torch.log(-torch.expm1(-dt))
 
 
+@elementwise
+def gates_of(alpha: Tensor, beta: Tensor, decay_log: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(g fp32, beta) as the recurrence takes them: [batch, sequence, heads] from the projections and [heads]."""
+    return -decay_log.exp() * F.softplus(alpha.float() + bias), beta.sigmoid()
+
+
 class GatedDeltaNet(MegatronModule):
     """Linear attention with a delta-rule state of [key_head_dim, value_head_dim] a head."""
 
@@ -86,7 +94,7 @@ class GatedDeltaNet(MegatronModule):
         self.context = context_group(config.cp_comm_type, pg_collection.cp, linear_num_heads=self.heads)
         keys, values = self.heads * c.linear_key_head_dim, self.heads * c.linear_value_head_dim
         self.sections = {"query": keys, "key": keys, "value": values, "gate": values, "beta": self.heads, "alpha": self.heads}
-        self.in_proj = column_linear(submodules, config, c.hidden_size, tp * sum(self.sections.values()), self.tp_group)
+        self.in_proj = fused_column_linear(submodules, config, c.hidden_size, tp * sum(self.sections.values()), self.tp_group)
         self.conv1d = ShortConvolution(config, 2 * keys + values, bias=False)
         self.conv1d.tp_group = self.tp_group
         with get_cuda_rng_tracker().fork():
@@ -108,18 +116,16 @@ class GatedDeltaNet(MegatronModule):
         c, context, documents = self.config.hylo, self.context, self.context.seen(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
         keys, _, values, gates, heads, _ = self.sections.values()
-        qkv, gate, beta, alpha = projected.transpose(0, 1).split([2 * keys + values, gates, heads, heads], dim=-1)
+        qkv, gate, beta, alpha = split_sections(projected.transpose(0, 1), [2 * keys + values, gates, heads, heads])
         qkv, beta, alpha = context.exchange((qkv, [keys, keys, values]), (beta, [heads]), (alpha, [heads]))
         (b, s, heads), keys, values = beta.shape, keys // context.shares, values // context.shares
         own = functools.partial(context.own_share, widths=[self.sections[name] for name in ("query", "key", "value")])
         places = documents.own_positions if documents is not None else None
         qkv = self.conv1d(qkv, context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places, own)
         query, key, value = (x.reshape(b, s, heads, -1) for x in qkv.split([keys, keys, values], dim=-1))
-        rate, bias = context.own_share(self.A_log).exp(), context.own_share(self.dt_bias)
-        decay = -rate * torch.nn.functional.softplus(alpha.float() + bias)
+        decay, beta = gates_of(alpha, beta, context.own_share(self.A_log), context.own_share(self.dt_bias))
         if documents is not None:
             decay = decay.masked_fill(documents.begins[:, None], RESET)
-        beta = beta.sigmoid()
         if context.passes_states:
             out, reach, kept, added = gated_delta_rule_of_part(query, key, value, decay, beta)
             out = out + torch.einsum("bthk,bhkv->bthv", reach, context.state_before(kept, added).to(out.dtype))

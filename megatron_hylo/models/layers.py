@@ -22,9 +22,12 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from megatron_hylo.config import RopeScaling
+from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.norm import gated_rms_norm, rms_norm
 from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 from megatron_hylo.platform.distributed import device
+
+fused_gated_rms_norm = elementwise(gated_rms_norm)
 
 
 class RMSNorm(nn.Module):
@@ -57,7 +60,7 @@ class HeadNorm(nn.Module):
         weight = copy_to_tensor_model_parallel_region(self.weight)
         if gate is None:
             return rms_norm(x, weight, self.eps, reference)
-        return gated_rms_norm(x, gate, weight, self.eps, norm_before_gate=True)
+        return fused_gated_rms_norm(x, gate, weight, self.eps, norm_before_gate=True)
 
 
 class AlignedKeyNorm(HeadNorm):

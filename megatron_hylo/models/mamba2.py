@@ -12,11 +12,10 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_hylo.kernels.norm import gated_rms_norm
 from megatron_hylo.kernels.ssd import carried_in, ssd, total_decay
 from megatron_hylo.models.gdn import ShortConvolution, log_uniform_dt_bias
-from megatron_hylo.models.layers import sharded_mixer_state, tensor_parallel_parameter
-from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
+from megatron_hylo.models.layers import fused_gated_rms_norm, sharded_mixer_state, tensor_parallel_parameter
+from megatron_hylo.models.mixer import MixerSubmodules, fused_column_linear, refuse_inference, row_linear, split_sections
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
 from megatron_hylo.parallel.documents import PackedDocuments
@@ -34,7 +33,7 @@ class GatedGroupNorm(MegatronModule):
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """y, z: [batch, sequence, channels] -> the same."""
         eps = self.config.layernorm_epsilon
-        return gated_rms_norm(y, z, self.weight, eps, group_size=self.group_size, norm_before_gate=False)
+        return fused_gated_rms_norm(y, z, self.weight, eps, group_size=self.group_size, norm_before_gate=False)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Channels are split over the tensor-parallel ranks."""
@@ -67,7 +66,7 @@ class Mamba2(MegatronModule):
             "C": self.heads * c.mamba_state_dim,
             "dt": self.heads,
         }
-        self.in_proj = column_linear(submodules, config, c.hidden_size, tp * sum(self.sections.values()), self.tp_group)
+        self.in_proj = fused_column_linear(submodules, config, c.hidden_size, tp * sum(self.sections.values()), self.tp_group)
         self.conv1d = ShortConvolution(config, sum(self.sections[n] for n in "xBC"), bias=True)
         self.norm = GatedGroupNorm(config, inner, c.mamba_head_dim)
         self.conv1d.tp_group = self.norm.tp_group = self.tp_group
@@ -90,7 +89,7 @@ class Mamba2(MegatronModule):
         c, context, documents = self.config.hylo, self.context, self.context.seen(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
         inner, *widths, heads = self.sections.values()
-        z, xbc, dt = projected.transpose(0, 1).split([inner, sum(widths), heads], dim=-1)
+        z, xbc, dt = split_sections(projected.transpose(0, 1), [inner, sum(widths), heads])
         xbc, dt = context.exchange((xbc, widths), (dt, [heads]))
         (b, s, _), (x_width, b_width, c_width) = dt.shape, (width // context.shares for width in widths)
         own = functools.partial(context.own_share, widths=[self.sections[name] for name in "xBC"])

@@ -1,11 +1,15 @@
-"""What every mixer is built from: the backend's linear maps, and the same refusals."""
+"""What every mixer is built from: the backend's linear maps, fused projections, and the same refusals."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable
 
-from torch import nn
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import Tensor, nn
 
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
+
+ALIGNMENT = 8  # channels: 16 bytes of bf16, below which matrix products take twice as long on a GPU
 
 
 @dataclass
@@ -36,6 +40,36 @@ def column_linear(
         is_expert=False,
         tp_group=tp_group,
     )
+
+
+def fused_column_linear(
+    submodules: MixerSubmodules, config: HyloTransformerConfig, in_features: int, out_features: int, tp_group: Any
+) -> nn.Module:
+    """A linear map to several sections, split over the tensor-parallel ranks; `split_sections` reads its output."""
+    if out_features // tp_group.size() % ALIGNMENT:
+        submodules = replace(submodules, column_parallel_linear=PaddedColumnLinear)
+    return column_linear(submodules, config, in_features, out_features, tp_group)
+
+
+class PaddedColumnLinear(ColumnParallelLinear):
+    """A linear map that makes some channels too many, zeros, so that a rank has a multiple of `ALIGNMENT` of them.
+
+    Its weight is as without them: the rows are added for each product, a copy that costs nothing beside it.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.padding = -self.output_size_per_partition % ALIGNMENT
+        self.output_size_per_partition += self.padding  # rows of the weight that forward is given
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """x: [sequence, batch, in_features] -> [sequence, batch, out_features / TP + padding], and no bias."""
+        return super().forward(x, weight=F.pad(self.weight, (0, 0, 0, self.padding)))
+
+
+def split_sections(projected: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+    """Sections of a fused projection, [..., width] each; channels after them are padding."""
+    return projected.split([*widths, projected.shape[-1] - sum(widths)], dim=-1)[:-1]
 
 
 def row_linear(

@@ -13,6 +13,8 @@ its share of the rotary key (k_layernorm.rotary_mix, see `unfold_rotary_key`) ar
 scale all channels of MLA's query and key, before the rotation. At full rank, with every pair rotary, nothing is lost.
 """
 
+from functools import partial
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
@@ -20,13 +22,28 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_hylo.kernels.attention import attention
+from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
 from megatron_hylo.models.layers import AlignedKeyNorm, HeadNorm, ReplicatedLinear, rotary_table
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
-from megatron_hylo.parallel.documents import PackedDocuments, split_documents
+from megatron_hylo.parallel.documents import PackedDocuments, by_document
 from megatron_hylo.platform.distributed import device
+
+
+@elementwise
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads whose last channels are rotary: [b, t, h, d], cos and sin [t, n] of n pairs -> [b, t, h, d]."""
+    plain, rotary = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
+    return torch.cat([plain, apply_rope(rotary, cos, sin, interleaved=True)], dim=-1)
+
+
+@elementwise
+def shared_key(plain: Tensor, rotary: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Own channels of every head, then the rotary ones that all share: [b, t, g, d], [b, t, 2 n] -> [b, t, g, d + 2 n]."""
+    rotated = apply_rope(rotary.unsqueeze(2), cos, sin, interleaved=True)
+    return torch.cat([plain, rotated.expand(-1, -1, plain.shape[2], -1)], dim=-1)
 
 
 class MultiLatentAttention(MegatronModule):
@@ -90,24 +107,27 @@ class MultiLatentAttention(MegatronModule):
         key_value = key_value.transpose(0, 1).reshape(b, keys, self.groups, c.qk_head_dim + c.v_head_dim)
         plain_key, value = key_value.split([c.qk_head_dim, c.v_head_dim], dim=-1)
         rotary_key = rotary_key.transpose(0, 1)
-        key = torch.cat([plain_key, rotary_key.unsqueeze(2).expand(-1, -1, self.groups, -1)], dim=-1)
-        if c.mla_aligned_norm:
-            base_key = unfold_rotary_key(plain_key, rotary_key, self.k_layernorm.rotary_mix, self.rotary_pairs)
-            query = self.q_layernorm(query, reference=query[..., : c.qk_head_dim])
-            key = self.k_layernorm(key, reference=base_key)
-        elif c.qk_layernorm:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if c.qk_layernorm:
+            query, key = self._normalise(query, plain_key, rotary_key)
         (query,) = self.context.exchange((query.flatten(2), [self.heads * self.qk_dim]))
         query = query.unflatten(2, (-1, self.qk_dim))
-        key, value = (self.context.own_share(x, dim=2) for x in (key, value))
-        documents, s = self.context.seen(packed_seq_params), query.shape[1]
+        documents, s, own = self.context.seen(packed_seq_params), query.shape[1], self.context.own_share
         cos, sin = self._rotary_table(keys)
         if documents is not None:
             cos, sin = cos[documents.positions], sin[documents.positions]
-        query, key = self._rotate(query, cos[keys - s :], sin[keys - s :]), self._rotate(key, cos, sin)
-        pieces = split_documents(documents, query, key, value)
-        out = torch.cat([attention(*piece, scale=self.qk_dim**-0.5) for piece in pieces], dim=1)
+        query = rotate(query, cos[keys - s :], sin[keys - s :])
+        key = rotate(own(key, dim=2), cos, sin) if c.qk_layernorm else shared_key(own(plain_key, dim=2), rotary_key, cos, sin)
+        out = by_document(partial(attention, scale=self.qk_dim**-0.5), documents, query, key, own(value, dim=2))
         return self.linear_proj(self.context.give_back(out.flatten(2)).transpose(0, 1).contiguous())
+
+    def _normalise(self, query: Tensor, plain_key: Tensor, rotary_key: Tensor) -> tuple[Tensor, Tensor]:
+        """q/k-norm before the rotation: the query, and the key with a copy of the rotary one for each of its heads."""
+        c, norm = self.config.hylo, self.k_layernorm
+        key = torch.cat([plain_key, rotary_key.unsqueeze(2).expand(-1, -1, self.groups, -1)], dim=-1)
+        if not c.mla_aligned_norm:
+            return self.q_layernorm(query), norm(key)
+        base_key = unfold_rotary_key(plain_key, rotary_key, norm.rotary_mix, self.rotary_pairs)
+        return self.q_layernorm(query, reference=query[..., : c.qk_head_dim]), norm(key, reference=base_key)
 
     def _in_order(self, x: Tensor) -> Tensor:
         """Tokens that sequence parallelism gathered from ranks which each hold a piece of every context part."""
@@ -120,7 +140,3 @@ class MultiLatentAttention(MegatronModule):
         width = c.kv_channels if c.mla_rotary_pairs else c.qk_pos_emb_head_dim
         table = rotary_table(width, c.rotary_base, c.mla_rope_scaling, length, self.rotary_pairs.device)
         return tuple(part[:, self.rotary_pairs] for part in table) if c.mla_rotary_pairs else table
-
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        plain, rotary = x.split([self.qk_dim - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
-        return torch.cat([plain, apply_rope(rotary, cos, sin, interleaved=True)], dim=-1)

@@ -5,7 +5,7 @@ document, rotary positions, convolutions and recurrent states start anew at each
 sequence begins in the middle of one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -60,10 +60,10 @@ class PackedDocuments:
         return found
 
 
-def split_documents(documents: PackedDocuments | None, query: Tensor, *keys: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """(query, *keys) of each document: tokens are dimension 1; all at once where nothing is packed."""
+def by_document(
+    attend: Callable[..., Tensor], documents: PackedDocuments | None, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """attend(query, key, value), document by document: tokens are dimension 1; all at once where nothing is packed."""
     if documents is None:
-        yield query, *keys
-        return
-    for own, so_far in documents.pieces:
-        yield query[:, own], *(x[:, so_far] for x in keys)
+        return attend(query, key, value)
+    return torch.cat([attend(query[:, own], key[:, so_far], value[:, so_far]) for own, so_far in documents.pieces], dim=1)

@@ -1,12 +1,12 @@
 """Before a run on a GPU: its kernels are compared with their definitions, once for a kind of GPU, libraries and shapes."""
 
 import hashlib
-import importlib
 import json
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import metadata
 
 import torch
 
@@ -17,7 +17,7 @@ from megatron_hylo.kernels.self_check import Check, check_kernels
 from megatron_hylo.sealed import write_json
 
 logger = logging.getLogger("megatron_hylo.kernels")
-LIBRARIES = ("torch", "triton", "fla", "mamba_ssm")
+LIBRARIES = ("torch", "triton", "flash-linear-attention", "mamba-ssm")
 
 
 def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device) -> None:
@@ -64,11 +64,11 @@ def _key(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.devic
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that kernels come from; "" where one does not import."""
+    """Of the installed distributions that kernels come from; "" for one that is not."""
     found = {}
     for name in LIBRARIES:
         try:
-            found[name] = getattr(importlib.import_module(name), "__version__", "unknown")
-        except ImportError:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             found[name] = ""
     return found

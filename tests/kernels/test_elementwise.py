@@ -1,0 +1,56 @@
+"""Compiled element-by-element functions equal themselves as they are, outputs and gradients, on a GPU."""
+
+import pytest
+import torch
+
+from megatron_hylo.kernels.registry import force, in_use
+from megatron_hylo.models.attention import fused_rope
+from megatron_hylo.models.gdn import gates_of
+from megatron_hylo.models.layers import fused_gated_rms_norm
+from megatron_hylo.models.mla import rotate, shared_key
+from tests.kernels.compare import relative_error
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype, requires_grad=True)
+
+
+def cases(b: int, t: int, h: int, d: int) -> dict:
+    table = [torch.randn(t, d // 2, device="cuda" if torch.cuda.is_available() else "cpu") for _ in range(2)]
+    few = [x[:, : d // 4].contiguous() for x in table]
+    fp32 = torch.float32
+    strided = normal(t, b, h, 2 * d).transpose(0, 1)
+    return {
+        "rope": (fused_rope, [strided[..., :d], *table], dict(interleaved=False)),
+        "rope, pairs": (fused_rope, [strided[..., d:], *table], dict(interleaved=True)),
+        "rotate": (rotate, [normal(b, t, h, d), *few], {}),
+        "shared key": (shared_key, [strided[..., :d], normal(b, t, d // 2), *few], {}),
+        "gated norm": (
+            fused_gated_rms_norm, [normal(b, t, h, d), strided[..., d:], normal(d), 1e-5], dict(norm_before_gate=True)
+        ),
+        "grouped norm": (
+            fused_gated_rms_norm, [normal(b, t, h * d), normal(b, t, h * d), normal(h * d), 1e-5],
+            dict(norm_before_gate=False, group_size=d),
+        ),
+        "gates": (gates_of, [normal(b, t, h), normal(b, t, h), normal(h, dtype=fp32), normal(h, dtype=fp32)], {}),
+    }  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("shape", [(1, 300, 3, 32), (2, 128, 9, 64)])
+@pytest.mark.parametrize("name", list(cases(1, 2, 1, 8)))
+def test_compiled_equals_eager(name: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    function, inputs, settings = cases(*shape)[name]
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    results = []
+    for implementation in ("torch", "inductor"):
+        with force("elementwise", implementation):
+            out = function(*inputs, **settings)
+        assert in_use()["elementwise"] == implementation
+        out = out if isinstance(out, tuple) else (out,)
+        upstream = [torch.ones_like(x) * torch.linspace(-1, 1, x.shape[-1], device=x.device, dtype=x.dtype) for x in out]
+        results.append([*out, *torch.autograd.grad(out, wanted, upstream)])
+    for eager, compiled in zip(*results, strict=True):
+        assert compiled.dtype == eager.dtype and relative_error(compiled, eager) < 5e-3
