@@ -2,6 +2,7 @@
 
     python benchmarks/fused_kl.py                      # teacher 8B, student 1B, Llama's and Qwen's vocabularies
     python benchmarks/fused_kl.py --tokens 64 --vocabularies [1000] --chunks [16]     # on a CPU: plain torch alone
+    torchrun --nproc-per-node 2 benchmarks/fused_kl.py      # ours with the vocabulary over the ranks, against one of them
 
 The floor is the matrix products, 2 N V (3 H_student + H_teacher) FLOPs, at the rate of PRODUCT_RATE (an 8192-cubed bf16
 product on an H100). Errors are those of 1,024 tokens against float64. Peers that are not installed are left out, and said so.
@@ -9,7 +10,9 @@ Prints a table and, last, one JSON line; writes RESULTS.md.
 """
 
 import importlib
+import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jsonargparse import auto_cli
 from report import device_name, free_memory, report
@@ -78,6 +82,8 @@ def main(
         results: path without suffix of the .md to write.
         commit: of the code, for the results file.
     """
+    if "WORLD_SIZE" in os.environ:
+        return over_ranks(tokens, vocabularies, (student_width, teacher_width), chunks, repeats, results, commit)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, left_out = [], {}
     for vocabulary in vocabularies:
@@ -100,6 +106,45 @@ def main(
             rows.append(dict(vocabulary=vocabulary, implementation=name, seconds=seconds, floor=floor, extra_gib=extra / 2**30,
                              errors=errors))  # fmt: skip
     _show(rows, left_out, (tokens, student_width, teacher_width), results, commit)
+
+
+def over_ranks(
+    tokens: int, vocabularies: list[int], widths: tuple[int, int], chunks: list[int], repeats: int, results: Path, commit: str
+) -> None:
+    """Each rank has its rows of both heads; rank 0 also has all of them, alone, and compares."""
+    cuda, rank = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+    if cuda:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    ranks, rows = dist.get_world_size(), []
+    for vocabulary, chunk in itertools.product(vocabularies, chunks):
+        inputs = _inputs(tokens, vocabulary, *widths, torch.device("cuda" if cuda else "cpu"))
+        own = [x if i % 2 == 0 else x.chunk(ranks)[rank] for i, x in enumerate(inputs)]
+
+        def loss(h: Tensor, w: Tensor, th: Tensor, tw: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+            return linear_head_loss(h, w, None, th, tw, chunk_tokens=chunk, group=group).loss  # noqa: B023  called here
+
+        def divided(*parts: Tensor) -> Tensor:
+            return loss(*parts, group=dist.group.WORLD)
+
+        value, hidden, weight = _run(divided, own)
+        dist.all_reduce(hidden)
+        one = _run(loss, inputs)
+        errors = [
+            _relative(mine, theirs) for mine, theirs in zip((value, hidden, weight), (*one[:2], one[2].chunk(ranks)[rank]))
+        ]
+        alone, together = (_measure(f, x, repeats)[0] for f, x in ((loss, inputs), (divided, own)))
+        rows.append((f"{vocabulary:,}", f"{chunk:,}", f"{1e3 * alone:.1f}", f"{1e3 * together:.1f}", f"{alone / together:.2f}",
+                     *(f"{error:.1e}" for error in errors)))  # fmt: skip
+        free_memory()
+    if rank == 0:
+        columns = ("vocabulary", "chunk", "one rank, ms", f"{ranks} ranks, ms", "speed-up", "loss", "hidden", "weight")
+        intro = f"{tokens:,} tokens, widths {widths}. Errors: of loss and gradients, relative by norm, against one rank."
+        how = f"{ranks} x {device_name()}, commit {commit}, {in_use()}"
+        report(results, "KL of two heads, the vocabulary over ranks", [intro], columns, rows, how)
+        print(json.dumps({"benchmark": "fused_kl", "device": device_name(), "ranks": ranks, "columns": columns, "rows": rows}))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _inputs(tokens: int, vocabulary: int, student: int, teacher: int, device: torch.device) -> list[Tensor]:

@@ -167,14 +167,14 @@ class _LinearHeadLoss(torch.autograd.Function):
         fused = not measure_agreement and select("head_softmax", "triton", obstacle(hidden)) == "triton"
         for start in range(0, n, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, n))
-            logits = hidden[chunk] @ weight.t()
-            teacher_logits = teacher_hidden[chunk] @ teacher_weight.t() if teacher_weight is not None else None
+            logits = _logits(hidden[chunk], weight, compute)
+            teacher_logits = _logits(teacher_hidden[chunk], teacher_weight, compute) if teacher_weight is not None else None
             own_labels = labels[chunk] if labels is not None else None
             if fused:
-                *found, grad = *head_softmax(
+                *found, grad = head_softmax(
                     logits, teacher_logits, own_labels, first, kl_weight * temperature / n, ce_weight / n, reverse, temperature,
-                    group, wants_grad,
-                ), logits  # fmt: skip
+                    group, weight.dtype if wants_grad else None,
+                )  # fmt: skip
                 sums[:2] += torch.stack(found)
             else:
                 found, grad = _plain(
@@ -199,6 +199,13 @@ class _LinearHeadLoss(torch.autograd.Function):
         ctx.grads = None
         scale = lambda g: g if g is None else g.mul_(grad_loss.to(g.dtype))  # noqa: E731
         return scale(grad_hidden), scale(grad_weight), *[None] * 9
+
+
+def _logits(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
+    """[n, V / TP], on a GPU in the dtype of its sums: bf16 would round a logit of 10 by 0.03, which late gradients show."""
+    if hidden.is_cuda and hidden.dtype != wide:
+        return torch.mm(hidden, weight.t(), out_dtype=wide)
+    return hidden @ weight.t()
 
 
 def _plain(

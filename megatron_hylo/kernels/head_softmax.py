@@ -1,7 +1,8 @@
 """KL, cross-entropy and their gradient from two models' logits, without any other tensor of that size.
 
 Plain torch needs a dozen passes over [tokens, vocabulary] in fp32; these two kernels read the logits twice, in the dtype that
-the matrix products left them in, and write the gradient in the student's place. `distill/head_loss.py` has the plain form.
+the matrix products left them in, and write the gradient once, in the dtype of the products that take it, in the student's
+place where that is the same. `distill/head_loss.py` has the plain form.
 
 One reading gives each row's soft-max statistics and the mean difference of the logits, and with them the KL (at temperature T)
 
@@ -52,22 +53,23 @@ def head_softmax(
     reverse: bool = False,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
-    wants_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """KL and cross-entropy, summed over tokens; the logits become their gradient.
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """KL and cross-entropy, summed over tokens, and the gradient of the logits.
 
     Args:
-        logits: the student's, [n, V / TP], contiguous; overwritten where `wants_grad`.
+        logits: the student's, [n, V / TP], contiguous; overwritten where the gradient has its dtype.
         teacher_logits: [n, V / TP], or None for cross-entropy alone.
         labels: int64 [n], global; a negative one counts nothing; None for KL alone.
         first: global number of this rank's first row of the head.
         kl_scale, ce_scale: what the gradients of a token's KL (without T^2) and cross-entropy are multiplied with.
         reverse, temperature: of the KL.
         group: ranks that share the vocabulary.
-        wants_grad: write the gradient.
+        grad_dtype: of the gradient; None for none.
 
     Returns:
-        fp32: the sum of the KL with its T^2 (0 without a teacher), the sum of the cross-entropies (0 without labels).
+        fp32 the sum of the KL with its T^2 (0 without a teacher), the sum of the cross-entropies (0 without labels); the
+        gradient [n, V / TP].
     """
     kernels, (n, vocabulary) = importlib.import_module(MODULE), logits.shape
     teacher, local = logits if teacher_logits is None else teacher_logits, labels if labels is None else labels - first
@@ -87,11 +89,13 @@ def head_softmax(
         mean = s.difference / (s.total_t if reverse else s.total_q)
         kl = mean + (normaliser_q - normaliser_t if reverse else normaliser_t - normaliser_q)
     known = torch.zeros_like(kl) if labels is None else (labels >= 0).float()
-    if wants_grad:
+    gradient = None
+    if grad_dtype is not None:
+        gradient = logits if logits.dtype == grad_dtype else torch.empty_like(logits, dtype=grad_dtype)
         rows = torch.stack([normaliser, normaliser_t, normaliser_q, kl, known], 1)
         grid = (n, -(-vocabulary // BLOCK))
-        kernels.logit_gradient[grid](logits, teacher, index, rows, kl_scale, ce_scale, **flags)
-    return kl.sum() * temperature**2, ((normaliser - s.picked) * known).sum()
+        kernels.logit_gradient[grid](logits, teacher, index, rows, gradient, kl_scale, ce_scale, **flags)
+    return kl.sum() * temperature**2, ((normaliser - s.picked) * known).sum(), gradient
 
 
 def _over_ranks(s: Statistics, reverse: bool, temperature: float, group: dist.ProcessGroup | None) -> Statistics:

@@ -162,8 +162,8 @@ def _head_kl(student: Tensor, teacher: Tensor) -> Tensor:
 class _HeadKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
-        gradient = student.clone()
-        kl, _ = head_softmax(gradient, teacher.to(student.dtype), None, 0, 1.0, 0.0)
+        logits, dtype = student.clone(), student.dtype
+        kl, _, gradient = head_softmax(logits, teacher.to(dtype), None, 0, 1.0, 0.0, grad_dtype=dtype)
         ctx.save_for_backward(gradient)
         return kl.reshape(1)
 

@@ -58,11 +58,11 @@ def row_statistics(
 
 @triton.jit
 def logit_gradient(
-    student, teacher, labels, normalisers, kl_scale, ce_scale,
+    student, teacher, labels, normalisers, out, kl_scale, ce_scale,
     VOCABULARY: tl.constexpr, INVERSE_TEMPERATURE: tl.constexpr, TEACHER: tl.constexpr, REVERSE: tl.constexpr,
     LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Put the gradient with respect to the student's logits in their place, a block of a row a program.
+    """Put the gradient with respect to the student's logits into `out`, of their shape, a block of a row a program.
 
     `normalisers` fp32 [rows, 5]: log of the sum of exponentials of the student's logits, of them over the temperature, of the
     teacher's over it; the row's KL; 1 where the row has a label anywhere, else 0.
@@ -71,6 +71,7 @@ def logit_gradient(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < VOCABULARY
     student += row * VOCABULARY
+    out += row * VOCABULARY
     normalisers += row * 5
     x = tl.load(student + columns, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.zeros([BLOCK], tl.float32)
@@ -86,4 +87,4 @@ def logit_gradient(
         label = tl.load(labels + row)
         p = tl.exp(x - tl.load(normalisers))
         gradient += ce_scale * tl.load(normalisers + 4) * (p - tl.where(columns == label, 1.0, 0.0))
-    tl.store(student + columns, gradient.to(student.dtype.element_ty), mask=inside)
+    tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=inside)

@@ -25,7 +25,7 @@ SIZES = dict(
 )  # fmt: skip
 MODELS = {name: f"{symbol}-" * 4 for name, symbol in dict(attention="*", mla="+", mamba2="M", gdn="G").items()}
 MODELS["mixed"] = "G-+-M-*-"
-TORCH = "attention=math,causal_conv1d=torch,gated_delta_rule=torch,head_softmax=torch,ssd=torch"
+TORCH = "attention=math,causal_conv1d=torch,elementwise=torch,gated_delta_rule=torch,head_softmax=torch,ssd=torch"
 KERNELS = {"fp32": TORCH, "bf16": ""}
 TENSOR = 1e-5  # relative difference of gradients and weights in fp32
 DECAYS = ("A_log", "dt_bias")  # a few numbers each, whose gradients are sums over all tokens that nearly cancel
