@@ -71,7 +71,7 @@ CASES = [
     *((model, "pretrain", "tp2_pp2") for model in ("normed", "tied")),
     *(("normed", stage, "tp2_sp_dp2") for stage in ("distil", "mse", "ild", "sequential")),
 ]
-GRADIENT, WEIGHT, LOSS = 1e-5, 1e-5, 1e-6  # relative; gradients and weights by the norm of each tensor
+GRADIENT, WEIGHT, LOSS = 1e-5, 1e-5, 2e-6  # relative; gradients and weights by the norm of each tensor
 
 
 @pytest.fixture(scope="module")
