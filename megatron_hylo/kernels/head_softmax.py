@@ -1,7 +1,8 @@
 """KL, cross-entropy and their gradient from two models' logits, without any other tensor of that size.
 
 Plain torch needs a dozen passes over [tokens, vocabulary] in fp32; these two kernels read the logits twice, in the dtype that
-the matrix products left them in, and write the gradient in the student's place. `distill/head_loss.py` has the plain form.
+the matrix products left them in, and write the gradient in the student's place. The plain form is in
+`distill/plain_head_softmax.py`.
 
 One reading gives each row's soft-max statistics and the mean difference of the logits, and with them the KL (at temperature T)
 
