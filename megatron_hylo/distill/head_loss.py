@@ -8,9 +8,11 @@ For student hidden h [N, H_s], head W_s [V, H_s], teacher hidden [N, H_t], head 
 
 over the full vocabulary (forward, at temperature 1: HyLo stages 2 and 3; Zebra-Llama's trainer; reverse: MiniLLM,
 arXiv:2306.08543). With a temperature T the logits of both are divided by it and the KL is multiplied by T^2, so that its
-gradients keep their size (Hinton et al., arXiv:1503.02531); cross-entropy stays at temperature 1. Both gradients are made
-in the forward pass, a chunk at a time: [chunk, V] is the size of the largest tensor that ever exists.
-With tensor parallelism the vocabulary is split over ranks; only the soft-max statistics are reduced, never logits.
+gradients keep their size (Hinton et al., arXiv:1503.02531); cross-entropy stays at temperature 1. With a top k, the teacher's k
+most likely tokens of each position keep their own terms and all others are one class (plain_head_softmax.py). Both gradients
+are made in the forward pass, a chunk at a time: [chunk, V] is the size of the largest tensor that ever exists.
+With tensor parallelism the vocabulary is split over ranks; they exchange soft-max statistics, and for a top k the teacher's k
+largest log-probabilities of each, never whole logits.
 """
 
 from dataclasses import dataclass
@@ -23,8 +25,9 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.distill.plain_head_softmax import plain_head_softmax
 from megatron_hylo.kernels.head_softmax import head_softmax, obstacle
-from megatron_hylo.kernels.registry import select
+from megatron_hylo.kernels.registry import Obstacle, select
 from megatron_hylo.models.hylo_model import HyloModel
 
 Direction = Literal["forward", "reverse"]
@@ -32,9 +35,9 @@ Direction = Literal["forward", "reverse"]
 
 @dataclass
 class HeadLoss:
-    """Means over tokens. `loss` carries the gradient; the others are for reports (None where not asked for).
+    """Means over unmasked tokens. `loss` carries the gradient; the others are for reports (None where not asked for).
 
-    `kl` is in the direction and at the temperature of the loss, with its T^2.
+    `kl` is as the loss counts it: in its direction, at its temperature with the T^2, of its top k.
     """
 
     loss: Tensor
@@ -55,6 +58,8 @@ def model_head_loss(
     measure_agreement: bool = False,
     kl_direction: Direction = "forward",
     kl_temperature: float = 1.0,
+    kl_top_k: int | None = None,
+    token_mask: Tensor | None = None,
 ) -> HeadLoss:
     """`linear_head_loss` for a model's hidden states, whatever the tensor and sequence parallelism.
 
@@ -63,7 +68,8 @@ def model_head_loss(
         hidden: the student's output, [sequence (/ TP), batch, H_s].
         labels: int64 [batch, sequence]; needed where cross-entropy is wanted.
         teacher, teacher_hidden: the frozen teacher (a model, or a `StoredTeacher`) and its output; both or neither.
-        kl_weight, ce_weight, chunk_tokens, measure_agreement, kl_direction, kl_temperature: see `linear_head_loss`.
+        kl_weight, ce_weight, chunk_tokens, measure_agreement, kl_direction, kl_temperature, kl_top_k: see `linear_head_loss`.
+        token_mask: [batch, sequence]; see `linear_head_loss`.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     full = _full_tokens(hidden, student.config.sequence_parallel, group)
@@ -84,6 +90,8 @@ def model_head_loss(
         measure_agreement,
         kl_direction,
         kl_temperature,
+        kl_top_k,
+        token_mask.transpose(0, 1).flatten() if token_mask is not None else None,
     )
 
 
@@ -107,6 +115,8 @@ def linear_head_loss(
     measure_agreement: bool = False,
     kl_direction: Direction = "forward",
     kl_temperature: float = 1.0,
+    kl_top_k: int | None = None,
+    token_mask: Tensor | None = None,
 ) -> HeadLoss:
     """KL and cross-entropy of a linear head, see the module's formula; soft-max in fp32 whatever the inputs' dtype.
 
@@ -122,12 +132,22 @@ def linear_head_loss(
         group: ranks that share the vocabulary; gradients with respect to `hidden` are this rank's partial sums.
         measure_agreement: also compare the most likely tokens.
         kl_direction, kl_temperature: see the module's formulas.
+        kl_top_k: tokens of the whole vocabulary that keep their own term, see the module. The Triton kernels do not know it:
+            plain torch runs. None, or as many as the vocabulary has: the full KL. Ignored without a teacher.
+        token_mask: bool or 0/1 [N], the same on all ranks of `group`: 1 where a token counts. The others are left out before
+            there are logits: they cost nothing and have neither loss nor gradient, whatever they hold. Means are over the
+            unmasked tokens of this call, and 0 with zero gradients where there are none; whoever averages calls that have
+            different numbers of them must weigh. Shapes depend on the mask: it waits for the GPU, and no CUDA graph records it.
 
     Raises:
-        ConfigError: the heads' vocabularies differ, or there is neither teacher nor label.
+        ConfigError: the heads' vocabularies differ, there is neither teacher nor label, or kl_top_k is below 1.
+        IndexError: the mask's shape is not [N].
+        RuntimeError: the Triton kernels are forced but cannot run, as with kl_top_k.
     """
     if teacher_weight is None and labels is None:
         raise ConfigError("a head loss needs a teacher or labels")
+    if kl_top_k is not None and kl_top_k < 1:
+        raise ConfigError(f"kl_top_k must be at least 1, got {kl_top_k}; leave it out for the KL over the whole vocabulary")
     if teacher_weight is not None and teacher_weight.shape[0] != weight.shape[0]:
         raise ConfigError(
             f"the teacher's vocabulary has {teacher_weight.shape[0]} rows a rank, the student's {weight.shape[0]}; "
@@ -136,11 +156,17 @@ def linear_head_loss(
     weights = (kl_weight, ce_weight) if teacher_weight is not None else (0.0, 1.0)
     if labels is None:
         weights = (weights[0], 0.0)
+    vocabulary = weight.shape[0] * (group.size() if group is not None else 1)
+    if teacher_weight is None or (kl_top_k is not None and kl_top_k >= vocabulary):
+        kl_top_k = None
+    if token_mask is not None:
+        kept = token_mask.bool()
+        hidden, labels, teacher_hidden = (x if x is None else x[kept] for x in (hidden, labels, teacher_hidden))
     loss, sums = _LinearHeadLoss.apply(
         hidden, weight, labels, teacher_hidden, teacher_weight, weights, chunk_tokens, group, measure_agreement,
-        kl_direction == "reverse", kl_temperature,
+        kl_direction == "reverse", kl_temperature, kl_top_k,
     )  # fmt: skip
-    kl, cross_entropy, agreement = sums / hidden.shape[0]
+    kl, cross_entropy, agreement = sums / max(hidden.shape[0], 1)
     return HeadLoss(
         loss,
         kl if teacher_weight is not None else None,
@@ -153,7 +179,7 @@ class _LinearHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden, weight, labels, teacher_hidden, teacher_weight, weights, chunk_tokens, group, measure_agreement, reverse,
-        temperature,
+        temperature, top_k,
     ):  # fmt: skip
         kl_weight, ce_weight = weights
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -164,7 +190,8 @@ class _LinearHeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if wants_weight else None
         first = group.rank() * weight.shape[0] if group is not None else 0
         # the most likely tokens are compared in evaluations alone, which need not be fast
-        fused = not measure_agreement and select("head_softmax", "triton", obstacle(hidden)) == "triton"
+        hindrance = obstacle(hidden) if top_k is None else Obstacle("the Triton kernels have no KL to the teacher's top k")
+        fused = not measure_agreement and select("head_softmax", "triton", hindrance) == "triton"
         for start in range(0, n, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, n))
             logits = _logits(hidden[chunk], weight, compute)
@@ -177,9 +204,9 @@ class _LinearHeadLoss(torch.autograd.Function):
                 )  # fmt: skip
                 sums[:2] += torch.stack(found)
             else:
-                found, grad = _plain(
+                found, grad = plain_head_softmax(
                     logits.to(compute), teacher_logits, own_labels, first, weights, reverse, temperature, group, wants_grad,
-                    measure_agreement,
+                    measure_agreement, top_k,
                 )  # fmt: skip
                 sums += found
                 grad = grad if grad is None else grad.div_(n).to(weight.dtype)
@@ -187,9 +214,9 @@ class _LinearHeadLoss(torch.autograd.Function):
             if wants_hidden:
                 grad_hidden[chunk] = grad @ weight
             if wants_weight:
-                grad_weight += (grad.t() @ hidden[chunk]).to(compute)
+                _add_product(grad_weight, grad.t(), hidden[chunk])
         ctx.grads = grad_hidden, grad_weight.to(weight.dtype) if wants_weight else None
-        loss = (kl_weight * sums[0] + ce_weight * sums[1]) / n
+        loss = (kl_weight * sums[0] + ce_weight * sums[1]) / max(n, 1)
         ctx.mark_non_differentiable(sums)
         return loss, sums
 
@@ -198,7 +225,7 @@ class _LinearHeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.grads
         ctx.grads = None
         scale = lambda g: g if g is None else g.mul_(grad_loss.to(g.dtype))  # noqa: E731
-        return scale(grad_hidden), scale(grad_weight), *[None] * 9
+        return scale(grad_hidden), scale(grad_weight), *[None] * 10
 
 
 def _logits(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
@@ -208,90 +235,9 @@ def _logits(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
     return hidden @ weight.t()
 
 
-def _plain(
-    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, first: int, weights: tuple[float, float],
-    reverse: bool, temperature: float, group: dist.ProcessGroup | None, wants_grad: bool, measure_agreement: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(sums over tokens of KL, cross-entropy and agreement, [3]; their weighted gradient): the oracle of `head_softmax`.
-
-    Args:
-        logits: the student's, [n, V / TP], fp32 or wider; may be used up.
-        teacher_logits: [n, V / TP] or None.
-        labels, first, weights, reverse, temperature, group, wants_grad, measure_agreement: of the loss.
-    """
-    kl_weight, ce_weight = weights
-    sums, grad = logits.new_zeros(3), None
-    log_p = _log_softmax(logits, group)
-    if labels is not None:
-        picked, grad = _cross_entropy(log_p, labels, first, ce_weight if wants_grad else 0.0)
-        sums[1] -= _all_reduce(picked, group)
-    if teacher_logits is not None:
-        teacher_logits = teacher_logits.to(logits.dtype)
-        if measure_agreement:
-            sums[2] += (_argmax(log_p, first, group) == _argmax(teacher_logits, first, group)).sum()
-        if temperature != 1.0:  # log p up to a constant a token is as good as the logits
-            log_p, teacher_logits = _log_softmax(log_p / temperature, group), teacher_logits / temperature
-        kl, slope = _kl(log_p, _log_softmax(teacher_logits, group), reverse, group, wants_grad)
-        sums[0] += kl * temperature**2
-        if slope is not None:
-            slope.mul_(kl_weight * temperature)
-            grad = slope if grad is None else grad.add_(slope)
-    return sums, grad
-
-
-def _cross_entropy(log_p: Tensor, labels: Tensor, first: int, weight: float) -> tuple[Tensor, Tensor | None]:
-    """(sum over tokens of log p[label], where this rank has it; the gradient weight (p - onehot), None for weight 0).
-
-    Args:
-        log_p: this rank's part of the vocabulary, [n, V / TP].
-        labels: int64 [n] of the whole vocabulary; a negative one counts nothing.
-        first: number of this rank's first row.
-        weight: of the gradient.
-    """
-    local = labels - first
-    mine = (local >= 0) & (local < log_p.shape[1])
-    index = local.clamp(0, log_p.shape[1] - 1).unsqueeze(1)
-    picked = torch.where(mine, log_p.gather(1, index).squeeze(1), 0).sum()
-    if not weight:
-        return picked, None
-    known, mine = (flag.to(log_p.dtype).unsqueeze(1) for flag in (labels >= 0, mine))
-    return picked, log_p.exp().mul_(weight * known).scatter_add_(1, index, -weight * mine)
-
-
-def _kl(
-    log_p: Tensor, log_q: Tensor, reverse: bool, group: dist.ProcessGroup | None, wants_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(sum over tokens of the KL, on every rank; its gradient with respect to the student's logits): [n, V / TP]."""
-    if not reverse:
-        q = log_q.exp()
-        kl = _all_reduce((q * (log_q - log_p)).sum(), group)
-        return kl, log_p.exp().sub_(q) if wants_grad else None
-    p, difference = log_p.exp(), log_p - log_q
-    kl = _all_reduce((p * difference).sum(-1, keepdim=True), group)
-    return kl.sum(), p.mul_(difference.sub_(kl)) if wants_grad else None
-
-
-def _all_reduce(value: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    if group is not None and group.size() > 1:
-        dist.all_reduce(value, op=op, group=group)
-    return value
-
-
-def _log_softmax(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """log soft-max over a vocabulary split over `group`: [n, V / TP]; two reductions of n numbers."""
-    if group is None or group.size() == 1:
-        return torch.log_softmax(logits, dim=-1)
-    largest = _all_reduce(logits.amax(dim=-1, keepdim=True), group, dist.ReduceOp.MAX)
-    logits = logits.sub_(largest)
-    total = _all_reduce(logits.exp().sum(dim=-1, keepdim=True), group)
-    return logits.sub_(total.log())
-
-
-def _argmax(log_p: Tensor, first: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Global index of the largest of each row; the smallest index where several are equal."""
-    value, index = log_p.max(dim=-1)
-    if group is None or group.size() == 1:
-        return index
-    best = _all_reduce(value.clone(), group, dist.ReduceOp.MAX)
-    candidate = torch.where(value == best, index + first, torch.iinfo(torch.int64).max)
-    return _all_reduce(candidate, group, dist.ReduceOp.MIN)
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, where total is wider than the others: on a GPU in the product's own kernel."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += (a @ b).to(total.dtype)

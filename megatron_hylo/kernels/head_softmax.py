@@ -2,7 +2,7 @@
 
 Plain torch needs a dozen passes over [tokens, vocabulary] in fp32; these two kernels read the logits twice, in the dtype that
 the matrix products left them in, and write the gradient once, in the dtype of the products that take it, in the student's
-place where that is the same. `distill/head_loss.py` has the plain form.
+place where that is the same. `distill/plain_head_softmax.py` has the plain form.
 
 One reading gives each row's soft-max statistics and the mean difference of the logits, and with them the KL (at temperature T)
 

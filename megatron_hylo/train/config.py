@@ -50,6 +50,7 @@ class TrainConfig:
     mla_rope_scaling: RopeScaling | None = None  # stretch MLA's rotary frequencies for longer sequences
     kl_direction: Literal["forward", "reverse"] = "forward"  # distil: KL(teacher || student), or KL(student || teacher)
     kl_temperature: float = 1.0  # distil: divides the logits of both, and the KL counts its square
+    kl_top_k: int | None = None  # distil: the teacher's k most likely tokens one by one, all others as one class; null: all
     ce_weight: float = 0.0  # distil: weight of cross-entropy on the text beside KL to the teacher
     align_loss: Literal["mse", "ild", "sequential"] = "mse"  # align: see distill/alignment.py; ild is the paper's
     hidden_weight: float = 1.0  # align with ild: weight of the layer-output term
@@ -80,6 +81,10 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.kl_temperature <= 0:
             raise ConfigError(f"kl_temperature must be positive, got {self.kl_temperature}")
+        if self.kl_top_k is not None and self.kl_top_k < 1:
+            raise ConfigError(
+                f"kl_top_k must be at least 1, got {self.kl_top_k}; leave it out (null) for the KL over the whole vocabulary"
+            )
         elsewhere = {name: getattr(self, name) for name in ("teacher_store", "teacher_address") if getattr(self, name)}
         if self.stage in ("align", "distil") and not (self.model and (self.teacher or elsewhere)):
             raise ConfigError(

@@ -109,6 +109,7 @@ class Stage:
             chunk_tokens=c.loss_chunk_tokens,
             kl_direction=c.kl_direction,
             kl_temperature=c.kl_temperature,
+            kl_top_k=c.kl_top_k,
         )
         metrics = {"loss": head.loss, "kl": head.kl, "cross_entropy": head.cross_entropy}
         # Megatron-Core multiplies the loss by the context-parallel ranks, in place (hence the clone), and averages gradients

@@ -1,5 +1,10 @@
 """The chunked head loss against plain float64 torch: values, gradients, memory, refusals."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,10 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.distill.head_loss import linear_head_loss
+from megatron_hylo.distill.head_loss import linear_head_loss, model_head_loss
+from megatron_hylo.train.config import TrainConfig
+from tests.conftest import uneven_model
 from tests.kernels.compare import relative_error
 
 N, VOCAB, WIDTH, TEACHER_WIDTH = 53, 97, 24, 40
+ROOT = Path(__file__).parents[2]
 
 
 def make_inputs(dtype: torch.dtype = torch.float32, n: int = N, vocab: int = VOCAB) -> dict[str, Tensor]:
@@ -26,34 +34,46 @@ def make_inputs(dtype: torch.dtype = torch.float32, n: int = N, vocab: int = VOC
 
 
 def reference(
-    inputs: dict[str, Tensor], kl_weight: float, ce_weight: float, direction: str = "forward", temperature: float = 1.0
-) -> dict[str, Tensor]:
+    inputs: dict[str, Tensor], kl_weight: float, ce_weight: float, direction: str = "forward", temperature: float = 1.0,
+    top_k: int | None = None, mask: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The module's formula with whole logits in float64, on the very values of `inputs`."""
     hidden, weight = (inputs[name].detach().double().requires_grad_() for name in ("hidden", "weight"))
+    share = torch.ones(len(hidden)).double() if mask is None else mask.double()
+    share = share / share.sum()
     log_p = F.log_softmax(hidden @ weight.T / temperature, -1)
     log_q = F.log_softmax(inputs["teacher_hidden"].double() @ inputs["teacher_weight"].double().T / temperature, -1)
+    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double() @ share
+    if top_k is not None and top_k < log_q.shape[1]:
+        log_p, log_q = (classes(x, log_q.topk(top_k).indices) for x in (log_p, log_q))
     pair = (log_p, log_q) if direction == "forward" else (log_q, log_p)
-    kl = F.kl_div(*pair, reduction="batchmean", log_target=True) * temperature**2
-    cross_entropy = F.cross_entropy(hidden @ weight.T, inputs["labels"])
+    kl = F.kl_div(*pair, reduction="none", log_target=True).sum(-1) @ share * temperature**2
+    cross_entropy = F.cross_entropy(hidden @ weight.T, inputs["labels"], reduction="none") @ share
     loss = kl_weight * kl + ce_weight * cross_entropy
     gradients = torch.autograd.grad(loss, (hidden, weight))
-    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean()
     return {"loss": loss, "kl": kl, "cross_entropy": cross_entropy, "agreement": agreement,
             "hidden": gradients[0], "weight": gradients[1]}  # fmt: skip
 
 
+def classes(log_p: Tensor, kept: Tensor) -> Tensor:
+    """Log-probabilities of the tokens `kept` [n, k] and, last, of all others together: [n, k + 1]."""
+    others = log_p.scatter(1, kept, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_p.gather(1, kept), others], -1)
+
+
 def errors(
     inputs: dict[str, Tensor], kl_weight: float, ce_weight: float, chunk: int, drop: tuple[str, ...] = (),
-    direction: str = "forward", temperature: float = 1.0,
+    direction: str = "forward", temperature: float = 1.0, top_k: int | None = None, mask: Tensor | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Relative errors of everything the loss returns and of both gradients; `drop` names arguments left out."""
     given = {name: value for name, value in inputs.items() if name not in drop}
     measure = "teacher_weight" in given
     result = linear_head_loss(
         **given, kl_weight=kl_weight, ce_weight=ce_weight, chunk_tokens=chunk, measure_agreement=measure,
-        kl_direction=direction, kl_temperature=temperature,
+        kl_direction=direction, kl_temperature=temperature, kl_top_k=top_k, token_mask=mask,
     )  # fmt: skip
-    truth = reference(inputs, kl_weight if measure else 0.0, ce_weight if measure else 1.0, direction, temperature)
+    weights = (kl_weight, ce_weight) if measure else (0.0, 1.0)
+    truth = reference(inputs, *weights, direction, temperature, top_k, mask)
     found = {}
     for name in ("loss", "kl", "cross_entropy", "agreement"):
         value = getattr(result, name)
@@ -94,6 +114,67 @@ def test_directions_and_temperatures_equal_float64_torch(case, direction, temper
     kl_weight, ce_weight, drop = CASES[case]
     found = errors(make_inputs(), kl_weight, ce_weight, 7, drop, direction, temperature)
     assert max(found.values()) < 5e-6, found
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize("case", CASES)
+def test_masked_tokens_equal_float64_torch(case, dtype):
+    kl_weight, ce_weight, drop = CASES[case]
+    mask = torch.randint(2, (N,)).to(dtype)
+    found = errors(make_inputs(), kl_weight, ce_weight, 7, drop, mask=mask)
+    assert max(found.values()) < 2e-6, found
+
+
+def test_masked_tokens_may_hold_anything():
+    inputs, mask = make_inputs(), torch.arange(N) % 4 > 0
+    truth = reference(inputs, 0.7, 0.4, mask=mask)
+    for name in ("hidden", "teacher_hidden"):
+        inputs[name].data[~mask] = torch.nan
+    inputs["labels"][~mask] = 10**6
+    result = linear_head_loss(**inputs, kl_weight=0.7, ce_weight=0.4, chunk_tokens=7, token_mask=mask)
+    result.loss.backward()
+    assert relative_error(result.loss, truth["loss"]) < 2e-6
+    assert inputs["hidden"].grad[~mask].count_nonzero() == 0
+    assert max(relative_error(inputs[name].grad, truth[name]) for name in ("hidden", "weight")) < 2e-6
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_all_tokens_masked(top_k):
+    inputs = make_inputs()
+    result = linear_head_loss(
+        **inputs, ce_weight=0.4, kl_top_k=top_k, token_mask=torch.zeros(N, dtype=torch.bool), measure_agreement=True
+    )
+    result.loss.backward()
+    assert [result.loss.item(), result.kl.item(), result.cross_entropy.item(), result.agreement.item()] == [0.0] * 4
+    for name in ("hidden", "weight"):
+        assert inputs[name].grad.shape == inputs[name].shape and inputs[name].grad.count_nonzero() == 0
+
+
+def test_a_model_s_head_loss_is_that_of_its_flattened_tokens(one_rank):
+    student, teacher = uneven_model("*-"), uneven_model("*-*-")
+    ids, labels, mask = (torch.randint(high, (3, 10)) for high in (160, 160, 2))
+    with torch.no_grad():
+        hidden, taught = student(ids), teacher(ids)
+    settings = dict(ce_weight=0.4, kl_direction="reverse", kl_temperature=2.0, kl_top_k=5)
+    ours = model_head_loss(student, hidden, labels, teacher, taught, token_mask=mask, **settings)
+    flat = [labels.T.flatten(), taught.flatten(0, 1), teacher.head_weight()]
+    theirs = linear_head_loss(hidden.flatten(0, 1), student.head_weight(), *flat, token_mask=mask.T.flatten(), **settings)
+    assert torch.equal(ours.loss, theirs.loss) and torch.equal(ours.kl, theirs.kl)
+
+
+@pytest.mark.multirank
+def test_a_vocabulary_split_over_two_ranks_equals_float64_torch():
+    """Directions, temperatures, top k up to more than a rank has, masks; and ties, of which each rank has some."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*command, str(Path(__file__).with_name("head_loss_ranks.py"))], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    cases = [line.split("CASE ")[1].split("|") for line in result.stdout.splitlines() if "CASE " in line]
+    assert len(cases) == 2 * 2 * 6 * 2, result.stdout
+    for name, worst in cases:
+        assert float(worst) < 1e-12, (name, worst)
 
 
 def test_unlabelled_tokens_have_no_cross_entropy_but_their_kl():
@@ -203,6 +284,13 @@ def test_refusals():
     inputs = make_inputs()
     with pytest.raises(ConfigError, match="needs a teacher or labels"):
         linear_head_loss(inputs["hidden"], inputs["weight"])
+    for k in (0, -5):
+        with pytest.raises(ConfigError, match=f"kl_top_k must be at least 1, got {k}; leave it out"):
+            linear_head_loss(**inputs, kl_top_k=k)
+        with pytest.raises(ConfigError, match=f"kl_top_k must be at least 1, got {k}; leave it out"):
+            TrainConfig("distil", "-", "-", model="-", teacher="-", kl_top_k=k)
+    with pytest.raises(IndexError):
+        linear_head_loss(**inputs, token_mask=torch.ones(N - 1))
     inputs["teacher_weight"] = inputs["teacher_weight"][:-3]
     with pytest.raises(ConfigError, match=f"teacher's vocabulary has {VOCAB - 3} rows a rank, the student's {VOCAB}"):
         linear_head_loss(**inputs)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_kernels_equal_the_plain_form_in_triton_s_interpreter() -> None:
-    """On the CPU; whole and half vocabularies on two gloo ranks; temperatures, directions, missing labels."""
+    """On the CPU; whole and half vocabularies on two gloo ranks; temperatures, directions, missing labels, masked tokens."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
         [*command, str(Path(__file__).with_name("head_softmax_ranks.py"))], capture_output=True, text=True, timeout=300,
@@ -27,7 +27,7 @@ def test_kernels_equal_the_plain_form_in_triton_s_interpreter() -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     cases = [line.split("CASE ")[1].split("|") for line in result.stdout.splitlines() if "CASE " in line]
-    assert len(cases) == 3 * 3 * 2 * 2 * 2, result.stdout
+    assert len(cases) == 3 * 3 * 2 * 2 * 2 + 2 * 2, result.stdout
     for name, kl, cross_entropy, gradient in cases:
         assert max(float(kl), float(cross_entropy)) < 2e-6, (name, kl, cross_entropy)
         assert float(gradient) < (1e-2 if "bfloat16" in name else 2e-6), (name, gradient)  # bf16 is what it is written in
@@ -58,14 +58,17 @@ def test_kernels_compile_for_hopper(reverse) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("direction", "temperature"), [("forward", 1.0), ("forward", 2.0), ("reverse", 1.0)])
-def test_head_loss_with_triton_equals_float64_torch(direction, temperature, dtype) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_head_loss_with_triton_equals_float64_torch(masked, direction, temperature, dtype) -> None:
     inputs = make_inputs(dtype, n=300, vocab=20_011)
-    truth = reference(inputs, 0.7, 0.4, direction, temperature)
+    mask = torch.arange(300) % 3 > 0 if masked else None
+    truth = reference(inputs, 0.7, 0.4, direction, temperature, mask=mask)
     on_gpu = {name: value.detach().cuda().requires_grad_(value.requires_grad) for name, value in inputs.items()}
     with force("head_softmax", "triton"):
         result = linear_head_loss(
-            **on_gpu, kl_weight=0.7, ce_weight=0.4, chunk_tokens=128, kl_direction=direction, kl_temperature=temperature
-        )
+            **on_gpu, kl_weight=0.7, ce_weight=0.4, chunk_tokens=128, kl_direction=direction, kl_temperature=temperature,
+            token_mask=mask.cuda() if masked else None,
+        )  # fmt: skip
     assert in_use()["head_softmax"] == "triton"
     assert relative_error(result.loss.cpu(), truth["loss"]) < (1e-5 if dtype == torch.float32 else 1e-4)
     names = ("hidden", "weight")

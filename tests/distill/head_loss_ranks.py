@@ -1,0 +1,67 @@
+"""Two ranks, half a vocabulary each: the head loss against whole logits in float64.
+
+Started by test_head_loss.py. Prints one line a case: its name and the largest relative error of values and gradients.
+"""
+
+import itertools
+
+import torch
+import torch.distributed as dist
+
+from megatron_hylo.distill.head_loss import linear_head_loss
+from megatron_hylo.distill.plain_head_softmax import top_k_mask
+from tests.distill.test_head_loss import N, make_inputs, reference
+from tests.kernels.compare import relative_error
+
+VOCABULARY = 98
+CASES = itertools.product(
+    ("forward", "reverse"), (1.0, 2.0), (None, 1, 5, 50, VOCABULARY - 1, VOCABULARY),
+    ((False, (1.0, 0.0)), (True, (0.7, 0.4))),
+)  # fmt: skip
+
+
+def worst_error(direction: str, temperature: float, top_k: int | None, masked: bool, weights: tuple[float, float]) -> float:
+    """Of this rank's values and of its part of the gradients."""
+    torch.manual_seed(0)
+    inputs, group = make_inputs(torch.float64, vocab=VOCABULARY), dist.group.WORLD
+    mask = torch.randint(2, (N,)) if masked else None
+    truth = reference(inputs, *weights, direction, temperature, top_k, mask)
+    mine = slice(group.rank() * VOCABULARY // 2, (group.rank() + 1) * VOCABULARY // 2)
+    for name in ("weight", "teacher_weight"):
+        inputs[name] = inputs[name].detach()[mine].requires_grad_(name == "weight")
+    result = linear_head_loss(
+        **inputs, kl_weight=weights[0], ce_weight=weights[1], chunk_tokens=20, group=group, kl_direction=direction,
+        kl_temperature=temperature, kl_top_k=top_k, token_mask=mask,
+    )  # fmt: skip
+    result.loss.backward()
+    dist.all_reduce(inputs["hidden"].grad)
+    pairs = [(getattr(result, name), truth[name]) for name in ("loss", "kl", "cross_entropy")]
+    pairs += [(inputs["hidden"].grad, truth["hidden"]), (inputs["weight"].grad, truth["weight"][mine])]
+    return max(relative_error(ours, theirs) for ours, theirs in pairs)
+
+
+def check_ties() -> None:
+    """Exactly k over both ranks, the same on each, none before a larger value."""
+    values = torch.tensor([[[1.0, 3.0, 1.0], [0.0] * 3], [[1.0, 2.0, 1.0], [0.0] * 3]])
+    for k in range(1, 6):
+        taken = torch.zeros(2, 2, 3, dtype=torch.int64)
+        taken[dist.get_rank()] = top_k_mask(values[dist.get_rank()], k, dist.group.WORLD)
+        dist.all_reduce(taken)
+        assert taken.sum((0, 2)).tolist() == [k, k], (k, taken)
+        assert values[:, 0][taken[:, 0].bool()].sort(descending=True).values.tolist() == [3.0, 2.0, 1.0, 1.0, 1.0][:k]
+
+
+def main() -> None:
+    """All cases."""
+    dist.init_process_group("gloo")
+    check_ties()
+    for direction, temperature, top_k, (masked, weights) in CASES:
+        everyone = [None, None]
+        dist.all_gather_object(everyone, worst_error(direction, temperature, top_k, masked, weights))
+        if dist.get_rank() == 0:
+            print(f"CASE {direction} {temperature=} {top_k=} {masked=} {weights=}", max(everyone), sep="|", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
