@@ -32,6 +32,7 @@ from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.distill.signal import TeacherSignal
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES, get_layout
+from megatron_hylo.models.fp8 import keep_fp8_weights
 from megatron_hylo.models.hylo_model import build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token, peak_flops
 from megatron_hylo.platform.distributed import device, initialize, is_main, shutdown
@@ -51,10 +52,12 @@ class Mode:
     groups: Callable[[int], dict[str, Any]]  # of ParallelConfig, for n GPUs
     sequences: Callable[[int], int]  # of a step
     least: int = 1  # GPUs
+    teacher_precision: str = "same"
 
 
 MODES = {
     "CP": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1),
+    "CP, FP8 teacher": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1, teacher_precision="fp8"),
     "CP, latents and states": Mode(lambda n: dict(context_parallel_size=n, cp_comm_type="all_gather"), lambda n: 1, 2),
     "CP, all-to-all": Mode(lambda n: dict(context_parallel_size=n, cp_comm_type="a2a"), lambda n: 1, 2),
     "DP": Mode(lambda n: {}, lambda n: n, 2),
@@ -104,6 +107,7 @@ def main(
         config = TrainConfig(
             stage="distil", data=str(data), output="-", model="-", teacher="-", sequence_length=length, parallel=parallel,
             global_batch_size=MODES[mode].sequences(ranks), recompute=True, loss_chunk_tokens=4096,
+            teacher_precision=MODES[mode].teacher_precision,
             precision="bf16" if torch.cuda.is_available() else "fp32",
         )  # fmt: skip
         with _ranks(parallel, work / f"store-{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{file.stem}"):
@@ -159,7 +163,10 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     chunks, frozen = build_chunks(architecture, config.parallel, dtype, recompute=config.recompute), None
     if elsewhere is None:
-        frozen = [chunk.requires_grad_(False).eval() for chunk in build_chunks(theirs, config.parallel, dtype)]
+        fp8 = config.teacher_precision == "fp8"
+        frozen = [chunk.requires_grad_(False).eval() for chunk in build_chunks(theirs, config.parallel, dtype, fp8=fp8)]
+        for chunk in frozen if fp8 else ():
+            keep_fp8_weights(chunk)
     stage = get_stage(config, frozen, elsewhere)
     choose_trainable(chunks, config)
     state = build_training_state([chunk.train() for chunk in chunks], config)

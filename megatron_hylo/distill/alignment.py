@@ -24,6 +24,7 @@ from typing import Literal
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import get_fp8_context
 from torch import Tensor, nn
 
 from megatron_hylo.config import ConfigError
@@ -104,7 +105,8 @@ def align_layers(
     pairs = list(zip(*(m.mixer_layers() for m in (teacher, *students)), strict=True))
     for index, (teacher_layer, *layers) in enumerate(pairs):
         last = teacher.post_process and index == len(pairs) - 1
-        with torch.no_grad():
+        # layers run one by one here, not in the stack that would enter the context; without FP8 it is none
+        with torch.no_grad(), get_fp8_context(teacher.config):
             target_mixer = mixer_output(teacher_layer[0], hidden, documents)
             target = mlp_layer(teacher_layer[1], hidden + target_mixer)
             compared = teacher.decoder.final_norm(target) if last else target

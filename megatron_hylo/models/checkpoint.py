@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig, from_dict
+from megatron_hylo.models.fp8 import keep_fp8_weights
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.specs import BackendName
 from megatron_hylo.platform.distributed import is_main
@@ -187,6 +188,7 @@ def load_chunks(
     params_dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
     recompute: bool = False,
+    fp8: bool = False,
     verify_hashes: bool = True,
     **changes: Any,
 ) -> list[HyloModel]:
@@ -197,19 +199,23 @@ def load_chunks(
         parallel: any layout, whatever the folder was written under.
         params_dtype: by default the folder's own.
         backend, recompute: as in `build_model`.
+        fp8: as there, with the weights kept in FP8 alone: a model for forward passes, not to be saved.
         verify_hashes: compare all files with the manifest first.
         changes: fields of the configuration to replace (a longer context's rope scaling, say).
 
     Raises:
-        ConfigError: not a model folder.
+        ConfigError: not a model folder; what `build_model` refuses.
         DamagedError: its files are not what its manifest says.
     """
     config, description = read_description(path)
     if is_main():
         verify_sealed(path, hashes=verify_hashes)
     dtype = params_dtype or DTYPES[description["params_dtype"]]
-    chunks = build_chunks(config.replace(**changes), parallel, dtype, backend, recompute)
+    chunks = build_chunks(config.replace(**changes), parallel, dtype, backend, recompute, fp8)
     put_chunks(chunks, load_weights(sharded_chunks(chunks), Path(path) / "weights"))
+    if fp8:
+        for chunk in chunks:
+            keep_fp8_weights(chunk)
     return chunks
 
 

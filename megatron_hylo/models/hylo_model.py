@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_hylo.config import ModelConfig, ParallelConfig
 from megatron_hylo.layouts import pipeline_pattern
+from megatron_hylo.models.fp8 import check_fp8, check_fp8_widths
 from megatron_hylo.models.specs import BackendName, get_backend, hybrid_stack_spec, megatron_pattern
 from megatron_hylo.models.transformer_config import build_transformer_config
 from megatron_hylo.parallel.documents import PackedDocuments
@@ -62,6 +63,7 @@ def build_chunks(
     params_dtype: torch.dtype = torch.float32,
     backend: BackendName = "auto",
     recompute: bool = False,
+    fp8: bool = False,
 ) -> list[HyloModel]:
     """Build this rank's part of a model with random weights, a chunk a virtual pipeline stage; after `platform.initialize`.
 
@@ -71,13 +73,17 @@ def build_chunks(
         params_dtype: torch.float32 or torch.bfloat16; A_log, dt_bias and D stay fp32.
         backend: where linear maps and norms come from.
         recompute: recompute activations in the backward pass.
+        fp8: linear maps compute in FP8; for frozen models, see models/fp8.py.
 
     Raises:
-        ConfigError: heads or vocabulary that tensor parallelism does not divide; more pipeline stages than layers.
+        ConfigError: heads or vocabulary that tensor parallelism does not divide; more pipeline stages than layers; FP8 where
+            it cannot run, or with widths it does not take.
     """
+    if fp8:
+        check_fp8(backend)
     parallel = parallel or ParallelConfig()
     spec, pattern = hybrid_stack_spec(get_backend(backend)), pipeline_pattern(config, parallel.stages, parallel.pipeline_layers)
-    transformer_config = build_transformer_config(config, parallel, params_dtype, recompute)
+    transformer_config = build_transformer_config(config, parallel, params_dtype, recompute, fp8)
     chunks = []
     for index in range(parallel.virtual_pipeline_model_parallel_size):
         stage = index if parallel.virtual_pipeline_model_parallel_size > 1 else None
@@ -95,4 +101,6 @@ def build_chunks(
             vp_stage=stage,
         )
         chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
+        if fp8:
+            check_fp8_widths(chunk)
     return chunks

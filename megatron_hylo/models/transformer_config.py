@@ -43,6 +43,7 @@ def build_transformer_config(
     parallel: ParallelConfig | None = None,
     params_dtype: torch.dtype = torch.float32,
     recompute: bool = False,
+    fp8: bool = False,
 ) -> HyloTransformerConfig:
     """Megatron-Core configuration of a model.
 
@@ -51,6 +52,7 @@ def build_transformer_config(
         parallel: sizes of the parallel groups.
         params_dtype: torch.float32 or torch.bfloat16.
         recompute: recompute every layer's activations in the backward pass.
+        fp8: linear maps compute in FP8; for frozen models, see models/fp8.py.
     """
     parallel = parallel or ParallelConfig()
     check_tensor_parallel(config, parallel.tensor_model_parallel_size)
@@ -90,4 +92,6 @@ def build_transformer_config(
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
+        fp8="e4m3" if fp8 else None,
+        fp8_recipe="tensorwise",
     )

@@ -47,6 +47,7 @@ class TrainConfig:
     trainable: Literal["all", "mixers"] = "all"  # align: all but ild train mixers whatever this says; embedding, head never
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     precision: Literal["bf16", "fp32"] = "bf16"
+    teacher_precision: Literal["same", "fp8"] = "same"  # fp8: an online teacher's linear maps; held-out KL is to it as well
     mla_rope_scaling: RopeScaling | None = None  # stretch MLA's rotary frequencies for longer sequences
     kl_direction: Literal["forward", "reverse"] = "forward"  # distil: KL(teacher || student), or KL(student || teacher)
     kl_temperature: float = 1.0  # distil: divides the logits of both, and the KL counts its square
@@ -129,10 +130,28 @@ class TrainConfig:
                     else ""
                 )
             )
+        if self.teacher_precision == "fp8":
+            self._check_fp8_teacher(parts)
         if self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
             )
+
+    def _check_fp8_teacher(self, parts: int) -> None:
+        """Refuse what is known to be wrong before there is a machine to ask; `parts` ranks share a sequence."""
+        elsewhere = self.teacher_store or self.teacher_address
+        for wrong, needed in (
+            (elsewhere, f"a teacher on the student's ranks, got {elsewhere} to learn from"),
+            (self.teacher is None, f"a teacher, got none (stage {self.stage})"),
+            (self.precision != "bf16", f"precision bf16, got {self.precision}"),
+            (self.backend == "local", f"backend te or auto, got {self.backend}"),
+            (
+                self.sequence_length // parts % 8,
+                f"a sequence_length that is a multiple of {8 * parts} (8 tokens a rank), got {self.sequence_length}",
+            ),
+        ):
+            if wrong:
+                raise ConfigError(f"teacher_precision fp8 needs {needed}; change that, or set teacher_precision same")
 
     @property
     def train_steps(self) -> int:

@@ -24,6 +24,7 @@ from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
 from megatron_hylo.models.checkpoint import load_chunks, read_description, save_model
+from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.platform.distributed import is_main, is_timeout, session
@@ -63,6 +64,8 @@ def train(config: TrainConfig) -> Quality | None:
     """
     run = Path(config.output)
     with session(config.parallel, config.seed) as device, recordable(config.cuda_graphs, device):
+        if config.teacher_precision == "fp8":
+            check_fp8(config.backend)  # before the run folder keeps the setting
         check_same_run(config, run)
         if is_sealed(run / "model"):
             logger.info("%s is already trained; remove it to train again", run)
@@ -226,7 +229,8 @@ def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[Hylo
         students = [build_chunks(architecture.replace(**changes), recompute=config.recompute, **shared)]
     teacher = None
     if config.teacher:
-        teacher = [chunk.requires_grad_(False).eval() for chunk in _load_chunks(config.teacher, **shared)]
+        chunks = _load_chunks(config.teacher, fp8=config.teacher_precision == "fp8", **shared)
+        teacher = [chunk.requires_grad_(False).eval() for chunk in chunks]
     return [[chunk.train() for chunk in student] for student in students], teacher
 
 
