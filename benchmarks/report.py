@@ -1,4 +1,4 @@
-"""What the benchmarks share: the table on the screen and in a results file, random text, the device's name."""
+"""What the benchmarks share: the table on the screen and in a results file, random text, names of devices and models."""
 
 import gc
 import json
@@ -11,6 +11,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from rich.console import Console
 from rich.table import Table
 
+from megatron_hylo.config import ModelConfig
+from megatron_hylo.layouts import BASES, get_layout
+
 
 def device_name() -> str:
     """The GPU's, or the CPU's number of threads."""
@@ -22,6 +25,11 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def architecture(name: str) -> ModelConfig:
+    """Of a named layout, or of a base model: the dense one that it came from."""
+    return BASES[name] if name in BASES else get_layout(name).config
 
 
 def report(

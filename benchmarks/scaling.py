@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
 from megatron.core import parallel_state
-from report import device_name, free_memory, random_text, report
+from report import architecture, device_name, free_memory, random_text, report
 
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.distill.signal import TeacherSignal
 from megatron_hylo.kernels.registry import in_use
-from megatron_hylo.layouts import BASES, get_layout
+from megatron_hylo.layouts import BASES
 from megatron_hylo.models.fp8 import keep_fp8_weights
 from megatron_hylo.models.hylo_model import build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token, peak_flops
@@ -84,7 +84,7 @@ def main(
     """Measure on the ranks there are what is missing in WORK, then show all of it.
 
     Args:
-        layouts: the students.
+        layouts: the students; llama3.2-1b is the dense one.
         teacher: base model.
         lengths: tokens of a sequence.
         modes: how to divide: CP (what `auto` chooses), DP and so on.
@@ -147,7 +147,7 @@ def measure(
 
     Args:
         config: how to train, and its data; models are made with random weights.
-        layout: named layout of the student.
+        layout: named layout of the student, or a base model.
         teacher: base model of the teacher.
         repeats: timed steps.
         elsewhere: a teacher that is not on these ranks.
@@ -157,11 +157,11 @@ def measure(
         step in which it only communicates; received_mb: by this rank's mixers of the student in a step's forward passes;
         peak_gib: of the fullest rank.
     """
-    here, ranks, architecture, theirs = device(), dist.get_world_size(), get_layout(layout).config, BASES[teacher]
+    here, ranks, ours, theirs = device(), dist.get_world_size(), architecture(layout), BASES[teacher]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     if here.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    chunks, frozen = build_chunks(architecture, config.parallel, dtype, recompute=config.recompute), None
+    chunks, frozen = build_chunks(ours, config.parallel, dtype, recompute=config.recompute), None
     if elsewhere is None:
         fp8 = config.teacher_precision == "fp8"
         frozen = [chunk.requires_grad_(False).eval() for chunk in build_chunks(theirs, config.parallel, dtype, fp8=fp8)]
@@ -194,7 +194,7 @@ def measure(
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     seconds, peak = slowest.tolist()
     tokens = config.global_batch_size * config.sequence_length
-    flops = 3 * forward_flops_per_token(architecture, config.sequence_length)
+    flops = 3 * forward_flops_per_token(ours, config.sequence_length)
     flops += forward_flops_per_token(theirs, config.sequence_length)
     return dict(
         seconds=seconds, tokens_per_second=tokens / seconds / ranks, mfu=flops * tokens / seconds / ranks / peak_flops(here)[0],

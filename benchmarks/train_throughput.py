@@ -12,21 +12,22 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from hf_peer import measure_peer
 from jsonargparse import auto_cli
-from report import device_name, free_memory, random_text, report
+from report import architecture, device_name, free_memory, random_text, report
 
 from megatron_hylo.kernels.registry import in_use
-from megatron_hylo.layouts import BASES, get_layout
+from megatron_hylo.layouts import BASES
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.train.config import TrainConfig
 from megatron_hylo.train.loop import train
 
-COLUMNS = ("stage", "sequence", "batch", "CUDA graphs", "tokens/s", "MFU %", "peak GiB")
+COLUMNS = ("stage", "sequence", "batch", "CUDA graphs", "tokens/s", "x the peer", "MFU %", "peak GiB")
 
 
 def main(
@@ -36,6 +37,9 @@ def main(
     lengths: list[int] = [2048],  # noqa: B006
     batches: list[int] = [8, 16],  # noqa: B006
     cuda_graphs: list[bool] = [False, True],  # noqa: B006
+    recompute: bool = False,
+    teacher_precision: Literal["same", "fp8"] = "same",
+    peer: bool = False,
     steps: int = 24,
     results: Path = Path("benchmarks/results/train_throughput"),
     commit: str = "",
@@ -43,12 +47,15 @@ def main(
     """Measure every combination.
 
     Args:
-        layout: the student.
+        layout: the student; or a base model, the dense one.
         teacher: base model.
         stages: of align, distil, pretrain.
         lengths: tokens of a sequence.
         batches: sequences of a step, all in one forward pass.
         cuda_graphs: without and with.
+        recompute: activations of every layer.
+        teacher_precision: as in training.
+        peer: also measure hf_peer.py, and show each row's ratio to it (stages distil and pretrain).
         steps: of a run.
         results: path without suffix of the .md to write.
         commit: of the code, for the results file.
@@ -57,7 +64,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         with session():
-            save_model(build_model(get_layout(layout).config, params_dtype=torch.bfloat16), folder / "student")
+            save_model(build_model(architecture(layout), params_dtype=torch.bfloat16), folder / "student")
             if set(stages) != {"pretrain"}:
                 save_model(build_model(BASES[teacher], params_dtype=torch.bfloat16), folder / "teacher")
         whole = (1, 2 * steps * max(batches) * max(lengths))
@@ -67,7 +74,8 @@ def main(
                 stage=stage, data=str(folder / "data"), output=str(folder / f"run{number}"), model=str(folder / "student"),
                 teacher=None if stage == "pretrain" else str(folder / "teacher"), sequence_length=length,
                 global_batch_size=batch, micro_batch_size=batch, train_tokens=steps * batch * length, log_interval=1,
-                eval_windows=1, save_interval=10**9, tensorboard=False, cuda_graphs=graphs,
+                eval_windows=1, save_interval=10**9, tensorboard=False, cuda_graphs=graphs, recompute=recompute,
+                teacher_precision=teacher_precision, loss_chunk_tokens=4096,
                 precision="bf16" if torch.cuda.is_available() else "fp32",
             )  # fmt: skip
             train(config)
@@ -77,6 +85,15 @@ def main(
             rows.append(dict(stage=stage, sequence=length, batch=batch, cuda_graphs=graphs, **middle,
                              peak_gib=found[-1]["peak_memory_gib"]))  # fmt: skip
             _free()
+    for stage, length, batch in itertools.product(stages, lengths, batches) if peer else ():
+        student_of = None if stage == "pretrain" else teacher
+        rate, peak = measure_peer(layout, student_of, length, batch, max(steps // 3, 4), recompute)
+        for row in rows:
+            if (row["stage"], row["sequence"], row["batch"]) == (stage, length, batch):
+                row["peer_ratio"] = row["tokens_per_second"] / rate
+        rows.append(dict(stage=f"{stage}, peer", sequence=length, batch=batch, cuda_graphs=False, tokens_per_second=rate,
+                         peak_gib=peak))  # fmt: skip
+        _free()
     _show(rows, layout, teacher, results, commit)
 
 
@@ -89,10 +106,14 @@ def _free() -> None:
 def _show(rows: list[dict[str, Any]], layout: str, teacher: str, results: Path, commit: str) -> None:
     cells = [
         (r["stage"], f"{r['sequence']:,}", str(r["batch"]), "yes" if r["cuda_graphs"] else "no",
-         f"{r['tokens_per_second']:,.0f}", f"{100 * r['mfu']:.1f}", f"{r['peak_gib']:.1f}")
+         f"{r['tokens_per_second']:,.0f}", f"{r['peer_ratio']:.2f}" if "peer_ratio" in r else "",
+         f"{100 * r['mfu']:.1f}" if "mfu" in r else "", f"{r['peak_gib']:.1f}")
         for r in rows
     ]  # fmt: skip
-    intro = f"{layout} with teacher {teacher}, random weights, the training loop as it is."
+    intro = (
+        f"{layout} with teacher {teacher}, random weights, the training loop as it is. Peer: transformers modules with the "
+        f"same kernels, fla's fused losses, AdamW in bf16 (hf_peer.py)."
+    )
     report(results, "Training throughput", [intro], COLUMNS, cells, f"{device_name()}, commit {commit}, {in_use()}")
     print(json.dumps({"benchmark": "train_throughput", "device": device_name(), "layout": layout, "rows": rows}))
 
