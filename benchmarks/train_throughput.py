@@ -19,6 +19,7 @@ from hf_peer import measure_peer
 from jsonargparse import auto_cli
 from report import architecture, device_name, free_memory, random_text, report
 
+from megatron_hylo.config import ConfigError
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES
 from megatron_hylo.models.checkpoint import save_model
@@ -60,6 +61,8 @@ def main(
         results: path without suffix of the .md to write.
         commit: of the code, for the results file.
     """
+    if peer and layout in BASES:
+        raise ConfigError(f"peer needs a hybrid layout, {layout} is a base model; leave peer out")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
