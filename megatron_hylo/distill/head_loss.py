@@ -31,6 +31,7 @@ from megatron_hylo.kernels.registry import Obstacle, select
 from megatron_hylo.models.hylo_model import HyloModel
 
 Direction = Literal["forward", "reverse"]
+PADDING = 0.01  # of a vocabulary: what two models of one tokenizer may differ by
 
 
 @dataclass
@@ -82,7 +83,7 @@ def model_head_loss(
         student.head_weight(),
         labels.transpose(0, 1).flatten() if labels is not None else None,
         teacher_full,
-        teacher.head_weight() if teacher is not None else None,
+        teacher_rows(student, teacher, group) if teacher is not None else None,
         kl_weight,
         ce_weight,
         chunk_tokens,
@@ -93,6 +94,44 @@ def model_head_loss(
         kl_top_k,
         token_mask.transpose(0, 1).flatten() if token_mask is not None else None,
     )
+
+
+def check_vocabularies(student: Any, teacher: Any) -> None:
+    """Refuse a teacher of another tokenizer. Two models of one may differ by rows that pad their heads, as Qwen2.5's do.
+
+    Args:
+        student, teacher: with `config.hylo.vocab_size`.
+
+    Raises:
+        ConfigError: sizes differ by more than padding.
+    """
+    ours, theirs = (model.config.hylo.vocab_size for model in (student, teacher))
+    if abs(ours - theirs) > PADDING * max(ours, theirs):
+        raise ConfigError(f"vocabulary differs: student {ours}, teacher {theirs}; use a teacher of the same tokenizer")
+
+
+def teacher_rows(student: HyloModel, teacher: Any, group: dist.ProcessGroup) -> Tensor:
+    """The rows of the teacher's head for the tokens of this rank's rows of the student's: [at most V / TP, H_t].
+
+    Where the vocabularies are padded to different sizes, ranks have different tokens of them; then the whole head is gathered.
+
+    Raises:
+        ConfigError: see `check_vocabularies`.
+    """
+    ours, theirs = student.config.hylo.vocab_size, teacher.config.hylo.vocab_size
+    if ours == theirs:
+        return teacher.head_weight()
+    check_vocabularies(student, teacher)
+    share = ours // group.size()
+    return whole_head(teacher.head_weight(), group)[group.rank() * share : (group.rank() + 1) * share]
+
+
+def whole_head(weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All rows of a head whose parts the ranks of `group` have: [V / TP, H] -> [V, H], without gradient."""
+    weight = weight.detach().contiguous()
+    whole = weight.new_empty(group.size() * len(weight), weight.shape[1])
+    dist.all_gather(list(whole.chunk(group.size())), weight, group=group)
+    return whole
 
 
 def _full_tokens(hidden: Tensor, sequence_parallel: bool, group: dist.ProcessGroup) -> Tensor:
@@ -125,7 +164,8 @@ def linear_head_loss(
         weight: this rank's rows [V / TP, H_s].
         labels: int64 [N], global token ids; a negative one has no cross-entropy but counts in the mean; without them none.
         teacher_hidden: [N, H_t], no gradient.
-        teacher_weight: this rank's rows [V / TP, H_t].
+        teacher_weight: the rows for the same tokens, [at most V / TP, H_t]; the student's rows beyond them are padding, which
+            neither model's soft-max then has, and get no gradient.
         kl_weight: ignored without a teacher.
         ce_weight: ignored without labels; the loss without a teacher is the cross-entropy, whatever this is.
         chunk_tokens: tokens whose logits exist at a time.
@@ -148,10 +188,10 @@ def linear_head_loss(
         raise ConfigError("a head loss needs a teacher or labels")
     if kl_top_k is not None and kl_top_k < 1:
         raise ConfigError(f"kl_top_k must be at least 1, got {kl_top_k}; leave it out for the KL over the whole vocabulary")
-    if teacher_weight is not None and teacher_weight.shape[0] != weight.shape[0]:
+    if teacher_weight is not None and teacher_weight.shape[0] > weight.shape[0]:
         raise ConfigError(
-            f"the teacher's vocabulary has {teacher_weight.shape[0]} rows a rank, the student's {weight.shape[0]}; "
-            f"distil between models with the same vocabulary"
+            f"the teacher's vocabulary has {teacher_weight.shape[0]} rows a rank, the student's {weight.shape[0]}; give those "
+            f"of its tokens"
         )
     weights = (kl_weight, ce_weight) if teacher_weight is not None else (0.0, 1.0)
     if labels is None:
@@ -188,7 +228,9 @@ class _LinearHeadLoss(torch.autograd.Function):
         sums = torch.zeros(3, dtype=compute, device=hidden.device)  # KL, cross-entropy, agreeing tokens
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if wants_weight else None
+        rows = len(weight) if teacher_weight is None else len(teacher_weight)  # all but padding
         first = group.rank() * weight.shape[0] if group is not None else 0
+        weight, dtype = weight[:rows], weight.dtype
         # the most likely tokens are compared in evaluations alone, which need not be fast
         hindrance = obstacle(hidden) if top_k is None else Obstacle("the Triton kernels have no KL to the teacher's top k")
         fused = not measure_agreement and select("head_softmax", "triton", hindrance) == "triton"
@@ -214,8 +256,8 @@ class _LinearHeadLoss(torch.autograd.Function):
             if wants_hidden:
                 grad_hidden[chunk] = grad @ weight
             if wants_weight:
-                _add_product(grad_weight, grad.t(), hidden[chunk])
-        ctx.grads = grad_hidden, grad_weight.to(weight.dtype) if wants_weight else None
+                _add_product(grad_weight[:rows], grad.t(), hidden[chunk])
+        ctx.grads = grad_hidden, grad_weight.to(dtype) if wants_weight else None
         loss = (kl_weight * sums[0] + ce_weight * sums[1]) / max(n, 1)
         ctx.mark_non_differentiable(sums)
         return loss, sums

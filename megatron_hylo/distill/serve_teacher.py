@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.distill.head_loss import whole_head
 from megatron_hylo.distill.remote_link import SERVER, Link, link_store, open_store
 from megatron_hylo.distill.remote_teacher import CHUNK
 from megatron_hylo.models.checkpoint import load_model
@@ -81,7 +82,7 @@ class Replica:
 
     def serve(self, run: int) -> None:
         """One run of students, from their meeting to their leaving."""
-        head = self._whole_head()
+        head = whole_head(self.model.head_weight(), self.tp)  # the leader sends it
         links = self._meet(run, head) if self.leads else {}
         answered, start = 0, time.perf_counter()
         while True:
@@ -121,13 +122,6 @@ class Replica:
         self.store.delete_key(prefix)  # busy: the next students wait
         logger.info("replica %d serves %d links", self.number, len(links))
         return links
-
-    def _whole_head(self) -> Tensor:
-        """[vocabulary, H]; the leader's is what is sent."""
-        own = self.model.head_weight().detach()
-        parts = [torch.empty_like(own) for _ in range(self.tp.size())]
-        dist.all_gather(parts, own.contiguous(), group=self.tp)
-        return torch.cat(parts)
 
     def _tell(self, kind: int, *sizes: int) -> Tensor:
         """The leader's request, known to all ranks of the replica: kind, windows, tokens, documents."""

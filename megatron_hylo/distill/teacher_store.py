@@ -34,6 +34,7 @@ from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.ahead import ahead
 from megatron_hylo.data.packed import DocumentStore, PackedDataset
+from megatron_hylo.distill.head_loss import whole_head
 from megatron_hylo.distill.hidden_codec import HiddenCodec, fit_codec
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import HyloModel
@@ -181,7 +182,7 @@ class _Reader:
 def _make_codec(reader: _Reader, work: Path, kl: float) -> None:
     """codec.safetensors and fit.json, from tokens spread over the whole dataset."""
     if not (work / "fit.json").is_file():
-        head = _whole_head(reader.model)
+        head = whole_head(reader.model.head_weight(), parallel_state.get_tensor_model_parallel_group())
         wanted, total = FIT_TOKENS_PER_CHANNEL * head.shape[1], reader.documents.tokens
         pieces = min(-(-wanted // BLOCK), max(1, total // BLOCK))
         size = min(BLOCK, total)
@@ -195,13 +196,6 @@ def _make_codec(reader: _Reader, work: Path, kl: float) -> None:
                         "measured_kl_max": found.max().item(), "measured_tokens": len(found)}  # fmt: skip
             write_json(work / "fit.json", measured)
     barrier()
-
-
-def _whole_head(model: HyloModel) -> Tensor:
-    group, weight = parallel_state.get_tensor_model_parallel_group(), model.head_weight().detach()
-    parts = [torch.empty_like(weight) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, weight.contiguous(), group=group)
-    return torch.cat(parts)
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -17,9 +17,8 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
-from megatron_hylo.config import ConfigError
 from megatron_hylo.distill.alignment import AlignmentLoss, align_layers, check_alignable
-from megatron_hylo.distill.head_loss import model_head_loss
+from megatron_hylo.distill.head_loss import check_vocabularies, model_head_loss
 from megatron_hylo.distill.signal import TeacherSignal
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.pipeline import rank_shape, through_stages
@@ -41,9 +40,7 @@ class Stage:
     def check(self, student: HyloModel) -> None:
         """Refuse a student (one of its chunks will do) and teacher that do not fit, before training starts."""
         if (teacher := self.elsewhere or (self.teacher and self.teacher[0])) is not None:
-            ours, theirs = student.config.hylo.vocab_size, teacher.config.hylo.vocab_size
-            if ours != theirs:
-                raise ConfigError(f"vocabulary differs: student {ours}, teacher {theirs}; use a teacher of the same tokenizer")
+            check_vocabularies(student, teacher)
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
         """Gradients of `micro_batches` batches, reduced over all ranks; returns this rank's mean metrics.

@@ -4,11 +4,12 @@ Started by test_head_loss.py. Prints one line a case: its name and the largest r
 """
 
 import itertools
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
-from megatron_hylo.distill.head_loss import linear_head_loss
+from megatron_hylo.distill.head_loss import linear_head_loss, teacher_rows
 from megatron_hylo.distill.plain_head_softmax import top_k_mask
 from tests.distill.test_head_loss import N, make_inputs, reference
 from tests.kernels.compare import relative_error
@@ -40,6 +41,34 @@ def worst_error(direction: str, temperature: float, top_k: int | None, masked: b
     return max(relative_error(ours, theirs) for ours, theirs in pairs)
 
 
+def padded_error(student_size: int, teacher_size: int) -> float:
+    """The same for heads padded to different sizes: rows that one of them lacks are in no soft-max and get no gradient."""
+    torch.manual_seed(0)
+    group, common = dist.group.WORLD, min(student_size, teacher_size)
+    inputs = make_inputs(torch.float64, vocab=max(student_size, teacher_size))
+    inputs["labels"] %= common
+    shared = inputs | {name: inputs[name].detach()[:common] for name in ("weight", "teacher_weight")}
+    truth = reference(shared, 0.7, 0.4)
+    sizes = {"weight": student_size, "teacher_weight": teacher_size}
+    mine = {name: inputs[name].detach()[:size].chunk(2)[group.rank()] for name, size in sizes.items()}
+    models = [
+        SimpleNamespace(config=SimpleNamespace(hylo=SimpleNamespace(vocab_size=size)), head_weight=lambda name=name: mine[name])
+        for name, size in sizes.items()
+    ]
+    weight = mine["weight"].clone().requires_grad_()
+    rows = teacher_rows(*models, group)
+    result = linear_head_loss(
+        **inputs | {"weight": weight, "teacher_weight": rows}, kl_weight=0.7, ce_weight=0.4, chunk_tokens=20, group=group
+    )
+    result.loss.backward()
+    dist.all_reduce(inputs["hidden"].grad)
+    expected = torch.zeros(student_size, weight.shape[1], dtype=torch.float64)
+    expected[:common] = truth["weight"]
+    pairs = [(getattr(result, name), truth[name]) for name in ("loss", "kl", "cross_entropy")]
+    pairs += [(inputs["hidden"].grad, truth["hidden"]), (weight.grad, expected.chunk(2)[group.rank()])]
+    return max(relative_error(ours, theirs) for ours, theirs in pairs)
+
+
 def check_ties() -> None:
     """Exactly k over both ranks, the same on each, none before a larger value."""
     values = torch.tensor([[[1.0, 3.0, 1.0], [0.0] * 3], [[1.0, 2.0, 1.0], [0.0] * 3]])
@@ -51,15 +80,24 @@ def check_ties() -> None:
         assert values[:, 0][taken[:, 0].bool()].sort(descending=True).values.tolist() == [3.0, 2.0, 1.0, 1.0, 1.0][:k]
 
 
+def _show(name: str, error: float) -> None:
+    everyone = [None, None]
+    dist.all_gather_object(everyone, error)
+    if dist.get_rank() == 0:
+        print(f"CASE {name}", max(everyone), sep="|", flush=True)
+
+
 def main() -> None:
     """All cases."""
     dist.init_process_group("gloo")
     check_ties()
     for direction, temperature, top_k, (masked, weights) in CASES:
-        everyone = [None, None]
-        dist.all_gather_object(everyone, worst_error(direction, temperature, top_k, masked, weights))
-        if dist.get_rank() == 0:
-            print(f"CASE {direction} {temperature=} {top_k=} {masked=} {weights=}", max(everyone), sep="|", flush=True)
+        _show(
+            f"{direction} {temperature=} {top_k=} {masked=} {weights=}",
+            worst_error(direction, temperature, top_k, masked, weights),
+        )
+    for student_size, teacher_size in ((400, 404), (400, 396), (404, 400)):
+        _show(f"padded {student_size=} {teacher_size=}", padded_error(student_size, teacher_size))
     dist.destroy_process_group()
 
 

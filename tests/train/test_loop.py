@@ -58,6 +58,21 @@ def test_pretraining_from_scratch_uses_another_models_shape(settings, material):
     assert weights(Path(config.output) / "model").keys() == weights(material.student).keys()
 
 
+def test_a_teacher_whose_head_is_padded_further_teaches_the_same(settings, material, tmp_path):
+    teacher = load_model(material.teacher)
+    size = teacher.config.hylo.vocab_size
+    padded = build_model(teacher.config.hylo.replace(vocab_size=size + 2))
+    state = teacher.state_dict()
+    for name, tensor in padded.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            (tensor[:size] if len(tensor) == size + 2 else tensor).copy_(state[name])
+    save_model(padded, tmp_path / "padded", material.teacher / "tokenizer")
+    one, other = settings(output=tmp_path / "one"), settings(output=tmp_path / "other", teacher=str(tmp_path / "padded"))
+    assert train(one) == train(other)
+    for name in ("loss", "gradient_norm"):
+        assert metrics(tmp_path / "one", name) == metrics(tmp_path / "other", name)
+
+
 def test_interrupt_saves_and_the_same_command_resumes_bit_for_bit(settings, tmp_path):
     stopped = settings(steps=40, output=tmp_path / "stopped", precision="bf16")
     process = start_train(stopped)
