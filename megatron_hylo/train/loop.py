@@ -27,6 +27,7 @@ from megatron_hylo.models.checkpoint import load_chunks, read_description, save_
 from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token
+from megatron_hylo.plan.memory import predict_memory
 from megatron_hylo.platform.distributed import is_main, is_timeout, session
 from megatron_hylo.sealed import is_sealed, write_json
 from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
@@ -95,6 +96,8 @@ def train(config: TrainConfig) -> Quality | None:
             step, consumed = load_checkpoint(states, newest)
         reporter = Reporter(config, run, device, _flops_per_token(config, students, teacher), step)
         reporter.say(f"{config.stage}: {_describe(config, students)}" + (f"; resumed at step {step}" if step else ""))
+        if device.type == "cuda":
+            reporter.predict(predict_memory(config, students, teacher, elsewhere, _optimizer_shards(config)))
         saver = CheckpointSaver(run, provenances, tokenizer, config.keep_checkpoints)
         stop = StopRequest()
         passes = RecordedStage(stage) if config.cuda_graphs else stage
@@ -271,6 +274,12 @@ def _scratch_config(name: str) -> Any:
     if Path(name).is_dir():
         return read_description(name)[0]
     raise ConfigError(f"scratch {name!r} is no layout ({', '.join(LAYOUTS)}), no base ({', '.join(BASES)}) and no model folder")
+
+
+def _optimizer_shards(config: TrainConfig) -> int:
+    """Ranks that share the optimizer's state."""
+    shared = config.optimizer.use_distributed_optimizer
+    return parallel_state.get_data_parallel_world_size(with_context_parallel=True) if shared else 1
 
 
 def _heldout(config: TrainConfig) -> torch.Tensor:

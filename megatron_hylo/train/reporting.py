@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.plan.flops import peak_flops
+from megatron_hylo.plan.memory import GIB, Memory
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.train.config import TrainConfig
 
@@ -32,7 +33,7 @@ class Reporter:
     def __init__(self, config: TrainConfig, run: Path, device: torch.device, flops_per_token: float, start_step: int) -> None:
         self.config, self.run, self.device, self.flops_per_token = config, run, device, flops_per_token
         self.tokens_per_step = config.global_batch_size * config.sequence_length
-        self.writer = self.wandb = self.progress = None
+        self.writer = self.wandb = self.progress = self.memory = None
         self.last = (time.perf_counter(), start_step)
         if not is_main():
             return
@@ -52,6 +53,18 @@ class Reporter:
         )  # fmt: skip
         self.task = self.progress.add_task(config.stage, total=config.train_steps, completed=start_step, numbers="")
         self.progress.start()
+
+    def predict(self, memory: Memory) -> None:
+        """Show what a GPU will need, warn where it has less, and compare with its peak at the end."""
+        self.memory = memory
+        self.say(f"memory of a GPU, predicted: {memory}")
+        if memory.total > (there := torch.cuda.get_device_properties(self.device).total_memory):
+            logger.warning(
+                "%.0f GiB will hardly fit into the %.0f of this GPU; less is needed with recompute, a smaller micro_batch_size "
+                "or loss_chunk_tokens, a larger context_parallel_size, teacher_precision fp8, a teacher elsewhere",
+                memory.total / GIB,
+                there / GIB,
+            )
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """After every step: moves the bar; every `log_interval` steps (and the first and last) records."""
@@ -94,6 +107,8 @@ class Reporter:
         """Flush and stop."""
         if self.progress is None:
             return
+        if self.memory is not None:
+            self.say(f"peak memory {peak_memory_gib(self.device):.1f} GiB, predicted {self.memory.total / GIB:.1f}")
         self.progress.stop()
         self.metrics_file.close()
         if self.writer is not None:

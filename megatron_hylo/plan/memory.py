@@ -1,0 +1,130 @@
+"""How much memory a rank needs for training, predicted before the first step.
+
+Weights, gradients and optimizer state are exact. Activations are estimated from widths, for the kernels of a GPU: what a layer
+keeps for its backward pass, in numbers a token. Peaks of H100s beside what is predicted, stage `distil`, GiB:
+
+    1B hybrid (4 MLA, 12 Gated DeltaNet), 8B-shaped teacher, 65,536 tokens, recomputed     59.8, predicted 60.6
+    the same, the teacher in FP8                                                           53.3, predicted 54.2
+    the same, the teacher on other ranks                                                   46.3, predicted 46.7
+    the same, 131,072 tokens on two context-parallel ranks                                 50.1, predicted 51.3
+    the first with Mamba2 layers                                                           59.8, predicted 57.4
+    135M hybrid and teacher, 8 windows of 2,048, nothing recomputed                        17.1, predicted 17.7
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from megatron_hylo.config import ModelConfig
+from megatron_hylo.distill.signal import TeacherSignal
+from megatron_hylo.train.config import TrainConfig
+
+GIB = 2**30
+GRADIENT, MASTER, MOMENTS = 4, 4, 8  # bytes a trained parameter: fp32 gradient, fp32 copy of what is not fp32, Adam's two
+AROUND = 8  # tensors as wide as the model that live beside a layer in its backward pass
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank at the fullest moment of a step, bytes."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    teacher: float  # its weights, or its head alone
+    kept: float  # activations that wait for the backward pass
+    passing: float  # of what is computed with: a layer in its backward pass, a chunk of logits, the teacher's forward pass
+
+    @property
+    def total(self) -> float:
+        """Sum of all."""
+        return sum(asdict(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in asdict(self).items())
+        return f"{self.total / GIB:.1f} GiB ({parts})"
+
+
+def predict_memory(
+    config: TrainConfig,
+    students: Sequence[Sequence[nn.Module]],
+    teacher: Sequence[nn.Module] | None,
+    elsewhere: TeacherSignal | None,
+    optimizer_shards: int,
+) -> Memory:
+    """What this rank will need.
+
+    Args:
+        config: the run.
+        students: this rank's chunks of each, with `requires_grad` as in training.
+        teacher: its chunks, where it is on these ranks.
+        elsewhere: a teacher that is not.
+        optimizer_shards: ranks that share the optimizer's state; 1 if none do.
+    """
+    parameters = [p for chunks in students for chunk in chunks for p in chunk.parameters()]
+    trained = [p for p in parameters if p.requires_grad]
+    count, wide = (sum(p.numel() for p in chosen) for chosen in (trained, [p for p in trained if p.element_size() == 4]))
+    theirs = [p for chunk in teacher or () for p in chunk.parameters()]
+    if elsewhere is not None and (head := elsewhere.head_weight()) is not None:
+        theirs.append(head)
+    ours = max((chunks[0].config.hylo for chunks in students), key=lambda c: c.hidden_size * c.num_hidden_layers)
+    kept, passing = activations(config, ours, teacher[0].config.hylo if teacher else None)
+    return Memory(
+        weights=_bytes(parameters),
+        gradients=GRADIENT * count,
+        optimizer=(MOMENTS * count + MASTER * (count - wide)) / optimizer_shards,
+        teacher=_bytes(theirs),
+        kept=kept,
+        passing=passing,
+    )
+
+
+def _bytes(tensors: Sequence) -> float:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | None) -> tuple[float, float]:
+    """(bytes that wait for the backward pass, bytes of what is computed with) at the fullest moment of a step.
+
+    Args:
+        config: the run.
+        ours: the student.
+        theirs: a teacher on the same ranks.
+    """
+    p, number = config.parallel, 2 if config.precision == "bf16" else 4
+    tokens = config.micro_batch_size * config.sequence_length / p.context_parallel_size
+    ranks, h = p.tensor_model_parallel_size, ours.hidden_size
+    symbols = [symbol for mixer in ours.mixers for symbol in (mixer, "-")]
+    forward = tokens * number * (3 * theirs.ffn_hidden_size / ranks + 5 * theirs.hidden_size) if theirs else 0.0
+    layer = tokens * number * (2 * max(kept_numbers(ours, symbol, ranks) for symbol in symbols) + AROUND * h)
+    if config.stage == "align":  # a layer has its backward pass before the next
+        return 2 * tokens * number * h, max(layer, forward)
+    numbers = [h if config.recompute else kept_numbers(ours, symbol, ranks) + h for symbol in symbols]
+    waiting = min(p.stages, config.micro_batches(1)) / p.stages  # a stage has its share of the layers, of so many micro-batches
+    kept = tokens * number * sum(numbers) * waiting
+    models, vocabulary = 1 if config.stage == "pretrain" else 2, ours.vocab_size / ranks
+    head = min(config.loss_chunk_tokens, tokens) * vocabulary * (4 * models + number)  # logits in fp32, their gradient
+    head += 4 * vocabulary * h + models * tokens * number * h  # the head's gradient; hidden states
+    return (kept, max(layer, head)) if kept + max(layer, head) > forward else (0.0, forward)
+
+
+def kept_numbers(c: ModelConfig, symbol: str, ranks: int = 1) -> float:
+    """What a layer keeps for its backward pass: numbers a token on one of `ranks` tensor-parallel ranks; "-" is an MLP."""
+    h, heads, groups, d = c.hidden_size, c.num_attention_heads, c.num_query_groups, c.kv_channels
+    if symbol == "-":
+        return h + 3 * c.ffn_hidden_size / ranks  # norm's output; both halves of SwiGLU, their product
+    if symbol == "*":
+        return h + (2 * (heads + 2 * groups) * d + heads * d) / ranks  # projections, rotated ones, output
+    if symbol == "+":
+        width, latent = c.qk_head_dim + c.qk_pos_emb_head_dim, c.kv_lora_rank + c.qk_pos_emb_head_dim
+        keys = groups * (c.qk_head_dim + c.v_head_dim + width)
+        return h + c.q_lora_rank + latent + (2 * heads * width + keys + heads * c.v_head_dim) / ranks
+    if symbol == "G":
+        keys, values = c.linear_num_heads * c.linear_key_head_dim, c.linear_num_heads * c.linear_value_head_dim
+        projected, mixed = 2 * (keys + values + c.linear_num_heads), 2 * keys + values
+        # also queries and keys normalised, what the chunks' triangular systems give, outputs before and after the gate
+        return h + (projected + mixed + 2 * keys + keys + values + 2 * values) / ranks
+    inner, state = c.mamba_num_heads * c.mamba_head_dim, c.mamba_num_heads * c.mamba_state_dim
+    mixed = groups * (c.mamba_head_dim + c.mamba_state_dim) + state
+    return h + (inner + mixed + c.mamba_num_heads + mixed + inner + state + 2 * inner) / ranks  # x and B for all heads

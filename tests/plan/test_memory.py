@@ -1,0 +1,108 @@
+"""Predicted memory: exact where it counts a model, near the peaks of H100s where it estimates, loud where it will not fit."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_hylo.config import ModelConfig, ParallelConfig
+from megatron_hylo.layouts import BASES, get_layout, parameter_count
+from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.plan.memory import GIB, predict_memory
+from megatron_hylo.train.config import TrainConfig
+from megatron_hylo.train.loop import train
+from megatron_hylo.train.optimizer import build_training_state, choose_trainable
+from megatron_hylo.train.reporting import Reporter
+from tests.train.conftest import material, settings, tokenizer  # noqa: F401  fixtures
+
+
+class Shape(nn.Module):
+    """As many parameters as a model has, without memory."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hylo=config)
+        self.weight = nn.Parameter(torch.empty(parameter_count(config), dtype=torch.bfloat16, device="meta"))
+        if dtype == torch.float8_e4m3fn:  # linear maps alone: the embedding and the head stay bf16
+            outside = 2 * config.vocab_size * config.hidden_size
+            self.outside = nn.Parameter(torch.empty(outside, dtype=torch.bfloat16, device="meta"))
+            inside = torch.empty(parameter_count(config) - outside, dtype=dtype, device="meta")
+            self.weight = nn.Parameter(inside, requires_grad=False)
+
+
+HYBRID, MAMBA, SMALL = "llama3.2-1b-4mla12gdn", "llama3.2-1b-4mla12m2", "smollm2-135m-8mla22gdn-aligned"
+HEAD = SimpleNamespace(head_weight=lambda: torch.empty(128_256, 4096, dtype=torch.bfloat16, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "teacher", "length", "batch", "ranks", "recompute", "peak"),  # peak GiB of an H100
+    [
+        (HYBRID, Shape(BASES["llama3.1-8b"]), 65_536, 1, 1, True, 59.8),
+        (HYBRID, Shape(BASES["llama3.1-8b"], torch.float8_e4m3fn), 65_536, 1, 1, True, 53.3),
+        (HYBRID, None, 65_536, 1, 1, True, 46.3),  # on other ranks
+        (HYBRID, Shape(BASES["llama3.1-8b"]), 131_072, 1, 2, True, 50.1),
+        (MAMBA, Shape(BASES["llama3.1-8b"]), 65_536, 1, 1, True, 59.8),
+        (SMALL, Shape(BASES["smollm2-135m"]), 2048, 8, 1, False, 17.1),
+    ],
+)
+def test_predictions_are_near_what_was_measured(layout, teacher, length, batch, ranks, recompute, peak):
+    config = TrainConfig(
+        "distil", "-", "-", model="-", teacher="-", sequence_length=length, global_batch_size=batch, micro_batch_size=batch,
+        recompute=recompute, loss_chunk_tokens=4096, parallel=ParallelConfig(context_parallel_size=ranks),
+    )  # fmt: skip
+    student = Shape(get_layout(layout).config)
+    found = predict_memory(config, [[student]], teacher and [teacher], None if teacher else HEAD, ranks)
+    assert found.total / GIB == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "distil", "align"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_what_a_model_takes_is_exact(settings, stage, precision, one_rank):  # noqa: F811
+    config = settings(stage, precision=precision, trainable="mixers" if stage == "align" else "all")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    student, teacher = (load_model(folder, params_dtype=dtype) for folder in (config.model, config.teacher or config.model))
+    choose_trainable([student], config)
+    state = build_training_state([student.train()], config)
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.main_grad.fill_(1e-3)
+    state.optimizer.step()
+    online = None if stage == "pretrain" else [teacher]
+    found = predict_memory(config, [[student]], online, None, 1)
+    assert found.weights == sum(p.numel() * p.element_size() for p in student.parameters())
+    assert found.teacher == (0 if online is None else sum(p.numel() * p.element_size() for p in teacher.parameters()))
+    buffers = [buffer.grad_data for buffer in state.wrapped[0].buffers]
+    assert found.gradients == pytest.approx(sum(x.numel() * x.element_size() for x in buffers), rel=0.02)  # they are padded
+    held = [x for inner in _adams(state.optimizer) for x in _tensors(inner)]
+    assert found.optimizer == pytest.approx(sum(x.numel() * x.element_size() for x in held), rel=0.02)
+    assert found.kept > 0 and found.passing > 0 and f"{found.total / GIB:.1f} GiB (weights" in str(found)
+
+
+def _adams(optimizer) -> list[torch.optim.Optimizer]:
+    """torch's optimizers inside Megatron-Core's."""
+    return [inner.optimizer for inner in getattr(optimizer, "chained_optimizers", [optimizer])]
+
+
+def _tensors(adam: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Moments, and the fp32 copies of parameters that are not fp32 in the model (those that are, are the model's own)."""
+    moments = [x for entry in adam.state.values() for x in entry.values() if isinstance(x, torch.Tensor) and x.numel() > 1]
+    copies = [p for group in adam.param_groups for p in group["params"] if p._base is None and not hasattr(p, "main_grad")]
+    return moments + copies
+
+
+def test_a_gpu_that_is_too_small_is_told(settings, monkeypatch, caplog, capsys, one_rank):  # noqa: F811
+    small = SimpleNamespace(total_memory=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
+    made = Reporter.__init__
+
+    def with_prediction(self, config, *rest):
+        made(self, config, *rest)
+        self.predict(predict_memory(config, [[load_model(config.model)]], None, None, 1))
+
+    monkeypatch.setattr(Reporter, "__init__", with_prediction)
+    with caplog.at_level("WARNING", logger="megatron_hylo.train"):
+        train(settings("pretrain", steps=1))
+    assert "will hardly fit into the 0 of this GPU" in caplog.text
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "memory of a GPU, predicted: 0.0 GiB (weights" in shown and "GiB, predicted 0.0" in shown
