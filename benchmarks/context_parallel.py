@@ -70,6 +70,8 @@ def main(
                         split, received = _time(mixer, group, length, config.hidden_size, dtype, device, repeats)
                         rows.append(dict(shape=shape, mixer=NAMES[symbol], tokens=length, method=method, one_gpu_ms=one,
                                          ranks_ms=split, speedup=one / split, received_mb=received / 1e6))  # fmt: skip
+                        if is_main():
+                            print(rows[-1], flush=True)  # hours of a queue are not lost where time runs out
         if is_main():
             _show(rows, ranks, precision, results, commit)
 

@@ -41,6 +41,7 @@ def main(
     recompute: bool = False,
     teacher_precision: Literal["same", "fp8"] = "same",
     peer: bool = False,
+    second_layout: str | None = None,
     steps: int = 24,
     results: Path = Path("benchmarks/results/train_throughput"),
     commit: str = "",
@@ -57,6 +58,7 @@ def main(
         recompute: activations of every layer.
         teacher_precision: as in training.
         peer: also measure hf_peer.py, and show each row's ratio to it (stages distil and pretrain).
+        second_layout: another student that `align` trains from the same teacher pass; also measured alone.
         steps: of a run.
         results: path without suffix of the .md to write.
         commit: of the code, for the results file.
@@ -67,14 +69,21 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         with session():
-            save_model(build_model(architecture(layout), params_dtype=torch.bfloat16), folder / "student")
+            for name, shape in (("student", layout), ("second", second_layout)):
+                if shape is not None:
+                    save_model(build_model(architecture(shape), params_dtype=torch.bfloat16), folder / name)
             if set(stages) != {"pretrain"}:
                 save_model(build_model(BASES[teacher], params_dtype=torch.bfloat16), folder / "teacher")
         whole = (1, 2 * steps * max(batches) * max(lengths))
         random_text(folder / "data", BASES[teacher].vocab_size, {"train": whole, "heldout": whole})
-        for number, (stage, length, batch, graphs) in enumerate(itertools.product(stages, lengths, batches, cuda_graphs)):
+        runs = [(stage, stage, "student", None) for stage in stages]
+        if second_layout is not None and "align" in stages:
+            runs += [("align, second", "align", "second", None), ("align, both", "align", "student", str(folder / "second"))]
+        for number, (run, length, batch, graphs) in enumerate(itertools.product(runs, lengths, batches, cuda_graphs)):
+            name, stage, student, second = run
             config = TrainConfig(
-                stage=stage, data=str(folder / "data"), output=str(folder / f"run{number}"), model=str(folder / "student"),
+                stage=stage, data=str(folder / "data"), output=str(folder / f"run{number}"), model=str(folder / student),
+                second_model=second,
                 teacher=None if stage == "pretrain" else str(folder / "teacher"), sequence_length=length,
                 global_batch_size=batch, micro_batch_size=batch, train_tokens=steps * batch * length, log_interval=1,
                 eval_windows=1, save_interval=10**9, tensorboard=False, cuda_graphs=graphs, recompute=recompute,
@@ -85,7 +94,7 @@ def main(
             lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
             found = [line for line in lines if "tokens_per_second" in line][steps // 2 :]
             middle = {key: statistics.median(line[key] for line in found) for key in ("tokens_per_second", "mfu")}
-            rows.append(dict(stage=stage, sequence=length, batch=batch, cuda_graphs=graphs, **middle,
+            rows.append(dict(stage=name, sequence=length, batch=batch, cuda_graphs=graphs, **middle,
                              peak_gib=found[-1]["peak_memory_gib"]))  # fmt: skip
             _free()
     for stage, length, batch in itertools.product(stages, lengths, batches) if peer else ():
@@ -97,7 +106,7 @@ def main(
         rows.append(dict(stage=f"{stage}, peer", sequence=length, batch=batch, cuda_graphs=False, tokens_per_second=rate,
                          peak_gib=peak))  # fmt: skip
         _free()
-    _show(rows, layout, teacher, results, commit)
+    _show(rows, layout, second_layout, teacher, results, commit)
 
 
 def _free() -> None:
@@ -106,16 +115,17 @@ def _free() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _show(rows: list[dict[str, Any]], layout: str, teacher: str, results: Path, commit: str) -> None:
+def _show(rows: list[dict[str, Any]], layout: str, second_layout: str | None, teacher: str, results: Path, commit: str) -> None:
     cells = [
         (r["stage"], f"{r['sequence']:,}", str(r["batch"]), "yes" if r["cuda_graphs"] else "no",
          f"{r['tokens_per_second']:,.0f}", f"{r['peer_ratio']:.2f}" if "peer_ratio" in r else "",
          f"{100 * r['mfu']:.1f}" if "mfu" in r else "", f"{r['peak_gib']:.1f}")
         for r in rows
     ]  # fmt: skip
+    both = f" (second: {second_layout})" if second_layout else ""
     intro = (
-        f"{layout} with teacher {teacher}, random weights, the training loop as it is. Peer: transformers modules with the "
-        f"same kernels, fla's fused losses, AdamW in bf16 (hf_peer.py)."
+        f"{layout}{both} with teacher {teacher}, random weights, the training loop as it is. Peer: transformers modules with "
+        f"the same kernels, fla's fused losses, AdamW in bf16 (hf_peer.py)."
     )
     report(results, "Training throughput", [intro], COLUMNS, cells, f"{device_name()}, commit {commit}, {in_use()}")
     print(json.dumps({"benchmark": "train_throughput", "device": device_name(), "layout": layout, "rows": rows}))

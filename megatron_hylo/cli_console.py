@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from megatron_hylo.convert.upcycle_folder import UpcycleReport
 
-console = Console()
+# a table in a job's log is not cut to the 80 columns that a file seems to have
+console = Console(width=None if sys.stdout.isatty() else 128)
 
 
 def track(items: Iterable, description: str) -> Iterable:
