@@ -45,16 +45,28 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How ranks are divided; what is left over is data parallel."""
+    """How ranks are divided; what is left over is data parallel.
+
+    Args:
+        tensor_model_parallel_size: ranks that share each layer, by heads and columns.
+        pipeline_model_parallel_size: ranks that have different layers.
+        virtual_pipeline_model_parallel_size: parts of the model on each pipeline rank, interleaved: smaller bubbles.
+        pipeline_layers: layers of every stage in order; by default stages have about as many weights.
+        context_parallel_size: ranks that share a sequence.
+        cp_comm_type: what context-parallel ranks exchange: what is small, sequence for heads, or the faster that fits
+            (docs/parallelism.md).
+        sequence_parallel: with tensor parallelism: norms and residuals split over the sequence.
+        distributed_timeout_minutes: a rank that hangs longer ends the job.
+    """
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int = 1  # parts of the model on each pipeline rank, interleaved: smaller bubbles
-    pipeline_layers: list[int] | None = None  # layers of every stage in order; by default stages have about as many weights
+    virtual_pipeline_model_parallel_size: int = 1
+    pipeline_layers: list[int] | None = None
     context_parallel_size: int = 1
-    cp_comm_type: Literal["auto", "all_gather", "a2a"] = "auto"  # what context-parallel ranks exchange: parallel/context.py
-    sequence_parallel: bool = False  # with tensor parallelism: norms and residuals split over the sequence
-    distributed_timeout_minutes: float = 10.0  # a rank that hangs longer ends the job
+    cp_comm_type: Literal["auto", "all_gather", "a2a"] = "auto"
+    sequence_parallel: bool = False
+    distributed_timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
@@ -88,16 +100,27 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than the pretrained one."""
+    """How rotary frequencies are stretched for contexts longer than the pretrained one.
+
+    Args:
+        rope_type: none, Llama 3.1's rule, or YaRN.
+        factor: target length / original length.
+        original_max_position_embeddings: tokens the frequencies were trained for.
+        low_freq_factor: llama3 only.
+        high_freq_factor: llama3 only.
+        beta_fast: yarn only: rotations above which a frequency is left alone.
+        beta_slow: yarn only: rotations below which it is divided by `factor`.
+        attention_factor: yarn only: cos/sin multiplier; None: 0.1 ln(factor) + 1.
+    """
 
     rope_type: Literal["none", "llama3", "yarn"] = "none"
-    factor: float = 1.0  # target length / original length
-    original_max_position_embeddings: int = 0  # tokens the frequencies were trained for
-    low_freq_factor: float = 1.0  # llama3 only
-    high_freq_factor: float = 4.0  # llama3 only
-    beta_fast: float = 32.0  # yarn only: rotations above which a frequency is left alone
-    beta_slow: float = 1.0  # yarn only: rotations below which it is divided by `factor`
-    attention_factor: float | None = None  # yarn only: cos/sin multiplier; None: 0.1 ln(factor) + 1
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
 
     def __post_init__(self) -> None:
         if self.rope_type not in ("none", "llama3", "yarn"):

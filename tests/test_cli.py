@@ -1,14 +1,18 @@
 """The command line as a user meets it: the chain convert, verify, upcycle, assemble, export, and every refusal."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from docstring_parser import parse as parse_docstring
 from safetensors.torch import load_file, save_file
 
 from megatron_hylo.cli import VERBS, main
 from megatron_hylo.cli_parser import command
+from megatron_hylo.config import ParallelConfig, RopeScaling
 from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from tests.conftest import tiny_hf_model
 
 
@@ -117,3 +121,10 @@ def test_layouts_json_is_an_array_of_four_fields(capsys):
         main(["layouts", "--json"])
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) >= 12 and set(rows[0]) == {"name", "params", "kv_percent", "kv_bytes_per_token"}
+
+
+@pytest.mark.parametrize("settings", [TrainConfig, OptimizerSettings, ParallelConfig, RopeScaling])
+def test_help_explains_every_setting_of_training(settings):
+    explained = {p.arg_name: p.description for p in parse_docstring(settings.__doc__).params}
+    assert explained.keys() == {field.name for field in dataclasses.fields(settings)}
+    assert all(explained.values())

@@ -10,67 +10,127 @@ PREFIXES = ("", "second_")  # of a run's students: RUN/model and RUN/second_mode
 
 @dataclass
 class OptimizerSettings:
-    """AdamW with a cosine schedule; fp32 master weights always. A_log, dt_bias, D, biases and norms never decay."""
+    """AdamW with a cosine schedule; fp32 master weights always. A_log, dt_bias, D, biases and norms never decay.
 
-    lr: float = 6e-5  # peak learning rate of everything but the mixers
-    mixer_lr: float | None = None  # peak learning rate of the token mixers; lr by default
-    min_lr_ratio: float = 0.0  # final / peak learning rate
-    warmup_ratio: float = 0.01  # part of the steps spent warming up
+    Args:
+        lr: peak learning rate of everything but the mixers.
+        mixer_lr: peak learning rate of the token mixers; lr by default.
+        min_lr_ratio: final / peak learning rate.
+        warmup_ratio: part of the steps spent warming up.
+        weight_decay: decoupled, of all but the parameters named above.
+        adam_beta1: decay of the gradient's mean.
+        adam_beta2: decay of the squared gradient's mean.
+        adam_eps: added to its root.
+        clip_grad: largest global gradient norm; 0: no clipping.
+        use_distributed_optimizer: shard optimizer state over the data-parallel ranks.
+    """
+
+    lr: float = 6e-5
+    mixer_lr: float | None = None
+    min_lr_ratio: float = 0.0
+    warmup_ratio: float = 0.01
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
-    clip_grad: float = 1.0  # largest global gradient norm; 0: no clipping
-    use_distributed_optimizer: bool = True  # shard optimizer state over the data-parallel ranks
+    clip_grad: float = 1.0
+    use_distributed_optimizer: bool = True
 
 
 @dataclass
 class TrainConfig:
-    """One run of one stage."""
+    """One run of one stage.
+
+    Args:
+        stage: pretrain: cross-entropy on text; align: stage 1, layer by layer; distil: stages 2 and 3, KL to a teacher.
+        data: dataset folder made by `hylo preprocess` (train and heldout).
+        output: run folder: checkpoints/, logs, final model/ (and second_model/).
+        model: model folder to start from; pretrain may give `scratch` instead.
+        scratch: pretrain from random weights: a named layout, a base model, or a model folder's shape.
+        second_model: align: another student (all linear beside all MLA, say) of the same teacher pass.
+        teacher: model folder of the frozen teacher (align, distil).
+        teacher_store: distil: learn from a `hylo cache-teacher` folder; `teacher` then only evaluates.
+        teacher_address: distil: learn from `hylo serve-teacher` at HOST:PORT; `teacher` then only evaluates.
+        sequence_length: tokens a sample.
+        packed_documents: documents in a window do not see each other; else only their end token parts them.
+        global_batch_size: samples a step, over all ranks.
+        micro_batch_size: samples a forward pass of one rank; align's mse is normalised over them.
+        train_tokens: tokens in all; rounded up to whole steps.
+        trainable: all, or the token mixers alone; align never trains embedding and head, and but for ild mixers alone.
+        optimizer: learning rates and the rest of AdamW.
+        precision: of weights and activations; the optimizer's copies are fp32 in both.
+        teacher_precision: the student's, or fp8 for a teacher's linear maps; held-out KL is to that teacher too.
+        mla_rope_scaling: stretch MLA's rotary frequencies for longer sequences.
+        kl_direction: distil: KL(teacher || student), or KL(student || teacher).
+        kl_temperature: distil: divides the logits of both, and the KL counts its square.
+        kl_top_k: distil: the teacher's k most likely tokens one by one, all others as one class; null: all one by one.
+        ce_weight: distil: weight of cross-entropy on the text beside KL to the teacher.
+        align_loss: align: error of the mixers' outputs, the paper's Enhanced ILD, or distance of hidden states; see
+            distill/alignment.py.
+        hidden_weight: align with ild: weight of the layer-output term.
+        mixer_weight: align with ild: weight of the mixer-output term.
+        loss_chunk_tokens: tokens whose logits exist at a time.
+        recompute: recompute activations in the backward pass: less memory, a third more work.
+        cuda_graphs: replay a recorded step: small models no longer wait for Python; tried on one GPU only.
+        parallel: how ranks are divided.
+        backend: of linear maps and norms: te is Transformer Engine, local torch and Megatron-Core; auto: te on a GPU
+            that has it.
+        seed: of the order of the text and of random weights.
+        max_skipped_steps: in a row, for NaN or infinity in loss or gradients; one more ends the run.
+        log_interval: steps between records.
+        eval_interval: steps between held-out evaluations; 0: at the end only.
+        eval_windows: held-out windows of sequence_length.
+        save_interval: steps between checkpoints.
+        keep_checkpoints: newest ones that stay.
+        async_save: write checkpoints while training goes on; takes memory for a copy of a rank's part.
+        tensorboard: write OUTPUT/tensorboard.
+        wandb: log there as well.
+        wandb_project: its project.
+    """
 
     stage: Literal["pretrain", "align", "distil"]
-    data: str  # dataset folder made by `hylo preprocess` (train and heldout)
-    output: str  # run folder: checkpoints/, logs, final model/ (and second_model/)
-    model: str | None = None  # model folder to start from; pretrain may give `scratch` instead
-    scratch: str | None = None  # pretrain from random weights: a named layout, a base model, or a model folder's shape
-    second_model: str | None = None  # align: another student (all linear beside all MLA, say) of the same teacher pass
-    teacher: str | None = None  # model folder of the frozen teacher (align, distil)
-    teacher_store: str | None = None  # distil: learn from a `hylo cache-teacher` folder; `teacher` then only evaluates
-    teacher_address: str | None = None  # distil: learn from `hylo serve-teacher` at HOST:PORT; `teacher` then only evaluates
+    data: str
+    output: str
+    model: str | None = None
+    scratch: str | None = None
+    second_model: str | None = None
+    teacher: str | None = None
+    teacher_store: str | None = None
+    teacher_address: str | None = None
     # amount of work
-    sequence_length: int = 2048  # tokens a sample
-    packed_documents: bool = False  # documents in a window do not see each other; else only their end token parts them
-    global_batch_size: int = 32  # samples a step, over all ranks
-    micro_batch_size: int = 1  # samples a forward pass of one rank (align with mse: and those its normaliser is of)
-    train_tokens: int = 10_000_000  # tokens in all; rounded up to whole steps
+    sequence_length: int = 2048
+    packed_documents: bool = False
+    global_batch_size: int = 32
+    micro_batch_size: int = 1
+    train_tokens: int = 10_000_000
     # what is trained
-    trainable: Literal["all", "mixers"] = "all"  # align: all but ild train mixers whatever this says; embedding, head never
+    trainable: Literal["all", "mixers"] = "all"
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     precision: Literal["bf16", "fp32"] = "bf16"
-    teacher_precision: Literal["same", "fp8"] = "same"  # fp8: an online teacher's linear maps; held-out KL is to it as well
-    mla_rope_scaling: RopeScaling | None = None  # stretch MLA's rotary frequencies for longer sequences
-    kl_direction: Literal["forward", "reverse"] = "forward"  # distil: KL(teacher || student), or KL(student || teacher)
-    kl_temperature: float = 1.0  # distil: divides the logits of both, and the KL counts its square
-    kl_top_k: int | None = None  # distil: the teacher's k most likely tokens one by one, all others as one class; null: all
-    ce_weight: float = 0.0  # distil: weight of cross-entropy on the text beside KL to the teacher
-    align_loss: Literal["mse", "ild", "sequential"] = "mse"  # align: see distill/alignment.py; ild is the paper's
-    hidden_weight: float = 1.0  # align with ild: weight of the layer-output term
-    mixer_weight: float = 1.0  # align with ild: weight of the mixer-output term
-    loss_chunk_tokens: int = 1024  # tokens whose logits exist at a time
-    recompute: bool = False  # recompute activations in the backward pass: less memory, a third more work
-    cuda_graphs: bool = False  # replay a recorded step: small models no longer wait for Python; tried on one GPU only
+    teacher_precision: Literal["same", "fp8"] = "same"
+    mla_rope_scaling: RopeScaling | None = None
+    kl_direction: Literal["forward", "reverse"] = "forward"
+    kl_temperature: float = 1.0
+    kl_top_k: int | None = None
+    ce_weight: float = 0.0
+    align_loss: Literal["mse", "ild", "sequential"] = "mse"
+    hidden_weight: float = 1.0
+    mixer_weight: float = 1.0
+    loss_chunk_tokens: int = 1024
+    recompute: bool = False
+    cuda_graphs: bool = False
     # where
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     backend: Literal["auto", "local", "te"] = "auto"
     seed: int = 1234
-    max_skipped_steps: int = 3  # in a row, for NaN or infinity in loss or gradients; one more ends the run
+    max_skipped_steps: int = 3
     # record and resume
-    log_interval: int = 10  # steps
-    eval_interval: int = 0  # steps between held-out evaluations; 0: at the end only
-    eval_windows: int = 32  # held-out windows of sequence_length
-    save_interval: int = 500  # steps
+    log_interval: int = 10
+    eval_interval: int = 0
+    eval_windows: int = 32
+    save_interval: int = 500
     keep_checkpoints: int = 2
-    async_save: bool = True  # write checkpoints while training goes on; takes memory for a copy of a rank's part
+    async_save: bool = True
     tensorboard: bool = True
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "megatron_hylo"
