@@ -5,6 +5,7 @@ Kernels have been wrong on some GPU with some compiler (Gated DeltaNet's gradien
 chooses. A wrong kernel is off by as much as the gradient itself, rounding in bf16 by less than a percent.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,9 +16,12 @@ from torch import Tensor
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
+from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
 from megatron_hylo.kernels.head_softmax import head_softmax, obstacle
+from megatron_hylo.kernels.norm import gated_rms_norm
 from megatron_hylo.kernels.registry import in_use, select
+from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies
 from megatron_hylo.kernels.ssd import recurrent_ssd, ssd
 
 TOKENS = 300  # more than one chunk of every kernel, and not whole ones
@@ -124,12 +128,32 @@ def _cases(c: ModelConfig, device: torch.device) -> Iterator[_Case]:
                 {"x": normal(heads, width), "dt": between(0, 0.5, heads), "B": normal(heads, state), "C": normal(heads, state)},
                 ("dt",),
             )  # fmt: skip
+    yield from _compiled(c, normal, device)
     if select("head_softmax", "triton", obstacle(torch.empty(0, dtype=torch.bfloat16, device=device))) == "triton":
         teacher = 3 * torch.randn(64, VOCABULARY, generator=generator).to(device).bfloat16().float()
         student = 3 * torch.randn(64, VOCABULARY, generator=generator).to(device)
         yield _Case(
             "head_softmax", f"vocabulary {VOCABULARY:,}",
             lambda student: _HeadKL.apply(student, teacher), lambda student: _head_kl(student, teacher), {"student": student},
+        )  # fmt: skip
+
+
+def _compiled(c: ModelConfig, normal: Callable[..., Tensor], device: torch.device) -> Iterator[_Case]:
+    """What torch.compile makes of a rotation and of a gated norm."""
+    heads, width, pairs = c.num_attention_heads, c.kv_channels, c.kv_channels // 2
+    table = rope_cos_sin(torch.arange(TOKENS, device=device), rope_frequencies(2 * pairs, c.rotary_base, device=device))
+    rotated = functools.partial(apply_rope, cos=table[0], sin=table[1], interleaved=False)
+    if set(c.mixers) & set("*+"):
+        yield _Case(
+            "elementwise", f"rotation of {heads} heads, {width} wide",
+            lambda x: elementwise(apply_rope)(x, *table, interleaved=False), rotated, {"x": normal(heads, width)},
+        )  # fmt: skip
+    if set(c.mixers) & set("GM"):
+        yield _Case(
+            "elementwise", f"gated norm of {heads} heads, {width} wide",
+            lambda **x: elementwise(gated_rms_norm)(eps=1e-5, norm_before_gate=True, **x),
+            functools.partial(gated_rms_norm, eps=1e-5, norm_before_gate=True),
+            {"x": normal(heads, width), "gate": normal(heads, width), "weight": torch.linspace(0.5, 2, width, device=device)},
         )  # fmt: skip
 
 
