@@ -26,17 +26,30 @@ def measure_peer(layout: str, teacher: str | None, length: int, batch: int, step
     """(tokens a second, median of the last half of the steps; peak GiB).
 
     Args:
-        layout: the student, random weights.
-        teacher: base model; None for cross-entropy on labels.
+        layout, teacher, recompute: see `build_peer`.
         length, batch: of a step, in one forward pass.
         steps: optimizer steps.
+    """
+    cuda = torch.cuda.is_available()
+    free_memory()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    step = build_peer(layout, teacher, recompute)
+    times = [seconds(lambda: step(batch, length)) for _ in range(steps)][steps // 2 :]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    return batch * length / statistics.median(times), peak
+
+
+def build_peer(layout: str, teacher: str | None, recompute: bool) -> Callable[[int, int], None]:
+    """What takes a step with (batch, length) of random tokens.
+
+    Args:
+        layout: the student, random weights.
+        teacher: base model; None for cross-entropy on labels.
         recompute: checkpoint every layer.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    free_memory()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     with device:
         config = architecture(layout)
         student = HyloForCausalLM(HyloConfig(**hf_config_from_model(config, "bfloat16"))).to(dtype).train()
@@ -45,13 +58,13 @@ def measure_peer(layout: str, teacher: str | None, length: int, batch: int, step
         for layer in student.model.layers:
             layer.forward = _checkpointed(layer.forward)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=device.type == "cuda")
-    loss_of = _kl(device) if teacher else None
+    loss_of = _kl(device) if teacher else _cross_entropy(device)
 
-    def step() -> None:
+    def step(batch: int, length: int) -> None:
         ids = torch.randint(config.vocab_size, (batch, length + 1), device=device)
         hidden = student.model(ids[:, :-1], None).flatten(0, 1)
-        if loss_of is None:
-            loss = _cross_entropy(device)(hidden, ids[:, 1:].flatten(), student.lm_head.weight)
+        if teacher is None:
+            loss = loss_of(hidden, ids[:, 1:].flatten(), student.lm_head.weight)
         else:
             with torch.no_grad():
                 target = frozen(ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
@@ -61,9 +74,7 @@ def measure_peer(layout: str, teacher: str | None, length: int, batch: int, step
         optimizer.step()
         optimizer.zero_grad()
 
-    times = [_seconds(step, device) for _ in range(steps)][steps // 2 :]
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    return batch * length / statistics.median(times), peak
+    return step
 
 
 def _teacher(base: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
@@ -94,9 +105,10 @@ def _cross_entropy(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], T
     return lambda x, labels, w: F.cross_entropy(x @ w.t(), labels)
 
 
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
+def seconds(step: Callable[[], None]) -> float:
+    """Of one call, the GPU's work done."""
     start = time.perf_counter()
     step()
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start

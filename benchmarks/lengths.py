@@ -1,0 +1,176 @@
+"""Tokens a second and memory over the length of a sequence: a hybrid, the dense model it came from, and the peer, to the end.
+
+    python benchmarks/lengths.py                        # 1B hybrid and dense, 8B-shaped teacher, 4K to 128K, on one GPU
+    python benchmarks/lengths.py --layout smollm2-135m-8mla22gdn --dense smollm2-135m --teacher smollm2-135m --lengths [32,64]
+
+Whole training steps of stage 3 on random tokens, one sequence a step, activations recomputed, random weights at real shapes.
+The peer is hf_peer.py's: the same hybrid in transformers and fla. A length that does not fit is shown so, and is the last of
+its row. Prints a table and, last, one JSON line; writes RESULTS.md and RESULTS.png.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hf_peer import build_peer, seconds
+from jsonargparse import auto_cli
+from report import architecture, device_name, free_memory, report
+
+from megatron_hylo.config import ParallelConfig
+from megatron_hylo.kernels.registry import in_use
+from megatron_hylo.layouts import BASES
+from megatron_hylo.models.fp8 import keep_fp8_weights
+from megatron_hylo.models.hylo_model import build_model
+from megatron_hylo.platform.distributed import session
+from megatron_hylo.train.config import TrainConfig
+from megatron_hylo.train.health import SkippedSteps
+from megatron_hylo.train.loop import training_step
+from megatron_hylo.train.optimizer import build_training_state, choose_trainable
+from megatron_hylo.train.stages import get_stage
+
+Step = Callable[[int], None]  # takes a step with one sequence of so many tokens
+COLUMNS = ("model", "tokens", "s / step", "tokens/s", "peak GiB")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row of the plot."""
+
+    name: str
+    build: Callable[[], Step]
+
+
+def main(
+    layout: str = "llama3.2-1b-4mla12gdn",
+    dense: str = "llama3.2-1b",
+    teacher: str = "llama3.1-8b",
+    lengths: list[int] = [4096, 8192, 16_384, 32_768, 65_536, 131_072],  # noqa: B006
+    fp8: bool = False,
+    repeats: int = 2,
+    results: Path = Path("benchmarks/results/lengths"),
+    commit: str = "",
+) -> None:
+    """Measure every model at every length.
+
+    Args:
+        layout: the hybrid.
+        dense: base model.
+        teacher: base model.
+        lengths: tokens, ascending.
+        fp8: also the hybrid with its teacher in FP8.
+        repeats: timed steps, after one that is not.
+        results: path without suffix of the .md and .png to write.
+        commit: of the code, for the results file.
+    """
+    models = [
+        Model("hybrid", lambda: build_ours(layout, teacher)),
+        *([Model("hybrid, FP8 teacher", lambda: build_ours(layout, teacher, "fp8"))] if fp8 else []),
+        Model("dense", lambda: build_ours(dense, teacher)),
+        Model("hybrid, peer", lambda: _peer(layout, teacher)),
+    ]
+    rows = []
+    with session():
+        for model in models:
+            for row in measure(model, lengths, repeats):
+                rows.append(row)
+                print(row, flush=True)
+            free_memory()
+    _show(rows, (layout, dense, teacher), results, commit)
+    os._exit(0)  # out of memory may leave kernels waiting
+
+
+def build_ours(layout: str, teacher: str, teacher_precision: str = "same") -> Step:
+    """Our training loop's step."""
+    cuda = torch.cuda.is_available()
+    dtype, fp8 = torch.bfloat16 if cuda else torch.float32, teacher_precision == "fp8"
+
+    def settings(length: int) -> TrainConfig:
+        return TrainConfig(
+            stage="distil", data="-", output="-", model="-", teacher="-", sequence_length=length, global_batch_size=1,
+            recompute=True, loss_chunk_tokens=4096, precision="bf16" if cuda else "fp32", teacher_precision=teacher_precision,
+        )  # fmt: skip
+
+    student = build_model(architecture(layout), ParallelConfig(), params_dtype=dtype, recompute=True)
+    frozen = build_model(BASES[teacher], params_dtype=dtype, fp8=fp8).requires_grad_(False).eval()
+    if fp8:
+        keep_fp8_weights(frozen)
+    config = settings(16)
+    choose_trainable([student], config)
+    state, vocabulary = build_training_state([student.train()], config), BASES[teacher].vocab_size
+    where = next(student.parameters()).device
+
+    def step(length: int) -> None:
+        ids = torch.randint(vocabulary, (1, length + 1), device=where)
+        batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+        training_step([state], get_stage(settings(length), [frozen]), iter([batch]), 1, 0, SkippedSteps(0))
+
+    return step
+
+
+def _peer(layout: str, teacher: str) -> Step:
+    step = build_peer(layout, teacher, recompute=True)
+    return lambda length: step(1, length)
+
+
+def measure(model: Model, lengths: list[int], repeats: int) -> Iterator[dict[str, Any]]:
+    """A row for each length, up to the first that does not fit."""
+    step = model.build()
+    for length in lengths:
+        free_memory()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            times = [seconds(partial(step, length)) for _ in range(1 + repeats)][1:]
+        except torch.OutOfMemoryError:
+            yield dict(model=model.name, tokens=length, out_of_memory=True)
+            return
+        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        yield dict(model=model.name, tokens=length, seconds=statistics.median(times), peak_gib=peak)
+
+
+def _show(rows: list[dict[str, Any]], names: tuple[str, str, str], results: Path, commit: str) -> None:
+    cells = []
+    for r in rows:
+        numbers = ("out of memory", "", "")
+        if "seconds" in r:
+            numbers = (f"{r['seconds']:.2f}", f"{r['tokens'] / r['seconds']:,.0f}", f"{r['peak_gib']:.1f}")
+        cells.append((r["model"], f"{r['tokens']:,}", *numbers))
+    intro = [
+        f"Hybrid {names[0]}, dense {names[1]}, teacher {names[2]}; random weights, one sequence a step, activations recomputed.",
+        f"![tokens/s and memory by length]({results.name}.png)",
+    ]
+    report(results, "Stage 3 by length", intro, COLUMNS, cells, f"{device_name()}, commit {commit}, {in_use()}")
+    _plot([r for r in rows if "seconds" in r], results.with_suffix(".png"))
+    print(json.dumps({"benchmark": "lengths", "device": device_name(), "models": names, "rows": rows}))
+
+
+def _plot(rows: list[dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name in dict.fromkeys(r["model"] for r in rows):
+        mine = [r for r in rows if r["model"] == name]
+        tokens = [r["tokens"] for r in mine]
+        speed.plot(tokens, [r["tokens"] / r["seconds"] for r in mine], "o-", label=name)
+        memory.plot(tokens, [r["peak_gib"] for r in mine], "o-", label=name)
+    speed.set(xlabel="tokens of a sequence", ylabel="tokens/s", ylim=(0, None))
+    memory.set(xlabel="tokens of a sequence", ylabel="peak GiB", ylim=(0, None))
+    for axes in (speed, memory):
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    speed.legend()
+    figure.savefig(file, dpi=140)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    auto_cli(main)
