@@ -142,7 +142,7 @@ def _show(rows: list[dict[str, Any]], names: tuple[str, str, str], results: Path
             numbers = (f"{r['seconds']:.2f}", f"{r['tokens'] / r['seconds']:,.0f}", f"{r['peak_gib']:.1f}")
         cells.append((r["model"], f"{r['tokens']:,}", *numbers))
     intro = [
-        f"Hybrid {names[0]}, dense {names[1]}, teacher {names[2]}; random weights, one sequence a step, activations recomputed.",
+        f"Hybrid {names[0]}, dense {names[1]}, teacher {names[2]}; random weights, one sequence a step, recomputed.",
         f"![tokens/s and memory by length]({results.name}.png)",
     ]
     report(results, "Stage 3 by length", intro, COLUMNS, cells, f"{device_name()}, commit {commit}, {in_use()}")
