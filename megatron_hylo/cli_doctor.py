@@ -38,7 +38,7 @@ def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None
     checks = {}
     with console.status("comparing kernels with their definitions"):
         for name in names:
-            checks |= {(c.operation, c.shape): c for c in check_kernels(get_layout(name).config, dtype, where)}
+            checks |= {(c.operation, c.shape): c for c in check_kernels(get_layout(name).config, dtype, where, checks)}
     table = Table(title=f"kernels against their definitions, {str(dtype).removeprefix('torch.')}, relative error")
     for column in ("operation", "shape", "runs by", "largest error", "of", "limit", ""):
         table.add_column(column)

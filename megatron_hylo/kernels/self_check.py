@@ -6,7 +6,7 @@ chooses. A wrong kernel is off by as much as the gradient itself, rounding in bf
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -58,15 +58,18 @@ class _Case:
     kept: tuple[str, ...] = ()
 
 
-def check_kernels(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[Check]:
+def check_kernels(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, known: Container[tuple[str, str]] = ()
+) -> list[Check]:
     """Run every operation that the model's layers and its head use.
 
     Args:
         config: gives layers and shapes.
         dtype: of weights and activations, bf16 or fp32.
         device: where.
+        known: operations and shapes to leave out.
     """
-    return [_check(case, dtype) for case in _cases(config, device)]
+    return [_check(case, dtype) for case in _cases(config, device) if (case.operation, case.shape) not in known]
 
 
 def _check(case: _Case, dtype: torch.dtype) -> Check:

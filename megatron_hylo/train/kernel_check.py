@@ -38,7 +38,10 @@ def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device
     if file.is_file():
         logger.info("kernels were checked before on this kind of GPU (%s)", file)
         return
-    checks = list({(c.operation, c.shape): c for config in configs for c in check_kernels(config, dtype, device)}.values())
+    found: dict[tuple[str, str], Check] = {}
+    for config in configs:  # models of a run share shapes
+        found |= {(c.operation, c.shape): c for c in check_kernels(config, dtype, device, found)}
+    checks = list(found.values())
     refuse_wrong(checks)
     logger.info("kernels checked: %s", ", ".join(f"{c.operation} by {c.implementation} {c.error:.1e}" for c in checks))
     file.parent.mkdir(parents=True, exist_ok=True)
