@@ -11,13 +11,13 @@ Transformer Engine. Prints a table and, last, one JSON line; writes RESULTS.md.
 
 import json
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from report import device_name, free_memory, report
+from report import device_name, free_memory, report, seconds
 
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
@@ -75,16 +75,8 @@ def _speed(base: str, precision: str, lengths: list[int], repeats: int, device: 
         keep_fp8_weights(model)
     gib = (torch.cuda.memory_allocated() - before) / 2**30
     ids = [torch.randint(BASES[base].vocab_size, (1, length), device=device) for length in lengths]
-    times = [[_milliseconds(model, i) for _ in range(2 + repeats)][2:] for i in ids]
-    return {"gib": gib, "ms": [statistics.median(t) for t in times]}
-
-
-def _milliseconds(model: HyloModel, ids: torch.Tensor) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    model(ids)
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    times = [[seconds(partial(model, i)) for _ in range(2 + repeats)][2:] for i in ids]
+    return {"gib": gib, "ms": [1e3 * statistics.median(t) for t in times]}
 
 
 def _quality(work: Path, windows: int) -> dict[str, dict[str, Any]]:

@@ -6,12 +6,11 @@ checkpointing a layer, weights and torch's fused AdamW in bf16 (ours keeps fp32 
 
 import importlib
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from report import architecture, free_memory
+from report import architecture, free_memory, seconds
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel
@@ -30,13 +29,10 @@ def measure_peer(layout: str, teacher: str | None, length: int, batch: int, step
         length, batch: of a step, in one forward pass.
         steps: optimizer steps.
     """
-    cuda = torch.cuda.is_available()
     free_memory()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     step = build_peer(layout, teacher, recompute)
     times = [seconds(lambda: step(batch, length)) for _ in range(steps)][steps // 2 :]
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     return batch * length / statistics.median(times), peak
 
 
@@ -103,12 +99,3 @@ def _cross_entropy(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], T
     if device.type == "cuda":
         return importlib.import_module("fla.modules").FusedLinearCrossEntropyLoss()
     return lambda x, labels, w: F.cross_entropy(x @ w.t(), labels)
-
-
-def seconds(step: Callable[[], None]) -> float:
-    """Of one call, the GPU's work done."""
-    start = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

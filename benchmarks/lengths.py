@@ -12,15 +12,14 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from hf_peer import build_peer, seconds
+from hf_peer import build_peer
 from jsonargparse import auto_cli
-from report import architecture, device_name, free_memory, report
+from report import architecture, device_name, free_memory, report, seconds
 
 from megatron_hylo.config import ParallelConfig
 from megatron_hylo.kernels.registry import in_use
@@ -36,14 +35,6 @@ from megatron_hylo.train.stages import get_stage
 
 Step = Callable[[int], None]  # takes a step with one sequence of so many tokens
 COLUMNS = ("model", "tokens", "s / step", "tokens/s", "peak GiB")
-
-
-@dataclass(frozen=True)
-class Model:
-    """One row of the plot."""
-
-    name: str
-    build: Callable[[], Step]
 
 
 def main(
@@ -68,16 +59,14 @@ def main(
         results: path without suffix of the .md and .png to write.
         commit: of the code, for the results file.
     """
-    models = [
-        Model("hybrid", lambda: build_ours(layout, teacher)),
-        *([Model("hybrid, FP8 teacher", lambda: build_ours(layout, teacher, "fp8"))] if fp8 else []),
-        Model("dense", lambda: build_ours(dense, teacher)),
-        Model("hybrid, peer", lambda: _peer(layout, teacher)),
-    ]
+    models: dict[str, Callable[[], Step]] = {"hybrid": lambda: build_ours(layout, teacher)}
+    if fp8:
+        models["hybrid, FP8 teacher"] = lambda: build_ours(layout, teacher, "fp8")
+    models |= {"dense": lambda: build_ours(dense, teacher), "hybrid, peer": lambda: _peer(layout, teacher)}
     rows = []
     with session():
-        for model in models:
-            for row in measure(model, lengths, repeats):
+        for name, build in models.items():
+            for row in measure(name, build, lengths, repeats):
                 rows.append(row)
                 print(row, flush=True)
             free_memory()
@@ -118,20 +107,18 @@ def _peer(layout: str, teacher: str) -> Step:
     return lambda length: step(1, length)
 
 
-def measure(model: Model, lengths: list[int], repeats: int) -> Iterator[dict[str, Any]]:
+def measure(name: str, build: Callable[[], Step], lengths: list[int], repeats: int) -> Iterator[dict[str, Any]]:
     """A row for each length, up to the first that does not fit."""
-    step = model.build()
+    step = build()
     for length in lengths:
         free_memory()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         try:
             times = [seconds(partial(step, length)) for _ in range(1 + repeats)][1:]
         except torch.OutOfMemoryError:
-            yield dict(model=model.name, tokens=length, out_of_memory=True)
+            yield dict(model=name, tokens=length, out_of_memory=True)
             return
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-        yield dict(model=model.name, tokens=length, seconds=statistics.median(times), peak_gib=peak)
+        yield dict(model=name, tokens=length, seconds=statistics.median(times), peak_gib=peak)
 
 
 def _show(rows: list[dict[str, Any]], names: tuple[str, str, str], results: Path, commit: str) -> None:

@@ -1,9 +1,12 @@
-"""What the benchmarks share: the table on the screen and in a results file, random text, names of devices and models."""
+"""What the benchmarks share: table and results file, random text, time and memory, names of devices and models."""
 
 import gc
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +24,20 @@ def device_name() -> str:
 
 
 def free_memory() -> None:
-    """Models refer to themselves and wait for the garbage collector."""
+    """Models refer to themselves and wait for the garbage collector. Peak memory is counted anew from here on."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def seconds(step: Callable[[], Any]) -> float:
+    """Of one call, the GPU's work done."""
+    start = time.perf_counter()
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def architecture(name: str) -> ModelConfig:

@@ -96,7 +96,7 @@ def main(
             middle = {key: statistics.median(line[key] for line in found) for key in ("tokens_per_second", "mfu")}
             rows.append(dict(stage=name, sequence=length, batch=batch, cuda_graphs=graphs, **middle,
                              peak_gib=found[-1]["peak_memory_gib"]))  # fmt: skip
-            _free()
+            free_memory()
     for stage, length, batch in itertools.product(stages, lengths, batches) if peer else ():
         student_of = None if stage == "pretrain" else teacher
         rate, peak = measure_peer(layout, student_of, length, batch, max(steps // 3, 4), recompute)
@@ -105,14 +105,8 @@ def main(
                 row["peer_ratio"] = row["tokens_per_second"] / rate
         rows.append(dict(stage=f"{stage}, peer", sequence=length, batch=batch, cuda_graphs=False, tokens_per_second=rate,
                          peak_gib=peak))  # fmt: skip
-        _free()
+        free_memory()
     _show(rows, layout, second_layout, teacher, results, commit)
-
-
-def _free() -> None:
-    free_memory()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
 
 
 def _show(rows: list[dict[str, Any]], layout: str, second_layout: str | None, teacher: str, results: Path, commit: str) -> None:

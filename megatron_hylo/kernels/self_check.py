@@ -143,19 +143,20 @@ def _cases(c: ModelConfig, device: torch.device) -> Iterator[_Case]:
 
 def _compiled(c: ModelConfig, normal: Callable[..., Tensor], device: torch.device) -> Iterator[_Case]:
     """What torch.compile makes of a rotation and of a gated norm."""
-    heads, width, pairs = c.num_attention_heads, c.kv_channels, c.kv_channels // 2
-    table = rope_cos_sin(torch.arange(TOKENS, device=device), rope_frequencies(2 * pairs, c.rotary_base, device=device))
-    rotated = functools.partial(apply_rope, cos=table[0], sin=table[1], interleaved=False)
+    heads, width = c.num_attention_heads, c.kv_channels
     if set(c.mixers) & set("*+"):
+        frequencies = rope_frequencies(width, c.rotary_base, device=device)
+        cos, sin = rope_cos_sin(torch.arange(TOKENS, device=device), frequencies)
+        rotation = dict(cos=cos, sin=sin, interleaved=False)
         yield _Case(
-            "elementwise", f"rotation of {heads} heads, {width} wide",
-            lambda x: elementwise(apply_rope)(x, *table, interleaved=False), rotated, {"x": normal(heads, width)},
+            "elementwise", f"rotation of {heads} heads, {width} wide", functools.partial(elementwise(apply_rope), **rotation),
+            functools.partial(apply_rope, **rotation), {"x": normal(heads, width)},
         )  # fmt: skip
     if set(c.mixers) & set("GM"):
+        settings = dict(eps=1e-5, norm_before_gate=True)
         yield _Case(
             "elementwise", f"gated norm of {heads} heads, {width} wide",
-            lambda **x: elementwise(gated_rms_norm)(eps=1e-5, norm_before_gate=True, **x),
-            functools.partial(gated_rms_norm, eps=1e-5, norm_before_gate=True),
+            functools.partial(elementwise(gated_rms_norm), **settings), functools.partial(gated_rms_norm, **settings),
             {"x": normal(heads, width), "gate": normal(heads, width), "weight": torch.linspace(0.5, 2, width, device=device)},
         )  # fmt: skip
 

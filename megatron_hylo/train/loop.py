@@ -78,8 +78,9 @@ def train(config: TrainConfig) -> Quality | None:
         elsewhere = teacher_elsewhere(config)
         students, teacher = _build_models(config)
         stage = get_stage(config, teacher, elsewhere)
-        for model in (*(student[0] for student in students), *(teacher or ())[:1], *filter(None, [elsewhere])):
-            _check_data(Path(config.data), model)
+        _check_data(
+            Path(config.data), [*(student[0] for student in students), *(teacher or ())[:1], *filter(None, [elsewhere])]
+        )
         for student in students:
             stage.check(student[0])
             choose_trainable(student, config)
@@ -292,10 +293,10 @@ def _heldout(config: TrainConfig) -> torch.Tensor:
         return heldout_windows(where, config.sequence_length, config.eval_windows, allow_crossing=True)
 
 
-def _check_data(data: Path, model: HyloModel | TeacherSignal) -> None:
-    """The dataset's tokens must be in a model's vocabulary."""
+def _check_data(data: Path, models: Sequence[HyloModel | TeacherSignal]) -> None:
+    """The dataset's tokens must be in the vocabulary of every model of the run."""
     described = json.loads((data / "data.json").read_text())
-    ours = model.config.hylo.vocab_size
+    ours = min(model.config.hylo.vocab_size for model in models)
     if described["vocab_size"] > ours:
         raise ConfigError(
             f"{data} was made with a vocabulary of {described['vocab_size']}, a model of the run has {ours}; preprocess again"
