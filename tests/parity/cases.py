@@ -62,6 +62,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "cp4": (4, dict(context_parallel_size=4), False),
     "tp2_pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), True),
     "tp2_sp_dp2": (4, dict(tensor_model_parallel_size=2, sequence_parallel=True), True),
+    "tp2_sp_pp2_cp2": (
+        8,
+        dict(
+            tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2, context_parallel_size=2
+        ),
+        True,
+    ),
 }
 
 

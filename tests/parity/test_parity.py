@@ -71,6 +71,7 @@ CASES = [
     *((model, "pretrain", layout) for layout in ("cp4", "pp2_cp2") for model in ("normed", "tied")),
     *((model, "pretrain", "tp2_pp2") for model in ("normed", "tied")),
     *(("normed", stage, "tp2_sp_dp2") for stage in ("distil", "mse", "ild", "sequential")),
+    *(("normed", stage, "tp2_sp_pp2_cp2") for stage in ("pretrain", "distil", "mse", "packed", "packed_distil")),
 ]
 GRADIENT, WEIGHT, LOSS = 1e-5, 1e-5, 2e-6  # relative; gradients and weights by the norm of each tensor
 
@@ -87,7 +88,7 @@ def measured(tmp_path_factory, one_rank) -> Path:
     write_store(root / "teacher", root / "data", root / "store", sequence_length=48, precision=torch.float32)
 
     ones = dict.fromkeys((model, stage, "one") for model, stage, _ in CASES)
-    for ranks in (1, 2, 4):
+    for ranks in (1, 2, 4, 8):
         jobs = [
             job("measure", case_config(root, *case), root / f"{'-'.join(case)}.pt")
             for case in (*ones, *CASES)
