@@ -72,6 +72,7 @@ TRAINING = {
     "one-shot, 4 windows a step": Training("one-shot", windows=4),
     "one-shot, 2 windows a step": Training("one-shot", windows=2, mixer_lr=7e-4, lr=1.5e-4, adam_beta2=0.98),
     "sequential": Training("sequential"),
+    "sequential, 2 windows a step": Training("sequential", windows=2, mixer_lr=7e-4, lr=1.5e-4, adam_beta2=0.98),
     "Mamba2 one-shot": Training("Mamba2 one-shot"),
 }
 STAGE_1 = 0.1  # of the tokens
