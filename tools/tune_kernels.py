@@ -27,7 +27,8 @@ from filelock import FileLock
 from jsonargparse import auto_cli
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
-from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_of_part
+from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
+from megatron_hylo.kernels.recurrence_part import DeltaRulePart
 from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.kernels.tuned import FOLDER, found
 from megatron_hylo.layouts import LAYOUTS
@@ -133,9 +134,12 @@ def delta(*inputs: torch.Tensor) -> None:
     gated_delta_rule(*inputs[:5])[0].sum().backward()
 
 
-def part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, _: torch.Tensor) -> None:
-    """A part of a sequence whose first state is not known: what a rank of context parallelism calls."""
-    sum(x.sum() for x in gated_delta_rule_of_part(q, k, v, g, beta)).backward()
+@torch.no_grad()
+def part(*inputs: torch.Tensor) -> None:
+    """Forward and backward of a part of a sequence: what a rank of context parallelism calls."""
+    *values, state = inputs
+    ours, effect = DeltaRulePart.begin(*values)
+    ours.gradients(state, effect.outputs(state), state)
 
 
 @torch.no_grad()

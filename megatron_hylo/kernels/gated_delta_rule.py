@@ -65,34 +65,15 @@ def gated_delta_rule(
     differentiates = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state)
     )
-    if select("gated_delta_rule", "fla", fla_obstacle(k, v, differentiates)) == "fla":
+    if delta_rule_implementation(k, v, differentiates) == "fla":
         return _fla(q, k, v, g, beta, initial_state, output_final_state)
     with torch.autocast(v.device.type, enabled=False):
         return _chunked(q, k, v, g, beta, initial_state, output_final_state)
 
 
-def gated_delta_rule_of_part(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A part of a sequence before the state S that it begins with is known: what S adds is linear in it.
-
-    With S the outputs are o + reach S and the state after the part is A S + B. All come out of one pass, over values
-    [v, 0] from the state [0, I].
-
-    Args:
-        q, k, v, g, beta: as in `gated_delta_rule`.
-
-    Returns:
-        o [b, t, h, dv] and reach [b, t, h, dk] in v's dtype; A [b, h, dk, dk] and B [b, h, dk, dv] in that of states.
-    """
-    b, t, h, dk = k.shape
-    dv, wide = v.shape[-1], torch.promote_types(v.dtype, torch.float32)
-    unit = torch.eye(dk, dtype=wide, device=v.device).expand(b, h, dk, dk)
-    state = torch.cat([v.new_zeros(b, h, dk, dv, dtype=wide), unit], -1)
-    values = torch.cat([v, v.new_zeros(b, t, h, dk)], -1)
-    out, state = gated_delta_rule(q, k, values, g, beta, state, output_final_state=True)
-    (o, reach), (added, kept) = out.split([dv, dk], -1), state.split([dv, dk], -1)
-    return o, reach, kept, added
+def delta_rule_implementation(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> str:
+    """The registry's choice for keys [b, t, h, dk] and values [b, t, h, dv]; `differentiates`: as in `fla_obstacle`."""
+    return select("gated_delta_rule", "fla", fla_obstacle(k, v, differentiates))
 
 
 def fla_obstacle(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Obstacle | None:

@@ -23,6 +23,7 @@ from megatron_hylo.kernels.norm import gated_rms_norm
 from megatron_hylo.kernels.registry import in_use, select
 from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies
 from megatron_hylo.kernels.ssd import recurrent_ssd, ssd
+from megatron_hylo.parallel.recurrence import delta_rule_over_ranks, ssd_over_ranks
 
 TOKENS = 300  # more than one chunk of every kernel, and not whole ones
 DELTA_TOKENS = 140  # the same for Gated DeltaNet, whose definition keeps a state a token for its gradient
@@ -59,7 +60,7 @@ class _Case:
 
 
 def check_kernels(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, known: Container[tuple[str, str]] = ()
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, known: Container[tuple[str, str]] = (), parts: bool = False
 ) -> list[Check]:
     """Run every operation that the model's layers and its head use.
 
@@ -68,8 +69,9 @@ def check_kernels(
         dtype: of weights and activations, bf16 or fp32.
         device: where.
         known: operations and shapes to leave out.
+        parts: also recurrences whose sequence is split over ranks (context parallelism).
     """
-    return [_check(case, dtype) for case in _cases(config, device) if (case.operation, case.shape) not in known]
+    return [_check(case, dtype) for case in _cases(config, device, parts) if (case.operation, case.shape) not in known]
 
 
 def _check(case: _Case, dtype: torch.dtype) -> Check:
@@ -91,7 +93,7 @@ def _relative(ours: Tensor | None, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def _cases(c: ModelConfig, device: torch.device) -> Iterator[_Case]:
+def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, tokens: int = TOKENS) -> Tensor:
@@ -115,22 +117,39 @@ def _cases(c: ModelConfig, device: torch.device) -> Iterator[_Case]:
         elif symbol == "G":
             heads, keys, values = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
             yield _convolution(c, heads * (2 * keys + values), normal, device)
+            names = {"q": keys, "k": keys, "v": values}
+            inputs = {name: normal(heads, width, tokens=DELTA_TOKENS) for name, width in names.items()}
+            inputs |= {"g": between(-1, 0, heads, tokens=DELTA_TOKENS), "beta": between(0, 1, heads, tokens=DELTA_TOKENS)}
+            shape = f"{heads} heads, {keys} x {values}"
             yield _Case(
-                "gated_delta_rule", f"{heads} heads, {keys} x {values}",
-                lambda **x: gated_delta_rule(**x)[0], lambda **x: recurrent_gated_delta_rule(**x)[0],
-                {name: normal(heads, width, tokens=DELTA_TOKENS) for name, width in (("q", keys), ("k", keys), ("v", values))}
-                | {"g": between(-1, 0, heads, tokens=DELTA_TOKENS), "beta": between(0, 1, heads, tokens=DELTA_TOKENS)}, ("g",),
+                "gated_delta_rule", shape, lambda **x: gated_delta_rule(**x)[0],
+                lambda **x: recurrent_gated_delta_rule(**x)[0], inputs, ("g",),
             )  # fmt: skip
+            if parts:  # with states that outlive their part
+                inputs |= {"g": inputs["g"] / 70, "beta": inputs["beta"] / 16}
+                yield _Case(
+                    "gated_delta_rule", f"{shape}, split", functools.partial(delta_rule_over_ranks, _Middle()),
+                    lambda **x: _amid_its_like(recurrent_gated_delta_rule, **x), inputs, ("g",),
+                )  # fmt: skip
         elif symbol == "M":
             heads, width, state, groups = c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_dim, c.num_query_groups
             yield _convolution(c, groups * (width + state) + heads * state, normal, device)
             rate = -torch.linspace(0.5, 2, heads, device=device)
+            scan = functools.partial(recurrent_ssd, A=rate)
+            inputs = {"x": normal(heads, width), "dt": between(0, 0.5, heads), "B": normal(heads, state)}
+            inputs |= {"C": normal(heads, state)}
+            shape = f"{heads} heads, {width} x {state}"
             yield _Case(
-                "ssd", f"{heads} heads, {width} x {state}",
-                lambda rate=rate, **x: ssd(A=rate, **x)[0], lambda rate=rate, **x: recurrent_ssd(A=rate, **x)[0],
-                {"x": normal(heads, width), "dt": between(0, 0.5, heads), "B": normal(heads, state), "C": normal(heads, state)},
-                ("dt",),
-            )  # fmt: skip
+                "ssd", shape, lambda rate=rate, **x: ssd(A=rate, **x)[0], lambda scan=scan, **x: scan(**x)[0], inputs, ("dt",)
+            )
+            if parts:
+                inputs |= {"dt": inputs["dt"] / 70}
+                none = torch.zeros(heads, device=device)
+                yield _Case(
+                    "ssd", f"{shape}, split",
+                    lambda rate=rate, none=none, **x: ssd_over_ranks(_Middle(), A=rate, D=none, begins=None, **x),
+                    lambda scan=scan, **x: _amid_its_like(scan, **x), inputs, ("dt",),
+                )  # fmt: skip
     yield from _compiled(c, normal, device)
     if select("head_softmax", "triton", obstacle(torch.empty(0, dtype=torch.bfloat16, device=device))) == "triton":
         teacher = 3 * torch.randn(64, VOCABULARY, generator=generator).to(device).bfloat16().float()
@@ -139,6 +158,29 @@ def _cases(c: ModelConfig, device: torch.device) -> Iterator[_Case]:
             "head_softmax", f"vocabulary {VOCABULARY:,}",
             lambda student: _HeadKL.apply(student, teacher), lambda student: _head_kl(student, teacher), {"student": student},
         )  # fmt: skip
+
+
+class _Middle:
+    """Stands for five context-parallel ranks whose parts and upstream gradients are all alike; this is the third of them."""
+
+    rank = 2
+
+    def effects(self, kept: Tensor, added: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """Of all."""
+        return [(kept, added)] * 5
+
+
+def _amid_its_like(recurrence: Callable[..., tuple[Tensor, Tensor]], **inputs: Tensor) -> Tensor:
+    """The third of five equal parts; the others' outputs only lend it what they say of its gradient."""
+    others = {name: x.detach() for name, x in inputs.items()}
+    state = None
+    for _ in range(_Middle.rank):
+        _, state = recurrence(initial_state=state, output_final_state=True, **others)
+    out, state = recurrence(initial_state=state, output_final_state=True, **inputs)
+    for _ in range(_Middle.rank):
+        later, state = recurrence(initial_state=state, output_final_state=True, **others)
+        out = out + (later - later.detach())
+    return out
 
 
 def _compiled(c: ModelConfig, normal: Callable[..., Tensor], device: torch.device) -> Iterator[_Case]:

@@ -76,48 +76,26 @@ def ssd(
     _check(x, dt, A, B, C)
     if x.shape[1] == 1:  # one token: the recurrence itself is the fastest
         return recurrent_ssd(x, dt, A, B, C, D, initial_state, output_final_state, begins)
-    obstacle = library_obstacle("mamba_ssm", MAMBA_MODULE, x, "pip install mamba-ssm")
-    if select("ssd", "mamba_ssm", obstacle) == "mamba_ssm":
+    if ssd_implementation(x) == "mamba_ssm":
         return _mamba_ssm(x, dt, A, B, C, D, initial_state, output_final_state, begins)
     with torch.autocast(x.device.type, enabled=False):
         return _chunked(x, dt, A, B, C, D, initial_state, output_final_state, begins)
 
 
-def total_decay(dt: torch.Tensor, A: torch.Tensor, begins: torch.Tensor | None = None) -> torch.Tensor:
-    """What is left of a state after these tokens: with h from none of it, the state after them is a h_before + h.
-
-    Args:
-        dt, A, begins: as in `ssd`.
-
-    Returns:
-        a [b, h, 1, 1], float32 or wider.
-    """
-    return _log_decay(dt, A, begins).sum(1).exp()[..., None, None]
+def ssd_implementation(x: torch.Tensor) -> str:
+    """The registry's choice for x [b, t, h, p]."""
+    return select("ssd", "mamba_ssm", library_obstacle("mamba_ssm", MAMBA_MODULE, x, "pip install mamba-ssm"))
 
 
-def carried_in(
-    state: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, C: torch.Tensor, begins: torch.Tensor | None = None
-) -> torch.Tensor:
-    """What the state before the first token adds to the outputs, y_t += exp(A sum_{s <= t} dt_s) h C_t: one matrix product.
-
-    So a part of a sequence need not wait for the state that the part before it ends with.
-
-    Args:
-        state: [b, h, p, n].
-        dt, A, C, begins: as in `ssd`.
-
-    Returns:
-        [b, t, h, p] in C's dtype.
-    """
-    decay = _log_decay(dt, A, begins).transpose(1, 2).contiguous()  # a GPU sums fast along the last dimension alone
-    left = decay.cumsum(-1).exp().transpose(1, 2)[..., None].to(C.dtype)  # [b, t, h, 1]
-    return torch.einsum("bthn,bhpn->bthp", C, state.to(C.dtype)) * left
-
-
-def _log_decay(dt: torch.Tensor, A: torch.Tensor, begins: torch.Tensor | None) -> torch.Tensor:
-    """[b, t, h]; `RESET` where the state is forgotten."""
+def log_decay(dt: torch.Tensor, A: torch.Tensor, begins: torch.Tensor | None) -> torch.Tensor:
+    """dt A, [b, t, h]; `RESET` where the state is forgotten."""
     decay = dt * A
     return decay if begins is None else decay.masked_fill(begins[:, None], RESET)
+
+
+def document_numbers(x: torch.Tensor, begins: torch.Tensor | None) -> torch.Tensor | None:
+    """mamba_ssm's `seq_idx`, int32 [b, t]: the state before the first token of x [b, t, h, p] belongs to document 0."""
+    return None if begins is None else begins.int().cumsum(0, dtype=torch.int32).expand(x.shape[0], -1).contiguous()
 
 
 def _mamba_ssm(
@@ -140,8 +118,7 @@ def _mamba_ssm(
         MAMBA_CHUNK,
         D=None if D is None else D.float(),
         initial_states=None if initial_state is None else initial_state.float(),
-        # its initial state belongs to document 0
-        seq_idx=None if begins is None else begins.int().cumsum(0, dtype=torch.int32).expand(x.shape[0], -1).contiguous(),
+        seq_idx=document_numbers(x, begins),
         return_final_states=output_final_state,
     )
     return y if output_final_state else (y, None)
@@ -168,11 +145,11 @@ def _chunked(
         return padded.unflatten(1, (-1, chunk)).movedim(3, 1)
 
     dt = dt.to(wide)
-    log_decay = chunks(_log_decay(dt, A.to(wide), begins))  # [b, h, n, c]
+    logs = chunks(log_decay(dt, A.to(wide), begins))  # [b, h, n, c]
     inputs = chunks(x.to(wide) * dt[..., None])  # [b, h, n, c, p]
     keys, queries = chunks(B), chunks(C)  # [b, h, n, c, n_state]
-    decay = segment_sum(log_decay).exp()  # [b, h, n, c, c], from token j to token i
-    since_start = log_decay.cumsum(-1).exp()  # from before the chunk to token i
+    decay = segment_sum(logs).exp()  # [b, h, n, c, c], from token j to token i
+    since_start = logs.cumsum(-1).exp()  # from before the chunk to token i
 
     y = (queries @ keys.transpose(-1, -2) * decay) @ inputs
     added = (inputs * decay[..., -1, :, None]).transpose(-1, -2) @ keys  # [b, h, n, p, n_state]
@@ -205,7 +182,7 @@ def recurrent_ssd(
     b, t, h, p = x.shape
     state = x.new_zeros(b, h, p, B.shape[-1], dtype=wide) if initial_state is None else initial_state.to(wide)
     step = dt.to(wide)[..., None, None]  # [b, t, h, 1, 1]
-    kept = _log_decay(dt.to(wide), A.to(wide), begins).exp()[..., None, None]
+    kept = log_decay(dt.to(wide), A.to(wide), begins).exp()[..., None, None]
     added = step * x.to(wide)[..., None] * B.to(wide)[..., None, :]  # [b, t, h, p, n]
     outputs = []
     for i in range(t):

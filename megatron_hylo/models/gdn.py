@@ -17,13 +17,14 @@ from torch import Tensor
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 from megatron_hylo.kernels.elementwise import elementwise
-from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_of_part
+from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.kernels.ssd import RESET
 from megatron_hylo.models.layers import HeadNorm, sharded_mixer_state, tensor_parallel_parameter
 from megatron_hylo.models.mixer import MixerSubmodules, fused_column_linear, refuse_inference, row_linear, split_sections
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
 from megatron_hylo.parallel.documents import PackedDocuments
+from megatron_hylo.parallel.recurrence import delta_rule_over_ranks
 from megatron_hylo.platform.distributed import device
 
 
@@ -127,8 +128,7 @@ class GatedDeltaNet(MegatronModule):
         if documents is not None:
             decay = decay.masked_fill(documents.begins[:, None], RESET)
         if context.passes_states:
-            out, reach, kept, added = gated_delta_rule_of_part(query, key, value, decay, beta)
-            out = out + torch.einsum("bthk,bhkv->bthv", reach, context.state_before(kept, added).to(out.dtype))
+            out = delta_rule_over_ranks(context, query, key, value, decay, beta)
         else:
             out, _ = gated_delta_rule(query, key, value, decay, beta)
         out = context.give_back(out.reshape(b, s, values)).unflatten(-1, (self.heads, -1))

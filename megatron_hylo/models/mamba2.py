@@ -12,13 +12,14 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_hylo.kernels.ssd import carried_in, ssd, total_decay
+from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.models.gdn import ShortConvolution, log_uniform_dt_bias
 from megatron_hylo.models.layers import fused_gated_rms_norm, sharded_mixer_state, tensor_parallel_parameter
 from megatron_hylo.models.mixer import MixerSubmodules, fused_column_linear, refuse_inference, row_linear, split_sections
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
 from megatron_hylo.parallel.documents import PackedDocuments
+from megatron_hylo.parallel.recurrence import ssd_over_ranks
 from megatron_hylo.platform.distributed import device
 
 
@@ -104,11 +105,8 @@ class Mamba2(MegatronModule):
         dt = torch.nn.functional.softplus(dt.float() + bias)
         rate = -decay.exp()
         begins = documents.begins if documents is not None else None
-        passes = context.passes_states
-        y, final = ssd(x, dt, rate, state_in, state_out, skip, output_final_state=passes, begins=begins)
-        if passes:
-            before = context.state_before(total_decay(dt, rate, begins), final)
-            y = y + carried_in(before, dt, rate, state_out, begins)
+        inputs = (x, dt, rate, state_in, state_out, skip)
+        y = ssd_over_ranks(context, *inputs, begins) if context.passes_states else ssd(*inputs, begins=begins)[0]
         y = self.norm(context.give_back(y.reshape(b, s, -1)), z)
         return self.out_proj(y.transpose(0, 1).contiguous())
 

@@ -2,10 +2,7 @@
 
 `all_gather`: layers move what is small. Attention and MLA gather keys and values, MLA as its latent and rotary key; a
 convolution gathers the last inputs of each part; a linear layer gathers what each part does to the recurrent state, whose
-size does not depend on the sequence. Linear recurrences are affine in the state: a part turns S into A S + B, with A one
-number a head in Mamba2 and a [dk, dk] matrix a head in Gated DeltaNet, so every rank finds B (and A) from its own tokens,
-all at once, and composes those of the ranks before it. Mamba2 then adds what that state does to its outputs, in one matrix
-product; so does Gated DeltaNet, whose pass over its part finds A, B and what any state would add to each output.
+size does not depend on the sequence (recurrence.py).
 
 `a2a` (Megatron's all-to-all): ranks trade sequence for heads. Each gets all tokens of its share of the heads, computes as
 if alone, and gives the outputs back. MLA still gathers its latents, and trades queries and outputs only. It moves more, but
@@ -17,7 +14,7 @@ Every rank takes part in each collective whether it reads the result or not: a r
 others waiting in the backward pass.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -150,39 +147,34 @@ class ContextGroup:
                 f"{x.shape[1]} tokens on each of {self.size} context-parallel ranks are fewer than the {count} that a "
                 f"convolution looks back; use fewer ranks or longer sequences"
             )
-        return self._before(x[:, -count:].movedim(1, -1), lambda state, ends: ends)
+        ends = self._gather(x[:, -count:].movedim(1, -1).unsqueeze(0))
+        return torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])[self.rank]  # in the graph of every rank
 
     @property
     def passes_states(self) -> bool:
         """Whether a recurrence begins with the state that other ranks' tokens left."""
         return self.size > 1 and not self.by_heads
 
-    def state_before(self, a: Tensor, b: Tensor) -> Tensor:
-        """The recurrent state that this part of the sequence begins with.
+    def effects(self, kept: Tensor, added: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """What each rank's part does to the recurrent state; outside of any graph.
 
         Args:
-            a: what this rank's tokens multiply states with from the left, [batch, heads, rows, rows] or
+            kept: what this rank's tokens multiply states with from the left, [batch, heads, rows, rows] or
                 [batch, heads, 1, 1].
-            b: and add, [batch, heads, rows, columns].
+            added: and add, [batch, heads, rows, columns].
+            backward: not counted in `received_bytes`.
 
         Returns:
-            Like b.
+            (kept, added) of every rank.
         """
-        width = a.shape[-1]
-
-        def compose(state: Tensor, ab: Tensor) -> Tensor:
-            a, b = ab.split([width, ab.shape[-1] - width], -1)
-            return (a @ state if width > 1 else a * state) + b
-
-        return self._before(torch.cat([a.expand(*b.shape[:-1], width), b], -1), compose, b.shape)
-
-    def _before(self, x: Tensor, compose: Callable[[Tensor, Tensor], Tensor], shape: torch.Size | None = None) -> Tensor:
-        """What `compose` makes of the tensors of all ranks before this one, from zeros; in the graph of every rank."""
-        everyone = self._gather(x.unsqueeze(0))
-        states = [x.new_zeros(shape or x.shape)]
-        for theirs in everyone[:-1]:
-            states.append(compose(states[-1], theirs))
-        return torch.stack(states)[self.rank]
+        mine = torch.cat([kept.flatten(2), added.flatten(2)], -1)
+        everyone = mine.new_empty(self.size * len(mine), *mine.shape[1:])
+        dist.all_gather_into_tensor(everyone, mine, group=self.group)
+        self.received_bytes += 0 if backward else (self.size - 1) * mine.numel() * mine.element_size()
+        sizes = [x[0, 0].numel() for x in (kept, added)]
+        return [
+            (a.reshape(kept.shape), b.reshape(added.shape)) for a, b in (x.split(sizes, -1) for x in everyone.chunk(self.size))
+        ]
 
     def _all_to_all(self, x: Tensor) -> Tensor:
         """[ranks, ...], one for each rank -> [ranks, ...], one of each rank."""

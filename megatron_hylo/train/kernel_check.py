@@ -20,7 +20,7 @@ logger = logging.getLogger("megatron_hylo.kernels")
 LIBRARIES = ("torch", "triton", "flash-linear-attention", "mamba-ssm")
 
 
-def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device) -> None:
+def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device, parts: bool = False) -> None:
     """Refuse kernels that are wrong here; what passed is remembered in the cache folder. On a CPU nothing is done: all is
     plain torch there.
 
@@ -28,19 +28,20 @@ def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device
         configs: of the models of a run.
         dtype: bf16 or fp32.
         device: of this rank.
+        parts: sequences are split over ranks.
 
     Raises:
         ConfigError: a kernel's output or gradient is wrong; says which, by how much, and how to go on.
     """
     if device.type != "cuda":
         return
-    file = cache_dir() / "kernel_checks" / f"{_key(configs, dtype, device)}.json"
+    file = cache_dir() / "kernel_checks" / f"{_key(configs, dtype, device, parts)}.json"
     if file.is_file():
         logger.info("kernels were checked before on this kind of GPU (%s)", file)
         return
     found: dict[tuple[str, str], Check] = {}
     for config in configs:  # models of a run share shapes
-        found |= {(c.operation, c.shape): c for c in check_kernels(config, dtype, device, found)}
+        found |= {(c.operation, c.shape): c for c in check_kernels(config, dtype, device, found, parts)}
     checks = list(found.values())
     refuse_wrong(checks)
     logger.info("kernels checked: %s", ", ".join(f"{c.operation} by {c.implementation} {c.error:.1e}" for c in checks))
@@ -60,9 +61,9 @@ def refuse_wrong(checks: Sequence[Check]) -> None:
             )
 
 
-def _key(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device) -> str:
+def _key(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device, parts: bool) -> str:
     """Of all that the result depends on."""
-    about = [torch.cuda.get_device_name(device), str(dtype), os.environ.get(ENVIRONMENT_VARIABLE, ""), versions()]
+    about = [torch.cuda.get_device_name(device), str(dtype), os.environ.get(ENVIRONMENT_VARIABLE, ""), versions(), parts]
     return hashlib.sha256(json.dumps([*about, *(asdict(config) for config in configs)]).encode()).hexdigest()[:16]
 
 

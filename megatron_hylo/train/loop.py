@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> Quality | None:
             logger.info("%s is already trained; remove it to train again", run)
             return _read_quality(run)
         micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
-        check_run_kernels(_architectures(config), _dtype(config), device)
+        check_run_kernels(_architectures(config), _dtype(config), device, config.parallel.context_parallel_size > 1)
         dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
         windows = _heldout(config)
         elsewhere = teacher_elsewhere(config)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from megatron_hylo.kernels.gated_delta_rule import (
     fla_obstacle,
     gated_delta_rule,
-    gated_delta_rule_of_part,
     recurrent_gated_delta_rule,
     triton_obstacle,
 )
@@ -158,16 +157,3 @@ def test_fla_matches_recurrence_on_gpu(t: int, dk: int, dv: int) -> None:
         # fla keeps what is written in bf16 (steps of 2^-8): 1.17e-2 on an H100 where all is right, and a wrong kernel
         # (Triton before 3.7.1 on Hopper) is off by the gradient itself
         assert worst_error(gated_delta_rule, recurrent_gated_delta_rule, values) < 2e-2
-
-
-def test_a_part_can_be_computed_before_the_state_it_begins_with() -> None:
-    *values, state = inputs(90)
-    whole = gated_delta_rule(*values, state, output_final_state=True)
-    out, reach, kept, added = gated_delta_rule_of_part(*values)
-    parts = out + torch.einsum("bthk,bhkv->bthv", reach, state), kept @ state + added
-    assert all(relative_error(mine, theirs) < 1e-10 for mine, theirs in zip(parts, whole, strict=True))
-    upstream = [torch.randn_like(x) for x in whole]
-    grads = [
-        torch.autograd.grad(sum((x * u).sum() for x, u in zip(found, upstream)), (*values, state)) for found in (parts, whole)
-    ]
-    assert all(relative_error(mine, theirs) < 1e-9 for mine, theirs in zip(*grads))

@@ -5,6 +5,7 @@ import torch
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.kernels import self_check
+from megatron_hylo.kernels.recurrence_part import DeltaRulePart
 from megatron_hylo.kernels.self_check import check_kernels
 from megatron_hylo.layouts import get_layout
 from megatron_hylo.train.kernel_check import check_run_kernels, refuse_wrong
@@ -15,9 +16,10 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain_torch_is_right(dtype) -> None:
-    checks = check_kernels(tiny_config("G-+-M-*-"), dtype, CPU)
+    checks = check_kernels(tiny_config("G-+-M-*-"), dtype, CPU, parts=True)
     assert [c.operation for c in checks] == [
-        "causal_conv1d", "gated_delta_rule", "attention", "causal_conv1d", "ssd", "attention", "elementwise", "elementwise",
+        "causal_conv1d", "gated_delta_rule", "gated_delta_rule", "attention", "causal_conv1d", "ssd", "ssd", "attention",
+        "elementwise", "elementwise",
     ]  # fmt: skip
     assert all(c.ok and c.implementation == "torch" for c in checks), checks
     assert dtype == torch.bfloat16 or max(c.error for c in checks) < 1e-5, checks
@@ -42,6 +44,19 @@ def test_a_wrong_kernel_is_named(fault, monkeypatch) -> None:
         refuse_wrong(checks)
 
 
+@pytest.mark.parametrize("part", ["reach", "kept", "added"])
+def test_a_wrong_part_of_a_split_sequence_is_named(part, monkeypatch) -> None:
+    right = DeltaRulePart.begin
+
+    def wrong(cls, *inputs):
+        found, effect = right(*inputs)
+        return found, effect._replace(**{part: 0.5 * getattr(effect, part)})
+
+    monkeypatch.setattr(DeltaRulePart, "begin", classmethod(wrong))
+    bad = [c.shape for c in check_kernels(tiny_config("G-"), torch.float32, CPU, parts=True) if not c.ok]
+    assert len(bad) == 1 and bad[0].endswith("split")
+
+
 def test_doctor_fails_where_a_kernel_is_wrong(monkeypatch, capsys) -> None:
     from megatron_hylo.cli import main
 
@@ -60,8 +75,8 @@ def test_doctor_fails_where_a_kernel_is_wrong(monkeypatch, capsys) -> None:
 def test_fast_kernels_are_right_and_checked_once(layout, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("MEGATRON_HYLO_CACHE", str(tmp_path))
     config, cuda = get_layout(layout).config, torch.device("cuda")
-    check_run_kernels([config], torch.bfloat16, cuda)
+    check_run_kernels([config], torch.bfloat16, cuda, parts=True)
     (file,) = (tmp_path / "kernel_checks").iterdir()
     assert '"triton"' in file.read_text()
     monkeypatch.setattr("megatron_hylo.train.kernel_check.check_kernels", lambda *_: pytest.fail("checked again"))
-    check_run_kernels([config], torch.bfloat16, cuda)
+    check_run_kernels([config], torch.bfloat16, cuda, parts=True)

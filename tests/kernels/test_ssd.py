@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_hylo.kernels.registry import force, import_error
-from megatron_hylo.kernels.ssd import MAMBA_MODULE, carried_in, recurrent_ssd, segment_sum, ssd, total_decay
+from megatron_hylo.kernels.ssd import MAMBA_MODULE, recurrent_ssd, segment_sum, ssd
 from tests.kernels.compare import relative_error, worst_error
 
 
@@ -140,18 +140,3 @@ def test_documents_equal_separate_calls_and_the_last_state() -> None:
         assert relative_error(mine, theirs) < 1e-10
     recurrent = recurrent_ssd(x, dt, A, B, C, D, state, True, begins)
     assert all(relative_error(mine, theirs) < 1e-10 for mine, theirs in zip(packed, recurrent))
-
-
-@pytest.mark.parametrize("documents", [False, True])
-def test_a_state_can_be_added_afterwards(documents: bool) -> None:
-    """Outputs, the last state and all gradients are those of a recurrence that began with it."""
-    x, dt, A, B, C, D, state = inputs(90)
-    begins = torch.arange(90) == 40 if documents else None
-    y, added = ssd(x, dt, A, B, C, D, None, True, begins)
-    later = y + carried_in(state, dt, A, C, begins), total_decay(dt, A, begins) * state + added
-    whole = ssd(x, dt, A, B, C, D, state, True, begins)
-    leaves = (x, dt, A, B, C, D, state)
-    upstream = [torch.randn_like(part) for part in whole]
-    grads = [torch.autograd.grad(sum((p * u).sum() for p, u in zip(parts, upstream)), leaves) for parts in (later, whole)]
-    for mine, theirs in zip((*later, *grads[0]), (*whole, *grads[1]), strict=True):
-        assert relative_error(mine, theirs) < 1e-9

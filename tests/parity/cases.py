@@ -64,9 +64,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "tp2_sp_dp2": (4, dict(tensor_model_parallel_size=2, sequence_parallel=True), True),
     "tp2_sp_pp2_cp2": (
         8,
-        dict(
-            tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2, context_parallel_size=2
-        ),
+        dict(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2, context_parallel_size=2),
         True,
     ),
 }

@@ -74,14 +74,25 @@ def _share_of_another_rank() -> contextlib.AbstractContextManager:
 
 def _states_not_composed() -> contextlib.AbstractContextManager:
     """Only the part just before counts: as if nothing before it were left."""
+    return _effects(lambda context, rank, backward: backward or rank == context.rank - 1)
+
+
+def _state_gradients_dropped() -> contextlib.AbstractContextManager:
+    """As if what a part leaves to later ranks had no influence on the loss."""
+    return _effects(lambda context, rank, backward: not backward)
+
+
+def _effects(kept: Callable[[Any, int, bool], bool]) -> contextlib.AbstractContextManager:
+    """Parts' effects on states, of the ranks for which `kept` is true."""
     from megatron_hylo.parallel.context import ContextGroup
 
-    right = ContextGroup._before
+    right = ContextGroup.effects
 
-    def last_only(self: Any, x: Tensor, compose: Callable, shape: torch.Size | None = None) -> Tensor:
-        return right(self, x, lambda state, theirs: compose(torch.zeros_like(state), theirs), shape)
+    def some(self: Any, a: Tensor, b: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
+        found = enumerate(right(self, a, b, backward))
+        return [(a, b) if kept(self, rank, backward) else (torch.zeros_like(a), torch.zeros_like(b)) for rank, (a, b) in found]
 
-    return _replaced(ContextGroup, "_before", last_only)
+    return _replaced(ContextGroup, "effects", some)
 
 
 def _delta_rule_not_reset() -> contextlib.AbstractContextManager:
@@ -165,6 +176,7 @@ FAULTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], str, st
     "rotary positions that begin at each rank": (_positions_from_zero, "tied", "pretrain", "cp2_gather"),
     "parameters of another rank's heads": (_share_of_another_rank, "normed", "pretrain", "cp2_a2a"),
     "states of earlier ranks not composed": (_states_not_composed, "normed", "pretrain", "cp4"),
+    "gradients of later ranks' states dropped": (_state_gradients_dropped, "normed", "pretrain", "cp2_gather"),
     "Gated DeltaNet's state not reset at a document": (_delta_rule_not_reset, "normed", "packed", "cp2_gather"),
     "Mamba2's state not reset at a document": (_mamba_not_reset, "normed", "packed", "cp2_gather"),
     "sharded parameters left out of the norm that clips": (_sharded_parameters_unmarked, "normed", "pretrain", "tp2"),

@@ -147,7 +147,7 @@ def test_context_parallelism_moves_what_the_formulas_say(measured, layout, ranks
     numbers = {
         "G": gdn_heads * keys * (keys + values) + taps * gdn_heads * (2 * keys + values),
         "+": part // tp * (c.kv_lora_rank + c.qk_pos_emb_head_dim),  # each tensor-parallel rank its piece
-        "M": heads * c.mamba_head_dim * (c.mamba_state_dim + 1)
+        "M": heads * (c.mamba_head_dim * c.mamba_state_dim + 1)
         + taps * (groups * (c.mamba_head_dim + c.mamba_state_dim) + heads * c.mamba_state_dim),
         "*": part * 2 * groups * c.kv_channels,
     }  # fmt: skip

@@ -1,0 +1,157 @@
+"""A recurrence over one part of a sequence, whose state before it is not known yet; and its gradients, once both ends are.
+
+Both linear layers are affine in their state: with S before the part its outputs are o + R S and the state after it is A S + B.
+All four are found from nothing before the part, in the one pass that o costs anyway. Backward, with the gradients of the
+outputs and of the state after the part, a recurrence that began with S gives those of all inputs; its own kernels do that.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_hylo.kernels.gated_delta_rule import delta_rule_implementation, gated_delta_rule
+from megatron_hylo.kernels.ssd import MAMBA_CHUNK, MAMBA_MODULE, document_numbers, log_decay, ssd, ssd_implementation
+
+FLA_CHUNK, FLA_NORM = "fla.ops.gated_delta_rule.chunk", "fla.modules.norm.l2norm"
+
+
+class Effect(NamedTuple):
+    """What a part does whatever state it begins with: out + reach S, and kept S + added after it."""
+
+    out: Tensor  # [b, t, h, dv]
+    reach: Tensor  # [b, t, h, dk], of out's dtype
+    kept: Tensor  # [b, h, dk, dk], or [b, h, 1, 1] where it is a number; of the states' dtype
+    added: Tensor  # [b, h, dk, dv], the same
+
+    def outputs(self, before: Tensor) -> Tensor:
+        """out + reach S [b, t, h, dv] for the state S before the part [b, h, dk, dv], written head by head where it belongs."""
+        total = torch.empty(self.out.shape, dtype=self.out.dtype, device=self.out.device)
+        for out, reach, state, new in zip(self.out, self.reach, before.to(self.out.dtype), total):
+            torch.baddbmm(out.transpose(0, 1), reach.transpose(0, 1), state, out=new.transpose(0, 1))
+        return total
+
+
+def state_gradient(reach: Tensor, grad_out: Tensor) -> Tensor:
+    """What the outputs' gradients say of the state before the part: reach^T grad_out, [b, h, dk, dv], in fp32 or wider."""
+    wide, sums = torch.promote_types(reach.dtype, torch.float32), []
+    for r, grad in zip(reach.permute(0, 2, 3, 1), grad_out.transpose(1, 2)):  # [h, dk, t], [h, t, dv]
+        if r.is_cuda and r.dtype != wide:
+            sums.append(torch.bmm(r, grad, out_dtype=wide))
+        else:
+            sums.append(torch.bmm(r.to(wide), grad.to(wide)))
+    return torch.stack(sums)
+
+
+class DeltaRulePart(NamedTuple):
+    """Gated DeltaNet, with the arguments of `gated_delta_rule`. What a pass leaves for the backward pass."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    q_scale: Tensor | None = None  # of fla: q, k are normalised then, g summed within chunks
+    k_scale: Tensor | None = None
+    inverse: Tensor | None = None
+
+    @classmethod
+    def begin(cls, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple["DeltaRulePart", Effect]:
+        """One pass over values [v, 0] from the state [0, I]."""
+        part, (dk, dv) = cls(q, k, v, g, beta), (k.shape[-1], v.shape[-1])
+        values = v.new_zeros(*v.shape[:3], dv + dk)
+        values[..., :dv] = v
+        wide = torch.promote_types(v.dtype, torch.float32)
+        state = v.new_zeros(v.shape[0], v.shape[2], dk, dv + dk, dtype=wide)
+        state[..., dv:] = torch.eye(dk, dtype=wide, device=v.device)
+        if delta_rule_implementation(k, v, differentiates=True) == "fla":
+            part, out, state = part._fla(values, state)
+        else:
+            out, state = gated_delta_rule(q, k, values, g, beta, state, output_final_state=True)
+        return part, Effect(out[..., :dv], out[..., dv:], state[..., dv:], state[..., :dv])
+
+    def _fla(self, values: Tensor, state: Tensor) -> tuple["DeltaRulePart", Tensor, Tensor]:
+        chunk, norm = importlib.import_module(FLA_CHUNK), importlib.import_module(FLA_NORM)
+        v, beta = self.v.contiguous(), self.beta.contiguous()
+        q, q_scale = norm.l2norm_fwd(self.q.to(v.dtype).contiguous())
+        k, k_scale = norm.l2norm_fwd(self.k.to(v.dtype).contiguous())
+        g, out, inverse, state, *_ = chunk.chunk_gated_delta_rule_fwd(
+            q=q, k=k, v=values, g=self.g.float().contiguous(), beta=beta, scale=k.shape[-1] ** -0.5, initial_state=state,
+            output_final_state=True,
+        )  # fmt: skip
+        return DeltaRulePart(q, k, v, g, beta, q_scale, k_scale, inverse), out, state
+
+    def gradients(self, before: Tensor, grad_out: Tensor, grad_after: Tensor) -> tuple[Tensor | None, ...]:
+        """Of q, k, v, g, beta.
+
+        Args:
+            before: state that the part began with, [b, h, dk, dv].
+            grad_out: of the outputs, [b, t, h, dv].
+            grad_after: of the state after the part, like `before`.
+        """
+        if self.inverse is None:
+            return _again(functools.partial(gated_delta_rule, output_final_state=True), self[:5], before, grad_out, grad_after)
+        chunk, norm = importlib.import_module(FLA_CHUNK), importlib.import_module(FLA_NORM)
+        q, k, v, g, beta = self[:5]
+        dq, dk, dv, dbeta, dg, *_ = chunk.chunk_gated_delta_rule_bwd(
+            q=q, k=k, v=v, g=g, beta=beta, A=self.inverse, scale=k.shape[-1] ** -0.5, initial_state=before,
+            do=grad_out.contiguous(), dht=grad_after,
+        )  # fmt: skip
+        dq, dk = norm.l2norm_bwd(q, self.q_scale, dq), norm.l2norm_bwd(k, self.k_scale, dk)
+        return dq.to(q), dk.to(k), dv.to(v), dg.to(g), dbeta.to(beta)
+
+
+class SsdPart(NamedTuple):
+    """Mamba2, with the arguments of `ssd`; states are [n, p], transposed."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    begins: Tensor | None
+
+    @classmethod
+    def begin(
+        cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, begins: Tensor | None
+    ) -> tuple["SsdPart", Effect]:
+        """One pass from an empty state; y_t is also moved by exp(A sum_{s <= t} dt_s) h C_t of the state h before the part."""
+        out, state = ssd(x, dt, A, B, C, D, output_final_state=True, begins=begins)
+        decay = log_decay(dt, A, begins).transpose(1, 2).contiguous()  # a GPU sums fast along the last dimension alone
+        left = decay.cumsum(-1).exp()  # [b, h, t]
+        reach = C * left.transpose(1, 2)[..., None].to(C.dtype)
+        return cls(x, dt, A, B, C, D, begins), Effect(out, reach, left[..., -1, None, None].to(state), state.transpose(-1, -2))
+
+    def gradients(self, before: Tensor, grad_out: Tensor, grad_after: Tensor) -> tuple[Tensor | None, ...]:
+        """Of x, dt, A, B, C, D, begins (None).
+
+        Args:
+            before: state that the part began with, [b, h, n, p].
+            grad_out: of the outputs, [b, t, h, p].
+            grad_after: of the state after the part, like `before`.
+        """
+        x, dt, A, B, C, D, begins = self
+        before, grad_after = (state.transpose(-1, -2).contiguous() for state in (before, grad_after))
+        if ssd_implementation(x) != "mamba_ssm":
+            run = functools.partial(ssd, output_final_state=True, begins=begins)
+            return *_again(run, self[:6], before, grad_out, grad_after), None
+        dx, ddt, dA, dB, dC, dD, *_ = importlib.import_module(MAMBA_MODULE)._mamba_chunk_scan_combined_bwd(
+            grad_out, x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), x, MAMBA_CHUNK,  # outputs are not read
+            D=D.float(), initial_states=before, dfinal_states=grad_after,
+            seq_idx=document_numbers(x, begins),
+        )  # fmt: skip
+        return dx, ddt.to(dt), dA.to(A), dB.to(B), dC.to(C), dD.to(D), None
+
+
+def _again(
+    run: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], before: Tensor, grad_out: Tensor, grad_after: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of the inputs of a plain recurrence, which is run once more."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        results = run(*leaves, initial_state=before)
+    return torch.autograd.grad(results, leaves, (grad_out, grad_after))

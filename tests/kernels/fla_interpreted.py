@@ -1,0 +1,44 @@
+"""fla's Gated DeltaNet kernels in Triton's interpreter, called as context-parallel ranks call them.
+
+Started by test_recurrence_part.py. Prints a line a tensor: "ERROR name relative-error".
+"""
+
+import builtins
+import importlib
+
+import numpy as np
+import torch
+import triton.language as tl
+from fla.ops.common import chunk_delta_h
+from triton.runtime import interpreter
+
+from megatron_hylo.kernels import recurrence_part, tuned
+from tests.kernels.test_gated_delta_rule import inputs
+from tests.kernels.test_recurrence_part import delta_rule_errors
+
+
+def mend_interpreter() -> None:
+    """Its scalars are arrays of one number, which numpy no longer takes for an index; and loops count in Python's numbers."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def kernel_range(*limits):
+        for i in builtins.range(*map(int, limits)):
+            yield tl.core.tensor(interpreter.TensorHandle(np.array([i], dtype=np.int32), tl.int32), tl.int32)
+
+    interpreter._patch_lang_tensor = patch_and_mend
+    chunk_delta_h.range = kernel_range
+
+
+if __name__ == "__main__":
+    mend_interpreter()
+    torch.set_num_threads(1)
+    for module in (recurrence_part.FLA_CHUNK, recurrence_part.FLA_NORM):
+        importlib.import_module(module)
+    tuned.install((9, 0))  # with HYLO_AUTOTUNE=never there is nothing to time, which an interpreter could not
+    recurrence_part.delta_rule_implementation = lambda k, v, differentiates: "fla"  # there is no GPU
+    for name, error in delta_rule_errors(inputs(150, torch.float32, dk=16, dv=32)).items():
+        print("ERROR", name, error)
