@@ -43,6 +43,25 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}: {error}") from error
 
 
+LAYERS = "*+MG-"  # of a pattern: attention, MLA, Mamba2, Gated DeltaNet, MLP
+
+
+def recomputed_layers(setting: bool | str) -> str:
+    """Symbols of the layers to recompute; true means all.
+
+    Raises:
+        ConfigError: a symbol that is no layer's.
+    """
+    if isinstance(setting, bool):
+        return LAYERS if setting else ""
+    if unknown := sorted(set(setting) - set(LAYERS)):
+        raise ConfigError(
+            f"recompute {setting!r}: {unknown[0]!r} is no layer; use true, false or symbols of {' '.join(LAYERS)} "
+            f"(attention, MLA, Mamba2, Gated DeltaNet, MLP), say 'G-'"
+        )
+    return setting
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """How ranks are divided; what is left over is data parallel.

@@ -187,7 +187,7 @@ def load_chunks(
     parallel: ParallelConfig | None = None,
     params_dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
-    recompute: bool = False,
+    recompute: bool | str = False,
     fp8: bool = False,
     verify_hashes: bool = True,
     **changes: Any,

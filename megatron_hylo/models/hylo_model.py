@@ -9,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from megatron_hylo.config import ModelConfig, ParallelConfig
+from megatron_hylo.config import ModelConfig, ParallelConfig, recomputed_layers
 from megatron_hylo.layouts import pipeline_pattern
 from megatron_hylo.models.fp8 import check_fp8, check_fp8_widths
 from megatron_hylo.models.specs import BackendName, get_backend, hybrid_stack_spec, megatron_pattern
@@ -62,7 +62,7 @@ def build_chunks(
     parallel: ParallelConfig | None = None,
     params_dtype: torch.dtype = torch.float32,
     backend: BackendName = "auto",
-    recompute: bool = False,
+    recompute: bool | str = False,
     fp8: bool = False,
 ) -> list[HyloModel]:
     """Build this rank's part of a model with random weights, a chunk a virtual pipeline stage; after `platform.initialize`.
@@ -72,18 +72,18 @@ def build_chunks(
         parallel: sizes of the parallel groups, as given to `initialize`.
         params_dtype: torch.float32 or torch.bfloat16; A_log, dt_bias and D stay fp32.
         backend: where linear maps and norms come from.
-        recompute: recompute activations in the backward pass.
+        recompute: compute activations again in the backward pass: of all layers, or of those with these symbols.
         fp8: linear maps compute in FP8; for frozen models, see models/fp8.py.
 
     Raises:
-        ConfigError: heads or vocabulary that tensor parallelism does not divide; more pipeline stages than layers; FP8 where
-            it cannot run, or with widths it does not take.
+        ConfigError: heads or vocabulary that tensor parallelism does not divide; more pipeline stages than layers; a symbol of
+            no layer; FP8 where it cannot run, or with widths it does not take.
     """
     if fp8:
         check_fp8(backend)
     parallel = parallel or ParallelConfig()
     spec, pattern = hybrid_stack_spec(get_backend(backend)), pipeline_pattern(config, parallel.stages, parallel.pipeline_layers)
-    transformer_config = build_transformer_config(config, parallel, params_dtype, recompute, fp8)
+    transformer_config = build_transformer_config(config, parallel, params_dtype, recomputed_layers(recompute), fp8)
     chunks = []
     for index in range(parallel.virtual_pipeline_model_parallel_size):
         stage = index if parallel.virtual_pipeline_model_parallel_size > 1 else None

@@ -12,11 +12,10 @@ from typing import Any, Callable, Literal
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.models.attention import GroupedQueryAttention
@@ -25,6 +24,7 @@ from megatron_hylo.models.layers import RMSNorm
 from megatron_hylo.models.mamba2 import Mamba2
 from megatron_hylo.models.mixer import MixerSubmodules
 from megatron_hylo.models.mla import MultiLatentAttention
+from megatron_hylo.models.recompute import FeedForwardLayer, MixerLayer
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 
 BackendName = Literal["auto", "local", "te"]
@@ -110,14 +110,14 @@ def hybrid_stack_spec(backend: Backend) -> ModuleSpec:
             self_attention=ModuleSpec(mixer, submodules=linears),
             self_attn_bda=get_bias_dropout_add,
         )
-        return ModuleSpec(TransformerLayer, submodules=submodules, params=params)
+        return ModuleSpec(MixerLayer, submodules=submodules, params=params)
 
     mlp = functools.partial(
         MLP.as_mlp_submodule,
         submodules=MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear),
     )
     mlp_layer = ModuleSpec(
-        MLPLayer,
+        FeedForwardLayer,
         submodules=TransformerLayerSubmodules(pre_mlp_layernorm=backend.norm, mlp=mlp, mlp_bda=get_bias_dropout_add),
     )
     return ModuleSpec(

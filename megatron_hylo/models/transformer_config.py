@@ -14,6 +14,7 @@ class HyloTransformerConfig(TransformerConfig):
     """Megatron-Core's configuration with ours attached: mixers read their sizes from `hylo`."""
 
     hylo: ModelConfig | None = None
+    recompute: str = ""  # symbols of layers, see recompute.py
 
 
 def check_tensor_parallel(config: ModelConfig, size: int) -> None:
@@ -42,7 +43,7 @@ def build_transformer_config(
     config: ModelConfig,
     parallel: ParallelConfig | None = None,
     params_dtype: torch.dtype = torch.float32,
-    recompute: bool = False,
+    recompute: str = "",
     fp8: bool = False,
 ) -> HyloTransformerConfig:
     """Megatron-Core configuration of a model.
@@ -51,7 +52,7 @@ def build_transformer_config(
         config: the architecture.
         parallel: sizes of the parallel groups.
         params_dtype: torch.float32 or torch.bfloat16.
-        recompute: recompute every layer's activations in the backward pass.
+        recompute: symbols of the layers whose activations are recomputed in the backward pass.
         fp8: linear maps compute in FP8; for frozen models, see models/fp8.py.
     """
     parallel = parallel or ParallelConfig()
@@ -89,9 +90,7 @@ def build_transformer_config(
         bias_activation_fusion=cuda,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        recompute=recompute,
         fp8="e4m3" if fp8 else None,
         fp8_recipe="tensorwise",
     )

@@ -1,12 +1,16 @@
 """How much memory a rank needs for training, predicted before the first step.
 
 Weights, gradients and optimizer state are exact. Activations are estimated from widths, for the kernels of a GPU: what a layer
-keeps for its backward pass, in numbers a token. Peaks of H100s beside what is predicted, stage `distil`, GiB:
+keeps for its backward pass, in numbers a token. Peaks of H100s and H200s (CP) beside what is predicted, stage `distil`, GiB:
 
     1B hybrid (4 MLA, 12 Gated DeltaNet), 8B-shaped teacher, 65,536 tokens, recomputed     59.8, predicted 60.6
     the same, the teacher in FP8                                                           53.3, predicted 54.2
     the same, the teacher on other ranks                                                   46.3, predicted 46.7
     the same, 131,072 tokens on two context-parallel ranks                                 50.1, predicted 51.3
+    the same on four; eight                                                                40.6; 36.0, predicted 39.1; 34.6
+    the same, 262,144 tokens on four                                                       49.5, predicted 46.6
+    131,072 tokens on one, the teacher in FP8                                              70.0, predicted 71.8
+    3B hybrid (6 MLA, 22 Gated DeltaNet), 131,072 tokens on four                           70.8, predicted 68.5
     the first with Mamba2 layers                                                           59.8, predicted 57.4
     135M hybrid and teacher, 8 windows of 2,048, nothing recomputed                        17.1, predicted 17.7
 """
@@ -16,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from megatron_hylo.config import ModelConfig
+from megatron_hylo.config import ModelConfig, recomputed_layers
 from megatron_hylo.distill.signal import TeacherSignal
 from megatron_hylo.train.config import TrainConfig
 
@@ -100,7 +104,8 @@ def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | No
     layer = tokens * number * (2 * max(kept_numbers(ours, symbol, ranks) for symbol in symbols) + AROUND * h)
     if config.stage == "align":  # a layer has its backward pass before the next
         return 2 * tokens * number * h, max(layer, forward)
-    numbers = [h if config.recompute else kept_numbers(ours, symbol, ranks) + h for symbol in symbols]
+    again = recomputed_layers(config.recompute)
+    numbers = [h if symbol in again else kept_numbers(ours, symbol, ranks) + h for symbol in symbols]
     waiting = min(p.stages, config.micro_batches(1)) / p.stages  # a stage has its share of the layers, of so many micro-batches
     kept = tokens * number * sum(numbers) * waiting
     models, vocabulary = 1 if config.stage == "pretrain" else 2, ours.vocab_size / ranks

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_hylo.config import ConfigError, ParallelConfig, RopeScaling
+from megatron_hylo.config import ConfigError, ParallelConfig, RopeScaling, recomputed_layers
 
 PREFIXES = ("", "second_")  # of a run's students: RUN/model and RUN/second_model, loss and second_loss
 
@@ -70,7 +70,8 @@ class TrainConfig:
         hidden_weight: align with ild: weight of the layer-output term.
         mixer_weight: align with ild: weight of the mixer-output term.
         loss_chunk_tokens: tokens whose logits exist at a time.
-        recompute: recompute activations in the backward pass: less memory, a third more work.
+        recompute: compute activations again in the backward pass: less memory, a third more work. Of all layers, or of those
+            with these symbols: '-' MLPs, 'G-' these and Gated DeltaNet.
         cuda_graphs: replay a recorded step: small models no longer wait for Python; tried on one GPU only.
         parallel: how ranks are divided.
         backend: of linear maps and norms: te is Transformer Engine, local torch and Megatron-Core; auto: te on a GPU
@@ -117,7 +118,7 @@ class TrainConfig:
     hidden_weight: float = 1.0
     mixer_weight: float = 1.0
     loss_chunk_tokens: int = 1024
-    recompute: bool = False
+    recompute: bool | str = False
     cuda_graphs: bool = False
     # where
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -140,6 +141,7 @@ class TrainConfig:
                      "log_interval", "save_interval", "keep_checkpoints"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        recomputed_layers(self.recompute)
         if self.kl_temperature <= 0:
             raise ConfigError(f"kl_temperature must be positive, got {self.kl_temperature}")
         if self.kl_top_k is not None and self.kl_top_k < 1:

