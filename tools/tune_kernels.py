@@ -33,8 +33,10 @@ from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.kernels.tuned import FOLDER, found
 from megatron_hylo.layouts import LAYOUTS
 
-BATCH = 16  # some kernels' configurations depend on the number of sequences
-LENGTH = 2048  # fills the GPU; compiled kernels are the same for any other that 128 divides
+SHORT = (16, 2048)  # sequences, tokens: fill the GPU; compiled kernels are the same for any other length that 128 divides
+# one chunk waits for another, and a long sequence alone has too few heads to fill the GPU: many small blocks are best then
+LONG = (1, 32_768)
+WIDE = 128 * 128  # numbers of a state from which models are large, and trained with long sequences
 
 
 def main(only: list[str] = [], output: Path | None = None) -> None:  # noqa: B006  jsonargparse shows it
@@ -47,9 +49,9 @@ def main(only: list[str] = [], output: Path | None = None) -> None:  # noqa: B00
     if not torch.cuda.is_available():
         sys.exit("tune_kernels.py needs a CUDA GPU: Triton's kernels run nowhere else")
     torch.manual_seed(0)
-    work = [(name, run) for name, run in cases(LENGTH) if not only or any(part in name for part in only)]
+    work = [(name, run) for name, run in cases() if not only or any(part in name for part in only)]
     if not work:
-        sys.exit(f"no case has any of {only} in its name; there are: {', '.join(name for name, _ in cases(LENGTH))}")
+        sys.exit(f"no case has any of {only} in its name; there are: {', '.join(name for name, _ in cases())}")
     major, minor = torch.cuda.get_device_capability()
     file = output or FOLDER / f"sm{major}{minor}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +94,8 @@ def compact(content: dict) -> str:
     return "{\n" + "\n".join(lines) + '\n"kernels": {\n' + ",\n".join(kernels) + "\n}\n}\n"
 
 
-def cases(length: int) -> list[tuple[str, Callable[[], None]]]:
-    """Every call that layers make in training and generation, by shape, on sequences of `length` tokens."""
+def cases() -> list[tuple[str, Callable[[], None]]]:
+    """Every call that layers make in training and generation, by shape."""
     configs = [layout.config for layout in LAYOUTS.values()]
     deltas = {(c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim) for c in configs if "G" in c.mixers}
     scans = {(c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_dim) for c in configs if "M" in c.mixers}
@@ -105,14 +107,12 @@ def cases(length: int) -> list[tuple[str, Callable[[], None]]]:
     }
     found = []
     for shape, call in itertools.product(sorted(deltas, reverse=True), (delta, part, prefill)):
-        found.append((f"{call.__name__} {shape}", lambda shape=shape, call=call: call(*delta_inputs(*shape, length))))
+        found.append((f"{call.__name__} {shape}", lambda shape=shape, call=call: call(*delta_inputs(*shape))))
     for shape, begins, state in itertools.product(sorted(scans), (False, True), (False, True)):
         name = f"ssd {shape} packed={begins} state={state}"
-        found.append((name, lambda shape=shape, begins=begins, state=state: scan(*shape, length, begins, state)))
+        found.append((name, lambda shape=shape, begins=begins, state=state: scan(*shape, begins, state)))
     for width, packed in itertools.product(sorted(channels), (False, True)):
-        found.append(
-            (f"causal_conv1d {width} packed={packed}", lambda width=width, packed=packed: convolve(width, length, packed))
-        )
+        found.append((f"causal_conv1d {width} packed={packed}", lambda width=width, packed=packed: convolve(width, packed)))
     return found
 
 
@@ -121,12 +121,13 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True)
 
 
-def delta_inputs(heads: int, dk: int, dv: int, length: int) -> tuple[torch.Tensor, ...]:
+def delta_inputs(heads: int, dk: int, dv: int) -> tuple[torch.Tensor, ...]:
     """q, k, v, g, beta and an initial state."""
-    q, k, v = (random(BATCH, length, heads, n) for n in (dk, dk, dv))
-    g = -torch.rand(BATCH, length, heads, device="cuda")
-    beta = torch.rand(BATCH, length, heads, device="cuda").bfloat16()
-    return q, k, v, g.requires_grad_(), beta.requires_grad_(), random(BATCH, heads, dk, dv, dtype=torch.float32)
+    batch, length = LONG if dk * dv >= WIDE else SHORT
+    q, k, v = (random(batch, length, heads, n) for n in (dk, dk, dv))
+    g = -torch.rand(batch, length, heads, device="cuda")
+    beta = torch.rand(batch, length, heads, device="cuda").bfloat16()
+    return q, k, v, g.requires_grad_(), beta.requires_grad_(), random(batch, heads, dk, dv, dtype=torch.float32)
 
 
 def delta(*inputs: torch.Tensor) -> None:
@@ -149,14 +150,15 @@ def prefill(*inputs: torch.Tensor) -> None:
     gated_delta_rule(*inputs, output_final_state=True)
 
 
-def scan(heads: int, width: int, width_of_state: int, length: int, packed: bool, state: bool) -> None:
+def scan(heads: int, width: int, width_of_state: int, packed: bool, state: bool) -> None:
     """Forward and backward; with a state also a prefill."""
-    x, b, c = (random(BATCH, length, heads, n) for n in (width, width_of_state, width_of_state))
-    dt = torch.rand(BATCH, length, heads, device="cuda", requires_grad=True)
+    batch, length = SHORT
+    x, b, c = (random(batch, length, heads, n) for n in (width, width_of_state, width_of_state))
+    dt = torch.rand(batch, length, heads, device="cuda", requires_grad=True)
     rate, skip = -torch.rand(heads, device="cuda"), torch.rand(heads, device="cuda")
     for parameter in (rate, skip):
         parameter.requires_grad_()
-    before = random(BATCH, heads, width, width_of_state, dtype=torch.float32) if state else None
+    before = random(batch, heads, width, width_of_state, dtype=torch.float32) if state else None
     begins = torch.arange(length, device="cuda") % 300 == 0 if packed else None
     ssd(x, dt, rate, b, c, skip, before, begins=begins)[0].sum().backward()
     if state:
@@ -164,11 +166,11 @@ def scan(heads: int, width: int, width_of_state: int, length: int, packed: bool,
             ssd(x, dt, rate, b, c, skip, before, output_final_state=True)
 
 
-def convolve(channels: int, length: int, packed: bool) -> None:
+def convolve(channels: int, packed: bool) -> None:
     """Forward and backward, with SiLU."""
+    batch, length = (1 if packed else SHORT[0]), SHORT[1]
     positions = torch.arange(length, device="cuda") % 300 if packed else None
     for bias in (None, random(channels)):
-        batch = 1 if packed else BATCH
         x, weight = random(batch, length, channels), random(channels, 4)
         causal_conv1d(x, weight, bias, activation="silu", positions=positions)[0].sum().backward()
 

@@ -14,7 +14,7 @@ from megatron_hylo.models.layers import HeadNorm, rotary_table
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
-from megatron_hylo.parallel.documents import PackedDocuments, by_document
+from megatron_hylo.parallel.documents import PackedDocuments
 
 fused_rope = elementwise(apply_rope)
 
@@ -78,10 +78,10 @@ class GroupedQueryAttention(MegatronModule):
             own = self.context.exchange(*((x, [x.shape[-1]]) for x in parts))
             query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in own)
         query, key = self.rotate(query, documents), self.rotate(key, documents)
-        if self.context.size > 1 and not self.context.by_heads:
+        if self.context.by_parts:
             key_value = torch.cat([key, value], dim=-1).transpose(0, 1)
             key, value = self.context.up_to_here(key_value).transpose(0, 1).chunk(2, dim=-1)
-        out = by_document(functools.partial(attention, scale=self.head_dim**-0.5), documents, query, key, value)
+        out = self.context.attend(functools.partial(attention, scale=self.head_dim**-0.5), documents, query, key, value)
         return self.linear_proj(self.context.give_back(out.flatten(2)).transpose(0, 1).contiguous())
 
     def forward(

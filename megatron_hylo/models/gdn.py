@@ -127,7 +127,7 @@ class GatedDeltaNet(MegatronModule):
         decay, beta = gates_of(alpha, beta, context.own_share(self.A_log), context.own_share(self.dt_bias))
         if documents is not None:
             decay = decay.masked_fill(documents.begins[:, None], RESET)
-        if context.passes_states:
+        if context.by_parts:
             out = delta_rule_over_ranks(context, query, key, value, decay, beta)
         else:
             out, _ = gated_delta_rule(query, key, value, decay, beta)

@@ -106,7 +106,7 @@ class Mamba2(MegatronModule):
         rate = -decay.exp()
         begins = documents.begins if documents is not None else None
         inputs = (x, dt, rate, state_in, state_out, skip)
-        y = ssd_over_ranks(context, *inputs, begins) if context.passes_states else ssd(*inputs, begins=begins)[0]
+        y = ssd_over_ranks(context, *inputs, begins) if context.by_parts else ssd(*inputs, begins=begins)[0]
         y = self.norm(context.give_back(y.reshape(b, s, -1)), z)
         return self.out_proj(y.transpose(0, 1).contiguous())
 

@@ -28,7 +28,7 @@ from megatron_hylo.models.layers import AlignedKeyNorm, HeadNorm, ReplicatedLine
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
-from megatron_hylo.parallel.documents import PackedDocuments, by_document
+from megatron_hylo.parallel.documents import PackedDocuments
 from megatron_hylo.platform.distributed import device
 
 
@@ -114,10 +114,12 @@ class MultiLatentAttention(MegatronModule):
         documents, s, own = self.context.seen(packed_seq_params), query.shape[1], self.context.own_share
         cos, sin = self._rotary_table(keys)
         if documents is not None:
-            cos, sin = cos[documents.positions], sin[documents.positions]
-        query = rotate(query, cos[keys - s :], sin[keys - s :])
+            cos, sin = cos[documents.positions[:keys]], sin[documents.positions[:keys]]
+        here = self.context.positions(s)
+        query = rotate(query, cos[here], sin[here])
         key = rotate(own(key, dim=2), cos, sin) if c.qk_layernorm else shared_key(own(plain_key, dim=2), rotary_key, cos, sin)
-        out = by_document(partial(attention, scale=self.qk_dim**-0.5), documents, query, key, own(value, dim=2))
+        attend = partial(attention, scale=self.qk_dim**-0.5)
+        out = self.context.attend(attend, documents, query, key, own(value, dim=2))
         return self.linear_proj(self.context.give_back(out.flatten(2)).transpose(0, 1).contiguous())
 
     def _normalise(self, query: Tensor, plain_key: Tensor, rotary_key: Tensor) -> tuple[Tensor, Tensor]:

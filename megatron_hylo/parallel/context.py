@@ -4,9 +4,11 @@
 convolution gathers the last inputs of each part; a linear layer gathers what each part does to the recurrent state, whose
 size does not depend on the sequence (recurrence.py).
 
+Causal attention of the last part costs 2 - 1/n times the mean, so ranks r and n - 1 - r trade the second halves of their
+queries, and of the outputs: each then has as much to do.
+
 `a2a` (Megatron's all-to-all): ranks trade sequence for heads. Each gets all tokens of its share of the heads, computes as
-if alone, and gives the outputs back. MLA still gathers its latents, and trades queries and outputs only. It moves more, but
-causal attention costs every rank the same, where with contiguous parts the last of n has 2 - 1/n times the mean.
+if alone, and gives the outputs back. MLA still gathers its latents, and trades queries and outputs only. It moves more.
 
 `auto` is `a2a` for mixers whose heads the ranks divide, which is the faster one on the GPUs of a host, and else `all_gather`.
 
@@ -14,7 +16,7 @@ Every rank takes part in each collective whether it reads the result or not: a r
 others waiting in the backward pass.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,7 @@ from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_paral
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.parallel.documents import PackedDocuments
+from megatron_hylo.parallel.documents import PackedDocuments, by_document
 
 
 def own_slice(length: int) -> slice:
@@ -117,8 +119,8 @@ class ContextGroup:
 
     @property
     def parts_read(self) -> int:
-        """Of the sequence, by this rank's queries."""
-        return self.size if self.by_heads else self.rank + 1
+        """Of the sequence, by the queries that this rank computes with."""
+        return self.size if self.by_heads else max(self.rank + 1, self.size - self.rank)
 
     def positions(self, length: int) -> slice:
         """Places in the whole sequence of the `length` tokens that this rank computes with."""
@@ -129,6 +131,41 @@ class ContextGroup:
         if self.size == 1:
             return x
         return self._gather(x)[: self.parts_read * len(x)]
+
+    def attend(
+        self,
+        attention: Callable[..., Tensor],
+        documents: PackedDocuments | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        """Causal attention of this rank's tokens, by all ranks in equal shares.
+
+        Where ranks have parts of the sequence, each computes the first half of its own queries and the second half of those of
+        the rank as far from the other end.
+
+        Args:
+            attention: of query, key and value, causal and aligned to the end.
+            documents: of a packed sequence, as `seen` gives them.
+            query: [batch, tokens, heads, channels] of the tokens that this rank computes with.
+            key, value: [batch, parts_read tokens, ...].
+
+        Returns:
+            [batch, tokens, heads, value channels].
+        """
+        if not self.by_parts:
+            return by_document(attention, documents, query, key, value)
+        here, half = self.positions(query.shape[1]), query.shape[1] // 2
+        stop = self.size * query.shape[1] - here.start  # where the other rank's part ends
+        own, theirs = query.split([query.shape[1] - half, half], 1)
+        outs = []
+        for part, queries in ((slice(here.start, here.stop - half), own), (slice(stop - half, stop), self._trade(theirs))):
+            if documents is not None:
+                outs.append(by_document(attention, documents.at(part), queries, key, value))
+            else:
+                outs.append(attention(queries, key[:, : part.stop], value[:, : part.stop]))
+        return torch.cat([outs[0], self._trade(outs[1])], 1)
 
     def tokens_before(self, x: Tensor, count: int) -> Tensor | None:
         """The inputs a causal convolution needs from the part before.
@@ -151,8 +188,8 @@ class ContextGroup:
         return torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])[self.rank]  # in the graph of every rank
 
     @property
-    def passes_states(self) -> bool:
-        """Whether a recurrence begins with the state that other ranks' tokens left."""
+    def by_parts(self) -> bool:
+        """Whether ranks compute with parts of the sequence."""
         return self.size > 1 and not self.by_heads
 
     def effects(self, kept: Tensor, added: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
@@ -175,6 +212,13 @@ class ContextGroup:
         return [
             (a.reshape(kept.shape), b.reshape(added.shape)) for a, b in (x.split(sizes, -1) for x in everyone.chunk(self.size))
         ]
+
+    def _trade(self, x: Tensor) -> Tensor:
+        """What the rank as far from the other end of the sequence has in place of x."""
+        other = self.size - 1 - self.rank
+        self.received_bytes += x.numel() * x.element_size() if other != self.rank else 0
+        sizes = [len(x) if rank == other else 0 for rank in range(self.size)]
+        return all_to_all(self.group, x.contiguous(), sizes, sizes)
 
     def _all_to_all(self, x: Tensor) -> Tensor:
         """[ranks, ...], one for each rank -> [ranks, ...], one of each rank."""

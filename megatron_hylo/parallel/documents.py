@@ -27,15 +27,25 @@ class PackedDocuments:
     length: int
     part: slice
 
-    @cached_property
+    @property
     def whole(self) -> "PackedDocuments":
         """The same for a rank that has all tokens."""
-        return replace(self, part=slice(0, self.length))
+        return self.at(slice(0, self.length))
+
+    def at(self, part: slice) -> "PackedDocuments":
+        """The same for other tokens, made once."""
+        if (part.start, part.stop) not in self._others:
+            self._others[part.start, part.stop] = replace(self, part=part)
+        return self._others[part.start, part.stop]
+
+    @cached_property
+    def _others(self) -> dict[tuple[int, int], "PackedDocuments"]:
+        return {}
 
     @cached_property
     def positions(self) -> Tensor:
-        """Place in its document of every token up to this rank's last: int64 [part.stop]."""
-        places = torch.arange(self.part.stop, device=self.starts.device)
+        """Place in its document of every token of the sequence: int64 [length]."""
+        places = torch.arange(self.length, device=self.starts.device)
         return places - self.starts[torch.searchsorted(self.starts, places, right=True) - 1]
 
     @cached_property

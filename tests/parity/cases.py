@@ -59,6 +59,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "tp2_sp_cp2": (4, dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2), True),
     "cp2_dp2": (4, dict(context_parallel_size=2, cp_comm_type="all_gather"), True),
     "pp2_cp2": (4, dict(pipeline_model_parallel_size=2, context_parallel_size=2), True),
+    "cp3": (3, dict(context_parallel_size=3, cp_comm_type="all_gather"), True),
     "cp4": (4, dict(context_parallel_size=4), False),
     "tp2_pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), True),
     "tp2_sp_dp2": (4, dict(tensor_model_parallel_size=2, sequence_parallel=True), True),

@@ -95,6 +95,16 @@ def _effects(kept: Callable[[Any, int, bool], bool]) -> contextlib.AbstractConte
     return _replaced(ContextGroup, "effects", some)
 
 
+def _queries_traded_with_the_neighbour() -> contextlib.AbstractContextManager:
+    from megatron_hylo.parallel import context
+
+    def trade(self: Any, x: Tensor) -> Tensor:
+        sizes = [len(x) if rank == self.rank ^ 1 else 0 for rank in range(self.size)]
+        return context.all_to_all(self.group, x.contiguous(), sizes, sizes)
+
+    return _replaced(context.ContextGroup, "_trade", trade)
+
+
 def _delta_rule_not_reset() -> contextlib.AbstractContextManager:
     from megatron_hylo.models import gdn
 
@@ -176,6 +186,7 @@ FAULTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], str, st
     "rotary positions that begin at each rank": (_positions_from_zero, "tied", "pretrain", "cp2_gather"),
     "parameters of another rank's heads": (_share_of_another_rank, "normed", "pretrain", "cp2_a2a"),
     "states of earlier ranks not composed": (_states_not_composed, "normed", "pretrain", "cp4"),
+    "queries traded with the neighbour": (_queries_traded_with_the_neighbour, "normed", "pretrain", "cp4"),
     "gradients of later ranks' states dropped": (_state_gradients_dropped, "normed", "pretrain", "cp2_gather"),
     "Gated DeltaNet's state not reset at a document": (_delta_rule_not_reset, "normed", "packed", "cp2_gather"),
     "Mamba2's state not reset at a document": (_mamba_not_reset, "normed", "packed", "cp2_gather"),
