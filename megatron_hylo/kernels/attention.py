@@ -84,7 +84,8 @@ def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool,
         return "torch"
     cuda, heads = torch.backends.cuda, q.shape[1]
     grouped = heads != k.shape[1]
-    if not is_lower_right and cuda.can_use_cudnn_attention(cuda.SDPAParams(q, k, v, None, 0.0, is_causal, grouped), False):
+    cudnn = not is_lower_right and not torch.are_deterministic_algorithms_enabled()  # its backward pass is not
+    if cudnn and cuda.can_use_cudnn_attention(cuda.SDPAParams(q, k, v, None, 0.0, is_causal, grouped), False):
         name = "cudnn"
     elif cuda.can_use_flash_attention(cuda.SDPAParams(*_same_width(q, k, v), None, 0.0, is_causal, grouped), False):
         name = "flash"

@@ -77,6 +77,8 @@ class TrainConfig:
         backend: of linear maps and norms: te is Transformer Engine, local torch and Megatron-Core; auto: te on a GPU
             that has it.
         seed: of the order of the text and of random weights.
+        deterministic: the same losses each time, bit for bit, on the same kind and number of GPUs; slower, most of all in
+            attention.
         max_skipped_steps: in a row, for NaN or infinity in loss or gradients; one more ends the run.
         log_interval: steps between records.
         eval_interval: steps between held-out evaluations; 0: at the end only.
@@ -124,6 +126,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     backend: Literal["auto", "local", "te"] = "auto"
     seed: int = 1234
+    deterministic: bool = False
     max_skipped_steps: int = 3
     # record and resume
     log_interval: int = 10

@@ -33,6 +33,7 @@ from megatron_hylo.sealed import is_sealed, write_json
 from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from megatron_hylo.train.config import PREFIXES, TrainConfig
 from megatron_hylo.train.cuda_graph import RecordedStage, recordable
+from megatron_hylo.train.determinism import determinism
 from megatron_hylo.train.feed import rank_batches
 from megatron_hylo.train.health import SkippedSteps
 from megatron_hylo.train.kernel_check import check_run_kernels
@@ -64,7 +65,11 @@ def train(config: TrainConfig) -> Quality | None:
         Stopped: a signal came; a checkpoint was saved.
     """
     run = Path(config.output)
-    with session(config.parallel, config.seed) as device, recordable(config.cuda_graphs, device):
+    with (
+        determinism(config.deterministic),
+        session(config.parallel, config.seed) as device,
+        recordable(config.cuda_graphs, device),
+    ):
         if config.teacher_precision == "fp8":
             check_fp8(config.backend)  # before the run folder keeps the setting
         check_same_run(config, run)

@@ -1,0 +1,44 @@
+"""The same run twice, bit for bit, on the same kind and number of GPUs.
+
+On a CPU runs are so anyway. On GPUs three things are not: cuDNN's attention (FlashAttention's has a deterministic backward
+pass), cuBLAS on more than one stream without a workspace of its own, and kernels whose configuration is found by timing them.
+fla's kernels and ours add nothing atomically; mamba_ssm's have a deterministic form, which follows torch's switch.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.kernels.tuned import ENVIRONMENT_VARIABLE
+
+ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1", ENVIRONMENT_VARIABLE: "never"}
+
+
+@contextlib.contextmanager
+def determinism(enabled: bool) -> Iterator[None]:
+    """Everything in the `with` block; to be entered before anything runs on a GPU.
+
+    Args:
+        enabled: else nothing is changed.
+
+    Raises:
+        ConfigError: the environment demands that kernels be timed anew.
+    """
+    if not enabled:
+        yield
+        return
+    for name, value in ENVIRONMENT.items():
+        if os.environ.setdefault(name, value) != value:
+            raise ConfigError(f"deterministic needs {name}={value} in the environment, not {os.environ[name]}; unset it")
+    before, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    # a warning, not an error: sums along one row, say, have no other form but are the same each time
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
