@@ -2,20 +2,23 @@
 
 import functools
 
-import torch
+from megatron.core import tensor_parallel
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 class _Recomputed(TransformerLayer):
     def forward(self, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, None]:
-        """As Megatron-Core's; but its own checkpoint leaves a first layer without gradient where the embedding is frozen."""
+        """As Megatron-Core's.
+
+        Its checkpoint hands gradients to a layer's weights only where the input has one, too: the first layer of a model whose
+        embedding is frozen keeps its activations.
+        """
         forward = functools.partial(super().forward, **kwargs)
         symbol = self.config.hylo.mixers[(self.layer_number - 1) // 2] if self.layer_number % 2 else "-"
-        if self.training and torch.is_grad_enabled() and symbol in self.config.recompute:
-            return checkpoint(forward, hidden_states, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+        if self.training and hidden_states.requires_grad and symbol in self.config.recompute:
+            return tensor_parallel.checkpoint(forward, False, hidden_states)
         return forward(hidden_states)
 
 
