@@ -54,7 +54,9 @@ class DeltaRulePart(NamedTuple):
     v: Tensor
     g: Tensor
     beta: Tensor
-    q_scale: Tensor | None = None  # of fla: q, k are normalised then, g summed within chunks
+    # of fla's pass, after which q and k are normalised and g is summed within chunks: the lengths of q and k, the inverses
+    # of the chunks' triangular systems
+    q_scale: Tensor | None = None
     k_scale: Tensor | None = None
     inverse: Tensor | None = None
 

@@ -177,7 +177,7 @@ class ContextGroup:
         Returns:
             [batch, channels, count], oldest first, zeros on the first rank; None where a rank has all tokens.
         """
-        if self.size == 1 or self.by_heads:
+        if not self.by_parts:
             return None
         if x.shape[1] < count:
             raise ConfigError(
