@@ -22,6 +22,7 @@ from torch import nn
 
 from megatron_hylo.config import ModelConfig, recomputed_layers
 from megatron_hylo.distill.signal import TeacherSignal
+from megatron_hylo.models.offload import offloaded_units
 from megatron_hylo.train.config import TrainConfig
 
 GIB = 2**30
@@ -78,7 +79,7 @@ def predict_memory(
         weights=_bytes(parameters),
         gradients=GRADIENT * count,
         optimizer=(MOMENTS * count + MASTER * (count - wide)) / optimizer_shards,
-        teacher=_bytes(theirs),
+        teacher=_bytes(theirs) - (_resting(teacher) if config.teacher_offload else 0),
         kept=kept,
         passing=passing,
     )
@@ -86,6 +87,12 @@ def predict_memory(
 
 def _bytes(tensors: Sequence) -> float:
     return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _resting(teacher: Sequence[nn.Module]) -> float:
+    """Of weights that are on the CPU but for two layers' (models/offload.py)."""
+    units = [[_bytes([*unit.parameters()]) for unit in offloaded_units(chunk)] for chunk in teacher]
+    return sum(sum(sizes) - 2 * max(sizes) for sizes in units)
 
 
 def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | None) -> tuple[float, float]:

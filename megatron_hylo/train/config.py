@@ -60,6 +60,8 @@ class TrainConfig:
         optimizer: learning rates and the rest of AdamW.
         precision: of weights and activations; the optimizer's copies are fp32 in both.
         teacher_precision: the student's, or fp8 for a teacher's linear maps; held-out KL is to that teacher too.
+        teacher_offload: a teacher's weights rest in the CPU's memory and come to the GPU layer by layer: for long sequences,
+            where copies take less time than computing.
         mla_rope_scaling: stretch MLA's rotary frequencies for longer sequences.
         kl_direction: distil: KL(teacher || student), or KL(student || teacher).
         kl_temperature: distil: divides the logits of both, and the KL counts its square.
@@ -111,6 +113,7 @@ class TrainConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     precision: Literal["bf16", "fp32"] = "bf16"
     teacher_precision: Literal["same", "fp8"] = "same"
+    teacher_offload: bool = False
     mla_rope_scaling: RopeScaling | None = None
     kl_direction: Literal["forward", "reverse"] = "forward"
     kl_temperature: float = 1.0
@@ -197,6 +200,11 @@ class TrainConfig:
             )
         if self.teacher_precision == "fp8":
             self._check_fp8_teacher(parts)
+        if self.teacher_offload and (self.teacher is None or self.teacher_precision == "fp8" or self.cuda_graphs):
+            raise ConfigError(
+                f"teacher_offload needs a teacher folder, teacher_precision same and cuda_graphs false, got {self.teacher}, "
+                f"{self.teacher_precision} and {self.cuda_graphs}"
+            )
         if self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"

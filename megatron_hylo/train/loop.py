@@ -26,6 +26,7 @@ from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count, pipeline_laye
 from megatron_hylo.models.checkpoint import load_chunks, read_description, save_model
 from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
+from megatron_hylo.models.offload import OffloadedLayers
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.plan.memory import predict_memory
 from megatron_hylo.platform.distributed import is_main, is_timeout, session
@@ -241,6 +242,8 @@ def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[Hylo
     if config.teacher:
         chunks = _load_chunks(config.teacher, fp8=config.teacher_precision == "fp8", **shared)
         teacher = [chunk.requires_grad_(False).eval() for chunk in chunks]
+        for chunk in teacher if config.teacher_offload else ():
+            OffloadedLayers(chunk)
     return [[chunk.train() for chunk in student] for student in students], teacher
 
 

@@ -61,7 +61,8 @@ class Reporter:
         if memory.total > (there := torch.cuda.get_device_properties(self.device).total_memory):
             logger.warning(
                 "%.0f GiB will hardly fit into the %.0f of this GPU; less is needed with recompute, a smaller micro_batch_size "
-                "or loss_chunk_tokens, a larger context_parallel_size, teacher_precision fp8, a teacher elsewhere",
+                "or loss_chunk_tokens, a larger context_parallel_size, teacher_precision fp8, teacher_offload, or a teacher "
+                "elsewhere",
                 memory.total / GIB,
                 there / GIB,
             )

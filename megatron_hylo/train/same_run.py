@@ -25,8 +25,8 @@ def check_same_run(config: TrainConfig, run: Path) -> None:
     """
     may_change = {
         "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "tensorboard", "wandb", "wandb_project",
-        "parallel", "micro_batch_size", "async_save", "recompute", "cuda_graphs", "backend", "deterministic", "eval_windows",
-        "loss_chunk_tokens", "output", "teacher_address",
+        "parallel", "micro_batch_size", "async_save", "recompute", "cuda_graphs", "backend", "deterministic",
+        "eval_windows", "loss_chunk_tokens", "output", "teacher_address", "teacher_offload",
     }  # fmt: skip
     file = run / "config.json"
     mine = json.loads(json.dumps(asdict(config)))
