@@ -17,7 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES
 from megatron_hylo.models.fp8 import keep_fp8_weights
 from megatron_hylo.models.hylo_model import build_chunks
+from megatron_hylo.models.offload import OffloadedLayers
 from megatron_hylo.plan.flops import forward_flops_per_token, peak_flops
 from megatron_hylo.platform.distributed import device, initialize, is_main, shutdown
 from megatron_hylo.sealed import write_json
@@ -52,12 +53,13 @@ class Mode:
     groups: Callable[[int], dict[str, Any]]  # of ParallelConfig, for n GPUs
     sequences: Callable[[int], int]  # of a step
     least: int = 1  # GPUs
-    teacher_precision: str = "same"
+    teacher: dict[str, Any] = field(default_factory=dict)  # how it is kept: settings of TrainConfig
 
 
 MODES = {
     "CP": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1),
-    "CP, FP8 teacher": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1, teacher_precision="fp8"),
+    "CP, FP8 teacher": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1, teacher=dict(teacher_precision="fp8")),
+    "CP, offloaded teacher": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1, teacher=dict(teacher_offload=True)),
     "CP, latents and states": Mode(lambda n: dict(context_parallel_size=n, cp_comm_type="all_gather"), lambda n: 1, 2),
     "CP, all-to-all": Mode(lambda n: dict(context_parallel_size=n, cp_comm_type="a2a"), lambda n: 1, 2),
     "DP": Mode(lambda n: {}, lambda n: n, 2),
@@ -107,8 +109,7 @@ def main(
         config = TrainConfig(
             stage="distil", data=str(data), output="-", model="-", teacher="-", sequence_length=length, parallel=parallel,
             global_batch_size=MODES[mode].sequences(ranks), recompute=True, loss_chunk_tokens=4096,
-            teacher_precision=MODES[mode].teacher_precision,
-            precision="bf16" if torch.cuda.is_available() else "fp32",
+            precision="bf16" if torch.cuda.is_available() else "fp32", **MODES[mode].teacher,
         )  # fmt: skip
         with _ranks(parallel, work / f"store-{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{file.stem}"):
             if is_main() and not data.is_dir():
@@ -165,8 +166,11 @@ def measure(
     if elsewhere is None:
         fp8 = config.teacher_precision == "fp8"
         frozen = [chunk.requires_grad_(False).eval() for chunk in build_chunks(theirs, config.parallel, dtype, fp8=fp8)]
-        for chunk in frozen if fp8 else ():
-            keep_fp8_weights(chunk)
+        for chunk in frozen:
+            if fp8:
+                keep_fp8_weights(chunk)
+            if config.teacher_offload:
+                OffloadedLayers(chunk)
     stage = get_stage(config, frozen, elsewhere)
     choose_trainable(chunks, config)
     state = build_training_state([chunk.train() for chunk in chunks], config)
