@@ -126,7 +126,7 @@ def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]
                 lambda **x: recurrent_gated_delta_rule(**x)[0], inputs, ("g",),
             )  # fmt: skip
             if parts:  # with states that outlive their part
-                inputs |= {"g": inputs["g"] / 70, "beta": inputs["beta"] / 16}
+                inputs = inputs | {"g": inputs["g"] / 70, "beta": inputs["beta"] / 16}
                 yield _Case(
                     "gated_delta_rule", f"{shape}, split", functools.partial(delta_rule_over_ranks, _Middle()),
                     lambda **x: _amid_its_like(recurrent_gated_delta_rule, **x), inputs, ("g",),
@@ -143,7 +143,7 @@ def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]
                 "ssd", shape, lambda rate=rate, **x: ssd(A=rate, **x)[0], lambda scan=scan, **x: scan(**x)[0], inputs, ("dt",)
             )
             if parts:
-                inputs |= {"dt": inputs["dt"] / 70}
+                inputs = inputs | {"dt": inputs["dt"] / 70}
                 none = torch.zeros(heads, device=device)
                 yield _Case(
                     "ssd", f"{shape}, split",
