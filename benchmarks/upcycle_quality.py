@@ -66,13 +66,14 @@ class Training:
     adam_beta2: float = 0.95  # of stage 2
 
 
+TWO_WINDOWS = dict(windows=2, mixer_lr=7e-4, lr=1.5e-4, adam_beta2=0.98)
 TRAINING = {
     "paper": Training("paper", "ild"),
     "one-shot": Training("one-shot"),
     "one-shot, 4 windows a step": Training("one-shot", windows=4),
-    "one-shot, 2 windows a step": Training("one-shot", windows=2, mixer_lr=7e-4, lr=1.5e-4, adam_beta2=0.98),
+    "one-shot, 2 windows a step": Training("one-shot", **TWO_WINDOWS),
     "sequential": Training("sequential"),
-    "sequential, 2 windows a step": Training("sequential", windows=2, mixer_lr=7e-4, lr=1.5e-4, adam_beta2=0.98),
+    "sequential, 2 windows a step": Training("sequential", **TWO_WINDOWS),
     "Mamba2 one-shot": Training("Mamba2 one-shot"),
 }
 STAGE_1 = 0.1  # of the tokens

@@ -35,6 +35,11 @@ class Effect(NamedTuple):
         return total
 
 
+def times(kept: Tensor, state: Tensor) -> Tensor:
+    """kept S, or its transpose's product, for `Effect.kept` of either form: like the state, [b, h, dk, dv]."""
+    return kept @ state if kept.shape[-1] > 1 else kept * state
+
+
 def state_gradient(reach: Tensor, grad_out: Tensor) -> Tensor:
     """What the outputs' gradients say of the state before the part: reach^T grad_out, [b, h, dk, dv], in fp32 or wider."""
     wide, sums = torch.promote_types(reach.dtype, torch.float32), []

@@ -14,7 +14,7 @@ rank waits for another's pass, and the backward pass is that of one rank with a 
 import torch
 from torch import Tensor
 
-from megatron_hylo.kernels.recurrence_part import DeltaRulePart, SsdPart, state_gradient
+from megatron_hylo.kernels.recurrence_part import DeltaRulePart, SsdPart, state_gradient, times
 from megatron_hylo.parallel.context import ContextGroup
 
 
@@ -37,7 +37,7 @@ class _OverRanks(torch.autograd.Function):
         parts = context.effects(effect.kept, effect.added)
         before = torch.zeros_like(effect.added)
         for kept, added in parts[: context.rank]:
-            before = _times(kept, before) + added
+            before = times(kept, before) + added
         ctx.context, ctx.kind = context, kind
         ctx.save_for_backward(effect.reach, effect.kept, before, *part)
         return effect.outputs(before)
@@ -49,9 +49,5 @@ class _OverRanks(torch.autograd.Function):
         parts = context.effects(kept, state_gradient(reach, grad), backward=True)
         after = torch.zeros_like(before)
         for kept, added in reversed(parts[context.rank + 1 :]):
-            after = _times(kept.transpose(-1, -2), after) + added
+            after = times(kept.transpose(-1, -2), after) + added
         return None, None, *ctx.kind(*part).gradients(before, grad, after)
-
-
-def _times(kept: Tensor, state: Tensor) -> Tensor:
-    return kept @ state if kept.shape[-1] > 1 else kept * state

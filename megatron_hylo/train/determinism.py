@@ -19,7 +19,8 @@ ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTI
 
 @contextlib.contextmanager
 def determinism(enabled: bool) -> Iterator[None]:
-    """Everything in the `with` block; to be entered before anything runs on a GPU.
+    """Everything in the `with` block; to be entered before anything runs on a GPU. What it puts into the environment stays:
+    libraries read it once.
 
     Args:
         enabled: else nothing is changed.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.kernels.gated_delta_rule import fla_obstacle, gated_delta_rule
-from megatron_hylo.kernels.recurrence_part import DeltaRulePart, SsdPart, state_gradient
+from megatron_hylo.kernels.recurrence_part import DeltaRulePart, SsdPart, state_gradient, times
 from megatron_hylo.kernels.registry import force
 from megatron_hylo.kernels.ssd import MAMBA_MODULE, ssd
 from tests.kernels import test_gated_delta_rule, test_ssd
@@ -41,12 +41,11 @@ def ssd_errors(inputs: list[Tensor], begins: Tensor | None) -> dict[str, float]:
 def _errors(kind, values: list[Tensor | None], state: Tensor, leaves: list[Tensor], whole: tuple[Tensor, Tensor]) -> dict:
     """Outputs, state after, gradients of all inputs and of the state before; relative, by norm."""
     part, effect = kind.begin(*values)
-    after = (effect.kept @ state if effect.kept.shape[-1] > 1 else effect.kept * state) + effect.added
+    after = times(effect.kept, state) + effect.added
     generator = torch.Generator().manual_seed(1)
     grad_out, grad_after = (torch.randn(x.shape, generator=generator).to(y) for x, y in zip(whole, (effect.out, state)))
     mine = part.gradients(state, grad_out, grad_after)
-    kept = effect.kept.transpose(-1, -2)
-    before = (kept @ grad_after if kept.shape[-1] > 1 else kept * grad_after) + state_gradient(effect.reach, grad_out)
+    before = times(effect.kept.transpose(-1, -2), grad_after) + state_gradient(effect.reach, grad_out)
     theirs = torch.autograd.grad(whole, leaves, (grad_out.double(), grad_after.double()))
     oracle = theirs[-1] if kind is DeltaRulePart else theirs[-1].transpose(-1, -2)
     found = {"outputs": (effect.outputs(state), whole[0]), "after": (after, whole[1]), "before": (before, oracle)}

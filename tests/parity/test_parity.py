@@ -152,11 +152,8 @@ def test_context_parallelism_moves_what_the_formulas_say(measured, layout, ranks
         + taps * (groups * (c.mamba_head_dim + c.mamba_state_dim) + heads * c.mamba_state_dim),
         "*": part * 2 * groups * c.kv_channels,
     }  # fmt: skip
-    heads, widths = (
-        c.num_attention_heads // tp,
-        {"+": c.qk_head_dim + c.qk_pos_emb_head_dim + c.v_head_dim, "*": 2 * c.kv_channels},
-    )
-    traded = {symbol: part // 2 * heads * width for symbol, width in widths.items()}  # queries and outputs, a half of them
+    queries = part // 2 * c.num_attention_heads // tp  # traded, and their outputs: a half of them
+    traded = {"+": queries * (c.qk_head_dim + c.qk_pos_emb_head_dim + c.v_head_dim), "*": queries * 2 * c.kv_channels}
     found = torch.load(measured / f"normed-pretrain-{layout}.pt")["received"]
     assert found == [4 * passes * ((ranks - 1) * numbers[symbol] + traded.get(symbol, 0)) for symbol in c.mixers]
 

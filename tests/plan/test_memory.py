@@ -58,7 +58,7 @@ def test_predictions_are_near_what_was_measured(layout, teacher, length, batch, 
     )  # fmt: skip
     student = Shape(get_layout(layout).config)
     found = predict_memory(config, [[student]], teacher and [teacher], None if teacher else HEAD, ranks)
-    assert found.total / GIB == pytest.approx(peak, rel=0.06)
+    assert found.total / GIB == pytest.approx(peak, rel=0.06 if length == 262_144 else 0.05)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "distil", "align"])

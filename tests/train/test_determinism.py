@@ -1,4 +1,4 @@
-"""`deterministic`: the same bits twice, and no trace of it afterwards."""
+"""`deterministic`: the same bits twice, torch's switch off afterwards."""
 
 import os
 from pathlib import Path
