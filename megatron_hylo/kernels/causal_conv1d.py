@@ -1,28 +1,32 @@
 """Short depthwise causal convolution with an optional SiLU, as in Mamba2 and Gated DeltaNet.
 
 y_t = act(bias + sum_j weight[:, j] * x_{t-k+1+j}). The state is the last k-1 inputs, so a sequence can be
-cut anywhere and continued, down to one token at a time. On CUDA fla's Triton kernel runs.
+cut anywhere and continued, down to one token at a time. On CUDA fla's kernels run: those written in Gluon, which read each
+input once, or the older ones in Triton.
 """
 
 import importlib
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from megatron_hylo.kernels.registry import library_obstacle, select
+from megatron_hylo.kernels.registry import forced, import_error, library_obstacle, select
 
 FLA_MODULE = "fla.modules.causal_conv1d"
+# fla takes them only where torch.distributed is not in use, which concerns its choice, not the kernels: they are one GPU's own
+GLUON_MODULE = "fla.modules.causal_conv1d.backends.gluon"
 
 
 def causal_conv1d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     activation: str | None = None,
-    initial_state: torch.Tensor | None = None,
+    initial_state: Tensor | None = None,
     output_final_state: bool = False,
-    positions: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Convolve each channel over time with its own k taps.
 
     Args:
@@ -50,51 +54,106 @@ def causal_conv1d(
     if initial_state is not None and initial_state.shape != (b, c, k - 1):
         raise ValueError(f"initial_state must be {[b, c, k - 1]}, got {list(initial_state.shape)}")
 
-    if initial_state is None:
-        final = F.pad(x[:, max(t - k + 1, 0) :], (0, 0, max(k - 1 - t, 0), 0)) if output_final_state else None
+    before = None if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)
+    implementation = _choose(x, k)
+    if implementation == "torch":
+        y = _torch(before, x, weight, bias, activation, positions)
     else:
-        # The state is put in front instead of handed to the kernel: exact gradients for it in every implementation.
-        x = torch.cat([initial_state.transpose(1, 2).to(x.dtype), x], 1)
-        final = x[:, t:] if output_final_state else None
+        y = _Fla.apply(x, weight, bias, before, activation, positions, implementation)
+    return y, _last(before, x, k - 1) if output_final_state else None
+
+
+def _last(before: Tensor | None, x: Tensor, count: int) -> Tensor:
+    """The last `count` inputs, [b, c, count]: a copy, so that a cached state does not keep the whole input alive."""
+    end = x[:, max(x.shape[1] - count, 0) :]
+    if missing := count - end.shape[1]:
+        end = F.pad(end, (0, 0, missing, 0)) if before is None else torch.cat([before[:, -missing:], end], 1)
+    return end.transpose(1, 2).contiguous()
+
+
+def _choose(x: Tensor, k: int) -> str:
     obstacle = library_obstacle("fla", FLA_MODULE, x, "pip install flash-linear-attention")
-    run = _fla if select("causal_conv1d", "fla", obstacle) == "fla" else _torch
-    y = run(x, weight, bias, activation, initial_state is not None, positions)
-    # a copy: a cached state must not keep the whole input alive
-    return y, None if final is None else final.transpose(1, 2).contiguous()
+    fast = forced("causal_conv1d")
+    if fast not in ("fla", "gluon"):
+        gluon = obstacle is None and 2 <= k <= 4 and x.stride(-1) == 1 and import_error(GLUON_MODULE) is None
+        fast = "gluon" if gluon else "fla"
+    return select("causal_conv1d", fast, obstacle)
 
 
-def _fla(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str | None,
-    has_history: bool,
-    positions: torch.Tensor | None,
-) -> torch.Tensor:
-    kernel, documents = importlib.import_module(FLA_MODULE).causal_conv1d, None
-    if positions is not None:  # where each token's document begins in x, which the history is part of
-        starts = torch.arange(x.shape[1] - len(positions), x.shape[1], device=x.device) - positions
-        documents = torch.cat([starts.new_tensor([0, x.shape[1]]), starts.clamp(min=0)]).unique()
-    y, _ = kernel(x, weight, bias, activation=activation, backend="triton", cu_seqlens=documents)
-    return y[:, weight.shape[1] - 1 :] if has_history else y
+class _Fla(torch.autograd.Function):
+    """fla's kernels see x alone; the first k - 1 outputs, which what came before x reaches too, are made again in plain torch.
+
+    Copying x behind its history for them would cost a layer of 64K tokens a tenth of its time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        before: Tensor | None,
+        activation: str | None,
+        positions: Tensor | None,
+        implementation: str,
+    ) -> Tensor:
+        documents = None
+        if positions is not None:  # where each token's document begins in x
+            starts = (torch.arange(len(positions), device=x.device) - positions).clamp(min=0)
+            documents = torch.cat([starts.new_tensor([0, len(positions)]), starts]).unique()
+        if implementation == "gluon":
+            module = importlib.import_module(GLUON_MODULE)
+            convolve, ctx.differentiate = module.causal_conv1d_fwd_gluon, module.causal_conv1d_bwd_gluon
+        else:
+            module = importlib.import_module(FLA_MODULE)
+            convolve, ctx.differentiate = module.causal_conv1d_fwd, module.causal_conv1d_bwd
+        weight = weight.contiguous()
+        ctx.settings = dict(activation=activation, cu_seqlens=documents)
+        y, _ = convolve(x=x, weight=weight, bias=bias, residual=None, **ctx.settings)
+        ctx.save_for_backward(x, weight, bias, before, positions)
+        if before is not None:
+            y[:, : before.shape[1]] = _head(before, x, weight, bias, activation, positions)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, before, positions = ctx.saved_tensors
+        dx, dweight, dbias, *_ = ctx.differentiate(x=x, dy=grad, dht=None, weight=weight, bias=bias, **ctx.settings)
+        dbefore = None
+        if before is not None and before.shape[1]:
+            # the kernel has taken the first outputs for those of no history: add what is between the two
+            with torch.enable_grad():
+                start = x[:, : before.shape[1]].detach()
+                leaves = [z.detach().requires_grad_() for z in (start, weight, before, *([] if bias is None else [bias]))]
+                rest = (*leaves[:2], leaves[3] if bias is not None else None, ctx.settings["activation"], positions)
+                right, wrong = _head(leaves[2], *rest), _head(torch.zeros_like(before), *rest)
+            upstream = grad[:, : right.shape[1]]
+            changes = torch.autograd.grad((right, wrong), leaves, (upstream, -upstream))
+            dx[:, : start.shape[1]] += changes[0]
+            dweight = dweight + changes[1]
+            dbefore = changes[2]
+            dbias = dbias + changes[3] if bias is not None else None
+        return dx, dweight, dbias, dbefore, None, None, None
+
+
+def _head(
+    before: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, positions: Tensor | None
+) -> Tensor:
+    """The outputs that `before` reaches, as many as it has tokens."""
+    count = before.shape[1]
+    return _torch(before, x[:, :count], weight, bias, activation, None if positions is None else positions[:count])
 
 
 def _torch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str | None,
-    has_history: bool,
-    positions: torch.Tensor | None,
-) -> torch.Tensor:
+    before: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, positions: Tensor | None
+) -> Tensor:
     """Shifted multiply-adds: for k = 4 two to three times as fast as a grouped F.conv1d on a CPU, forward and backward."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    k = weight.shape[1]
-    history = x.to(wide) if has_history else F.pad(x.to(wide), (0, 0, k - 1, 0))
-    t = history.shape[1] - k + 1
-    taps = weight.to(wide).unbind(1)
+    t, k = x.shape[1], weight.shape[1]
+    history = F.pad(x, (0, 0, k - 1, 0)) if before is None else torch.cat([before, x], 1)
+    history, taps = history.to(wide), weight.to(wide).unbind(1)
 
-    def earlier(j: int) -> torch.Tensor:  # the inputs of tap j, of the same document
+    def earlier(j: int) -> Tensor:  # the inputs of tap j, of the same document
         inputs = history[:, j : j + t]
         return inputs if positions is None else inputs * (positions >= k - 1 - j)[:, None]
 

@@ -24,7 +24,7 @@ from megatron_hylo.kernels.tuned import install
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "cudnn", "flash", "efficient", "math"),
-    "causal_conv1d": ("torch", "fla"),
+    "causal_conv1d": ("torch", "fla", "gluon"),
     "elementwise": ("torch", "inductor"),
     "gated_delta_rule": ("torch", "fla"),
     "head_softmax": ("torch", "triton"),

@@ -122,7 +122,7 @@ class GatedDeltaNet(MegatronModule):
         (b, s, heads), keys, values = beta.shape, keys // context.shares, values // context.shares
         own = functools.partial(context.own_share, widths=[self.sections[name] for name in ("query", "key", "value")])
         places = documents.own_positions if documents is not None else None
-        qkv = self.conv1d(qkv, context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places, own)
+        qkv = self.conv1d(*context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places, own)
         query, key, value = (x.reshape(b, s, heads, -1) for x in qkv.split([keys, keys, values], dim=-1))
         decay, beta = gates_of(alpha, beta, context.own_share(self.A_log), context.own_share(self.dt_bias))
         if documents is not None:

@@ -95,7 +95,7 @@ class Mamba2(MegatronModule):
         (b, s, _), (x_width, b_width, c_width) = dt.shape, (width // context.shares for width in widths)
         own = functools.partial(context.own_share, widths=[self.sections[name] for name in "xBC"])
         places = documents.own_positions if documents is not None else None
-        xbc = self.conv1d(xbc, context.tokens_before(xbc, c.linear_conv_kernel_dim - 1), places, own)
+        xbc = self.conv1d(*context.tokens_before(xbc, c.linear_conv_kernel_dim - 1), places, own)
         x, state_in, state_out = xbc.split([x_width, b_width, c_width], dim=-1)
         repeats = self.heads // self.groups
         x = x.reshape(b, s, -1, c.mamba_head_dim).repeat_interleave(repeats, dim=2)

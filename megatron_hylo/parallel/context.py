@@ -167,7 +167,7 @@ class ContextGroup:
                 outs.append(attention(queries, key[:, : part.stop], value[:, : part.stop]))
         return torch.cat([outs[0], self._trade(outs[1])], 1)
 
-    def tokens_before(self, x: Tensor, count: int) -> Tensor | None:
+    def tokens_before(self, x: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         """The inputs a causal convolution needs from the part before.
 
         Args:
@@ -175,17 +175,19 @@ class ContextGroup:
             count: how many.
 
         Returns:
-            [batch, channels, count], oldest first, zeros on the first rank; None where a rank has all tokens.
+            x, to be read by the convolution alone, and [batch, channels, count], oldest first, zeros on the first rank; None
+            where a rank has all tokens.
         """
         if not self.by_parts:
-            return None
+            return x, None
         if x.shape[1] < count:
             raise ConfigError(
                 f"{x.shape[1]} tokens on each of {self.size} context-parallel ranks are fewer than the {count} that a "
                 f"convolution looks back; use fewer ranks or longer sequences"
             )
-        ends = self._gather(x[:, -count:].movedim(1, -1).unsqueeze(0))
-        return torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])[self.rank]  # in the graph of every rank
+        x, end = _WithEnd.apply(x, count)
+        ends = self._gather(end.movedim(1, -1).unsqueeze(0))
+        return x, torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])[self.rank]  # in the graph of every rank
 
     @property
     def by_parts(self) -> bool:
@@ -229,3 +231,19 @@ class ContextGroup:
         """[n, ...] of each rank -> [ranks n, ...]; gradients are summed back."""
         self.received_bytes += (self.size - 1) * x.numel() * x.element_size()
         return gather_from_sequence_parallel_region(x.contiguous(), group=self.group)
+
+
+class _WithEnd(torch.autograd.Function):
+    """x [batch, sequence, channels] and its last tokens, whose gradient is added where it belongs: no zeros for all others.
+
+    That is done in place, so the gradient of x must be nobody else's: one operation alone reads it.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), x[:, -count:].clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, grad_end: Tensor) -> tuple[Tensor, None]:
+        grad[:, -grad_end.shape[1] :] += grad_end
+        return grad, None

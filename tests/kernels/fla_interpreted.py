@@ -1,4 +1,4 @@
-"""fla's Gated DeltaNet kernels in Triton's interpreter, called as context-parallel ranks call them.
+"""fla's Gated DeltaNet and convolution in Triton's interpreter, called as context-parallel ranks call them.
 
 Started by test_recurrence_part.py. Prints a line a tensor: "ERROR name relative-error".
 """
@@ -12,7 +12,8 @@ import triton.language as tl
 from fla.ops.common import chunk_delta_h
 from triton.runtime import interpreter
 
-from megatron_hylo.kernels import recurrence_part, tuned
+from megatron_hylo.kernels import causal_conv1d, recurrence_part, tuned
+from tests.kernels.test_causal_conv1d import document_errors
 from tests.kernels.test_gated_delta_rule import inputs
 from tests.kernels.test_recurrence_part import delta_rule_errors
 
@@ -36,9 +37,13 @@ def mend_interpreter() -> None:
 if __name__ == "__main__":
     mend_interpreter()
     torch.set_num_threads(1)
-    for module in (recurrence_part.FLA_CHUNK, recurrence_part.FLA_NORM):
+    for module in (recurrence_part.FLA_CHUNK, recurrence_part.FLA_NORM, causal_conv1d.FLA_MODULE):
         importlib.import_module(module)
     tuned.install((9, 0))  # with HYLO_AUTOTUNE=never there is nothing to time, which an interpreter could not
     recurrence_part.delta_rule_implementation = lambda k, v, differentiates: "fla"  # there is no GPU
     for name, error in delta_rule_errors(inputs(150, torch.float32, dk=16, dv=32)).items():
         print("ERROR", name, error)
+    causal_conv1d._choose = lambda x, k: "torch" if x.dtype == torch.float64 else "fla"  # the oracle is in float64
+    for history in (False, True):
+        for name, error in document_errors(history, torch.float32).items():
+            print("ERROR", f"convolution-{history}-{name}", error)

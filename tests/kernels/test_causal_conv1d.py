@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_hylo.kernels.causal_conv1d import FLA_MODULE, causal_conv1d
+from megatron_hylo.kernels.causal_conv1d import FLA_MODULE, GLUON_MODULE, causal_conv1d
 from megatron_hylo.kernels.registry import force, import_error
 from tests.kernels.compare import relative_error, worst_error
 
@@ -75,32 +75,54 @@ def test_unknown_activation_and_wrong_shapes_are_refused() -> None:
         causal_conv1d(x, weight, bias, initial_state=state[..., :1])
 
 
+IMPLEMENTATIONS = {"fla": FLA_MODULE, "gluon": GLUON_MODULE}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("t", [1, 5, 200])
-def test_fla_matches_conv1d_on_gpu(t: int) -> None:
-    if error := import_error(FLA_MODULE):
+def test_fla_matches_conv1d_on_gpu(t: int, implementation: str) -> None:
+    if error := import_error(IMPLEMENTATIONS[implementation]):
         pytest.skip(f"needs fla: {error}")
-    with force("causal_conv1d", "fla"):
+    with force("causal_conv1d", implementation):
         assert worst_error(ours, oracle, inputs(t, torch.bfloat16, c=96, device="cuda")) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("history", [False, True])
+def test_fla_keeps_documents_apart_on_gpu(history: bool, implementation: str) -> None:
+    if error := import_error(IMPLEMENTATIONS[implementation]):
+        pytest.skip(f"needs fla: {error}")
+    with force("causal_conv1d", implementation):
+        assert max(document_errors(history, torch.float32, "cuda").values()) < 1e-5
 
 
 @pytest.mark.parametrize("history", [False, True])
 def test_no_tap_reaches_before_a_document(history: bool) -> None:
-    """With a history, the first document began two tokens before x."""
-    x, weight, bias, state = inputs(14)
+    assert max(document_errors(history).values()) < 1e-12
+
+
+def document_errors(history: bool, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, float]:
+    """Documents in a row against each alone, outputs and gradients. With a history, the first began two tokens before x."""
+    x, weight, bias, state = (z.detach()[:1] if z.dim() == 3 else z.detach() for z in inputs(14, dtype, device=device))
+    x, weight, bias, state = (z.requires_grad_() for z in (x, weight, bias, state))
     lengths = [5, 1, 2, 6]
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    before = state if history else None
+    positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
     if history:
         positions[:5] += 2
-    packed = causal_conv1d(x, weight, bias, "silu", before, positions=positions)[0]
-    parts = []
-    for i, piece in enumerate(x.split(lengths, 1)):
-        start = torch.cat([torch.zeros_like(state[..., :1]), state[..., 1:]], -1) if history and i == 0 else None
-        parts.append(causal_conv1d(piece, weight, bias, "silu", start)[0])
+    packed = causal_conv1d(x, weight, bias, "silu", state if history else None, positions=positions)[0]
+    parts, leaves = [], [x, weight, bias, *([state] if history else [])]
+    exact = [z.detach().double().requires_grad_() for z in leaves]
+    with force("causal_conv1d", "torch"):
+        for i, piece in enumerate(exact[0].split(lengths, 1)):
+            start = torch.cat([torch.zeros_like(state[..., :1]), exact[3][..., 1:]], -1) if history and i == 0 else None
+            parts.append(causal_conv1d(piece, *exact[1:3], "silu", start)[0])
     alone = torch.cat(parts, 1)
-    upstream = torch.randn_like(alone)
-    leaves = (x, weight, bias, *([state] if history else []))
-    grads = [torch.autograd.grad((y * upstream).sum(), leaves) for y in (packed, alone)]
-    assert all(relative_error(mine, theirs) < 1e-12 for mine, theirs in zip((packed, *grads[0]), (alone, *grads[1])))
+    upstream = torch.randn_like(packed)
+    mine = (packed, *torch.autograd.grad((packed * upstream).sum(), leaves))
+    theirs = (alone, *torch.autograd.grad((alone * upstream).sum(), exact))
+    names = ("output", "x", "weight", "bias", "state")
+    return {name: relative_error(a, b) for name, a, b in zip(names, mine, theirs)}

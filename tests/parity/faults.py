@@ -51,7 +51,7 @@ def _halo_off_by_one() -> contextlib.AbstractContextManager:
     from megatron_hylo.parallel.context import ContextGroup
 
     right = ContextGroup.tokens_before
-    return _replaced(ContextGroup, "tokens_before", lambda self, x, count: right(self, x[:, :-1], count))
+    return _replaced(ContextGroup, "tokens_before", lambda self, x, count: (x, right(self, x[:, :-1], count)[1]))
 
 
 def _positions_from_zero() -> contextlib.AbstractContextManager:
