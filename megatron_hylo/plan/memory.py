@@ -75,10 +75,13 @@ def predict_memory(
         theirs.append(head)
     ours = max((chunks[0].config.hylo for chunks in students), key=lambda c: c.hidden_size * c.num_hidden_layers)
     kept, passing = activations(config, ours, teacher[0].config.hylo if teacher else None)
+    optimizer = (MOMENTS * count + MASTER * (count - wide)) / optimizer_shards
+    if config.optimizer.offload:  # either the passes' activations or, later, the optimizer's state
+        optimizer, kept, passing = (0.0, kept, passing) if kept + passing > optimizer else (optimizer, 0.0, 0.0)
     return Memory(
         weights=_bytes(parameters),
         gradients=GRADIENT * count,
-        optimizer=(MOMENTS * count + MASTER * (count - wide)) / optimizer_shards,
+        optimizer=optimizer,
         teacher=_bytes(theirs) - (_resting(teacher) if config.teacher_offload else 0),
         kept=kept,
         passing=passing,

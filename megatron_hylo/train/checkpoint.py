@@ -83,7 +83,8 @@ class CheckpointSaver:
             folder = sealing.enter_context(sealed_directory(checkpoint_path(self.run, step), overwrite=True))
             writes = []
             for (state, part), provenance in zip(_folders(states, folder), self.provenances):
-                writes.append(BackgroundWrite(_sharded_state(state, loading=False), part / "weights", folder))
+                with state.resident():
+                    writes.append(BackgroundWrite(_sharded_state(state, loading=False), part / "weights", folder))
                 if is_main():
                     write_json(part / "hylo.json", describe(state.config.hylo, state.config.params_dtype, provenance))
             if is_main():
@@ -132,10 +133,11 @@ def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, i
     barrier()
     for state, part in _folders(states, path):
         read_description(part)
-        allocate_optimizer_state(state.optimizer)
-        loaded = load_weights(_sharded_state(state, loading=True), part / "weights")
-        put_chunks(state.chunks, loaded)
-        load_optimizer_state(state.optimizer, loaded["optimizer"])
+        with state.resident():
+            allocate_optimizer_state(state.optimizer)
+            loaded = load_weights(_sharded_state(state, loading=True), part / "weights")
+            put_chunks(state.chunks, loaded)
+            load_optimizer_state(state.optimizer, loaded["optimizer"])
         state.scheduler.load_state_dict(loaded["scheduler"])
     position = json.loads((path / "train_state.json").read_text())
     return position["step"], position["consumed_samples"]

@@ -23,6 +23,7 @@ class OptimizerSettings:
         adam_eps: added to its root.
         clip_grad: largest global gradient norm; 0: no clipping.
         use_distributed_optimizer: shard optimizer state over the data-parallel ranks.
+        offload: its state rests in the CPU's memory during forward and backward passes: less memory, the same numbers.
     """
 
     lr: float = 6e-5
@@ -35,6 +36,7 @@ class OptimizerSettings:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
     use_distributed_optimizer: bool = True
+    offload: bool = False
 
 
 @dataclass

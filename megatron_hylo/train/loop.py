@@ -203,12 +203,18 @@ def training_step(
         values = {"skipped_steps": float(skipped.total)}
     else:
         # a norm, and clipping, of each student's own: two that share a run end as they would alone
-        norms = {f"{prefix}gradient_norm": float(s.optimizer.step()[1] or 0.0) for prefix, s in zip(PREFIXES, states)}
+        norms = {f"{prefix}gradient_norm": _update(state) for prefix, state in zip(PREFIXES, states)}
         values = {name: float(value) for name, value in _mean_over_ranks(metrics).items()} | norms
     rates = {f"learning_rate_{name}": rate for name, rate in states[0].learning_rates().items()}
     for state in states:
         state.scheduler.step(1)
     return values | rates
+
+
+def _update(state: TrainingState) -> float:
+    """The optimizer's step; returns the gradient's norm before it is clipped."""
+    with state.resident():
+        return float(state.optimizer.step()[1] or 0.0)
 
 
 def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Megatron-Core's data-parallel wrapper, optimizer and schedule, set up the way upcycling needs them."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.train.config import OptimizerSettings, TrainConfig
+from megatron_hylo.train.optimizer_offload import RestingState
 
 MIXER_PARAMETERS = "*.self_attention.*"
 FP32_PARAMETERS = ("*.A_log", "*.dt_bias", "*.D")
@@ -32,6 +34,7 @@ class TrainingState:
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    resting: RestingState | None = None  # where the optimizer's state is on the CPU between steps
 
     @property
     def chunks(self) -> list[HyloModel]:
@@ -42,6 +45,10 @@ class TrainingState:
     def config(self) -> HyloTransformerConfig:
         """That all chunks share."""
         return self.wrapped[0].module.config
+
+    def resident(self) -> contextlib.AbstractContextManager[None]:
+        """For whatever reads or changes the optimizer's state: it is on the device."""
+        return self.resting.resident() if self.resting else contextlib.nullcontext()
 
     def learning_rates(self) -> dict[str, float]:
         """Current learning rate by group: {"rest": ..., "mixers": ...}."""
@@ -104,7 +111,8 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     transformer_config.finalize_model_grads_func = finalize_model_grads
     no_sync = [wrapper.no_sync for wrapper in wrapped]
     transformer_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
-    return TrainingState(wrapped, optimizer, _scheduler(optimizer, settings, config.train_steps))
+    resting = RestingState(optimizer, chunks) if settings.offload else None
+    return TrainingState(wrapped, optimizer, _scheduler(optimizer, settings, config.train_steps), resting)
 
 
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:

@@ -26,7 +26,7 @@ def check_same_run(config: TrainConfig, run: Path) -> None:
     may_change = {
         "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "tensorboard", "wandb", "wandb_project",
         "parallel", "micro_batch_size", "async_save", "recompute", "cuda_graphs", "backend", "deterministic",
-        "eval_windows", "loss_chunk_tokens", "output", "teacher_address", "teacher_offload",
+        "eval_windows", "loss_chunk_tokens", "output", "teacher_address", "teacher_offload", "optimizer.offload",
     }  # fmt: skip
     file = run / "config.json"
     mine = json.loads(json.dumps(asdict(config)))
@@ -35,7 +35,7 @@ def check_same_run(config: TrainConfig, run: Path) -> None:
         defaults = asdict(TrainConfig(stage="pretrain", data="-", output="-", scratch="-"))
         ours, theirs = _flat(mine), _flat(defaults) | _flat(json.loads(file.read_text()))
         for name in sorted(ours.keys() | theirs.keys()):
-            if name.split(".")[0] not in may_change and ours.get(name) != theirs.get(name):
+            if may_change.isdisjoint((name, name.split(".")[0])) and ours.get(name) != theirs.get(name):
                 raise ConfigError(
                     f"{run} was started with {name} = {theirs.get(name)}, now {ours.get(name)}; use another output to change it"
                 )
