@@ -19,6 +19,7 @@ import torch
 from jsonargparse import auto_cli
 from report import device_name, free_memory, report, seconds
 
+from megatron_hylo.config import Fp8
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import heldout_windows
@@ -27,7 +28,8 @@ from megatron_hylo.eval.perplexity import evaluate
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES
 from megatron_hylo.models.checkpoint import load_model
-from megatron_hylo.models.fp8 import check_fp8, keep_fp8_weights
+from megatron_hylo.models.fp8 import check_fp8
+from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.platform.distributed import session
@@ -70,9 +72,8 @@ def _speed(base: str, precision: str, lengths: list[int], repeats: int, device: 
     """{"gib": of weights, "ms": [median of each length]}."""
     free_memory()
     before = torch.cuda.memory_allocated()
-    model = build_model(BASES[base], params_dtype=torch.bfloat16, backend="te", fp8=precision == "fp8").eval()
-    if precision == "fp8":
-        keep_fp8_weights(model)
+    fp8 = "e4m3" if precision == "fp8" else None
+    (model,) = freeze([build_model(BASES[base], params_dtype=torch.bfloat16, backend="te", fp8=fp8)])
     gib = (torch.cuda.memory_allocated() - before) / 2**30
     ids = [torch.randint(BASES[base].vocab_size, (1, length), device=device) for length in lengths]
     times = [[seconds(partial(model, i)) for _ in range(2 + repeats)][2:] for i in ids]
@@ -88,11 +89,12 @@ def _quality(work: Path, windows: int) -> dict[str, dict[str, Any]]:
         preprocess(str(fetch_documents()), str(work / "data"), str(work / "teacher"))
     ids = heldout_windows(work / "data" / "heldout", 2048, windows)
 
-    def load(dtype: torch.dtype = torch.bfloat16, fp8: bool = False) -> HyloModel:
-        return load_model(work / "teacher", params_dtype=dtype, backend="te", fp8=fp8).requires_grad_(False).eval()
+    def load(dtype: torch.dtype = torch.bfloat16, fp8: Fp8 | None = None) -> HyloModel:
+        (model,) = freeze([load_model(work / "teacher", params_dtype=dtype, backend="te", fp8=fp8)])
+        return model
 
     bf16 = load()
-    pairs = {"FP8 against bf16": (load(fp8=True), bf16), "bf16 against fp32": (bf16, load(torch.float32))}
+    pairs = {"FP8 against bf16": (load(fp8="e4m3"), bf16), "bf16 against fp32": (bf16, load(torch.float32))}
     return {name: evaluate(model, ids, teacher).to_dict() for name, (model, teacher) in pairs.items()}
 
 

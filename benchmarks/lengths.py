@@ -24,7 +24,7 @@ from report import architecture, device_name, free_memory, report, seconds
 from megatron_hylo.config import ParallelConfig
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES
-from megatron_hylo.models.fp8 import keep_fp8_weights
+from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.train.config import TrainConfig
@@ -77,7 +77,7 @@ def main(
 def build_ours(layout: str, teacher: str, teacher_precision: str = "same") -> Step:
     """Our training loop's step."""
     cuda = torch.cuda.is_available()
-    dtype, fp8 = torch.bfloat16 if cuda else torch.float32, teacher_precision == "fp8"
+    dtype, fp8 = torch.bfloat16 if cuda else torch.float32, "e4m3" if teacher_precision == "fp8" else None
 
     def settings(length: int) -> TrainConfig:
         return TrainConfig(
@@ -86,9 +86,7 @@ def build_ours(layout: str, teacher: str, teacher_precision: str = "same") -> St
         )  # fmt: skip
 
     student = build_model(architecture(layout), ParallelConfig(), params_dtype=dtype, recompute=True)
-    frozen = build_model(BASES[teacher], params_dtype=dtype, fp8=fp8).requires_grad_(False).eval()
-    if fp8:
-        keep_fp8_weights(frozen)
+    frozen = freeze([build_model(BASES[teacher], params_dtype=dtype, fp8=fp8)])
     config = settings(16)
     choose_trainable([student], config)
     state, vocabulary = build_training_state([student.train()], config), BASES[teacher].vocab_size
@@ -97,7 +95,7 @@ def build_ours(layout: str, teacher: str, teacher_precision: str = "same") -> St
     def step(length: int) -> None:
         ids = torch.randint(vocabulary, (1, length + 1), device=where)
         batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
-        training_step([state], get_stage(settings(length), [frozen]), iter([batch]), 1, 0, SkippedSteps(0))
+        training_step([state], get_stage(settings(length), frozen), iter([batch]), 1, 0, SkippedSteps(0))
 
     return step
 

@@ -26,6 +26,7 @@ from scaling import measure
 from megatron_hylo.distill.remote_teacher import RemoteTeacher
 from megatron_hylo.distill.serve_teacher import Replica
 from megatron_hylo.layouts import BASES
+from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.train.config import TrainConfig
@@ -67,9 +68,8 @@ def main(
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     if role == "server":
         with session():
-            Replica(
-                build_model(BASES[teacher], params_dtype=dtype).requires_grad_(False).eval(), address, dtype, TIMEOUT
-            ).serve(0)
+            (model,) = freeze([build_model(BASES[teacher], params_dtype=dtype)])
+            Replica(model, address, dtype, TIMEOUT).serve(0)
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         return print(json.dumps({"peak_gib": peak}))
     if role:

@@ -32,13 +32,12 @@ from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.distill.signal import TeacherSignal
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES
-from megatron_hylo.models.fp8 import keep_fp8_weights
+from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import build_chunks
-from megatron_hylo.models.offload import OffloadedLayers
 from megatron_hylo.plan.flops import forward_flops_per_token, peak_flops
 from megatron_hylo.platform.distributed import device, initialize, is_main, shutdown
 from megatron_hylo.sealed import write_json
-from megatron_hylo.train.config import TrainConfig
+from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from megatron_hylo.train.feed import rank_batches
 from megatron_hylo.train.health import SkippedSteps
 from megatron_hylo.train.loop import training_step
@@ -53,13 +52,20 @@ class Mode:
     groups: Callable[[int], dict[str, Any]]  # of ParallelConfig, for n GPUs
     sequences: Callable[[int], int]  # of a step
     least: int = 1  # GPUs
-    teacher: dict[str, Any] = field(default_factory=dict)  # how it is kept: settings of TrainConfig
+    settings: dict[str, Any] = field(default_factory=dict)  # of TrainConfig
 
 
+FP8_TEACHER = dict(teacher_precision="fp8")
 MODES = {
     "CP": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1),
-    "CP, FP8 teacher": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1, teacher=dict(teacher_precision="fp8")),
-    "CP, offloaded teacher": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1, teacher=dict(teacher_offload=True)),
+    "CP, FP8 teacher": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1, 1, FP8_TEACHER),
+    "CP, FP8 teacher and student": Mode(
+        lambda n: dict(context_parallel_size=n), lambda n: 1, 1, FP8_TEACHER | dict(linear_precision="fp8")
+    ),
+    "CP, offloaded teacher": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1, 1, dict(teacher_offload=True)),
+    "CP, offloaded optimizer": Mode(
+        lambda n: dict(context_parallel_size=n), lambda n: 1, 1, dict(optimizer=OptimizerSettings(offload=True))
+    ),
     "CP, latents and states": Mode(lambda n: dict(context_parallel_size=n, cp_comm_type="all_gather"), lambda n: 1, 2),
     "CP, all-to-all": Mode(lambda n: dict(context_parallel_size=n, cp_comm_type="a2a"), lambda n: 1, 2),
     "DP": Mode(lambda n: {}, lambda n: n, 2),
@@ -109,7 +115,7 @@ def main(
         config = TrainConfig(
             stage="distil", data=str(data), output="-", model="-", teacher="-", sequence_length=length, parallel=parallel,
             global_batch_size=MODES[mode].sequences(ranks), recompute=True, loss_chunk_tokens=4096,
-            precision="bf16" if torch.cuda.is_available() else "fp32", **MODES[mode].teacher,
+            precision="bf16" if torch.cuda.is_available() else "fp32", **MODES[mode].settings,
         )  # fmt: skip
         with _ranks(parallel, work / f"store-{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{file.stem}"):
             if is_main() and not data.is_dir():
@@ -162,15 +168,11 @@ def measure(
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     if here.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    chunks, frozen = build_chunks(ours, config.parallel, dtype, recompute=config.recompute), None
+    fp8 = "hybrid" if config.linear_precision == "fp8" else None
+    chunks, frozen = build_chunks(ours, config.parallel, dtype, recompute=config.recompute, fp8=fp8), None
     if elsewhere is None:
-        fp8 = config.teacher_precision == "fp8"
-        frozen = [chunk.requires_grad_(False).eval() for chunk in build_chunks(theirs, config.parallel, dtype, fp8=fp8)]
-        for chunk in frozen:
-            if fp8:
-                keep_fp8_weights(chunk)
-            if config.teacher_offload:
-                OffloadedLayers(chunk)
+        fp8 = "e4m3" if config.teacher_precision == "fp8" else None
+        frozen = freeze(build_chunks(theirs, config.parallel, dtype, fp8=fp8), config.teacher_offload)
     stage = get_stage(config, frozen, elsewhere)
     choose_trainable(chunks, config)
     state = build_training_state([chunk.train() for chunk in chunks], config)

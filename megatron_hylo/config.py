@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Mapping
 
 MIXER_SYMBOLS = "*+MG"
+Fp8 = Literal["e4m3", "hybrid"]  # formats of linear maps in a frozen model, and in one that is trained (Megatron-Core's names)
 
 
 class ConfigError(ValueError):

@@ -112,7 +112,7 @@ def align_layers(
             compared = teacher.decoder.final_norm(target) if last else target
             power = _power(target_mixer, teacher.config.sequence_parallel) if align_loss == "mse" else None
         for n, (student, (mixer, mlp), found) in enumerate(zip(students, layers, terms)):
-            with torch.set_grad_enabled(gradient_scale is not None):
+            with torch.set_grad_enabled(gradient_scale is not None), get_fp8_context(student.config):
                 out_mixer = mixer_output(mixer, read[n], documents)
                 hidden_term = mixer_term = hidden.new_zeros(())
                 if align_loss == "sequential":
@@ -129,7 +129,7 @@ def align_layers(
                 if gradient_scale is not None:
                     ((hidden_weight * hidden_term + mixer_weight * mixer_term) * gradient_scale).backward()
             found.append(torch.stack([hidden_term.detach().float(), mixer_term.detach().float()]))
-            with torch.no_grad():
+            with torch.no_grad(), get_fp8_context(student.config):
                 read[n] = mlp_layer(mlp, middle.detach()) if align_loss == "sequential" else target
         hidden = target
     stacked = [torch.stack(found) for found in terms]

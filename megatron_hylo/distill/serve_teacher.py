@@ -21,6 +21,7 @@ from megatron_hylo.distill.head_loss import whole_head
 from megatron_hylo.distill.remote_link import SERVER, Link, link_store, open_store
 from megatron_hylo.distill.remote_teacher import CHUNK
 from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import own_part, own_slice
 from megatron_hylo.parallel.documents import PackedDocuments
@@ -50,7 +51,7 @@ def serve_teacher(
     if parallel.pipeline_model_parallel_size > 1:
         raise ConfigError("serve-teacher has no pipeline stages; use tensor and context parallelism, and more replicas")
     with session(parallel):
-        model = load_model(teacher, parallel, params_dtype=dtype).requires_grad_(False).eval()
+        (model,) = freeze([load_model(teacher, parallel, params_dtype=dtype)])
         replica = Replica(model, address, dtype, timeout)
         for run in itertools.count() if runs is None else range(runs):
             replica.serve(run)

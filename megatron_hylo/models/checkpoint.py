@@ -21,8 +21,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
-from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig, from_dict
-from megatron_hylo.models.fp8 import keep_fp8_weights
+from megatron_hylo.config import ConfigError, Fp8, ModelConfig, ParallelConfig, from_dict
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.specs import BackendName
 from megatron_hylo.platform.distributed import is_main
@@ -188,7 +187,7 @@ def load_chunks(
     params_dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
     recompute: bool | str = False,
-    fp8: bool = False,
+    fp8: Fp8 | None = None,
     verify_hashes: bool = True,
     **changes: Any,
 ) -> list[HyloModel]:
@@ -198,8 +197,7 @@ def load_chunks(
         path: a model folder or a training checkpoint.
         parallel: any layout, whatever the folder was written under.
         params_dtype: by default the folder's own.
-        backend, recompute: as in `build_model`.
-        fp8: as there, with the weights kept in FP8 alone: a model for forward passes, not to be saved.
+        backend, recompute, fp8: as in `build_model`.
         verify_hashes: compare all files with the manifest first.
         changes: fields of the configuration to replace (a longer context's rope scaling, say).
 
@@ -213,9 +211,6 @@ def load_chunks(
     dtype = params_dtype or DTYPES[description["params_dtype"]]
     chunks = build_chunks(config.replace(**changes), parallel, dtype, backend, recompute, fp8)
     put_chunks(chunks, load_weights(sharded_chunks(chunks), Path(path) / "weights"))
-    if fp8:
-        for chunk in chunks:
-            keep_fp8_weights(chunk)
     return chunks
 
 

@@ -1,19 +1,20 @@
-"""A frozen model whose linear maps compute in FP8 (E4M3), by Transformer Engine; all else of it stays in its own precision.
+"""Models whose linear maps compute in FP8, by Transformer Engine; all else of them stays in its own precision.
 
-Each tensor is scaled by its own largest value ("tensorwise", current scaling). That needs no history: delayed scaling learns
-its scales in passes with gradients, which a frozen model has none of. Blocks with a scale each make slower products on Hopper.
+A frozen one in E4M3; one that is trained "hybrid": gradients, whose range is wider, in E5M2. Each tensor is scaled by its own
+largest value ("tensorwise", current scaling). That needs no history: delayed scaling learns its scales in passes with
+gradients, which a frozen model has none of. Blocks with a scale each make slower products on Hopper.
 """
 
 import torch
 from megatron.core.fp8_utils import TE_LINEAR_TYPES
 from torch import nn
 
-from megatron_hylo.config import ConfigError
+from megatron_hylo.config import ConfigError, Fp8
 from megatron_hylo.models.specs import BackendName, get_backend
 
 CAPABILITY = (8, 9)  # of the first GPUs with FP8 products
-ROWS, COLUMNS = 8, 16  # what a matrix's sizes must be multiples of; tokens are rows
-INSTEAD = "or compute in bf16 (teacher_precision same)"
+ROWS, COLUMNS = 8, 16  # what a matrix's sizes must be multiples of; tokens are rows, in a weight's gradient columns
+INSTEAD = "or compute in bf16 (teacher_precision and linear_precision same)"
 
 
 def check_fp8(backend: BackendName = "auto") -> None:
@@ -36,21 +37,23 @@ def check_fp8(backend: BackendName = "auto") -> None:
         raise ConfigError(f"fp8 needs a GPU of compute capability {needed} or later, {here}; use another, {INSTEAD}")
 
 
-def check_fp8_widths(model: nn.Module) -> None:
+def check_fp8_widths(model: nn.Module, fp8: Fp8 = "e4m3") -> None:
     """Refuse linear maps of sizes that FP8 products do not take.
 
     Args:
         model: this rank's part.
+        fp8: a map that is trained multiplies with its weight's transpose as well.
 
     Raises:
         ConfigError: naming the linear map and its sizes.
     """
+    rows = COLUMNS if fp8 == "hybrid" else ROWS
     for name, module in model.named_modules():
         if isinstance(module, TE_LINEAR_TYPES):
             outputs, inputs = module.weight.shape
-            if outputs % ROWS or inputs % COLUMNS:
+            if outputs % rows or inputs % COLUMNS:
                 raise ConfigError(
-                    f"fp8 needs linear maps whose inputs are a multiple of {COLUMNS} and outputs one of {ROWS}; {name} has "
+                    f"fp8 needs linear maps whose inputs are a multiple of {COLUMNS} and outputs one of {rows}; {name} has "
                     f"{inputs} and {outputs} on this rank; change tensor_model_parallel_size, {INSTEAD}"
                 )
 
@@ -62,7 +65,7 @@ def keep_fp8_weights(model: nn.Module) -> None:
     Without it Transformer Engine keeps what it quantised at the first pass beside the bf16 weights.
 
     Args:
-        model: this rank's part, built with `fp8` and loaded; from here on for forward passes alone.
+        model: this rank's part, built with `fp8` "e4m3" and loaded; from here on for forward passes alone.
     """
     from transformer_engine.pytorch import DType, Float8CurrentScalingQuantizer
 

@@ -9,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from megatron_hylo.config import ModelConfig, ParallelConfig, recomputed_layers
+from megatron_hylo.config import Fp8, ModelConfig, ParallelConfig, recomputed_layers
 from megatron_hylo.layouts import pipeline_pattern
 from megatron_hylo.models.fp8 import check_fp8, check_fp8_widths
 from megatron_hylo.models.specs import BackendName, get_backend, hybrid_stack_spec, megatron_pattern
@@ -63,7 +63,7 @@ def build_chunks(
     params_dtype: torch.dtype = torch.float32,
     backend: BackendName = "auto",
     recompute: bool | str = False,
-    fp8: bool = False,
+    fp8: Fp8 | None = None,
 ) -> list[HyloModel]:
     """Build this rank's part of a model with random weights, a chunk a virtual pipeline stage; after `platform.initialize`.
 
@@ -73,7 +73,7 @@ def build_chunks(
         params_dtype: torch.float32 or torch.bfloat16; A_log, dt_bias and D stay fp32.
         backend: where linear maps and norms come from.
         recompute: compute activations again in the backward pass: of all layers, or of those with these symbols.
-        fp8: linear maps compute in FP8; for frozen models, see models/fp8.py.
+        fp8: linear maps compute in FP8: "e4m3" in a frozen model, "hybrid" in one that is trained; see models/fp8.py.
 
     Raises:
         ConfigError: heads or vocabulary that tensor parallelism does not divide; more pipeline stages than layers; a symbol of
@@ -102,5 +102,5 @@ def build_chunks(
         )
         chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
         if fp8:
-            check_fp8_widths(chunk)
+            check_fp8_widths(chunk, fp8)
     return chunks

@@ -1,8 +1,10 @@
 """Layers that forget their activations in the forward pass and compute them again in the backward pass."""
 
 import functools
+from collections.abc import Callable
 
 from megatron.core import tensor_parallel
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -18,8 +20,13 @@ class _Recomputed(TransformerLayer):
         forward = functools.partial(super().forward, **kwargs)
         symbol = self.config.hylo.mixers[(self.layer_number - 1) // 2] if self.layer_number % 2 else "-"
         if self.training and hidden_states.requires_grad and symbol in self.config.recompute:
-            return tensor_parallel.checkpoint(forward, False, hidden_states)
+            return tensor_parallel.checkpoint(functools.partial(self._in_its_precision, forward), False, hidden_states)
         return forward(hidden_states)
+
+    def _in_its_precision(self, forward: Callable[[Tensor], tuple[Tensor, None]], hidden_states: Tensor) -> tuple[Tensor, None]:
+        """The stack has left its FP8 context when the backward pass computes again; without FP8 it is none."""
+        with get_fp8_context(self.config):
+            return forward(hidden_states)
 
 
 class MixerLayer(_Recomputed):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_hylo.config import ConfigError, Fp8, ModelConfig, ParallelConfig
 
 
 @dataclass
@@ -44,7 +44,7 @@ def build_transformer_config(
     parallel: ParallelConfig | None = None,
     params_dtype: torch.dtype = torch.float32,
     recompute: str = "",
-    fp8: bool = False,
+    fp8: Fp8 | None = None,
 ) -> HyloTransformerConfig:
     """Megatron-Core configuration of a model.
 
@@ -53,7 +53,7 @@ def build_transformer_config(
         parallel: sizes of the parallel groups.
         params_dtype: torch.float32 or torch.bfloat16.
         recompute: symbols of the layers whose activations are recomputed in the backward pass.
-        fp8: linear maps compute in FP8; for frozen models, see models/fp8.py.
+        fp8: formats that linear maps compute in, see models/fp8.py.
     """
     parallel = parallel or ParallelConfig()
     check_tensor_parallel(config, parallel.tensor_model_parallel_size)
@@ -91,6 +91,6 @@ def build_transformer_config(
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         recompute=recompute,
-        fp8="e4m3" if fp8 else None,
+        fp8=fp8,
         fp8_recipe="tensorwise",
     )

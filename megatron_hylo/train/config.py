@@ -61,6 +61,7 @@ class TrainConfig:
         trainable: all, or the token mixers alone; align never trains embedding and head, and but for ild mixers alone.
         optimizer: learning rates and the rest of AdamW.
         precision: of weights and activations; the optimizer's copies are fp32 in both.
+        linear_precision: of the products in the student's linear maps, forward and backward: fp8 on GPUs that have it.
         teacher_precision: the student's, or fp8 for a teacher's linear maps; held-out KL is to that teacher too.
         teacher_offload: a teacher's weights rest in the CPU's memory and come to the GPU layer by layer: for long sequences,
             where copies take less time than computing.
@@ -114,6 +115,7 @@ class TrainConfig:
     trainable: Literal["all", "mixers"] = "all"
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     precision: Literal["bf16", "fp32"] = "bf16"
+    linear_precision: Literal["same", "fp8"] = "same"
     teacher_precision: Literal["same", "fp8"] = "same"
     teacher_offload: bool = False
     mla_rope_scaling: RopeScaling | None = None
@@ -200,8 +202,9 @@ class TrainConfig:
                     else ""
                 )
             )
-        if self.teacher_precision == "fp8":
-            self._check_fp8_teacher(parts)
+        for name in ("linear_precision", "teacher_precision"):
+            if getattr(self, name) == "fp8":
+                self._check_fp8(name, parts)
         if self.teacher_offload and (self.teacher is None or self.teacher_precision == "fp8" or self.cuda_graphs):
             raise ConfigError(
                 f"teacher_offload needs a teacher folder, teacher_precision same and cuda_graphs false, got {self.teacher}, "
@@ -212,21 +215,23 @@ class TrainConfig:
                 f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
             )
 
-    def _check_fp8_teacher(self, parts: int) -> None:
+    def _check_fp8(self, name: str, parts: int) -> None:
         """Refuse what is known to be wrong before there is a machine to ask; `parts` ranks share a sequence."""
-        elsewhere = self.teacher_store or self.teacher_address
+        elsewhere, teachers = self.teacher_store or self.teacher_address, name == "teacher_precision"
+        each = 8 if teachers else 16
         for wrong, needed in (
-            (elsewhere, f"a teacher on the student's ranks, got {elsewhere} to learn from"),
-            (self.teacher is None, f"a teacher, got none (stage {self.stage})"),
+            (teachers and elsewhere, f"a teacher on the student's ranks, got {elsewhere} to learn from"),
+            (teachers and self.teacher is None, f"a teacher, got none (stage {self.stage})"),
+            (not teachers and self.cuda_graphs, "cuda_graphs false"),
             (self.precision != "bf16", f"precision bf16, got {self.precision}"),
             (self.backend == "local", f"backend te or auto, got {self.backend}"),
             (
-                self.sequence_length // parts % 8,
-                f"a sequence_length that is a multiple of {8 * parts} (8 tokens a rank), got {self.sequence_length}",
+                self.sequence_length % (each * parts),
+                f"a sequence_length that is a multiple of {each * parts} ({each} tokens a rank), got {self.sequence_length}",
             ),
         ):
             if wrong:
-                raise ConfigError(f"teacher_precision fp8 needs {needed}; change that, or set teacher_precision same")
+                raise ConfigError(f"{name} fp8 needs {needed}; change that, or set {name} same")
 
     @property
     def train_steps(self) -> int:

@@ -25,8 +25,8 @@ from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
 from megatron_hylo.models.checkpoint import load_chunks, read_description, save_model
 from megatron_hylo.models.fp8 import check_fp8
+from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
-from megatron_hylo.models.offload import OffloadedLayers
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.plan.memory import predict_memory
 from megatron_hylo.platform.distributed import is_main, is_timeout, session
@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> Quality | None:
         session(config.parallel, config.seed) as device,
         recordable(config.cuda_graphs, device),
     ):
-        if config.teacher_precision == "fp8":
+        if "fp8" in (config.linear_precision, config.teacher_precision):
             check_fp8(config.backend)  # before the run folder keeps the setting
         check_same_run(config, run)
         if is_sealed(run / "model"):
@@ -238,18 +238,17 @@ def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[Hylo
     architecture, dtype = _architectures(config)[0], _dtype(config)
     layers = pipeline_layers(architecture, config.parallel.stages, config.parallel.pipeline_layers)
     shared = dict(parallel=replace(config.parallel, pipeline_layers=layers), params_dtype=dtype, backend=config.backend)
+    how = dict(recompute=config.recompute, fp8="hybrid" if config.linear_precision == "fp8" else None)
     changes = {"mla_rope_scaling": config.mla_rope_scaling} if config.mla_rope_scaling else {}
     if config.model:
         folders = [folder for folder in (config.model, config.second_model) if folder]
-        students = [_load_chunks(folder, recompute=config.recompute, **shared, **changes) for folder in folders]
+        students = [_load_chunks(folder, **how, **shared, **changes) for folder in folders]
     else:
-        students = [build_chunks(architecture.replace(**changes), recompute=config.recompute, **shared)]
+        students = [build_chunks(architecture.replace(**changes), **how, **shared)]
     teacher = None
     if config.teacher:
-        chunks = _load_chunks(config.teacher, fp8=config.teacher_precision == "fp8", **shared)
-        teacher = [chunk.requires_grad_(False).eval() for chunk in chunks]
-        for chunk in teacher if config.teacher_offload else ():
-            OffloadedLayers(chunk)
+        chunks = _load_chunks(config.teacher, fp8="e4m3" if config.teacher_precision == "fp8" else None, **shared)
+        teacher = freeze(chunks, config.teacher_offload)
     return [[chunk.train() for chunk in student] for student in students], teacher
 
 

@@ -1,4 +1,4 @@
-"""A teacher in FP8: what is refused before anything is written, and on a GPU a run that learns from it."""
+"""A teacher or a student in FP8: what is refused before anything is written, and on a GPU runs with them."""
 
 from pathlib import Path
 
@@ -33,9 +33,23 @@ def test_what_cannot_be_is_refused(settings, changes, sentence):
         settings(teacher_precision="fp8", **fields)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(precision="fp32"), "precision bf16, got fp32"),
+        (dict(sequence_length=24), "a sequence_length that is a multiple of 16 .16 tokens a rank., got 24"),
+        (dict(cuda_graphs=True), "cuda_graphs false"),
+    ],
+)
+def test_a_student_that_cannot_be_is_refused(settings, changes, sentence):
+    with pytest.raises(ConfigError, match=f"linear_precision fp8 needs {sentence}; change that, or set linear_precision same"):
+        settings(linear_precision="fp8", **dict(precision="bf16") | changes)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_refused_without_a_gpu_before_the_run_folder_is_made(settings):
-    config = settings(teacher_precision="fp8", precision="bf16")
+@pytest.mark.parametrize("which", ["linear_precision", "teacher_precision"])
+def test_refused_without_a_gpu_before_the_run_folder_is_made(settings, which):
+    config = settings(precision="bf16", **{which: "fp8"})
     with pytest.raises(ConfigError, match="fp8 needs a GPU"):
         train(config)
     assert not Path(config.output).exists()
@@ -58,3 +72,23 @@ def test_a_run_learns_from_it(settings, tmp_path, monkeypatch, stage, cuda_graph
         runs[teacher] = metrics(Path(config.output))
     assert runs["fp8"] != runs["same"]
     assert runs["fp8"] == pytest.approx(runs["same"], rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("stage", ["distil", "align"])
+def test_a_student_is_trained_in_it(settings, tmp_path, monkeypatch, stage):
+    """Near the run in bf16; and a layer that computes again in the backward pass gives what one does that keeps its own."""
+    pytest.importorskip("transformer_engine.pytorch")
+    monkeypatch.setenv("HYLO_KERNELS", "attention=math,causal_conv1d=torch,gated_delta_rule=torch,ssd=torch")
+    runs = {}
+    for name, changes in (
+        ("bf16", {}), ("fp8", dict(linear_precision="fp8")), ("recomputed", dict(linear_precision="fp8", recompute=True)),
+    ):  # fmt: skip
+        config = settings(stage, steps=6, output=tmp_path / name, precision="bf16", backend="te", **changes)
+        train(config)
+        runs[name] = [metrics(Path(config.output), metric) for metric in ("loss", "gradient_norm")]
+    assert runs["fp8"] != runs["bf16"]
+    assert runs["fp8"][0] == pytest.approx(runs["bf16"][0], rel=0.1)
+    for kept, again in zip(runs["fp8"], runs["recomputed"]):
+        assert again == pytest.approx(kept, rel=1e-2)
