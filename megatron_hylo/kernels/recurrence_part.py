@@ -69,8 +69,8 @@ class DeltaRulePart(NamedTuple):
     def begin(cls, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple["DeltaRulePart", Effect]:
         """One pass over values [v, 0] from the state [0, I]."""
         part, (dk, dv) = cls(q, k, v, g, beta), (k.shape[-1], v.shape[-1])
-        values = v.new_zeros(*v.shape[:3], dv + dk)
-        values[..., :dv] = v
+        values = v.new_empty(*v.shape[:3], dv + dk)
+        values[..., :dv], values[..., dv:] = v, 0
         wide = torch.promote_types(v.dtype, torch.float32)
         state = v.new_zeros(v.shape[0], v.shape[2], dk, dv + dk, dtype=wide)
         state[..., dv:] = torch.eye(dk, dtype=wide, device=v.device)
