@@ -292,6 +292,11 @@ class ModelConfig:
         """Channels of Mamba2's x (d_xb = H_kv * head_dim); B has num_query_groups * state_dim."""
         return self.num_query_groups * self.mamba_head_dim
 
+    def with_mixers(self, mixers: str) -> "ModelConfig":
+        """Other mixers of the same shapes, one symbol a layer; only MLA layers keep rotary pairs of their own."""
+        pairs = [entry if symbol == "+" else () for symbol, entry in zip(mixers, self.mla_rotary_pairs)]
+        return self.replace(hybrid_layer_pattern="".join(f"{symbol}-" for symbol in mixers), mla_rotary_pairs=pairs)
+
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)

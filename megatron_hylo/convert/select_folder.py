@@ -243,7 +243,7 @@ def _check_models(
         )
     check_count(count, mla_config.num_hidden_layers)
     symbol = linear_config.mixers[0]
-    target = mla_config.replace(hybrid_layer_pattern="+-" + f"{symbol}-" * (mla_config.num_hidden_layers - 1))
+    target = mla_config.with_mixers("+" + symbol * (mla_config.num_hidden_layers - 1))
     # its checks are made at once; no tensor is asked for
     assemble_state(*(Source(config, _unread) for config in (mla_config, linear_config, teacher_config)), target)
     for folder, description in ((mla, mla_from), (linear, linear_from)):

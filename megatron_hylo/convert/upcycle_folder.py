@@ -160,8 +160,7 @@ def assemble_folder(
         raise ConfigError(
             f"pattern {pattern} asks for mixers that neither model has: {mla_config.mixers[0]}, {linear_config.mixers[0]}"
         )
-    pairs = [entry if m == "+" else () for m, entry in zip(mixers, mla_config.mla_rotary_pairs)]
-    config = mla_config.replace(hybrid_layer_pattern="".join(m + "-" for m in mixers), mla_rotary_pairs=pairs)
+    config = mla_config.with_mixers(mixers)
     sources = [Source(m.config.hylo, dict(hf_tensors(m)).__getitem__) for m in (mla_model, linear_model, base_model)]
     state = dict(assemble_state(*sources, config, track))
     student = build_model(config, params_dtype=mla_model.config.params_dtype, backend="local")

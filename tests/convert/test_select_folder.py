@@ -46,7 +46,8 @@ def material(one_rank, tmp_path_factory) -> SimpleNamespace:
     save_model(teacher, root / "teacher")
     for name, symbol in (("mla", "+"), ("linear", "G"), ("mamba", "M")):
         upcycle_folder(root / "teacher", root / f"{name}_made", None, symbol * LAYERS, init="paper")
-        student = load_model(root / f"{name}_made")
+        pairs = dict(mla_rotary_pairs=[(0, 2, 4, 5 + layer % 3) for layer in range(LAYERS)]) if symbol == "+" else {}
+        student = load_model(root / f"{name}_made", **pairs)  # as the calibrated start has them, other ones in each layer
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter *= 1 + 0.1 * torch.randn_like(parameter)
