@@ -116,7 +116,7 @@ def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]
             )  # fmt: skip
         elif symbol == "G":
             heads, keys, values = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
-            yield _convolution(c, heads * (2 * keys + values), normal, device)
+            yield from _convolutions(c, heads * (2 * keys + values), normal, device, parts)
             names = {"q": keys, "k": keys, "v": values}
             inputs = {name: normal(heads, width, tokens=DELTA_TOKENS) for name, width in names.items()}
             inputs |= {"g": between(-1, 0, heads, tokens=DELTA_TOKENS), "beta": between(0, 1, heads, tokens=DELTA_TOKENS)}
@@ -133,7 +133,7 @@ def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]
                 )  # fmt: skip
         elif symbol == "M":
             heads, width, state, groups = c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_dim, c.num_query_groups
-            yield _convolution(c, groups * (width + state) + heads * state, normal, device)
+            yield from _convolutions(c, groups * (width + state) + heads * state, normal, device, parts)
             rate = -torch.linspace(0.5, 2, heads, device=device)
             scan = functools.partial(recurrent_ssd, A=rate)
             inputs = {"x": normal(heads, width), "dt": between(0, 0.5, heads), "B": normal(heads, state)}
@@ -203,13 +203,23 @@ def _compiled(c: ModelConfig, normal: Callable[..., Tensor], device: torch.devic
         )  # fmt: skip
 
 
-def _convolution(c: ModelConfig, channels: int, normal: Callable[..., Tensor], device: torch.device) -> _Case:
-    weight = torch.linspace(-1, 1, c.linear_conv_kernel_dim * channels, device=device).reshape(channels, -1)
-    return _Case(
+def _convolutions(
+    c: ModelConfig, channels: int, normal: Callable[..., Tensor], device: torch.device, parts: bool
+) -> Iterator[_Case]:
+    taps = c.linear_conv_kernel_dim
+    inputs = {"x": normal(channels), "weight": torch.linspace(-1, 1, taps * channels, device=device).reshape(channels, -1)}
+    yield _Case(
         "causal_conv1d", f"{channels:,} channels",
         lambda x, weight: causal_conv1d(x, weight, activation="silu")[0],
-        lambda x, weight: F.silu(_convolve(x, weight)), {"x": normal(channels), "weight": weight},
+        lambda x, weight: F.silu(_convolve(x, weight)), inputs,
     )  # fmt: skip
+    if parts:
+        yield _Case(
+            "causal_conv1d", f"{channels:,} channels, split",
+            lambda x, weight, before: causal_conv1d(x, weight, activation="silu", initial_state=before)[0],
+            lambda x, weight, before: F.silu(_convolve(torch.cat([before.transpose(1, 2), x], 1), weight)[:, taps - 1 :]),
+            inputs | {"before": normal(taps - 1, tokens=channels)},
+        )  # fmt: skip
 
 
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
