@@ -51,6 +51,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, c
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, heads, tokens, channels]
     is_causal, is_lower_right = causal and t == s and t > 1, causal and 1 < t < s
     backend = _backend(q, k, v, is_causal, is_lower_right)
+    if backend in ("cudnn", "flash", "efficient"):
+        q, k, v = (_readable(x) for x in (q, k, v))
     mask = None
     if is_lower_right:  # flash needs no mask, which with long sequences is larger than all else
         mask = (
@@ -65,6 +67,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, c
             q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )[..., :dv]
     return out.transpose(1, 2)
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """Kernels read 16 bytes at a time, whatever torch says of them: a copy where x, a section of odd width, lies otherwise."""
+    places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
+    return x.contiguous() if any(place % 16 for place in places) else x
 
 
 def _same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -28,11 +28,10 @@ class Effect(NamedTuple):
     added: Tensor  # [b, h, dk, dv], the same
 
     def outputs(self, before: Tensor) -> Tensor:
-        """out + reach S [b, t, h, dv] for the state S before the part [b, h, dk, dv], written head by head where it belongs."""
-        total = torch.empty(self.out.shape, dtype=self.out.dtype, device=self.out.device)
-        for out, reach, state, new in zip(self.out, self.reach, before.to(self.out.dtype), total):
-            torch.baddbmm(out.transpose(0, 1), reach.transpose(0, 1), state, out=new.transpose(0, 1))
-        return total
+        """out + reach S [b, t, h, dv] for the state S before the part [b, h, dk, dv]; out itself, changed in place."""
+        for out, reach, state in zip(self.out, self.reach, before.to(self.out.dtype)):
+            out.transpose(0, 1).baddbmm_(reach.transpose(0, 1), state)
+        return self.out
 
 
 def times(kept: Tensor, state: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class GatedDeltaNet(MegatronModule):
         self.tp_group = pg_collection.tp
         tp = self.tp_group.size()
         self.heads = c.linear_num_heads // tp
-        self.context = context_group(config.cp_comm_type, pg_collection.cp, linear_num_heads=self.heads)
+        self.context = context_group(config.cp_comm_type, pg_collection.cp, recurrent=True, linear_num_heads=self.heads)
         keys, values = self.heads * c.linear_key_head_dim, self.heads * c.linear_value_head_dim
         self.sections = {"query": keys, "key": keys, "value": values, "gate": values, "beta": self.heads, "alpha": self.heads}
         self.in_proj = fused_column_linear(submodules, config, c.hidden_size, tp * sum(self.sections.values()), self.tp_group)
@@ -131,7 +131,8 @@ class GatedDeltaNet(MegatronModule):
             out = delta_rule_over_ranks(context, query, key, value, decay, beta)
         else:
             out, _ = gated_delta_rule(query, key, value, decay, beta)
-        out = context.give_back(out.reshape(b, s, values)).unflatten(-1, (self.heads, -1))
+        if context.by_heads:
+            out = context.give_back(out.reshape(b, s, values)).unflatten(-1, (self.heads, -1))
         out = self.out_norm(out, gate.reshape(out.shape))
         return self.out_proj(out.flatten(2).transpose(0, 1).contiguous())
 

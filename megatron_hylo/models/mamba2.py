@@ -58,7 +58,7 @@ class Mamba2(MegatronModule):
         tp = self.tp_group.size()
         self.heads, self.groups = c.mamba_num_heads // tp, c.num_query_groups // tp
         counts = dict(mamba_num_heads=self.heads, num_query_groups=self.groups)
-        self.context = context_group(config.cp_comm_type, pg_collection.cp, **counts)
+        self.context = context_group(config.cp_comm_type, pg_collection.cp, recurrent=True, **counts)
         inner = self.heads * c.mamba_head_dim
         self.sections = {
             "z": inner,

@@ -10,7 +10,8 @@ queries, and of the outputs: each then has as much to do.
 `a2a` (Megatron's all-to-all): ranks trade sequence for heads. Each gets all tokens of its share of the heads, computes as
 if alone, and gives the outputs back. MLA still gathers its latents, and trades queries and outputs only. It moves more.
 
-`auto` is `a2a` for mixers whose heads the ranks divide, which is the faster one on the GPUs of a host, and else `all_gather`.
+`auto` is what is faster on the GPUs of a host (docs/parallelism.md): `a2a` for attention and MLA where the ranks divide their
+heads, `all_gather` elsewhere and for linear layers.
 
 Every rank takes part in each collective whether it reads the result or not: a rank whose graph lacked one would leave the
 others waiting in the backward pass.
@@ -45,12 +46,13 @@ def own_part(x: Tensor) -> Tensor:
     return x[:, own_slice(x.shape[1])].contiguous()
 
 
-def context_group(method: str | None, group: dist.ProcessGroup, **heads: int) -> "ContextGroup":
+def context_group(method: str | None, group: dist.ProcessGroup, recurrent: bool = False, **heads: int) -> "ContextGroup":
     """The ranks that share a sequence, for one mixer.
 
     Args:
         method: `cp_comm_type` of the configuration.
         group: context-parallel process group.
+        recurrent: a linear layer's.
         heads: counts of this tensor-parallel rank that `a2a` must divide, by name.
 
     Raises:
@@ -63,7 +65,8 @@ def context_group(method: str | None, group: dist.ProcessGroup, **heads: int) ->
             f"cp_comm_type a2a needs heads that context_parallel_size {ranks} divides; of a tensor-parallel rank it does not "
             f"divide {', '.join(indivisible)}; use auto or all_gather, or other sizes"
         )
-    return ContextGroup(group, ranks > 1 and not indivisible and method in ("a2a", "auto"))
+    by_heads = not indivisible and (method == "a2a" or (method == "auto" and not recurrent))
+    return ContextGroup(group, ranks > 1 and by_heads)
 
 
 class ContextGroup:

@@ -38,9 +38,10 @@ class _OverRanks(torch.autograd.Function):
         before = torch.zeros_like(effect.added)
         for kept, added in parts[: context.rank]:
             before = times(kept, before) + added
+        out = effect.outputs(before)
         ctx.context, ctx.kind = context, kind
         ctx.save_for_backward(effect.reach, effect.kept, before, *part)
-        return effect.outputs(before)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:

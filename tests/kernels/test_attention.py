@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_hylo.kernels.attention import attention
+from megatron_hylo.kernels.attention import _readable, attention
 from megatron_hylo.kernels.registry import force, in_use
 from tests.kernels.compare import relative_error
 
@@ -86,3 +86,24 @@ def test_cuda_backends_match_explicit_softmax(backend: str | None, t: int, s: in
         with force("attention", backend):
             error = worst_error(values, causal=True)
     assert error < 1e-2
+
+
+def test_only_what_does_not_lie_on_16_bytes_is_copied() -> None:
+    """An allocation begins on 16 bytes; a section of it may not, nor its rows."""
+    whole = torch.zeros(2, 4, 3, 40, dtype=torch.bfloat16)
+    for x, copied in ((whole, False), (whole[..., 8:24], False), (whole[..., 10:26], True), (whole[..., :26], False)):
+        found = _readable(x.transpose(1, 2))
+        assert (found.data_ptr() != x.data_ptr()) == copied and torch.equal(found, x.transpose(1, 2))
+    rows = torch.zeros(2, 4, 3, 26, dtype=torch.bfloat16)[..., :16]
+    assert _readable(rows).is_contiguous() and not rows.is_contiguous()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
+def test_sections_of_odd_width_on_gpu(backend: str) -> None:
+    """As MLA's values are, beside keys of ten channels."""
+    q, k, v = inputs(40, 40, 16, 26, dtype=torch.bfloat16, device="cuda")
+    with force("attention", backend):
+        found = attention(q, k, v[..., 10:], 0.25)
+    assert relative_error(found, explicit(q.float(), k.float(), v[..., 10:].float(), 0.25)) < 1e-2

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_hylo.parallel.context import ContextGroup
+from megatron_hylo.config import ConfigError
+from megatron_hylo.parallel.context import ContextGroup, context_group
 from megatron_hylo.parallel.documents import PackedDocuments
 
 TOKENS = 48
@@ -42,3 +43,21 @@ def test_documents_keep_their_keys(monkeypatch):
     keys = torch.arange(12.0).view(1, 12, 1, 1)
     group.attend(attention, documents, torch.empty(1, 6, 1, 1), keys, keys)
     assert seen == [(3, [5.0, 6.0, 7.0, 8.0]), (2, [0.0, 1.0, 2.0, 3.0, 4.0]), (1, [5.0])]
+
+
+@pytest.mark.parametrize(
+    ("method", "heads", "recurrent", "by_heads"),
+    [
+        ("auto", 4, False, True), ("auto", 3, False, False), ("auto", 4, True, False), ("a2a", 4, True, True),
+        ("all_gather", 4, False, False), (None, 4, False, False),
+    ],
+)  # fmt: skip
+def test_auto_trades_heads_of_attention_alone(method, heads, recurrent, by_heads):
+    group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    assert context_group(method, group, recurrent, num_query_groups=heads).by_heads == by_heads
+
+
+def test_heads_that_ranks_do_not_divide_are_refused_by_name():
+    group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    with pytest.raises(ConfigError, match="a2a needs heads that context_parallel_size 2 divides.* linear_num_heads 9"):
+        context_group("a2a", group, recurrent=True, linear_num_heads=9)

@@ -31,6 +31,21 @@ def material(tmp_path_factory, one_rank, tokenizer) -> SimpleNamespace:  # noqa:
 
 
 @pytest.fixture
+def suited(tmp_path, material, tokenizer) -> dict[str, str]:  # noqa: F811
+    """Fields of a run whose models have sizes that fast kernels and FP8 products take."""
+    sizes = dict(
+        hidden_size=128, ffn_hidden_size=256, kv_channels=32, q_lora_rank=96, kv_lora_rank=48, qk_head_dim=32,
+        qk_pos_emb_head_dim=32, v_head_dim=32, mamba_head_dim=32, mamba_state_dim=32, linear_key_head_dim=64,
+        linear_value_head_dim=128, vocab_size=VOCABULARY,
+    )  # fmt: skip
+    for name, pattern, seed in (("teacher", "*-*-*-*-", 1), ("model", "G-+-M-*-", 2)):
+        torch.manual_seed(seed)
+        files = material.teacher / "tokenizer" if name == "teacher" else None
+        save_model(build_model(tiny_config(pattern, **sizes)), tmp_path / "suited" / name, files)
+    return {name: str(tmp_path / "suited" / name) for name in ("teacher", "model")}
+
+
+@pytest.fixture
 def settings(material, tmp_path):
     """(stage, steps, output folder, other fields) -> TrainConfig of a tiny fp32 run."""
 

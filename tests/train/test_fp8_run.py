@@ -77,7 +77,7 @@ def test_a_run_learns_from_it(settings, tmp_path, monkeypatch, stage, cuda_graph
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("stage", ["distil", "align"])
-def test_a_student_is_trained_in_it(settings, tmp_path, monkeypatch, stage):
+def test_a_student_is_trained_in_it(settings, suited, tmp_path, monkeypatch, stage):
     """Near the run in bf16; and a layer that computes again in the backward pass gives what one does that keeps its own."""
     pytest.importorskip("transformer_engine.pytorch")
     monkeypatch.setenv("HYLO_KERNELS", "attention=math,causal_conv1d=torch,gated_delta_rule=torch,ssd=torch")
@@ -85,7 +85,7 @@ def test_a_student_is_trained_in_it(settings, tmp_path, monkeypatch, stage):
     for name, changes in (
         ("bf16", {}), ("fp8", dict(linear_precision="fp8")), ("recomputed", dict(linear_precision="fp8", recompute=True)),
     ):  # fmt: skip
-        config = settings(stage, steps=6, output=tmp_path / name, precision="bf16", backend="te", **changes)
+        config = settings(stage, steps=6, output=tmp_path / name, precision="bf16", backend="te", **suited, **changes)
         train(config)
         runs[name] = [metrics(Path(config.output), metric) for metric in ("loss", "gradient_norm")]
     assert runs["fp8"] != runs["bf16"]
