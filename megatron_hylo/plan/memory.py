@@ -6,6 +6,8 @@ keeps for its backward pass, in numbers a token. Peaks of H100s and H200s (CP) b
     1B hybrid (4 MLA, 12 Gated DeltaNet), 8B-shaped teacher, 65,536 tokens, recomputed     59.8, predicted 60.6
     the same, the teacher in FP8                                                           53.3, predicted 54.2
     the same, the teacher on other ranks                                                   46.3, predicted 46.7
+    the same, the optimizer's state in the CPU's memory: its update is the fullest moment   43.2, predicted 43.0
+    the same student without a teacher (stage `pretrain`)                                  44.8, predicted 45.7
     the same, 131,072 tokens on two context-parallel ranks                                 50.1, predicted 51.3
     the same on four; eight                                                                40.6; 36.0, predicted 39.1; 34.6
     the same, 262,144 tokens on four                                                       49.5, predicted 46.6

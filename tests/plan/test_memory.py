@@ -10,7 +10,7 @@ from megatron_hylo.config import ModelConfig, ParallelConfig
 from megatron_hylo.layouts import BASES, get_layout, parameter_count
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.plan.memory import GIB, predict_memory
-from megatron_hylo.train.config import TrainConfig
+from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.optimizer import build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter
@@ -59,6 +59,22 @@ def test_predictions_are_near_what_was_measured(layout, teacher, length, batch, 
     student = Shape(get_layout(layout).config)
     found = predict_memory(config, [[student]], teacher and [teacher], None if teacher else HEAD, ranks)
     assert found.total / GIB == pytest.approx(peak, rel=0.06 if length == 262_144 else 0.05)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "length", "peak"),
+    [("distil", dict(optimizer=OptimizerSettings(offload=True)), 65_536, 43.2), ("pretrain", {}, 65_536, 44.8)],
+)
+def test_predictions_without_a_teacher_and_with_the_optimizer_offloaded(stage, changes, length, peak):
+    """On an H200; with the teacher's 8B weights in the first."""
+    online = stage == "distil"
+    config = TrainConfig(
+        stage, "-", "-", model="-", teacher="-" if online else None, sequence_length=length, global_batch_size=1,
+        recompute=True, loss_chunk_tokens=4096, **changes,
+    )  # fmt: skip
+    teacher = [Shape(BASES["llama3.1-8b"])] if online else None
+    found = predict_memory(config, [[Shape(get_layout(HYBRID).config)]], teacher, None, 1)
+    assert found.total / GIB == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "distil", "align"])
