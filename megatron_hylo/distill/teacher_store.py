@@ -8,9 +8,8 @@ start in segments of `sequence_length`, of which all but the first `overlap` tok
     STORE/codec.safetensors   codec and head [V, H]
     STORE/shards/00000.bin    blocks of 2,048 tokens, one after another; 00000.json: where each begins
 
-A block's codes are turned to axis by axis, zigzag, low bytes before high bytes, and compressed with zstd, which adds a
-checksum. Tokens are counted in the dataset's order, so a shard belongs to no rank: ranks share them out, and a writer that
-is started again leaves out those that are there.
+How a block is compressed is in code_blocks.py; zstd adds a checksum. Tokens are counted in the dataset's order, so a shard
+belongs to no rank: ranks share them out, and a writer that is started again leaves out those that are there.
 """
 
 import functools
@@ -34,6 +33,7 @@ from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.ahead import ahead
 from megatron_hylo.data.packed import DocumentStore, PackedDataset
+from megatron_hylo.distill.code_blocks import compress_block, decompress_block
 from megatron_hylo.distill.head_loss import whole_head
 from megatron_hylo.distill.hidden_codec import HiddenCodec, fit_codec
 from megatron_hylo.models.checkpoint import load_model
@@ -53,8 +53,9 @@ from megatron_hylo.sealed import (
 
 BLOCK = 2048  # tokens that are read together
 SHARD = 128 * BLOCK  # tokens of a file, and lost at most when a writer is killed
-FIT_TOKENS_PER_CHANNEL = 16
-VERSION = 1
+FIT_TOKENS_PER_CHANNEL = 32
+FIT_PIECE = 256  # of them that stand together: few, to be of many documents
+VERSION = 2
 
 
 def write_store(
@@ -111,14 +112,15 @@ def write_store(
     work = work_folder(Path(output), "shards", "key", description)
     reader = _Reader(model, documents, sequence_length, overlap, micro_batch_size)
     _make_codec(reader, work, kl)
-    codec = HiddenCodec.from_tensors(_tensors(work))
+    tensors = _tensors(work)
+    codec, head = HiddenCodec.from_tensors(tensors), tensors["head"]
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     shards = -(-documents.tokens // SHARD)
     for shard in track(list(range(rank, shards, ranks)), "shards"):
         if not (work / f"{shard:05d}.json").is_file():
-            codes = codec.encode(reader.hidden(shard * SHARD, min((shard + 1) * SHARD, documents.tokens)))
+            codes = codec.encode(reader.hidden(shard * SHARD, min((shard + 1) * SHARD, documents.tokens)), head)
             if parallel_state.get_tensor_model_parallel_rank() == 0:
-                _write_shard(work / f"{shard:05d}", codes.cpu().numpy())
+                _write_shard(work / f"{shard:05d}", codes.cpu().numpy(), codec.levels.cpu().numpy())
     barrier()
     found = json.loads((work / "fit.json").read_text())
     stored = sum((work / f"{shard:05d}.bin").stat().st_size for shard in range(shards))
@@ -183,12 +185,7 @@ def _make_codec(reader: _Reader, work: Path, kl: float) -> None:
     """codec.safetensors and fit.json, from tokens spread over the whole dataset."""
     if not (work / "fit.json").is_file():
         head = whole_head(reader.model.head_weight(), parallel_state.get_tensor_model_parallel_group())
-        wanted, total = FIT_TOKENS_PER_CHANNEL * head.shape[1], reader.documents.tokens
-        pieces = min(-(-wanted // BLOCK), max(1, total // BLOCK))
-        size = min(BLOCK, total)
-        places = [i * (total - size) // max(1, pieces - 1) for i in range(pieces)]
-        sample = torch.cat([reader.hidden(place, place + size) for place in places])
-        codec, found = fit_codec(sample, head, kl)
+        codec, found = fit_codec(fit_sample(reader), head, kl)
         if is_main():
             tensors = codec.tensors() | {"head": head.contiguous()}
             save_file({name: tensor.cpu() for name, tensor in tensors.items()}, work / "codec.safetensors")
@@ -198,50 +195,30 @@ def _make_codec(reader: _Reader, work: Path, kl: float) -> None:
     barrier()
 
 
+def fit_sample(reader: _Reader) -> Tensor:
+    """Last hidden states to fit a codec on, from the whole dataset: [tokens, H]."""
+    wanted, total = FIT_TOKENS_PER_CHANNEL * reader.model.head_weight().shape[1], reader.documents.tokens
+    pieces, size = min(-(-wanted // FIT_PIECE), max(1, total // FIT_PIECE)), min(FIT_PIECE, total)
+    places = [i * (total - size) // max(1, pieces - 1) for i in range(pieces)]
+    return torch.cat([reader.hidden(place, place + size) for place in places])
+
+
 def _tensors(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "codec.safetensors", device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _write_shard(path: Path, codes: np.ndarray) -> None:
-    """Codes int16 [tokens, H] -> PATH.bin, then PATH.json, whose presence says that both are whole."""
+def _write_shard(path: Path, codes: np.ndarray, levels: np.ndarray) -> None:
+    """Codes int16 [tokens, 3 + H], levels of axes -> PATH.bin, then PATH.json, whose presence says that both are whole."""
     edges = [0]
     partial = path.with_suffix(".tmp")
     with open(partial, "wb") as file:
         for first in range(0, len(codes), BLOCK):
-            file.write(compress_block(codes[first : first + BLOCK]))
+            file.write(compress_block(codes[first : first + BLOCK], levels))
             edges.append(file.tell())
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path.with_suffix(".bin"))
     write_json(path.with_suffix(".json"), {"tokens": len(codes), "edges": edges})
-
-
-def compress_block(codes: np.ndarray) -> bytes:
-    """Codes int16 [tokens, H] -> the bytes of a block."""
-    return zstandard.ZstdCompressor(level=3, write_checksum=True).compress(_pack(codes))
-
-
-def decompress_block(block: bytes, width: int) -> np.ndarray:
-    """What `compress_block` made of codes `width` wide -> int16 [tokens, H].
-
-    Raises:
-        zstandard.ZstdError: damaged.
-    """
-    return _unpack(zstandard.ZstdDecompressor().decompress(block), width)
-
-
-def _pack(codes: np.ndarray) -> bytes:
-    """int16 [tokens, H] -> zigzag, axis by axis, low bytes before high bytes."""
-    axes = np.ascontiguousarray(codes.T).astype(np.int32)
-    zigzag = ((axes << 1) ^ (axes >> 31)).astype("<u2")
-    return (zigzag & 255).astype(np.uint8).tobytes() + (zigzag >> 8).astype(np.uint8).tobytes()
-
-
-def _unpack(raw: bytes, width: int) -> np.ndarray:
-    """What `_pack` made -> int16 [tokens, H]."""
-    low, high = np.frombuffer(raw, np.uint8).reshape(2, width, -1).astype(np.uint16)
-    zigzag = (low | (high << 8)).astype(np.int32)
-    return ((zigzag >> 1) ^ -(zigzag & 1)).astype(np.int16).T
 
 
 def dataset_identity(data: str | Path) -> dict[str, Any]:
@@ -267,6 +244,10 @@ class TeacherStore:
         if not (is_sealed(self.path) and (self.path / "store.json").is_file()):
             raise ConfigError(f"{path} is not a finished teacher store; make one with `hylo cache-teacher`")
         self.description = json.loads((self.path / "store.json").read_text())
+        if self.description["version"] != VERSION:
+            raise ConfigError(
+                f"{path} has format {self.description['version']}, this version reads {VERSION}; cache the teacher again"
+            )
         theirs, ours = self.description["dataset"], dataset_identity(data)
         if theirs["tokenizer_sha256"] != ours["tokenizer_sha256"]:
             raise ConfigError(f"{path} was made with another tokenizer than {data}; cache the teacher on this dataset")
@@ -278,11 +259,12 @@ class TeacherStore:
         self.head = tensors.pop("head")  # [V, H]
         codec = HiddenCodec.from_tensors(tensors)  # in the precision that `decode` wants, every batch
         self.codec = replace(codec, mean=codec.mean.float(), from_axes=codec.from_axes.float())
+        self.levels = codec.levels.cpu().numpy()
         self.starts = np.concatenate([[0], np.cumsum(DocumentStore(f"{data}/train").lengths)])
         self._open = functools.lru_cache(maxsize=64)(self._map)
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
-        """Codes of tokens [start, start + length) of a document: int16 [length, H].
+        """Codes of tokens [start, start + length) of a document: int16 [length, 3 + H].
 
         Raises:
             DamagedError: a block that is not what was written; names it.
@@ -305,7 +287,7 @@ class TeacherStore:
         shard, place = divmod(number, SHARD // BLOCK)
         data, edges = self._open(shard)
         try:
-            return decompress_block(data[edges[place] : edges[place + 1]].tobytes(), self.head.shape[1])
+            return decompress_block(data[edges[place] : edges[place + 1]].tobytes(), self.levels)
         except (zstandard.ZstdError, IndexError) as error:
             raise DamagedError(
                 f"{self.path}/shards/{shard:05d}.bin: block {place} (tokens from {number * BLOCK:,}) is damaged ({error}); "
@@ -334,7 +316,7 @@ class StoredTeacher:
             yield batch | {"teacher_hidden": functools.partial(self._hidden, codes)}
 
     def _with_codes(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
-        """With "codes" int16 [windows, sequence, H] of all input tokens, as the store has them."""
+        """With "codes" int16 [windows, sequence, 3 + H] of all input tokens, as the store has them."""
         for batch in batches:
             rows = []
             for window in batch["windows"].tolist():

@@ -24,7 +24,7 @@ def test_costs_the_kl_that_was_asked_for_on_new_tokens(made, kl):
     hidden, head = made
     codec, found = fit_codec(hidden[:4000], head, kl)
     new = hidden[4000:]
-    again = token_kl(new, codec.decode(codec.encode(new)), head)
+    again = token_kl(new, codec.decode(codec.encode(new, head)), head)
     assert again.mean().item() == pytest.approx(kl, rel=0.15)
     assert found.mean().item() == pytest.approx(kl, rel=0.1)
     assert again.max() < 30 * kl
@@ -46,7 +46,7 @@ def test_takes_fewer_bits_than_rounding_the_channels(made):
     for _ in range(6):
         plain = (new / step).round()
         step *= (1e-3 / token_kl(new, plain * step, head).mean().item()) ** 0.5
-    assert bits(codec.encode(new)) < bits(plain) - 20
+    assert bits(codec.encode(new, head)) < bits(plain) - 20
 
 
 def test_tokens_kl_is_torchs(made):
@@ -61,8 +61,9 @@ def test_comes_back_out_of_a_file_the_same(made):
     hidden, head = made
     codec, _ = fit_codec(hidden[:500], head, 1e-3)
     again = HiddenCodec.from_tensors(codec.tensors())
-    codes = codec.encode(hidden[:9])
-    assert codes.dtype == torch.int16 and torch.equal(again.encode(hidden[:9]), codes)
+    codes = codec.encode(hidden[:9], head)
+    assert codes.dtype == torch.int16 and codes.shape == (9, 3 + WIDTH)
+    assert torch.equal(again.encode(hidden[:9], head), codes)
     assert torch.equal(again.decode(codes, torch.bfloat16), codec.decode(codes, torch.bfloat16))
 
 

@@ -45,6 +45,7 @@ def material(tmp_path_factory, one_rank) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher_store, "BLOCK", 32)
         patch.setattr(teacher_store, "SHARD", 128)
+        patch.setattr(teacher_store, "FIT_PIECE", 32)
         make_data(root / "data", LENGTHS)
         for name, pattern, seed in (("teacher", "*-*-", 1), ("other", "*-*-", 2), ("student", "G-+-", 3)):
             initialize(seed=seed)  # gates too are drawn from it
@@ -87,7 +88,7 @@ def expected(material, document: int, length: int = 48, overlap: int = 16) -> to
 def test_every_document_comes_back(material, store, document):
     truth = expected(material, document)
     codes = store.read(document, 0, LENGTHS[document])
-    assert codes.dtype == np.int16 and codes.shape == (LENGTHS[document], 48)
+    assert codes.dtype == np.int16 and codes.shape == (LENGTHS[document], 3 + 48)
     hidden = store.codec.decode(torch.from_numpy(codes))
     assert (hidden - truth).norm() < 3e-3 * truth.norm()
     middle = LENGTHS[document] // 3
@@ -104,28 +105,22 @@ def test_describes_itself(material, store):
     assert len(list((store.path / "shards").glob("*.bin"))) == 4
 
 
-@pytest.mark.parametrize("codes", [np.zeros((5, 3)), np.array([[-32767, 32767, -1], [0, 1, -128]])])
-def test_packing_keeps_every_code(codes):
-    codes = codes.astype(np.int16)
-    assert np.array_equal(teacher_store._unpack(teacher_store._pack(codes), codes.shape[1]), codes)
-
-
 def test_an_interrupted_writer_goes_on(material, monkeypatch):
     """Killed while it writes the third shard; started again it writes two, and the store is the same as in one go."""
     output, written, right = material.root / "interrupted", [], teacher_store._write_shard
 
-    def killed(path: Path, codes: np.ndarray) -> None:
+    def killed(path: Path, *codes: np.ndarray) -> None:
         if len(written) == 2:
             path.with_suffix(".tmp").write_bytes(b"half")
             raise KeyboardInterrupt
         written.append(path.name)
-        right(path, codes)
+        right(path, *codes)
 
     monkeypatch.setattr(teacher_store, "_write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         write(material, output)
     assert not output.exists()
-    monkeypatch.setattr(teacher_store, "_write_shard", lambda path, codes: (written.append(path.name), right(path, codes)))
+    monkeypatch.setattr(teacher_store, "_write_shard", lambda path, *codes: (written.append(path.name), right(path, *codes)))
     write(material, output)
     assert written == ["00000", "00001", "00002", "00003"]
     for file in (material.root / "store" / "shards").iterdir():
@@ -147,7 +142,7 @@ def test_a_damaged_block_is_named(material, store, tmp_path):
         broken.read(5, 68, 40)  # tokens 192 to 231 of all
 
 
-def test_strangers_are_refused(material, store, tmp_path):
+def test_strangers_are_refused(material, store, tmp_path, monkeypatch):
     make_data(tmp_path / "other_text", (40, 60), seed=1)
     make_data(tmp_path / "other_tokenizer", LENGTHS, tokenizer="b")
     with pytest.raises(ConfigError, match="another text"):
@@ -158,6 +153,9 @@ def test_strangers_are_refused(material, store, tmp_path):
         TeacherStore(store.path, material.data, material.other)
     with pytest.raises(ConfigError, match="not a finished teacher store"):
         TeacherStore(material.teacher, material.data)
+    monkeypatch.setattr(teacher_store, "VERSION", 3)
+    with pytest.raises(ConfigError, match="has format 2, this version reads 3; cache the teacher again"):
+        TeacherStore(store.path, material.data)
     with pytest.raises(ConfigError, match="overlap 48 must be at least 0 and below sequence_length 48"):
         write(material, tmp_path / "x", overlap=48)
     with pytest.raises(ConfigError, match="teacher_store is for stage distil"):
