@@ -1,13 +1,12 @@
 """Bytes and error of stored teachers, coarse hidden states against the k most likely tokens, on text not fitted on.
 
-    python benchmarks/teacher_store.py                       # about ten minutes on one CPU core
+    python benchmarks/teacher_store.py                       # about twenty minutes on one CPU core
     python benchmarks/teacher_store.py --windows 64          # on a GPU
 
 KL is of the teacher's full distribution to the one made again from what is stored, nats a token. For the k most likely tokens
 (4 bytes an index, 2 a probability) the remaining mass is spread as the mean distribution of the fitted text has it. The teacher
 is SmolLM2-135M-Instruct dequantised from 4 bits, the text Debian documentation: fitted on training text from all over it, as
-`hylo cache-teacher` does, and measured on held-out text. Prints a table and, last, one JSON
-line; writes RESULTS.md.
+`hylo cache-teacher` does, and measured on held-out text. Prints a table and, last, one JSON line; writes RESULTS.md.
 """
 
 import json

@@ -35,7 +35,7 @@ MIXED = 0.003  # weight of every token in every class, so that none is of too fe
 MEASURED = 2048  # tokens that the KL is measured on
 GRID = 4  # spreads and steps are powers of 2^(1/GRID)
 LEAST_SHARP = 0.0015  # sharpness below counts as this: rounding errors and far errors are not much smaller
-FARTHEST = 0.1  # nats; steps that cost it at sharpness 1 are not lengthened: far errors cost more than 1/2 e^T F e says
+FARTHEST = 0.1  # nats that the longest step would cost at sharpness 1: far errors cost more than 1/2 e^T F e says
 TINY = 1e-9  # of the largest eigenvalue: directions that the head does not see
 LARGEST = 2**15 - 1  # code
 SIDE = 3  # columns before the codes: class, step and spread of the token
@@ -63,14 +63,15 @@ class HiddenCodec:
     from_axes: Tensor  # B, fp64 [K, H, H]
     levels: Tensor  # of the spread of y, int16 [K, H]: 2^(level/4), falling
     step: float = 1.0
+    least: float = 1.0  # sharpness below which steps are no longer
 
     def encode(self, hidden: Tensor, head: Tensor, chunk: int = 128) -> Tensor:
         """[N, H] and the head [V, H] -> codes int16 [N, 3 + H]; what does not fit is cut (32,767 steps are far off)."""
         return torch.cat([self.rounded(placed) for _, _, placed in self.place(hidden, head, chunk)])
 
     def rounded(self, placed: _Placed) -> Tensor:
-        """Codes int16 [n, 3 + H]. Squared errors are step^2 / 12 an axis, so cost H step^2 / 24 at sharpness 1."""
-        sharp = placed.sharp.clamp(min=min(1.0, placed.y.shape[1] * self.step**2 / 24 / FARTHEST))
+        """Codes int16 [n, 3 + H]."""
+        sharp = placed.sharp.clamp(min=self.least)
         s, g = (-GRID / 2 * sharp.log2()).round(), (GRID / 2 * placed.energy.log2()).round()
         y = (placed.y / (self.step * torch.exp2(s / GRID))[:, None]).round().clamp(-LARGEST, LARGEST)
         return torch.cat([torch.stack([placed.kind, s, g], 1).short(), y.short()], 1)
@@ -110,14 +111,14 @@ class HiddenCodec:
 
     def tensors(self) -> dict[str, Tensor]:
         """For a safetensors file."""
-        step = torch.tensor([self.step], dtype=torch.float64)
+        step = torch.tensor([self.step, self.least], dtype=torch.float64)
         return {"mean": self.mean, "to_axes": self.to_axes, "from_axes": self.from_axes, "levels": self.levels, "step": step}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "HiddenCodec":
         """What `tensors` gave."""
         names = ("mean", "to_axes", "from_axes", "levels")
-        return cls(*(tensors[name] for name in names), tensors["step"].item())
+        return cls(*(tensors[name] for name in names), *tensors["step"].tolist())
 
 
 @torch.no_grad()
@@ -200,7 +201,7 @@ def _axes(fisher: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def fit_step(codec: HiddenCodec, hidden: Tensor, head: Tensor, kl: float, chunk: int = 128) -> Tensor:
-    """Set the codec's step for a mean KL of `kl` nats of hidden states [N, H]; returns the KL of each, fp32 [N].
+    """Set the codec's steps for a mean KL of `kl` nats of hidden states [N, H]; returns the KL of each, fp32 [N].
 
     Raises:
         ConfigError: a KL that is not positive or cannot be reached.
@@ -208,7 +209,9 @@ def fit_step(codec: HiddenCodec, hidden: Tensor, head: Tensor, kl: float, chunk:
     if kl <= 0:
         raise ConfigError(f"kl must be positive, got {kl}; 1e-3 can hardly be told from the teacher")
     placed = _Placed(*map(torch.cat, zip(*(part for _, _, part in codec.place(hidden, head, chunk)))))
-    finest = 2 * (placed.y * placed.sharp.sqrt()[:, None]).abs().max().item() / LARGEST  # a code is 16 bits
+    codec.least = min(1.0, kl / FARTHEST)
+    stepped = placed.y * placed.sharp.clamp(min=codec.least).sqrt()[:, None]
+    finest = 2 * stepped.abs().max().item() / LARGEST  # a code is 16 bits
     codec.step = max((24 * kl / hidden.shape[1]) ** 0.5, finest)  # 1/2 H step^2 / 12 = kl
     for _ in range(4):  # KL grows as the square of the step, but for axes that are all rounded to 0
         found = token_kl(hidden, codec.decode(codec.rounded(placed)), head, chunk)

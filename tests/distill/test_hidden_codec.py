@@ -49,6 +49,20 @@ def test_takes_fewer_bits_than_rounding_the_channels(made):
     assert bits(codec.encode(new, head)) < bits(plain) - 20
 
 
+def test_certain_tokens_have_long_steps_and_cost_few_bytes(made):
+    """A head and hidden states so large that predictions are certain: coarser, at no more KL than the others."""
+    hidden, head = made[0], 16 * made[1]
+    certain = torch.arange(len(hidden)) % 2 == 0
+    hidden = torch.where(certain[:, None], 4 * hidden, hidden)
+    codec, _ = fit_codec(hidden[:4000], head, 1e-3)
+    new, certain = hidden[4000:], certain[4000:]
+    codes = codec.encode(new, head)
+    assert codes[certain, 1].float().mean() > codes[~certain, 1].float().mean() + 2
+    found = token_kl(new, codec.decode(codes), head)
+    assert found.mean().item() == pytest.approx(1e-3, rel=0.2)
+    assert found[certain].mean() < 1.5 * found[~certain].mean()
+
+
 def test_tokens_kl_is_torchs(made):
     hidden, head = made
     other = hidden + 0.1
