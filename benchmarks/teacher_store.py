@@ -24,7 +24,7 @@ from megatron_hylo.data.packed import DocumentStore, heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.distill.code_blocks import compress_block, decompress_block
 from megatron_hylo.distill.hidden_codec import HiddenCodec, fit_axes, fit_step, token_kl
-from megatron_hylo.distill.teacher_store import BLOCK, _Reader, fit_sample
+from megatron_hylo.distill.teacher_store import BLOCK, SegmentReader, fit_sample
 from megatron_hylo.eval.perplexity import hidden_states
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.platform.distributed import session
@@ -58,7 +58,7 @@ def main(
         if not is_sealed(work / "data"):
             preprocess(str(fetch_documents()), str(work / "data"), str(work / "teacher"))
         model = load_model(work / "teacher")
-        fitted = fit_sample(_Reader(model, DocumentStore(work / "data" / "train"), 2048, 1024, 1)).float()
+        fitted = fit_sample(SegmentReader(model, DocumentStore(work / "data" / "train"), 2048, 1024, 1)).float()
         ids = heldout_windows(work / "data" / "heldout", 2048, 2 * windows)[-windows:, :-1]
         new = torch.cat([hidden_states([model], window[None].to(device))[:, 0].float() for window in ids])
         head = model.head_weight().detach().float()

@@ -110,7 +110,7 @@ def write_store(
         "kl": kl, "sequence_length": sequence_length, "overlap": overlap, "precision": str(precision).split(".")[1],
     }  # fmt: skip
     work = work_folder(Path(output), "shards", "key", description)
-    reader = _Reader(model, documents, sequence_length, overlap, micro_batch_size)
+    reader = SegmentReader(model, documents, sequence_length, overlap, micro_batch_size)
     _make_codec(reader, work, kl)
     tensors = _tensors(work)
     codec, head = HiddenCodec.from_tensors(tensors), tensors["head"]
@@ -139,7 +139,7 @@ def write_store(
     return description
 
 
-class _Reader:
+class SegmentReader:
     """The teacher's last hidden states of any range of the dataset's tokens."""
 
     def __init__(self, model: HyloModel, documents: DocumentStore, length: int, overlap: int, batch: int) -> None:
@@ -181,7 +181,7 @@ class _Reader:
         return found
 
 
-def _make_codec(reader: _Reader, work: Path, kl: float) -> None:
+def _make_codec(reader: SegmentReader, work: Path, kl: float) -> None:
     """codec.safetensors and fit.json, from tokens spread over the whole dataset."""
     if not (work / "fit.json").is_file():
         head = whole_head(reader.model.head_weight(), parallel_state.get_tensor_model_parallel_group())
@@ -195,7 +195,7 @@ def _make_codec(reader: _Reader, work: Path, kl: float) -> None:
     barrier()
 
 
-def fit_sample(reader: _Reader) -> Tensor:
+def fit_sample(reader: SegmentReader) -> Tensor:
     """Last hidden states to fit a codec on, from the whole dataset: [tokens, H]."""
     wanted, total = FIT_TOKENS_PER_CHANNEL * reader.model.head_weight().shape[1], reader.documents.tokens
     pieces, size = min(-(-wanted // FIT_PIECE), max(1, total // FIT_PIECE)), min(FIT_PIECE, total)
