@@ -61,6 +61,9 @@ _MLA = {
 # MLA in aligned shapes, where measured (docs/upcycling.md): kv_lora_rank, qk_pos_emb_head_dim
 _ALIGNED_MLA = {"smollm2-135m": (112, 48)}
 
+# MLA layers of an aligned layout, where `hylo select --method greedy` has chosen them (docs/upcycling.md)
+_ALIGNED_LAYERS = {"smollm2-135m-8mla22gdn": (0, 1, 2, 16, 17, 18, 20, 23)}
+
 Shapes = Literal["paper", "aligned"]
 
 _EVERY_SECOND_28 = tuple(range(0, 28, 2))
@@ -99,7 +102,12 @@ def _layouts() -> dict[str, NamedLayout]:
         for suffix, symbol in (("gdn", "G"), ("m2", "M"))
     }
     ours = {name: layout for name, layout in layouts.items() if layout.base == "smollm2-135m"}
-    return layouts | {f"{name}-aligned": dataclasses.replace(layout, shapes="aligned") for name, layout in ours.items()}
+    return layouts | {
+        f"{name}-aligned": dataclasses.replace(
+            layout, shapes="aligned", mla_layers=_ALIGNED_LAYERS.get(name, layout.mla_layers)
+        )
+        for name, layout in ours.items()
+    }
 
 
 LAYOUTS: dict[str, NamedLayout] = _layouts()
