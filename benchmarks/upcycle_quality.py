@@ -31,7 +31,7 @@ from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.upcycle_folder import upcycle_folder
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.preprocess import preprocess
-from megatron_hylo.layouts import kv_percent
+from megatron_hylo.layouts import get_layout, kv_percent
 from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.quickstart import BUDGETS, stage_config
@@ -40,11 +40,14 @@ from megatron_hylo.train.loop import train
 
 ALL_MLA = dict(pattern="+" * 30, overrides=dict(kv_lora_rank=78, qk_pos_emb_head_dim=48))
 GDN, MAMBA2 = "smollm2-135m-8mla22gdn", "smollm2-135m-8mla22m2"
+EVEN = dict(pattern=get_layout(GDN).config.mixers)
 STARTS: dict[str, dict[str, Any]] = {  # name: arguments of upcycle_folder
     "paper": dict(layout=GDN, init="paper"),
     "one-shot": dict(layout=f"{GDN}-aligned"),
-    "sequential, mixers alone": dict(layout=f"{GDN}-aligned", sequential=True, mlps=False),
+    "one-shot, evenly spread layers": EVEN,
+    "sequential, mixers alone": EVEN | dict(sequential=True, mlps=False),
     "sequential": dict(layout=f"{GDN}-aligned", sequential=True),
+    "sequential, evenly spread layers": EVEN | dict(sequential=True),
     "sequential, paper's shapes": dict(layout=GDN, sequential=True),
     "Mamba2 paper": dict(layout=MAMBA2, init="paper"),
     "Mamba2 one-shot": dict(layout=f"{MAMBA2}-aligned"),
