@@ -37,7 +37,7 @@ COLUMNS = ("stored", "bytes a token", "mean KL", "99 % below", "largest", "read,
 def main(
     work: Path = Path("runs/teacher_store"),
     windows: int = 6,
-    kls: list[float] = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 2e-1],  # noqa: B006
+    kls: list[float] = [9e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 2e-1],  # noqa: B006
     top_k: list[int] = [19, 50, 256, 1024],  # noqa: B006
     results: Path = Path("benchmarks/results/teacher_store"),
     commit: str = "",

@@ -58,7 +58,7 @@ def cache_teacher(
     teacher: str,
     data: str,
     output: str,
-    kl: float = 1e-3,
+    kl: float = 9e-4,
     sequence_length: int = 2048,
     overlap: int | None = None,
     micro_batch_size: int = 8,

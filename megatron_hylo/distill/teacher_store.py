@@ -62,7 +62,7 @@ def write_store(
     teacher: str | Path,
     data: str | Path,
     output: str | Path,
-    kl: float = 1e-3,
+    kl: float = 9e-4,
     sequence_length: int = 2048,
     overlap: int | None = None,
     micro_batch_size: int = 8,
