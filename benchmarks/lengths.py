@@ -77,7 +77,7 @@ def main(
 def build_ours(layout: str, teacher: str, teacher_precision: str = "same") -> Step:
     """Our training loop's step."""
     cuda = torch.cuda.is_available()
-    dtype, fp8 = torch.bfloat16 if cuda else torch.float32, "e4m3" if teacher_precision == "fp8" else None
+    dtype = torch.bfloat16 if cuda else torch.float32
 
     def settings(length: int) -> TrainConfig:
         return TrainConfig(
@@ -85,9 +85,9 @@ def build_ours(layout: str, teacher: str, teacher_precision: str = "same") -> St
             recompute=True, loss_chunk_tokens=4096, precision="bf16" if cuda else "fp32", teacher_precision=teacher_precision,
         )  # fmt: skip
 
-    student = build_model(architecture(layout), ParallelConfig(), params_dtype=dtype, recompute=True)
-    frozen = freeze([build_model(BASES[teacher], params_dtype=dtype, fp8=fp8)])
     config = settings(16)
+    student = build_model(architecture(layout), ParallelConfig(), params_dtype=dtype, recompute=True)
+    frozen = freeze([build_model(BASES[teacher], params_dtype=dtype, fp8=config.teacher_fp8)])
     choose_trainable([student], config)
     state, vocabulary = build_training_state([student.train()], config), BASES[teacher].vocab_size
     where = next(student.parameters()).device

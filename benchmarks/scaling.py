@@ -17,7 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +55,13 @@ class Mode:
     settings: dict[str, Any] = field(default_factory=dict)  # of TrainConfig
 
 
-FP8_TEACHER = dict(teacher_precision="fp8")
+CP = Mode(lambda n: dict(context_parallel_size=n), lambda n: 1)
 MODES = {
-    "CP": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1),
-    "CP, FP8 teacher": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1, 1, FP8_TEACHER),
-    "CP, FP8 teacher and student": Mode(
-        lambda n: dict(context_parallel_size=n), lambda n: 1, 1, FP8_TEACHER | dict(linear_precision="fp8")
-    ),
-    "CP, offloaded teacher": Mode(lambda n: dict(context_parallel_size=n), lambda n: 1, 1, dict(teacher_offload=True)),
-    "CP, offloaded optimizer": Mode(
-        lambda n: dict(context_parallel_size=n), lambda n: 1, 1, dict(optimizer=OptimizerSettings(offload=True))
-    ),
+    "CP": CP,
+    "CP, FP8 teacher": replace(CP, settings=dict(teacher_precision="fp8")),
+    "CP, FP8 teacher and student": replace(CP, settings=dict(teacher_precision="fp8", linear_precision="fp8")),
+    "CP, offloaded teacher": replace(CP, settings=dict(teacher_offload=True)),
+    "CP, offloaded optimizer": replace(CP, settings=dict(optimizer=OptimizerSettings(offload=True))),
     "CP, latents and states": Mode(lambda n: dict(context_parallel_size=n, cp_comm_type="all_gather"), lambda n: 1, 2),
     "CP, all-to-all": Mode(lambda n: dict(context_parallel_size=n, cp_comm_type="a2a"), lambda n: 1, 2),
     "DP": Mode(lambda n: {}, lambda n: n, 2),
@@ -168,11 +164,9 @@ def measure(
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     if here.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    fp8 = "hybrid" if config.linear_precision == "fp8" else None
-    chunks, frozen = build_chunks(ours, config.parallel, dtype, recompute=config.recompute, fp8=fp8), None
+    chunks, frozen = build_chunks(ours, config.parallel, dtype, recompute=config.recompute, fp8=config.student_fp8), None
     if elsewhere is None:
-        fp8 = "e4m3" if config.teacher_precision == "fp8" else None
-        frozen = freeze(build_chunks(theirs, config.parallel, dtype, fp8=fp8), config.teacher_offload)
+        frozen = freeze(build_chunks(theirs, config.parallel, dtype, fp8=config.teacher_fp8), config.teacher_offload)
     stage = get_stage(config, frozen, elsewhere)
     choose_trainable(chunks, config)
     state = build_training_state([chunk.train() for chunk in chunks], config)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_hylo.config import ConfigError, ParallelConfig, RopeScaling, recomputed_layers
+from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, recomputed_layers
 
 PREFIXES = ("", "second_")  # of a run's students: RUN/model and RUN/second_model, loss and second_loss
 
@@ -232,6 +232,16 @@ class TrainConfig:
         ):
             if wrong:
                 raise ConfigError(f"{name} fp8 needs {needed}; change that, or set {name} same")
+
+    @property
+    def student_fp8(self) -> Fp8 | None:
+        """Formats of the student's linear maps, as models are built with."""
+        return "hybrid" if self.linear_precision == "fp8" else None
+
+    @property
+    def teacher_fp8(self) -> Fp8 | None:
+        """The same of the teacher's."""
+        return "e4m3" if self.teacher_precision == "fp8" else None
 
     @property
     def train_steps(self) -> int:

@@ -238,7 +238,7 @@ def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[Hylo
     architecture, dtype = _architectures(config)[0], _dtype(config)
     layers = pipeline_layers(architecture, config.parallel.stages, config.parallel.pipeline_layers)
     shared = dict(parallel=replace(config.parallel, pipeline_layers=layers), params_dtype=dtype, backend=config.backend)
-    how = dict(recompute=config.recompute, fp8="hybrid" if config.linear_precision == "fp8" else None)
+    how = dict(recompute=config.recompute, fp8=config.student_fp8)
     changes = {"mla_rope_scaling": config.mla_rope_scaling} if config.mla_rope_scaling else {}
     if config.model:
         folders = [folder for folder in (config.model, config.second_model) if folder]
@@ -247,7 +247,7 @@ def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[Hylo
         students = [build_chunks(architecture.replace(**changes), **how, **shared)]
     teacher = None
     if config.teacher:
-        chunks = _load_chunks(config.teacher, fp8="e4m3" if config.teacher_precision == "fp8" else None, **shared)
+        chunks = _load_chunks(config.teacher, fp8=config.teacher_fp8, **shared)
         teacher = freeze(chunks, config.teacher_offload)
     return [[chunk.train() for chunk in student] for student in students], teacher
 
