@@ -40,7 +40,7 @@ from megatron_hylo.train.loop import train
 
 ALL_MLA = dict(pattern="+" * 30, overrides=dict(kv_lora_rank=78, qk_pos_emb_head_dim=48))
 GDN, MAMBA2 = "smollm2-135m-8mla22gdn", "smollm2-135m-8mla22m2"
-EVEN = dict(pattern=get_layout(GDN).config.mixers)
+EVEN, EVEN_MAMBA2 = (dict(pattern=get_layout(name).config.mixers) for name in (GDN, MAMBA2))
 STARTS: dict[str, dict[str, Any]] = {  # name: arguments of upcycle_folder
     "paper": dict(layout=GDN, init="paper"),
     "one-shot": dict(layout=f"{GDN}-aligned"),
@@ -51,7 +51,8 @@ STARTS: dict[str, dict[str, Any]] = {  # name: arguments of upcycle_folder
     "sequential, paper's shapes": dict(layout=GDN, sequential=True),
     "Mamba2 paper": dict(layout=MAMBA2, init="paper"),
     "Mamba2 one-shot": dict(layout=f"{MAMBA2}-aligned"),
-    "Mamba2 sequential": dict(layout=f"{MAMBA2}-aligned", sequential=True),
+    "Mamba2 one-shot, evenly spread layers": EVEN_MAMBA2,
+    "Mamba2 sequential, evenly spread layers": EVEN_MAMBA2 | dict(sequential=True),
     "all MLA one-shot": ALL_MLA,
     "all MLA sequential": ALL_MLA | dict(sequential=True),
 }

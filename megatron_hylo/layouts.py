@@ -61,8 +61,8 @@ _MLA = {
 # MLA in aligned shapes, where measured (docs/upcycling.md): kv_lora_rank, qk_pos_emb_head_dim
 _ALIGNED_MLA = {"smollm2-135m": (112, 48)}
 
-# MLA layers of an aligned layout, where `hylo select --method greedy` has chosen them (docs/upcycling.md)
-_ALIGNED_LAYERS = {"smollm2-135m-8mla22gdn": (0, 1, 2, 16, 17, 18, 20, 23)}
+# MLA layers of aligned layouts: those that `hylo select --method greedy` chose, beside Gated DeltaNet (docs/upcycling.md)
+_ALIGNED_LAYERS = {"smollm2-135m": (0, 1, 2, 16, 17, 18, 20, 23)}
 
 Shapes = Literal["paper", "aligned"]
 
@@ -101,12 +101,10 @@ def _layouts() -> dict[str, NamedLayout]:
         for base, counts, indices in rows
         for suffix, symbol in (("gdn", "G"), ("m2", "M"))
     }
-    ours = {name: layout for name, layout in layouts.items() if layout.base == "smollm2-135m"}
     return layouts | {
-        f"{name}-aligned": dataclasses.replace(
-            layout, shapes="aligned", mla_layers=_ALIGNED_LAYERS.get(name, layout.mla_layers)
-        )
-        for name, layout in ours.items()
+        f"{name}-aligned": dataclasses.replace(layout, shapes="aligned", mla_layers=_ALIGNED_LAYERS[layout.base])
+        for name, layout in layouts.items()
+        if layout.base in _ALIGNED_LAYERS
     }
 
 

@@ -76,7 +76,7 @@ class Budget:
 CPU = Budget(
     sequence_length=256, align_batch_size=2, distil_batch_size=2, micro_batch_size=2, calibration_tokens=16_384,
     calibration_length=512, sequential=False, align_loss="mse", align_tokens=4_096, distil_tokens=18_432,
-    eval_windows=8, precision="fp32", align_mixer_lr=5e-4, mixer_lr=5e-4, lr=2e-4,
+    eval_windows=8, precision="fp32", align_mixer_lr=1.25e-4, mixer_lr=1.25e-4, lr=1e-4,
 )  # fmt: skip
 GPU = Budget(
     sequence_length=2048, align_batch_size=8, distil_batch_size=8, micro_batch_size=8, calibration_tokens=262_144,
