@@ -37,7 +37,7 @@ from megatron_hylo.serve.generate import generate_text
 from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from megatron_hylo.train.loop import train
 
-DEFAULT_PROMPT = "The Linux kernel is"
+DEFAULT_PROMPT = "The most important thing about free software is that"
 LAYOUT = {
     ("paper", "gdn"): "smollm2-135m-8mla22gdn",
     ("paper", "mamba2"): "smollm2-135m-8mla22m2",
