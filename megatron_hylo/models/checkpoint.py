@@ -97,10 +97,10 @@ class BackgroundWrite:
             request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
         self.finalize, self.thread = request.finalize_fns, None
         if request.async_fn is not None:
-            rank, _, results = request.async_fn_args
+            rank, planned, results = request.async_fn_args
             buckets = request.preload_fn()
-            if not torch.cuda.is_available():  # tensors of a CPU were not copied yet
-                buckets = [(*names, (data, [(item, t.clone()) for item, t in ts])) for *names, (data, ts) in buckets]
+            if not torch.cuda.is_available():
+                _copy_tensors(buckets, planned)
             files = [Path(file) for file, *_ in buckets]
 
             def write() -> None:
@@ -122,6 +122,18 @@ class BackgroundWrite:
         barrier()
         for finalize in self.finalize:
             finalize()
+
+
+def _copy_tensors(buckets: list, planned: list) -> None:
+    """Give `buckets` copies of their tensors, and drop the `planned` ones.
+
+    Of a CPU those are training's own, or, of parts of buffers, already Megatron-Core's copies: one tensor after another, so
+    that these are not in memory beside ours.
+    """
+    for (*_, (_, tensors)), (*_, (_, former)) in zip(buckets, planned):
+        former.clear()
+        for place, (item, tensor) in enumerate(tensors):
+            tensors[place] = item, tensor.clone()
 
 
 def load_weights(state: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -122,6 +122,26 @@ def test_a_checkpoint_written_during_later_steps_holds_its_own(one_rank, setting
     assert relative_difference(weights(tmp_path / "late" / "model"), weights(tmp_path / "prompt" / "model"))[0] == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU: from a GPU tensors are copied by Megatron-Core alone")
+def test_a_checkpoint_on_its_way_is_in_memory_once(one_rank, settings, monkeypatch):
+    right, left = dist_checkpointing.save, []
+
+    def watched(*args, **kwargs):
+        request = right(*args, **kwargs)
+        _, planned, _ = request.async_fn_args  # with Megatron-Core's copies of what are parts of buffers
+
+        def write(rank, buckets, results):
+            counts = [[len(tensors) for *_, (_, tensors) in found] for found in (buckets, planned)]
+            left.append([sum(numbers) for numbers in counts])
+            request.async_fn(rank, buckets, results)
+
+        return request._replace(async_fn=write)
+
+    monkeypatch.setattr(dist_checkpointing, "save", watched)
+    train(settings(steps=2, save_interval=1))
+    assert left and all(written > 0 and planned == 0 for written, planned in left)
+
+
 def test_only_the_newest_are_kept(settings):
     config = settings(steps=6, save_interval=1, keep_checkpoints=2)
     train(config)
