@@ -16,7 +16,7 @@ from tests.parity.faults import FAULTS
 from tests.parity.worker import job, launch
 from tests.train.runs import relative_difference
 
-pytestmark = pytest.mark.multirank
+pytestmark = [pytest.mark.multirank, pytest.mark.timeout(1800)]  # the first case waits for all: 6 to 10 minutes on 2 cores
 
 MODELS = {
     "mixed": tiny_config("G-+-M-*-"),
