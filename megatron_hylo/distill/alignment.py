@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.parallel.documents import PackedDocuments
+from megatron_hylo.parallel.documents import Packed, PackedDocuments
 
 
 @dataclass
@@ -54,9 +54,9 @@ def check_alignable(student: HyloModel, teacher: HyloModel) -> None:
             )
 
 
-def mixer_output(layer: nn.Module, hidden: Tensor, documents: PackedDocuments | None = None) -> Tensor:
+def mixer_output(layer: nn.Module, hidden: Tensor, packed: Packed = None) -> Tensor:
     """What a mixer layer adds to the residual stream: [sequence, batch, hidden] -> the same."""
-    return layer.self_attention(layer.input_layernorm(hidden), attention_mask=None, packed_seq_params=documents)[0]
+    return layer.self_attention(layer.input_layernorm(hidden), attention_mask=None, packed_seq_params=packed)[0]
 
 
 def mlp_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
@@ -97,9 +97,10 @@ def align_layers(
     with torch.no_grad():
         if received is None:
             models = (teacher, *students) if align_loss == "sequential" else (teacher,)
-            streams = [m.embedding(input_ids=input_ids, position_ids=None) for m in models]
+            embedded = [m.embed(input_ids, documents) for m in models]
+            streams, packed = [hidden for hidden, _ in embedded], embedded[0][1]
         else:
-            streams = received.split(teacher.config.hidden_size, dim=-1)
+            streams, packed = received.split(teacher.config.hidden_size, dim=-1), documents
         hidden = streams[0]
         read = list(streams[1:]) or [hidden] * len(students)  # by each student's next layer
     pairs = list(zip(*(m.mixer_layers() for m in (teacher, *students)), strict=True))
@@ -107,13 +108,13 @@ def align_layers(
         last = teacher.post_process and index == len(pairs) - 1
         # layers run one by one here, not in the stack that would enter the context; without FP8 it is none
         with torch.no_grad(), get_fp8_context(teacher.config):
-            target_mixer = mixer_output(teacher_layer[0], hidden, documents)
+            target_mixer = mixer_output(teacher_layer[0], hidden, packed)
             target = mlp_layer(teacher_layer[1], hidden + target_mixer)
             compared = teacher.decoder.final_norm(target) if last else target
             power = _power(target_mixer, teacher.config.sequence_parallel) if align_loss == "mse" else None
         for n, (student, (mixer, mlp), found) in enumerate(zip(students, layers, terms)):
             with torch.set_grad_enabled(gradient_scale is not None), get_fp8_context(student.config):
-                out_mixer = mixer_output(mixer, read[n], documents)
+                out_mixer = mixer_output(mixer, read[n], packed)
                 hidden_term = mixer_term = hidden.new_zeros(())
                 if align_loss == "sequential":
                     middle = read[n] + out_mixer

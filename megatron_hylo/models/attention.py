@@ -14,7 +14,7 @@ from megatron_hylo.models.layers import HeadNorm, rotary_table
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
-from megatron_hylo.parallel.documents import PackedDocuments
+from megatron_hylo.parallel.documents import Packed, PackedDocuments, batch_first, sequence_first
 
 fused_rope = elementwise(apply_rope)
 
@@ -43,20 +43,20 @@ class GroupedQueryAttention(MegatronModule):
         self.q_layernorm = HeadNorm(config, c.kv_channels) if c.qk_layernorm else None
         self.k_layernorm = HeadNorm(config, c.kv_channels) if c.qk_layernorm else None
 
-    def query_key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def query_key_value(self, hidden_states: Tensor, packed: Packed = None) -> tuple[Tensor, Tensor, Tensor]:
         """What the scores are made of, before the rotation: bias added, q/k-norm applied.
 
         Args:
             hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden].
+            packed: what lies end to end in the sequence.
 
         Returns:
             query [batch, sequence, query heads of this rank, head_dim], key and value with its KV heads.
         """
         qkv, _ = self.linear_qkv(hidden_states)
-        s, b, _ = qkv.shape
-        qkv = qkv.transpose(0, 1).reshape(b, s, self.groups, self.queries_per_group + 2, self.head_dim)
+        qkv = batch_first(qkv, packed).unflatten(2, (self.groups, self.queries_per_group + 2, self.head_dim))
         query, key, value = torch.split(qkv, [self.queries_per_group, 1, 1], dim=3)
-        query, key, value = query.reshape(b, s, -1, self.head_dim), key.squeeze(3), value.squeeze(3)
+        query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         return query, key, value
@@ -69,10 +69,10 @@ class GroupedQueryAttention(MegatronModule):
         return fused_rope(x, cos[places], sin[places], interleaved=False)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, packed: Packed = None
     ) -> tuple[Tensor, Tensor | None]:
         """Rotation, softmax attention and output projection: [sequence (/ TP), batch, hidden], and no bias."""
-        documents = self.context.seen(documents)
+        documents = self.context.seen(packed)
         if self.context.by_heads:
             parts = [x.flatten(2) for x in (query, key, value)]
             own = self.context.exchange(*((x, [x.shape[-1]]) for x in parts))
@@ -82,15 +82,15 @@ class GroupedQueryAttention(MegatronModule):
             key_value = torch.cat([key, value], dim=-1).transpose(0, 1)
             key, value = self.context.up_to_here(key_value).transpose(0, 1).chunk(2, dim=-1)
         out = self.context.attend(functools.partial(attention, scale=self.head_dim**-0.5), documents, query, key, value)
-        return self.linear_proj(self.context.give_back(out.flatten(2)).transpose(0, 1).contiguous())
+        return self.linear_proj(sequence_first(self.context.give_back(out.flatten(2)), packed))
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: None = None,
-        packed_seq_params: PackedDocuments | None = None,
+        packed_seq_params: Packed = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
         """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
         refuse_inference(kwargs)
-        return self.attend(*self.query_key_value(hidden_states), packed_seq_params)
+        return self.attend(*self.query_key_value(hidden_states, packed_seq_params), packed_seq_params)

@@ -23,7 +23,7 @@ from megatron_hylo.models.layers import HeadNorm, sharded_mixer_state, tensor_pa
 from megatron_hylo.models.mixer import MixerSubmodules, fused_column_linear, refuse_inference, row_linear, split_sections
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
-from megatron_hylo.parallel.documents import PackedDocuments
+from megatron_hylo.parallel.documents import Packed, batch_first, sequence_first
 from megatron_hylo.parallel.recurrence import delta_rule_over_ranks
 from megatron_hylo.platform.distributed import device
 
@@ -109,7 +109,7 @@ class GatedDeltaNet(MegatronModule):
         self,
         hidden_states: Tensor,
         attention_mask: None = None,
-        packed_seq_params: PackedDocuments | None = None,
+        packed_seq_params: Packed = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
         """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
@@ -117,7 +117,7 @@ class GatedDeltaNet(MegatronModule):
         c, context, documents = self.config.hylo, self.context, self.context.seen(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
         keys, _, values, gates, heads, _ = self.sections.values()
-        qkv, gate, beta, alpha = split_sections(projected.transpose(0, 1), [2 * keys + values, gates, heads, heads])
+        qkv, gate, beta, alpha = split_sections(batch_first(projected, packed_seq_params), [2 * keys + values, gates, heads, heads])
         qkv, beta, alpha = context.exchange((qkv, [keys, keys, values]), (beta, [heads]), (alpha, [heads]))
         (b, s, heads), keys, values = beta.shape, keys // context.shares, values // context.shares
         own = functools.partial(context.own_share, widths=[self.sections[name] for name in ("query", "key", "value")])
@@ -134,7 +134,7 @@ class GatedDeltaNet(MegatronModule):
         if context.by_heads:
             out = context.give_back(out.reshape(b, s, values)).unflatten(-1, (self.heads, -1))
         out = self.out_norm(out, gate.reshape(out.shape))
-        return self.out_proj(out.flatten(2).transpose(0, 1).contiguous())
+        return self.out_proj(sequence_first(out.flatten(2), packed_seq_params))
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The fused projection and convolution are stored by section, so that any tensor-parallel size can load them."""

@@ -14,7 +14,7 @@ from megatron_hylo.layouts import pipeline_pattern
 from megatron_hylo.models.fp8 import check_fp8, check_fp8_widths
 from megatron_hylo.models.specs import BackendName, get_backend, hybrid_stack_spec, megatron_pattern
 from megatron_hylo.models.transformer_config import build_transformer_config
-from megatron_hylo.parallel.documents import PackedDocuments
+from megatron_hylo.parallel.documents import EqualWindows, Packed, PackedDocuments, batch_first
 
 
 class HyloModel(HybridModel):
@@ -30,8 +30,26 @@ class HyloModel(HybridModel):
         Returns:
             [sequence (/ TP with sequence parallelism), batch, hidden].
         """
-        hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
-        return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=documents)
+        hidden, packed = self.embed(input_ids, documents) if self.pre_process else (None, documents)
+        out = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
+        return batch_first(out, packed).transpose(0, 1) if isinstance(packed, EqualWindows) else out
+
+    def embed(self, input_ids: Tensor, documents: PackedDocuments | None = None) -> tuple[Tensor, Packed]:
+        """Hidden states before the first layer, and what its `packed_seq_params` is: windows lie end to end where a rank has
+        all of every one, and all layers.
+
+        Args:
+            input_ids: int64 [batch, sequence].
+            documents: of a packed sequence, batch 1.
+
+        Returns:
+            [sequence (/ TP with sequence parallelism), batch, hidden] or [batch * sequence, 1, hidden].
+        """
+        c, packed = self.config, documents
+        divided = c.sequence_parallel or c.context_parallel_size > 1 or c.pipeline_model_parallel_size > 1
+        if documents is None and len(input_ids) > 1 and not divided:
+            input_ids, packed = input_ids.flatten().unsqueeze(0), EqualWindows(len(input_ids))
+        return self.embedding(input_ids=input_ids, position_ids=None), packed
 
     def head_weight(self) -> Tensor:
         """This rank's rows of the output head: [vocab / TP, hidden]; the embedding where they are tied."""

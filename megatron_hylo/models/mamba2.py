@@ -18,7 +18,7 @@ from megatron_hylo.models.layers import fused_gated_rms_norm, sharded_mixer_stat
 from megatron_hylo.models.mixer import MixerSubmodules, fused_column_linear, refuse_inference, row_linear, split_sections
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
-from megatron_hylo.parallel.documents import PackedDocuments
+from megatron_hylo.parallel.documents import Packed, batch_first, sequence_first
 from megatron_hylo.parallel.recurrence import ssd_over_ranks
 from megatron_hylo.platform.distributed import device
 
@@ -82,7 +82,7 @@ class Mamba2(MegatronModule):
         self,
         hidden_states: Tensor,
         attention_mask: None = None,
-        packed_seq_params: PackedDocuments | None = None,
+        packed_seq_params: Packed = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
         """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
@@ -90,7 +90,7 @@ class Mamba2(MegatronModule):
         c, context, documents = self.config.hylo, self.context, self.context.seen(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
         inner, *widths, heads = self.sections.values()
-        z, xbc, dt = split_sections(projected.transpose(0, 1), [inner, sum(widths), heads])
+        z, xbc, dt = split_sections(batch_first(projected, packed_seq_params), [inner, sum(widths), heads])
         xbc, dt = context.exchange((xbc, widths), (dt, [heads]))
         (b, s, _), (x_width, b_width, c_width) = dt.shape, (width // context.shares for width in widths)
         own = functools.partial(context.own_share, widths=[self.sections[name] for name in "xBC"])
@@ -108,7 +108,7 @@ class Mamba2(MegatronModule):
         inputs = (x, dt, rate, state_in, state_out, skip)
         y = ssd_over_ranks(context, *inputs, begins) if context.by_parts else ssd(*inputs, begins=begins)[0]
         y = self.norm(context.give_back(y.reshape(b, s, -1)), z)
-        return self.out_proj(y.transpose(0, 1).contiguous())
+        return self.out_proj(sequence_first(y, packed_seq_params))
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The fused projection and convolution are stored by section, so that any tensor-parallel size can load them."""

@@ -3,10 +3,12 @@
 from dataclasses import dataclass, replace
 from typing import Any, Callable
 
+import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
+from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 
 ALIGNMENT = 8  # channels: 16 bytes of bf16, below which matrix products take twice as long on a GPU
@@ -70,7 +72,24 @@ class PaddedColumnLinear(ColumnParallelLinear):
 
 def split_sections(projected: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
     """Sections of a fused projection, [..., width] each; channels after them are padding."""
-    return projected.split([*widths, projected.shape[-1] - sum(widths)], dim=-1)[:-1]
+    return _Sections.apply(projected, [*widths, projected.shape[-1] - sum(widths)])[:-1]
+
+
+class _Sections(torch.autograd.Function):
+    """Views; their gradients are put together by one fast kernel: torch's own copies odd widths slowly."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+        return x.split(widths, dim=-1)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        return _joined(*grads), None
+
+
+@elementwise
+def _joined(*sections: Tensor) -> Tensor:
+    return torch.cat(sections, dim=-1)
 
 
 def row_linear(

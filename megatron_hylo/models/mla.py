@@ -28,7 +28,7 @@ from megatron_hylo.models.layers import AlignedKeyNorm, HeadNorm, ReplicatedLine
 from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
-from megatron_hylo.parallel.documents import PackedDocuments
+from megatron_hylo.parallel.documents import Packed, batch_first, sequence_first
 from megatron_hylo.platform.distributed import device
 
 
@@ -85,7 +85,7 @@ class MultiLatentAttention(MegatronModule):
         self,
         hidden_states: Tensor,
         attention_mask: None = None,
-        packed_seq_params: PackedDocuments | None = None,
+        packed_seq_params: Packed = None,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
         """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
@@ -102,11 +102,10 @@ class MultiLatentAttention(MegatronModule):
             key_value, rotary_key = self._in_order(key_value), self._in_order(rotary_key)
         else:
             rotary_key = copy_to_tensor_model_parallel_region(rotary_key, group=self.tp_group)
-        (s, b, _), keys = query.shape, len(key_value)
-        query = query.transpose(0, 1).reshape(b, s, self.heads, self.qk_dim)
-        key_value = key_value.transpose(0, 1).reshape(b, keys, self.groups, c.qk_head_dim + c.v_head_dim)
+        query = batch_first(query, packed_seq_params).unflatten(2, (self.heads, self.qk_dim))
+        key_value = batch_first(key_value, packed_seq_params).unflatten(2, (self.groups, c.qk_head_dim + c.v_head_dim))
         plain_key, value = key_value.split([c.qk_head_dim, c.v_head_dim], dim=-1)
-        rotary_key = rotary_key.transpose(0, 1)
+        rotary_key, keys = batch_first(rotary_key, packed_seq_params), key_value.shape[1]
         if c.qk_layernorm:
             query, key = self._normalise(query, plain_key, rotary_key)
         (query,) = self.context.exchange((query.flatten(2), [self.heads * self.qk_dim]))
@@ -120,7 +119,7 @@ class MultiLatentAttention(MegatronModule):
         key = rotate(own(key, dim=2), cos, sin) if c.qk_layernorm else shared_key(own(plain_key, dim=2), rotary_key, cos, sin)
         attend = partial(attention, scale=self.qk_dim**-0.5)
         out = self.context.attend(attend, documents, query, key, own(value, dim=2))
-        return self.linear_proj(self.context.give_back(out.flatten(2)).transpose(0, 1).contiguous())
+        return self.linear_proj(sequence_first(self.context.give_back(out.flatten(2)), packed_seq_params))
 
     def _normalise(self, query: Tensor, plain_key: Tensor, rotary_key: Tensor) -> tuple[Tensor, Tensor]:
         """q/k-norm before the rotation: the query, and the key with a copy of the rotary one for each of its heads."""

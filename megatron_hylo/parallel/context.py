@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_paral
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.parallel.documents import PackedDocuments, by_document
+from megatron_hylo.parallel.documents import Packed, PackedDocuments, by_document
 
 
 def own_slice(length: int) -> slice:
@@ -116,9 +116,11 @@ class ContextGroup:
         widths = list(widths) if widths is not None else [x.shape[dim]]
         return torch.cat([section.chunk(self.size, dim)[self.rank] for section in x.split(widths, dim)], dim)
 
-    def seen(self, documents: PackedDocuments | None) -> PackedDocuments | None:
+    def seen(self, packed: Packed) -> PackedDocuments | None:
         """Documents as they lie in the tokens that this rank computes with."""
-        return documents.whole if documents is not None and self.by_heads else documents
+        if not isinstance(packed, PackedDocuments):
+            return None
+        return packed.whole if self.by_heads else packed
 
     @property
     def parts_read(self) -> int:

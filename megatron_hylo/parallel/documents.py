@@ -1,8 +1,10 @@
-"""Documents laid end to end in one packed sequence, which must not see each other.
+"""Documents, or windows, laid end to end in one sequence, which must not see each other.
 
 A packed batch is one sequence [1, all tokens]: windows and the documents in them are alike. Attention runs document by
 document, rotary positions, convolutions and recurrent states start anew at each, also where a rank's part of the
 sequence begins in the middle of one.
+
+A batch of plain windows has them end to end as well, where nothing else divides them: `EqualWindows`.
 """
 
 from collections.abc import Callable
@@ -68,6 +70,29 @@ class PackedDocuments:
             if first < last:
                 found.append((slice(first - self.part.start, last - self.part.start), slice(start, last)))
         return found
+
+
+@dataclass(frozen=True)
+class EqualWindows:
+    """Windows of one length, end to end: hidden states are [count * sequence, 1, c]; passed on as `packed_seq_params`.
+
+    Mixers see them as a batch without a copy; of Megatron's [sequence, batch, c] each made one on its way in and out.
+    """
+
+    count: int
+
+
+Packed = PackedDocuments | EqualWindows | None
+
+
+def batch_first(x: Tensor, packed: Packed) -> Tensor:
+    """[sequence, batch, c], or equal windows end to end, [batch * sequence, 1, c] -> [batch, sequence, c], a view."""
+    return x.unflatten(0, (packed.count, -1)).squeeze(2) if isinstance(packed, EqualWindows) else x.transpose(0, 1)
+
+
+def sequence_first(x: Tensor, packed: Packed) -> Tensor:
+    """The way back from `batch_first`, contiguous."""
+    return x.flatten(0, 1).unsqueeze(1) if isinstance(packed, EqualWindows) else x.transpose(0, 1).contiguous()
 
 
 def by_document(

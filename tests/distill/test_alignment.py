@@ -23,13 +23,14 @@ def ids() -> Tensor:
     return torch.randint(160, (2, 19))
 
 
-def recorded(modules: dict[str, nn.Module], run) -> dict[str, Tensor]:
-    """Outputs of modules during `run()`."""
+def recorded(modules: dict[str, nn.Module], run, batch: int) -> dict[str, Tensor]:
+    """Outputs of modules during `run()`, [sequence, batch, c]; a whole model has its windows end to end."""
     seen: dict[str, Tensor] = {}
 
     def hook(name: str):
         def keep(module, args, out):
-            seen[name] = out[0] if isinstance(out, tuple) else out
+            out = out[0] if isinstance(out, tuple) else out
+            seen[name] = out.view(batch, -1, out.shape[-1]).transpose(0, 1) if out.shape[1] == 1 else out
 
         return keep
 
@@ -54,10 +55,10 @@ def reference_loss(
     for i, (mixer, mlp) in enumerate(teacher.mixer_layers()):
         watched = {f"a{i}": mixer.self_attention, f"h{i}": mlp} | watched
     with torch.no_grad():
-        targets = recorded(watched, lambda: teacher(ids))
+        targets = recorded(watched, lambda: teacher(ids), len(ids))
     given, terms = targets["embedding"], []
     for i, (mixer, mlp) in enumerate(student.mixer_layers()):
-        outputs = recorded({"a": mixer.self_attention, "middle": mixer}, partial(mixer, given, attention_mask=None))
+        outputs = recorded({"a": mixer.self_attention, "middle": mixer}, partial(mixer, given, attention_mask=None), len(ids))
         hidden = mlp(outputs["middle"], attention_mask=None)
         hidden = student.decoder.final_norm(hidden[0]) if i == last else hidden[0]
         pairs = [(hidden, targets[f"h{i}"]), (outputs["a"], targets[f"a{i}"])]
@@ -134,7 +135,7 @@ def test_sequential_equals_a_whole_forward_whose_layers_are_cut_apart(one_rank, 
     student, teacher = uneven_model("G-+-M-*-+-"), uneven_model("*-*-*-*-*-")
     names = [f"m{i}" for i in range(5)]
     with torch.no_grad():
-        targets = recorded(dict(zip(names, (mixer for mixer, _ in teacher.mixer_layers()))), lambda: teacher(ids))
+        targets = recorded(dict(zip(names, (mixer for mixer, _ in teacher.mixer_layers()))), lambda: teacher(ids), len(ids))
         hidden = student.embedding(input_ids=ids, position_ids=None)
     terms = []
     for name, (mixer, mlp) in zip(names, student.mixer_layers()):

@@ -1,0 +1,61 @@
+"""A batch's windows lie end to end in the model: as if each went through it alone, and as in Megatron's [sequence, batch, c]."""
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_hylo.models.mixer import split_sections
+from megatron_hylo.parallel.documents import EqualWindows, batch_first, sequence_first
+from tests.conftest import uneven_model
+
+TOLERANCE = 1e-12  # float64
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("pattern", ["G-G-", "M-M-", "+-+-", "*-*-", "G-+-M-*-"])
+@pytest.mark.parametrize("qk_layernorm", [False, True])
+def test_windows_do_not_see_each_other(pattern, qk_layernorm, one_rank):
+    model, ids = uneven_model(pattern, qk_layernorm=qk_layernorm), torch.randint(160, (3, 21))
+    upstream = torch.randn(21, 3, 48, dtype=torch.float64)
+    alone = torch.cat([model(window[None]) for window in ids], dim=1)
+    (alone * upstream).sum().backward()
+    wanted = gradients(model)
+    together = model(ids)
+    (together * upstream).sum().backward()
+    found = gradients(model)
+    # Megatron's order, layer by layer
+    hidden = model.embedding(input_ids=ids, position_ids=None)
+    hidden = model.decoder(hidden_states=hidden, attention_mask=None)
+    assert together.shape == (21, 3, 48)
+    for ours in (together, hidden):
+        assert (ours - alone).norm() < TOLERANCE * alone.norm()
+    assert found.keys() == wanted.keys()
+    worst = {name: float((found[name] - g).norm() / g.norm()) for name, g in wanted.items()}
+    assert max(worst.values()) < 1e-6, worst  # norms are fp32
+
+
+def test_one_window_is_megatrons_order(one_rank):
+    model = uneven_model("*-G-")
+    assert model.embed(torch.zeros(1, 5, dtype=torch.int64))[1] is None
+    assert model.embed(torch.zeros(2, 5, dtype=torch.int64))[1] == EqualWindows(2)
+
+
+def test_views_and_back():
+    x = torch.randn(12, 1, 5)
+    windows = batch_first(x, EqualWindows(3))
+    assert windows.shape == (3, 4, 5) and windows.data_ptr() == x.data_ptr()
+    assert torch.equal(windows[1, 2], x[6, 0]) and torch.equal(sequence_first(windows, EqualWindows(3)), x)
+    y = torch.randn(4, 3, 5)
+    assert torch.equal(sequence_first(batch_first(y, None), None), y) and torch.equal(batch_first(y, None)[1], y[:, 1])
+
+
+def test_gradients_of_sections_are_put_together():
+    x = torch.randn(2, 3, 13, dtype=torch.float64, requires_grad=True)  # 13 = 4 + 6 + 1 and two of padding
+    upstream = torch.randn(2, 3, 11, dtype=torch.float64)
+    (torch.cat(split_sections(x, [4, 6, 1]), -1) * upstream).sum().backward()
+    assert torch.equal(x.grad, torch.nn.functional.pad(upstream, (0, 2)))
