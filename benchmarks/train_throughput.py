@@ -38,7 +38,7 @@ def main(
     lengths: list[int] = [2048],  # noqa: B006
     batches: list[int] = [8, 16],  # noqa: B006
     cuda_graphs: list[bool] = [False, True],  # noqa: B006
-    recompute: bool = False,
+    recompute: bool | str = False,
     teacher_precision: Literal["same", "fp8"] = "same",
     peer: bool = False,
     second_layout: str | None = None,
@@ -55,7 +55,7 @@ def main(
         lengths: tokens of a sequence.
         batches: sequences of a step, all in one forward pass.
         cuda_graphs: without and with.
-        recompute: activations of every layer.
+        recompute: activations of every layer, or of those with these symbols.
         teacher_precision: as in training.
         peer: also measure hf_peer.py, and show each row's ratio to it (stages distil and pretrain).
         second_layout: another student that `align` trains from the same teacher pass; also measured alone.

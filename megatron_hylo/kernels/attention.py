@@ -3,7 +3,8 @@
 Causality is aligned to the end: the last query sees every key, as in prefill and decode with a cache. On
 CUDA the backend is chosen here, in the order cuDNN, flash, memory-efficient, math (cuDNN is the fastest on
 Hopper and takes value heads that differ from query heads, as MLA has), and logged. Where queries are fewer than keys, as on
-a rank of context parallelism that has gathered keys, only flash needs no mask in memory, so it is the first there.
+a rank of context parallelism that has gathered keys, cuDNN computes two blocks (attention_after_prefix.py) and flash aligns to
+the end by itself; the others need a mask in memory.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_hylo.kernels.attention_after_prefix import attention_after_prefix
 from megatron_hylo.kernels.registry import forced, use
 
 BACKENDS = {
@@ -50,9 +52,11 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, c
         raise ValueError(f"causal attention needs at least as many keys as queries, got {s} keys and {t} queries")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, heads, tokens, channels]
     is_causal, is_lower_right = causal and t == s and t > 1, causal and 1 < t < s
-    backend = _backend(q, k, v, is_causal, is_lower_right)
+    backend = _backend(q, k, v, is_causal)
     if backend in ("cudnn", "flash", "efficient"):
         q, k, v = (_readable(x) for x in (q, k, v))
+    if is_lower_right and backend == "cudnn":
+        return attention_after_prefix(q, k, v, scale).transpose(1, 2)
     mask = None
     if is_lower_right:  # flash needs no mask, which with long sequences is larger than all else
         mask = (
@@ -81,7 +85,7 @@ def _same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)
 
 
-def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, is_lower_right: bool) -> str:
+def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool) -> str:
     """Name of the first usable backend; "torch" off CUDA, where torch itself chooses."""
     name = forced("attention")
     if name is not None:
@@ -92,7 +96,7 @@ def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool,
         return "torch"
     cuda, heads = torch.backends.cuda, q.shape[1]
     grouped = heads != k.shape[1]
-    cudnn = not is_lower_right and not torch.are_deterministic_algorithms_enabled()  # its backward pass is not
+    cudnn = not torch.are_deterministic_algorithms_enabled()  # its backward pass is not
     if cudnn and cuda.can_use_cudnn_attention(cuda.SDPAParams(q, k, v, None, 0.0, is_causal, grouped), False):
         name = "cudnn"
     elif cuda.can_use_flash_attention(cuda.SDPAParams(*_same_width(q, k, v), None, 0.0, is_causal, grouped), False):

@@ -69,7 +69,7 @@ def check_kernels(
         dtype: of weights and activations, bf16 or fp32.
         device: where.
         known: operations and shapes to leave out.
-        parts: also recurrences whose sequence is split over ranks (context parallelism).
+        parts: also attention and recurrences whose sequence is split over ranks (context parallelism).
     """
     return [_check(case, dtype) for case in _cases(config, device, parts) if (case.operation, case.shape) not in known]
 
@@ -108,12 +108,13 @@ def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]
             if symbol == "+":
                 width, values = c.qk_head_dim + c.qk_pos_emb_head_dim, c.v_head_dim
             heads, groups, scale = c.num_attention_heads, c.num_query_groups, width**-0.5
-            yield _Case(
-                "attention", f"{heads}/{groups} heads, {width} and {values} wide",
-                lambda q, k, v, scale=scale: attention(q, k, v, scale),
-                lambda q, k, v, scale=scale: _attention(q, k, v, scale),
-                {"q": normal(heads, width), "k": normal(groups, width), "v": normal(groups, values)},
-            )  # fmt: skip
+            for queries, of in ((TOKENS, ""), *([(TOKENS // 2, ", queries of the last half")] if parts else [])):
+                yield _Case(
+                    "attention", f"{heads}/{groups} heads, {width} and {values} wide{of}",
+                    lambda q, k, v, scale=scale: attention(q, k, v, scale),
+                    lambda q, k, v, scale=scale: _attention(q, k, v, scale),
+                    {"q": normal(heads, width, tokens=queries), "k": normal(groups, width), "v": normal(groups, values)},
+                )  # fmt: skip
         elif symbol == "G":
             heads, keys, values = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
             yield from _convolutions(c, heads * (2 * keys + values), normal, device, parts)
@@ -231,7 +232,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     repeats = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, 2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[1] - q.shape[1])
     return torch.einsum("bhts,bshd->bthd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
 
 

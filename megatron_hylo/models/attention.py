@@ -68,9 +68,7 @@ class GroupedQueryAttention(MegatronModule):
         places = here if documents is None else documents.own_positions
         return fused_rope(x, cos[places], sin[places], interleaved=False)
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, packed: Packed = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed = None) -> tuple[Tensor, Tensor | None]:
         """Rotation, softmax attention and output projection: [sequence (/ TP), batch, hidden], and no bias."""
         documents = self.context.seen(packed)
         if self.context.by_heads:

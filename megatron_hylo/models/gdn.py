@@ -6,7 +6,7 @@ y = W_O (RMSNorm(o) * silu(W_G x)),  g = -exp(A_log) softplus(W_a x + dt_bias), 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,21 +43,27 @@ class ShortConvolution(MegatronModule):
 
     def forward(
         self,
-        x: Tensor,
-        before: Tensor | None = None,
+        sections: Sequence[Tensor],
+        before: Sequence[Tensor | None],
         positions: Tensor | None = None,
         own: Callable[[Tensor], Tensor] = lambda parameter: parameter,
-    ) -> Tensor:
-        """x: [batch, sequence, channels] -> the same.
+    ) -> list[Tensor]:
+        """Each section of the channels by itself: recurrences want queries, keys and values that lie each in one piece.
 
         Args:
-            x: the input.
-            before: the tokens before it, [batch, channels, kernel - 1].
+            sections: [batch, sequence, width] of each, all channels together.
+            before: the tokens before it, [batch, width, kernel - 1] of each.
             positions: place of each token in its document, int64 [sequence]; no tap reaches before a document.
-            own: weight or bias of all channels -> that of x's.
+            own: weight or bias of all channels -> that of the sections' channels.
+
+        Returns:
+            The same as `sections`, in memory of its own each.
         """
-        weight, bias = own(self.weight.squeeze(1)), own(self.bias) if self.bias is not None else None
-        return causal_conv1d(x, weight, bias, activation="silu", initial_state=before, positions=positions)[0]
+        widths = [x.shape[-1] for x in sections]
+        weights = own(self.weight.squeeze(1)).split(widths)
+        biases = own(self.bias).split(widths) if self.bias is not None else [None] * len(widths)
+        parts = zip(sections, weights, biases, before, strict=True)
+        return [causal_conv1d(x, weight, bias, "silu", first, positions=positions)[0] for x, weight, bias, first in parts]
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Channels are split over the tensor-parallel ranks."""
@@ -116,14 +122,15 @@ class GatedDeltaNet(MegatronModule):
         refuse_inference(kwargs)
         c, context, documents = self.config.hylo, self.context, self.context.seen(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
-        keys, _, values, gates, heads, _ = self.sections.values()
-        qkv, gate, beta, alpha = split_sections(batch_first(projected, packed_seq_params), [2 * keys + values, gates, heads, heads])
-        qkv, beta, alpha = context.exchange((qkv, [keys, keys, values]), (beta, [heads]), (alpha, [heads]))
-        (b, s, heads), keys, values = beta.shape, keys // context.shares, values // context.shares
+        sections = dict(
+            zip(self.sections, split_sections(batch_first(projected, packed_seq_params), [*self.sections.values()]))
+        )
+        gate = sections.pop("gate")
+        *qkv, beta, alpha = context.exchange(*((x, [x.shape[-1]]) for x in sections.values()))
         own = functools.partial(context.own_share, widths=[self.sections[name] for name in ("query", "key", "value")])
         places = documents.own_positions if documents is not None else None
         qkv = self.conv1d(*context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places, own)
-        query, key, value = (x.reshape(b, s, heads, -1) for x in qkv.split([keys, keys, values], dim=-1))
+        query, key, value = (x.unflatten(-1, (beta.shape[-1], -1)) for x in qkv)
         decay, beta = gates_of(alpha, beta, context.own_share(self.A_log), context.own_share(self.dt_bias))
         if documents is not None:
             decay = decay.masked_fill(documents.begins[:, None], RESET)
@@ -132,7 +139,7 @@ class GatedDeltaNet(MegatronModule):
         else:
             out, _ = gated_delta_rule(query, key, value, decay, beta)
         if context.by_heads:
-            out = context.give_back(out.reshape(b, s, values)).unflatten(-1, (self.heads, -1))
+            out = context.give_back(out.flatten(2)).unflatten(-1, (self.heads, -1))
         out = self.out_norm(out, gate.reshape(out.shape))
         return self.out_proj(sequence_first(out.flatten(2), packed_seq_params))
 

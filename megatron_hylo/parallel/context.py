@@ -17,7 +17,7 @@ Every rank takes part in each collective whether it reads the result or not: a r
 others waiting in the backward pass.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -172,27 +172,28 @@ class ContextGroup:
                 outs.append(attention(queries, key[:, : part.stop], value[:, : part.stop]))
         return torch.cat([outs[0], self._trade(outs[1])], 1)
 
-    def tokens_before(self, x: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-        """The inputs a causal convolution needs from the part before.
+    def tokens_before(self, sections: Sequence[Tensor], count: int) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+        """The inputs that causal convolutions need from the part before, in one message.
 
         Args:
-            x: [batch, sequence, channels], sequence >= count.
+            sections: [batch, sequence, channels] of each, sequence >= count.
             count: how many.
 
         Returns:
-            x, to be read by the convolution alone, and [batch, channels, count], oldest first, zeros on the first rank; None
-            where a rank has all tokens.
+            The sections, to be read by the convolutions alone, and [batch, channels, count] of each, oldest first, zeros on the
+            first rank; None where a rank has all tokens.
         """
         if not self.by_parts:
-            return x, None
-        if x.shape[1] < count:
+            return sections, [None] * len(sections)
+        if (tokens := sections[0].shape[1]) < count:
             raise ConfigError(
-                f"{x.shape[1]} tokens on each of {self.size} context-parallel ranks are fewer than the {count} that a "
+                f"{tokens} tokens on each of {self.size} context-parallel ranks are fewer than the {count} that a "
                 f"convolution looks back; use fewer ranks or longer sequences"
             )
-        x, end = _WithEnd.apply(x, count)
-        ends = self._gather(end.movedim(1, -1).unsqueeze(0))
-        return x, torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])[self.rank]  # in the graph of every rank
+        sections, ends = zip(*(_WithEnd.apply(x, count) for x in sections))
+        gathered = self._gather(torch.cat(ends, -1).movedim(1, -1).unsqueeze(0))
+        before = torch.cat([torch.zeros_like(gathered[:1]), gathered[:-1]])[self.rank]  # in the graph of every rank
+        return sections, before.split([x.shape[-1] for x in sections], 1)
 
     @property
     def by_parts(self) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_hylo.kernels.attention import _readable, attention
+from megatron_hylo.kernels.attention_after_prefix import attention_after_prefix
 from megatron_hylo.kernels.registry import force, in_use
 from tests.kernels.compare import relative_error
 
@@ -53,6 +54,20 @@ def test_a_single_token_reads_its_own_value() -> None:
 @pytest.mark.parametrize(("t", "s"), [(5, 9), (9, 5)])
 def test_full_matches_explicit_softmax(t: int, s: int) -> None:
     assert worst_error(inputs(t, s, 16, 16), causal=False) < 1e-10
+
+
+@pytest.mark.parametrize(("t", "s"), [(9, 10), (4, 33)])
+def test_a_prefix_and_own_keys_merge_to_the_whole(t: int, s: int) -> None:
+    """On a CPU with torch's flash kernels: what cuDNN's blocks are merged by."""
+    q, k, v = (x[..., :2, :] for x in inputs(t, s, 16, 16))
+
+    def merged(q, k, v, scale, causal):
+        return attention_after_prefix(*(x.transpose(1, 2) for x in (q, k, v)), scale).transpose(1, 2)
+
+    cotangent = torch.randn(q.shape, dtype=q.dtype)
+    outputs = [f(q, k, v, 0.2, True) for f in (merged, explicit)]
+    gradients = [torch.autograd.grad(out, (q, k, v), cotangent) for out in outputs]
+    assert max(relative_error(ours, theirs) for ours, theirs in [outputs, *zip(*gradients)]) < 1e-6
 
 
 def test_float32_matches_explicit_softmax() -> None:

@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
 def test_plain_torch_is_right(dtype) -> None:
     checks = check_kernels(tiny_config("G-+-M-*-"), dtype, CPU, parts=True)
     assert [c.operation for c in checks] == [
-        "causal_conv1d", "causal_conv1d", "gated_delta_rule", "gated_delta_rule", "attention",
-        "causal_conv1d", "causal_conv1d", "ssd", "ssd", "attention", "elementwise", "elementwise",
+        "causal_conv1d", "causal_conv1d", "gated_delta_rule", "gated_delta_rule", "attention", "attention",
+        "causal_conv1d", "causal_conv1d", "ssd", "ssd", "attention", "attention", "elementwise", "elementwise",
     ]  # fmt: skip
     assert all(c.ok and c.implementation == "torch" for c in checks), checks
     assert dtype == torch.bfloat16 or max(c.error for c in checks) < 1e-5, checks

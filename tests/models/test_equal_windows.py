@@ -1,4 +1,4 @@
-"""A batch's windows lie end to end in the model: as if each went through it alone, and as in Megatron's [sequence, batch, c]."""
+"""Windows of a batch lie end to end in the model: as if each went through it alone, or in Megatron's [sequence, batch, c]."""
 
 import pytest
 import torch
