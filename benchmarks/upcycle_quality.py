@@ -73,6 +73,7 @@ class Training:
 TWO_WINDOWS = dict(windows=2, mixer_lr=7e-4, lr=1.5e-4, adam_beta2=0.98)
 TRAINING = {
     "paper": Training("paper", "ild"),
+    "one-shot, evenly spread layers": Training("one-shot, evenly spread layers"),
     "one-shot": Training("one-shot"),
     "one-shot, 4 windows a step": Training("one-shot", windows=4),
     "one-shot, 2 windows a step": Training("one-shot", **TWO_WINDOWS),
@@ -230,7 +231,7 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
     for name in TRAINING:
         points = [(c["train_tokens"], c["kl"]) for c in found if c["name"] == name]
         if not points:
@@ -243,7 +244,7 @@ def plot(found: list[dict[str, Any]], file: Path) -> None:
     axes.set_xscale("symlog", linthresh=1e6)
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 

@@ -132,8 +132,8 @@ def _key_value_head_duplicated() -> contextlib.AbstractContextManager:
 
     right = GroupedQueryAttention.query_key_value
 
-    def first_ranks(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = right(self, hidden)
+    def first_ranks(self: Any, hidden: Tensor, packed: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = right(self, hidden, packed)
         group = parallel_state.get_tensor_model_parallel_group()
         with torch.no_grad():
             torch.distributed.broadcast(key, torch.distributed.get_global_rank(group, 0), group=group)
