@@ -41,8 +41,10 @@ def seconds(step: Callable[[], Any]) -> float:
 
 
 def architecture(name: str) -> ModelConfig:
-    """Of a named layout, or of a base model: the dense one that it came from."""
-    return BASES[name] if name in BASES else get_layout(name).config
+    """Of a named layout, or of a base model, the dense one; "LAYOUT:GGMM..." has these mixers in place of the layout's."""
+    name, _, mixers = name.partition(":")
+    config = BASES[name] if name in BASES else get_layout(name).config
+    return config.replace(hybrid_layer_pattern="".join(f"{mixer}-" for mixer in mixers)) if mixers else config
 
 
 def report(

@@ -110,7 +110,7 @@ def main(
         parallel = ParallelConfig(**MODES[mode].groups(ranks))
         config = TrainConfig(
             stage="distil", data=str(data), output="-", model="-", teacher="-", sequence_length=length, parallel=parallel,
-            global_batch_size=MODES[mode].sequences(ranks), recompute=True, loss_chunk_tokens=4096,
+            global_batch_size=MODES[mode].sequences(ranks), recompute="GM-", loss_chunk_tokens=4096,
             precision="bf16" if torch.cuda.is_available() else "fp32", **MODES[mode].settings,
         )  # fmt: skip
         with _ranks(parallel, work / f"store-{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{file.stem}"):

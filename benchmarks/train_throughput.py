@@ -49,7 +49,7 @@ def main(
     """Measure every combination.
 
     Args:
-        layout: the student; or a base model, the dense one.
+        layout: the student; a base model is the dense one, LAYOUT:GGMM... has these mixers.
         teacher: base model.
         stages: of align, distil, pretrain.
         lengths: tokens of a sequence.
