@@ -24,7 +24,7 @@ from megatron_hylo.models.mixer import MixerSubmodules, fused_column_linear, ref
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
 from megatron_hylo.parallel.documents import Packed, batch_first, sequence_first
-from megatron_hylo.parallel.recurrence import delta_rule_over_ranks
+from megatron_hylo.parallel.recurrence import delta_rule_in_parts, parts_that_fill
 from megatron_hylo.platform.distributed import device
 
 
@@ -131,11 +131,12 @@ class GatedDeltaNet(MegatronModule):
         places = documents.own_positions if documents is not None else None
         qkv = self.conv1d(*context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places, own)
         query, key, value = (x.unflatten(-1, (beta.shape[-1], -1)) for x in qkv)
+        parts = parts_that_fill(value)
         decay, beta = gates_of(alpha, beta, context.own_share(self.A_log), context.own_share(self.dt_bias))
         if documents is not None:
             decay = decay.masked_fill(documents.begins[:, None], RESET)
-        if context.by_parts:
-            out = delta_rule_over_ranks(context, query, key, value, decay, beta)
+        if context.by_parts or parts > 1:
+            out = delta_rule_in_parts(context, parts, query, key, value, decay, beta)
         else:
             out, _ = gated_delta_rule(query, key, value, decay, beta)
         if context.by_heads:
