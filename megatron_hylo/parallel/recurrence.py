@@ -9,8 +9,8 @@ outputs say of the state before it, the gradient of the state after part r is th
 Then each has both ends of its part, and its own recurrence gives the gradients of its inputs: no part waits for another's pass,
 and the backward pass is that of one part with a state to begin with.
 
-Ranks gather A and B, and A and G, of each rank's tokens (context parallelism). A rank may cut its own tokens into parts as well,
-which lie in the batch: of a long sequence with few heads a GPU's recurrence is a chain of small steps that leaves it mostly idle.
+Ranks gather A and B, and A and G, of each rank's tokens (context parallelism). A rank may cut its own tokens into parts as
+well, which lie in the batch: a long sequence with few heads is a chain of small steps, most of a GPU idle beside it.
 """
 
 import torch
