@@ -6,6 +6,7 @@ input once, or the older ones in Triton.
 """
 
 import importlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -55,14 +56,37 @@ def causal_conv1d(
         raise ValueError(f"initial_state must be {[b, c, k - 1]}, got {list(initial_state.shape)}")
 
     before = None if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)
-    implementation = _choose(x, k)
-    if implementation == "torch":
-        y = _torch(before, x, weight, bias, activation, positions)
-    elif before is not None and t < k and positions is None:  # decoding: so little is copied in no time
-        y = _Fla.apply(torch.cat([before, x], 1), weight, bias, None, activation, None, implementation)[:, k - 1 :]
+    decoding = before is not None and t < k and positions is None  # so little is copied in no time
+    if decoding and _choose(x, k) != "torch":
+        y = causal_conv1d_sections([torch.cat([before, x], 1)], weight, bias, activation)[0][:, k - 1 :]
     else:
-        y = _Fla.apply(x, weight, bias, before, activation, positions, implementation)
+        (y,) = causal_conv1d_sections([x], weight, bias, activation, initial_state, positions)
     return y, _last(before, x, k - 1) if output_final_state else None
+
+
+def causal_conv1d_sections(
+    sections: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    initial_state: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """`causal_conv1d` of channels that lie in sections: each result is a tensor of its own, as recurrences want them.
+
+    Args:
+        sections: [b, t, width] of each, c channels together.
+        weight, bias, initial_state: of all c channels.
+        activation, positions: as there.
+    """
+    widths, k = [x.shape[-1] for x in sections], weight.shape[-1]
+    before = None if initial_state is None else initial_state.transpose(1, 2).to(sections[0].dtype)
+    if (implementation := _choose(sections[0], k)) != "torch":
+        return list(_Fla.apply(weight, bias, before, activation, positions, implementation, *sections))
+    biases = bias.split(widths) if bias is not None else [None] * len(widths)
+    befores = before.split(widths, -1) if before is not None else [None] * len(widths)
+    parts = zip(befores, sections, weight.split(widths), biases, strict=True)
+    return [_torch(first, x, w, offset, activation, positions) for first, x, w, offset in parts]
 
 
 def _last(before: Tensor | None, x: Tensor, count: int) -> Tensor:
@@ -91,17 +115,17 @@ class _Fla(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         before: Tensor | None,
         activation: str | None,
         positions: Tensor | None,
         implementation: str,
-    ) -> Tensor:
+        *sections: Tensor,
+    ) -> tuple[Tensor, ...]:
         documents = None
         if positions is not None:  # where each token's document begins in x
-            starts = (torch.arange(len(positions), device=x.device) - positions).clamp(min=0)
+            starts = (torch.arange(len(positions), device=weight.device) - positions).clamp(min=0)
             documents = torch.cat([starts.new_tensor([0, len(positions)]), starts]).unique()
         if implementation == "gluon":
             module = importlib.import_module(GLUON_MODULE)
@@ -111,31 +135,53 @@ class _Fla(torch.autograd.Function):
             convolve, ctx.differentiate = module.causal_conv1d_fwd, module.causal_conv1d_bwd
         weight = weight.contiguous()
         ctx.settings = dict(activation=activation, cu_seqlens=documents)
-        y, _ = convolve(x=x, weight=weight, bias=bias, residual=None, **ctx.settings)
-        ctx.save_for_backward(x, weight, bias, before, positions)
+        parts = _parts(weight, bias, sections)
+        outs = [convolve(x=x, weight=w, bias=offset, residual=None, **ctx.settings)[0] for x, w, offset in parts]
+        ctx.save_for_backward(weight, bias, before, positions, *sections)
         if before is not None:
-            y[:, : before.shape[1]] = _head(before, x, weight, bias, activation, positions)
-        return y
+            count = before.shape[1]
+            right = _head(before, _starts(sections, count), weight, bias, activation, positions)
+            for out, start in zip(outs, right.split([x.shape[-1] for x in sections], -1)):
+                out[:, :count] = start
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, before, positions = ctx.saved_tensors
-        dx, dweight, dbias, *_ = ctx.differentiate(x=x, dy=grad, dht=None, weight=weight, bias=bias, **ctx.settings)
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, bias, before, positions, *sections = ctx.saved_tensors
+        found = [
+            ctx.differentiate(x=x, dy=grad, dht=None, weight=w, bias=offset, **ctx.settings)[:3]
+            for (x, w, offset), grad in zip(_parts(weight, bias, sections), grads)
+        ]
+        dxs, dweights, dbiases = zip(*found)
+        dweight, dbias = torch.cat(dweights), torch.cat(dbiases) if bias is not None else None
         dbefore = None
         if before is not None and before.shape[1]:
             # the kernel has taken the first outputs for those of no history: add what is between the two
+            count = before.shape[1]
             with torch.enable_grad():
-                start = x[:, : before.shape[1]].detach()
+                start = _starts(sections, count)
                 leaves = [z.detach().requires_grad_() for z in (start, weight, before, *([] if bias is None else [bias]))]
                 rest = (*leaves[:2], leaves[3] if bias is not None else None, ctx.settings["activation"], positions)
                 right, wrong = _head(leaves[2], *rest), _head(torch.zeros_like(before), *rest)
-            upstream = grad[:, : right.shape[1]]
+            upstream = _starts(grads, right.shape[1])
             changes = torch.autograd.grad((right, wrong), leaves, (upstream, -upstream))
-            dx[:, : start.shape[1]] += changes[0]
+            for dx, change in zip(dxs, changes[0].split([x.shape[-1] for x in sections], -1)):
+                dx[:, :count] += change
             dweight = dweight + changes[1]
             dbefore = changes[2]
             dbias = dbias + changes[3] if bias is not None else None
-        return dx, dweight, dbias, dbefore, None, None, None
+        return dweight, dbias, dbefore, None, None, None, *dxs
+
+
+def _parts(weight: Tensor, bias: Tensor | None, sections: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """(section, its weight, its bias) of each."""
+    widths = [x.shape[-1] for x in sections]
+    return zip(sections, weight.split(widths), bias.split(widths) if bias is not None else [None] * len(widths), strict=True)
+
+
+def _starts(sections: Sequence[Tensor], count: int) -> Tensor:
+    """The first tokens of all sections' channels: [b, count, c]."""
+    return torch.cat([x[:, :count] for x in sections], -1)
 
 
 def _head(

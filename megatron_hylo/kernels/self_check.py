@@ -23,7 +23,7 @@ from megatron_hylo.kernels.norm import gated_rms_norm
 from megatron_hylo.kernels.registry import in_use, select
 from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies
 from megatron_hylo.kernels.ssd import recurrent_ssd, ssd
-from megatron_hylo.parallel.recurrence import delta_rule_in_parts, ssd_over_ranks
+from megatron_hylo.parallel.recurrence import delta_rule_over_ranks, ssd_over_ranks
 
 TOKENS = 300  # more than one chunk of every kernel, and not whole ones
 DELTA_TOKENS = 140  # the same for Gated DeltaNet, whose definition keeps a state a token for its gradient
@@ -69,7 +69,7 @@ def check_kernels(
         dtype: of weights and activations, bf16 or fp32.
         device: where.
         known: operations and shapes to leave out.
-        parts: also attention and recurrences whose sequence is split, over ranks (context parallelism) or on one GPU.
+        parts: also attention and recurrences whose sequence is split over ranks (context parallelism).
     """
     return [_check(case, dtype) for case in _cases(config, device, parts) if (case.operation, case.shape) not in known]
 
@@ -129,7 +129,7 @@ def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]
             if parts:  # with states that outlive their part
                 inputs = inputs | {"g": inputs["g"] / 70, "beta": inputs["beta"] / 16}
                 yield _Case(
-                    "gated_delta_rule", f"{shape}, split", functools.partial(delta_rule_in_parts, _Middle(), 2),
+                    "gated_delta_rule", f"{shape}, split", functools.partial(delta_rule_over_ranks, _Middle()),
                     lambda **x: _amid_its_like(recurrent_gated_delta_rule, **x), inputs, ("g",),
                 )  # fmt: skip
         elif symbol == "M":

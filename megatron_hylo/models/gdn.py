@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_hylo.kernels.causal_conv1d import causal_conv1d
+from megatron_hylo.kernels.causal_conv1d import causal_conv1d_sections
 from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.kernels.ssd import RESET
@@ -24,7 +24,7 @@ from megatron_hylo.models.mixer import MixerSubmodules, fused_column_linear, ref
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
 from megatron_hylo.parallel.documents import Packed, batch_first, sequence_first
-from megatron_hylo.parallel.recurrence import delta_rule_in_parts, parts_that_fill
+from megatron_hylo.parallel.recurrence import delta_rule_over_ranks
 from megatron_hylo.platform.distributed import device
 
 
@@ -44,26 +44,20 @@ class ShortConvolution(MegatronModule):
     def forward(
         self,
         sections: Sequence[Tensor],
-        before: Sequence[Tensor | None],
+        before: Tensor | None = None,
         positions: Tensor | None = None,
         own: Callable[[Tensor], Tensor] = lambda parameter: parameter,
     ) -> list[Tensor]:
-        """Each section of the channels by itself: recurrences want queries, keys and values that lie each in one piece.
+        """[batch, sequence, width] of each section of the channels -> the same, in memory of its own each.
 
         Args:
-            sections: [batch, sequence, width] of each, all channels together.
-            before: the tokens before it, [batch, width, kernel - 1] of each.
+            sections: the inputs, all channels together.
+            before: the tokens before them, [batch, all channels, kernel - 1].
             positions: place of each token in its document, int64 [sequence]; no tap reaches before a document.
             own: weight or bias of all channels -> that of the sections' channels.
-
-        Returns:
-            The same as `sections`, in memory of its own each.
         """
-        widths = [x.shape[-1] for x in sections]
-        weights = own(self.weight.squeeze(1)).split(widths)
-        biases = own(self.bias).split(widths) if self.bias is not None else [None] * len(widths)
-        parts = zip(sections, weights, biases, before, strict=True)
-        return [causal_conv1d(x, weight, bias, "silu", first, positions=positions)[0] for x, weight, bias, first in parts]
+        weight, bias = own(self.weight.squeeze(1)), own(self.bias) if self.bias is not None else None
+        return causal_conv1d_sections(sections, weight, bias, "silu", before, positions)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Channels are split over the tensor-parallel ranks."""
@@ -131,12 +125,11 @@ class GatedDeltaNet(MegatronModule):
         places = documents.own_positions if documents is not None else None
         qkv = self.conv1d(*context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places, own)
         query, key, value = (x.unflatten(-1, (beta.shape[-1], -1)) for x in qkv)
-        parts = parts_that_fill(value)
         decay, beta = gates_of(alpha, beta, context.own_share(self.A_log), context.own_share(self.dt_bias))
         if documents is not None:
             decay = decay.masked_fill(documents.begins[:, None], RESET)
-        if context.by_parts or parts > 1:
-            out = delta_rule_in_parts(context, parts, query, key, value, decay, beta)
+        if context.by_parts:
+            out = delta_rule_over_ranks(context, query, key, value, decay, beta)
         else:
             out, _ = gated_delta_rule(query, key, value, decay, beta)
         if context.by_heads:

@@ -89,12 +89,14 @@ class Mamba2(MegatronModule):
         refuse_inference(kwargs)
         c, context, documents = self.config.hylo, self.context, self.context.seen(packed_seq_params)
         projected, _ = self.in_proj(hidden_states)
-        z, *sections = split_sections(batch_first(projected, packed_seq_params), [*self.sections.values()])
-        *xbc, dt = context.exchange(*((section, [section.shape[-1]]) for section in sections))
-        b, s, _ = dt.shape
+        inner, *widths, heads = self.sections.values()
+        z, xbc, dt = split_sections(batch_first(projected, packed_seq_params), [inner, sum(widths), heads])
+        xbc, dt = context.exchange((xbc, widths), (dt, [heads]))
+        (b, s, _), widths = dt.shape, [width // context.shares for width in widths]
         own = functools.partial(context.own_share, widths=[self.sections[name] for name in "xBC"])
         places = documents.own_positions if documents is not None else None
-        x, state_in, state_out = self.conv1d(*context.tokens_before(xbc, c.linear_conv_kernel_dim - 1), places, own)
+        (xbc,) = self.conv1d(*context.tokens_before([xbc], c.linear_conv_kernel_dim - 1), places, own)
+        x, state_in, state_out = xbc.split(widths, dim=-1)
         repeats = self.heads // self.groups
         x = x.reshape(b, s, -1, c.mamba_head_dim).repeat_interleave(repeats, dim=2)
         state_in = state_in.reshape(b, s, -1, c.mamba_state_dim).repeat_interleave(repeats, dim=2)

@@ -172,28 +172,27 @@ class ContextGroup:
                 outs.append(attention(queries, key[:, : part.stop], value[:, : part.stop]))
         return torch.cat([outs[0], self._trade(outs[1])], 1)
 
-    def tokens_before(self, sections: Sequence[Tensor], count: int) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-        """The inputs that causal convolutions need from the part before, in one message.
+    def tokens_before(self, sections: Sequence[Tensor], count: int) -> tuple[Sequence[Tensor], Tensor | None]:
+        """The inputs that a causal convolution needs from the part before.
 
         Args:
-            sections: [batch, sequence, channels] of each, sequence >= count.
+            sections: [batch, sequence, width] of each, all channels together; sequence >= count.
             count: how many.
 
         Returns:
-            The sections, to be read by the convolutions alone, and [batch, channels, count] of each, oldest first, zeros on the
+            The sections, to be read by the convolution alone, and [batch, all channels, count], oldest first, zeros on the
             first rank; None where a rank has all tokens.
         """
         if not self.by_parts:
-            return sections, [None] * len(sections)
+            return sections, None
         if (tokens := sections[0].shape[1]) < count:
             raise ConfigError(
                 f"{tokens} tokens on each of {self.size} context-parallel ranks are fewer than the {count} that a "
                 f"convolution looks back; use fewer ranks or longer sequences"
             )
-        sections, ends = zip(*(_WithEnd.apply(x, count) for x in sections))
-        gathered = self._gather(torch.cat(ends, -1).movedim(1, -1).unsqueeze(0))
-        before = torch.cat([torch.zeros_like(gathered[:1]), gathered[:-1]])[self.rank]  # in the graph of every rank
-        return sections, before.split([x.shape[-1] for x in sections], 1)
+        *sections, end = _WithEnd.apply(count, *sections)
+        ends = self._gather(end.movedim(1, -1).unsqueeze(0))
+        return sections, torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])[self.rank]  # in the graph of every rank
 
     @property
     def by_parts(self) -> bool:
@@ -240,16 +239,19 @@ class ContextGroup:
 
 
 class _WithEnd(torch.autograd.Function):
-    """x [batch, sequence, channels] and its last tokens, whose gradient is added where it belongs: no zeros for all others.
+    """Sections [batch, sequence, width] and their last tokens, [batch, count, all channels], whose gradient is added where it
+    belongs: no zeros for all others.
 
-    That is done in place, so the gradient of x must be nobody else's: one operation alone reads it.
+    That is done in place, so the gradient of a section must be nobody else's: one operation alone reads it.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        return x.view_as(x), x[:, -count:].clone()
+    def forward(ctx, count: int, *sections: Tensor) -> tuple[Tensor, ...]:
+        return *(x.view_as(x) for x in sections), torch.cat([x[:, -count:] for x in sections], -1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, grad_end: Tensor) -> tuple[Tensor, None]:
-        grad[:, -grad_end.shape[1] :] += grad_end
-        return grad, None
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *grads, grad_end = grads
+        for grad, end in zip(grads, grad_end.split([grad.shape[-1] for grad in grads], -1)):
+            grad[:, -end.shape[1] :] += end
+        return None, *grads

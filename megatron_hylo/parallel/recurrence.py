@@ -1,4 +1,4 @@
-"""A recurrence whose sequence is split, over ranks or within one GPU: parts are computed at once, and only states travel.
+"""A recurrence whose sequence is split over ranks: every part is computed at once, and only states travel.
 
 Part r of n turns the state S into A_r S + B_r (`kernels/recurrence_part.py`). Forward, A and B of all parts compose into the
 state that each part begins with. Backward the same happens in the other direction: with G_r what the gradients of a part's own
@@ -9,8 +9,9 @@ outputs say of the state before it, the gradient of the state after part r is th
 Then each has both ends of its part, and its own recurrence gives the gradients of its inputs: no part waits for another's pass,
 and the backward pass is that of one part with a state to begin with.
 
-Ranks gather A and B, and A and G, of each rank's tokens (context parallelism). A rank may cut its own tokens into parts as
-well, which lie in the batch: a long sequence with few heads is a chain of small steps, most of a GPU idle beside it.
+Ranks gather A and B, and A and G, of all their tokens. On a GPU each cuts them into parts of its own first, which lie in the
+batch: one pass over many tokens with few heads is a chain of small steps that leaves much of the GPU idle. (A GPU that has the
+whole sequence gains nothing by it: A makes the pass half as long again, and it need not know A.)
 """
 
 import torch
@@ -19,13 +20,20 @@ from torch import Tensor
 from megatron_hylo.kernels.recurrence_part import DeltaRulePart, SsdPart, state_gradient, times
 from megatron_hylo.parallel.context import ContextGroup
 
-PART = 8192  # tokens; what a part costs besides is made up for from here on
+PART = 8192  # tokens of a part at least
 COLUMNS = 64  # of a state's, that one program of fla's kernels carries
-PROGRAMS = 1  # of them that a multiprocessor has at a time
+PROGRAMS = 4  # of them for each multiprocessor (measured: 1, 2 and 4 of them, two H200, 65,536 tokens a rank)
 
 
-def parts_that_fill(value: Tensor) -> int:
-    """Parts that a rank's tokens are cut into so that programs that carry a state occupy the whole GPU; 1 on a CPU.
+def delta_rule_over_ranks(context: ContextGroup, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """`gated_delta_rule` of a sequence of which this rank has a part; outputs of that part, [b, t, h, dv]."""
+    parts = own_parts(v)
+    cut = [x.unflatten(1, (parts, -1)).flatten(0, 1) for x in (q, k, v, g, beta)]
+    return _InParts.apply(context, parts, DeltaRulePart, *cut).unflatten(0, (-1, parts)).flatten(1, 2)
+
+
+def own_parts(value: Tensor) -> int:
+    """Parts that a rank's tokens are cut into, for programs that carry a state to fill its GPU; 1 on a CPU.
 
     Args:
         value: [b, t, h, dv].
@@ -36,21 +44,6 @@ def parts_that_fill(value: Tensor) -> int:
     programs = b * heads * -(-width // COLUMNS)
     room = PROGRAMS * torch.cuda.get_device_properties(value.device).multi_processor_count // programs
     return max((n for n in (1, 2, 4, 8) if n <= room and t % n == 0 and t >= n * PART), default=1)
-
-
-def delta_rule_in_parts(context: ContextGroup, parts: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-    """`gated_delta_rule` of a sequence of which this rank has a part, or all.
-
-    Args:
-        context: the ranks that share the sequence.
-        parts: that this rank cuts its tokens into; a divisor of t.
-        q, k, v, g, beta: [b, t, h, ...], this rank's tokens.
-
-    Returns:
-        Outputs of these tokens, [b, t, h, dv].
-    """
-    cut = [x.unflatten(1, (parts, -1)).flatten(0, 1) for x in (q, k, v, g, beta)]
-    return _InParts.apply(context, parts, DeltaRulePart, *cut).unflatten(0, (-1, parts)).flatten(1, 2)
 
 
 def ssd_over_ranks(

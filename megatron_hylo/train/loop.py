@@ -27,7 +27,6 @@ from megatron_hylo.models.checkpoint import load_chunks, read_description, save_
 from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
-from megatron_hylo.parallel.recurrence import PART
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.plan.memory import predict_memory
 from megatron_hylo.platform.distributed import is_main, is_timeout, session
@@ -79,7 +78,7 @@ def train(config: TrainConfig) -> Quality | None:
             logger.info("%s is already trained; remove it to train again", run)
             return _read_quality(run)
         micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
-        check_run_kernels(_architectures(config), _dtype(config), device, _in_parts(config))
+        check_run_kernels(_architectures(config), _dtype(config), device, config.parallel.context_parallel_size > 1)
         dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
         windows = _heldout(config)
         elsewhere = teacher_elsewhere(config)
@@ -261,11 +260,6 @@ def teacher_elsewhere(config: TrainConfig) -> TeacherSignal | None:
         minutes = config.parallel.distributed_timeout_minutes
         return RemoteTeacher(config.teacher_address, _dtype(config), timedelta(minutes=minutes))
     return None
-
-
-def _in_parts(config: TrainConfig) -> bool:
-    """Whether sequences are split, over ranks or, being long, on a GPU."""
-    return config.parallel.context_parallel_size > 1 or config.sequence_length >= 2 * PART
 
 
 def _dtype(config: TrainConfig) -> torch.dtype:

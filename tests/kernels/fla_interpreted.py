@@ -5,6 +5,7 @@ Started by test_recurrence_part.py. Prints a line a tensor: "ERROR name relative
 
 import builtins
 import importlib
+import itertools
 
 import numpy as np
 import torch
@@ -44,6 +45,6 @@ if __name__ == "__main__":
     for name, error in delta_rule_errors(inputs(150, torch.float32, dk=16, dv=32)).items():
         print("ERROR", name, error)
     causal_conv1d._choose = lambda x, k: "torch" if x.dtype == torch.float64 else "fla"  # the oracle is in float64
-    for history in (False, True):
-        for name, error in document_errors(history, torch.float32).items():
-            print("ERROR", f"convolution-{history}-{name}", error)
+    for history, sections in itertools.product((False, True), (1, 2)):
+        for name, error in document_errors(history, torch.float32, sections=sections).items():
+            print("ERROR", f"convolution-{history}-{sections}-{name}", error)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_hylo.kernels.causal_conv1d import FLA_MODULE, GLUON_MODULE, causal_conv1d
+from megatron_hylo.kernels.causal_conv1d import FLA_MODULE, GLUON_MODULE, causal_conv1d, causal_conv1d_sections
 from megatron_hylo.kernels.registry import force, import_error
 from tests.kernels.compare import relative_error, worst_error
 
@@ -93,27 +93,36 @@ def test_fla_matches_conv1d_on_gpu(t: int, implementation: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("history", [False, True])
-def test_fla_keeps_documents_apart_on_gpu(history: bool, implementation: str) -> None:
+@pytest.mark.parametrize("sections", [1, 2])
+def test_fla_keeps_documents_apart_on_gpu(sections: int, history: bool, implementation: str) -> None:
     if error := import_error(IMPLEMENTATIONS[implementation]):
         pytest.skip(f"needs fla: {error}")
     with force("causal_conv1d", implementation):
-        assert max(document_errors(history, torch.float32, "cuda").values()) < 1e-5
+        assert max(document_errors(history, torch.float32, "cuda", sections).values()) < 1e-5
 
 
 @pytest.mark.parametrize("history", [False, True])
-def test_no_tap_reaches_before_a_document(history: bool) -> None:
-    assert max(document_errors(history).values()) < 1e-12
+@pytest.mark.parametrize("sections", [1, 2])
+def test_no_tap_reaches_before_a_document(sections: int, history: bool) -> None:
+    assert max(document_errors(history, sections=sections).values()) < 1e-12
 
 
-def document_errors(history: bool, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, float]:
-    """Documents in a row against each alone, outputs and gradients. With a history, the first began two tokens before x."""
+def document_errors(
+    history: bool, dtype: torch.dtype = torch.float64, device: str = "cpu", sections: int = 1
+) -> dict[str, float]:
+    """Documents in a row against each alone, outputs and gradients. With a history, the first began two tokens before x.
+
+    The channels of those in a row lie in so many sections.
+    """
     x, weight, bias, state = (z.detach()[:1] if z.dim() == 3 else z.detach() for z in inputs(14, dtype, device=device))
     x, weight, bias, state = (z.requires_grad_() for z in (x, weight, bias, state))
     lengths = [5, 1, 2, 6]
     positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
     if history:
         positions[:5] += 2
-    packed = causal_conv1d(x, weight, bias, "silu", state if history else None, positions=positions)[0]
+    widths = [2, x.shape[-1] - 2] if sections == 2 else [x.shape[-1]]
+    given = (x.split(widths, -1), weight, bias, "silu", state if history else None, positions)
+    packed = torch.cat(causal_conv1d_sections(*given), -1)
     parts, leaves = [], [x, weight, bias, *([state] if history else [])]
     exact = [z.detach().double().requires_grad_() for z in leaves]
     with force("causal_conv1d", "torch"):

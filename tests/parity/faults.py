@@ -51,9 +51,11 @@ def _halo_off_by_one() -> contextlib.AbstractContextManager:
     from megatron_hylo.parallel.context import ContextGroup
 
     right = ContextGroup.tokens_before
-    return _replaced(
-        ContextGroup, "tokens_before", lambda self, xs, count: (xs, right(self, [x[:, :-1] for x in xs], count)[1])
-    )
+
+    def short(self: Any, sections: list[Tensor], count: int) -> tuple[list[Tensor], Tensor]:
+        return sections, right(self, [x[:, :-1] for x in sections], count)[1]
+
+    return _replaced(ContextGroup, "tokens_before", short)
 
 
 def _positions_from_zero() -> contextlib.AbstractContextManager:
