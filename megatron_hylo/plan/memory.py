@@ -13,8 +13,11 @@ keeps for its backward pass, in numbers a token. Peaks of H100s and H200s (CP) b
     the same, 262,144 tokens on four                                                       49.5, predicted 46.6
     131,072 tokens on one, the teacher in FP8                                              70.0, predicted 71.8
     3B hybrid (6 MLA, 22 Gated DeltaNet), 131,072 tokens on four                           70.8, predicted 68.5
-    the first with Mamba2 layers                                                           59.8, predicted 57.4
-    135M hybrid and teacher, 8 windows of 2,048, nothing recomputed                        17.1, predicted 17.7
+    the first with Mamba2 layers                                                           59.8, predicted 60.3
+    the first, MLA not recomputed; 131,072 tokens on eight                                 64.2; 37.4, predicted 66.0; 36.0
+    135M hybrid and teacher, 8 windows of 2,048, nothing recomputed; 32                    17.0; 50.4, predicted 17.7; 55.3
+
+and stage `align`, 1B, 131,072 tokens, all Gated DeltaNet; all Mamba2                      31.5; 32.5, predicted 31.8; 32.5
 """
 
 from collections.abc import Sequence
@@ -29,6 +32,7 @@ from megatron_hylo.train.config import TrainConfig
 
 GIB = 2**30
 GRADIENT, MASTER, MOMENTS = 4, 4, 8  # bytes a trained parameter: fp32 gradient, fp32 copy of what is not fp32, Adam's two
+SCRATCH = 1250  # numbers a token and head that mamba_ssm's backward pass has besides, measured
 AROUND = 8  # tensors as wide as the model that live beside a layer in its backward pass
 
 
@@ -75,8 +79,8 @@ def predict_memory(
     theirs = [p for chunk in teacher or () for p in chunk.parameters()]
     if elsewhere is not None and (head := elsewhere.head_weight()) is not None:
         theirs.append(head)
-    ours = max((chunks[0].config.hylo for chunks in students), key=lambda c: c.hidden_size * c.num_hidden_layers)
-    kept, passing = activations(config, ours, teacher[0].config.hylo if teacher else None)
+    theirs_shape = teacher[0].config.hylo if teacher else None
+    kept, passing = max((activations(config, chunks[0].config.hylo, theirs_shape) for chunks in students), key=sum)
     optimizer = (MOMENTS * count + MASTER * (count - wide)) / optimizer_shards
     if config.optimizer.offload:  # either the passes' activations or, later, the optimizer's state
         optimizer, kept, passing = (0.0, kept, passing) if kept + passing > optimizer else (optimizer, 0.0, 0.0)
@@ -113,7 +117,10 @@ def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | No
     ranks, h = p.tensor_model_parallel_size, ours.hidden_size
     symbols = [symbol for mixer in ours.mixers for symbol in (mixer, "-")]
     forward = tokens * number * (3 * theirs.ffn_hidden_size / ranks + 5 * theirs.hidden_size) if theirs else 0.0
-    layer = tokens * number * (2 * max(kept_numbers(ours, symbol, ranks) for symbol in symbols) + AROUND * h)
+    busy = [2 * kept_numbers(ours, symbol, ranks) for symbol in symbols]
+    if "M" in symbols:
+        busy.append(2 * kept_numbers(ours, "M", ranks) + SCRATCH * ours.mamba_num_heads / ranks)
+    layer = tokens * number * (max(busy) + AROUND * h)
     if config.stage == "align":  # a layer has its backward pass before the next
         return 2 * tokens * number * h, max(layer, forward)
     again = recomputed_layers(config.recompute)
