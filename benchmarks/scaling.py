@@ -3,11 +3,11 @@
     torchrun --nproc-per-node 8 benchmarks/scaling.py                   # then with 4, 2 and 1, same --work: one table of all
     torchrun --nproc-per-node 8 benchmarks/scaling.py --lengths [262144] --modes [CP]
 
-Whole steps of the training loop, optimizer included, with random weights at real shapes, bf16, activations of all layers but
-attention and MLA recomputed. Model FLOPs for MFU: the student's forward and backward and the teacher's forward; recomputation is
-not counted. Exposed communication: the part of a step in which a GPU has an NCCL kernel and nothing else to run, from the
-profiler. Each measurement is a file in WORK; what is there is not measured again. Prints a table and, last, one JSON line; writes
-RESULTS.md and RESULTS.png.
+Whole steps of the training loop, optimizer included, with random weights at real shapes, bf16, activations of all layers
+but attention and MLA recomputed. Model FLOPs for MFU: the student's forward and backward and the teacher's forward;
+recomputation is not counted. Exposed communication: the part of a step in which a GPU has an NCCL kernel and nothing else to
+run, from the profiler. Each measurement is a file in WORK; what is there is not measured again. Prints a table and, last, one
+JSON line; writes RESULTS.md and RESULTS.png.
 """
 
 import contextlib
