@@ -99,7 +99,7 @@ def main(
             free_memory()
     for stage, length, batch in itertools.product(stages, lengths, batches) if peer else ():
         student_of = None if stage == "pretrain" else teacher
-        rate, peak = measure_peer(layout, student_of, length, batch, max(steps // 3, 4), recompute)
+        rate, peak = measure_peer(layout, student_of, length, batch, max(steps // 3, 4), bool(recompute))
         for row in rows:
             if (row["stage"], row["sequence"], row["batch"]) == (stage, length, batch):
                 row["peer_ratio"] = row["tokens_per_second"] / rate

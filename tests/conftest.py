@@ -61,3 +61,11 @@ def uneven_model(pattern: str, **changes) -> HyloModel:
             elif p.dim() == 2:
                 p.normal_(std=0.15)
     return model.double()
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients there are, cleared for the next pass."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for p in model.parameters():
+        p.grad = None
+    return found

@@ -100,9 +100,11 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
     deltas = {(c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim) for c in configs if "G" in c.mixers}
     scans = {(c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_dim) for c in configs if "M" in c.mixers}
     channels = {h * width for h, dk, dv in deltas for width in (dk, dv)}
-    for c in (c for c in configs if "M" in c.mixers):
-        channels |= {c.num_query_groups * c.mamba_head_dim, c.num_query_groups * c.mamba_state_dim}
-        channels.add(c.mamba_num_heads * c.mamba_state_dim)
+    channels |= {
+        c.num_query_groups * (c.mamba_head_dim + c.mamba_state_dim) + c.mamba_num_heads * c.mamba_state_dim
+        for c in configs
+        if "M" in c.mixers
+    }
     found = []
     for shape, call in itertools.product(sorted(deltas, reverse=True), (delta, part, prefill)):
         found.append((f"{call.__name__} {shape}", lambda shape=shape, call=call: call(*delta_inputs(*shape))))

@@ -10,8 +10,6 @@ A block's backward kernel makes its probabilities from the scores and l (FlashAt
 o and l of the whole, the two give the gradients of the whole.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,7 @@ def attention_after_prefix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Ten
     """softmax(scale q k^T) v, causal, the last query aligned with the last key.
 
     Args:
-        q: [b, hq, t, d]; on a GPU what cuDNN takes, on a CPU heads and widths equal.
+        q: [b, hq, t, d], what cuDNN takes.
         k: [b, hkv, s, d], s > t.
         v: [b, hkv, s, dv].
         scale: factor on the scores.
@@ -36,15 +34,15 @@ def attention_after_prefix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Ten
 class _AfterPrefix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        kernels, before = _Cudnn if q.is_cuda else _Cpu, k.shape[2] - q.shape[2]
+        before = k.shape[2] - q.shape[2]
         blocks = [(k[:, :, :before], v[:, :, :before], False), (k[:, :, before:], v[:, :, before:], True)]
-        (seen, log_seen, *_), (own, log_own, *rest) = (kernels.forward(q, *block, scale) for block in blocks)
+        (seen, log_seen, *_), (own, log_own, *rest) = (_block(q, *block, scale) for block in blocks)
         log_sum = torch.logaddexp(log_seen, log_own)
         wide = torch.promote_types(q.dtype, torch.float32)
         weight = (log_seen - log_sum).exp().reshape(*q.shape[:3], 1).to(wide)
         out = torch.lerp(own.to(wide), seen.to(wide), weight).to(q.dtype)
         ctx.save_for_backward(q, k, v, out, log_sum)
-        ctx.kernels, ctx.before, ctx.scale, ctx.rest = kernels, before, scale, rest
+        ctx.before, ctx.scale, ctx.rest = before, scale, rest
         return out
 
     @staticmethod
@@ -52,44 +50,24 @@ class _AfterPrefix(torch.autograd.Function):
         q, k, v, out, log_sum = ctx.saved_tensors
         blocks = [(slice(0, ctx.before), False), (slice(ctx.before, None), True)]
         (dq, *seen), (dq_own, *own) = (
-            ctx.kernels.backward(grad, q, k[:, :, keys], v[:, :, keys], out, log_sum, causal, ctx.scale, ctx.rest)
+            _block_gradients(grad, q, k[:, :, keys], v[:, :, keys], out, log_sum, ctx.rest, causal, ctx.scale)
             for keys, causal in blocks
         )
         return dq + dq_own, *(torch.cat(pair, 2) for pair in zip(seen, own)), None
 
 
-class _Cudnn:
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Any, ...]:
-        out, log_sum, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, causal, False, scale=scale
-        )
-        return out, log_sum, seed, offset
-
-    @staticmethod
-    def backward(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        log_sum: Tensor,
-        causal: bool,
-        scale: float,
-        rest: list[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return aten._scaled_dot_product_cudnn_attention_backward(
-            grad, q, k, v, out, log_sum, *rest, None, None, None, q.shape[2], k.shape[2], 0.0, causal, scale=scale
-        )
+def _block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, ...]:
+    """Of one block of keys: output, log of the softmax's sums, and what the backward kernel wants besides."""
+    out, log_sum, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
+    return out, log_sum, seed, offset
 
 
-class _Cpu:
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Any, ...]:
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-
-    @staticmethod
-    def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, causal: bool, scale: float, _: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, log_sum, 0.0, causal, scale=scale)
+def _block_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, rest: list[Tensor], causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q and of one block's k and v, from the whole's output, its gradient and log_sum."""
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, log_sum, *rest, None, None, None, q.shape[2], k.shape[2], 0.0, causal, scale=scale
+    )

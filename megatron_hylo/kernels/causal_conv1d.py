@@ -79,14 +79,12 @@ def causal_conv1d_sections(
         weight, bias, initial_state: of all c channels.
         activation, positions: as there.
     """
-    widths, k = [x.shape[-1] for x in sections], weight.shape[-1]
     before = None if initial_state is None else initial_state.transpose(1, 2).to(sections[0].dtype)
-    if (implementation := _choose(sections[0], k)) != "torch":
+    if (implementation := _choose(sections[0], weight.shape[-1])) != "torch":
         return list(_Fla.apply(weight, bias, before, activation, positions, implementation, *sections))
-    biases = bias.split(widths) if bias is not None else [None] * len(widths)
-    befores = before.split(widths, -1) if before is not None else [None] * len(widths)
-    parts = zip(befores, sections, weight.split(widths), biases, strict=True)
-    return [_torch(first, x, w, offset, activation, positions) for first, x, w, offset in parts]
+    befores = _like(sections, before) if before is not None else [None] * len(sections)
+    parts = zip(befores, _parts(weight, bias, sections), strict=True)
+    return [_torch(first, x, w, offset, activation, positions) for first, (x, w, offset) in parts]
 
 
 def _last(before: Tensor | None, x: Tensor, count: int) -> Tensor:
@@ -141,7 +139,7 @@ class _Fla(torch.autograd.Function):
         if before is not None:
             count = before.shape[1]
             right = _head(before, _starts(sections, count), weight, bias, activation, positions)
-            for out, start in zip(outs, right.split([x.shape[-1] for x in sections], -1)):
+            for out, start in zip(outs, _like(sections, right)):
                 out[:, :count] = start
         return tuple(outs)
 
@@ -165,7 +163,7 @@ class _Fla(torch.autograd.Function):
                 right, wrong = _head(leaves[2], *rest), _head(torch.zeros_like(before), *rest)
             upstream = _starts(grads, right.shape[1])
             changes = torch.autograd.grad((right, wrong), leaves, (upstream, -upstream))
-            for dx, change in zip(dxs, changes[0].split([x.shape[-1] for x in sections], -1)):
+            for dx, change in zip(dxs, _like(sections, changes[0])):
                 dx[:, :count] += change
             dweight = dweight + changes[1]
             dbefore = changes[2]
@@ -177,6 +175,11 @@ def _parts(weight: Tensor, bias: Tensor | None, sections: Sequence[Tensor]) -> I
     """(section, its weight, its bias) of each."""
     widths = [x.shape[-1] for x in sections]
     return zip(sections, weight.split(widths), bias.split(widths) if bias is not None else [None] * len(widths), strict=True)
+
+
+def _like(sections: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    """All channels, [b, t, c], in the sections' widths."""
+    return x.split([section.shape[-1] for section in sections], -1)
 
 
 def _starts(sections: Sequence[Tensor], count: int) -> Tensor:

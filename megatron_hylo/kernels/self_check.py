@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.kernels.attention import attention
-from megatron_hylo.kernels.causal_conv1d import causal_conv1d
+from megatron_hylo.kernels.causal_conv1d import causal_conv1d_sections
 from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
 from megatron_hylo.kernels.head_softmax import head_softmax, obstacle
@@ -117,7 +117,7 @@ def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]
                 )  # fmt: skip
         elif symbol == "G":
             heads, keys, values = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
-            yield from _convolutions(c, heads * (2 * keys + values), normal, device, parts)
+            yield from _convolutions(c, [heads * keys, heads * keys, heads * values], normal, device, parts)
             names = {"q": keys, "k": keys, "v": values}
             inputs = {name: normal(heads, width, tokens=DELTA_TOKENS) for name, width in names.items()}
             inputs |= {"g": between(-1, 0, heads, tokens=DELTA_TOKENS), "beta": between(0, 1, heads, tokens=DELTA_TOKENS)}
@@ -134,7 +134,7 @@ def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]
                 )  # fmt: skip
         elif symbol == "M":
             heads, width, state, groups = c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_dim, c.num_query_groups
-            yield from _convolutions(c, groups * (width + state) + heads * state, normal, device, parts)
+            yield from _convolutions(c, [groups * (width + state) + heads * state], normal, device, parts)
             rate = -torch.linspace(0.5, 2, heads, device=device)
             scan = functools.partial(recurrent_ssd, A=rate)
             inputs = {"x": normal(heads, width), "dt": between(0, 0.5, heads), "B": normal(heads, state)}
@@ -164,7 +164,7 @@ def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]
 class _Middle:
     """Stands for five context-parallel ranks whose parts and upstream gradients are all alike; this is the third of them."""
 
-    rank, by_parts = 2, True
+    rank = 2
 
     def effects(self, kept: Tensor, added: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
         """Of all."""
@@ -205,19 +205,23 @@ def _compiled(c: ModelConfig, normal: Callable[..., Tensor], device: torch.devic
 
 
 def _convolutions(
-    c: ModelConfig, channels: int, normal: Callable[..., Tensor], device: torch.device, parts: bool
+    c: ModelConfig, widths: list[int], normal: Callable[..., Tensor], device: torch.device, parts: bool
 ) -> Iterator[_Case]:
-    taps = c.linear_conv_kernel_dim
+    """Of channels in sections of these widths, as the layer has them."""
+    taps, channels = c.linear_conv_kernel_dim, sum(widths)
+
+    def convolve(x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
+        return torch.cat(causal_conv1d_sections(x.split(widths, -1), weight, None, "silu", before), -1)
+
     inputs = {"x": normal(channels), "weight": torch.linspace(-1, 1, taps * channels, device=device).reshape(channels, -1)}
     yield _Case(
         "causal_conv1d", f"{channels:,} channels",
-        lambda x, weight: causal_conv1d(x, weight, activation="silu")[0],
-        lambda x, weight: F.silu(_convolve(x, weight)), inputs,
+        convolve, lambda x, weight: F.silu(_convolve(x, weight)), inputs,
     )  # fmt: skip
     if parts:
         yield _Case(
             "causal_conv1d", f"{channels:,} channels, split",
-            lambda x, weight, before: causal_conv1d(x, weight, activation="silu", initial_state=before)[0],
+            convolve,
             lambda x, weight, before: F.silu(_convolve(torch.cat([before.transpose(1, 2), x], 1), weight)[:, taps - 1 :]),
             inputs | {"before": normal(taps - 1, tokens=channels)},
         )  # fmt: skip

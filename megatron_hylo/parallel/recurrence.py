@@ -14,11 +14,15 @@ batch: one pass over many tokens with few heads is a chain of small steps that l
 whole sequence gains nothing by it: A makes the pass half as long again, and it need not know A.)
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from megatron_hylo.kernels.recurrence_part import DeltaRulePart, SsdPart, state_gradient, times
 from megatron_hylo.parallel.context import ContextGroup
+
+Steps = Sequence[tuple[Tensor, Tensor]]  # (kept, added) of each: S -> kept S + added
 
 PART = 8192  # tokens of a part at least
 COLUMNS = 64  # of a state's, that one program of fla's kernels carries
@@ -62,14 +66,8 @@ class _InParts(torch.autograd.Function):
     ) -> Tensor:
         part, effect = kind.begin(*inputs)
         steps = list(zip(_by_part(effect.kept, parts), _by_part(effect.added, parts)))
-        state = torch.zeros_like(steps[0][1])
-        if context.by_parts:
-            for kept, added in context.effects(*_composed(steps))[: context.rank]:
-                state = times(kept, state) + added
-        before = [state]
-        for kept, added in steps[:-1]:
-            before.append(times(kept, before[-1]) + added)
-        before = torch.stack(before, 1).flatten(0, 1)
+        earlier = context.effects(*_composed(steps))[: context.rank]
+        before = torch.stack(_states(earlier, steps), 1).flatten(0, 1)
         out = effect.outputs(before)
         ctx.context, ctx.parts, ctx.kind = context, parts, kind
         ctx.save_for_backward(effect.reach, effect.kept, before, *part)
@@ -81,15 +79,8 @@ class _InParts(torch.autograd.Function):
         context, parts = ctx.context, ctx.parts
         back = [x.transpose(-1, -2) for x in _by_part(kept, parts)]
         steps = list(zip(back, _by_part(state_gradient(reach, grad), parts)))[::-1]
-        state = torch.zeros_like(steps[0][1])
-        if context.by_parts:
-            whole, gradient = _composed(steps)
-            for kept, added in reversed(context.effects(whole, gradient, backward=True)[context.rank + 1 :]):
-                state = times(kept, state) + added
-        after = [state]
-        for kept, added in steps[:-1]:
-            after.append(times(kept, after[-1]) + added)
-        after = torch.stack(after[::-1], 1).flatten(0, 1)
+        later = context.effects(*_composed(steps), backward=True)[: context.rank : -1]
+        after = torch.stack(_states(later, steps)[::-1], 1).flatten(0, 1)
         return None, None, None, *ctx.kind(*part).gradients(before, grad, after)
 
 
@@ -98,7 +89,15 @@ def _by_part(x: Tensor, parts: int) -> tuple[Tensor, ...]:
     return x.unflatten(0, (-1, parts)).unbind(1)
 
 
-def _composed(steps: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _states(others: Steps, own: Steps) -> list[Tensor]:
+    """The state that each of a rank's own steps begins with, after those of other ranks, which begin from none."""
+    states = [torch.zeros_like(own[0][1])]
+    for kept, added in [*others, *own[:-1]]:
+        states.append(times(kept, states[-1]) + added)
+    return states[len(others) :]
+
+
+def _composed(steps: Steps) -> tuple[Tensor, Tensor]:
     """(kept, added) of steps S -> kept S + added, done one after the other."""
     (kept, added), *rest = steps
     for next_kept, next_added in rest:

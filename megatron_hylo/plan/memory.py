@@ -117,10 +117,9 @@ def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | No
     ranks, h = p.tensor_model_parallel_size, ours.hidden_size
     symbols = [symbol for mixer in ours.mixers for symbol in (mixer, "-")]
     forward = tokens * number * (3 * theirs.ffn_hidden_size / ranks + 5 * theirs.hidden_size) if theirs else 0.0
-    busy = [2 * kept_numbers(ours, symbol, ranks) for symbol in symbols]
-    if "M" in symbols:
-        busy.append(2 * kept_numbers(ours, "M", ranks) + SCRATCH * ours.mamba_num_heads / ranks)
-    layer = tokens * number * (max(busy) + AROUND * h)
+    scratch = SCRATCH * ours.mamba_num_heads / ranks if "M" in symbols else 0
+    busy = max(2 * kept_numbers(ours, symbol, ranks) + scratch * (symbol == "M") for symbol in symbols)
+    layer = tokens * number * (busy + AROUND * h)
     if config.stage == "align":  # a layer has its backward pass before the next
         return 2 * tokens * number * h, max(layer, forward)
     again = recomputed_layers(config.recompute)

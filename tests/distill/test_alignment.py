@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_hylo.config import ConfigError
 from megatron_hylo.distill.alignment import align_layers, check_alignable
 from megatron_hylo.models.hylo_model import HyloModel, build_model
-from tests.conftest import tiny_config, uneven_model
+from tests.conftest import gradients, tiny_config, uneven_model
 from tests.kernels.compare import relative_error
 
 TOLERANCE = 1e-6
@@ -71,14 +71,6 @@ def reference_loss(
         given = targets[f"h{i}"]
     terms = torch.stack(terms)
     return hidden_weight * terms[:, 0].sum() + mixer_weight * terms[:, 1].sum(), terms
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients there are, cleared for the next pass."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    for p in model.parameters():
-        p.grad = None
-    return found
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 1.7)])

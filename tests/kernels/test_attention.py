@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_hylo.kernels import attention_after_prefix as after_prefix
 from megatron_hylo.kernels.attention import _readable, attention
-from megatron_hylo.kernels.attention_after_prefix import attention_after_prefix
 from megatron_hylo.kernels.registry import force, in_use
 from tests.kernels.compare import relative_error
 
@@ -57,12 +57,21 @@ def test_full_matches_explicit_softmax(t: int, s: int) -> None:
 
 
 @pytest.mark.parametrize(("t", "s"), [(9, 10), (4, 33)])
-def test_a_prefix_and_own_keys_merge_to_the_whole(t: int, s: int) -> None:
-    """On a CPU with torch's flash kernels: what cuDNN's blocks are merged by."""
+def test_a_prefix_and_own_keys_merge_to_the_whole(t: int, s: int, monkeypatch) -> None:
+    """On a CPU with torch's flash kernels in the place of cuDNN's: what blocks are merged by."""
+    aten = torch.ops.aten
+    flash, differentiate = (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )
+    monkeypatch.setattr(after_prefix, "_block", lambda q, k, v, causal, scale: flash(q, k, v, 0.0, causal, scale=scale))
+    monkeypatch.setattr(
+        after_prefix, "_block_gradients", lambda *given: differentiate(*given[:6], 0.0, given[7], scale=given[8])
+    )
     q, k, v = (x[..., :2, :] for x in inputs(t, s, 16, 16))
 
     def merged(q, k, v, scale, causal):
-        return attention_after_prefix(*(x.transpose(1, 2) for x in (q, k, v)), scale).transpose(1, 2)
+        return after_prefix.attention_after_prefix(*(x.transpose(1, 2) for x in (q, k, v)), scale).transpose(1, 2)
 
     cotangent = torch.randn(q.shape, dtype=q.dtype)
     outputs = [f(q, k, v, 0.2, True) for f in (merged, explicit)]

@@ -14,7 +14,11 @@ from tests.kernels.compare import relative_error
 class Alone:
     """A context group of one rank."""
 
-    rank, by_parts = 0, False
+    rank = 0
+
+    def effects(self, kept: Tensor, added: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """Of itself."""
+        return [(kept, added)]
 
 
 def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:

@@ -63,7 +63,7 @@ def test_doctor_fails_where_a_kernel_is_wrong(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["doctor", "--layout", "smollm2-135m-8mla22gdn-aligned"])
     assert ended.value.code == 0 and "WRONG" not in capsys.readouterr().out
-    monkeypatch.setattr(self_check, "causal_conv1d", lambda x, weight, activation: (x * 1.1, None))
+    monkeypatch.setattr(self_check, "causal_conv1d_sections", lambda sections, *_: [x * 1.1 for x in sections])
     with pytest.raises(SystemExit) as ended:
         main(["doctor", "--layout", "smollm2-135m-8mla22gdn-aligned"])
     assert ended.value.code == 1 and "WRONG" in capsys.readouterr().out

@@ -63,8 +63,7 @@ def test_predictions_are_near_what_was_measured(layout, teacher, length, batch, 
     )  # fmt: skip
     student = Shape(get_layout(layout).config)
     found = predict_memory(config, [[student]], teacher and [teacher], None if teacher else HEAD, ranks)
-    print(layout, length, ranks, recompute, peak, found)
-    assert found.total / GIB == pytest.approx(peak, rel=0.1)
+    assert found.total / GIB == pytest.approx(peak, rel=0.1 if batch == 32 else 0.06 if length == 262_144 else 0.05)
 
 
 @pytest.mark.parametrize(
