@@ -12,7 +12,7 @@ from megatron_hylo.cli_upcycle import chosen_dtype
 
 PACKAGES = (  # distribution, what it is for; None: needed
     ("torch", None), ("megatron-core", None), ("transformers", None), ("safetensors", None),
-    ("transformer-engine", "backend te: fused linear maps and norms, FP8"), ("triton", "all fast kernels of linear layers"),
+    ("transformer-engine", "backend te: linear maps, SwiGLU, Adam, FP8"), ("triton", "all fast kernels of linear layers"),
     ("flash-linear-attention", "Gated DeltaNet, convolutions"), ("mamba-ssm", "Mamba2"),
     ("apex", "Megatron-Core's fused optimizer, where Transformer Engine is not there"), ("wandb", "logging there"),
 )  # fmt: skip

@@ -125,7 +125,7 @@ def _gather_layers(model: HyloModel, windows: Tensor, work: Path, track: Track) 
         file = work / layer_file(layer)
         sums = None if file.is_file() else LayerSums(mixer.self_attention)
         for i, hidden in enumerate(states):
-            x = mixer.input_layernorm(hidden)
+            x = mixer.input_layernorm(hidden)[0]
             query, key, value = mixer.self_attention.query_key_value(x)
             out = mixer.self_attention.attend(query, key, value)[0]
             if sums is not None:
@@ -154,8 +154,9 @@ class LayerSums:
 
         Args:
             x, out: input and output of the mixer, [sequence, batch, hidden].
-            query, key, value: [batch, sequence, heads of this rank, head_dim].
+            query, key, value: as the layer's `query_key_value` returns them.
         """
+        query = query.flatten(2, 3)
         flat = x.flatten(0, 1).double()
         tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
         q, k = (part.flatten(0, 1).transpose(0, 1).double() for part in (query, key))  # [heads, tokens, dh]

@@ -118,7 +118,7 @@ def solve_outputs(
     layers = zip(student.config.hylo.mixers, student.mixer_layers(), teacher.mixer_layers())
     for layer, (symbol, (mixer, mlp), (teacher_mixer, teacher_mlp)) in enumerate(track(list(layers), "solve")):
         if symbol == "M":
-            _match_norm(mixer.self_attention, mixer.input_layernorm(studied[0]))
+            _match_norm(mixer.self_attention, mixer.input_layernorm(studied[0])[0])
         own = [mixer_output(teacher_mixer, h) for h in taught]
         projection = output_projection(mixer.self_attention)
         features = [_features(projection, mixer_output, mixer, h) for h in studied]
@@ -154,7 +154,7 @@ def output_projection(mixer: nn.Module) -> nn.Module:
 
 
 def _mlp_output(layer: nn.Module, hidden: Tensor) -> Tensor:
-    return layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
+    return layer.mlp(layer.pre_mlp_layernorm(hidden)[0])[0]
 
 
 def _features(projection: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module, hidden: Tensor) -> Tensor:

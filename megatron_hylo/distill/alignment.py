@@ -56,12 +56,12 @@ def check_alignable(student: HyloModel, teacher: HyloModel) -> None:
 
 def mixer_output(layer: nn.Module, hidden: Tensor, packed: Packed = None) -> Tensor:
     """What a mixer layer adds to the residual stream: [sequence, batch, hidden] -> the same."""
-    return layer.self_attention(layer.input_layernorm(hidden), attention_mask=None, packed_seq_params=packed)[0]
+    return layer.self_attention(layer.input_layernorm(hidden)[0], attention_mask=None, packed_seq_params=packed)[0]
 
 
 def mlp_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
     """The residual stream after an MLP layer: [sequence, batch, hidden] -> the same."""
-    return hidden + layer.mlp(layer.pre_mlp_layernorm(hidden))[0]
+    return hidden + layer.mlp(layer.pre_mlp_layernorm(hidden)[0])[0]
 
 
 def align_layers(

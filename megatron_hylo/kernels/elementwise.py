@@ -33,4 +33,4 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """When first needed: torch's compiler takes a second to import."""
     settings = torch._dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, RECOMPILATIONS)
-    return torch.compile(function)
+    return torch.compile(function, dynamic=False)  # else the second shape, and all after, get a slower kernel for any

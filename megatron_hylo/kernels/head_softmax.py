@@ -75,7 +75,7 @@ def head_softmax(
     teacher, local = logits if teacher_logits is None else teacher_logits, labels if labels is None else labels - first
     flags = dict(
         VOCABULARY=vocabulary, INVERSE_TEMPERATURE=1.0 / temperature, TEACHER=teacher_logits is not None, REVERSE=reverse,
-        LABELS=labels is not None, BLOCK=BLOCK, num_warps=8,
+        LABELS=labels is not None, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     columns = len(fields(Statistics))
     found = torch.zeros(n, columns, dtype=torch.float32, device=logits.device)

@@ -25,9 +25,11 @@ from megatron_hylo.kernels.tuned import install
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "cudnn", "flash", "efficient", "math"),
     "causal_conv1d": ("torch", "fla", "gluon"),
+    "concatenate": ("torch", "triton"),
     "elementwise": ("torch", "inductor"),
     "gated_delta_rule": ("torch", "fla"),
     "head_softmax": ("torch", "triton"),
+    "rms_norm": ("torch", "triton"),
     "ssd": ("torch", "mamba_ssm"),
 }
 ENVIRONMENT_VARIABLE = "HYLO_KERNELS"

@@ -108,25 +108,25 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave
     """Rotate channel pairs of every head by the token's angles.
 
     Args:
-        x: [b, t, h, d], floating.
+        x: [b, t, heads ..., d], floating.
         cos, sin: [t, d / 2] or [b, t, d / 2].
         interleaved: False pairs channels (i, i + d/2) like Hugging Face's Llama, True pairs (2i, 2i+1)
             like DeepSeek's MLA. The output keeps x's channel order.
 
     Returns:
-        [b, t, h, d] in x's dtype, computed in float32 (float64 stays).
+        of x's shape and dtype, computed in float32 (float64 stays).
 
     Raises:
         ValueError: cos and x disagree on t or d.
     """
-    b, t, _, d = x.shape
+    b, t, *heads, d = x.shape
     if cos.shape not in ((t, d // 2), (b, t, d // 2), (1, t, d // 2)) or cos.shape != sin.shape or d % 2:
         raise ValueError(
-            f"x {tuple(x.shape)} [b, t, h, d] needs cos and sin [t, d/2] or [b, t, d/2], "
+            f"x {tuple(x.shape)} [b, t, heads ..., d] needs cos and sin [t, d/2] or [b, t, d/2], "
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos.to(wide).unsqueeze(-2), sin.to(wide).unsqueeze(-2)  # a head axis
+    cos, sin = (a.to(wide).unflatten(-1, (*[1] * len(heads), -1)) for a in (cos, sin))
     y = x.to(wide)
     first, second = (y[..., 0::2], y[..., 1::2]) if interleaved else y.chunk(2, -1)
     rotated = first * cos - second * sin, second * cos + first * sin

@@ -21,12 +21,15 @@ from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, recurrent_g
 from megatron_hylo.kernels.head_softmax import head_softmax, obstacle
 from megatron_hylo.kernels.norm import gated_rms_norm
 from megatron_hylo.kernels.registry import in_use, select
+from megatron_hylo.kernels.residual_norm import rms_norm_and_residual
 from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies
+from megatron_hylo.kernels.sections import split_sections
 from megatron_hylo.kernels.ssd import recurrent_ssd, ssd
 from megatron_hylo.parallel.recurrence import delta_rule_over_ranks, ssd_over_ranks
 
 TOKENS = 300  # more than one chunk of every kernel, and not whole ones
 DELTA_TOKENS = 140  # the same for Gated DeltaNet, whose definition keeps a state a token for its gradient
+PADDING = 8  # channels that are nobody's
 VOCABULARY = 10_007  # more than one block of the head's kernel
 # relative, by norm; several times what rounding makes (fla's Gated DeltaNet in bf16: 1.2e-2), a fraction of what a fault does
 LIMITS = {torch.bfloat16: 0.1, torch.float32: 0.03}  # fp32 kernels multiply in TF32
@@ -152,6 +155,7 @@ def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]
                     lambda scan=scan, **x: _amid_its_like(scan, **x), inputs, ("dt",),
                 )  # fmt: skip
     yield from _compiled(c, normal, device)
+    yield from _round_projections(c, normal, device)
     if select("head_softmax", "triton", obstacle(torch.empty(0, dtype=torch.bfloat16, device=device))) == "triton":
         teacher = 3 * torch.randn(64, VOCABULARY, generator=generator).to(device).bfloat16().float()
         student = 3 * torch.randn(64, VOCABULARY, generator=generator).to(device)
@@ -201,6 +205,25 @@ def _compiled(c: ModelConfig, normal: Callable[..., Tensor], device: torch.devic
             "elementwise", f"gated norm of {heads} heads, {width} wide",
             functools.partial(elementwise(gated_rms_norm), **settings), functools.partial(gated_rms_norm, **settings),
             {"x": normal(heads, width), "gate": normal(heads, width), "weight": torch.linspace(0.5, 2, width, device=device)},
+        )  # fmt: skip
+
+
+def _round_projections(c: ModelConfig, normal: Callable[..., Tensor], device: torch.device) -> Iterator[_Case]:
+    """The norm before a layer with its residual, and what becomes of the sections of a linear mixer's projection."""
+    width, eps = c.hidden_size, c.layernorm_epsilon
+    yield _Case(
+        "rms_norm", f"{width:,} channels",
+        lambda x, weight: torch.stack(rms_norm_and_residual(x, weight, eps)),
+        lambda x, weight: torch.stack([F.rms_norm(x, weight.shape, weight, eps), x]),
+        {"x": normal(width), "weight": torch.linspace(0.5, 2, width, device=device)},
+    )  # fmt: skip
+    if set(c.mixers) & set("GM"):
+        widths = [width, c.num_attention_heads]
+        yield _Case(
+            "concatenate", f"{width:,} and {widths[1]} channels, {PADDING} of padding",
+            lambda x: torch.cat([i * part for i, part in enumerate(split_sections(x, widths), 1)], -1),
+            lambda x: torch.cat([i * part for i, part in enumerate(x.split([*widths, PADDING], -1)[:2], 1)], -1),
+            {"x": normal(sum(widths) + PADDING)},
         )  # fmt: skip
 
 

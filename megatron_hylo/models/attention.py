@@ -51,18 +51,19 @@ class GroupedQueryAttention(MegatronModule):
             packed: what lies end to end in the sequence.
 
         Returns:
-            query [batch, sequence, query heads of this rank, head_dim], key and value with its KV heads.
+            query [batch, sequence, KV heads of this rank, queries of each, head_dim], key and value [batch, sequence, KV
+            heads, head_dim].
         """
         qkv, _ = self.linear_qkv(hidden_states)
         qkv = batch_first(qkv, packed).unflatten(2, (self.groups, self.queries_per_group + 2, self.head_dim))
         query, key, value = torch.split(qkv, [self.queries_per_group, 1, 1], dim=3)
-        query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
+        key, value = key.squeeze(3), value.squeeze(3)
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         return query, key, value
 
     def rotate(self, x: Tensor, documents: PackedDocuments | None = None) -> Tensor:
-        """RoPE at this rank's positions: [batch, sequence, heads, head_dim] -> the same."""
+        """RoPE at this rank's positions: [batch, sequence, heads or groups of heads ..., head_dim] -> the same."""
         c, here = self.config.hylo, self.context.positions(x.shape[1])
         cos, sin = rotary_table(self.head_dim, c.rotary_base, c.rope_scaling, here.stop, x.device)
         places = here if documents is None else documents.own_positions
@@ -76,6 +77,7 @@ class GroupedQueryAttention(MegatronModule):
             own = self.context.exchange(*((x, [x.shape[-1]]) for x in parts))
             query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in own)
         query, key = self.rotate(query, documents), self.rotate(key, documents)
+        query = query.flatten(2, -2)  # in memory of its own by now
         if self.context.by_parts:
             key_value = torch.cat([key, value], dim=-1).transpose(0, 1)
             key, value = self.context.up_to_here(key_value).transpose(0, 1).chunk(2, dim=-1)

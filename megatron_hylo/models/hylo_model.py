@@ -89,7 +89,7 @@ def build_chunks(
         config: architecture.
         parallel: sizes of the parallel groups, as given to `initialize`.
         params_dtype: torch.float32 or torch.bfloat16; A_log, dt_bias and D stay fp32.
-        backend: where linear maps and norms come from.
+        backend: where linear maps and SwiGLU come from.
         recompute: compute activations again in the backward pass: of all layers, or of those with these symbols.
         fp8: linear maps compute in FP8: "e4m3" in a frozen model, "hybrid" in one that is trained; see models/fp8.py.
 
@@ -100,8 +100,9 @@ def build_chunks(
     if fp8:
         check_fp8(backend)
     parallel = parallel or ParallelConfig()
-    spec, pattern = hybrid_stack_spec(get_backend(backend)), pipeline_pattern(config, parallel.stages, parallel.pipeline_layers)
-    transformer_config = build_transformer_config(config, parallel, params_dtype, recomputed_layers(recompute), fp8)
+    chosen, pattern = get_backend(backend), pipeline_pattern(config, parallel.stages, parallel.pipeline_layers)
+    spec, fused = hybrid_stack_spec(chosen), chosen.activation is not None
+    transformer_config = build_transformer_config(config, parallel, params_dtype, recomputed_layers(recompute), fp8, fused)
     chunks = []
     for index in range(parallel.virtual_pipeline_model_parallel_size):
         stage = index if parallel.virtual_pipeline_model_parallel_size > 1 else None

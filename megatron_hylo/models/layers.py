@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megatron_hylo.config import RopeScaling
 from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.norm import gated_rms_norm, rms_norm
+from megatron_hylo.kernels.residual_norm import rms_norm_and_residual
 from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 from megatron_hylo.platform.distributed import device
 
@@ -31,7 +32,7 @@ fused_gated_rms_norm = elementwise(gated_rms_norm)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the hidden dimension; statistics in fp32. The `local` backend's norm."""
+    """Root-mean-square norm over the hidden dimension; statistics in fp32."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
@@ -41,7 +42,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [sequence, batch, hidden]; same shape and dtype out."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm_and_residual(x, self.weight, self.eps)[0]
+
+
+class ResidualRMSNorm(RMSNorm):
+    """The norm in a layer, which hands on what the residual connection takes as well."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [sequence, batch, hidden] -> the same normalised, and x."""
+        return rms_norm_and_residual(x, self.weight, self.eps)
 
 
 class HeadNorm(nn.Module):

@@ -3,12 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import Any, Callable
 
-import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
-from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 
 ALIGNMENT = 8  # channels: 16 bytes of bf16, below which matrix products take twice as long on a GPU
@@ -48,7 +46,7 @@ def column_linear(
 def fused_column_linear(
     submodules: MixerSubmodules, config: HyloTransformerConfig, in_features: int, out_features: int, tp_group: Any
 ) -> nn.Module:
-    """A linear map to several sections, split over the tensor-parallel ranks; `split_sections` reads its output."""
+    """A linear map to several sections, split over the tensor-parallel ranks; `kernels.sections` reads its output."""
     if out_features // tp_group.size() % (FP8_ALIGNMENT if config.fp8 else ALIGNMENT):
         submodules = replace(submodules, column_parallel_linear=PaddedColumnLinear)
     return column_linear(submodules, config, in_features, out_features, tp_group)
@@ -68,28 +66,6 @@ class PaddedColumnLinear(ColumnParallelLinear):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """x: [sequence, batch, in_features] -> [sequence, batch, out_features / TP + padding], and no bias."""
         return super().forward(x, weight=F.pad(self.weight, (0, 0, 0, self.padding)))
-
-
-def split_sections(projected: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
-    """Sections of a fused projection, [..., width] each; channels after them are padding."""
-    return _Sections.apply(projected, [*widths, projected.shape[-1] - sum(widths)])[:-1]
-
-
-class _Sections(torch.autograd.Function):
-    """Views; their gradients are put together by one fast kernel: torch's own copies odd widths slowly."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
-        return x.split(widths, dim=-1)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        return _joined(*grads), None
-
-
-@elementwise
-def _joined(*sections: Tensor) -> Tensor:
-    return torch.cat(sections, dim=-1)
 
 
 def row_linear(

@@ -1,7 +1,7 @@
 """Layer specs for Megatron-Core's HybridModel, in two backends that build the same state dict.
 
-`local` needs nothing but torch and Megatron-Core; `te` takes linear maps and norms from Transformer Engine.
-The mixers are ours in both.
+`local` needs nothing but torch and Megatron-Core; `te` takes linear maps and SwiGLU from Transformer Engine.
+The mixers and norms are ours in both.
 """
 
 import functools
@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron_hylo.config import ConfigError
 from megatron_hylo.models.attention import GroupedQueryAttention
 from megatron_hylo.models.gdn import GatedDeltaNet
-from megatron_hylo.models.layers import RMSNorm
+from megatron_hylo.models.layers import ResidualRMSNorm, RMSNorm
 from megatron_hylo.models.mamba2 import Mamba2
 from megatron_hylo.models.mixer import MixerSubmodules
 from megatron_hylo.models.mla import MultiLatentAttention
@@ -33,12 +33,12 @@ logger = logging.getLogger("megatron_hylo.models")
 
 @dataclass(frozen=True)
 class Backend:
-    """Where linear maps and norms come from."""
+    """Where linear maps and the MLP's SwiGLU come from."""
 
     name: str
     column_parallel_linear: Callable[..., torch.nn.Module]
     row_parallel_linear: Callable[..., torch.nn.Module]
-    norm: Callable[..., torch.nn.Module]
+    activation: Callable[..., torch.nn.Module] | None  # None: Megatron-Core's own function
 
 
 def get_backend(name: BackendName = "auto") -> Backend:
@@ -55,28 +55,26 @@ def get_backend(name: BackendName = "auto") -> Backend:
         raise ConfigError("backend te needs Transformer Engine, which does not import here; install it or use backend local")
     use_te = te.HAVE_TE and (name == "te" or (name == "auto" and torch.cuda.is_available()))
     if use_te:
-        chosen = Backend("te", te.TEColumnParallelLinear, te.TERowParallelLinear, te.TENorm)
+        chosen = Backend("te", te.TEColumnParallelLinear, te.TERowParallelLinear, te.TEActivationOp)
     else:
-        chosen = Backend("local", ColumnParallelLinear, RowParallelLinear, RMSNorm)
+        chosen = Backend("local", ColumnParallelLinear, RowParallelLinear, None)
     _log_once(chosen.name)
     return chosen
 
 
 @functools.cache
 def _log_once(name: str) -> None:
-    logger.info("linear maps and norms: backend %s", name)
+    logger.info("linear maps and SwiGLU: backend %s", name)
 
 
 class HyloStack(HybridStack):
-    """HybridStack whose final norm comes from the backend; the stock one exists in Transformer Engine only."""
+    """HybridStack with our final norm; the stock one exists in Transformer Engine only."""
 
-    def __init__(
-        self, config: Any, submodules: HybridStackSubmodules, norm: Callable[..., torch.nn.Module], **kwargs: Any
-    ) -> None:
+    def __init__(self, config: Any, submodules: HybridStackSubmodules, **kwargs: Any) -> None:
         super().__init__(config=config, submodules=submodules, post_layer_norm=False, **kwargs)
         self.post_layer_norm = True
         if self.post_process:
-            self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+            self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
 
 class AttentionOrLatent:
@@ -106,7 +104,7 @@ def hybrid_stack_spec(backend: Backend) -> ModuleSpec:
 
     def mixer_layer(mixer: type, **params: Any) -> ModuleSpec:
         submodules = TransformerLayerSubmodules(
-            input_layernorm=backend.norm,
+            input_layernorm=ResidualRMSNorm,
             self_attention=ModuleSpec(mixer, submodules=linears),
             self_attn_bda=get_bias_dropout_add,
         )
@@ -114,11 +112,15 @@ def hybrid_stack_spec(backend: Backend) -> ModuleSpec:
 
     mlp = functools.partial(
         MLP.as_mlp_submodule,
-        submodules=MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear),
+        submodules=MLPSubmodules(
+            linear_fc1=backend.column_parallel_linear,
+            linear_fc2=backend.row_parallel_linear,
+            activation_func=backend.activation,
+        ),
     )
     mlp_layer = ModuleSpec(
         FeedForwardLayer,
-        submodules=TransformerLayerSubmodules(pre_mlp_layernorm=backend.norm, mlp=mlp, mlp_bda=get_bias_dropout_add),
+        submodules=TransformerLayerSubmodules(pre_mlp_layernorm=ResidualRMSNorm, mlp=mlp, mlp_bda=get_bias_dropout_add),
     )
     return ModuleSpec(
         HyloStack,
@@ -128,5 +130,4 @@ def hybrid_stack_spec(backend: Backend) -> ModuleSpec:
             gdn_layer=mixer_layer(GatedDeltaNet),
             mlp_layer=mlp_layer,
         ),
-        params={"norm": backend.norm},
     )

@@ -45,6 +45,7 @@ def build_transformer_config(
     params_dtype: torch.dtype = torch.float32,
     recompute: str = "",
     fp8: Fp8 | None = None,
+    activation_module: bool = False,
 ) -> HyloTransformerConfig:
     """Megatron-Core configuration of a model.
 
@@ -54,6 +55,7 @@ def build_transformer_config(
         params_dtype: torch.float32 or torch.bfloat16.
         recompute: symbols of the layers whose activations are recomputed in the backward pass.
         fp8: formats that linear maps compute in, see models/fp8.py.
+        activation_module: the MLP is given its SwiGLU (else Megatron-Core's, compiled on a GPU).
     """
     parallel = parallel or ParallelConfig()
     check_tensor_parallel(config, parallel.tensor_model_parallel_size)
@@ -87,7 +89,8 @@ def build_transformer_config(
         sequence_parallel=parallel.sequence_parallel,
         use_cpu_initialization=not cuda,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=cuda,
+        bias_activation_fusion=cuda and not activation_module,
+        use_te_activation_func=activation_module,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
         recompute=recompute,

@@ -83,7 +83,7 @@ class CheckpointSaver:
             folder = sealing.enter_context(sealed_directory(checkpoint_path(self.run, step), overwrite=True))
             writes = []
             for (state, part), provenance in zip(_folders(states, folder), self.provenances):
-                with state.resident():
+                with state.portable():
                     writes.append(BackgroundWrite(_sharded_state(state, loading=False), part / "weights", folder))
                 if is_main():
                     write_json(part / "hylo.json", describe(state.config.hylo, state.config.params_dtype, provenance))
@@ -133,7 +133,7 @@ def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, i
     barrier()
     for state, part in _folders(states, path):
         read_description(part)
-        with state.resident():
+        with state.portable():
             allocate_optimizer_state(state.optimizer)
             loaded = load_weights(_sharded_state(state, loading=True), part / "weights")
             put_chunks(state.chunks, loaded)

@@ -79,7 +79,7 @@ class TrainConfig:
             with these symbols: '-' MLPs, 'G-' these and Gated DeltaNet.
         cuda_graphs: replay a recorded step: small models no longer wait for Python; tried on one GPU only.
         parallel: how ranks are divided.
-        backend: of linear maps and norms: te is Transformer Engine, local torch and Megatron-Core; auto: te on a GPU
+        backend: of linear maps and SwiGLU: te is Transformer Engine, local torch and Megatron-Core; auto: te on a GPU
             that has it.
         seed: of the order of the text and of random weights.
         deterministic: the same losses each time, bit for bit, on the same kind and number of GPUs; slower, most of all in

@@ -1,14 +1,17 @@
-"""A step's forward and backward passes as one CUDA graph: the GPU no longer waits for Python between small kernels.
+"""A step's forward and backward passes as one CUDA graph, its update as another: the GPU no longer waits for Python.
 
 The first steps run as ever; then one is recorded, and from there on replayed with the next batches copied into the places
 of the recorded one's. All that a graph can hold is recorded: both models, the losses, gradients and their reduction over the
-ranks. The optimizer, whose learning rates change, and the search for NaN stay outside.
+ranks; then, where Transformer Engine's Adam takes learning rates and its count of steps from tensors, clipping, update and
+the copy to the model's weights. The search for NaN, between the two, stays outside.
 """
 
 import contextlib
+import functools
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +48,31 @@ def recordable(enabled: bool, device: torch.device) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
+class Recorded:
+    """A function without arguments: the first calls run it, one records it, and from there on it is replayed.
+
+    Every call returns the same tensors, with new values.
+    """
+
+    def __init__(self, function: Callable[[], Any], name: str) -> None:
+        self.function, self.name, self.calls = function, name, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.result: Any = None
+
+    def __call__(self) -> Any:
+        self.calls += 1
+        if self.calls <= WARM_UP:
+            return self.function()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            # other threads (NCCL's watchdog, a checkpoint being written) may go on using CUDA
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                self.result = self.function()
+            logger.info("%s: call %d recorded as a CUDA graph", self.name, self.calls)
+        self.graph.replay()
+        return self.result
+
+
 class RecordedStage:
     """A stage whose passes are recorded once and replayed; the same `forward_backward` as `Stage`.
 
@@ -52,29 +80,18 @@ class RecordedStage:
     """
 
     def __init__(self, stage: Stage) -> None:
-        self.stage, self.steps = stage, 0
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stage = stage
         self.batches: list[dict[str, Tensor]] = []  # what the graph reads
-        self.metrics: dict[str, Tensor] = {}  # what it writes, beside gradients
+        self.passes: Recorded | None = None
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
         """As `Stage.forward_backward`."""
         taken = list(itertools.islice(batches, micro_batches))
-        self.steps += 1
-        if self.steps <= WARM_UP:
-            return self.stage.forward_backward(states, iter(taken), micro_batches)
-        if self.graph is None:
-            self._record(states, taken)
+        if self.passes is None:
+            self.batches = [{name: tensor.clone() for name, tensor in batch.items()} for batch in taken]
+            run = functools.partial(self.stage.forward_backward, states, micro_batches=micro_batches)
+            self.passes = Recorded(lambda: run(batches=iter(self.batches)), "forward and backward passes")
         for mine, batch in zip(self.batches, taken, strict=True):
             for name, tensor in batch.items():
                 mine[name].copy_(tensor)
-        self.graph.replay()
-        return {name: value.clone() for name, value in self.metrics.items()}
-
-    def _record(self, states: Sequence[TrainingState], taken: list[dict[str, Tensor]]) -> None:
-        self.batches = [{name: tensor.clone() for name, tensor in batch.items()} for batch in taken]
-        self.graph = torch.cuda.CUDAGraph()
-        # other threads (NCCL's watchdog, a checkpoint being written) may go on using CUDA
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            self.metrics = self.stage.forward_backward(states, iter(self.batches), len(taken))
-        logger.info("step %d recorded as a CUDA graph", self.steps)
+        return {name: value.clone() for name, value in self.passes().items()}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from megatron_hylo.data.ahead import ahead
 from megatron_hylo.data.packed import PackedDataset, batches
 from megatron_hylo.distill.signal import TeacherSignal
 from megatron_hylo.parallel.context import own_part, own_slice
@@ -20,7 +21,7 @@ def rank_batches(
     device: torch.device,
     signal: TeacherSignal | None = None,
 ) -> Iterator[dict]:
-    """Endless micro batches of this rank, from where `consumed_samples` windows of all ranks have been used.
+    """Endless micro batches of this rank, from where `consumed_samples` windows of all ranks have been used; read ahead.
 
     Args:
         config, dataset, consumed_samples: of the run.
@@ -33,17 +34,27 @@ def rank_batches(
         [sequence / ranks, micro batch, H].
     """
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    packed = config.packed_documents
-    found = batches(dataset, consumed_samples, config.micro_batch_size, rank, ranks, packed)
+    found = batches(dataset, consumed_samples, config.micro_batch_size, rank, ranks, config.packed_documents)
     if signal is not None:
-        found = signal.with_hidden(found, dataset)
+        found = _own(signal.with_hidden(found, dataset), device)  # which reads ahead as far as it wants
+    else:
+        found = ahead(_own(found, device))
     for batch in found:
-        batch.pop("windows")
         starts, hidden = batch.pop("document_starts", None), batch.pop("teacher_hidden", None)
-        local: dict[str, Any] = {name: own_part(tensor).to(device) for name, tensor in batch.items()}
+        local: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         if starts is not None:
-            length = batch["input_ids"].shape[1]
+            length = config.micro_batch_size * config.sequence_length
             local["documents"] = PackedDocuments(starts.to(device), length, own_slice(length))
         if hidden is not None:
             local["teacher_hidden"] = hidden()
         yield local
+
+
+def _own(found: Iterator[dict], device: torch.device) -> Iterator[dict]:
+    """This rank's part of each, in memory that a GPU reads while the CPU goes on."""
+    for batch in found:
+        batch.pop("windows")
+        for name in ("input_ids", "labels"):
+            own = own_part(batch[name])
+            batch[name] = own.pin_memory() if device.type == "cuda" else own
+        yield batch

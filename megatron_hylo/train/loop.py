@@ -33,7 +33,7 @@ from megatron_hylo.platform.distributed import is_main, is_timeout, session
 from megatron_hylo.sealed import is_sealed, write_json
 from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from megatron_hylo.train.config import PREFIXES, TrainConfig
-from megatron_hylo.train.cuda_graph import RecordedStage, recordable
+from megatron_hylo.train.cuda_graph import Recorded, RecordedStage, recordable
 from megatron_hylo.train.determinism import determinism
 from megatron_hylo.train.feed import rank_batches
 from megatron_hylo.train.health import SkippedSteps
@@ -108,6 +108,8 @@ def train(config: TrainConfig) -> Quality | None:
         saver = CheckpointSaver(run, provenances, tokenizer, config.keep_checkpoints)
         stop = StopRequest()
         passes = RecordedStage(stage) if config.cuda_graphs else stage
+        for state in states:
+            state.take_step = Recorded(state.optimizer.step, "update") if state.capturable else None
         try:
             reads = elsewhere if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
             feed = rank_batches(config, dataset, consumed, device, reads)
@@ -203,18 +205,12 @@ def training_step(
         values = {"skipped_steps": float(skipped.total)}
     else:
         # a norm, and clipping, of each student's own: two that share a run end as they would alone
-        norms = {f"{prefix}gradient_norm": _update(state) for prefix, state in zip(PREFIXES, states)}
-        values = {name: float(value) for name, value in _mean_over_ranks(metrics).items()} | norms
+        norms = {f"{prefix}gradient_norm": state.update() for prefix, state in zip(PREFIXES, states)}
+        values = {name: float(value) for name, value in (_mean_over_ranks(metrics) | norms).items()}
     rates = {f"learning_rate_{name}": rate for name, rate in states[0].learning_rates().items()}
     for state in states:
         state.scheduler.step(1)
     return values | rates
-
-
-def _update(state: TrainingState) -> float:
-    """The optimizer's step; returns the gradient's norm before it is clipped."""
-    with state.resident():
-        return float(state.optimizer.step()[1] or 0.0)
 
 
 def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Megatron-Core's data-parallel wrapper, optimizer and schedule, set up the way upcycling needs them."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.distrib_optimizer import USING_TE_OPTIMIZER, DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
@@ -35,6 +36,8 @@ class TrainingState:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     resting: RestingState | None = None  # where the optimizer's state is on the CPU between steps
+    capturable: bool = False  # whether the update reads learning rates and its count of steps from tensors
+    take_step: Callable[[], tuple[bool, Tensor | float | None, int | None]] | None = None  # the optimizer's own if None
 
     @property
     def chunks(self) -> list[HyloModel]:
@@ -50,12 +53,41 @@ class TrainingState:
         """For whatever reads or changes the optimizer's state: it is on the device."""
         return self.resting.resident() if self.resting else contextlib.nullcontext()
 
+    def update(self) -> Tensor | float:
+        """The optimizer's step; returns the gradient's norm before it is clipped."""
+        with self.resident():
+            norm = (self.take_step or self.optimizer.step)()[1]
+        return 0.0 if norm is None else norm
+
+    @contextlib.contextmanager
+    def portable(self) -> Iterator[None]:
+        """For a checkpoint to be saved or loaded: the optimizer's state is on the device, its settings are plain numbers."""
+        with self.resident(), plain_numbers(self.optimizer):
+            yield
+
     def learning_rates(self) -> dict[str, float]:
         """Current learning rate by group: {"rest": ..., "mixers": ...}."""
         rates = {}
         for group in self.optimizer.param_groups:
-            rates["mixers" if group.get("max_lr") != self.scheduler.max_lr else "rest"] = group["lr"]
+            name = "mixers" if group.get("max_lr") != self.scheduler.max_lr else "rest"
+            rates[name] = self.scheduler.get_lr(group)  # the group's own may be a tensor, which the GPU has to be asked for
         return rates
+
+
+@contextlib.contextmanager
+def plain_numbers(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Learning rates and counts of steps that are tensors are numbers inside; then the same tensors again, with what came.
+
+    So a checkpoint does not know whether it is from a recorded update, or for one.
+    """
+    (part,) = optimizer.chained_optimizers
+    groups = part.optimizer.param_groups
+    tensors = [{name: x for name in ("lr", "step") if isinstance(x := group.get(name), Tensor)} for group in groups]
+    for group, found in zip(groups, tensors):
+        group |= {name: x.item() for name, x in found.items()}
+    yield
+    for group, found in zip(part.optimizer.param_groups, tensors):  # loading makes new groups
+        group |= {name: x.fill_(group[name]) for name, x in found.items()}
 
 
 def choose_trainable(chunks: Sequence[HyloModel], config: TrainConfig) -> None:
@@ -86,6 +118,7 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     wrapped = [DistributedDataParallel(transformer_config, ddp_config, chunk) for chunk in chunks]
     for wrapper in wrapped:
         wrapper.broadcast_params()
+    capturable = config.cuda_graphs and USING_TE_OPTIMIZER and not settings.offload  # torch's Adam would fix the rates
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -98,6 +131,7 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
         bf16=config.precision == "bf16",
         params_dtype=transformer_config.params_dtype,
         use_distributed_optimizer=settings.use_distributed_optimizer,
+        optimizer_cuda_graph=capturable,
     )
     # Megatron's own rule first (no weight decay on biases and one-dimensional tensors), then ours.
     overrides = dict(get_standard_config_overrides(optimizer_config))
@@ -112,7 +146,7 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     no_sync = [wrapper.no_sync for wrapper in wrapped]
     transformer_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     resting = RestingState(optimizer, chunks) if settings.offload else None
-    return TrainingState(wrapped, optimizer, _scheduler(optimizer, settings, config.train_steps), resting)
+    return TrainingState(wrapped, optimizer, _scheduler(optimizer, settings, config.train_steps), resting, capturable)
 
 
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:

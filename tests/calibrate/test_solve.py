@@ -119,7 +119,7 @@ def test_a_solved_layer_is_the_ridge_solution_of_its_features(teacher, text, mak
     held = torch.arange(len(ids)) % 8 == 7
     mixer, attention = (m.mixer_layers()[0][0] for m in (student, teacher))
     with torch.no_grad():
-        x = mixer.input_layernorm(teacher.embedding(input_ids=ids, position_ids=None))
+        x = mixer.input_layernorm(teacher.embedding(input_ids=ids, position_ids=None))[0]
         target = attention.self_attention(x)[0].transpose(0, 1).double()
         weight = projections(student)[0]
         parts = []

@@ -60,7 +60,7 @@ def test_forcing_what_cannot_run_is_an_error() -> None:
 
 
 def test_unknown_names_list_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    allowed = "attention, causal_conv1d, elementwise, gated_delta_rule, head_softmax, ssd"
+    allowed = "attention, causal_conv1d, concatenate, elementwise, gated_delta_rule, head_softmax, rms_norm, ssd"
     with pytest.raises(ValueError, match=allowed), registry.force("sdd", "torch"):
         pass
     with pytest.raises(ValueError, match="torch, mamba_ssm"):

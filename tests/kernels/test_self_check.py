@@ -20,6 +20,7 @@ def test_plain_torch_is_right(dtype) -> None:
     assert [c.operation for c in checks] == [
         "causal_conv1d", "causal_conv1d", "gated_delta_rule", "gated_delta_rule", "attention", "attention",
         "causal_conv1d", "causal_conv1d", "ssd", "ssd", "attention", "attention", "elementwise", "elementwise",
+        "rms_norm", "concatenate",
     ]  # fmt: skip
     assert all(c.ok and c.implementation == "torch" for c in checks), checks
     assert dtype == torch.bfloat16 or max(c.error for c in checks) < 1e-5, checks

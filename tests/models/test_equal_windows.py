@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from megatron_hylo.models.mixer import split_sections
 from megatron_hylo.parallel.documents import EqualWindows, batch_first, sequence_first
 from tests.conftest import gradients, uneven_model
 from tests.kernels.compare import relative_error
@@ -46,10 +45,3 @@ def test_views_and_back():
     assert torch.equal(windows[1, 2], x[6, 0]) and torch.equal(sequence_first(windows, EqualWindows(3)), x)
     y = torch.randn(4, 3, 5)
     assert torch.equal(sequence_first(batch_first(y, None), None), y) and torch.equal(batch_first(y, None)[1], y[:, 1])
-
-
-def test_gradients_of_sections_are_put_together():
-    x = torch.randn(2, 3, 13, dtype=torch.float64, requires_grad=True)  # 13 = 4 + 6 + 1 and two of padding
-    upstream = torch.randn(2, 3, 11, dtype=torch.float64)
-    (torch.cat(split_sections(x, [4, 6, 1]), -1) * upstream).sum().backward()
-    assert torch.equal(x.grad, torch.nn.functional.pad(upstream, (0, 2)))

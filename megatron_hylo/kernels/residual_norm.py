@@ -1,0 +1,71 @@
+"""The norm before a mixer or an MLP, together with the residual that goes round them: their gradients meet in one kernel.
+
+A residual stream is as wide as a model's other tensors, but little is computed of it: what a norm costs is how often the
+stream is read and written. The kernel of the gradient reads x and the two gradients once and writes their sum.
+"""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from megatron_hylo.kernels.norm import rms_norm
+from megatron_hylo.kernels.registry import library_obstacle, select
+
+MODULE = "megatron_hylo.kernels.triton_rms_norm"
+PROGRAMS = 16  # of the backward pass, a multiprocessor
+
+
+def rms_norm_and_residual(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(RMSNorm(x), x): the second output is for the residual connection.
+
+    Args:
+        x: [..., n], floating, contiguous on a GPU.
+        weight: [n].
+        eps: added to the mean square.
+
+    Returns:
+        [..., n] in x's dtype, computed in float32 (float64 stays), and x.
+
+    Raises:
+        ValueError: weight is not [n].
+    """
+    obstacle = library_obstacle("triton", MODULE, x, "pip install triton")
+    if select("rms_norm", "triton", obstacle) == "torch":
+        return rms_norm(x, weight, eps), x
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, x {tuple(x.shape)}; weight must be [{x.shape[-1]}]")
+    return _Triton.apply(x.contiguous(), weight, eps)
+
+
+class _Triton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        width, rows = x.shape[-1], x.numel() // x.shape[-1]
+        out, scales = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+        importlib.import_module(MODULE).normalise[(-(-rows // 2),)](
+            x, weight, out, scales, eps, rows, ROWS=2, num_warps=4, **_sizes(width)
+        )
+        ctx.save_for_backward(x, weight, scales)
+        ctx.set_materialize_grads(False)
+        return out, x
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        if upstream is None:  # only the residual was used
+            return residual, None, None
+        x, weight, scales = ctx.saved_tensors
+        width, rows = x.shape[-1], x.numel() // x.shape[-1]
+        programs = PROGRAMS * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1)
+        gradient, sums = torch.empty_like(x), torch.empty(programs, width, dtype=torch.float32, device=x.device)
+        sizes, there = _sizes(width), residual is not None
+        tile = dict(ROWS=1, num_warps=1) if sizes["COLUMNS"] <= 1024 else dict(ROWS=2, num_warps=4)  # fastest on Hopper
+        importlib.import_module(MODULE).differentiate[(programs,)](
+            x, weight, scales, upstream.contiguous(), residual.contiguous() if there else x, gradient, sums, rows,
+            SHARE=-(-rows // programs), RESIDUAL=there, **tile, **sizes,
+        )  # fmt: skip
+        return gradient, sums.sum(0).to(weight.dtype), None
+
+
+def _sizes(width: int) -> dict[str, int]:
+    return dict(WIDTH=width, COLUMNS=1 << (width - 1).bit_length())  # the next power of two
