@@ -14,10 +14,10 @@ import re
 import torch
 import torch.nn.functional as F
 
+from megatron_hylo.kernels.delta_rule_states import CHUNK, KeptStates
 from megatron_hylo.kernels.registry import Obstacle, library_obstacle, select
 from megatron_hylo.kernels.ssd import segment_sum
 
-CHUNK = 64  # tokens
 L2_EPS = 1e-6  # as fla's l2norm
 FLA_MODULE = "fla.ops.gated_delta_rule"
 FLA_MAX_KEY_DIM = 256
@@ -40,6 +40,7 @@ def gated_delta_rule(
     beta: torch.Tensor,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    keep_states: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """S = exp(g_t) S_{t-1};  S_t = S + k_t (beta_t (v_t - S^T k_t))^T;  o_t = S_t^T q_t / sqrt(dk).
 
@@ -52,6 +53,7 @@ def gated_delta_rule(
         beta: [b, t, h], writing strength in [0, 1].
         initial_state: [b, h, dk, dv] or None for zeros.
         output_final_state: also return the state after the last token.
+        keep_states: between chunks, for a faster backward pass of fla's kernels: [b, t / 64, h, dk, dv] in v's dtype.
 
     Returns:
         o [b, t, h, dv] in v's dtype, and the state [b, h, dk, dv] (float32; float64 for float64 v) or None.
@@ -66,7 +68,7 @@ def gated_delta_rule(
         x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state)
     )
     if delta_rule_implementation(k, v, differentiates) == "fla":
-        return _fla(q, k, v, g, beta, initial_state, output_final_state)
+        return _fla(q, k, v, g, beta, initial_state, output_final_state, keep_states and differentiates)
     with torch.autocast(v.device.type, enabled=False):
         return _chunked(q, k, v, g, beta, initial_state, output_final_state)
 
@@ -112,16 +114,13 @@ def _fla(
     beta: torch.Tensor,
     initial_state: torch.Tensor | None,
     output_final_state: bool,
+    keep_states: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    q, k, g, state = q.to(v.dtype), k.to(v.dtype), g.float(), None if initial_state is None else initial_state.float()
+    if keep_states:
+        return KeptStates.apply(q, k, v, g, beta, state, output_final_state)
     return importlib.import_module(FLA_MODULE).chunk_gated_delta_rule(
-        q.to(v.dtype),
-        k.to(v.dtype),
-        v,
-        g.float(),
-        beta,
-        initial_state=None if initial_state is None else initial_state.float(),
-        output_final_state=output_final_state,
-        use_qk_l2norm_in_kernel=True,
+        q, k, v, g, beta, initial_state=state, output_final_state=output_final_state, use_qk_l2norm_in_kernel=True
     )
 
 

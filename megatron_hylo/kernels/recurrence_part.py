@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_hylo.kernels.delta_rule_states import FLA_CHUNK, FLA_NORM
 from megatron_hylo.kernels.gated_delta_rule import delta_rule_implementation, gated_delta_rule
 from megatron_hylo.kernels.ssd import MAMBA_CHUNK, MAMBA_MODULE, document_numbers, log_decay, ssd, ssd_implementation
-
-FLA_CHUNK, FLA_NORM = "fla.ops.gated_delta_rule.chunk", "fla.modules.norm.l2norm"
 
 
 class Effect(NamedTuple):

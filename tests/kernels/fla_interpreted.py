@@ -13,7 +13,9 @@ import triton.language as tl
 from fla.ops.common import chunk_delta_h
 from triton.runtime import interpreter
 
-from megatron_hylo.kernels import causal_conv1d, recurrence_part, tuned
+from megatron_hylo.kernels import causal_conv1d, delta_rule_states, recurrence_part, tuned
+from megatron_hylo.kernels.gated_delta_rule import recurrent_gated_delta_rule
+from tests.kernels.compare import worst_error
 from tests.kernels.test_causal_conv1d import document_errors
 from tests.kernels.test_gated_delta_rule import inputs
 from tests.kernels.test_recurrence_part import delta_rule_errors
@@ -35,15 +37,22 @@ def mend_interpreter() -> None:
     chunk_delta_h.range = kernel_range
 
 
+def kept_states(*arguments: torch.Tensor, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return delta_rule_states.KeptStates.apply(*arguments, output_final_state)
+
+
 if __name__ == "__main__":
     mend_interpreter()
     torch.set_num_threads(1)
-    for module in (recurrence_part.FLA_CHUNK, recurrence_part.FLA_NORM, causal_conv1d.FLA_MODULE):
+    for module in (delta_rule_states.FLA_CHUNK, delta_rule_states.FLA_NORM, causal_conv1d.FLA_MODULE):
         importlib.import_module(module)
     tuned.install((9, 0))  # with HYLO_AUTOTUNE=never there is nothing to time, which an interpreter could not
     recurrence_part.delta_rule_implementation = lambda k, v, differentiates: "fla"  # there is no GPU
     for name, error in delta_rule_errors(inputs(150, torch.float32, dk=16, dv=32)).items():
         print("ERROR", name, error)
+    print(
+        "ERROR", "kept-states", worst_error(kept_states, recurrent_gated_delta_rule, inputs(150, torch.float32, dk=16, dv=32))
+    )
     causal_conv1d._choose = lambda x, k: "torch" if x.dtype == torch.float64 else "fla"  # the oracle is in float64
     for history, sections in itertools.product((False, True), (1, 2)):
         for name, error in document_errors(history, torch.float32, sections=sections).items():
