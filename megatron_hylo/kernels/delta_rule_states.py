@@ -1,8 +1,8 @@
 """The gated delta rule by fla's kernels, with the states between chunks kept for the backward pass.
 
 fla's own function computes them again: the slowest kernel of its forward pass, a chain as long as there are chunks, once more.
-A chunk's states are dk / 64 times as large as its values. That is little for narrow keys; of wide ones it is not for long
-where a layer's activations are recomputed right before its backward pass.
+They are large, dk / 64 times as large as the values. But where a layer's activations are recomputed they are kept from right
+before the backward pass alone, which then has no more in memory at its fullest moment than fla's.
 """
 
 import importlib
@@ -12,11 +12,6 @@ from torch import Tensor
 
 CHUNK = 64  # tokens
 FLA_CHUNK, FLA_NORM = "fla.ops.gated_delta_rule.chunk", "fla.modules.norm.l2norm"
-
-
-def keeps_states(key_width: int, recomputed: bool) -> bool:
-    """Whether a layer should: with keys of that width, its activations recomputed or not."""
-    return recomputed or key_width <= CHUNK
 
 
 class KeptStates(torch.autograd.Function):

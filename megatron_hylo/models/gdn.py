@@ -16,7 +16,6 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d_sections
-from megatron_hylo.kernels.delta_rule_states import keeps_states
 from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.kernels.sections import split_sections
@@ -133,8 +132,7 @@ class GatedDeltaNet(MegatronModule):
         if context.by_parts:
             out = delta_rule_over_ranks(context, query, key, value, decay, beta)
         else:
-            keep = keeps_states(c.linear_key_head_dim, recomputed="G" in self.config.recompute)
-            out, _ = gated_delta_rule(query, key, value, decay, beta, keep_states=keep)
+            out, _ = gated_delta_rule(query, key, value, decay, beta, keep_states="G" in self.config.recompute)
         if context.by_heads:
             out = context.give_back(out.flatten(2)).unflatten(-1, (self.heads, -1))
         out = self.out_norm(out, gate.reshape(out.shape))

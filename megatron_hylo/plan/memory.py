@@ -27,7 +27,6 @@ from torch import nn
 
 from megatron_hylo.config import ModelConfig, recomputed_layers
 from megatron_hylo.distill.signal import TeacherSignal
-from megatron_hylo.kernels.delta_rule_states import CHUNK, keeps_states
 from megatron_hylo.models.offload import offloaded_units
 from megatron_hylo.train.config import TrainConfig
 
@@ -117,13 +116,13 @@ def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | No
     tokens = config.micro_batch_size * config.sequence_length / p.context_parallel_size
     ranks, h = p.tensor_model_parallel_size, ours.hidden_size
     symbols = [symbol for mixer in ours.mixers for symbol in (mixer, "-")]
-    again = recomputed_layers(config.recompute)
     forward = tokens * number * (3 * theirs.ffn_hidden_size / ranks + 5 * theirs.hidden_size) if theirs else 0.0
     scratch = SCRATCH * ours.mamba_num_heads / ranks if "M" in symbols else 0
     busy = max(2 * kept_numbers(ours, symbol, ranks) + scratch * (symbol == "M") for symbol in symbols)
     layer = tokens * number * (busy + AROUND * h)
     if config.stage == "align":  # a layer has its backward pass before the next
         return 2 * tokens * number * h, max(layer, forward)
+    again = recomputed_layers(config.recompute)
     numbers = [h if symbol in again else kept_numbers(ours, symbol, ranks) + h for symbol in symbols]
     waiting = min(p.stages, config.micro_batches(1)) / p.stages  # a stage has its share of the layers, of so many micro-batches
     kept = tokens * number * sum(numbers) * waiting
@@ -148,8 +147,7 @@ def kept_numbers(c: ModelConfig, symbol: str, ranks: int = 1) -> float:
         keys, values = c.linear_num_heads * c.linear_key_head_dim, c.linear_num_heads * c.linear_value_head_dim
         projected, mixed = 2 * (keys + values + c.linear_num_heads), 2 * keys + values
         # also queries and keys normalised, what the chunks' triangular systems give, outputs before and after the gate
-        states = keys * c.linear_value_head_dim / CHUNK if keeps_states(c.linear_key_head_dim, recomputed=False) else 0
-        return h + (projected + mixed + 2 * keys + keys + values + states + 2 * values) / ranks
+        return h + (projected + mixed + 2 * keys + keys + values + 2 * values) / ranks
     inner, state = c.mamba_num_heads * c.mamba_head_dim, c.mamba_num_heads * c.mamba_state_dim
     mixed = groups * (c.mamba_head_dim + c.mamba_state_dim) + state
     return h + (inner + mixed + c.mamba_num_heads + mixed + inner + state + 2 * inner) / ranks  # x and B for all heads
