@@ -1,7 +1,11 @@
-"""What the kernel tests share: relative errors by norm, of outputs and of every gradient."""
+"""What the kernel tests share: relative errors by norm, of outputs and of every gradient; Triton's interpreter."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -33,3 +37,14 @@ def worst_error(kernel: Kernel, oracle: Kernel, inputs: Sequence[torch.Tensor]) 
     pairs = zip(results(kernel, inputs), results(oracle, inputs), strict=True)
     errors = [relative_error(value, truth) for value, truth in pairs]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def interpreted(module: str) -> str:
+    """What a module of tests.kernels, run as a script on the CPU with Triton's interpreter, prints."""
+    settings = {"TRITON_INTERPRET": "1", "HYLO_AUTOTUNE": "never", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, "-m", f"tests.kernels.{module}"], capture_output=True, text=True, timeout=300,
+        cwd=Path(__file__).parents[2], env=os.environ | settings,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout

@@ -1,10 +1,6 @@
 """A part of a sequence and the state it begins with, put together afterwards, against the recurrence that begins with it."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +11,7 @@ from megatron_hylo.kernels.recurrence_part import DeltaRulePart, SsdPart, state_
 from megatron_hylo.kernels.registry import force
 from megatron_hylo.kernels.ssd import MAMBA_MODULE, ssd
 from tests.kernels import test_gated_delta_rule, test_ssd
-from tests.kernels.compare import relative_error
-
-ROOT = Path(__file__).parents[2]
+from tests.kernels.compare import interpreted, relative_error
 
 
 def delta_rule_errors(inputs: list[Tensor]) -> dict[str, float]:
@@ -67,13 +61,11 @@ def test_a_part_of_mamba2(documents: bool) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None or importlib.util.find_spec("fla") is None, reason="needs fla")
 def test_fla_s_kernels_in_triton_s_interpreter() -> None:
     """On the CPU, in fp32: what ranks, and layers that keep states, call of fla and its own layer does not."""
-    settings = {"TRITON_INTERPRET": "1", "HYLO_AUTOTUNE": "never", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("fla_interpreted.py"))], capture_output=True, text=True, timeout=300,
-        env=os.environ | settings,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    errors = {line.split()[1]: float(line.split()[2]) for line in result.stdout.splitlines() if line.startswith("ERROR ")}
+    errors = {
+        line.split()[1]: float(line.split()[2])
+        for line in interpreted("fla_interpreted").splitlines()
+        if line.startswith("ERROR ")
+    }
     assert len(errors) == 8 + 1 + 2 * (4 + 5) and max(errors.values()) < 1e-5, errors
 
 

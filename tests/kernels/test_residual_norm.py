@@ -1,19 +1,15 @@
 """A layer's norm and its residual: the Triton kernels against the formula, on the CPU in Triton's interpreter."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_hylo.kernels.norm import rms_norm
 from megatron_hylo.kernels.residual_norm import rms_norm_and_residual
+from tests.kernels.compare import interpreted
 from tests.kernels.residual_norm_cases import SHAPES, USED, errors
 
-ROOT = Path(__file__).parents[2]
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 5e-3}  # bf16 is what results are written in
 
 
@@ -27,12 +23,7 @@ def test_on_a_cpu_it_is_the_norm_and_its_input():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_kernels_equal_the_formula_in_triton_s_interpreter():
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.residual_norm_cases"], capture_output=True, text=True, timeout=300, cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    cases = [line.split("|") for line in result.stdout.splitlines() if line.startswith("CASE")]
+    cases = [line.split("|") for line in interpreted("residual_norm_cases").splitlines() if line.startswith("CASE")]
     assert len(cases) == len(SHAPES) * 2 * len(USED)
     for name, error in cases:
         assert float(error) < LIMITS[torch.bfloat16 if "bfloat16" in name else torch.float32], (name, error)

@@ -1,17 +1,13 @@
 """Sections of a fused projection and what puts their gradients together."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_hylo.kernels.sections import concatenate_by_triton, split_sections
+from tests.kernels.compare import interpreted
 
-ROOT = Path(__file__).parents[2]
 WIDTHS = ((576, 576, 9, 9, 6), (1, 12, 5, 16), (33,))
 
 
@@ -31,12 +27,7 @@ def test_gradients_of_sections_are_put_together():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_the_kernel_in_triton_s_interpreter():
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.test_sections"], capture_output=True, text=True, timeout=300, cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split() == ["True"] * len(WIDTHS)
+    assert interpreted("test_sections").split() == ["True"] * len(WIDTHS)
 
 
 @pytest.mark.gpu
