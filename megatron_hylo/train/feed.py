@@ -1,6 +1,6 @@
 """What one rank trains on: its windows, its part of each of them, on its device, and what a stored teacher says of them."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def rank_batches(
     consumed_samples: int,
     device: torch.device,
     signal: TeacherSignal | None = None,
-) -> Iterator[dict]:
+) -> Generator[dict, None, None]:
     """Endless micro batches of this rank, from where `consumed_samples` windows of all ranks have been used; read ahead.
 
     Args:

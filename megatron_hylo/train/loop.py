@@ -110,9 +110,9 @@ def train(config: TrainConfig) -> Quality | None:
         passes = RecordedStage(stage) if config.cuda_graphs else stage
         for state in states:
             state.take_step = Recorded(state.optimizer.step, "update") if state.capturable else None
+        reads = elsewhere if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
+        feed = rank_batches(config, dataset, consumed, device, reads)
         try:
-            reads = elsewhere if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
-            feed = rank_batches(config, dataset, consumed, device, reads)
             skipped = SkippedSteps(config.max_skipped_steps)
             while step < config.train_steps:
                 # after a skipped step the layers are watched, which a recorded one does not know of
@@ -148,6 +148,7 @@ def train(config: TrainConfig) -> Quality | None:
                 f"printed last, and run the same command to go on from the newest checkpoint"
             ) from error
         finally:
+            feed.close()
             stop.restore()
             reporter.close()
         return quality

@@ -1,7 +1,9 @@
 """The training loop as a whole, on one rank: it learns, records, stops, resumes, and refuses what cannot work."""
 
+import contextlib
 import json
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -13,8 +15,9 @@ from megatron_hylo.cli import EXIT_STOPPED, main
 from megatron_hylo.config import ConfigError
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
+from megatron_hylo.train import loop
 from megatron_hylo.train.config import OptimizerSettings
-from megatron_hylo.train.loop import train
+from megatron_hylo.train.loop import train, training_step
 from megatron_hylo.train.optimizer import build_training_state
 from megatron_hylo.train.stages import get_stage
 from tests.train.runs import metrics, start_train, weights
@@ -207,3 +210,20 @@ def test_a_run_of_a_version_with_fewer_settings_goes_on(settings):
     train(config)
     with pytest.raises(ConfigError, match="was started with kl_direction = forward, now reverse"):
         train(settings(steps=2, kl_direction="reverse"))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nobody_reads_on_when_a_run_is_over(settings, monkeypatch, fails):
+    readers = []
+
+    def step(*arguments):
+        readers.extend(thread for thread in threading.enumerate() if thread.name == "feed")
+        if fails and len(readers) > 1:
+            raise ConfigError("asked to fail")
+        return training_step(*arguments)
+
+    monkeypatch.setattr(loop, "training_step", step)
+    with pytest.raises(ConfigError, match="asked to fail") if fails else contextlib.nullcontext() as error:
+        train(settings("pretrain", steps=3))
+    assert (error is not None) == fails  # and while it is there, so are the frames it went through
+    assert readers and not any(thread.is_alive() for thread in readers)
