@@ -1,5 +1,6 @@
 """Items made before they are asked for."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -40,4 +41,7 @@ def ahead(items: Iterator[Any], count: int = AHEAD) -> Iterator[Any]:
             yield item
     finally:
         stop.set()
+        with contextlib.suppress(queue.Empty):  # whoever waits for a place need not wait for its time to be over
+            while True:
+                ready.get_nowait()
         thread.join(timeout=10)  # what it reads from may be used again
