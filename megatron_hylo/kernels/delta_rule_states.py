@@ -39,7 +39,8 @@ class KeptStates(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         fla, norm = importlib.import_module(FLA_CHUNK), importlib.import_module(FLA_NORM)
         q, q_scale, k, k_scale, v, g, beta, inverse, initial_state, reads, states, written = ctx.saved_tensors
-        grad_out, shared = grad_out.contiguous(), dict(g=g, chunk_size=CHUNK)
+        grad_out, grad_last = grad_out.contiguous(), None if grad_last is None else grad_last.contiguous()
+        shared = dict(g=g, chunk_size=CHUNK)
         local = fla.chunk_bwd_dv_local(q=q, k=k, do=grad_out, scale=ctx.scale, **shared)
         grad_states, grad_initial, grad_written = fla.chunk_gated_delta_rule_bwd_dhu(
             q=q, k=k, w=reads, h0=initial_state, dht=grad_last, do=grad_out, dv=local, scale=ctx.scale, **shared

@@ -1,7 +1,8 @@
 """What layers do element by element, as one GPU kernel each way: torch.compile writes it. On a CPU the function as it is.
 
 Eagerly, a rotation or a gated norm of bf16 tensors takes a dozen kernels, each of which reads and writes all of them, in fp32.
-For training, where shapes stay: a new shape is compiled anew, which takes seconds.
+For training, where shapes stay: a new shape is compiled anew, which takes seconds. Where there are many (texts of all lengths,
+whose teacher's outputs are stored) those after the first ones share a kernel for any shape, which takes up to twice as long.
 """
 
 import functools
@@ -12,25 +13,29 @@ import torch
 
 from megatron_hylo.kernels.registry import library_obstacle, select
 
+OWN_SHAPES = 16  # of a function
 RECOMPILATIONS = 64  # of a function, for other shapes and dtypes; torch's own limit, 8, is less than the models of a run need
 
 
 def elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled where its first argument, a tensor, is on a GPU: operation `elementwise` of the registry."""
+    own: set[torch.Size] = set()  # shapes of the first argument that have a kernel of their own
 
     @functools.wraps(function)
     def run(x: torch.Tensor, *args: Any, **settings: Any) -> Any:
         obstacle = library_obstacle("torch.compile", "triton", x, "pip install triton")
         if select("elementwise", "inductor", obstacle) == "torch":
             return function(x, *args, **settings)
-        return _compiled(function)(x, *args, **settings)
+        if len(own) < OWN_SHAPES:
+            own.add(x.shape)
+        return _compiled(function, x.shape not in own)(x, *args, **settings)
 
     return run
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
     """When first needed: torch's compiler takes a second to import."""
     settings = torch._dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, RECOMPILATIONS)
-    return torch.compile(function, dynamic=False)  # else the second shape, and all after, get a slower kernel for any
+    return torch.compile(function, dynamic=dynamic)

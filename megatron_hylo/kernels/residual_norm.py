@@ -56,7 +56,7 @@ class _Triton(torch.autograd.Function):
             return residual, None, None
         x, weight, scales = ctx.saved_tensors
         width, rows = x.shape[-1], x.numel() // x.shape[-1]
-        programs = PROGRAMS * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1)
+        programs = backward_programs(x.device)
         gradient, sums = torch.empty_like(x), torch.empty(programs, width, dtype=torch.float32, device=x.device)
         sizes, there = _sizes(width), residual is not None
         tile = dict(ROWS=1, num_warps=1) if sizes["COLUMNS"] <= 1024 else dict(ROWS=2, num_warps=4)  # fastest on Hopper
@@ -64,7 +64,12 @@ class _Triton(torch.autograd.Function):
             x, weight, scales, upstream.contiguous(), residual.contiguous() if there else x, gradient, sums, rows,
             SHARE=-(-rows // programs), RESIDUAL=there, **tile, **sizes,
         )  # fmt: skip
-        return gradient, sums.sum(0).to(weight.dtype), None
+        return gradient, sums.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+def backward_programs(device: torch.device) -> int:
+    """That share the rows of the backward pass."""
+    return PROGRAMS * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1)
 
 
 def _sizes(width: int) -> dict[str, int]:

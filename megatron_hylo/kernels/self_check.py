@@ -21,7 +21,7 @@ from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, recurrent_g
 from megatron_hylo.kernels.head_softmax import head_softmax, obstacle
 from megatron_hylo.kernels.norm import gated_rms_norm
 from megatron_hylo.kernels.registry import in_use, select
-from megatron_hylo.kernels.residual_norm import rms_norm_and_residual
+from megatron_hylo.kernels.residual_norm import backward_programs, rms_norm_and_residual
 from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies
 from megatron_hylo.kernels.sections import split_sections
 from megatron_hylo.kernels.ssd import recurrent_ssd, ssd
@@ -129,6 +129,11 @@ def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]
                 "gated_delta_rule", shape, lambda **x: gated_delta_rule(**x)[0],
                 lambda **x: recurrent_gated_delta_rule(**x)[0], inputs, ("g",),
             )  # fmt: skip
+            if device.type == "cuda":  # as recomputed layers have it; plain torch knows no difference
+                yield _Case(
+                    "gated_delta_rule", f"{shape}, states kept", lambda **x: gated_delta_rule(**x, keep_states=True)[0],
+                    lambda **x: recurrent_gated_delta_rule(**x)[0], inputs, ("g",),
+                )  # fmt: skip
             if parts:  # with states that outlive their part
                 inputs = inputs | {"g": inputs["g"] / 70, "beta": inputs["beta"] / 16}
                 yield _Case(
@@ -211,11 +216,12 @@ def _compiled(c: ModelConfig, normal: Callable[..., Tensor], device: torch.devic
 def _round_projections(c: ModelConfig, normal: Callable[..., Tensor], device: torch.device) -> Iterator[_Case]:
     """The norm before a layer with its residual, and what becomes of the sections of a linear mixer's projection."""
     width, eps = c.hidden_size, c.layernorm_epsilon
+    rows = 3 * backward_programs(device) + 1  # several for each program
     yield _Case(
         "rms_norm", f"{width:,} channels",
         lambda x, weight: torch.stack(rms_norm_and_residual(x, weight, eps)),
         lambda x, weight: torch.stack([F.rms_norm(x, weight.shape, weight, eps), x]),
-        {"x": normal(width), "weight": torch.linspace(0.5, 2, width, device=device)},
+        {"x": normal(width, tokens=rows), "weight": torch.linspace(0.5, 2, width, device=device)},
     )  # fmt: skip
     if set(c.mixers) & set("GM"):
         widths = [width, c.num_attention_heads]

@@ -132,7 +132,10 @@ class GatedDeltaNet(MegatronModule):
         if context.by_parts:
             out = delta_rule_over_ranks(context, query, key, value, decay, beta)
         else:
-            out, _ = gated_delta_rule(query, key, value, decay, beta, keep_states="G" in self.config.recompute)
+            again = (
+                "G" in self.config.recompute and hidden_states.requires_grad
+            )  # not so before a frozen embedding's first layer
+            out, _ = gated_delta_rule(query, key, value, decay, beta, keep_states=again)
         if context.by_heads:
             out = context.give_back(out.flatten(2)).unflatten(-1, (self.heads, -1))
         out = self.out_norm(out, gate.reshape(out.shape))

@@ -62,7 +62,7 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_dim, dtype=config.params_dtype, device=device()))
 
     def forward(self, x: Tensor, gate: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
-        """x, gate: [batch, sequence, heads, head_dim]; norm first, then the gate (Gated DeltaNet's order).
+        """x, gate: [batch, sequence, heads ..., head_dim]; norm first, then the gate (Gated DeltaNet's order).
 
         Without a gate, `reference` [batch, sequence, heads, any] gives the mean square in place of x.
         """

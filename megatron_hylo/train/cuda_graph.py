@@ -51,7 +51,7 @@ def recordable(enabled: bool, device: torch.device) -> Iterator[None]:
 class Recorded:
     """A function without arguments: the first calls run it, one records it, and from there on it is replayed.
 
-    Every call returns the same tensors, with new values.
+    From the recorded call on, all return the same tensors, with new values.
     """
 
     def __init__(self, function: Callable[[], Any], name: str) -> None:

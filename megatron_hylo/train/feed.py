@@ -52,6 +52,8 @@ def rank_batches(
 
 def _own(found: Iterator[dict], device: torch.device) -> Iterator[dict]:
     """This rank's part of each, in memory that a GPU reads while the CPU goes on."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of the thread that reads ahead
     for batch in found:
         batch.pop("windows")
         for name in ("input_ids", "labels"):

@@ -1,4 +1,5 @@
-"""Before a run on a GPU: its kernels are compared with their definitions, once for a kind of GPU, libraries and shapes."""
+"""Before a run on a GPU: its kernels are compared with their definitions, once for a kind of GPU, libraries, shapes and
+our own code."""
 
 import hashlib
 import json
@@ -7,9 +8,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
+from megatron_hylo import kernels
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.data.cache import cache_dir
 from megatron_hylo.kernels.registry import ENVIRONMENT_VARIABLE
@@ -63,7 +66,8 @@ def refuse_wrong(checks: Sequence[Check]) -> None:
 
 def _key(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device, parts: bool) -> str:
     """Of all that the result depends on."""
-    about = [torch.cuda.get_device_name(device), str(dtype), os.environ.get(ENVIRONMENT_VARIABLE, ""), versions(), parts]
+    own = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(kernels.__file__).parent.glob("*.py")))).hexdigest()
+    about = [torch.cuda.get_device_name(device), str(dtype), os.environ.get(ENVIRONMENT_VARIABLE, ""), versions(), parts, own]
     return hashlib.sha256(json.dumps([*about, *(asdict(config) for config in configs)]).encode()).hexdigest()[:16]
 
 

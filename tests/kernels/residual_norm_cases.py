@@ -9,7 +9,7 @@ from tests.kernels.compare import relative_error
 
 EPS = 1e-2  # large, so that leaving it out shows
 USED = ("both", "norm", "residual")  # outputs that a loss is made of
-SHAPES = ((3, 5, 12), (70, 64), (1, 3, 257))
+SHAPES = ((3, 5, 12), (70, 64), (1, 3, 257), (37, 1100))
 
 
 def formula(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

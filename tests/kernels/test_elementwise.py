@@ -1,8 +1,12 @@
 """Compiled element-by-element functions equal themselves as they are, outputs and gradients, on a GPU."""
 
+import functools
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
+from megatron_hylo.kernels import elementwise
 from megatron_hylo.kernels.registry import force, in_use
 from megatron_hylo.models.attention import fused_rope
 from megatron_hylo.models.gdn import gates_of
@@ -34,6 +38,19 @@ def cases(b: int, t: int, h: int, d: int) -> dict:
         ),
         "gates": (gates_of, [normal(b, t, h), normal(b, t, h), normal(h, dtype=fp32), normal(h, dtype=fp32)], {}),
     }  # fmt: skip
+
+
+def test_many_shapes_share_a_kernel(monkeypatch) -> None:
+    """Else each would be compiled, and after `RECOMPILATIONS` none."""
+    counter = CompileCounter()
+    monkeypatch.setattr(elementwise, "library_obstacle", lambda *_: None)  # the counter runs anywhere
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    double = elementwise.elementwise(lambda x, factor: factor * x)
+    for _ in range(2):
+        for length in range(2, 102):
+            x = torch.full((length, 3), 2.0)
+            assert torch.equal(double(x, torch.tensor(3.0)), 3 * x)
+        assert counter.frame_count == elementwise.OWN_SHAPES + 1
 
 
 @pytest.mark.gpu

@@ -39,14 +39,18 @@ def test_kernels_compile_for_hopper():
     from megatron_hylo.kernels import triton_rms_norm as kernels
 
     given = dict(x="*bf16", weight="*bf16", scales="*fp32", rows="i32")
-    sizes = dict(WIDTH=576, COLUMNS=1024, ROWS=1)
     more = dict(upstream="*bf16", residual="*bf16", gradient="*bf16", weight_gradient="*fp32")
-    for kernel, arguments, constants in (
-        (kernels.normalise, given | dict(out="*bf16", eps="fp32"), sizes),
-        (kernels.differentiate, given | more, sizes | dict(SHARE=63, RESIDUAL=True)),
-    ):
-        source = ASTSource(kernel, arguments | dict.fromkeys(constants, "constexpr"), constants)
-        assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4)).asm["cubin"]
+    for width, columns, backward in ((576, 1024, (1, 1)), (2048, 2048, (2, 4))):  # rows, warps
+        sizes = dict(WIDTH=width, COLUMNS=columns)
+        for kernel, arguments, constants, (rows, warps) in (
+            (kernels.normalise, given | dict(out="*bf16", eps="fp32"), sizes, (2, 4)),
+            (kernels.differentiate, given | more, sizes | dict(SHARE=32, RESIDUAL=True), backward),
+            (kernels.differentiate, given | more, sizes | dict(SHARE=32, RESIDUAL=False), backward),
+        ):
+            constants = constants | dict(ROWS=rows)
+            source = ASTSource(kernel, arguments | dict.fromkeys(constants, "constexpr"), constants)
+            target = GPUTarget("cuda", 90, 32)
+            assert triton.compile(source, target=target, options=dict(num_warps=warps)).asm["cubin"]
 
 
 @pytest.mark.gpu
