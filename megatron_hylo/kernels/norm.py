@@ -27,7 +27,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, reference: torch
     Raises:
         ValueError: weight is not [n].
     """
-    _check_weight("rms_norm", x, weight)
+    check_weight("rms_norm", x, weight)
     if reference is not None:
         wide = _wide(x)
         scale = (reference.to(wide).square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -64,7 +64,7 @@ def gated_rms_norm(
     Raises:
         ValueError: weight is not [n], or group_size does not divide n.
     """
-    _check_weight("gated_rms_norm", x, weight)
+    check_weight("gated_rms_norm", x, weight)
     size = x.shape[-1]
     group = size if group_size is None else group_size
     if group < 1 or size % group:
@@ -80,6 +80,7 @@ def gated_rms_norm(
     return y.to(x.dtype)
 
 
-def _check_weight(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+def check_weight(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raise ValueError if weight is not as wide as x."""
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{name}: weight has shape {tuple(weight.shape)}, x {tuple(x.shape)}; weight must be [{x.shape[-1]}]")

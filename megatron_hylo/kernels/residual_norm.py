@@ -9,7 +9,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from megatron_hylo.kernels.norm import rms_norm
+from megatron_hylo.kernels.norm import check_weight, rms_norm
 from megatron_hylo.kernels.registry import library_obstacle, select
 
 MODULE = "megatron_hylo.kernels.triton_rms_norm"
@@ -33,8 +33,7 @@ def rms_norm_and_residual(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
     obstacle = library_obstacle("triton", MODULE, x, "pip install triton")
     if select("rms_norm", "triton", obstacle) == "torch":
         return rms_norm(x, weight, eps), x
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, x {tuple(x.shape)}; weight must be [{x.shape[-1]}]")
+    check_weight("rms_norm", x, weight)
     return _Triton.apply(x.contiguous(), weight, eps)
 
 

@@ -22,6 +22,7 @@ from megatron_hylo.kernels.sections import split_sections
 from megatron_hylo.kernels.ssd import RESET
 from megatron_hylo.models.layers import HeadNorm, sharded_mixer_state, tensor_parallel_parameter
 from megatron_hylo.models.mixer import MixerSubmodules, fused_column_linear, refuse_inference, row_linear
+from megatron_hylo.models.recompute import is_recomputed
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.context import context_group
 from megatron_hylo.parallel.documents import Packed, batch_first, sequence_first
@@ -132,10 +133,8 @@ class GatedDeltaNet(MegatronModule):
         if context.by_parts:
             out = delta_rule_over_ranks(context, query, key, value, decay, beta)
         else:
-            again = (
-                "G" in self.config.recompute and hidden_states.requires_grad
-            )  # not so before a frozen embedding's first layer
-            out, _ = gated_delta_rule(query, key, value, decay, beta, keep_states=again)
+            keep = is_recomputed(self.config, "G", hidden_states)
+            out, _ = gated_delta_rule(query, key, value, decay, beta, keep_states=keep)
         if context.by_heads:
             out = context.give_back(out.flatten(2)).unflatten(-1, (self.heads, -1))
         out = self.out_norm(out, gate.reshape(out.shape))

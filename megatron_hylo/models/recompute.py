@@ -9,6 +9,13 @@ from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_hylo.models.transformer_config import HyloTransformerConfig
+
+
+def is_recomputed(config: HyloTransformerConfig, symbol: str, hidden_states: Tensor) -> bool:
+    """Whether a layer of that symbol computes again what it makes of these; without a gradient of them it is not asked to."""
+    return hidden_states.requires_grad and symbol in config.recompute
+
 
 class _Recomputed(TransformerLayer):
     def forward(self, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, None]:
@@ -19,7 +26,7 @@ class _Recomputed(TransformerLayer):
         """
         forward = functools.partial(super().forward, **kwargs)
         symbol = self.config.hylo.mixers[(self.layer_number - 1) // 2] if self.layer_number % 2 else "-"
-        if self.training and hidden_states.requires_grad and symbol in self.config.recompute:
+        if self.training and is_recomputed(self.config, symbol, hidden_states):
             return tensor_parallel.checkpoint(functools.partial(self._in_its_precision, forward), False, hidden_states)
         return forward(hidden_states)
 

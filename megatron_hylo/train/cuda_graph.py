@@ -7,7 +7,6 @@ the copy to the model's weights. The search for NaN, between the two, stays outs
 """
 
 import contextlib
-import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -88,9 +87,10 @@ class RecordedStage:
         """As `Stage.forward_backward`."""
         taken = list(itertools.islice(batches, micro_batches))
         if self.passes is None:
-            self.batches = [{name: tensor.clone() for name, tensor in batch.items()} for batch in taken]
-            run = functools.partial(self.stage.forward_backward, states, micro_batches=micro_batches)
-            self.passes = Recorded(lambda: run(batches=iter(self.batches)), "forward and backward passes")
+            self.batches = [{name: torch.empty_like(tensor) for name, tensor in batch.items()} for batch in taken]
+            self.passes = Recorded(
+                lambda: self.stage.forward_backward(states, iter(self.batches), micro_batches), "forward and backward passes"
+            )
         for mine, batch in zip(self.batches, taken, strict=True):
             for name, tensor in batch.items():
                 mine[name].copy_(tensor)

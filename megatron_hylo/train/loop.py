@@ -108,8 +108,8 @@ def train(config: TrainConfig) -> Quality | None:
         saver = CheckpointSaver(run, provenances, tokenizer, config.keep_checkpoints)
         stop = StopRequest()
         passes = RecordedStage(stage) if config.cuda_graphs else stage
-        for state in states:
-            state.take_step = Recorded(state.optimizer.step, "update") if state.capturable else None
+        for state in (state for state in states if state.capturable):
+            state.take_step = Recorded(state.take_step, "update")
         reads = elsewhere if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
         feed = rank_batches(config, dataset, consumed, device, reads)
         try:

@@ -35,9 +35,9 @@ class TrainingState:
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    take_step: Callable[[], tuple[bool, Tensor | float | None, int | None]]  # the optimizer's, or that recorded
     resting: RestingState | None = None  # where the optimizer's state is on the CPU between steps
     capturable: bool = False  # whether the update reads learning rates and its count of steps from tensors
-    take_step: Callable[[], tuple[bool, Tensor | float | None, int | None]] | None = None  # the optimizer's own if None
 
     @property
     def chunks(self) -> list[HyloModel]:
@@ -56,7 +56,7 @@ class TrainingState:
     def update(self) -> Tensor | float:
         """The optimizer's step; returns the gradient's norm before it is clipped."""
         with self.resident():
-            norm = (self.take_step or self.optimizer.step)()[1]
+            norm = self.take_step()[1]
         return 0.0 if norm is None else norm
 
     @contextlib.contextmanager
@@ -146,7 +146,8 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     no_sync = [wrapper.no_sync for wrapper in wrapped]
     transformer_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     resting = RestingState(optimizer, chunks) if settings.offload else None
-    return TrainingState(wrapped, optimizer, _scheduler(optimizer, settings, config.train_steps), resting, capturable)
+    scheduler = _scheduler(optimizer, settings, config.train_steps)
+    return TrainingState(wrapped, optimizer, scheduler, optimizer.step, resting, capturable)
 
 
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
