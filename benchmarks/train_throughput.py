@@ -40,6 +40,7 @@ def main(
     cuda_graphs: list[bool] = [False, True],  # noqa: B006
     recompute: bool | str = False,
     teacher_precision: Literal["same", "fp8"] = "same",
+    linear_precision: Literal["same", "fp8"] = "same",
     peer: bool = False,
     second_layout: str | None = None,
     steps: int = 24,
@@ -56,7 +57,7 @@ def main(
         batches: sequences of a step, all in one forward pass.
         cuda_graphs: without and with.
         recompute: activations of every layer, or of those with these symbols.
-        teacher_precision: as in training.
+        teacher_precision, linear_precision: as in training.
         peer: also measure hf_peer.py, and show each row's ratio to it (stages distil and pretrain).
         second_layout: another student that `align` trains from the same teacher pass; also measured alone.
         steps: of a run.
@@ -87,7 +88,7 @@ def main(
                 teacher=None if stage == "pretrain" else str(folder / "teacher"), sequence_length=length,
                 global_batch_size=batch, micro_batch_size=batch, train_tokens=steps * batch * length, log_interval=1,
                 eval_windows=1, save_interval=10**9, tensorboard=False, cuda_graphs=graphs, recompute=recompute,
-                teacher_precision=teacher_precision, loss_chunk_tokens=4096,
+                teacher_precision=teacher_precision, linear_precision=linear_precision, loss_chunk_tokens=4096,
                 precision="bf16" if torch.cuda.is_available() else "fp32",
             )  # fmt: skip
             train(config)

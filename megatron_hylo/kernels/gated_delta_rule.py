@@ -14,6 +14,7 @@ import re
 import torch
 import torch.nn.functional as F
 
+from megatron_hylo.kernels import delta_rule_chain
 from megatron_hylo.kernels.delta_rule_states import CHUNK, KeptStates
 from megatron_hylo.kernels.registry import Obstacle, library_obstacle, select
 from megatron_hylo.kernels.ssd import segment_sum
@@ -90,6 +91,7 @@ def fla_obstacle(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Obst
         return obstacle
     if k.shape[-1] > FLA_MAX_KEY_DIM:
         return Obstacle(f"fla takes keys up to {FLA_MAX_KEY_DIM} wide, not {k.shape[-1]}")
+    delta_rule_chain.register()
     return triton_obstacle(torch.cuda.get_device_capability(v.device)) if differentiates else None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_hylo.kernels.delta_rule_states import FLA_CHUNK, FLA_NORM
 from megatron_hylo.kernels.gated_delta_rule import delta_rule_implementation, gated_delta_rule
-from megatron_hylo.kernels.ssd import MAMBA_CHUNK, MAMBA_MODULE, document_numbers, log_decay, ssd, ssd_implementation
+from megatron_hylo.kernels.ssd import document_numbers, log_decay, mamba_ssm_gradients, ssd, ssd_implementation
 
 
 class Effect(NamedTuple):
@@ -144,11 +144,9 @@ class SsdPart(NamedTuple):
         if ssd_implementation(x) != "mamba_ssm":
             run = functools.partial(ssd, output_final_state=True, begins=begins)
             return *_again(run, self[:6], before, grad_out, grad_after), None
-        dx, ddt, dA, dB, dC, dD, *_ = importlib.import_module(MAMBA_MODULE)._mamba_chunk_scan_combined_bwd(
-            grad_out, x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), x, MAMBA_CHUNK,  # outputs are not read
-            D=D.float(), initial_states=before, dfinal_states=grad_after,
-            seq_idx=document_numbers(x, begins),
-        )  # fmt: skip
+        wide = dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), D.float()
+        documents = document_numbers(x, begins)
+        dx, ddt, dA, dB, dC, dD, _ = mamba_ssm_gradients(x, *wide, before, documents, grad_out, grad_after)
         return dx, ddt.to(dt), dA.to(A), dB.to(B), dC.to(C), dD.to(D), None
 
 

@@ -26,6 +26,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "cudnn", "flash", "efficient", "math"),
     "causal_conv1d": ("torch", "fla", "gluon"),
     "concatenate": ("torch", "triton"),
+    "delta_rule_chain": ("fla", "gluon"),
     "elementwise": ("torch", "inductor"),
     "gated_delta_rule": ("torch", "fla"),
     "head_softmax": ("torch", "triton"),

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_hylo.kernels.registry import force, import_error
-from megatron_hylo.kernels.ssd import MAMBA_MODULE, recurrent_ssd, segment_sum, ssd
+from megatron_hylo.kernels.ssd import MAMBA_MODULE, _SumsOfOne, recurrent_ssd, segment_sum, ssd
 from tests.kernels.compare import relative_error, worst_error
 
 
@@ -140,3 +140,13 @@ def test_documents_equal_separate_calls_and_the_last_state() -> None:
         assert relative_error(mine, theirs) < 1e-10
     recurrent = recurrent_ssd(x, dt, A, B, C, D, state, True, begins)
     assert all(relative_error(mine, theirs) < 1e-10 for mine, theirs in zip(packed, recurrent))
+
+
+def test_sums_over_one_element_are_no_copies() -> None:
+    x = torch.randn(2, 1, 3)
+    with _SumsOfOne():
+        views = [x.sum(1), x.sum(dim=1), x.sum(-2)]
+        sums = [x.sum(2), x.sum(), x.sum((0, 1)), x.half().sum(1), x.sum(1, keepdim=True), x.sum(1, dtype=torch.float64)]
+    assert all(y.data_ptr() == x.data_ptr() and torch.equal(y, x[:, 0]) for y in views)
+    expected = [x.sum(2), x.sum(), x.sum((0, 1)), x.half().sum(1), x, x[:, 0].double()]
+    assert all(y.data_ptr() != x.data_ptr() and torch.equal(y, z) for y, z in zip(sums, expected, strict=True))

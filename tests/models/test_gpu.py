@@ -17,8 +17,8 @@ pytestmark = [
 ]
 SIZES = dict(
     hidden_size=256, ffn_hidden_size=512, kv_channels=64, q_lora_rank=192, kv_lora_rank=96, qk_head_dim=32,
-    qk_pos_emb_head_dim=32, v_head_dim=64, mamba_head_dim=64, mamba_state_dim=64, linear_key_head_dim=96,
-    linear_value_head_dim=192, vocab_size=512,
+    qk_pos_emb_head_dim=32, v_head_dim=64, mamba_head_dim=64, mamba_state_dim=64, linear_key_head_dim=128,
+    linear_value_head_dim=256, vocab_size=512,
 )  # fmt: skip
 
 

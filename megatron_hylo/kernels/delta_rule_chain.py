@@ -1,0 +1,200 @@
+"""The chain of Gated DeltaNet's states, chunk after chunk, by kernels of ours for Hopper, which fla's functions call for it.
+
+Every chunk waits for the one before it, so these kernels take as long as their steps do, on as many multiprocessors as a state
+has blocks. fla's write the state to shared memory in every step and read it back; ours keep it in registers. What follows
+after the chain backwards, `chunk_bwd_dqkwg`, is fla's kernel, with smaller blocks: more programs fit a multiprocessor.
+"""
+
+import functools
+import importlib
+import re
+
+import torch
+from torch import Tensor
+
+from megatron_hylo.kernels.registry import forced, import_error, use
+
+MODULE = "megatron_hylo.kernels.gluon_delta_rule_chain"
+FLA_OUTPUTS = "fla.ops.common.chunk_o"
+OPERATION = "delta_rule_chain"
+CHUNK, VALUES = 64, 64  # tokens of a step; columns of a state that a program carries
+KEY_DIMS = (128, 256)  # that pay; narrower states fla has as fast
+BLOCK = 64  # keys and values of a program of `chunk_bwd_dqkwg`, where fla takes 128
+TRITON = (3, 7, 1)  # Gluon as it is used here
+
+
+@functools.cache
+def register() -> None:
+    """Have fla's functions call these kernels for what they take, and its own for everything else."""
+    backends = importlib.import_module("fla.backends")
+
+    class Chain(backends.BaseBackend):
+        backend_type = "hylo"
+        priority = -1  # before all that come with fla
+
+        def chunk_gated_delta_rule_fwd_h_verifier(self, *, k, w, u, g=None, **others) -> tuple[bool, str | None]:
+            return _takes(k, (w, u), g, **others)
+
+        def chunk_gated_delta_rule_fwd_h(self, *, k, w, u, g, initial_state=None, output_final_state=False, **others):
+            return states_forward(k, w, u, g, initial_state, output_final_state)
+
+        def chunk_gated_delta_rule_bwd_dhu_verifier(self, *, q, k, w, do, dv, g=None, **others) -> tuple[bool, str | None]:
+            return _takes(k, (q, w, do, dv), g, **others)
+
+        def chunk_gated_delta_rule_bwd_dhu(self, *, q, k, w, do, dv, g, scale, h0=None, dht=None, **others):
+            return states_backward(q, k, w, do, dv, g, h0, dht, scale)
+
+        def chunk_bwd_dqkwg_verifier(self, *, q, k, v, do, h, dh, w=None, dv=None, g=None, **others) -> tuple[bool, str | None]:
+            if w is None or dv is None:
+                return False, "made for delta rules"
+            return _takes(k, (q, w, do, dv, v), g, **others)
+
+        def chunk_bwd_dqkwg(self, *, q, k, v, do, h, dh, w, dv, g, scale, **others):
+            return gradients(q, k, v, do, h, dh, w, dv, g, scale)
+
+    backends.register("common")(Chain)
+
+
+def _takes(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, **others) -> tuple[bool, str | None]:
+    """fla's question whether a call with these arguments is for these kernels, and why not. Tensors are [b, t, h, d]."""
+    reason = _obstacle(k, tensors, g, **others)
+    use(OPERATION, "fla" if reason else "gluon", reason or "available")
+    return reason is None, reason
+
+
+def _obstacle(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, chunk_size: int = CHUNK, **others) -> str | None:
+    if forced(OPERATION) == "fla":
+        return "forced"
+    if not k.is_cuda or torch.cuda.get_device_capability(k.device)[0] != 9:
+        return "made for Hopper"
+    special = [name for name in ("gk", "g_gamma", "state_v_first", "cu_seqlens", "use_graph") if others.get(name) is not None]
+    special = [name for name in special if others[name] is not False]
+    if special or g is None or chunk_size != CHUNK or others.get("save_new_value") is False:
+        return f"made for whole sequences, chunks of {CHUNK} tokens and a decay for each head {special or ''}"
+    if k.shape[-1] not in KEY_DIMS or any(x.shape[-1] % VALUES or x.shape[:3] != k.shape[:3] for x in tensors):
+        return f"made for keys {' or '.join(map(str, KEY_DIMS))} wide, values in multiples of {VALUES}, as many of both"
+    if any(x.dtype != k.dtype or x.element_size() != 2 or not x.is_contiguous() or x.data_ptr() % 16 for x in (k, *tensors)):
+        return "made for contiguous bf16 and fp16"
+    return _import_error()
+
+
+@functools.cache
+def _import_error() -> str | None:
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < TRITON:
+        return f"needs Triton {'.'.join(map(str, TRITON))}, not {version}"
+    return import_error(MODULE)
+
+
+def states_forward(
+    k: Tensor, reads: Tensor, values: Tensor, g: Tensor, initial: Tensor | None, output_final: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The states before all chunks, and what the chunks write.
+
+    S' = d S + (D K)^T (values - reads S) of each chunk, d its decay and D those from its tokens to its end ("Gated Delta
+    Networks", section 3.3, in the notation of fla's kernels: w and u are reads and values).
+
+    Args:
+        k, reads: [b, t, h, dk], bf16 or fp16.
+        values: [b, t, h, dv], the same.
+        g: log2 of the decays since the chunk's start, float32 [b, t, h].
+        initial: state before the first token, float32 [b, h, dk, dv], or None for zeros.
+        output_final: also return the state after the last token, like `initial`.
+
+    Returns:
+        States [b, chunks, h, dk, dv] and values - reads S [b, t, h, dv], in k's dtype; the last state or None.
+    """
+    b, t, h, dk, dv = *k.shape, values.shape[-1]
+    states, written = k.new_empty(b, _chunks(t), h, dk, dv), torch.empty_like(values)
+    initial = None if initial is None else initial.float().contiguous()
+    last = k.new_empty(b, h, dk, dv, dtype=torch.float32) if output_final else None
+    _kernels().states_forward[(dv // VALUES, b * h)](
+        k, reads, values, _factors(g), states, written, initial, last, t,
+        HEADS=h, DK=dk, DV=dv, CHUNK=CHUNK, VALUES=VALUES, HAS_INITIAL=initial is not None, HAS_LAST=output_final, num_warps=4,
+    )  # fmt: skip
+    return states, written, last
+
+
+def states_backward(
+    q: Tensor,
+    k: Tensor,
+    reads: Tensor,
+    grad_out: Tensor,
+    grad_local: Tensor,
+    g: Tensor,
+    initial: Tensor | None,
+    grad_last: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of what `states_forward` gives, for outputs scale q S of decayed states and `written` within chunks.
+
+    Args:
+        q, k, reads: [b, t, h, dk], bf16 or fp16.
+        grad_out, grad_local: of the outputs, and what those of the same chunk say of `written`: [b, t, h, dv], the same.
+        g: as of `states_forward`.
+        initial: whether it is there tells whether its gradient is wanted.
+        grad_last: of the last state, float32 [b, h, dk, dv], or None.
+        scale: of the outputs.
+
+    Returns:
+        Gradients of the states after each chunk [b, chunks, h, dk, dv], of `initial`, and of `written` [b, t, h, dv].
+    """
+    b, t, h, dk, dv = *k.shape, grad_out.shape[-1]
+    kernels = _kernels()
+    decayed, rows = torch.empty_like(q), b * t * h
+    kernels.decayed_queries[(-(-rows // 16),)](q, g, decayed, scale, rows, DK=dk, ROWS=16)
+    grad_states, grad_written = k.new_empty(b, _chunks(t), h, dk, dv), torch.empty_like(grad_local)
+    grad_initial = None if initial is None else k.new_empty(b, h, dk, dv, dtype=torch.float32)
+    grad_last = None if grad_last is None else grad_last.float().contiguous()
+    kernels.states_backward[(dv // VALUES, b * h)](
+        decayed, k, reads, _factors(g), grad_out, grad_local, grad_states, grad_written, grad_last, grad_initial, t,
+        HEADS=h, DK=dk, DV=dv, CHUNK=CHUNK, VALUES=VALUES, HAS_LAST=grad_last is not None, HAS_INITIAL=initial is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return grad_states, grad_initial, grad_written
+
+
+def gradients(
+    q: Tensor, k: Tensor, written: Tensor, grad_out: Tensor, states: Tensor, grad_states: Tensor, reads: Tensor,
+    grad_written: Tensor, g: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """fla's `chunk_bwd_dqkwg` with blocks of BLOCK: gradients of q, k and reads [b, t, h, dk], and of g [b, t, h], float32.
+
+    Args:
+        q, k, reads: [b, t, h, dk].
+        written, grad_out, grad_written: [b, t, h, dv].
+        states, grad_states: [b, chunks, h, dk, dv].
+        g: as of `states_forward`.
+        scale: of the outputs.
+    """
+    b, t, h, dk, dv = *k.shape, written.shape[-1]
+    dq, dk_, dw = torch.empty_like(q), torch.empty_like(k), torch.empty_like(reads)
+    dg = g.new_empty(dk // BLOCK, b, t, h)  # of each block of keys
+    importlib.import_module(FLA_OUTPUTS).chunk_bwd_kernel_dqkwg[(dk // BLOCK * _chunks(t), b * h)](
+        q=q, k=k, v=written, g=g, g_gamma=None, h=states, do=grad_out, dh=grad_states, dq=dq, dk=dk_, dw=dw, dv=grad_written,
+        dg=dg, cu_seqlens=None, chunk_indices=None, scale=scale, B=b, T=t, H=h, HV=h, K=dk, V=dv, BT=CHUNK, BK=BLOCK, BV=BLOCK,
+        STATE_V_FIRST=False,
+    )  # fmt: skip
+    return dq, dk_, dw, dg.sum(0)
+
+
+def _chunks(tokens: int) -> int:
+    return -(-tokens // CHUNK)
+
+
+def _factors(g: Tensor) -> Tensor:
+    """Of `decay_factors`: float32 [b, h, chunks, 2, CHUNK]."""
+    b, t, h = g.shape
+    factors = g.new_empty(b, h, _chunks(t), 2, CHUNK)
+    _kernels().decay_factors[(_chunks(t), b * h)](g, factors, t, HEADS=h, CHUNK=CHUNK, num_warps=1)
+    return factors
+
+
+def _kernels():
+    """Their module; Triton gets memory for their descriptors of tensors by a function that every thread has to name."""
+    importlib.import_module("triton").set_allocator(_memory)
+    return importlib.import_module(MODULE)
+
+
+def _memory(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")

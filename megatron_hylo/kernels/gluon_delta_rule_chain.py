@@ -1,0 +1,312 @@
+"""Hopper kernels of delta_rule_states.py: the chain of states from chunk to chunk, and backwards that of their gradients.
+
+A program carries VALUES columns of one head's state, transposed, in the registers of four warps: a state or its gradient is
+then always the left factor of a product, which tensor cores take from registers. The right factors are tiles of keys, reads
+and queries, which a fifth warp has brought into a ring in shared memory meanwhile. So nothing that the chain waits for passes
+through shared memory; what is stored is put together there while products run.
+
+dk and VALUES are multiples of 64, dk 256 at most: what fits registers and shared memory.
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+RING = gl.constexpr(5)  # tiles: what fits beside the rest for dk of 256
+SLOTS = gl.constexpr(2)  # of what comes once a chunk
+
+
+@triton.jit
+def decay_factors(g, factors, tokens, HEADS: tl.constexpr, CHUNK: tl.constexpr):
+    """Fill `factors` fp32 [b, h, chunks, 2, CHUNK], from g [b, t, h], the log2 of decays since the chunk's start: decays from
+    each token to the chunk's end, and, in all columns, that over the chunk."""
+    chunk, row = tl.program_id(0), tl.program_id(1)
+    sequence, head = row // HEADS, row % HEADS
+    column = tl.arange(0, CHUNK)
+    token = chunk * CHUNK + column
+    base = g + sequence.to(tl.int64) * tokens * HEADS + head
+    since = tl.load(base + token.to(tl.int64) * HEADS, mask=token < tokens, other=0.0)
+    whole = tl.load(base + (tl.minimum(chunk * CHUNK + CHUNK, tokens) - 1).to(tl.int64) * HEADS)
+    out = factors + (row.to(tl.int64) * tl.num_programs(0) + chunk) * 2 * CHUNK + column
+    tl.store(out, tl.exp2(whole - since))
+    tl.store(out + CHUNK, tl.exp2(whole + tl.zeros([CHUNK], tl.float32)))
+
+
+@triton.jit
+def decayed_queries(q, g, out, scale, rows, DK: tl.constexpr, ROWS: tl.constexpr):
+    """Fill `out` with q [rows, DK] times scale and the decay since the chunk's start, whose log2 is g [rows]."""
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DK)
+    there = row < rows
+    at = row.to(tl.int64)[:, None] * DK + column[None, :]
+    factor = tl.exp2(tl.load(g + row, mask=there, other=0.0)) * scale
+    value = tl.load(q + at, mask=there[:, None], other=0.0) * factor[:, None]
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=there[:, None])
+
+
+@gluon.jit
+def _tiles(x, sequence, head, tokens, HEADS: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """[tokens, WIDTH] of one sequence and head of x [b, t, h, WIDTH], in tiles [ROWS, COLUMNS]; zeros past the last token."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], x.dtype.element_ty)
+    base = x + (sequence.to(gl.int64) * tokens * HEADS + head) * WIDTH
+    return tma.make_tensor_descriptor(base, [tokens, WIDTH], [HEADS * WIDTH, 1], [ROWS, COLUMNS], layout)
+
+
+@gluon.jit
+def _state_tiles(x, sequence, head, chunks, HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, VALUES: gl.constexpr):
+    """States [b, chunks, h, DK, DV] of one sequence from this head's first on; a chunk's next is HEADS * DK rows below."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([DK, VALUES], x.dtype.element_ty)
+    base = x + (sequence.to(gl.int64) * chunks * HEADS + head) * DK * DV
+    return tma.make_tensor_descriptor(base, [chunks * HEADS * DK, DV], [DV, 1], [DK, VALUES], layout)
+
+
+@gluon.jit
+def _factor_tiles(factors, row, chunks, CHUNK: gl.constexpr):
+    """The factors of one sequence and head, two rows a chunk."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    base = factors + row.to(gl.int64) * chunks * 2 * CHUNK
+    return tma.make_tensor_descriptor(base, [chunks * 2, CHUNK], [CHUNK, 1], [2, CHUNK], layout)
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=1)
+    return barriers
+
+
+@gluon.jit
+def _await_free(free, number, COUNT: gl.constexpr):
+    """Wait until the slot of the number-th use, of COUNT slots in turn, is free again."""
+    mbarrier.wait(free.index(number % COUNT), (number // COUNT - 1) & 1, pred=number >= COUNT)
+
+
+@gluon.jit
+def _await(there, number, COUNT: gl.constexpr):
+    mbarrier.wait(there.index(number % COUNT), (number // COUNT) & 1)
+
+
+@gluon.jit
+def _bring(tiles, start, ring, there, free, number):
+    """Have the tile of tokens from `start` on brought into the ring as its number-th."""
+    _await_free(free, number, RING)
+    slot = number % RING
+    mbarrier.expect(there.index(slot), tiles.nbytes_per_cta)
+    tma.async_copy_global_to_shared(tiles, [start, 0], there.index(slot), ring.index(slot))
+
+
+@gluon.jit
+def _load_forward(chunks, column, tiles, shared, CHUNK: gl.constexpr):
+    read_tiles, key_tiles, value_tiles, factor_tiles = tiles
+    ring, values, factors, ring_there, ring_free, there, free = shared
+    for chunk in range(chunks):
+        start, slot = chunk * CHUNK, chunk % SLOTS
+        _bring(read_tiles, start, ring, ring_there, ring_free, 2 * chunk)
+        _await_free(free, chunk, SLOTS)
+        mbarrier.expect(there.index(slot), value_tiles.nbytes_per_cta + factor_tiles.nbytes_per_cta)
+        tma.async_copy_global_to_shared(factor_tiles, [chunk * 2, 0], there.index(slot), factors.index(slot))
+        tma.async_copy_global_to_shared(value_tiles, [start, column], there.index(slot), values.index(slot))
+        _bring(key_tiles, start, ring, ring_there, ring_free, 2 * chunk + 1)
+
+
+@gluon.jit
+def _chain_forward(
+    state, chunks, column, written_tiles, state_tiles, stored, shared,
+    HEADS: gl.constexpr, DK: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
+):  # fmt: skip
+    ring, values, factors, ring_there, ring_free, there, free = shared
+    dtype: gl.constexpr = ring.dtype
+    of_state: gl.constexpr = state.type.layout
+    of_chunk: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
+    for chunk in range(chunks):
+        slot, read, key = chunk % SLOTS, 2 * chunk, 2 * chunk + 1
+        narrow = state.to(dtype)
+        _await(ring_there, read, RING)
+        said = warpgroup_mma(
+            gl.convert_layout(narrow, gl.DotOperandLayout(0, of_chunk, 2)), ring.index(read % RING).permute((1, 0)),
+            gl.zeros([VALUES, CHUNK], gl.float32, of_chunk), use_acc=False, is_async=True,
+        )  # fmt: skip
+        tma.store_wait(0)
+        mbarrier.arrive(free.index((chunk + 1) % SLOTS), pred=chunk > 0)
+        stored.permute((1, 0)).store(narrow)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(state_tiles, [chunk * HEADS * DK, column], stored)
+        _await(there, chunk, SLOTS)
+        state = state * factors.index(slot).slice(1, 1).slice(0, 1, dim=1).load(of_state)
+        new = values.index(slot).permute((1, 0)).load(of_chunk) - warpgroup_mma_wait(0, deps=[said])
+        mbarrier.arrive(ring_free.index(read % RING))
+        decayed = (new * factors.index(slot).slice(0, 1).load(of_chunk)).to(dtype)
+        _await(ring_there, key, RING)
+        state = warpgroup_mma(
+            gl.convert_layout(decayed, gl.DotOperandLayout(0, of_state, 2)), ring.index(key % RING), state, is_async=True
+        )
+        values.index(slot).permute((1, 0)).store(new.to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(written_tiles, [chunk * CHUNK, column], values.index(slot))
+        state = warpgroup_mma_wait(0, deps=[state])
+        mbarrier.arrive(ring_free.index(key % RING))
+    tma.store_wait(0)
+    return state
+
+
+@gluon.jit
+def states_forward(
+    k, reads, values, factors, states, written, initial, last, tokens,
+    HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, HAS_LAST: gl.constexpr,
+):  # fmt: skip
+    """Fill `states` [b, chunks, h, DK, DV] with those before each chunk, `written` [b, t, h, DV] with what a chunk writes,
+    values - reads S, and `last` fp32 [b, h, DK, DV] with the state after the last chunk. Grid: DV / VALUES, b h."""
+    dtype: gl.constexpr = k.dtype.element_ty
+    of_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
+    row, column = gl.program_id(1), gl.program_id(0) * VALUES
+    sequence, head, chunks = row // HEADS, row % HEADS, gl.cdiv(tokens, CHUNK)
+    read_tiles = _tiles(reads, sequence, head, tokens, HEADS, DK, CHUNK, DK)
+    key_tiles = _tiles(k, sequence, head, tokens, HEADS, DK, CHUNK, DK)
+    value_tiles = _tiles(values, sequence, head, tokens, HEADS, DV, CHUNK, VALUES)
+    written_tiles = _tiles(written, sequence, head, tokens, HEADS, DV, CHUNK, VALUES)
+    state_tiles = _state_tiles(states, sequence, head, chunks, HEADS, DK, DV, VALUES)
+    factor_tiles = _factor_tiles(factors, row, chunks, CHUNK)
+    ring = gl.allocate_shared_memory(dtype, [RING, CHUNK, DK], key_tiles.layout)
+    value_slots = gl.allocate_shared_memory(dtype, [SLOTS, CHUNK, VALUES], value_tiles.layout)
+    factor_slots = gl.allocate_shared_memory(gl.float32, [SLOTS, 2, CHUNK], factor_tiles.layout)
+    stored = gl.allocate_shared_memory(dtype, [DK, VALUES], state_tiles.layout)
+    ring_there, ring_free, there, free = _barriers(RING), _barriers(RING), _barriers(SLOTS), _barriers(SLOTS)
+
+    value, key = gl.arange(0, VALUES, gl.SliceLayout(1, of_state)), gl.arange(0, DK, gl.SliceLayout(0, of_state))
+    at = row.to(gl.int64) * DK * DV + column + value[:, None] + key[None, :] * DV
+    if HAS_INITIAL:
+        state = gl.load(initial + at)
+    else:
+        state = gl.zeros([VALUES, DK], gl.float32, of_state)
+    shared = (ring, value_slots, factor_slots, ring_there, ring_free, there, free)
+    tiles = (read_tiles, key_tiles, value_tiles, factor_tiles)
+    state = gl.warp_specialize(
+        [
+            (_chain_forward, (state, chunks, column, written_tiles, state_tiles, stored, shared, HEADS, DK, CHUNK, VALUES)),
+            (_load_forward, (chunks, column, tiles, shared, CHUNK)),
+        ],
+        [1],
+        [40],
+    )
+    if HAS_LAST:
+        gl.store(last + at, state)
+
+
+@gluon.jit
+def _load_backward(chunks, column, tiles, shared, CHUNK: gl.constexpr):
+    key_tiles, query_tiles, read_tiles, out_tiles, local_tiles, factor_tiles = tiles
+    ring, outs, locals_, factors, ring_there, ring_free, there, free = shared
+    for step in range(chunks):
+        chunk, slot = chunks - 1 - step, step % SLOTS
+        start = chunk * CHUNK
+        _bring(key_tiles, start, ring, ring_there, ring_free, 3 * step)
+        _await_free(free, step, SLOTS)
+        size: gl.constexpr = out_tiles.nbytes_per_cta + local_tiles.nbytes_per_cta + factor_tiles.nbytes_per_cta
+        mbarrier.expect(there.index(slot), size)
+        tma.async_copy_global_to_shared(factor_tiles, [chunk * 2, 0], there.index(slot), factors.index(slot))
+        tma.async_copy_global_to_shared(out_tiles, [start, column], there.index(slot), outs.index(slot))
+        tma.async_copy_global_to_shared(local_tiles, [start, column], there.index(slot), locals_.index(slot))
+        _bring(query_tiles, start, ring, ring_there, ring_free, 3 * step + 1)
+        _bring(read_tiles, start, ring, ring_there, ring_free, 3 * step + 2)
+
+
+@gluon.jit
+def _chain_backward(
+    state, chunks, column, written_tiles, state_tiles, stored, shared,
+    HEADS: gl.constexpr, DK: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
+):  # fmt: skip
+    ring, outs, locals_, factors, ring_there, ring_free, there, free = shared
+    dtype: gl.constexpr = ring.dtype
+    of_state: gl.constexpr = state.type.layout
+    of_chunk: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
+    for step in range(chunks):
+        chunk, slot = chunks - 1 - step, step % SLOTS
+        key, query, read = 3 * step, 3 * step + 1, 3 * step + 2
+        narrow = state.to(dtype)
+        _await(there, step, SLOTS)
+        state = state * factors.index(slot).slice(1, 1).slice(0, 1, dim=1).load(of_state)
+        _await(ring_there, key, RING)
+        _await(ring_there, query, RING)
+        new = warpgroup_mma(
+            gl.convert_layout(narrow, gl.DotOperandLayout(0, of_chunk, 2)), ring.index(key % RING).permute((1, 0)),
+            gl.zeros([VALUES, CHUNK], gl.float32, of_chunk), use_acc=False, is_async=True,
+        )  # fmt: skip
+        state = warpgroup_mma(outs.index(slot).permute((1, 0)), ring.index(query % RING), state, is_async=True)
+        tma.store_wait(0)
+        mbarrier.arrive(free.index((step + 1) % SLOTS), pred=step > 0)
+        stored.permute((1, 0)).store(narrow)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(state_tiles, [chunk * HEADS * DK, column], stored)
+        new = warpgroup_mma_wait(1, deps=[new])
+        mbarrier.arrive(ring_free.index(key % RING))
+        local = locals_.index(slot).permute((1, 0))
+        new = (new * factors.index(slot).slice(0, 1).load(of_chunk) + local.load(of_chunk)).to(dtype)
+        _await(ring_there, read, RING)
+        state = warpgroup_mma(
+            gl.convert_layout(-new, gl.DotOperandLayout(0, of_state, 2)), ring.index(read % RING), state, is_async=True
+        )
+        local.store(new)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(written_tiles, [chunk * CHUNK, column], locals_.index(slot))
+        state = warpgroup_mma_wait(0, deps=[state])
+        mbarrier.arrive(ring_free.index(query % RING))
+        mbarrier.arrive(ring_free.index(read % RING))
+    tma.store_wait(0)
+    return state
+
+
+@gluon.jit
+def states_backward(
+    q, k, reads, factors, grad_out, grad_local, grad_states, grad_written, grad_last, grad_initial, tokens,
+    HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
+    HAS_LAST: gl.constexpr, HAS_INITIAL: gl.constexpr,
+):  # fmt: skip
+    """Fill `grad_states` [b, chunks, h, DK, DV] with the gradients of the states after each chunk, `grad_written` [b, t, h, DV]
+    with those of `written`, of which grad_local is the share of the chunk's own outputs, and `grad_initial`; q are those of
+    `decayed_queries`. Grid: DV / VALUES, b h."""
+    dtype: gl.constexpr = k.dtype.element_ty
+    of_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
+    row, column = gl.program_id(1), gl.program_id(0) * VALUES
+    sequence, head, chunks = row // HEADS, row % HEADS, gl.cdiv(tokens, CHUNK)
+    key_tiles = _tiles(k, sequence, head, tokens, HEADS, DK, CHUNK, DK)
+    query_tiles = _tiles(q, sequence, head, tokens, HEADS, DK, CHUNK, DK)
+    read_tiles = _tiles(reads, sequence, head, tokens, HEADS, DK, CHUNK, DK)
+    out_tiles = _tiles(grad_out, sequence, head, tokens, HEADS, DV, CHUNK, VALUES)
+    local_tiles = _tiles(grad_local, sequence, head, tokens, HEADS, DV, CHUNK, VALUES)
+    written_tiles = _tiles(grad_written, sequence, head, tokens, HEADS, DV, CHUNK, VALUES)
+    state_tiles = _state_tiles(grad_states, sequence, head, chunks, HEADS, DK, DV, VALUES)
+    factor_tiles = _factor_tiles(factors, row, chunks, CHUNK)
+    ring = gl.allocate_shared_memory(dtype, [RING, CHUNK, DK], key_tiles.layout)
+    outs = gl.allocate_shared_memory(dtype, [SLOTS, CHUNK, VALUES], out_tiles.layout)
+    locals_ = gl.allocate_shared_memory(dtype, [SLOTS, CHUNK, VALUES], local_tiles.layout)
+    factor_slots = gl.allocate_shared_memory(gl.float32, [SLOTS, 2, CHUNK], factor_tiles.layout)
+    stored = gl.allocate_shared_memory(dtype, [DK, VALUES], state_tiles.layout)
+    ring_there, ring_free, there, free = _barriers(RING), _barriers(RING), _barriers(SLOTS), _barriers(SLOTS)
+
+    value, key = gl.arange(0, VALUES, gl.SliceLayout(1, of_state)), gl.arange(0, DK, gl.SliceLayout(0, of_state))
+    at = row.to(gl.int64) * DK * DV + column + value[:, None] + key[None, :] * DV
+    if HAS_LAST:
+        state = gl.load(grad_last + at)
+    else:
+        state = gl.zeros([VALUES, DK], gl.float32, of_state)
+    shared = (ring, outs, locals_, factor_slots, ring_there, ring_free, there, free)
+    tiles = (key_tiles, query_tiles, read_tiles, out_tiles, local_tiles, factor_tiles)
+    state = gl.warp_specialize(
+        [
+            (_chain_backward, (state, chunks, column, written_tiles, state_tiles, stored, shared, HEADS, DK, CHUNK, VALUES)),
+            (_load_backward, (chunks, column, tiles, shared, CHUNK)),
+        ],
+        [1],
+        [40],
+    )
+    if HAS_INITIAL:
+        gl.store(grad_initial + at, state)

@@ -1,0 +1,165 @@
+"""The chain of Gated DeltaNet's states on Hopper, against its formula in float64."""
+
+import importlib.util
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hylo.kernels import delta_rule_chain
+from megatron_hylo.kernels.delta_rule_chain import CHUNK, states_backward, states_forward
+from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
+from megatron_hylo.kernels.registry import force, in_use
+from tests.kernels.compare import interpreted, relative_error, worst_error
+from tests.kernels.test_gated_delta_rule import inputs
+
+SCALE = 0.2
+
+
+def chain(k: Tensor, reads: Tensor, values: Tensor, g: Tensor, state: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """States before all chunks and after the last, and what is written [b, t, h, dv]; all float64."""
+    states, written = [state], []
+    for key, read, value, since in zip(*(x.split(CHUNK, 1) for x in (k, reads, values, g)), strict=True):
+        written.append(value - torch.einsum("bthk,bhkv->bthv", read, states[-1]))
+        whole = since[:, -1:]
+        decayed = key * 2 ** (whole - since)[..., None]
+        added = torch.einsum("bthk,bthv->bhkv", decayed, written[-1])
+        states.append(states[-1] * 2 ** whole[:, 0, :, None, None] + added)
+    return states, torch.cat(written, 1)
+
+
+def tensors(b: int, t: int, h: int, dk: int, dv: int, device: str) -> dict[str, Tensor]:
+    """Random arguments, of the size that they have in a layer: keys and reads of length one, decays per token up to e^-.1."""
+    generator = torch.Generator().manual_seed(t)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    unit = [torch.nn.functional.normalize(normal(b, t, h, dk), dim=-1).bfloat16() for _ in range(3)]
+    wide = [normal(b, t, h, dv).bfloat16() for _ in range(3)]
+    steps = -torch.rand(b, t, h, generator=generator) / 7
+    g = torch.cat([part.cumsum(1) for part in steps.split(CHUNK, 1)], 1)
+    names = ("q", "k", "reads", "values", "grad_out", "grad_local", "g", "initial", "grad_last")
+    found = (*unit, *wide, g, normal(b, h, dk, dv), normal(b, h, dk, dv))
+    return {name: x.to(device) for name, x in zip(names, found, strict=True)}
+
+
+def test_small_kernels_equal_their_formulas_in_triton_s_interpreter() -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    found = [line.split() for line in interpreted("delta_rule_chain_cases").splitlines() if line.startswith("ERROR ")]
+    errors = {name: float(error) for _, name, error in found}
+    assert set(errors) == {"to-end", "whole", "queries"} and max(errors.values()) < 1e-6, errors
+
+
+def test_cpu_tensors_are_left_to_fla() -> None:
+    k = torch.zeros(1, 64, 2, 256, dtype=torch.bfloat16)
+    taken, reason = delta_rule_chain._takes(k, (k, k), torch.zeros(1, 64, 2))
+    assert not taken and reason == "made for Hopper"
+    assert in_use()[delta_rule_chain.OPERATION] == "fla"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs fla")
+def test_fla_is_asked_first_whether_these_kernels_take_a_call() -> None:
+    """By the names that fla's functions have for their arguments: a rename would silently leave all to fla."""
+    delta_rule_chain.register()
+    backends = importlib.import_module("fla.backends")
+    ours = backends._get_operation_registry("common")._get_sorted_backends()[0]
+    assert ours.backend_type == "hylo"
+    modules = {"chunk_delta_h": ("chunk_gated_delta_rule_fwd_h", "chunk_gated_delta_rule_bwd_dhu")}
+    modules |= {"chunk_o": ("chunk_bwd_dqkwg",)}
+    k = torch.zeros(1, 64, 2, 256, dtype=torch.bfloat16)
+    for module, names in modules.items():
+        for name in names:
+            theirs = importlib.import_module(f"fla.ops.common.{module}").__dict__[name]
+            arguments = dict.fromkeys(inspect.signature(theirs).parameters)
+            arguments |= {x: k for x in ("q", "k", "w", "u", "do", "dv", "v", "h", "dh") if x in arguments}
+            arguments |= {"g": torch.zeros(1, 64, 2), "chunk_size": 64}
+            assert ours.verify(name, **arguments) == (False, "made for Hopper"), name  # it understood the rest
+
+
+def need_hopper() -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("made for Hopper")
+    if reason := delta_rule_chain._import_error():
+        pytest.skip(reason)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("states", [True, False])
+@pytest.mark.parametrize(
+    ("b", "t", "h", "dk", "dv"), [(1, 64, 2, 256, 64), (2, 777, 3, 256, 512), (3, 130, 2, 128, 192), (1, 1500, 1, 256, 768)]
+)
+def test_chain_and_its_gradients_on_a_gpu(b: int, t: int, h: int, dk: int, dv: int, states: bool) -> None:
+    need_hopper()
+    x = tensors(b, t, h, dk, dv, "cuda")
+    wide = {name: value.double() for name, value in x.items()}
+    before = wide["initial"] if states else torch.zeros_like(wide["initial"])
+    leaves = [value.requires_grad_() for value in (before, wide["values"])]
+    steps, written = chain(wide["k"], wide["reads"], leaves[1], wide["g"], leaves[0])
+    # outputs of the states, scale q S with decays, and whatever the chunks' own outputs say of `written`
+    decayed = SCALE * wide["q"] * 2 ** wide["g"][..., None]
+    outs = [torch.einsum("bthk,bhkv->bthv", part, state) for part, state in zip(decayed.split(CHUNK, 1), steps)]
+    loss = (torch.cat(outs, 1) * wide["grad_out"]).sum() + (written * wide["grad_local"]).sum()
+    if states:
+        loss = loss + (steps[-1] * wide["grad_last"]).sum()
+    *grad_steps, grad_written = torch.autograd.grad(loss, [*steps, written], allow_unused=True)
+    if not states:
+        grad_steps[-1] = torch.zeros_like(steps[-1])
+
+    initial, grad_last = (x["initial"], x["grad_last"]) if states else (None, None)
+    found, new, last = states_forward(x["k"], x["reads"], x["values"], x["g"], initial, states)
+    backward = states_backward(x["q"], x["k"], x["reads"], x["grad_out"], x["grad_local"], x["g"], initial, grad_last, SCALE)
+    pairs = {"states": (found, torch.stack(steps[:-1], 1)), "written": (new, written)}
+    pairs |= {"grad_states": (backward[0], torch.stack(grad_steps[1:], 1)), "grad_written": (backward[2], grad_written)}
+    if states:
+        pairs |= {"last": (last, steps[-1]), "grad_initial": (backward[1], grad_steps[0])}
+    errors = {name: relative_error(*pair) for name, pair in pairs.items() if pair[1].norm() > 0}
+    print({name: f"{error:.1e}" for name, error in errors.items()})
+    assert max(errors.values()) < 6e-3, errors  # operands of products are bf16, 2^-9 each: 2e-3 on an H200
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("keep_states", [True, False])
+@pytest.mark.parametrize(("t", "dk", "dv"), [(130, 256, 64), (777, 128, 192), (512, 256, 512)])
+def test_gated_delta_rule_with_the_chain_on_a_gpu(t: int, dk: int, dv: int, keep_states: bool) -> None:
+    need_hopper()
+    values = inputs(t, torch.bfloat16, dk=dk, dv=dv, device="cuda")
+    errors = {}
+    for implementation in ("gluon", "fla"):
+        with force("gated_delta_rule", "fla"), force("delta_rule_chain", implementation):
+            errors[implementation] = worst_error(
+                lambda *x, **y: gated_delta_rule(*x, keep_states=keep_states, **y), recurrent_gated_delta_rule, values
+            )
+            assert in_use()["delta_rule_chain"] == implementation
+    print(errors)
+    assert errors["gluon"] < max(1.2 * errors["fla"], 5e-3)  # no worse than fla's own kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_chain_recorded_in_a_cuda_graph() -> None:
+    need_hopper()
+    *values, _ = inputs(200, torch.bfloat16, dk=128, dv=128, device="cuda")
+
+    def run() -> tuple[Tensor, ...]:
+        out, _ = gated_delta_rule(*values)
+        return out, *torch.autograd.grad(out.float().square().sum(), values)
+
+    with force("gated_delta_rule", "fla"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = run()
+        with torch.no_grad():
+            for x in values[:3]:
+                x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(recorded, run(), strict=True))
+    assert in_use()["delta_rule_chain"] == "gluon"
