@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel
 
 from megatron_hylo.convert.hf_config import hf_config_from_model
+from megatron_hylo.kernels.registry import force
 from megatron_hylo.layouts import BASES
 from megatron_hylo.serve.hf.configuration_hylo import HyloConfig
 from megatron_hylo.serve.hf.modeling_hylo import HyloForCausalLM
@@ -31,7 +32,8 @@ def measure_peer(layout: str, teacher: str | None, length: int, batch: int, step
     """
     free_memory()
     step = build_peer(layout, teacher, recompute)
-    times = [seconds(lambda: step(batch, length)) for _ in range(steps)][steps // 2 :]
+    with force("delta_rule_chain", "fla"):  # as a user of fla has it
+        times = [seconds(lambda: step(batch, length)) for _ in range(steps)][steps // 2 :]
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     return batch * length / statistics.median(times), peak
 

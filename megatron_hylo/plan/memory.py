@@ -13,11 +13,13 @@ keeps for its backward pass, in numbers a token. Peaks of H100s and H200s (CP) b
     the same, 262,144 tokens on four                                                       49.5, predicted 46.6
     131,072 tokens on one, the teacher in FP8                                              70.0, predicted 71.8
     3B hybrid (6 MLA, 22 Gated DeltaNet), 131,072 tokens on four                           70.8, predicted 68.5
-    the first with Mamba2 layers                                                           59.8, predicted 60.3
-    the first, MLA not recomputed; 131,072 tokens on eight                                 64.2; 37.4, predicted 66.0; 36.0
-    135M hybrid and teacher, 8 windows of 2,048, nothing recomputed; 32                    17.0; 50.4, predicted 17.7; 55.3
+    the first, MLA not recomputed                                                          64.6, predicted 66.0
+    the same, 131,072 tokens on four; eight                                                43.4; 37.4, predicted 41.8; 36.0
+    with Mamba2 layers instead, 65,536 tokens; 131,072 on four                             62.0; 42.4, predicted 63.6; 40.7
+    135M hybrid and teacher, 8 windows of 2,048, nothing recomputed; 32                    17.0; 52.1, predicted 16.9; 52.2
+    without a teacher, 65,536 tokens, MLPs and Gated DeltaNet recomputed; MLPs alone       49.6; 81.9, predicted 51.0; 90.1
 
-and stage `align`, 1B, 131,072 tokens, all Gated DeltaNet; all Mamba2                      31.5; 32.5, predicted 31.8; 32.5
+and stage `align`, 1B, 262,144 tokens, all Gated DeltaNet; all Mamba2                      51.2; 48.0, predicted 52.0; 48.0
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ from megatron_hylo.train.config import TrainConfig
 
 GIB = 2**30
 GRADIENT, MASTER, MOMENTS = 4, 4, 8  # bytes a trained parameter: fp32 gradient, fp32 copy of what is not fp32, Adam's two
-SCRATCH = 1250  # numbers a token and head that mamba_ssm's backward pass has besides, measured
+SCRATCH = 720  # numbers a token and head that mamba_ssm's backward pass has besides, measured
 AROUND = 8  # tensors as wide as the model that live beside a layer in its backward pass
 
 
@@ -117,8 +119,7 @@ def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | No
     ranks, h = p.tensor_model_parallel_size, ours.hidden_size
     symbols = [symbol for mixer in ours.mixers for symbol in (mixer, "-")]
     forward = tokens * number * (3 * theirs.ffn_hidden_size / ranks + 5 * theirs.hidden_size) if theirs else 0.0
-    scratch = SCRATCH * ours.mamba_num_heads / ranks if "M" in symbols else 0
-    busy = max(2 * kept_numbers(ours, symbol, ranks) + scratch * (symbol == "M") for symbol in symbols)
+    busy = max(2 * kept_numbers(ours, symbol, ranks) + _passing_numbers(ours, symbol, ranks) for symbol in symbols)
     layer = tokens * number * (busy + AROUND * h)
     if config.stage == "align":  # a layer has its backward pass before the next
         return 2 * tokens * number * h, max(layer, forward)
@@ -130,6 +131,13 @@ def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | No
     head = min(config.loss_chunk_tokens, tokens) * vocabulary * (4 * models + number)  # logits in fp32, their gradient
     head += 4 * vocabulary * h + models * tokens * number * h  # the head's gradient; hidden states
     return (kept, max(layer, head)) if kept + max(layer, head) > forward else (0.0, forward)
+
+
+def _passing_numbers(c: ModelConfig, symbol: str, ranks: int) -> float:
+    """What the backward pass of a linear layer has besides what the layer kept, and its gradients: numbers a token."""
+    if symbol == "G":  # what the chunks' triangular systems give
+        return 2 * c.linear_num_heads * (c.linear_key_head_dim + c.linear_value_head_dim) / ranks
+    return SCRATCH * c.mamba_num_heads / ranks if symbol == "M" else 0.0
 
 
 def kept_numbers(c: ModelConfig, symbol: str, ranks: int = 1) -> float:
@@ -146,8 +154,8 @@ def kept_numbers(c: ModelConfig, symbol: str, ranks: int = 1) -> float:
     if symbol == "G":
         keys, values = c.linear_num_heads * c.linear_key_head_dim, c.linear_num_heads * c.linear_value_head_dim
         projected, mixed = 2 * (keys + values + c.linear_num_heads), 2 * keys + values
-        # also queries and keys normalised, what the chunks' triangular systems give, outputs before and after the gate
-        return h + (projected + mixed + 2 * keys + keys + values + 2 * values) / ranks
+        # also queries and keys normalised, outputs before and after the gate
+        return h + (projected + mixed + 2 * keys + 2 * values) / ranks
     inner, state = c.mamba_num_heads * c.mamba_head_dim, c.mamba_num_heads * c.mamba_state_dim
     mixed = groups * (c.mamba_head_dim + c.mamba_state_dim) + state
     return h + (inner + mixed + c.mamba_num_heads + mixed + inner + state + 2 * inner) / ranks  # x and B for all heads

@@ -17,8 +17,8 @@ from tests.kernels.test_gated_delta_rule import inputs
 SCALE = 0.2
 
 
-def chain(k: Tensor, reads: Tensor, values: Tensor, g: Tensor, state: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-    """States before all chunks and after the last, and what is written [b, t, h, dv]; all float64."""
+def chain(k: Tensor, reads: Tensor, values: Tensor, g: Tensor, state: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """States before all chunks and after the last, and what each chunk writes [b, tokens, h, dv]; all float64."""
     states, written = [state], []
     for key, read, value, since in zip(*(x.split(CHUNK, 1) for x in (k, reads, values, g)), strict=True):
         written.append(value - torch.einsum("bthk,bhkv->bthv", read, states[-1]))
@@ -26,7 +26,7 @@ def chain(k: Tensor, reads: Tensor, values: Tensor, g: Tensor, state: Tensor) ->
         decayed = key * 2 ** (whole - since)[..., None]
         added = torch.einsum("bthk,bthv->bhkv", decayed, written[-1])
         states.append(states[-1] * 2 ** whole[:, 0, :, None, None] + added)
-    return states, torch.cat(written, 1)
+    return states, written
 
 
 def tensors(b: int, t: int, h: int, dk: int, dv: int, device: str) -> dict[str, Tensor]:
@@ -101,17 +101,18 @@ def test_chain_and_its_gradients_on_a_gpu(b: int, t: int, h: int, dk: int, dv: i
     # outputs of the states, scale q S with decays, and whatever the chunks' own outputs say of `written`
     decayed = SCALE * wide["q"] * 2 ** wide["g"][..., None]
     outs = [torch.einsum("bthk,bhkv->bthv", part, state) for part, state in zip(decayed.split(CHUNK, 1), steps)]
-    loss = (torch.cat(outs, 1) * wide["grad_out"]).sum() + (written * wide["grad_local"]).sum()
+    loss = (torch.cat(outs, 1) * wide["grad_out"]).sum() + (torch.cat(written, 1) * wide["grad_local"]).sum()
     if states:
         loss = loss + (steps[-1] * wide["grad_last"]).sum()
-    *grad_steps, grad_written = torch.autograd.grad(loss, [*steps, written], allow_unused=True)
+    found = torch.autograd.grad(loss, [*steps, *written], allow_unused=True)
+    grad_steps, grad_written = list(found[: len(steps)]), torch.cat(found[len(steps) :], 1)
     if not states:
         grad_steps[-1] = torch.zeros_like(steps[-1])
 
     initial, grad_last = (x["initial"], x["grad_last"]) if states else (None, None)
     found, new, last = states_forward(x["k"], x["reads"], x["values"], x["g"], initial, states)
     backward = states_backward(x["q"], x["k"], x["reads"], x["grad_out"], x["grad_local"], x["g"], initial, grad_last, SCALE)
-    pairs = {"states": (found, torch.stack(steps[:-1], 1)), "written": (new, written)}
+    pairs = {"states": (found, torch.stack(steps[:-1], 1)), "written": (new, torch.cat(written, 1))}
     pairs |= {"grad_states": (backward[0], torch.stack(grad_steps[1:], 1)), "grad_written": (backward[2], grad_written)}
     if states:
         pairs |= {"last": (last, steps[-1]), "grad_initial": (backward[1], grad_steps[0])}

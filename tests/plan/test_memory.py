@@ -47,13 +47,15 @@ HEAD = SimpleNamespace(head_weight=lambda: torch.empty(128_256, 4096, dtype=torc
         (HYBRID, Shape(BASES["llama3.1-8b"]), 262_144, 1, 4, True, 49.5),
         (HYBRID, Shape(BASES["llama3.1-8b"], torch.float8_e4m3fn), 131_072, 1, 1, True, 70.0),
         ("llama3.2-3b-6mla22gdn", Shape(BASES["llama3.1-8b"]), 131_072, 1, 4, True, 70.8),
-        (MAMBA, Shape(BASES["llama3.1-8b"]), 65_536, 1, 1, True, 59.8),
-        (HYBRID, Shape(BASES["llama3.1-8b"]), 65_536, 1, 1, "GM-", 64.2),
+        (HYBRID, Shape(BASES["llama3.1-8b"]), 65_536, 1, 1, "GM-", 64.6),
         (HYBRID, Shape(BASES["llama3.1-8b"], torch.float8_e4m3fn), 65_536, 1, 1, "GM-", 57.7),
         (HYBRID, Shape(BASES["llama3.1-8b"]), 131_072, 1, 8, "GM-", 37.4),
-        (MAMBA, Shape(BASES["llama3.1-8b"]), 65_536, 1, 1, "GM-", 64.0),
+        (HYBRID, Shape(BASES["llama3.1-8b"]), 131_072, 1, 4, "GM-", 43.4),
+        ("llama3.2-3b-6mla22gdn", Shape(BASES["llama3.1-8b"]), 131_072, 1, 4, "GM-", 75.6),
+        (MAMBA, Shape(BASES["llama3.1-8b"]), 65_536, 1, 1, "GM-", 62.0),
+        (MAMBA, Shape(BASES["llama3.1-8b"]), 131_072, 1, 4, "GM-", 42.4),
         (SMALL, Shape(BASES["smollm2-135m"]), 2048, 8, 1, False, 17.0),
-        (SMALL, Shape(BASES["smollm2-135m"]), 2048, 32, 1, False, 50.4),
+        (SMALL, Shape(BASES["smollm2-135m"]), 2048, 32, 1, False, 52.1),
     ],
 )
 def test_predictions_are_near_what_was_measured(layout, teacher, length, batch, ranks, recompute, peak):
@@ -63,14 +65,13 @@ def test_predictions_are_near_what_was_measured(layout, teacher, length, batch, 
     )  # fmt: skip
     student = Shape(get_layout(layout).config)
     found = predict_memory(config, [[student]], teacher and [teacher], None if teacher else HEAD, ranks)
-    assert found.total / GIB == pytest.approx(peak, rel=0.1 if batch == 32 else 0.06 if length == 262_144 else 0.05)
+    assert found.total / GIB == pytest.approx(peak, rel=0.06 if length == 262_144 else 0.05)
 
 
 @pytest.mark.parametrize(
     ("layout", "mixer", "length", "rest", "peak"),  # GiB of weights, gradients, optimizer state, teacher; peak of an H200
     [
-        (HYBRID, "G", 131_072, 11.5, 31.5), (HYBRID, "G", 262_144, 11.5, 51.2), (MAMBA, "M", 131_072, 8.7, 32.5),
-        (MAMBA, "M", 262_144, 8.7, 56.2),
+        (HYBRID, "G", 131_072, 11.5, 31.5), (HYBRID, "G", 262_144, 11.5, 51.2), (MAMBA, "M", 262_144, 8.7, 48.0),
     ],
 )  # fmt: skip
 def test_predictions_of_stage_1(layout, mixer, length, rest, peak):
@@ -83,17 +84,22 @@ def test_predictions_of_stage_1(layout, mixer, length, rest, peak):
 
 
 @pytest.mark.parametrize(
-    ("stage", "teacher", "offload", "peak"),
-    [("distil", Shape(BASES["llama3.1-8b"]), True, 43.2), ("pretrain", None, False, 44.8)],
+    ("stage", "teacher", "offload", "recompute", "peak"),
+    [
+        ("distil", Shape(BASES["llama3.1-8b"]), True, True, 43.2),
+        ("pretrain", None, False, True, 44.8),
+        ("pretrain", None, False, "G-", 49.6),
+        ("pretrain", None, False, "-", 81.9),
+    ],
 )
-def test_predictions_without_a_teacher_and_with_the_optimizer_offloaded(stage, teacher, offload, peak):
+def test_predictions_without_a_teacher_and_with_the_optimizer_offloaded(stage, teacher, offload, recompute, peak):
     """65,536 tokens on an H200."""
     config = TrainConfig(
         stage, "-", "-", model="-", teacher=teacher and "-", sequence_length=65_536, global_batch_size=1,
-        recompute=True, loss_chunk_tokens=4096, optimizer=OptimizerSettings(offload=offload),
+        recompute=recompute, loss_chunk_tokens=4096, optimizer=OptimizerSettings(offload=offload),
     )  # fmt: skip
     found = predict_memory(config, [[Shape(get_layout(HYBRID).config)]], teacher and [teacher], None, 1)
-    assert found.total / GIB == pytest.approx(peak, rel=0.05)
+    assert found.total / GIB == pytest.approx(peak, rel=0.1 if recompute == "-" else 0.05)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "distil", "align"])
