@@ -2,8 +2,8 @@
 
 From "Gated Delta Networks" (Yang, Kautz and Hatamizadeh, 2024, equation 10 and section 3.3): within a chunk
 the delta rule's corrections are one unit-lower-triangular system (the WY form), between chunks one decayed
-[dk, dv] state a head is carried. On CUDA fla's Triton kernels run. `recurrent_gated_delta_rule` is the
-definition, token by token: the oracle, and the decode step.
+[dk, dv] state a head is carried. On CUDA fla's Triton kernels run, on Hopper some of ours in their place
+(delta_rule_chain.py). `recurrent_gated_delta_rule` is the definition, token by token: the oracle, and the decode step.
 """
 
 import functools
