@@ -98,6 +98,7 @@ def main(
             rows.append(dict(stage=name, sequence=length, batch=batch, cuda_graphs=graphs, **middle,
                              peak_gib=found[-1]["peak_memory_gib"]))  # fmt: skip
             free_memory()
+    kernels = in_use()  # the peer's would be named later
     for stage, length, batch in itertools.product(stages, lengths, batches) if peer else ():
         student_of = None if stage == "pretrain" else teacher
         rate, peak = measure_peer(layout, student_of, length, batch, max(steps // 3, 4), bool(recompute))
@@ -107,10 +108,10 @@ def main(
         rows.append(dict(stage=f"{stage}, peer", sequence=length, batch=batch, cuda_graphs=False, tokens_per_second=rate,
                          peak_gib=peak))  # fmt: skip
         free_memory()
-    _show(rows, layout, second_layout, teacher, results, commit)
+    _show(rows, layout, second_layout, teacher, results, f"{device_name()}, commit {commit}, {kernels}")
 
 
-def _show(rows: list[dict[str, Any]], layout: str, second_layout: str | None, teacher: str, results: Path, commit: str) -> None:
+def _show(rows: list[dict[str, Any]], layout: str, second_layout: str | None, teacher: str, results: Path, how: str) -> None:
     cells = [
         (r["stage"], f"{r['sequence']:,}", str(r["batch"]), "yes" if r["cuda_graphs"] else "no",
          f"{r['tokens_per_second']:,.0f}", f"{r['peer_ratio']:.2f}" if "peer_ratio" in r else "",
@@ -120,9 +121,9 @@ def _show(rows: list[dict[str, Any]], layout: str, second_layout: str | None, te
     both = f" (second: {second_layout})" if second_layout else ""
     intro = (
         f"{layout}{both} with teacher {teacher}, random weights, the training loop as it is. Peer: transformers modules with "
-        f"the same kernels, fla's fused losses, AdamW in bf16 (hf_peer.py)."
+        f"fla's and mamba_ssm's kernels, fla's fused losses, AdamW in bf16 (hf_peer.py)."
     )
-    report(results, "Training throughput", [intro], COLUMNS, cells, f"{device_name()}, commit {commit}, {in_use()}")
+    report(results, "Training throughput", [intro], COLUMNS, cells, how)
     print(json.dumps({"benchmark": "train_throughput", "device": device_name(), "layout": layout, "rows": rows}))
 
 

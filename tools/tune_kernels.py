@@ -29,6 +29,7 @@ from jsonargparse import auto_cli
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.kernels.recurrence_part import DeltaRulePart
+from megatron_hylo.kernels.registry import force
 from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.kernels.tuned import FOLDER, found
 from megatron_hylo.layouts import LAYOUTS
@@ -106,7 +107,7 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
         if "M" in c.mixers
     }
     found = []
-    for shape, call in itertools.product(sorted(deltas, reverse=True), (delta, part, prefill)):
+    for shape, call in itertools.product(sorted(deltas, reverse=True), (delta, part, prefill, delta_by_fla)):
         found.append((f"{call.__name__} {shape}", lambda shape=shape, call=call: call(*delta_inputs(*shape))))
     for shape, begins, state in itertools.product(sorted(scans), (False, True), (False, True)):
         name = f"ssd {shape} packed={begins} state={state}"
@@ -133,6 +134,12 @@ def delta_inputs(heads: int, dk: int, dv: int) -> tuple[torch.Tensor, ...]:
 def delta(*inputs: torch.Tensor) -> None:
     """Gated DeltaNet: forward and backward."""
     gated_delta_rule(*inputs[:5])[0].sum().backward()
+
+
+def delta_by_fla(*inputs: torch.Tensor) -> None:
+    """The same with fla's own chain, where ours would run."""
+    with force("delta_rule_chain", "fla"):
+        delta(*inputs)
 
 
 @torch.no_grad()

@@ -1,26 +1,29 @@
 """The chain of Gated DeltaNet's states, chunk after chunk, by kernels of ours for Hopper, which fla's functions call for it.
 
-Every chunk waits for the one before it, so these kernels take as long as their steps do, on as many multiprocessors as a state
-has blocks. fla's write the state to shared memory in every step and read it back; ours keep it in registers. What follows
-after the chain backwards, `chunk_bwd_dqkwg`, is fla's kernel, with smaller blocks: more programs fit a multiprocessor.
+Every chunk waits for the one before it, so these kernels take as long as their steps do, whatever the GPU could do beside: one
+program for each VALUES columns of a head's state. fla's write the state to shared memory in every step and read it back; ours
+keep it in registers. What follows the chain backwards, `chunk_bwd_dqkwg`, is fla's kernel in smaller blocks: more fit a
+multiprocessor.
 """
 
 import functools
 import importlib
-import re
+import logging
 
 import torch
 from torch import Tensor
 
-from megatron_hylo.kernels.registry import forced, import_error, use
+from megatron_hylo.kernels.delta_rule_states import CHUNK
+from megatron_hylo.kernels.registry import forced, import_error, triton_version, use
 
 MODULE = "megatron_hylo.kernels.gluon_delta_rule_chain"
 FLA_OUTPUTS = "fla.ops.common.chunk_o"
 OPERATION = "delta_rule_chain"
-CHUNK, VALUES = 64, 64  # tokens of a step; columns of a state that a program carries
+VALUES = 64  # columns of a state that a program carries
 KEY_DIMS = (128, 256)  # that pay; narrower states fla has as fast
 BLOCK = 64  # keys and values of a program of `chunk_bwd_dqkwg`, where fla takes 128
-TRITON = (3, 7, 1)  # Gluon as it is used here
+TRITON = (3, 7, 1), (3, 8)  # from, and below: Gluon may change with every version
+ARGUMENTS = {"scale", "initial_state", "output_final_state", "h0", "dht"}  # of fla's calls, beside tensors [b, t, h, d] and g
 
 
 @functools.cache
@@ -50,7 +53,7 @@ def register() -> None:
             return _takes(k, (q, w, do, dv, v), g, **others)
 
         def chunk_bwd_dqkwg(self, *, q, k, v, do, h, dh, w, dv, g, scale, **others):
-            return gradients(q, k, v, do, h, dh, w, dv, g, scale)
+            return chunk_gradients(q, k, v, do, h, dh, w, dv, g, scale)
 
     backends.register("common")(Chain)
 
@@ -58,31 +61,29 @@ def register() -> None:
 def _takes(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, **others) -> tuple[bool, str | None]:
     """fla's question whether a call with these arguments is for these kernels, and why not. Tensors are [b, t, h, d]."""
     reason = _obstacle(k, tensors, g, **others)
-    use(OPERATION, "fla" if reason else "gluon", reason or "available")
+    level = logging.WARNING if reason and forced(OPERATION) == "gluon" else logging.INFO  # fla would swallow an error
+    use(OPERATION, "fla" if reason else "gluon", reason or "available", level)
     return reason is None, reason
 
 
-def _obstacle(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, chunk_size: int = CHUNK, **others) -> str | None:
+def _obstacle(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, **others) -> str | None:
     if forced(OPERATION) == "fla":
         return "forced"
     if not k.is_cuda or torch.cuda.get_device_capability(k.device)[0] != 9:
         return "made for Hopper"
-    special = [name for name in ("gk", "g_gamma", "state_v_first", "cu_seqlens", "use_graph") if others.get(name) is not None]
-    special = [name for name in special if others[name] is not False]
-    if special or g is None or chunk_size != CHUNK or others.get("save_new_value") is False:
-        return f"made for whole sequences, chunks of {CHUNK} tokens and a decay for each head {special or ''}"
-    if k.shape[-1] not in KEY_DIMS or any(x.shape[-1] % VALUES or x.shape[:3] != k.shape[:3] for x in tensors):
-        return f"made for keys {' or '.join(map(str, KEY_DIMS))} wide, values in multiples of {VALUES}, as many of both"
-    if any(x.dtype != k.dtype or x.element_size() != 2 or not x.is_contiguous() or x.data_ptr() % 16 for x in (k, *tensors)):
-        return "made for contiguous bf16 and fp16"
-    return _import_error()
-
-
-@functools.cache
-def _import_error() -> str | None:
-    version = importlib.import_module("triton").__version__
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < TRITON:
-        return f"needs Triton {'.'.join(map(str, TRITON))}, not {version}"
+    usual = {"chunk_size": CHUNK, "save_new_value": True}
+    special = {n: x for n, x in others.items() if n not in ARGUMENTS and x is not None and x is not False and x != usual.get(n)}
+    if special:
+        return f"not made for {', '.join(special)}"
+    if g is None or g.dtype != torch.float32 or not g.is_contiguous():
+        return "made for one decay a head and token, contiguous and float32"
+    widths = [x.shape[-1] for x in (k, *tensors)]
+    if k.shape[-1] not in KEY_DIMS or any(x.shape[:3] != k.shape[:3] for x in tensors) or any(n % VALUES for n in widths):
+        return f"made for keys of {' or '.join(map(str, KEY_DIMS))} and values in multiples of {VALUES}, not for {widths}"
+    if any(x.dtype != torch.bfloat16 or not x.is_contiguous() or x.data_ptr() % 16 for x in (k, *tensors)):
+        return "made for contiguous bf16"
+    if not TRITON[0] <= triton_version() < TRITON[1]:
+        return f"made for Triton from {TRITON[0]} to below {TRITON[1]}, not {triton_version()}"
     return import_error(MODULE)
 
 
@@ -95,8 +96,8 @@ def states_forward(
     Networks", section 3.3, in the notation of fla's kernels: w and u are reads and values).
 
     Args:
-        k, reads: [b, t, h, dk], bf16 or fp16.
-        values: [b, t, h, dv], the same.
+        k, reads: [b, t, h, dk], bf16, contiguous and 16-byte aligned as all that follows; dk of KEY_DIMS. Not checked here.
+        values: [b, t, h, dv], bf16; dv a multiple of VALUES.
         g: log2 of the decays since the chunk's start, float32 [b, t, h].
         initial: state before the first token, float32 [b, h, dk, dv], or None for zeros.
         output_final: also return the state after the last token, like `initial`.
@@ -110,7 +111,7 @@ def states_forward(
     last = k.new_empty(b, h, dk, dv, dtype=torch.float32) if output_final else None
     _kernels().states_forward[(dv // VALUES, b * h)](
         k, reads, values, _factors(g), states, written, initial, last, t,
-        HEADS=h, DK=dk, DV=dv, CHUNK=CHUNK, VALUES=VALUES, HAS_INITIAL=initial is not None, HAS_LAST=output_final, num_warps=4,
+        HEADS=h, DK=dk, DV=dv, CHUNK=CHUNK, VALUES=VALUES, num_warps=4,
     )  # fmt: skip
     return states, written, last
 
@@ -129,8 +130,8 @@ def states_backward(
     """Gradients of what `states_forward` gives, for outputs scale q S of decayed states and `written` within chunks.
 
     Args:
-        q, k, reads: [b, t, h, dk], bf16 or fp16.
-        grad_out, grad_local: of the outputs, and what those of the same chunk say of `written`: [b, t, h, dv], the same.
+        q, k, reads: [b, t, h, dk], as of `states_forward`.
+        grad_out, grad_local: of the outputs, and what those of the same chunk say of `written`: [b, t, h, dv], bf16.
         g: as of `states_forward`.
         initial: whether it is there tells whether its gradient is wanted.
         grad_last: of the last state, float32 [b, h, dk, dv], or None.
@@ -148,34 +149,36 @@ def states_backward(
     grad_last = None if grad_last is None else grad_last.float().contiguous()
     kernels.states_backward[(dv // VALUES, b * h)](
         decayed, k, reads, _factors(g), grad_out, grad_local, grad_states, grad_written, grad_last, grad_initial, t,
-        HEADS=h, DK=dk, DV=dv, CHUNK=CHUNK, VALUES=VALUES, HAS_LAST=grad_last is not None, HAS_INITIAL=initial is not None,
-        num_warps=4,
+        HEADS=h, DK=dk, DV=dv, CHUNK=CHUNK, VALUES=VALUES, num_warps=4,
     )  # fmt: skip
     return grad_states, grad_initial, grad_written
 
 
-def gradients(
+def chunk_gradients(
     q: Tensor, k: Tensor, written: Tensor, grad_out: Tensor, states: Tensor, grad_states: Tensor, reads: Tensor,
     grad_written: Tensor, g: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """fla's `chunk_bwd_dqkwg` with blocks of BLOCK: gradients of q, k and reads [b, t, h, dk], and of g [b, t, h], float32.
+    """What the chain's gradients make of the chunks' inputs: fla's `chunk_bwd_dqkwg` with blocks of BLOCK.
 
     Args:
-        q, k, reads: [b, t, h, dk].
-        written, grad_out, grad_written: [b, t, h, dv].
-        states, grad_states: [b, chunks, h, dk, dv].
+        q, k, reads: [b, t, h, dk], as of `states_forward`.
+        written, grad_out, grad_written: [b, t, h, dv], bf16.
+        states, grad_states: [b, chunks, h, dk, dv], bf16.
         g: as of `states_forward`.
         scale: of the outputs.
+
+    Returns:
+        Gradients of q, k and reads, and of g, float32 [b, t, h].
     """
     b, t, h, dk, dv = *k.shape, written.shape[-1]
-    dq, dk_, dw = torch.empty_like(q), torch.empty_like(k), torch.empty_like(reads)
-    dg = g.new_empty(dk // BLOCK, b, t, h)  # of each block of keys
+    grad_q, grad_k, grad_reads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(reads)
+    grad_g = g.new_empty(dk // BLOCK, b, t, h)  # of each block of keys
     importlib.import_module(FLA_OUTPUTS).chunk_bwd_kernel_dqkwg[(dk // BLOCK * _chunks(t), b * h)](
-        q=q, k=k, v=written, g=g, g_gamma=None, h=states, do=grad_out, dh=grad_states, dq=dq, dk=dk_, dw=dw, dv=grad_written,
-        dg=dg, cu_seqlens=None, chunk_indices=None, scale=scale, B=b, T=t, H=h, HV=h, K=dk, V=dv, BT=CHUNK, BK=BLOCK, BV=BLOCK,
-        STATE_V_FIRST=False,
+        q=q, k=k, v=written, g=g, g_gamma=None, h=states, do=grad_out, dh=grad_states, dq=grad_q, dk=grad_k, dw=grad_reads,
+        dv=grad_written, dg=grad_g, cu_seqlens=None, chunk_indices=None, scale=scale, B=b, T=t, H=h, HV=h, K=dk, V=dv,
+        BT=CHUNK, BK=BLOCK, BV=BLOCK, STATE_V_FIRST=False,
     )  # fmt: skip
-    return dq, dk_, dw, dg.sum(0)
+    return grad_q, grad_k, grad_reads, grad_g.sum(0)
 
 
 def _chunks(tokens: int) -> int:

@@ -9,6 +9,7 @@ import importlib
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK = 64  # tokens
 FLA_CHUNK, FLA_NORM = "fla.ops.gated_delta_rule.chunk", "fla.modules.norm.l2norm"
@@ -37,6 +38,7 @@ class KeptStates(torch.autograd.Function):
         return out, last
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out: Tensor, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, g, beta and the initial state."""
         fla, norm = importlib.import_module(FLA_CHUNK), importlib.import_module(FLA_NORM)

@@ -9,14 +9,13 @@ the delta rule's corrections are one unit-lower-triangular system (the WY form),
 import functools
 import importlib
 import importlib.util
-import re
 
 import torch
 import torch.nn.functional as F
 
-from megatron_hylo.kernels import delta_rule_chain
+from megatron_hylo.kernels.delta_rule_chain import register
 from megatron_hylo.kernels.delta_rule_states import CHUNK, KeptStates
-from megatron_hylo.kernels.registry import Obstacle, library_obstacle, select
+from megatron_hylo.kernels.registry import Obstacle, library_obstacle, select, triton_version
 from megatron_hylo.kernels.ssd import segment_sum
 
 L2_EPS = 1e-6  # as fla's l2norm
@@ -91,19 +90,18 @@ def fla_obstacle(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Obst
         return obstacle
     if k.shape[-1] > FLA_MAX_KEY_DIM:
         return Obstacle(f"fla takes keys up to {FLA_MAX_KEY_DIM} wide, not {k.shape[-1]}")
-    delta_rule_chain.register()
+    register()  # kernels of ours that fla's functions call where they can
     return triton_obstacle(torch.cuda.get_device_capability(v.device)) if differentiates else None
 
 
 @functools.cache
 def triton_obstacle(capability: tuple[int, int]) -> Obstacle | None:
     """fla's own refusal, known before backward runs into it: Triton 3.4.0 to 3.7.0 on Hopper without tilelang."""
-    version = importlib.import_module("triton").__version__
-    number = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if capability[0] != 9 or not (3, 4, 0) <= number < (3, 7, 1) or importlib.util.find_spec("tilelang"):
+    version = triton_version()
+    if capability[0] != 9 or not (3, 4, 0) <= version < (3, 7, 1) or importlib.util.find_spec("tilelang"):
         return None
     return Obstacle(
-        f"fla refuses to train on Hopper with Triton {version}: wrong gradients, fla issue 640",
+        f"fla refuses to train on Hopper with Triton {'.'.join(map(str, version))}: wrong gradients, fla issue 640",
         "pip install 'triton>=3.7.1' (or tilelang)",
     )
 

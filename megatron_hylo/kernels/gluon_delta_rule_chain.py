@@ -1,11 +1,11 @@
-"""Hopper kernels of delta_rule_states.py: the chain of states from chunk to chunk, and backwards that of their gradients.
+"""Hopper kernels of delta_rule_chain.py: the chain of states from chunk to chunk, and backwards that of their gradients.
 
 A program carries VALUES columns of one head's state, transposed, in the registers of four warps: a state or its gradient is
 then always the left factor of a product, which tensor cores take from registers. The right factors are tiles of keys, reads
 and queries, which a fifth warp has brought into a ring in shared memory meanwhile. So nothing that the chain waits for passes
 through shared memory; what is stored is put together there while products run.
 
-dk and VALUES are multiples of 64, dk 256 at most: what fits registers and shared memory.
+dk is 64, 128 or 256 and VALUES 64: what fits registers and shared memory. Numbers are bf16, states and decays fp32.
 """
 
 import triton
@@ -24,7 +24,7 @@ RING = gl.constexpr(5)  # tiles: what fits beside the rest for dk of 256
 SLOTS = gl.constexpr(2)  # of what comes once a chunk
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def decay_factors(g, factors, tokens, HEADS: tl.constexpr, CHUNK: tl.constexpr):
     """Fill `factors` fp32 [b, h, chunks, 2, CHUNK], from g [b, t, h], the log2 of decays since the chunk's start: decays from
     each token to the chunk's end, and, in all columns, that over the chunk."""
@@ -40,7 +40,7 @@ def decay_factors(g, factors, tokens, HEADS: tl.constexpr, CHUNK: tl.constexpr):
     tl.store(out + CHUNK, tl.exp2(whole + tl.zeros([CHUNK], tl.float32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def decayed_queries(q, g, out, scale, rows, DK: tl.constexpr, ROWS: tl.constexpr):
     """Fill `out` with q [rows, DK] times scale and the decay since the chunk's start, whose log2 is g [rows]."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DK)
@@ -84,37 +84,37 @@ def _barriers(COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _await_free(free, number, COUNT: gl.constexpr):
+def _wait_empty(empty, number, COUNT: gl.constexpr):
     """Wait until the slot of the number-th use, of COUNT slots in turn, is free again."""
-    mbarrier.wait(free.index(number % COUNT), (number // COUNT - 1) & 1, pred=number >= COUNT)
+    mbarrier.wait(empty.index(number % COUNT), (number // COUNT - 1) & 1, pred=number >= COUNT)
 
 
 @gluon.jit
-def _await(there, number, COUNT: gl.constexpr):
-    mbarrier.wait(there.index(number % COUNT), (number // COUNT) & 1)
+def _wait_full(full, number, COUNT: gl.constexpr):
+    mbarrier.wait(full.index(number % COUNT), (number // COUNT) & 1)
 
 
 @gluon.jit
-def _bring(tiles, start, ring, there, free, number):
+def _load_tile(tiles, start, ring, full, empty, number):
     """Have the tile of tokens from `start` on brought into the ring as its number-th."""
-    _await_free(free, number, RING)
+    _wait_empty(empty, number, RING)
     slot = number % RING
-    mbarrier.expect(there.index(slot), tiles.nbytes_per_cta)
-    tma.async_copy_global_to_shared(tiles, [start, 0], there.index(slot), ring.index(slot))
+    mbarrier.expect(full.index(slot), tiles.nbytes_per_cta)
+    tma.async_copy_global_to_shared(tiles, [start, 0], full.index(slot), ring.index(slot))
 
 
 @gluon.jit
 def _load_forward(chunks, column, tiles, shared, CHUNK: gl.constexpr):
     read_tiles, key_tiles, value_tiles, factor_tiles = tiles
-    ring, values, factors, ring_there, ring_free, there, free = shared
+    ring, values, factors, ring_full, ring_empty, full, empty = shared
     for chunk in range(chunks):
         start, slot = chunk * CHUNK, chunk % SLOTS
-        _bring(read_tiles, start, ring, ring_there, ring_free, 2 * chunk)
-        _await_free(free, chunk, SLOTS)
-        mbarrier.expect(there.index(slot), value_tiles.nbytes_per_cta + factor_tiles.nbytes_per_cta)
-        tma.async_copy_global_to_shared(factor_tiles, [chunk * 2, 0], there.index(slot), factors.index(slot))
-        tma.async_copy_global_to_shared(value_tiles, [start, column], there.index(slot), values.index(slot))
-        _bring(key_tiles, start, ring, ring_there, ring_free, 2 * chunk + 1)
+        _load_tile(read_tiles, start, ring, ring_full, ring_empty, 2 * chunk)
+        _wait_empty(empty, chunk, SLOTS)
+        mbarrier.expect(full.index(slot), value_tiles.nbytes_per_cta + factor_tiles.nbytes_per_cta)
+        tma.async_copy_global_to_shared(factor_tiles, [chunk * 2, 0], full.index(slot), factors.index(slot))
+        tma.async_copy_global_to_shared(value_tiles, [start, column], full.index(slot), values.index(slot))
+        _load_tile(key_tiles, start, ring, ring_full, ring_empty, 2 * chunk + 1)
 
 
 @gluon.jit
@@ -122,29 +122,29 @@ def _chain_forward(
     state, chunks, column, written_tiles, state_tiles, stored, shared,
     HEADS: gl.constexpr, DK: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
-    ring, values, factors, ring_there, ring_free, there, free = shared
+    ring, values, factors, ring_full, ring_empty, full, empty = shared
     dtype: gl.constexpr = ring.dtype
     of_state: gl.constexpr = state.type.layout
     of_chunk: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
     for chunk in range(chunks):
         slot, read, key = chunk % SLOTS, 2 * chunk, 2 * chunk + 1
         narrow = state.to(dtype)
-        _await(ring_there, read, RING)
-        said = warpgroup_mma(
+        _wait_full(ring_full, read, RING)
+        recalled = warpgroup_mma(
             gl.convert_layout(narrow, gl.DotOperandLayout(0, of_chunk, 2)), ring.index(read % RING).permute((1, 0)),
             gl.zeros([VALUES, CHUNK], gl.float32, of_chunk), use_acc=False, is_async=True,
         )  # fmt: skip
         tma.store_wait(0)
-        mbarrier.arrive(free.index((chunk + 1) % SLOTS), pred=chunk > 0)
+        mbarrier.arrive(empty.index((chunk + 1) % SLOTS), pred=chunk > 0)
         stored.permute((1, 0)).store(narrow)
         fence_async_shared()
         tma.async_copy_shared_to_global(state_tiles, [chunk * HEADS * DK, column], stored)
-        _await(there, chunk, SLOTS)
+        _wait_full(full, chunk, SLOTS)
         state = state * factors.index(slot).slice(1, 1).slice(0, 1, dim=1).load(of_state)
-        new = values.index(slot).permute((1, 0)).load(of_chunk) - warpgroup_mma_wait(0, deps=[said])
-        mbarrier.arrive(ring_free.index(read % RING))
+        new = values.index(slot).permute((1, 0)).load(of_chunk) - warpgroup_mma_wait(0, deps=[recalled])
+        mbarrier.arrive(ring_empty.index(read % RING))
         decayed = (new * factors.index(slot).slice(0, 1).load(of_chunk)).to(dtype)
-        _await(ring_there, key, RING)
+        _wait_full(ring_full, key, RING)
         state = warpgroup_mma(
             gl.convert_layout(decayed, gl.DotOperandLayout(0, of_state, 2)), ring.index(key % RING), state, is_async=True
         )
@@ -152,16 +152,15 @@ def _chain_forward(
         fence_async_shared()
         tma.async_copy_shared_to_global(written_tiles, [chunk * CHUNK, column], values.index(slot))
         state = warpgroup_mma_wait(0, deps=[state])
-        mbarrier.arrive(ring_free.index(key % RING))
+        mbarrier.arrive(ring_empty.index(key % RING))
     tma.store_wait(0)
     return state
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tokens"])
 def states_forward(
     k, reads, values, factors, states, written, initial, last, tokens,
     HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
-    HAS_INITIAL: gl.constexpr, HAS_LAST: gl.constexpr,
 ):  # fmt: skip
     """Fill `states` [b, chunks, h, DK, DV] with those before each chunk, `written` [b, t, h, DV] with what a chunk writes,
     values - reads S, and `last` fp32 [b, h, DK, DV] with the state after the last chunk. Grid: DV / VALUES, b h."""
@@ -179,15 +178,15 @@ def states_forward(
     value_slots = gl.allocate_shared_memory(dtype, [SLOTS, CHUNK, VALUES], value_tiles.layout)
     factor_slots = gl.allocate_shared_memory(gl.float32, [SLOTS, 2, CHUNK], factor_tiles.layout)
     stored = gl.allocate_shared_memory(dtype, [DK, VALUES], state_tiles.layout)
-    ring_there, ring_free, there, free = _barriers(RING), _barriers(RING), _barriers(SLOTS), _barriers(SLOTS)
+    ring_full, ring_empty, full, empty = _barriers(RING), _barriers(RING), _barriers(SLOTS), _barriers(SLOTS)
 
     value, key = gl.arange(0, VALUES, gl.SliceLayout(1, of_state)), gl.arange(0, DK, gl.SliceLayout(0, of_state))
     at = row.to(gl.int64) * DK * DV + column + value[:, None] + key[None, :] * DV
-    if HAS_INITIAL:
+    if initial is not None:
         state = gl.load(initial + at)
     else:
         state = gl.zeros([VALUES, DK], gl.float32, of_state)
-    shared = (ring, value_slots, factor_slots, ring_there, ring_free, there, free)
+    shared = (ring, value_slots, factor_slots, ring_full, ring_empty, full, empty)
     tiles = (read_tiles, key_tiles, value_tiles, factor_tiles)
     state = gl.warp_specialize(
         [
@@ -197,26 +196,26 @@ def states_forward(
         [1],
         [40],
     )
-    if HAS_LAST:
+    if last is not None:
         gl.store(last + at, state)
 
 
 @gluon.jit
 def _load_backward(chunks, column, tiles, shared, CHUNK: gl.constexpr):
     key_tiles, query_tiles, read_tiles, out_tiles, local_tiles, factor_tiles = tiles
-    ring, outs, locals_, factors, ring_there, ring_free, there, free = shared
+    ring, outs, locals_, factors, ring_full, ring_empty, full, empty = shared
     for step in range(chunks):
         chunk, slot = chunks - 1 - step, step % SLOTS
         start = chunk * CHUNK
-        _bring(key_tiles, start, ring, ring_there, ring_free, 3 * step)
-        _await_free(free, step, SLOTS)
+        _load_tile(key_tiles, start, ring, ring_full, ring_empty, 3 * step)
+        _wait_empty(empty, step, SLOTS)
         size: gl.constexpr = out_tiles.nbytes_per_cta + local_tiles.nbytes_per_cta + factor_tiles.nbytes_per_cta
-        mbarrier.expect(there.index(slot), size)
-        tma.async_copy_global_to_shared(factor_tiles, [chunk * 2, 0], there.index(slot), factors.index(slot))
-        tma.async_copy_global_to_shared(out_tiles, [start, column], there.index(slot), outs.index(slot))
-        tma.async_copy_global_to_shared(local_tiles, [start, column], there.index(slot), locals_.index(slot))
-        _bring(query_tiles, start, ring, ring_there, ring_free, 3 * step + 1)
-        _bring(read_tiles, start, ring, ring_there, ring_free, 3 * step + 2)
+        mbarrier.expect(full.index(slot), size)
+        tma.async_copy_global_to_shared(factor_tiles, [chunk * 2, 0], full.index(slot), factors.index(slot))
+        tma.async_copy_global_to_shared(out_tiles, [start, column], full.index(slot), outs.index(slot))
+        tma.async_copy_global_to_shared(local_tiles, [start, column], full.index(slot), locals_.index(slot))
+        _load_tile(query_tiles, start, ring, ring_full, ring_empty, 3 * step + 1)
+        _load_tile(read_tiles, start, ring, ring_full, ring_empty, 3 * step + 2)
 
 
 @gluon.jit
@@ -224,7 +223,7 @@ def _chain_backward(
     state, chunks, column, written_tiles, state_tiles, stored, shared,
     HEADS: gl.constexpr, DK: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
-    ring, outs, locals_, factors, ring_there, ring_free, there, free = shared
+    ring, outs, locals_, factors, ring_full, ring_empty, full, empty = shared
     dtype: gl.constexpr = ring.dtype
     of_state: gl.constexpr = state.type.layout
     of_chunk: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
@@ -232,25 +231,25 @@ def _chain_backward(
         chunk, slot = chunks - 1 - step, step % SLOTS
         key, query, read = 3 * step, 3 * step + 1, 3 * step + 2
         narrow = state.to(dtype)
-        _await(there, step, SLOTS)
+        _wait_full(full, step, SLOTS)
         state = state * factors.index(slot).slice(1, 1).slice(0, 1, dim=1).load(of_state)
-        _await(ring_there, key, RING)
-        _await(ring_there, query, RING)
+        _wait_full(ring_full, key, RING)
+        _wait_full(ring_full, query, RING)
         new = warpgroup_mma(
             gl.convert_layout(narrow, gl.DotOperandLayout(0, of_chunk, 2)), ring.index(key % RING).permute((1, 0)),
             gl.zeros([VALUES, CHUNK], gl.float32, of_chunk), use_acc=False, is_async=True,
         )  # fmt: skip
         state = warpgroup_mma(outs.index(slot).permute((1, 0)), ring.index(query % RING), state, is_async=True)
         tma.store_wait(0)
-        mbarrier.arrive(free.index((step + 1) % SLOTS), pred=step > 0)
+        mbarrier.arrive(empty.index((step + 1) % SLOTS), pred=step > 0)
         stored.permute((1, 0)).store(narrow)
         fence_async_shared()
         tma.async_copy_shared_to_global(state_tiles, [chunk * HEADS * DK, column], stored)
         new = warpgroup_mma_wait(1, deps=[new])
-        mbarrier.arrive(ring_free.index(key % RING))
+        mbarrier.arrive(ring_empty.index(key % RING))
         local = locals_.index(slot).permute((1, 0))
         new = (new * factors.index(slot).slice(0, 1).load(of_chunk) + local.load(of_chunk)).to(dtype)
-        _await(ring_there, read, RING)
+        _wait_full(ring_full, read, RING)
         state = warpgroup_mma(
             gl.convert_layout(-new, gl.DotOperandLayout(0, of_state, 2)), ring.index(read % RING), state, is_async=True
         )
@@ -258,17 +257,16 @@ def _chain_backward(
         fence_async_shared()
         tma.async_copy_shared_to_global(written_tiles, [chunk * CHUNK, column], locals_.index(slot))
         state = warpgroup_mma_wait(0, deps=[state])
-        mbarrier.arrive(ring_free.index(query % RING))
-        mbarrier.arrive(ring_free.index(read % RING))
+        mbarrier.arrive(ring_empty.index(query % RING))
+        mbarrier.arrive(ring_empty.index(read % RING))
     tma.store_wait(0)
     return state
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tokens"])
 def states_backward(
     q, k, reads, factors, grad_out, grad_local, grad_states, grad_written, grad_last, grad_initial, tokens,
     HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
-    HAS_LAST: gl.constexpr, HAS_INITIAL: gl.constexpr,
 ):  # fmt: skip
     """Fill `grad_states` [b, chunks, h, DK, DV] with the gradients of the states after each chunk, `grad_written` [b, t, h, DV]
     with those of `written`, of which grad_local is the share of the chunk's own outputs, and `grad_initial`; q are those of
@@ -290,15 +288,15 @@ def states_backward(
     locals_ = gl.allocate_shared_memory(dtype, [SLOTS, CHUNK, VALUES], local_tiles.layout)
     factor_slots = gl.allocate_shared_memory(gl.float32, [SLOTS, 2, CHUNK], factor_tiles.layout)
     stored = gl.allocate_shared_memory(dtype, [DK, VALUES], state_tiles.layout)
-    ring_there, ring_free, there, free = _barriers(RING), _barriers(RING), _barriers(SLOTS), _barriers(SLOTS)
+    ring_full, ring_empty, full, empty = _barriers(RING), _barriers(RING), _barriers(SLOTS), _barriers(SLOTS)
 
     value, key = gl.arange(0, VALUES, gl.SliceLayout(1, of_state)), gl.arange(0, DK, gl.SliceLayout(0, of_state))
     at = row.to(gl.int64) * DK * DV + column + value[:, None] + key[None, :] * DV
-    if HAS_LAST:
+    if grad_last is not None:
         state = gl.load(grad_last + at)
     else:
         state = gl.zeros([VALUES, DK], gl.float32, of_state)
-    shared = (ring, outs, locals_, factor_slots, ring_there, ring_free, there, free)
+    shared = (ring, outs, locals_, factor_slots, ring_full, ring_empty, full, empty)
     tiles = (key_tiles, query_tiles, read_tiles, out_tiles, local_tiles, factor_tiles)
     state = gl.warp_specialize(
         [
@@ -308,5 +306,5 @@ def states_backward(
         [1],
         [40],
     )
-    if HAS_INITIAL:
+    if grad_initial is not None:
         gl.store(grad_initial + at, state)

@@ -144,9 +144,10 @@ class SsdPart(NamedTuple):
         if ssd_implementation(x) != "mamba_ssm":
             run = functools.partial(ssd, output_final_state=True, begins=begins)
             return *_again(run, self[:6], before, grad_out, grad_after), None
-        wide = dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), D.float()
-        documents = document_numbers(x, begins)
-        dx, ddt, dA, dB, dC, dD, _ = mamba_ssm_gradients(x, *wide, before, documents, grad_out, grad_after)
+        dx, ddt, dA, dB, dC, dD, _ = mamba_ssm_gradients(
+            x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), D.float(), before, document_numbers(x, begins), grad_out,
+            grad_after,
+        )  # fmt: skip
         return dx, ddt.to(dt), dA.to(A), dB.to(B), dC.to(C), dD.to(D), None
 
 

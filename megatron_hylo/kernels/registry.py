@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -180,6 +181,11 @@ def library_obstacle(library: str, module: str, x: torch.Tensor, advice: str) ->
         return Obstacle(f"{library} has no float64 kernels")
     error = import_error(module)
     return Obstacle(f"{module} does not import: {error}", advice) if error else None
+
+
+def triton_version() -> tuple[int, ...]:
+    """(major, minor, patch) of the Triton that is installed."""
+    return tuple(int(part) for part in re.findall(r"\d+", importlib.import_module("triton").__version__)[:3])
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import importlib
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from megatron_hylo.kernels.registry import library_obstacle, select
@@ -78,8 +79,8 @@ def ssd(
     if x.shape[1] == 1:  # one token: the recurrence itself is the fastest
         return recurrent_ssd(x, dt, A, B, C, D, initial_state, output_final_state, begins)
     if ssd_implementation(x) == "mamba_ssm":
-        wide = [None if y is None else y.float() for y in (dt, A, D, initial_state)]
-        y, state = _MambaSsm.apply(x, *wide[:2], B.to(x.dtype), C.to(x.dtype), *wide[2:], document_numbers(x, begins))
+        dt, A, D, initial_state = (None if y is None else y.float() for y in (dt, A, D, initial_state))
+        y, state = _MambaSsm.apply(x, dt, A, B.to(x.dtype), C.to(x.dtype), D, initial_state, document_numbers(x, begins))
         return y, state if output_final_state else None
     with torch.autocast(x.device.type, enabled=False):
         return _chunked(x, dt, A, B, C, D, initial_state, output_final_state, begins)
@@ -124,6 +125,7 @@ class _MambaSsm(torch.autograd.Function):
         return out, last
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out: torch.Tensor | None, grad_last: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x = ctx.saved_tensors[0]
         grad_out = torch.zeros_like(x) if grad_out is None else grad_out
@@ -142,13 +144,16 @@ def mamba_ssm_gradients(
     grad_out: torch.Tensor,
     grad_last: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Of x, dt, A, B, C, D and the initial state, by mamba_ssm's kernels.
+    """The backward pass of `ssd` by mamba_ssm's kernels, its forward pass run again as far as needed.
 
     Args:
-        x, B, C: of one dtype; `dt`, `A`, `D` and states float32; else as of `ssd`.
+        x, B, C: of one dtype; dt, A, D and states float32; else as of `ssd`.
         documents: of `document_numbers`.
         grad_out: of the outputs, like x.
-        grad_last: of the last state, or None.
+        grad_last: of the last state, float32, or None.
+
+    Returns:
+        Gradients of x, dt, A, B, C, D and the initial state; None for those that are None.
     """
     with _SumsOfOne():
         dx, ddt, dA, dB, dC, dD, _, _, dstate = importlib.import_module(MAMBA_MODULE)._mamba_chunk_scan_combined_bwd(

@@ -134,7 +134,7 @@ def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | No
 
 
 def _passing_numbers(c: ModelConfig, symbol: str, ranks: int) -> float:
-    """What the backward pass of a linear layer has besides what the layer kept, and its gradients: numbers a token."""
+    """What the backward pass of a linear layer has besides twice what the layer kept, fitted: numbers a token."""
     if symbol == "G":  # what the chunks' triangular systems give
         return 2 * c.linear_num_heads * (c.linear_key_head_dim + c.linear_value_head_dim) / ranks
     return SCRATCH * c.mamba_num_heads / ranks if symbol == "M" else 0.0

@@ -1,11 +1,13 @@
 """State-space duality: chunked form against the token-by-token definition."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megatron_hylo.kernels.registry import force, import_error
-from megatron_hylo.kernels.ssd import MAMBA_MODULE, _SumsOfOne, recurrent_ssd, segment_sum, ssd
+from megatron_hylo.kernels.ssd import MAMBA_CHUNK, MAMBA_MODULE, _SumsOfOne, document_numbers, recurrent_ssd, segment_sum, ssd
 from tests.kernels.compare import relative_error, worst_error
 
 
@@ -119,6 +121,27 @@ def test_mamba_ssm_matches_recurrence_on_gpu(t: int, p: int, n: int) -> None:
     values = inputs(t, torch.bfloat16, p=p, n=n, device="cuda")
     with force("ssd", "mamba_ssm"):
         assert worst_error(ssd, recurrent_ssd, values) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("used", ["both", "output", "state"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_mamba_ssm_s_own_function_gives_the_same(skip: bool, used: str) -> None:
+    """Of whose backward pass copies are left out; with documents."""
+    if error := import_error(MAMBA_MODULE):
+        pytest.skip(f"needs mamba_ssm: {error}")
+    values = inputs(600, torch.bfloat16, p=64, n=64, device="cuda")
+    x, dt, A, B, C, D, state = values
+    begins, D = torch.arange(600, device="cuda") == 300, D if skip else None
+    documents, theirs = document_numbers(x, begins), importlib.import_module(MAMBA_MODULE).mamba_chunk_scan_combined
+    settings = dict(D=D, initial_states=state, seq_idx=documents, return_final_states=True)
+    found = []
+    for out, last in (ssd(x, dt, A, B, C, D, state, True, begins), theirs(x, dt, A, B, C, MAMBA_CHUNK, **settings)):
+        loss = (out.float().square().sum() if used != "state" else 0) + (last.square().sum() if used != "output" else 0)
+        found.append([out, last, *torch.autograd.grad(loss, values, allow_unused=True)])
+    for mine, his in zip(*found, strict=True):
+        assert (mine is None) == (his is None) and (mine is None or relative_error(mine, his) < 1e-5)
 
 
 def test_documents_equal_separate_calls_and_the_last_state() -> None:

@@ -90,8 +90,8 @@ def test_exported_folder_needs_nothing_of_ours(one_rank, tmp_path, ids):
 def test_all_files_that_are_imported_are_copied(tmp_path):
     names = {path.name for path in copy_modelling_code(tmp_path)}
     assert names == {path.name for path in tmp_path.iterdir()}
-    kernels = {"attention.py", "attention_after_prefix.py", "causal_conv1d.py", "delta_rule_states.py", "gated_delta_rule.py",
-               "norm.py", "registry.py", "rope.py", "ssd.py", "tuned.py"}  # fmt: skip
+    kernels = {"attention.py", "attention_after_prefix.py", "causal_conv1d.py", "delta_rule_chain.py", "delta_rule_states.py",
+               "gated_delta_rule.py", "norm.py", "registry.py", "rope.py", "ssd.py", "tuned.py"}  # fmt: skip
     assert names == {"modeling_hylo.py", "configuration_hylo.py", "cache_hylo.py"} | kernels
 
 
