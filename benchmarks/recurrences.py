@@ -11,17 +11,16 @@ stay between the recomputed forward pass and the backward pass. Prints a table a
 import importlib
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
-from report import device_name, report
+from report import device_name, report, seconds
 from torch import Tensor
 
-from megatron_hylo.kernels.delta_rule_chain import CHUNK
+from megatron_hylo.kernels.delta_rule_states import CHUNK
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.kernels.registry import force, in_use
 from megatron_hylo.kernels.ssd import MAMBA_CHUNK, MAMBA_MODULE, ssd
@@ -91,9 +90,9 @@ def delta_rules(b: int, t: int, h: int, dk: int, dv: int) -> dict[str, tuple[Run
         out, _ = gated_delta_rule(*inputs, keep_states=keep_states)
         return out, *torch.autograd.grad(out, inputs, upstream)
 
-    moved = 2 * b * t * h * (3 * 2 * dk + 3 * 2 * dv - dv)  # q, k, v, o; do again with q, k, v; dq, dk, dv
+    moved = 2 * b * t * h * (6 * dk + 5 * dv)  # q, k, v, o; do again with q, k, v; dq, dk, dv
     # a chunk forward: keys with keys, what the system gives, reads of the state, its update, outputs; twice that backward
-    forward = 2 * CHUNK * (CHUNK * (2 * dk + dk + dv + dv) + 3 * dk * dv)
+    forward = 2 * CHUNK * (CHUNK * (3 * dk + 2 * dv) + 3 * dk * dv)
     products = 3 * b * h * -(-t // CHUNK) * forward
     return {
         "Gated DeltaNet": (lambda: ours(False), peer, moved, products),
@@ -117,7 +116,7 @@ def scan(b: int, t: int, h: int, p: int, n: int) -> tuple[Run, Run, float, float
         out, _ = ssd(*inputs)
         return out, *torch.autograd.grad(out, inputs, upstream)
 
-    moved = 2 * b * t * h * (3 * 2 * n + 5 * p)
+    moved = 2 * b * t * h * (6 * n + 5 * p)
     forward = 2 * MAMBA_CHUNK * (MAMBA_CHUNK * (n + p) + 2 * n * p)
     return ours, peer, moved, 3 * b * h * -(-t // MAMBA_CHUNK) * forward
 
@@ -127,12 +126,9 @@ def times(ours: Run, peer: Run, repeats: int) -> tuple[float, float]:
     found: tuple[list[float], list[float]] = ([], [])
     for i in range(repeats + 3):
         for run, values in zip((ours, peer), found, strict=True):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            torch.cuda.synchronize()
+            took = 1e3 * seconds(run)
             if i >= 3:
-                values.append(1e3 * (time.perf_counter() - start))
+                values.append(took)
     return statistics.median(found[0]), statistics.median(found[1])
 
 

@@ -32,6 +32,8 @@ def register() -> None:
     backends = importlib.import_module("fla.backends")
 
     class Chain(backends.BaseBackend):
+        """By fla's names for its functions; the verifier of each tells whether a call is for the method after it."""
+
         backend_type = "hylo"
         priority = -1  # before all that come with fla
 

@@ -13,7 +13,7 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
-from megatron_hylo.kernels.delta_rule_chain import register
+from megatron_hylo.kernels.delta_rule_chain import register as register_chain
 from megatron_hylo.kernels.delta_rule_states import CHUNK, KeptStates
 from megatron_hylo.kernels.registry import Obstacle, library_obstacle, select, triton_version
 from megatron_hylo.kernels.ssd import segment_sum
@@ -75,7 +75,10 @@ def gated_delta_rule(
 
 def delta_rule_implementation(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> str:
     """The registry's choice for keys [b, t, h, dk] and values [b, t, h, dv]; `differentiates`: as in `fla_obstacle`."""
-    return select("gated_delta_rule", "fla", fla_obstacle(k, v, differentiates))
+    implementation = select("gated_delta_rule", "fla", fla_obstacle(k, v, differentiates))
+    if implementation == "fla":
+        register_chain()  # kernels of ours that fla's functions call where they can
+    return implementation
 
 
 def fla_obstacle(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Obstacle | None:
@@ -90,7 +93,6 @@ def fla_obstacle(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Obst
         return obstacle
     if k.shape[-1] > FLA_MAX_KEY_DIM:
         return Obstacle(f"fla takes keys up to {FLA_MAX_KEY_DIM} wide, not {k.shape[-1]}")
-    register()  # kernels of ours that fla's functions call where they can
     return triton_obstacle(torch.cuda.get_device_capability(v.device)) if differentiates else None
 
 

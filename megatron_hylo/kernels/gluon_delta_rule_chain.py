@@ -76,6 +76,18 @@ def _factor_tiles(factors, row, chunks, CHUNK: gl.constexpr):
 
 
 @gluon.jit
+def _first_state(before, row, column, DK: gl.constexpr, DV: gl.constexpr, VALUES: gl.constexpr, layout: gl.constexpr):
+    """The state [VALUES, DK] that a program begins with, zeros without `before`; where it lies in fp32 [b, h, DK, DV]."""
+    value, key = gl.arange(0, VALUES, gl.SliceLayout(1, layout)), gl.arange(0, DK, gl.SliceLayout(0, layout))
+    at = row.to(gl.int64) * DK * DV + column + value[:, None] + key[None, :] * DV
+    if before is not None:
+        state = gl.load(before + at)
+    else:
+        state = gl.zeros([VALUES, DK], gl.float32, layout)
+    return state, at
+
+
+@gluon.jit
 def _barriers(COUNT: gl.constexpr):
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
@@ -180,12 +192,7 @@ def states_forward(
     stored = gl.allocate_shared_memory(dtype, [DK, VALUES], state_tiles.layout)
     ring_full, ring_empty, full, empty = _barriers(RING), _barriers(RING), _barriers(SLOTS), _barriers(SLOTS)
 
-    value, key = gl.arange(0, VALUES, gl.SliceLayout(1, of_state)), gl.arange(0, DK, gl.SliceLayout(0, of_state))
-    at = row.to(gl.int64) * DK * DV + column + value[:, None] + key[None, :] * DV
-    if initial is not None:
-        state = gl.load(initial + at)
-    else:
-        state = gl.zeros([VALUES, DK], gl.float32, of_state)
+    state, at = _first_state(initial, row, column, DK, DV, VALUES, of_state)
     shared = (ring, value_slots, factor_slots, ring_full, ring_empty, full, empty)
     tiles = (read_tiles, key_tiles, value_tiles, factor_tiles)
     state = gl.warp_specialize(
@@ -290,12 +297,7 @@ def states_backward(
     stored = gl.allocate_shared_memory(dtype, [DK, VALUES], state_tiles.layout)
     ring_full, ring_empty, full, empty = _barriers(RING), _barriers(RING), _barriers(SLOTS), _barriers(SLOTS)
 
-    value, key = gl.arange(0, VALUES, gl.SliceLayout(1, of_state)), gl.arange(0, DK, gl.SliceLayout(0, of_state))
-    at = row.to(gl.int64) * DK * DV + column + value[:, None] + key[None, :] * DV
-    if grad_last is not None:
-        state = gl.load(grad_last + at)
-    else:
-        state = gl.zeros([VALUES, DK], gl.float32, of_state)
+    state, at = _first_state(grad_last, row, column, DK, DV, VALUES, of_state)
     shared = (ring, outs, locals_, factor_slots, ring_full, ring_empty, full, empty)
     tiles = (key_tiles, query_tiles, read_tiles, out_tiles, local_tiles, factor_tiles)
     state = gl.warp_specialize(

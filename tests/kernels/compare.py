@@ -48,3 +48,9 @@ def interpreted(module: str) -> str:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def interpreted_errors(module: str) -> dict[str, float]:
+    """Of a module that prints, among other things, a line "ERROR name number" for each."""
+    found = [line.split() for line in interpreted(module).splitlines() if line.startswith("ERROR ")]
+    return {name: float(error) for _, name, error in found}

@@ -6,12 +6,13 @@ Prints a line a result: "ERROR name relative-error".
 import torch
 
 from megatron_hylo.kernels import delta_rule_chain
+from megatron_hylo.kernels.delta_rule_states import CHUNK
 from megatron_hylo.kernels.gluon_delta_rule_chain import decayed_queries
 from tests.kernels.compare import relative_error
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    b, t, h, dk, chunk, scale = 2, 150, 3, 128, delta_rule_chain.CHUNK, 0.3
+    b, t, h, dk, chunk, scale = 2, 150, 3, 128, CHUNK, 0.3
     since = -torch.rand(b, t, h).double()
     found = delta_rule_chain._factors(since.float())
     for name, row in (("to-end", 0), ("whole", 1)):

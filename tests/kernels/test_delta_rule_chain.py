@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.kernels import delta_rule_chain
-from megatron_hylo.kernels.delta_rule_chain import CHUNK, states_backward, states_forward
+from megatron_hylo.kernels.delta_rule_chain import states_backward, states_forward
+from megatron_hylo.kernels.delta_rule_states import CHUNK
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
 from megatron_hylo.kernels.registry import force, in_use
-from tests.kernels.compare import interpreted, relative_error, worst_error
+from tests.kernels.compare import interpreted_errors, relative_error, worst_error
 from tests.kernels.test_gated_delta_rule import inputs
 
 SCALE = 0.2
@@ -48,8 +49,7 @@ def tensors(b: int, t: int, h: int, dk: int, dv: int, device: str) -> dict[str, 
 
 def test_small_kernels_equal_their_formulas_in_triton_s_interpreter() -> None:
     pytest.importorskip("triton.experimental.gluon")
-    found = [line.split() for line in interpreted("delta_rule_chain_cases").splitlines() if line.startswith("ERROR ")]
-    errors = {name: float(error) for _, name, error in found}
+    errors = interpreted_errors("delta_rule_chain_cases")
     assert set(errors) == {"to-end", "whole", "queries"} and max(errors.values()) < 1e-6, errors
 
 

@@ -11,7 +11,7 @@ from megatron_hylo.kernels.recurrence_part import DeltaRulePart, SsdPart, state_
 from megatron_hylo.kernels.registry import force
 from megatron_hylo.kernels.ssd import MAMBA_MODULE, ssd
 from tests.kernels import test_gated_delta_rule, test_ssd
-from tests.kernels.compare import interpreted, relative_error
+from tests.kernels.compare import interpreted_errors, relative_error
 
 
 def delta_rule_errors(inputs: list[Tensor]) -> dict[str, float]:
@@ -61,11 +61,7 @@ def test_a_part_of_mamba2(documents: bool) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None or importlib.util.find_spec("fla") is None, reason="needs fla")
 def test_fla_s_kernels_in_triton_s_interpreter() -> None:
     """On the CPU, in fp32: what ranks, and layers that keep states, call of fla and its own layer does not."""
-    errors = {
-        line.split()[1]: float(line.split()[2])
-        for line in interpreted("fla_interpreted").splitlines()
-        if line.startswith("ERROR ")
-    }
+    errors = interpreted_errors("fla_interpreted")
     assert len(errors) == 8 + 1 + 2 * (4 + 5) and max(errors.values()) < 1e-5, errors
 
 
