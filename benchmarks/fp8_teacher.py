@@ -20,20 +20,20 @@ from jsonargparse import auto_cli
 from report import device_name, free_memory, report, seconds
 
 from megatron_hylo.config import Fp8
+from megatron_hylo.config.layouts import BASES
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
+from megatron_hylo.io.atomic import is_sealed
 from megatron_hylo.kernels.registry import in_use
-from megatron_hylo.layouts import BASES
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.platform.distributed import session
-from megatron_hylo.sealed import is_sealed
 
 COLUMNS = ("teacher", "weights, GiB", "tokens", "bf16, ms", "FP8, ms", "bf16 / FP8", "FP8, TFLOP/s")
 PRECISIONS = ("bf16", "fp8")

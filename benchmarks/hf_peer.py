@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel
 
+from megatron_hylo.config.layouts import BASES
 from megatron_hylo.convert.hf_config import hf_config_from_model
+from megatron_hylo.hf.configuration_hylo import HyloConfig
+from megatron_hylo.hf.modeling_hylo import HyloForCausalLM
 from megatron_hylo.kernels.registry import force
-from megatron_hylo.layouts import BASES
-from megatron_hylo.serve.hf.configuration_hylo import HyloConfig
-from megatron_hylo.serve.hf.modeling_hylo import HyloForCausalLM
 
 
 def measure_peer(layout: str, teacher: str | None, length: int, batch: int, steps: int, recompute: bool) -> tuple[float, float]:

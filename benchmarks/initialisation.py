@@ -18,10 +18,10 @@ from report import device_name, random_text, report
 
 from megatron_hylo.calibrate.gather import calibrate
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.convert.upcycle_folder import upcycle_folder
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import session
+from megatron_hylo.upcycle.run import upcycle_folder
 
 MIXERS = {"MLA": "+-", "Gated DeltaNet": "G-", "Mamba2": "M-"}
 

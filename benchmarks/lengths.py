@@ -22,14 +22,14 @@ from jsonargparse import auto_cli
 from report import architecture, device_name, free_memory, report, seconds
 
 from megatron_hylo.config import ParallelConfig
+from megatron_hylo.config.layouts import BASES
+from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.kernels.registry import in_use
-from megatron_hylo.layouts import BASES
 from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import session
-from megatron_hylo.train.config import TrainConfig
-from megatron_hylo.train.health import SkippedSteps
 from megatron_hylo.train.loop import training_step
+from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.optimizer import build_training_state, choose_trainable
 from megatron_hylo.train.stages import get_stage
 

@@ -23,13 +23,13 @@ from jsonargparse import auto_cli
 from report import device_name, random_text, report
 from scaling import measure
 
-from megatron_hylo.distill.remote_teacher import RemoteTeacher
-from megatron_hylo.distill.serve_teacher import Replica
-from megatron_hylo.layouts import BASES
+from megatron_hylo.config.layouts import BASES
+from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import session
-from megatron_hylo.train.config import TrainConfig
+from megatron_hylo.teachers.remote import RemoteTeacher
+from megatron_hylo.teachers.server import Replica
 
 TIMEOUT = timedelta(minutes=10)
 COLUMNS = (

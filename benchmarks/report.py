@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.layouts import BASES, get_layout
+from megatron_hylo.config.layouts import BASES, get_layout
 
 
 def device_name() -> str:

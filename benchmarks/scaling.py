@@ -28,19 +28,19 @@ from megatron.core import parallel_state
 from report import architecture, device_name, free_memory, random_text, report
 
 from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.config.layouts import BASES
+from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.data.packed import PackedDataset
-from megatron_hylo.distill.signal import TeacherSignal
+from megatron_hylo.io.atomic import write_json
 from megatron_hylo.kernels.registry import in_use
-from megatron_hylo.layouts import BASES
 from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token, peak_flops
 from megatron_hylo.platform.distributed import device, initialize, is_main, shutdown
-from megatron_hylo.sealed import write_json
-from megatron_hylo.train.config import OptimizerSettings, TrainConfig
-from megatron_hylo.train.feed import rank_batches
-from megatron_hylo.train.health import SkippedSteps
+from megatron_hylo.teachers.signal import TeacherSignal
+from megatron_hylo.train.data_loader import rank_batches
 from megatron_hylo.train.loop import training_step
+from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.optimizer import build_training_state, choose_trainable
 from megatron_hylo.train.stages import get_stage
 

@@ -22,13 +22,13 @@ from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import DocumentStore, heldout_windows
 from megatron_hylo.data.preprocess import preprocess
-from megatron_hylo.distill.code_blocks import compress_block, decompress_block
-from megatron_hylo.distill.hidden_codec import HiddenCodec, fit_axes, fit_step, token_kl
-from megatron_hylo.distill.teacher_store import BLOCK, SegmentReader, fit_sample
 from megatron_hylo.eval.perplexity import hidden_states
+from megatron_hylo.io.atomic import is_sealed
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.platform.distributed import session
-from megatron_hylo.sealed import is_sealed
+from megatron_hylo.teachers.entropy_coding import compress_block, decompress_block
+from megatron_hylo.teachers.hidden_codec import HiddenCodec, fit_axes, fit_step, token_kl
+from megatron_hylo.teachers.store import BLOCK, SegmentReader, fit_sample
 
 COLUMNS = ("stored", "bytes a token", "mean KL", "99 % below", "largest", "read, tokens/s")
 

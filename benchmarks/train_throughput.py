@@ -20,12 +20,12 @@ from jsonargparse import auto_cli
 from report import architecture, device_name, free_memory, random_text, report
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.layouts import BASES
+from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.kernels.registry import in_use
-from megatron_hylo.layouts import BASES
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import session
-from megatron_hylo.train.config import TrainConfig
 from megatron_hylo.train.loop import train
 
 COLUMNS = ("stage", "sequence", "batch", "CUDA graphs", "tokens/s", "x the peer", "MFU %", "peak GiB")

@@ -6,7 +6,7 @@ python tools/convert_hf_to_megatron.py HF_DIR MODEL_DIR [--overwrite]
 
 import sys
 
-from megatron_hylo.cli import main
+from megatron_hylo.cli.main import main
 
 if __name__ == "__main__":
     main(["convert", *sys.argv[1:], "--to", "megatron"])

@@ -34,10 +34,10 @@ from rich.progress import track
 from rich.table import Table
 
 from megatron_hylo.config import ModelConfig, ParallelConfig
+from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import session
-from megatron_hylo.train.config import TrainConfig
 
 STEPS, SAVE_INTERVAL = 24, 4
 TIMEOUT_MINUTES = 0.4

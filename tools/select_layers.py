@@ -6,7 +6,7 @@ python tools/select_layers.py TEACHER_DIR --mla MLA_DIR --linear LINEAR_DIR --da
 
 import sys
 
-from megatron_hylo.cli import main
+from megatron_hylo.cli.main import main
 
 if __name__ == "__main__":
     main(["select", *sys.argv[1:]])

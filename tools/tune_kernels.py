@@ -26,13 +26,13 @@ import torch
 from filelock import FileLock
 from jsonargparse import auto_cli
 
+from megatron_hylo.config.layouts import LAYOUTS
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.kernels.recurrence_part import DeltaRulePart
 from megatron_hylo.kernels.registry import force
 from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.kernels.tuned import FOLDER, found
-from megatron_hylo.layouts import LAYOUTS
 
 SHORT = (16, 2048)  # sequences, tokens: fill the GPU; compiled kernels are the same for any other length that 128 divides
 # one chunk waits for another, and a long sequence alone has too few heads to fill the GPU: many small blocks are best then

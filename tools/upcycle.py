@@ -6,7 +6,7 @@ python tools/upcycle.py TEACHER_DIR HYBRID_DIR --layout llama3.2-1b-4mla12gdn
 
 import sys
 
-from megatron_hylo.cli import main
+from megatron_hylo.cli.main import main
 
 if __name__ == "__main__":
     main(["upcycle", *sys.argv[1:]])

@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.sealed import MANIFEST, verify_sealed
+from megatron_hylo.io.atomic import MANIFEST, verify_sealed
 
 FORMAT, VERSION = "megatron_hylo.calibration", 1
 LOOK_BACK_TOKENS, RECEPTION_TOKENS = 512, 32

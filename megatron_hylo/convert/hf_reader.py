@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.convert.hf_config import model_config_from_hf
-from megatron_hylo.tensor_names import tensor_names
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -146,7 +146,7 @@ def load_transformers_model(path: str | Path) -> Any:
     path = Path(path)
     gguf = gguf_file(path)
     if gguf is None and read_hf_config(path).get("model_type") == "hylo":
-        from megatron_hylo.serve.hf import HyloForCausalLM
+        from megatron_hylo.hf import HyloForCausalLM
 
         return HyloForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     where = dict(gguf_file=gguf.name) if gguf else {}

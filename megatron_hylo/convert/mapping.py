@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.tensor_names import MLA_BIASED
+from megatron_hylo.config.tensor_names import MLA_BIASED
 
 
 @dataclass(frozen=True)

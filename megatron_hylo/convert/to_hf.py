@@ -12,9 +12,9 @@ from megatron_hylo.convert.hf_config import HYLO_MODEL_TYPE, hf_config_from_mode
 from megatron_hylo.convert.hf_reader import INDEX, SINGLE
 from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.to_megatron import Track, no_progress
+from megatron_hylo.io.atomic import sealed_directory, write_json
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.sealed import sealed_directory, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -66,7 +66,7 @@ def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, trac
     write_json(folder / "config.json", values)
     write_shards(hf_tensors(model, track), folder)
     if values["model_type"] == HYLO_MODEL_TYPE:
-        from megatron_hylo.serve.export import copy_modelling_code
+        from megatron_hylo.hf.export import copy_modelling_code
 
         copy_modelling_code(folder)
     if tokenizer is not None and tokenizer.is_dir():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.cache import logger, run_tool, working
+from megatron_hylo.io.cache import logger, run_tool, working
 
 OWN_TEXT = "check the network, or train on your own text with --text DIR"
 

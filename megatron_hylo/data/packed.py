@@ -17,7 +17,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.sealed import DamagedError
+from megatron_hylo.io.atomic import DamagedError
 
 DOCUMENT_ORDER, WINDOW_ORDER = 0, 1  # streams of random numbers of an epoch
 IGNORED = -100  # label of a token whose continuation is not to be learnt

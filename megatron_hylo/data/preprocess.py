@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.hf_reader import load_transformers_tokenizer
 from megatron_hylo.data.artefacts import Document, read_documents
-from megatron_hylo.sealed import sealed_directory, sha256, write_json
+from megatron_hylo.io.atomic import sealed_directory, sha256, write_json
 
 logger = logging.getLogger("megatron_hylo.data")
 SPLITS = ("train", "heldout")

@@ -22,10 +22,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
 from megatron_hylo.config import ConfigError, Fp8, ModelConfig, ParallelConfig, from_dict
+from megatron_hylo.io.atomic import barrier, hash_early, sealed_directory, verify_sealed, write_json
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.specs import BackendName
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.sealed import barrier, hash_early, sealed_directory, verify_sealed, write_json
 
 FORMAT, VERSION = "megatron_hylo.model", 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

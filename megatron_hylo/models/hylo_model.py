@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor, nn
 
 from megatron_hylo.config import Fp8, ModelConfig, ParallelConfig, recomputed_layers
-from megatron_hylo.layouts import pipeline_pattern
+from megatron_hylo.config.layouts import pipeline_pattern
 from megatron_hylo.models.fp8 import check_fp8, check_fp8_widths
 from megatron_hylo.models.specs import BackendName, get_backend, hybrid_stack_spec, megatron_pattern
 from megatron_hylo.models.transformer_config import build_transformer_config

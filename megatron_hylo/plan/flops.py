@@ -5,7 +5,7 @@ import time
 import torch
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.layouts import mixer_parameters
+from megatron_hylo.config.layouts import mixer_parameters
 
 # Dense bf16 peaks, FLOP/s, by a word of the device's name (vendor data sheets).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}

@@ -28,9 +28,9 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from megatron_hylo.config import ModelConfig, recomputed_layers
-from megatron_hylo.distill.signal import TeacherSignal
+from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.models.offload import offloaded_units
-from megatron_hylo.train.config import TrainConfig
+from megatron_hylo.teachers.signal import TeacherSignal
 
 GIB = 2**30
 GRADIENT, MASTER, MOMENTS = 4, 4, 8  # bytes a trained parameter: fp32 gradient, fp32 copy of what is not fp32, Adam's two

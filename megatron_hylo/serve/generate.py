@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.hf_reader import gguf_file, load_transformers_model, load_transformers_tokenizer, read_hf_config
+from megatron_hylo.hf import HyloCache, HyloConfig, HyloForCausalLM
 from megatron_hylo.platform.distributed import device, session
-from megatron_hylo.serve.hf import HyloCache, HyloConfig, HyloForCausalLM
 
 PREFILL_TOKENS = 8192  # longer prompts are read in pieces of so many, to bound the memory of activations
 DECODE = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)  # cleaning up would drop spaces

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from megatron_hylo.config.train import PREFIXES
+from megatron_hylo.io.atomic import barrier, is_sealed, sealed_directory, verify_sealed, write_json
 from megatron_hylo.models.checkpoint import (
     BackgroundWrite,
     describe,
@@ -25,8 +27,6 @@ from megatron_hylo.models.checkpoint import (
     sharding_metadata,
 )
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.sealed import barrier, is_sealed, sealed_directory, verify_sealed, write_json
-from megatron_hylo.train.config import PREFIXES
 from megatron_hylo.train.optimizer import TrainingState, allocate_optimizer_state, load_optimizer_state
 
 

@@ -16,13 +16,12 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_hylo.config.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
+from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
-from megatron_hylo.distill.remote_teacher import RemoteTeacher
-from megatron_hylo.distill.signal import TeacherSignal
-from megatron_hylo.distill.teacher_store import StoredTeacher, TeacherStore
 from megatron_hylo.eval.perplexity import Quality, evaluate
+from megatron_hylo.io.atomic import is_sealed, write_json
 from megatron_hylo.kernels.registry import in_use
-from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
 from megatron_hylo.models.checkpoint import load_chunks, read_description, save_model
 from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.models.frozen import freeze
@@ -30,18 +29,19 @@ from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.plan.memory import predict_memory
 from megatron_hylo.platform.distributed import is_main, is_timeout, session
-from megatron_hylo.sealed import is_sealed, write_json
+from megatron_hylo.teachers.remote import RemoteTeacher
+from megatron_hylo.teachers.signal import TeacherSignal
+from megatron_hylo.teachers.store import StoredTeacher, TeacherStore
 from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
-from megatron_hylo.train.config import PREFIXES, TrainConfig
 from megatron_hylo.train.cuda_graph import Recorded, RecordedStage, recordable
+from megatron_hylo.train.data_loader import rank_batches
 from megatron_hylo.train.determinism import determinism
-from megatron_hylo.train.feed import rank_batches
-from megatron_hylo.train.health import SkippedSteps
-from megatron_hylo.train.kernel_check import check_run_kernels
+from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter
-from megatron_hylo.train.same_run import check_same_run
+from megatron_hylo.train.resume_check import check_same_run
 from megatron_hylo.train.stages import Stage, get_stage
+from megatron_hylo.train.startup_check import check_run_kernels
 
 logger = logging.getLogger("megatron_hylo.train")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

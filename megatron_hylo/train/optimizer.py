@@ -19,9 +19,9 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
-from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from megatron_hylo.train.optimizer_offload import RestingState
 
 MIXER_PARAMETERS = "*.self_attention.*"

@@ -10,10 +10,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.flops import peak_flops
 from megatron_hylo.plan.memory import GIB, Memory
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.train.config import TrainConfig
 
 logger = logging.getLogger("megatron_hylo.train")
 

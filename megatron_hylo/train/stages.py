@@ -17,12 +17,12 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
+from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.distill.alignment import AlignmentLoss, align_layers, check_alignable
 from megatron_hylo.distill.head_loss import check_vocabularies, model_head_loss
-from megatron_hylo.distill.signal import TeacherSignal
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.pipeline import rank_shape, through_stages
-from megatron_hylo.train.config import PREFIXES, TrainConfig
+from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.train.optimizer import TrainingState
 
 Batches = Iterator[dict[str, Any]]

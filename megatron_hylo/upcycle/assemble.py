@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.tensor_names import Shape, layer_tensor_names, mixer_tensor_names, tensor_names
-from megatron_hylo.upcycle.registry import CalibrationStatistics, get_initialiser
+from megatron_hylo.config.tensor_names import Shape, layer_tensor_names, mixer_tensor_names, tensor_names
+from megatron_hylo.initialise.registry import CalibrationStatistics, get_initialiser
 
 Read = Callable[[str], Tensor]  # canonical name -> CPU tensor
 Track = Callable[[Iterable, str], Iterable]  # progress display: (items, description) -> the same items

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.distill.head_loss import linear_head_loss, model_head_loss
-from megatron_hylo.train.config import TrainConfig
 from tests.conftest import uneven_model
 from tests.kernels.compare import relative_error
 

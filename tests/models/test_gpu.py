@@ -82,7 +82,7 @@ def test_bf16_mixer_matches_the_cpu_at_8192_tokens(mixer, one_rank):
 
 def test_one_step_of_training_lowers_the_loss(one_rank):
     """fp32 masters over bf16 weights through Megatron-Core's optimizer, on CUDA with nothing patched."""
-    from megatron_hylo.train.config import OptimizerSettings, TrainConfig
+    from megatron_hylo.config.train import OptimizerSettings, TrainConfig
     from megatron_hylo.train.optimizer import build_training_state
     from megatron_hylo.train.stages import get_stage
 

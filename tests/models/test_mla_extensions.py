@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig, RopeScaling, from_dict
+from megatron_hylo.config.layouts import hybrid_config, mixer_parameters, parameter_count
+from megatron_hylo.config.tensor_names import mixer_tensor_names, tensor_names
+from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.convert.to_hf import hf_tensors
 from megatron_hylo.convert.to_megatron import fill_model
-from megatron_hylo.convert.upcycle_folder import assemble_folder
 from megatron_hylo.kernels.rope import rope_frequencies
-from megatron_hylo.layouts import hybrid_config, mixer_parameters, parameter_count
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.tensor_names import mixer_tensor_names, tensor_names
-from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from megatron_hylo.train.optimizer import build_training_state, choose_trainable
+from megatron_hylo.upcycle.run import assemble_folder
 from tests.conftest import tiny_config
 from tests.kernels.compare import relative_error
 from tests.models.mixers import TOKENS, TOLERANCE, Oracle, Weights, errors, random_mixer

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.models.hylo_model import HyloModel, build_model
-from megatron_hylo.train.config import TrainConfig
 from tests.conftest import tiny_config
 
 PATTERN = "G-+-M-*-"

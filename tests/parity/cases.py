@@ -8,9 +8,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_hylo.config import ModelConfig, ParallelConfig
+from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 
 STAGES = {
     "pretrain": dict(stage="pretrain"),

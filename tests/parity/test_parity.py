@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hylo.distill.teacher_store import write_store
+from megatron_hylo.teachers.store import write_store
 from tests.conftest import tiny_config
 from tests.parity.cases import LAYOUTS, STAGES, case_config, make_dataset, make_model
 from tests.parity.faults import FAULTS

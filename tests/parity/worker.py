@@ -123,9 +123,9 @@ def measure(config: Any, file: Path) -> None:
 
     from megatron_hylo.data.packed import PackedDataset
     from megatron_hylo.platform.distributed import initialize, is_main
-    from megatron_hylo.train.feed import rank_batches
-    from megatron_hylo.train.health import SkippedSteps
+    from megatron_hylo.train.data_loader import rank_batches
     from megatron_hylo.train.loop import _build_models, teacher_elsewhere, training_step
+    from megatron_hylo.train.nan_guard import SkippedSteps
     from megatron_hylo.train.optimizer import build_training_state, choose_trainable
     from megatron_hylo.train.stages import get_stage
 
@@ -156,8 +156,8 @@ def measure(config: Any, file: Path) -> None:
 def main(file: str) -> None:
     """Run the jobs of a list; process groups are made anew where the parallel layout changes."""
     from megatron_hylo.config import from_dict
+    from megatron_hylo.config.train import TrainConfig
     from megatron_hylo.platform.distributed import device, shutdown
-    from megatron_hylo.train.config import TrainConfig
     from megatron_hylo.train.loop import train
     from tests.parity.faults import FAULTS
 

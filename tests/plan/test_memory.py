@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from megatron_hylo.config import ModelConfig, ParallelConfig
-from megatron_hylo.layouts import BASES, get_layout, parameter_count
+from megatron_hylo.config.layouts import BASES, get_layout, parameter_count
+from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.plan.memory import GIB, activations, predict_memory
-from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.optimizer import build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter

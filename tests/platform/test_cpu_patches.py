@@ -25,10 +25,10 @@ def train_and_resume(folder: Path, stages: int) -> None:
     from megatron.core import parallel_state
 
     from megatron_hylo.config import ParallelConfig
+    from megatron_hylo.config.train import OptimizerSettings, TrainConfig
     from megatron_hylo.models.hylo_model import build_model
     from megatron_hylo.platform.distributed import initialize
     from megatron_hylo.train.checkpoint import CheckpointSaver, checkpoint_path, load_checkpoint
-    from megatron_hylo.train.config import OptimizerSettings, TrainConfig
     from megatron_hylo.train.optimizer import build_training_state
     from megatron_hylo.train.stages import get_stage
     from tests.conftest import tiny_config

@@ -6,15 +6,15 @@ import torch
 import transformers
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.layouts import kv_bytes_per_token
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
-from megatron_hylo.layouts import kv_bytes_per_token
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.serve import generate
 from megatron_hylo.serve.generate import generate_text, load_for_generation
 from tests.conftest import tiny_hf_model
-from tests.serve.conftest import serve_config
+from tests.hf.conftest import serve_config
 
 PROMPT = "the quick brown fox"
 

@@ -14,14 +14,14 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_hylo.cli import VERBS
-from megatron_hylo.cli_parser import build_parser
+from megatron_hylo.cli.main import VERBS
+from megatron_hylo.cli.parser import build_parser
+from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.data.artefacts import Document
 from megatron_hylo.data.preprocess import build_dataset
+from megatron_hylo.io.atomic import verify_sealed
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.sealed import verify_sealed
-from megatron_hylo.train.config import TrainConfig
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parents[2]

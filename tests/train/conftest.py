@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.data.preprocess import build_dataset
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from tests.conftest import tiny_config
 from tests.data.conftest import make_documents, tokenizer  # noqa: F401  the fixture
 

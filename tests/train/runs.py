@@ -11,7 +11,7 @@ import torch
 import yaml
 from megatron.core import dist_checkpointing
 
-from megatron_hylo.train.config import TrainConfig
+from megatron_hylo.config.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,10 +15,10 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_hylo.config import ParallelConfig
+from megatron_hylo.config.train import OptimizerSettings
+from megatron_hylo.io.atomic import DamagedError, is_sealed
 from megatron_hylo.models.checkpoint import load_model
-from megatron_hylo.sealed import DamagedError, is_sealed
 from megatron_hylo.train.checkpoint import latest_checkpoint
-from megatron_hylo.train.config import OptimizerSettings
 from megatron_hylo.train.loop import train
 from tests.parity.worker import job, launch
 from tests.train.runs import metrics, relative_difference, start_train, weights

@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 
-from megatron_hylo.cli import EXIT_STOPPED, main
+from megatron_hylo.cli.main import EXIT_STOPPED, main
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train import loop
-from megatron_hylo.train.config import OptimizerSettings
 from megatron_hylo.train.loop import train, training_step
 from megatron_hylo.train.optimizer import build_training_state
 from megatron_hylo.train.stages import get_stage

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hylo.cli import EXIT_STOPPED
+from megatron_hylo.cli.main import EXIT_STOPPED
 from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.config.train import OptimizerSettings
+from megatron_hylo.io.atomic import verify_sealed
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.sealed import verify_sealed
-from megatron_hylo.train.config import OptimizerSettings
 from megatron_hylo.train.loop import train
 from tests.conftest import tiny_config
 from tests.parity.worker import job, launch

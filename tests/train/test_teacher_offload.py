@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.models.offload import OffloadedLayers, offloaded_units
 from megatron_hylo.plan.memory import predict_memory
-from megatron_hylo.train.config import TrainConfig
 from megatron_hylo.train.loop import train
 from tests.conftest import tiny_config
 from tests.train.runs import metrics

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.tensor_names import mixer_tensor_names, tensor_names
+from megatron_hylo.config.tensor_names import mixer_tensor_names, tensor_names
 
 
 @pytest.fixture

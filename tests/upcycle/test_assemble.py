@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.layouts import BASES, LAYOUTS, hybrid_config
-from megatron_hylo.tensor_names import mixer_tensor_names, tensor_names
+from megatron_hylo.config.layouts import BASES, LAYOUTS, hybrid_config
+from megatron_hylo.config.tensor_names import mixer_tensor_names, tensor_names
+from megatron_hylo.initialise.registry import get_initialiser
 from megatron_hylo.upcycle.assemble import Source, assemble_state, layer_generator, upcycle_state
-from megatron_hylo.upcycle.registry import get_initialiser
 
 
 def _upcycle(state, teacher_config, pattern, **arguments):
@@ -116,7 +116,7 @@ def test_layers_are_read_one_at_a_time(teacher_config, make_state):
 
 
 def test_statistics_reach_the_initialiser_of_their_layer(teacher_config, make_state, monkeypatch):
-    from megatron_hylo.upcycle import registry
+    from megatron_hylo.initialise import registry
 
     seen, paper = [], get_initialiser("paper", "G")
 
@@ -131,7 +131,7 @@ def test_statistics_reach_the_initialiser_of_their_layer(teacher_config, make_st
 
 
 def test_initialiser_that_makes_a_wrong_shape_is_named(teacher_config, make_state, monkeypatch):
-    from megatron_hylo.upcycle import registry
+    from megatron_hylo.initialise import registry
 
     monkeypatch.setitem(registry._INITIALISERS, ("broken", "G"), lambda *_: {"linear_attn.q_proj.weight": torch.zeros(2, 3)})
     with pytest.raises(ConfigError, match=r"'broken' for `G` made linear_attn.q_proj.weight \(2, 3\)"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.layouts import LAYOUTS
+from megatron_hylo.config.layouts import LAYOUTS
 from megatron_hylo.upcycle.selection import greedy_layers, smart_layers
 
 # MLA layers of Zebra-Llama's models (arXiv:2505.17272, code and model cards): (layers, indices)

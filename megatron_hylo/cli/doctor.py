@@ -1,0 +1,87 @@
+"""`hylo doctor`: what this machine has, which kernel runs each operation, and whether it is right."""
+
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from rich.table import Table
+
+from megatron_hylo.cli.console import console
+from megatron_hylo.cli.upcycle import chosen_dtype
+
+PACKAGES = (  # distribution, what it is for; None: needed
+    ("torch", None), ("megatron-core", None), ("transformers", None), ("safetensors", None),
+    ("transformer-engine", "backend te: linear maps, SwiGLU, Adam, FP8"), ("triton", "all fast kernels of linear layers"),
+    ("flash-linear-attention", "Gated DeltaNet, convolutions"), ("mamba-ssm", "Mamba2"),
+    ("apex", "Megatron-Core's fused optimizer, where Transformer Engine is not there"), ("wandb", "logging there"),
+)  # fmt: skip
+
+
+def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None) -> int:
+    """Show the environment, then compare every kernel's output and gradients with its definition at a layout's shapes.
+
+    Exits 1 where a kernel is wrong. Training makes the same comparison before its first run with new shapes or libraries.
+
+    Args:
+        layout: a named layout (see `hylo layouts`); all: one of each linear layer at the sizes of the quickstart, and on a
+            GPU the 1B hybrid's.
+        precision: bf16 on a GPU and fp32 on a CPU by default.
+    """
+    from megatron_hylo.config.layouts import get_layout
+    from megatron_hylo.models.kernel_check import check_kernels
+    from megatron_hylo.platform.distributed import device
+
+    where = device()
+    _environment(where)
+    names = [layout]
+    if layout == "all":  # some kernels are for the larger's widths alone; in plain torch it would take minutes
+        large = ["llama3.2-1b-4mla12gdn"] if where.type == "cuda" else []
+        names = ["smollm2-135m-8mla22gdn-aligned", "smollm2-135m-8mla22m2-aligned", *large]
+    dtype = chosen_dtype(precision)
+    checks = {}
+    with console.status("comparing kernels with their definitions"):
+        for name in names:
+            checks |= {(c.operation, c.shape): c for c in check_kernels(get_layout(name).config, dtype, where, checks)}
+    table = Table(title=f"kernels against their definitions, {str(dtype).removeprefix('torch.')}, relative error")
+    for column in ("operation", "shape", "runs by", "largest error", "of", "limit", ""):
+        table.add_column(column)
+    for c in checks.values():
+        verdict = "right" if c.ok else "[bold red]WRONG[/]"
+        table.add_row(c.operation, c.shape, c.implementation, f"{c.error:.1e}", c.where, f"{c.limit:.0e}", verdict)
+    console.print(table)
+    wrong = [c.operation for c in checks.values() if not c.ok]
+    if wrong:
+        console.print(f"wrong on this machine: {', '.join(wrong)}; install other versions, or HYLO_KERNELS={wrong[0]}=torch")
+    return 1 if wrong else 0
+
+
+def _environment(where) -> None:
+    import torch
+
+    from megatron_hylo.io.cache import cache_dir
+    from megatron_hylo.kernels.tuned import FOLDER
+
+    table = Table(title="environment")
+    for column in ("what", "here", ""):
+        table.add_column(column)
+    table.add_row("Python", platform.python_version())
+    if where.type == "cuda":
+        for index in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(index)
+            table.add_row(f"GPU {index}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB", f"sm{p.major}{p.minor}")
+        major, minor = torch.cuda.get_device_capability()
+        known = (FOLDER / f"sm{major}{minor}.json").is_file()
+        found = "kept with the package" if known else "none for this GPU: tuned when first seen (tools/tune_kernels.py)"
+        table.add_row("tuned kernels", found)
+    else:
+        table.add_row("GPU", "none: every operation in plain torch, Megatron-Core over gloo")
+    for name, use in PACKAGES:
+        try:
+            here = version(name)
+        except PackageNotFoundError:
+            here = "[red]missing[/]" if use is None else "not installed"
+        table.add_row(name, here, use or "needed")
+    free = shutil.disk_usage(cache_dir()).free / 2**30
+    table.add_row("cache folder", str(cache_dir()), f"{free:.0f} GiB free")
+    console.print(table)

@@ -1,0 +1,323 @@
+"""`hylo quickstart`: a real teacher becomes an evaluated hybrid, one resumable step after another.
+
+    fetch -> convert -> verify -> tokenise -> calibrate -> upcycle -> align (stage 1) -> distil (stage 2) -> export -> generate
+
+Every step leaves a finished folder or a line in results.json; started again, the command skips what is there and
+training resumes from its newest checkpoint.
+"""
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_hylo.calibrate.gather import calibrate
+from megatron_hylo.cli.quickstart_report import plot_quickstart
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.layouts import get_layout, kv_bytes_per_token, kv_percent
+from megatron_hylo.config.train import OptimizerSettings, TrainConfig
+from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+from megatron_hylo.convert.to_megatron import Track, convert_hf_to_megatron, no_progress
+from megatron_hylo.convert.verify import verify_conversion
+from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
+from megatron_hylo.data.packed import heldout_windows
+from megatron_hylo.data.preprocess import preprocess
+from megatron_hylo.eval.perplexity import evaluate
+from megatron_hylo.io.atomic import is_sealed, write_json
+from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.platform.distributed import session
+from megatron_hylo.serve.generate import generate_text
+from megatron_hylo.train.loop import train
+from megatron_hylo.upcycle.run import upcycle_folder
+
+DEFAULT_PROMPT = "The most important thing about free software is that"
+LAYOUT = {
+    ("paper", "gdn"): "smollm2-135m-8mla22gdn",
+    ("paper", "mamba2"): "smollm2-135m-8mla22m2",
+    ("calibrated", "gdn"): "smollm2-135m-8mla22gdn-aligned",
+    ("calibrated", "mamba2"): "smollm2-135m-8mla22m2-aligned",
+}
+ALIGN_LOSS = {
+    "mse": "normalised error of its mixer's output",
+    "ild": "Enhanced ILD",
+    "sequential": "distance of the hidden states it makes",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a quickstart trains: on a CPU so much that all ends within 15 minutes."""
+
+    sequence_length: int
+    align_batch_size: int
+    distil_batch_size: int
+    micro_batch_size: int
+    calibration_tokens: int
+    calibration_length: int
+    sequential: bool  # let calibrated layers correct those before them
+    align_loss: str
+    align_tokens: int
+    distil_tokens: int
+    eval_windows: int
+    precision: str
+    align_mixer_lr: float
+    mixer_lr: float
+    lr: float
+    cuda_graphs: bool = False
+
+
+CPU = Budget(
+    sequence_length=256, align_batch_size=2, distil_batch_size=2, micro_batch_size=2, calibration_tokens=16_384,
+    calibration_length=512, sequential=False, align_loss="mse", align_tokens=4_096, distil_tokens=18_432,
+    eval_windows=8, precision="fp32", align_mixer_lr=1.25e-4, mixer_lr=1.25e-4, lr=1e-4,
+)  # fmt: skip
+GPU = Budget(
+    sequence_length=2048, align_batch_size=8, distil_batch_size=8, micro_batch_size=8, calibration_tokens=262_144,
+    calibration_length=2048, sequential=False, align_loss="mse", align_tokens=655_360,
+    distil_tokens=16_777_216, eval_windows=128, precision="bf16", align_mixer_lr=1e-3, mixer_lr=1e-3, lr=2e-4,
+    cuda_graphs=True,
+)  # fmt: skip
+BUDGETS = {  # the paper's start has further to go: larger steps, a longer stage 1
+    ("cpu", "calibrated"): CPU,
+    ("cpu", "paper"): replace(CPU, align_loss="ild", align_tokens=6_144, align_mixer_lr=2e-3, mixer_lr=1e-3, lr=5e-4),
+    ("cuda", "calibrated"): GPU,
+    ("cuda", "paper"): replace(GPU, align_loss="ild", align_tokens=655_360, align_mixer_lr=2e-3),
+}
+
+
+def run_quickstart(
+    linear: str,
+    init: str,
+    prompt: str | None,
+    text: str | None,
+    output: Path,
+    train_tokens: int | None,
+    console: Console,
+    budget: Budget | None = None,
+    track: Track = no_progress,
+) -> dict[str, Any]:
+    """Run or resume the whole chain and write OUTPUT/summary.json and OUTPUT/quickstart.png.
+
+    Args:
+        linear: "gdn" or "mamba2".
+        init: "calibrated", or "paper" for contrast.
+        prompt: continued at the end.
+        text: own training text, folder or .jsonl.
+        output: run folder.
+        train_tokens: tokens of stage 2, by default the device's budget.
+        console: where to show progress.
+        budget: how much to calibrate and train, by default what suits the device.
+        track: progress display over an iterable.
+
+    Returns:
+        The content of summary.json.
+    """
+    start = time.perf_counter()
+    budget = budget or BUDGETS["cuda" if torch.cuda.is_available() else "cpu", init]
+    output.mkdir(parents=True, exist_ok=True)
+    teacher, hybrid, data = output / "teacher", output / "hybrid", output / "data"
+    layout = LAYOUT[init, linear]
+    step = _Steps(console, 9 if init == "calibrated" else 8)
+
+    step("teacher: SmolLM2-135M-Instruct (4-bit GGUF, dequantised), converted and verified against transformers")
+    _prepare_teacher(teacher, output, console)
+    step("text: whole documents held out")
+    if not is_sealed(data):
+        preprocess(text or str(fetch_documents()), str(data), str(teacher))
+    if init == "calibrated":
+        step("calibrate: what the teacher's layers do on some of that text")
+        _calibrate(teacher, data, output, budget, track)
+    step(f"upcycle: {layout}, {'calibrated' if init == 'calibrated' else 'by the initialisation of the paper'}")
+    _upcycle(teacher, hybrid, linear, init, output, budget, track)
+    results = _evaluate_start(teacher, hybrid, linear, data, output, budget)
+    step(f"stage 1: align every layer with the teacher's ({ALIGN_LOSS[budget.align_loss]})")
+    aligned = train(stage_config("align", budget, hybrid, teacher, data, output, budget.align_tokens))
+    step("stage 2: distil, KL to the teacher's full distribution")
+    tokens = train_tokens or budget.distil_tokens
+    distilled = train(stage_config("distil", budget, output / "align" / "model", teacher, data, output, tokens))
+    step("export to a Hugging Face folder")
+    if not is_sealed(output / "export"):
+        with session():
+            convert_megatron_to_hf(output / "distil" / "model", output / "export")
+    step("generate with a carried cache")
+    console.print(prompt or DEFAULT_PROMPT, style="dim", end="", highlight=False, markup=False)
+    generated = generate_text(
+        output / "export", prompt or DEFAULT_PROMPT, max_new_tokens=48, repetition_penalty=1.2,
+        on_text=lambda s: console.print(s, end="", markup=False),
+    )  # fmt: skip
+    console.print(f"\n{generated.tokens_per_second:.1f} tokens/s, cache {generated.cache_bytes / 1e6:.2f} MB", style="dim")
+    step("summary")
+    config, base = (read_description(folder)[0] for folder in (hybrid, teacher))
+    seconds = results.get("seconds", 0.0) + time.perf_counter() - start
+    summary = {
+        "teacher_ppl": results["teacher"]["perplexity"],
+        "init_ppl": results["init"]["perplexity"],
+        "paper_init_ppl": results["paper_init"]["perplexity"],
+        "aligned_ppl": aligned.perplexity,
+        "distilled_ppl": distilled.perplexity,
+        "init_kl": results["init"]["kl"],
+        "paper_init_kl": results["paper_init"]["kl"],
+        "aligned_kl": aligned.kl,
+        "distilled_kl": distilled.kl,
+        "distilled_agreement": distilled.agreement,
+        "kv_percent": kv_percent(config),
+        "kv_bytes_per_token": kv_bytes_per_token(config),
+        "teacher_kv_bytes_per_token": kv_bytes_per_token(base),
+        "train_tokens": sum(_trained_tokens(output / stage) for stage in ("align", "distil")),
+        "heldout_tokens": distilled.tokens,
+        "seconds": seconds,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "init": init,
+        "layout": layout,
+        "teacher": "SmolLM2-135M-Instruct, dequantised from 4 bits",
+    }
+    write_json(output / "summary.json", summary)
+    _record(output, seconds=seconds)
+    plot_quickstart(summary, output)
+    _show(summary, console)
+    console.print(f"\n{output}/summary.json, {output}/quickstart.png, model for transformers: {output}/export")
+    return summary
+
+
+class _Steps:
+    """Numbered headings."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.console, self.total, self.done = console, total, 0
+
+    def __call__(self, what: str) -> None:
+        self.done += 1
+        self.console.print(f"[bold cyan]{self.done}/{self.total}[/] {what}", highlight=False)
+
+
+def _prepare_teacher(folder: Path, output: Path, console: Console) -> None:
+    if not is_sealed(folder):
+        with session():
+            convert_hf_to_megatron(fetch_teacher(), folder)
+    if "verified" in _results(output):
+        return
+    with session():
+        result = verify_conversion(fetch_teacher(), folder)
+    if not result.ok:
+        raise ConfigError(f"{folder} is not what it was converted from: {result.differing[:3]}; remove it and run again")
+    console.print(f"  {result.tensors} tensors equal, max |delta logit| {result.max_logit_difference:.1e}", highlight=False)
+    _record(output, verified={"tensors": result.tensors, "max_logit_difference": result.max_logit_difference})
+
+
+def _calibrate(teacher: Path, data: Path, output: Path, budget: Budget, track: Track) -> None:
+    if not is_sealed(output / "calibration"):
+        with session():
+            calibrate(
+                teacher, data, output / "calibration", budget.calibration_tokens, budget.calibration_length,
+                heldout=budget.eval_windows, track=track,
+            )  # fmt: skip
+
+
+def _upcycle(teacher: Path, hybrid: Path, linear: str, init: str, output: Path, budget: Budget, track: Track) -> None:
+    layout = LAYOUT[init, linear]
+    if is_sealed(hybrid):
+        config, description = read_description(hybrid)
+        if config.mixers != get_layout(layout).config.mixers or description["provenance"]["init"] != init:
+            raise ConfigError(f"{hybrid} is another model than {layout}, {init}; give another --output for it")
+        return
+    with session():
+        calibration = output / "calibration" if init == "calibrated" else None
+        upcycle_folder(teacher, hybrid, layout, init=init, calibration=calibration, sequential=budget.sequential, track=track)
+
+
+def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output: Path, budget: Budget) -> dict[str, Any]:
+    """Held-out quality of the teacher and of the hybrid before any training, kept in results.json.
+
+    Beside a calibrated hybrid also that of the paper's initialisation, in its own shapes.
+    """
+    if "init" in _results(output):
+        return _results(output)
+    dtype = torch.bfloat16 if budget.precision == "bf16" else torch.float32
+    with session():
+        windows = heldout_windows(data / "heldout", budget.sequence_length, budget.eval_windows)
+        reference = load_model(teacher, params_dtype=dtype)
+
+        def quality(model: HyloModel, compared: HyloModel | None) -> dict[str, Any]:
+            return evaluate(model, windows, compared, budget.micro_batch_size).to_dict()
+
+        found = {"teacher": quality(reference, None), "init": quality(load_model(hybrid, params_dtype=dtype), reference)}
+        found["paper_init"] = found["init"]
+        if read_description(hybrid)[1]["provenance"]["init"] != "paper":
+            with tempfile.TemporaryDirectory() as scratch:
+                upcycle_folder(teacher, Path(scratch) / "paper", LAYOUT["paper", linear], init="paper")
+                found["paper_init"] = quality(load_model(Path(scratch) / "paper", params_dtype=dtype), reference)
+        _record(output, **found)
+    return _results(output)
+
+
+def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: Path, output: Path, tokens: int) -> TrainConfig:
+    """The settings of one stage within a budget.
+
+    Args:
+        stage: "align" or "distil".
+        budget: how to train.
+        model, teacher, data: folders to start from.
+        output: folder of runs; this one goes into OUTPUT/STAGE.
+        tokens: of this stage.
+    """
+    align = stage == "align"
+    batch = budget.align_batch_size if align else budget.distil_batch_size
+    return TrainConfig(
+        stage=stage,
+        data=str(data),
+        output=str(output / stage),
+        model=str(model),
+        teacher=str(teacher),
+        sequence_length=budget.sequence_length,
+        global_batch_size=batch,
+        micro_batch_size=budget.micro_batch_size,
+        train_tokens=tokens,
+        trainable="mixers" if align else "all",
+        align_loss=budget.align_loss,
+        precision=budget.precision,
+        cuda_graphs=budget.cuda_graphs,
+        optimizer=OptimizerSettings(
+            lr=budget.lr,
+            mixer_lr=budget.align_mixer_lr if align else budget.mixer_lr,
+            warmup_ratio=0.05,
+            min_lr_ratio=0.05,
+        ),
+        eval_windows=budget.eval_windows,
+        save_interval=max(1, tokens // (batch * budget.sequence_length) // 4),
+        log_interval=5,
+        keep_checkpoints=1,
+    )
+
+
+def _results(output: Path) -> dict[str, Any]:
+    file = output / "results.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _record(output: Path, **values: Any) -> None:
+    write_json(output / "results.json", _results(output) | values)
+
+
+def _trained_tokens(run: Path) -> int:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return max(json.loads(line).get("tokens", 0) for line in lines)
+
+
+def _show(summary: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{summary['layout']} on {summary['device']}: {summary['train_tokens']:,} training tokens")
+    for name in ("", "held-out perplexity", "KL to teacher", "KV bytes/token (bf16)"):
+        table.add_column(name, justify="left" if not name else "right")
+    kv = f"{summary['kv_bytes_per_token']:,}"
+    table.add_row("teacher", f"{summary['teacher_ppl']:,.2f}", "0", f"{summary['teacher_kv_bytes_per_token']:,}")
+    rows = [("hybrid, initialised as in the paper", "paper_init"), ("hybrid, calibrated", "init")]
+    rows = rows if summary["init"] == "calibrated" else rows[:1]
+    for name, key in (*rows, ("after stage 1", "aligned"), ("after stage 2", "distilled")):
+        table.add_row(name, f"{summary[key + '_ppl']:,.2f}", f"{summary[key + '_kl']:.3f}", kv)
+    console.print(table)

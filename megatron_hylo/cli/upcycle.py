@@ -1,0 +1,261 @@
+"""The verbs of `hylo` around a teacher and the hybrid made of it."""
+
+from typing import Literal
+
+from megatron_hylo.cli.console import console, show_upcycle, track
+
+
+def chosen_dtype(precision: Literal["fp32", "bf16"] | None):
+    """The torch.dtype of a verb's --precision; bf16 on a GPU, fp32 on a CPU where it is not given."""
+    import torch
+
+    bf16 = precision == "bf16" or (precision is None and torch.cuda.is_available())
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def calibrate(
+    teacher: str,
+    data: str,
+    output: str,
+    tokens: int = 65_536,
+    sequence_length: int = 2048,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    tensor_model_parallel_size: int = 1,
+    seed: int = 1234,
+    overwrite: bool = False,
+) -> None:
+    """Measure what the calibrated initialisation needs of a teacher, in one pass over some text, layer by layer.
+
+    Made once for a teacher, used for any layout. Under torchrun the ranks share windows (and heads). Started again after
+    an interruption, the same command keeps the layers that are done.
+
+    Args:
+        teacher: model folder of the teacher.
+        data: dataset folder made by `hylo preprocess`, best of text like that the hybrid is for.
+        output: calibration folder to make.
+        tokens: calibration text; 65,536 for the default initialisation; 262,144 to a million for --sequential.
+        sequence_length: tokens a window, the length that attention is measured over.
+        precision: of the teacher's forward pass.
+        tensor_model_parallel_size: ranks that share each layer.
+        seed: of the choice of windows.
+        overwrite: replace what is there.
+    """
+    import torch
+
+    from megatron_hylo.calibrate.gather import calibrate as gather
+    from megatron_hylo.config import ParallelConfig
+    from megatron_hylo.platform.distributed import session
+
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    with session(parallel):
+        gather(teacher, data, output, tokens, sequence_length, seed=seed, precision=dtype, parallel=parallel,
+               overwrite=overwrite, track=track)  # fmt: skip
+    console.print(f"wrote {output}")
+
+
+def cache_teacher(
+    teacher: str,
+    data: str,
+    output: str,
+    kl: float = 9e-4,
+    sequence_length: int = 2048,
+    overlap: int | None = None,
+    micro_batch_size: int = 8,
+    precision: Literal["fp32", "bf16"] | None = None,
+    tensor_model_parallel_size: int = 1,
+    overwrite: bool = False,
+) -> None:
+    """Keep what a teacher says of a dataset, for any number of `hylo train --stage distil --teacher_store OUTPUT` runs.
+
+    Stored are its last hidden states, so coarsely that its distribution over the vocabulary is off by --kl nats a token, and
+    its head. Runs may differ in batch size, seed, sequence length, packing and parallel layout. Under torchrun the ranks
+    share the text. Started again after an interruption, the same command keeps what is done.
+
+    Args:
+        teacher: model folder of the teacher.
+        data: dataset folder made by `hylo preprocess` with its tokenizer; all of its training text is read.
+        output: store to make.
+        kl: mean KL(teacher || store) a token; smaller takes more bytes.
+        sequence_length: tokens that the teacher reads at a time.
+        overlap: of these the context that is read again, half by default: so much any token deep in a document has before it.
+        micro_batch_size: segments a forward pass.
+        precision: of the teacher; bf16 on a GPU, fp32 on a CPU by default.
+        tensor_model_parallel_size: ranks that share each layer.
+        overwrite: replace what is there.
+    """
+    from megatron_hylo.config import ParallelConfig
+    from megatron_hylo.platform.distributed import is_main, session
+    from megatron_hylo.teachers.store import write_store
+
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
+    with session(parallel):
+        made = write_store(
+            teacher, data, output, kl, sequence_length, overlap, micro_batch_size, chosen_dtype(precision),
+            parallel, overwrite, track,
+        )  # fmt: skip
+        main = is_main()
+    if main:
+        console.print(
+            f"wrote {output}: {made['tokens']:,} tokens, {made['bytes_per_token']:.0f} bytes each, KL to the teacher "
+            f"{made['measured_kl']:.1e} nats a token (99 % below {made['measured_kl_p99']:.1e}) on {made['measured_tokens']:,} "
+            f"tokens that the codec was not fitted on",
+            highlight=False,
+        )
+
+
+def serve_teacher(
+    teacher: str,
+    address: str,
+    precision: Literal["fp32", "bf16"] | None = None,
+    tensor_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    timeout_minutes: float = 30.0,
+    runs: int | None = None,
+) -> None:
+    """Answer students of another job: `hylo train --stage distil --teacher_address ADDRESS`.
+
+    Under torchrun with a GPU or more; its parallel layout has nothing to do with the students'. Ranks beyond one copy of the
+    teacher are more copies, which share the students. Serves one run after another until Ctrl-C.
+
+    Args:
+        teacher: model folder of the teacher.
+        address: HOST:PORT to listen at, HOST as students name this machine.
+        precision: bf16 on a GPU, fp32 on a CPU by default; hidden states travel in it.
+        tensor_model_parallel_size: ranks that share each layer.
+        context_parallel_size: ranks that share each sequence.
+        sequence_parallel: with tensor parallelism: norms and residuals split over the sequence.
+        timeout_minutes: how long a student may be silent before it is given up.
+        runs: end after so many runs of students.
+    """
+    from datetime import timedelta
+
+    from megatron_hylo.config import ParallelConfig
+    from megatron_hylo.teachers.server import serve_teacher as serve
+
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor_model_parallel_size, context_parallel_size=context_parallel_size,
+        sequence_parallel=sequence_parallel,
+    )  # fmt: skip
+    serve(teacher, address, parallel, chosen_dtype(precision), timedelta(minutes=timeout_minutes), runs)
+
+
+def upcycle(
+    teacher: str,
+    output: str,
+    layout: str | None = None,
+    pattern: str | None = None,
+    init: str = "calibrated",
+    calibration: str | None = None,
+    shapes: Literal["paper", "aligned"] | None = None,
+    rotary: Literal["energy", "all", "fastest", "table"] = "energy",
+    sequential: bool = False,
+    mlps: bool = True,
+    seed: int = 0,
+    overrides: dict[str, int] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Make a hybrid from a teacher: its mixers from the attention weights; shows how good it is before any training.
+
+    Args:
+        teacher: model folder of the teacher.
+        output: model folder to make.
+        layout: a named layout (see `hylo layouts`), or
+        pattern: one mixer a layer out of * + M G, e.g. "GG+G..."; MLPs may be written ("G-G-+-...").
+        init: calibrated (needs --calibration), or paper (HyLo's own).
+        calibration: folder made by `hylo calibrate`; with it any initialisation is also measured on held-out text.
+        shapes: dimensions of a pattern's mixers; by default aligned for calibrated, the paper's otherwise.
+        rotary: which of the teacher's rotary components MLA keeps: energy (the most useful), all or fastest (standard
+            tables), table (the standard table of the layout's own dimensions).
+        sequential: let each layer make up for what the layers before it got wrong: much better before training with
+            262,144 calibration tokens or more, not with fewer.
+        mlps: with sequential, let MLPs make up for it too (their last linear map changes); false keeps the teacher's.
+        seed: of the tensors the initialiser draws at random.
+        overrides: dimensions that replace the layout's, e.g. {kv_lora_rank: 64}.
+        overwrite: replace what is there.
+    """
+    from megatron_hylo.platform.distributed import session
+    from megatron_hylo.upcycle.run import upcycle_folder
+
+    with session():
+        report = upcycle_folder(
+            teacher,
+            output,
+            layout,
+            pattern,
+            init,
+            calibration,
+            shapes,
+            rotary,
+            sequential,
+            mlps,
+            seed,
+            overrides,
+            overwrite,
+            track,
+        )
+    show_upcycle(report)
+    console.print(f"wrote {output}: {report.config.mixers}")
+
+
+def assemble(mla: str, linear: str, base: str, output: str, *, pattern: str, overwrite: bool = False) -> None:
+    """Put a hybrid together, layer by layer, from an aligned pure-MLA and an aligned pure-linear model.
+
+    Args:
+        mla: model folder, all layers MLA.
+        linear: model folder, all layers Mamba2 or Gated DeltaNet.
+        base: model folder of the teacher, for embedding, final norm and head.
+        output: model folder to make.
+        pattern: one mixer a layer, e.g. "G+GG".
+        overwrite: replace what is there.
+    """
+    from megatron_hylo.platform.distributed import session
+    from megatron_hylo.upcycle.run import assemble_folder
+
+    with session():
+        assemble_folder(mla, linear, base, output, pattern, overwrite, track)
+    console.print(f"wrote {output}: {pattern}")
+
+
+def select(
+    teacher: str,
+    *,
+    mla: str,
+    linear: str,
+    data: str,
+    count: int,
+    method: Literal["smart", "greedy", "uniform"] = "smart",
+    tokens: int = 65_536,
+    sequence_length: int = 2048,
+    output: str | None = None,
+    allow_unaligned: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Choose which layers of a hybrid are MLA by the KL to the teacher of hybrids of two aligned pure models.
+
+    Args:
+        teacher: model folder both were aligned with.
+        mla: model folder, aligned, all layers MLA.
+        linear: model folder, aligned, all layers Mamba2 or Gated DeltaNet.
+        data: dataset folder made by `hylo preprocess`; its training text is used.
+        count: number of MLA layers.
+        method: smart (sensitivity of each layer, spaced as in Zebra-Llama), greedy (the best one more, count times) or
+            uniform (evenly spread).
+        tokens: text to measure on.
+        sequence_length: tokens a window.
+        output: folder to make, with selection.json and selection.png.
+        allow_unaligned: go on where the models do not look aligned.
+        overwrite: replace what is there.
+    """
+    from megatron_hylo.platform.distributed import session
+    from megatron_hylo.upcycle.select import select_folder
+
+    with session():
+        found = select_folder(
+            teacher, mla, linear, data, count, method, tokens, sequence_length, output, allow_unaligned, overwrite, track
+        )
+    console.print(f"KL to the teacher: {found.kl_all_linear:.4f} all linear, {found.kl_selected:.4f} as chosen")
+    cost = f"{found.tokens:,} tokens, {found.layer_evaluations:,.0f} layers run over them, {found.seconds:.1f} s"
+    console.print(cost, style="dim", highlight=False)
+    print(found.pattern)

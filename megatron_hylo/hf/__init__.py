@@ -1,0 +1,12 @@
+"""Hugging Face classes of HyLo models, registered with transformers' Auto classes when this package is imported."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_hylo.hf.cache_hylo import HyloCache
+from megatron_hylo.hf.configuration_hylo import HyloConfig
+from megatron_hylo.hf.modeling_hylo import HyloForCausalLM
+
+AutoConfig.register(HyloConfig.model_type, HyloConfig, exist_ok=True)
+AutoModelForCausalLM.register(HyloConfig, HyloForCausalLM, exist_ok=True)
+
+__all__ = ["HyloCache", "HyloConfig", "HyloForCausalLM"]

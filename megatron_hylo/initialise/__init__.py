@@ -1,0 +1,1 @@
+"""Initialisers: one attention layer's weights and statistics to one mixer's weights; pure tensors."""

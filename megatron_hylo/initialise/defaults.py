@@ -1,0 +1,95 @@
+"""Linear mixers as they are before any teacher: the random defaults of Mamba2 and of Gated DeltaNet.
+
+The distributions are those of mamba_ssm's `Mamba2` and of fla's `GatedDeltaNet` layer (torch's own defaults for
+Linear and Conv1d). Everything is drawn uniformly on the CPU in a fixed order, so that a seed gives the same tensors everywhere.
+"""
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from megatron_hylo.config import ModelConfig
+from megatron_hylo.config.tensor_names import Shape, mixer_tensor_names
+
+
+def uniform_fan_in(shape: Shape, generator: Generator, fan_in: int | None = None) -> Tensor:
+    """torch's default for Linear and Conv1d weights: kaiming_uniform(a=sqrt 5), i.e. U(-1/sqrt fan_in, 1/sqrt fan_in).
+
+    Args:
+        shape: [out, in] of a linear weight, [channels, 1, kernel] of a depthwise convolution's, or [channels] of a bias.
+        generator: CPU generator to draw from.
+        fan_in: inputs of one output; by default all but the first dimension. A bias has none of its own and must give it.
+
+    Returns:
+        fp32 tensor of that shape.
+    """
+    bound = 1.0 / math.sqrt(fan_in or math.prod(shape[1:]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def inverse_softplus_step(
+    heads: int, generator: Generator, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4
+) -> Tensor:
+    """`dt_bias` of both linear mixers: softplus of it is log-uniform in [low, high], never below `floor`.
+
+    Args:
+        heads: number of heads.
+        generator: CPU generator to draw from.
+        low, high, floor: bounds of the step size (dimensionless).
+
+    Returns:
+        fp32 [heads].
+    """
+    log_step = torch.empty(heads).uniform_(generator=generator) * (math.log(high) - math.log(low)) + math.log(low)
+    step = log_step.exp().clamp(min=floor)
+    return step + torch.log(-torch.expm1(-step))
+
+
+def mamba2_defaults(config: ModelConfig, generator: Generator) -> dict[str, Tensor]:
+    """A Mamba2 mixer as mamba_ssm makes it: A uniform in [1, 16], D and norm 1, Linear and Conv1d of torch's defaults.
+
+    Args:
+        config: of the student.
+        generator: CPU generator to draw from.
+
+    Returns:
+        All tensors of `mixer_tensor_names(config, "M")`, fp32.
+    """
+    shapes, heads = mixer_tensor_names(config, "M"), config.mamba_num_heads
+    return {
+        "mamba.in_proj.weight": uniform_fan_in(shapes["mamba.in_proj.weight"], generator),
+        "mamba.conv1d.weight": uniform_fan_in(shapes["mamba.conv1d.weight"], generator),
+        "mamba.conv1d.bias": uniform_fan_in(shapes["mamba.conv1d.bias"], generator, fan_in=config.linear_conv_kernel_dim),
+        "mamba.dt_bias": inverse_softplus_step(heads, generator),
+        "mamba.A_log": torch.empty(heads).uniform_(1.0, 16.0, generator=generator).log(),
+        "mamba.D": torch.ones(heads),
+        "mamba.norm.weight": torch.ones(shapes["mamba.norm.weight"]),
+        "mamba.out_proj.weight": uniform_fan_in(shapes["mamba.out_proj.weight"], generator),
+    }
+
+
+def gated_delta_net_defaults(config: ModelConfig, generator: Generator) -> dict[str, Tensor]:
+    """A Gated DeltaNet mixer as fla's layer makes it: A uniform in (0, 16], norm 1, Linear and Conv1d of torch's defaults.
+
+    Args:
+        config: of the student.
+        generator: CPU generator to draw from.
+
+    Returns:
+        All tensors of `mixer_tensor_names(config, "G")`, fp32.
+    """
+    shapes, heads = mixer_tensor_names(config, "G"), config.linear_num_heads
+    drawn = {
+        name: uniform_fan_in(shape, generator)
+        for name, shape in shapes.items()
+        if name.endswith(("proj.weight", "conv1d.weight"))
+    }
+    # torch draws from [0, 1); 1 - u keeps A away from 0, whose logarithm is -inf
+    decay = 16.0 * (1.0 - torch.empty(heads).uniform_(generator=generator))
+    drawn |= {
+        "linear_attn.A_log": decay.log(),
+        "linear_attn.dt_bias": inverse_softplus_step(heads, generator),
+        "linear_attn.o_norm.weight": torch.ones(config.linear_value_head_dim),
+    }
+    return {name: drawn[name] for name in shapes}

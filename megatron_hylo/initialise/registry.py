@@ -1,0 +1,90 @@
+"""Initialisers by name: functions from one attention layer of the teacher to one mixer of the student.
+
+An initialiser is registered for a name and a mixer symbol, e.g. ("paper", "G"). It sees plain CPU tensors of
+one layer and knows nothing of files, Megatron or parallelism. A new one is a new file in this package, named
+in `_MODULES`; every later step is blind to which was used.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_hylo.config import ConfigError, ModelConfig
+
+TeacherLayer = Mapping[str, Tensor]
+"""One attention layer's tensors, any float dtype, without prefix: `q_proj.weight` [Hq*dh, d], `k_proj.weight` and
+`v_proj.weight` [Hkv*dh, d], `o_proj.weight` [d, Hq*dh]; `{q,k,v}_proj.bias` with add_qkv_bias; `{q,k}_norm.weight`
+[dh] with qk_layernorm."""
+
+CalibrationStatistics = Mapping[str, Tensor]
+"""What was measured on one layer of the teacher, by name (the list is in `megatron_hylo.calibrate.statistics`); an
+initialiser that needs none ignores it."""
+
+Initialiser = Callable[
+    [TeacherLayer, ModelConfig, ModelConfig, torch.Generator, CalibrationStatistics | None],
+    dict[str, Tensor],
+]
+"""(teacher, config, teacher_config, generator, statistics) -> the student's mixer.
+
+`config` is the student's. All random numbers come from `generator` (a CPU one). The result holds exactly the
+names and shapes of `mixer_tensor_names(config, symbol)`, fp32, contiguous, sharing no memory with the teacher.
+Raises ConfigError where the student's dimensions do not fit the map."""
+
+_MODULES = (  # importing one registers its initialisers
+    "megatron_hylo.initialise.paper",
+    "megatron_hylo.initialise.calibrated_mla",
+    "megatron_hylo.initialise.calibrated_linear",
+)
+_INITIALISERS: dict[tuple[str, str], Initialiser] = {}
+
+
+def register_initialiser(name: str, symbol: str) -> Callable[[Initialiser], Initialiser]:
+    """Decorator: make an initialiser known.
+
+    Args:
+        name: of the family, e.g. "paper".
+        symbol: the mixer it makes: `+`, `M` or `G`.
+
+    Raises:
+        ConfigError: the name is already taken for that symbol.
+    """
+
+    def register(function: Initialiser) -> Initialiser:
+        if (name, symbol) in _INITIALISERS:
+            raise ConfigError(f"initialiser {name!r} for mixer {symbol!r} is already registered; choose another name")
+        _INITIALISERS[name, symbol] = function
+        return function
+
+    return register
+
+
+def get_initialiser(name: str, symbol: str) -> Initialiser:
+    """Look an initialiser up.
+
+    Args:
+        name: of the family, e.g. "paper".
+        symbol: the mixer to make.
+
+    Raises:
+        ConfigError: no such name, or it does not make that mixer.
+    """
+    known = _known()
+    if (name, symbol) in known:
+        return known[name, symbol]
+    if name not in initialiser_names():
+        raise ConfigError(f"unknown initialiser {name!r}; known: {', '.join(initialiser_names())}")
+    makes = " ".join(s for n, s in known if n == name)
+    raise ConfigError(f"initialiser {name!r} does not make mixer {symbol!r}; it makes {makes}")
+
+
+def initialiser_names() -> list[str]:
+    """Names that `get_initialiser` knows, sorted."""
+    return sorted({name for name, _ in _known()})
+
+
+def _known() -> dict[tuple[str, str], Initialiser]:
+    for module in _MODULES:
+        importlib.import_module(module)
+    return _INITIALISERS

@@ -1,0 +1,1 @@
+"""Files: atomic folders with manifests, the cache folder, progress."""

@@ -1,0 +1,85 @@
+"""Before a run on a GPU: its kernels are compared with their definitions, once for a kind of GPU, libraries, shapes and
+our own code."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from megatron_hylo import kernels
+from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.io.atomic import write_json
+from megatron_hylo.io.cache import cache_dir
+from megatron_hylo.kernels.delta_rule_chain import OPERATION as CHAIN
+from megatron_hylo.kernels.registry import ENVIRONMENT_VARIABLE
+from megatron_hylo.models.kernel_check import Check, check_kernels
+
+logger = logging.getLogger("megatron_hylo.kernels")
+CHAIN_ADVICE = f" (on Hopper try {ENVIRONMENT_VARIABLE}={CHAIN}=fla first: fla's own kernels in place of ours)"
+LIBRARIES = ("torch", "triton", "flash-linear-attention", "mamba-ssm")
+
+
+def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device, parts: bool = False) -> None:
+    """Refuse kernels that are wrong here; what passed is remembered in the cache folder. On a CPU nothing is done: all is
+    plain torch there.
+
+    Args:
+        configs: of the models of a run.
+        dtype: bf16 or fp32.
+        device: of this rank.
+        parts: sequences are split over ranks.
+
+    Raises:
+        ConfigError: a kernel's output or gradient is wrong; says which, by how much, and how to go on.
+    """
+    if device.type != "cuda":
+        return
+    file = cache_dir() / "kernel_checks" / f"{_key(configs, dtype, device, parts)}.json"
+    if file.is_file():
+        logger.info("kernels were checked before on this kind of GPU (%s)", file)
+        return
+    found: dict[tuple[str, str], Check] = {}
+    for config in configs:  # models of a run share shapes
+        found |= {(c.operation, c.shape): c for c in check_kernels(config, dtype, device, found, parts)}
+    checks = list(found.values())
+    refuse_wrong(checks)
+    logger.info("kernels checked: %s", ", ".join(f"{c.operation} by {c.implementation} {c.error:.1e}" for c in checks))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"device": torch.cuda.get_device_name(device), "checks": [asdict(c) for c in checks]})
+
+
+def refuse_wrong(checks: Sequence[Check]) -> None:
+    """Raise ConfigError if one of them failed."""
+    for check in checks:
+        if not check.ok:
+            raise ConfigError(
+                f"{check.operation} ({check.shape}) by {check.implementation} is wrong on this machine: {check.where} differs "
+                f"from its definition by {check.error:.1e} of its size, {check.limit:.0e} is allowed. Install other versions "
+                f"of {check.implementation} and Triton (Gated DeltaNet on Hopper: triton>=3.7.1; `hylo doctor` shows what is "
+                f"there), or go on with plain torch: {ENVIRONMENT_VARIABLE}={check.operation}=torch"
+                f"{CHAIN_ADVICE if check.operation == 'gated_delta_rule' else ''}"
+            )
+
+
+def _key(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device, parts: bool) -> str:
+    """Of all that the result depends on."""
+    own = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(kernels.__file__).parent.glob("*.py")))).hexdigest()
+    about = [torch.cuda.get_device_name(device), str(dtype), os.environ.get(ENVIRONMENT_VARIABLE, ""), versions(), parts, own]
+    return hashlib.sha256(json.dumps([*about, *(asdict(config) for config in configs)]).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Of the installed distributions that kernels come from; "" for one that is not."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = ""
+    return found

@@ -1,0 +1,130 @@
+"""The command line as a user meets it: the chain convert, verify, upcycle, assemble, export, and every refusal."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from docstring_parser import parse as parse_docstring
+from safetensors.torch import load_file, save_file
+
+from megatron_hylo.cli.main import VERBS, main
+from megatron_hylo.cli.parser import command
+from megatron_hylo.config import ParallelConfig, RopeScaling
+from megatron_hylo.config.train import OptimizerSettings, TrainConfig
+from megatron_hylo.models.checkpoint import load_model, read_description
+from tests.conftest import tiny_hf_model
+
+
+def run(capsys, *arguments: str) -> tuple[int, str]:
+    """Exit code and all output of `hylo arguments...`, in this process."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return stopped.value.code, " ".join((captured.out + captured.err).split())
+
+
+@pytest.fixture
+def teacher(one_rank, tmp_path, capsys):
+    """A tiny Llama as a Hugging Face folder and as a model folder."""
+    tiny_hf_model("llama").save_pretrained(tmp_path / "hf")
+    assert run(capsys, "convert", tmp_path / "hf", tmp_path / "teacher")[0] == 0
+    return tmp_path / "teacher"
+
+
+def test_verify_passes_then_names_the_changed_weight_and_exits_1(teacher, tmp_path, capsys):
+    code, text = run(capsys, "verify", tmp_path / "hf", teacher)
+    assert code == 0 and "tensors compared: 29, differing: 0" in text and "max |delta logit|" in text
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    code, text = run(capsys, "verify", tmp_path / "hf", teacher)
+    assert code == 1 and "model.layers.2.mlp.up_proj.weight" in text and "NOT verified" in text
+
+
+def test_upcycling_directly_equals_assembling_pure_models(teacher, tmp_path, capsys):
+    for name, pattern in (("mla", "+++"), ("gdn", "GGG"), ("direct", "G+G")):
+        assert run(capsys, "upcycle", teacher, tmp_path / name, "--pattern", pattern, "--init", "paper")[0] == 0
+    places = (tmp_path / n for n in ("mla", "gdn", "teacher", "assembled"))
+    assert run(capsys, "assemble", *places, "--pattern", "G-+-G-")[0] == 0
+    assert read_description(tmp_path / "assembled")[0] == read_description(tmp_path / "direct")[0]
+    direct, assembled = (load_model(tmp_path / n).state_dict() for n in ("direct", "assembled"))
+    assert all(torch.equal(direct[name], assembled[name]) for name in direct if isinstance(direct[name], torch.Tensor))
+
+
+def test_export_and_back_keeps_every_weight(teacher, tmp_path, capsys):
+    assert run(capsys, "upcycle", teacher, tmp_path / "hybrid", "--pattern", "M+G", "--init", "paper")[0] == 0
+    assert run(capsys, "export", tmp_path / "hybrid", tmp_path / "exported")[0] == 0
+    assert run(capsys, "convert", tmp_path / "exported", tmp_path / "back")[0] == 0
+    code, text = run(capsys, "verify", tmp_path / "exported", tmp_path / "hybrid")
+    assert code == 0, text
+    before, after = (load_model(tmp_path / n).state_dict() for n in ("hybrid", "back"))
+    assert all(torch.equal(before[name], after[name]) for name in before if isinstance(before[name], torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pattern", "GG"], "has 2 mixers, but the base model has 3 layers"),
+        (["--pattern", "GXG"], "holds 'X'"),
+        (["--layout", "llama9"], "unknown layout 'llama9'; known: llama3.2-1b-4mla12gdn"),
+        (["--layout", "llama3.2-1b-4mla12gdn"], "has hidden_size 2048, the teacher 48"),
+        (["--pattern", "G+G", "--overrides", "{kv_lora_rank: 999}"], "kv_lora_rank 999 is larger than 48"),
+        (["--pattern", "G+G", "--overrides", "{rank: 9}"], "'rank' is not a field"),
+        (["--pattern", "G+G", "--init", "magic"], "magic"),
+        ([], "give either a layout name or a pattern"),
+    ],
+)
+def test_bad_upcycling_ends_in_one_sentence_and_leaves_nothing(teacher, tmp_path, capsys, arguments, message):
+    code, text = run(capsys, "upcycle", teacher, tmp_path / "out", *arguments)
+    assert code == 2 and message in text and "Traceback" not in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "teacher"]
+
+
+def test_unknown_training_key_is_refused(teacher, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stage: pretrain\ndata: d\noutput: o\nmodel: m\nlearning_rat: 1.0e-4\n")
+    code, text = run(capsys, "train", "--config", recipe)
+    assert code == 2 and "learning_rat" in text
+
+
+def test_teacher_of_another_vocabulary_is_refused(teacher, tmp_path, capsys):
+    tiny_hf_model("llama", vocab_size=200).save_pretrained(tmp_path / "hf200")
+    assert run(capsys, "convert", tmp_path / "hf200", tmp_path / "teacher200")[0] == 0
+    from megatron_hylo.config import ConfigError
+    from megatron_hylo.config.train import TrainConfig
+    from megatron_hylo.train.stages import get_stage
+
+    settings = TrainConfig("distil", "-", "-", model="-", teacher="-", precision="fp32")
+    with pytest.raises(ConfigError, match="vocabulary differs: student 160, teacher 200"):
+        get_stage(settings, [load_model(tmp_path / "teacher200")]).check(load_model(teacher))
+
+
+def test_existing_output_is_not_overwritten_unasked(teacher, tmp_path, capsys):
+    code, text = run(capsys, "convert", tmp_path / "hf", teacher)
+    assert code == 2 and "already exists" in text
+    assert run(capsys, "convert", tmp_path / "hf", teacher, "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize("verb", [command(v) for v in VERBS])
+def test_help_explains_every_option(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert text.count("\n") > 7 and "Args:" not in text
+
+
+def test_layouts_json_is_an_array_of_four_fields(capsys):
+    with pytest.raises(SystemExit):
+        main(["layouts", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) >= 12 and set(rows[0]) == {"name", "params", "kv_percent", "kv_bytes_per_token"}
+
+
+@pytest.mark.parametrize("settings", [TrainConfig, OptimizerSettings, ParallelConfig, RopeScaling])
+def test_help_explains_every_setting_of_training(settings):
+    explained = {p.arg_name: p.description for p in parse_docstring(settings.__doc__).params}
+    assert explained.keys() == {field.name for field in dataclasses.fields(settings)}
+    assert all(explained.values())

@@ -1,0 +1,42 @@
+"""The quickstart on the real teacher and text, with as little of everything as still shows each step."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from megatron_hylo.cli.quickstart import BUDGETS, run_quickstart
+from megatron_hylo.config import ConfigError
+
+SMALL = dict(
+    sequence_length=64, calibration_tokens=4096, calibration_length=256, align_tokens=256, distil_tokens=512, eval_windows=2
+)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize(("linear", "init"), [("gdn", "calibrated"), ("mamba2", "calibrated"), ("gdn", "paper")])
+def test_quickstart(linear, init, tmp_path):
+    budget = replace(BUDGETS["cpu", init], **SMALL)
+    console = Console(record=True, width=200)
+
+    def run() -> dict:
+        return run_quickstart(linear, init, "The kernel", None, tmp_path, None, console, budget)
+
+    summary = run()
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000 and (tmp_path / "export" / "model.safetensors").is_file()
+    assert 10 < summary["teacher_ppl"] < 60 and summary["train_tokens"] == 768
+    assert summary["paper_init_ppl"] > 5_000 and summary["distilled_kl"] > 0
+    if init == "calibrated":
+        assert summary["init_ppl"] < 30 * summary["teacher_ppl"] and summary["kv_percent"] < 12
+    else:
+        assert summary["init_ppl"] == summary["paper_init_ppl"]
+    assert "The kernel" in console.export_text(clear=False)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    again = run()  # nothing is made twice
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")} == before
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
+    with pytest.raises(ConfigError, match="is another model than"):
+        run_quickstart("mamba2" if linear == "gdn" else "gdn", init, None, None, tmp_path, None, console, budget)

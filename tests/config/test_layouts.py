@@ -1,0 +1,167 @@
+"""Named layouts against the released checkpoints' sizes (HyLo model cards), and the pattern algebra."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig, RopeScaling, from_dict
+from megatron_hylo.config.layouts import (
+    BASES,
+    LAYOUTS,
+    expand_pattern,
+    get_layout,
+    hybrid_config,
+    kv_bytes_per_token,
+    kv_percent,
+    mixer_parameters,
+    parameter_count,
+    pipeline_pattern,
+    uniform_mixers,
+)
+from megatron_hylo.models.transformer_config import check_tensor_parallel
+
+# parameters, KV % of the base, KV bytes a token: the seven released layouts, then their Mamba2 or GDN twins
+RELEASED = {
+    "llama3.2-1b-4mla12gdn": (1_673_797_776, 3.9, 1280),
+    "llama3.2-1b-8mla8gdn": (1_613_437_024, 7.8, 2560),
+    "llama3.2-3b-6mla22gdn": (4_267_821_452, 2.0, 2304),
+    "llama3.2-3b-14mla14gdn": (3_971_381_500, 4.7, 5376),
+    "qwen3-1.7b-7mla21gdn": (2_284_173_820, 3.9, 4480),
+    "qwen3-1.7b-14mla14m2": (2_065_541_280, 7.8, 8960),
+    "qwen3-1.7b-14mla14gdn": (2_182_902_440, 7.8, 8960),
+}
+TWINS = {
+    "llama3.2-1b-4mla12m2": (1_548_369_024, 3.9, 1280),
+    "llama3.2-1b-8mla8m2": (1_529_817_856, 7.8, 2560),
+    "llama3.2-3b-6mla22m2": (3_783_594_544, 2.0, 2304),
+    "llama3.2-3b-14mla14m2": (3_663_237_104, 4.7, 5376),
+    "qwen3-1.7b-7mla21m2": (2_108_132_080, 3.9, 4480),
+}
+TEACHER_PARAMETERS = {"llama3.2-1b": 1_235_814_400, "llama3.2-3b": 3_212_749_824, "smollm2-135m": 134_515_008}
+
+
+@pytest.mark.parametrize("name", [*RELEASED, *TWINS])
+def test_layout_matches_released_checkpoint(name):
+    config = LAYOUTS[name].config
+    params, percent, kv_bytes = (RELEASED | TWINS)[name]
+    assert parameter_count(config) == params
+    assert round(kv_percent(config), 1) == percent
+    assert kv_bytes_per_token(config) == kv_bytes
+
+
+def test_only_the_135m_teachers_layouts_are_not_of_the_paper():
+    ours = set(LAYOUTS) - set(RELEASED) - set(TWINS)
+    assert ours == {f"smollm2-135m-8mla22{linear}{shapes}" for linear in ("gdn", "m2") for shapes in ("", "-aligned")}
+    assert all(kv_percent(LAYOUTS[name].config) < 12 for name in LAYOUTS)
+
+
+@pytest.mark.parametrize("base", TEACHER_PARAMETERS)
+def test_base_matches_published_parameter_count(base):
+    assert parameter_count(BASES[base]) == TEACHER_PARAMETERS[base]
+
+
+def test_mixer_parameters_match_the_papers_25_2_million():
+    assert mixer_parameters(LAYOUTS["llama3.2-1b-4mla12gdn"].config, "G") == 25_215_500
+    assert mixer_parameters(LAYOUTS["llama3.2-3b-6mla22gdn"].config, "G") == 56_715_794
+    assert mixer_parameters(BASES["llama3.2-1b"], "*") == 10_485_760
+
+
+def test_hylo_layouts_json():
+    command = [sys.executable, "-m", "megatron_hylo.cli", "layouts", "--json"]
+    rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert {row["name"]: row["params"] for row in rows if row["name"] in RELEASED} == {n: v[0] for n, v in RELEASED.items()}
+    assert set(rows[0]) == {"name", "params", "kv_percent", "kv_bytes_per_token"}
+
+
+def test_pattern_may_be_written_with_or_without_mlps():
+    assert expand_pattern("G-+-G-", 3) == expand_pattern("G+G", 3) == "G+G"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("G+", "has 2 mixers, but the base model has 3 layers"), ("GXG", "holds 'X'"), ("G--+G-", "must be followed by its MLP")],
+)
+def test_bad_pattern_is_named(pattern, message):
+    with pytest.raises(ConfigError, match=message):
+        expand_pattern(pattern, 3)
+
+
+def test_unknown_layout_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="llama3.2-1b-4mla12gdn"):
+        get_layout("llama")
+
+
+def test_too_large_rank_is_refused_with_the_largest_that_fits():
+    with pytest.raises(ConfigError, match="kv_lora_rank 4096 is larger than 288"):
+        hybrid_config(BASES["smollm2-135m"], "G" * 29 + "+", kv_lora_rank=4096)
+
+
+def test_own_layout_needs_a_pattern_and_a_base_only():
+    base = BASES["qwen3-8b"]
+    config = hybrid_config(base, uniform_mixers(36, 9))
+    assert config.mixers.count("+") == 9 and config.qk_layernorm
+    assert kv_percent(config) < 10
+
+
+def test_config_survives_json_and_refuses_unknown_keys():
+    config = LAYOUTS["qwen3-1.7b-7mla21gdn"].config.replace(mla_rope_scaling=RopeScaling("yarn", 2.0, 32768))
+    values = json.loads(json.dumps(config.to_dict()))
+    assert from_dict(ModelConfig, values, "test") == config
+    with pytest.raises(ConfigError, match="unknown key 'rank'"):
+        from_dict(ModelConfig, values | {"rank": 3}, "test")
+    with pytest.raises(ConfigError, match="unknown key 'beta'"):
+        from_dict(ModelConfig, values | {"rope_scaling": {"beta": 3}}, "test")
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4, 7])
+def test_pipeline_pattern_is_the_best_of_all_splits(stages):
+    config = BASES["smollm2-135m"].replace(hybrid_layer_pattern="*-" * 8)
+    pattern = pipeline_pattern(config, stages)
+    assert pattern.replace("|", "") == config.hybrid_layer_pattern
+    layer = mixer_parameters(config, "*") + 3 * config.hidden_size * config.ffn_hidden_size
+    ends = config.vocab_size * config.hidden_size
+    costs = [layer] * 8
+    costs[0] += ends
+    costs[-1] += ends
+
+    def largest(split):
+        edges = [0, *split, 8]
+        return max(sum(costs[a:b]) for a, b in zip(edges, edges[1:]))
+
+    import itertools
+
+    best = min(largest(split) for split in itertools.combinations(range(1, 8), stages - 1))
+    counts = list(itertools.accumulate(part.count("-") for part in pattern.split("|")))
+    assert largest(counts[:-1]) == best
+
+
+def test_tensor_parallel_sizes_that_do_not_divide_are_refused_with_those_that_do():
+    teacher, hybrid = BASES["smollm2-135m"], LAYOUTS["llama3.2-1b-4mla12gdn"].config
+    check_tensor_parallel(teacher, 3)
+    with pytest.raises(ConfigError, match=r"size 2 does not divide num_attention_heads 9; .* for this model: 1, 3$"):
+        check_tensor_parallel(teacher, 2)
+    with pytest.raises(ConfigError, match=r"size 4 does not divide linear_num_heads 6; .* for this model: 1, 2$"):
+        check_tensor_parallel(hybrid, 4)
+    with pytest.raises(ConfigError, match="does not divide vocab_size 100"):
+        check_tensor_parallel(teacher.replace(vocab_size=100), 3)
+
+
+def test_a_split_of_ones_own_is_taken_or_refused():
+    config = BASES["smollm2-135m"].replace(hybrid_layer_pattern="*-" * 8)
+    assert pipeline_pattern(config, 3, [1, 5, 2]) == "*-|*-*-*-*-*-|*-*-"
+    with pytest.raises(ConfigError, match=r"pipeline_layers \[1, 5\] are 6 layers, the model has 8"):
+        pipeline_pattern(config, 2, [1, 5])
+    with pytest.raises(ConfigError, match=r"pipeline_layers \[8\] must be 2 numbers"):
+        ParallelConfig(pipeline_model_parallel_size=2, pipeline_layers=[8])
+    with pytest.raises(ConfigError, match="9 pipeline stages .* more than the model's 8 layers"):
+        pipeline_pattern(config, 9)
+    with pytest.raises(ConfigError, match="virtual_pipeline_model_parallel_size 2 needs pipeline_model_parallel_size > 1"):
+        ParallelConfig(virtual_pipeline_model_parallel_size=2)
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        BASES["llama3.2-1b"].hidden_size = 1

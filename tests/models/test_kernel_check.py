@@ -1,0 +1,83 @@
+"""The comparison of kernels with their definitions: right ones pass, wrong outputs, gradients and NaN are named."""
+
+import pytest
+import torch
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.layouts import get_layout
+from megatron_hylo.kernels.recurrence_part import DeltaRulePart
+from megatron_hylo.models import kernel_check as self_check
+from megatron_hylo.models.kernel_check import check_kernels
+from megatron_hylo.train.startup_check import check_run_kernels, refuse_wrong
+from tests.conftest import tiny_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_torch_is_right(dtype) -> None:
+    checks = check_kernels(tiny_config("G-+-M-*-"), dtype, CPU, parts=True)
+    assert [c.operation for c in checks] == [
+        "causal_conv1d", "causal_conv1d", "gated_delta_rule", "gated_delta_rule", "attention", "attention",
+        "causal_conv1d", "causal_conv1d", "ssd", "ssd", "attention", "attention", "elementwise", "elementwise",
+        "rms_norm", "concatenate",
+    ]  # fmt: skip
+    assert all(c.ok and c.implementation == "torch" for c in checks), checks
+    assert dtype == torch.bfloat16 or max(c.error for c in checks) < 1e-5, checks
+    refuse_wrong(checks)
+
+
+@pytest.mark.parametrize("fault", ["output", "gradient", "nan"])
+def test_a_wrong_kernel_is_named(fault, monkeypatch) -> None:
+    right = self_check.gated_delta_rule
+
+    def wrong(q, k, v, g, beta):
+        if fault == "gradient":  # as on Hopper with Triton before 3.7.1: outputs right, a gradient not
+            g = g.detach() + 0.5 * (g - g.detach())
+        out, state = right(q, k, v, g, beta)
+        return (out.roll(1, dims=1) if fault == "output" else out * float("nan") if fault == "nan" else out), state
+
+    monkeypatch.setattr(self_check, "gated_delta_rule", wrong)
+    checks = check_kernels(tiny_config("G-"), torch.bfloat16, CPU)
+    (bad,) = [c for c in checks if not c.ok]
+    assert bad.operation == "gated_delta_rule" and (fault != "gradient" or bad.where == "g")
+    with pytest.raises(ConfigError, match=r"gated_delta_rule .* by torch is wrong .*HYLO_KERNELS=gated_delta_rule=torch"):
+        refuse_wrong(checks)
+
+
+@pytest.mark.parametrize("part", ["reach", "kept", "added"])
+def test_a_wrong_part_of_a_split_sequence_is_named(part, monkeypatch) -> None:
+    right = DeltaRulePart.begin
+
+    def wrong(cls, *inputs):
+        found, effect = right(*inputs)
+        return found, effect._replace(**{part: 0.5 * getattr(effect, part)})
+
+    monkeypatch.setattr(DeltaRulePart, "begin", classmethod(wrong))
+    bad = [c.shape for c in check_kernels(tiny_config("G-"), torch.float32, CPU, parts=True) if not c.ok]
+    assert len(bad) == 1 and bad[0].endswith("split")
+
+
+def test_doctor_fails_where_a_kernel_is_wrong(monkeypatch, capsys) -> None:
+    from megatron_hylo.cli.main import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--layout", "smollm2-135m-8mla22gdn-aligned"])
+    assert ended.value.code == 0 and "WRONG" not in capsys.readouterr().out
+    monkeypatch.setattr(self_check, "causal_conv1d_sections", lambda sections, *_: [x * 1.1 for x in sections])
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--layout", "smollm2-135m-8mla22gdn-aligned"])
+    assert ended.value.code == 1 and "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("layout", ["smollm2-135m-8mla22gdn-aligned", "llama3.2-1b-4mla12gdn", "llama3.2-1b-4mla12m2"])
+def test_fast_kernels_are_right_and_checked_once(layout, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("MEGATRON_HYLO_CACHE", str(tmp_path))
+    config, cuda = get_layout(layout).config, torch.device("cuda")
+    check_run_kernels([config], torch.bfloat16, cuda, parts=True)
+    (file,) = (tmp_path / "kernel_checks").iterdir()
+    assert '"triton"' in file.read_text()
+    monkeypatch.setattr("megatron_hylo.train.startup_check.check_kernels", lambda *_: pytest.fail("checked again"))
+    check_run_kernels([config], torch.bfloat16, cuda, parts=True)

@@ -1,0 +1,111 @@
+"""A teacher of another torchrun world gives the same losses, gradients and weights as one on the student's ranks."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.train import TrainConfig
+from tests.conftest import tiny_config
+from tests.parity.cases import LAYOUTS, case_config, make_dataset, make_model
+from tests.parity.worker import job, launch
+from tests.train.runs import relative_difference
+
+pytestmark = pytest.mark.multirank
+ROOT = Path(__file__).parents[2]
+SERVERS = {"one": (1, []), "tp2_sp": (2, ["--tensor_model_parallel_size", "2", "--sequence_parallel"]),
+           "cp2": (2, ["--context_parallel_size", "2"]), "two": (2, [])}  # fmt: skip
+SLOW = pytest.mark.slow
+# server, student's stage and layout: every layout of either side once, a student that comes after another, packed documents
+CASES = [
+    ("tp2_sp", "distil", "one"), ("tp2_sp", "packed_distil", "tp2_sp"), ("tp2_sp", "distil", "cp2_gather"),
+    ("tp2_sp", "distil", "pp2"), ("tp2_sp", "distil", "dp2"), ("cp2", "packed_distil", "cp2_a2a"), ("cp2", "distil", "tp2"),
+    pytest.param("one", "distil", "dp2", marks=SLOW), pytest.param("two", "distil", "dp2", marks=SLOW),
+]  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(root: Path, server: str) -> Iterator[str]:
+    """`hylo serve-teacher` under torchrun; yields its address."""
+    ranks, options = SERVERS[server]
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
+               "megatron_hylo.cli.main", "serve-teacher", str(root / "teacher"), address, *options]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    log = (root / f"{server}.log").open("w")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield address
+        assert process.poll() is None, (root / f"{server}.log").read_text()[-3000:]  # it survives its students
+    finally:
+        process.send_signal(signal.SIGTERM)  # torchrun ends its ranks, which are in sessions of their own
+        process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def measured(request, tmp_path_factory, one_rank) -> Path:
+    """ROOT/{server}-{stage}-{layout}.pt of the cases that were chosen, "online" among the servers."""
+    root = tmp_path_factory.mktemp("remote")
+    items = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    cases = [tuple(chosen[name] for name in ("server", "stage", "layout")) for chosen in items]
+    make_dataset(root / "data")
+    make_model(tiny_config("*-*-*-*-", add_qkv_bias=True, hidden_size=48), root / "teacher", seed=1)
+    make_model(tiny_config("G-+-M-*-", qk_layernorm=True, add_qkv_bias=True, model_family="qwen3"), root / "mixed", seed=2)
+    online = [job("measure", case_config(root, "mixed", stage, "one"), root / f"online-{stage}-one.pt")
+              for stage in ("distil", "packed_distil")]  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        addresses = {server: stack.enter_context(serving(root, server)) for server in dict.fromkeys(case[0] for case in cases)}
+        for ranks in (1, 2):
+            jobs = online if ranks == 1 else []
+            for server, stage, layout in cases:
+                config = case_config(root, "mixed", stage, layout)
+                parallel = replace(config.parallel, distributed_timeout_minutes=1.5)
+                config = replace(config, teacher=None, teacher_address=addresses[server], parallel=parallel)
+                if LAYOUTS[layout][0] == ranks:
+                    jobs.append(job("measure", config, root / f"{server}-{stage}-{layout}.pt"))
+            launch(jobs, ranks, root)
+        time.sleep(1)
+    return root
+
+
+@pytest.mark.parametrize(("server", "stage", "layout"), CASES)
+def test_equals_a_teacher_on_the_same_ranks(measured, server, stage, layout):
+    here, online = (torch.load(measured / f"{name}.pt") for name in (f"{server}-{stage}-{layout}", f"online-{stage}-one"))
+    for mine, theirs in zip(here["steps"], online["steps"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    for what in ("gradients", "weights"):
+        difference, name = relative_difference(here[what][0], online[what][0])
+        print(f"{server} | {stage} | {layout} | {what} | {difference:.1e}")
+        assert difference < 1e-5, name
+
+
+def test_nobody_at_the_address_is_said():
+    from datetime import timedelta
+
+    from megatron_hylo.teachers.remote_link import open_store
+
+    with pytest.raises(ConfigError, match="no teacher answers at 127.0.0.1:.*start `hylo serve-teacher` first"):
+        open_store(f"127.0.0.1:{free_port()}", False, timedelta(seconds=1))
+    with pytest.raises(ConfigError, match="'nowhere' must be HOST:PORT"):
+        open_store("nowhere", False, timedelta(seconds=1))
+    common = dict(data="-", output="-", model="-")
+    with pytest.raises(ConfigError, match="teacher_address is for stage distil"):
+        TrainConfig(stage="align", teacher_address="a:1", **common)
+    with pytest.raises(ConfigError, match="give one of them"):
+        TrainConfig(stage="distil", teacher_address="a:1", teacher_store="b", **common)

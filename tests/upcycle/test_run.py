@@ -1,0 +1,64 @@
+"""`upcycle_folder` with a calibration folder: what it writes is what it reports."""
+
+import pytest
+import torch
+
+from megatron_hylo.calibrate.statistics import CalibrationFolder
+from megatron_hylo.config import ConfigError
+from megatron_hylo.eval.perplexity import evaluate
+from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.upcycle.run import upcycle_folder
+
+SIZES = dict(
+    kv_lora_rank=20, q_lora_rank=48, qk_pos_emb_head_dim=12, linear_num_heads=6, linear_key_head_dim=16,
+    linear_value_head_dim=16, mamba_num_heads=6,
+)  # fmt: skip
+
+
+@pytest.fixture
+def upcycle(material, tmp_path):
+    """(pattern, other arguments) -> report, folder."""
+
+    def run(pattern: str = "+GM", **arguments):
+        fields = dict(shapes="aligned", overrides=SIZES, calibration=material.done, sequential=True) | arguments
+        return upcycle_folder(material.teacher, tmp_path / "out", pattern=pattern, overwrite=True, **fields), tmp_path / "out"
+
+    return run
+
+
+def mlps(model) -> list[torch.Tensor]:
+    return [mlp.mlp.linear_fc2.weight for _, mlp in model.mixer_layers()]
+
+
+def test_the_folder_is_as_good_as_reported(upcycle, material):
+    report, folder = upcycle()
+    model, teacher = load_model(folder), load_model(material.teacher)
+    _, heldout = CalibrationFolder(material.done, material.teacher).windows()
+    assert evaluate(model, heldout, teacher).to_dict() == pytest.approx(report.quality.to_dict(), rel=1e-5)
+    assert report.teacher_quality.kl == pytest.approx(0, abs=1e-6)
+    assert [(e.layer, e.symbol) for e in report.errors] == list(enumerate("+GM"))
+    provenance = read_description(folder)[1]["provenance"]
+    assert (provenance["init"], provenance["sequential"], provenance["calibration_tokens"]) == ("calibrated", True, 960)
+    assert model.config.hylo.mla_rotary_pairs[0] and not model.config.hylo.mla_rotary_pairs[1]
+
+
+@pytest.mark.parametrize("settings", [dict(sequential=False), dict(mlps=False)], ids=["one-shot", "mixers alone"])
+def test_mlps_stay_the_teachers_where_asked(upcycle, material, settings):
+    _, folder = upcycle(**settings)
+    ours, theirs = mlps(load_model(folder)), mlps(load_model(material.teacher))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("pattern", ["+GM", "GGG"])
+def test_it_is_better_than_the_papers_start(upcycle, pattern):
+    paper, _ = upcycle(pattern, init="paper", shapes="paper", overrides=None)
+    calibrated, _ = upcycle(pattern)
+    assert calibrated.quality.kl < paper.quality.kl and paper.errors is None
+
+
+def test_what_cannot_be_calibrated_is_refused(upcycle, material, tmp_path):
+    with pytest.raises(ConfigError, match="needs --calibration"):
+        upcycle(calibration=None)
+    with pytest.raises(ConfigError, match="another checkpoint"):
+        upcycle_folder(material.other, tmp_path / "out", pattern="+GM", calibration=material.done)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,239 @@
+"""Selection on tiny real models. Oracle: hybrids made by `assemble_folder`, evaluated by whole forward passes."""
+
+import itertools
+import json
+import logging
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_hylo.cli.main import main
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.layouts import uniform_mixers
+from megatron_hylo.data.packed import PackedDataset
+from megatron_hylo.eval.perplexity import evaluate
+from megatron_hylo.io.atomic import verify_sealed
+from megatron_hylo.models.checkpoint import load_model, save_model
+from megatron_hylo.models.hylo_model import build_model
+from megatron_hylo.upcycle.run import assemble_folder, upcycle_folder
+from megatron_hylo.upcycle.select import SwapEvaluation, select_folder
+from megatron_hylo.upcycle.selection import smart_layers
+from tests.conftest import tiny_config
+
+LAYERS, LENGTH, TOKENS = 5, 16, 64
+KL = 1e-5  # relative
+
+
+@pytest.fixture(scope="module")
+def material(one_rank, tmp_path_factory) -> SimpleNamespace:
+    """A teacher with weights large enough to matter, pure students of it (as if aligned, and as if not), and text.
+
+    The students differ from the teacher, and from one another, in what is copied too: it must come from the right one.
+    """
+    root = tmp_path_factory.mktemp("select")
+    torch.manual_seed(0)
+    teacher = build_model(tiny_config("*-" * LAYERS))
+    with torch.no_grad():
+        for name, p in teacher.named_parameters():
+            if "norm" in name:
+                p.uniform_(0.5, 1.5)
+            elif p.dim() == 2:
+                p.normal_(std={"embedding": 0.5, "output_layer": 0.25}.get(name.split(".")[0], 0.1))
+    save_model(teacher, root / "teacher")
+    for name, symbol in (("mla", "+"), ("linear", "G"), ("mamba", "M")):
+        upcycle_folder(root / "teacher", root / f"{name}_made", None, symbol * LAYERS, init="paper")
+        pairs = dict(mla_rotary_pairs=[(0, 2, 4, 5 + layer % 3) for layer in range(LAYERS)]) if symbol == "+" else {}
+        student = load_model(root / f"{name}_made", **pairs)  # as the calibrated start has them, other ones in each layer
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter *= 1 + 0.1 * torch.randn_like(parameter)
+        save_model(student, root / f"{name}_untrained")
+        save_model(student, root / name, provenance={"stage": "align"})
+    (root / "data").mkdir()
+    builder = IndexedDatasetBuilder(str(root / "data" / "train.bin"), dtype=np.uint16)
+    generator = np.random.default_rng(0)
+    for length in (40, 90, 31, 120):
+        builder.add_document(generator.integers(0, 160, length).tolist(), [length])
+    builder.finalize(str(root / "data" / "train.idx"))
+    return SimpleNamespace(root=root, teacher=root / "teacher", mla=root / "mla", linear=root / "linear", data=root / "data")
+
+
+@pytest.fixture(scope="module")
+def assembled_kl(material):
+    """Layers that are MLA -> KL of the assembled model folder, over the text `select` uses, by whole forward passes."""
+    dataset = PackedDataset(material.data / "train", LENGTH, seed=0)
+    windows = torch.stack([dataset[i] for i in range(TOKENS // LENGTH)])
+    teacher, known = load_model(material.teacher), {}
+
+    def kl(chosen) -> float:
+        chosen = frozenset(chosen)
+        if chosen not in known:
+            pattern = "".join("+" if layer in chosen else "G" for layer in range(LAYERS))
+            where = material.root / "assembled" / pattern
+            assemble_folder(material.mla, material.linear, material.teacher, where, pattern)
+            known[chosen] = evaluate(load_model(where), windows, teacher).kl
+        return known[chosen]
+
+    return kl
+
+
+@pytest.fixture
+def select(material):
+    """select_folder with the material's folders; other arguments by name."""
+
+    def run(count: int = 2, **changes):
+        fields = dict(
+            teacher=material.teacher, mla=material.mla, linear=material.linear, data=material.data, count=count,
+            tokens=TOKENS + 3, sequence_length=LENGTH,
+        )  # fmt: skip
+        return select_folder(**(fields | changes))
+
+    return run
+
+
+def test_shared_prefixes_change_nothing_and_cost_only_the_layers_after(material, assembled_kl):
+    dataset = PackedDataset(material.data / "train", LENGTH, seed=0)
+    windows = torch.stack([dataset[i][:-1] for i in range(TOKENS // LENGTH)])
+    evaluation = SwapEvaluation(*(load_model(f) for f in (material.teacher, material.mla, material.linear)), windows)
+    assert evaluation.layer_evaluations == LAYERS
+    for chosen, candidates in (((), range(LAYERS)), ((3,), [0, 1, 2, 4]), ((1, 4), [0, 2]), ((0,), [3])):
+        before = evaluation.layer_evaluations
+        found = evaluation.kl_with(chosen, candidates, "")
+        run = evaluation.layer_evaluations - before
+        assert run == candidates[-1] + sum(LAYERS - layer for layer in candidates)
+        for layer in candidates:
+            assert found[layer] == evaluation.kl({*chosen, layer}, ""), (chosen, layer)  # bit for bit
+            assert found[layer] == pytest.approx(assembled_kl({*chosen, layer}), rel=KL)
+    assert evaluation.kl((), "") == pytest.approx(assembled_kl(()), rel=KL)
+
+
+def test_smart_equals_assembled_models(select, assembled_kl, material, tmp_path):
+    found = select(2, output=tmp_path / "out")
+    assert found.kl_all_linear == pytest.approx(assembled_kl(()), rel=KL)
+    assert found.kl_by_layer == pytest.approx([assembled_kl({layer}) for layer in range(LAYERS)], rel=KL)
+    gains = [found.kl_all_linear - kl for kl in found.kl_by_layer]
+    assert max(gains) - min(gains) > 100 * KL  # the layers differ by more than what is compared
+    assert tuple(found.mla_layers) == smart_layers(gains, 2)
+    assert found.kl_selected == pytest.approx(assembled_kl(found.mla_layers), rel=KL)
+    assert found.pattern == "".join("+" if layer in found.mla_layers else "G" for layer in range(LAYERS))
+    assert found.tokens == TOKENS
+    assert found.layer_evaluations == 3 * LAYERS + (LAYERS - 1) + LAYERS * (LAYERS + 1) // 2
+    verify_sealed(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "selection.json").read_text())
+    assert written["pattern"] == found.pattern and written["kl_by_layer"] == found.kl_by_layer
+    assert set(written) >= {"method", "mla_layers", "kl_all_linear", "kl_selected", "tokens", "seconds"}
+    assert (tmp_path / "out" / "selection.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_greedy_equals_brute_force_step_by_step(select, assembled_kl):
+    found = select(3, method="greedy")
+    chosen: set[int] = set()
+    for _ in range(3):
+        rest = [layer for layer in range(LAYERS) if layer not in chosen]
+        chosen.add(min(rest, key=lambda layer: assembled_kl({*chosen, layer})))
+    assert set(found.mla_layers) == chosen and found.mla_layers == sorted(chosen)
+    assert found.kl_selected == pytest.approx(assembled_kl(chosen), rel=KL)
+    assert found.kl_by_layer == pytest.approx([assembled_kl({layer}) for layer in range(LAYERS)], rel=KL)
+    one = select(1, method="greedy")
+    assert one.mla_layers == [min(range(LAYERS), key=lambda layer: assembled_kl({layer}))] == select(1).mla_layers
+
+
+def test_uniform_asks_nothing_but_is_measured(select, assembled_kl, material, tmp_path):
+    found = select(2, method="uniform", output=tmp_path / "out")
+    assert found.pattern == uniform_mixers(LAYERS, 2)
+    assert found.kl_by_layer is None and not (tmp_path / "out" / "selection.png").exists()
+    assert found.kl_selected == pytest.approx(assembled_kl(found.mla_layers), rel=KL)
+    mamba = select(2, method="uniform", linear=material.root / "mamba", allow_unaligned=True)
+    assert mamba.pattern == found.pattern.replace("G", "M") and mamba.kl_selected != found.kl_selected
+
+
+def test_tokens_are_whole_windows_of_what_there_is(select):
+    assert select(1, method="uniform", tokens=2 * LENGTH - 1).tokens == LENGTH
+    assert select(1, method="uniform", tokens=10_000).tokens == (40 + 90 + 31 + 120 - 1) // LENGTH * LENGTH
+
+
+def test_models_that_were_not_aligned_are_refused_unless_asked_for(select, material, caplog, tmp_path):
+    untrained = material.root / "linear_untrained"
+    with pytest.raises(ConfigError, match="linear_untrained names no training stage.*--allow_unaligned"):
+        select(linear=untrained)
+    with pytest.raises(ConfigError, match="mla_untrained names no training stage"):
+        select(mla=material.root / "mla_untrained")
+    with caplog.at_level(logging.WARNING, "megatron_hylo.select"):
+        allowed = select(linear=untrained, allow_unaligned=True)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{untrained} names no training stage in its hylo.json; choosing layers before alignment is known to pick bad ones"
+    ]
+    assert allowed.kl_by_layer == select().kl_by_layer
+
+    model = load_model(material.linear)
+    with torch.no_grad():
+        for mixer, _ in model.mixer_layers():
+            mixer.self_attention.out_proj.weight.normal_(std=20.0)
+    save_model(model, tmp_path / "far", provenance={"stage": "align"})
+    far = select(linear=tmp_path / "far", allow_unaligned=True)
+    assert far.kl_all_linear > math.log(160) / 2
+    with pytest.raises(ConfigError, match=r"far is \d.* nats from its teacher, more than half of ln\(160\)"):
+        select(linear=tmp_path / "far")
+    with torch.no_grad():
+        model.mixer_layers()[1][0].self_attention.out_proj.weight.fill_(float("nan"))
+    save_model(model, tmp_path / "nan", provenance={"stage": "align"})
+    with pytest.raises(ConfigError, match="not finite"):
+        select(linear=tmp_path / "nan", allow_unaligned=True)
+
+
+def test_what_does_not_fit_is_refused_before_any_weight_is_read(select, material, tmp_path, monkeypatch):
+    def save(name: str, pattern: str, **changes):
+        save_model(build_model(tiny_config(pattern, **changes)), tmp_path / name, provenance={"stage": "align"})
+        return tmp_path / name
+
+    others = {
+        "width": save("width", "G-" * LAYERS, hidden_size=64),
+        "depth": save("depth", "G-" * 3),
+        "words": save("words", "*-" * LAYERS, vocab_size=96),
+    }
+    monkeypatch.setattr("megatron_hylo.upcycle.select.load_model", None)
+    for change, message in (
+        (dict(count=0), "between 1 and 4, got 0"),
+        (dict(count=LAYERS), "between 1 and 4, got 5"),
+        (dict(mla=material.linear), "GGGGG and GGGGG; make them with"),
+        (dict(linear=material.mla), r"\+{5} and \+{5}"),
+        (dict(linear=others["width"]), "hidden_size is 64"),
+        (dict(linear=others["depth"]), "num_hidden_layers is 3"),
+        (dict(teacher=others["words"]), "vocab_size is 96"),
+        (dict(data=tmp_path / "nothing"), "there is no dataset"),
+        (dict(tokens=LENGTH - 1), "tokens 15 is less than one window of sequence_length 16"),
+        (dict(output=material.data), "already exists"),
+        (dict(teacher=tmp_path / "nothing"), "not a megatron_hylo model folder"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            select(**change)
+
+
+def test_text_of_another_vocabulary_is_refused(select, tmp_path):
+    builder = IndexedDatasetBuilder(str(tmp_path / "train.bin"), dtype=np.uint16)
+    builder.add_document([161] * 100, [100])
+    builder.finalize(str(tmp_path / "train.idx"))
+    with pytest.raises(ConfigError, match="holds token 161, the models' vocabulary is 160"):
+        select(data=tmp_path)
+
+
+def test_the_command_prints_the_pattern_last_and_refuses_in_one_sentence(select, material, tmp_path, capsys):
+    def run(*arguments) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in ("select", material.teacher, "--mla", material.mla, "--data", material.data, *arguments)])
+        return stopped.value.code, capsys.readouterr().out
+
+    sizes = ("--tokens", TOKENS, "--sequence_length", LENGTH, "--count", 2)
+    for method, count in itertools.product(("smart", "greedy"), (2,)):
+        out = tmp_path / method
+        code, text = run("--linear", material.linear, *sizes, "--method", method, "--output", out)
+        expected = select(count, method=method)
+        assert code == 0 and text.splitlines()[-1] == expected.pattern
+        assert f"{expected.kl_selected:.4f} as chosen" in text and "64 tokens" in text
+        assert json.loads((out / "selection.json").read_text())["mla_layers"] == expected.mla_layers
+    code, text = run("--linear", material.root / "linear_untrained", *sizes)
+    assert code == 2 and "before alignment" in text and "Traceback" not in text
