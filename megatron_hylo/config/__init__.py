@@ -1,17 +1,12 @@
-"""Configuration in numbers: models, parallelism, training settings, layouts; imports no torch."""
+"""Configuration in numbers: models and their mixers, parallelism, training settings, layouts; imports no torch."""
 
-from megatron_hylo.config.model import (
-    MIXER_SYMBOLS,
-    ConfigError,
-    Fp8,
-    ModelConfig,
-    ParallelConfig,
-    RopeScaling,
-    from_dict,
-    recomputed_layers,
-)
+from megatron_hylo.config.errors import ConfigError, from_dict
+from megatron_hylo.config.model import LAYERS, MIXER_SYMBOLS, Fp8, ModelConfig, recomputed_layers
+from megatron_hylo.config.parallel import ParallelConfig
+from megatron_hylo.config.rope import RopeScaling
 
 __all__ = [
+    "LAYERS",
     "MIXER_SYMBOLS",
     "ConfigError",
     "Fp8",

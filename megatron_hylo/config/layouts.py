@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_hylo.config import MIXER_SYMBOLS, ConfigError, ModelConfig, RopeScaling
+from megatron_hylo.config.mixers import MIXERS, Fields
 
 LLAMA3_ROPE = RopeScaling(
     "llama3", factor=32.0, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0
@@ -49,17 +50,6 @@ BASES: dict[str, ModelConfig] = {
         rotary_base=100000.0,
     ),
 }  # fmt: skip
-
-# MLA dimensions by base: q_lora_rank, kv_lora_rank, qk_pos_emb_head_dim, qk_head_dim, v_head_dim
-_MLA = {
-    "llama3.2-1b": (1344, 128, 32, 32, 64),
-    "llama3.2-3b": (1536, 128, 64, 64, 128),
-    "qwen3-1.7b": (1344, 256, 64, 64, 128),
-    "smollm2-135m": (576, 96, 32, 32, 64),
-}
-
-# MLA in aligned shapes, where measured (docs/upcycling.md): kv_lora_rank, qk_pos_emb_head_dim
-_ALIGNED_MLA = {"smollm2-135m": (112, 48)}
 
 # MLA layers of aligned layouts: those that `hylo select --method greedy` chose, beside Gated DeltaNet (docs/upcycling.md)
 _ALIGNED_LAYERS = {"smollm2-135m": (0, 1, 2, 16, 17, 18, 20, 23)}
@@ -159,29 +149,16 @@ def hybrid_config(
     """
     mixers = expand_pattern(pattern, base.num_hidden_layers)
     name = base_name or next((n for n, b in BASES.items() if _same_backbone(b, base)), None)
-    d, head_dim = base.hidden_size, base.kv_channels
-    half = head_dim // 2
-    q_width, kv_width = base.num_attention_heads * head_dim, base.num_query_groups * head_dim
-    ranks = _MLA.get(name or "", (min(d, q_width), _multiple_of_8(kv_width / 2), half, head_dim - half, head_dim))
-    key_width = d * 3 // 4
-    gdn_head_dim = next((h for h in (256, 144, 128, 64, 48, 32, 16, 8) if key_width % h == 0), key_width)
-    fields: dict[str, object] = dict(
+    fields: Fields = dict(
         hybrid_layer_pattern="".join(m + "-" for m in mixers),
         untie_embeddings_and_output_weights=True,
         add_qkv_bias=False if not set(mixers) & {"*"} else base.add_qkv_bias,
-        q_lora_rank=ranks[0], kv_lora_rank=ranks[1], qk_pos_emb_head_dim=ranks[2], qk_head_dim=ranks[3], v_head_dim=ranks[4],
-        mamba_num_heads=base.num_attention_heads, mamba_head_dim=head_dim, mamba_state_dim=head_dim,
-        linear_num_heads=key_width // gdn_head_dim, linear_key_head_dim=gdn_head_dim, linear_value_head_dim=2 * gdn_head_dim,
-    )  # fmt: skip
+    )
+    for mixer in MIXERS.values():
+        fields |= mixer.default_sizes(base, name, teacher_shapes=shapes == "aligned")
     if shapes == "aligned":
-        kv_rank, rotary = _ALIGNED_MLA.get(name or "", (ranks[1], ranks[2]))
-        fields |= dict(
-            q_lora_rank=min(d, q_width), kv_lora_rank=kv_rank, qk_pos_emb_head_dim=rotary, qk_head_dim=head_dim,
-            v_head_dim=head_dim, mla_rope_scaling=base.rope_scaling, mla_bias=base.add_qkv_bias,
-            linear_num_heads=base.num_attention_heads, linear_key_head_dim=head_dim, linear_value_head_dim=head_dim,
-        )  # fmt: skip
-        rotary = overrides.get("qk_pos_emb_head_dim", rotary)
-        if base.qk_layernorm and rotary != head_dim:  # whose norm asks which pairs of the head are rotary: the fastest
+        rotary = overrides.get("qk_pos_emb_head_dim", fields["qk_pos_emb_head_dim"])
+        if base.qk_layernorm and rotary != base.kv_channels:  # the norm asks which pairs of the head are rotary: the fastest
             fields["mla_rotary_pairs"] = [tuple(range(rotary // 2)) if m == "+" else () for m in mixers]
     unknown = sorted(set(overrides) - set(ModelConfig.__dataclass_fields__))
     if unknown:
@@ -222,7 +199,7 @@ def pipeline_layers(config: ModelConfig, num_stages: int, given: Sequence[int] |
             f"{num_stages} pipeline stages (pipeline_model_parallel_size x virtual_pipeline_model_parallel_size) are more than "
             f"the model's {len(mixers)} layers"
         )
-    costs = [mixer_parameters(config, m) + 3 * d * config.ffn_hidden_size for m in mixers]
+    costs = [MIXERS[m].parameters(config) + 3 * d * config.ffn_hidden_size for m in mixers]
     costs[0] += config.vocab_size * d
     costs[-1] += config.vocab_size * d
     sums = list(itertools.accumulate(costs, initial=0))
@@ -247,50 +224,17 @@ def _same_backbone(a: ModelConfig, b: ModelConfig) -> bool:
     return all(getattr(a, k) == getattr(b, k) for k in keys)
 
 
-def _multiple_of_8(x: float) -> int:
-    return max(8, int(x) // 8 * 8)
-
-
-def mixer_parameters(config: ModelConfig, symbol: str) -> int:
-    """Parameters of one token mixer, without its layer norm."""
-    c, d = config, config.hidden_size
-    hq, hkv = c.num_attention_heads, c.num_query_groups
-    if symbol == "*":
-        bias = (hq + 2 * hkv) * c.kv_channels if c.add_qkv_bias else 0
-        return 2 * d * (hq + hkv) * c.kv_channels + bias + (2 * c.kv_channels if c.qk_layernorm else 0)
-    if symbol == "+":
-        qk = c.qk_head_dim + c.qk_pos_emb_head_dim
-        query = c.q_lora_rank * (d + hq * qk)
-        key_value = d * (c.kv_lora_rank + c.qk_pos_emb_head_dim) + c.kv_lora_rank * hkv * (c.qk_head_dim + c.v_head_dim)
-        bias = hq * qk + c.kv_lora_rank + c.qk_pos_emb_head_dim + hkv * (c.qk_head_dim + c.v_head_dim) if c.mla_bias else 0
-        norm = (2 * qk if c.qk_layernorm else 0) + (hkv * c.qk_pos_emb_head_dim // 2 if c.mla_aligned_norm else 0)
-        return query + key_value + hq * c.v_head_dim * d + bias + norm
-    if symbol == "M":
-        heads, x_width, state = c.mamba_num_heads, c.mamba_key_value_dim, c.mamba_state_dim
-        inner, b_width, c_width = heads * c.mamba_head_dim, hkv * state, heads * state
-        conv_channels = x_width + b_width + c_width
-        in_proj = d * (inner + conv_channels + heads)
-        return in_proj + conv_channels * (c.linear_conv_kernel_dim + 1) + 3 * heads + inner + inner * d
-    if symbol == "G":
-        keys, values = c.linear_num_heads * c.linear_key_head_dim, c.linear_num_heads * c.linear_value_head_dim
-        in_proj = d * (2 * keys + 2 * values + 2 * c.linear_num_heads)
-        conv = (2 * keys + values) * c.linear_conv_kernel_dim
-        return in_proj + conv + 2 * c.linear_num_heads + c.linear_value_head_dim + values * d
-    raise ConfigError(f"unknown mixer symbol {symbol!r}")
-
-
 def parameter_count(config: ModelConfig) -> int:
     """All parameters; an untied output head counts beside the embedding, as in the released checkpoints."""
     d = config.hidden_size
-    layers = sum(mixer_parameters(config, m) + 3 * d * config.ffn_hidden_size + 2 * d for m in config.mixers)
+    layers = sum(MIXERS[m].parameters(config) + 3 * d * config.ffn_hidden_size + 2 * d for m in config.mixers)
     embeddings = config.vocab_size * d * (2 if config.untie_embeddings_and_output_weights else 1)
     return layers + embeddings + d
 
 
 def kv_elements_per_token(config: ModelConfig) -> int:
-    """Numbers cached per token: r_kv + d_rope an MLA layer, 2 H_kv d_h an attention layer, none a linear one."""
-    per = {"*": 2 * config.num_query_groups * config.kv_channels, "+": config.kv_lora_rank + config.qk_pos_emb_head_dim}
-    return sum(per.get(m, 0) for m in config.mixers)
+    """Numbers cached per token, over all layers."""
+    return sum(MIXERS[m].kv_numbers(config) for m in config.mixers)
 
 
 def kv_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2) -> int:

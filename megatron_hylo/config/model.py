@@ -1,50 +1,22 @@
 """Model configuration: the single source of every architectural setting.
 
-A model is described by one pattern string in Megatron-Core's alphabet, two symbols a Transformer
-layer (a token mixer, then an MLP):
-
-    `*` attention    `+` MLA    `M` Mamba2    `G` Gated DeltaNet    `-` MLP
-
-plus the numbers below, which carry Megatron's field names. Everything else (parameters, KV bytes,
-checkpoint mapping, pipeline split) is derived from a `ModelConfig`, never configured twice.
+A model is described by one pattern string in Megatron-Core's alphabet, two symbols a Transformer layer (a token mixer, then
+an MLP `-`), e.g. "G-+-G-", plus the numbers below, which carry Megatron's field names. The mixers' symbols and what follows
+from their sizes are in `mixers/`. Everything else (parameters, KV bytes, checkpoint mapping, pipeline split) is derived from
+a `ModelConfig`, never configured twice.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Mapping
+from typing import Any, Literal
 
-MIXER_SYMBOLS = "*+MG"
+from megatron_hylo.config.errors import ConfigError
+from megatron_hylo.config.mixers import MIXERS
+from megatron_hylo.config.rope import RopeScaling
+
+MIXER_SYMBOLS = "".join(MIXERS)
+LAYERS = MIXER_SYMBOLS + "-"  # symbols of a pattern
 Fp8 = Literal["e4m3", "hybrid"]  # formats of linear maps in a frozen model, and in one that is trained (Megatron-Core's names)
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names the value and what to do."""
-
-
-def from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """Build dataclass `cls` from a mapping, refusing unknown keys.
-
-    Args:
-        cls: a dataclass type; fields that are dataclasses themselves may be given as mappings.
-        values: field name -> value.
-        where: what to call the source in an error message (a file name, an option).
-
-    Raises:
-        ConfigError: an unknown key, or a required one that is missing.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ConfigError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(fields)}")
-    nested = {k: from_dict(fields[k].type, v, f"{where}.{k}") if isinstance(v, Mapping) else v for k, v in values.items()}
-    try:
-        return cls(**nested)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-LAYERS = "*+MG-"  # of a pattern: attention, MLA, Mamba2, Gated DeltaNet, MLP
 
 
 def recomputed_layers(setting: bool | str) -> str:
@@ -58,105 +30,9 @@ def recomputed_layers(setting: bool | str) -> str:
     if unknown := sorted(set(setting) - set(LAYERS)):
         raise ConfigError(
             f"recompute {setting!r}: {unknown[0]!r} is no layer; use true, false or symbols of {' '.join(LAYERS)} "
-            f"(attention, MLA, Mamba2, Gated DeltaNet, MLP), say 'G-'"
+            f"({', '.join(mixer.name for mixer in MIXERS.values())}, MLP), say 'G-'"
         )
     return setting
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How ranks are divided; what is left over is data parallel.
-
-    Args:
-        tensor_model_parallel_size: ranks that share each layer, by heads and columns.
-        pipeline_model_parallel_size: ranks that have different layers.
-        virtual_pipeline_model_parallel_size: parts of the model on each pipeline rank, interleaved: smaller bubbles.
-        pipeline_layers: layers of every stage in order; by default stages have about as many weights.
-        context_parallel_size: ranks that share a sequence.
-        cp_comm_type: what context-parallel ranks exchange: what is small, sequence for heads, or the faster that fits
-            (docs/parallelism.md).
-        sequence_parallel: with tensor parallelism: norms and residuals split over the sequence.
-        distributed_timeout_minutes: a rank that hangs longer ends the job.
-    """
-
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int = 1
-    pipeline_layers: list[int] | None = None
-    context_parallel_size: int = 1
-    cp_comm_type: Literal["auto", "all_gather", "a2a"] = "auto"
-    sequence_parallel: bool = False
-    distributed_timeout_minutes: float = 10.0
-
-    def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
-                     "context_parallel_size"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
-            raise ConfigError(
-                f"virtual_pipeline_model_parallel_size {self.virtual_pipeline_model_parallel_size} needs "
-                f"pipeline_model_parallel_size > 1"
-            )
-        if self.pipeline_layers is not None and (len(self.pipeline_layers) != self.stages or min(self.pipeline_layers) < 1):
-            raise ConfigError(
-                f"pipeline_layers {self.pipeline_layers} must be {self.stages} numbers of at least 1, one for each of "
-                f"pipeline_model_parallel_size {self.pipeline_model_parallel_size} x virtual_pipeline_model_parallel_size "
-                f"{self.virtual_pipeline_model_parallel_size} stages"
-            )
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ConfigError("sequence_parallel needs tensor_model_parallel_size > 1; set one of them otherwise")
-
-    @property
-    def stages(self) -> int:
-        """Pieces that the layers are cut into, one after the other: piece i is on pipeline rank i modulo the ranks."""
-        return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Ranks that share one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than the pretrained one.
-
-    Args:
-        rope_type: none, Llama 3.1's rule, or YaRN.
-        factor: target length / original length.
-        original_max_position_embeddings: tokens the frequencies were trained for.
-        low_freq_factor: llama3 only.
-        high_freq_factor: llama3 only.
-        beta_fast: yarn only: rotations above which a frequency is left alone.
-        beta_slow: yarn only: rotations below which it is divided by `factor`.
-        attention_factor: yarn only: cos/sin multiplier; None: 0.1 ln(factor) + 1.
-    """
-
-    rope_type: Literal["none", "llama3", "yarn"] = "none"
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in ("none", "llama3", "yarn"):
-            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; use none, llama3 or yarn")
-        if self.rope_type != "none" and (self.factor < 1 or self.original_max_position_embeddings < 1):
-            raise ConfigError(
-                f"{self.rope_type} needs factor >= 1 and original_max_position_embeddings >= 1, "
-                f"got {self.factor} and {self.original_max_position_embeddings}"
-            )
-
-    @property
-    def cos_sin_multiplier(self) -> float:
-        """Factor on cos and sin (YaRN's mscale, with mscale=1 and mscale_all_dim=0)."""
-        if self.rope_type != "yarn":
-            return 1.0
-        return self.attention_factor if self.attention_factor is not None else 0.1 * math.log(self.factor) + 1.0
 
 
 @dataclass(frozen=True)
@@ -207,41 +83,10 @@ class ModelConfig:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_query_groups {self.num_query_groups}"
             )
-        if "+" in mixers:
-            _positive(
-                self, "an MLA layer `+`", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"
-            )
-            kv_width = self.num_query_groups * (self.qk_head_dim + self.v_head_dim)
-            q_width = self.num_attention_heads * (self.qk_head_dim + self.qk_pos_emb_head_dim)
-            for name, rank, width in (
-                ("q_lora_rank", self.q_lora_rank, min(self.hidden_size, q_width)),
-                ("kv_lora_rank", self.kv_lora_rank, min(self.hidden_size, kv_width)),
-            ):
-                if rank > width:
-                    raise ConfigError(f"{name} {rank} is larger than {width}, the rank of what it factors; use at most {width}")
-            if self.qk_pos_emb_head_dim % 2:
-                raise ConfigError(f"qk_pos_emb_head_dim must be even, got {self.qk_pos_emb_head_dim}")
-            self._check_qk_norm()
+        for symbol in dict.fromkeys(mixers):
+            MIXERS[symbol].check(self)
         if self.mla_rotary_pairs:
             self._check_rotary_pairs()
-        if "M" in mixers:
-            _positive(self, "a Mamba2 layer `M`", "mamba_num_heads", "mamba_head_dim", "mamba_state_dim")
-            if self.mamba_num_heads % self.num_query_groups:
-                raise ConfigError(
-                    f"mamba_num_heads {self.mamba_num_heads} must be a multiple of num_query_groups {self.num_query_groups}"
-                )
-        if "G" in mixers:
-            _positive(self, "a Gated DeltaNet layer `G`", "linear_num_heads", "linear_key_head_dim", "linear_value_head_dim")
-
-    def _check_qk_norm(self) -> None:
-        nope, rope, head_dim = self.qk_head_dim, self.qk_pos_emb_head_dim, self.kv_channels
-        placed = bool(self.mla_rotary_pairs) or rope == head_dim  # where the rotary slots lie in the teacher's head
-        if self.qk_layernorm and nope + rope != head_dim and not (nope == head_dim and placed):
-            raise ConfigError(
-                f"with q/k-norm, qk_head_dim {nope} and qk_pos_emb_head_dim {rope} do not suit kv_channels {head_dim}: either "
-                f"their sum must equal it (HyLo's norm), or qk_head_dim must (the aligned norm), with mla_rotary_pairs given "
-                f"or qk_pos_emb_head_dim equal to it too"
-            )
 
     def _check_rotary_pairs(self) -> None:
         pairs, mixers, frequencies = self.mla_rotary_pairs, self.mixers, self.kv_channels // 2
@@ -310,9 +155,3 @@ def _tuples(entries: Any) -> tuple[tuple[int, ...], ...]:
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, (list, tuple)) for entry in entries):
         raise ConfigError(f"mla_rotary_pairs must hold one list of whole numbers a layer, got {entries!r}")
     return tuple(map(tuple, entries))
-
-
-def _positive(config: ModelConfig, what: str, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{what} needs {name} >= 1, got {getattr(config, name)}")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.config.tensor_names import MLA_BIASED
+from megatron_hylo.config.mixers import complete
+from megatron_hylo.config.mixers.mla import BIASED
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _mla(m: str, h: str, c: ModelConfig) -> list[Entry]:
     }
     entries = [_same(f"{m}{a}.weight", f"{h}self_attn.{b}.weight") for a, b in pairs.items()]
     if c.mla_bias:
-        entries += [_same(f"{m}{a}.bias", f"{h}self_attn.{b}.bias") for a, b in pairs.items() if b in MLA_BIASED]
+        entries += [_same(f"{m}{a}.bias", f"{h}self_attn.{b}.bias") for a, b in pairs.items() if b in BIASED]
     mix = [_same(f"{m}k_layernorm.rotary_mix", f"{h}self_attn.k_norm.rotary_mix")] if c.mla_aligned_norm else []
     return entries + _qk_norm(m, h, c) + mix
 
@@ -107,6 +108,7 @@ MIXER_ENTRIES: dict[str, Callable[[str, str, ModelConfig], list[Entry]]] = {
     "M": _mamba2,
     "G": _gated_deltanet,
 }
+complete(MIXER_ENTRIES, "convert/mapping.py: MIXER_ENTRIES")
 
 
 def layer_entries(config: ModelConfig, layer: int) -> list[Entry]:

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.config.tensor_names import mixer_tensor_names
+from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.initialise.calibrated_mla import AttentionMoments, attention_moments
 from megatron_hylo.initialise.moments import damped, unit_functional
 from megatron_hylo.initialise.registry import CalibrationStatistics, TeacherLayer, register_initialiser
@@ -49,13 +49,13 @@ def gated_delta_net_from_attention(
         statistics: of this layer.
 
     Returns:
-        The `linear_attn.*` tensors of `mixer_tensor_names(config, "G")`, fp32; o_proj has what fits of W_O.
+        The `linear_attn.*` tensors of `get_mixer("G").tensors(config)`, fp32; o_proj has what fits of W_O.
 
     Raises:
         ConfigError: no statistics.
     """
     m = attention_moments(teacher, teacher_config, statistics)
-    shapes, heads = mixer_tensor_names(config, "G"), config.linear_num_heads
+    shapes, heads = get_mixer("G").tensors(config), config.linear_num_heads
     keys, values = config.linear_key_head_dim, config.linear_value_head_dim
     one, length, reception = _predictions(m, statistics)
     groups = len(m.key)
@@ -115,7 +115,7 @@ def mamba2_from_attention(
         statistics: of this layer.
 
     Returns:
-        The `mamba.*` tensors of `mixer_tensor_names(config, "M")`, fp32; out_proj is W_O.
+        The `mamba.*` tensors of `get_mixer("M").tensors(config)`, fp32; out_proj is W_O.
 
     Raises:
         ConfigError: no statistics, or dimensions that do not fit.
@@ -127,7 +127,7 @@ def mamba2_from_attention(
         if getattr(config, name) != needed:
             raise ConfigError(f"{name} {getattr(config, name)} does not fit the calibrated initialisation: it must be {needed}")
     m = attention_moments(teacher, teacher_config, statistics)
-    shapes = mixer_tensor_names(config, "M")
+    shapes = get_mixer("M").tensors(config)
     _, length, reception = _predictions(m, statistics)
     taps = _pass_current(shapes["mamba.conv1d.weight"])
     taps[: groups * dh] *= VALUE_TAP

@@ -166,7 +166,7 @@ def mla_from_attention(
         statistics: of this layer.
 
     Returns:
-        The `self_attn.*` tensors of `mixer_tensor_names(config, "+")`, fp32.
+        The `self_attn.*` tensors of `get_mixer("+").tensors(config)`, fp32.
 
     Raises:
         ConfigError: no statistics, or dimensions that do not fit.

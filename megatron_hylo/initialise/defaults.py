@@ -10,7 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.config.tensor_names import Shape, mixer_tensor_names
+from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mixers.gdn import GatedDeltaNet
+from megatron_hylo.config.mixers.mamba2 import Mamba2
+from megatron_hylo.config.tensor_names import Shape
 
 
 def uniform_fan_in(shape: Shape, generator: Generator, fan_in: int | None = None) -> Tensor:
@@ -28,21 +31,48 @@ def uniform_fan_in(shape: Shape, generator: Generator, fan_in: int | None = None
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def inverse_softplus_step(
-    heads: int, generator: Generator, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4
+def log_decay_rate(
+    heads: int, bounds: tuple[float, float], generator: Generator | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """`dt_bias` of both linear mixers: softplus of it is log-uniform in [low, high], never below `floor`.
+    """`A_log` of a fresh linear mixer: the logarithm of a uniform draw.
 
     Args:
-        heads: number of heads.
-        generator: CPU generator to draw from.
-        low, high, floor: bounds of the step size (dimensionless).
+        heads: number of values.
+        bounds: the mixer's `decay_range`; a lower bound of 0 is excluded.
+        generator: to draw from; by default the device's current one.
+        device: where the result is.
 
     Returns:
         fp32 [heads].
     """
-    log_step = torch.empty(heads).uniform_(generator=generator) * (math.log(high) - math.log(low)) + math.log(low)
-    step = log_step.exp().clamp(min=floor)
+    low, high = bounds
+    if low > 0:
+        return torch.empty(heads, device=device).uniform_(low, high, generator=generator).log()
+    # uniform_ draws from [0, 1); 1 - u keeps the rate away from 0, whose logarithm is -inf
+    return (high * (1.0 - torch.empty(heads, device=device).uniform_(generator=generator))).log()
+
+
+def inverse_softplus_step(
+    count: int,
+    generator: Generator | None = None,
+    device: torch.device | None = None,
+    low: float = 1e-3,
+    high: float = 1e-1,
+    floor: float = 1e-4,
+) -> Tensor:
+    """`dt_bias` of a fresh linear mixer: its softplus is log-uniform in [low, high] and at least `floor` (Mamba2).
+
+    Args:
+        count: number of values.
+        generator: to draw from; by default the device's current one.
+        device: where the result is.
+        low, high, floor: bounds of the step size (dimensionless).
+
+    Returns:
+        fp32 [count].
+    """
+    uniform = torch.empty(count, device=device).uniform_(generator=generator)
+    step = (uniform * (math.log(high) - math.log(low)) + math.log(low)).exp().clamp(min=floor)
     return step + torch.log(-torch.expm1(-step))
 
 
@@ -54,15 +84,15 @@ def mamba2_defaults(config: ModelConfig, generator: Generator) -> dict[str, Tens
         generator: CPU generator to draw from.
 
     Returns:
-        All tensors of `mixer_tensor_names(config, "M")`, fp32.
+        All tensors of `get_mixer("M").tensors(config)`, fp32.
     """
-    shapes, heads = mixer_tensor_names(config, "M"), config.mamba_num_heads
+    shapes, heads = get_mixer("M").tensors(config), config.mamba_num_heads
     return {
         "mamba.in_proj.weight": uniform_fan_in(shapes["mamba.in_proj.weight"], generator),
         "mamba.conv1d.weight": uniform_fan_in(shapes["mamba.conv1d.weight"], generator),
         "mamba.conv1d.bias": uniform_fan_in(shapes["mamba.conv1d.bias"], generator, fan_in=config.linear_conv_kernel_dim),
         "mamba.dt_bias": inverse_softplus_step(heads, generator),
-        "mamba.A_log": torch.empty(heads).uniform_(1.0, 16.0, generator=generator).log(),
+        "mamba.A_log": log_decay_rate(heads, Mamba2.decay_range, generator),
         "mamba.D": torch.ones(heads),
         "mamba.norm.weight": torch.ones(shapes["mamba.norm.weight"]),
         "mamba.out_proj.weight": uniform_fan_in(shapes["mamba.out_proj.weight"], generator),
@@ -77,18 +107,16 @@ def gated_delta_net_defaults(config: ModelConfig, generator: Generator) -> dict[
         generator: CPU generator to draw from.
 
     Returns:
-        All tensors of `mixer_tensor_names(config, "G")`, fp32.
+        All tensors of `get_mixer("G").tensors(config)`, fp32.
     """
-    shapes, heads = mixer_tensor_names(config, "G"), config.linear_num_heads
+    shapes, heads = get_mixer("G").tensors(config), config.linear_num_heads
     drawn = {
         name: uniform_fan_in(shape, generator)
         for name, shape in shapes.items()
         if name.endswith(("proj.weight", "conv1d.weight"))
     }
-    # torch draws from [0, 1); 1 - u keeps A away from 0, whose logarithm is -inf
-    decay = 16.0 * (1.0 - torch.empty(heads).uniform_(generator=generator))
     drawn |= {
-        "linear_attn.A_log": decay.log(),
+        "linear_attn.A_log": log_decay_rate(heads, GatedDeltaNet.decay_range, generator),
         "linear_attn.dt_bias": inverse_softplus_step(heads, generator),
         "linear_attn.o_norm.weight": torch.ones(config.linear_value_head_dim),
     }

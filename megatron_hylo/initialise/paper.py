@@ -37,7 +37,7 @@ def mla_from_attention(
         statistics: unused.
 
     Returns:
-        The `self_attn.*` tensors of `mixer_tensor_names(config, "+")`, fp32.
+        The `self_attn.*` tensors of `get_mixer("+").tensors(config)`, fp32.
 
     Raises:
         ConfigError: the student's dimensions do not fit.
@@ -87,7 +87,7 @@ def mamba2_from_attention(
         statistics: unused.
 
     Returns:
-        The `mamba.*` tensors of `mixer_tensor_names(config, "M")`, fp32.
+        The `mamba.*` tensors of `get_mixer("M").tensors(config)`, fp32.
 
     Raises:
         ConfigError: the student's dimensions do not fit.
@@ -128,7 +128,7 @@ def gated_delta_net_from_attention(
         statistics: unused.
 
     Returns:
-        The `linear_attn.*` tensors of `mixer_tensor_names(config, "G")`, fp32.
+        The `linear_attn.*` tensors of `get_mixer("G").tensors(config)`, fp32.
     """
     mixer = gated_delta_net_defaults(config, generator)
     repeat = teacher_config.num_attention_heads // teacher_config.num_query_groups

@@ -29,7 +29,7 @@ Initialiser = Callable[
 """(teacher, config, teacher_config, generator, statistics) -> the student's mixer.
 
 `config` is the student's. All random numbers come from `generator` (a CPU one). The result holds exactly the
-names and shapes of `mixer_tensor_names(config, symbol)`, fp32, contiguous, sharing no memory with the teacher.
+names and shapes of `get_mixer(symbol).tensors(config)`, fp32, contiguous, sharing no memory with the teacher.
 Raises ConfigError where the student's dimensions do not fit the map."""
 
 _MODULES = (  # importing one registers its initialisers

@@ -3,40 +3,30 @@
 import functools
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_hylo.config import ModelConfig
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.rope import apply_rope
 from megatron_hylo.models.layers import HeadNorm, rotary_table
-from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
-from megatron_hylo.models.transformer_config import HyloTransformerConfig
-from megatron_hylo.parallel.context import context_group
+from megatron_hylo.models.mixer import Mixer, MixerSubmodules, column_linear, row_linear
 from megatron_hylo.parallel.documents import Packed, PackedDocuments, batch_first, sequence_first
 
 fused_rope = elementwise(apply_rope)
 
 
-class GroupedQueryAttention(MegatronModule):
+class GroupedQueryAttention(Mixer):
     """Causal softmax attention; `linear_qkv` has Megatron's order, for each KV head its queries, key, value."""
 
-    def __init__(
-        self,
-        config: HyloTransformerConfig,
-        submodules: MixerSubmodules,
-        layer_number: int = 1,
-        pg_collection: ProcessGroupCollection | None = None,
-        **_: object,
-    ) -> None:
-        super().__init__(config=config)
-        c = config.hylo
-        self.tp_group = pg_collection.tp
+    symbol = "*"
+
+    def build(self, c: ModelConfig, submodules: MixerSubmodules) -> None:
+        """Make this tensor-parallel rank's weights."""
+        config = self.config
         self.head_dim = c.kv_channels
         self.queries_per_group = c.num_attention_heads // c.num_query_groups
         self.groups = c.num_query_groups // self.tp_group.size()
-        self.context = context_group(config.cp_comm_type, pg_collection.cp, num_query_groups=self.groups)
         width = (c.num_attention_heads + 2 * c.num_query_groups) * c.kv_channels
         self.linear_qkv = column_linear(submodules, config, c.hidden_size, width, self.tp_group, bias=c.add_qkv_bias)
         self.linear_proj = row_linear(submodules, config, c.num_attention_heads * c.kv_channels, c.hidden_size, self.tp_group)
@@ -84,13 +74,6 @@ class GroupedQueryAttention(MegatronModule):
         out = self.context.attend(functools.partial(attention, scale=self.head_dim**-0.5), documents, query, key, value)
         return self.linear_proj(sequence_first(self.context.give_back(out.flatten(2)), packed))
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: None = None,
-        packed_seq_params: Packed = None,
-        **kwargs: object,
-    ) -> tuple[Tensor, None]:
-        """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
-        refuse_inference(kwargs)
-        return self.attend(*self.query_key_value(hidden_states, packed_seq_params), packed_seq_params)
+    def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
+        """[sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
+        return self.attend(*self.query_key_value(hidden_states, packed), packed)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hylo.config import ModelConfig
+from megatron_hylo.config.mixers import LINEAR_SYMBOLS, complete
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d_sections
 from megatron_hylo.kernels.elementwise import elementwise
@@ -96,78 +97,102 @@ def _relative(ours: Tensor | None, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """Random inputs [1, tokens, ...] on the device."""
+
+    generator: torch.Generator
+    device: torch.device
+
+    def normal(self, *shape: int, tokens: int = TOKENS) -> Tensor:
+        return torch.randn(1, tokens, *shape, generator=self.generator).to(self.device)
+
+    def between(self, low: float, high: float, *shape: int, tokens: int = TOKENS) -> Tensor:
+        return (low + (high - low) * torch.rand(1, tokens, *shape, generator=self.generator)).to(self.device)
+
+
 def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, tokens: int = TOKENS) -> Tensor:
-        return torch.randn(1, tokens, *shape, generator=generator).to(device)
-
-    def between(low: float, high: float, *shape: int, tokens: int = TOKENS) -> Tensor:
-        return (low + (high - low) * torch.rand(1, tokens, *shape, generator=generator)).to(device)
-
+    draw = _Draw(torch.Generator().manual_seed(0), device)
     for symbol in dict.fromkeys(c.mixers):
-        if symbol in "*+":
-            width, values = (c.kv_channels, c.kv_channels)
-            if symbol == "+":
-                width, values = c.qk_head_dim + c.qk_pos_emb_head_dim, c.v_head_dim
-            heads, groups, scale = c.num_attention_heads, c.num_query_groups, width**-0.5
-            for queries, of in ((TOKENS, ""), *([(TOKENS // 2, ", queries of the last half")] if parts else [])):
-                yield _Case(
-                    "attention", f"{heads}/{groups} heads, {width} and {values} wide{of}",
-                    lambda q, k, v, scale=scale: attention(q, k, v, scale),
-                    lambda q, k, v, scale=scale: _attention(q, k, v, scale),
-                    {"q": normal(heads, width, tokens=queries), "k": normal(groups, width), "v": normal(groups, values)},
-                )  # fmt: skip
-        elif symbol == "G":
-            heads, keys, values = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
-            yield from _convolutions(c, [heads * keys, heads * keys, heads * values], normal, device, parts)
-            names = {"q": keys, "k": keys, "v": values}
-            inputs = {name: normal(heads, width, tokens=DELTA_TOKENS) for name, width in names.items()}
-            inputs |= {"g": between(-1, 0, heads, tokens=DELTA_TOKENS), "beta": between(0, 1, heads, tokens=DELTA_TOKENS)}
-            shape = f"{heads} heads, {keys} x {values}"
-            yield _Case(
-                "gated_delta_rule", shape, lambda **x: gated_delta_rule(**x)[0],
-                lambda **x: recurrent_gated_delta_rule(**x)[0], inputs, ("g",),
-            )  # fmt: skip
-            if device.type == "cuda":  # as recomputed layers have it; plain torch knows no difference
-                yield _Case(
-                    "gated_delta_rule", f"{shape}, states kept", lambda **x: gated_delta_rule(**x, keep_states=True)[0],
-                    lambda **x: recurrent_gated_delta_rule(**x)[0], inputs, ("g",),
-                )  # fmt: skip
-            if parts:  # with states that outlive their part
-                inputs = inputs | {"g": inputs["g"] / 70, "beta": inputs["beta"] / 16}
-                yield _Case(
-                    "gated_delta_rule", f"{shape}, split", functools.partial(delta_rule_over_ranks, _Middle()),
-                    lambda **x: _amid_its_like(recurrent_gated_delta_rule, **x), inputs, ("g",),
-                )  # fmt: skip
-        elif symbol == "M":
-            heads, width, state, groups = c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_dim, c.num_query_groups
-            yield from _convolutions(c, [groups * (width + state) + heads * state], normal, device, parts)
-            rate = -torch.linspace(0.5, 2, heads, device=device)
-            scan = functools.partial(recurrent_ssd, A=rate)
-            inputs = {"x": normal(heads, width), "dt": between(0, 0.5, heads), "B": normal(heads, state)}
-            inputs |= {"C": normal(heads, state)}
-            shape = f"{heads} heads, {width} x {state}"
-            yield _Case(
-                "ssd", shape, lambda rate=rate, **x: ssd(A=rate, **x)[0], lambda scan=scan, **x: scan(**x)[0], inputs, ("dt",)
-            )
-            if parts:
-                inputs = inputs | {"dt": inputs["dt"] / 70}
-                none = torch.zeros(heads, device=device)
-                yield _Case(
-                    "ssd", f"{shape}, split",
-                    lambda rate=rate, none=none, **x: ssd_over_ranks(_Middle(), A=rate, D=none, begins=None, **x),
-                    lambda scan=scan, **x: _amid_its_like(scan, **x), inputs, ("dt",),
-                )  # fmt: skip
-    yield from _compiled(c, normal, device)
-    yield from _round_projections(c, normal, device)
+        yield from MIXER_CASES[symbol](c, draw, parts)
+    yield from _compiled(c, draw)
+    yield from _fused_projections(c, draw)
     if select("head_softmax", "triton", obstacle(torch.empty(0, dtype=torch.bfloat16, device=device))) == "triton":
-        teacher = 3 * torch.randn(64, VOCABULARY, generator=generator).to(device).bfloat16().float()
-        student = 3 * torch.randn(64, VOCABULARY, generator=generator).to(device)
+        teacher = 3 * torch.randn(64, VOCABULARY, generator=draw.generator).to(device).bfloat16().float()
+        student = 3 * torch.randn(64, VOCABULARY, generator=draw.generator).to(device)
         yield _Case(
             "head_softmax", f"vocabulary {VOCABULARY:,}",
             lambda student: _HeadKL.apply(student, teacher), lambda student: _head_kl(student, teacher), {"student": student},
         )  # fmt: skip
+
+
+def _attention_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
+    yield from _softmax_cases(c, draw, parts, c.kv_channels, c.kv_channels)
+
+
+def _mla_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
+    yield from _softmax_cases(c, draw, parts, c.qk_head_dim + c.qk_pos_emb_head_dim, c.v_head_dim)
+
+
+def _softmax_cases(c: ModelConfig, draw: _Draw, parts: bool, width: int, values: int) -> Iterator[_Case]:
+    heads, groups, scale = c.num_attention_heads, c.num_query_groups, width**-0.5
+    for queries, of in ((TOKENS, ""), *([(TOKENS // 2, ", queries of the last half")] if parts else [])):
+        yield _Case(
+            "attention", f"{heads}/{groups} heads, {width} and {values} wide{of}",
+            lambda q, k, v: attention(q, k, v, scale), lambda q, k, v: _attention(q, k, v, scale),
+            {"q": draw.normal(heads, width, tokens=queries), "k": draw.normal(groups, width), "v": draw.normal(groups, values)},
+        )  # fmt: skip
+
+
+def _gated_delta_net_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
+    heads, keys, values = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
+    yield from _convolutions(c, [heads * keys, heads * keys, heads * values], draw, parts)
+    names = {"q": keys, "k": keys, "v": values}
+    inputs = {name: draw.normal(heads, width, tokens=DELTA_TOKENS) for name, width in names.items()}
+    inputs |= {"g": draw.between(-1, 0, heads, tokens=DELTA_TOKENS), "beta": draw.between(0, 1, heads, tokens=DELTA_TOKENS)}
+    shape = f"{heads} heads, {keys} x {values}"
+    yield _Case(
+        "gated_delta_rule", shape, lambda **x: gated_delta_rule(**x)[0],
+        lambda **x: recurrent_gated_delta_rule(**x)[0], inputs, ("g",),
+    )  # fmt: skip
+    if draw.device.type == "cuda":  # as recomputed layers have it; plain torch knows no difference
+        yield _Case(
+            "gated_delta_rule", f"{shape}, states kept", lambda **x: gated_delta_rule(**x, keep_states=True)[0],
+            lambda **x: recurrent_gated_delta_rule(**x)[0], inputs, ("g",),
+        )  # fmt: skip
+    if parts:  # with states that outlive their part
+        inputs = inputs | {"g": inputs["g"] / 70, "beta": inputs["beta"] / 16}
+        yield _Case(
+            "gated_delta_rule", f"{shape}, split", functools.partial(delta_rule_over_ranks, _Middle()),
+            lambda **x: _amid_its_like(recurrent_gated_delta_rule, **x), inputs, ("g",),
+        )  # fmt: skip
+
+
+def _mamba2_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
+    heads, width, state, groups = c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_dim, c.num_query_groups
+    yield from _convolutions(c, [groups * (width + state) + heads * state], draw, parts)
+    rate = -torch.linspace(0.5, 2, heads, device=draw.device)
+    scan = functools.partial(recurrent_ssd, A=rate)
+    inputs = {"x": draw.normal(heads, width), "dt": draw.between(0, 0.5, heads), "B": draw.normal(heads, state)}
+    inputs |= {"C": draw.normal(heads, state)}
+    shape = f"{heads} heads, {width} x {state}"
+    yield _Case("ssd", shape, lambda **x: ssd(A=rate, **x)[0], lambda **x: scan(**x)[0], inputs, ("dt",))
+    if parts:
+        inputs = inputs | {"dt": inputs["dt"] / 70}
+        none = torch.zeros(heads, device=draw.device)
+        yield _Case(
+            "ssd", f"{shape}, split", lambda **x: ssd_over_ranks(_Middle(), A=rate, D=none, begins=None, **x),
+            lambda **x: _amid_its_like(scan, **x), inputs, ("dt",),
+        )  # fmt: skip
+
+
+MIXER_CASES: dict[str, Callable[[ModelConfig, _Draw, bool], Iterator[_Case]]] = {
+    "*": _attention_cases,
+    "+": _mla_cases,
+    "M": _mamba2_cases,
+    "G": _gated_delta_net_cases,
+}
+complete(MIXER_CASES, "models/kernel_check.py: MIXER_CASES")
 
 
 class _Middle:
@@ -193,56 +218,57 @@ def _amid_its_like(recurrence: Callable[..., tuple[Tensor, Tensor]], **inputs: T
     return out
 
 
-def _compiled(c: ModelConfig, normal: Callable[..., Tensor], device: torch.device) -> Iterator[_Case]:
+def _compiled(c: ModelConfig, draw: _Draw) -> Iterator[_Case]:
     """What torch.compile makes of a rotation and of a gated norm."""
-    heads, width = c.num_attention_heads, c.kv_channels
-    if set(c.mixers) & set("*+"):
+    heads, width, device = c.num_attention_heads, c.kv_channels, draw.device
+    if not set(c.mixers) <= set(LINEAR_SYMBOLS):
         frequencies = rope_frequencies(width, c.rotary_base, device=device)
         cos, sin = rope_cos_sin(torch.arange(TOKENS, device=device), frequencies)
         rotation = dict(cos=cos, sin=sin, interleaved=False)
         yield _Case(
             "elementwise", f"rotation of {heads} heads, {width} wide", functools.partial(elementwise(apply_rope), **rotation),
-            functools.partial(apply_rope, **rotation), {"x": normal(heads, width)},
+            functools.partial(apply_rope, **rotation), {"x": draw.normal(heads, width)},
         )  # fmt: skip
-    if set(c.mixers) & set("GM"):
+    if set(c.mixers) & set(LINEAR_SYMBOLS):
         settings = dict(eps=1e-5, norm_before_gate=True)
         yield _Case(
             "elementwise", f"gated norm of {heads} heads, {width} wide",
             functools.partial(elementwise(gated_rms_norm), **settings), functools.partial(gated_rms_norm, **settings),
-            {"x": normal(heads, width), "gate": normal(heads, width), "weight": torch.linspace(0.5, 2, width, device=device)},
+            {"x": draw.normal(heads, width), "gate": draw.normal(heads, width), "weight": torch.linspace(0.5, 2, width).to(device)},
         )  # fmt: skip
 
 
-def _round_projections(c: ModelConfig, normal: Callable[..., Tensor], device: torch.device) -> Iterator[_Case]:
+def _fused_projections(c: ModelConfig, draw: _Draw) -> Iterator[_Case]:
     """The norm before a layer with its residual, and what becomes of the sections of a linear mixer's projection."""
     width, eps = c.hidden_size, c.layernorm_epsilon
-    rows = 3 * backward_programs(device) + 1  # several for each program
+    rows = 3 * backward_programs(draw.device) + 1  # several for each program
     yield _Case(
         "rms_norm", f"{width:,} channels",
         lambda x, weight: torch.stack(rms_norm_and_residual(x, weight, eps)),
         lambda x, weight: torch.stack([F.rms_norm(x, weight.shape, weight, eps), x]),
-        {"x": normal(width, tokens=rows), "weight": torch.linspace(0.5, 2, width, device=device)},
+        {"x": draw.normal(width, tokens=rows), "weight": torch.linspace(0.5, 2, width, device=draw.device)},
     )  # fmt: skip
-    if set(c.mixers) & set("GM"):
+    if set(c.mixers) & set(LINEAR_SYMBOLS):
         widths = [width, c.num_attention_heads]
         yield _Case(
             "concatenate", f"{width:,} and {widths[1]} channels, {PADDING} of padding",
             lambda x: torch.cat([i * part for i, part in enumerate(split_sections(x, widths), 1)], -1),
             lambda x: torch.cat([i * part for i, part in enumerate(x.split([*widths, PADDING], -1)[:2], 1)], -1),
-            {"x": normal(sum(widths) + PADDING)},
+            {"x": draw.normal(sum(widths) + PADDING)},
         )  # fmt: skip
 
 
-def _convolutions(
-    c: ModelConfig, widths: list[int], normal: Callable[..., Tensor], device: torch.device, parts: bool
-) -> Iterator[_Case]:
+def _convolutions(c: ModelConfig, widths: list[int], draw: _Draw, parts: bool) -> Iterator[_Case]:
     """Of channels in sections of these widths, as the layer has them."""
     taps, channels = c.linear_conv_kernel_dim, sum(widths)
 
     def convolve(x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
         return torch.cat(causal_conv1d_sections(x.split(widths, -1), weight, None, "silu", before), -1)
 
-    inputs = {"x": normal(channels), "weight": torch.linspace(-1, 1, taps * channels, device=device).reshape(channels, -1)}
+    inputs = {
+        "x": draw.normal(channels),
+        "weight": torch.linspace(-1, 1, taps * channels, device=draw.device).reshape(channels, -1),
+    }
     yield _Case(
         "causal_conv1d", f"{channels:,} channels",
         convolve, lambda x, weight: F.silu(_convolve(x, weight)), inputs,
@@ -252,7 +278,7 @@ def _convolutions(
             "causal_conv1d", f"{channels:,} channels, split",
             convolve,
             lambda x, weight, before: F.silu(_convolve(torch.cat([before.transpose(1, 2), x], 1), weight)[:, taps - 1 :]),
-            inputs | {"before": normal(taps - 1, tokens=channels)},
+            inputs | {"before": draw.normal(taps - 1, tokens=channels)},
         )  # fmt: skip
 
 

@@ -7,18 +7,16 @@ group of its own. h_t = exp(dt A) h_{t-1} + dt x_t B_t^T,  y_t = h_t C_t + D x_t
 import functools
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_hylo.config import ModelConfig
 from megatron_hylo.kernels.sections import split_sections
 from megatron_hylo.kernels.ssd import ssd
-from megatron_hylo.models.gdn import ShortConvolution, log_uniform_dt_bias
 from megatron_hylo.models.layers import fused_gated_rms_norm, sharded_mixer_state, tensor_parallel_parameter
-from megatron_hylo.models.mixer import MixerSubmodules, fused_column_linear, refuse_inference, row_linear
+from megatron_hylo.models.linear_mixer import ShortConvolution, decay_parameters
+from megatron_hylo.models.mixer import Mixer, MixerSubmodules, fused_column_linear, row_linear
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
-from megatron_hylo.parallel.context import context_group
 from megatron_hylo.parallel.documents import Packed, batch_first, sequence_first
 from megatron_hylo.parallel.recurrence import ssd_over_ranks
 from megatron_hylo.platform.distributed import device
@@ -42,24 +40,16 @@ class GatedGroupNorm(MegatronModule):
         return sharded_mixer_state(self, prefix, sharded_offsets, metadata, self.tp_group, {})
 
 
-class Mamba2(MegatronModule):
+class Mamba2(Mixer):
     """State-space layer with a state of [head_dim, state_dim] a head."""
 
-    def __init__(
-        self,
-        config: HyloTransformerConfig,
-        submodules: MixerSubmodules,
-        layer_number: int = 1,
-        pg_collection: ProcessGroupCollection | None = None,
-        **_: object,
-    ) -> None:
-        super().__init__(config=config)
-        c = config.hylo
-        self.tp_group = pg_collection.tp
+    symbol = "M"
+
+    def build(self, c: ModelConfig, submodules: MixerSubmodules) -> None:
+        """Make this tensor-parallel rank's weights."""
+        config = self.config
         tp = self.tp_group.size()
         self.heads, self.groups = c.mamba_num_heads // tp, c.num_query_groups // tp
-        counts = dict(mamba_num_heads=self.heads, num_query_groups=self.groups)
-        self.context = context_group(config.cp_comm_type, pg_collection.cp, recurrent=True, **counts)
         inner = self.heads * c.mamba_head_dim
         self.sections = {
             "z": inner,
@@ -72,26 +62,16 @@ class Mamba2(MegatronModule):
         self.conv1d = ShortConvolution(config, sum(self.sections[n] for n in "xBC"), bias=True)
         self.norm = GatedGroupNorm(config, inner, c.mamba_head_dim)
         self.conv1d.tp_group = self.norm.tp_group = self.tp_group
-        with get_cuda_rng_tracker().fork():
-            decay = torch.empty(self.heads, device=device()).uniform_(1, 16).log()
-            self.A_log = tensor_parallel_parameter(decay, keep_fp32=True)
-            self.dt_bias = tensor_parallel_parameter(log_uniform_dt_bias(self.heads, device()), keep_fp32=True)
+        self.A_log, self.dt_bias = decay_parameters(self.symbol, self.heads)
         self.D = tensor_parallel_parameter(torch.ones(self.heads, device=device()), keep_fp32=True)
         self.out_proj = row_linear(submodules, config, tp * inner, c.hidden_size, self.tp_group)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: None = None,
-        packed_seq_params: Packed = None,
-        **kwargs: object,
-    ) -> tuple[Tensor, None]:
-        """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
-        refuse_inference(kwargs)
-        c, context, documents = self.config.hylo, self.context, self.context.seen(packed_seq_params)
+    def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
+        """[sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
+        c, context, documents = self.config.hylo, self.context, self.context.seen(packed)
         projected, _ = self.in_proj(hidden_states)
         inner, *widths, heads = self.sections.values()
-        z, xbc, dt = split_sections(batch_first(projected, packed_seq_params), [inner, sum(widths), heads])
+        z, xbc, dt = split_sections(batch_first(projected, packed), [inner, sum(widths), heads])
         xbc, dt = context.exchange((xbc, widths), (dt, [heads]))
         (b, s, _), widths = dt.shape, [width // context.shares for width in widths]
         own = functools.partial(context.own_share, widths=[self.sections[name] for name in "xBC"])
@@ -109,7 +89,7 @@ class Mamba2(MegatronModule):
         inputs = (x, dt, rate, state_in, state_out, skip)
         y = ssd_over_ranks(context, *inputs, begins) if context.by_parts else ssd(*inputs, begins=begins)[0]
         y = self.norm(context.give_back(y.reshape(b, s, -1)), z)
-        return self.out_proj(sequence_first(y, packed_seq_params))
+        return self.out_proj(sequence_first(y, packed))
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The fused projection and convolution are stored by section, so that any tensor-parallel size can load them."""

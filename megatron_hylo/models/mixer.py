@@ -1,13 +1,19 @@
-"""What every mixer is built from: the backend's linear maps, fused projections, and the same refusals."""
+"""Base class of the token mixers and the linear maps they are built from."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Callable
+from typing import Any, Callable, ClassVar
 
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from megatron_hylo.config import ModelConfig
+from megatron_hylo.config.mixers import MIXERS
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
+from megatron_hylo.parallel.context import context_group
+from megatron_hylo.parallel.documents import Packed
 
 ALIGNMENT = 8  # channels: 16 bytes of bf16, below which matrix products take twice as long on a GPU
 FP8_ALIGNMENT = 16  # what FP8 products ask for; a map that has others computes in bf16
@@ -85,11 +91,69 @@ def row_linear(
     )
 
 
-def refuse_inference(kwargs: dict[str, Any]) -> None:
-    """Megatron's inference contexts are not what these forwards do (`serve` decodes).
+class Mixer(MegatronModule):
+    """Base class of the token mixers: process groups, context parallelism, Megatron-Core's call signature.
+
+    A subclass names its symbol, builds its weights in `build` and computes in `mix`.
+
+    Args:
+        config: of the model.
+        submodules: classes of the parallel linear maps.
+        layer_number: from 1; counts mixers and MLPs of the whole model, whatever the pipeline stage.
+        pg_collection: process groups; `tp` and `cp` are used.
 
     Raises:
-        NotImplementedError: one was passed.
+        ConfigError: `cp_comm_type` a2a with heads that the context-parallel ranks do not divide.
     """
-    if kwargs.get("inference_context") is not None:
-        raise NotImplementedError("inference_context is not supported: decode with megatron_hylo.serve")
+
+    symbol: ClassVar[str]
+
+    def __init__(
+        self,
+        config: HyloTransformerConfig,
+        submodules: MixerSubmodules,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer = (layer_number - 1) // 2  # of the model's Transformer layers, from 0
+        self.tp_group = pg_collection.tp
+        tensor_parallel, description = self.tp_group.size(), MIXERS[self.symbol]
+        counts = description.tensor_parallel_counts(config.hylo).items()
+        local = {name: count // tensor_parallel for name, count in counts}
+        self.context = context_group(config.cp_comm_type, pg_collection.cp, description.recurrent, **local)
+        self.build(config.hylo, submodules)
+
+    def build(self, c: ModelConfig, submodules: MixerSubmodules) -> None:
+        """Make this tensor-parallel rank's weights."""
+        raise NotImplementedError
+
+    def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
+        """[sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        packed_seq_params: Packed = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, None]:
+        """Megatron-Core's signature of a self-attention module.
+
+        Args:
+            hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden].
+            attention_mask: unused; every mixer is causal.
+            packed_seq_params: documents that lie end to end in the sequence.
+            kwargs: other arguments of Megatron-Core's layers.
+
+        Returns:
+            The same shape, and no bias.
+
+        Raises:
+            NotImplementedError: an inference context was passed; `megatron_hylo.serve` decodes.
+        """
+        if kwargs.get("inference_context") is not None:
+            raise NotImplementedError("inference_context is not supported: decode with megatron_hylo.serve")
+        return self.mix(hidden_states, packed_seq_params)

@@ -16,18 +16,15 @@ scale all channels of MLA's query and key, before the rotation. At full rank, wi
 from functools import partial
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_hylo.config import ModelConfig
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
 from megatron_hylo.models.layers import AlignedKeyNorm, HeadNorm, ReplicatedLinear, rotary_table
-from megatron_hylo.models.mixer import MixerSubmodules, column_linear, refuse_inference, row_linear
-from megatron_hylo.models.transformer_config import HyloTransformerConfig
-from megatron_hylo.parallel.context import context_group
+from megatron_hylo.models.mixer import Mixer, MixerSubmodules, column_linear, row_linear
 from megatron_hylo.parallel.documents import Packed, batch_first, sequence_first
 from megatron_hylo.platform.distributed import device
 
@@ -46,24 +43,18 @@ def shared_key(plain: Tensor, rotary: Tensor, cos: Tensor, sin: Tensor) -> Tenso
     return torch.cat([plain, rotated.expand(-1, -1, plain.shape[2], -1)], dim=-1)
 
 
-class MultiLatentAttention(MegatronModule):
+class MultiLatentAttention(Mixer):
     """Causal attention whose cache is one latent of kv_lora_rank and one rotary key a token."""
 
-    def __init__(
-        self,
-        config: HyloTransformerConfig,
-        submodules: MixerSubmodules,
-        layer_number: int = 1,
-        pg_collection: ProcessGroupCollection | None = None,
-        **_: object,
-    ) -> None:
-        super().__init__(config=config)
-        c, bias = config.hylo, config.hylo.mla_bias
-        self.tp_group = pg_collection.tp
+    symbol = "+"
+
+    def build(self, c: ModelConfig, submodules: MixerSubmodules) -> None:
+        """Make this tensor-parallel rank's weights."""
+        config = self.config
+        bias = c.mla_bias
         self.qk_dim = c.qk_head_dim + c.qk_pos_emb_head_dim
         self.heads = c.num_attention_heads // self.tp_group.size()
         self.groups = c.num_query_groups // self.tp_group.size()
-        self.context = context_group(config.cp_comm_type, pg_collection.cp, num_query_groups=self.groups)
         query_width, kv_width = c.num_attention_heads * self.qk_dim, c.num_query_groups * (c.qk_head_dim + c.v_head_dim)
         self.linear_q_down_proj = ReplicatedLinear(c.hidden_size, c.q_lora_rank, config)
         self.linear_q_up_proj = column_linear(submodules, config, c.q_lora_rank, query_width, self.tp_group, bias)
@@ -71,8 +62,7 @@ class MultiLatentAttention(MegatronModule):
         self.linear_kv_up_proj = column_linear(submodules, config, c.kv_lora_rank, kv_width, self.tp_group, bias)
         self.linear_proj = row_linear(submodules, config, c.num_attention_heads * c.v_head_dim, c.hidden_size, self.tp_group)
         slots = c.qk_pos_emb_head_dim // 2
-        # layer_number counts mixers and MLPs of the whole model from 1, whatever the pipeline stage
-        pairs = c.mla_rotary_pairs[(layer_number - 1) // 2] if c.mla_rotary_pairs else range(slots)
+        pairs = c.mla_rotary_pairs[self.layer] if c.mla_rotary_pairs else range(slots)
         self.register_buffer("rotary_pairs", torch.tensor(pairs, device=device()), persistent=False)
         if c.qk_layernorm:
             self.q_layernorm = HeadNorm(config, self.qk_dim)
@@ -81,15 +71,8 @@ class MultiLatentAttention(MegatronModule):
             else:
                 self.k_layernorm = HeadNorm(config, self.qk_dim)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: None = None,
-        packed_seq_params: Packed = None,
-        **kwargs: object,
-    ) -> tuple[Tensor, None]:
-        """hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
-        refuse_inference(kwargs)
+    def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
+        """[sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
         c = self.config.hylo
         query, _ = self.linear_q_up_proj(self.linear_q_down_proj(hidden_states))
         # Context parallelism moves the latents; each rank makes of them what keys and values its queries read.
@@ -102,15 +85,15 @@ class MultiLatentAttention(MegatronModule):
             key_value, rotary_key = self._in_order(key_value), self._in_order(rotary_key)
         else:
             rotary_key = copy_to_tensor_model_parallel_region(rotary_key, group=self.tp_group)
-        query = batch_first(query, packed_seq_params).unflatten(2, (self.heads, self.qk_dim))
-        key_value = batch_first(key_value, packed_seq_params).unflatten(2, (self.groups, c.qk_head_dim + c.v_head_dim))
+        query = batch_first(query, packed).unflatten(2, (self.heads, self.qk_dim))
+        key_value = batch_first(key_value, packed).unflatten(2, (self.groups, c.qk_head_dim + c.v_head_dim))
         plain_key, value = key_value.split([c.qk_head_dim, c.v_head_dim], dim=-1)
-        rotary_key, keys = batch_first(rotary_key, packed_seq_params), key_value.shape[1]
+        rotary_key, keys = batch_first(rotary_key, packed), key_value.shape[1]
         if c.qk_layernorm:
             query, key = self._normalise(query, plain_key, rotary_key)
         (query,) = self.context.exchange((query.flatten(2), [self.heads * self.qk_dim]))
         query = query.unflatten(2, (-1, self.qk_dim))
-        documents, s, own = self.context.seen(packed_seq_params), query.shape[1], self.context.own_share
+        documents, s, own = self.context.seen(packed), query.shape[1], self.context.own_share
         cos, sin = self._rotary_table(keys)
         if documents is not None:
             cos, sin = cos[documents.positions[:keys]], sin[documents.positions[:keys]]
@@ -119,7 +102,7 @@ class MultiLatentAttention(MegatronModule):
         key = rotate(own(key, dim=2), cos, sin) if c.qk_layernorm else shared_key(own(plain_key, dim=2), rotary_key, cos, sin)
         attend = partial(attention, scale=self.qk_dim**-0.5)
         out = self.context.attend(attend, documents, query, key, own(value, dim=2))
-        return self.linear_proj(sequence_first(self.context.give_back(out.flatten(2)), packed_seq_params))
+        return self.linear_proj(sequence_first(self.context.give_back(out.flatten(2)), packed))
 
     def _normalise(self, query: Tensor, plain_key: Tensor, rotary_key: Tensor) -> tuple[Tensor, Tensor]:
         """q/k-norm before the rotation: the query, and the key with a copy of the rotary one for each of its heads."""

@@ -18,11 +18,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.mixers import complete
 from megatron_hylo.models.attention import GroupedQueryAttention
 from megatron_hylo.models.gdn import GatedDeltaNet
 from megatron_hylo.models.layers import ResidualRMSNorm, RMSNorm
 from megatron_hylo.models.mamba2 import Mamba2
-from megatron_hylo.models.mixer import MixerSubmodules
+from megatron_hylo.models.mixer import Mixer, MixerSubmodules
 from megatron_hylo.models.mla import MultiLatentAttention
 from megatron_hylo.models.recompute import FeedForwardLayer, MixerLayer
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
@@ -77,39 +78,46 @@ class HyloStack(HybridStack):
             self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
 
-class AttentionOrLatent:
-    """Builds `*` or `+`, whichever the layer's place in the pattern asks for.
+MIXER_CLASSES: dict[str, type[Mixer]] = {
+    mixer.symbol: mixer for mixer in (GroupedQueryAttention, MultiLatentAttention, Mamba2, GatedDeltaNet)
+}
+complete(MIXER_CLASSES, "models/specs.py: MIXER_CLASSES")
 
-    HybridModel refuses patterns with both, for the sake of its shared rotary embedding, which is not used here;
-    it is therefore given `*` for either (see `megatron_pattern`).
+
+class PatternMixer:
+    """Builds the mixer that the layer's place in the pattern asks for; arguments as those of `Mixer`.
+
+    A class, since Megatron-Core's specs do not call functions.
     """
 
-    def __new__(cls, config: HyloTransformerConfig, layer_number: int = 1, **kwargs: Any) -> torch.nn.Module:
-        symbol = config.hylo.mixers[(layer_number - 1) // 2]
-        mixer = {"*": GroupedQueryAttention, "+": MultiLatentAttention}[symbol]
+    def __new__(cls, config: HyloTransformerConfig, layer_number: int = 1, **kwargs: Any) -> Mixer:
+        mixer = MIXER_CLASSES[config.hylo.mixers[(layer_number - 1) // 2]]
         return mixer(config=config, layer_number=layer_number, **kwargs)
 
 
 def megatron_pattern(pattern: str) -> str:
-    """The pattern HybridModel is given: `+` written as `*`."""
-    return pattern.replace("+", "*")
+    """The pattern HybridModel is given: `*` for every mixer, since `PatternMixer` reads the model's own pattern.
+
+    HybridModel knows no other mixers than its own and refuses some of their mixtures.
+    """
+    return "".join("*" if symbol in MIXER_CLASSES else symbol for symbol in pattern)
 
 
 def hybrid_stack_spec(backend: Backend) -> ModuleSpec:
-    """Spec of a stack of `*`, `+`, `M`, `G` mixer layers and `-` MLP layers.
+    """Spec of a stack of mixer layers and `-` MLP layers.
 
     All mixers sit in the same place, `layers.{i}.self_attention` behind `layers.{i}.input_layernorm`.
     """
     linears = MixerSubmodules(backend.column_parallel_linear, backend.row_parallel_linear)
 
-    def mixer_layer(mixer: type, **params: Any) -> ModuleSpec:
-        submodules = TransformerLayerSubmodules(
+    mixer_layer = ModuleSpec(
+        MixerLayer,
+        submodules=TransformerLayerSubmodules(
             input_layernorm=ResidualRMSNorm,
-            self_attention=ModuleSpec(mixer, submodules=linears),
+            self_attention=ModuleSpec(PatternMixer, submodules=linears),
             self_attn_bda=get_bias_dropout_add,
-        )
-        return ModuleSpec(MixerLayer, submodules=submodules, params=params)
-
+        ),
+    )
     mlp = functools.partial(
         MLP.as_mlp_submodule,
         submodules=MLPSubmodules(
@@ -124,10 +132,5 @@ def hybrid_stack_spec(backend: Backend) -> ModuleSpec:
     )
     return ModuleSpec(
         HyloStack,
-        submodules=HybridStackSubmodules(
-            attention_layer=mixer_layer(AttentionOrLatent),
-            mamba_layer=mixer_layer(Mamba2, add_layer_offset=False),  # HybridStack says so for all others
-            gdn_layer=mixer_layer(GatedDeltaNet),
-            mlp_layer=mlp_layer,
-        ),
+        submodules=HybridStackSubmodules(attention_layer=mixer_layer, mlp_layer=mlp_layer),
     )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_hylo.config import ConfigError, Fp8, ModelConfig, ParallelConfig
+from megatron_hylo.config.mixers import MIXERS
 
 
 @dataclass
@@ -24,12 +25,8 @@ def check_tensor_parallel(config: ModelConfig, size: int) -> None:
         ConfigError: naming the head count and the sizes that work.
     """
     counts = {"vocab_size": config.vocab_size, "ffn_hidden_size": config.ffn_hidden_size}
-    if set(config.mixers) & set("*+M"):
-        counts |= {"num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_query_groups}
-    if "M" in config.mixers:
-        counts["mamba_num_heads"] = config.mamba_num_heads
-    if "G" in config.mixers:
-        counts["linear_num_heads"] = config.linear_num_heads
+    for symbol in dict.fromkeys(config.mixers):
+        counts |= MIXERS[symbol].tensor_parallel_counts(config)
     for name, count in counts.items():
         if count % size:
             good = [n for n in range(1, 65) if all(c % n == 0 for c in counts.values())]

@@ -5,7 +5,7 @@ import time
 import torch
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.config.layouts import mixer_parameters
+from megatron_hylo.config.mixers import MIXERS
 
 # Dense bf16 peaks, FLOP/s, by a word of the device's name (vendor data sheets).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -14,8 +14,8 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 def forward_flops_per_token(config: ModelConfig, sequence_length: int, with_head: bool = True) -> float:
     """Model FLOPs of one token's forward pass, averaged over a causal sequence; a backward pass costs twice as much.
 
-    Two per weight of each matrix product, 2 T d_qk + 2 T d_v over 2 (causal) a head for attention, and the recurrent
-    state's update and read for linear mixers (Gated DeltaNet 6, Mamba2 4 per state element).
+    Two per weight of each matrix product, and what each mixer's description counts besides: attention over the causal
+    sequence, or updates and reads of the recurrent state.
 
     Args:
         config: the model.
@@ -24,16 +24,8 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int, with_head
     """
     total = 2.0 * config.vocab_size * config.hidden_size if with_head else 0.0
     for symbol in config.mixers:
-        total += 2.0 * (mixer_parameters(config, symbol) + 3 * config.hidden_size * config.ffn_hidden_size)
-        if symbol == "*":
-            total += config.num_attention_heads * 2 * config.kv_channels * sequence_length
-        elif symbol == "+":
-            qk = config.qk_head_dim + config.qk_pos_emb_head_dim
-            total += config.num_attention_heads * (qk + config.v_head_dim) * sequence_length
-        elif symbol == "G":
-            total += 6.0 * config.linear_num_heads * config.linear_key_head_dim * config.linear_value_head_dim
-        elif symbol == "M":
-            total += 4.0 * config.mamba_num_heads * config.mamba_head_dim * config.mamba_state_dim
+        total += 2.0 * (MIXERS[symbol].parameters(config) + 3 * config.hidden_size * config.ffn_hidden_size)
+        total += MIXERS[symbol].sequence_flops(config, sequence_length)
     return total
 
 

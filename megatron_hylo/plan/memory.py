@@ -28,13 +28,13 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from megatron_hylo.config import ModelConfig, recomputed_layers
+from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.models.offload import offloaded_units
 from megatron_hylo.teachers.signal import TeacherSignal
 
 GIB = 2**30
 GRADIENT, MASTER, MOMENTS = 4, 4, 8  # bytes a trained parameter: fp32 gradient, fp32 copy of what is not fp32, Adam's two
-SCRATCH = 720  # numbers a token and head that mamba_ssm's backward pass has besides, measured
 AROUND = 8  # tensors as wide as the model that live beside a layer in its backward pass
 
 
@@ -119,7 +119,7 @@ def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | No
     ranks, h = p.tensor_model_parallel_size, ours.hidden_size
     symbols = [symbol for mixer in ours.mixers for symbol in (mixer, "-")]
     forward = tokens * number * (3 * theirs.ffn_hidden_size / ranks + 5 * theirs.hidden_size) if theirs else 0.0
-    busy = max(2 * kept_numbers(ours, symbol, ranks) + _passing_numbers(ours, symbol, ranks) for symbol in symbols)
+    busy = max(2 * kept_numbers(ours, symbol, ranks) + _scratch_numbers(ours, symbol, ranks) for symbol in symbols)
     layer = tokens * number * (busy + AROUND * h)
     if config.stage == "align":  # a layer has its backward pass before the next
         return 2 * tokens * number * h, max(layer, forward)
@@ -133,29 +133,12 @@ def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | No
     return (kept, max(layer, head)) if kept + max(layer, head) > forward else (0.0, forward)
 
 
-def _passing_numbers(c: ModelConfig, symbol: str, ranks: int) -> float:
-    """What the backward pass of a linear layer has besides twice what the layer kept, fitted: numbers a token."""
-    if symbol == "G":  # what the chunks' triangular systems give
-        return 2 * c.linear_num_heads * (c.linear_key_head_dim + c.linear_value_head_dim) / ranks
-    return SCRATCH * c.mamba_num_heads / ranks if symbol == "M" else 0.0
-
-
 def kept_numbers(c: ModelConfig, symbol: str, ranks: int = 1) -> float:
-    """What a layer keeps for its backward pass: numbers a token on one of `ranks` tensor-parallel ranks; "-" is an MLP."""
-    h, heads, groups, d = c.hidden_size, c.num_attention_heads, c.num_query_groups, c.kv_channels
+    """Numbers a token that a layer keeps for its backward pass on one of `ranks` tensor-parallel ranks; "-" is an MLP."""
     if symbol == "-":
-        return h + 3 * c.ffn_hidden_size / ranks  # norm's output; both halves of SwiGLU, their product
-    if symbol == "*":
-        return h + (2 * (heads + 2 * groups) * d + heads * d) / ranks  # projections, rotated ones, output
-    if symbol == "+":
-        width, latent = c.qk_head_dim + c.qk_pos_emb_head_dim, c.kv_lora_rank + c.qk_pos_emb_head_dim
-        keys = groups * (c.qk_head_dim + c.v_head_dim + width)
-        return h + c.q_lora_rank + latent + (2 * heads * width + keys + heads * c.v_head_dim) / ranks
-    if symbol == "G":
-        keys, values = c.linear_num_heads * c.linear_key_head_dim, c.linear_num_heads * c.linear_value_head_dim
-        projected, mixed = 2 * (keys + values + c.linear_num_heads), 2 * keys + values
-        # also queries and keys normalised, outputs before and after the gate
-        return h + (projected + mixed + 2 * keys + 2 * values) / ranks
-    inner, state = c.mamba_num_heads * c.mamba_head_dim, c.mamba_num_heads * c.mamba_state_dim
-    mixed = groups * (c.mamba_head_dim + c.mamba_state_dim) + state
-    return h + (inner + mixed + c.mamba_num_heads + mixed + inner + state + 2 * inner) / ranks  # x and B for all heads
+        return c.hidden_size + 3 * c.ffn_hidden_size / ranks  # norm's output; both halves of SwiGLU, their product
+    return get_mixer(symbol).kept_numbers(c, ranks)
+
+
+def _scratch_numbers(c: ModelConfig, symbol: str, ranks: int) -> float:
+    return 0.0 if symbol == "-" else get_mixer(symbol).scratch_numbers(c, ranks)

@@ -19,13 +19,14 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megatron_hylo.config.mixers import MIXERS
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.train.optimizer_offload import RestingState
 
 MIXER_PARAMETERS = "*.self_attention.*"
-FP32_PARAMETERS = ("*.A_log", "*.dt_bias", "*.D")
+FP32_PARAMETERS = tuple(sorted({f"*.{name}" for mixer in MIXERS.values() for name in mixer.fp32_parameters}))
 
 
 @dataclass

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.config.tensor_names import Shape, layer_tensor_names, mixer_tensor_names, tensor_names
+from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.tensor_names import Shape, layer_tensor_names, tensor_names
 from megatron_hylo.initialise.registry import CalibrationStatistics, get_initialiser
 
 Read = Callable[[str], Tensor]  # canonical name -> CPU tensor
@@ -81,7 +82,7 @@ def upcycle_state(
             mixer = initialisers[symbol](
                 attention, student_config, teacher_config, layer_generator(seed, layer), layer_statistics
             )
-            _check_mixer(mixer, mixer_tensor_names(student_config, symbol), initialiser, symbol)
+            _check_mixer(mixer, get_mixer(symbol).tensors(student_config), initialiser, symbol)
         for name, shape in layer_tensor_names(student_config, symbol).items():
             yield prefix + name, mixer.pop(name) if name in mixer else _checked(read_teacher, prefix + name, shape)
 
@@ -125,7 +126,7 @@ def assemble_state(
         has, what = sources[symbol].config, "MLA" if symbol == "+" else "linear"
         if has.mixers[layer] != symbol:
             raise ConfigError(f"layer {layer} of the target is `{symbol}`, but of the {what} model it is `{has.mixers[layer]}`")
-        wanted, found = mixer_tensor_names(target_config, symbol), mixer_tensor_names(has, symbol)
+        wanted, found = get_mixer(symbol).tensors(target_config), get_mixer(symbol).tensors(has)
         if wanted != found:
             name = next(n for n in {**wanted, **found} if wanted.get(n) != found.get(n))
             raise ConfigError(
@@ -149,7 +150,7 @@ def attention_tensors(read: Read, config: ModelConfig, layer: int) -> dict[str, 
     """
     return {
         name.removeprefix("self_attn."): _checked(read, f"model.layers.{layer}.{name}", shape)
-        for name, shape in mixer_tensor_names(config, "*").items()
+        for name, shape in get_mixer("*").tensors(config).items()
     }
 
 

@@ -16,11 +16,11 @@ from megatron_hylo.config.layouts import (
     hybrid_config,
     kv_bytes_per_token,
     kv_percent,
-    mixer_parameters,
     parameter_count,
     pipeline_pattern,
     uniform_mixers,
 )
+from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.models.transformer_config import check_tensor_parallel
 
 # parameters, KV % of the base, KV bytes a token: the seven released layouts, then their Mamba2 or GDN twins
@@ -64,9 +64,9 @@ def test_base_matches_published_parameter_count(base):
 
 
 def test_mixer_parameters_match_the_papers_25_2_million():
-    assert mixer_parameters(LAYOUTS["llama3.2-1b-4mla12gdn"].config, "G") == 25_215_500
-    assert mixer_parameters(LAYOUTS["llama3.2-3b-6mla22gdn"].config, "G") == 56_715_794
-    assert mixer_parameters(BASES["llama3.2-1b"], "*") == 10_485_760
+    assert get_mixer("G").parameters(LAYOUTS["llama3.2-1b-4mla12gdn"].config) == 25_215_500
+    assert get_mixer("G").parameters(LAYOUTS["llama3.2-3b-6mla22gdn"].config) == 56_715_794
+    assert get_mixer("*").parameters(BASES["llama3.2-1b"]) == 10_485_760
 
 
 def test_hylo_layouts_json():
@@ -121,7 +121,7 @@ def test_pipeline_pattern_is_the_best_of_all_splits(stages):
     config = BASES["smollm2-135m"].replace(hybrid_layer_pattern="*-" * 8)
     pattern = pipeline_pattern(config, stages)
     assert pattern.replace("|", "") == config.hybrid_layer_pattern
-    layer = mixer_parameters(config, "*") + 3 * config.hidden_size * config.ffn_hidden_size
+    layer = get_mixer("*").parameters(config) + 3 * config.hidden_size * config.ffn_hidden_size
     ends = config.vocab_size * config.hidden_size
     costs = [layer] * 8
     costs[0] += ends

@@ -6,7 +6,8 @@ import pytest
 
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.layouts import BASES, LAYOUTS, parameter_count
-from megatron_hylo.config.tensor_names import mixer_tensor_names, tensor_names
+from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.tensor_names import tensor_names
 
 CONFIGS = {**BASES, **{name: layout.config for name, layout in LAYOUTS.items()}}
 
@@ -49,4 +50,4 @@ def test_lm_head_is_listed_only_when_untied() -> None:
 
 def test_unknown_mixer_symbol_is_refused() -> None:
     with pytest.raises(ConfigError, match="'X'"):
-        mixer_tensor_names(BASES["smollm2-135m"], "X")
+        get_mixer("X").tensors(BASES["smollm2-135m"])

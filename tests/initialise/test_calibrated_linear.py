@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.config.tensor_names import mixer_tensor_names
+from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.initialise import calibrated_linear as calibrated
 from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies
 from tests.calibrate.tiny import attention_layer, measure, mixer_of, random_teacher, uneven_input, with_mixer
@@ -45,7 +45,7 @@ def student(made, symbol: str, shape: str = "the attention's heads") -> ModelCon
 def mixer(made, config: ModelConfig) -> dict[str, Tensor]:
     symbol = config.mixers
     tensors = MAKERS[symbol](made.layer, config, made.base, torch.Generator(), made.statistics)
-    assert {n: tuple(t.shape) for n, t in tensors.items()} == mixer_tensor_names(config, symbol)
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == get_mixer(symbol).tensors(config)
     assert all(t.dtype == torch.float32 and t.is_contiguous() and t.isfinite().all() for t in tensors.values())
     mine = {t.data_ptr() for t in tensors.values()}
     assert not mine & {t.data_ptr() for t in made.layer.values()} and len(mine) == len(tensors)

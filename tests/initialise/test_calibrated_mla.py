@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_hylo.config import ConfigError, RopeScaling
-from megatron_hylo.config.tensor_names import mixer_tensor_names
+from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.initialise.calibrated_mla import attention_moments, choose_rotary_pairs, mla_from_attention, rotary_slots
 from megatron_hylo.initialise.paper import mla_from_attention as paper_mla
 from megatron_hylo.kernels.rope import rope_frequencies
@@ -49,7 +49,7 @@ class Case:
         """Checked tensors of the student's mixer."""
         statistics = statistics or self.statistics
         tensors = make(self.layer, config, self.base, torch.Generator(), statistics)
-        assert {n: tuple(t.shape) for n, t in tensors.items()} == mixer_tensor_names(config, "+")
+        assert {n: tuple(t.shape) for n, t in tensors.items()} == get_mixer("+").tensors(config)
         assert all(t.dtype == torch.float32 and t.is_contiguous() and t.isfinite().all() for t in tensors.values())
         assert tensors["self_attn.o_proj.weight"].data_ptr() != self.layer["o_proj.weight"].data_ptr()
         return tensors

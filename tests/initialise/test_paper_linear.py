@@ -9,7 +9,7 @@ from torch.nn.functional import softplus
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES, LAYOUTS, hybrid_config
-from megatron_hylo.config.tensor_names import mixer_tensor_names
+from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.initialise.defaults import gated_delta_net_defaults, mamba2_defaults, uniform_fan_in
 from megatron_hylo.initialise.paper import gated_delta_net_from_attention, mamba2_from_attention
 
@@ -20,7 +20,7 @@ def _generator(seed=0):
 
 def _make(initialiser, symbol, layer, config, teacher_config, seed=0):
     mixer = initialiser(layer, config, teacher_config, _generator(seed), None)
-    assert {name: tuple(t.shape) for name, t in mixer.items()} == mixer_tensor_names(config, symbol)
+    assert {name: tuple(t.shape) for name, t in mixer.items()} == get_mixer(symbol).tensors(config)
     assert all(t.dtype == torch.float32 and t.is_contiguous() and t.isfinite().all() for t in mixer.values())
     return {name.split(".", 1)[1]: tensor for name, tensor in mixer.items()}
 
@@ -117,7 +117,7 @@ def _fla_layer(config):
 def test_gdn_names_and_shapes_equal_fla_layer():
     config = LAYOUTS["smollm2-135m-8mla22gdn"].config
     wanted = {f"linear_attn.{name}": tuple(p.shape) for name, p in _fla_layer(config).state_dict().items()}
-    assert mixer_tensor_names(config, "G") == wanted
+    assert get_mixer("G").tensors(config) == wanted
 
 
 def test_gdn_defaults_are_distributed_like_fla_layer():

@@ -5,7 +5,7 @@ import torch
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import hybrid_config
-from megatron_hylo.config.tensor_names import mixer_tensor_names
+from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.initialise.paper import mla_from_attention
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -17,7 +17,7 @@ def _student(teacher_config, **fields):
 
 def _mla(layer, config, teacher_config):
     mixer = mla_from_attention(layer, config, teacher_config, torch.Generator(), None)
-    assert {name: tuple(t.shape) for name, t in mixer.items()} == mixer_tensor_names(config, "+")
+    assert {name: tuple(t.shape) for name, t in mixer.items()} == get_mixer("+").tensors(config)
     assert all(t.dtype == torch.float32 and t.is_contiguous() for t in mixer.values())
     return {name.removeprefix("self_attn."): tensor for name, tensor in mixer.items()}
 

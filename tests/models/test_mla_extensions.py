@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig, RopeScaling, from_dict
-from megatron_hylo.config.layouts import hybrid_config, mixer_parameters, parameter_count
-from megatron_hylo.config.tensor_names import mixer_tensor_names, tensor_names
+from megatron_hylo.config.layouts import hybrid_config, parameter_count
+from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.convert.to_hf import hf_tensors
 from megatron_hylo.convert.to_megatron import fill_model
@@ -92,7 +93,7 @@ def test_fully_rotary_mla_equals_the_attention_it_is_made_of(family, one_rank):
     tensors = dict(hf_tensors(teacher))
     layer = {n.split("self_attn.")[1]: t for n, t in tensors.items() if "self_attn." in n}
     mixer = exact_mla(layer, config, torch.linalg.qr(torch.randn(dh // 2, groups, groups))[0])
-    assert {n: tuple(t.shape) for n, t in mixer.items()} == mixer_tensor_names(config, "+")
+    assert {n: tuple(t.shape) for n, t in mixer.items()} == get_mixer("+").tensors(config)
     fill_model(student, config, (tensors | {f"model.layers.0.{n}": t for n, t in mixer.items()}).__getitem__)
 
     x = torch.randn(TOKENS, 2, base.hidden_size)
@@ -217,12 +218,12 @@ def test_counts_and_names_are_the_models(case, one_rank):
     model = build_model(config)
     mixer = model.mixer_layers()[0][0].self_attention
     assert sum(p.numel() for p in model.parameters()) == parameter_count(config)
-    assert sum(p.numel() for p in mixer.parameters()) == mixer_parameters(config, "+")
+    assert sum(p.numel() for p in mixer.parameters()) == get_mixer("+").parameters(config)
     assert {name: tuple(t.shape) for name, t in hf_tensors(model)} == tensor_names(config)
 
 
 def test_biases_come_right_after_their_weights():
-    names = [n.removeprefix("self_attn.") for n in mixer_tensor_names(tiny_config("+-", **CASES["all three"]), "+")]
+    names = [n.removeprefix("self_attn.") for n in get_mixer("+").tensors(tiny_config("+-", **CASES["all three"]))]
     assert names == ["q_a_proj.weight", "q_b_proj.weight", "q_b_proj.bias", "kv_a_proj_with_mqa.weight",
                      "kv_a_proj_with_mqa.bias", "kv_b_proj.weight", "kv_b_proj.bias", "o_proj.weight", "q_norm.weight",
                      "k_norm.weight", "k_norm.rotary_mix"]  # fmt: skip

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.config.tensor_names import mixer_tensor_names, tensor_names
+from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.tensor_names import tensor_names
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def make_layer() -> Callable[..., dict[str, Tensor]]:
 
     def make(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        shapes = mixer_tensor_names(config, "*")
+        shapes = get_mixer("*").tensors(config)
         return {n.removeprefix("self_attn."): torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
 
     return make

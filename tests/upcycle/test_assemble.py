@@ -8,7 +8,8 @@ import torch
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES, LAYOUTS, hybrid_config
-from megatron_hylo.config.tensor_names import mixer_tensor_names, tensor_names
+from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.initialise.registry import get_initialiser
 from megatron_hylo.upcycle.assemble import Source, assemble_state, layer_generator, upcycle_state
 
@@ -70,7 +71,7 @@ def test_mixers_equal_the_registered_initialiser_of_their_layer(teacher_config, 
     made = dict(upcycle_state(state.__getitem__, teacher_config, config, seed=7))
     for layer, symbol in enumerate("G+MG"):
         prefix = f"model.layers.{layer}."
-        attention = {name.removeprefix("self_attn."): state[prefix + name] for name in mixer_tensor_names(teacher_config, "*")}
+        attention = {name.removeprefix("self_attn."): state[prefix + name] for name in get_mixer("*").tensors(teacher_config)}
         initialise = get_initialiser("paper", symbol)
         wanted = initialise(attention, config, teacher_config, layer_generator(7, layer), None)
         assert all(torch.equal(made[prefix + name], tensor) for name, tensor in wanted.items())

@@ -1,0 +1,53 @@
+"""One description a token mixer: symbol, sizes and their checks, tensors, and every count that is derived from them.
+
+To add a mixer, add its file here and its row in `MIXERS`. Every table elsewhere that has an entry for each mixer calls
+`complete`, so that a missing entry fails at import.
+"""
+
+from collections.abc import Iterable
+
+from megatron_hylo.config.errors import ConfigError
+from megatron_hylo.config.mixers.attention import Attention
+from megatron_hylo.config.mixers.base import Fields, MixerDescription, Shape
+from megatron_hylo.config.mixers.gdn import GatedDeltaNet
+from megatron_hylo.config.mixers.mamba2 import Mamba2
+from megatron_hylo.config.mixers.mla import MultiLatentAttention
+
+__all__ = ["LINEAR_SYMBOLS", "MIXERS", "Fields", "MixerDescription", "Shape", "complete", "get_mixer"]
+
+MIXERS: dict[str, MixerDescription] = {
+    mixer.symbol: mixer for mixer in (Attention(), MultiLatentAttention(), Mamba2(), GatedDeltaNet())
+}
+LINEAR_SYMBOLS = "".join(symbol for symbol, mixer in MIXERS.items() if mixer.recurrent)
+
+
+def get_mixer(symbol: str) -> MixerDescription:
+    """Look up a mixer by its symbol.
+
+    Raises:
+        ConfigError: an unknown symbol.
+    """
+    if symbol not in MIXERS:
+        known = ", ".join(f"{mixer.symbol} {mixer.name}" for mixer in MIXERS.values())
+        raise ConfigError(f"unknown mixer symbol {symbol!r}; known mixers: {known}")
+    return MIXERS[symbol]
+
+
+def complete(symbols: Iterable[str], where: str, besides: str = "") -> None:
+    """Check that a table has an entry for every mixer; called where the table is defined.
+
+    Args:
+        symbols: the table's keys.
+        where: what the table is called in the message.
+        besides: symbols that need no entry.
+
+    Raises:
+        RuntimeError: a mixer without an entry, or an entry of no mixer.
+    """
+    missing = set(MIXERS) - set(besides) - set(symbols)
+    unknown = set(symbols) - set(MIXERS)
+    if missing or unknown:
+        problem = (
+            f"has no entry for mixer {min(missing)!r}" if missing else f"has an entry for {min(unknown)!r}, which is no mixer"
+        )
+        raise RuntimeError(f'{where} {problem}; see "Add a mixer" in CONTRIBUTING.md')

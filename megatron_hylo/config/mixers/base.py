@@ -1,0 +1,79 @@
+"""The interface of a mixer's description: everything that is known of a mixer without a tensor."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from megatron_hylo.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_hylo.config.model import ModelConfig
+
+Shape = tuple[int, ...]
+Fields = dict[str, object]  # field of ModelConfig -> value
+
+
+class MixerDescription(abc.ABC):
+    """One kind of token mixer, in numbers. Subclasses hold no state; `config` is the model the mixer belongs to.
+
+    Numbers "a token" are counts of tensor elements, not bytes.
+    """
+
+    symbol: ClassVar[str]  # one character of a pattern
+    name: ClassVar[str]  # in messages
+    block: ClassVar[str]  # prefix of its tensors in a Hugging Face layer
+    recurrent: ClassVar[bool]  # carries a state of fixed size in place of a KV cache
+    size_fields: ClassVar[tuple[str, ...]] = ()  # fields of ModelConfig that must be positive where the mixer occurs
+    fp32_parameters: ClassVar[tuple[str, ...]] = ()  # kept in fp32 whatever the model's dtype
+    decay_range: ClassVar[tuple[float, float] | None] = None  # a fresh A_log is the log of a uniform draw from it
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ConfigError where the model's sizes do not suit this mixer."""
+        for name in self.size_fields:
+            if getattr(config, name) < 1:
+                raise ConfigError(f"{self.name} layer `{self.symbol}` needs {name} >= 1, got {getattr(config, name)}")
+
+    @abc.abstractmethod
+    def default_sizes(self, base: ModelConfig, base_name: str | None, teacher_shapes: bool) -> Fields:
+        """Fields of ModelConfig for a hybrid of `base`.
+
+        Args:
+            base: the Transformer that is converted.
+            base_name: its name in `layouts.BASES`, or None.
+            teacher_shapes: shapes like the teacher's attention, for the calibrated initialisation; else the paper's.
+        """
+
+    @abc.abstractmethod
+    def tensors(self, config: ModelConfig) -> dict[str, Shape]:
+        """Hugging Face names with the block's prefix, e.g. "self_attn.q_proj.weight", and shapes."""
+
+    def parameters(self, config: ModelConfig) -> int:
+        """Number of parameters, without the layer norm before the mixer."""
+        return sum(math.prod(shape) for shape in self.tensors(config).values())
+
+    def kv_numbers(self, config: ModelConfig) -> int:
+        """Numbers cached for every token; 0 for a recurrent mixer."""
+        return 0
+
+    def state_numbers(self, config: ModelConfig) -> int:
+        """Numbers of the state carried for a sequence of any length: recurrence and convolution; 0 for attention."""
+        return 0
+
+    @abc.abstractmethod
+    def sequence_flops(self, config: ModelConfig, sequence_length: int) -> float:
+        """FLOPs of a token's forward pass besides 2 a parameter: attention scores (causal mean) or state updates."""
+
+    @abc.abstractmethod
+    def kept_numbers(self, config: ModelConfig, ranks: int) -> float:
+        """Numbers a token that one of `ranks` tensor-parallel ranks keeps for the backward pass, the norm's output included."""
+
+    def scratch_numbers(self, config: ModelConfig, ranks: int) -> float:
+        """Numbers a token that the backward pass has besides twice the kept ones (fitted to measured peaks)."""
+        return 0.0
+
+    @abc.abstractmethod
+    def tensor_parallel_counts(self, config: ModelConfig) -> Mapping[str, int]:
+        """Fields whose counts the tensor-parallel size must divide."""

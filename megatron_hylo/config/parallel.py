@@ -1,0 +1,61 @@
+"""How ranks are divided."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_hylo.config.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks are divided; what is left over is data parallel.
+
+    Args:
+        tensor_model_parallel_size: ranks that share each layer, by heads and columns.
+        pipeline_model_parallel_size: ranks that have different layers.
+        virtual_pipeline_model_parallel_size: parts of the model on each pipeline rank, interleaved: smaller bubbles.
+        pipeline_layers: layers of every stage in order; by default stages have about as many weights.
+        context_parallel_size: ranks that share a sequence.
+        cp_comm_type: what context-parallel ranks exchange: what is small, sequence for heads, or the faster that fits
+            (docs/parallelism.md).
+        sequence_parallel: with tensor parallelism: norms and residuals split over the sequence.
+        distributed_timeout_minutes: a rank that hangs longer ends the job.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
+    pipeline_layers: list[int] | None = None
+    context_parallel_size: int = 1
+    cp_comm_type: Literal["auto", "all_gather", "a2a"] = "auto"
+    sequence_parallel: bool = False
+    distributed_timeout_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
+                     "context_parallel_size"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                f"virtual_pipeline_model_parallel_size {self.virtual_pipeline_model_parallel_size} needs "
+                f"pipeline_model_parallel_size > 1"
+            )
+        if self.pipeline_layers is not None and (len(self.pipeline_layers) != self.stages or min(self.pipeline_layers) < 1):
+            raise ConfigError(
+                f"pipeline_layers {self.pipeline_layers} must be {self.stages} numbers of at least 1, one for each of "
+                f"pipeline_model_parallel_size {self.pipeline_model_parallel_size} x virtual_pipeline_model_parallel_size "
+                f"{self.virtual_pipeline_model_parallel_size} stages"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError("sequence_parallel needs tensor_model_parallel_size > 1; set one of them otherwise")
+
+    @property
+    def stages(self) -> int:
+        """Pieces that the layers are cut into, one after the other: piece i is on pipeline rank i modulo the ranks."""
+        return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that share one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size

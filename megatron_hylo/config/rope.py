@@ -1,0 +1,48 @@
+"""Scaling of rotary frequencies."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_hylo.config.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than the pretrained one.
+
+    Args:
+        rope_type: none, Llama 3.1's rule, or YaRN.
+        factor: target length / original length.
+        original_max_position_embeddings: tokens the frequencies were trained for.
+        low_freq_factor: llama3 only.
+        high_freq_factor: llama3 only.
+        beta_fast: yarn only: rotations above which a frequency is left alone.
+        beta_slow: yarn only: rotations below which it is divided by `factor`.
+        attention_factor: yarn only: cos/sin multiplier; None: 0.1 ln(factor) + 1.
+    """
+
+    rope_type: Literal["none", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("none", "llama3", "yarn"):
+            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; use none, llama3 or yarn")
+        if self.rope_type != "none" and (self.factor < 1 or self.original_max_position_embeddings < 1):
+            raise ConfigError(
+                f"{self.rope_type} needs factor >= 1 and original_max_position_embeddings >= 1, "
+                f"got {self.factor} and {self.original_max_position_embeddings}"
+            )
+
+    @property
+    def cos_sin_multiplier(self) -> float:
+        """Factor on cos and sin (YaRN's mscale, with mscale=1 and mscale_all_dim=0)."""
+        if self.rope_type != "yarn":
+            return 1.0
+        return self.attention_factor if self.attention_factor is not None else 0.1 * math.log(self.factor) + 1.0
