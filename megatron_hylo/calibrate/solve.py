@@ -27,7 +27,7 @@ from megatron_hylo.distill.alignment import mixer_output, relative_distance
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.mamba2 import Mamba2
 
-DAMPING = {"+": 1e-2, "M": 1e-2, "G": 1e-2, "-": 1e-2}  # of the mean diagonal of F^T F, by layer symbol
+DAMPING = 1e-2  # of the mean diagonal of F^T F
 CORRECTION_DAMPING = (1e-2, 1e-1, 1.0)
 VALIDATION = 8  # every so manieth window is not solved on
 
@@ -126,7 +126,7 @@ def solve_outputs(
         if symbol != "*":
             prior = projection.weight.clone() if symbol == "+" else torch.zeros_like(projection.weight)
             fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
-            weight = fit.solve(prior, DAMPING[symbol])
+            weight = fit.solve(prior, DAMPING)
             solved = _relative_error(features, own, weight, validation)
             _set(projection, _corrected(weight, fit, check) if sequential else weight, layer, symbol)
         _advance(taught, own)
@@ -138,7 +138,7 @@ def solve_outputs(
         features = [_features(projection, _mlp_output, mlp, h) for h in studied if sequential]
         if sequential and mlps:
             fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
-            weight = fit.solve(projection.weight, DAMPING["-"])
+            weight = fit.solve(projection.weight, DAMPING)
             _set(projection, _corrected(weight, fit, check), layer, "-")
         _advance(taught, own)
         if sequential:

@@ -69,11 +69,12 @@ class ModelConfig:
     mamba_num_heads: int = 0
     mamba_head_dim: int = 0
     mamba_state_dim: int = 0
-    # Gated DeltaNet (`G`)
+    # Gated DeltaNet (`G`) and KDA (`K`)
     linear_num_heads: int = 0
     linear_key_head_dim: int = 0
     linear_value_head_dim: int = 0
-    # short convolution of both linear mixers
+    kda_decay_rank: int = 0  # inner width of KDA's two maps to its decay
+    # short convolution of all linear mixers
     linear_conv_kernel_dim: int = 4
 
     def __post_init__(self) -> None:

@@ -86,15 +86,22 @@ def _mamba2(m: str, h: str, c: ModelConfig) -> list[Entry]:
 
 
 def _gated_deltanet(m: str, h: str, c: ModelConfig) -> list[Entry]:
-    p, keys, values = (
-        f"{h}linear_attn.",
-        c.linear_num_heads * c.linear_key_head_dim,
-        c.linear_num_heads * c.linear_value_head_dim,
-    )
-    rows = (keys, keys, values, values, c.linear_num_heads, c.linear_num_heads)
+    return _delta_rule(m, h, c, "qkvgba")
+
+
+def _kda(m: str, h: str, c: ModelConfig) -> list[Entry]:
+    decay = [_same(f"{m}decay_{a}_proj.weight", f"{h}linear_attn.f_{b}_proj.weight") for a, b in (("down", "a"), ("up", "b"))]
+    return _delta_rule(m, h, c, "qkvgb") + decay
+
+
+def _delta_rule(m: str, h: str, c: ModelConfig, projections: str) -> list[Entry]:
+    p, heads = f"{h}linear_attn.", c.linear_num_heads
+    keys, values = heads * c.linear_key_head_dim, heads * c.linear_value_head_dim
+    rows = dict(q=keys, k=keys, v=values, g=values, b=heads, a=heads)
+    widths = tuple(rows[n] for n in projections)
     return [
-        _stacked(f"{m}in_proj.weight", tuple(f"{p}{n}_proj.weight" for n in "qkvgba"), rows),
-        _stacked(f"{m}conv1d.weight", tuple(f"{p}{n}_conv1d.weight" for n in "qkv"), rows[:3]),
+        _stacked(f"{m}in_proj.weight", tuple(f"{p}{n}_proj.weight" for n in projections), widths),
+        _stacked(f"{m}conv1d.weight", tuple(f"{p}{n}_conv1d.weight" for n in "qkv"), widths[:3]),
         _same(f"{m}A_log", f"{p}A_log"),
         _same(f"{m}dt_bias", f"{p}dt_bias"),
         _same(f"{m}out_norm.weight", f"{p}o_norm.weight"),
@@ -107,6 +114,7 @@ MIXER_ENTRIES: dict[str, Callable[[str, str, ModelConfig], list[Entry]]] = {
     "+": _mla,
     "M": _mamba2,
     "G": _gated_deltanet,
+    "K": _kda,
 }
 complete(MIXER_ENTRIES, "convert/mapping.py: MIXER_ENTRIES")
 

@@ -97,6 +97,33 @@ def gated_delta_net_from_attention(
     return {f"linear_attn.{name}": _plain(tensor) for name, tensor in mixer.items()}
 
 
+@register_initialiser("calibrated", "K")
+def kda_from_attention(
+    teacher: TeacherLayer,
+    config: ModelConfig,
+    teacher_config: ModelConfig,
+    generator: Generator,
+    statistics: CalibrationStatistics | None = None,
+) -> dict[str, Tensor]:
+    """KDA that equals the calibrated Gated DeltaNet: all channels of a head decay alike until training parts them.
+
+    Args, Raises: as `gated_delta_net_from_attention`.
+
+    Returns:
+        The `linear_attn.*` tensors of `get_mixer("K").tensors(config)`, fp32. f_a holds the leading directions of the layer's
+        input, which f_b (zero) learns to read.
+    """
+    mixer = gated_delta_net_from_attention(teacher, config, teacher_config, generator, statistics)
+    m, width = attention_moments(teacher, teacher_config, statistics), config.linear_key_head_dim
+    leading = torch.linalg.eigh(m.input_moment).eigenvectors.flip(-1).T  # rows of length 1
+    del mixer["linear_attn.a_proj.weight"]
+    mixer["linear_attn.dt_bias"] = mixer["linear_attn.dt_bias"].repeat_interleave(width)
+    mixer["linear_attn.f_a_proj.weight"] = _plain(_fit(leading, config.kda_decay_rank))
+    shapes = get_mixer("K").tensors(config)
+    mixer["linear_attn.f_b_proj.weight"] = torch.zeros(shapes["linear_attn.f_b_proj.weight"])
+    return {name: mixer[name] for name in shapes}
+
+
 @register_initialiser("calibrated", "M")
 def mamba2_from_attention(
     teacher: TeacherLayer,

@@ -1,7 +1,8 @@
-"""Linear mixers as they are before any teacher: the random defaults of Mamba2 and of Gated DeltaNet.
+"""Linear mixers as they are before any teacher: random defaults.
 
-The distributions are those of mamba_ssm's `Mamba2` and of fla's `GatedDeltaNet` layer (torch's own defaults for
-Linear and Conv1d). Everything is drawn uniformly on the CPU in a fixed order, so that a seed gives the same tensors everywhere.
+The distributions are those of mamba_ssm's `Mamba2` and of fla's `GatedDeltaNet` and `KimiDeltaAttention` layers (torch's own
+defaults for Linear and Conv1d). Everything is drawn uniformly on the CPU in a fixed order, so that a seed gives the same
+tensors everywhere.
 """
 
 import math
@@ -12,6 +13,7 @@ from torch import Generator, Tensor
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.config.mixers.gdn import GatedDeltaNet
+from megatron_hylo.config.mixers.kda import KimiDeltaAttention
 from megatron_hylo.config.mixers.mamba2 import Mamba2
 from megatron_hylo.config.tensor_names import Shape
 
@@ -110,14 +112,33 @@ def gated_delta_net_defaults(config: ModelConfig, generator: Generator) -> dict[
         All tensors of `get_mixer("G").tensors(config)`, fp32.
     """
     shapes, heads = get_mixer("G").tensors(config), config.linear_num_heads
-    drawn = {
-        name: uniform_fan_in(shape, generator)
-        for name, shape in shapes.items()
-        if name.endswith(("proj.weight", "conv1d.weight"))
-    }
-    drawn |= {
+    drawn = _projections(shapes, generator) | {
         "linear_attn.A_log": log_decay_rate(heads, GatedDeltaNet.decay_range, generator),
         "linear_attn.dt_bias": inverse_softplus_step(heads, generator),
         "linear_attn.o_norm.weight": torch.ones(config.linear_value_head_dim),
     }
     return {name: drawn[name] for name in shapes}
+
+
+def kda_defaults(config: ModelConfig, generator: Generator) -> dict[str, Tensor]:
+    """A KDA mixer as fla's layer makes it: A uniform in [1, 16], a step size for each channel, torch's defaults elsewhere.
+
+    Args:
+        config: of the student.
+        generator: CPU generator to draw from.
+
+    Returns:
+        All tensors of `get_mixer("K").tensors(config)`, fp32.
+    """
+    shapes, heads = get_mixer("K").tensors(config), config.linear_num_heads
+    drawn = _projections(shapes, generator) | {
+        "linear_attn.A_log": log_decay_rate(heads, KimiDeltaAttention.decay_range, generator),
+        "linear_attn.dt_bias": inverse_softplus_step(shapes["linear_attn.dt_bias"][0], generator),
+        "linear_attn.o_norm.weight": torch.ones(config.linear_value_head_dim),
+    }
+    return {name: drawn[name] for name in shapes}
+
+
+def _projections(shapes: dict[str, Shape], generator: Generator) -> dict[str, Tensor]:
+    """Linear and Conv1d weights by torch's defaults."""
+    return {n: uniform_fan_in(s, generator) for n, s in shapes.items() if n.endswith(("proj.weight", "conv1d.weight"))}

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.initialise.defaults import gated_delta_net_defaults, mamba2_defaults
+from megatron_hylo.initialise.defaults import gated_delta_net_defaults, kda_defaults, mamba2_defaults
 from megatron_hylo.initialise.registry import CalibrationStatistics, TeacherLayer, register_initialiser
 
 
@@ -130,7 +130,27 @@ def gated_delta_net_from_attention(
     Returns:
         The `linear_attn.*` tensors of `get_mixer("G").tensors(config)`, fp32.
     """
-    mixer = gated_delta_net_defaults(config, generator)
+    return _overlap(gated_delta_net_defaults(config, generator), teacher, teacher_config)
+
+
+@register_initialiser("paper", "K")
+def kda_from_attention(
+    teacher: TeacherLayer,
+    config: ModelConfig,
+    teacher_config: ModelConfig,
+    generator: Generator,
+    statistics: CalibrationStatistics | None = None,
+) -> dict[str, Tensor]:
+    """KDA by the paper's map for Gated DeltaNet (HyLo has no KDA); arguments as `gated_delta_net_from_attention`.
+
+    Returns:
+        The `linear_attn.*` tensors of `get_mixer("K").tensors(config)`, fp32.
+    """
+    return _overlap(kda_defaults(config, generator), teacher, teacher_config)
+
+
+def _overlap(mixer: dict[str, Tensor], teacher: TeacherLayer, teacher_config: ModelConfig) -> dict[str, Tensor]:
+    """`mixer` with the overlapping rows and columns of the teacher's projections copied in."""
     repeat = teacher_config.num_attention_heads // teacher_config.num_query_groups
     sources = {
         "q": teacher["q_proj.weight"],

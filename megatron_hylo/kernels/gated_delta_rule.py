@@ -126,7 +126,8 @@ def _fla(
     )
 
 
-def _normalised(x: torch.Tensor) -> torch.Tensor:
+def normalised(x: torch.Tensor) -> torch.Tensor:
+    """x [..., d] over its length along d, as fla's kernels normalise queries and keys."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
@@ -173,8 +174,8 @@ def _chunked(
         padded = F.pad(value.to(wide), (0, 0) * (value.dim() - 2) + (0, pad))
         return padded.unflatten(1, (-1, chunk)).movedim(3, 1)
 
-    queries = chunks(_normalised(q.to(wide)) * q.shape[-1] ** -0.5)
-    keys = chunks(_normalised(k.to(wide)))
+    queries = chunks(normalised(q.to(wide)) * q.shape[-1] ** -0.5)
+    keys = chunks(normalised(k.to(wide)))
     strength = chunks(beta)[..., None]
     log_decay = chunks(g)
     decay = segment_sum(log_decay).exp()  # D: [b, h, n, c, c]
@@ -213,8 +214,8 @@ def recurrent_gated_delta_rule(
     _check(q, k, v, g, beta)
     wide = torch.promote_types(v.dtype, torch.float32)
     b, t, h, dk = q.shape
-    queries = (_normalised(q.to(wide)) * dk**-0.5)[..., None]
-    keys = _normalised(k.to(wide))[..., None]  # [b, t, h, dk, 1]
+    queries = (normalised(q.to(wide)) * dk**-0.5)[..., None]
+    keys = normalised(k.to(wide))[..., None]  # [b, t, h, dk, 1]
     values, decay, strength = v.to(wide), g.to(wide).exp()[..., None, None], beta.to(wide)[..., None]
     state = v.new_zeros(b, h, dk, v.shape[-1], dtype=wide) if initial_state is None else initial_state.to(wide)
     outputs = []

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_hylo.kernels.delta_rule_states import FLA_CHUNK, FLA_NORM
 from megatron_hylo.kernels.gated_delta_rule import delta_rule_implementation, gated_delta_rule
+from megatron_hylo.kernels.kda import kda
 from megatron_hylo.kernels.ssd import document_numbers, log_decay, mamba_ssm_gradients, ssd, ssd_implementation
 
 
@@ -66,12 +67,7 @@ class DeltaRulePart(NamedTuple):
     @classmethod
     def begin(cls, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple["DeltaRulePart", Effect]:
         """One pass over values [v, 0] from the state [0, I]."""
-        part, (dk, dv) = cls(q, k, v, g, beta), (k.shape[-1], v.shape[-1])
-        values = v.new_empty(*v.shape[:3], dv + dk)
-        values[..., :dv], values[..., dv:] = v, 0
-        wide = torch.promote_types(v.dtype, torch.float32)
-        state = v.new_zeros(v.shape[0], v.shape[2], dk, dv + dk, dtype=wide)
-        state[..., dv:] = torch.eye(dk, dtype=wide, device=v.device)
+        part, (values, state), dv = cls(q, k, v, g, beta), _extended(k, v), v.shape[-1]
         if delta_rule_implementation(k, v, differentiates=True) == "fla":
             part, out, state = part._fla(values, state)
         else:
@@ -107,6 +103,27 @@ class DeltaRulePart(NamedTuple):
         )  # fmt: skip
         dq, dk = norm.l2norm_bwd(q, self.q_scale, dq), norm.l2norm_bwd(k, self.k_scale, dk)
         return dq.to(q), dk.to(k), dv.to(v), dg.to(g), dbeta.to(beta)
+
+
+class KdaPart(NamedTuple):
+    """KDA, with the arguments of `kda`; the backward pass runs the recurrence once more."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+
+    @classmethod
+    def begin(cls, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple["KdaPart", Effect]:
+        """One pass over values [v, 0] from the state [0, I]."""
+        (values, state), dv = _extended(k, v), v.shape[-1]
+        out, state = kda(q, k, values, g, beta, state, output_final_state=True)
+        return cls(q, k, v, g, beta), Effect(out[..., :dv], out[..., dv:], state[..., dv:], state[..., :dv])
+
+    def gradients(self, before: Tensor, grad_out: Tensor, grad_after: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of q, k, v, g, beta; arguments as those of `DeltaRulePart.gradients`."""
+        return _again(functools.partial(kda, output_final_state=True), self, before, grad_out, grad_after)
 
 
 class SsdPart(NamedTuple):
@@ -149,6 +166,17 @@ class SsdPart(NamedTuple):
             grad_after,
         )  # fmt: skip
         return dx, ddt.to(dt), dA.to(A), dB.to(B), dC.to(C), dD.to(D), None
+
+
+def _extended(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [v, 0] of [b, t, h, dv + dk] and the state [0, I] of [b, h, dk, dv + dk] that show a part's whole effect."""
+    dk, dv = k.shape[-1], v.shape[-1]
+    values = v.new_empty(*v.shape[:3], dv + dk)
+    values[..., :dv], values[..., dv:] = v, 0
+    wide = torch.promote_types(v.dtype, torch.float32)
+    state = v.new_zeros(v.shape[0], v.shape[2], dk, dv + dk, dtype=wide)
+    state[..., dv:] = torch.eye(dk, dtype=wide, device=v.device)
+    return values, state
 
 
 def _again(

@@ -31,6 +31,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "elementwise": ("torch", "inductor"),
     "gated_delta_rule": ("torch", "fla"),
     "head_softmax": ("torch", "triton"),
+    "kda": ("torch", "fla"),
     "rms_norm": ("torch", "triton"),
     "ssd": ("torch", "mamba_ssm"),
 }
@@ -113,7 +114,7 @@ def untuned() -> Iterator[None]:
     """
     demanded = _parse(os.environ.get(ENVIRONMENT_VARIABLE, ""))
     with contextlib.ExitStack() as stack:
-        for op in ("causal_conv1d", "gated_delta_rule", "ssd"):
+        for op in ("causal_conv1d", "gated_delta_rule", "kda", "ssd"):
             if op not in demanded:
                 stack.enter_context(force(op, "torch"))
         yield

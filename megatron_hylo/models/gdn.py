@@ -35,37 +35,54 @@ class GatedDeltaNet(Mixer):
 
     def build(self, c: ModelConfig, submodules: MixerSubmodules) -> None:
         """Make this tensor-parallel rank's weights."""
-        config = self.config
-        tp = self.tp_group.size()
+        config, tp = self.config, self.tp_group.size()
         self.heads = c.linear_num_heads // tp
         keys, values = self.heads * c.linear_key_head_dim, self.heads * c.linear_value_head_dim
-        self.sections = {"query": keys, "key": keys, "value": values, "gate": values, "beta": self.heads, "alpha": self.heads}
+        self.sections = {"query": keys, "key": keys, "value": values, "gate": values, "beta": self.heads}
+        self.build_decay(c, submodules)
         self.in_proj = fused_column_linear(submodules, config, c.hidden_size, tp * sum(self.sections.values()), self.tp_group)
         self.conv1d = ShortConvolution(config, 2 * keys + values, bias=False)
         self.conv1d.tp_group = self.tp_group
-        self.A_log, self.dt_bias = decay_parameters(self.symbol, self.heads)
+        self.A_log, self.dt_bias = decay_parameters(self.symbol, self.heads, self.decays)
         self.out_norm = HeadNorm(config, c.linear_value_head_dim)
         self.out_proj = row_linear(submodules, config, tp * values, c.hidden_size, self.tp_group)
+
+    def build_decay(self, c: ModelConfig, submodules: MixerSubmodules) -> None:
+        """Set `decays`, the decays a token of this rank's heads, and make what computes them: here a section of in_proj."""
+        self.decays = self.sections["alpha"] = self.heads
+
+    def decay_input(self, hidden_states: Tensor, sections: dict[str, Tensor], packed: Packed) -> Tensor:
+        """Decays before dt_bias and softplus, [batch, sequence, decays of this rank]; taken out of `sections` if there."""
+        return sections.pop("alpha")
+
+    def gates(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decay (fp32) and writing strength as `recurrence` takes them, of the heads this rank computes."""
+        own = self.context.own_share
+        return gates_of(alpha, beta, own(self.A_log), own(self.dt_bias))
+
+    def recurrence(self, hidden_states: Tensor, *inputs: Tensor) -> Tensor:
+        """q, k, v, log decay and writing strength -> outputs [batch, sequence, heads, value_head_dim]."""
+        if self.context.by_parts:
+            return delta_rule_over_ranks(self.context, *inputs)
+        return gated_delta_rule(*inputs, keep_states=is_recomputed(self.config, self.symbol, hidden_states))[0]
 
     def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
         """[sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
         c, context, documents = self.config.hylo, self.context, self.context.seen(packed)
         projected, _ = self.in_proj(hidden_states)
+        # each section: [batch, sequence, width]
         sections = dict(zip(self.sections, split_sections(batch_first(projected, packed), [*self.sections.values()])))
-        gate = sections.pop("gate")
-        *qkv, beta, alpha = context.exchange(*((x, [x.shape[-1]]) for x in sections.values()))
+        gate, alpha = sections.pop("gate"), self.decay_input(hidden_states, sections, packed)
+        *qkv, beta, alpha = context.exchange(*((x, [x.shape[-1]]) for x in (*sections.values(), alpha)))
         own = functools.partial(context.own_share, widths=[self.sections[name] for name in ("query", "key", "value")])
         places = documents.own_positions if documents is not None else None
         qkv = self.conv1d(*context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places, own)
-        query, key, value = (x.unflatten(-1, (beta.shape[-1], -1)) for x in qkv)
-        decay, beta = gates_of(alpha, beta, context.own_share(self.A_log), context.own_share(self.dt_bias))
+        query, key, value = (x.unflatten(-1, (beta.shape[-1], -1)) for x in qkv)  # [batch, sequence, heads, channels]
+        decay, beta = self.gates(alpha, beta)
         if documents is not None:
-            decay = decay.masked_fill(documents.begins[:, None], RESET)
-        if context.by_parts:
-            out = delta_rule_over_ranks(context, query, key, value, decay, beta)
-        else:
-            keep = is_recomputed(self.config, "G", hidden_states)
-            out, _ = gated_delta_rule(query, key, value, decay, beta, keep_states=keep)
+            begins = documents.begins.view(-1, *[1] * (decay.dim() - 2))
+            decay = decay.masked_fill(begins, RESET)
+        out = self.recurrence(hidden_states, query, key, value, decay, beta)
         if context.by_heads:
             out = context.give_back(out.flatten(2)).unflatten(-1, (self.heads, -1))
         out = self.out_norm(out, gate.reshape(out.shape))

@@ -20,7 +20,9 @@ from megatron_hylo.kernels.causal_conv1d import causal_conv1d_sections
 from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
 from megatron_hylo.kernels.head_softmax import head_softmax, obstacle
+from megatron_hylo.kernels.kda import kda, recurrent_kda
 from megatron_hylo.kernels.norm import gated_rms_norm
+from megatron_hylo.kernels.recurrence_part import DeltaRulePart, KdaPart
 from megatron_hylo.kernels.registry import in_use, select
 from megatron_hylo.kernels.residual_norm import backward_programs, rms_norm_and_residual
 from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies
@@ -145,26 +147,47 @@ def _softmax_cases(c: ModelConfig, draw: _Draw, parts: bool, width: int, values:
 
 
 def _gated_delta_net_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
-    heads, keys, values = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
-    yield from _convolutions(c, [heads * keys, heads * keys, heads * values], draw, parts)
-    names = {"q": keys, "k": keys, "v": values}
-    inputs = {name: draw.normal(heads, width, tokens=DELTA_TOKENS) for name, width in names.items()}
-    inputs |= {"g": draw.between(-1, 0, heads, tokens=DELTA_TOKENS), "beta": draw.between(0, 1, heads, tokens=DELTA_TOKENS)}
-    shape = f"{heads} heads, {keys} x {values}"
-    yield _Case(
-        "gated_delta_rule", shape, lambda **x: gated_delta_rule(**x)[0],
-        lambda **x: recurrent_gated_delta_rule(**x)[0], inputs, ("g",),
-    )  # fmt: skip
+    inputs, shape = _delta_rule_inputs(c, draw, c.linear_num_heads)
+    yield from _delta_rule_cases(c, draw, parts, "gated_delta_rule", gated_delta_rule, recurrent_gated_delta_rule, inputs)
     if draw.device.type == "cuda":  # as recomputed layers have it; plain torch knows no difference
         yield _Case(
             "gated_delta_rule", f"{shape}, states kept", lambda **x: gated_delta_rule(**x, keep_states=True)[0],
             lambda **x: recurrent_gated_delta_rule(**x)[0], inputs, ("g",),
         )  # fmt: skip
+
+
+def _kda_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
+    inputs, _ = _delta_rule_inputs(c, draw, c.linear_num_heads, c.linear_key_head_dim)
+    yield from _delta_rule_cases(c, draw, parts, "kda", kda, recurrent_kda, inputs)
+
+
+def _delta_rule_inputs(c: ModelConfig, draw: _Draw, *decays: int) -> tuple[dict[str, Tensor], str]:
+    heads, keys, values = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
+    names = {"q": keys, "k": keys, "v": values}
+    inputs = {name: draw.normal(heads, width, tokens=DELTA_TOKENS) for name, width in names.items()}
+    inputs |= {"g": draw.between(-1, 0, *decays, tokens=DELTA_TOKENS), "beta": draw.between(0, 1, heads, tokens=DELTA_TOKENS)}
+    return inputs, f"{heads} heads, {keys} x {values}"
+
+
+def _delta_rule_cases(
+    c: ModelConfig,
+    draw: _Draw,
+    parts: bool,
+    operation: str,
+    run: Callable[..., tuple[Tensor, Tensor | None]],
+    definition: Callable[..., tuple[Tensor, Tensor | None]],
+    inputs: dict[str, Tensor],
+) -> Iterator[_Case]:
+    heads, keys, values = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
+    yield from _convolutions(c, [heads * keys, heads * keys, heads * values], draw, parts)
+    shape = f"{heads} heads, {keys} x {values}"
+    yield _Case(operation, shape, lambda **x: run(**x)[0], lambda **x: definition(**x)[0], inputs, ("g",))
     if parts:  # with states that outlive their part
         inputs = inputs | {"g": inputs["g"] / 70, "beta": inputs["beta"] / 16}
+        kind = {"gated_delta_rule": DeltaRulePart, "kda": KdaPart}[operation]
         yield _Case(
-            "gated_delta_rule", f"{shape}, split", functools.partial(delta_rule_over_ranks, _Middle()),
-            lambda **x: _amid_its_like(recurrent_gated_delta_rule, **x), inputs, ("g",),
+            operation, f"{shape}, split", functools.partial(delta_rule_over_ranks, _Middle(), kind=kind),
+            lambda **x: _amid_its_like(definition, **x), inputs, ("g",),
         )  # fmt: skip
 
 
@@ -191,6 +214,7 @@ MIXER_CASES: dict[str, Callable[[ModelConfig, _Draw, bool], Iterator[_Case]]] = 
     "+": _mla_cases,
     "M": _mamba2_cases,
     "G": _gated_delta_net_cases,
+    "K": _kda_cases,
 }
 complete(MIXER_CASES, "models/kernel_check.py: MIXER_CASES")
 
@@ -231,10 +255,11 @@ def _compiled(c: ModelConfig, draw: _Draw) -> Iterator[_Case]:
         )  # fmt: skip
     if set(c.mixers) & set(LINEAR_SYMBOLS):
         settings = dict(eps=1e-5, norm_before_gate=True)
+        weight = torch.linspace(0.5, 2, width, device=device)
         yield _Case(
             "elementwise", f"gated norm of {heads} heads, {width} wide",
             functools.partial(elementwise(gated_rms_norm), **settings), functools.partial(gated_rms_norm, **settings),
-            {"x": draw.normal(heads, width), "gate": draw.normal(heads, width), "weight": torch.linspace(0.5, 2, width).to(device)},
+            {"x": draw.normal(heads, width), "gate": draw.normal(heads, width), "weight": weight},
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.mixers import complete
 from megatron_hylo.models.attention import GroupedQueryAttention
 from megatron_hylo.models.gdn import GatedDeltaNet
+from megatron_hylo.models.kda import KimiDeltaAttention
 from megatron_hylo.models.layers import ResidualRMSNorm, RMSNorm
 from megatron_hylo.models.mamba2 import Mamba2
 from megatron_hylo.models.mixer import Mixer, MixerSubmodules
@@ -79,7 +80,7 @@ class HyloStack(HybridStack):
 
 
 MIXER_CLASSES: dict[str, type[Mixer]] = {
-    mixer.symbol: mixer for mixer in (GroupedQueryAttention, MultiLatentAttention, Mamba2, GatedDeltaNet)
+    mixer.symbol: mixer for mixer in (GroupedQueryAttention, MultiLatentAttention, Mamba2, GatedDeltaNet, KimiDeltaAttention)
 }
 complete(MIXER_CLASSES, "models/specs.py: MIXER_CLASSES")
 

@@ -19,9 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_hylo.kernels.recurrence_part import DeltaRulePart, SsdPart, state_gradient, times
+from megatron_hylo.kernels.recurrence_part import DeltaRulePart, KdaPart, SsdPart, state_gradient, times
 from megatron_hylo.parallel.context import ContextGroup
 
+Part = DeltaRulePart | KdaPart | SsdPart
 Steps = Sequence[tuple[Tensor, Tensor]]  # (kept, added) of each: S -> kept S + added
 
 PART = 8192  # tokens of a part at least
@@ -29,11 +30,19 @@ COLUMNS = 64  # of a state's, that one program of fla's kernels carries
 PROGRAMS = 4  # of them for each multiprocessor (measured: 1, 2 and 4 of them, two H200, 65,536 tokens a rank)
 
 
-def delta_rule_over_ranks(context: ContextGroup, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-    """`gated_delta_rule` of a sequence of which this rank has a part; outputs of that part, [b, t, h, dv]."""
+def delta_rule_over_ranks(
+    context: ContextGroup,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    kind: type[DeltaRulePart] | type[KdaPart] = DeltaRulePart,
+) -> Tensor:
+    """`gated_delta_rule` (or `kda`) of a sequence of which this rank has a part; outputs of that part, [b, t, h, dv]."""
     parts = own_parts(v)
     cut = [x.unflatten(1, (parts, -1)).flatten(0, 1) for x in (q, k, v, g, beta)]
-    return _InParts.apply(context, parts, DeltaRulePart, *cut).unflatten(0, (-1, parts)).flatten(1, 2)
+    return _InParts.apply(context, parts, kind, *cut).unflatten(0, (-1, parts)).flatten(1, 2)
 
 
 def own_parts(value: Tensor) -> int:
@@ -62,7 +71,11 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, context: ContextGroup, parts: int, kind: type[DeltaRulePart] | type[SsdPart], *inputs: Tensor | None
+        ctx,
+        context: ContextGroup,
+        parts: int,
+        kind: type[Part],
+        *inputs: Tensor | None,
     ) -> Tensor:
         part, effect = kind.begin(*inputs)
         steps = list(zip(_by_part(effect.kept, parts), _by_part(effect.added, parts)))

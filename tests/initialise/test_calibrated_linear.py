@@ -14,7 +14,11 @@ from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencie
 from tests.calibrate.tiny import attention_layer, measure, mixer_of, random_teacher, uneven_input, with_mixer
 from tests.conftest import tiny_config
 
-MAKERS = {"G": calibrated.gated_delta_net_from_attention, "M": calibrated.mamba2_from_attention}
+MAKERS = {
+    "G": calibrated.gated_delta_net_from_attention,
+    "M": calibrated.mamba2_from_attention,
+    "K": calibrated.kda_from_attention,
+}
 # heads, key and value channels of Gated DeltaNet; the attention: 6 query heads, 2 KV heads of 16
 SHAPES = {
     "the attention's heads": (6, 16, 16),
@@ -38,7 +42,11 @@ def made(one_rank) -> SimpleNamespace:
 def student(made, symbol: str, shape: str = "the attention's heads") -> ModelConfig:
     heads, keys, values = SHAPES[shape]
     return made.base.replace(
-        hybrid_layer_pattern=f"{symbol}-", linear_num_heads=heads, linear_key_head_dim=keys, linear_value_head_dim=values
+        hybrid_layer_pattern=f"{symbol}-",
+        linear_num_heads=heads,
+        linear_key_head_dim=keys,
+        linear_value_head_dim=values,
+        kda_decay_rank=20,
     )
 
 
@@ -52,7 +60,7 @@ def mixer(made, config: ModelConfig) -> dict[str, Tensor]:
     return {name.split(".", 1)[1]: tensor for name, tensor in tensors.items()}
 
 
-ALL = [("G", shape) for shape in SHAPES] + [("M", "the attention's heads")]
+ALL = [(symbol, shape) for symbol in "GK" for shape in SHAPES] + [("M", "the attention's heads")]
 
 
 @pytest.mark.parametrize("symbol, shape", ALL)
@@ -73,7 +81,7 @@ def test_convolutions_pass_the_current_token_only(symbol, shape, made):
     for name, t in taps.items():
         assert not t[..., :-1].any(), name
     tap = calibrated.VALUE_TAP
-    if symbol == "G":
+    if symbol in "GK":
         for part, value in (("q", 1.0), ("k", 1.0), ("v", tap)):
             assert torch.equal(
                 taps[f"{part}_conv1d.weight"][..., -1], torch.full_like(tensors[f"{part}_proj.weight"][:, :1], value)
@@ -89,11 +97,16 @@ def test_heads_forget_half_in_their_half_life(symbol, shape, made):
     """exp(g)^n = 1/2 after n tokens; heads that share keys have all lengths from shortest to longest."""
     tensors = mixer(made, student(made, symbol, shape))
     step = softplus(tensors["dt_bias"].double())
-    decay = (-tensors["A_log"].double().exp() * step).exp()
+    rate = tensors["A_log"].double().exp()
+    if symbol == "K":  # channels of a head decay alike
+        channels = step.view(len(rate), -1)
+        step = channels[:, 0]
+        assert torch.equal(channels, step[:, None].expand_as(channels))
+    decay = (-rate * step).exp()
     half_lives = -1 / decay.log2()
     heads = len(decay)
     cycle = 3 if heads == 6 else heads  # query heads of a KV head
-    shortest, longest = calibrated.HALF_LIVES[symbol]
+    shortest, longest = calibrated.HALF_LIVES["M" if symbol == "M" else "G"]
     for head, found in enumerate(half_lives.tolist()):
         share = (head % cycle) / (cycle - 1) if cycle > 1 else 0.5
         assert found == pytest.approx(shortest ** (1 - share) * longest**share, rel=1e-5)
@@ -101,7 +114,18 @@ def test_heads_forget_half_in_their_half_life(symbol, shape, made):
     if symbol == "M":
         assert step.tolist() == pytest.approx([calibrated.STEP] * heads, rel=1e-5)
     else:
-        assert not tensors["a_proj.weight"].any()
+        assert not tensors["a_proj.weight" if symbol == "G" else "f_b_proj.weight"].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kda_computes_what_gated_deltanet_does(shape, made):
+    """The initialisers agree, and so do the two mixers where all channels of a head decay alike."""
+    outputs = []
+    for symbol in "GK":
+        config = student(made, symbol, shape)
+        tensors = MAKERS[symbol](made.layer, config, made.base, torch.Generator(), made.statistics)
+        outputs.append(mixer_of(with_mixer(made.teacher, config, tensors))(made.x)[0])
+    assert (outputs[0] - outputs[1]).norm() < 1e-5 * outputs[0].norm()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

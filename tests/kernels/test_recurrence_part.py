@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.kernels.gated_delta_rule import fla_obstacle, gated_delta_rule
-from megatron_hylo.kernels.recurrence_part import DeltaRulePart, SsdPart, state_gradient, times
+from megatron_hylo.kernels.kda import kda
+from megatron_hylo.kernels.recurrence_part import DeltaRulePart, KdaPart, SsdPart, state_gradient, times
 from megatron_hylo.kernels.registry import force
 from megatron_hylo.kernels.ssd import MAMBA_MODULE, ssd
-from tests.kernels import test_gated_delta_rule, test_ssd
+from tests.kernels import test_gated_delta_rule, test_kda, test_ssd
 from tests.kernels.compare import interpreted_errors, relative_error
 
 
@@ -21,6 +22,15 @@ def delta_rule_errors(inputs: list[Tensor]) -> dict[str, float]:
     with force("gated_delta_rule", "torch"):
         whole = gated_delta_rule(*leaves, output_final_state=True)
     return _errors(DeltaRulePart, values, state, leaves, whole)
+
+
+def kda_errors(inputs: list[Tensor]) -> dict[str, float]:
+    """Of a part of KDA; inputs as those of `delta_rule_errors`."""
+    *values, state = (x.detach() for x in inputs)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    with force("kda", "torch"):
+        whole = kda(*leaves, output_final_state=True)
+    return _errors(KdaPart, values, state, leaves, whole)
 
 
 def ssd_errors(inputs: list[Tensor], begins: Tensor | None) -> dict[str, float]:
@@ -41,7 +51,7 @@ def _errors(kind, values: list[Tensor | None], state: Tensor, leaves: list[Tenso
     mine = part.gradients(state, grad_out, grad_after)
     before = times(effect.kept.transpose(-1, -2), grad_after) + state_gradient(effect.reach, grad_out)
     theirs = torch.autograd.grad(whole, leaves, (grad_out.double(), grad_after.double()))
-    oracle = theirs[-1] if kind is DeltaRulePart else theirs[-1].transpose(-1, -2)
+    oracle = theirs[-1].transpose(-1, -2) if kind is SsdPart else theirs[-1]
     found = {"outputs": (effect.outputs(state), whole[0]), "after": (after, whole[1]), "before": (before, oracle)}
     found |= {str(i): pair for i, pair in enumerate(zip(mine[: len(theirs) - 1], theirs[:-1], strict=True))}
     return {name: relative_error(a, b) for name, (a, b) in found.items()}
@@ -49,6 +59,11 @@ def _errors(kind, values: list[Tensor | None], state: Tensor, leaves: list[Tenso
 
 def test_a_part_of_gated_deltanet() -> None:
     errors = delta_rule_errors(test_gated_delta_rule.inputs(90))
+    assert max(errors.values()) < 1e-9, errors
+
+
+def test_a_part_of_kda() -> None:
+    errors = kda_errors(test_kda.inputs(40))
     assert max(errors.values()) < 1e-9, errors
 
 

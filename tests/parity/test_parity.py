@@ -42,6 +42,7 @@ WIDE = {
         linear_value_head_dim=20,
     )
 }
+KDA = {"kda": tiny_config("K-+-K-*-")}
 TEACHER = tiny_config("*-*-*-*-", add_qkv_bias=True)
 HEADS = ["stored", "packed_stored", "reverse"]  # what the head loss reads; few layouts will do
 PACKED = [stage for stage in STAGES if stage.startswith("packed") and stage not in HEADS]
@@ -72,32 +73,48 @@ CASES = [
     *((model, "pretrain", layout) for layout in ("cp4", "pp2_cp2") for model in ("normed", "tied")),
     *((model, "pretrain", "tp2_pp2") for model in ("normed", "tied")),
     *(("normed", stage, "tp2_sp_dp2") for stage in ("distil", "mse", "ild", "sequential")),
+    *(
+        ("kda", stage, layout)
+        for stage in ("pretrain", "packed")
+        for layout in ("tp2", "tp2_sp", "cp2_gather", "cp2_a2a", "pp2", "tp2_sp_cp2")
+    ),
+    *(("kda", stage, "tp2_sp") for stage in ("distil", "mse")),
     *(("normed", stage, "tp2_sp_pp2_cp2") for stage in ("pretrain", "distil", "mse", "packed", "packed_distil")),
 ]
 GRADIENT, WEIGHT, LOSS = 1e-5, 1e-5, 2e-6  # relative; gradients and weights by the norm of each tensor
 
 
+def selected(request: pytest.FixtureRequest) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """(cases, planted faults) of the tests that were selected, so that `-k` costs no others."""
+    specs = [item.callspec.params for item in request.session.items if item.path == request.path]
+    cases = dict.fromkeys((spec["model"], spec["stage"], spec["layout"]) for spec in specs if "model" in spec)
+    return list(cases), [spec["fault"] for spec in specs if "fault" in spec]
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, one_rank) -> Path:
-    """ROOT/{model}-{stage}-{layout}.pt, "one" among the layouts."""
+def measured(request, tmp_path_factory, one_rank) -> Path:
+    """ROOT/{model}-{stage}-{layout}.pt, "one" among the layouts, of all cases that are asked for."""
+    cases, faults = selected(request)
     root = tmp_path_factory.mktemp("parity")
     make_dataset(root / "data")
     make_model(TEACHER, root / "teacher", seed=1)
-    for name, config in (MODELS | ALIGNED | WIDE).items():
+    for name, config in (MODELS | ALIGNED | WIDE | KDA).items():
         make_model(config, root / name, seed=2)
 
     write_store(root / "teacher", root / "data", root / "store", sequence_length=48, precision=torch.float32)
 
-    ones = dict.fromkeys((model, stage, "one") for model, stage, _ in CASES)
+    ones = dict.fromkeys((model, stage, "one") for model, stage, _ in [*cases, *(FAULTS[fault][1:] for fault in faults)])
+    ones["mixed", "distil", "one"] = None  # what the top-k's KL is compared with
     for ranks in (1, 2, 3, 4, 8):
         jobs = [
             job("measure", case_config(root, *case), root / f"{'-'.join(case)}.pt")
-            for case in (*ones, *CASES)
+            for case in (*ones, *cases)
             if LAYOUTS[case[2]][0] == ranks
         ]
         jobs += [
             job("measure", case_config(root, *case), root / f"{fault}.pt", fault)
-            for fault, (_, *case) in FAULTS.items()
+            for fault in faults
+            for case in [FAULTS[fault][1:]]
             if LAYOUTS[case[2]][0] == ranks
         ]
         launch(jobs, ranks, root)
@@ -119,9 +136,10 @@ def test_layout_equals_one_rank(measured, model, stage, layout):
         assert difference < tolerance, f"{what}: {name}"
 
 
-def test_the_top_k_reaches_the_loss(measured):
+@pytest.mark.parametrize(("model", "stage", "layout"), [("mixed", "top_k", "tp2")])
+def test_the_top_k_reaches_the_loss(measured, model, stage, layout):
     """Classes that are merged lose some of the KL between them."""
-    kls = [torch.load(measured / f"mixed-{stage}-one.pt")["steps"][0]["kl"] for stage in ("top_k", "distil")]
+    kls = [torch.load(measured / f"{model}-{name}-one.pt")["steps"][0]["kl"] for name in (stage, "distil")]
     assert 0 < kls[0] < 0.9 * kls[1]
 
 
@@ -138,8 +156,9 @@ def test_a_planted_fault_fails_its_case(measured, fault):
     assert worst > 100 * GRADIENT
 
 
+@pytest.mark.parametrize(("model", "stage"), [("normed", "pretrain")])
 @pytest.mark.parametrize(("layout", "ranks"), [("cp2_gather", 2), ("cp4", 4), ("tp2_sp_cp2", 2)])
-def test_context_parallelism_moves_what_the_formulas_say(measured, layout, ranks):
+def test_context_parallelism_moves_what_the_formulas_say(measured, model, stage, layout, ranks):
     """Bytes of each mixer's forward passes, fp32, against docs/parallelism.md."""
     c, (passes, length), tp = MODELS["normed"], (4, 24), 2 if layout.startswith("tp2") else 1
     part, taps = length // ranks, c.linear_conv_kernel_dim - 1
@@ -154,12 +173,13 @@ def test_context_parallelism_moves_what_the_formulas_say(measured, layout, ranks
     }  # fmt: skip
     queries = part // 2 * c.num_attention_heads // tp  # traded, and their outputs: a half of them
     traded = {"+": queries * (c.qk_head_dim + c.qk_pos_emb_head_dim + c.v_head_dim), "*": queries * 2 * c.kv_channels}
-    found = torch.load(measured / f"normed-pretrain-{layout}.pt")["received"]
+    found = torch.load(measured / f"{model}-{stage}-{layout}.pt")["received"]
     assert found == [4 * passes * ((ranks - 1) * numbers[symbol] + traded.get(symbol, 0)) for symbol in c.mixers]
 
 
+@pytest.mark.parametrize(("model", "stage"), [("wide", "pretrain")])
 @pytest.mark.parametrize(("layout", "ranks", "tp"), [("cp4_a2a", 4, 1), ("tp2_sp_cp2_a2a", 2, 2)])
-def test_trading_sequence_for_heads_moves_what_the_formulas_say(measured, layout, ranks, tp):
+def test_trading_sequence_for_heads_moves_what_the_formulas_say(measured, model, stage, layout, ranks, tp):
     """A rank keeps its share of the heads of its own tokens and gets that of the others' tokens, there and back."""
     c, passes, share = WIDE["wide"], 4, 24 // ranks / ranks / tp
     gdn_value = c.linear_num_heads * c.linear_value_head_dim
@@ -174,5 +194,5 @@ def test_trading_sequence_for_heads_moves_what_the_formulas_say(measured, layout
     }  # fmt: skip
     latents = 24 // ranks // tp * (c.kv_lora_rank + c.qk_pos_emb_head_dim)
     numbers = {symbol: share * width + (latents if symbol == "+" else 0) for symbol, width in widths.items()}
-    found = torch.load(measured / f"wide-pretrain-{layout}.pt")["received"]
+    found = torch.load(measured / f"{model}-{stage}-{layout}.pt")["received"]
     assert found == [4 * passes * (ranks - 1) * numbers[symbol] for symbol in c.mixers]

@@ -10,13 +10,14 @@ from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.config.mixers.attention import Attention
 from megatron_hylo.config.mixers.base import Fields, MixerDescription, Shape
 from megatron_hylo.config.mixers.gdn import GatedDeltaNet
+from megatron_hylo.config.mixers.kda import KimiDeltaAttention
 from megatron_hylo.config.mixers.mamba2 import Mamba2
 from megatron_hylo.config.mixers.mla import MultiLatentAttention
 
 __all__ = ["LINEAR_SYMBOLS", "MIXERS", "Fields", "MixerDescription", "Shape", "complete", "get_mixer"]
 
 MIXERS: dict[str, MixerDescription] = {
-    mixer.symbol: mixer for mixer in (Attention(), MultiLatentAttention(), Mamba2(), GatedDeltaNet())
+    mixer.symbol: mixer for mixer in (Attention(), MultiLatentAttention(), Mamba2(), GatedDeltaNet(), KimiDeltaAttention())
 }
 LINEAR_SYMBOLS = "".join(symbol for symbol, mixer in MIXERS.items() if mixer.recurrent)
 
