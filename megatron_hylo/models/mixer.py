@@ -113,15 +113,15 @@ class Mixer(MegatronModule):
         config: HyloTransformerConfig,
         submodules: MixerSubmodules,
         layer_number: int = 1,
-        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        pg_collection: ProcessGroupCollection,
         **_: object,
     ) -> None:
         super().__init__(config=config)
         self.layer = (layer_number - 1) // 2  # of the model's Transformer layers, from 0
         self.tp_group = pg_collection.tp
         tensor_parallel, description = self.tp_group.size(), MIXERS[self.symbol]
-        counts = description.tensor_parallel_counts(config.hylo).items()
-        local = {name: count // tensor_parallel for name, count in counts}
+        local = {name: count // tensor_parallel for name, count in description.tensor_parallel_counts(config.hylo).items()}
         self.context = context_group(config.cp_comm_type, pg_collection.cp, description.recurrent, **local)
         self.build(config.hylo, submodules)
 

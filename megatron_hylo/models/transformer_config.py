@@ -1,6 +1,6 @@
 """From a `ModelConfig` to the TransformerConfig that Megatron-Core's modules read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from megatron_hylo.config.mixers import MIXERS
 class HyloTransformerConfig(TransformerConfig):
     """Megatron-Core's configuration with ours attached: mixers read their sizes from `hylo`."""
 
-    hylo: ModelConfig | None = None
+    hylo: ModelConfig = field(kw_only=True)
     recompute: str = ""  # symbols of layers, see recompute.py
 
 
