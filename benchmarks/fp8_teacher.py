@@ -25,6 +25,7 @@ from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
+from megatron_hylo.io import is_sealed
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES
 from megatron_hylo.models.checkpoint import load_model
@@ -33,7 +34,6 @@ from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.platform.distributed import session
-from megatron_hylo.sealed import is_sealed
 
 COLUMNS = ("teacher", "weights, GiB", "tokens", "bf16, ms", "FP8, ms", "bf16 / FP8", "FP8, TFLOP/s")
 PRECISIONS = ("bf16", "fp8")

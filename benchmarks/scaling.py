@@ -30,13 +30,13 @@ from report import architecture, device_name, free_memory, random_text, report
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.distill.signal import TeacherSignal
+from megatron_hylo.io import write_json
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES
 from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token, peak_flops
 from megatron_hylo.platform.distributed import device, initialize, is_main, shutdown
-from megatron_hylo.sealed import write_json
 from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from megatron_hylo.train.feed import rank_batches
 from megatron_hylo.train.health import SkippedSteps

@@ -26,9 +26,9 @@ from megatron_hylo.distill.code_blocks import compress_block, decompress_block
 from megatron_hylo.distill.hidden_codec import HiddenCodec, fit_axes, fit_step, token_kl
 from megatron_hylo.distill.teacher_store import BLOCK, SegmentReader, fit_sample
 from megatron_hylo.eval.perplexity import hidden_states
+from megatron_hylo.io import is_sealed
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.platform.distributed import session
-from megatron_hylo.sealed import is_sealed
 
 COLUMNS = ("stored", "bytes a token", "mean KL", "99 % below", "largest", "read, tokens/s")
 

@@ -31,11 +31,11 @@ from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.upcycle_folder import upcycle_folder
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.preprocess import preprocess
+from megatron_hylo.io import is_sealed, write_json
 from megatron_hylo.layouts import get_layout, kv_percent
 from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.quickstart import BUDGETS, stage_config
-from megatron_hylo.sealed import is_sealed, write_json
 from megatron_hylo.train.loop import train
 
 ALL_MLA = dict(pattern="+" * 30, overrides=dict(kv_lora_rank=78, qk_pos_emb_head_dim=48))

@@ -54,7 +54,7 @@ def fetch(what: Literal["teacher", "documents", "qwen3-tokenizer"]) -> None:
     print(functions[what]())
 
 
-def convert(source: str, output: str, to: Literal["megatron", "hf"] = "megatron", overwrite: bool = False) -> None:
+def convert(source: Path, output: Path, to: Literal["megatron", "hf"] = "megatron", overwrite: bool = False) -> None:
     """Convert a Hugging Face folder or GGUF file to a Megatron model folder, or back.
 
     Args:
@@ -73,7 +73,7 @@ def convert(source: str, output: str, to: Literal["megatron", "hf"] = "megatron"
     console.print(f"wrote {output}")
 
 
-def verify(hf_dir: str, megatron_dir: str, tokens: int = 128, tolerance: float = 1e-4) -> int:
+def verify(hf_dir: Path, megatron_dir: Path, tokens: int = 128, tolerance: float = 1e-4) -> int:
     """Compare a Hugging Face checkpoint with its conversion: every tensor bit for bit, and the logits.
 
     Args:
@@ -95,7 +95,7 @@ def verify(hf_dir: str, megatron_dir: str, tokens: int = 128, tolerance: float =
     return 0 if result.ok else 1
 
 
-def preprocess(input: str, output: str, *, tokenizer: str, heldout_fraction: float = 0.05) -> None:
+def preprocess(input: Path, output: Path, *, tokenizer: Path, heldout_fraction: float = 0.05, overwrite: bool = False) -> None:
     """Tokenise text into a Megatron indexed dataset, with whole documents held out for evaluation.
 
     Args:
@@ -103,14 +103,15 @@ def preprocess(input: str, output: str, *, tokenizer: str, heldout_fraction: flo
         output: dataset folder to make.
         tokenizer: Hugging Face or Megatron model folder with a tokenizer, or a .gguf file.
         heldout_fraction: part of the documents that is held out.
+        overwrite: replace what is there.
     """
     from megatron_hylo.data.preprocess import preprocess as preprocess_text
 
-    preprocess_text(input, output, tokenizer, heldout_fraction)
+    preprocess_text(input, output, tokenizer, heldout_fraction, overwrite=overwrite)
     console.print(f"wrote {output}")
 
 
-def export(model: str, output: str, overwrite: bool = False) -> None:
+def export(model: Path, output: Path, overwrite: bool = False) -> None:
     """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code.
 
     Args:
@@ -122,7 +123,7 @@ def export(model: str, output: str, overwrite: bool = False) -> None:
 
 
 def generate(
-    model: str,
+    model: Path,
     prompt: str,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -149,7 +150,7 @@ def generate(
         prompt = console.input("prompt: ")
     console.print(prompt, style="dim", end="", highlight=False, markup=False)
     result = generate_text(
-        Path(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
         repetition_penalty=repetition_penalty, seed=seed, chat=chat,
         on_text=lambda text: console.print(text, end="", highlight=False, markup=False, soft_wrap=True),
     )  # fmt: skip
@@ -161,7 +162,7 @@ def generate(
     )
 
 
-def evaluate(model: str, data: str, teacher: str | None = None, sequence_length: int = 2048, windows: int = 32) -> None:
+def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_length: int = 2048, windows: int = 32) -> None:
     """Held-out perplexity of a model and, with a teacher, KL to it and top-1 agreement.
 
     Args:
@@ -186,8 +187,8 @@ def quickstart(
     linear: Literal["gdn", "mamba2"] = "gdn",
     init: Literal["calibrated", "paper"] = "calibrated",
     prompt: str | None = None,
-    text: str | None = None,
-    output: str = "runs/quickstart",
+    text: Path | None = None,
+    output: Path = Path("runs/quickstart"),
     train_tokens: int | None = None,
 ) -> None:
     """Real teacher to evaluated hybrid in one go: fetch, convert, verify, calibrate, upcycle, train, export, generate.
@@ -202,7 +203,7 @@ def quickstart(
     """
     from megatron_hylo.quickstart import run_quickstart
 
-    run_quickstart(linear, init, prompt, text, Path(output), train_tokens, console, track=track)
+    run_quickstart(linear, init, prompt, text, output, train_tokens, console, track=track)
 
 
 def train(config: TrainConfig) -> int:
@@ -236,20 +237,24 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(command_line: list[str] | None = None) -> None:
     """Entry point of `hylo`: exits 0 on success, 1 where a check failed, 2 on bad input, 3 when stopped by a signal."""
-    from megatron_hylo.sealed import DamagedError
+    from megatron_hylo.io import DamagedError, expand_home, output_lock, plain_os_errors
 
     set_up_logging()
     parser = build_parser(VERBS)
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args(command_line)
     verb = {command(v): v for v in VERBS}[parsed.verb]
     values = parser.instantiate(parsed)[parsed.verb]
     try:
         if verb is train:
-            code = train(TrainConfig(**{k: v for k, v in values.items() if k in TrainConfig.__dataclass_fields__}))
+            config = TrainConfig(**{k: v for k, v in values.items() if k in TrainConfig.__dataclass_fields__})
+            arguments, output = {"config": config}, config.output
         else:
-            code = verb(**{k: v for k, v in values.items() if k != "config"})
+            arguments = {k: expand_home(v) if isinstance(v, Path) else v for k, v in values.items() if k != "config"}
+            output = arguments.get("output")
+        with plain_os_errors(), output_lock(output):
+            code = verb(**arguments)
     except (ConfigError, DamagedError) as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_ERROR)

@@ -27,16 +27,17 @@ from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
+from megatron_hylo.io import check_free, is_sealed, read_json, write_json
 from megatron_hylo.layouts import get_layout, kv_bytes_per_token, kv_percent
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.quickstart_report import plot_quickstart
-from megatron_hylo.sealed import is_sealed, write_json
 from megatron_hylo.serve.generate import generate_text
 from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from megatron_hylo.train.loop import train
 
+FOLDERS = ("teacher", "data", "calibration", "hybrid", "export")  # of OUTPUT, beside the runs align and distil
 DEFAULT_PROMPT = "The most important thing about free software is that"
 LAYOUT = {
     ("paper", "gdn"): "smollm2-135m-8mla22gdn",
@@ -121,6 +122,9 @@ def run_quickstart(
     """
     start = time.perf_counter()
     budget = budget or BUDGETS["cuda" if torch.cuda.is_available() else "cpu", init]
+    for name in FOLDERS:  # before hours of work of which one could not be written
+        if not is_sealed(output / name):
+            check_free(output / name, overwrite=False)
     output.mkdir(parents=True, exist_ok=True)
     teacher, hybrid, data = output / "teacher", output / "hybrid", output / "data"
     layout = LAYOUT[init, linear]
@@ -298,7 +302,7 @@ def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: P
 
 def _results(output: Path) -> dict[str, Any]:
     file = output / "results.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _record(output: Path, **values: Any) -> None:

@@ -29,10 +29,10 @@ from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
 from megatron_hylo.distill.alignment import mlp_layer
+from megatron_hylo.io import check_free, sealed_directory, work_folder, write_json
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.sealed import check_free, sealed_directory, work_folder, write_json
 
 
 def calibrate(
@@ -66,7 +66,7 @@ def calibrate(
     Raises:
         ConfigError: a layer that cannot be calibrated (see `check_statistics`), or a setting that cannot work.
     """
-    check_free(output, overwrite)
+    check_free(output, overwrite, [teacher, data])
     config, _ = read_description(teacher)
     if set(config.mixers) != {"*"}:
         raise ConfigError(f"calibrate needs a teacher with attention `*` in every layer, {teacher} has {config.mixers}")

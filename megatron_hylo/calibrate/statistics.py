@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.sealed import MANIFEST, verify_sealed
+from megatron_hylo.io import read_manifest, read_sealed_json, verify_sealed
 
 FORMAT, VERSION = "megatron_hylo.calibration", 1
 LOOK_BACK_TOKENS, RECEPTION_TOKENS = 512, 32
@@ -49,8 +49,7 @@ def layer_file(layer: int) -> str:
 
 def fingerprint(teacher: str | Path) -> str:
     """sha256 over the weights' hashes in a model folder's manifest: which checkpoint statistics belong to."""
-    files = json.loads((Path(teacher) / MANIFEST).read_text())["files"]
-    weights = sorted((name, entry["sha256"]) for name, entry in files.items() if name.startswith("weights/"))
+    weights = sorted((name, e["sha256"]) for name, e in read_manifest(teacher).items() if name.startswith("weights/"))
     return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
 
@@ -73,7 +72,7 @@ class CalibrationFolder(Mapping[int, dict[str, Tensor]]):
         if not file.is_file():
             raise ConfigError(f"{path} is not a calibration folder: it has no calibration.json; make one with `hylo calibrate`")
         verify_sealed(self.path)
-        self.description = json.loads(file.read_text())
+        self.description = read_sealed_json(self.path, "calibration.json", ("teacher", "layers", "tokens", "sequence_length"))
         if (self.description.get("format"), self.description.get("version")) != (FORMAT, VERSION):
             raise ConfigError(f"{file}: format {self.description.get('format')}, expected {FORMAT} {VERSION}")
         if self.description["teacher"] != fingerprint(teacher):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.convert.hf_config import model_config_from_hf
+from megatron_hylo.io import read_json, verify_if_sealed
 from megatron_hylo.tensor_names import tensor_names
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -46,7 +47,7 @@ class SafetensorsSource:
     def _map_shards(self) -> dict[str, str]:
         index = self.folder / INDEX
         if index.is_file():
-            shard_of = json.loads(index.read_text())["weight_map"]
+            shard_of = read_json(index, ("weight_map",))["weight_map"]
         elif (self.folder / SINGLE).is_file():
             shard_of = {name: SINGLE for name in self._shard(SINGLE).keys()}
         else:
@@ -190,10 +191,12 @@ def open_source(path: str | Path) -> TensorSource:
 
     Raises:
         ConfigError: nothing readable is there, a shard is missing or corrupt, the architecture is unknown.
+        DamagedError: a folder that was exported here is not what its manifest says.
     """
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"{path} does not exist; give a Hugging Face folder or a .gguf file")
+    verify_if_sealed(path)
     if gguf_file(path) is None:
         return SafetensorsSource(path)
     model = load_transformers_model(path)

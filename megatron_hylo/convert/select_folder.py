@@ -21,11 +21,11 @@ from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.distill.alignment import mixer_output, mlp_layer
 from megatron_hylo.distill.head_loss import linear_head_loss
+from megatron_hylo.io import check_free, sealed_directory, write_json
 from megatron_hylo.layouts import uniform_mixers
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import device, is_main
-from megatron_hylo.sealed import check_free, sealed_directory, write_json
 from megatron_hylo.upcycle.assemble import Source, assemble_state
 from megatron_hylo.upcycle.selection import check_count, greedy_layers, smart_layers
 
@@ -158,7 +158,7 @@ def select_folder(
     """
     start = time.perf_counter()
     if output is not None:
-        check_free(output, overwrite)
+        check_free(output, overwrite, [teacher, mla, linear, data])
     symbol, vocabulary = _check_models(teacher, mla, linear, count, allow_unaligned)
     windows = _windows(data, tokens, sequence_length, vocabulary)
     base = load_model(teacher).eval()

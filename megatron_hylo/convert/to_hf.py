@@ -12,9 +12,9 @@ from megatron_hylo.convert.hf_config import HYLO_MODEL_TYPE, hf_config_from_mode
 from megatron_hylo.convert.hf_reader import INDEX, SINGLE
 from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.to_megatron import Track, no_progress
+from megatron_hylo.io import sealed_directory, write_json
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.sealed import sealed_directory, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -82,6 +82,6 @@ def convert_megatron_to_hf(source: str | Path, output: str | Path, overwrite: bo
         overwrite: replace what is there.
         track: progress display over an iterable.
     """
-    with sealed_directory(output, overwrite) as folder:
+    with sealed_directory(output, overwrite, [source]) as folder:
         model = load_model(source, backend="local")
         write_hf_folder(model, folder, Path(source) / "tokenizer", track)

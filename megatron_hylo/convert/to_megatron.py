@@ -11,9 +11,9 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.convert.hf_reader import load_transformers_tokenizer, open_source
 from megatron_hylo.convert.mapping import model_entries
+from megatron_hylo.io import check_free, write_json
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
-from megatron_hylo.sealed import check_free, write_json
 
 GENERATION_CONFIG = "generation_config.json"
 Track = Callable[[Iterable, str], Iterable]
@@ -69,7 +69,7 @@ def convert_hf_to_megatron(
     Raises:
         ConfigError: the source cannot be converted; nothing is left at `output`.
     """
-    check_free(output, overwrite)
+    check_free(output, overwrite, [source])
     opened = open_source(source)
     dtype = opened.dtype()
     model = build_model(opened.config, params_dtype=dtype, backend="local")

@@ -14,12 +14,12 @@ from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.convert.to_hf import hf_tensors
 from megatron_hylo.convert.to_megatron import Track, fill_model, no_progress
 from megatron_hylo.eval.perplexity import Quality, evaluate
+from megatron_hylo.io import check_free
 from megatron_hylo.kernels.registry import untuned
 from megatron_hylo.layouts import Shapes, expand_pattern, get_layout, hybrid_config
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.platform.distributed import device
-from megatron_hylo.sealed import check_free
 from megatron_hylo.upcycle.assemble import Source, assemble_state, attention_tensors, upcycle_state
 from megatron_hylo.upcycle.calibrated_mla import choose_rotary_pairs
 
@@ -92,7 +92,7 @@ def upcycle_folder(
     Raises:
         ConfigError: teacher, calibration and settings do not fit one another.
     """
-    check_free(output, overwrite)
+    check_free(output, overwrite, [teacher, calibration])
     teacher_config, _ = read_description(teacher)
     calibrated = init == "calibrated"
     config = student_config(teacher_config, layout, pattern, shapes or ("aligned" if calibrated else "paper"), overrides or {})
@@ -148,7 +148,7 @@ def assemble_folder(
         overwrite: replace what is there.
         track: progress display over an iterable.
     """
-    check_free(output, overwrite)
+    check_free(output, overwrite, [mla, linear, base])
     mla_model, linear_model, base_model = (load_model(p, backend="local") for p in (mla, linear, base))
     mla_config, linear_config = mla_model.config.hylo, linear_model.config.hylo
     if set(mla_config.mixers) != {"+"} or len(set(linear_config.mixers)) != 1 or linear_config.mixers[0] not in "MG":

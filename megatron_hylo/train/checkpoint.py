@@ -7,7 +7,6 @@ dropout). A second student's hylo.json and weights/ are in second_model/ of the 
 """
 
 import contextlib
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_hylo.io import is_sealed, read_sealed_json, remove_finished, sealed_directory, verify_sealed, write_json
 from megatron_hylo.models.checkpoint import (
     BackgroundWrite,
     describe,
@@ -25,7 +25,6 @@ from megatron_hylo.models.checkpoint import (
     sharding_metadata,
 )
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.sealed import barrier, is_sealed, sealed_directory, verify_sealed, write_json
 from megatron_hylo.train.config import PREFIXES
 from megatron_hylo.train.optimizer import TrainingState, allocate_optimizer_state, load_optimizer_state
 
@@ -112,7 +111,7 @@ class CheckpointSaver:
         if is_main():
             finished = [p for p in sorted((self.run / "checkpoints").glob("step_*")) if is_sealed(p)]
             for old in finished[: -self.keep]:
-                shutil.rmtree(old)
+                remove_finished(old)
 
 
 def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, int]:
@@ -128,9 +127,7 @@ def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, i
     Raises:
         DamagedError: the files are not what the manifest says.
     """
-    if is_main():
-        verify_sealed(path)
-    barrier()
+    verify_sealed(path)
     for state, part in _folders(states, path):
         read_description(part)
         with state.portable():
@@ -139,5 +136,5 @@ def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, i
             put_chunks(state.chunks, loaded)
             load_optimizer_state(state.optimizer, loaded["optimizer"])
         state.scheduler.load_state_dict(loaded["scheduler"])
-    position = json.loads((path / "train_state.json").read_text())
+    position = read_sealed_json(path, "train_state.json", ("step", "consumed_samples"))
     return position["step"], position["consumed_samples"]

@@ -4,8 +4,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, recomputed_layers
+from megatron_hylo.io import expand_home
 
 PREFIXES = ("", "second_")  # of a run's students: RUN/model and RUN/second_model, loss and second_loss
+
+PATHS = ("data", "output", "model", "scratch", "second_model", "teacher", "teacher_store")  # `~` is expanded in these
 
 
 @dataclass
@@ -147,6 +150,9 @@ class TrainConfig:
     wandb_project: str = "megatron_hylo"
 
     def __post_init__(self) -> None:
+        for name in PATHS:
+            if (getattr(self, name) or "").startswith("~"):
+                setattr(self, name, str(expand_home(getattr(self, name))))
         for name in ("sequence_length", "global_batch_size", "micro_batch_size", "train_tokens", "loss_chunk_tokens",
                      "log_interval", "save_interval", "keep_checkpoints"):  # fmt: skip
             if getattr(self, name) < 1:

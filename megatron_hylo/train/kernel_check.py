@@ -14,11 +14,10 @@ import torch
 
 from megatron_hylo import kernels
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.data.cache import cache_dir
+from megatron_hylo.io import cache_dir, write_json
 from megatron_hylo.kernels.delta_rule_chain import OPERATION as CHAIN
 from megatron_hylo.kernels.registry import ENVIRONMENT_VARIABLE
 from megatron_hylo.kernels.self_check import Check, check_kernels
-from megatron_hylo.sealed import write_json
 
 logger = logging.getLogger("megatron_hylo.kernels")
 CHAIN_ADVICE = f" (on Hopper try {ENVIRONMENT_VARIABLE}={CHAIN}=fla first: fla's own kernels in place of ours)"

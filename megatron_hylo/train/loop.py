@@ -3,7 +3,6 @@
 Read `train` from top to bottom: it is the whole flow of a run, on one CPU process or on many GPUs.
 """
 
-import json
 import logging
 import signal
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from megatron_hylo.distill.remote_teacher import RemoteTeacher
 from megatron_hylo.distill.signal import TeacherSignal
 from megatron_hylo.distill.teacher_store import StoredTeacher, TeacherStore
 from megatron_hylo.eval.perplexity import Quality, evaluate
+from megatron_hylo.io import is_sealed, output_lock, read_json, read_sealed_json, write_json
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
 from megatron_hylo.models.checkpoint import load_chunks, read_description, save_model
@@ -30,7 +30,6 @@ from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.plan.memory import predict_memory
 from megatron_hylo.platform.distributed import is_main, is_timeout, session
-from megatron_hylo.sealed import is_sealed, write_json
 from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
 from megatron_hylo.train.config import PREFIXES, TrainConfig
 from megatron_hylo.train.cuda_graph import Recorded, RecordedStage, recordable
@@ -40,6 +39,7 @@ from megatron_hylo.train.health import SkippedSteps
 from megatron_hylo.train.kernel_check import check_run_kernels
 from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter
+from megatron_hylo.train.run_folder import check_run_folder
 from megatron_hylo.train.same_run import check_same_run
 from megatron_hylo.train.stages import Stage, get_stage
 
@@ -70,7 +70,9 @@ def train(config: TrainConfig) -> Quality | None:
         determinism(config.deterministic),
         session(config.parallel, config.seed) as device,
         recordable(config.cuda_graphs, device),
+        output_lock(run),
     ):
+        check_run_folder(config, run)
         if "fp8" in (config.linear_precision, config.teacher_precision):
             check_fp8(config.backend)  # before the run folder keeps the setting
         check_same_run(config, run)
@@ -305,7 +307,7 @@ def _heldout(config: TrainConfig) -> torch.Tensor:
 
 def _check_data(data: Path, models: Sequence[HyloModel | TeacherSignal]) -> None:
     """The dataset's tokens must be in the vocabulary of every model of the run."""
-    described = json.loads((data / "data.json").read_text())
+    described = read_sealed_json(data, "data.json", ("vocab_size",))
     ours = min(model.config.hylo.vocab_size for model in models)
     if described["vocab_size"] > ours:
         raise ConfigError(
@@ -330,7 +332,7 @@ def _evaluate(
 
 def _read_quality(run: Path) -> Quality | None:
     file = run / "quality.json"
-    return Quality(**json.loads(file.read_text())) if file.is_file() else None
+    return Quality(**read_json(file)) if file.is_file() else None
 
 
 def _flops_per_token(

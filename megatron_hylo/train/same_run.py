@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.io import read_json, write_json
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.sealed import write_json
 from megatron_hylo.train.config import TrainConfig
 
 
@@ -33,7 +33,7 @@ def check_same_run(config: TrainConfig, run: Path) -> None:
     if file.is_file():
         # a setting that the run's version did not have yet had its default's effect
         defaults = asdict(TrainConfig(stage="pretrain", data="-", output="-", scratch="-"))
-        ours, theirs = _flat(mine), _flat(defaults) | _flat(json.loads(file.read_text()))
+        ours, theirs = _flat(mine), _flat(defaults) | _flat(read_json(file))
         for name in sorted(ours.keys() | theirs.keys()):
             if may_change.isdisjoint((name, name.split(".")[0])) and ours.get(name) != theirs.get(name):
                 raise ConfigError(

@@ -18,7 +18,7 @@ from megatron_hylo.calibrate.statistics import CalibrationFolder, layer_file
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.data.packed import PackedDataset
-from megatron_hylo.sealed import DamagedError, verify_sealed
+from megatron_hylo.io import DamagedError, verify_sealed
 from tests.calibrate.conftest import SETTINGS
 from tests.kernels.compare import relative_error
 

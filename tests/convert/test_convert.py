@@ -12,9 +12,9 @@ from megatron_hylo.convert.hf_reader import SafetensorsSource
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf, write_shards
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
+from megatron_hylo.io import DamagedError
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.sealed import DamagedError
 from megatron_hylo.tensor_names import tensor_names
 from tests.conftest import tiny_config, tiny_hf_model
 

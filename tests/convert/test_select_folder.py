@@ -17,10 +17,10 @@ from megatron_hylo.convert.select_folder import SwapEvaluation, select_folder
 from megatron_hylo.convert.upcycle_folder import assemble_folder, upcycle_folder
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.eval.perplexity import evaluate
+from megatron_hylo.io import verify_sealed
 from megatron_hylo.layouts import uniform_mixers
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.sealed import verify_sealed
 from megatron_hylo.upcycle.selection import smart_layers
 from tests.conftest import tiny_config
 

@@ -20,10 +20,10 @@ from megatron_hylo.data.artefacts import (
     fetch_teacher,
     read_documents,
 )
-from megatron_hylo.data.cache import cache_dir, cached_folder, run_tool
+from megatron_hylo.data.cache import cached_folder, run_tool
 from megatron_hylo.data.debian import PACKAGES, read_texts
 from megatron_hylo.data.preprocess import preprocess
-from megatron_hylo.sealed import sha256
+from megatron_hylo.io import cache_dir, sha256
 
 
 @pytest.fixture

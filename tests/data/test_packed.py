@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.packed import IGNORED, PackedDataset, batches, heldout_windows
-from megatron_hylo.sealed import DamagedError
+from megatron_hylo.io import DamagedError
 
 LENGTHS = np.random.default_rng(0).integers(1, 60, size=40).tolist() + [300]
 TOKENS = sum(LENGTHS)

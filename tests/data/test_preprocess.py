@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.artefacts import Document
 from megatron_hylo.data.preprocess import build_dataset, heldout_score, preprocess
-from megatron_hylo.sealed import verify_sealed
+from megatron_hylo.io import verify_sealed
 from tests.data.conftest import END, make_documents
 
 ROOT = Path(__file__).parents[2]

@@ -14,10 +14,10 @@ from megatron_hylo.data.ahead import ahead
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.distill import teacher_store
 from megatron_hylo.distill.teacher_store import TeacherStore, write_store
+from megatron_hylo.io import DamagedError
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import initialize
-from megatron_hylo.sealed import DamagedError
 from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from megatron_hylo.train.loop import train
 from tests.conftest import tiny_config

@@ -18,9 +18,9 @@ from megatron_hylo.cli import VERBS
 from megatron_hylo.cli_parser import build_parser
 from megatron_hylo.data.artefacts import Document
 from megatron_hylo.data.preprocess import build_dataset
+from megatron_hylo.io import verify_sealed
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.sealed import verify_sealed
 from megatron_hylo.train.config import TrainConfig
 from tests.conftest import tiny_config
 

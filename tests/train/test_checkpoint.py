@@ -15,8 +15,8 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_hylo.config import ParallelConfig
+from megatron_hylo.io import DamagedError, is_sealed
 from megatron_hylo.models.checkpoint import load_model
-from megatron_hylo.sealed import DamagedError, is_sealed
 from megatron_hylo.train.checkpoint import latest_checkpoint
 from megatron_hylo.train.config import OptimizerSettings
 from megatron_hylo.train.loop import train

@@ -14,9 +14,9 @@ import torch
 
 from megatron_hylo.cli import EXIT_STOPPED
 from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.io import verify_sealed
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.sealed import verify_sealed
 from megatron_hylo.train.config import OptimizerSettings
 from megatron_hylo.train.loop import train
 from tests.conftest import tiny_config

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hylo import sealed
 from megatron_hylo.config import ConfigError
-from megatron_hylo.sealed import DamagedError, is_sealed, sealed_directory, verify_sealed
+from megatron_hylo.io import DamagedError, _folders, is_sealed, sealed_directory, verify_sealed
 
 
 def make(path, text="content", overwrite=False):
@@ -51,7 +50,7 @@ def test_a_folder_that_is_replaced_is_there_at_any_moment(file_system_swaps, tmp
     """Whatever is removed or renamed, the name has a whole folder before and after; without swapping, not between renames."""
     make(tmp_path / "a", "old")
     if not file_system_swaps:
-        monkeypatch.setattr(sealed, "_exchange", lambda *_: False)
+        monkeypatch.setattr(_folders, "_exchange", lambda *_: False)
     seen = []
     for module, name in ((os, "rename"), (shutil, "rmtree")):
         right = getattr(module, name)
@@ -105,7 +104,7 @@ def test_a_checkpoint_writer_that_fails_ends_in_one_sentence(tmp_path):
     script, where = tmp_path / "writer.py", tmp_path / "models"
     script.write_text(WRITER)
     where.mkdir()
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run([sys.executable, script, where / "a"], env=environment, capture_output=True, text=True)
     assert "ConfigError" in result.stderr and f"{where}/a was not written" in result.stderr, result.stderr[-2000:]
     assert list(where.iterdir()) == []
