@@ -123,9 +123,8 @@ def _open_metrics(file: Path, start_step: int) -> TextIO:
     """For appending, without the steps after the checkpoint that a killed run went on from: they are done again."""
     if file.is_file():
         beside = file.with_name(f".{file.name}.partial")  # so that a kill now does not lose what was recorded
-        beside.write_text(
-            "".join(line for line in file.read_text(errors="replace").splitlines(True) if _is_before(line, start_step))
-        )
+        lines = file.read_text(errors="replace").splitlines(True)
+        beside.write_text("".join(line for line in lines if _is_before(line, start_step)))
         os.replace(beside, file)
     return open(file, "a", buffering=1)
 
