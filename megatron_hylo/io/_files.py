@@ -117,9 +117,16 @@ def read_json(file: Path, needs: Sequence[str] = ()) -> dict[str, Any]:
         needs: keys that must be there.
 
     Raises:
+        ConfigError: it is not there or cannot be read.
         DamagedError: it is no JSON, no object, or lacks a key; the message names the file and says what to do.
     """
-    return parse_json(file.read_bytes(), file, needs)
+    return parse_json(read_bytes(file), file, needs)
+
+
+def read_bytes(file: Path) -> bytes:
+    """Content of a small file; ConfigError where the operating system refuses it."""
+    with plain_os_errors():
+        return file.read_bytes()
 
 
 def write_json(path: Path, value: object) -> None:

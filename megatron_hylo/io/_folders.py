@@ -190,7 +190,7 @@ def work_folder(output: Path, pieces: str, key: str, description: dict[str, Any]
 
 def _former(file: Path) -> dict[str, Any] | None:
     """What pieces in a work folder are of; None where that cannot be read, so that they are made again."""
-    with contextlib.suppress(FileNotFoundError, DamagedError):
+    with contextlib.suppress(ConfigError, DamagedError):
         return read_json(file)
     return None
 

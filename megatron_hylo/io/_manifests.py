@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io._files import DamagedError, cache_dir, parse_json, read_json, sha256
+from megatron_hylo.io._files import DamagedError, cache_dir, parse_json, read_bytes, read_json, sha256
 from megatron_hylo.io._ranks import gather, rank
 
 logger = logging.getLogger("megatron_hylo.io")
@@ -78,10 +78,11 @@ def read_sealed_json(folder: str | Path, name: str, needs: Sequence[str] = ()) -
         needs: keys that must be there.
 
     Raises:
+        ConfigError: it is not there or cannot be read.
         DamagedError: it is not what was written; the message names the file.
     """
     file = Path(folder) / name
-    content = file.read_bytes()
+    content = read_bytes(file)
     value = parse_json(content, file, needs)
     entry = read_manifest(folder).get(name) if is_sealed(folder) else None
     if entry is not None and hashlib.sha256(content).hexdigest() != entry["sha256"]:

@@ -10,10 +10,13 @@ import pytest
 from megatron_hylo.io import sealed_directory
 
 HOLDER = """
+import contextlib
 import sys
 from megatron_hylo.io import output_lock
 
-with output_lock(sys.argv[1]):
+with contextlib.ExitStack() as held:
+    for output in sys.argv[1:]:
+        held.enter_context(output_lock(output))
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -30,13 +33,13 @@ def make(path: Path, text: str = "content", overwrite: bool = False, **files: st
 
 
 @pytest.fixture
-def another_process(tmp_path) -> Callable[[Path], subprocess.Popen]:
-    """(output) -> a process that has locked it, until its standard input is closed."""
+def another_process(tmp_path) -> Callable[..., subprocess.Popen]:
+    """(*outputs) -> a process that has locked them, until its standard input is closed."""
     started = []
 
-    def start(output: Path) -> subprocess.Popen:
+    def start(*outputs: Path) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, output], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", HOLDER, *outputs], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             cwd=Path(__file__).parents[2],
         )  # fmt: skip
         started.append(process)

@@ -98,7 +98,7 @@ def test_a_file_changed_just_now_is_hashed_again(tmp_path, hashed, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["a file", "a file in its way", "read-only"])
-def test_a_cache_that_cannot_be_written_breaks_nothing(tmp_path, hashed, place):
+def test_a_cache_that_cannot_be_written_breaks_nothing(tmp_path, hashed, monkeypatch, place):
     folder, cache = make(tmp_path / "a"), tmp_path / "cache"
     if place == "a file":
         cache.write_text("")
@@ -106,7 +106,7 @@ def test_a_cache_that_cannot_be_written_breaks_nothing(tmp_path, hashed, place):
         cache.mkdir()
         (cache / "verified").write_text("")
     else:
-        os.environ["MEGATRON_HYLO_CACHE"] = "/proc/self"
+        monkeypatch.setenv("MEGATRON_HYLO_CACHE", "/proc/self")
     verify_sealed(folder)
     verify_sealed(folder)
     damage(folder / "sub" / "file", "sha256")
