@@ -83,6 +83,8 @@ def check_place(path: Path) -> None:
     Raises:
         ConfigError: a part of the path is a file, its parent cannot be written, or a name is too long.
     """
+    if not path.name:
+        raise ConfigError(f"{path} cannot be an output; name a folder in it")
     parent = next(p for p in path.parents if os.path.lexists(p))
     if not parent.is_dir():
         raise ConfigError(f"{parent} is a file, so {path} cannot be made; choose another place")

@@ -38,7 +38,7 @@ def output_lock(path: str | Path | None) -> Iterator[None]:
     Raises:
         ConfigError: another process has it; says which. Or nothing can be written there.
     """
-    place = path and Path(os.path.realpath(path))
+    place = None if path is None else Path(os.path.realpath(path))
     if place is None or not _held.isdisjoint((place, *place.parents)):
         yield
         return

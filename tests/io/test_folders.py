@@ -107,6 +107,7 @@ def outputs(tmp_path) -> dict[str, tuple[Path, list[Path]]]:
         "is longer than the 255 bytes": (tmp_path / ("n" * 250), []),
         "unreadable is not overwritten: .*manifest.json is not readable JSON": (unreadable, []),
         "foreign is not overwritten: .*manifest.json lists no sizes": (foreign, []),
+        "/ cannot be an output": (Path("/"), []),
         "somewhere is what is read": (make(tmp_path / "somewhere"), [tmp_path / "home" / ".." / "somewhere"]),
     }
 
