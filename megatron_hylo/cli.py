@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_hylo.cli_console import console, set_up_logging, track
@@ -256,7 +257,7 @@ def main(command_line: list[str] | None = None) -> None:
         with plain_os_errors(), output_lock(output):
             code = verb(**arguments)
     except (ConfigError, DamagedError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_ERROR)
     sys.exit(code or 0)
 

@@ -88,6 +88,7 @@ def test_errors_of_the_operating_system_are_sentences(one_rank, tmp_path, capsys
     for path, words in (
         (tmp_path / "file" / "a", "file is a file, so"),
         (tmp_path / ("n" * 300), "choose a shorter name"),
+        (tmp_path / "file" / "[red]", "/file/[red] cannot be made"),
         (Path("/proc/nowhere/a"), "/proc/nowhere: no such file or directory; look at the path"),
     ):
         code, text = run(capsys, "convert", tmp_path, path)

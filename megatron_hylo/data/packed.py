@@ -40,7 +40,7 @@ class DocumentStore:
         if not IndexedDataset.exists(prefix):
             raise ConfigError(f"there is no dataset {prefix}.bin with {prefix}.idx; make one with `hylo preprocess`")
         name = Path(prefix).name
-        verify_if_sealed(Path(prefix).parent, (f"{name}.bin", f"{name}.idx", "data.json"))
+        verify_if_sealed(Path(prefix).parent, (f"{name}.bin", f"{name}.idx", "data.json", "tokenizer"))
         try:
             self.sequences = IndexedDataset(prefix)
         except (AssertionError, ValueError, struct.error) as error:

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.hf_reader import load_transformers_tokenizer
 from megatron_hylo.data.artefacts import Document, read_documents
-from megatron_hylo.io import check_free, sealed_directory, sha256, verify_if_sealed, write_json
+from megatron_hylo.io import check_free, expand_home, sealed_directory, sha256, verify_if_sealed, write_json
 
 logger = logging.getLogger("megatron_hylo.data")
 SPLITS = ("train", "heldout")
@@ -162,8 +162,8 @@ def preprocess(
     Raises:
         ConfigError: as `build_dataset`, or there is no tokenizer or text.
     """
-    check_free(output, overwrite, [input, tokenizer])
-    folder = Path(tokenizer)
+    input, output, folder = (expand_home(path) for path in (input, output, tokenizer))
+    check_free(output, overwrite, [input, folder])
     verify_if_sealed(folder, ("tokenizer",) if (folder / "tokenizer").is_dir() else ())
     found = load_transformers_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
     if found is None:

@@ -74,6 +74,11 @@ def cache_dir() -> Path:
     return path
 
 
+def can_write(folder: Path) -> bool:
+    """Whether this process may make something in a folder."""
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
 def check_place(path: Path) -> None:
     """Refuse a place where no folder can be made, before any work is done for it.
 
@@ -88,7 +93,7 @@ def check_place(path: Path) -> None:
     parent = next(p for p in path.parents if os.path.lexists(p))
     if not parent.is_dir():
         raise ConfigError(f"{parent} is a file, so {path} cannot be made; choose another place")
-    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+    if not can_write(parent):
         raise ConfigError(f"{path} cannot be made: {parent} cannot be written; change its permissions, or choose another place")
     longest = os.pathconf(parent, "PC_NAME_MAX")
     for part in (*path.relative_to(parent).parts[:-1], f".{path.name}.partial"):

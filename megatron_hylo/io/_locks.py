@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io._files import check_place, plain_os_errors
+from megatron_hylo.io._files import can_write, check_place, plain_os_errors
 from megatron_hylo.io._ranks import on_main
 
 logger = logging.getLogger("megatron_hylo.io")
@@ -56,11 +56,14 @@ def output_lock(path: str | Path | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[None]:
     """Make the lock file, and the folders it is in, for as long as this takes."""
-    check_place(place)
-    file, made = place.parent / f".{place.name}.lock", [p for p in place.parents if not p.exists()]
+    if os.path.isdir(place) and not can_write(place.parent):  # a run's folder, which one may own where one cannot make others
+        file, made = place / ".lock", []
+    else:
+        check_place(place)
+        file, made = place.parent / f".{place.name}.lock", [p for p in place.parents if not p.exists()]
     try:
         with plain_os_errors():
-            place.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _acquire(file, place)
         try:
             yield

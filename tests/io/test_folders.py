@@ -170,6 +170,8 @@ def test_a_place_of_another_user_is_refused_before_the_work():
     place = Path(tempfile.mkdtemp())  # pytest's own folders cannot be entered by others
     place.chmod(0o755)
     (place / "closed").mkdir(mode=0o700)
+    (place / "run").mkdir()
+    os.chown(place / "run", 65534, -1)
     try:
         os.seteuid(65534)
         for path in (place / "a", place / "new" / "a", place / "closed" / "a"):
@@ -178,6 +180,9 @@ def test_a_place_of_another_user_is_refused_before_the_work():
             with pytest.raises(ConfigError, match=f"{path}.*(cannot be written|permission denied); change its permissions"):
                 with output_lock(path):
                     pass
+        with output_lock(place / "run"), sealed_directory(place / "run" / "model"):
+            assert (place / "run" / ".lock").is_file()
+        assert [p.name for p in (place / "run").iterdir()] == ["model"]
     finally:
         os.seteuid(0)
         shutil.rmtree(place)
