@@ -3,6 +3,7 @@
 DIR/calibration.json           {"format", "version", "teacher": fingerprint, "tokens", "sequence_length", "layers"}
 DIR/windows.safetensors        calibration and held-out windows, int32 [n, sequence_length + 1]
 DIR/layer_00000.safetensors    one layer's statistics
+DIR/tokenizer/                 of the text
 DIR/manifest.json              sizes and sha256 of all files
 
 A layer's statistics, fp32, means over all tokens (q and k as the scores see them: bias and norm applied, not rotated):

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
+from megatron_hylo.data.tokenizer import check_dataset, check_dataset_ids, check_vocabulary_identity
 from megatron_hylo.distill.remote_teacher import RemoteTeacher
 from megatron_hylo.distill.signal import TeacherSignal
 from megatron_hylo.distill.teacher_store import StoredTeacher, TeacherStore
@@ -31,7 +32,13 @@ from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.plan.memory import predict_memory
 from megatron_hylo.platform.distributed import is_main, is_timeout, session
 from megatron_hylo.sealed import is_sealed, write_json
-from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
+from megatron_hylo.train.checkpoint import (
+    CheckpointSaver,
+    checkpoint_step,
+    latest_checkpoint,
+    load_checkpoint,
+    set_unfinished_aside,
+)
 from megatron_hylo.train.config import PREFIXES, TrainConfig
 from megatron_hylo.train.cuda_graph import Recorded, RecordedStage, recordable
 from megatron_hylo.train.determinism import determinism
@@ -40,7 +47,7 @@ from megatron_hylo.train.health import SkippedSteps
 from megatron_hylo.train.kernel_check import check_run_kernels
 from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter
-from megatron_hylo.train.same_run import check_same_run
+from megatron_hylo.train.resume_check import Resume, check_resume
 from megatron_hylo.train.stages import Stage, get_stage
 
 logger = logging.getLogger("megatron_hylo.train")
@@ -73,36 +80,51 @@ def train(config: TrainConfig) -> Quality | None:
     ):
         if "fp8" in (config.linear_precision, config.teacher_precision):
             check_fp8(config.backend)  # before the run folder keeps the setting
-        check_same_run(config, run)
-        if is_sealed(run / "model"):
-            logger.info("%s is already trained; remove it to train again", run)
+        resume = check_resume(config, run)
+        newest = latest_checkpoint(run)
+        if checkpoint_step(newest) > config.train_steps:
+            raise ConfigError(
+                f"{run} is at step {checkpoint_step(newest)}, train_tokens {config.train_tokens} asks for {config.train_steps} steps"
+            )
+        if is_sealed(run / "model") and not _goes_on(config, resume, newest):
+            if not resume.changes:
+                resume.record(config.train_steps)
+            logger.info("%s is already trained; remove it to train again, or raise train_tokens to train on", run)
             return _read_quality(run)
         micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
         check_run_kernels(_architectures(config), _dtype(config), device, config.parallel.context_parallel_size > 1)
+        _check_tokens(config)
         dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
         windows = _heldout(config)
         elsewhere = teacher_elsewhere(config)
+        if elsewhere is not None:
+            where = config.teacher_store or config.teacher_address
+            check_dataset_ids(config.data, elsewhere.config.hylo.vocab_size, where)
+        if isinstance(elsewhere, RemoteTeacher):
+            resume.check_remote(elsewhere.about.get("identity"))
+            check_vocabulary_identity(config.data, where, elsewhere.about.get("vocabulary"))
         students, teacher = _build_models(config)
         stage = get_stage(config, teacher, elsewhere)
-        _check_data(
-            Path(config.data), [*(student[0] for student in students), *(teacher or ())[:1], *filter(None, [elsewhere])]
-        )
         for student in students:
             stage.check(student[0])
             choose_trainable(student, config)
         states = [build_training_state(student, config) for student in students]
         sources = (config.model or config.scratch, config.second_model)
         provenances = [
-            {"stage": config.stage, "model": m, "teacher": config.teacher or config.teacher_store or config.teacher_address}
+            {"stage": config.stage, "model": m, "teacher": config.teacher or config.teacher_store or config.teacher_address,
+             "train_steps": config.train_steps}
             for m in sources[: len(states)]
-        ]
+        ]  # fmt: skip
         tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
         step = consumed = 0
-        newest = latest_checkpoint(run)
+        set_unfinished_aside(run)
         if newest is not None:
             step, consumed = load_checkpoint(states, newest)
+        saved = step
+        resume.record(step)
         reporter = Reporter(config, run, device, _flops_per_token(config, students, teacher), step)
         reporter.say(f"{config.stage}: {_describe(config, students)}" + (f"; resumed at step {step}" if step else ""))
+        reporter.say(f"{config.data}: {dataset.describe(config.train_steps * config.global_batch_size)}")
         if device.type == "cuda":
             reporter.predict(predict_memory(config, students, teacher, elsewhere, _optimizer_shards(config)))
         saver = CheckpointSaver(run, provenances, tokenizer, config.keep_checkpoints)
@@ -134,6 +156,9 @@ def train(config: TrainConfig) -> Quality | None:
                 if config.eval_interval and step % config.eval_interval == 0 and step < config.train_steps:
                     _evaluate(config, states, teacher, windows, reporter, step)
             saver.finish()
+            if saved < step and not skipped.in_a_row:  # for whoever trains on, and if what follows fails
+                saver.start(states, step, consumed)
+                saver.finish()
             quality = _evaluate(config, states, teacher, windows, reporter, step)
             files = tokenizer if tokenizer.is_dir() else None
             # RUN/model last: where it is, the run is finished
@@ -303,14 +328,32 @@ def _heldout(config: TrainConfig) -> torch.Tensor:
         return heldout_windows(where, config.sequence_length, config.eval_windows, allow_crossing=True)
 
 
-def _check_data(data: Path, models: Sequence[HyloModel | TeacherSignal]) -> None:
-    """The dataset's tokens must be in the vocabulary of every model of the run."""
-    described = json.loads((data / "data.json").read_text())
-    ours = min(model.config.hylo.vocab_size for model in models)
-    if described["vocab_size"] > ours:
+def _check_tokens(config: TrainConfig) -> None:
+    """Text, students and teachers must be of one tokenizer, and no token beyond a vocabulary; before weights are read."""
+    if is_main():
+        for folder in (config.model, config.second_model, config.teacher):
+            if folder:
+                check_dataset(config.data, folder, read_description(folder)[0].vocab_size)
+        if config.scratch:
+            check_dataset_ids(config.data, _scratch_config(config.scratch).vocab_size, config.scratch)
+
+
+def _goes_on(config: TrainConfig, resume: Resume, newest: Path | None) -> bool:
+    """Whether a run that has its model is to train on, which its newest checkpoint must allow."""
+    first = replace(config, train_tokens=resume.first_train_tokens).train_steps
+    done = read_description(resume.run / "model")[1]["provenance"].get("train_steps", first)
+    if config.train_steps < done:
+        raise ConfigError(f"{resume.run} is trained for {done} steps, train_tokens {config.train_tokens} asks for fewer")
+    if config.train_steps > done and newest is None:
         raise ConfigError(
-            f"{data} was made with a vocabulary of {described['vocab_size']}, a model of the run has {ours}; preprocess again"
+            f"{resume.run} ended at step {done} and has no checkpoint to go on from; start another run from {resume.run}/model"
         )
+    if config.train_steps > done:
+        logger.warning(
+            "%s has trained %d steps and goes on to step %d from its checkpoint of step %d; %s/model stays until then",
+            resume.run, done, config.train_steps, checkpoint_step(newest), resume.run,
+        )  # fmt: skip
+    return config.train_steps > done
 
 
 def _evaluate(
