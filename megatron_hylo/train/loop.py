@@ -17,7 +17,6 @@ from megatron.core import parallel_state
 
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
-from megatron_hylo.data.tokenizer import check_dataset, check_dataset_ids, check_vocabulary_identity
 from megatron_hylo.distill.remote_teacher import RemoteTeacher
 from megatron_hylo.distill.signal import TeacherSignal
 from megatron_hylo.distill.teacher_store import StoredTeacher, TeacherStore
@@ -31,10 +30,9 @@ from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.plan.memory import predict_memory
 from megatron_hylo.platform.distributed import is_main, is_timeout, session
-from megatron_hylo.sealed import is_sealed, write_json
+from megatron_hylo.sealed import write_json
 from megatron_hylo.train.checkpoint import (
     CheckpointSaver,
-    checkpoint_step,
     latest_checkpoint,
     load_checkpoint,
     set_unfinished_aside,
@@ -47,8 +45,9 @@ from megatron_hylo.train.health import SkippedSteps
 from megatron_hylo.train.kernel_check import check_run_kernels
 from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter
-from megatron_hylo.train.resume_check import Resume, check_resume
+from megatron_hylo.train.resume_check import check_resume
 from megatron_hylo.train.stages import Stage, get_stage
+from megatron_hylo.train.token_check import check_run_tokens, check_teacher_tokens
 
 logger = logging.getLogger("megatron_hylo.train")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -82,27 +81,21 @@ def train(config: TrainConfig) -> Quality | None:
             check_fp8(config.backend)  # before the run folder keeps the setting
         resume = check_resume(config, run)
         newest = latest_checkpoint(run)
-        if checkpoint_step(newest) > config.train_steps:
-            raise ConfigError(
-                f"{run} is at step {checkpoint_step(newest)}, train_tokens {config.train_tokens} asks for {config.train_steps} steps"
-            )
-        if is_sealed(run / "model") and not _goes_on(config, resume, newest):
+        if not resume.goes_on(config, newest):
             if not resume.changes:
                 resume.record(config.train_steps)
             logger.info("%s is already trained; remove it to train again, or raise train_tokens to train on", run)
             return _read_quality(run)
         micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
         check_run_kernels(_architectures(config), _dtype(config), device, config.parallel.context_parallel_size > 1)
-        _check_tokens(config)
+        check_run_tokens(config, _architectures(config)[0].vocab_size)
         dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
         windows = _heldout(config)
         elsewhere = teacher_elsewhere(config)
         if elsewhere is not None:
-            where = config.teacher_store or config.teacher_address
-            check_dataset_ids(config.data, elsewhere.config.hylo.vocab_size, where)
-        if isinstance(elsewhere, RemoteTeacher):
-            resume.check_remote(elsewhere.about.get("identity"))
-            check_vocabulary_identity(config.data, where, elsewhere.about.get("vocabulary"))
+            about = elsewhere.about if isinstance(elsewhere, RemoteTeacher) else None
+            check_teacher_tokens(config, elsewhere.config.hylo.vocab_size, about)
+            resume.check_remote((about or {}).get("identity"))
         students, teacher = _build_models(config)
         stage = get_stage(config, teacher, elsewhere)
         for student in students:
@@ -326,34 +319,6 @@ def _heldout(config: TrainConfig) -> torch.Tensor:
     except ConfigError as error:
         logger.warning("%s; evaluating on windows that cross documents", error)
         return heldout_windows(where, config.sequence_length, config.eval_windows, allow_crossing=True)
-
-
-def _check_tokens(config: TrainConfig) -> None:
-    """Text, students and teachers must be of one tokenizer, and no token beyond a vocabulary; before weights are read."""
-    if is_main():
-        for folder in (config.model, config.second_model, config.teacher):
-            if folder:
-                check_dataset(config.data, folder, read_description(folder)[0].vocab_size)
-        if config.scratch:
-            check_dataset_ids(config.data, _scratch_config(config.scratch).vocab_size, config.scratch)
-
-
-def _goes_on(config: TrainConfig, resume: Resume, newest: Path | None) -> bool:
-    """Whether a run that has its model is to train on, which its newest checkpoint must allow."""
-    first = replace(config, train_tokens=resume.first_train_tokens).train_steps
-    done = read_description(resume.run / "model")[1]["provenance"].get("train_steps", first)
-    if config.train_steps < done:
-        raise ConfigError(f"{resume.run} is trained for {done} steps, train_tokens {config.train_tokens} asks for fewer")
-    if config.train_steps > done and newest is None:
-        raise ConfigError(
-            f"{resume.run} ended at step {done} and has no checkpoint to go on from; start another run from {resume.run}/model"
-        )
-    if config.train_steps > done:
-        logger.warning(
-            "%s has trained %d steps and goes on to step %d from its checkpoint of step %d; %s/model stays until then",
-            resume.run, done, config.train_steps, checkpoint_step(newest), resume.run,
-        )  # fmt: skip
-    return config.train_steps > done
 
 
 def _evaluate(

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from megatron_hylo.identity import content_identity, json_identity
 from megatron_hylo.layouts import BASES, LAYOUTS
 from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.sealed import write_json
+from megatron_hylo.sealed import is_sealed, write_json
+from megatron_hylo.train.checkpoint import checkpoint_step
 from megatron_hylo.train.config import TrainConfig
 
 logger = logging.getLogger("megatron_hylo.train")
@@ -67,6 +68,38 @@ class Resume:
         """train_tokens of the run's first start."""
         changed = [c["from"] for c in [*self.history, *self.changes] if c["key"] == "train_tokens"]
         return changed[0] if changed else self.settings["train_tokens"]
+
+    def goes_on(self, config: TrainConfig, newest: Path | None) -> bool:
+        """Whether there is something left to train; of a run that has its model, with more train_tokens than that had.
+
+        Args:
+            config: of this start.
+            newest: the run's newest finished checkpoint.
+
+        Raises:
+            ConfigError: train_tokens asks for fewer steps than are done, or no checkpoint is there to train on from.
+        """
+        finished, wanted, at = is_sealed(self.run / "model"), config.train_steps, checkpoint_step(newest)
+        done = at
+        if finished:
+            first = replace(config, train_tokens=self.first_train_tokens).train_steps
+            done = read_description(self.run / "model")[1]["provenance"].get("train_steps", first)
+        if wanted < done:
+            raise ConfigError(
+                f"{self.run} has done {done} steps, train_tokens {config.train_tokens} asks for {wanted}; raise it, or use "
+                f"another output"
+            )
+        if not finished or wanted == done:
+            return not finished
+        if newest is None:
+            raise ConfigError(
+                f"{self.run} ended at step {done} and has no checkpoint to go on from; start another run from {self.run}/model"
+            )
+        logger.warning(
+            "%s has done %d steps and goes on to step %d from its checkpoint of step %d; %s/model stays until then",
+            self.run, done, wanted, at, self.run,
+        )  # fmt: skip
+        return True
 
     def check_remote(self, identity: str | None) -> None:
         """Compare a remote teacher, once it has answered, with the one that the run learnt from so far.
