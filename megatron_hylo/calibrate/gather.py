@@ -22,7 +22,6 @@ from megatron_hylo.calibrate.statistics import (
     RECEPTION_TOKENS,
     VERSION,
     check_statistics,
-    fingerprint,
     layer_file,
 )
 from megatron_hylo.config import ConfigError, ParallelConfig
@@ -30,6 +29,7 @@ from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
 from megatron_hylo.data.tokenizer import check_dataset, check_ids, copy_tokenizer
 from megatron_hylo.distill.alignment import mlp_layer
+from megatron_hylo.identity import content_identity
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import is_main
@@ -80,7 +80,7 @@ def calibrate(
     if is_main():
         check_dataset(data, teacher)
     description = {
-        "format": FORMAT, "version": VERSION, "teacher": fingerprint(teacher), "tokens": windows[:, 1:].numel(),
+        "format": FORMAT, "version": VERSION, "teacher": content_identity(teacher), "tokens": windows[:, 1:].numel(),
         "sequence_length": sequence_length, "layers": config.num_hidden_layers,
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "precision": str(precision).split(".")[1],
     }  # fmt: skip

@@ -30,7 +30,7 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_hylo.calibrate.statistics import fingerprint
+from megatron_hylo.calibrate.statistics import is_made_of
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.ahead import ahead
@@ -39,7 +39,7 @@ from megatron_hylo.data.tokenizer import check_dataset, copy_tokenizer
 from megatron_hylo.distill.code_blocks import compress_block, decompress_block
 from megatron_hylo.distill.head_loss import whole_head
 from megatron_hylo.distill.hidden_codec import HiddenCodec, fit_codec
-from megatron_hylo.identity import file_identity
+from megatron_hylo.identity import content_identity, file_identity
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import own_part
@@ -106,7 +106,7 @@ def write_store(
     check_dataset(data, teacher, read_description(teacher)[0].vocab_size)
     model = load_model(teacher, parallel, params_dtype=precision).eval()
     description = {
-        "version": VERSION, "teacher": fingerprint(teacher), "dataset": dataset_identity(data), "tokens": documents.tokens,
+        "version": VERSION, "teacher": content_identity(teacher), "dataset": dataset_identity(data), "tokens": documents.tokens,
         "kl": kl, "sequence_length": sequence_length, "overlap": overlap, "precision": str(precision).split(".")[1],
     }  # fmt: skip
     work = work_folder(Path(output), "shards", "key", description)
@@ -254,7 +254,7 @@ class TeacherStore:
         if "tokens_sha256" not in theirs:
             logger.warning("%s is of a version that kept only documents' lengths: taken as made of the text of %s", path, data)
         check_dataset(data, path)
-        if teacher is not None and self.description["teacher"] != fingerprint(teacher):
+        if teacher is not None and not is_made_of(self.description["teacher"], teacher):
             raise ConfigError(f"{path} was made by another teacher than {teacher}; cache this one, or leave teacher out")
         tensors = _tensors(self.path)
         self.head = tensors.pop("head")  # [V, H]
