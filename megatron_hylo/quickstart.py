@@ -213,13 +213,12 @@ def _prepare_teacher(folder: Path, output: Path, console: Console) -> None:
 
 def _prepare_text(text: str | None, teacher: Path, data: Path, output: Path) -> None:
     """Tokenise, or make sure that what is there was made of the same text."""
-    source = Path(text).expanduser() if text else fetch_documents()
-    identity = text_identity(source)
+    identity = text_identity(text) if text else "documents"
     if is_sealed(data):
         if _results(output).get("text", identity) != identity:
-            raise ConfigError(f"{data} was made of another text than {source}; give another --output for it")
+            raise ConfigError(f"{data} was made of another text than {text or 'the default'}; give another --output for it")
     else:
-        preprocess(str(source), str(data), str(teacher))
+        preprocess(text or str(fetch_documents()), str(data), str(teacher))
     _record(output, text=identity)
 
 

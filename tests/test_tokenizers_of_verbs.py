@@ -1,13 +1,16 @@
 """Every verb that puts two things with tokens together refuses different tokenizers, before any work, and ids too large."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_hylo.calibrate.gather import calibrate
+from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.preprocess import build_dataset
+from megatron_hylo.distill.teacher_store import TeacherStore
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from tests.calibrate.conftest import make_text
@@ -75,6 +78,19 @@ def test_a_calibration_of_another_tokenizer_is_refused(material, tmp_path, capsy
     arguments = [tmp_path / "out", "--pattern", "G+G", "--calibration", tmp_path / "calibration"]
     code, text = run(capsys, "upcycle", material.root / "teacher_theirs", *arguments)
     assert code == 2 and "calibration was made with another tokenizer" in text, text
+
+
+def test_a_store_of_another_tokenizer_is_refused(material, tmp_path, capsys):
+    """The same token ids, which mean other tokens."""
+    store, other = tmp_path / "store", tmp_path / "data"
+    arguments = ["--sequence_length", "64", "--precision", "fp32"]
+    code, text = run(capsys, "cache-teacher", material.root / "teacher_ours", material.data, store, *arguments)
+    assert code == 0, text
+    TeacherStore(store, material.data, material.root / "teacher_ours")
+    shutil.copytree(material.data, other)
+    shutil.copytree(material.root / "theirs", other / "tokenizer", dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="data was made with another tokenizer than that of .*store: id"):
+        TeacherStore(store, other)
 
 
 def test_verify_compares_the_tokenizer(material, tmp_path, capsys):

@@ -24,7 +24,7 @@ from megatron_hylo.layouts import BASES, LAYOUTS
 from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.sealed import is_sealed, write_json
-from megatron_hylo.train.checkpoint import checkpoint_step
+from megatron_hylo.train.checkpoint import checkpoint_step, latest_checkpoint
 from megatron_hylo.train.config import TrainConfig
 
 logger = logging.getLogger("megatron_hylo.train")
@@ -160,6 +160,10 @@ def _compare(config: TrainConfig, run: Path) -> Resume:
     inputs = {name: {"path": value, "identity": _identity(name, value)} for name in INPUTS if (value := settings[name])}
     resume = Resume(run, settings, inputs, may_change_teacher=ADDRESS in config.allowed_changes)
     if not (run / SETTINGS).is_file():
+        if newest := latest_checkpoint(run):
+            logger.warning(
+                "%s has no %s, so this start is compared with nothing; it goes on from %s", run, SETTINGS, newest.name
+            )
         return resume
     resume.is_new = False
     saved = json.loads((run / SETTINGS).read_text())
@@ -186,6 +190,11 @@ def _compare(config: TrainConfig, run: Path) -> Resume:
             "%s is of a version that did not keep what its inputs hold: %s taken as they are now, and compared from now on",
             run, ", ".join(unknown),
         )  # fmt: skip
+        if config.stage == "align" and config.align_loss == "mse" and saved.get("micro_batch_size", 1) > 1:
+            logger.warning(
+                "that version normalised align's mse over micro-batches, this one over windows: losses go on a few per cent higher "
+                "or lower"
+            )
     return resume
 
 
