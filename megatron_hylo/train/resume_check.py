@@ -192,8 +192,8 @@ def _compare(config: TrainConfig, run: Path) -> Resume:
         )  # fmt: skip
         if config.stage == "align" and config.align_loss == "mse" and saved.get("micro_batch_size", 1) > 1:
             logger.warning(
-                "that version normalised align's mse over micro-batches, this one over windows: losses go on a few per cent higher "
-                "or lower"
+                "that version normalised align's mse over micro-batches, this one over windows: losses go on a few per cent "
+                "higher or lower"
             )
     return resume
 
