@@ -77,8 +77,7 @@ def calibrate(
     kept = heldout_windows(f"{data}/heldout", sequence_length, heldout)
     for ids in (windows, kept):
         check_ids(ids, config.vocab_size, data, teacher)
-    if is_main():
-        check_dataset(data, teacher)
+    check_dataset(data, teacher)
     description = {
         "format": FORMAT, "version": VERSION, "teacher": content_identity(teacher), "tokens": windows[:, 1:].numel(),
         "sequence_length": sequence_length, "layers": config.num_hidden_layers,

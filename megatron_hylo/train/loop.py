@@ -47,7 +47,7 @@ from megatron_hylo.train.optimizer import TrainingState, build_training_state, c
 from megatron_hylo.train.reporting import Reporter
 from megatron_hylo.train.resume_check import check_resume
 from megatron_hylo.train.stages import Stage, get_stage
-from megatron_hylo.train.token_check import check_run_tokens, check_teacher_tokens
+from megatron_hylo.train.token_check import check_run_tokens, check_teacher_tokens, remote_description
 
 logger = logging.getLogger("megatron_hylo.train")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -93,7 +93,7 @@ def train(config: TrainConfig) -> Quality | None:
         windows = _heldout(config)
         elsewhere = teacher_elsewhere(config)
         if elsewhere is not None:
-            about = elsewhere.about if isinstance(elsewhere, RemoteTeacher) else None
+            about = remote_description(elsewhere) if isinstance(elsewhere, RemoteTeacher) else None
             check_teacher_tokens(config, elsewhere.config.hylo.vocab_size, about)
             resume.check_remote((about or {}).get("identity"))
         students, teacher = _build_models(config)

@@ -11,18 +11,15 @@ import getpass
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.identity import content_identity, json_identity
 from megatron_hylo.layouts import BASES, LAYOUTS
 from megatron_hylo.models.checkpoint import read_description
-from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.platform.distributed import is_main, on_main
 from megatron_hylo.sealed import is_sealed, write_json
 from megatron_hylo.train.checkpoint import checkpoint_step, latest_checkpoint
 from megatron_hylo.train.config import TrainConfig
@@ -151,7 +148,7 @@ def check_resume(config: TrainConfig, run: Path) -> Resume:
         ConfigError: an input holds something else, or a setting differs that is part of what the run is; says which, and
             what can be done.
     """
-    return _on_main(lambda: _compare(config, run))
+    return on_main(lambda: _compare(config, run))
 
 
 def _compare(config: TrainConfig, run: Path) -> Resume:
@@ -244,20 +241,6 @@ def _known_identity(name: str, former: str, value: str, known: dict[str, dict[st
         f"{run} was started with {name} = {former}, which is not there any more, and kept no record of what it held, so that "
         f"{value} cannot be compared with it; put it back at its place, or use another output"
     )
-
-
-def _on_main(function: Callable[[], Resume]) -> Resume:
-    """Run a function on the main rank; all ranks return its result, or raise its error."""
-    found: list[Any] = [None]
-    if is_main():
-        try:
-            found = [function()]
-        except (ConfigError, OSError) as error:
-            found = [error]
-    torch.distributed.broadcast_object_list(found)
-    if isinstance(found[0], BaseException):
-        raise found[0]
-    return found[0]
 
 
 def _user() -> str:
