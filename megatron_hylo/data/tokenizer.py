@@ -164,7 +164,7 @@ def check_vocabulary_identity(data: str | Path, teacher: str, identity: str | No
     """
     ours = read_vocabulary(data)
     if identity is None or ours is None:
-        _say_once(f"{data if ours is None else teacher} without a tokenizer: not compared")
+        _say_once(f"the tokenizers of {data} and {teacher} are not compared: {data if ours is None else teacher} without one")
     elif ours.identity != identity:
         raise ConfigError(
             f"the teacher at {teacher} has another tokenizer than {data}; serve one with the same, or preprocess with that "
@@ -203,7 +203,7 @@ def _two(one: str | Path, other: str | Path) -> tuple[Vocabulary, Vocabulary] | 
     found = read_vocabulary(one), read_vocabulary(other)
     missing = [str(folder) for folder, vocabulary in zip((one, other), found) if vocabulary is None]
     if missing:
-        _say_once(f"{' and '.join(missing)} without a tokenizer: not compared with {other if missing[0] == str(one) else one}")
+        _say_once(f"the tokenizers of {one} and {other} are not compared: {' and '.join(missing)} without one")
         return None
     return found
 
