@@ -91,6 +91,7 @@ def verify(hf_dir: Path, megatron_dir: Path, tokens: int = 128, tolerance: float
     print(f"tensors compared: {result.tensors}, differing: {len(result.differing)}")
     for line in result.differing:
         print(f"  {line}")
+    print(f"tokenizer: {result.tokenizer_difference or 'no difference'}")
     print(f"max |delta logit|: {result.max_logit_difference:.3e} over {result.tokens} tokens (tolerance {tolerance:.0e})")
     print("verified" if result.ok else "NOT verified")
     return 0 if result.ok else 1
@@ -174,12 +175,16 @@ def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_leng
         windows: windows at most.
     """
     from megatron_hylo.data.packed import heldout_windows
+    from megatron_hylo.data.tokenizer import check_dataset, check_ids
     from megatron_hylo.eval.perplexity import evaluate as evaluate_model
-    from megatron_hylo.models.checkpoint import load_model
+    from megatron_hylo.models.checkpoint import load_model, read_description
     from megatron_hylo.platform.distributed import session
 
     with session():
         batch = heldout_windows(f"{data}/heldout", sequence_length, windows)
+        for folder in filter(None, (model, teacher)):
+            check_ids(batch, read_description(folder)[0].vocab_size, data, folder)
+            check_dataset(data, folder)
         quality = evaluate_model(load_model(model), batch, load_model(teacher) if teacher else None)
     print(_json(quality.to_dict()))
 

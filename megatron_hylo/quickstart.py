@@ -27,6 +27,7 @@ from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
+from megatron_hylo.identity import text_identity
 from megatron_hylo.io import check_free, is_sealed, read_json, write_json
 from megatron_hylo.layouts import get_layout, kv_bytes_per_token, kv_percent
 from megatron_hylo.models.checkpoint import load_model, read_description
@@ -133,8 +134,7 @@ def run_quickstart(
     step("teacher: SmolLM2-135M-Instruct (4-bit GGUF, dequantised), converted and verified against transformers")
     _prepare_teacher(teacher, output, console)
     step("text: whole documents held out")
-    if not is_sealed(data):
-        preprocess(text or str(fetch_documents()), str(data), str(teacher))
+    _prepare_text(text, teacher, data, output)
     if init == "calibrated":
         step("calibrate: what the teacher's layers do on some of that text")
         _calibrate(teacher, data, output, budget, track)
@@ -213,6 +213,17 @@ def _prepare_teacher(folder: Path, output: Path, console: Console) -> None:
         raise ConfigError(f"{folder} is not what it was converted from: {result.differing[:3]}; remove it and run again")
     console.print(f"  {result.tensors} tensors equal, max |delta logit| {result.max_logit_difference:.1e}", highlight=False)
     _record(output, verified={"tensors": result.tensors, "max_logit_difference": result.max_logit_difference})
+
+
+def _prepare_text(text: str | None, teacher: Path, data: Path, output: Path) -> None:
+    """Tokenise, or make sure that what is there was made of the same text."""
+    identity = text_identity(text) if text else "documents"
+    if is_sealed(data):
+        if _results(output).get("text", identity) != identity:
+            raise ConfigError(f"{data} was made of another text than {text or 'the default'}; give another --output for it")
+    else:
+        preprocess(text or str(fetch_documents()), str(data), str(teacher))
+    _record(output, text=identity)
 
 
 def _calibrate(teacher: Path, data: Path, output: Path, budget: Budget, track: Track) -> None:

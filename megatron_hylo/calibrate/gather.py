@@ -22,13 +22,14 @@ from megatron_hylo.calibrate.statistics import (
     RECEPTION_TOKENS,
     VERSION,
     check_statistics,
-    fingerprint,
     layer_file,
 )
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
+from megatron_hylo.data.tokenizer import check_dataset, check_ids, copy_tokenizer
 from megatron_hylo.distill.alignment import mlp_layer
+from megatron_hylo.identity import content_identity
 from megatron_hylo.io import check_free, sealed_directory, work_folder, write_json
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
@@ -74,8 +75,11 @@ def calibrate(
         raise ConfigError("calibrate works with tensor and data parallelism; set pipeline size 1 and sequence_parallel false")
     windows = _calibration_windows(data, tokens, sequence_length, seed)
     kept = heldout_windows(f"{data}/heldout", sequence_length, heldout)
+    for ids in (windows, kept):
+        check_ids(ids, config.vocab_size, data, teacher)
+    check_dataset(data, teacher)
     description = {
-        "format": FORMAT, "version": VERSION, "teacher": fingerprint(teacher), "tokens": windows[:, 1:].numel(),
+        "format": FORMAT, "version": VERSION, "teacher": content_identity(teacher), "tokens": windows[:, 1:].numel(),
         "sequence_length": sequence_length, "layers": config.num_hidden_layers,
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "precision": str(precision).split(".")[1],
     }  # fmt: skip
@@ -86,6 +90,7 @@ def calibrate(
         if is_main():
             save_file({"calibration": windows.int(), "heldout": kept.int()}, folder / "windows.safetensors")
             write_json(folder / "calibration.json", description)
+            copy_tokenizer(data, folder)
             for layer in range(config.num_hidden_layers):
                 shutil.copy(work / layer_file(layer), folder)
     if is_main():

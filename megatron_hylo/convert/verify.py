@@ -9,6 +9,7 @@ from megatron_hylo.convert.hf_reader import StateDictSource, load_transformers_m
 from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.to_hf import hf_tensors
 from megatron_hylo.convert.to_megatron import Track, no_progress
+from megatron_hylo.data.tokenizer import vocabulary_difference
 from megatron_hylo.models.checkpoint import load_model
 
 
@@ -18,14 +19,15 @@ class Verification:
 
     tensors: int = 0
     differing: list[str] = field(default_factory=list)  # Hugging Face names, with the largest difference
+    tokenizer_difference: str | None = None  # in words; None where both have the same vocabulary, or the source none
     max_logit_difference: float = float("nan")  # over `tokens` random tokens, both in fp32
     tokens: int = 0
     tolerance: float = 1e-4
 
     @property
     def ok(self) -> bool:
-        """All tensors equal and the logits within tolerance (NaN never passes)."""
-        return not self.differing and self.max_logit_difference <= self.tolerance
+        """All tensors and tokens equal and the logits within tolerance (NaN never passes)."""
+        return not self.differing and self.tokenizer_difference is None and self.max_logit_difference <= self.tolerance
 
 
 def verify_conversion(
@@ -50,6 +52,7 @@ def verify_conversion(
         ConfigError: either cannot be read, or their configurations differ.
     """
     result = Verification(tokens=tokens, tolerance=tolerance)
+    result.tokenizer_difference = vocabulary_difference(hugging_face, megatron)
     source = open_source(hugging_face)
     model = load_model(megatron, params_dtype=torch.float32, backend="local")
     config = model.config.hylo

@@ -3,6 +3,7 @@
 DIR/train.bin, .idx      token ids, one sequence a document, each ending in the end-of-document token
 DIR/heldout.bin, .idx    the same, of the documents held out
 DIR/data.json            `DataDescription`
+DIR/used_token_ids.npy   the ids that occur, int64, ascending
 DIR/tokenizer/           the tokenizer
 DIR/manifest.json        sizes and sha256 of all files; a folder without it is not finished
 """
@@ -26,7 +27,9 @@ from tokenizers import Tokenizer
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.hf_reader import load_transformers_tokenizer
 from megatron_hylo.data.artefacts import Document, read_documents
-from megatron_hylo.io import check_free, expand_home, sealed_directory, sha256, verify_if_sealed, write_json
+from megatron_hylo.data.tokenizer import USED_IDS, check_ids, vocabulary_of
+from megatron_hylo.io import check_free, expand_home, sealed_directory, verify_if_sealed, write_json
+from megatron_hylo.models.checkpoint import read_description
 
 logger = logging.getLogger("megatron_hylo.data")
 SPLITS = ("train", "heldout")
@@ -40,10 +43,11 @@ BATCH_DOCUMENTS = 1024
 class DataDescription:
     """Content of data.json: what a dataset holds and how it was made."""
 
-    vocab_size: int  # largest id of the tokenizer + 1; a model needs at least as many
+    vocab_size: int  # largest id of the tokenizer + 1
+    largest_token_id: int  # that occurs; a model needs more rows than that
     end_token_id: int
     dtype: str  # of the token ids on disk
-    tokenizer_sha256: str  # of tokenizer/tokenizer.json
+    vocabulary_sha256: str  # of the tokenizer's map from tokens to ids (data/tokenizer.py)
     train_documents: int
     train_tokens: int  # end tokens included
     heldout_documents: int
@@ -75,28 +79,31 @@ def build_dataset(
         heldout_fraction: expected part of the documents held out, in [0, 1); 0 makes no held-out set.
         end_token_id: end-of-document token; by default what `end_of_document_token` finds.
         max_documents: read no more than this many.
-        vocab_size: rows of the embedding of the model that the data is for; None: not checked.
+        vocab_size: rows of the embedding of the model that the data is for; None: not checked. A token beyond them is an
+            error where it occurs.
         overwrite: replace `out_dir`.
 
     Returns:
         What was written, as in data.json.
 
     Raises:
-        ConfigError: no text, a fraction out of range, a tokenizer that is slow or larger than the model's vocabulary,
-            or `out_dir` exists.
+        ConfigError: no text, a fraction out of range, a slow tokenizer, a token beyond the model's vocabulary, or `out_dir`
+            exists.
     """
     if not 0 <= heldout_fraction < 1:
         raise ConfigError(f"heldout_fraction must be at least 0 and below 1, got {heldout_fraction}")
     if max_documents is not None and max_documents < 1:
         raise ConfigError(f"max_documents must be at least 1, got {max_documents}")
     vocabulary = _vocabulary_size(tokenizer)
-    if vocab_size is not None and vocabulary > vocab_size:
-        raise ConfigError(
-            f"the tokenizer has ids up to {vocabulary - 1}, the model's vocabulary is {vocab_size}: they do not match"
-        )
     end = end_of_document_token(tokenizer) if end_token_id is None else end_token_id
     if not 0 <= end < vocabulary:
         raise ConfigError(f"end_token_id {end} is not an id of the tokenizer, which has 0 to {vocabulary - 1}")
+    if vocab_size is not None and vocabulary > vocab_size:
+        check_ids(end, vocab_size, "the end of every document", "the model")
+        logger.warning(
+            "the tokenizer has ids up to %d, the model's vocabulary is %d: text with a token beyond it will be refused",
+            vocabulary - 1, vocab_size,
+        )  # fmt: skip
     texts = (document for document in itertools.islice(documents, max_documents) if document.text.strip())
     first = list(itertools.islice(texts, BATCH_DOCUMENTS))
     threshold = _heldout_threshold(first, len(first) < BATCH_DOCUMENTS, heldout_fraction)
@@ -106,8 +113,11 @@ def build_dataset(
         builders = {split: IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=dtype) for split in splits}
         for builder in builders.values():
             stack.enter_context(closing(builder.data_file))
-        counts, heldout_names = {split: [0, 0] for split in SPLITS}, []
+        counts, heldout_names, used = {split: [0, 0] for split in SPLITS}, [], np.zeros(vocabulary, bool)
         for document, ids in _tokenise(itertools.chain(first, texts), plain_encoder(tokenizer), end, dtype):
+            if vocab_size is not None and vocabulary > vocab_size:
+                check_ids(int(ids.max()), vocab_size, f"{document.source}/{document.name}", "the model")
+            used[ids] = True
             split = "heldout" if heldout_score(document.name) < threshold else "train"
             builders[split].add_document(ids, [len(ids)])
             counts[split][0] += 1
@@ -122,11 +132,14 @@ def build_dataset(
                 )
             builder.finalize(str(folder / f"{split}.idx"))
         tokenizer.save_pretrained(folder / "tokenizer")
+        ids = np.flatnonzero(used)
+        np.save(folder / USED_IDS, ids)
         description = DataDescription(
             vocab_size=vocabulary,
+            largest_token_id=int(ids[-1]),
             end_token_id=end,
             dtype=np.dtype(dtype).name,
-            tokenizer_sha256=sha256(folder / "tokenizer" / "tokenizer.json"),
+            vocabulary_sha256=vocabulary_of(tokenizer, "").identity,
             train_documents=counts["train"][0],
             train_tokens=counts["train"][1],
             heldout_documents=counts["heldout"][0],
@@ -156,7 +169,7 @@ def preprocess(
         tokenizer: Hugging Face folder, folder with a .gguf file, or model folder.
         heldout_fraction: part of the documents held out for evaluation.
         max_documents: read no more than this many.
-        vocab_size: vocabulary of the model, to check the tokenizer against.
+        vocab_size: vocabulary of the model; by default of the model folder that `tokenizer` is, if it is one.
         overwrite: replace the output folder.
 
     Raises:
@@ -168,6 +181,8 @@ def preprocess(
     found = load_transformers_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
     if found is None:
         raise ConfigError(f"{tokenizer} holds no tokenizer; give a folder with tokenizer.json, a .gguf file, or a model folder")
+    if vocab_size is None and (folder / "hylo.json").is_file():
+        vocab_size = read_description(folder)[0].vocab_size
     return build_dataset(read_documents(input), found, output, heldout_fraction, None, max_documents, vocab_size, overwrite)
 
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,7 @@ class RemoteTeacher:
         self.leads = last and self.cp.rank() == 0 and self.tp.rank() == 0
         store = open_store(address, False, timeout)
         about = json.loads(store.get("teacher"))
+        self.about: dict[str, Any] = about  # what the server says of its teacher
         self.width, self.sent_as = about["hidden_size"], DTYPES[about["dtype"]]
         self.config = SimpleNamespace(sequence_parallel=False, hylo=SimpleNamespace(vocab_size=about["vocab_size"]))
         self.asked: deque = deque()  # (micro-batch, what is being sent)

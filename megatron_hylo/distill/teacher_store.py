@@ -6,6 +6,7 @@ start in segments of `sequence_length`, of which all but the first `overlap` tok
 
     STORE/store.json          what it is of, bytes and KL a token
     STORE/codec.safetensors   codec and head [V, H]
+    STORE/tokenizer/          the dataset's
     STORE/shards/00000.bin    blocks of 2,048 tokens, one after another; 00000.json: where each begins
 
 How a block is compressed is in code_blocks.py; zstd adds a checksum. Tokens are counted in the dataset's order, so a shard
@@ -13,6 +14,7 @@ belongs to no rank: ranks share them out, and a writer that is started again lea
 """
 
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,14 +29,16 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_hylo.calibrate.statistics import fingerprint
+from megatron_hylo.calibrate.statistics import is_made_of
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.ahead import ahead
 from megatron_hylo.data.packed import DocumentStore, PackedDataset
+from megatron_hylo.data.tokenizer import check_dataset, copy_tokenizer
 from megatron_hylo.distill.code_blocks import compress_block, decompress_block
 from megatron_hylo.distill.head_loss import whole_head
 from megatron_hylo.distill.hidden_codec import HiddenCodec, fit_codec
+from megatron_hylo.identity import content_identity, file_identity
 from megatron_hylo.io import (
     DamagedError,
     barrier,
@@ -43,16 +47,16 @@ from megatron_hylo.io import (
     read_json,
     read_sealed_json,
     sealed_directory,
-    sha256,
     verify_sealed,
     work_folder,
     write_json,
 )
-from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import own_part
 from megatron_hylo.platform.distributed import is_main
 
+logger = logging.getLogger("megatron_hylo.distill")
 BLOCK = 2048  # tokens that are read together
 SHARD = 128 * BLOCK  # tokens of a file, and lost at most when a writer is killed
 FIT_TOKENS_PER_CHANNEL = 32
@@ -101,14 +105,10 @@ def write_store(
     if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
         raise ConfigError("cache-teacher works with tensor and data parallelism alone; set the other sizes to 1")
     documents = DocumentStore(f"{data}/train")
+    check_dataset(data, teacher, read_description(teacher)[0].vocab_size)
     model = load_model(teacher, parallel, params_dtype=precision).eval()
-    described = read_sealed_json(data, "data.json", ("vocab_size",))
-    if described["vocab_size"] > model.config.hylo.vocab_size:
-        raise ConfigError(
-            f"{data} was made with a vocabulary of {described['vocab_size']}, the teacher has {model.config.hylo.vocab_size}"
-        )
     description = {
-        "version": VERSION, "teacher": fingerprint(teacher), "dataset": dataset_identity(data), "tokens": documents.tokens,
+        "version": VERSION, "teacher": content_identity(teacher), "dataset": dataset_identity(data), "tokens": documents.tokens,
         "kl": kl, "sequence_length": sequence_length, "overlap": overlap, "precision": str(precision).split(".")[1],
     }  # fmt: skip
     work = work_folder(Path(output), "shards", "key", description)
@@ -134,6 +134,7 @@ def write_store(
                 os.replace(file, partial / "shards" / file.name)
             os.replace(work / "codec.safetensors", partial / "codec.safetensors")
             write_json(partial / "store.json", description)
+            copy_tokenizer(data, partial)
     if is_main():
         for file in work.iterdir():
             file.unlink()
@@ -224,9 +225,8 @@ def _write_shard(path: Path, codes: np.ndarray, levels: np.ndarray) -> None:
 
 
 def dataset_identity(data: str | Path) -> dict[str, Any]:
-    """Which tokens entries belong to: the tokenizer, and where documents begin and end."""
-    described = read_sealed_json(data, "data.json")
-    return {"tokenizer_sha256": described.get("tokenizer_sha256"), "index_sha256": sha256(Path(data) / "train.idx")}
+    """Which tokens entries belong to, and where documents begin and end."""
+    return {"index_sha256": file_identity(data, "train.idx"), "tokens_sha256": file_identity(data, "train.bin")}
 
 
 class TeacherStore:
@@ -253,11 +253,12 @@ class TeacherStore:
                 f"{path} has format {self.description['version']}, this version reads {VERSION}; cache the teacher again"
             )
         theirs, ours = self.description["dataset"], dataset_identity(data)
-        if theirs["tokenizer_sha256"] != ours["tokenizer_sha256"]:
-            raise ConfigError(f"{path} was made with another tokenizer than {data}; cache the teacher on this dataset")
-        if theirs != ours:
+        if theirs["index_sha256"] != ours["index_sha256"] or theirs.get("tokens_sha256") not in (None, ours["tokens_sha256"]):
             raise ConfigError(f"{path} was made of another text than {data}; cache the teacher on this dataset")
-        if teacher is not None and self.description["teacher"] != fingerprint(teacher):
+        if "tokens_sha256" not in theirs:
+            logger.warning("%s is of a version that kept only documents' lengths: taken as made of the text of %s", path, data)
+        check_dataset(data, path)
+        if teacher is not None and not is_made_of(self.description["teacher"], teacher):
             raise ConfigError(f"{path} was made by another teacher than {teacher}; cache this one, or leave teacher out")
         tensors = _tensors(self.path)
         self.head = tensors.pop("head")  # [V, H]

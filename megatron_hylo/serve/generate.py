@@ -126,6 +126,11 @@ def generate_text(
         )
     model, tokenizer = load_for_generation(path)
     ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)
+    if (largest := int(ids.max())) >= (rows := model.get_input_embeddings().num_embeddings):
+        raise ConfigError(
+            f"the prompt holds {tokenizer.convert_ids_to_tokens(largest)!r}, id {largest} of the tokenizer of {path}, whose "
+            f"model has {rows} (0 to {rows - 1}); leave it out, or use the tokenizer that the model was made with"
+        )
     streamer = _Streamer(tokenizer, on_text)
     stop = model.generation_config.eos_token_id
     stop = tokenizer.eos_token_id if stop is None else stop

@@ -148,7 +148,7 @@ class Align(Stage):
         def run(index: int, received: Tensor | None) -> Tensor:
             losses, handed_on = align_layers(
                 [state.chunks[index] for state in states], self.teacher[index], ids, c.align_loss, c.hidden_weight,
-                c.mixer_weight, gradient_scale, batch.get("documents"), received,
+                c.mixer_weight, gradient_scale, batch.get("documents"), received, c.micro_batch_size,
             )  # fmt: skip
             found.append(losses)
             return handed_on
