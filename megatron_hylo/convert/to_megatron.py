@@ -2,8 +2,8 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,17 +11,13 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.convert.hf_reader import load_transformers_tokenizer, open_source
 from megatron_hylo.convert.mapping import model_entries
+from megatron_hylo.convert.track import Track, no_progress
+from megatron_hylo.convert.verify import require_equal
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.sealed import check_free, write_json
 
 GENERATION_CONFIG = "generation_config.json"
-Track = Callable[[Iterable, str], Iterable]
-
-
-def no_progress(items: Iterable, description: str) -> Iterable:
-    """The `track` argument that shows nothing."""
-    return items
 
 
 def fill_model(model: HyloModel, config: ModelConfig, read: Callable[[str], Tensor], track: Track = no_progress) -> None:
@@ -51,29 +47,32 @@ def fill_model(model: HyloModel, config: ModelConfig, read: Callable[[str], Tens
 
 
 def convert_hf_to_megatron(
-    source: str | Path, output: str | Path, overwrite: bool = False, track: Track = no_progress
+    source: str | Path, output: str | Path, overwrite: bool = False, track: Track = no_progress, verify: bool = True
 ) -> ModelConfig:
     """Convert a Hugging Face folder or GGUF file to a model folder; `platform.initialize` must have run.
 
-    Weights keep their dtype, so converting back is bit-exact (float16 becomes float32).
+    No weight is rounded: all are bfloat16 where all are stored so, else all float32. Quantised weights are dequantised.
 
     Args:
         source: folder with config.json and safetensors, or a .gguf file, or a folder with one.
         output: the model folder to make.
         overwrite: replace what is there.
         track: progress display over an iterable.
+        verify: compare tensors and logits with transformers' loading of the source, before anything is written.
 
     Returns:
         The model's configuration.
 
     Raises:
-        ConfigError: the source cannot be converted; nothing is left at `output`.
+        ConfigError: the source cannot be converted, or what was made of it is another model; nothing is left at `output`.
     """
     check_free(output, overwrite)
     opened = open_source(source)
     dtype = opened.dtype()
     model = build_model(opened.config, params_dtype=dtype, backend="local")
     fill_model(model, opened.config, opened.read, track)
+    if verify:
+        require_equal(model, opened, source, track)
     with tempfile.TemporaryDirectory() as scratch:
         has_tokenizer = _save_tokenizer(Path(source), Path(scratch))
         save_model(model, output, scratch if has_tokenizer else None, {"converted_from": Path(source).name}, overwrite)
