@@ -19,7 +19,7 @@ from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.convert.hf_config import model_config_from_hf
 from megatron_hylo.convert.quantised import HARMLESS as HARMLESS_IF_QUANTISED
 from megatron_hylo.convert.quantised import find_scaled, read_quantisation
-from megatron_hylo.convert.source_names import HARMLESS, check_gguf_names, refuse_adapter, refuse_unused
+from megatron_hylo.convert.source_names import HARMLESS, refuse_adapter, refuse_unused
 from megatron_hylo.tensor_names import tensor_names
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -58,7 +58,7 @@ class SafetensorsSource:
         refuse_adapter(self.folder)
         if values.get("transformers_weights") not in (None, SINGLE, INDEX):
             raise ConfigError(
-                f"{self.folder}: config.json names other weights (transformers_weights); only {SINGLE} or {INDEX} is read"
+                f"{self.folder}: config.json names other weights in transformers_weights; read are {SINGLE} or {INDEX}"
             )
         self.quantisation = read_quantisation(self.folder, values)
         self._open_shard: tuple[str, Any] | None = None
@@ -99,10 +99,10 @@ class SafetensorsSource:
                 raise ConfigError(f"{self.folder / shard} lacks tensor {lost[0]}, though the index places it there")
             if twice := sorted(present & set(self.shard_of)):
                 raise ConfigError(
-                    f"{self.folder}: tensor {twice[0]} is in both {self.shard_of[twice[0]]} and {shard}; which one counts is not said: "
-                    "download the checkpoint again"
+                    f"{self.folder}: tensor {twice[0]} is in both {self.shard_of[twice[0]]} and {shard}; only one can count, "
+                    "so download the checkpoint again"
                 )
-            for name in present:
+            for name in sorted(present):
                 part = self._shard(shard).get_slice(name)
                 self.shard_of[name], self.stored[name] = shard, (part.get_dtype(), tuple(part.get_shape()))
 
@@ -125,7 +125,7 @@ class SafetensorsSource:
             self.read(HEAD).float(), self.read(EMBEDDING).float()
         ):
             logger.warning(
-                "%s: config.json says tie_word_embeddings, but the stored %s differs from %s; both are kept, as transformers does",
+                "%s: tie_word_embeddings is true, but the stored %s differs from %s; both are kept, as transformers does",
                 self.folder, HEAD, EMBEDDING,
             )  # fmt: skip
             self.config = self.config.replace(untie_embeddings_and_output_weights=True)
@@ -329,17 +329,7 @@ def open_source(path: str | Path) -> TensorSource:
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"{path} does not exist; give a Hugging Face folder or a .gguf file")
-    gguf = gguf_file(path)
-    if gguf is None:
+    if gguf_file(path) is None:
         return SafetensorsSource(path)
-    config = load_transformers().AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    config = model_config_from_hf(config.to_dict())
-    check_gguf_names(gguf, config, _gguf_shapes(gguf))
-    return StateDictSource(config, load_transformers_model(path), gguf)
-
-
-def _gguf_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor names -> shapes, outermost dimension first."""
-    from gguf import GGUFReader
-
-    return {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in GGUFReader(file).tensors}
+    model = load_transformers_model(path)
+    return StateDictSource(model_config_from_hf(model.config.to_dict()), model, path)

@@ -96,12 +96,11 @@ def require_equal(model: HyloModel, source: TensorSource, path: str | Path, trac
         shown = result.lines()
         shown = [*shown[:6], f"  ... {len(shown) - 7} more", shown[-1]] if len(shown) > 8 else shown
         raise ConfigError(
-            "the converted model is not the one that transformers loads, and nothing was written; --no_verify writes it all the "
-            f"same. {'; '.join(line.strip() for line in shown)}"
+            "the converted model is not the one that transformers loads, and nothing was written; --no_verify writes it all "
+            f"the same. {'; '.join(line.strip() for line in shown)}"
         )
-    logger.info(
-        "%s tensors and the logits equal those of %s (%.1e)", result.tensors, result.oracle, result.max_logit_difference
-    )
+    delta = result.max_logit_difference
+    logger.info("%s tensors are equal and logits within %.1e of %s", result.tensors, delta, result.oracle)
 
 
 def compare(
@@ -203,6 +202,8 @@ def _widened(model: HyloModel) -> Iterator[None]:
     try:
         yield
     finally:
+        for p, data in narrow.items():  # of a part that failed
+            p.data = data
         for handle in handles:
             handle.remove()
 
