@@ -18,6 +18,7 @@ from megatron_hylo.convert.hf_reader import TensorSource, open_source
 from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.oracle import Oracle, open_oracle
 from megatron_hylo.convert.track import Track, no_progress
+from megatron_hylo.kernels.registry import untuned
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import HyloModel
 
@@ -129,7 +130,7 @@ def compare(
     config = model.config.hylo
     tokens = min(tokens, config.max_position_embeddings)
     ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
-    with open_oracle(source, path) as oracle, torch.no_grad():
+    with open_oracle(source, path) as oracle, torch.no_grad(), untuned():  # fast kernels round fp32 products
         result = Verification(oracle.description, tokens, tolerance)
         _compare_tensors(model, oracle, result, track)
         if oracle.model.config.vocab_size != config.vocab_size:
