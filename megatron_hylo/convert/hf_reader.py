@@ -1,4 +1,4 @@
-"""Read a Hugging Face folder (safetensors, sharded or not) or a GGUF file, tensor by tensor.
+"""Read a Hugging Face folder (safetensors, sharded or not), tensor by tensor; GGUF files are `gguf_reader`'s.
 
 Everything that can be wrong with the files is found before the first tensor is used: headers of all shards are
 read and compared with the index, the sizes and the names that the configuration asks for.
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.convert.gguf_reader import GgufSource, gguf_fields, gguf_file
 from megatron_hylo.convert.hf_config import model_config_from_hf
 from megatron_hylo.tensor_names import tensor_names
 
@@ -86,22 +87,6 @@ class SafetensorsSource:
         return self.read("model.embed_tokens.weight").dtype
 
 
-class StateDictSource:
-    """Tensors already in memory: those of a transformers model, read out of a GGUF file."""
-
-    def __init__(self, config: ModelConfig, model: Any) -> None:
-        self.config, self.model = config, model
-        self.state = model.state_dict()
-
-    def read(self, name: str) -> Tensor:
-        """The tensor of that name."""
-        return exact(self.state[name])
-
-    def dtype(self) -> torch.dtype:
-        """Of the embedding."""
-        return self.read("model.embed_tokens.weight").dtype
-
-
 def exact(tensor: Tensor) -> Tensor:
     """float16 as float32, which holds every float16; other dtypes unchanged."""
     return tensor.float() if tensor.dtype == torch.float16 else tensor
@@ -122,16 +107,6 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not valid JSON: {error}") from error
 
 
-def gguf_file(path: Path) -> Path | None:
-    """The one .gguf file at `path` (the file itself, or a folder with exactly one and no config.json)."""
-    if path.suffix == ".gguf":
-        return path
-    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
-    if len(files) > 1:
-        raise ConfigError(f"{path} holds several .gguf files; name one of {', '.join(f.name for f in files)}")
-    return files[0] if files else None
-
-
 def _transformers() -> Any:
     """transformers, imported when it is needed (seconds) and without its progress bars."""
     import transformers
@@ -142,16 +117,35 @@ def _transformers() -> Any:
 
 def load_transformers_model(path: str | Path) -> Any:
     """The model at `path` (Hugging Face folder or GGUF) through transformers, fp32, eval mode: the oracle."""
-    transformers = _transformers()
     path = Path(path)
-    gguf = gguf_file(path)
-    if gguf is None and read_hf_config(path).get("model_type") == "hylo":
+    if (gguf := gguf_file(path)) is not None:
+        return _gguf_model(GgufSource(gguf))
+    if read_hf_config(path).get("model_type") == "hylo":
         from megatron_hylo.serve.hf import HyloForCausalLM
 
         return HyloForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    where = dict(gguf_file=gguf.name) if gguf else {}
-    folder = gguf.parent if gguf else path
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
+    return _transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def _gguf_model(source: GgufSource) -> Any:
+    """transformers' model of a GGUF file: weights as transformers reads them, RoPE compared with what the file's data says.
+
+    transformers makes plain RoPE of every file, so it is given the configuration.
+
+    Raises:
+        ConfigError: the frequencies are others than the file's.
+    """
+    transformers = _transformers()
+    values = {key: value for key, value in source.hf_config.items() if key not in ("rope_theta", "rope_scaling")}
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    folder, name = source.file.parent, source.file.name
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, config=config, dtype=torch.float32).eval()
+    found, wanted = model.model.rotary_emb.inv_freq, source.frequencies()
+    if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-5, atol=0):
+        raise ConfigError(
+            f"transformers turns channels with frequencies {found.tolist()}, {source.file} says {wanted.tolist()}"
+        )
+    return model
 
 
 def load_transformers_tokenizer(path: str | Path) -> Any | None:
@@ -166,17 +160,18 @@ def load_transformers_tokenizer(path: str | Path) -> Any | None:
     return transformers.AutoTokenizer.from_pretrained(path)
 
 
-def _gguf_tokenizer(file: Path) -> Any:
-    """The tokenizer inside a GGUF file, with two things set that transformers leaves out of it.
+def _gguf_tokenizer(file: Path) -> Any | None:
+    """The tokenizer inside a GGUF file (None: it has none), with two things set that transformers leaves out of it.
 
     The end-of-sequence token is the one the file names, and the file's pre-tokenizer "smollm" splits digits one by
     one before the byte-level split (235 of 721 documents tokenise differently without it).
     """
-    from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
+    fields = gguf_fields(file)
+    if "tokenizer.ggml.tokens" not in fields:
+        return None
     tokenizer = _transformers().AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    fields = GGUFReader(file).fields
     if "tokenizer.ggml.eos_token_id" in fields:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(fields["tokenizer.ggml.eos_token_id"].contents()))
     if "tokenizer.ggml.pre" in fields and fields["tokenizer.ggml.pre"].contents() == "smollm":
@@ -186,7 +181,7 @@ def _gguf_tokenizer(file: Path) -> Any:
 
 
 def open_source(path: str | Path) -> TensorSource:
-    """Open a Hugging Face folder or a GGUF file (dequantised by transformers to float32).
+    """Open a Hugging Face folder or a GGUF file (dequantised to float32).
 
     Raises:
         ConfigError: nothing readable is there, a shard is missing or corrupt, the architecture is unknown.
@@ -194,7 +189,5 @@ def open_source(path: str | Path) -> TensorSource:
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"{path} does not exist; give a Hugging Face folder or a .gguf file")
-    if gguf_file(path) is None:
-        return SafetensorsSource(path)
-    model = load_transformers_model(path)
-    return StateDictSource(model_config_from_hf(model.config.to_dict()), model)
+    gguf = gguf_file(path)
+    return SafetensorsSource(path) if gguf is None else GgufSource(gguf)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron_hylo.convert.hf_config import HYLO_MODEL_TYPE, hf_config_from_model
 from megatron_hylo.convert.hf_reader import INDEX, SINGLE
-from megatron_hylo.convert.token_ids import stored_token_ids
 from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.to_megatron import Track, no_progress
+from megatron_hylo.convert.token_ids import stored_token_ids
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.sealed import sealed_directory, write_json

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_hylo.convert.hf_reader import StateDictSource, load_transformers_model, open_source
+from megatron_hylo.convert.hf_reader import load_transformers_model, open_source
 from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.to_hf import hf_tensors
 from megatron_hylo.convert.to_megatron import Track, no_progress
@@ -64,7 +64,7 @@ def verify_conversion(
         elif not torch.equal(ours, theirs):
             result.differing.append(f"{name}: max |delta| {(ours - theirs).abs().max().item():.3e}")
     ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
-    oracle = source.model if isinstance(source, StateDictSource) else load_transformers_model(hugging_face)
+    oracle = load_transformers_model(hugging_face)
     with torch.no_grad():
         theirs = oracle(ids, use_cache=False).logits
         ours = model.eval().logits(model(ids.to(next(model.parameters()).device))).cpu()
