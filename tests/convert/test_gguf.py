@@ -116,7 +116,7 @@ def test_keys_that_would_change_the_model_are_refused_by_name(keys: dict, messag
 
 
 def test_keys_that_change_nothing_are_accepted(tmp_path) -> None:
-    keys = {"expert_count": 0, "attention.sliding_window": 128, "attention.scale": 0.25, "logit_scale": 1.0, "attention.causal": True,
+    keys = {"expert_count": 0, "attention.sliding_window": 128, "attention.scale": 0.25, "logit_scale": 1.0, "pooling_type": 0,
             "attention.head_count": [6, 6, 6], "tensor_data_layout": "Meta AI original pth", "/general.type": "model",
             "rope.scaling.type": "none", "rope.scaling.factor": 4.0, "/mradermacher.quantize_version": "2"}  # fmt: skip
     ones = {"rope_freqs.weight": torch.ones(8)}
