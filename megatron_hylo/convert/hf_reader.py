@@ -1,33 +1,14 @@
-"""Read a Hugging Face folder (safetensors, sharded or not) or a GGUF file, tensor by tensor.
+"""Open a Hugging Face folder (`safetensors_reader`) or a GGUF file (`gguf_reader`), and load the same through transformers."""
 
-Everything that can be wrong with the files is found before the first tensor is used: headers of all shards are
-read and compared with the index, the sizes and the names that the configuration asks for.
-"""
-
-import json
-import logging
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.convert.hf_config import model_config_from_hf
-from megatron_hylo.convert.quantised import HARMLESS as HARMLESS_IF_QUANTISED
-from megatron_hylo.convert.quantised import find_scaled, read_quantisation
-from megatron_hylo.convert.source_names import HARMLESS, refuse_adapter, refuse_unused
-from megatron_hylo.tensor_names import tensor_names
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.pt")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors names them
-KEPT_IN_FLOAT32 = (".A_log", ".dt_bias", ".D")  # by the model, whatever its other weights are
-logger = logging.getLogger("megatron_hylo.convert")
+from megatron_hylo.convert.gguf_reader import GgufSource, gguf_fields, gguf_file
+from megatron_hylo.convert.safetensors_reader import SafetensorsSource, read_hf_config
 
 
 class TensorSource(Protocol):
@@ -44,224 +25,6 @@ class TensorSource(Protocol):
         ...
 
 
-class SafetensorsSource:
-    """A Hugging Face folder; one shard is open at a time.
-
-    Which file is read, what is tied and which tensors may be passed over follows transformers 5, except that what it
-    drops with a warning is refused here.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        values = read_hf_config(self.folder)
-        self.config = model_config_from_hf(values)
-        refuse_adapter(self.folder)
-        if values.get("transformers_weights") not in (None, SINGLE, INDEX):
-            raise ConfigError(
-                f"{self.folder}: config.json names other weights in transformers_weights; read are {SINGLE} or {INDEX}"
-            )
-        self.quantisation = read_quantisation(self.folder, values)
-        self._open_shard: tuple[str, Any] | None = None
-        self.shard_of: dict[str, str] = {}
-        self.stored: dict[str, tuple[str, tuple[int, ...]]] = {}  # name -> (safetensors dtype, shape)
-        self._alias: dict[str, str] = {}  # asked for -> stored, of tied embeddings
-        self._read_headers()
-        self.scaled = find_scaled(self.folder, self.quantisation, self.stored)
-        self._tie()
-        self._check_tensors()
-
-    def _shards(self) -> dict[str, list[str]]:
-        """The files that are read -> tensors that the index places there; `model.safetensors` goes before an index."""
-        index = self.folder / INDEX
-        there = {file.name for file in self.folder.glob("*.safetensors")}
-        if SINGLE in there:
-            shards: dict[str, list[str]] = {SINGLE: []}
-        elif index.is_file():
-            shards = _read_index(index)
-            if extra := sorted(name for name in there - set(shards) if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)):
-                raise ConfigError(
-                    f"{self.folder / extra[0]} is not named by {INDEX}: shards of two checkpoints seem to be mixed; download "
-                    "the checkpoint again, or remove the shards that do not belong to it"
-                )
-        else:
-            raise ConfigError(_no_weights(self.folder, there))
-        if unread := sorted(there - set(shards)):
-            logger.warning("%s: read is %s, as transformers does; not read: %s", self.folder, min(shards), ", ".join(unread))
-        return shards
-
-    def _read_headers(self) -> None:
-        for shard, placed in sorted(self._shards().items()):
-            if not (self.folder / shard).is_file():
-                raise ConfigError(f"{self.folder / shard} is missing, though the index names it; download the checkpoint again")
-            present = set(self._shard(shard).keys())
-            wanted = tensor_names(self.config)
-            if lost := [name for name in placed if name in wanted and name not in present]:
-                raise ConfigError(f"{self.folder / shard} lacks tensor {lost[0]}, though the index places it there")
-            if twice := sorted(present & set(self.shard_of)):
-                raise ConfigError(
-                    f"{self.folder}: tensor {twice[0]} is in both {self.shard_of[twice[0]]} and {shard}; only one can count, "
-                    "so download the checkpoint again"
-                )
-            for name in sorted(present):
-                part = self._shard(shard).get_slice(name)
-                self.shard_of[name], self.stored[name] = shard, (part.get_dtype(), tuple(part.get_shape()))
-
-    def _shard(self, name: str) -> Any:
-        if self._open_shard is None or self._open_shard[0] != name:
-            try:
-                self._open_shard = (name, safe_open(self.folder / name, framework="pt", device="cpu"))
-            except (SafetensorError, OSError) as error:
-                message = f"{self.folder / name} is corrupt or cut short ({error}); download the checkpoint again"
-                raise ConfigError(message) from error
-        return self._open_shard[1]
-
-    def _tie(self) -> None:
-        """Tied embeddings as transformers 5 ties them: not where both are stored and differ, by either where one is."""
-        if self.config.untie_embeddings_and_output_weights or HEAD not in self.stored:
-            return
-        if EMBEDDING not in self.stored:
-            self._alias[EMBEDDING] = HEAD
-        elif self.stored[HEAD][1] != self.stored[EMBEDDING][1] or not torch.equal(
-            self.read(HEAD).float(), self.read(EMBEDDING).float()
-        ):
-            logger.warning(
-                "%s: tie_word_embeddings is true, but the stored %s differs from %s; both are kept, as transformers does",
-                self.folder, HEAD, EMBEDDING,
-            )  # fmt: skip
-            self.config = self.config.replace(untie_embeddings_and_output_weights=True)
-        else:
-            self._alias[HEAD] = EMBEDDING
-
-    def _check_tensors(self) -> None:
-        used = set(self._alias) | set(self._alias.values())
-        for name, shape in tensor_names(self.config).items():
-            stored = self._alias.get(name, name)
-            if stored not in self.stored:
-                raise ConfigError(f"{self.folder} has no tensor {name}, which its config.json asks for")
-            dtype, found = self.stored[stored]
-            if found != tuple(shape):
-                raise ConfigError(f"tensor {name} has shape {list(found)}, config.json asks for {list(shape)}")
-            if stored not in self.scaled and dtype not in FLOATS:
-                raise ConfigError(
-                    f"{self.folder}: tensor {name} is stored as {dtype}; weights are {', '.join(FLOATS)}, or quantised"
-                )
-            used |= set(self.scaled[stored].names()) if stored in self.scaled else {stored}
-        known = {name for name in self.stored if HARMLESS.search(name)}
-        if self.quantisation is not None:
-            known |= {name for name in self.stored if HARMLESS_IF_QUANTISED.search(name)}
-        refuse_unused(self.folder, set(self.stored) - used - known, self.config)
-
-    def _read_stored(self, name: str) -> Tensor:
-        return self._shard(self.shard_of[name]).get_tensor(name)
-
-    def read(self, name: str) -> Tensor:
-        """The tensor of that name, dequantised.
-
-        Raises:
-            ConfigError: it has values that are no numbers, or float64 values that float32 does not hold.
-        """
-        name = self._alias.get(name, name)
-        if name in self.scaled:
-            tensor = self.scaled[name].read(self._read_stored)
-        else:
-            tensor = self._read_stored(name)
-        return checked(name, tensor, self.folder)
-
-    def dtype(self) -> torch.dtype:
-        """bfloat16 where every weight is stored in it (but for those that the model keeps in float32), else float32."""
-        names = [self._alias.get(name, name) for name in tensor_names(self.config) if not name.endswith(KEPT_IN_FLOAT32)]
-        return torch.bfloat16 if {self.stored[name][0] for name in names} == {"BF16"} else torch.float32
-
-
-class StateDictSource:
-    """Tensors already in memory: those of a transformers model in float32, read out of a GGUF file."""
-
-    def __init__(self, config: ModelConfig, model: Any, where: Path) -> None:
-        self.config, self.model, self.where = config, model, where
-        self.state = model.state_dict()
-
-    def read(self, name: str) -> Tensor:
-        """The tensor of that name."""
-        return checked(name, self.state[name], self.where)
-
-    def dtype(self) -> torch.dtype:
-        """float32: dequantised weights, and float16, fit nothing smaller."""
-        return torch.float32
-
-
-def checked(name: str, tensor: Tensor, where: Path) -> Tensor:
-    """A weight in bfloat16 or float32, unrounded.
-
-    Args:
-        name: for messages.
-        tensor: as it is stored, or dequantised.
-        where: file or folder, for messages.
-
-    Raises:
-        ConfigError: values that are no numbers, or float64 values that float32 does not hold.
-    """
-    if not torch.isfinite(tensor).all():
-        raise ConfigError(f"{where}: tensor {name} holds NaN or infinite values; the checkpoint is damaged, download it again")
-    if tensor.dtype == torch.bfloat16:
-        return tensor
-    exact = tensor.float()
-    if tensor.dtype == torch.float64 and not torch.equal(exact.double(), tensor):
-        raise ConfigError(
-            f"{where}: tensor {name} is float64 and holds values that float32 does not; models are float32 or bfloat16 here: "
-            "save it in one of them first (model.float().save_pretrained(...))"
-        )
-    return exact
-
-
-def _read_index(file: Path) -> dict[str, list[str]]:
-    """Shard -> names of tensors, of model.safetensors.index.json."""
-    try:
-        shard_of = json.loads(file.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is not an index of shards ({error!r}); download the checkpoint again") from error
-    shards: dict[str, list[str]] = {}
-    for name, shard in shard_of.items():
-        if Path(shard).name != shard:
-            raise ConfigError(f"{file} names {shard!r}, which is not a file of the folder")
-        shards.setdefault(shard, []).append(name)
-    return shards
-
-
-def _no_weights(folder: Path, there: Iterable[str]) -> str:
-    message = f"{folder} holds neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read"
-    if others := sorted(there) or [name for name in PICKLES if (folder / name).is_file()]:
-        message += (
-            f", not {', '.join(others)}: let transformers write one, "
-            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained(NEW_FOLDER)"
-        )
-    return message
-
-
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder.
-
-    Raises:
-        ConfigError: the folder or the file is not there, or is not JSON.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ConfigError(f"{folder} is not a Hugging Face folder: it has no config.json")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}") from error
-
-
-def gguf_file(path: Path) -> Path | None:
-    """The one .gguf file at `path` (the file itself, or a folder with exactly one and no config.json)."""
-    if path.suffix == ".gguf":
-        return path
-    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
-    if len(files) > 1:
-        raise ConfigError(f"{path} holds several .gguf files; name one of {', '.join(f.name for f in files)}")
-    return files[0] if files else None
-
-
 def load_transformers() -> Any:
     """transformers, imported when it is needed (seconds) and without its progress bars."""
     import transformers
@@ -275,18 +38,38 @@ def load_transformers_model(path: str | Path, **settings: Any) -> Any:
 
     Args:
         path: folder or file.
-        settings: further ones of `from_pretrained`; its result is returned as it is where they are given.
+        settings: further ones of `from_pretrained`, whose result is returned as it is where they are given; not for GGUF.
     """
-    transformers = load_transformers()
     path = Path(path)
-    gguf = gguf_file(path)
-    if gguf is None and read_hf_config(path).get("model_type") == "hylo":
+    if (gguf := gguf_file(path)) is not None:
+        return _gguf_model(GgufSource(gguf))
+    if read_hf_config(path).get("model_type") == "hylo":
         from megatron_hylo.serve.hf import HyloForCausalLM as model_class
     else:
-        model_class = transformers.AutoModelForCausalLM
-    where = dict(gguf_file=gguf.name) if gguf else {}
-    loaded = model_class.from_pretrained(gguf.parent if gguf else path, dtype=torch.float32, **where, **settings)
+        model_class = load_transformers().AutoModelForCausalLM
+    loaded = model_class.from_pretrained(path, dtype=torch.float32, **settings)
     return loaded if settings else loaded.eval()
+
+
+def _gguf_model(source: GgufSource) -> Any:
+    """transformers' model of a GGUF file: weights as transformers reads them, RoPE compared with what the file's data says.
+
+    transformers makes plain RoPE of every file, so it is given the configuration.
+
+    Raises:
+        ConfigError: the frequencies are others than the file's.
+    """
+    transformers = load_transformers()
+    values = {key: value for key, value in source.hf_config.items() if key not in ("rope_theta", "rope_scaling")}
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    folder, name = source.file.parent, source.file.name
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, config=config, dtype=torch.float32).eval()
+    found, wanted = model.model.rotary_emb.inv_freq, source.frequencies()
+    if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-5, atol=0):
+        raise ConfigError(
+            f"transformers turns channels with frequencies {found.tolist()}, {source.file} says {wanted.tolist()}"
+        )
+    return model
 
 
 def load_transformers_tokenizer(path: str | Path) -> Any | None:
@@ -301,17 +84,18 @@ def load_transformers_tokenizer(path: str | Path) -> Any | None:
     return transformers.AutoTokenizer.from_pretrained(path)
 
 
-def _gguf_tokenizer(file: Path) -> Any:
-    """The tokenizer inside a GGUF file, with two things set that transformers leaves out of it.
+def _gguf_tokenizer(file: Path) -> Any | None:
+    """The tokenizer inside a GGUF file (None: it has none), with two things set that transformers leaves out of it.
 
     The end-of-sequence token is the one the file names, and the file's pre-tokenizer "smollm" splits digits one by
     one before the byte-level split (235 of 721 documents tokenise differently without it).
     """
-    from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
+    fields = gguf_fields(file)
+    if "tokenizer.ggml.tokens" not in fields:
+        return None
     tokenizer = load_transformers().AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    fields = GGUFReader(file).fields
     if "tokenizer.ggml.eos_token_id" in fields:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(fields["tokenizer.ggml.eos_token_id"].contents()))
     if "tokenizer.ggml.pre" in fields and fields["tokenizer.ggml.pre"].contents() == "smollm":
@@ -321,7 +105,7 @@ def _gguf_tokenizer(file: Path) -> Any:
 
 
 def open_source(path: str | Path) -> TensorSource:
-    """Open a Hugging Face folder or a GGUF file (dequantised by transformers to float32).
+    """Open a Hugging Face folder or a GGUF file (dequantised to float32).
 
     Raises:
         ConfigError: nothing readable is there, a shard is missing or corrupt, the architecture is unknown.
@@ -329,7 +113,5 @@ def open_source(path: str | Path) -> TensorSource:
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"{path} does not exist; give a Hugging Face folder or a .gguf file")
-    if gguf_file(path) is None:
-        return SafetensorsSource(path)
-    model = load_transformers_model(path)
-    return StateDictSource(model_config_from_hf(model.config.to_dict()), model, path)
+    gguf = gguf_file(path)
+    return SafetensorsSource(path) if gguf is None else GgufSource(gguf)

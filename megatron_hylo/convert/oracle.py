@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.hf_reader import (
-    SafetensorsSource,
-    StateDictSource,
-    TensorSource,
-    load_transformers,
-    load_transformers_model,
-)
+from megatron_hylo.convert.hf_reader import TensorSource, load_transformers, load_transformers_model
+from megatron_hylo.convert.safetensors_reader import SafetensorsSource
 from megatron_hylo.tensor_names import tensor_names
 
 LAYERWISE_PARAMETERS = 1_000_000_000  # above this many, weights are read from the disk layer by layer: 4 GB in fp32
@@ -63,8 +58,8 @@ def open_oracle(source: TensorSource, path: str | Path) -> Iterator[Oracle]:
     Raises:
         ConfigError: transformers does not find a weight of its model.
     """
-    if isinstance(source, StateDictSource):
-        yield Oracle(source.model, "transformers' reading of the GGUF file")
+    if not isinstance(source, SafetensorsSource):
+        yield Oracle(load_transformers_model(path), "transformers' reading of the GGUF file, its RoPE checked against the file")
         return
     large = sum(torch.Size(shape).numel() for shape in tensor_names(source.config).values()) > LAYERWISE_PARAMETERS
     with tempfile.TemporaryDirectory() as scratch:

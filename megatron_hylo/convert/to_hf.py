@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_hylo.convert.hf_config import HYLO_MODEL_TYPE, hf_config_from_model
-from megatron_hylo.convert.hf_reader import INDEX, SINGLE, open_source
+from megatron_hylo.convert.hf_reader import open_source
 from megatron_hylo.convert.mapping import model_entries
+from megatron_hylo.convert.safetensors_reader import INDEX, SINGLE
+from megatron_hylo.convert.token_ids import stored_token_ids
 from megatron_hylo.convert.track import Track, no_progress
 from megatron_hylo.convert.verify import require_equal
 from megatron_hylo.models.checkpoint import load_model
@@ -63,7 +65,7 @@ def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, trac
     """config.json, safetensors, tokenizer and, for a hybrid, its modelling code, into an existing folder."""
     config = model.config.hylo
     dtype = "bfloat16" if model.config.params_dtype == torch.bfloat16 else "float32"
-    values = hf_config_from_model(config, dtype)
+    values = hf_config_from_model(config, dtype, stored_token_ids(tokenizer))
     write_json(folder / "config.json", values)
     write_shards(hf_tensors(model, track), folder)
     if values["model_type"] == HYLO_MODEL_TYPE:

@@ -1,6 +1,5 @@
 """Hugging Face -> Megatron model folder."""
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,12 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.convert.hf_reader import load_transformers_tokenizer, open_source
 from megatron_hylo.convert.mapping import model_entries
+from megatron_hylo.convert.token_ids import GENERATION_CONFIG, generation_settings
 from megatron_hylo.convert.track import Track, no_progress
 from megatron_hylo.convert.verify import require_equal
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.sealed import check_free, write_json
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 def fill_model(model: HyloModel, config: ModelConfig, read: Callable[[str], Tensor], track: Track = no_progress) -> None:
@@ -82,12 +80,9 @@ def convert_hf_to_megatron(
 def _save_tokenizer(source: Path, folder: Path) -> bool:
     """Tokenizer files and, so that generation stops where it should, generation_config.json; False where there are none."""
     tokenizer = load_transformers_tokenizer(source)
-    if tokenizer is None:
-        return False
-    tokenizer.save_pretrained(folder)
-    if (source / GENERATION_CONFIG).is_file():
-        shutil.copy(source / GENERATION_CONFIG, folder)
-    else:
-        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        write_json(folder / GENERATION_CONFIG, {name: token for name, token in ends.items() if token is not None})
-    return True
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    settings = generation_settings(source, tokenizer)
+    if settings:
+        write_json(folder / GENERATION_CONFIG, settings)
+    return tokenizer is not None or bool(settings)

@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.hf_reader import SafetensorsSource
 from megatron_hylo.convert.oracle import open_oracle
+from megatron_hylo.convert.safetensors_reader import SafetensorsSource
 from megatron_hylo.convert.to_hf import hf_tensors
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion

@@ -10,7 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.hf_reader import INDEX, SINGLE, SafetensorsSource, open_source
+from megatron_hylo.convert.hf_reader import open_source
+from megatron_hylo.convert.safetensors_reader import INDEX, SINGLE, SafetensorsSource
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
 from megatron_hylo.models.checkpoint import load_model

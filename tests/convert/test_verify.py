@@ -8,8 +8,9 @@ from megatron_hylo.cli import main
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert import oracle as oracle_module
 from megatron_hylo.convert import to_hf
-from megatron_hylo.convert.hf_reader import SafetensorsSource, open_source
+from megatron_hylo.convert.hf_reader import open_source
 from megatron_hylo.convert.oracle import open_oracle
+from megatron_hylo.convert.safetensors_reader import SafetensorsSource
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import compare, verify_conversion
@@ -60,7 +61,7 @@ def test_a_written_folder_that_reads_as_another_model_is_not_put_in_place(patter
     save_model(build_model(tiny_config(pattern)), tmp_path / "megatron")
     convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "right")
     written = to_hf.hf_config_from_model
-    monkeypatch.setattr(to_hf, "hf_config_from_model", lambda c, dtype: written(c.replace(layernorm_epsilon=0.1), dtype))
+    monkeypatch.setattr(to_hf, "hf_config_from_model", lambda c, *rest: written(c.replace(layernorm_epsilon=0.1), *rest))
     with pytest.raises(ConfigError, match=NOTHING_WRITTEN):
         convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "right"]
