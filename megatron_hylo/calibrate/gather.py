@@ -25,12 +25,12 @@ from megatron_hylo.calibrate.statistics import (
     layer_file,
 )
 from megatron_hylo.config import ConfigError, ParallelConfig
-from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
 from megatron_hylo.data.tokenizer import check_dataset, check_ids, copy_tokenizer
 from megatron_hylo.distill.alignment import mlp_layer
 from megatron_hylo.identity import content_identity
 from megatron_hylo.io import check_free, sealed_directory, work_folder, write_json
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import is_main

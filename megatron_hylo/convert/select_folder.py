@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.tokenizer import check_dataset, check_ids
 from megatron_hylo.distill.alignment import mixer_output, mlp_layer
 from megatron_hylo.distill.head_loss import linear_head_loss
 from megatron_hylo.io import check_free, sealed_directory, write_json
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.layouts import uniform_mixers
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel

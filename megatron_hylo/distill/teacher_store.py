@@ -31,7 +31,6 @@ from torch import Tensor
 
 from megatron_hylo.calibrate.statistics import is_made_of
 from megatron_hylo.config import ConfigError, ParallelConfig
-from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.ahead import ahead
 from megatron_hylo.data.packed import DocumentStore, PackedDataset
 from megatron_hylo.data.tokenizer import check_dataset, copy_tokenizer
@@ -51,6 +50,7 @@ from megatron_hylo.io import (
     work_folder,
     write_json,
 )
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import own_part

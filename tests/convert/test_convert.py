@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.hf_reader import SafetensorsSource
+from megatron_hylo.convert.safetensors_reader import SafetensorsSource
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf, write_shards
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
