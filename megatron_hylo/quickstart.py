@@ -20,7 +20,7 @@ from rich.table import Table
 from megatron_hylo.calibrate.gather import calibrate
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
-from megatron_hylo.convert.to_megatron import Track, convert_hf_to_megatron, no_progress
+from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.upcycle_folder import upcycle_folder
 from megatron_hylo.convert.verify import verify_conversion
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
@@ -29,6 +29,7 @@ from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
 from megatron_hylo.identity import text_identity
 from megatron_hylo.io import check_free, is_sealed, read_json, write_json
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.layouts import get_layout, kv_bytes_per_token, kv_percent
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel

@@ -12,10 +12,11 @@ from megatron_hylo.calibrate.solve import LayerError, solve_outputs
 from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.convert.to_hf import hf_tensors
-from megatron_hylo.convert.to_megatron import Track, fill_model, no_progress
+from megatron_hylo.convert.to_megatron import fill_model
 from megatron_hylo.data.tokenizer import check_dataset, check_same_vocabulary
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.io import check_free
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.kernels.registry import untuned
 from megatron_hylo.layouts import Shapes, expand_pattern, get_layout, hybrid_config
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
