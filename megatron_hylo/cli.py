@@ -95,18 +95,31 @@ def verify(hf_dir: str, megatron_dir: str, tokens: int = 128, tolerance: float =
     return 0 if result.ok else 1
 
 
-def preprocess(input: str, output: str, *, tokenizer: str, heldout_fraction: float = 0.05) -> None:
+def preprocess(
+    input: str,
+    output: str,
+    *,
+    tokenizer: str,
+    heldout_fraction: float = 0.05,
+    on_bad_text: Literal["skip", "replace", "error"] = "skip",
+) -> None:
     """Tokenise text into a Megatron indexed dataset, with whole documents held out for evaluation.
 
+    What cannot be used (lines that are not JSON or have no text, invalid bytes, binary files) is left out, said with its
+    file and line, and counted in OUTPUT/data.json.
+
     Args:
-        input: folder of .txt/.md/.rst files, or a .jsonl file with a "text" field a line.
+        input: folder of .txt/.md/.rst files, or a .jsonl or .jsonl.gz file with a "text" field a line; UTF-8, or what a
+            byte order mark says.
         output: dataset folder to make.
         tokenizer: Hugging Face or Megatron model folder with a tokenizer, or a .gguf file.
         heldout_fraction: part of the documents that is held out.
+        on_bad_text: documents with invalid bytes or half a surrogate pair: skip them, replace the characters by U+FFFD, or
+            end with an error at the first, as at any line that gives no text.
     """
     from megatron_hylo.data.preprocess import preprocess as preprocess_text
 
-    preprocess_text(input, output, tokenizer, heldout_fraction)
+    preprocess_text(input, output, tokenizer, heldout_fraction, on_bad_text=on_bad_text)
     console.print(f"wrote {output}")
 
 
