@@ -148,7 +148,7 @@ def generate(
 
     Args:
         model: model folder, training checkpoint, or exported Hugging Face folder.
-        prompt: text to continue; asked for where it is not given.
+        prompt: text to continue; - reads it from the standard input, in UTF-8.
         max_new_tokens: tokens to make at most.
         temperature: 0 takes the most likely token each time.
         top_p: with temperature > 0, sample from the most likely tokens that hold this much probability.
@@ -156,10 +156,11 @@ def generate(
         seed: of the sampling.
         chat: wrap the prompt in the tokenizer's chat template.
     """
-    from megatron_hylo.serve.generate import generate_text
+    from megatron_hylo.serve.generate import check_prompt, generate_text
 
-    if prompt is None:
-        prompt = console.input("prompt: ")
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape")
+    check_prompt(prompt)
     console.print(prompt, style="dim", end="", highlight=False, markup=False)
     result = generate_text(
         Path(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
@@ -255,7 +256,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     set_up_logging()
     parser = build_parser(VERBS)
-    parsed = parser.parse_args(arguments)
+    try:
+        parsed = parser.parse_args(arguments)
+    except UnicodeDecodeError as error:
+        console.print(f"[bold red]error:[/] the recipe (--config) is not UTF-8: {error}; save it so", highlight=False)
+        sys.exit(EXIT_ERROR)
     verb = {command(v): v for v in VERBS}[parsed.verb]
     values = parser.instantiate(parsed)[parsed.verb]
     try:

@@ -33,7 +33,7 @@ from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.quickstart_report import plot_quickstart
 from megatron_hylo.sealed import is_sealed, write_json
-from megatron_hylo.serve.generate import generate_text
+from megatron_hylo.serve.generate import check_prompt, generate_text
 from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from megatron_hylo.train.loop import train
 
@@ -120,6 +120,7 @@ def run_quickstart(
         The content of summary.json.
     """
     start = time.perf_counter()
+    check_prompt(prompt or DEFAULT_PROMPT)
     budget = budget or BUDGETS["cuda" if torch.cuda.is_available() else "cpu", init]
     output.mkdir(parents=True, exist_ok=True)
     teacher, hybrid, data = output / "teacher", output / "hybrid", output / "data"
