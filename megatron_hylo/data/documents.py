@@ -42,7 +42,7 @@ BYTE_ORDER_MARKS = (
 )
 _HALF_PAIRS = re.compile("[\ud800-\udfff]")
 _CANNOT_READ = (OSError, EOFError, zlib.error)  # a disk's errors, and what gzip raises for a damaged or cut file
-_ARRAY_OF_TEXTS = 'each line must be an object such as {"name": "a", "text": "..."}'
+_EXPECTED = 'each line must be an object such as {"name": "a", "text": "..."}'
 codecs.register_error("megatron_hylo.invalid", lambda error: (INVALID, error.end))
 
 
@@ -289,18 +289,20 @@ def _read_lines(path: Path) -> Iterator[Document | Unreadable]:
 def _check_first_line(line: str, shown: str) -> None:
     start = line.strip()
     if start[0] == "[":
-        raise ConfigError(f"{shown} is a JSON array, and {_ARRAY_OF_TEXTS}: jq -c '.[]' makes lines of it")
+        raise ConfigError(f"{shown} is a JSON array, and {_EXPECTED}: jq -c '.[]' makes lines of it")
     if start == "{":
-        raise ConfigError(f"{shown} has JSON over several lines, and {_ARRAY_OF_TEXTS}: jq -c . makes lines of it")
+        raise ConfigError(f"{shown} has JSON over several lines, and {_EXPECTED}: jq -c . makes lines of it")
 
 
 def _parse_line(line: str, where: str, source: str) -> Document | Unreadable:
     try:
         value = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
-        return Unreadable(where, "not JSON", "NUL bytes" if "\0" in line else str(error))
+    except json.JSONDecodeError as error:
+        return Unreadable(where, "not JSON", "NUL bytes" if "\0" in line else f"{error.msg} at character {error.pos:,}")
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets a thousand deep
+        return Unreadable(where, "not JSON", str(error))
     if not isinstance(value, dict):
-        return Unreadable(where, "not an object", _ARRAY_OF_TEXTS)
+        return Unreadable(where, "not an object", _EXPECTED)
     if "text" not in value:
         return Unreadable(where, 'no "text"', replace_half_pairs(f"the keys are {', '.join(list(value)[:8])}"))
     text = value["text"]
