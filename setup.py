@@ -17,6 +17,7 @@ setup(
         "filelock>=3.16",
         "flash-linear-attention>=0.6,<0.7",
         "gguf>=0.10",
+        "jinja2>=3.1",  # errors of chat templates
         "jsonargparse[signatures]>=4.49",
         "matplotlib>=3.9",
         "megatron-core>=0.19.2,<0.20",

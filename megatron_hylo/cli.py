@@ -99,19 +99,33 @@ def verify(hf_dir: Path, megatron_dir: Path, tokens: int = 128, tolerance: float
     return 0 if result.ok else 1
 
 
-def preprocess(input: Path, output: Path, *, tokenizer: Path, heldout_fraction: float = 0.05, overwrite: bool = False) -> None:
+def preprocess(
+    input: Path,
+    output: Path,
+    *,
+    tokenizer: Path,
+    heldout_fraction: float = 0.05,
+    on_bad_text: Literal["skip", "replace", "error"] = "skip",
+    overwrite: bool = False,
+) -> None:
     """Tokenise text into a Megatron indexed dataset, with whole documents held out for evaluation.
 
+    What cannot be used (lines that are not JSON or have no text, invalid bytes, binary files) is left out, said with its
+    file and line, and counted in OUTPUT/data.json.
+
     Args:
-        input: folder of .txt/.md/.rst files, or a .jsonl file with a "text" field a line.
+        input: folder of .txt/.md/.rst files, or a .jsonl or .jsonl.gz file with a "text" field a line; UTF-8, or what a
+            byte order mark says.
         output: dataset folder to make.
         tokenizer: Hugging Face or Megatron model folder with a tokenizer, or a .gguf file.
         heldout_fraction: part of the documents that is held out.
+        on_bad_text: documents with invalid bytes or half a surrogate pair: skip them, replace the characters by U+FFFD, or
+            end with an error at the first, as at any line that gives no text.
         overwrite: replace what is there.
     """
     from megatron_hylo.data.preprocess import preprocess as preprocess_text
 
-    preprocess_text(input, output, tokenizer, heldout_fraction, overwrite=overwrite)
+    preprocess_text(input, output, tokenizer, heldout_fraction, overwrite=overwrite, on_bad_text=on_bad_text)
     console.print(f"wrote {output}")
 
 
@@ -140,7 +154,7 @@ def generate(
 
     Args:
         model: model folder, training checkpoint, or exported Hugging Face folder.
-        prompt: text to continue; asked for where it is not given.
+        prompt: text to continue; - reads it from the standard input, in UTF-8.
         max_new_tokens: tokens to make at most.
         temperature: 0 takes the most likely token each time.
         top_p: with temperature > 0, sample from the most likely tokens that hold this much probability.
@@ -148,10 +162,11 @@ def generate(
         seed: of the sampling.
         chat: wrap the prompt in the tokenizer's chat template.
     """
-    from megatron_hylo.serve.generate import generate_text
+    from megatron_hylo.serve.generate import check_prompt, generate_text
 
-    if prompt is None:
-        prompt = console.input("prompt: ")
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape")
+    check_prompt(prompt)
     console.print(prompt, style="dim", end="", highlight=False, markup=False)
     result = generate_text(
         model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
@@ -251,7 +266,11 @@ def main(command_line: list[str] | None = None) -> None:
 
     set_up_logging()
     parser = build_parser(VERBS)
-    parsed = parser.parse_args(command_line)
+    try:
+        parsed = parser.parse_args(command_line)
+    except UnicodeDecodeError as error:
+        console.print(f"[bold red]error:[/] the recipe (--config) is not UTF-8: {error}; save it so", highlight=False)
+        sys.exit(EXIT_ERROR)
     verb = {command(v): v for v in VERBS}[parsed.verb]
     values = parser.instantiate(parsed)[parsed.verb]
     try:

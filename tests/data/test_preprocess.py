@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.artefacts import Document
+from megatron_hylo.data.documents import Document
 from megatron_hylo.data.preprocess import build_dataset, heldout_score, preprocess
 from megatron_hylo.io import verify_sealed
 from tests.data.conftest import END, make_documents

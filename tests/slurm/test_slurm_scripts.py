@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_hylo.cli import VERBS
 from megatron_hylo.cli_parser import build_parser
-from megatron_hylo.data.artefacts import Document
+from megatron_hylo.data.documents import Document
 from megatron_hylo.data.preprocess import build_dataset
 from megatron_hylo.io import verify_sealed
 from megatron_hylo.models.checkpoint import save_model
