@@ -70,8 +70,8 @@ def calibrate(
     config, _ = read_description(teacher)
     if set(config.mixers) != {"*"}:
         raise ConfigError(f"calibrate needs a teacher with attention `*` in every layer, {teacher} has {config.mixers}")
-    if parallel is not None and (parallel.pipeline_model_parallel_size > 1 or parallel.sequence_parallel):
-        raise ConfigError("calibrate works with tensor and data parallelism; set pipeline size 1 and sequence_parallel false")
+    if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
+        raise ConfigError("calibrate works with tensor and data parallelism alone; set the other sizes to 1")
     windows = _calibration_windows(data, tokens, sequence_length, seed)
     kept = heldout_windows(f"{data}/heldout", sequence_length, heldout)
     description = {
