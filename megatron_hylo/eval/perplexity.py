@@ -41,7 +41,7 @@ def evaluate(
 
     Args:
         model: this rank's part, or its chunks; in any precision.
-        windows: int64 [n, sequence + 1]; negative labels are masked.
+        windows: int64 [n, sequence + 1].
         teacher: compare with it as well; the same kind of part.
         batch_size: windows a forward pass.
         chunk_tokens: tokens whose logits exist at a time.
@@ -60,7 +60,7 @@ def evaluate(
     own, undivided = windows[rank::ranks], torch.ones(2, dtype=torch.float64, device=where)
     for start in range(0, len(own), batch_size):
         batch = own[start : start + batch_size]
-        inputs, labels = own_part(batch[:, :-1].clamp(min=0)).to(where), own_part(batch[:, 1:]).to(where)
+        inputs, labels = own_part(batch[:, :-1]).to(where), own_part(batch[:, 1:]).to(where)
         hidden, teacher_hidden = hidden_states(chunks, inputs), hidden_states(teachers, inputs) if teachers else None
         if hidden is None:
             continue
@@ -74,7 +74,7 @@ def evaluate(
     share_last_stages(sums)
     for chunk in chunks:
         chunk.train(was_training)
-    cross_entropy, kl, agreement = (sums[:3] / sums[[3, 4, 4]]).tolist()
+    cross_entropy, kl, agreement = (sums[:3] / torch.stack([sums[3], sums[4], sums[4]])).tolist()
     compared = bool(teachers)
     return Quality(
         cross_entropy,
