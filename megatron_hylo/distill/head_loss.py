@@ -6,13 +6,13 @@ For student hidden h [N, H_s], head W_s [V, H_s], teacher hidden [N, H_t], head 
     forward   KL = sum_v p_t (log p_t - log p_s)    gradient with respect to the student's logits: p_s - p_t
     reverse   KL = sum_v p_s (log p_s - log p_t)                                                   p_s (log p_s - log p_t - KL)
 
-over the full vocabulary, where `tokens` counts those that the KL is taken of and `labels` those that have a label: of one call, or,
-where a step has several calls on several ranks, of all of them (`mean_counts`). (Megatron-Core's own `calculate_per_token_loss`
-has one divisor for the whole loss, and these are two.) (forward, at temperature 1: HyLo stages 2 and 3; Zebra-Llama's trainer; reverse: MiniLLM,
-arXiv:2306.08543). With a temperature T the logits of both are divided by it and the KL is multiplied by T^2, so that its
-gradients keep their size (Hinton et al., arXiv:1503.02531); cross-entropy stays at temperature 1. With a top k, the teacher's k
-most likely tokens of each position keep their own terms and all others are one class (plain_head_softmax.py). Both gradients
-are made in the forward pass, a chunk at a time: [chunk, V] is the size of the largest tensor that ever exists.
+over the full vocabulary (forward, at temperature 1: HyLo stages 2 and 3; Zebra-Llama's trainer; reverse: MiniLLM,
+arXiv:2306.08543). `tokens` counts those of which the KL is taken and `labels` those that have a label: of one call, or, where a
+step makes several on several ranks, of all of them (`mean_counts`; Megatron-Core's `calculate_per_token_loss` has one divisor
+for a whole loss, and these are two). With a temperature T the logits of both are divided by it and the KL is multiplied by T^2,
+so that its gradients keep their size (Hinton et al., arXiv:1503.02531); cross-entropy stays at temperature 1. With a top k, the
+teacher's k most likely tokens of each position keep their own terms and all others are one class (plain_head_softmax.py). Both
+gradients are made in the forward pass, a chunk at a time: [chunk, V] is the size of the largest tensor that ever exists.
 With tensor parallelism the vocabulary is split over ranks; they exchange soft-max statistics, and for a top k the teacher's k
 largest log-probabilities of each, never whole logits.
 """

@@ -17,7 +17,6 @@ from megatron_hylo.models.specs import BackendName, get_backend, hybrid_stack_sp
 from megatron_hylo.models.transformer_config import build_transformer_config
 from megatron_hylo.parallel.documents import EqualWindows, Packed, PackedDocuments, batch_first
 
-
 VOCABULARY_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")  # a row a token
 
 

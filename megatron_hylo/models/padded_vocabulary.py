@@ -24,7 +24,9 @@ def padded_vocabulary(vocabulary: int, ranks: int) -> int:
     """
     share = -(-vocabulary // ranks)
     if (ranks - 1) * share >= vocabulary:
-        raise ConfigError(f"tensor_model_parallel_size {ranks} leaves a rank without any of {vocabulary} tokens; use fewer ranks")
+        raise ConfigError(
+            f"tensor_model_parallel_size {ranks} leaves a rank without any of {vocabulary} tokens; use fewer ranks"
+        )
     return ranks * share
 
 
@@ -55,9 +57,7 @@ def without_padding(sharded: ShardedTensor, vocabulary: int) -> ShardedTensor | 
 
     def build(key: str, data: Tensor, replica: ReplicaId, flattened_range: slice | None) -> list[ShardedTensor]:
         # pieces of different sizes are no regular grid, hence no `axis_fragmentations`
-        return [
-            ShardedTensor(key, data[:rows], data.dtype, (rows, hidden), (vocabulary, hidden), (first, 0), None, replica)
-        ]
+        return [ShardedTensor(key, data[:rows], data.dtype, (rows, hidden), (vocabulary, hidden), (first, 0), None, replica)]
 
     def merge(stored: Any) -> Tensor:
         return torch.nn.functional.pad(stored[0], (0, 0, 0, padded - rows))

@@ -193,7 +193,7 @@ def test_parallel_ranks_measure_what_one_rank_does(material, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    for name, oracle in ((*((name, material.done) for name in layouts), ("few", tmp_path / "few_of_one"))):
+    for name, oracle in (*((name, material.done) for name in layouts), ("few", tmp_path / "few_of_one")):
         verify_sealed(tmp_path / name)
         assert files(tmp_path / name)["windows.safetensors"] == files(oracle)["windows.safetensors"]
         for layer in range(LAYERS):

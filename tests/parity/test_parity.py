@@ -99,9 +99,7 @@ def measured(tmp_path_factory, one_rank) -> Path:
         make_model(config, root / name, seed=2)
 
     for kind in ("", "odd_"):
-        write_store(
-            root / f"{kind}teacher", root / "data", root / f"{kind}store", sequence_length=48, precision=torch.float32
-        )
+        write_store(root / f"{kind}teacher", root / "data", root / f"{kind}store", sequence_length=48, precision=torch.float32)
 
     ones = dict.fromkeys((model, stage, "one") for model, stage, _ in CASES)
     for ranks in (1, 2, 3, 4, 8):

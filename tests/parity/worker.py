@@ -4,6 +4,7 @@ Started by `launch` through `python -m torch.distributed.run --standalone --npro
 so that one start-up of Python and Megatron-Core serves many cases. A job is {"kind", "config", "file"}:
   measure   gradients, weights and metrics of two steps of that configuration, as whole tensors, and an evaluation, to FILE
   copy      the model, loaded and saved under that layout, to the configuration's output
+  store     a teacher store of the model and the data, to the configuration's output
   train     the whole of `megatron_hylo.train.loop.train`; where FILE is a checkpoint, from a copy of it
 """
 
@@ -162,6 +163,7 @@ def measure(config: Any, file: Path) -> None:
 def main(file: str) -> None:
     """Run the jobs of a list; process groups are made anew where the parallel layout changes."""
     from megatron_hylo.config import from_dict
+    from megatron_hylo.distill.teacher_store import write_store
     from megatron_hylo.models.checkpoint import load_chunks, save_model
     from megatron_hylo.platform.distributed import device, initialize, shutdown
     from megatron_hylo.train.config import TrainConfig
@@ -181,9 +183,13 @@ def main(file: str) -> None:
                 with FAULTS[entry["fault"]][0]() if entry["fault"] else contextlib.nullcontext():
                     measure(config, Path(entry["file"]))
                 continue
-            if entry["kind"] == "copy":
+            if entry["kind"] in ("copy", "store"):
                 initialize(config.parallel, config.seed)
-                save_model(load_chunks(config.model, config.parallel), config.output)
+                if entry["kind"] == "copy":
+                    save_model(load_chunks(config.model, config.parallel), config.output)
+                else:
+                    arguments = dict(precision=torch.float32, parallel=config.parallel)
+                    write_store(config.model, config.data, config.output, sequence_length=48, **arguments)
                 continue
             if entry["file"] is not None and rank == 0:
                 shutil.copytree(entry["file"], Path(config.output) / "checkpoints" / Path(entry["file"]).name)
