@@ -258,7 +258,7 @@ def linear_head_loss(
         counts = torch.full((2,), len(hidden), dtype=torch.float64, device=hidden.device)
         if labels is not None:
             counts[1] = (labels >= 0).sum()
-    counts = torch.where(counts > 0, counts, 1.0)  # of nothing the sum is 0
+    counts = counts + (counts == 0)  # of nothing the sum is 0
     loss, sums = _LinearHeadLoss.apply(
         hidden, weight, labels, teacher_hidden, teacher_weight, weights, counts, chunk_tokens, group, measure_agreement,
         kl_direction == "reverse", kl_temperature, kl_top_k, vocabulary,
@@ -294,7 +294,8 @@ class _LinearHeadLoss(torch.autograd.Function):
         # one divisor for all, so that as many labels as tokens are divided as one mean
         divisor = counts[0 if teacher_weight is not None else 1]
         ce_share = ce_weight * (divisor / counts[1]).to(compute) if ce_weight else 0.0
-        scales = torch.stack([kl_weight * temperature / divisor, ce_weight / counts[1]]).float()
+        scales = torch.stack([torch.full_like(divisor, kl_weight * temperature), torch.full_like(divisor, ce_weight)])
+        scales = (scales / torch.stack([divisor, counts[1]])).float()
         divisor = divisor.to(compute)
         # the most likely tokens are compared in evaluations alone, which need not be fast
         hindrance = obstacle(hidden) if top_k is None else Obstacle("the Triton kernels have no KL to the teacher's top k")
