@@ -33,7 +33,7 @@ from megatron_hylo.io import check_free, sealed_directory, work_folder, write_js
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.platform.distributed import device, is_main
 
 
 def calibrate(
@@ -71,8 +71,8 @@ def calibrate(
     config, _ = read_description(teacher)
     if set(config.mixers) != {"*"}:
         raise ConfigError(f"calibrate needs a teacher with attention `*` in every layer, {teacher} has {config.mixers}")
-    if parallel is not None and (parallel.pipeline_model_parallel_size > 1 or parallel.sequence_parallel):
-        raise ConfigError("calibrate works with tensor and data parallelism; set pipeline size 1 and sequence_parallel false")
+    if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
+        raise ConfigError("calibrate works with tensor and data parallelism alone; set the other sizes to 1")
     windows = _calibration_windows(data, tokens, sequence_length, seed)
     kept = heldout_windows(f"{data}/heldout", sequence_length, heldout)
     for ids in (windows, kept):
@@ -100,8 +100,9 @@ def calibrate(
 def embed(model: HyloModel, windows: Tensor, micro_batch_size: int) -> list[Tensor]:
     """Hidden states before the first layer: int64 [n, sequence] -> [sequence, batch, hidden] a micro-batch."""
     where = next(model.parameters()).device
+    parts = windows.split(micro_batch_size) if len(windows) else ()
     with torch.no_grad():
-        return [model.embedding(input_ids=ids.to(where), position_ids=None) for ids in windows.split(micro_batch_size)]
+        return [model.embedding(input_ids=ids.to(where), position_ids=None) for ids in parts]
 
 
 def micro_batch(sequence_length: int, tokens: int = 8192) -> int:
@@ -123,8 +124,6 @@ def _calibration_windows(data: str | Path, tokens: int, sequence_length: int, se
 @torch.no_grad()
 def _gather_layers(model: HyloModel, windows: Tensor, work: Path, track: Track) -> None:
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    if len(windows) < ranks:
-        raise ConfigError(f"{len(windows)} calibration windows for {ranks} data-parallel ranks; give more tokens")
     states = embed(model, windows[rank::ranks], micro_batch(windows.shape[1]))
     for layer, (mixer, mlp) in enumerate(track(model.mixer_layers(), "calibrate")):
         file = work / layer_file(layer)
@@ -206,8 +205,13 @@ class LayerSums:
 
     def means(self, layer: int) -> dict[str, Tensor]:
         """Means over all ranks' tokens, CPU fp32, all heads; see `megatron_hylo.calibrate.statistics`."""
-        for tensor in self.sums.values():
-            torch.distributed.all_reduce(tensor, group=parallel_state.get_data_parallel_group())
+        group = parallel_state.get_data_parallel_group()
+        shapes = [{name: tensor.shape for name, tensor in self.sums.items()}]
+        torch.distributed.broadcast_object_list(shapes, torch.distributed.get_global_rank(group, 0), group)
+        for name, shape in shapes[0].items():
+            if name not in self.sums:  # this rank had no windows; the first one has
+                self.sums[name] = torch.zeros(shape, dtype=torch.float64, device=device())
+            torch.distributed.all_reduce(self.sums[name], group=group)
         tokens = self.sums["tokens"]
         mean = {name: tensor / tokens for name, tensor in self.sums.items()}
         split = ("input_second_moment", "query_second_moment", "key_second_moment", "sink_mass", "head_energy")

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.ahead import ahead
 from megatron_hylo.data.packed import PackedDataset
+from megatron_hylo.distill.head_loss import head_part
 from megatron_hylo.distill.remote_link import STUDENT, Link, link_store, open_store
 from megatron_hylo.platform.distributed import device
 
@@ -78,10 +79,10 @@ class RemoteTeacher:
         for group in (self.cp, self.tp):
             if group.size() > 1:
                 dist.broadcast(whole, src=dist.get_process_group_ranks(group)[0], group=group)
-        return whole.chunk(self.tp.size())[self.tp.rank()].to(self.dtype)
+        return head_part(whole, self.tp).to(self.dtype)
 
     def head_weight(self) -> Tensor:
-        """[vocab / TP, H]."""
+        """[vocab / TP rounded up, H]."""
         return self.weight
 
     def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:

@@ -95,7 +95,7 @@ class Replica:
 
     def serve(self, run: int) -> None:
         """One run of students, from their meeting to their leaving."""
-        head = whole_head(self.model.head_weight(), self.tp)  # the leader sends it
+        head = whole_head(self.model.head_weight(), self.model.config.hylo.vocab_size, self.tp)  # the leader sends it
         links = self._meet(run, head) if self.leads else {}
         answered, start = 0, time.perf_counter()
         while True:

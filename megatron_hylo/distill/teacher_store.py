@@ -35,7 +35,7 @@ from megatron_hylo.data.ahead import ahead
 from megatron_hylo.data.packed import DocumentStore, PackedDataset
 from megatron_hylo.data.tokenizer import check_dataset, copy_tokenizer
 from megatron_hylo.distill.code_blocks import compress_block, decompress_block
-from megatron_hylo.distill.head_loss import whole_head
+from megatron_hylo.distill.head_loss import head_part, whole_head
 from megatron_hylo.distill.hidden_codec import HiddenCodec, fit_codec
 from megatron_hylo.identity import content_identity, file_identity
 from megatron_hylo.io import (
@@ -187,7 +187,8 @@ class SegmentReader:
 def _make_codec(reader: SegmentReader, work: Path, kl: float) -> None:
     """codec.safetensors and fit.json, from tokens spread over the whole dataset."""
     if not (work / "fit.json").is_file():
-        head = whole_head(reader.model.head_weight(), parallel_state.get_tensor_model_parallel_group())
+        model, group = reader.model, parallel_state.get_tensor_model_parallel_group()
+        head = whole_head(model.head_weight(), model.config.hylo.vocab_size, group)
         codec, found = fit_codec(fit_sample(reader), head, kl)
         if is_main():
             tensors = codec.tensors() | {"head": head.contiguous()}
@@ -305,13 +306,12 @@ class StoredTeacher:
 
     def __init__(self, store: TeacherStore, dtype: torch.dtype) -> None:
         self.store, self.dtype = store, dtype
-        ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-        self.weight = store.head.chunk(ranks)[rank].to(dtype)
+        self.weight = head_part(store.head, parallel_state.get_tensor_model_parallel_group()).to(dtype)
         # every tensor-parallel rank reads all tokens
         self.config = SimpleNamespace(sequence_parallel=False, hylo=SimpleNamespace(vocab_size=len(store.head)))
 
     def head_weight(self) -> Tensor:
-        """[vocab / TP, H]."""
+        """[vocab / TP rounded up, H]."""
         return self.weight
 
     def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:

@@ -145,7 +145,7 @@ def test_layers_of_other_settings_are_not_reused(material, tmp_path, monkeypatch
     [
         (dict(tokens=10**6), r"has \d+ windows of 40 tokens, 1000000 calibration tokens need 25000; .*at most \d+ tokens"),
         (dict(tokens=120), "layer 0: 120 calibration tokens are too few for 48 channels; give at least 192"),
-        (dict(parallel=ParallelConfig(pipeline_model_parallel_size=2)), "pipeline size 1"),
+        (dict(parallel=ParallelConfig(pipeline_model_parallel_size=2)), "tensor and data parallelism alone"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message, material, tmp_path):
@@ -183,6 +183,9 @@ def test_parallel_ranks_measure_what_one_rank_does(material, tmp_path):
     layouts = {"tp2": {"tensor_model_parallel_size": 2}, "dp2": {}}
     arguments = dict(teacher=str(material.teacher), data=str(material.data), **SETTINGS)
     jobs = [(layout, arguments | {"output": str(tmp_path / name)}) for name, layout in layouts.items()]
+    few = arguments | {"tokens": 256, "sequence_length": 256, "output": str(tmp_path / "few")}  # one window for two ranks
+    jobs.append(({}, few))
+    gather.calibrate(**few | {"output": tmp_path / "few_of_one"})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                str(Path(__file__).with_name("worker.py")), str(tmp_path / "jobs.json")]  # fmt: skip
@@ -190,11 +193,11 @@ def test_parallel_ranks_measure_what_one_rank_does(material, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    for name in layouts:
+    for name, oracle in (*((name, material.done) for name in layouts), ("few", tmp_path / "few_of_one")):
         verify_sealed(tmp_path / name)
-        assert files(tmp_path / name)["windows.safetensors"] == files(material.done)["windows.safetensors"]
+        assert files(tmp_path / name)["windows.safetensors"] == files(oracle)["windows.safetensors"]
         for layer in range(LAYERS):
-            one, ours = (load_file(folder / layer_file(layer)) for folder in (material.done, tmp_path / name))
+            one, ours = (load_file(folder / layer_file(layer)) for folder in (oracle, tmp_path / name))
             assert one.keys() == ours.keys() and all(one[n].shape == ours[n].shape for n in one)
             errors = {n: relative_error(ours[n].double(), one[n].double()) for n in one if n != "layer"}
             assert int(ours["layer"]) == layer and max(errors.values()) < FP32 and math.isfinite(sum(errors.values())), errors
