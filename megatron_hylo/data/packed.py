@@ -267,8 +267,8 @@ def heldout_windows(
         )
     windows, chosen = [], _evenly(int(ends[-1]), max_windows)
     logger.info(
-        "%s: %d of %d windows of %d tokens inside a document; %s of %s tokens, in documents shorter than a window or after a "
-        "document's last one, are in none",
+        "%s: %d of %d windows of %d tokens inside a document; %s of %s tokens are predicted in none: documents' first tokens, "
+        "and what is too short for a window at their ends",
         path_prefix, len(chosen), ends[-1], sequence_length, f"{store.tokens - ends[-1] * sequence_length:,}",
         f"{store.tokens:,}",
     )  # fmt: skip

@@ -25,6 +25,8 @@ STAGES = {
     "stored": dict(stage="distil", ce_weight=0.3, teacher_store="store"),
     "packed_stored": dict(stage="distil", ce_weight=0.3, teacher_store="store", packed_documents=True),
     "packed_mse": dict(stage="align", align_loss="mse", packed_documents=True),
+    "mse_pairs": dict(stage="align", align_loss="mse", micro_batch_size=2),
+    "packed_mse_pairs": dict(stage="align", align_loss="mse", micro_batch_size=2, packed_documents=True),
 }
 # name: (ranks, parallel groups, distributed optimizer)
 LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {

@@ -44,7 +44,10 @@ def _loss_normalised_per_rank() -> contextlib.AbstractContextManager:
 def _alignment_normalised_per_rank() -> contextlib.AbstractContextManager:
     from megatron_hylo.distill import alignment
 
-    return _replaced(alignment, "_power", lambda target, sequence_parallel: target.float().square().sum())
+    def own(windows, sequence_parallel):
+        return torch.stack([window.float().square().sum() for window in windows])
+
+    return _replaced(alignment, "_power", own)
 
 
 def _halo_off_by_one() -> contextlib.AbstractContextManager:

@@ -66,6 +66,7 @@ CASES = [
     *(("normed", stage, layout) for layout in ("tp2_sp", "tp2_sp_cp2") for stage in PACKED),
     *(("mixed", "packed", layout) for layout in ("pp2", "cp2_dp2", "cp4", "pp2_cp2")),
     ("aligned", "packed", "tp2_sp_cp2"),
+    *(("mixed", stage, layout) for layout in ("tp2_sp", "cp2_gather") for stage in ("mse_pairs", "packed_mse_pairs")),
     *(("normed", stage, "cp3") for stage in ("pretrain", "packed")),
     *((model, stage, layout) for layout in ("pp2", "pp2_vp2") for model in MODELS for stage in WHOLE),
     *(("normed", stage, layout) for layout in ("pp2", "pp2_vp2") for stage in PACKED),
