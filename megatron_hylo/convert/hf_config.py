@@ -133,7 +133,8 @@ def hf_config_from_model(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
     }
     if set(config.mixers) != {"*"}:
-        auto = {"AutoConfig": "configuration_hylo.HyloConfig", "AutoModelForCausalLM": "modeling_hylo.HyloForCausalLM"}
+        auto = {"AutoConfig": "configuration_hylo.HyloConfig", "AutoModel": "modeling_hylo.HyloModel"}
+        auto["AutoModelForCausalLM"] = "modeling_hylo.HyloForCausalLM"
         return {
             "model_type": HYLO_MODEL_TYPE,
             "architectures": ["HyloForCausalLM"],

@@ -65,12 +65,13 @@ def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, trac
     values = hf_config_from_model(config, dtype)
     write_json(folder / "config.json", values)
     write_shards(hf_tensors(model, track), folder)
-    if values["model_type"] == HYLO_MODEL_TYPE:
-        from megatron_hylo.serve.export import copy_modelling_code
+    from megatron_hylo.serve.export import copy_modelling_code, make_tokenizer_portable
 
+    if values["model_type"] == HYLO_MODEL_TYPE:
         copy_modelling_code(folder)
     if tokenizer is not None and tokenizer.is_dir():
         shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+        make_tokenizer_portable(folder)
 
 
 def convert_megatron_to_hf(source: str | Path, output: str | Path, overwrite: bool = False, track: Track = no_progress) -> None:

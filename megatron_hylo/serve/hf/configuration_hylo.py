@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 from transformers.utils import logging
 
-TRANSFORMERS_VERSIONS = ("4.57.6", "5.17.0")  # oldest and newest that tests run with
+TRANSFORMERS_VERSIONS = ("4.57.1", "5.17.0")  # oldest and newest that tests run with
 
 
 def check_transformers(version: str) -> None:

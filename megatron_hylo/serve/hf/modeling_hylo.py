@@ -231,8 +231,14 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
-        """Called by generate(), which would make a cache of its own kind."""
+        """Called by generate() before the first pass; it would make a cache of its own kind."""
         _check_cache(model_kwargs.get("past_key_values"))
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
+            raise ValueError(
+                "a prompt ends in padding, but generate() continues after the last position; pad on the left "
+                "(tokenizer.padding_side = 'left'), and give an attention_mask where the prompt itself ends in the padding token"
+            )
         if generation_config.cache_implementation is not None:
             raise ValueError(f"cache_implementation {generation_config.cache_implementation!r} is not supported; leave it out")
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
