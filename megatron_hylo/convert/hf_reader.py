@@ -163,7 +163,8 @@ def load_transformers_tokenizer(path: str | Path) -> Any | None:
         return _gguf_tokenizer(gguf)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    return transformers.AutoTokenizer.from_pretrained(path)
+    # a hybrid's folder has code, of the model: transformers 5 would ask whether to run it, for the tokenizer's sake
+    return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def _gguf_tokenizer(file: Path) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
 TRANSFORMERS_VERSIONS = ("4.57.1", "5.17.0")  # oldest and newest that tests run with
 
 
@@ -31,8 +32,7 @@ def check_transformers(version: str) -> None:
             f"pip install 'transformers>={oldest[0]}.{oldest[1]},<{newest[0] + 1}'"
         )
     if found > newest:
-        message = "HyLo models were tested with transformers up to %s; %s is installed"
-        logging.get_logger(__name__).warning_once(message, TRANSFORMERS_VERSIONS[1], version)
+        logger.warning("HyLo models were tested with transformers up to %s; %s is installed", TRANSFORMERS_VERSIONS[1], version)
 
 
 check_transformers(transformers.__version__)

@@ -4,6 +4,7 @@ Prefill may be cut anywhere, and padding may stand anywhere. An exported folder 
 kernels' files beside its weights; it needs transformers and torch only.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -229,6 +230,14 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() looks at its parameters
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Called by generate() for each pass; transformers 4 gives a cut prompt its columns' numbers, padding counted too."""
+        positions, columns = kwargs.get("position_ids"), kwargs.get("cache_position")
+        if positions is not None and columns is not None and torch.equal(positions, columns[None]):
+            kwargs["position_ids"] = None  # they are counted from the mask then
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
         """Called by generate() before the first pass; it would make a cache of its own kind."""
