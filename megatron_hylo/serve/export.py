@@ -40,8 +40,8 @@ def copy_modelling_code(folder: Path) -> list[Path]:
     named = {"modeling_hylo", *_RELATIVE_IMPORT.findall(model.read_text())}
     lines = [f"    from .{name} import __doc__  # noqa: F401\n" for name in sorted(written.keys() - named)]
     if lines:
-        heading = "\n\nif False:  # transformers 4 copies only those files of a local folder that the model's file itself imports\n"
-        model.write_text(model.read_text() + heading + "".join(lines))
+        reason = "transformers 4 copies only those files of a local folder that the model's file itself imports"
+        model.write_text(f"{model.read_text()}\n\nif False:  # {reason}\n{''.join(lines)}")
     return list(written.values())
 
 

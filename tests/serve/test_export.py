@@ -23,6 +23,7 @@ CASES = {
     **{name: serve_config("G+*+", **settings) for name, settings in ALIGNED.items()},
 }
 
+
 def exported(config, folder):
     """A random Megatron model and its exported folder."""
     model = random_megatron_model(config)

@@ -116,14 +116,16 @@ def test_a_stranger_gets_the_megatron_models_logits_and_the_full_forwards_text(o
     assert expected.std() > 0.3
     for name in ("logits", "again", "placed", "base", "embeddings"):
         torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-4, msg=name)
-    model = HyloForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()  # the project's class needs no trust
+    assert type(model) is HyloForCausalLM
     torch.testing.assert_close(found["loss"], model(ids, labels=ids).loss)
     assert found["fp32"] == sorted(n for n, _ in model.named_parameters() if n.endswith(("A_log", "dt_bias", ".D")))
 
     assert found["turn"] == dict(tokenizer("the <|turn|> fox")) and len(found["turn"]["input_ids"]) == 9
     alone = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
     assert list(found["ids"]) == ["input_ids", "attention_mask"]
-    assert [row[-row_ids.shape[1] :] for row, row_ids in zip(found["ids"]["input_ids"], alone)] == [x[0].tolist() for x in alone]
+    for row, prompt in zip(found["ids"]["input_ids"], alone):
+        assert row[-prompt.shape[1] :] == prompt[0].tolist()
     width, settings = max(x.shape[1] for x in alone), dict(max_new_tokens=6, do_sample=False)
     for row, prompt in enumerate(alone):
         torch.testing.assert_close(found["padded"][row, -prompt.shape[1] :], model(prompt).logits[0], rtol=0, atol=1e-4)
@@ -135,7 +137,8 @@ def test_a_stranger_gets_the_megatron_models_logits_and_the_full_forwards_text(o
         assert found["beams"][row, width:].tolist()[: len(beams)] == beams
     assert torch.equal(found["text of embeddings"], model.generate(ids, **settings)[:, 75:])
     assert len(found["sampled"]) == 6 and not torch.equal(found["sampled"][0], found["sampled"][1])
-    for words, message in zip(("4 dimensions", "output_attentions is not supported", "pad on the left"), found["messages"], strict=True):
+    refusals = ("4 dimensions", "output_attentions is not supported", "pad on the left")
+    for words, message in zip(refusals, found["messages"], strict=True):
         assert words in message
 
 
@@ -152,7 +155,8 @@ def greedy(model: HyloForCausalLM, prompt: torch.Tensor, tokens: int) -> list[in
 def test_versions_that_do_not_work_are_refused_in_a_sentence(monkeypatch):
     assert configuration_hylo.TRANSFORMERS_VERSIONS == TRANSFORMERS_VERSIONS  # a file that travels alone states them again
     for version in ("4.56.2", "3.5.1", "6.0.0", "6.0.0.dev0"):
-        with pytest.raises(ImportError, match=f"need transformers 4.57 or later, before 6, but {version} is installed; pip inst"):
+        message = f"need transformers 4.57 or later, before 6, but {version} is installed; pip install 'transformers>=4.57,<6'"
+        with pytest.raises(ImportError, match=message):
             configuration_hylo.check_transformers(version)
     warnings = []
     monkeypatch.setattr(configuration_hylo.logger, "warning", lambda text, *values: warnings.append(text % values))
@@ -176,7 +180,7 @@ def test_a_portable_tokenizer_is_the_one_it_was(tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     make_tokenizer_portable(tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("the <|turn|> fox").input_ids == saved("the <|turn|> fox").input_ids
+    assert dict(transformers.AutoTokenizer.from_pretrained(tmp_path)("the <|turn|> fox")) == dict(saved("the <|turn|> fox"))
 
 
 def test_our_verbs_read_an_exports_tokenizer_without_asking_for_the_models_code(one_rank, tmp_path, monkeypatch):

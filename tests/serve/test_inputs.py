@@ -77,8 +77,8 @@ def test_tokens_after_a_padded_batch_give_the_logits_of_each_sequence_alone(conf
 
 @torch.no_grad()
 def test_a_batch_of_unequal_prompts_generates_what_each_does_alone(three):
-    model, tokens = random_model(CASES["G+M* q/k-norm, yarn"]), three.clamp(min=1)  # 0 is the padding token, which alone would be taken for some
-    tokens, mask = padded(tokens, "left")
+    model = random_model(CASES["G+M* q/k-norm, yarn"])
+    tokens, mask = padded(three.clamp(min=1), "left")  # 0 is the padding token, and would be taken for padding
     for settings in (dict(), dict(num_beams=3), dict(prefill_chunk_size=20), dict(use_cache=False)):
         settings |= dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
         batch = model.generate(tokens, attention_mask=mask, **settings)[:, WIDTH:]

@@ -28,8 +28,8 @@ def check_transformers(version: str) -> None:
     )
     if found < oldest or found[0] > newest[0]:
         raise ImportError(
-            f"HyLo models need transformers {oldest[0]}.{oldest[1]} or later, before {newest[0] + 1}, but {version} is installed; "
-            f"pip install 'transformers>={oldest[0]}.{oldest[1]},<{newest[0] + 1}'"
+            f"HyLo models need transformers {oldest[0]}.{oldest[1]} or later, before {newest[0] + 1}, but {version} is "
+            f"installed; pip install 'transformers>={oldest[0]}.{oldest[1]},<{newest[0] + 1}'"
         )
     if found > newest:
         logger.warning("HyLo models were tested with transformers up to %s; %s is installed", TRANSFORMERS_VERSIONS[1], version)

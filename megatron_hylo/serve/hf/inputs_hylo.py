@@ -37,23 +37,22 @@ def sequence_inputs(
         raise ValueError(f"past_key_values holds {cache.batch_size} sequences, but {batch} are given; give as many")
     real = _padding_mask(attention_mask, batch, cached, new, cache)
     before = None if cache is None else cache.positions
+    last = torch.full((1, 1), -1, device=tokens.device)  # position of each sequence's last cached token
+    if before is not None:
+        last = (before if real is None else torch.where(real[:, :cached], before, -1)).amax(1, keepdim=True)
     if position_ids is None:
-        start = 0
-        if before is not None:
-            start = (before if real is None else torch.where(real[:, :cached], before, -1)).amax(1, keepdim=True) + 1
         counted = torch.arange(new, device=tokens.device)[None] if real is None else real[:, cached:].cumsum(1) - 1
-        positions = start + counted.clamp(min=0)
+        positions = last + 1 + counted.clamp(min=0)
     else:
         positions = position_ids.to(tokens.device)
         if positions.dim() != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != new:
             raise ValueError(f"position_ids must be [{batch} or 1, {new}], got {list(positions.shape)}")
         if len(positions) > 1 and (positions == positions[:1]).all():
             positions = positions[:1]
+        _check_rising(last, positions, None if real is None else real[:, cached:])
     if before is not None:
         rows = max(len(before), len(positions))
         positions = torch.cat([before.expand(rows, -1), positions.expand(rows, -1)], dim=1)
-    if position_ids is not None:
-        _check_rising(positions, real)
     if cache is not None:
         cache.positions, cache.attention_mask, cache.batch_size = positions, real, batch
     if real is None:
@@ -93,18 +92,18 @@ def _padding_mask(mask: Tensor | None, batch: int, cached: int, new: int, cache:
     return None if real.all() else real
 
 
-def _check_rising(positions: Tensor, real: Tensor | None) -> None:
-    """Refuse positions that do not rise from one token to the next, padding left out."""
+def _check_rising(last: Tensor, positions: Tensor, real: Tensor | None) -> None:
+    """Refuse positions [batch or 1, new] that do not rise from `last` [batch or 1, 1] on; `real` is False at padding."""
     if real is not None:
-        positions = positions.masked_fill(~real, -1)
-    highest = torch.cat([positions.new_full((len(positions), 1), -1), positions.cummax(1).values[:, :-1]], dim=1)
-    wrong = positions <= highest
-    if real is not None:
-        wrong = wrong & real
+        positions = torch.where(real, positions, -1)
+    rows = max(len(last), len(positions))
+    last, positions = last.expand(rows, -1), positions.expand(rows, -1)
+    highest = torch.cat([last, positions[:, :-1]], dim=1).cummax(1).values
+    wrong = positions <= highest if real is None else (positions <= highest) & real
     if wrong.any():
         row, place = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"position_ids must rise along each sequence, but {int(positions[row, place])} follows {int(highest[row, place])} "
-            f"(sequence {row}, token {place}). Documents packed into one sequence are not supported, recurrent states would go "
-            f"from one into the next: give each document a row of its own, padded, with an attention_mask"
+            f"(sequence {row}, new token {place}). Documents packed into one sequence are not supported, recurrent states "
+            f"would go from one into the next: give each document a row of its own, padded, with an attention_mask"
         )

@@ -83,8 +83,8 @@ def _check_cache(cache: Any) -> None:
     """
     if cache is not None and not isinstance(cache, HyloCache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}, but a HyLo model keeps latents and recurrent states, in a HyloCache; "
-            f"leave it out: with use_cache=True the output holds one as past_key_values, to be given with the next tokens"
+            f"past_key_values is a {type(cache).__name__}, but a HyLo model has latents and recurrent states, in a HyloCache: "
+            f"leave it out; with use_cache=True the output holds one as past_key_values, to be given with the next tokens"
         )
 
 
@@ -149,7 +149,9 @@ class HyloModel(HyloPreTrainedModel):
     def _choose_cache(self, given: HyloCache | None, use_cache: bool) -> HyloCache | None:
         if self.gradient_checkpointing and self.training:
             if given is not None:
-                raise ValueError("gradient checkpointing cannot continue a cache; leave past_key_values out, or call model.eval()")
+                raise ValueError(
+                    "gradient checkpointing cannot continue a cache; leave past_key_values out or call model.eval()"
+                )
             if use_cache:
                 logger.warning_once("gradient checkpointing makes no cache: use_cache=True is taken for False while training")
             return None
@@ -246,7 +248,7 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
             raise ValueError(
                 "a prompt ends in padding, but generate() continues after the last position; pad on the left "
-                "(tokenizer.padding_side = 'left'), and give an attention_mask where the prompt itself ends in the padding token"
+                "(tokenizer.padding_side = 'left'), and give an attention_mask where a prompt itself ends in the padding token"
             )
         if generation_config.cache_implementation is not None:
             raise ValueError(f"cache_implementation {generation_config.cache_implementation!r} is not supported; leave it out")
