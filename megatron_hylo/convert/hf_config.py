@@ -231,7 +231,8 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
     shared = _shared(config) | {"dtype": dtype, "torch_dtype": dtype}
     shared |= {name: (token_ids or {}).get(name) for name in TOKEN_IDS}
     if set(config.mixers) != {"*"}:
-        auto = {"AutoConfig": "configuration_hylo.HyloConfig", "AutoModelForCausalLM": "modeling_hylo.HyloForCausalLM"}
+        auto = {"AutoConfig": "configuration_hylo.HyloConfig", "AutoModel": "modeling_hylo.HyloModel"}
+        auto["AutoModelForCausalLM"] = "modeling_hylo.HyloForCausalLM"
         return {
             "model_type": HYLO_MODEL_TYPE,
             "architectures": ["HyloForCausalLM"],

@@ -85,7 +85,8 @@ def load_transformers_tokenizer(path: str | Path) -> Any | None:
         return None
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return load_sentencepiece_tokenizer(path)
-    return transformers.AutoTokenizer.from_pretrained(path)
+    # a hybrid's folder has code, of the model: transformers 5 would ask whether to run it, for the tokenizer's sake
+    return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def _gguf_tokenizer(file: Path) -> Any | None:

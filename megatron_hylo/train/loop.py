@@ -257,11 +257,16 @@ def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[Hylo
     shared = dict(parallel=replace(config.parallel, pipeline_layers=layers), params_dtype=dtype, backend=config.backend)
     how = dict(recompute=config.recompute, fp8=config.student_fp8)
     changes = {"mla_rope_scaling": config.mla_rope_scaling} if config.mla_rope_scaling else {}
+    # what is saved says the longest sequence it was trained with
+    trained = [max(c.max_position_embeddings, config.sequence_length) for c in _architectures(config)]
     if config.model:
         folders = [folder for folder in (config.model, config.second_model) if folder]
-        students = [_load_chunks(folder, **how, **shared, **changes) for folder in folders]
+        students = [
+            _load_chunks(folder, **how, **shared, **changes, max_position_embeddings=length)
+            for folder, length in zip(folders, trained)
+        ]
     else:
-        students = [build_chunks(architecture.replace(**changes), **how, **shared)]
+        students = [build_chunks(architecture.replace(**changes, max_position_embeddings=trained[0]), **how, **shared)]
     teacher = None
     if config.teacher:
         chunks = _load_chunks(config.teacher, fp8=config.teacher_fp8, **shared)
