@@ -63,13 +63,13 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_
 
 def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, track: Track = no_progress) -> None:
     """config.json, safetensors, tokenizer and, for a hybrid, its modelling code, into an existing folder."""
+    from megatron_hylo.serve.export import copy_modelling_code, make_tokenizer_portable
+
     config = model.config.hylo
     dtype = "bfloat16" if model.config.params_dtype == torch.bfloat16 else "float32"
     values = hf_config_from_model(config, dtype, stored_token_ids(tokenizer))
     write_json(folder / "config.json", values)
     write_shards(hf_tensors(model, track), folder)
-    from megatron_hylo.serve.export import copy_modelling_code, make_tokenizer_portable
-
     if values["model_type"] == HYLO_MODEL_TYPE:
         copy_modelling_code(folder)
     if tokenizer is not None and tokenizer.is_dir():
