@@ -44,7 +44,7 @@ clean: ## remove .venv and caches; runs/ stays
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 # Made again when the requirements change: a fresh environment, so that nothing of the old one is left.
-.venv/installed: setup.py constraints.txt
+.venv/installed: setup.py constraints.txt tests/transformers4.txt
 	@python="$(PYTHON)"; \
 	works() { "$$1" -c 'import sys; sys.exit(sys.version_info[:2] < (3, 12))' >/dev/null 2>&1; }; \
 	for candidate in "$$python" python3.12 "$$(pyenv prefix 3.12 2>/dev/null || true)/bin/python" python3 python3.13; do \
@@ -63,4 +63,6 @@ clean: ## remove .venv and caches; runs/ stays
 	  echo "this Python has no venv module; on Debian and Ubuntu: apt install python3.12-venv" >&2; rm -rf .venv; exit 1; \
 	fi
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@# an older transformers in a folder of its own, for the tests of what it makes of the files that we write
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target .venv/transformers4 --requirement tests/transformers4.txt
 	@touch $@

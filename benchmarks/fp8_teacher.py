@@ -26,7 +26,7 @@ from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
-from megatron_hylo.io.atomic import is_sealed
+from megatron_hylo.io import is_sealed
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.fp8 import check_fp8

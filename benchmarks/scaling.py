@@ -31,7 +31,7 @@ from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.data.packed import PackedDataset
-from megatron_hylo.io.atomic import write_json
+from megatron_hylo.io import write_json
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import build_chunks

@@ -23,7 +23,7 @@ from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import DocumentStore, heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import hidden_states
-from megatron_hylo.io.atomic import is_sealed
+from megatron_hylo.io import is_sealed
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.teachers.entropy_coding import compress_block, decompress_block

@@ -32,7 +32,7 @@ from megatron_hylo.config.layouts import get_layout, kv_percent
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.preprocess import preprocess
-from megatron_hylo.io.atomic import is_sealed, write_json
+from megatron_hylo.io import is_sealed, write_json
 from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.train.loop import train

@@ -1,6 +1,12 @@
 # shellcheck shell=bash
-# Sourced by the stage scripts after they have set MODEL, TEACHER, DATA, OUTPUT and RECIPE. Runs `hylo train` on the nodes
-# of the Slurm allocation, or on this machine where there is none, and ends well when it has to stop early.
+# Sourced by the stage scripts after they have set slurm_dir, HYLO_ROOT, DATA, OUTPUT, RECIPE, default_model and
+# default_teacher; MODEL and TEACHER are the caller's. Runs `hylo train` on the nodes of the Slurm allocation, or on this
+# machine where there is none, and ends well when it has to stop early.
+#
+# Variables, all optional: HYLO_ROOT, MODEL, TEACHER, DATA, OUTPUT, RECIPE (paths; a relative one starts at the folder of
+# submission), HYLO_PYTHON, NPROC_PER_NODE (processes on each node), HYLO_REPOSITORY (where sbatch does not find it).
+# No default teacher is given to a run that learns from --teacher_store or --teacher_address, or pretrains; no default model
+# to one with --scratch. Each task of a job array has an OUTPUT of its own, which ends in the task's number.
 #
 # Stopping. `hylo train` answers SIGUSR1 by finishing its step and saving a checkpoint, on all ranks once one is asked.
 # Only the workers may get that signal. torchrun dies of SIGUSR1, and answers SIGTERM, SIGINT and SIGHUP by killing the
@@ -13,25 +19,88 @@
 # A job that is started again goes on from OUTPUT's newest checkpoint, so submitting it anew by hand does as well.
 set -euo pipefail
 
-slurm_dir="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-repository="$(dirname "$slurm_dir")"
+# A mistake in what was given: what, and what to set instead.
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# The path $2 of the variable $1 as an absolute one; a ~ that quotes kept from the shell is the home folder.
+absolute() {
+    local path="${2%/}"
+    case "$path" in
+        \~ | \~/*) path="$HOME${path#\~}" ;;
+        \~*) fail "$1=$2: write another user's home folder out, e.g. $1=/home/me/runs" ;;
+    esac
+    [[ "$path" == /* ]] || path="$PWD/$path"
+    printf '%s\n' "${path//\/\///}"
+}
+
+# Value of the setting $1: the last --$1 in the other arguments, else the recipe's; nothing where it is null or not given.
+setting() {
+    local name="$1" value previous="" argument
+    shift
+    value="$(sed -n "s/^$name: *\([^#[:space:]]*\).*/\1/p" "$RECIPE")"
+    value="${value//[\"\']/}"
+    for argument in "$@"; do
+        [[ "$argument" != "--$name="* ]] || value="${argument#*=}"
+        [[ "$previous" != "--$name" ]] || value="$argument"
+        previous="$argument"
+    done
+    [[ "$value" == null ]] || printf '%s\n' "$value"
+}
+
+# The file $3 in the folder $2 that the variable $1 names; $4 is a verb that makes such folders.
+check_folder() {
+    [[ -f "$2/$3" ]] || fail "there is no $2/$3: set HYLO_ROOT, or $1 to a folder made by hylo $4, e.g. $1=/shared/hylo/$5"
+}
+
+for argument in "$@"; do
+    case "${argument%%=*}" in
+        --model | --teacher | --data | --output)
+            name="${argument%%=*}"
+            name="${name#--}"
+            fail "$argument: give this script the variable ${name^^}, e.g. ${name^^}=/shared/hylo/$name sbatch ..."
+            ;;
+    esac
+done
+HYLO_ROOT="$(absolute HYLO_ROOT "$HYLO_ROOT")"
+DATA="$(absolute DATA "$DATA")"
+OUTPUT="$(absolute OUTPUT "$OUTPUT")"
+RECIPE="$(absolute RECIPE "$RECIPE")"
+[[ -f "$RECIPE" ]] || fail "RECIPE=$RECIPE is not a file; e.g. RECIPE=/shared/hylo/mine.yaml"
+elsewhere="$(setting teacher_store "$@")$(setting teacher_address "$@")"
+[[ -n "$elsewhere" || "$(setting stage "$@")" == pretrain ]] || TEACHER="${TEACHER:-$default_teacher}"
+[[ -n "$(setting scratch "$@")" ]] || MODEL="${MODEL:-$default_model}"
+[[ -z "${SLURM_ARRAY_TASK_ID:-}" ]] || OUTPUT="${OUTPUT}_$SLURM_ARRAY_TASK_ID" # else the tasks would write one run
+
+train=(train --config "$RECIPE" --data "$DATA" --output "$OUTPUT")
+check_folder DATA "$DATA" data.json preprocess data/mix
+if [[ -n "${MODEL:-}" ]]; then
+    MODEL="$(absolute MODEL "$MODEL")"
+    check_folder MODEL "$MODEL" hylo.json "convert or upcycle" models/student
+    train+=(--model "$MODEL")
+fi
+if [[ -n "${TEACHER:-}" ]]; then
+    TEACHER="$(absolute TEACHER "$TEACHER")"
+    check_folder TEACHER "$TEACHER" hylo.json convert models/llama3.1-8b
+    train+=(--teacher "$TEACHER")
+fi
+
+repository="$(dirname "${slurm_dir:?}")"
 if [[ -z "${HYLO_PYTHON:-}" ]]; then
     HYLO_PYTHON=python
     [[ ! -x "$repository/.venv/bin/python" ]] || HYLO_PYTHON="$repository/.venv/bin/python" # `make install`
 fi
+[[ "$HYLO_PYTHON" != */* ]] || HYLO_PYTHON="$(absolute HYLO_PYTHON "$HYLO_PYTHON")"
+command -v "$HYLO_PYTHON" >/dev/null ||
+    fail "HYLO_PYTHON=$HYLO_PYTHON cannot be run; make install, or e.g. HYLO_PYTHON=/shared/venv/bin/python"
 export HYLO_PYTHON
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron-Core relies on one queue to overlap tensor-parallel communication
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$HYLO_ROOT/cache/triton}" # shared: a requeued job may land on other nodes
 export TRITON_CACHE_AUTOTUNING="${TRITON_CACHE_AUTOTUNING:-1}"         # autotuning takes minutes at the first step
 export TOKENIZERS_PARALLELISM=false
-
-for file in "$MODEL/hylo.json" "$TEACHER/hylo.json" "$DATA/data.json" "$RECIPE"; do
-    if [[ ! -f "$file" ]]; then
-        echo "error: there is no $file; set HYLO_ROOT, or MODEL, TEACHER, DATA and RECIPE one by one" >&2
-        exit 2
-    fi
-done
 
 # Folder of the newest finished checkpoint; nothing where there is none.
 newest_checkpoint() {
@@ -45,24 +114,20 @@ newest_checkpoint() {
 finished() { [[ -f "$OUTPUT/model/manifest.json" ]]; }
 
 launch=(bash "$slurm_dir/node.sh")
-if [[ -n "${SLURM_JOB_ID:-}" ]]; then
-    if ((SLURM_NNODES > 1)); then
-        host="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-        export RDZV_ENDPOINT="$host:$((20000 + SLURM_JOB_ID % 20000))"
-    fi
-    # --wait: should one node fail, the others would sit in a collective until it times out.
-    launch=(srun --nodes="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}"
-        --wait=60 "${launch[@]}")
+job="${SLURM_JOB_ID:-${SLURM_JOBID:-}}"
+if [[ -n "$job" ]]; then
+    # shellcheck source=slurm/nodes.sh
+    source "$slurm_dir/nodes.sh"
 fi
 
-mkdir -p "$OUTPUT"
+mkdir -p "$OUTPUT" || fail "OUTPUT=$OUTPUT cannot be made; e.g. OUTPUT=/shared/hylo/run"
 export HYLO_STOP_FILE="$OUTPUT/stop_requested"
 rm -f "$HYLO_STOP_FILE"
 before="$(newest_checkpoint)"
 asked=""
 trap 'asked=requeue; touch "$HYLO_STOP_FILE"' USR1
 trap 'asked=end; touch "$HYLO_STOP_FILE"' TERM INT HUP
-"${launch[@]}" train --config "$RECIPE" --model "$MODEL" --teacher "$TEACHER" --data "$DATA" --output "$OUTPUT" "$@" &
+"${launch[@]}" "${train[@]}" "$@" &
 child=$!
 while kill -0 "$child" 2>/dev/null; do
     wait "$child" || true # returns early each time a signal came
@@ -79,9 +144,12 @@ elif [[ -z "$asked" ]]; then
 elif [[ "$(newest_checkpoint)" == "$before" ]]; then
     echo "error: stopped before a checkpoint was saved; allow more time (--time, or --signal=B:USR1@SECONDS earlier)" >&2
     exit 1 # not requeued: it would stop at the same place for ever
-elif [[ "$asked" == requeue && -n "${SLURM_JOB_ID:-}" ]]; then
+elif [[ "$asked" == requeue && -n "$job" ]]; then
     echo "stopped at $(newest_checkpoint): back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
+    # the plain number of an array's last task is the whole array's
+    scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$job}" && exit 0
+    echo "error: the job could not be put back into the queue: submit it again, it resumes" >&2
+    exit 3
 else
     echo "stopped at $(newest_checkpoint): run the same command to resume"
     exit 3

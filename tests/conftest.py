@@ -1,5 +1,11 @@
 """Shared fixtures: one process group of a single rank for the whole session, tiny models, a tiny dataset."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -14,6 +20,27 @@ def one_rank():
     """Megatron-Core initialised with one rank; yields its device."""
     with session() as device:
         yield device
+
+
+@pytest.fixture(scope="session")
+def transformers4() -> Callable[..., str]:
+    """run(program, *arguments) -> stdout: Python code in a process that imports transformers 4 in place of 5.
+
+    The packages of tests/transformers4.txt lie in .venv/transformers4 (`make install`) or the folder that
+    HYLO_TRANSFORMERS4 names.
+    """
+    folder = Path(os.environ.get("HYLO_TRANSFORMERS4") or Path(sys.prefix, "transformers4"))
+    if not (folder / "transformers" / "__init__.py").is_file():
+        pytest.skip(f"no transformers 4 in {folder}: run make install, or set HYLO_TRANSFORMERS4 to a folder with it")
+
+    def run(program: str, *arguments: object) -> str:
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -22,17 +22,18 @@ from megatron_hylo.calibrate.statistics import (
     RECEPTION_TOKENS,
     VERSION,
     check_statistics,
-    fingerprint,
     layer_file,
 )
 from megatron_hylo.config import ConfigError, ParallelConfig
-from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
+from megatron_hylo.data.tokenizer import check_dataset, check_ids, copy_tokenizer
 from megatron_hylo.distill.alignment import mlp_layer
-from megatron_hylo.io.atomic import check_free, sealed_directory, work_folder, write_json
+from megatron_hylo.io import check_free, sealed_directory, work_folder, write_json
+from megatron_hylo.io.identity import content_identity
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.platform.distributed import device, is_main
 
 
 def calibrate(
@@ -66,16 +67,19 @@ def calibrate(
     Raises:
         ConfigError: a layer that cannot be calibrated (see `check_statistics`), or a setting that cannot work.
     """
-    check_free(output, overwrite)
+    check_free(output, overwrite, [teacher, data])
     config, _ = read_description(teacher)
     if set(config.mixers) != {"*"}:
         raise ConfigError(f"calibrate needs a teacher with attention `*` in every layer, {teacher} has {config.mixers}")
-    if parallel is not None and (parallel.pipeline_model_parallel_size > 1 or parallel.sequence_parallel):
-        raise ConfigError("calibrate works with tensor and data parallelism; set pipeline size 1 and sequence_parallel false")
+    if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
+        raise ConfigError("calibrate works with tensor and data parallelism alone; set the other sizes to 1")
     windows = _calibration_windows(data, tokens, sequence_length, seed)
     kept = heldout_windows(f"{data}/heldout", sequence_length, heldout)
+    for ids in (windows, kept):
+        check_ids(ids, config.vocab_size, data, teacher)
+    check_dataset(data, teacher)
     description = {
-        "format": FORMAT, "version": VERSION, "teacher": fingerprint(teacher), "tokens": windows[:, 1:].numel(),
+        "format": FORMAT, "version": VERSION, "teacher": content_identity(teacher), "tokens": windows[:, 1:].numel(),
         "sequence_length": sequence_length, "layers": config.num_hidden_layers,
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "precision": str(precision).split(".")[1],
     }  # fmt: skip
@@ -86,6 +90,7 @@ def calibrate(
         if is_main():
             save_file({"calibration": windows.int(), "heldout": kept.int()}, folder / "windows.safetensors")
             write_json(folder / "calibration.json", description)
+            copy_tokenizer(data, folder)
             for layer in range(config.num_hidden_layers):
                 shutil.copy(work / layer_file(layer), folder)
     if is_main():
@@ -95,8 +100,9 @@ def calibrate(
 def embed(model: HyloModel, windows: Tensor, micro_batch_size: int) -> list[Tensor]:
     """Hidden states before the first layer: int64 [n, sequence] -> [sequence, batch, hidden] a micro-batch."""
     where = next(model.parameters()).device
+    parts = windows.split(micro_batch_size) if len(windows) else ()
     with torch.no_grad():
-        return [model.embedding(input_ids=ids.to(where), position_ids=None) for ids in windows.split(micro_batch_size)]
+        return [model.embedding(input_ids=ids.to(where), position_ids=None) for ids in parts]
 
 
 def micro_batch(sequence_length: int, tokens: int = 8192) -> int:
@@ -118,8 +124,6 @@ def _calibration_windows(data: str | Path, tokens: int, sequence_length: int, se
 @torch.no_grad()
 def _gather_layers(model: HyloModel, windows: Tensor, work: Path, track: Track) -> None:
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    if len(windows) < ranks:
-        raise ConfigError(f"{len(windows)} calibration windows for {ranks} data-parallel ranks; give more tokens")
     states = embed(model, windows[rank::ranks], micro_batch(windows.shape[1]))
     for layer, (mixer, mlp) in enumerate(track(model.mixer_layers(), "calibrate")):
         file = work / layer_file(layer)
@@ -201,8 +205,13 @@ class LayerSums:
 
     def means(self, layer: int) -> dict[str, Tensor]:
         """Means over all ranks' tokens, CPU fp32, all heads; see `megatron_hylo.calibrate.statistics`."""
-        for tensor in self.sums.values():
-            torch.distributed.all_reduce(tensor, group=parallel_state.get_data_parallel_group())
+        group = parallel_state.get_data_parallel_group()
+        shapes = [{name: tensor.shape for name, tensor in self.sums.items()}]
+        torch.distributed.broadcast_object_list(shapes, torch.distributed.get_global_rank(group, 0), group)
+        for name, shape in shapes[0].items():
+            if name not in self.sums:  # this rank had no windows; the first one has
+                self.sums[name] = torch.zeros(shape, dtype=torch.float64, device=device())
+            torch.distributed.all_reduce(self.sums[name], group=group)
         tokens = self.sums["tokens"]
         mean = {name: tensor / tokens for name, tensor in self.sums.items()}
         split = ("input_second_moment", "query_second_moment", "key_second_moment", "sink_mass", "head_energy")

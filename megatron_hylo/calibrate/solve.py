@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from megatron_hylo.calibrate.gather import embed, micro_batch
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.distill.alignment import mixer_output, relative_distance
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.mamba2 import Mamba2
 

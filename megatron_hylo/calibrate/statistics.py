@@ -1,8 +1,9 @@
 """Calibration folders: second moments of each attention layer of a teacher on some text, and that text.
 
-DIR/calibration.json           {"format", "version", "teacher": fingerprint, "tokens", "sequence_length", "layers"}
+DIR/calibration.json           {"format", "version", "teacher": content identity, "tokens", "sequence_length", "layers"}
 DIR/windows.safetensors        calibration and held-out windows, int32 [n, sequence_length + 1]
 DIR/layer_00000.safetensors    one layer's statistics
+DIR/tokenizer/                 of the text
 DIR/manifest.json              sizes and sha256 of all files
 
 A layer's statistics, fp32, means over all tokens (q and k as the scores see them: bias and norm applied, not rotated):
@@ -35,7 +36,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io.atomic import MANIFEST, verify_sealed
+from megatron_hylo.io import read_manifest, read_sealed_json, verify_sealed
+from megatron_hylo.io.identity import content_identity
 
 FORMAT, VERSION = "megatron_hylo.calibration", 1
 LOOK_BACK_TOKENS, RECEPTION_TOKENS = 512, 32
@@ -47,10 +49,19 @@ def layer_file(layer: int) -> str:
     return f"layer_{layer:05d}.safetensors"
 
 
-def fingerprint(teacher: str | Path) -> str:
-    """sha256 over the weights' hashes in a model folder's manifest: which checkpoint statistics belong to."""
-    files = json.loads((Path(teacher) / MANIFEST).read_text())["files"]
-    weights = sorted((name, entry["sha256"]) for name, entry in files.items() if name.startswith("weights/"))
+def is_made_of(identity: str, teacher: str | Path) -> bool:
+    """Whether what keeps the content identity of its teacher was made with this one.
+
+    Args:
+        identity: as stored; folders of earlier versions have another, of the files of one conversion.
+        teacher: model folder.
+    """
+    return identity in (content_identity(teacher), _files_identity(teacher))
+
+
+def _files_identity(teacher: str | Path) -> str:
+    """sha256 over the hashes of all files of the weights: a teacher that was made again has another."""
+    weights = sorted((name, e["sha256"]) for name, e in read_manifest(teacher).items() if name.startswith("weights/"))
     return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
 
@@ -73,10 +84,10 @@ class CalibrationFolder(Mapping[int, dict[str, Tensor]]):
         if not file.is_file():
             raise ConfigError(f"{path} is not a calibration folder: it has no calibration.json; make one with `hylo calibrate`")
         verify_sealed(self.path)
-        self.description = json.loads(file.read_text())
+        self.description = read_sealed_json(self.path, "calibration.json", ("teacher", "layers", "tokens", "sequence_length"))
         if (self.description.get("format"), self.description.get("version")) != (FORMAT, VERSION):
             raise ConfigError(f"{file}: format {self.description.get('format')}, expected {FORMAT} {VERSION}")
-        if self.description["teacher"] != fingerprint(teacher):
+        if not is_made_of(self.description["teacher"], teacher):
             raise ConfigError(f"{path} was made with another checkpoint than {teacher}; run `hylo calibrate` with that one")
 
     def __getitem__(self, layer: int) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """What `hylo` shows: one console, progress bars on it, and which messages of whom."""
 
+import io
 import logging
 import os
 import sys
@@ -26,6 +27,9 @@ def track(items: Iterable, description: str) -> Iterable:
 
 def set_up_logging() -> None:
     """Our own messages on the main rank; of other packages only errors, and no progress bars of theirs."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a model's text on a terminal that has not all characters
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     logging.getLogger("megatron_hylo").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

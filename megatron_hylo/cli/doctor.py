@@ -59,7 +59,7 @@ def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None
 def _environment(where) -> None:
     import torch
 
-    from megatron_hylo.io.cache import cache_dir
+    from megatron_hylo.io import cache_dir
     from megatron_hylo.kernels.tuned import FOLDER
 
     table = Table(title="environment")

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_hylo.cli.console import console, set_up_logging, track
@@ -54,14 +55,20 @@ def fetch(what: Literal["teacher", "documents", "qwen3-tokenizer"]) -> None:
     print(functions[what]())
 
 
-def convert(source: str, output: str, to: Literal["megatron", "hf"] = "megatron", overwrite: bool = False) -> None:
+def convert(
+    source: Path, output: Path, to: Literal["megatron", "hf"] = "megatron", overwrite: bool = False, no_verify: bool = False
+) -> None:
     """Convert a Hugging Face folder or GGUF file to a Megatron model folder, or back.
+
+    No weight is rounded: FP8 and int8 ones are dequantised to float32. Ends with a comparison of all tensors and of fp32 logits
+    with transformers' own loading, layer by layer above 1B parameters; a model that differs is not written.
 
     Args:
         source: Hugging Face folder (Llama, Qwen2.5, Qwen3 or an exported hybrid), .gguf file, or model folder.
         output: folder to make; it appears only when it is complete.
         to: the format to make.
         overwrite: replace what is there.
+        no_verify: leave out the comparison.
     """
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
@@ -69,48 +76,60 @@ def convert(source: str, output: str, to: Literal["megatron", "hf"] = "megatron"
 
     with session():
         function = convert_hf_to_megatron if to == "megatron" else convert_megatron_to_hf
-        function(source, output, overwrite, track)
+        function(source, output, overwrite, track, verify=not no_verify)
     console.print(f"wrote {output}")
 
 
-def verify(hf_dir: str, megatron_dir: str, tokens: int = 128, tolerance: float = 1e-4) -> int:
+def verify(hf_dir: Path, megatron_dir: Path, tokens: int = 128, tolerance: float = 1e-4) -> int:
     """Compare a Hugging Face checkpoint with its conversion: every tensor bit for bit, and the logits.
 
     Args:
         hf_dir: Hugging Face folder or .gguf file.
         megatron_dir: the model folder made from it.
         tokens: length of the random input that logits are compared on.
-        tolerance: largest |delta logit| that passes, fp32.
+        tolerance: largest |delta logit| that passes, fp32; relative to the largest logit where that is above 1.
     """
     from megatron_hylo.convert.verify import verify_conversion
     from megatron_hylo.platform.distributed import session
 
     with session():
         result = verify_conversion(hf_dir, megatron_dir, tokens, tolerance, track=track)
-    print(f"tensors compared: {result.tensors}, differing: {len(result.differing)}")
-    for line in result.differing:
-        print(f"  {line}")
-    print(f"max |delta logit|: {result.max_logit_difference:.3e} over {result.tokens} tokens (tolerance {tolerance:.0e})")
+    print("\n".join(result.lines()))
     print("verified" if result.ok else "NOT verified")
     return 0 if result.ok else 1
 
 
-def preprocess(input: str, output: str, *, tokenizer: str, heldout_fraction: float = 0.05) -> None:
+def preprocess(
+    input: Path,
+    output: Path,
+    *,
+    tokenizer: Path,
+    heldout_fraction: float = 0.05,
+    on_bad_text: Literal["skip", "replace", "error"] = "skip",
+    overwrite: bool = False,
+) -> None:
     """Tokenise text into a Megatron indexed dataset, with whole documents held out for evaluation.
 
+    What cannot be used (lines that are not JSON or have no text, invalid bytes, binary files) is left out, said with its
+    file and line, and counted in OUTPUT/data.json.
+
     Args:
-        input: folder of .txt/.md/.rst files, or a .jsonl file with a "text" field a line.
+        input: folder of .txt/.md/.rst files, or a .jsonl or .jsonl.gz file with a "text" field a line; UTF-8, or what a
+            byte order mark says.
         output: dataset folder to make.
         tokenizer: Hugging Face or Megatron model folder with a tokenizer, or a .gguf file.
         heldout_fraction: part of the documents that is held out.
+        on_bad_text: documents with invalid bytes or half a surrogate pair: skip them, replace the characters by U+FFFD, or
+            end with an error at the first, as at any line that gives no text.
+        overwrite: replace what is there.
     """
     from megatron_hylo.data.preprocess import preprocess as preprocess_text
 
-    preprocess_text(input, output, tokenizer, heldout_fraction)
+    preprocess_text(input, output, tokenizer, heldout_fraction, overwrite=overwrite, on_bad_text=on_bad_text)
     console.print(f"wrote {output}")
 
 
-def export(model: str, output: str, overwrite: bool = False) -> None:
+def export(model: Path, output: Path, overwrite: bool = False) -> None:
     """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code.
 
     Args:
@@ -122,7 +141,7 @@ def export(model: str, output: str, overwrite: bool = False) -> None:
 
 
 def generate(
-    model: str,
+    model: Path,
     prompt: str,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -135,7 +154,7 @@ def generate(
 
     Args:
         model: model folder, training checkpoint, or exported Hugging Face folder.
-        prompt: text to continue; asked for where it is not given.
+        prompt: text to continue; - reads it from the standard input, in UTF-8.
         max_new_tokens: tokens to make at most.
         temperature: 0 takes the most likely token each time.
         top_p: with temperature > 0, sample from the most likely tokens that hold this much probability.
@@ -143,13 +162,14 @@ def generate(
         seed: of the sampling.
         chat: wrap the prompt in the tokenizer's chat template.
     """
-    from megatron_hylo.serve.generate import generate_text
+    from megatron_hylo.serve.generate import check_prompt, generate_text
 
-    if prompt is None:
-        prompt = console.input("prompt: ")
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape")
+    check_prompt(prompt)
     console.print(prompt, style="dim", end="", highlight=False, markup=False)
     result = generate_text(
-        Path(model), prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
         repetition_penalty=repetition_penalty, seed=seed, chat=chat,
         on_text=lambda text: console.print(text, end="", highlight=False, markup=False, soft_wrap=True),
     )  # fmt: skip
@@ -161,7 +181,7 @@ def generate(
     )
 
 
-def evaluate(model: str, data: str, teacher: str | None = None, sequence_length: int = 2048, windows: int = 32) -> None:
+def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_length: int = 2048, windows: int = 32) -> None:
     """Held-out perplexity of a model and, with a teacher, KL to it and top-1 agreement.
 
     Args:
@@ -172,12 +192,16 @@ def evaluate(model: str, data: str, teacher: str | None = None, sequence_length:
         windows: windows at most.
     """
     from megatron_hylo.data.packed import heldout_windows
+    from megatron_hylo.data.tokenizer import check_dataset, check_ids
     from megatron_hylo.eval.perplexity import evaluate as evaluate_model
-    from megatron_hylo.models.checkpoint import load_model
+    from megatron_hylo.models.checkpoint import load_model, read_description
     from megatron_hylo.platform.distributed import session
 
     with session():
         batch = heldout_windows(f"{data}/heldout", sequence_length, windows)
+        for folder in filter(None, (model, teacher)):
+            check_ids(batch, read_description(folder)[0].vocab_size, data, folder)
+            check_dataset(data, folder)
         quality = evaluate_model(load_model(model), batch, load_model(teacher) if teacher else None)
     print(_json(quality.to_dict()))
 
@@ -186,8 +210,8 @@ def quickstart(
     linear: Literal["gdn", "mamba2"] = "gdn",
     init: Literal["calibrated", "paper"] = "calibrated",
     prompt: str | None = None,
-    text: str | None = None,
-    output: str = "runs/quickstart",
+    text: Path | None = None,
+    output: Path = Path("runs/quickstart"),
     train_tokens: int | None = None,
 ) -> None:
     """Real teacher to evaluated hybrid in one go: fetch, convert, verify, calibrate, upcycle, train, export, generate.
@@ -202,7 +226,7 @@ def quickstart(
     """
     from megatron_hylo.cli.quickstart import run_quickstart
 
-    run_quickstart(linear, init, prompt, text, Path(output), train_tokens, console, track=track)
+    run_quickstart(linear, init, prompt, text, output, train_tokens, console, track=track)
 
 
 def train(config: TrainConfig) -> int:
@@ -236,22 +260,30 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(command_line: list[str] | None = None) -> None:
     """Entry point of `hylo`: exits 0 on success, 1 where a check failed, 2 on bad input, 3 when stopped by a signal."""
-    from megatron_hylo.io.atomic import DamagedError
+    from megatron_hylo.io import DamagedError, expand_home, output_lock, plain_os_errors
 
     set_up_logging()
     parser = build_parser(VERBS)
-    parsed = parser.parse_args(arguments)
+    try:
+        parsed = parser.parse_args(command_line)
+    except UnicodeDecodeError as error:
+        console.print(f"[bold red]error:[/] the recipe (--config) is not UTF-8: {error}; save it so", highlight=False)
+        sys.exit(EXIT_ERROR)
     verb = {command(v): v for v in VERBS}[parsed.verb]
     values = parser.instantiate(parsed)[parsed.verb]
     try:
         if verb is train:
-            code = train(TrainConfig(**{k: v for k, v in values.items() if k in TrainConfig.__dataclass_fields__}))
+            config = TrainConfig(**{k: v for k, v in values.items() if k in TrainConfig.__dataclass_fields__})
+            arguments, output = {"config": config}, config.output
         else:
-            code = verb(**{k: v for k, v in values.items() if k != "config"})
+            arguments = {k: expand_home(v) if isinstance(v, Path) else v for k, v in values.items() if k != "config"}
+            output = arguments.get("output")
+        with plain_os_errors(), output_lock(output):
+            code = verb(**arguments)
     except (ConfigError, DamagedError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_ERROR)
     sys.exit(code or 0)
 

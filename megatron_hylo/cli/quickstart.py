@@ -23,20 +23,23 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import get_layout, kv_bytes_per_token, kv_percent
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
-from megatron_hylo.convert.to_megatron import Track, convert_hf_to_megatron, no_progress
+from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
-from megatron_hylo.io.atomic import is_sealed, write_json
+from megatron_hylo.io import check_free, is_sealed, read_json, write_json
+from megatron_hylo.io.identity import text_identity
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import session
-from megatron_hylo.serve.generate import generate_text
+from megatron_hylo.serve.generate import check_prompt, generate_text
 from megatron_hylo.train.loop import train
 from megatron_hylo.upcycle.run import upcycle_folder
 
+FOLDERS = ("teacher", "data", "calibration", "hybrid", "export")  # of OUTPUT, beside the runs align and distil
 DEFAULT_PROMPT = "The most important thing about free software is that"
 LAYOUT = {
     ("paper", "gdn"): "smollm2-135m-8mla22gdn",
@@ -120,7 +123,11 @@ def run_quickstart(
         The content of summary.json.
     """
     start = time.perf_counter()
+    check_prompt(prompt or DEFAULT_PROMPT)
     budget = budget or BUDGETS["cuda" if torch.cuda.is_available() else "cpu", init]
+    for name in FOLDERS:  # before hours of work of which one could not be written
+        if not is_sealed(output / name):
+            check_free(output / name, overwrite=False)
     output.mkdir(parents=True, exist_ok=True)
     teacher, hybrid, data = output / "teacher", output / "hybrid", output / "data"
     layout = LAYOUT[init, linear]
@@ -129,8 +136,7 @@ def run_quickstart(
     step("teacher: SmolLM2-135M-Instruct (4-bit GGUF, dequantised), converted and verified against transformers")
     _prepare_teacher(teacher, output, console)
     step("text: whole documents held out")
-    if not is_sealed(data):
-        preprocess(text or str(fetch_documents()), str(data), str(teacher))
+    _prepare_text(text, teacher, data, output)
     if init == "calibrated":
         step("calibrate: what the teacher's layers do on some of that text")
         _calibrate(teacher, data, output, budget, track)
@@ -200,7 +206,7 @@ class _Steps:
 def _prepare_teacher(folder: Path, output: Path, console: Console) -> None:
     if not is_sealed(folder):
         with session():
-            convert_hf_to_megatron(fetch_teacher(), folder)
+            convert_hf_to_megatron(fetch_teacher(), folder, verify=False)  # below, from what was written
     if "verified" in _results(output):
         return
     with session():
@@ -209,6 +215,17 @@ def _prepare_teacher(folder: Path, output: Path, console: Console) -> None:
         raise ConfigError(f"{folder} is not what it was converted from: {result.differing[:3]}; remove it and run again")
     console.print(f"  {result.tensors} tensors equal, max |delta logit| {result.max_logit_difference:.1e}", highlight=False)
     _record(output, verified={"tensors": result.tensors, "max_logit_difference": result.max_logit_difference})
+
+
+def _prepare_text(text: str | None, teacher: Path, data: Path, output: Path) -> None:
+    """Tokenise, or make sure that what is there was made of the same text."""
+    identity = text_identity(text) if text else "documents"
+    if is_sealed(data):
+        if _results(output).get("text", identity) != identity:
+            raise ConfigError(f"{data} was made of another text than {text or 'the default'}; give another --output for it")
+    else:
+        preprocess(text or str(fetch_documents()), str(data), str(teacher))
+    _record(output, text=identity)
 
 
 def _calibrate(teacher: Path, data: Path, output: Path, budget: Budget, track: Track) -> None:
@@ -298,7 +315,7 @@ def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: P
 
 def _results(output: Path) -> dict[str, Any]:
     file = output / "results.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _record(output: Path, **values: Any) -> None:

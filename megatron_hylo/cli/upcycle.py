@@ -1,5 +1,6 @@
 """The verbs of `hylo` around a teacher and the hybrid made of it."""
 
+from pathlib import Path
 from typing import Literal
 
 from megatron_hylo.cli.console import console, show_upcycle, track
@@ -14,9 +15,9 @@ def chosen_dtype(precision: Literal["fp32", "bf16"] | None):
 
 
 def calibrate(
-    teacher: str,
-    data: str,
-    output: str,
+    teacher: Path,
+    data: Path,
+    output: Path,
     tokens: int = 65_536,
     sequence_length: int = 2048,
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -55,9 +56,9 @@ def calibrate(
 
 
 def cache_teacher(
-    teacher: str,
-    data: str,
-    output: str,
+    teacher: Path,
+    data: Path,
+    output: Path,
     kl: float = 9e-4,
     sequence_length: int = 2048,
     overlap: int | None = None,
@@ -105,7 +106,7 @@ def cache_teacher(
 
 
 def serve_teacher(
-    teacher: str,
+    teacher: Path,
     address: str,
     precision: Literal["fp32", "bf16"] | None = None,
     tensor_model_parallel_size: int = 1,
@@ -142,12 +143,12 @@ def serve_teacher(
 
 
 def upcycle(
-    teacher: str,
-    output: str,
+    teacher: Path,
+    output: Path,
     layout: str | None = None,
     pattern: str | None = None,
     init: str = "calibrated",
-    calibration: str | None = None,
+    calibration: Path | None = None,
     shapes: Literal["paper", "aligned"] | None = None,
     rotary: Literal["energy", "all", "fastest", "table"] = "energy",
     sequential: bool = False,
@@ -199,7 +200,7 @@ def upcycle(
     console.print(f"wrote {output}: {report.config.mixers}")
 
 
-def assemble(mla: str, linear: str, base: str, output: str, *, pattern: str, overwrite: bool = False) -> None:
+def assemble(mla: Path, linear: Path, base: Path, output: Path, *, pattern: str, overwrite: bool = False) -> None:
     """Put a hybrid together, layer by layer, from an aligned pure-MLA and an aligned pure-linear model.
 
     Args:
@@ -219,16 +220,16 @@ def assemble(mla: str, linear: str, base: str, output: str, *, pattern: str, ove
 
 
 def select(
-    teacher: str,
+    teacher: Path,
     *,
-    mla: str,
-    linear: str,
-    data: str,
+    mla: Path,
+    linear: Path,
+    data: Path,
     count: int,
     method: Literal["smart", "greedy", "uniform"] = "smart",
     tokens: int = 65_536,
     sequence_length: int = 2048,
-    output: str | None = None,
+    output: Path | None = None,
     allow_unaligned: bool = False,
     overwrite: bool = False,
 ) -> None:

@@ -12,7 +12,7 @@ class RopeScaling:
     """How rotary frequencies are stretched for contexts longer than the pretrained one.
 
     Args:
-        rope_type: none, Llama 3.1's rule, or YaRN.
+        rope_type: none; linear: all frequencies divided by `factor`; Llama 3.1's rule; YaRN.
         factor: target length / original length.
         original_max_position_embeddings: tokens the frequencies were trained for.
         low_freq_factor: llama3 only.
@@ -20,9 +20,10 @@ class RopeScaling:
         beta_fast: yarn only: rotations above which a frequency is left alone.
         beta_slow: yarn only: rotations below which it is divided by `factor`.
         attention_factor: yarn only: cos/sin multiplier; None: 0.1 ln(factor) + 1.
+        truncate: yarn only: the ramp's ends are rounded to whole channels.
     """
 
-    rope_type: Literal["none", "llama3", "yarn"] = "none"
+    rope_type: Literal["none", "linear", "llama3", "yarn"] = "none"
     factor: float = 1.0
     original_max_position_embeddings: int = 0
     low_freq_factor: float = 1.0
@@ -30,14 +31,20 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    truncate: bool = True
 
     def __post_init__(self) -> None:
-        if self.rope_type not in ("none", "llama3", "yarn"):
-            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; use none, llama3 or yarn")
-        if self.rope_type != "none" and (self.factor < 1 or self.original_max_position_embeddings < 1):
+        if self.rope_type not in ("none", "linear", "llama3", "yarn"):
+            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; use none, linear, llama3 or yarn")
+        if self.rope_type != "none" and not self.factor >= 1:
+            raise ConfigError(f"{self.rope_type} needs factor >= 1, got {self.factor}")
+        if self.rope_type in ("llama3", "yarn") and self.original_max_position_embeddings < 1:
             raise ConfigError(
-                f"{self.rope_type} needs factor >= 1 and original_max_position_embeddings >= 1, "
-                f"got {self.factor} and {self.original_max_position_embeddings}"
+                f"{self.rope_type} needs original_max_position_embeddings >= 1, got {self.original_max_position_embeddings}"
+            )
+        if self.rope_type == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0:
+            raise ConfigError(
+                f"llama3 needs high_freq_factor > low_freq_factor > 0, got {self.high_freq_factor} and {self.low_freq_factor}"
             )
 
     @property

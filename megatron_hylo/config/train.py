@@ -1,11 +1,15 @@
 """Every setting of a training run. A recipe (YAML) holds these keys; the command line overrides them."""
 
-from dataclasses import dataclass, field
+import difflib
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, recomputed_layers
+from megatron_hylo.io import expand_home
 
 PREFIXES = ("", "second_")  # of a run's students: RUN/model and RUN/second_model, loss and second_loss
+
+PATHS = ("data", "output", "model", "scratch", "second_model", "teacher", "teacher_store")  # `~` is expanded in these
 
 
 @dataclass
@@ -56,8 +60,9 @@ class TrainConfig:
         sequence_length: tokens a sample.
         packed_documents: documents in a window do not see each other; else only their end token parts them.
         global_batch_size: samples a step, over all ranks.
-        micro_batch_size: samples a forward pass of one rank; align's mse is normalised over them.
-        train_tokens: tokens in all; rounded up to whole steps.
+        micro_batch_size: samples a forward pass of one rank.
+        train_tokens: tokens in all; rounded up to whole steps. A run started again with more goes on, finished or not, with
+            its optimizer's state, on the learning-rate schedule of the longer run.
         trainable: all, or the token mixers alone; align never trains embedding and head, and but for ild mixers alone.
         optimizer: learning rates and the rest of AdamW.
         precision: of weights and activations; the optimizer's copies are fp32 in both.
@@ -85,6 +90,8 @@ class TrainConfig:
         deterministic: the same losses each time, bit for bit, on the same kind and number of GPUs; slower, most of all in
             attention.
         max_skipped_steps: in a row, for NaN or infinity in loss or gradients; one more ends the run.
+        allow_change: keys (optimizer.lr,max_skipped_steps) of which a run that goes on may have other values than it was
+            started with, or (data, teacher) that may hold something else; kept in OUTPUT/history.json. A list, or with commas.
         log_interval: steps between records.
         eval_interval: steps between held-out evaluations; 0: at the end only.
         eval_windows: held-out windows of sequence_length.
@@ -136,6 +143,7 @@ class TrainConfig:
     deterministic: bool = False
     max_skipped_steps: int = 3
     # record and resume
+    allow_change: list[str] | str = ""
     log_interval: int = 10
     eval_interval: int = 0
     eval_windows: int = 32
@@ -147,10 +155,14 @@ class TrainConfig:
     wandb_project: str = "megatron_hylo"
 
     def __post_init__(self) -> None:
+        for name in PATHS:
+            if (getattr(self, name) or "").startswith("~"):
+                setattr(self, name, str(expand_home(getattr(self, name))))
         for name in ("sequence_length", "global_batch_size", "micro_batch_size", "train_tokens", "loss_chunk_tokens",
                      "log_interval", "save_interval", "keep_checkpoints"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self._check_allowed_changes()
         recomputed_layers(self.recompute)
         if self.kl_temperature <= 0:
             raise ConfigError(f"kl_temperature must be positive, got {self.kl_temperature}")
@@ -214,6 +226,20 @@ class TrainConfig:
             raise ConfigError(
                 f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
             )
+
+    @property
+    def allowed_changes(self) -> set[str]:
+        """Keys of allow_change, as on the command line."""
+        keys = self.allow_change.split(",") if isinstance(self.allow_change, str) else self.allow_change
+        return {key.strip() for key in keys if key.strip()}
+
+    def _check_allowed_changes(self) -> None:
+        known = {f.name for f in fields(self)} | {f"optimizer.{f.name}" for f in fields(OptimizerSettings)}
+        known |= {f"mla_rope_scaling.{f.name}" for f in fields(RopeScaling)}
+        for key in sorted(self.allowed_changes - known):
+            near = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, cutoff=0.5)
+            meant = f"did you mean {' or '.join(sorted(near))}? " if near else ""
+            raise ConfigError(f"allow_change {key!r} is no setting of a run; {meant}`hylo train --help` lists them")
 
     def _check_fp8(self, name: str, parts: int) -> None:
         """Refuse what is known to be wrong before there is a machine to ask; `parts` ranks share a sequence."""

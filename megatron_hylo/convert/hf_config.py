@@ -1,11 +1,55 @@
-"""config.json of Hugging Face <-> ModelConfig, one small adapter a family, registered by its model_type."""
+"""config.json of Hugging Face <-> ModelConfig, one small adapter a family, registered by its model_type.
 
-from typing import Any, Callable
+Every key of a config.json is used, or is known not to change what the model computes, or must have a value that does
+not; a key that transformers' own class of the family does not know either is named in a warning.
+"""
 
-from megatron_hylo.config import ConfigError, ModelConfig, RopeScaling, from_dict
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from megatron_hylo.config import ConfigError, ModelConfig, from_dict
+from megatron_hylo.convert.hf_rope import rope_from_hf, rope_to_hf
+
+logger = logging.getLogger("megatron_hylo.convert")
 HYLO_MODEL_TYPE = "hylo"
+TRANSFORMERS_VERSIONS = ("4.57.1", "5.17.0")  # oldest and newest that tests run; 4.51 to 4.56 ignore the factor of YaRN
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TO_MODEL_CONFIG: dict[str, Callable[[dict[str, Any]], ModelConfig]] = {}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_USED = {
+    *_SIZES, "model_type", "architectures", "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings",
+    "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor",
+    "original_max_position_embeddings", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
+}  # fmt: skip
+# Keys that do not change the logits: names and versions, training, what is returned, generation, other heads, and dtype
+# and quantisation, which are those of the stored tensors.
+_HARMLESS = {
+    "_name_or_path", "name_or_path", "transformers_version", "tokenizer_class", "prefix", "attn_implementation",
+    "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled", "dtype", "torch_dtype", "use_bfloat16",
+    "quantization_config", "compression_config",
+    "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "use_cache", "pretraining_tp",
+    "gradient_checkpointing",
+    "return_dict", "output_hidden_states", "output_attentions", "torchscript", "is_decoder", "tie_encoder_decoder",
+    "cross_attention_hidden_size", "tf_legacy_loss", "chunk_size_feed_forward",
+    "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
+    *TOKEN_IDS, "sep_token_id", "unk_token_id", "decoder_start_token_id", "bad_words_ids", "begin_suppress_tokens",
+    "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty",
+    "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
+}  # fmt: skip
+# Keys that say that the weights were trained with another formula, and the value (beside null) that says that they were
+# not. Most are unknown to transformers' classes too, which would load such weights and compute something else.
+_NEUTRAL: dict[str, Any] = {
+    "mlp_bias": False, "attention_bias": False, "is_encoder_decoder": False, "add_cross_attention": False,
+    "pruned_heads": {}, "per_layer_config": {}, "adapters": {},
+    "logits_scaling": 1, "logit_scale": 1, "embedding_multiplier": 1, "residual_multiplier": 1, "attention_multiplier": None,
+    "scale_emb": 1, "scale_depth": None, "dim_model_base": None, "query_pre_attn_scalar": None,
+    "final_logit_softcapping": None, "attn_logit_softcapping": None, "use_logn_attn": False, "use_dynamic_ntk": False,
+    "attn_temperature_tuning": False, "no_rope_layers": [], "use_qk_norm": False, "num_nextn_predict_layers": 0,
+    "num_experts": 0, "num_local_experts": 0, "n_routed_experts": 0,
+}  # fmt: skip
 
 
 def register_family(model_type: str) -> Callable:
@@ -37,55 +81,97 @@ def model_config_from_hf(values: dict[str, Any]) -> ModelConfig:
     return _TO_MODEL_CONFIG[model_type](values)
 
 
-def rope_from_hf(values: dict[str, Any]) -> tuple[float, RopeScaling]:
-    """(rotary_base, scaling) out of `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    base = float(rope.pop("rope_theta", None) or values.get("rope_theta") or 10000.0)
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    if kind == "default":
-        return base, RopeScaling()
-    if kind not in ("llama3", "yarn"):
-        raise ConfigError(f"rope_type {kind!r} is not supported; use default, llama3 or yarn")
-    if rope.get("mscale_all_dim") not in (None, 0) or rope.get("mscale") not in (None, 1):
-        raise ConfigError("YaRN with mscale or mscale_all_dim is not supported; give attention_factor instead")
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
-    original = rope.get("original_max_position_embeddings") or values.get("max_position_embeddings") or 0
-    kept = {k: float(rope[k]) for k in keys if rope.get(k) is not None}
-    return base, RopeScaling(kind, original_max_position_embeddings=int(original), **kept)
+def _check_keys(values: Mapping[str, Any], ignored: tuple[str, ...]) -> None:
+    """Refuse keys that ask for what is not converted; name in a warning those that nobody knows.
+
+    Args:
+        values: config.json.
+        ignored: keys of `_NEUTRAL` that this family's class in transformers does not read.
+    """
+    for key, neutral in _NEUTRAL.items():
+        value = values.get(key)
+        if key not in ignored and value is not None and value != neutral:
+            allowed = "leave it out" if neutral is None else f"only {neutral!r} is"
+            raise ConfigError(f"config.json: {key} {value!r} is not supported ({allowed})")
+    if unknown := sorted(set(values) - _USED - _HARMLESS - set(_NEUTRAL)):
+        model_type = values["model_type"]
+        logger.warning("config.json: ignored, as transformers' %s does: %s", model_type, ", ".join(unknown))
+    for name in values.get("architectures") or []:
+        if not name.endswith("ForCausalLM"):
+            raise ConfigError(f"config.json: architectures names {name}; only language models (...ForCausalLM) are converted")
 
 
-def rope_to_hf(base: float, scaling: RopeScaling) -> dict[str, Any]:
-    """`rope_parameters` as transformers 5 writes them."""
-    if scaling.rope_type == "none":
-        return {"rope_type": "default", "rope_theta": base}
-    values = {"rope_type": scaling.rope_type, "rope_theta": base, "factor": scaling.factor}
-    values["original_max_position_embeddings"] = scaling.original_max_position_embeddings
-    if scaling.rope_type == "llama3":
-        return values | {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-    values |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-    return values if scaling.attention_factor is None else values | {"attention_factor": scaling.attention_factor}
+def _size(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = values.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"config.json: {key} is {value!r}; it must be a whole number of at least 1")
+    return value
 
 
-def _backbone(values: dict[str, Any], **family: Any) -> ModelConfig:
-    if values.get("hidden_act", "silu") != "silu":
+def _flag(values: Mapping[str, Any], key: str) -> bool:
+    value = values.get(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"config.json: {key} is {value!r}; it must be true or false")
+    return value
+
+
+def _check_windows(values: Mapping[str, Any], layers: int) -> None:
+    """Refuse sliding-window attention where a layer has it; Qwen's rule: layers from max_window_layers on, or layer_types."""
+    kinds = values.get("layer_types")
+    if kinds is None:
+        if values["model_type"] == "llama":  # has no windows: with one, the weights are Mistral's
+            window, first = values.get("sliding_window"), 0
+        else:
+            window = values.get("sliding_window", 4096) if _flag(values, "use_sliding_window") else None
+            first = values.get("max_window_layers", 28)
+        kinds = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)]
+    if len(kinds) != layers:
+        raise ConfigError(f"config.json: layer_types has {len(kinds)} entries, num_hidden_layers is {layers}")
+    if other := [(i, kind) for i, kind in enumerate(kinds) if kind != "full_attention"]:
+        raise ConfigError(
+            f"config.json: layer {other[0][0]} is {other[0][1]!r}; only full attention is supported (if the window is not in "
+            f"use, set use_sliding_window to false and leave out sliding_window and layer_types)"
+        )
+
+
+def _backbone(values: dict[str, Any], ignored: tuple[str, ...], defaults: Mapping[str, int], **family: Any) -> ModelConfig:
+    """ModelConfig of what the families share.
+
+    Args:
+        values: config.json.
+        ignored: see `_check_keys`.
+        defaults: transformers' values of what may be missing: max_position_embeddings, and num_key_value_heads and head_dim
+            where they do not follow from other sizes.
+        family: fields of ModelConfig.
+    """
+    _check_keys(values, ignored)
+    if missing := [key for key in _SIZES if key not in values]:
+        raise ConfigError(f"config.json lacks {', '.join(missing)}; the file is incomplete: download it again")
+    if values.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise ConfigError(f"hidden_act {values['hidden_act']!r} is not supported; only silu")
-    if values.get("use_sliding_window"):
-        raise ConfigError("sliding-window attention is not supported; set use_sliding_window to false if it is unused")
-    if values.get("mlp_bias"):
-        raise ConfigError("mlp_bias true is not supported")
+    heads, hidden = _size(values, "num_attention_heads"), _size(values, "hidden_size")
+    layers = _size(values, "num_hidden_layers")
+    _check_windows(values, layers)
+    if values.get("num_key_value_heads", 0) is None:
+        values = values | {"num_key_value_heads": heads}
+    if values.get("head_dim", 0) is None and "head_dim" not in defaults:
+        values = {key: value for key, value in values.items() if key != "head_dim"}
+    values = {"max_position_embeddings": defaults["max_position_embeddings"]} | values
+    epsilon = values.get("rms_norm_eps", 1e-6)
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not epsilon >= 0:
+        raise ConfigError(f"config.json: rms_norm_eps is {epsilon!r}; it must be a number of at least 0")
     base, scaling = rope_from_hf(values)
-    heads = values["num_attention_heads"]
     return ModelConfig(
-        hybrid_layer_pattern="*-" * values["num_hidden_layers"],
-        hidden_size=values["hidden_size"],
-        ffn_hidden_size=values["intermediate_size"],
+        hybrid_layer_pattern="*-" * layers,
+        hidden_size=hidden,
+        ffn_hidden_size=_size(values, "intermediate_size"),
         num_attention_heads=heads,
-        num_query_groups=values.get("num_key_value_heads") or heads,
-        kv_channels=values.get("head_dim") or values["hidden_size"] // heads,
-        vocab_size=values["vocab_size"],
-        max_position_embeddings=values.get("max_position_embeddings", 8192),
-        layernorm_epsilon=values.get("rms_norm_eps", 1e-6),
-        untie_embeddings_and_output_weights=not values.get("tie_word_embeddings", False),
+        num_query_groups=_size(values, "num_key_value_heads", defaults.get("num_key_value_heads", heads)),
+        kv_channels=_size(values, "head_dim", defaults.get("head_dim", hidden // heads)),
+        vocab_size=_size(values, "vocab_size"),
+        max_position_embeddings=_size(values, "max_position_embeddings"),
+        layernorm_epsilon=float(epsilon),
+        untie_embeddings_and_output_weights=not _flag(values, "tie_word_embeddings"),
         rotary_base=base,
         rope_scaling=scaling,
         **family,
@@ -94,45 +180,59 @@ def _backbone(values: dict[str, Any], **family: Any) -> ModelConfig:
 
 @register_family("llama")
 def _llama(values: dict[str, Any]) -> ModelConfig:
-    if values.get("attention_bias"):
-        raise ConfigError("attention_bias true is not supported for Llama (it would put a bias on o_proj)")
-    return _backbone(values, model_family="llama")
+    return _backbone(values, (), {"max_position_embeddings": 2048}, model_family="llama")
 
 
 @register_family("qwen2")
 def _qwen2(values: dict[str, Any]) -> ModelConfig:
-    return _backbone(values, model_family="qwen2", add_qkv_bias=True)
+    defaults = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+    return _backbone(values, ("attention_bias", "mlp_bias"), defaults, model_family="qwen2", add_qkv_bias=True)
 
 
 @register_family("qwen3")
 def _qwen3(values: dict[str, Any]) -> ModelConfig:
-    if values.get("attention_bias"):
-        raise ConfigError("attention_bias true is not supported for Qwen3")
-    return _backbone(values, model_family="qwen3", qk_layernorm=True)
+    defaults = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128}
+    return _backbone(values, ("mlp_bias",), defaults, model_family="qwen3", qk_layernorm=True)
 
 
 @register_family(HYLO_MODEL_TYPE)
 def _hylo(values: dict[str, Any]) -> ModelConfig:
-    return from_dict(ModelConfig, values["hylo"], "config.json: hylo")
+    if not isinstance(values.get("hylo"), Mapping):
+        raise ConfigError("config.json has model_type hylo and no description under the key hylo; export the model again")
+    config = from_dict(ModelConfig, values["hylo"], "config.json: hylo")
+    described = _shared(config)
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings"):
+        if values.get(key, described[key]) != described[key]:
+            raise ConfigError(f"config.json: {key} is {values[key]!r}, its description under hylo says {described[key]!r}")
+    return config
 
 
-def hf_config_from_model(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json of a model: the base family's own where every mixer is attention, else `model_type` "hylo".
-
-    Args:
-        config: the model.
-        dtype: "float32" or "bfloat16".
-    """
-    shared = {
+def _shared(config: ModelConfig) -> dict[str, Any]:
+    return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": not config.untie_embeddings_and_output_weights,
-        "dtype": dtype,
     }
+
+
+def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """config.json of a model: the base family's own where every mixer is attention, else `model_type` "hylo".
+
+    What transformers 4 and 5 spell differently is there twice: dtype, and the RoPE settings.
+
+    Args:
+        config: the model.
+        dtype: "float32" or "bfloat16".
+        token_ids: bos_token_id, eos_token_id (a number or a list), pad_token_id. Those that are not given are null: classes of
+            transformers have defaults of their own (Llama: 1 and 2), which would end a generation at any word.
+    """
+    shared = _shared(config) | {"dtype": dtype, "torch_dtype": dtype}
+    shared |= {name: (token_ids or {}).get(name) for name in TOKEN_IDS}
     if set(config.mixers) != {"*"}:
-        auto = {"AutoConfig": "configuration_hylo.HyloConfig", "AutoModelForCausalLM": "modeling_hylo.HyloForCausalLM"}
+        auto = {"AutoConfig": "configuration_hylo.HyloConfig", "AutoModel": "modeling_hylo.HyloModel"}
+        auto["AutoModelForCausalLM"] = "modeling_hylo.HyloForCausalLM"
         return {
             "model_type": HYLO_MODEL_TYPE,
             "architectures": ["HyloForCausalLM"],
@@ -151,5 +251,5 @@ def hf_config_from_model(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "head_dim": config.kv_channels,
         "hidden_act": "silu",
         "rms_norm_eps": config.layernorm_epsilon,
-        "rope_parameters": rope_to_hf(config.rotary_base, config.rope_scaling),
+        **rope_to_hf(config.rotary_base, config.rope_scaling),
     }

@@ -9,10 +9,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_hylo.convert.hf_config import HYLO_MODEL_TYPE, hf_config_from_model
-from megatron_hylo.convert.hf_reader import INDEX, SINGLE
+from megatron_hylo.convert.hf_reader import open_source
 from megatron_hylo.convert.mapping import model_entries
-from megatron_hylo.convert.to_megatron import Track, no_progress
-from megatron_hylo.io.atomic import sealed_directory, write_json
+from megatron_hylo.convert.safetensors_reader import INDEX, SINGLE
+from megatron_hylo.convert.token_ids import stored_token_ids
+from megatron_hylo.convert.verify import require_equal
+from megatron_hylo.io import sealed_directory, write_json
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import HyloModel
 
@@ -60,20 +63,23 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_
 
 def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, track: Track = no_progress) -> None:
     """config.json, safetensors, tokenizer and, for a hybrid, its modelling code, into an existing folder."""
+    from megatron_hylo.hf.export import copy_modelling_code, make_tokenizer_portable
+
     config = model.config.hylo
     dtype = "bfloat16" if model.config.params_dtype == torch.bfloat16 else "float32"
-    values = hf_config_from_model(config, dtype)
+    values = hf_config_from_model(config, dtype, stored_token_ids(tokenizer))
     write_json(folder / "config.json", values)
     write_shards(hf_tensors(model, track), folder)
     if values["model_type"] == HYLO_MODEL_TYPE:
-        from megatron_hylo.hf.export import copy_modelling_code
-
         copy_modelling_code(folder)
     if tokenizer is not None and tokenizer.is_dir():
         shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+        make_tokenizer_portable(folder)
 
 
-def convert_megatron_to_hf(source: str | Path, output: str | Path, overwrite: bool = False, track: Track = no_progress) -> None:
+def convert_megatron_to_hf(
+    source: str | Path, output: str | Path, overwrite: bool = False, track: Track = no_progress, verify: bool = True
+) -> None:
     """Convert a model folder or training checkpoint to a Hugging Face folder; `platform.initialize` must have run.
 
     Args:
@@ -81,7 +87,13 @@ def convert_megatron_to_hf(source: str | Path, output: str | Path, overwrite: bo
         output: the Hugging Face folder to make; it appears when it is complete.
         overwrite: replace what is there.
         track: progress display over an iterable.
+        verify: compare tensors and logits with transformers' loading of the folder, before it appears.
+
+    Raises:
+        ConfigError: the source cannot be read, or transformers reads another model in what was written.
     """
-    with sealed_directory(output, overwrite) as folder:
+    with sealed_directory(output, overwrite, [source]) as folder:
         model = load_model(source, backend="local")
         write_hf_folder(model, folder, Path(source) / "tokenizer", track)
+        if verify:
+            require_equal(model, open_source(folder), folder, track)

@@ -1,9 +1,8 @@
 """Hugging Face -> Megatron model folder."""
 
-import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,17 +10,12 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.convert.hf_reader import load_transformers_tokenizer, open_source
 from megatron_hylo.convert.mapping import model_entries
-from megatron_hylo.io.atomic import check_free, write_json
+from megatron_hylo.convert.token_ids import GENERATION_CONFIG, generation_settings
+from megatron_hylo.convert.verify import require_equal
+from megatron_hylo.io import check_free, write_json
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
-
-GENERATION_CONFIG = "generation_config.json"
-Track = Callable[[Iterable, str], Iterable]
-
-
-def no_progress(items: Iterable, description: str) -> Iterable:
-    """The `track` argument that shows nothing."""
-    return items
 
 
 def fill_model(model: HyloModel, config: ModelConfig, read: Callable[[str], Tensor], track: Track = no_progress) -> None:
@@ -51,29 +45,32 @@ def fill_model(model: HyloModel, config: ModelConfig, read: Callable[[str], Tens
 
 
 def convert_hf_to_megatron(
-    source: str | Path, output: str | Path, overwrite: bool = False, track: Track = no_progress
+    source: str | Path, output: str | Path, overwrite: bool = False, track: Track = no_progress, verify: bool = True
 ) -> ModelConfig:
     """Convert a Hugging Face folder or GGUF file to a model folder; `platform.initialize` must have run.
 
-    Weights keep their dtype, so converting back is bit-exact (float16 becomes float32).
+    No weight is rounded: all are bfloat16 where all are stored so, else all float32. Quantised weights are dequantised.
 
     Args:
         source: folder with config.json and safetensors, or a .gguf file, or a folder with one.
         output: the model folder to make.
         overwrite: replace what is there.
         track: progress display over an iterable.
+        verify: compare tensors and logits with transformers' loading of the source, before anything is written.
 
     Returns:
         The model's configuration.
 
     Raises:
-        ConfigError: the source cannot be converted; nothing is left at `output`.
+        ConfigError: the source cannot be converted, or what was made of it is another model; nothing is left at `output`.
     """
-    check_free(output, overwrite)
+    check_free(output, overwrite, [source])
     opened = open_source(source)
     dtype = opened.dtype()
     model = build_model(opened.config, params_dtype=dtype, backend="local")
     fill_model(model, opened.config, opened.read, track)
+    if verify:
+        require_equal(model, opened, source, track)
     with tempfile.TemporaryDirectory() as scratch:
         has_tokenizer = _save_tokenizer(Path(source), Path(scratch))
         save_model(model, output, scratch if has_tokenizer else None, {"converted_from": Path(source).name}, overwrite)
@@ -83,12 +80,9 @@ def convert_hf_to_megatron(
 def _save_tokenizer(source: Path, folder: Path) -> bool:
     """Tokenizer files and, so that generation stops where it should, generation_config.json; False where there are none."""
     tokenizer = load_transformers_tokenizer(source)
-    if tokenizer is None:
-        return False
-    tokenizer.save_pretrained(folder)
-    if (source / GENERATION_CONFIG).is_file():
-        shutil.copy(source / GENERATION_CONFIG, folder)
-    else:
-        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        write_json(folder / GENERATION_CONFIG, {name: token for name, token in ends.items() if token is not None})
-    return True
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    settings = generation_settings(source, tokenizer)
+    if settings:
+        write_json(folder / GENERATION_CONFIG, settings)
+    return tokenizer is not None or bool(settings)

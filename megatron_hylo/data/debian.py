@@ -4,13 +4,13 @@ apt runs on the system's own sources, but keeps its lists and downloads in a fol
 by apt (signed release files) and unpacked, never installed.
 """
 
-import gzip
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.data.documents import Unreadable, read_text_file, replace_half_pairs
 from megatron_hylo.io.cache import logger, run_tool, working
 
 OWN_TEXT = "check the network, or train on your own text with --text DIR"
@@ -121,8 +121,13 @@ def read_texts(name: str, deb: Path, scratch: Path) -> Iterator[tuple[str, str]]
     for path in sorted(files):
         file = files[path]
         if file.is_file() and path.endswith(package.suffixes):
-            content = file.read_bytes()
-            yield path, (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8", errors="replace")
+            text = read_text_file(file)
+            if isinstance(text, Unreadable):
+                logger.warning("%s: %s is left out: %s (%s)", name, path, text.reason, text.detail)
+                continue
+            if (shown := replace_half_pairs(text)) != text:
+                logger.warning("%s: %s is not valid UTF-8; U+FFFD stands for what is not", name, path)
+            yield path, shown
 
 
 def _update(apt: list[str]) -> None:

@@ -6,7 +6,7 @@ visited in a shuffled order too: a long document would fill a whole batch otherw
 sequence_length, i), so a run resumes from its count of consumed samples. Loss is on all tokens, as in the paper.
 """
 
-import json
+import logging
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,28 +17,32 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io.atomic import DamagedError
+from megatron_hylo.io import DamagedError, read_json, verify_if_sealed
 
+logger = logging.getLogger("megatron_hylo.data")
 DOCUMENT_ORDER, WINDOW_ORDER = 0, 1  # streams of random numbers of an epoch
 IGNORED = -100  # label of a token whose continuation is not to be learnt
 EPOCHS_KEPT = 2  # a batch may span two
 
 
 class DocumentStore:
-    """Memory-mapped documents of an indexed dataset, of one or several sequences each.
+    """Memory-mapped documents of an indexed dataset, of one or several sequences each; all ranks make one.
 
     Args:
         path_prefix: path without .bin or .idx.
 
     Raises:
         ConfigError: there is no dataset.
-        DamagedError: the index is unreadable, or its token count is not that of the .bin file or of data.json.
+        DamagedError: the index is unreadable, or its token count is not that of the .bin file or of data.json, or
+            they are not what the manifest beside them says (a dataset of another program has none).
     """
 
     def __init__(self, path_prefix: str | Path) -> None:
         prefix = str(path_prefix)
         if not IndexedDataset.exists(prefix):
             raise ConfigError(f"there is no dataset {prefix}.bin with {prefix}.idx; make one with `hylo preprocess`")
+        name = Path(prefix).name
+        verify_if_sealed(Path(prefix).parent, (f"{name}.bin", f"{name}.idx", "data.json", "tokenizer"))
         try:
             self.sequences = IndexedDataset(prefix)
         except (AssertionError, ValueError, struct.error) as error:
@@ -63,7 +67,7 @@ class DocumentStore:
             )
         description = Path(prefix).parent / "data.json"
         if description.is_file():
-            expected = json.loads(description.read_text()).get(f"{Path(prefix).name}_tokens", self.tokens)
+            expected = read_json(description).get(f"{Path(prefix).name}_tokens", self.tokens)
             if expected != self.tokens:
                 raise DamagedError(f"{prefix} has {self.tokens} tokens, {description} says {expected}: files of two datasets")
 
@@ -112,6 +116,17 @@ class PackedDataset:
             IndexError: a negative index; there is no last window to count from.
         """
         return torch.from_numpy(np.concatenate([self.store.read(*piece) for piece in self.pieces(index)]))
+
+    def describe(self, windows: int) -> str:
+        """A sentence on what a run of so many windows, from the first on, trains on and leaves out."""
+        rest = windows % self.windows_per_epoch
+        tail = self.store.tokens - (self.windows_per_epoch * self.sequence_length + 1)
+        left = self.windows_per_epoch - rest if rest else 0
+        return (
+            f"{len(self.store.lengths):,} documents, {self.store.tokens:,} tokens; an epoch has {self.windows_per_epoch:,} "
+            f"windows of {self.sequence_length:,}, and leaves out {tail:,} tokens at its end that fill none; the run reads "
+            f"{windows:,} windows, {windows / self.windows_per_epoch:.2f} epochs, and leaves out {left:,} windows of the last"
+        )
 
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
         """(document, first token, tokens) of what window `index` is made of, in order."""
@@ -250,8 +265,14 @@ def heldout_windows(
             f"{sequence_length} needs {sequence_length + 1}: use a smaller sequence_length, hold out longer documents, or "
             f"allow windows that cross documents"
         )
-    windows = []
-    for i in _evenly(int(ends[-1]), max_windows):
+    windows, chosen = [], _evenly(int(ends[-1]), max_windows)
+    logger.info(
+        "%s: %d of %d windows of %d tokens inside a document; %s of %s tokens are predicted in none: documents' first tokens, "
+        "and what is too short for a window at their ends",
+        path_prefix, len(chosen), ends[-1], sequence_length, f"{store.tokens - ends[-1] * sequence_length:,}",
+        f"{store.tokens:,}",
+    )  # fmt: skip
+    for i in chosen:
         document = int(np.searchsorted(ends, i, side="right"))
         number = int(i) - (int(ends[document - 1]) if document else 0)
         windows.append(store.read(document, number * sequence_length, sequence_length + 1))

@@ -1,8 +1,11 @@
 """Tokenise documents into Megatron-Core's indexed datasets, with whole documents held out.
 
+What cannot be read or tokenised is skipped, named in the log and counted in data.json (see documents.py).
+
 DIR/train.bin, .idx      token ids, one sequence a document, each ending in the end-of-document token
 DIR/heldout.bin, .idx    the same, of the documents held out
 DIR/data.json            `DataDescription`
+DIR/used_token_ids.npy   the ids that occur, int64, ascending
 DIR/tokenizer/           the tokenizer
 DIR/manifest.json        sizes and sha256 of all files; a folder without it is not finished
 """
@@ -25,8 +28,10 @@ from tokenizers import Tokenizer
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.hf_reader import load_transformers_tokenizer
-from megatron_hylo.data.artefacts import Document, read_documents
-from megatron_hylo.io.atomic import sealed_directory, sha256, write_json
+from megatron_hylo.data.documents import Document, OnBadText, TextCheck, Unreadable, read_documents
+from megatron_hylo.data.tokenizer import USED_IDS, check_ids, vocabulary_of
+from megatron_hylo.io import check_free, expand_home, sealed_directory, verify_if_sealed, write_json
+from megatron_hylo.models.checkpoint import read_description
 
 logger = logging.getLogger("megatron_hylo.data")
 SPLITS = ("train", "heldout")
@@ -34,26 +39,30 @@ SPLITS = ("train", "heldout")
 DOCUMENT_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>")
 BATCH_CHARACTERS = 2_000_000  # bounds the memory of a batch's encodings, about 200 bytes a token
 BATCH_DOCUMENTS = 1024
+STOPS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)
 
 
 @dataclass(frozen=True)
 class DataDescription:
     """Content of data.json: what a dataset holds and how it was made."""
 
-    vocab_size: int  # largest id of the tokenizer + 1; a model needs at least as many
+    vocab_size: int  # largest id of the tokenizer + 1
+    largest_token_id: int  # that occurs; a model needs more rows than that
     end_token_id: int
     dtype: str  # of the token ids on disk
-    tokenizer_sha256: str  # of tokenizer/tokenizer.json
+    vocabulary_sha256: str  # of the tokenizer's map from tokens to ids (data/tokenizer.py)
     train_documents: int
     train_tokens: int  # end tokens included
     heldout_documents: int
     heldout_tokens: int
     heldout_fraction: float
     heldout_names: list[str]  # "source/name" of each document held out, in the dataset's order
+    skipped: dict[str, int]  # places in the input that gave no document, by reason
+    replaced_documents: int  # with U+FFFD in place of invalid characters
 
 
 def build_dataset(
-    documents: Iterable[Document],
+    documents: Iterable[Document | Unreadable],
     tokenizer: Any,
     out_dir: str | Path,
     heldout_fraction: float = 0.05,
@@ -61,6 +70,7 @@ def build_dataset(
     max_documents: int | None = None,
     vocab_size: int | None = None,
     overwrite: bool = False,
+    on_bad_text: OnBadText = "skip",
 ) -> DataDescription:
     """Tokenise documents into `out_dir`, which appears only when it is whole.
 
@@ -69,36 +79,43 @@ def build_dataset(
     added but the end token, and text that looks like a special token is tokenised as text.
 
     Args:
-        documents: read once, in order; empty ones are skipped.
+        documents: read once, in order; those that are empty, unreadable, or fail in the tokenizer are skipped and counted.
         tokenizer: transformers' PreTrainedTokenizerFast.
         out_dir: folder to make.
         heldout_fraction: expected part of the documents held out, in [0, 1); 0 makes no held-out set.
         end_token_id: end-of-document token; by default what `end_of_document_token` finds.
-        max_documents: read no more than this many.
-        vocab_size: rows of the embedding of the model that the data is for; None: not checked.
+        max_documents: take no more than this many.
+        vocab_size: rows of the embedding of the model that the data is for; None: not checked. A token beyond them is an
+            error where it occurs.
         overwrite: replace `out_dir`.
+        on_bad_text: what becomes of documents with invalid bytes or half a surrogate pair, as in `TextCheck`.
 
     Returns:
         What was written, as in data.json.
 
     Raises:
-        ConfigError: no text, a fraction out of range, a tokenizer that is slow or larger than the model's vocabulary,
-            or `out_dir` exists.
+        ConfigError: no text, a fraction out of range, a slow tokenizer, a token beyond the model's vocabulary, `out_dir`
+            exists, or with `on_bad_text` error the first document that cannot be used.
     """
     if not 0 <= heldout_fraction < 1:
         raise ConfigError(f"heldout_fraction must be at least 0 and below 1, got {heldout_fraction}")
     if max_documents is not None and max_documents < 1:
         raise ConfigError(f"max_documents must be at least 1, got {max_documents}")
     vocabulary = _vocabulary_size(tokenizer)
-    if vocab_size is not None and vocabulary > vocab_size:
-        raise ConfigError(
-            f"the tokenizer has ids up to {vocabulary - 1}, the model's vocabulary is {vocab_size}: they do not match"
-        )
     end = end_of_document_token(tokenizer) if end_token_id is None else end_token_id
     if not 0 <= end < vocabulary:
         raise ConfigError(f"end_token_id {end} is not an id of the tokenizer, which has 0 to {vocabulary - 1}")
-    texts = (document for document in itertools.islice(documents, max_documents) if document.text.strip())
+    if vocab_size is not None and vocabulary > vocab_size:
+        check_ids(end, vocab_size, "the end of every document", "the model")
+        logger.warning(
+            "the tokenizer has ids up to %d, the model's vocabulary is %d: text with a token beyond it will be refused",
+            vocabulary - 1, vocab_size,
+        )  # fmt: skip
+    check = TextCheck(on_bad_text)
+    texts = itertools.islice(check.usable(documents), max_documents)
     first = list(itertools.islice(texts, BATCH_DOCUMENTS))
+    if not first:
+        raise ConfigError(f"there is no text in the documents{': ' * bool(check.skipped)}{check.summary()}; give others")
     threshold = _heldout_threshold(first, len(first) < BATCH_DOCUMENTS, heldout_fraction)
     dtype = DType.optimal_dtype(vocabulary)
     with sealed_directory(out_dir, overwrite) as folder, ExitStack() as stack:
@@ -106,33 +123,42 @@ def build_dataset(
         builders = {split: IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=dtype) for split in splits}
         for builder in builders.values():
             stack.enter_context(closing(builder.data_file))
-        counts, heldout_names = {split: [0, 0] for split in SPLITS}, []
-        for document, ids in _tokenise(itertools.chain(first, texts), plain_encoder(tokenizer), end, dtype):
+        counts, heldout_names, used = {split: [0, 0] for split in SPLITS}, [], np.zeros(vocabulary, bool)
+        for document, ids in _tokenise(itertools.chain(first, texts), plain_encoder(tokenizer), end, dtype, check):
+            if vocab_size is not None and vocabulary > vocab_size:
+                check_ids(int(ids.max()), vocab_size, f"{document.source}/{document.name}", "the model")
+            used[ids] = True
             split = "heldout" if heldout_score(document.name) < threshold else "train"
             builders[split].add_document(ids, [len(ids)])
             counts[split][0] += 1
             counts[split][1] += len(ids)
             if split == "heldout":
                 heldout_names.append(f"{document.source}/{document.name}")
+        check.report(sum(number for number, _ in counts.values()))
         for split, builder in builders.items():
             if not counts[split][0]:
                 raise ConfigError(
                     f"no document for {split} out of {sum(n for n, _ in counts.values())} with heldout_fraction "
-                    f"{heldout_fraction}: change the fraction"
+                    f"{heldout_fraction}: change the fraction{', or give other text: ' * bool(check.skipped)}{check.summary()}"
                 )
             builder.finalize(str(folder / f"{split}.idx"))
         tokenizer.save_pretrained(folder / "tokenizer")
+        ids = np.flatnonzero(used)
+        np.save(folder / USED_IDS, ids)
         description = DataDescription(
             vocab_size=vocabulary,
+            largest_token_id=int(ids[-1]),
             end_token_id=end,
             dtype=np.dtype(dtype).name,
-            tokenizer_sha256=sha256(folder / "tokenizer" / "tokenizer.json"),
+            vocabulary_sha256=vocabulary_of(tokenizer, "").identity,
             train_documents=counts["train"][0],
             train_tokens=counts["train"][1],
             heldout_documents=counts["heldout"][0],
             heldout_tokens=counts["heldout"][1],
             heldout_fraction=heldout_fraction,
             heldout_names=heldout_names,
+            skipped=dict(check.skipped),
+            replaced_documents=check.replaced,
         )
         write_json(folder / "data.json", asdict(description))
     logger.info("%s: %d documents, %d tokens; held out: %d documents, %d tokens", out_dir, *counts["train"], *counts["heldout"])
@@ -140,33 +166,42 @@ def build_dataset(
 
 
 def preprocess(
-    input: str,
-    output: str,
-    tokenizer: str,
+    input: str | Path,
+    output: str | Path,
+    tokenizer: str | Path,
     heldout_fraction: float = 0.05,
     max_documents: int | None = None,
     vocab_size: int | None = None,
     overwrite: bool = False,
+    on_bad_text: OnBadText = "skip",
 ) -> DataDescription:
     """Tokenise text into a dataset folder for training.
 
     Args:
-        input: folder of .txt, .md or .rst files, or a .jsonl file with a "text" field.
+        input: folder of .txt, .md or .rst files, or a .jsonl or .jsonl.gz file with a "text" field; UTF-8, or what a byte
+            order mark says.
         output: dataset folder to make.
         tokenizer: Hugging Face folder, folder with a .gguf file, or model folder.
         heldout_fraction: part of the documents held out for evaluation.
-        max_documents: read no more than this many.
-        vocab_size: vocabulary of the model, to check the tokenizer against.
+        max_documents: take no more than this many.
+        vocab_size: vocabulary of the model; by default of the model folder that `tokenizer` is, if it is one.
         overwrite: replace the output folder.
+        on_bad_text: skip leaves out documents with invalid bytes or half a surrogate pair, replace puts U+FFFD there, error
+            ends at the first; lines that are not JSON or have no text are left out too, or end it. Counts are in data.json.
 
     Raises:
         ConfigError: as `build_dataset`, or there is no tokenizer or text.
     """
-    folder = Path(tokenizer)
+    input, output, folder = (expand_home(path) for path in (input, output, tokenizer))
+    check_free(output, overwrite, [input, folder])
+    verify_if_sealed(folder, ("tokenizer",) if (folder / "tokenizer").is_dir() else ())
     found = load_transformers_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
     if found is None:
         raise ConfigError(f"{tokenizer} holds no tokenizer; give a folder with tokenizer.json, a .gguf file, or a model folder")
-    return build_dataset(read_documents(input), found, output, heldout_fraction, None, max_documents, vocab_size, overwrite)
+    if vocab_size is None and (folder / "hylo.json").is_file():
+        vocab_size = read_description(folder)[0].vocab_size
+    documents = read_documents(input)
+    return build_dataset(documents, found, output, heldout_fraction, None, max_documents, vocab_size, overwrite, on_bad_text)
 
 
 def heldout_score(name: str) -> float:
@@ -204,8 +239,6 @@ def _vocabulary_size(tokenizer: Any) -> int:
 
 def _heldout_threshold(first: list[Document], all_there: bool, fraction: float) -> float:
     """The score below which documents are held out: the fraction, moved so far that neither side of a small set is empty."""
-    if not first:
-        raise ConfigError("there is no text in the documents; give others")
     if not all_there or not fraction:
         return fraction
     scores = sorted({heldout_score(document.name) for document in first})
@@ -215,7 +248,7 @@ def _heldout_threshold(first: list[Document], all_there: bool, fraction: float) 
 
 
 def _tokenise(
-    documents: Iterable[Document], encoder: Tokenizer, end: int, dtype: type[np.number]
+    documents: Iterable[Document], encoder: Tokenizer, end: int, dtype: type[np.number], check: TextCheck
 ) -> Iterator[tuple[Document, np.ndarray]]:
     """Each document with its ids [tokens + 1]; batches are encoded on all cores."""
     console = Console(stderr=True)
@@ -224,12 +257,34 @@ def _tokenise(
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("tokenising", total=None)
         for batch in _batches(documents):
-            encodings = encoder.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
-            for document, encoding in zip(batch, encodings, strict=True):
-                ids = np.array([*encoding.ids, end], dtype=dtype)
+            for document, found in zip(batch, _encode(batch, encoder, check), strict=True):
+                if found is None:
+                    continue
+                ids = np.array([*found, end], dtype=dtype)
                 done, tokens = done + 1, tokens + len(ids)
                 yield document, ids
             progress.update(task, description=f"tokenising: {done:,} documents, {tokens:,} tokens")
+
+
+def _encode(batch: list[Document], encoder: Tokenizer, check: TextCheck) -> Iterator[list[int] | None]:
+    """Ids of each document; None where the tokenizer fails, or knows no character of it, which is counted."""
+    try:
+        encodings = encoder.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
+    except STOPS:
+        raise
+    except BaseException as error:  # a panic in the tokenizer's Rust code is no Exception
+        if len(batch) == 1:
+            check.failed(batch[0], error)
+            yield None
+        else:  # it does not say at which document
+            middle = len(batch) // 2
+            yield from _encode(batch[:middle], encoder, check)
+            yield from _encode(batch[middle:], encoder, check)
+        return
+    for document, encoding in zip(batch, encodings, strict=True):
+        if not encoding.ids:
+            check.failed(document, "it makes no token of the text")
+        yield encoding.ids or None
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

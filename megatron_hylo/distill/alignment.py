@@ -1,12 +1,13 @@
 """Stage 1: every student layer learns its teacher layer's output, with gradients that stay in the layer. Three losses:
 
-    mse         L = sum_l  mean_t ||a_l^s - a_l^t||_2^2 / mean_t ||a_l^t||_2^2
+    mse         L = sum_l  mean_w (sum_t ||a_l^s - a_l^t||_2^2 / sum_t ||a_l^t||_2^2)
     ild         L = sum_l  hidden_weight * mean_t ||h_l^s - h_l^t||_2  +  mixer_weight * mean_t ||a_l^s - a_l^t||_2
     sequential  L = sum_l  mean_t ||m_l^s - m_l^t||_2^2 / (||m_l^s||_2^2 + ||m_l^t||_2^2)
 
 a_l is a layer's mixer output before the residual, m_l the residual stream after it, h_l the layer's output (the last
-one after the final norm), mean_t over a micro-batch's tokens. `ild` is HyLo's Enhanced ILD (un-squared norms as in the
-released Zebra-Llama trainer). `mse` compares mixers alone, as stage 1 of RADLADS and of KL-guided layer selection
+one after the final norm), mean_t over all tokens, mean_w over windows and sum_t over the tokens of one, so that no loss
+depends on how a step's windows are divided over micro-batches and ranks. `ild` is HyLo's Enhanced ILD (un-squared norms as
+in the released Zebra-Llama trainer). `mse` compares mixers alone, as stage 1 of RADLADS and of KL-guided layer selection
 (arXiv:2512.20569) does, and divides by the teacher's power, so that every layer counts alike: 1 is the loss of a mixer
 that says nothing. `mse` runs no MLP of the student; it and `sequential` give only mixers a gradient.
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.parallel.documents import Packed, PackedDocuments
+from megatron_hylo.parallel.documents import EqualWindows, Packed, PackedDocuments
 
 
 @dataclass
@@ -74,6 +75,7 @@ def align_layers(
     gradient_scale: float | None = None,
     documents: PackedDocuments | None = None,
     received: Tensor | None = None,
+    windows: int = 1,
 ) -> tuple[list[AlignmentLoss], Tensor]:
     """The loss of every layer of every student and, with `gradient_scale`, its gradients; one pass of the teacher.
 
@@ -85,6 +87,7 @@ def align_layers(
         gradient_scale: factor on the loss before `backward`; None measures only.
         documents: of a packed sequence, batch 1.
         received: what the stage before returned; None on the first.
+        windows: equal ones that a packed sequence is made of; `mse` divides each by its own power.
 
     Returns:
         A loss a student (with sequence parallelism a rank's part: the sum over the tensor-parallel ranks is the loss), and
@@ -111,7 +114,10 @@ def align_layers(
             target_mixer = mixer_output(teacher_layer[0], hidden, packed)
             target = mlp_layer(teacher_layer[1], hidden + target_mixer)
             compared = teacher.decoder.final_norm(target) if last else target
-            power = _power(target_mixer, teacher.config.sequence_parallel) if align_loss == "mse" else None
+            power = None
+            if align_loss == "mse":
+                parts = _windows(target_mixer, packed, windows, teacher.config.sequence_parallel)
+                power = _power(parts, teacher.config.sequence_parallel)
         for n, (student, (mixer, mlp), found) in enumerate(zip(students, layers, terms)):
             with torch.set_grad_enabled(gradient_scale is not None), get_fp8_context(student.config):
                 out_mixer = mixer_output(mixer, read[n], packed)
@@ -120,7 +126,9 @@ def align_layers(
                     middle = read[n] + out_mixer
                     mixer_term = relative_distance(middle, hidden + target_mixer).sum() / input_ids.numel()
                 elif power is not None:
-                    mixer_term = (out_mixer.float() - target_mixer.float()).square().sum() / power
+                    error = out_mixer.float() - target_mixer.float()
+                    parts = _windows(error, packed, windows, student.config.sequence_parallel)
+                    mixer_term = sum(part.square().sum() / p for part, p in zip(parts, power)) / len(parts)
                 elif mixer_weight:
                     mixer_term = _mean_norm(out_mixer - target_mixer, input_ids.numel())
                 if hidden_weight:
@@ -150,9 +158,27 @@ def relative_distance(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours - theirs).square().sum(-1) / size
 
 
-def _power(target: Tensor, sequence_parallel: bool) -> Tensor:
-    """Sum of squares over the tokens of all tensor-parallel ranks together, fp32; mean over context-parallel ranks."""
-    power = target.float().square().sum()
+def _windows(x: Tensor, packed: Packed, count: int, sequence_parallel: bool) -> Sequence[Tensor]:
+    """This rank's tokens of each window, a view; of one that it has none of, an empty one.
+
+    Args:
+        x: [sequence, batch, hidden], or packed [all tokens, 1, hidden].
+        packed: how x holds windows.
+        count: windows of a packed sequence of documents.
+        sequence_parallel: each tensor-parallel rank has its part of the tokens.
+    """
+    if isinstance(packed, EqualWindows):
+        return x.chunk(packed.count)
+    if packed is None:
+        return x.unbind(1)
+    rank = parallel_state.get_tensor_model_parallel_rank() if sequence_parallel else 0
+    first, size = packed.part.start + rank * len(x), packed.length // count
+    return [x[max(n * size - first, 0) : max((n + 1) * size - first, 0)] for n in range(count)]
+
+
+def _power(windows: Sequence[Tensor], sequence_parallel: bool) -> Tensor:
+    """Each window's sum of squares over the tokens of all tensor-parallel ranks, fp32 [n]; mean over context-parallel ranks."""
+    power = torch.stack([window.float().square().sum() for window in windows])
     if sequence_parallel:  # each rank has its part of the tokens; without, each has them all
         torch.distributed.all_reduce(power, group=parallel_state.get_tensor_model_parallel_group())
     if (ranks := parallel_state.get_context_parallel_world_size()) > 1:  # losses are averaged over these, not summed

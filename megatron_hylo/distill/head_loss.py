@@ -2,19 +2,22 @@
 
 For student hidden h [N, H_s], head W_s [V, H_s], teacher hidden [N, H_t], head W_t [V, H_t], with p = softmax:
 
-    L = kl_weight * mean_n KL_n + ce_weight * mean_n -log p_s[label_n]
+    L = kl_weight * (1 / tokens) sum_n KL_n  +  ce_weight * (1 / labels) sum_n -log p_s[label_n]
     forward   KL = sum_v p_t (log p_t - log p_s)    gradient with respect to the student's logits: p_s - p_t
     reverse   KL = sum_v p_s (log p_s - log p_t)                                                   p_s (log p_s - log p_t - KL)
 
 over the full vocabulary (forward, at temperature 1: HyLo stages 2 and 3; Zebra-Llama's trainer; reverse: MiniLLM,
-arXiv:2306.08543). With a temperature T the logits of both are divided by it and the KL is multiplied by T^2, so that its
-gradients keep their size (Hinton et al., arXiv:1503.02531); cross-entropy stays at temperature 1. With a top k, the teacher's k
-most likely tokens of each position keep their own terms and all others are one class (plain_head_softmax.py). Both gradients
-are made in the forward pass, a chunk at a time: [chunk, V] is the size of the largest tensor that ever exists.
+arXiv:2306.08543). `tokens` counts those of which the KL is taken and `labels` those that have a label: of one call, or, where a
+step makes several on several ranks, of all of them (`mean_counts`; Megatron-Core's `calculate_per_token_loss` has one divisor
+for a whole loss, and these are two). With a temperature T the logits of both are divided by it and the KL is multiplied by T^2,
+so that its gradients keep their size (Hinton et al., arXiv:1503.02531); cross-entropy stays at temperature 1. With a top k, the
+teacher's k most likely tokens of each position keep their own terms and all others are one class (plain_head_softmax.py). Both
+gradients are made in the forward pass, a chunk at a time: [chunk, V] is the size of the largest tensor that ever exists.
 With tensor parallelism the vocabulary is split over ranks; they exchange soft-max statistics, and for a top k the teacher's k
 largest log-probabilities of each, never whole logits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +32,7 @@ from megatron_hylo.distill.plain_head_softmax import plain_head_softmax
 from megatron_hylo.kernels.head_softmax import head_softmax, obstacle
 from megatron_hylo.kernels.registry import Obstacle, select
 from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.models.padded_vocabulary import padded_vocabulary
 
 Direction = Literal["forward", "reverse"]
 PADDING = 0.01  # of a vocabulary: what two models of one tokenizer may differ by
@@ -36,7 +40,8 @@ PADDING = 0.01  # of a vocabulary: what two models of one tokenizer may differ b
 
 @dataclass
 class HeadLoss:
-    """Means over unmasked tokens. `loss` carries the gradient; the others are for reports (None where not asked for).
+    """Sums over tokens divided by their counts. `loss` carries the gradient; the others are for reports (None where not asked
+    for).
 
     `kl` is as the loss counts it: in its direction, at its temperature with the T^2, of its top k.
     """
@@ -61,6 +66,7 @@ def model_head_loss(
     kl_temperature: float = 1.0,
     kl_top_k: int | None = None,
     token_mask: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> HeadLoss:
     """`linear_head_loss` for a model's hidden states, whatever the tensor and sequence parallelism.
 
@@ -71,11 +77,13 @@ def model_head_loss(
         teacher, teacher_hidden: the frozen teacher (a model, or a `StoredTeacher`) and its output; both or neither.
         kl_weight, ce_weight, chunk_tokens, measure_agreement, kl_direction, kl_temperature, kl_top_k: see `linear_head_loss`.
         token_mask: [batch, sequence]; see `linear_head_loss`.
+        counts: see `linear_head_loss`.
     """
-    group = parallel_state.get_tensor_model_parallel_group()
+    group, vocabulary = parallel_state.get_tensor_model_parallel_group(), student.config.hylo.vocab_size
     full = _full_tokens(hidden, student.config.sequence_parallel, group)
     teacher_full = None
     if teacher is not None:
+        vocabulary = min(vocabulary, teacher.config.hylo.vocab_size)
         with torch.no_grad():
             teacher_full = _full_tokens(teacher_hidden, teacher.config.sequence_parallel, group).flatten(0, 1)
     return linear_head_loss(
@@ -93,7 +101,29 @@ def model_head_loss(
         kl_temperature,
         kl_top_k,
         token_mask.transpose(0, 1).flatten() if token_mask is not None else None,
+        counts,
+        vocabulary,
     )
+
+
+def mean_counts(labels: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
+    """The `counts` of `linear_head_loss` that make the mean over a step's calls the loss of its global batch.
+
+    They are means over the calls of all ranks: Megatron-Core averages losses and gradients over micro-batches and ranks, and
+    (1 / calls) sum_i sum_i / (total / calls) = sum_i sum_i / total. The number of labels is on the device, so that a CUDA graph
+    counts those of the batch that it is replayed with.
+
+    Args:
+        labels: int64 of each of this rank's micro-batches, of any shape; negative ones are masked. As many on every rank.
+        group: ranks that share the global batch, data- and context-parallel ones.
+
+    Returns:
+        float64 [2]: tokens, labels.
+    """
+    total = sum((x >= 0).sum() for x in labels).double()
+    total = torch.stack([torch.full_like(total, sum(x.numel() for x in labels)), total])
+    dist.all_reduce(total, group=group)
+    return total / (len(labels) * group.size())
 
 
 def check_vocabularies(student: Any, teacher: Any) -> None:
@@ -113,7 +143,7 @@ def check_vocabularies(student: Any, teacher: Any) -> None:
 def teacher_rows(student: HyloModel, teacher: Any, group: dist.ProcessGroup) -> Tensor:
     """The rows of the teacher's head for the tokens of this rank's rows of the student's: [at most V / TP, H_t].
 
-    Where the vocabularies are padded to different sizes, ranks have different tokens of them; then the whole head is gathered.
+    Where the vocabularies differ in size, ranks have different tokens of them; then the whole head is gathered.
 
     Raises:
         ConfigError: see `check_vocabularies`.
@@ -122,16 +152,32 @@ def teacher_rows(student: HyloModel, teacher: Any, group: dist.ProcessGroup) -> 
     if ours == theirs:
         return teacher.head_weight()
     check_vocabularies(student, teacher)
-    share = ours // group.size()
-    return whole_head(teacher.head_weight(), group)[group.rank() * share : (group.rank() + 1) * share]
+    share = len(student.head_weight())
+    return whole_head(teacher.head_weight(), theirs, group)[group.rank() * share : (group.rank() + 1) * share]
 
 
-def whole_head(weight: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All rows of a head whose parts the ranks of `group` have: [V / TP, H] -> [V, H], without gradient."""
+def whole_head(weight: Tensor, vocabulary: int, group: dist.ProcessGroup) -> Tensor:
+    """All rows of a head whose parts the ranks of `group` have, without gradient and without padding.
+
+    Args:
+        weight: this rank's rows, [V / TP, H].
+        vocabulary: V; what the ranks have beyond it is padding.
+        group: ranks that share the vocabulary.
+
+    Returns:
+        [V, H].
+    """
     weight = weight.detach().contiguous()
     whole = weight.new_empty(group.size() * len(weight), weight.shape[1])
     dist.all_gather(list(whole.chunk(group.size())), weight, group=group)
-    return whole
+    return whole[:vocabulary]
+
+
+def head_part(head: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """A rank's rows of a whole head, padded as a model's are: [V, H] -> [V / TP rounded up, H]."""
+    share = padded_vocabulary(len(head), group.size()) // group.size()
+    mine = head[group.rank() * share : (group.rank() + 1) * share]
+    return torch.nn.functional.pad(mine, (0, 0, 0, share - len(mine)))
 
 
 def _full_tokens(hidden: Tensor, sequence_parallel: bool, group: dist.ProcessGroup) -> Tensor:
@@ -156,13 +202,15 @@ def linear_head_loss(
     kl_temperature: float = 1.0,
     kl_top_k: int | None = None,
     token_mask: Tensor | None = None,
+    counts: Tensor | None = None,
+    vocabulary: int | None = None,
 ) -> HeadLoss:
     """KL and cross-entropy of a linear head, see the module's formula; soft-max in fp32 whatever the inputs' dtype.
 
     Args:
         hidden: [N, H_s].
-        weight: this rank's rows [V / TP, H_s].
-        labels: int64 [N], global token ids; a negative one has no cross-entropy but counts in the mean; without them none.
+        weight: this rank's rows [V / TP, H_s]; the same number on every rank.
+        labels: int64 [N], global token ids; a negative one has no cross-entropy and is not counted; without them none.
         teacher_hidden: [N, H_t], no gradient.
         teacher_weight: the rows for the same tokens, [at most V / TP, H_t]; the student's rows beyond them are padding, which
             neither model's soft-max then has, and get no gradient.
@@ -175,9 +223,12 @@ def linear_head_loss(
         kl_top_k: tokens of the whole vocabulary that keep their own term, see the module. The Triton kernels do not know it:
             plain torch runs. None, or as many as the vocabulary has: the full KL. Ignored without a teacher.
         token_mask: bool or 0/1 [N], the same on all ranks of `group`: 1 where a token counts. The others are left out before
-            there are logits: they cost nothing and have neither loss nor gradient, whatever they hold. Means are over the
-            unmasked tokens of this call, and 0 with zero gradients where there are none; whoever averages calls that have
-            different numbers of them must weigh. Shapes depend on the mask: it waits for the GPU, and no CUDA graph records it.
+            there are logits: they cost nothing and have neither loss nor gradient, whatever they hold, and are not counted.
+            Shapes depend on the mask: it waits for the GPU, and no CUDA graph records it.
+        counts: float64 [2], what sums are divided by: those of the KL and of agreement, and that of the cross-entropy. None:
+            by the unmasked tokens and by the labels of this call. Where one is 0 so is the sum, and the mean with it.
+        vocabulary: tokens of the whole vocabulary where the ranks' rows are more: those after the first `vocabulary` of all
+            ranks are padding, which no soft-max has, and which gets no gradient.
 
     Raises:
         ConfigError: the heads' vocabularies differ, there is neither teacher nor label, or kl_top_k is below 1.
@@ -196,17 +247,23 @@ def linear_head_loss(
     weights = (kl_weight, ce_weight) if teacher_weight is not None else (0.0, 1.0)
     if labels is None:
         weights = (weights[0], 0.0)
-    vocabulary = weight.shape[0] * (group.size() if group is not None else 1)
+    if vocabulary is None:
+        vocabulary = weight.shape[0] * (group.size() if group is not None else 1)
     if teacher_weight is None or (kl_top_k is not None and kl_top_k >= vocabulary):
         kl_top_k = None
     if token_mask is not None:
         kept = token_mask.bool()
         hidden, labels, teacher_hidden = (x if x is None else x[kept] for x in (hidden, labels, teacher_hidden))
+    if counts is None:
+        counts = torch.full((2,), len(hidden), dtype=torch.float64, device=hidden.device)
+        if labels is not None:
+            counts[1] = (labels >= 0).sum()
+    counts = counts + (counts == 0)  # of nothing the sum is 0
     loss, sums = _LinearHeadLoss.apply(
-        hidden, weight, labels, teacher_hidden, teacher_weight, weights, chunk_tokens, group, measure_agreement,
-        kl_direction == "reverse", kl_temperature, kl_top_k,
+        hidden, weight, labels, teacher_hidden, teacher_weight, weights, counts, chunk_tokens, group, measure_agreement,
+        kl_direction == "reverse", kl_temperature, kl_top_k, vocabulary,
     )  # fmt: skip
-    kl, cross_entropy, agreement = sums / max(hidden.shape[0], 1)
+    kl, cross_entropy, agreement = sums / torch.stack([counts[0], counts[1], counts[0]]).to(sums.dtype)
     return HeadLoss(
         loss,
         kl if teacher_weight is not None else None,
@@ -218,8 +275,8 @@ def linear_head_loss(
 class _LinearHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, labels, teacher_hidden, teacher_weight, weights, chunk_tokens, group, measure_agreement, reverse,
-        temperature, top_k,
+        ctx, hidden, weight, labels, teacher_hidden, teacher_weight, weights, counts, chunk_tokens, group, measure_agreement,
+        reverse, temperature, top_k, vocabulary,
     ):  # fmt: skip
         kl_weight, ce_weight = weights
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -228,9 +285,18 @@ class _LinearHeadLoss(torch.autograd.Function):
         sums = torch.zeros(3, dtype=compute, device=hidden.device)  # KL, cross-entropy, agreeing tokens
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if wants_weight else None
-        rows = len(weight) if teacher_weight is None else len(teacher_weight)  # all but padding
         first = group.rank() * weight.shape[0] if group is not None else 0
+        rows = min(len(weight), max(vocabulary - first, 0))  # all but padding
+        if teacher_weight is not None:
+            rows = min(rows, len(teacher_weight))
+            teacher_weight = teacher_weight[:rows]
         weight, dtype = weight[:rows], weight.dtype
+        # one divisor for all, so that as many labels as tokens are divided as one mean
+        divisor = counts[0 if teacher_weight is not None else 1]
+        ce_share = ce_weight * (divisor / counts[1]).to(compute) if ce_weight else 0.0
+        scales = torch.stack([torch.full_like(divisor, kl_weight * temperature), torch.full_like(divisor, ce_weight)])
+        scales = (scales / torch.stack([divisor, counts[1]])).float()
+        divisor = divisor.to(compute)
         # the most likely tokens are compared in evaluations alone, which need not be fast
         hindrance = obstacle(hidden) if top_k is None else Obstacle("the Triton kernels have no KL to the teacher's top k")
         fused = not measure_agreement and select("head_softmax", "triton", hindrance) == "triton"
@@ -241,24 +307,24 @@ class _LinearHeadLoss(torch.autograd.Function):
             own_labels = labels[chunk] if labels is not None else None
             if fused:
                 *found, grad = head_softmax(
-                    logits, teacher_logits, own_labels, first, kl_weight * temperature / n, ce_weight / n, reverse, temperature,
-                    group, weight.dtype if wants_grad else None,
+                    logits, teacher_logits, own_labels, first, scales, reverse, temperature, group,
+                    weight.dtype if wants_grad else None,
                 )  # fmt: skip
                 sums[:2] += torch.stack(found)
             else:
                 found, grad = plain_head_softmax(
-                    logits.to(compute), teacher_logits, own_labels, first, weights, reverse, temperature, group, wants_grad,
-                    measure_agreement, top_k,
+                    logits.to(compute), teacher_logits, own_labels, first, (kl_weight, ce_share), reverse, temperature, group,
+                    wants_grad, measure_agreement, top_k,
                 )  # fmt: skip
                 sums += found
-                grad = grad if grad is None else grad.div_(n).to(weight.dtype)
+                grad = grad if grad is None else grad.div_(divisor).to(weight.dtype)
             del logits, teacher_logits
             if wants_hidden:
                 grad_hidden[chunk] = grad @ weight
             if wants_weight:
                 _add_product(grad_weight[:rows], grad.t(), hidden[chunk])
         ctx.grads = grad_hidden, grad_weight.to(dtype) if wants_weight else None
-        loss = (kl_weight * sums[0] + ce_weight * sums[1]) / max(n, 1)
+        loss = (kl_weight * sums[0] + ce_share * sums[1]) / divisor
         ctx.mark_non_differentiable(sums)
         return loss, sums
 
@@ -267,7 +333,7 @@ class _LinearHeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.grads
         ctx.grads = None
         scale = lambda g: g if g is None else g.mul_(grad_loss.to(g.dtype))  # noqa: E731
-        return scale(grad_hidden), scale(grad_weight), *[None] * 10
+        return scale(grad_hidden), scale(grad_weight), *[None] * 12
 
 
 def _logits(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def plain_head_softmax(
-    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, first: int, weights: tuple[float, float],
+    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, first: int, weights: tuple[float, float | Tensor],
     reverse: bool, temperature: float, group: dist.ProcessGroup | None, wants_grad: bool, measure_agreement: bool,
     top_k: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -53,20 +53,20 @@ def plain_head_softmax(
     return sums, grad
 
 
-def _cross_entropy(log_p: Tensor, labels: Tensor, first: int, weight: float) -> tuple[Tensor, Tensor | None]:
+def _cross_entropy(log_p: Tensor, labels: Tensor, first: int, weight: float | Tensor) -> tuple[Tensor, Tensor | None]:
     """(sum over tokens of log p[label], where this rank has it; the gradient weight (p - onehot), None for weight 0).
 
     Args:
         log_p: this rank's part of the vocabulary, [n, V / TP].
         labels: int64 [n] of the whole vocabulary; a negative one counts nothing.
         first: number of this rank's first row.
-        weight: of the gradient.
+        weight: of the gradient; a tensor's value is not looked at, which would wait for the GPU.
     """
     local = labels - first
     mine = (local >= 0) & (local < log_p.shape[1])
     index = local.clamp(0, log_p.shape[1] - 1).unsqueeze(1)
     picked = torch.where(mine, log_p.gather(1, index).squeeze(1), 0).sum()
-    if not weight:
+    if not torch.is_tensor(weight) and not weight:
         return picked, None
     known, mine = (flag.to(log_p.dtype).unsqueeze(1) for flag in (labels >= 0, mine))
     return picked, log_p.exp().mul_(weight * known).scatter_add_(1, index, -weight * mine)
@@ -113,14 +113,17 @@ def top_k_mask(values: Tensor, k: int, group: dist.ProcessGroup | None) -> Tenso
         group: ranks that share the rows.
     """
     own, index = values.topk(min(k, values.shape[1]), dim=-1)
+    kept = own.shape[1]
     chosen = torch.ones_like(index, dtype=torch.bool)
     if group is not None and group.size() > 1:
+        own = torch.nn.functional.pad(own, (0, k - kept), value=-torch.inf)  # ranks may have different numbers of rows
         everyone = [torch.empty_like(own) for _ in range(group.size())]
         dist.all_gather(everyone, own, group=group)
         candidates = torch.cat(everyone, dim=-1)
         # stable, so that every rank puts equal ones into the same order
         best = candidates.sort(dim=-1, descending=True, stable=True).indices[:, :k]
         chosen = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, best, True).chunk(group.size(), 1)[group.rank()]
+        chosen = chosen[:, :kept]
     return torch.zeros_like(values, dtype=torch.bool).scatter_(1, index, chosen)
 
 

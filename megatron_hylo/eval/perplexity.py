@@ -22,7 +22,7 @@ class Quality:
     perplexity: float
     kl: float | None  # nats a token, KL(teacher || model)
     agreement: float | None  # part of the tokens with the teacher's most likely continuation
-    tokens: int
+    tokens: int  # that have a label
 
     def to_dict(self) -> dict[str, float | int | None]:
         """For JSON."""
@@ -37,7 +37,7 @@ def evaluate(
     batch_size: int = 1,
     chunk_tokens: int = 1024,
 ) -> Quality:
-    """Evaluate on held-out windows, shared out over the data- and context-parallel ranks.
+    """Evaluate on held-out windows, shared out over the data- and context-parallel ranks; some may have none.
 
     Args:
         model: this rank's part, or its chunks; in any precision.
@@ -56,25 +56,25 @@ def evaluate(
         chunk.eval()
     where = next(chunks[0].parameters()).device
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    sums = torch.zeros(4, dtype=torch.float64, device=where)  # cross-entropy, kl, agreement, tokens
-    for batch in windows[rank::ranks].split(batch_size):
+    sums = torch.zeros(5, dtype=torch.float64, device=where)  # cross-entropy, kl, agreement; labels, tokens
+    own, undivided = windows[rank::ranks], torch.ones(2, dtype=torch.float64, device=where)
+    for start in range(0, len(own), batch_size):
+        batch = own[start : start + batch_size]
         inputs, labels = own_part(batch[:, :-1]).to(where), own_part(batch[:, 1:]).to(where)
         hidden, teacher_hidden = hidden_states(chunks, inputs), hidden_states(teachers, inputs) if teachers else None
         if hidden is None:
             continue
         loss = model_head_loss(
             chunks[-1], hidden, labels, teachers and teachers[-1], teacher_hidden, chunk_tokens=chunk_tokens,
-            measure_agreement=bool(teachers),
+            measure_agreement=bool(teachers), counts=undivided,
         )  # fmt: skip
-        n = labels.numel()
-        parts = [loss.cross_entropy, loss.kl, loss.agreement]
-        sums += torch.stack([torch.as_tensor(p if p is not None else 0.0, device=where).double() * n for p in parts]
-                            + [torch.tensor(float(n), dtype=torch.float64, device=where)])  # fmt: skip
+        parts = [loss.cross_entropy, loss.kl, loss.agreement, (labels >= 0).sum(), labels.numel()]
+        sums += torch.stack([torch.as_tensor(0.0 if p is None else p, device=where).double() for p in parts])
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     share_last_stages(sums)
     for chunk in chunks:
         chunk.train(was_training)
-    cross_entropy, kl, agreement = (sums[:3] / sums[3]).tolist()
+    cross_entropy, kl, agreement = (sums[:3] / torch.stack([sums[3], sums[4], sums[4]])).tolist()
     compared = bool(teachers)
     return Quality(
         cross_entropy,

@@ -13,7 +13,9 @@ class HyloCache:
     def __init__(self) -> None:
         self.tokens: dict[int, tuple[Tensor, ...]] = {}  # layer -> tensors [batch, sequence, ...], one row a token
         self.states: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (convolution's inputs, recurrent state)
-        self.length = 0
+        self.positions: Tensor | None = None  # int64 [batch or 1, sequence], for the rotary embedding
+        self.attention_mask: Tensor | None = None  # bool [batch, sequence], False at padding; None: there is none
+        self.batch_size = 0  # 0 before the first token
 
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Add the rows of new tokens, [batch, new tokens, ...] each; returns those of all tokens."""
@@ -27,8 +29,8 @@ class HyloCache:
         return self.states.get(layer, (None, None))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen."""
-        return self.length
+        """Tokens seen, padding included."""
+        return 0 if self.positions is None else self.positions.shape[1]
 
     def token_nbytes(self) -> int:
         """Bytes of what grows with the sequence: the KV cache in the narrow sense."""
@@ -44,3 +46,8 @@ class HyloCache:
         for held in (self.tokens, self.states):
             for layer, tensors in held.items():
                 held[layer] = tuple(t.index_select(0, beam_idx.to(t.device)) for t in tensors)
+        if self.positions is not None and len(self.positions) > 1:
+            self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask.index_select(0, beam_idx.to(self.attention_mask.device))
+        self.batch_size = len(beam_idx)

@@ -1,53 +1,97 @@
 """Hugging Face configuration of a HyLo model: the project's own model description under the key `hylo`.
 
 The standard fields (vocab_size, hidden_size, ...) that other libraries read are derived from it where they are
-not given. An exported folder holds this file beside its weights, so it imports nothing but transformers.
+not given. An exported folder holds this file beside its weights, so it imports nothing but transformers. transformers loads it
+before any other file of the folder, so the versions that the folder works with are checked here.
 """
 
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import PreTrainedConfig
+import transformers
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+TRANSFORMERS_VERSIONS = ("4.57.1", "5.17.0")  # oldest and newest that tests run with
 
 
-class HyloConfig(PreTrainedConfig):
+def check_transformers(version: str) -> None:
+    """Refuse a transformers that this code does not work with; a warning where it is newer than any it was tested with.
+
+    Raises:
+        ImportError: older than the oldest, or of a later generation than the newest.
+    """
+    found, oldest, newest = (
+        tuple(int(part) for part in re.findall(r"\d+", text)[:2]) for text in (version, *TRANSFORMERS_VERSIONS)
+    )
+    if found < oldest or found[0] > newest[0]:
+        raise ImportError(
+            f"HyLo models need transformers {oldest[0]}.{oldest[1]} or later, before {newest[0] + 1}, but {version} is "
+            f"installed; pip install 'transformers>={oldest[0]}.{oldest[1]},<{newest[0] + 1}'"
+        )
+    if found > newest:
+        logger.warning("HyLo models were tested with transformers up to %s; %s is installed", TRANSFORMERS_VERSIONS[1], version)
+
+
+check_transformers(transformers.__version__)
+
+
+class HyloConfig(transformers.PretrainedConfig):
     """config.json of model_type "hylo".
 
     Args:
         hylo: the model description, field names as in Megatron-Core: `hybrid_layer_pattern` (mixer symbols `*`, `+`,
-            `M`, `G`, each followed by an MLP `-`), sizes of the backbone and of the mixers, RoPE scalings as mappings.
-        kwargs: standard fields of a Hugging Face configuration; vocab_size, hidden_size, num_hidden_layers,
-            max_position_embeddings and tie_word_embeddings follow from `hylo` unless given.
+            `M`, `G`, each followed by an MLP `-`), sizes of the backbone and of the mixers, RoPE scalings as mappings. It may
+            be absent, as transformers makes empty configurations to compare with.
+        vocab_size, hidden_size, num_hidden_layers, max_position_embeddings, tie_word_embeddings: follow from `hylo` unless
+            given.
+        use_cache: whether a forward pass makes a cache.
+        initializer_range: standard deviation of new weights.
+        kwargs: other standard fields of a Hugging Face configuration.
 
     Raises:
         ValueError: `hylo` has MLA settings that the modelling code would read wrongly.
     """
 
     model_type = "hylo"
-    hylo: dict | None = None
-    vocab_size: int | None = None
-    hidden_size: int | None = None
-    num_hidden_layers: int | None = None
-    max_position_embeddings: int | None = None
-    tie_word_embeddings: bool | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
+    keys_to_ignore_at_inference = ["past_key_values"]
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Derive the standard fields; `hylo` may be absent, as transformers makes empty configurations to compare with."""
-        if self.hylo is not None:
-            c = self.hylo
+    def __init__(
+        self,
+        hylo: dict | None = None,
+        vocab_size: int | None = None,
+        hidden_size: int | None = None,
+        num_hidden_layers: int | None = None,
+        max_position_embeddings: int | None = None,
+        tie_word_embeddings: bool | None = None,
+        use_cache: bool = True,
+        initializer_range: float = 0.02,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.hylo = hylo
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.max_position_embeddings = max_position_embeddings
+        self.use_cache = use_cache
+        self.initializer_range = initializer_range
+        if hylo is not None:
             if "+" in self.mixers:
                 _check_latent_attention(self.architecture(), self.mixers)
-            derived = {name: c[name] for name in ("vocab_size", "hidden_size", "max_position_embeddings")}
-            derived["num_hidden_layers"] = len(self.mixers)
-            derived["tie_word_embeddings"] = not c["untie_embeddings_and_output_weights"]
-            for name, value in derived.items():
+            derived = {name: hylo[name] for name in ("vocab_size", "hidden_size", "max_position_embeddings")}
+            for name, value in (derived | {"num_hidden_layers": len(self.mixers)}).items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
-        super().__post_init__(**kwargs)
+            if tie_word_embeddings is None:
+                tie_word_embeddings = not hylo["untie_embeddings_and_output_weights"]
+        # transformers 4 takes these as arguments with defaults of its own; 5 sets what it does not know
+        tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        super().__init__(tie_word_embeddings=bool(tie_word_embeddings), **tokens, **kwargs)
 
     @property
     def mixers(self) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,24 +10,10 @@ from filelock import FileLock
 from rich.console import Console
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io.atomic import DamagedError, is_sealed, sealed_directory, verify_sealed
+from megatron_hylo.io import DamagedError, cache_dir, is_sealed, sealed_directory, verify_sealed
 
 logger = logging.getLogger("megatron_hylo.data")
 TOOL_TIMEOUT = 3600.0  # seconds; pip, npm and apt give up on a dead network long before
-
-
-def cache_dir() -> Path:
-    """Where fetched inputs are kept: $MEGATRON_HYLO_CACHE, or ~/.cache/megatron_hylo. Created when missing.
-
-    Raises:
-        ConfigError: the folder cannot be created.
-    """
-    path = Path(os.environ.get("MEGATRON_HYLO_CACHE") or Path.home() / ".cache" / "megatron_hylo").expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot make the cache folder {path} ({error}); set MEGATRON_HYLO_CACHE to another place") from error
-    return path
 
 
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:

@@ -26,7 +26,14 @@ BACKENDS = {
 }
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = True) -> torch.Tensor:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool = True,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """softmax(scale q k^T) v; query head i reads key/value head i // (hq / hkv).
 
     Args:
@@ -35,6 +42,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, c
         v: [b, s, hkv, dv]; dv may differ from d.
         scale: factor on the scores, e.g. d ** -0.5.
         causal: query i sees keys 0 .. s - t + i (needs t <= s); False: all keys.
+        mask: bool, broadcast to [b, hq, t, s], the keys that each query sees, at least one; `causal` is not read then.
 
     Returns:
         [b, t, hq, dv] in q's dtype.
@@ -48,9 +56,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, c
             f"q {tuple(q.shape)} [b, t, hq, d] needs k [b, s, hkv, d] and v [b, s, hkv, dv] with hkv dividing hq, "
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if causal and t > s:
+    if causal and t > s and mask is None:
         raise ValueError(f"causal attention needs at least as many keys as queries, got {s} keys and {t} queries")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, heads, tokens, channels]
+    if mask is not None:  # torch chooses; with repeated heads its memory-efficient kernel can run, which has no grouped ones
+        k, v = (x.repeat_interleave(hq // hkv, 1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
     is_causal, is_lower_right = causal and t == s and t > 1, causal and 1 < t < s
     backend = _backend(q, k, v, is_causal)
     if backend in ("cudnn", "flash", "efficient"):

@@ -48,8 +48,7 @@ def head_softmax(
     teacher_logits: Tensor | None,
     labels: Tensor | None,
     first: int,
-    kl_scale: float,
-    ce_scale: float,
+    scales: Tensor,
     reverse: bool = False,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
@@ -62,7 +61,7 @@ def head_softmax(
         teacher_logits: [n, V / TP], or None for cross-entropy alone.
         labels: int64 [n], global; a negative one counts nothing; None for KL alone.
         first: global number of this rank's first row of the head.
-        kl_scale, ce_scale: what the gradients of a token's KL (without T^2) and cross-entropy are multiplied with.
+        scales: fp32 [2], what the gradients of a token's KL (without T^2) and cross-entropy are multiplied with.
         reverse, temperature: of the KL.
         group: ranks that share the vocabulary.
         grad_dtype: of the gradient; None for none.
@@ -94,7 +93,7 @@ def head_softmax(
         gradient = logits if logits.dtype == grad_dtype else torch.empty_like(logits, dtype=grad_dtype)
         rows = torch.stack([normaliser, normaliser_t, normaliser_q, kl, known], 1)
         grid = (n, -(-vocabulary // BLOCK))
-        kernels.logit_gradient[grid](logits, teacher, index, rows, gradient, kl_scale, ce_scale, **flags)
+        kernels.logit_gradient[grid](logits, teacher, index, rows, gradient, scales, **flags)
     return kl.sum() * temperature**2, ((normaliser - s.picked) * known).sum(), gradient
 
 

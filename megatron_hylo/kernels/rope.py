@@ -1,4 +1,4 @@
-"""Rotary position embeddings: frequencies (plain, Llama 3, YaRN), cos/sin, and the rotation.
+"""Rotary position embeddings: frequencies (plain, linear, Llama 3, YaRN), cos/sin, and the rotation.
 
 RoPE is from "RoFormer" (Su et al., 2021, section 3.2.2), YaRN from "YaRN: Efficient Context Window
 Extension" (Peng et al., 2023, section 3.2 and appendix A.2). Frequencies equal those of transformers'
@@ -17,9 +17,9 @@ def rope_frequencies(dim: int, base: float, scaling: Any = None, device: torch.d
     Args:
         dim: rotated channels a head, even.
         base: RoPE base (theta).
-        scaling: None, or an object with `rope_type` ("none", "llama3", "yarn"), `factor`,
+        scaling: None, or an object with `rope_type` ("none", "linear", "llama3", "yarn"), `factor`,
             `original_max_position_embeddings`, and `low_freq_factor`, `high_freq_factor` (llama3) or
-            `beta_fast`, `beta_slow` (yarn).
+            `beta_fast`, `beta_slow` and perhaps `truncate` (yarn).
         device: where to put the result.
 
     Returns:
@@ -37,8 +37,10 @@ def rope_frequencies(dim: int, base: float, scaling: Any = None, device: torch.d
         frequencies = _llama3(frequencies, scaling)
     elif rope_type == "yarn":
         frequencies = _yarn(frequencies, dim, base, scaling)
+    elif rope_type == "linear":
+        frequencies = frequencies / scaling.factor
     elif rope_type != "none":
-        raise ValueError(f"rope_type {rope_type!r} is not supported; use none, llama3 or yarn")
+        raise ValueError(f"rope_type {rope_type!r} is not supported; use none, linear, llama3 or yarn")
     return frequencies.to(device) if device is not None else frequencies
 
 
@@ -59,8 +61,10 @@ def _yarn(frequencies: torch.Tensor, dim: int, base: float, scaling: Any) -> tor
     def channel(rotations: float) -> float:  # whose wavelength makes that many turns in the original length
         return dim * math.log(scaling.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(channel(scaling.beta_fast)), 0)
-    high = min(math.ceil(channel(scaling.beta_slow)), dim - 1)
+    low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if getattr(scaling, "truncate", True):  # folders exported before there was the setting lack it
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # a step instead of a division by zero
     divided = ((torch.arange(dim // 2, device="cpu").float() - low) / (high - low)).clamp(0, 1)

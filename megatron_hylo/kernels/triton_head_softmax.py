@@ -58,14 +58,14 @@ def row_statistics(
 
 @triton.jit
 def logit_gradient(
-    student, teacher, labels, normalisers, out, kl_scale, ce_scale,
+    student, teacher, labels, normalisers, out, scales,
     VOCABULARY: tl.constexpr, INVERSE_TEMPERATURE: tl.constexpr, TEACHER: tl.constexpr, REVERSE: tl.constexpr,
     LABELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Put the gradient with respect to the student's logits into `out`, of their shape, a block of a row a program.
 
     `normalisers` fp32 [rows, 5]: log of the sum of exponentials of the student's logits, of them over the temperature, of the
-    teacher's over it; the row's KL; 1 where the row has a label anywhere, else 0.
+    teacher's over it; the row's KL; 1 where the row has a label anywhere, else 0. `scales` fp32 [2]: of KL and cross-entropy.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -76,6 +76,7 @@ def logit_gradient(
     x = tl.load(student + columns, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.zeros([BLOCK], tl.float32)
     if TEACHER:
+        kl_scale = tl.load(scales)
         y = tl.load(teacher + row * VOCABULARY + columns, mask=inside, other=0.0).to(tl.float32)
         log_p = x * INVERSE_TEMPERATURE - tl.load(normalisers + 1)
         log_q = y * INVERSE_TEMPERATURE - tl.load(normalisers + 2)
@@ -86,5 +87,5 @@ def logit_gradient(
     if LABELS:
         label = tl.load(labels + row)
         p = tl.exp(x - tl.load(normalisers))
-        gradient += ce_scale * tl.load(normalisers + 4) * (p - tl.where(columns == label, 1.0, 0.0))
+        gradient += tl.load(scales + 1) * tl.load(normalisers + 4) * (p - tl.where(columns == label, 1.0, 0.0))
     tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=inside)

@@ -7,7 +7,6 @@ DIR/manifest.json sizes and sha256 of all files; a folder without it is not fini
 """
 
 import contextlib
-import json
 import queue
 import shutil
 import threading
@@ -22,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
 from megatron_hylo.config import ConfigError, Fp8, ModelConfig, ParallelConfig, from_dict
-from megatron_hylo.io.atomic import barrier, hash_early, sealed_directory, verify_sealed, write_json
+from megatron_hylo.io import barrier, hash_early, read_sealed_json, sealed_directory, verify_sealed, write_json
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.specs import BackendName
 from megatron_hylo.platform.distributed import is_main
@@ -65,7 +64,7 @@ def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     file = Path(path) / "hylo.json"
     if not file.is_file():
         raise ConfigError(f"{path} is not a megatron_hylo model folder: it has no hylo.json")
-    description = json.loads(file.read_text())
+    description = read_sealed_json(path, "hylo.json")
     if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
         raise ConfigError(
             f"{file}: format {description.get('format')} {description.get('version')}, expected {FORMAT} {VERSION}"
@@ -218,8 +217,7 @@ def load_chunks(
         DamagedError: its files are not what its manifest says.
     """
     config, description = read_description(path)
-    if is_main():
-        verify_sealed(path, hashes=verify_hashes)
+    verify_sealed(path, hashes=verify_hashes)
     dtype = params_dtype or DTYPES[description["params_dtype"]]
     chunks = build_chunks(config.replace(**changes), parallel, dtype, backend, recompute, fp8)
     put_chunks(chunks, load_weights(sharded_chunks(chunks), Path(path) / "weights"))

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from megatron_hylo.config import Fp8, ModelConfig, ParallelConfig, recomputed_layers
 from megatron_hylo.config.layouts import pipeline_pattern
 from megatron_hylo.models.fp8 import check_fp8, check_fp8_widths
+from megatron_hylo.models.padded_vocabulary import clear_padding, padded_vocabulary, without_padding
 from megatron_hylo.models.specs import BackendName, get_backend, hybrid_stack_spec, megatron_pattern
 from megatron_hylo.models.transformer_config import build_transformer_config
 from megatron_hylo.parallel.documents import EqualWindows, Packed, PackedDocuments, batch_first
+
+VOCABULARY_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")  # a row a token
 
 
 class HyloModel(HybridModel):
@@ -52,7 +55,7 @@ class HyloModel(HybridModel):
         return self.embedding(input_ids=input_ids, position_ids=None), packed
 
     def head_weight(self) -> Tensor:
-        """This rank's rows of the output head: [vocab / TP, hidden]; the embedding where they are tied."""
+        """This rank's rows of the output head: [vocab / TP rounded up, hidden]; the embedding where they are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
@@ -61,7 +64,18 @@ class HyloModel(HybridModel):
         """All logits of some hidden states: [sequence, batch, hidden] -> [batch, sequence, vocab]. For short inputs."""
         weight = self.head_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=weight)
-        return gather_from_tensor_model_parallel_region(logits).transpose(0, 1).contiguous()
+        whole = gather_from_tensor_model_parallel_region(logits)[..., : self.config.hylo.vocab_size]
+        return whole.transpose(0, 1).contiguous()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Embedding and head without padding, so that any tensor-parallel size can load them."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name in VOCABULARY_PARAMETERS:
+            if (key := prefix + name) in state:
+                state[key] = without_padding(state[key], self.config.hylo.vocab_size)
+        return state
 
     def mixer_layers(self) -> list[tuple[nn.Module, nn.Module]]:
         """This stage's (mixer layer, MLP layer) pairs, in order."""
@@ -94,7 +108,7 @@ def build_chunks(
         fp8: linear maps compute in FP8: "e4m3" in a frozen model, "hybrid" in one that is trained; see models/fp8.py.
 
     Raises:
-        ConfigError: heads or vocabulary that tensor parallelism does not divide; more pipeline stages than layers; a symbol of
+        ConfigError: heads that tensor parallelism does not divide; more pipeline stages than layers; a symbol of
             no layer; FP8 where it cannot run, or with widths it does not take.
     """
     if fp8:
@@ -109,7 +123,7 @@ def build_chunks(
         chunk = HyloModel(
             transformer_config,
             spec,
-            vocab_size=config.vocab_size,
+            vocab_size=padded_vocabulary(config.vocab_size, parallel.tensor_model_parallel_size),
             max_sequence_length=config.max_position_embeddings,
             hybrid_layer_pattern=megatron_pattern(pattern),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -119,6 +133,7 @@ def build_chunks(
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
             vp_stage=stage,
         )
+        clear_padding([p for name, p in chunk.named_parameters() if name in VOCABULARY_PARAMETERS], config.vocab_size)
         chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
         if fp8:
             check_fp8_widths(chunk, fp8)

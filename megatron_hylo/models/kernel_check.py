@@ -328,7 +328,8 @@ class _HeadKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
         logits, dtype = student.clone(), student.dtype
-        kl, _, gradient = head_softmax(logits, teacher.to(dtype), None, 0, 1.0, 0.0, grad_dtype=dtype)
+        scales = torch.tensor([1.0, 0.0], device=student.device)
+        kl, _, gradient = head_softmax(logits, teacher.to(dtype), None, 0, scales, grad_dtype=dtype)
         ctx.save_for_backward(gradient)
         return kl.reshape(1)
 

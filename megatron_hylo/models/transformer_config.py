@@ -19,12 +19,12 @@ class HyloTransformerConfig(TransformerConfig):
 
 
 def check_tensor_parallel(config: ModelConfig, size: int) -> None:
-    """Refuse a tensor-parallel size that does not divide the heads.
+    """Refuse a tensor-parallel size that does not divide the heads. The vocabulary is padded (padded_vocabulary.py).
 
     Raises:
         ConfigError: naming the head count and the sizes that work.
     """
-    counts = {"vocab_size": config.vocab_size, "ffn_hidden_size": config.ffn_hidden_size}
+    counts = {"ffn_hidden_size": config.ffn_hidden_size}
     for symbol in dict.fromkeys(config.mixers):
         counts |= MIXERS[symbol].tensor_parallel_counts(config)
     for name, count in counts.items():

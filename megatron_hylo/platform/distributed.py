@@ -8,8 +8,9 @@ import functools
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Iterator
+from typing import Any, Iterator, TypeVar
 
 import torch
 
@@ -17,6 +18,7 @@ from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.platform.cpu import install_cpu_patches
 
 logger = logging.getLogger("megatron_hylo.platform")
+T = TypeVar("T")
 
 
 def device() -> torch.device:
@@ -34,6 +36,20 @@ def rank() -> int:
 def is_main() -> bool:
     """True on the rank that prints and writes summaries."""
     return rank() == 0
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Run a function on the main rank; every rank returns its result, or raises its error. All ranks call it."""
+    found: list[Any] = [None, None]
+    if is_main():
+        try:
+            found[0] = function()
+        except Exception as error:
+            found[1] = error
+    torch.distributed.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torch.device:

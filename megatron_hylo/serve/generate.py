@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.hf_reader import gguf_file, load_transformers_model, load_transformers_tokenizer, read_hf_config
 from megatron_hylo.hf import HyloCache, HyloConfig, HyloForCausalLM
+from megatron_hylo.io import verify_if_sealed
 from megatron_hylo.platform.distributed import device, session
 
 PREFILL_TOKENS = 8192  # longer prompts are read in pieces of so many, to bound the memory of activations
@@ -53,9 +55,12 @@ def load_for_generation(path: str | Path) -> tuple[Any, Any]:
 
     Raises:
         ConfigError: nothing that can be loaded is there, or it has no tokenizer.
+        DamagedError: the folder was made here and is not what its manifest says.
     """
     path = Path(path)
     is_megatron = (path / "hylo.json").is_file()
+    if not is_megatron:
+        verify_if_sealed(path)
     source = path / "tokenizer" if is_megatron else path
     if is_megatron:
         model = model_from_megatron(path)
@@ -113,8 +118,10 @@ def generate_text(
         on_text: called with each piece of text as it is finished.
 
     Raises:
-        ConfigError: a setting outside its range, an empty prompt, no chat template, nothing loadable at `path`.
+        ConfigError: a setting outside its range, a prompt that is empty or no text, no chat template or one that refuses the
+            prompt, nothing loadable at `path`.
     """
+    check_prompt(prompt)
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
         raise ConfigError(
             f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0, got {max_new_tokens}, "
@@ -122,6 +129,11 @@ def generate_text(
         )
     model, tokenizer = load_for_generation(path)
     ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)
+    if (largest := int(ids.max())) >= (rows := model.get_input_embeddings().num_embeddings):
+        raise ConfigError(
+            f"the prompt holds {tokenizer.convert_ids_to_tokens(largest)!r}, id {largest} of the tokenizer of {path}, whose "
+            f"model has {rows} (0 to {rows - 1}); leave it out, or use the tokenizer that the model was made with"
+        )
     streamer = _Streamer(tokenizer, on_text)
     stop = model.generation_config.eos_token_id
     stop = tokenizer.eos_token_id if stop is None else stop
@@ -153,13 +165,31 @@ def generate_text(
     )
 
 
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt with half surrogate pairs, which invalid bytes of a command line become: no tokenizer takes them.
+
+    Raises:
+        ConfigError: it has some.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the prompt is not text: invalid bytes, or half a surrogate pair, at character {error.start:,}; give it in UTF-8"
+        ) from error
+
+
 def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     """int64 [1, tokens]."""
     if chat:
         if tokenizer.chat_template is None:
             raise ConfigError("this tokenizer has no chat template; give the prompt as plain text, without chat")
         turns = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+        options = dict(add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        try:
+            return tokenizer.apply_chat_template(turns, **options).input_ids
+        except TemplateError as error:
+            raise ConfigError(f"the tokenizer's chat template cannot be used: {error}; give the prompt without chat") from error
     ids = tokenizer(prompt).input_ids
     if not ids:
         raise ConfigError("the prompt is empty; give at least one word")

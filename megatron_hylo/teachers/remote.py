@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.prefetch import ahead
+from megatron_hylo.distill.head_loss import head_part
 from megatron_hylo.platform.distributed import device
 from megatron_hylo.teachers.remote_link import STUDENT, Link, link_store, open_store
 
@@ -48,6 +50,7 @@ class RemoteTeacher:
         self.leads = last and self.cp.rank() == 0 and self.tp.rank() == 0
         store = open_store(address, False, timeout)
         about = json.loads(store.get("teacher"))
+        self.about: dict[str, Any] = about  # what the server says of its teacher
         self.width, self.sent_as = about["hidden_size"], DTYPES[about["dtype"]]
         self.config = SimpleNamespace(sequence_parallel=False, hylo=SimpleNamespace(vocab_size=about["vocab_size"]))
         self.asked: deque = deque()  # (micro-batch, what is being sent)
@@ -76,10 +79,10 @@ class RemoteTeacher:
         for group in (self.cp, self.tp):
             if group.size() > 1:
                 dist.broadcast(whole, src=dist.get_process_group_ranks(group)[0], group=group)
-        return whole.chunk(self.tp.size())[self.tp.rank()].to(self.dtype)
+        return head_part(whole, self.tp).to(self.dtype)
 
     def head_weight(self) -> Tensor:
-        """[vocab / TP, H]."""
+        """[vocab / TP rounded up, H]."""
         return self.weight
 
     def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:

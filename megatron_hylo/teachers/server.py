@@ -17,7 +17,9 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.data.tokenizer import read_vocabulary
 from megatron_hylo.distill.head_loss import whole_head
+from megatron_hylo.io.identity import content_identity
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import HyloModel
@@ -52,7 +54,9 @@ def serve_teacher(
         raise ConfigError("serve-teacher has no pipeline stages; use tensor and context parallelism, and more replicas")
     with session(parallel):
         (model,) = freeze([load_model(teacher, parallel, params_dtype=dtype)])
-        replica = Replica(model, address, dtype, timeout)
+        vocabulary = read_vocabulary(teacher) if is_main() else None
+        about = {"identity": content_identity(teacher), "vocabulary": vocabulary and vocabulary.identity}
+        replica = Replica(model, address, dtype, timeout, about)
         for run in itertools.count() if runs is None else range(runs):
             replica.serve(run)
 
@@ -63,9 +67,17 @@ class Replica:
     Args:
         model: the teacher.
         address, dtype, timeout: see `serve_teacher`.
+        about: told to students besides its sizes: identities of its content and of its vocabulary.
     """
 
-    def __init__(self, model: HyloModel, address: str, dtype: torch.dtype, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        model: HyloModel,
+        address: str,
+        dtype: torch.dtype,
+        timeout: timedelta,
+        about: dict[str, str | None] | None = None,
+    ) -> None:
         self.model, self.dtype, self.timeout, self.device = model, dtype, timeout, device()
         self.cp, self.tp = parallel_state.get_context_parallel_group(), parallel_state.get_tensor_model_parallel_group()
         self.leads = self.cp.rank() == 0 and self.tp.rank() == 0
@@ -75,15 +87,15 @@ class Replica:
         if is_main():
             self.store = open_store(address, True, timeout)
             c = model.config.hylo
-            about = dict(vocab_size=c.vocab_size, hidden_size=c.hidden_size, dtype=str(dtype), replicas=self.replicas)
-            self.store.set("teacher", json.dumps(about))
+            sizes = dict(vocab_size=c.vocab_size, hidden_size=c.hidden_size, dtype=str(dtype), replicas=self.replicas)
+            self.store.set("teacher", json.dumps(sizes | (about or {})))
         dist.barrier()
         if self.leads and self.store is None:
             self.store = open_store(address, False, timeout)
 
     def serve(self, run: int) -> None:
         """One run of students, from their meeting to their leaving."""
-        head = whole_head(self.model.head_weight(), self.tp)  # the leader sends it
+        head = whole_head(self.model.head_weight(), self.model.config.hylo.vocab_size, self.tp)  # the leader sends it
         links = self._meet(run, head) if self.leads else {}
         answered, start = 0, time.perf_counter()
         while True:

@@ -14,7 +14,7 @@ class TeacherSignal(Protocol):
     config: Any  # config.hylo.vocab_size; config.sequence_parallel is False: every tensor-parallel rank has all tokens
 
     def head_weight(self) -> Tensor:
-        """This rank's rows of the head, [vocab / TP, H]."""
+        """This rank's rows of the head, [vocab / TP rounded up, H]; rows after the vocabulary's are padding."""
 
     def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
         """The same micro-batches of whole sequences, each with "teacher_hidden": a function that all ranks of a replica call,

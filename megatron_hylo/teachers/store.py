@@ -6,6 +6,7 @@ start in segments of `sequence_length`, of which all but the first `overlap` tok
 
     STORE/store.json          what it is of, bytes and KL a token
     STORE/codec.safetensors   codec and head [V, H]
+    STORE/tokenizer/          the dataset's
     STORE/shards/00000.bin    blocks of 2,048 tokens, one after another; 00000.json: where each begins
 
 How a block is compressed is in code_blocks.py; zstd adds a checksum. Tokens are counted in the dataset's order, so a shard
@@ -13,7 +14,7 @@ belongs to no rank: ranks share them out, and a writer that is started again lea
 """
 
 import functools
-import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,29 +29,34 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_hylo.calibrate.statistics import fingerprint
+from megatron_hylo.calibrate.statistics import is_made_of
 from megatron_hylo.config import ConfigError, ParallelConfig
-from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.packed import DocumentStore, PackedDataset
 from megatron_hylo.data.prefetch import ahead
-from megatron_hylo.distill.head_loss import whole_head
-from megatron_hylo.io.atomic import (
+from megatron_hylo.data.tokenizer import check_dataset, copy_tokenizer
+from megatron_hylo.distill.head_loss import head_part, whole_head
+from megatron_hylo.io import (
     DamagedError,
     barrier,
     check_free,
     is_sealed,
+    read_json,
+    read_sealed_json,
     sealed_directory,
-    sha256,
+    verify_sealed,
     work_folder,
     write_json,
 )
-from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.io.identity import content_identity, file_identity
+from megatron_hylo.io.progress import Track, no_progress
+from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import own_part
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.teachers.entropy_coding import compress_block, decompress_block
 from megatron_hylo.teachers.hidden_codec import HiddenCodec, fit_codec
 
+logger = logging.getLogger("megatron_hylo.distill")
 BLOCK = 2048  # tokens that are read together
 SHARD = 128 * BLOCK  # tokens of a file, and lost at most when a writer is killed
 FIT_TOKENS_PER_CHANNEL = 32
@@ -92,21 +98,17 @@ def write_store(
     Raises:
         ConfigError: settings that cannot work, or a dataset of another vocabulary.
     """
-    check_free(output, overwrite)
+    check_free(output, overwrite, [teacher, data])
     overlap = sequence_length // 2 if overlap is None else overlap
     if not 0 <= overlap < sequence_length:
         raise ConfigError(f"overlap {overlap} must be at least 0 and below sequence_length {sequence_length}")
     if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
         raise ConfigError("cache-teacher works with tensor and data parallelism alone; set the other sizes to 1")
     documents = DocumentStore(f"{data}/train")
+    check_dataset(data, teacher, read_description(teacher)[0].vocab_size)
     model = load_model(teacher, parallel, params_dtype=precision).eval()
-    described = json.loads((Path(data) / "data.json").read_text())
-    if described["vocab_size"] > model.config.hylo.vocab_size:
-        raise ConfigError(
-            f"{data} was made with a vocabulary of {described['vocab_size']}, the teacher has {model.config.hylo.vocab_size}"
-        )
     description = {
-        "version": VERSION, "teacher": fingerprint(teacher), "dataset": dataset_identity(data), "tokens": documents.tokens,
+        "version": VERSION, "teacher": content_identity(teacher), "dataset": dataset_identity(data), "tokens": documents.tokens,
         "kl": kl, "sequence_length": sequence_length, "overlap": overlap, "precision": str(precision).split(".")[1],
     }  # fmt: skip
     work = work_folder(Path(output), "shards", "key", description)
@@ -122,7 +124,7 @@ def write_store(
             if parallel_state.get_tensor_model_parallel_rank() == 0:
                 _write_shard(work / f"{shard:05d}", codes.cpu().numpy(), codec.levels.cpu().numpy())
     barrier()
-    found = json.loads((work / "fit.json").read_text())
+    found = read_json(work / "fit.json")
     stored = sum((work / f"{shard:05d}.bin").stat().st_size for shard in range(shards))
     description |= found | {"bytes_per_token": stored / documents.tokens}
     with sealed_directory(output, overwrite) as partial:
@@ -132,6 +134,7 @@ def write_store(
                 os.replace(file, partial / "shards" / file.name)
             os.replace(work / "codec.safetensors", partial / "codec.safetensors")
             write_json(partial / "store.json", description)
+            copy_tokenizer(data, partial)
     if is_main():
         for file in work.iterdir():
             file.unlink()
@@ -184,7 +187,8 @@ class SegmentReader:
 def _make_codec(reader: SegmentReader, work: Path, kl: float) -> None:
     """codec.safetensors and fit.json, from tokens spread over the whole dataset."""
     if not (work / "fit.json").is_file():
-        head = whole_head(reader.model.head_weight(), parallel_state.get_tensor_model_parallel_group())
+        model, group = reader.model, parallel_state.get_tensor_model_parallel_group()
+        head = whole_head(model.head_weight(), model.config.hylo.vocab_size, group)
         codec, found = fit_codec(fit_sample(reader), head, kl)
         if is_main():
             tensors = codec.tensors() | {"head": head.contiguous()}
@@ -222,9 +226,8 @@ def _write_shard(path: Path, codes: np.ndarray, levels: np.ndarray) -> None:
 
 
 def dataset_identity(data: str | Path) -> dict[str, Any]:
-    """Which tokens entries belong to: the tokenizer, and where documents begin and end."""
-    described = json.loads((Path(data) / "data.json").read_text())
-    return {"tokenizer_sha256": described.get("tokenizer_sha256"), "index_sha256": sha256(Path(data) / "train.idx")}
+    """Which tokens entries belong to, and where documents begin and end."""
+    return {"index_sha256": file_identity(data, "train.idx"), "tokens_sha256": file_identity(data, "train.bin")}
 
 
 class TeacherStore:
@@ -237,23 +240,26 @@ class TeacherStore:
 
     Raises:
         ConfigError: no store, one of another dataset or tokenizer, or of another teacher.
+        DamagedError: its files are not what its manifest says.
     """
 
     def __init__(self, path: str | Path, data: str | Path, teacher: str | Path | None = None) -> None:
         self.path = Path(path)
         if not (is_sealed(self.path) and (self.path / "store.json").is_file()):
             raise ConfigError(f"{path} is not a finished teacher store; make one with `hylo cache-teacher`")
-        self.description = json.loads((self.path / "store.json").read_text())
+        verify_sealed(self.path)
+        self.description = read_sealed_json(self.path, "store.json", ("version", "dataset", "teacher"))
         if self.description["version"] != VERSION:
             raise ConfigError(
                 f"{path} has format {self.description['version']}, this version reads {VERSION}; cache the teacher again"
             )
         theirs, ours = self.description["dataset"], dataset_identity(data)
-        if theirs["tokenizer_sha256"] != ours["tokenizer_sha256"]:
-            raise ConfigError(f"{path} was made with another tokenizer than {data}; cache the teacher on this dataset")
-        if theirs != ours:
+        if theirs["index_sha256"] != ours["index_sha256"] or theirs.get("tokens_sha256") not in (None, ours["tokens_sha256"]):
             raise ConfigError(f"{path} was made of another text than {data}; cache the teacher on this dataset")
-        if teacher is not None and self.description["teacher"] != fingerprint(teacher):
+        if "tokens_sha256" not in theirs:
+            logger.warning("%s is of a version that kept only documents' lengths: taken as made of the text of %s", path, data)
+        check_dataset(data, path)
+        if teacher is not None and not is_made_of(self.description["teacher"], teacher):
             raise ConfigError(f"{path} was made by another teacher than {teacher}; cache this one, or leave teacher out")
         tensors = _tensors(self.path)
         self.head = tensors.pop("head")  # [V, H]
@@ -281,7 +287,7 @@ class TeacherStore:
 
     def _map(self, shard: int) -> tuple[np.ndarray, list[int]]:
         file = self.path / "shards" / f"{shard:05d}"
-        return np.memmap(file.with_suffix(".bin"), np.uint8, "r"), json.loads(file.with_suffix(".json").read_text())["edges"]
+        return np.memmap(file.with_suffix(".bin"), np.uint8, "r"), read_json(file.with_suffix(".json"), ("edges",))["edges"]
 
     def _block(self, number: int) -> np.ndarray:
         shard, place = divmod(number, SHARD // BLOCK)
@@ -300,13 +306,12 @@ class StoredTeacher:
 
     def __init__(self, store: TeacherStore, dtype: torch.dtype) -> None:
         self.store, self.dtype = store, dtype
-        ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-        self.weight = store.head.chunk(ranks)[rank].to(dtype)
+        self.weight = head_part(store.head, parallel_state.get_tensor_model_parallel_group()).to(dtype)
         # every tensor-parallel rank reads all tokens
         self.config = SimpleNamespace(sequence_parallel=False, hylo=SimpleNamespace(vocab_size=len(store.head)))
 
     def head_weight(self) -> Tensor:
-        """[vocab / TP, H]."""
+        """[vocab / TP rounded up, H]."""
         return self.weight
 
     def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:

@@ -7,8 +7,9 @@ dropout). A second student's hylo.json and weights/ are in second_model/ of the 
 """
 
 import contextlib
-import json
+import logging
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_hylo.config.train import PREFIXES
-from megatron_hylo.io.atomic import barrier, is_sealed, sealed_directory, verify_sealed, write_json
+from megatron_hylo.io import barrier, is_sealed, read_sealed_json, remove_finished, sealed_directory, verify_sealed, write_json
 from megatron_hylo.models.checkpoint import (
     BackgroundWrite,
     describe,
@@ -27,7 +28,9 @@ from megatron_hylo.models.checkpoint import (
     sharding_metadata,
 )
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.train.optimizer import TrainingState, allocate_optimizer_state, load_optimizer_state
+from megatron_hylo.train.optimizer import TrainingState, allocate_optimizer_state, load_optimizer_state, load_schedule
+
+logger = logging.getLogger("megatron_hylo.train")
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -38,6 +41,32 @@ def checkpoint_path(run: Path, step: int) -> Path:
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest finished checkpoint of a run, or None."""
     return next((p for p in sorted((run / "checkpoints").glob("step_*"), reverse=True) if is_sealed(p)), None)
+
+
+def checkpoint_step(path: Path | None) -> int:
+    """Steps done at a checkpoint; 0 without one."""
+    return int(path.name.removeprefix("step_")) if path else 0
+
+
+def set_unfinished_aside(run: Path) -> None:
+    """Say which checkpoints have no manifest and so are not gone on from, and rename them out of the way of new ones.
+
+    Nothing of ours leaves one: a copy that did not end does, or files that were removed. All ranks call it.
+    """
+    if is_main():
+        newest = latest_checkpoint(run)
+        for path in sorted(p for p in (run / "checkpoints").glob("step_*") if p.is_dir() and not is_sealed(p)):
+            aside = path.with_name(f"unfinished_{path.name}_{time.time_ns()}")
+            path.rename(aside)
+            if path.name > (newest.name if newest else ""):
+                logger.warning(
+                    "checkpoint %s has no manifest.json, so it is not whole (a copy that did not end?): this start goes on at "
+                    "step %d, not %d; what is there of it is now %s",
+                    path, checkpoint_step(newest), checkpoint_step(path), aside,
+                )  # fmt: skip
+            else:
+                logger.warning("checkpoint %s has no manifest.json, so it is not whole; it is now %s", path, aside)
+    barrier()
 
 
 def _folders(states: Sequence[TrainingState], checkpoint: Path) -> list[tuple[TrainingState, Path]]:
@@ -112,7 +141,7 @@ class CheckpointSaver:
         if is_main():
             finished = [p for p in sorted((self.run / "checkpoints").glob("step_*")) if is_sealed(p)]
             for old in finished[: -self.keep]:
-                shutil.rmtree(old)
+                remove_finished(old)
 
 
 def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, int]:
@@ -128,9 +157,7 @@ def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, i
     Raises:
         DamagedError: the files are not what the manifest says.
     """
-    if is_main():
-        verify_sealed(path)
-    barrier()
+    verify_sealed(path)
     for state, part in _folders(states, path):
         read_description(part)
         with state.portable():
@@ -138,6 +165,6 @@ def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, i
             loaded = load_weights(_sharded_state(state, loading=True), part / "weights")
             put_chunks(state.chunks, loaded)
             load_optimizer_state(state.optimizer, loaded["optimizer"])
-        state.scheduler.load_state_dict(loaded["scheduler"])
-    position = json.loads((path / "train_state.json").read_text())
+        load_schedule(state.scheduler, loaded["scheduler"])
+    position = read_sealed_json(path, "train_state.json", ("step", "consumed_samples"))
     return position["step"], position["consumed_samples"]

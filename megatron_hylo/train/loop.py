@@ -3,7 +3,6 @@
 Read `train` from top to bottom: it is the whole flow of a run, on one CPU process or on many GPUs.
 """
 
-import json
 import logging
 import signal
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from megatron_hylo.config.layouts import BASES, LAYOUTS, parameter_count, pipeli
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
 from megatron_hylo.eval.perplexity import Quality, evaluate
-from megatron_hylo.io.atomic import is_sealed, write_json
+from megatron_hylo.io import output_lock, read_json, write_json
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.models.checkpoint import load_chunks, read_description, save_model
 from megatron_hylo.models.fp8 import check_fp8
@@ -32,16 +31,23 @@ from megatron_hylo.platform.distributed import is_main, is_timeout, session
 from megatron_hylo.teachers.remote import RemoteTeacher
 from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.teachers.store import StoredTeacher, TeacherStore
-from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint
+from megatron_hylo.train.checkpoint import (
+    CheckpointSaver,
+    latest_checkpoint,
+    load_checkpoint,
+    set_unfinished_aside,
+)
 from megatron_hylo.train.cuda_graph import Recorded, RecordedStage, recordable
 from megatron_hylo.train.data_loader import rank_batches
 from megatron_hylo.train.determinism import determinism
 from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter
-from megatron_hylo.train.resume_check import check_same_run
+from megatron_hylo.train.resume_check import check_resume
+from megatron_hylo.train.run_folder import check_run_folder
 from megatron_hylo.train.stages import Stage, get_stage
 from megatron_hylo.train.startup_check import check_run_kernels
+from megatron_hylo.train.token_check import check_run_tokens, check_teacher_tokens, remote_description
 
 logger = logging.getLogger("megatron_hylo.train")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -70,39 +76,50 @@ def train(config: TrainConfig) -> Quality | None:
         determinism(config.deterministic),
         session(config.parallel, config.seed) as device,
         recordable(config.cuda_graphs, device),
+        output_lock(run),
     ):
+        check_run_folder(config, run)
         if "fp8" in (config.linear_precision, config.teacher_precision):
             check_fp8(config.backend)  # before the run folder keeps the setting
-        check_same_run(config, run)
-        if is_sealed(run / "model"):
-            logger.info("%s is already trained; remove it to train again", run)
+        resume = check_resume(config, run)
+        newest = latest_checkpoint(run)
+        if not resume.goes_on(config, newest):
+            if not resume.changes:
+                resume.record(config.train_steps)
+            logger.info("%s is already trained; remove it to train again, or raise train_tokens to train on", run)
             return _read_quality(run)
         micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
         check_run_kernels(_architectures(config), _dtype(config), device, config.parallel.context_parallel_size > 1)
+        check_run_tokens(config, _architectures(config)[0].vocab_size)
         dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
         windows = _heldout(config)
         elsewhere = teacher_elsewhere(config)
+        if elsewhere is not None:
+            about = remote_description(elsewhere) if isinstance(elsewhere, RemoteTeacher) else None
+            check_teacher_tokens(config, elsewhere.config.hylo.vocab_size, about)
+            resume.check_remote((about or {}).get("identity"))
         students, teacher = _build_models(config)
         stage = get_stage(config, teacher, elsewhere)
-        _check_data(
-            Path(config.data), [*(student[0] for student in students), *(teacher or ())[:1], *filter(None, [elsewhere])]
-        )
         for student in students:
             stage.check(student[0])
             choose_trainable(student, config)
         states = [build_training_state(student, config) for student in students]
         sources = (config.model or config.scratch, config.second_model)
         provenances = [
-            {"stage": config.stage, "model": m, "teacher": config.teacher or config.teacher_store or config.teacher_address}
+            {"stage": config.stage, "model": m, "teacher": config.teacher or config.teacher_store or config.teacher_address,
+             "train_steps": config.train_steps}
             for m in sources[: len(states)]
-        ]
+        ]  # fmt: skip
         tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
         step = consumed = 0
-        newest = latest_checkpoint(run)
+        set_unfinished_aside(run)
         if newest is not None:
             step, consumed = load_checkpoint(states, newest)
+        saved = step
+        resume.record(step)
         reporter = Reporter(config, run, device, _flops_per_token(config, students, teacher), step)
         reporter.say(f"{config.stage}: {_describe(config, students)}" + (f"; resumed at step {step}" if step else ""))
+        reporter.say(f"{config.data}: {dataset.describe(config.train_steps * config.global_batch_size)}")
         if device.type == "cuda":
             reporter.predict(predict_memory(config, students, teacher, elsewhere, _optimizer_shards(config)))
         saver = CheckpointSaver(run, provenances, tokenizer, config.keep_checkpoints)
@@ -134,6 +151,9 @@ def train(config: TrainConfig) -> Quality | None:
                 if config.eval_interval and step % config.eval_interval == 0 and step < config.train_steps:
                     _evaluate(config, states, teacher, windows, reporter, step)
             saver.finish()
+            if saved < step and not skipped.in_a_row:  # for whoever trains on, and if what follows fails
+                saver.start(states, step, consumed)
+                saver.finish()
             quality = _evaluate(config, states, teacher, windows, reporter, step)
             files = tokenizer if tokenizer.is_dir() else None
             # RUN/model last: where it is, the run is finished
@@ -237,11 +257,16 @@ def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[Hylo
     shared = dict(parallel=replace(config.parallel, pipeline_layers=layers), params_dtype=dtype, backend=config.backend)
     how = dict(recompute=config.recompute, fp8=config.student_fp8)
     changes = {"mla_rope_scaling": config.mla_rope_scaling} if config.mla_rope_scaling else {}
+    # what is saved says the longest sequence it was trained with
+    trained = [max(c.max_position_embeddings, config.sequence_length) for c in _architectures(config)]
     if config.model:
         folders = [folder for folder in (config.model, config.second_model) if folder]
-        students = [_load_chunks(folder, **how, **shared, **changes) for folder in folders]
+        students = [
+            _load_chunks(folder, **how, **shared, **changes, max_position_embeddings=length)
+            for folder, length in zip(folders, trained)
+        ]
     else:
-        students = [build_chunks(architecture.replace(**changes), **how, **shared)]
+        students = [build_chunks(architecture.replace(**changes, max_position_embeddings=trained[0]), **how, **shared)]
     teacher = None
     if config.teacher:
         chunks = _load_chunks(config.teacher, fp8=config.teacher_fp8, **shared)
@@ -303,16 +328,6 @@ def _heldout(config: TrainConfig) -> torch.Tensor:
         return heldout_windows(where, config.sequence_length, config.eval_windows, allow_crossing=True)
 
 
-def _check_data(data: Path, models: Sequence[HyloModel | TeacherSignal]) -> None:
-    """The dataset's tokens must be in the vocabulary of every model of the run."""
-    described = json.loads((data / "data.json").read_text())
-    ours = min(model.config.hylo.vocab_size for model in models)
-    if described["vocab_size"] > ours:
-        raise ConfigError(
-            f"{data} was made with a vocabulary of {described['vocab_size']}, a model of the run has {ours}; preprocess again"
-        )
-
-
 def _evaluate(
     config: TrainConfig, states: Sequence[TrainingState], teacher: Any, windows: Any, reporter: Reporter, step: int
 ) -> Quality:
@@ -330,7 +345,7 @@ def _evaluate(
 
 def _read_quality(run: Path) -> Quality | None:
     file = run / "quality.json"
-    return Quality(**json.loads(file.read_text())) if file.is_file() else None
+    return Quality(**read_json(file)) if file.is_file() else None
 
 
 def _flops_per_token(

@@ -1,6 +1,8 @@
 """Megatron-Core's data-parallel wrapper, optimizer and schedule, set up the way upcycling needs them."""
 
 import contextlib
+import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,7 @@ from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.train.optimizer_offload import RestingState
 
+logger = logging.getLogger("megatron_hylo.train")
 MIXER_PARAMETERS = "*.self_attention.*"
 FP32_PARAMETERS = tuple(sorted({f"*.{name}" for mixer in MIXERS.values() for name in mixer.fp32_parameters}))
 
@@ -164,12 +167,19 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Put a loaded optimizer state in place.
+    """Put a loaded optimizer state in place: moments and the count of steps; settings stay those of this start.
+
+    The resume check has compared them, and Megatron-Core would find no group whose settings were changed on purpose.
 
     The distributed optimizer's own loading fails on the "step" of torch's AdamW (Transformer Engine's has none) and
     shares one counter among all parameters, each of which would then advance it.
     """
     (part,) = optimizer.chained_optimizers
+    groups = (loaded["optimizer"] if isinstance(part, DistributedOptimizer) else loaded)["param_groups"]
+    for saved, mine in zip(groups, part.param_groups, strict=True):
+        kept = {name: saved[name] for name in ("params", "step") if name in saved}
+        saved.clear()
+        saved |= {name: value for name, value in mine.items() if name not in ("params", "step")} | kept
     if not (isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam)):
         optimizer.load_state_dict(loaded)
         return
@@ -179,6 +189,19 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -
     part.load_parameter_state_from_fully_reshardable(moments)
     for state, step in steps:
         state["step"] = step
+
+
+def load_schedule(scheduler: OptimizerParamScheduler, saved: dict[str, Any]) -> None:
+    """Go on at the step of a saved schedule, by this start's settings; say so where they give another learning rate."""
+    before = copy.copy(scheduler)
+    for name in ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "num_steps"):
+        setattr(before, name, saved[name])
+    scheduler.load_state_dict(saved)
+    if (now := scheduler.get_lr({})) != (then := before.get_lr({})):
+        logger.warning(
+            "learning rate at step %d: %.3g, where the schedule so far has %.3g (now warm-up to step %d, cosine to step %d)",
+            scheduler.num_steps, now, then, scheduler.lr_warmup_steps, scheduler.lr_decay_steps,
+        )  # fmt: skip
 
 
 def _scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings, steps: int) -> OptimizerParamScheduler:
@@ -194,4 +217,6 @@ def _scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings, steps:
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,  # the resume check has compared the settings
+        override_opt_param_scheduler=True,
     )

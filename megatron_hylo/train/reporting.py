@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -121,11 +122,20 @@ class Reporter:
 def _open_metrics(file: Path, start_step: int) -> TextIO:
     """For appending, without the steps after the checkpoint that a killed run went on from: they are done again."""
     if file.is_file():
-        kept = [
-            line for line in file.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= start_step
-        ]
-        file.write_text("".join(kept))
+        beside = file.with_name(f".{file.name}.partial")  # so that a kill now does not lose what was recorded
+        lines = file.read_text(errors="replace").splitlines(True)
+        beside.write_text("".join(line for line in lines if _is_before(line, start_step)))
+        os.replace(beside, file)
     return open(file, "a", buffering=1)
+
+
+def _is_before(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl is whole and of a step up to `step`; what a crash left of one is not."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        logger.warning("metrics.jsonl has a line that cannot be read, which is left out: %.60s", line)
+        return False
 
 
 def _start_wandb(config: TrainConfig, run: Path) -> Any:

@@ -1,48 +1,253 @@
-"""A run folder keeps the settings it was started with."""
+"""Resume check: whether a start of a run goes on with what the run folder was started with.
 
+    RUN/config.json     settings, a recipe that starts the same run
+    RUN/history.json    {"inputs": {key: {"path", "identity"}}, "changes": [{"time", "user", "step", "key", "from", "to"}]}
+
+Inputs are compared by what they hold (identity.py), settings by value. Some settings may always differ (where and how fast a
+run computes, what it records), others only where `allow_change` names them, a few never.
+"""
+
+import getpass
 import json
-from dataclasses import asdict
+import logging
+import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.layouts import BASES, LAYOUTS
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.io.atomic import write_json
-from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.io import is_sealed, read_json, write_json
+from megatron_hylo.io.identity import content_identity, json_identity
+from megatron_hylo.models.checkpoint import read_description
+from megatron_hylo.platform.distributed import is_main, on_main
+from megatron_hylo.train.checkpoint import checkpoint_step, latest_checkpoint
+
+logger = logging.getLogger("megatron_hylo.train")
+SETTINGS, HISTORY = "config.json", "history.json"
+INPUTS = ("model", "second_model", "scratch", "teacher", "teacher_store", "data")
+ADDRESS = "teacher_address"  # an input too, whose identity its server tells
+FREE = {
+    "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "tensorboard", "wandb", "wandb_project",
+    "parallel", "micro_batch_size", "async_save", "recompute", "cuda_graphs", "backend", "deterministic",
+    "eval_windows", "loss_chunk_tokens", "output", "teacher_offload", "optimizer.offload", "allow_change",
+}  # fmt: skip
+FIXED = {
+    "stage": "its checkpoints are of that stage",
+    "model": "its checkpoints are of that model",
+    "second_model": "its checkpoints are of that model",
+    "scratch": "its checkpoints are of that shape",
+    "trainable": "its optimizer has a state for what that trains",
+    "align_loss": "its optimizer has a state for what that trains",
+    "precision": "its optimizer's state is of that precision",
+    "optimizer.use_distributed_optimizer": "its optimizer's state is of that kind",
+    "sequence_length": "its position in the data counts windows of that length",
+    "global_batch_size": "its position in the data counts batches of that size",
+}
 
 
-def check_same_run(config: TrainConfig, run: Path) -> None:
-    """Write the settings of a new run, compare those of one that goes on: others would change its meaning silently.
+@dataclass
+class Resume:
+    """A start that may go on, and what is to be recorded of it once the checkpoint is loaded."""
+
+    run: Path
+    settings: dict[str, Any]  # of this start, for config.json
+    inputs: dict[str, dict[str, str]]
+    history: list[dict[str, Any]] = field(default_factory=list)  # changes of earlier starts
+    changes: list[dict[str, Any]] = field(default_factory=list)  # of this one
+    is_new: bool = True
+    may_change_teacher: bool = False
+    known_teacher: str | None = None  # identity of the teacher at an address, as an earlier start saw it
+
+    @property
+    def first_train_tokens(self) -> int:
+        """train_tokens of the run's first start."""
+        changed = [c["from"] for c in [*self.history, *self.changes] if c["key"] == "train_tokens"]
+        return changed[0] if changed else self.settings["train_tokens"]
+
+    def goes_on(self, config: TrainConfig, newest: Path | None) -> bool:
+        """Whether there is something left to train; of a run that has its model, with more train_tokens than that had.
+
+        Args:
+            config: of this start.
+            newest: the run's newest finished checkpoint.
+
+        Raises:
+            ConfigError: train_tokens asks for fewer steps than are done, or no checkpoint is there to train on from.
+        """
+        finished, wanted, at = is_sealed(self.run / "model"), config.train_steps, checkpoint_step(newest)
+        done = at
+        if finished:
+            first = replace(config, train_tokens=self.first_train_tokens).train_steps
+            done = read_description(self.run / "model")[1]["provenance"].get("train_steps", first)
+        if wanted < done:
+            raise ConfigError(
+                f"{self.run} has done {done} steps, train_tokens {config.train_tokens} asks for {wanted}; raise it, or use "
+                f"another output"
+            )
+        if not finished or wanted == done:
+            return not finished
+        if newest is None:
+            raise ConfigError(
+                f"{self.run} ended at step {done} and has no checkpoint to go on from; start another run from {self.run}/model"
+            )
+        logger.warning(
+            "%s has done %d steps and goes on to step %d from its checkpoint of step %d; %s/model stays until then",
+            self.run, done, wanted, at, self.run,
+        )  # fmt: skip
+        return True
+
+    def check_remote(self, identity: str | None) -> None:
+        """Compare a remote teacher, once it has answered, with the one that the run learnt from so far.
+
+        Args:
+            identity: what its server says its content is; None of a server that does not tell.
+
+        Raises:
+            ConfigError: another teacher, and `allow_change` does not name teacher_address.
+        """
+        if identity is None:
+            return
+        if self.known_teacher not in (None, identity):
+            if not self.may_change_teacher:
+                raise ConfigError(
+                    f"{self.run} learnt from another teacher (content {self.known_teacher[:12]}) than the one at "
+                    f"{self.settings[ADDRESS]} ({identity[:12]}); serve that one, use another output, or give --allow_change "
+                    f"{ADDRESS} to go on with this one"
+                )
+            self.changes.append({"key": ADDRESS, "from": self.known_teacher, "to": identity})
+        self.inputs[ADDRESS] = {"path": self.settings[ADDRESS], "identity": identity}
+
+    def record(self, step: int) -> None:
+        """Write settings, inputs and changes into the run folder; the main rank does, all may call it.
+
+        Args:
+            step: steps done so far, which the changes hold from.
+        """
+        if is_main():
+            self.run.mkdir(parents=True, exist_ok=True)
+            about = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "user": _user(), "step": step}
+            for change in self.changes:
+                logger.warning("from step %d on: %s = %s instead of %s", step, change["key"], change["to"], change["from"])
+            self.history += [about | change for change in self.changes]
+            write_json(self.run / HISTORY, {"inputs": self.inputs, "changes": self.history})
+            if self.is_new or self.changes:
+                write_json(self.run / SETTINGS, self.settings)
+        self.changes = []
+
+
+def check_resume(config: TrainConfig, run: Path) -> Resume:
+    """Compare a start with the run that it would go on with; nothing is written. All ranks call it.
 
     Args:
         config: of this start.
-        run: its folder.
+        run: its folder; without config.json it is a new run.
 
     Raises:
-        ConfigError: a setting differs that is part of what the run is; says which.
+        ConfigError: an input holds something else, or a setting differs that is part of what the run is; says which, and
+            what can be done.
     """
-    may_change = {
-        "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "tensorboard", "wandb", "wandb_project",
-        "parallel", "micro_batch_size", "async_save", "recompute", "cuda_graphs", "backend", "deterministic",
-        "eval_windows", "loss_chunk_tokens", "output", "teacher_address", "teacher_offload", "optimizer.offload",
-    }  # fmt: skip
-    file = run / "config.json"
-    mine = json.loads(json.dumps(asdict(config)))
-    if file.is_file():
-        # a setting that the run's version did not have yet had its default's effect
-        defaults = asdict(TrainConfig(stage="pretrain", data="-", output="-", scratch="-"))
-        ours, theirs = _flat(mine), _flat(defaults) | _flat(json.loads(file.read_text()))
-        for name in sorted(ours.keys() | theirs.keys()):
-            if may_change.isdisjoint((name, name.split(".")[0])) and ours.get(name) != theirs.get(name):
-                raise ConfigError(
-                    f"{run} was started with {name} = {theirs.get(name)}, now {ours.get(name)}; use another output to change it"
-                )
-    elif is_main():
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(file, mine)
-    torch.distributed.barrier()
+    return on_main(lambda: _compare(config, run))
+
+
+def _compare(config: TrainConfig, run: Path) -> Resume:
+    settings = json.loads(json.dumps(asdict(config)))
+    del settings["allow_change"]
+    inputs = {name: {"path": value, "identity": _identity(name, value)} for name in INPUTS if (value := settings[name])}
+    resume = Resume(run, settings, inputs, may_change_teacher=ADDRESS in config.allowed_changes)
+    if not (run / SETTINGS).is_file():
+        if newest := latest_checkpoint(run):
+            logger.warning(
+                "%s has no %s, so this start is compared with nothing; it goes on from %s", run, SETTINGS, newest.name
+            )
+        return resume
+    resume.is_new = False
+    saved = read_json(run / SETTINGS)
+    history = read_json(run / HISTORY) if (run / HISTORY).is_file() else {"inputs": {}, "changes": []}
+    resume.history, known = history["changes"], history["inputs"]
+    resume.known_teacher = known.get(ADDRESS, {}).get("identity")
+    if ADDRESS in known:
+        inputs[ADDRESS] = known[ADDRESS]
+    # a setting that the run's version did not have yet had its default's effect
+    defaults = asdict(TrainConfig(stage="pretrain", data="-", output="-", scratch="-"))
+    ours, theirs = _flat(settings), _flat(defaults) | _flat(saved)
+    for name in sorted(ours.keys() | theirs.keys()):
+        value, former = ours.get(name), theirs.get(name)
+        if not FREE.isdisjoint((name, name.split(".")[0])) or (name == ADDRESS and value and former):
+            continue
+        if name in INPUTS and value and former:
+            before, now = _known_identity(name, former, value, known, run), inputs[name]["identity"]
+            if before is not None and before != now:
+                _change(resume, config, name, f"{former} (content {before[:12]})", f"{value} (content {now[:12]})")
+        elif value != former:
+            _change(resume, config, name, former, value)
+    if unknown := [name for name in inputs if name not in known and name != ADDRESS]:
+        logger.warning(
+            "%s is of a version that did not keep what its inputs hold: %s taken as they are now, and compared from now on",
+            run, ", ".join(unknown),
+        )  # fmt: skip
+        if config.stage == "align" and config.align_loss == "mse" and saved.get("micro_batch_size", 1) > 1:
+            logger.warning(
+                "that version normalised align's mse over micro-batches, this one over windows: losses go on a few per cent "
+                "higher or lower"
+            )
+    return resume
+
+
+def _change(resume: Resume, config: TrainConfig, name: str, former: Any, value: Any) -> None:
+    """Note a change that is allowed; refuse another."""
+    longer = name == "train_tokens" and value > former
+    said = f"{resume.run} was started with {name} = {former}, now {value}"
+    if name in FIXED:
+        raise ConfigError(f"{said}; use another output to change it: {FIXED[name]}")
+    if not longer and config.allowed_changes.isdisjoint((name, name.split(".")[0])):
+        raise ConfigError(f"{said}; use another output to change it, or go on with the new value by --allow_change {name}")
+    if name in ("optimizer.lr", "optimizer.mixer_lr"):
+        _check_groups(resume, config)
+    resume.changes.append({"key": name, "from": former, "to": value})
+
+
+def _check_groups(resume: Resume, config: TrainConfig) -> None:
+    """Refuse learning rates that need other parameter groups than the optimizer's state has."""
+    saved = read_json(resume.run / SETTINGS)["optimizer"]
+    now = config.optimizer
+    of_their_own = [mixer_lr not in (None, lr) for lr, mixer_lr in ((saved["lr"], saved["mixer_lr"]), (now.lr, now.mixer_lr))]
+    if of_their_own[0] != of_their_own[1]:
+        raise ConfigError(
+            f"{resume.run} was started with optimizer.lr = {saved['lr']} and optimizer.mixer_lr = {saved['mixer_lr']}, now "
+            f"{now.lr} and {now.mixer_lr}: mixers must keep {'a learning rate of their own' if of_their_own[0] else 'lr'}, "
+            f"since the optimizer's state has groups of parameters for it; choose other rates, or use another output"
+        )
+
+
+def _identity(name: str, value: str) -> str:
+    """What an input holds; of `scratch`, whose weights are not read, the architecture."""
+    if name != "scratch":
+        return content_identity(value)
+    named = value in LAYOUTS or value in BASES or not Path(value).is_dir()
+    return value if named else json_identity(read_description(value)[1]["model"])
+
+
+def _known_identity(name: str, former: str, value: str, known: dict[str, dict[str, str]], run: Path) -> str | None:
+    """The identity of the run's own input; None where an older version kept none and the place is still the same."""
+    if name in known:
+        return known[name]["identity"]
+    if former == value or (name != "scratch" and Path(former).resolve() == Path(value).resolve()):
+        return None
+    if name == "scratch" or Path(former).is_dir():
+        return _identity(name, former)
+    raise ConfigError(
+        f"{run} was started with {name} = {former}, which is not there any more, and kept no record of what it held, so that "
+        f"{value} cannot be compared with it; put it back at its place, or use another output"
+    )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "unknown"
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

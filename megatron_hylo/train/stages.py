@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.distill.alignment import AlignmentLoss, align_layers, check_alignable
-from megatron_hylo.distill.head_loss import check_vocabularies, model_head_loss
+from megatron_hylo.distill.head_loss import check_vocabularies, mean_counts, model_head_loss
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.pipeline import rank_shape, through_stages
 from megatron_hylo.teachers.signal import TeacherSignal
@@ -43,20 +43,25 @@ class Stage:
             check_vocabularies(student, teacher)
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
-        """Gradients of `micro_batches` batches, reduced over all ranks; returns this rank's mean metrics.
+        """Gradients of `micro_batches` batches, reduced over all ranks; returns this rank's share of the metrics.
 
         Args:
             states: the students; one, but for `align`.
             batches: this rank's micro-batches.
             micro_batches: how many of them a step has.
+
+        Returns:
+            By name; the mean over the data- and context-parallel ranks is what the optimizer minimises.
         """
         (state,) = states
         run, packed = get_forward_backward_func(), self.config.packed_documents
         # the teacher's hidden states make what stages hand on wider than Megatron-Core expects; so it asks for shapes
         state.config.variable_seq_lengths = self.teacher is not None and self.config.parallel.stages > 1
         taken = list(itertools.islice(batches, micro_batches))
+        ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        counts = mean_counts([batch["labels"] for batch in taken], ranks)
         results = run(
-            forward_step_func=self._forward_step,
+            forward_step_func=partial(self._forward_step, counts),
             data_iterator=[iter(taken) for _ in state.wrapped],
             model=state.wrapped,
             num_microbatches=micro_batches,
@@ -66,14 +71,13 @@ class Stage:
         )
         return {k: torch.stack([r[k] for r in results]).mean() for k in results[0]} if results else {}
 
-    def _forward_step(self, batches: Batches, model: Any) -> tuple[Tensor, Any]:
+    def _forward_step(self, counts: Tensor, batches: Batches, model: Any) -> tuple[Tensor, Any]:
         batch, student = next(batches), model.module
         ids, documents = batch["input_ids"], batch.get("documents")
         teacher = self.teacher[student.vp_stage or 0] if self.teacher is not None else None
         if teacher is None:
-            return model(ids, documents), partial(
-                self._loss, student, self.elsewhere, batch["labels"], batch.get("teacher_hidden")
-            )
+            taught = batch.get("teacher_hidden")
+            return model(ids, documents), partial(self._loss, student, self.elsewhere, batch["labels"], taught, counts)
         if not student.pre_process:
             widths = [student.config.hidden_size, teacher.config.hidden_size]
             own, theirs = student.decoder.input_tensor.split(widths, dim=-1)
@@ -84,7 +88,7 @@ class Stage:
         hidden = model(ids, documents)
         if not student.post_process:
             hidden = torch.cat([hidden, teacher_hidden], dim=-1)
-        return hidden, partial(self._loss, student, teacher, batch["labels"], teacher_hidden)
+        return hidden, partial(self._loss, student, teacher, batch["labels"], teacher_hidden, counts)
 
     def _loss(
         self,
@@ -92,6 +96,7 @@ class Stage:
         teacher: HyloModel | TeacherSignal | None,
         labels: Tensor,
         teacher_hidden: Tensor | None,
+        counts: Tensor,
         hidden: Tensor,
     ) -> tuple[Tensor, dict]:
         c = self.config
@@ -107,10 +112,11 @@ class Stage:
             kl_direction=c.kl_direction,
             kl_temperature=c.kl_temperature,
             kl_top_k=c.kl_top_k,
+            counts=counts,
         )
         metrics = {"loss": head.loss, "kl": head.kl, "cross_entropy": head.cross_entropy}
         # Megatron-Core multiplies the loss by the context-parallel ranks, in place (hence the clone), and averages gradients
-        # over them too; the mean over a sequence's tokens is that of its parts' means
+        # over them too, as over data-parallel ranks and micro-batches; `counts` is made for that
         return head.loss / parallel_state.get_context_parallel_world_size(), {
             k: v.detach().clone() for k, v in metrics.items() if v is not None
         }
@@ -148,7 +154,7 @@ class Align(Stage):
         def run(index: int, received: Tensor | None) -> Tensor:
             losses, handed_on = align_layers(
                 [state.chunks[index] for state in states], self.teacher[index], ids, c.align_loss, c.hidden_weight,
-                c.mixer_weight, gradient_scale, batch.get("documents"), received,
+                c.mixer_weight, gradient_scale, batch.get("documents"), received, c.micro_batch_size,
             )  # fmt: skip
             found.append(losses)
             return handed_on

@@ -14,8 +14,7 @@ import torch
 
 from megatron_hylo import kernels
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.io.atomic import write_json
-from megatron_hylo.io.cache import cache_dir
+from megatron_hylo.io import cache_dir, write_json
 from megatron_hylo.kernels.delta_rule_chain import OPERATION as CHAIN
 from megatron_hylo.kernels.registry import ENVIRONMENT_VARIABLE
 from megatron_hylo.models.kernel_check import Check, check_kernels

@@ -13,10 +13,12 @@ from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.layouts import Shapes, expand_pattern, get_layout, hybrid_config
 from megatron_hylo.convert.to_hf import hf_tensors
-from megatron_hylo.convert.to_megatron import Track, fill_model, no_progress
+from megatron_hylo.convert.to_megatron import fill_model
+from megatron_hylo.data.tokenizer import check_dataset, check_same_vocabulary
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.initialise.calibrated_mla import choose_rotary_pairs
-from megatron_hylo.io.atomic import check_free
+from megatron_hylo.io import check_free
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.kernels.registry import untuned
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
@@ -92,13 +94,15 @@ def upcycle_folder(
     Raises:
         ConfigError: teacher, calibration and settings do not fit one another.
     """
-    check_free(output, overwrite)
+    check_free(output, overwrite, [teacher, calibration])
     teacher_config, _ = read_description(teacher)
     calibrated = init == "calibrated"
     config = student_config(teacher_config, layout, pattern, shapes or ("aligned" if calibrated else "paper"), overrides or {})
     if calibrated and calibration is None:
         raise ConfigError("init `calibrated` needs --calibration, a folder made by `hylo calibrate`; or use --init paper")
     statistics = CalibrationFolder(calibration, teacher, device()) if calibration is not None else None
+    if calibration is not None:
+        check_dataset(calibration, teacher)
     model = load_model(teacher, backend="local")
     source = dict(hf_tensors(model))
     if calibrated and rotary != "table" and "+" in config.mixers:
@@ -147,8 +151,13 @@ def assemble_folder(
         pattern: one mixer a layer.
         overwrite: replace what is there.
         track: progress display over an iterable.
+
+    Raises:
+        ConfigError: models that cannot be assembled, or of different tokenizers.
     """
-    check_free(output, overwrite)
+    check_free(output, overwrite, [mla, linear, base])
+    for folder in (mla, linear):
+        check_same_vocabulary(folder, base)
     mla_model, linear_model, base_model = (load_model(p, backend="local") for p in (mla, linear, base))
     mla_config, linear_config = mla_model.config.hylo, linear_model.config.hylo
     if set(mla_config.mixers) != {"+"} or len(set(linear_config.mixers)) != 1 or linear_config.mixers[0] not in "MG":

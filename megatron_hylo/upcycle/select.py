@@ -18,11 +18,12 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import uniform_mixers
-from megatron_hylo.convert.to_megatron import Track, no_progress
 from megatron_hylo.data.packed import PackedDataset
+from megatron_hylo.data.tokenizer import check_dataset, check_ids
 from megatron_hylo.distill.alignment import mixer_output, mlp_layer
 from megatron_hylo.distill.head_loss import linear_head_loss
-from megatron_hylo.io.atomic import check_free, sealed_directory, write_json
+from megatron_hylo.io import check_free, sealed_directory, write_json
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import device, is_main
@@ -158,9 +159,12 @@ def select_folder(
     """
     start = time.perf_counter()
     if output is not None:
-        check_free(output, overwrite)
+        check_free(output, overwrite, [teacher, mla, linear, data])
     symbol, vocabulary = _check_models(teacher, mla, linear, count, allow_unaligned)
-    windows = _windows(data, tokens, sequence_length, vocabulary)
+    windows = _windows(data, tokens, sequence_length)
+    check_ids(windows, vocabulary, data, teacher)
+    for folder in (teacher, mla, linear):
+        check_dataset(data, folder)
     base = load_model(teacher).eval()
     pure = (load_model(folder, params_dtype=base.config.params_dtype).eval() for folder in (mla, linear))
     evaluation = SwapEvaluation(base, *pure, windows, track)
@@ -263,14 +267,9 @@ def _doubt(reason: str, allow_unaligned: bool) -> None:
     logger.warning(message)
 
 
-def _windows(data: str | Path, tokens: int, sequence_length: int, vocabulary: int) -> Tensor:
+def _windows(data: str | Path, tokens: int, sequence_length: int) -> Tensor:
     """Inputs, int64 [n, sequence_length], of the first windows of the training set in a shuffled order."""
     if tokens < sequence_length:
         raise ConfigError(f"tokens {tokens} is less than one window of sequence_length {sequence_length}; give more, or less")
     dataset = PackedDataset(f"{data}/train", sequence_length, seed=0)
-    windows = torch.stack([dataset[i][:-1] for i in range(min(tokens // sequence_length, dataset.windows_per_epoch))])
-    if int(windows.max()) >= vocabulary:
-        raise ConfigError(
-            f"{data} holds token {int(windows.max())}, the models' vocabulary is {vocabulary}; preprocess with their tokenizer"
-        )
-    return windows
+    return torch.stack([dataset[i][:-1] for i in range(min(tokens // sequence_length, dataset.windows_per_epoch))])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_hylo.calibrate.gather import calibrate
-from megatron_hylo.data.artefacts import Document
+from megatron_hylo.data.documents import Document
 from megatron_hylo.data.preprocess import build_dataset
 from megatron_hylo.models.checkpoint import save_model
 from tests.calibrate.tiny import random_teacher

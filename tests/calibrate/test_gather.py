@@ -18,7 +18,7 @@ from megatron_hylo.calibrate.statistics import CalibrationFolder, layer_file
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.data.packed import PackedDataset
-from megatron_hylo.io.atomic import DamagedError, verify_sealed
+from megatron_hylo.io import DamagedError, verify_sealed
 from tests.calibrate.conftest import SETTINGS
 from tests.kernels.compare import relative_error
 
@@ -100,7 +100,7 @@ def test_folder_holds_the_windows_that_were_measured(material):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
 def test_interrupted_calibration_goes_on_where_it_was(material, tmp_path, monkeypatch):
@@ -145,7 +145,7 @@ def test_layers_of_other_settings_are_not_reused(material, tmp_path, monkeypatch
     [
         (dict(tokens=10**6), r"has \d+ windows of 40 tokens, 1000000 calibration tokens need 25000; .*at most \d+ tokens"),
         (dict(tokens=120), "layer 0: 120 calibration tokens are too few for 48 channels; give at least 192"),
-        (dict(parallel=ParallelConfig(pipeline_model_parallel_size=2)), "pipeline size 1"),
+        (dict(parallel=ParallelConfig(pipeline_model_parallel_size=2)), "tensor and data parallelism alone"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message, material, tmp_path):
@@ -183,6 +183,9 @@ def test_parallel_ranks_measure_what_one_rank_does(material, tmp_path):
     layouts = {"tp2": {"tensor_model_parallel_size": 2}, "dp2": {}}
     arguments = dict(teacher=str(material.teacher), data=str(material.data), **SETTINGS)
     jobs = [(layout, arguments | {"output": str(tmp_path / name)}) for name, layout in layouts.items()]
+    few = arguments | {"tokens": 256, "sequence_length": 256, "output": str(tmp_path / "few")}  # one window for two ranks
+    jobs.append(({}, few))
+    gather.calibrate(**few | {"output": tmp_path / "few_of_one"})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                str(Path(__file__).with_name("worker.py")), str(tmp_path / "jobs.json")]  # fmt: skip
@@ -190,11 +193,11 @@ def test_parallel_ranks_measure_what_one_rank_does(material, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    for name in layouts:
+    for name, oracle in (*((name, material.done) for name in layouts), ("few", tmp_path / "few_of_one")):
         verify_sealed(tmp_path / name)
-        assert files(tmp_path / name)["windows.safetensors"] == files(material.done)["windows.safetensors"]
+        assert files(tmp_path / name)["windows.safetensors"] == files(oracle)["windows.safetensors"]
         for layer in range(LAYERS):
-            one, ours = (load_file(folder / layer_file(layer)) for folder in (material.done, tmp_path / name))
+            one, ours = (load_file(folder / layer_file(layer)) for folder in (oracle, tmp_path / name))
             assert one.keys() == ours.keys() and all(one[n].shape == ours[n].shape for n in one)
             errors = {n: relative_error(ours[n].double(), one[n].double()) for n in one if n != "layer"}
             assert int(ours["layer"]) == layer and max(errors.values()) < FP32 and math.isfinite(sum(errors.values())), errors

@@ -89,6 +89,13 @@ def test_unknown_training_key_is_refused(teacher, tmp_path, capsys):
     assert code == 2 and "learning_rat" in text
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_recipe_in_another_encoding_is_refused_in_a_sentence(tmp_path, capsys, encoding):
+    (tmp_path / "recipe.yaml").write_text("stage: distil  # caf\u00e9\n", encoding=encoding)
+    code, output = run(capsys, "train", "--config", tmp_path / "recipe.yaml")
+    assert code == 2 and "the recipe (--config) is not UTF-8" in output
+
+
 def test_teacher_of_another_vocabulary_is_refused(teacher, tmp_path, capsys):
     tiny_hf_model("llama", vocab_size=200).save_pretrained(tmp_path / "hf200")
     assert run(capsys, "convert", tmp_path / "hf200", tmp_path / "teacher200")[0] == 0

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.tensor_names import tensor_names
-from megatron_hylo.convert.hf_reader import SafetensorsSource
+from megatron_hylo.convert.safetensors_reader import SafetensorsSource
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf, write_shards
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
-from megatron_hylo.io.atomic import DamagedError
+from megatron_hylo.io import DamagedError
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
 from tests.conftest import tiny_config, tiny_hf_model

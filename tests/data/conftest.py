@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_hylo.data.artefacts import Document
+from megatron_hylo.data.documents import Document
 
 WORDS = [
     "the",

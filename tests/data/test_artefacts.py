@@ -1,7 +1,6 @@
-"""The cache of fetched inputs, the readers of documents, and (marked network) the real downloads."""
+"""The cache of fetched inputs, Debian's texts, and (marked network) the real downloads."""
 
 import gzip
-import json
 import shutil
 import subprocess
 import sys
@@ -14,16 +13,15 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.data.artefacts import (
     SHA256,
     TEACHER_GGUF,
-    Document,
     fetch_documents,
     fetch_qwen3_tokenizer,
     fetch_teacher,
-    read_documents,
 )
 from megatron_hylo.data.debian import PACKAGES, read_texts
+from megatron_hylo.data.documents import read_documents
 from megatron_hylo.data.preprocess import preprocess
-from megatron_hylo.io.atomic import sha256
-from megatron_hylo.io.cache import cache_dir, cached_folder, run_tool
+from megatron_hylo.io import cache_dir, sha256
+from megatron_hylo.io.cache import cached_folder, run_tool
 
 
 @pytest.fixture
@@ -117,39 +115,6 @@ def test_texts_of_a_debian_package(tmp_path):
     deb = tmp_path / "made.deb"
     subprocess.run(["dpkg-deb", "--root-owner-group", "-b", tree, deb], check=True, capture_output=True)
     assert list(read_texts("linux-doc-6.1", deb, tmp_path / "out")) == [("b/a.rst", "première"), ("z.txt", "last")]
-
-
-def test_documents_of_a_folder_and_of_a_jsonl(tmp_path):
-    folder = tmp_path / "text"
-    (folder / "deep").mkdir(parents=True)
-    (folder / "b.md").write_text("B")
-    (folder / "deep" / "a.TXT").write_text("A")
-    (folder / "picture.png").write_bytes(b"\x89")
-    assert list(read_documents(folder)) == [Document("text", "b.md", "B"), Document("text", "deep/a.TXT", "A")]
-    lines = [{"text": "x\u2028y"}, {"source": "s", "name": "n", "text": "N"}]
-    file = tmp_path / "some.jsonl"
-    file.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n", encoding="utf-8")
-    first, second = read_documents(file)
-    assert (first.source, first.text, len(first.name)) == ("some", "x\u2028y", 16) and second == Document("s", "n", "N")
-    file.write_text(json.dumps(lines[0]) + "\n")
-    assert next(read_documents(file)).name == first.name  # of the text alone, wherever it stands
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [('{"text": "a"}\n{"text"', "line 2 is not JSON"), ('{"body": "a"}', "line 1 has no text"), ('"a"', "line 1 has no text")],
-)
-def test_a_bad_line_is_named(tmp_path, content, message):
-    (tmp_path / "some.jsonl").write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        list(read_documents(tmp_path / "some.jsonl"))
-
-
-def test_nothing_to_read_is_refused(tmp_path):
-    (tmp_path / "a.pdf").touch()
-    for path, message in (("", "holds no .txt"), ("a.pdf", "is not a .jsonl"), ("gone", "does not exist")):
-        with pytest.raises(ConfigError, match=message):
-            list(read_documents(tmp_path / path))
 
 
 @pytest.mark.network

@@ -5,6 +5,7 @@ Token ids are 0, 1, 2, ... through the dataset, so that a window shows by itself
 
 import itertools
 import json
+import logging
 import pickle
 
 import numpy as np
@@ -14,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.packed import IGNORED, PackedDataset, batches, heldout_windows
-from megatron_hylo.io.atomic import DamagedError
+from megatron_hylo.io import DamagedError
 
 LENGTHS = np.random.default_rng(0).integers(1, 60, size=40).tolist() + [300]
 TOKENS = sum(LENGTHS)
@@ -54,6 +55,21 @@ def test_every_token_is_predicted_once_an_epoch(prefix, length, epoch):
         assert after == before + 1 or (after in STARTS and before + 1 in STARTS | {TOKENS})
     # Windows overlap by one token: but for the stream's first, each starts with another's last.
     assert len(set(windows[:, 0].tolist()) - set(windows[:, -1].tolist())) == 1
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1, 2.25])
+@pytest.mark.parametrize("length", [LENGTH, 100])
+def test_what_a_run_leaves_out_is_said_as_counted_by_hand(prefix, length, epochs):
+    dataset = PackedDataset(prefix, length, seed=5)
+    count = dataset.windows_per_epoch
+    read = int(epochs * count)
+    in_windows = {token for i in range(count) for token in dataset[i].tolist()}
+    begun = {i // count for i in range(read)}
+    unread = len({i for epoch in begun for i in range(epoch * count, (epoch + 1) * count)} - set(range(read)))
+    said = dataset.describe(read)
+    assert f"41 documents, {TOKENS:,} tokens" in said and f"an epoch has {count:,} windows of {length}" in said
+    assert f"leaves out {TOKENS - len(in_windows)} tokens at its end that fill none" in said
+    assert f"reads {read:,} windows" in said and f"leaves out {unread} windows of the last" in said
 
 
 def test_without_shuffling_it_is_the_dataset_cut(prefix):
@@ -171,6 +187,14 @@ def test_heldout_windows_lie_inside_documents(prefix):
     assert len(some) == 7
     places = [expected.index(window) for window in some.tolist()]
     assert set(np.diff(places)) <= {len(expected) // 7, len(expected) // 7 + 1}
+
+
+def test_heldout_tokens_of_no_window_are_said_as_counted_by_hand(prefix, caplog):
+    with caplog.at_level(logging.INFO, "megatron_hylo.data"):
+        windows = heldout_windows(prefix, LENGTH, 10**6)
+    predicted = len(set(windows[:, 1:].flatten().tolist()))
+    assert f"{len(windows)} of {len(windows)} windows of {LENGTH} tokens inside a document" in caplog.text
+    assert f"; {TOKENS - predicted:,} of {TOKENS:,} tokens are predicted in none" in caplog.text
 
 
 def test_heldout_windows_longer_than_every_document(prefix):

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.artefacts import Document
+from megatron_hylo.data.documents import Document
 from megatron_hylo.data.preprocess import build_dataset, heldout_score, preprocess
-from megatron_hylo.io.atomic import verify_sealed
+from megatron_hylo.io import verify_sealed
 from tests.data.conftest import END, make_documents
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def test_large_vocabulary_is_stored_in_int32(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocab_size": 299}, "ids up to 299, the model's vocabulary is 299"),
+        ({"vocab_size": 200}, r"made/0.txt holds token id 2\d\d, the vocabulary of the model has 200"),
         ({"end_token_id": 300}, "end_token_id 300"),
         ({"heldout_fraction": 1.0}, "heldout_fraction"),
         ({"max_documents": 0}, "max_documents"),
@@ -145,7 +145,7 @@ def test_a_kill_in_the_middle_leaves_nothing_at_the_final_place(tmp_path, tokeni
         assert child.stdout.readline() == "reached\n"
         child.kill()
     assert child.returncode == -signal.SIGKILL
-    assert [path.name for path in out.parent.iterdir()] == [".data.partial"]
+    assert sorted(path.name for path in out.parent.iterdir()) == [".data.lock", ".data.partial"]
     assert build_dataset(make_documents(4), tokenizer, out).train_documents == 3
     assert [path.name for path in out.parent.iterdir()] == ["data"]
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from megatron_hylo.distill.head_loss import linear_head_loss, teacher_rows
+from megatron_hylo.distill.head_loss import head_part, linear_head_loss, teacher_rows, whole_head
 from megatron_hylo.distill.plain_head_softmax import top_k_mask
 from tests.distill.test_head_loss import N, make_inputs, reference
 from tests.kernels.compare import relative_error
@@ -51,10 +51,7 @@ def padded_error(student_size: int, teacher_size: int) -> float:
     truth = reference(shared, 0.7, 0.4)
     sizes = {"weight": student_size, "teacher_weight": teacher_size}
     mine = {name: inputs[name].detach()[:size].chunk(2)[group.rank()] for name, size in sizes.items()}
-    models = [
-        SimpleNamespace(config=SimpleNamespace(hylo=SimpleNamespace(vocab_size=size)), head_weight=lambda name=name: mine[name])
-        for name, size in sizes.items()
-    ]
+    models = [_model(size, mine[name]) for name, size in sizes.items()]
     weight = mine["weight"].clone().requires_grad_()
     rows = teacher_rows(*models, group)
     result = linear_head_loss(
@@ -67,6 +64,40 @@ def padded_error(student_size: int, teacher_size: int) -> float:
     pairs = [(getattr(result, name), truth[name]) for name in ("loss", "kl", "cross_entropy")]
     pairs += [(inputs["hidden"].grad, truth["hidden"]), (weight.grad, expected.chunk(2)[group.rank()])]
     return max(relative_error(ours, theirs) for ours, theirs in pairs)
+
+
+def undivided_error(student_size: int, teacher_size: int, top_k: int | None) -> float:
+    """The same where two ranks do not divide the vocabularies: the padding holds what would show itself in any soft-max."""
+    torch.manual_seed(0)
+    group, common = dist.group.WORLD, min(student_size, teacher_size)
+    inputs = make_inputs(torch.float64, vocab=max(student_size, teacher_size))
+    inputs["labels"] %= common
+    shared = inputs | {name: inputs[name].detach()[:common] for name in ("weight", "teacher_weight")}
+    truth = reference(shared, 0.7, 0.4, top_k=top_k)
+    mine = {}
+    for name, size in (("weight", student_size), ("teacher_weight", teacher_size)):
+        rows = inputs[name].detach()[:size]
+        mine[name] = torch.cat([rows, torch.full_like(rows[: -size % 2], 100.0)]).chunk(2)[group.rank()].clone()
+        assert len(mine[name]) == len(head_part(rows, group)) == -(-size // 2)
+        assert torch.equal(whole_head(head_part(rows, group), size, group), rows)
+    weight = mine["weight"].requires_grad_()
+    rows = teacher_rows(*(_model(size, mine[name]) for name, size in zip(mine, (student_size, teacher_size))), group)
+    result = linear_head_loss(
+        **inputs | {"weight": weight, "teacher_weight": rows}, kl_weight=0.7, ce_weight=0.4, chunk_tokens=20, group=group,
+        kl_top_k=top_k, vocabulary=common, measure_agreement=top_k is None,
+    )  # fmt: skip
+    result.loss.backward()
+    dist.all_reduce(inputs["hidden"].grad)
+    expected = torch.zeros(2 * len(weight), weight.shape[1], dtype=torch.float64)
+    expected[:common] = truth["weight"]
+    names = ("loss", "kl", "cross_entropy", *(("agreement",) if top_k is None else ()))
+    pairs = [(getattr(result, name), truth[name]) for name in names]
+    pairs += [(inputs["hidden"].grad, truth["hidden"]), (weight.grad, expected.chunk(2)[group.rank()])]
+    return max(relative_error(ours, theirs) for ours, theirs in pairs)
+
+
+def _model(size: int, weight: torch.Tensor) -> SimpleNamespace:
+    return SimpleNamespace(config=SimpleNamespace(hylo=SimpleNamespace(vocab_size=size)), head_weight=lambda: weight)
 
 
 def check_ties() -> None:
@@ -98,6 +129,9 @@ def main() -> None:
         )
     for student_size, teacher_size in ((400, 404), (400, 396), (404, 400)):
         _show(f"padded {student_size=} {teacher_size=}", padded_error(student_size, teacher_size))
+    for (student_size, teacher_size), top_k in itertools.product(((401, 401), (401, 404), (404, 401)), (None, 5, 301)):
+        name = f"undivided {student_size=} {teacher_size=} {top_k=}"
+        _show(name, undivided_error(student_size, teacher_size, top_k))
     dist.destroy_process_group()
 
 

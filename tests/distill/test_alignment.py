@@ -64,7 +64,7 @@ def reference_loss(
         pairs = [(hidden, targets[f"h{i}"]), (outputs["a"], targets[f"a{i}"])]
         if loss == "mse":
             ours, theirs = pairs[1]
-            relative = (ours - theirs).square().sum(-1).mean() / theirs.square().sum(-1).mean()
+            relative = ((ours - theirs).square().sum((0, 2)) / theirs.square().sum((0, 2))).mean()  # of each window alone
             terms.append(torch.stack([torch.zeros_like(relative), relative]))
         else:
             terms.append(torch.stack([(ours - theirs).square().sum(-1).sqrt().mean() for ours, theirs in pairs]))

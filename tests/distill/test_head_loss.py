@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.distill.head_loss import linear_head_loss, model_head_loss
+from megatron_hylo.distill.head_loss import linear_head_loss, mean_counts, model_head_loss
 from tests.conftest import uneven_model
 from tests.kernels.compare import relative_error
 
@@ -172,23 +173,53 @@ def test_a_vocabulary_split_over_two_ranks_equals_float64_torch():
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     cases = [line.split("CASE ")[1].split("|") for line in result.stdout.splitlines() if "CASE " in line]
-    assert len(cases) == 2 * 2 * 6 * 2 + 3, result.stdout
+    assert len(cases) == 2 * 2 * 6 * 2 + 3 + 3 * 3, result.stdout
     for name, worst in cases:
         assert float(worst) < 1e-12, (name, worst)
 
 
-def test_unlabelled_tokens_have_no_cross_entropy_but_their_kl():
+@pytest.mark.parametrize("labels", ["some", "none"])
+def test_unlabelled_tokens_have_their_kl_and_do_not_count_for_cross_entropy(labels):
     inputs = make_inputs(torch.float64)
     hidden = inputs["hidden"]
-    inputs["labels"][::3] = -100
+    inputs["labels"][:: 3 if labels == "some" else 1] = -100
     result = linear_head_loss(**inputs, kl_weight=0.7, ce_weight=0.4, chunk_tokens=7)
     log_p = F.log_softmax(hidden @ inputs["weight"].T, -1)
     log_q = F.log_softmax(inputs["teacher_hidden"] @ inputs["teacher_weight"].T, -1)
-    nll = F.nll_loss(log_p, inputs["labels"], reduction="sum", ignore_index=-100) / N
+    nll = F.nll_loss(log_p, inputs["labels"], reduction="sum", ignore_index=-100)
+    nll = nll / (inputs["labels"] >= 0).sum() if labels == "some" else 0 * nll  # of nothing 0, not NaN
+    assert relative_error(result.cross_entropy, nll) < 1e-12
     loss = 0.7 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) + 0.4 * nll
     assert relative_error(result.loss, loss) < 1e-12
     mine, theirs = (torch.autograd.grad(value, hidden)[0] for value in (result.loss, loss))
     assert relative_error(mine, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("drop", [(), ("teacher_hidden", "teacher_weight")], ids=["kl", "cross-entropy"])
+def test_the_mean_over_parts_of_a_batch_is_the_loss_of_all_of_it_in_float64_torch(drop, one_rank):
+    """Parts have different numbers of labels, one of them none."""
+    inputs, edges = make_inputs(torch.float64), [0, 20, 33, N]
+    inputs["labels"][1:20:3], inputs["labels"][20:33] = -100, -100
+    whole = linear_head_loss(**{k: v for k, v in inputs.items() if k not in drop}, ce_weight=0.4)
+    parts = [{k: v[a:b] if "weight" not in k else v for k, v in inputs.items()} for a, b in zip(edges, edges[1:])]
+    counts = mean_counts([part["labels"] for part in parts], dist.group.WORLD)
+    assert counts.tolist() == [N / 3, (N - 13 - 7) / 3]
+    losses = [
+        linear_head_loss(**{k: v for k, v in part.items() if k not in drop}, ce_weight=0.4, counts=counts) for part in parts
+    ]
+    log_p = F.log_softmax(inputs["hidden"] @ inputs["weight"].T, -1)
+    written_out = F.nll_loss(log_p, inputs["labels"], ignore_index=-100)
+    assert relative_error(whole.cross_entropy, written_out) < 1e-12
+    if not drop:
+        log_q = F.log_softmax(inputs["teacher_hidden"] @ inputs["teacher_weight"].T, -1)
+        written_out = 0.4 * written_out + F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    mean = sum(part.loss for part in losses) / 3
+    names = [inputs["hidden"], inputs["weight"]]
+    truth = torch.autograd.grad(written_out, names)
+    for loss in (whole.loss, mean):
+        assert relative_error(loss, written_out) < 1e-12
+        found = torch.autograd.grad(loss, names)
+        assert max(relative_error(ours, theirs) for ours, theirs in zip(found, truth)) < 1e-12
 
 
 @pytest.mark.parametrize("case", CASES)

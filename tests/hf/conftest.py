@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
+from megatron_hylo.models.hylo_model import HyloModel, build_model
 from tests.conftest import tiny_config
 
 # no two sizes that meet in a product are equal, but for v_head_dim, which nothing ties to the others
@@ -37,6 +38,18 @@ def random_model(config, dtype: torch.dtype = torch.float64) -> HyloForCausalLM:
             else:
                 parameter.normal_(0, 0.2)
     return model.to(dtype).eval()
+
+
+def random_megatron_model(config) -> HyloModel:
+    """A Megatron model, every parameter moved off its trivial start; needs the fixture one_rank."""
+    model = build_model(config, backend="local").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("_proj.bias"):
+                parameter.uniform_(0.5, 1.5)
+            elif parameter.dim() == 2:
+                parameter.normal_(0, 0.2)
+    return model
 
 
 @pytest.fixture

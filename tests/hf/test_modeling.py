@@ -106,16 +106,6 @@ def test_generation_makes_logits_of_the_last_position_only(ids):
     assert rows == [1, 1, 1]
 
 
-def test_padding_and_other_caches_are_refused(ids):
-    model = random_model(serve_config("G+"))
-    mask = torch.ones_like(ids)
-    mask[0, 0] = 0
-    with pytest.raises(ValueError, match="padding is not supported"):
-        model.generate(ids, attention_mask=mask, max_new_tokens=2)
-    with pytest.raises(ValueError, match="cache_implementation 'static' is not supported"):
-        model.generate(ids, cache_implementation="static", max_new_tokens=2)
-
-
 @pytest.mark.parametrize("rope", [None, LLAMA3, YARN], ids=["plain", "llama3", "yarn"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @torch.no_grad()

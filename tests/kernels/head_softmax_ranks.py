@@ -39,8 +39,8 @@ def errors(
     first = group.rank() * share if group else 0
     mine = x[:, first : first + share].contiguous()
     *found, slope = head_softmax(
-        mine, y[:, first : first + share].contiguous() if teacher else None, ids, first, weights[0] * temperature, weights[1],
-        reverse, temperature, group, grad_dtype,
+        mine, y[:, first : first + share].contiguous() if teacher else None, ids, first,
+        torch.tensor([weights[0] * temperature, weights[1]]), reverse, temperature, group, grad_dtype,
     )  # fmt: skip
     assert slope.dtype == grad_dtype and (slope is mine) == (dtype == grad_dtype)
     return [_relative(a, b) for a, b in zip(found, sums)] + [_relative(slope, gradient[:, first : first + share])]

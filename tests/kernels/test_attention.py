@@ -79,6 +79,20 @@ def test_a_prefix_and_own_keys_merge_to_the_whole(t: int, s: int, monkeypatch) -
     assert max(relative_error(ours, theirs) for ours, theirs in [outputs, *zip(*gradients)]) < 1e-6
 
 
+@pytest.mark.parametrize("t", [9, 1])
+def test_a_mask_matches_explicit_softmax_over_each_sequences_own_keys(t: int) -> None:
+    q, k, v = inputs(t, 12, 8, 10)
+    padding = (3, 0)  # keys that no query of the sequence sees
+    seen = torch.arange(12) >= torch.tensor(padding)[:, None]
+    mask = (torch.arange(12) <= torch.arange(12)[12 - t :, None]) & seen[:, None, None]
+    mask |= torch.arange(12) == torch.arange(12)[12 - t :, None]
+    out = attention(q, k, v, 0.3, mask=mask)
+    for row, missing in enumerate(padding):
+        first = max(missing - (12 - t), 0)  # the first query that is no padding itself
+        own = [x[row : row + 1, start:] for x, start in ((q, first), (k, missing), (v, missing))]
+        torch.testing.assert_close(out[row : row + 1, first:], explicit(*own, 0.3), rtol=0, atol=1e-12)
+
+
 def test_float32_matches_explicit_softmax() -> None:
     assert worst_error(inputs(40, 70, 32, 32, dtype=torch.float32), causal=True) < 1e-5
 

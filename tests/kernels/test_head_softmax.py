@@ -47,7 +47,7 @@ def test_kernels_compile_for_hopper(reverse) -> None:
     logits = dict(student="*fp32", teacher="*fp32", labels="*i64")
     for kernel, arguments, constants in (
         (kernels.row_statistics, dict(out="*fp32"), common | dict(COLUMNS=7)),
-        (kernels.logit_gradient, dict(normalisers="*fp32", out="*bf16", kl_scale="fp32", ce_scale="fp32"), common),
+        (kernels.logit_gradient, dict(normalisers="*fp32", out="*bf16", scales="*fp32"), common),
     ):
         signature = logits | arguments | dict.fromkeys(constants, "constexpr")
         source = ASTSource(kernel, signature, constants)

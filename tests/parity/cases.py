@@ -25,11 +25,14 @@ STAGES = {
     "stored": dict(stage="distil", ce_weight=0.3, teacher_store="store"),
     "packed_stored": dict(stage="distil", ce_weight=0.3, teacher_store="store", packed_documents=True),
     "packed_mse": dict(stage="align", align_loss="mse", packed_documents=True),
+    "mse_pairs": dict(stage="align", align_loss="mse", micro_batch_size=2),
+    "packed_mse_pairs": dict(stage="align", align_loss="mse", micro_batch_size=2, packed_documents=True),
 }
 # name: (ranks, parallel groups, distributed optimizer)
 LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "one": (1, {}, False),
     "tp2": (2, dict(tensor_model_parallel_size=2), True),
+    "tp4": (4, dict(tensor_model_parallel_size=4), True),
     "tp2_sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True), True),
     "pp2": (2, dict(pipeline_model_parallel_size=2), True),
     "pp2_vp2": (2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2), True),
@@ -47,6 +50,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     ),
     "dp2": (2, {}, True),
     "dp2_plain": (2, {}, False),
+    "dp4": (4, {}, True),
     "cp2": (2, dict(context_parallel_size=2), True),
     "cp2_gather": (2, dict(context_parallel_size=2, cp_comm_type="all_gather"), True),
     "cp2_a2a": (2, dict(context_parallel_size=2, cp_comm_type="a2a"), True),
@@ -74,15 +78,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
 def case_config(
     root: Path, model: str, stage: str, layout: str, precision: str = "fp32", sequence_length: int = 24
 ) -> TrainConfig:
-    """Two steps of a stage under a layout, of the folders ROOT/{data, teacher, store, MODEL}.
+    """Two steps of a stage under a layout, of the folders ROOT/{data, teacher, store, MODEL}; a MODEL "odd..." has odd_teacher
+    and odd_store.
 
     bf16 needs the distributed optimizer, also on one rank.
     """
     _, groups, distributed = LAYOUTS[layout]
     settings = dict(STAGES[stage])
-    teacher = None if settings["stage"] == "pretrain" else "teacher"
+    kind = "odd_" if model.startswith("odd") else ""
+    teacher = None if settings["stage"] == "pretrain" else f"{kind}teacher"
     if "teacher_store" in settings:
-        settings["teacher_store"], teacher = str(root / settings["teacher_store"]), None
+        settings["teacher_store"], teacher = str(root / f"{kind}{settings['teacher_store']}"), None
     return TrainConfig(
         data=str(root / "data"), output="unused", model=str(root / model),
         teacher=teacher and str(root / teacher),

@@ -44,7 +44,10 @@ def _loss_normalised_per_rank() -> contextlib.AbstractContextManager:
 def _alignment_normalised_per_rank() -> contextlib.AbstractContextManager:
     from megatron_hylo.distill import alignment
 
-    return _replaced(alignment, "_power", lambda target, sequence_parallel: target.float().square().sum())
+    def own(windows, sequence_parallel):
+        return torch.stack([window.float().square().sum() for window in windows])
+
+    return _replaced(alignment, "_power", own)
 
 
 def _halo_off_by_one() -> contextlib.AbstractContextManager:
@@ -179,6 +182,45 @@ def _virtual_stages_swapped() -> contextlib.AbstractContextManager:
     return _replaced(loop, "_build_models", build)
 
 
+def _decays_of_the_next_head() -> contextlib.AbstractContextManager:
+    """Each head of a tensor-parallel rank decays as the rank's next one should."""
+    from megatron_hylo.models import gdn
+
+    right = gdn.gates_of
+
+    def rotated(alpha: Tensor, beta: Tensor, decay_log: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return right(alpha, beta, decay_log.roll(1), bias)
+
+    return _replaced(gdn, "gates_of", rotated)
+
+
+def _labels_counted_by_each_rank() -> contextlib.AbstractContextManager:
+    from megatron_hylo.train import stages
+
+    def own(labels: list[Tensor], group: Any) -> Tensor:
+        total = torch.tensor([sum(x.numel() for x in labels), sum(int((x >= 0).sum()) for x in labels)])
+        return total.double() / len(labels)
+
+    return _replaced(stages, "mean_counts", own)
+
+
+def _evaluation_of_one_context_rank() -> contextlib.AbstractContextManager:
+    """The sums over tokens are added up over the data-parallel ranks alone."""
+    from megatron_hylo.eval import perplexity
+
+    right = perplexity.parallel_state.get_data_parallel_group
+    proxy = SimpleNamespace(**vars(perplexity.parallel_state) | {"get_data_parallel_group": lambda **_: right()})
+    return _replaced(perplexity, "parallel_state", proxy)
+
+
+def _padding_in_the_soft_max() -> contextlib.AbstractContextManager:
+    """Logits of 0 for tokens that there are not."""
+    from megatron_hylo.distill import head_loss
+
+    right = head_loss.linear_head_loss
+    return _replaced(head_loss, "linear_head_loss", lambda *arguments: right(*arguments[:-1]))
+
+
 # name: (fault, model, stage, layout of the case that it must fail)
 FAULTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], str, str, str]] = {
     "a norm's gradient not summed over tensor-parallel ranks": (_head_norm_gradient_not_summed, "normed", "pretrain", "tp2"),
@@ -196,5 +238,10 @@ FAULTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], str, st
     "Mamba2's state not reset at a document": (_mamba_not_reset, "normed", "packed", "cp2_gather"),
     "sharded parameters left out of the norm that clips": (_sharded_parameters_unmarked, "normed", "pretrain", "tp2"),
     "virtual pipeline stages swapped": (_virtual_stages_swapped, "normed", "pretrain", "pp2_vp2"),
+    "decays of another head of a tensor-parallel rank": (_decays_of_the_next_head, "wide", "pretrain", "tp2"),
+    "labels counted by each data-parallel rank": (_labels_counted_by_each_rank, "mixed", "packed_distil", "dp2"),
+    "labels counted by each context-parallel rank": (_labels_counted_by_each_rank, "normed", "packed", "cp2_gather"),
+    "evaluation of one context-parallel rank's tokens": (_evaluation_of_one_context_rank, "mixed", "pretrain", "cp2_gather"),
+    "padding of the vocabulary in the soft-max": (_padding_in_the_soft_max, "odd", "pretrain", "tp4"),
     "rotary positions that run on over documents": (_document_positions_run_on, "normed", "packed", "tp2_sp"),
 }

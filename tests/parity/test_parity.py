@@ -43,7 +43,13 @@ WIDE = {
     )
 }
 KDA = {"kda": tiny_config("K-+-K-*-")}
+# a vocabulary that neither two nor four ranks divide
+ODD = {
+    "odd": WIDE["wide"].replace(vocab_size=161),
+    "odd_tied": WIDE["wide"].replace(vocab_size=161, untie_embeddings_and_output_weights=False),
+}
 TEACHER = tiny_config("*-*-*-*-", add_qkv_bias=True)
+ODD_TEACHER = TEACHER.replace(vocab_size=161, num_attention_heads=8, num_query_groups=4)
 HEADS = ["stored", "packed_stored", "reverse"]  # what the head loss reads; few layouts will do
 PACKED = [stage for stage in STAGES if stage.startswith("packed") and stage not in HEADS]
 WHOLE = [stage for stage in STAGES if stage not in (*PACKED, *HEADS, "top_k")]
@@ -61,6 +67,7 @@ CASES = [
     *(("normed", stage, layout) for layout in ("tp2_sp", "tp2_sp_cp2") for stage in PACKED),
     *(("mixed", "packed", layout) for layout in ("pp2", "cp2_dp2", "cp4", "pp2_cp2")),
     ("aligned", "packed", "tp2_sp_cp2"),
+    *(("mixed", stage, layout) for layout in ("tp2_sp", "cp2_gather") for stage in ("mse_pairs", "packed_mse_pairs")),
     *(("normed", stage, "cp3") for stage in ("pretrain", "packed")),
     *((model, stage, layout) for layout in ("pp2", "pp2_vp2") for model in MODELS for stage in WHOLE),
     *(("normed", stage, layout) for layout in ("pp2", "pp2_vp2") for stage in PACKED),
@@ -71,7 +78,12 @@ CASES = [
     *(("normed", stage, "tp2_sp_cp2") for stage in WHOLE),
     *(("mixed", stage, "cp2_dp2") for stage in ("pretrain", "distil", "mse")),
     *((model, "pretrain", layout) for layout in ("cp4", "pp2_cp2") for model in ("normed", "tied")),
-    *((model, "pretrain", "tp2_pp2") for model in ("normed", "tied")),
+    *((model, "pretrain", "tp2_pp2") for model in ("normed", "tied", "odd_tied")),
+    ("wide", "pretrain", "tp2"),
+    ("mixed", "packed_distil", "dp2"),
+    ("mixed", "pretrain", "dp4"),
+    *(("odd", stage, "tp4") for stage in ("pretrain", "distil", "top_k", "stored")),
+    *(("odd", stage, "tp2_sp") for stage in ("packed_distil", "reverse")),
     *(("normed", stage, "tp2_sp_dp2") for stage in ("distil", "mse", "ild", "sequential")),
     *(
         ("kda", stage, layout)
@@ -98,10 +110,12 @@ def measured(request, tmp_path_factory, one_rank) -> Path:
     root = tmp_path_factory.mktemp("parity")
     make_dataset(root / "data")
     make_model(TEACHER, root / "teacher", seed=1)
-    for name, config in (MODELS | ALIGNED | WIDE | KDA).items():
+    make_model(ODD_TEACHER, root / "odd_teacher", seed=1)
+    for name, config in (MODELS | ALIGNED | WIDE | KDA | ODD).items():
         make_model(config, root / name, seed=2)
 
-    write_store(root / "teacher", root / "data", root / "store", sequence_length=48, precision=torch.float32)
+    for kind in ("", "odd_"):
+        write_store(root / f"{kind}teacher", root / "data", root / f"{kind}store", sequence_length=48, precision=torch.float32)
 
     ones = dict.fromkeys((model, stage, "one") for model, stage, _ in [*cases, *(FAULTS[fault][1:] for fault in faults)])
     ones["mixed", "distil", "one"] = None  # what the top-k's KL is compared with
@@ -128,6 +142,8 @@ def test_layout_equals_one_rank(measured, model, stage, layout):
         norms = [step.pop("gradient_norm") for step in (mine, theirs)]
         assert norms[0] == pytest.approx(norms[1], rel=GRADIENT)
         assert mine == pytest.approx(theirs, rel=LOSS)
+    for mine, theirs in zip(here["quality"], one["quality"], strict=True):
+        assert mine == pytest.approx(theirs, rel=LOSS)
     for what, tolerance in (("gradients", GRADIENT), ("weights", WEIGHT)):
         mine, between_ranks, where = here[what]
         assert between_ranks < tolerance, f"{what}: ranks hold different {where}"
@@ -151,7 +167,12 @@ def test_a_planted_fault_fails_its_case(measured, fault):
     (mine, between_ranks, where), theirs = faulty["gradients"], one["gradients"][0]
     difference, name = relative_difference(mine, theirs)
     norm, right = (run["steps"][0]["gradient_norm"] for run in (faulty, one))
-    worst, name = max((difference, name), (between_ranks, where), (abs(norm - right) / right, "norm of all gradients"))
+    qualities = [[quality["cross_entropy"] for quality in run["quality"]] for run in (faulty, one)]
+    evaluated = max(abs(a - b) / b for a, b in zip(*qualities))
+    worst, name = max(
+        (difference, name), (between_ranks, where), (abs(norm - right) / right, "norm of all gradients"),
+        (evaluated, "evaluation"),
+    )  # fmt: skip
     print(f"{fault} | {model}-{stage}-{layout} | {worst:.1e} | {name}")
     assert worst > 100 * GRADIENT
 

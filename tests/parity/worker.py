@@ -2,7 +2,9 @@
 
 Started by `launch` through `python -m torch.distributed.run --standalone --nproc-per-node N tests/parity/worker.py JOBS`,
 so that one start-up of Python and Megatron-Core serves many cases. A job is {"kind", "config", "file"}:
-  measure   gradients, weights and metrics of two steps of that configuration, as whole tensors, to FILE
+  measure   gradients, weights and metrics of two steps of that configuration, as whole tensors, and an evaluation, to FILE
+  copy      the model, loaded and saved under that layout, to the configuration's output
+  store     a teacher store of the model and the data, to the configuration's output
   train     the whole of `megatron_hylo.train.loop.train`; where FILE is a checkpoint, from a copy of it
 """
 
@@ -122,6 +124,7 @@ def measure(config: Any, file: Path) -> None:
     from megatron.core import parallel_state
 
     from megatron_hylo.data.packed import PackedDataset
+    from megatron_hylo.eval.perplexity import evaluate
     from megatron_hylo.platform.distributed import initialize, is_main
     from megatron_hylo.train.data_loader import rank_batches
     from megatron_hylo.train.loop import _build_models, teacher_elsewhere, training_step
@@ -136,6 +139,10 @@ def measure(config: Any, file: Path) -> None:
     stage.check(chunks[0])
     choose_trainable(chunks, config)
     state = build_training_state(chunks, config)
+    # in batches that are not all full, and fewer windows than data-parallel ranks
+    windows = torch.randint(160, (3, config.sequence_length + 1), generator=torch.Generator().manual_seed(0))
+    found = [evaluate(chunks, some, teacher, batch_size=2).to_dict() for some in (windows, windows[:1])]
+    quality = [{name: value for name, value in measures.items() if value is not None} for measures in found]
     dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
     micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
 
@@ -150,14 +157,16 @@ def measure(config: Any, file: Path) -> None:
     weights = whole_tensors(chunks, [{name: p.data for name, p in chunk.named_parameters()} for chunk in chunks])
     gradients = whole_tensors(chunks, gradients)  # last: fp32 data in a bf16 parameter takes its gradient hooks away
     if is_main():
-        torch.save({"steps": steps, "gradients": gradients, "weights": weights, "received": received}, file)
+        torch.save({"steps": steps, "gradients": gradients, "weights": weights, "received": received, "quality": quality}, file)
 
 
 def main(file: str) -> None:
     """Run the jobs of a list; process groups are made anew where the parallel layout changes."""
     from megatron_hylo.config import from_dict
     from megatron_hylo.config.train import TrainConfig
-    from megatron_hylo.platform.distributed import device, shutdown
+    from megatron_hylo.models.checkpoint import load_chunks, save_model
+    from megatron_hylo.platform.distributed import device, initialize, shutdown
+    from megatron_hylo.teachers.store import write_store
     from megatron_hylo.train.loop import train
     from tests.parity.faults import FAULTS
 
@@ -173,6 +182,14 @@ def main(file: str) -> None:
             if entry["kind"] == "measure":
                 with FAULTS[entry["fault"]][0]() if entry["fault"] else contextlib.nullcontext():
                     measure(config, Path(entry["file"]))
+                continue
+            if entry["kind"] in ("copy", "store"):
+                initialize(config.parallel, config.seed)
+                if entry["kind"] == "copy":
+                    save_model(load_chunks(config.model, config.parallel), config.output)
+                else:
+                    arguments = dict(precision=torch.float32, parallel=config.parallel)
+                    write_store(config.model, config.data, config.output, sequence_length=48, **arguments)
                 continue
             if entry["file"] is not None and rank == 0:
                 shutil.copytree(entry["file"], Path(config.output) / "checkpoints" / Path(entry["file"]).name)

@@ -1,10 +1,13 @@
 """generate_text out of every kind of folder, with a real (tiny) tokenizer."""
 
+import io
+
 import pytest
 import tokenizers
 import torch
 import transformers
 
+from megatron_hylo.cli.main import main as cli
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import kv_bytes_per_token
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
@@ -107,6 +110,22 @@ def test_generation_ends_with_the_end_of_sequence_token(folders):
 def test_chat_template_is_applied(folders):
     chat = generate_text(folders[1], PROMPT, max_new_tokens=5, chat=True)
     assert chat.prompt_tokens == len(PROMPT + " answer")
+    file = folders[1] / "chat_template.jinja"
+    file.write_text("{{ raise_exception('only for machines') }}")
+    with pytest.raises(ConfigError, match="chat template cannot be used: only for machines"):
+        generate_text(folders[1], PROMPT, chat=True)
+
+
+def test_a_prompt_of_the_standard_input_is_that_of_the_command_line(folders, capsys, monkeypatch):
+    def printed(prompt: str) -> str:
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["generate", str(folders[1]), prompt, "--max_new_tokens", "5"])
+        return f"{exit.value.code} {capsys.readouterr().out.splitlines()[0]}"
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode("utf-8-sig"))))
+    assert printed("-") == printed(PROMPT) and printed(PROMPT).startswith(f"0 {PROMPT}")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    assert printed("-").startswith("2 error: the prompt is not text")
 
 
 def test_teacher_folders(one_rank, tmp_path):
@@ -126,6 +145,7 @@ def test_teacher_folders(one_rank, tmp_path):
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty > 0"),
         ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": "caf\udce9"}, "prompt is not text.*at character 3"),
     ],
 )
 def test_bad_settings(folders, changes, message):

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from megatron_hylo.cli.main import VERBS
 from megatron_hylo.cli.parser import build_parser
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.data.artefacts import Document
+from megatron_hylo.data.documents import Document
 from megatron_hylo.data.preprocess import build_dataset
-from megatron_hylo.io.atomic import verify_sealed
+from megatron_hylo.io import verify_sealed
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from tests.conftest import tiny_config

@@ -65,8 +65,9 @@ def measured(request, tmp_path_factory, one_rank) -> Path:
     items = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     cases = [tuple(chosen[name] for name in ("server", "stage", "layout")) for chosen in items]
     make_dataset(root / "data")
-    make_model(tiny_config("*-*-*-*-", add_qkv_bias=True, hidden_size=48), root / "teacher", seed=1)
-    make_model(tiny_config("G-+-M-*-", qk_layernorm=True, add_qkv_bias=True, model_family="qwen3"), root / "mixed", seed=2)
+    make_model(tiny_config("*-*-*-*-", add_qkv_bias=True, vocab_size=161), root / "teacher", seed=1)
+    student = tiny_config("G-+-M-*-", qk_layernorm=True, add_qkv_bias=True, model_family="qwen3", vocab_size=161)
+    make_model(student, root / "mixed", seed=2)  # a vocabulary that two ranks do not divide
     online = [job("measure", case_config(root, "mixed", stage, "one"), root / f"online-{stage}-one.pt")
               for stage in ("distil", "packed_distil")]  # fmt: skip
     with contextlib.ExitStack() as stack:

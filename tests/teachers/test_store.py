@@ -1,6 +1,8 @@
 """A teacher on disk: what was written comes back, by document and offset; interruptions, damage and strangers are met."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.prefetch import ahead
-from megatron_hylo.io.atomic import DamagedError
+from megatron_hylo.io import DamagedError
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import initialize
@@ -26,7 +28,7 @@ from tests.train.runs import metrics
 LENGTHS = (16, 40, 3, 1, 64, 100, 7, 200, 33)
 
 
-def make_data(folder: Path, lengths: tuple[int, ...], seed: int = 0, tokenizer: str = "a") -> None:
+def make_data(folder: Path, lengths: tuple[int, ...], seed: int = 0) -> None:
     """A dataset of random tokens in documents of these lengths, held-out ones too."""
     folder.mkdir()
     generator = np.random.default_rng(seed)
@@ -35,7 +37,7 @@ def make_data(folder: Path, lengths: tuple[int, ...], seed: int = 0, tokenizer: 
         for length in lengths:
             builder.add_document(generator.integers(0, 160, length).tolist(), [length])
         builder.finalize(str(folder / f"{split}.idx"))
-    (folder / "data.json").write_text(json.dumps({"vocab_size": 160, "tokenizer_sha256": tokenizer}))
+    (folder / "data.json").write_text(json.dumps({"vocab_size": 160}))
 
 
 @pytest.fixture(scope="module")
@@ -128,27 +130,39 @@ def test_an_interrupted_writer_goes_on(material, monkeypatch):
     assert not list(material.root.glob(".interrupted*"))
 
 
-def test_a_damaged_block_is_named(material, store, tmp_path):
+def test_a_block_damaged_after_opening_is_named(material, store, tmp_path):
     output = tmp_path / "damaged"
     write(material, output)
+    broken = TeacherStore(output, material.data)
     file = output / "shards" / "00001.bin"
     raw = bytearray(file.read_bytes())
     edges = json.loads((output / "shards" / "00001.json").read_text())["edges"]
     raw[(edges[2] + edges[3]) // 2] ^= 1
     file.write_bytes(raw)
-    broken = TeacherStore(output, material.data)
     assert np.array_equal(broken.read(0, 0, 16), store.read(0, 0, 16))
     with pytest.raises(DamagedError, match=r"00001.bin: block 2 \(tokens from 192\) is damaged"):
         broken.read(5, 68, 40)  # tokens 192 to 231 of all
 
 
+@pytest.mark.parametrize("name", ["codec.safetensors", "shards/00001.bin", "shards/00001.json", "store.json"])
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "garbage"])
+def test_a_damaged_store_is_refused_when_it_is_opened(material, store, tmp_path, name, damage):
+    """Nothing of it is read: a wrong codec or head would train a student on another teacher."""
+    shutil.copytree(store.path, tmp_path / "store")
+    file = tmp_path / "store" / name
+    raw = file.read_bytes()
+    flipped = raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]
+    file.write_bytes({"a flipped bit": flipped, "cut short": raw[: len(raw) // 2], "garbage": b"\xff" * len(raw)}[damage])
+    with pytest.raises(DamagedError, match=re.escape(str(file))):
+        TeacherStore(tmp_path / "store", material.data, material.teacher)
+
+
 def test_strangers_are_refused(material, store, tmp_path, monkeypatch):
-    make_data(tmp_path / "other_text", (40, 60), seed=1)
-    make_data(tmp_path / "other_tokenizer", LENGTHS, tokenizer="b")
-    with pytest.raises(ConfigError, match="another text"):
-        TeacherStore(store.path, tmp_path / "other_text")
-    with pytest.raises(ConfigError, match="another tokenizer"):
-        TeacherStore(store.path, tmp_path / "other_tokenizer")
+    make_data(tmp_path / "other_lengths", (40, 60))
+    make_data(tmp_path / "other_tokens", LENGTHS, seed=1)
+    for name in ("other_lengths", "other_tokens"):
+        with pytest.raises(ConfigError, match="another text"):
+            TeacherStore(store.path, tmp_path / name)
     with pytest.raises(ConfigError, match="another teacher"):
         TeacherStore(store.path, material.data, material.other)
     with pytest.raises(ConfigError, match="not a finished teacher store"):

@@ -12,11 +12,13 @@ import torch
 import yaml
 
 from megatron_hylo.cli.main import EXIT_STOPPED, main
-from megatron_hylo.config import ConfigError
+from megatron_hylo.config import ConfigError, RopeScaling
 from megatron_hylo.config.train import OptimizerSettings
-from megatron_hylo.models.checkpoint import load_model, save_model
+from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train import loop
+from megatron_hylo.train.checkpoint import checkpoint_path
 from megatron_hylo.train.loop import train, training_step
 from megatron_hylo.train.optimizer import build_training_state
 from megatron_hylo.train.stages import get_stage
@@ -59,6 +61,20 @@ def test_pretraining_from_scratch_uses_another_models_shape(settings, material):
     config = settings("pretrain", steps=2, model=None, scratch=str(material.student))
     train(config)
     assert weights(Path(config.output) / "model").keys() == weights(material.student).keys()
+
+
+@pytest.mark.parametrize("length, said", [(144, 144), (16, 128)])
+def test_what_is_saved_and_exported_says_the_longest_sequence_it_was_trained_with(settings, material, length, said, tmp_path):
+    yarn = RopeScaling("yarn", factor=4.5, original_max_position_embeddings=32)
+    config = settings("distil", 2, sequence_length=length, train_tokens=2 * 4 * length, save_interval=1, mla_rope_scaling=yarn)
+    train(config)
+    run = Path(config.output)
+    for folder in (run / "model", checkpoint_path(run, 1)):
+        assert read_description(folder)[0].max_position_embeddings == said
+    convert_megatron_to_hf(run / "model", tmp_path / "hf")
+    values = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert values["max_position_embeddings"] == values["hylo"]["max_position_embeddings"] == said
+    assert read_description(material.student)[0].max_position_embeddings == 128
 
 
 def test_a_teacher_whose_head_is_padded_further_teaches_the_same(settings, material, tmp_path):
@@ -109,8 +125,8 @@ def test_finished_run_is_not_repeated_and_another_setting_is_refused(settings):
     assert len(metrics(Path(config.output))) == 2
     with pytest.raises(ConfigError, match=r"optimizer\.lr = 0\.002, now 0\.5; use another output"):
         train(settings(steps=2, optimizer=OptimizerSettings(lr=0.5, mixer_lr=4e-3, weight_decay=0.1, warmup_ratio=0.0)))
-    with pytest.raises(ConfigError, match="train_tokens"):
-        train(settings(steps=3))
+    with pytest.raises(ConfigError, match="train_tokens = 128, now 64"):
+        train(settings(steps=1))
 
 
 def test_infinite_loss_stops_before_anything_is_saved(settings, tmp_path, material):

@@ -15,7 +15,7 @@ import torch
 from megatron_hylo.cli.main import EXIT_STOPPED
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.train import OptimizerSettings
-from megatron_hylo.io.atomic import verify_sealed
+from megatron_hylo.io import verify_sealed
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train.loop import train

@@ -1,0 +1,133 @@
+"""A model as transformers reads it from the same folder or file: what conversions are compared with.
+
+The weights come through transformers' own loading, not through `hf_reader`, wherever transformers can load the format on a
+CPU and reads it rightly; where not, `Oracle.description` says what was done instead.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.tensor_names import tensor_names
+from megatron_hylo.convert.hf_reader import TensorSource, load_transformers, load_transformers_model
+from megatron_hylo.convert.safetensors_reader import SafetensorsSource
+
+LAYERWISE_PARAMETERS = 1_000_000_000  # above this many, weights are read from the disk layer by layer: 4 GB in fp32
+ON_DISK = {
+    "model.embed_tokens": "disk",
+    "model.layers": "disk",
+    "model.norm": "disk",
+    "model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
+
+
+@dataclass
+class Oracle:
+    """A transformers model in float32, and how it was loaded."""
+
+    model: Any
+    description: str
+    on_disk: Mapping[str, Tensor] | None = None  # weights by name, where they are read when they are needed
+
+    def tensor(self, name: str) -> Tensor:
+        """The weight of that name."""
+        return self.model.get_parameter(name).detach() if self.on_disk is None else self.on_disk[name]
+
+    def names(self) -> set[str]:
+        """All weights, tied ones under every name."""
+        return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+
+
+@contextmanager
+def open_oracle(source: TensorSource, path: str | Path) -> Iterator[Oracle]:
+    """Load what `path` holds through transformers; models above LAYERWISE_PARAMETERS rest on the disk, but for those with
+    weights that are dequantised here.
+
+    Args:
+        source: the same, opened by `hf_reader`: its configuration, and dequantised weights where transformers cannot make them.
+        path: Hugging Face folder or GGUF file.
+
+    Raises:
+        ConfigError: transformers does not find a weight of its model.
+    """
+    if not isinstance(source, SafetensorsSource):
+        yield Oracle(load_transformers_model(path), "transformers' reading of the GGUF file, its RoPE checked against the file")
+        return
+    large = sum(torch.Size(shape).numel() for shape in tensor_names(source.config).values()) > LAYERWISE_PARAMETERS
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = {"device_map": ON_DISK, "offload_folder": scratch} if large else {}
+        where = ", layer by layer from the disk" if large else ""
+        if why := _unreadable(source):
+            settings = {"state_dict": {name: source.read(name) for name in tensor_names(source.config)}}
+            yield Oracle(_load(path, settings), f"transformers' model, weights dequantised by this program: {why}")
+            return
+        if source.quantisation is not None:
+            settings["quantization_config"] = load_transformers().FineGrainedFP8Config(dequantize=True)
+            where = f", dequantised by it{where}"
+        how = "transformers' own loading" if set(source.config.mixers) == {"*"} else "the exported modelling code"
+        model = _load(path, settings)
+        yield Oracle(model, how + where, _load_whole_layers(model) if large else None)
+
+
+def _unreadable(source: SafetensorsSource) -> str:
+    """Why transformers alone cannot load a quantised folder on a CPU, or would load another model; else nothing."""
+    if source.quantisation is None:
+        return ""
+    if source.quantisation.method != "fp8" or any(not part.scale.endswith("_inv") for part in source.scaled.values()):
+        return f"transformers does not dequantise this format ({source.quantisation.method}) on a CPU"
+    if any(part.is_cut_off(source.stored[name][1]) for name, part in source.scaled.items()):
+        return "transformers takes the cut-off blocks at the edges of a matrix for smaller ones"
+    return ""
+
+
+def _load_whole_layers(model: Any) -> Mapping[str, Tensor]:
+    """Make a model on the disk read one decoder layer at a time, where accelerate reads what belongs to one `nn.Module` alone.
+
+    Mixers use weights of their submodules without calling these, which accelerate's own hooks do not see.
+
+    Returns:
+        The weights on the disk by name.
+    """
+    from accelerate.hooks import attach_align_device_hook, remove_hook_from_module
+
+    weights = model.model.embed_tokens._hf_hook.weights_map.dataset
+    for number, layer in enumerate(model.model.layers):
+        remove_hook_from_module(layer, recurse=True)
+        attach_align_device_hook(
+            layer,
+            execution_device=torch.device("cpu"),
+            offload=True,
+            weights_map=weights,
+            module_name=f"model.layers.{number}",
+            preload_module_classes=[type(layer).__name__],
+        )
+    return weights
+
+
+def _load(path: str | Path, settings: dict[str, Any]) -> Any:
+    try:
+        model, found = _from_pretrained(path, settings)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"transformers cannot load {path}, so that nothing can be compared with it: {error}") from error
+    if found["missing_keys"]:
+        raise ConfigError(f"transformers finds no {sorted(found['missing_keys'])[0]} in {path}; it would start at random")
+    return model.eval()
+
+
+def _from_pretrained(path: str | Path, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if "state_dict" not in settings:
+        return load_transformers_model(path, output_loading_info=True, **settings)
+    transformers = load_transformers()
+    config = transformers.AutoConfig.from_pretrained(path)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class.from_pretrained(None, config=config, dtype=torch.float32, output_loading_info=True, **settings)

@@ -1,0 +1,222 @@
+"""Read a Hugging Face folder of safetensors, sharded or not, tensor by tensor.
+
+Everything that can be wrong with the files is found before the first tensor is used: headers of all shards are
+read and compared with the index, the sizes and the names that the configuration asks for.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.tensor_names import tensor_names
+from megatron_hylo.convert.hf_config import model_config_from_hf
+from megatron_hylo.convert.quantised import HARMLESS as HARMLESS_IF_QUANTISED
+from megatron_hylo.convert.quantised import find_scaled, read_quantisation
+from megatron_hylo.convert.source_names import HARMLESS, refuse_adapter, refuse_unused
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.pt")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors names them
+KEPT_IN_FLOAT32 = (".A_log", ".dt_bias", ".D")  # by the model, whatever its other weights are
+logger = logging.getLogger("megatron_hylo.convert")
+
+
+class SafetensorsSource:
+    """A Hugging Face folder; one shard is open at a time.
+
+    Which file is read, what is tied and which tensors may be passed over follows transformers 5, except that what it
+    drops with a warning is refused here.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        values = read_hf_config(self.folder)
+        self.config = model_config_from_hf(values)
+        refuse_adapter(self.folder)
+        if values.get("transformers_weights") not in (None, SINGLE, INDEX):
+            raise ConfigError(
+                f"{self.folder}: config.json names other weights in transformers_weights; read are {SINGLE} or {INDEX}"
+            )
+        self.quantisation = read_quantisation(self.folder, values)
+        self._open_shard: tuple[str, Any] | None = None
+        self.shard_of: dict[str, str] = {}
+        self.stored: dict[str, tuple[str, tuple[int, ...]]] = {}  # name -> (safetensors dtype, shape)
+        self._alias: dict[str, str] = {}  # asked for -> stored, of tied embeddings
+        self._read_headers()
+        self.scaled = find_scaled(self.folder, self.quantisation, self.stored)
+        self._tie()
+        self._check_tensors()
+
+    def _shards(self) -> dict[str, list[str]]:
+        """The files that are read -> tensors that the index places there; `model.safetensors` goes before an index."""
+        index = self.folder / INDEX
+        there = {file.name for file in self.folder.glob("*.safetensors")}
+        if SINGLE in there:
+            shards: dict[str, list[str]] = {SINGLE: []}
+        elif index.is_file():
+            shards = _read_index(index)
+            if extra := sorted(name for name in there - set(shards) if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)):
+                raise ConfigError(
+                    f"{self.folder / extra[0]} is not named by {INDEX}: shards of two checkpoints seem to be mixed; download "
+                    "the checkpoint again, or remove the shards that do not belong to it"
+                )
+        else:
+            raise ConfigError(_no_weights(self.folder, there))
+        if unread := sorted(there - set(shards)):
+            logger.warning("%s: read is %s, as transformers does; not read: %s", self.folder, min(shards), ", ".join(unread))
+        return shards
+
+    def _read_headers(self) -> None:
+        for shard, placed in sorted(self._shards().items()):
+            if not (self.folder / shard).is_file():
+                raise ConfigError(f"{self.folder / shard} is missing, though the index names it; download the checkpoint again")
+            present = set(self._shard(shard).keys())
+            wanted = tensor_names(self.config)
+            if lost := [name for name in placed if name in wanted and name not in present]:
+                raise ConfigError(f"{self.folder / shard} lacks tensor {lost[0]}, though the index places it there")
+            if twice := sorted(present & set(self.shard_of)):
+                raise ConfigError(
+                    f"{self.folder}: tensor {twice[0]} is in both {self.shard_of[twice[0]]} and {shard}; only one can count, "
+                    "so download the checkpoint again"
+                )
+            for name in sorted(present):
+                part = self._shard(shard).get_slice(name)
+                self.shard_of[name], self.stored[name] = shard, (part.get_dtype(), tuple(part.get_shape()))
+
+    def _shard(self, name: str) -> Any:
+        if self._open_shard is None or self._open_shard[0] != name:
+            try:
+                self._open_shard = (name, safe_open(self.folder / name, framework="pt", device="cpu"))
+            except (SafetensorError, OSError) as error:
+                message = f"{self.folder / name} is corrupt or cut short ({error}); download the checkpoint again"
+                raise ConfigError(message) from error
+        return self._open_shard[1]
+
+    def _tie(self) -> None:
+        """Tied embeddings as transformers 5 ties them: not where both are stored and differ, by either where one is."""
+        if self.config.untie_embeddings_and_output_weights or HEAD not in self.stored:
+            return
+        if EMBEDDING not in self.stored:
+            self._alias[EMBEDDING] = HEAD
+        elif self.stored[HEAD][1] != self.stored[EMBEDDING][1] or not torch.equal(
+            self.read(HEAD).float(), self.read(EMBEDDING).float()
+        ):
+            logger.warning(
+                "%s: tie_word_embeddings is true, but the stored %s differs from %s; both are kept, as transformers does",
+                self.folder, HEAD, EMBEDDING,
+            )  # fmt: skip
+            self.config = self.config.replace(untie_embeddings_and_output_weights=True)
+        else:
+            self._alias[HEAD] = EMBEDDING
+
+    def _check_tensors(self) -> None:
+        used = set(self._alias) | set(self._alias.values())
+        for name, shape in tensor_names(self.config).items():
+            stored = self._alias.get(name, name)
+            if stored not in self.stored:
+                raise ConfigError(f"{self.folder} has no tensor {name}, which its config.json asks for")
+            dtype, found = self.stored[stored]
+            if found != tuple(shape):
+                raise ConfigError(f"tensor {name} has shape {list(found)}, config.json asks for {list(shape)}")
+            if stored not in self.scaled and dtype not in FLOATS:
+                raise ConfigError(
+                    f"{self.folder}: tensor {name} is stored as {dtype}; weights are {', '.join(FLOATS)}, or quantised"
+                )
+            used |= set(self.scaled[stored].names()) if stored in self.scaled else {stored}
+        known = {name for name in self.stored if HARMLESS.search(name)}
+        if self.quantisation is not None:
+            known |= {name for name in self.stored if HARMLESS_IF_QUANTISED.search(name)}
+        refuse_unused(self.folder, set(self.stored) - used - known, self.config)
+
+    def _read_stored(self, name: str) -> Tensor:
+        return self._shard(self.shard_of[name]).get_tensor(name)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name, dequantised.
+
+        Raises:
+            ConfigError: it has values that are no numbers, or float64 values that float32 does not hold.
+        """
+        name = self._alias.get(name, name)
+        if name in self.scaled:
+            tensor = self.scaled[name].read(self._read_stored)
+        else:
+            tensor = self._read_stored(name)
+        return checked(name, tensor, self.folder)
+
+    def dtype(self) -> torch.dtype:
+        """bfloat16 where every weight is stored in it (but for those that the model keeps in float32), else float32."""
+        names = [self._alias.get(name, name) for name in tensor_names(self.config) if not name.endswith(KEPT_IN_FLOAT32)]
+        return torch.bfloat16 if {self.stored[name][0] for name in names} == {"BF16"} else torch.float32
+
+
+def checked(name: str, tensor: Tensor, where: Path) -> Tensor:
+    """A weight in bfloat16 or float32, unrounded.
+
+    Args:
+        name: for messages.
+        tensor: as it is stored, or dequantised.
+        where: file or folder, for messages.
+
+    Raises:
+        ConfigError: values that are no numbers, or float64 values that float32 does not hold.
+    """
+    if not torch.isfinite(tensor).all():
+        raise ConfigError(f"{where}: tensor {name} holds NaN or infinite values; the checkpoint is damaged, download it again")
+    if tensor.dtype == torch.bfloat16:
+        return tensor
+    exact = tensor.float()
+    if tensor.dtype == torch.float64 and not torch.equal(exact.double(), tensor):
+        raise ConfigError(
+            f"{where}: tensor {name} is float64 and holds values that float32 does not; models are float32 or bfloat16 here: "
+            "save it in one of them first (model.float().save_pretrained(...))"
+        )
+    return exact
+
+
+def _read_index(file: Path) -> dict[str, list[str]]:
+    """Shard -> names of tensors, of model.safetensors.index.json."""
+    try:
+        shard_of = json.loads(file.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is not an index of shards ({error!r}); download the checkpoint again") from error
+    shards: dict[str, list[str]] = {}
+    for name, shard in shard_of.items():
+        if Path(shard).name != shard:
+            raise ConfigError(f"{file} names {shard!r}, which is not a file of the folder")
+        shards.setdefault(shard, []).append(name)
+    return shards
+
+
+def _no_weights(folder: Path, there: Iterable[str]) -> str:
+    message = f"{folder} holds neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read"
+    if others := sorted(there) or [name for name in PICKLES if (folder / name).is_file()]:
+        message += (
+            f", not {', '.join(others)}: let transformers write one, "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained(NEW_FOLDER)"
+        )
+    return message
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder.
+
+    Raises:
+        ConfigError: the folder or the file is not there, or is not JSON.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{folder} is not a Hugging Face folder: it has no config.json")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from error

@@ -1,0 +1,158 @@
+"""Single files: JSON that names itself when it is damaged, hashes, places that can be written, errors in words."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_hylo.config import ConfigError
+
+READ_BYTES = 2**24  # a piece that is hashed at a time
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a spent quota, a file-size limit
+ADVICE = {
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of that path is a file: choose another place",
+    errno.EISDIR: "a file is wanted there: give another path",
+    errno.EEXIST: "something else is there: remove it, or choose another place",
+    errno.ENOTEMPTY: "something else is there: remove it, or choose another place",
+    errno.ENOENT: "look at the path",
+    errno.ELOOP: "its symbolic links lead in a circle: give another path",
+    errno.ESTALE: "the file system changed underneath: run again",
+    errno.EIO: "the disk or the network file system fails: look at the system's log",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+} | dict.fromkeys(NO_SPACE, "make space, or look at your quota, and run again")
+
+
+class DamagedError(RuntimeError):
+    """A folder or file whose content is not what was written; the message names the file."""
+
+
+@contextlib.contextmanager
+def plain_os_errors() -> Iterator[None]:
+    """Turn an operating system's refusal (permission denied, read-only, name too long, ...) into a one-sentence ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in ADVICE:
+            raise
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        raise ConfigError(f"{where}{os.strerror(error.errno).lower()}; {ADVICE[error.errno]}") from error
+
+
+def expand_home(path: str | Path) -> Path:
+    """The path with `~` and `~user` at its start replaced by the home folder.
+
+    Raises:
+        ConfigError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: there is no such home folder; write the path in full") from error
+
+
+def cache_dir() -> Path:
+    """Where fetched inputs and what is remembered between runs are: $MEGATRON_HYLO_CACHE, or ~/.cache/megatron_hylo.
+
+    Created when missing.
+
+    Raises:
+        ConfigError: the folder cannot be created.
+    """
+    path = expand_home(os.environ.get("MEGATRON_HYLO_CACHE") or "~/.cache/megatron_hylo")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the cache folder {path} ({error}); set MEGATRON_HYLO_CACHE to another place") from error
+    return path
+
+
+def can_write(folder: Path) -> bool:
+    """Whether this process may make something in a folder."""
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def check_place(path: Path) -> None:
+    """Refuse a place where no folder can be made, before any work is done for it.
+
+    Args:
+        path: absolute; may be there.
+
+    Raises:
+        ConfigError: a part of the path is a file, its parent cannot be written, or a name is too long.
+    """
+    if not path.name:
+        raise ConfigError(f"{path} cannot be an output; name a folder in it")
+    parent = next(p for p in path.parents if os.path.lexists(p))
+    if not parent.is_dir():
+        raise ConfigError(f"{parent} is a file, so {path} cannot be made; choose another place")
+    if not can_write(parent):
+        raise ConfigError(f"{path} cannot be made: {parent} cannot be written; change its permissions, or choose another place")
+    longest = os.pathconf(parent, "PC_NAME_MAX")
+    for part in (*path.relative_to(parent).parts[:-1], f".{path.name}.partial"):
+        if len(os.fsencode(part)) > longest:
+            raise ConfigError(f"{part[:40]}... is longer than the {longest} bytes that a name may have; choose a shorter name")
+
+
+def parse_json(content: bytes, file: Path, needs: Sequence[str] = ()) -> dict[str, Any]:
+    """Content of a JSON file as an object; see `read_json`."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(
+            f"{file} is not readable JSON ({error}): it is damaged or cut short; make it again, or restore it from a copy"
+        ) from error
+    missing = [name for name in needs if not isinstance(value, dict) or name not in value]
+    if missing or not isinstance(value, dict):
+        what = f"has no {missing[0]!r}" if missing else "is no JSON object"
+        raise DamagedError(f"{file} {what}: it is damaged or another program's; make it again, or restore it from a copy")
+    return value
+
+
+def read_json(file: Path, needs: Sequence[str] = ()) -> dict[str, Any]:
+    """A JSON object out of a file that this project wrote.
+
+    Args:
+        file: its path.
+        needs: keys that must be there.
+
+    Raises:
+        ConfigError: it is not there or cannot be read.
+        DamagedError: it is no JSON, no object, or lacks a key; the message names the file and says what to do.
+    """
+    return parse_json(read_bytes(file), file, needs)
+
+
+def read_bytes(file: Path) -> bytes:
+    """Content of a small file; ConfigError where the operating system refuses it."""
+    with plain_os_errors():
+        return file.read_bytes()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write indented JSON, through a file beside it so that readers never see half."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+def sha256(file: Path, count: Callable[[int], None] = lambda _: None) -> str:
+    """Hexadecimal sha256 of a file.
+
+    Args:
+        file: its path.
+        count: called with the bytes read since the last call.
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(READ_BYTES, file.stat().st_size + 1)))
+    with open(file, "rb", buffering=0) as f:
+        while read := f.readinto(buffer):
+            digest.update(buffer[:read])
+            count(read)
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+"""Whether a run's text, students and teacher are of one tokenizer; before weights are read or a remote teacher is asked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.data.tokenizer import check_dataset, check_dataset_ids, check_vocabulary_identity
+from megatron_hylo.models.checkpoint import read_description
+from megatron_hylo.platform.distributed import on_main
+from megatron_hylo.teachers.remote import RemoteTeacher
+
+
+def check_run_tokens(config: TrainConfig, vocab_size: int) -> None:
+    """Compare the dataset with every model folder of a run; all ranks call it.
+
+    Args:
+        config: the run.
+        vocab_size: rows of the first student's embedding.
+
+    Raises:
+        ConfigError: a token of the dataset is beyond a vocabulary, or means another one to a model; names it.
+    """
+
+    def compare() -> None:
+        check_dataset_ids(config.data, vocab_size, config.model or config.scratch)
+        for folder in filter(None, (config.model, config.second_model, config.teacher)):
+            check_dataset(config.data, folder, read_description(folder)[0].vocab_size)
+
+    on_main(compare)
+
+
+def check_teacher_tokens(config: TrainConfig, vocab_size: int, about: Mapping[str, Any] | None) -> None:
+    """Compare the dataset with a teacher that is not on these ranks; all ranks call it.
+
+    Args:
+        config: the run.
+        vocab_size: rows of the teacher's head.
+        about: what a remote one's server says of it; None of a stored one, whose store was compared when it was opened.
+
+    Raises:
+        ConfigError: as `check_run_tokens`.
+    """
+
+    def compare() -> None:
+        check_dataset_ids(config.data, vocab_size, config.teacher_store or config.teacher_address)
+        if about is not None:
+            check_vocabulary_identity(config.data, config.teacher_address, about.get("vocabulary"))
+
+    on_main(compare)
+
+
+def remote_description(teacher: RemoteTeacher) -> dict[str, Any]:
+    """What a remote teacher's server says of it, told to all ranks by those that know; all ranks call it."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, teacher.about)
+    return next(filter(None, found), {})

@@ -1,0 +1,156 @@
+"""Padding, positions and masks: every sequence of a batch against the same sequence alone, and against transformers."""
+
+import pytest
+import torch
+import transformers
+
+from megatron_hylo.config import RopeScaling
+from megatron_hylo.convert.hf_config import model_config_from_hf
+from megatron_hylo.hf import HyloCache, HyloConfig, HyloForCausalLM
+from tests.conftest import tiny_hf_model
+from tests.hf.conftest import ALIGNED, YARN, random_model, serve_config
+
+CASES = {
+    "M": serve_config("MM"),
+    "G": serve_config("GG"),
+    "G+M* q/k-norm, yarn": serve_config("G+M*", qk_layernorm=True, mla_rope_scaling=RopeScaling(**YARN)),
+    "aligned": serve_config("G+*+", **ALIGNED["G+*+ pairs, bias, aligned q/k-norm"]),
+}
+cases = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+LENGTHS, WIDTH, PAD = (75, 40, 3), 75, 7
+
+
+def padded(ids, where: str):
+    """(ids, attention_mask) [3, 75] of sequences of 75, 40 and 3 tokens, padding on one side or scattered."""
+    tokens, mask = torch.full((len(LENGTHS), WIDTH), PAD), torch.zeros(len(LENGTHS), WIDTH, dtype=torch.long)
+    for row, length in enumerate(LENGTHS):
+        places = {
+            "left": torch.arange(WIDTH - length, WIDTH),
+            "right": torch.arange(length),
+            "between": torch.cat([torch.randperm(WIDTH - 1)[: length - 1].sort().values, torch.tensor([WIDTH - 1])]),
+        }[where]
+        tokens[row, places], mask[row, places] = ids[row, :length], 1
+    return tokens, mask
+
+
+@pytest.fixture
+def three():
+    """Random tokens [3, 75]."""
+    return torch.randint(160, (3, WIDTH))
+
+
+@cases
+@pytest.mark.parametrize("where", ["left", "right", "between"])
+@torch.no_grad()
+def test_padding_gives_logits_and_states_of_each_sequence_alone(config, where, three):
+    model = random_model(config)
+    alone = [model(three[row : row + 1, :length]) for row, length in enumerate(LENGTHS)]
+    tokens, mask = padded(three, where)
+    whole, cache, pieces, seen = model(tokens, attention_mask=mask), HyloCache(), [], 0
+    for piece in tokens.split([30, 1, 1, 43], dim=1):
+        seen += piece.shape[1]
+        pieces.append(model(piece, attention_mask=mask[:, :seen], past_key_values=cache).logits)
+    assert torch.isfinite(whole.logits).all()  # at padding too: a gradient through it would spread
+    for logits in (whole.logits, torch.cat(pieces, dim=1)):
+        for row, single in enumerate(alone):
+            torch.testing.assert_close(logits[row, mask[row].bool()], single.logits[0], rtol=0, atol=1e-10)
+    for held in (whole.past_key_values, cache):
+        for row, single in enumerate(alone):
+            for layer, states in single.past_key_values.states.items():
+                for state, expected in zip(held.states[layer], states):
+                    torch.testing.assert_close(state[row], expected[0], rtol=0, atol=1e-10)
+
+
+@cases
+@torch.no_grad()
+def test_tokens_after_a_padded_batch_give_the_logits_of_each_sequence_alone(config, three):
+    model = random_model(config)
+    more = torch.randint(160, (3, 5))
+    tokens, mask = padded(three, "right")
+    cache = model(tokens, attention_mask=mask).past_key_values
+    remembered = model(more[:, :2], past_key_values=cache).logits  # the cache knows what was padding
+    given = model(more[:, 2:], attention_mask=torch.nn.functional.pad(mask, (0, 5), value=1), past_key_values=cache).logits
+    for row, length in enumerate(LENGTHS):
+        alone = model(torch.cat([three[row, :length], more[row]])[None]).logits[:, -5:]
+        torch.testing.assert_close(torch.cat([remembered, given], 1)[row], alone[0], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_batch_of_unequal_prompts_generates_what_each_does_alone(three):
+    model = random_model(CASES["G+M* q/k-norm, yarn"])
+    tokens, mask = padded(three.clamp(min=1), "left")  # 0 is the padding token, and would be taken for padding
+    for settings in (dict(), dict(num_beams=3), dict(prefill_chunk_size=20), dict(use_cache=False)):
+        settings |= dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+        batch = model.generate(tokens, attention_mask=mask, **settings)[:, WIDTH:]
+        for row, length in enumerate(LENGTHS):
+            alone = model.generate(tokens[row : row + 1, WIDTH - length :], **settings)
+            assert torch.equal(batch[row], alone[0, length:]), settings
+
+
+@torch.no_grad()
+def test_positions_and_padding_match_transformers(three):
+    oracle = tiny_hf_model("qwen3")
+    model = HyloForCausalLM(HyloConfig(hylo=model_config_from_hf(oracle.config.to_dict()).to_dict())).eval()
+    model.load_state_dict(oracle.state_dict())
+    positions = torch.randperm(100)[:WIDTH].sort().values.expand(3, -1) + torch.tensor([[0], [3], [9]])
+    for settings in (dict(position_ids=positions), dict(position_ids=positions[:1])):
+        torch.testing.assert_close(model(three, **settings).logits, oracle(three, **settings).logits, rtol=0, atol=2e-5)
+    tokens, mask = padded(three, "left")
+    for settings in (dict(), dict(position_ids=(mask.cumsum(1) - 1).clamp(min=0))):
+        logits, expected = (m(tokens, attention_mask=mask, **settings).logits[mask.bool()] for m in (model, oracle))
+        torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_positions_count_on_from_those_given_before(three):
+    model = random_model(serve_config("*+"))
+    positions = torch.arange(WIDTH)[None] * 2
+    whole = model(three, position_ids=torch.cat([positions[:, :70], positions[:, 69:70] + torch.arange(1, 6)], 1)).logits
+    cache = model(three[:, :70], position_ids=positions[:, :70]).past_key_values
+    torch.testing.assert_close(model(three[:, 70:], past_key_values=cache).logits, whole[:, 70:], rtol=0, atol=1e-10)
+
+
+REFUSED = {
+    "4-d mask": (dict(attention_mask=torch.ones(3, 1, WIDTH, WIDTH)), "only padding can be masked: give .batch, tokens."),
+    "additive mask": (dict(attention_mask=torch.zeros(3, WIDTH) - 1.5), "additive masks are not read"),
+    "mask of another length": (dict(attention_mask=torch.ones(3, 4)), r"must be \[3, 75\] for 0 cached and 75 new tokens"),
+    "positions of another length": (dict(position_ids=torch.arange(4)[None]), r"must be \[3 or 1, 75\]"),
+    "packed documents": (dict(position_ids=(torch.arange(WIDTH) % 40)[None]), r"0 follows 39 .*give each document a row"),
+    "another model's cache": (dict(past_key_values=transformers.DynamicCache()), "is a DynamicCache, .* leave it out"),
+    "attention probabilities": (dict(output_attentions=True), "output_attentions is not supported"),
+    "two inputs": (dict(inputs_embeds=torch.zeros(3, WIDTH, 48)), "either input_ids or inputs_embeds"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_honoured_is_refused(settings, message, three):
+    model = random_model(serve_config("G+"))
+    with pytest.raises(ValueError, match=message):
+        model(three, **settings)
+    with pytest.raises(TypeError, match="does not use the argument cu_seq_lens_q"):
+        model(three, cu_seq_lens_q=torch.tensor([0, WIDTH]))
+
+
+def test_a_cache_is_continued_only_as_it_was_begun(three):
+    model = random_model(serve_config("G+"))
+    tokens, mask = padded(three, "left")
+    cache = model(tokens, attention_mask=mask).past_key_values
+    with pytest.raises(ValueError, match="holds 3 sequences, but 2 are given"):
+        model(tokens[:2, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="other tokens as padding than when the 75 cached ones were read"):
+        model(tokens[:, :1], attention_mask=torch.ones(3, WIDTH + 1), past_key_values=cache)
+    with pytest.raises(ValueError, match="must rise"):
+        model(tokens[:, :1], position_ids=torch.tensor([[10]]), past_key_values=cache)
+
+
+def test_generation_refuses_what_it_would_do_wrongly(three):
+    model = random_model(serve_config("G+"))
+    tokens, mask = padded(three, "right")
+    for settings, message in (
+        (dict(attention_mask=mask), "pad on the left"),
+        (dict(cache_implementation="static"), "cache_implementation 'static' is not supported"),
+        (dict(past_key_values=transformers.DynamicCache()), "leave it out"),
+        (dict(prompt_lookup_num_tokens=2), "stateful models"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(tokens, max_new_tokens=2, **settings)

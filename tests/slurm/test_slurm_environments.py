@@ -1,0 +1,307 @@
+"""The scripts under the environments that clusters make: the real scripts, with fake Slurm commands and a fake torchrun."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STAGES = sorted(path.stem for path in ROOT.glob("slurm/stage*.sh"))
+FAKES = {
+    # more names than a pipe holds: whoever stops reading them early kills it
+    "scontrol": """
+        case "$1 $2" in
+            "show hostnames")
+                [[ "$3" == node* ]] || { echo "Invalid hostlist: $3" >&2; exit 1; }
+                seq -f "node%.0f" 1 ${HOSTS:-50000} ;;
+            "show job") printf 'JobId=%s\\n Command=%s --x /b/c.sh\\n WorkDir=/w\\n' "$3" "${COMMAND:-(null)}" ;;
+            *) printf '%s\\0' "$@" >"$RECORD/scontrol"; exit "${REQUEUE_EXIT:-0}" ;;
+        esac""",
+    "srun": 'printf "%s\\0" "$@" >"$RECORD/srun"; while [[ "$1" == --* ]]; do shift; done; exec "$@"',
+    "sbatch": 'printf "%s\\0" "$@" >>"$RECORD/sbatch"; echo "7;one"',
+    "sleep": "/bin/sleep 0.05",
+    "nvidia-smi": 'for i in 0 1 2 3; do echo "GPU $i: made"; done',
+    "torchrun": """
+        printf '%s\\0' "$@" >"$RECORD/torchrun"; pwd >"$RECORD/pwd"
+        [[ -n "${UNTIL_ASKED:-}" ]] || exit 0
+        while [[ ! -e "$HYLO_STOP_FILE" ]]; do sleep 1; done
+        mkdir -p "$(dirname "$HYLO_STOP_FILE")/checkpoints/step_00000001"
+        echo {} >"$_/manifest.json" """,
+}
+JOB = {
+    "SLURM_JOB_ID": "1234", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_ON_NODE": "64",
+    "SLURM_GPUS_ON_NODE": "8", "SLURM_SUBMIT_DIR": str(ROOT),
+}  # fmt: skip
+
+
+@dataclass
+class Ran:
+    """How a script ended, and with what it started the others."""
+
+    code: int
+    output: str
+    error: str
+    arguments: dict[str, list[str]]  # of each fake that was started
+
+    def option(self, name: str, fake: str = "torchrun") -> str | None:
+        """The last value of --name, as one word or two."""
+        words, value = self.arguments.get(fake, []), None
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            if word.startswith(f"--{name}="):
+                value = word.split("=", 1)[1]
+            elif word == f"--{name}":
+                value = following
+        return value
+
+
+class Cluster:
+    """Fake commands, and a HYLO_ROOT (with a space in it) that holds what the stages start from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.root = folder, folder / "my runs"
+        for name, body in FAKES.items():
+            file = folder / "bin" / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(f"#!/usr/bin/env bash\nset -u\n{body}\n")
+            file.chmod(0o755)
+        for file in ("models/llama3.1-8b/hylo.json", "stage1_ild/model/hylo.json", "data/mix/data.json"):
+            (self.root / file).parent.mkdir(parents=True)
+            (self.root / file).write_text("{}")
+        (folder / "record").mkdir()
+
+    def environment(self, **changes: str | None) -> dict[str, str]:
+        """Without Slurm's or CUDA's variables; those that are None are taken out."""
+        mine = {
+            k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "HYLO", "CUDA", "RDZV")) and k != "NPROC_PER_NODE"
+        }
+        mine |= {
+            "PATH": f"{self.folder / 'bin'}{os.pathsep}{mine['PATH']}", "RECORD": str(self.folder / "record"),
+            "HYLO_ROOT": str(self.root), "HYLO_PYTHON": str(self.folder / "bin" / "torchrun"),
+        }  # fmt: skip
+        return {k: v for k, v in (mine | changes).items() if v is not None}
+
+    def run(self, *command: str | Path, cwd: Path = ROOT, **changes: str | None) -> Ran:
+        """Run a script to its end."""
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", *map(str, command)],
+            env=self.environment(**changes), cwd=cwd, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        return Ran(done.returncode, done.stdout, done.stderr, self.recorded())
+
+    def recorded(self) -> dict[str, list[str]]:
+        """Arguments that each fake was started with."""
+        files = (self.folder / "record").iterdir()
+        return {file.name: file.read_text().split("\0")[:-1] for file in files if file.name != "pwd"}
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    return Cluster(tmp_path)
+
+
+STAGE = ROOT / "slurm" / "stage2_ctx8k.sh"
+
+
+@pytest.mark.parametrize(
+    ("changes", "nodes", "cpus"),
+    [
+        ({}, 2, "64"),
+        ({"SLURM_NNODES": None, "SLURM_JOB_NUM_NODES": "2"}, 2, "64"),
+        ({"SLURM_NNODES": None, "HOSTS": "3"}, 3, "64"),
+        ({"SLURM_JOB_NODELIST": None, "SLURM_NODELIST": "node[1-2]"}, 2, "64"),
+        ({"SLURM_JOB_ID": None, "SLURM_JOBID": "1234"}, 2, "64"),
+        ({"SLURM_CPUS_ON_NODE": None}, 2, None),
+        ({"SLURM_CPUS_ON_NODE": "16(x2)"}, 2, "16"),
+        ({"SLURM_CPUS_PER_TASK": "32"}, 2, "32"),
+        ({"SLURM_SUBMIT_DIR": None, "SLURM_GPUS_ON_NODE": "gpu:8"}, 2, "64"),
+        ({"SLURM_NNODES": None, "HOSTS": "1"}, 1, "64"),
+        ({"SLURM_NNODES": "1", "SLURM_JOB_NODELIST": None}, 1, "64"),
+    ],
+)
+def test_nodes_meet_whatever_slurm_calls_its_variables(cluster, changes, nodes, cpus):
+    ran = cluster.run(STAGE, **(JOB | changes))
+    assert (ran.code, ran.error) == (0, "")
+    assert ran.option("nodes", "srun") == str(nodes) and ran.option("cpus-per-task", "srun") == cpus
+    meeting = ("2" if nodes == 2 else str(nodes), "node1:21234", "1234.0") if nodes > 1 else (None, None, None)
+    assert tuple(ran.option(name) for name in ("nnodes", "rdzv-endpoint", "rdzv-id")) == meeting
+    assert ran.option("nproc-per-node") == "8"
+    assert ran.option("output") == str(cluster.root / "stage2_ctx8k")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"SLURM_NNODES": "1-4"}, "SLURM_NNODES=1-4 is not a number of nodes, e.g. SLURM_NNODES=2"),
+        ({"SLURM_JOB_NODELIST": None}, "SLURM_JOB_NODELIST does not name the nodes"),
+        ({"SLURM_NNODES": None, "SLURM_JOB_NODELIST": None}, "SLURM_JOB_NODELIST does not name the nodes"),
+        ({"SLURM_JOB_NODELIST": "rack7"}, "does not understand SLURM_JOB_NODELIST=rack7"),
+        ({"SLURM_JOB_ID": "12_3"}, "SLURM_JOB_ID=12_3 is not a number"),
+        ({"SLURM_GPUS_ON_NODE": "all"}, "SLURM_GPUS_ON_NODE=all is no number of GPUs; set NPROC_PER_NODE"),
+        ({"NPROC_PER_NODE": "auto"}, "NPROC_PER_NODE=auto is no number"),
+        ({"HYLO_PYTHON": "/nowhere/python"}, "HYLO_PYTHON=/nowhere/python cannot be run"),
+        ({"MODEL": "/nowhere"}, "there is no /nowhere/hylo.json: set HYLO_ROOT, or MODEL"),
+        ({"TEACHER": "/nowhere"}, "there is no /nowhere/hylo.json: set HYLO_ROOT, or TEACHER"),
+        ({"DATA": "/nowhere"}, "there is no /nowhere/data.json: set HYLO_ROOT, or DATA"),
+        ({"RECIPE": "/nowhere.yaml"}, "RECIPE=/nowhere.yaml is not a file"),
+        ({"OUTPUT": "~someone/runs"}, "OUTPUT=~someone/runs: write another user's home"),
+        ({"OUTPUT": "/dev/null/run"}, "OUTPUT=/dev/null/run cannot be made"),
+    ],
+)
+def test_what_cannot_be_understood_is_said_in_a_sentence(cluster, changes, message):
+    ran = cluster.run(STAGE, **(JOB | changes))
+    assert ran.code == 2 and message in ran.error and "unbound" not in ran.error
+    assert ran.output == "" and "torchrun" not in ran.arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "4"}, 4),
+        ({"SLURM_GPUS_ON_NODE": "gpu:8"}, 8),
+        ({"SLURM_GPUS_ON_NODE": "gpu:h100:08"}, 8),
+        ({"SLURM_GPUS_ON_NODE": "gpu:h100:8(IDX:0-3,4-7)"}, 8),
+        ({"SLURM_GPUS_ON_NODE": "gpu:a100:2,gpu:h100:4"}, 6),
+        ({"SLURM_GPUS_ON_NODE": "gpu:1g.10gb:3"}, 3),
+        ({"SLURM_GPUS_ON_NODE": "0,1,2"}, 3),
+        ({"SLURM_GPUS_ON_NODE": "0-3,6"}, 5),
+        ({"SLURM_GPUS_ON_NODE": "0"}, 1),
+        ({"SLURM_GPUS_PER_NODE": "h200:2"}, 2),
+        ({"SLURM_GPUS_ON_NODE": "8", "NPROC_PER_NODE": "2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-5a, GPU-6b"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, 1),
+        ({}, 4),
+    ],
+)
+def test_one_process_a_gpu_in_every_spelling(cluster, changes, processes):
+    ran = cluster.run(ROOT / "slurm" / "node.sh", "train", HYLO_STOP_FILE=str(cluster.folder / "stop"), **changes)
+    assert (ran.code, ran.error) == (0, "") and ran.option("nproc-per-node") == str(processes)
+
+
+@pytest.mark.parametrize("found_by", ["record", "submit_dir", "submit_dir/slurm", "HYLO_REPOSITORY", "nothing"])
+def test_a_copy_in_the_spool_finds_the_repository(cluster, found_by):
+    repository, spool = cluster.folder / "my clone", cluster.folder / "spool"
+    spool.mkdir()
+    (repository / "megatron_hylo").mkdir(parents=True)
+    (repository / "slurm").symlink_to(ROOT / "slurm")
+    (repository / "megatron_hylo" / "recipes").symlink_to(ROOT / "megatron_hylo" / "recipes")
+    changes = {
+        "record": {"COMMAND": f"{repository}/slurm/{STAGE.name}"},
+        "submit_dir": {"SLURM_SUBMIT_DIR": str(repository)},
+        "submit_dir/slurm": {"SLURM_SUBMIT_DIR": str(repository / "slurm")},
+        "HYLO_REPOSITORY": {"HYLO_REPOSITORY": "~/my clone", "HOME": str(cluster.folder)},
+        "nothing": {},
+    }[found_by]
+    script = spool / "slurm_script"
+    script.write_text(STAGE.read_text())
+    ran = cluster.run(script, cwd=spool, **(JOB | {"SLURM_SUBMIT_DIR": "/home"} | changes))
+    if found_by == "nothing":
+        assert ran.code == 2 and "the repository is not found in" in ran.error and "set HYLO_REPOSITORY" in ran.error
+    else:
+        assert (ran.code, ran.error) == (0, "")
+        assert f"{repository}/slurm/node.sh" in ran.arguments["srun"]
+
+
+def test_all_stages_look_for_the_repository_in_the_same_way():
+    blocks = {
+        re.search(r"# sbatch runs a copy.*?&& pwd\)\"\n", (ROOT / "slurm" / f"{s}.sh").read_text(), re.S)[0] for s in STAGES
+    }
+    assert len(blocks) == 1
+    assert all(f"\nstage={s}\n" in (ROOT / "slurm" / f"{s}.sh").read_text() for s in STAGES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "model", "teacher"),
+    [
+        ([], {}, "stage1_ild/model", "models/llama3.1-8b"),
+        (["--teacher_store=/s"], {}, "stage1_ild/model", None),
+        (["--teacher_store", "/s"], {"TEACHER": "models/llama3.1-8b"}, "stage1_ild/model", "models/llama3.1-8b"),
+        (["--teacher_address=host:1"], {}, "stage1_ild/model", None),
+        (["--teacher_store=null"], {}, "stage1_ild/model", "models/llama3.1-8b"),
+        (["--stage", "pretrain"], {}, "stage1_ild/model", None),
+        (["--stage=pretrain", "--scratch=smollm2-135m"], {}, None, None),
+        ([], {"RECIPE": "stage: 'distil'\nteacher_store: /s  # made before\n"}, "stage1_ild/model", None),
+        ([], {"RECIPE": "stage: distil\nteacher_store: null\n"}, "stage1_ild/model", "models/llama3.1-8b"),
+        ([], {"RECIPE": 'stage: "pretrain"\nscratch: smollm2-135m\n'}, None, None),
+    ],
+)
+def test_only_models_that_the_run_needs_are_asked_for(cluster, arguments, changes, model, teacher):
+    if "RECIPE" in changes:
+        (cluster.root / "mine.yaml").write_text(changes["RECIPE"])
+        changes = {"RECIPE": "mine.yaml"}
+    if teacher is None:
+        (cluster.root / "models/llama3.1-8b/hylo.json").unlink()
+    if model is None:
+        (cluster.root / "stage1_ild/model/hylo.json").unlink()
+    ran = cluster.run(STAGE, *arguments, cwd=cluster.root, **changes)
+    assert (ran.code, ran.error) == (0, "")
+    assert ran.option("model") == (model and str(cluster.root / model))
+    assert ran.option("teacher") == (teacher and str(cluster.root / teacher))
+    assert ran.arguments["torchrun"][len(ran.arguments["torchrun"]) - len(arguments) :] == arguments
+
+
+@pytest.mark.parametrize("argument", ["--output=o", "--model", "--teacher=t", "--data"])
+def test_paths_are_given_by_variables_alone(cluster, argument):
+    ran = cluster.run(STAGE, argument)
+    name = argument.strip("-").split("=")[0].upper()
+    assert ran.code == 2 and f"{argument}: give this script the variable {name}, e.g. {name}=/shared" in ran.error
+
+
+def test_home_and_relative_paths_become_absolute(cluster):
+    ran = cluster.run(STAGE, cwd=cluster.folder, HYLO_ROOT="my runs/", OUTPUT="~/of mine/", HOME=str(cluster.folder))
+    assert (ran.code, ran.error) == (0, "")
+    assert ran.option("output") == f"{cluster.folder}/of mine" and (cluster.folder / "of mine").is_dir()
+    assert ran.option("data") == f"{cluster.root}/data/mix"
+
+
+def test_each_array_task_has_an_output_of_its_own_and_is_requeued_alone(cluster):
+    task = {"SLURM_ARRAY_JOB_ID": "1234", "SLURM_ARRAY_TASK_ID": "3", "SLURM_NNODES": "1"}
+    for requeued, code in (("0", 0), ("1", 3)):
+        environment = cluster.environment(**(JOB | task | {"UNTIL_ASKED": "yes", "REQUEUE_EXIT": requeued}))
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        with subprocess.Popen(["bash", str(STAGE)], env=environment, cwd=ROOT, **pipes) as script:
+            deadline = time.monotonic() + 30
+            while "torchrun" not in cluster.recorded() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            script.send_signal(signal.SIGUSR1)
+            output, error = script.communicate(timeout=30)
+        assert script.returncode == code, error
+        assert cluster.recorded()["scontrol"] == ["requeue", "1234_3"]
+        assert ("submit it again" in error) == bool(code)
+        ran = Ran(code, output, error, cluster.recorded())
+        assert ran.option("output") == str(cluster.root / "stage2_ctx8k_3")
+        assert f"stopped at {cluster.root}/stage2_ctx8k_3/checkpoints/step_00000001" in output
+        (cluster.folder / "record" / "torchrun").unlink()
+        for file in (cluster.root / "stage2_ctx8k_3").rglob("manifest.json"):
+            file.unlink()
+
+
+def test_a_job_without_srun_runs_on_one_node_and_says_so(cluster):
+    (cluster.folder / "bin" / "srun").unlink()
+    ran = cluster.run(STAGE, **(JOB | {"SLURM_NNODES": "1"}))
+    assert ran.code == 0 and "no srun here" in ran.error and ran.option("nproc-per-node") == "8"
+    ran = cluster.run(STAGE, **JOB)
+    assert ran.code == 2 and "there is no srun here to start on them" in ran.error
+
+
+def test_a_chain_is_submitted_whole_or_not_at_all(cluster):
+    chain = ROOT / "slurm" / "submit_chain.sh"
+    for stages, changes, message in (
+        ([], {}, "usage:"),
+        (["stage1_ild", "stage9"], {}, "there is no stage stage9; choose out of stage1_ild.sh"),
+        (["common"], {}, "there is no stage common"),
+        (["stage1_ild", "stage2_ctx8k"], {"OUTPUT": "/o"}, "OUTPUT=/o would be that of all 2 stages"),
+    ):
+        ran = cluster.run(chain, *stages, **changes)
+        assert ran.code == 2 and message in ran.error and "sbatch" not in ran.arguments
+    ran = cluster.run(chain, "stage1_ild", "stage3_ctx64k.sh", cwd=cluster.folder, CDPATH=str(ROOT))
+    assert (ran.code, ran.output) == (0, "stage1_ild: job 7\nstage3_ctx64k: job 7\n")
+    scripts = [word for word in ran.arguments["sbatch"] if word.endswith(".sh")]
+    assert scripts == [str(ROOT / "slurm" / f"{name}.sh") for name in ("stage1_ild", "stage3_ctx64k")]
+    assert "--dependency=afterok:7" in ran.arguments["sbatch"]

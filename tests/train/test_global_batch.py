@@ -1,0 +1,81 @@
+"""Losses and gradients of a step's micro-batches against fp32 plain torch on the global batch as a whole."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_hylo.data.packed import PackedDataset
+from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.train.data_loader import rank_batches
+from megatron_hylo.train.loop import _build_models
+from megatron_hylo.train.optimizer import build_training_state
+from megatron_hylo.train.stages import get_stage
+from tests.conftest import gradients
+from tests.train.runs import relative_difference
+
+
+@pytest.mark.parametrize("labels", ["some", "none"])
+@pytest.mark.parametrize("stage", ["pretrain", "distil"])
+def test_unequal_numbers_of_labels_make_the_loss_of_plain_torch_on_the_global_batch(settings, one_rank, stage, labels):
+    """Four packed micro-batches; cross-entropy is a mean over all their labels, the KL over all their tokens."""
+    weight = 0.3 if stage == "distil" else 0.0
+    config = settings(stage, packed_documents=True, micro_batch_size=1, sequence_length=96, ce_weight=weight)
+    (chunks,), teacher = _build_models(config)
+    state = build_training_state(chunks, config)
+    data = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
+    batches = list(itertools.islice(rank_batches(config, data, 0, one_rank), 4))
+    batches[2]["labels"][:, 5:60] = -100
+    if labels == "none":
+        for batch in batches:
+            batch["labels"].fill_(-100)
+    counts = [int((batch["labels"] >= 0).sum()) for batch in batches]
+    assert len(set(counts)) > 1 or labels == "none"
+    for wrapper in state.wrapped:
+        wrapper.zero_grad_buffer()
+    metrics = get_stage(config, teacher).forward_backward([state], iter(batches), 4)
+    mine = {name: p.main_grad.clone() for name, p in chunks[0].named_parameters()}
+
+    models = [load_model(path).train() for path in (config.model, config.teacher) if path]
+    logits: list[list[torch.Tensor]] = [[] for _ in models]
+    for batch in batches:
+        edges = [*batch["documents"].starts.tolist(), batch["input_ids"].shape[1]]
+        for start, stop in zip(edges, edges[1:]):
+            for model, found in zip(models, logits):
+                found.append(model.logits(model(batch["input_ids"][:, start:stop]))[0])
+    ours, *theirs = (torch.cat(found) for found in logits)
+    wanted = torch.cat([batch["labels"][0] for batch in batches])
+    # of no labels torch's own mean is NaN
+    cross_entropy = F.cross_entropy(ours, wanted) if labels == "some" else 0 * ours.sum()
+    truth = {"loss": cross_entropy, "cross_entropy": cross_entropy}
+    if theirs:
+        log_q = theirs[0].detach().log_softmax(-1)
+        truth["kl"] = F.kl_div(ours.log_softmax(-1), log_q, log_target=True, reduction="batchmean")
+        truth["loss"] = truth["kl"] + weight * cross_entropy
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+        {name: float(value) for name, value in truth.items()}, rel=1e-6
+    )
+    truth["loss"].backward()
+    difference, name = relative_difference(mine, gradients(models[0]))
+    print(stage, labels, counts, f"{difference:.1e}", name)
+    assert difference < 1e-5, name
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "distil"])
+def test_a_temperature_top_k_and_direction_leave_the_cross_entropy_alone(settings, one_rank, stage):
+    """What is reported is the same mean over labels whatever the KL is."""
+    if stage == "pretrain":
+        changes: list[dict] = [{}, {"loss_chunk_tokens": 5}]
+    else:
+        changes = [{}, {"kl_temperature": 2.0}, {"kl_top_k": 7}, {"kl_direction": "reverse"}]
+    found = []
+    for change in changes:
+        config = replace(settings(stage, packed_documents=True, micro_batch_size=1, sequence_length=96), **change)
+        (chunks,), teacher = _build_models(config)
+        state = build_training_state(chunks, config)
+        data = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
+        metrics = get_stage(config, teacher).forward_backward([state], rank_batches(config, data, 0, one_rank), 4)
+        found.append(float(metrics["cross_entropy"]))
+    assert found == pytest.approx(found[:1] * len(found), rel=1e-6)
