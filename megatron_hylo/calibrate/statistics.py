@@ -26,8 +26,6 @@ by least squares needs the same tokens in E[x x^T] as in E[n x]; of a part of th
                                               RECEPTION_TOKENS queries, each query's attention on its last as many being 1
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Mapping
 
@@ -36,8 +34,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io import read_manifest, read_sealed_json, verify_sealed
-from megatron_hylo.io.identity import content_identity
+from megatron_hylo.io import read_sealed_json, verify_sealed
+from megatron_hylo.io.identity import is_made_of
 
 FORMAT, VERSION = "megatron_hylo.calibration", 1
 LOOK_BACK_TOKENS, RECEPTION_TOKENS = 512, 32
@@ -47,22 +45,6 @@ TOKENS_PER_CHANNEL = 4  # fewer tokens than this times the hidden size leave sec
 def layer_file(layer: int) -> str:
     """File name of one layer's statistics."""
     return f"layer_{layer:05d}.safetensors"
-
-
-def is_made_of(identity: str, teacher: str | Path) -> bool:
-    """Whether what keeps the content identity of its teacher was made with this one.
-
-    Args:
-        identity: as stored; folders of earlier versions have another, of the files of one conversion.
-        teacher: model folder.
-    """
-    return identity in (content_identity(teacher), _files_identity(teacher))
-
-
-def _files_identity(teacher: str | Path) -> str:
-    """sha256 over the hashes of all files of the weights: a teacher that was made again has another."""
-    weights = sorted((name, e["sha256"]) for name, e in read_manifest(teacher).items() if name.startswith("weights/"))
-    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
 
 class CalibrationFolder(Mapping[int, dict[str, Tensor]]):

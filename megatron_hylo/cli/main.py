@@ -13,6 +13,7 @@ from megatron_hylo.cli.doctor import doctor
 from megatron_hylo.cli.parser import build_parser, command
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.paths import expand_home
 from megatron_hylo.config.train import TrainConfig
 
 EXIT_ERROR, EXIT_STOPPED = 2, 3
@@ -262,7 +263,7 @@ def _json(value: Any) -> str:
 
 def main(command_line: list[str] | None = None) -> None:
     """Entry point of `hylo`: exits 0 on success, 1 where a check failed, 2 on bad input, 3 when stopped by a signal."""
-    from megatron_hylo.io import DamagedError, expand_home, output_lock, plain_os_errors
+    from megatron_hylo.io import DamagedError, output_lock, plain_os_errors
 
     set_up_logging()
     parser = build_parser(VERBS)

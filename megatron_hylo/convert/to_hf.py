@@ -63,7 +63,7 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_
 
 def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, track: Track = no_progress) -> None:
     """config.json, safetensors, tokenizer and, for a hybrid, its modelling code, into an existing folder."""
-    from megatron_hylo.hf.export import copy_modelling_code, make_tokenizer_portable
+    from megatron_hylo.convert.modelling_code import copy_modelling_code, make_tokenizer_portable
 
     config = model.config.hylo
     dtype = "bfloat16" if model.config.params_dtype == torch.bfloat16 else "float32"

@@ -27,11 +27,11 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.paths import expand_home
 from megatron_hylo.convert.hf_reader import load_transformers_tokenizer
 from megatron_hylo.data.documents import Document, OnBadText, TextCheck, Unreadable, read_documents
 from megatron_hylo.data.tokenizer import USED_IDS, check_ids, vocabulary_of
-from megatron_hylo.io import check_free, expand_home, sealed_directory, verify_if_sealed, write_json
-from megatron_hylo.models.checkpoint import read_description
+from megatron_hylo.io import check_free, read_sealed_json, sealed_directory, verify_if_sealed, write_json
 
 logger = logging.getLogger("megatron_hylo.data")
 SPLITS = ("train", "heldout")
@@ -199,7 +199,7 @@ def preprocess(
     if found is None:
         raise ConfigError(f"{tokenizer} holds no tokenizer; give a folder with tokenizer.json, a .gguf file, or a model folder")
     if vocab_size is None and (folder / "hylo.json").is_file():
-        vocab_size = read_description(folder)[0].vocab_size
+        vocab_size = read_sealed_json(folder, "hylo.json", ("model",))["model"]["vocab_size"]
     documents = read_documents(input)
     return build_dataset(documents, found, output, heldout_fraction, None, max_documents, vocab_size, overwrite, on_bad_text)
 

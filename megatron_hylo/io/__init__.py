@@ -4,7 +4,7 @@ Everything this project writes for later use (converted models, checkpoints, dat
 `sealed_directory`, and is checked by `verify_sealed` when it is opened. Import from here, not from the modules inside.
 """
 
-from megatron_hylo.io._files import DamagedError, cache_dir, expand_home, plain_os_errors, read_json, sha256, write_json
+from megatron_hylo.io._files import DamagedError, cache_dir, plain_os_errors, read_json, sha256, write_json
 from megatron_hylo.io._folders import (
     check_apart,
     check_free,
@@ -25,7 +25,7 @@ from megatron_hylo.io._manifests import (
 from megatron_hylo.io._ranks import barrier, on_main
 
 __all__ = [
-    "MANIFEST", "DamagedError", "barrier", "cache_dir", "check_apart", "check_free", "expand_home", "hash_early", "is_sealed",
+    "MANIFEST", "DamagedError", "barrier", "cache_dir", "check_apart", "check_free", "hash_early", "is_sealed",
     "on_main", "output_lock", "plain_os_errors", "read_json", "read_manifest", "read_sealed_json", "remove_finished",
     "sealed_directory", "sha256", "verify_if_sealed", "verify_sealed", "work_folder", "write_json",
 ]  # fmt: skip

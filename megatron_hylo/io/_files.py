@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.paths import expand_home
 
 READ_BYTES = 2**24  # a piece that is hashed at a time
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a spent quota, a file-size limit
@@ -44,18 +45,6 @@ def plain_os_errors() -> Iterator[None]:
             raise
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         raise ConfigError(f"{where}{os.strerror(error.errno).lower()}; {ADVICE[error.errno]}") from error
-
-
-def expand_home(path: str | Path) -> Path:
-    """The path with `~` and `~user` at its start replaced by the home folder.
-
-    Raises:
-        ConfigError: there is no such home folder.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{path}: there is no such home folder; write the path in full") from error
 
 
 def cache_dir() -> Path:

@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-import torch
-
 from megatron_hylo.config import ConfigError
 from megatron_hylo.io._files import can_write, check_place, plain_os_errors
-from megatron_hylo.io._ranks import on_main
+from megatron_hylo.io._ranks import distributed, on_main
 
 logger = logging.getLogger("megatron_hylo.io")
 HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
@@ -43,7 +41,7 @@ def output_lock(path: str | Path | None) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as held:
-        alone = not torch.distributed.is_initialized()
+        alone = distributed() is None
         if alone and os.environ.get("RANK", "0") == "0":  # before ranks know one another
             held.enter_context(_locked(place))
         elif not alone:

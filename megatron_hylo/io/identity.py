@@ -39,6 +39,22 @@ def content_identity(folder: str | Path) -> str:
     return json_identity(content)
 
 
+def is_made_of(identity: str, teacher: str | Path) -> bool:
+    """Whether what keeps the content identity of its teacher was made with this one.
+
+    Args:
+        identity: as stored; folders of earlier versions have another, of the files of one conversion.
+        teacher: model folder.
+    """
+    return identity in (content_identity(teacher), _files_identity(teacher))
+
+
+def _files_identity(teacher: str | Path) -> str:
+    """sha256 over the hashes of all files of the weights: a teacher that was made again has another."""
+    weights = sorted((name, e["sha256"]) for name, e in read_manifest(teacher).items() if name.startswith("weights/"))
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+
+
 def file_identity(folder: str | Path, name: str) -> str:
     """sha256 of a file in a folder: the manifest's where it knows the file, else the file is read."""
     files = read_manifest(folder) if is_sealed(folder) else {}

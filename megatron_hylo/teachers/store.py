@@ -29,7 +29,6 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_hylo.calibrate.statistics import is_made_of
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.data.packed import DocumentStore, PackedDataset
 from megatron_hylo.data.prefetch import ahead
@@ -47,7 +46,7 @@ from megatron_hylo.io import (
     work_folder,
     write_json,
 )
-from megatron_hylo.io.identity import content_identity, file_identity
+from megatron_hylo.io.identity import content_identity, file_identity, is_made_of
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel

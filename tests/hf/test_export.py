@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megatron_hylo.config import RopeScaling
+from megatron_hylo.convert.modelling_code import copy_modelling_code
 from megatron_hylo.convert.to_hf import write_hf_folder
 from megatron_hylo.hf import HyloForCausalLM, export
-from megatron_hylo.hf.export import copy_modelling_code
 from tests.hf.conftest import ALIGNED, YARN, random_megatron_model, serve_config
 from tests.kernels.compare import relative_error
 

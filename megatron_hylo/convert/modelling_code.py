@@ -4,10 +4,9 @@ import json
 import re
 from pathlib import Path
 
-from megatron_hylo import kernels
 from megatron_hylo.io import write_json
 
-MODELLING, KERNELS = Path(__file__).with_name("hf"), Path(kernels.__file__).parent
+MODELLING, KERNELS = (Path(__file__).parents[1] / name for name in ("hf", "kernels"))
 _KERNEL_IMPORT = re.compile(r"^(\s*from )megatron_hylo\.kernels(\.\w+ import )", re.MULTILINE)
 _RELATIVE_IMPORT = re.compile(r"^\s*from \.(\w+) import ", re.MULTILINE)
 _MEGATRON_IMPORT = re.compile(r"^\s*(?:from|import)\s+megatron.*$", re.MULTILINE)
