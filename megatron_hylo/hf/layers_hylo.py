@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
+from megatron_hylo.kernels.kda import kda
 from megatron_hylo.kernels.norm import gated_rms_norm, rms_norm
 from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
 from megatron_hylo.kernels.ssd import ssd
@@ -205,16 +206,29 @@ class HyloGatedDeltaNet(nn.Module):
         c = config.architecture()
         self.layer, self.heads, self.eps = layer, c.linear_num_heads, c.layernorm_epsilon
         keys, values = self.heads * c.linear_key_head_dim, self.heads * c.linear_value_head_dim
-        for name, width in {"q": keys, "k": keys, "v": values, "g": values, "b": self.heads, "a": self.heads}.items():
+        for name, width in {"q": keys, "k": keys, "v": values, "g": values, "b": self.heads}.items():
             setattr(self, f"{name}_proj", nn.Linear(config.hidden_size, width, bias=False))
+        self.build_decay(config)
         for name, width in {"q": keys, "k": keys, "v": values}.items():
             conv = nn.Conv1d(width, width, c.linear_conv_kernel_dim, groups=width, bias=False)
             setattr(self, f"{name}_conv1d", conv)
         self.sections = [keys, keys, values]
         self.A_log = nn.Parameter(torch.zeros(self.heads))
-        self.dt_bias = nn.Parameter(torch.zeros(self.heads))
         self.o_norm = HyloRMSNorm(c.linear_value_head_dim, self.eps)
         self.o_proj = nn.Linear(values, config.hidden_size, bias=False)
+
+    def build_decay(self, config: HyloConfig) -> None:
+        """The map to one decay a head, and its bias."""
+        self.a_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.dt_bias = nn.Parameter(torch.zeros(self.heads))
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """[batch, new tokens, hidden] -> [batch, new tokens, heads], fp32."""
+        return -self.A_log.exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)
+
+    def recurrence(self, *inputs: Tensor | None, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+        """Query, key, value, log decay, writing strength and state -> outputs and state."""
+        return gated_delta_rule(*inputs, output_final_state=output_final_state)
 
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: None, cache: HyloCache | None) -> Tensor:
         """x: [batch, new tokens, hidden] -> the same."""
@@ -225,15 +239,37 @@ class HyloGatedDeltaNet(nn.Module):
         convolutions = [self.q_conv1d, self.k_conv1d, self.v_conv1d]
         qkv, conv_state = convolve(qkv, convolutions, conv_state, inputs.padding, keep)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in qkv.split(self.sections, dim=-1))
-        decay = -self.A_log.exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)
-        beta = self.b_proj(x).sigmoid()
+        decay, beta = self.log_decay(x), self.b_proj(x).sigmoid()
         if inputs.padding is not None:  # no decay, nothing written
-            decay, beta = (gate.masked_fill(~inputs.padding[..., None], 0.0) for gate in (decay, beta))
-        out, state = gated_delta_rule(query, key, value, decay, beta, state, output_final_state=keep)
+            absent = ~inputs.padding
+            decay = decay.masked_fill(absent.view(b, t, *[1] * (decay.dim() - 2)), 0.0)
+            beta = beta.masked_fill(absent[..., None], 0.0)
+        out, state = self.recurrence(query, key, value, decay, beta, state, output_final_state=keep)
         if keep:
             cache.states[self.layer] = (conv_state, state)
         gate = self.g_proj(x).view(out.shape)
         return self.o_proj(gated_rms_norm(out, gate, self.o_norm.weight, self.eps, norm_before_gate=True).reshape(b, t, -1))
+
+
+class HyloKimiDeltaAttention(HyloGatedDeltaNet):
+    """`K`: Gated DeltaNet with a decay for each key channel, S_t = Diag(exp(g_t)) S_{t-1} + ...; g from a map of low rank."""
+
+    def build_decay(self, config: HyloConfig) -> None:
+        """The two maps to the decays, and a bias for each key channel."""
+        c = config.architecture()
+        keys = self.heads * c.linear_key_head_dim
+        self.f_a_proj = nn.Linear(config.hidden_size, c.kda_decay_rank, bias=False)
+        self.f_b_proj = nn.Linear(c.kda_decay_rank, keys, bias=False)
+        self.dt_bias = nn.Parameter(torch.zeros(keys))
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """[batch, new tokens, hidden] -> [batch, new tokens, heads, key channels], fp32."""
+        step = F.softplus(self.f_b_proj(self.f_a_proj(x)).float() + self.dt_bias)
+        return -self.A_log.exp()[:, None] * step.unflatten(-1, (self.heads, -1))
+
+    def recurrence(self, *inputs: Tensor | None, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+        """Query, key, value, log decay, writing strength and state -> outputs and state."""
+        return kda(*inputs, output_final_state=output_final_state)
 
 
 MIXERS: dict[str, tuple[str, type[nn.Module]]] = {  # symbol -> (name in the layer, class)
@@ -241,6 +277,7 @@ MIXERS: dict[str, tuple[str, type[nn.Module]]] = {  # symbol -> (name in the lay
     "+": ("self_attn", HyloLatentAttention),
     "M": ("mamba", HyloMamba2),
     "G": ("linear_attn", HyloGatedDeltaNet),
+    "K": ("linear_attn", HyloKimiDeltaAttention),
 }
 
 

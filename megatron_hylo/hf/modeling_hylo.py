@@ -1,4 +1,4 @@
-"""HyLo models for transformers, of attention `*`, Multi-head Latent Attention `+`, Mamba2 `M` and Gated DeltaNet `G` layers.
+"""HyLo models for transformers: attention `*`, MLA `+`, Mamba2 `M`, Gated DeltaNet `G` and KDA `K` layers.
 
 Prefill may be cut anywhere, and padding may stand anywhere. An exported folder holds this file, those it imports and the
 kernels' files beside its weights; it needs transformers and torch only.

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megatron_hylo.config import RopeScaling
+from megatron_hylo.convert import modelling_code as export
 from megatron_hylo.convert.modelling_code import copy_modelling_code
 from megatron_hylo.convert.to_hf import write_hf_folder
-from megatron_hylo.hf import HyloForCausalLM, export
+from megatron_hylo.hf import HyloForCausalLM
 from tests.hf.conftest import ALIGNED, YARN, random_megatron_model, serve_config
 from tests.kernels.compare import relative_error
 
@@ -17,6 +18,7 @@ CASES = {
     "M": serve_config("MM"),
     "G": serve_config("GG"),
     "G+M*": serve_config("G+M*"),
+    "K+*K": serve_config("K+*K"),
     "G+M* q/k-norm, yarn": serve_config("G+M*", qk_layernorm=True, mla_rope_scaling=RopeScaling(**YARN)),
     "G+M* tied": serve_config("G+M*", untie_embeddings_and_output_weights=False),
     **{name: serve_config("G+*+", **settings) for name, settings in ALIGNED.items()},
@@ -47,7 +49,7 @@ def test_all_files_that_are_imported_are_copied(tmp_path):
     names = {path.name for path in copy_modelling_code(tmp_path)}
     assert names == {path.name for path in tmp_path.iterdir()}
     kernels = {"attention.py", "attention_after_prefix.py", "causal_conv1d.py", "delta_rule_chain.py", "delta_rule_states.py",
-               "gated_delta_rule.py", "norm.py", "registry.py", "rope.py", "ssd.py", "tuned.py"}  # fmt: skip
+               "gated_delta_rule.py", "kda.py", "norm.py", "registry.py", "rope.py", "ssd.py", "tuned.py"}  # fmt: skip
     assert names == {f"{name}_hylo.py" for name in ("modeling", "layers", "inputs", "configuration", "cache")} | kernels
 
 

@@ -24,6 +24,7 @@ CASES = {
     "M": serve_config("MM"),
     "G": serve_config("GG"),
     "G+M*": serve_config("G+M*"),
+    "K+*K": serve_config("K+*K"),
     "G+M* q/k-norm, yarn": serve_config("G+M*", qk_layernorm=True, mla_rope_scaling=RopeScaling(**YARN)),
     "G+M* tied": serve_config("G+M*", untie_embeddings_and_output_weights=False),
 }
@@ -51,7 +52,7 @@ def test_any_cut_of_the_prompt_gives_the_logits_of_the_full_forward(config, ids)
         torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("mixers", ["*", "+", "M", "G", "G+M*"])
+@pytest.mark.parametrize("mixers", ["*", "+", "M", "G", "K", "G+M*"])
 @torch.no_grad()
 def test_every_token_changes_later_logits_only(mixers, ids):
     model = random_model(serve_config(mixers))
