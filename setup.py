@@ -21,9 +21,11 @@ setup(
         "matplotlib>=3.9",
         "megatron-core>=0.19.2,<0.20",
         "numpy>=2.0",
+        "protobuf>=4.21",  # sentencepiece describes its files with it
         "pyyaml>=6.0",  # jsonargparse reads recipes with it
         "rich>=13.9",
         "safetensors>=0.5",
+        "sentencepiece>=0.2",  # tokenizer.model files
         "tensorboard>=2.18",
         "tokenizers>=0.22",
         "torch>=2.11",

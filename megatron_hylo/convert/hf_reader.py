@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.convert.gguf_reader import GgufSource, gguf_fields, gguf_file
 from megatron_hylo.convert.safetensors_reader import SafetensorsSource, read_hf_config
+from megatron_hylo.convert.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 
 
 class TensorSource(Protocol):
@@ -81,6 +82,8 @@ def load_transformers_tokenizer(path: str | Path) -> Any | None:
         return _gguf_tokenizer(gguf)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
+    if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
+        return load_sentencepiece_tokenizer(path)
     return transformers.AutoTokenizer.from_pretrained(path)
 
 

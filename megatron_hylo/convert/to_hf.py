@@ -1,5 +1,6 @@
 """Megatron model folder -> Hugging Face folder (the teacher's own family, or a hybrid with its modelling code)."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Iterator
@@ -74,6 +75,15 @@ def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, trac
         copy_modelling_code(folder)
     if tokenizer is not None and tokenizer.is_dir():
         shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+        _name_tokenizer_class(folder / "tokenizer_config.json")
+
+
+def _name_tokenizer_class(file: Path) -> None:
+    """Write transformers 5's name of the plain fast tokenizer as the one that 4 knows too."""
+    if file.is_file():
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values.get("tokenizer_class") == "TokenizersBackend":
+            write_json(file, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def convert_megatron_to_hf(

