@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.convert.foreign import load_foreign_model, load_foreign_tokenizer
 from megatron_hylo.convert.hf_config import model_config_from_hf
 from megatron_hylo.tensor_names import tensor_names
 
@@ -148,22 +149,22 @@ def load_transformers_model(path: str | Path) -> Any:
     if gguf is None and read_hf_config(path).get("model_type") == "hylo":
         from megatron_hylo.serve.hf import HyloForCausalLM
 
-        return HyloForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        return load_foreign_model(HyloForCausalLM, path, dtype=torch.float32).eval()
     where = dict(gguf_file=gguf.name) if gguf else {}
     folder = gguf.parent if gguf else path
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
+    return load_foreign_model(transformers.AutoModelForCausalLM, folder, dtype=torch.float32, **where).eval()
 
 
 def load_transformers_tokenizer(path: str | Path) -> Any | None:
     """The tokenizer at `path` (Hugging Face folder or GGUF), or None where the folder has none."""
-    transformers = _transformers()
+    _transformers()
     path = Path(path)
     gguf = gguf_file(path)
     if gguf:
         return _gguf_tokenizer(gguf)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    return transformers.AutoTokenizer.from_pretrained(path)
+    return load_foreign_tokenizer(path)
 
 
 def _gguf_tokenizer(file: Path) -> Any:
@@ -175,7 +176,7 @@ def _gguf_tokenizer(file: Path) -> Any:
     from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    tokenizer = _transformers().AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = load_foreign_tokenizer(file.parent, gguf_file=file.name)
     fields = GGUFReader(file).fields
     if "tokenizer.ggml.eos_token_id" in fields:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(fields["tokenizer.ggml.eos_token_id"].contents()))
