@@ -65,6 +65,7 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
         backend = "nccl" if here.type == "cuda" else "gloo"
         # no device_id: with it NCCL splits every group off one communicator, and two ranks did not return from taking them
         # down (pytorch issue 190396)
+        _listen_here_only()
         settings = dict(backend=backend, timeout=timedelta(minutes=parallel.distributed_timeout_minutes))
         if "RANK" in os.environ:
             torch.distributed.init_process_group(**settings)
@@ -90,6 +91,12 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     _log_once(f"device {here}, {world} ranks, backend {torch.distributed.get_backend()}")
     return here
+
+
+def _listen_here_only() -> None:
+    """Keep gloo's ports, which ask nobody who they are, off the network where all ranks are on this machine."""
+    if "RANK" not in os.environ or os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 @functools.cache
