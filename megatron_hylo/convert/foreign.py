@@ -20,6 +20,8 @@ def load_foreign_model(cls: Any, folder: str | Path, **settings: Any) -> Any:
     """
     from transformers import AutoConfig
 
+    if (Path(folder) / "adapter_config.json").is_file():  # transformers would load the model that it names, from anywhere
+        raise ConfigError(f"{folder} holds a PEFT adapter (adapter_config.json); merge it into its base model first")
     place = {"gguf_file": settings["gguf_file"]} if "gguf_file" in settings else {}
     config = _load(getattr(cls, "config_class", None) or AutoConfig, folder, **place)
     config._attn_implementation = None  # the default; config.json may name a repository of kernels

@@ -87,24 +87,39 @@ def read_secret() -> bytes | None:
     return secret.encode()
 
 
+def resolve(host: str, port: int, secret: bytes | None) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """The one address to listen at.
+
+    Raises:
+        ConfigError: there is no such host, or it reaches beyond this machine and there is no secret.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise _unlistenable(host, port, error) from error
+    if secret is None and not is_loopback(address[0]):
+        raise ConfigError(
+            f"{shown(address)} can be reached from other machines, and there is no secret; {ADVICE}, or listen at "
+            f"127.0.0.1:{port} (with an SSH tunnel from elsewhere)"
+        )
+    return family, address[:2]
+
+
 def listen(host: str, port: int, secret: bytes | None) -> socket.socket:
     """A socket that listens at that address and no other.
 
     Raises:
-        ConfigError: the address cannot be had, or reaches beyond this machine and there is no secret.
+        ConfigError: the address cannot be had; see `resolve`.
     """
+    family, address = resolve(host, port, secret)
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        if secret is None and not is_loopback(address[0]):
-            raise ConfigError(
-                f"{shown(address)} can be reached from other machines, and there is no secret; {ADVICE}, or listen at "
-                f"127.0.0.1:{port} (with an SSH tunnel from elsewhere)"
-            )
-        return socket.create_server(address[:2], family=family, backlog=128)
+        return socket.create_server(address, family=family, backlog=128)
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen at {shown((host, port))} ({error}); choose a free port and an address of this machine"
-        ) from error
+        raise _unlistenable(host, port, error) from error
+
+
+def _unlistenable(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot listen at {shown((host, port))} ({error}); choose a free port and an address of this machine")
 
 
 def admit(link: Link, deadline: float, secret: bytes | None) -> None:

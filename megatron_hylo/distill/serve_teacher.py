@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.distill.head_loss import whole_head
-from megatron_hylo.distill.remote_access import read_secret, replica_address
+from megatron_hylo.distill.remote_access import read_secret, replica_address, resolve
 from megatron_hylo.distill.remote_listener import Limits, Listener
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.frozen import freeze
@@ -64,7 +64,7 @@ def serve_teacher(
         raise ConfigError("serve-teacher has no pipeline stages; use tensor and context parallelism, and more copies")
     if max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
-    replica_address(address, 0), read_secret()  # before weights are read
+    resolve(*replica_address(address, 0), read_secret())  # before weights are read
     with session(parallel):
         (model,) = freeze([load_model(teacher, parallel, params_dtype=dtype)])
         Replica(model, address, dtype, timeout, max_tokens).serve(runs)
