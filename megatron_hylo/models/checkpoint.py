@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from megatron_hylo.config import ConfigError, Fp8, ModelConfig, ParallelConfig, from_dict
-from megatron_hylo.io import barrier, hash_early, read_sealed_json, sealed_directory, verify_sealed, write_json
+from megatron_hylo.io import DamagedError, barrier, hash_early, read_sealed_json, sealed_directory, verify_sealed, write_json
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.specs import BackendName
 from megatron_hylo.platform.distributed import is_main
