@@ -69,7 +69,7 @@ def main(
     if role == "server":
         with session():
             (model,) = freeze([build_model(BASES[teacher], params_dtype=dtype)])
-            Replica(model, address, dtype, TIMEOUT).serve(0)
+            Replica(model, address, dtype, TIMEOUT).serve(1)
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         return print(json.dumps({"peak_gib": peak}))
     if role:

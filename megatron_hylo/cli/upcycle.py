@@ -114,21 +114,25 @@ def serve_teacher(
     sequence_parallel: bool = False,
     timeout_minutes: float = 30.0,
     runs: int | None = None,
+    max_tokens: int = 1 << 20,
 ) -> None:
     """Answer students of another job: `hylo train --stage distil --teacher_address ADDRESS`.
 
     Under torchrun with a GPU or more; its parallel layout has nothing to do with the students'. Ranks beyond one copy of the
-    teacher are more copies, which share the students. Serves one run after another until Ctrl-C.
+    teacher are more copies, which share the students; they listen at the ports after the first one's. Serves until Ctrl-C.
+    Other machines must share a secret: HYLO_TEACHER_SECRET, or a file in HYLO_TEACHER_SECRET_FILE, on both sides.
 
     Args:
         teacher: model folder of the teacher.
-        address: HOST:PORT to listen at, HOST as students name this machine.
+        address: HOST:PORT to listen at, and nowhere else; PORT alone is of 127.0.0.1. Copies on several machines: one each,
+            parted by commas.
         precision: bf16 on a GPU, fp32 on a CPU by default; hidden states travel in it.
         tensor_model_parallel_size: ranks that share each layer.
         context_parallel_size: ranks that share each sequence.
         sequence_parallel: with tensor parallelism: norms and residuals split over the sequence.
         timeout_minutes: how long a student may be silent before it is given up.
-        runs: end after so many runs of students.
+        runs: end when all students have left so many times.
+        max_tokens: most tokens of a micro-batch that is answered.
     """
     from datetime import timedelta
 
@@ -139,7 +143,7 @@ def serve_teacher(
         tensor_model_parallel_size=tensor_model_parallel_size, context_parallel_size=context_parallel_size,
         sequence_parallel=sequence_parallel,
     )  # fmt: skip
-    serve(teacher, address, parallel, chosen_dtype(precision), timedelta(minutes=timeout_minutes), runs)
+    serve(teacher, address, parallel, chosen_dtype(precision), timedelta(minutes=timeout_minutes), runs, max_tokens)
 
 
 def upcycle(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.convert.foreign import load_foreign_model, load_foreign_tokenizer
 from megatron_hylo.convert.gguf_reader import GgufSource, gguf_fields, gguf_file
 from megatron_hylo.convert.safetensors_reader import SafetensorsSource, read_hf_config
 from megatron_hylo.convert.sentencepiece_tokenizer import load_sentencepiece_tokenizer
@@ -49,7 +50,7 @@ def load_transformers_model(path: str | Path, **settings: Any) -> Any:
         from megatron_hylo.hf import HyloForCausalLM as model_class
     else:
         model_class = load_transformers().AutoModelForCausalLM
-    loaded = model_class.from_pretrained(path, dtype=torch.float32, **settings)
+    loaded = load_foreign_model(model_class, path, dtype=torch.float32, **settings)
     return loaded if settings else loaded.eval()
 
 
@@ -76,7 +77,7 @@ def _gguf_model(source: GgufSource) -> Any:
 
 def load_transformers_tokenizer(path: str | Path) -> Any | None:
     """The tokenizer at `path` (Hugging Face folder or GGUF), or None where the folder has none."""
-    transformers = load_transformers()
+    load_transformers()
     path = Path(path)
     gguf = gguf_file(path)
     if gguf:
@@ -85,8 +86,7 @@ def load_transformers_tokenizer(path: str | Path) -> Any | None:
         return None
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return load_sentencepiece_tokenizer(path)
-    # a hybrid's folder has code, of the model: transformers 5 would ask whether to run it, for the tokenizer's sake
-    return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return load_foreign_tokenizer(path)
 
 
 def _gguf_tokenizer(file: Path) -> Any | None:
@@ -100,7 +100,7 @@ def _gguf_tokenizer(file: Path) -> Any | None:
     fields = gguf_fields(file)
     if "tokenizer.ggml.tokens" not in fields:
         return None
-    tokenizer = load_transformers().AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = load_foreign_tokenizer(file.parent, gguf_file=file.name)
     if "tokenizer.ggml.eos_token_id" in fields:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(fields["tokenizer.ggml.eos_token_id"].contents()))
     if "tokenizer.ggml.pre" in fields and fields["tokenizer.ggml.pre"].contents() == "smollm":

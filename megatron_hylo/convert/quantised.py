@@ -54,9 +54,15 @@ def read_quantisation(folder: Path, values: Mapping[str, Any]) -> Quantisation |
     """
     declared = values.get("quantization_config") or values.get("compression_config")
     if declared is None and (folder / MODELOPT_CONFIG).is_file():
-        declared = {"quant_method": "modelopt", **json.loads((folder / MODELOPT_CONFIG).read_text()).get("quantization", {})}
+        file = folder / MODELOPT_CONFIG
+        try:
+            declared = {"quant_method": "modelopt", **json.loads(file.read_text())["quantization"]}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file} is not ModelOpt's ({error!r}); download the checkpoint again") from error
     if declared is None:
         return None
+    if not isinstance(declared, Mapping):
+        raise ConfigError(f"{folder}: config.json: quantization_config is {declared!r}; it must be a mapping")
     method = declared.get("quant_method") or ("compressed-tensors" if "config_groups" in declared else None)
     if method is None and declared.get("load_in_8bit"):
         method = "bitsandbytes"

@@ -19,12 +19,14 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from megatron_hylo.config import ConfigError, Fp8, ModelConfig, ParallelConfig, from_dict
-from megatron_hylo.io import barrier, hash_early, read_sealed_json, sealed_directory, verify_sealed, write_json
+from megatron_hylo.io import DamagedError, barrier, hash_early, read_sealed_json, sealed_directory, verify_sealed, write_json
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.specs import BackendName
 from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.platform.safe_loading import ADVICE, install_safe_loading, unpickling_reason
 
 FORMAT, VERSION = "megatron_hylo.model", 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -136,10 +138,25 @@ def _copy_tensors(buckets: list, planned: list) -> None:
 
 
 def load_weights(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Read what a sharded state dict asks for out of `folder`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return dist_checkpointing.load(state, str(folder))
+    """Read what a sharded state dict asks for out of `folder`, which may come from anybody: nothing in it is run.
+
+    Raises:
+        ConfigError: the folder holds what could run code, or what this project does not write.
+        DamagedError: it cannot be read.
+    """
+    install_safe_loading()
+    if (folder / "common.pt").exists():
+        raise ConfigError(f"{folder} is refused: it holds common.pt, a pickle of older Megatron-Core; {ADVICE}")
+    try:
+        FileSystemReader(folder).read_metadata()  # else torch looks on for a file of this rank, and says nothing of this one
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return dist_checkpointing.load(state, str(folder))
+    except (CheckpointException, OSError) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if isinstance(cause, ConfigError):
+            raise cause from error
+        raise DamagedError(f"{folder} cannot be read: {unpickling_reason(cause)}; {ADVICE}") from error
 
 
 def put_weights(model: nn.Module, state: dict[str, Any]) -> None:

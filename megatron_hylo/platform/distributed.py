@@ -8,9 +8,8 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Iterator, TypeVar
+from typing import Iterator, TypeVar
 
 import torch
 
@@ -36,20 +35,6 @@ def rank() -> int:
 def is_main() -> bool:
     """True on the rank that prints and writes summaries."""
     return rank() == 0
-
-
-def on_main(function: Callable[[], T]) -> T:
-    """Run a function on the main rank; every rank returns its result, or raises its error. All ranks call it."""
-    found: list[Any] = [None, None]
-    if is_main():
-        try:
-            found[0] = function()
-        except Exception as error:
-            found[1] = error
-    torch.distributed.broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
 
 
 def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torch.device:
@@ -81,6 +66,7 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
         backend = "nccl" if here.type == "cuda" else "gloo"
         # no device_id: with it NCCL splits every group off one communicator, and two ranks did not return from taking them
         # down (pytorch issue 190396)
+        _listen_here_only()
         settings = dict(backend=backend, timeout=timedelta(minutes=parallel.distributed_timeout_minutes))
         if "RANK" in os.environ:
             torch.distributed.init_process_group(**settings)
@@ -106,6 +92,12 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     _log_once(f"device {here}, {world} ranks, backend {torch.distributed.get_backend()}")
     return here
+
+
+def _listen_here_only() -> None:
+    """Keep gloo's ports, which ask nobody who they are, off the network where all ranks are on this machine."""
+    if "RANK" not in os.environ or os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 @functools.cache

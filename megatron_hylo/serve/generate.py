@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.convert.foreign import load_foreign_model
 from megatron_hylo.convert.hf_reader import gguf_file, load_transformers_model, load_transformers_tokenizer, read_hf_config
 from megatron_hylo.hf import HyloCache, HyloConfig, HyloForCausalLM
 from megatron_hylo.io import verify_if_sealed
@@ -67,9 +68,9 @@ def load_for_generation(path: str | Path) -> tuple[Any, Any]:
     elif gguf_file(path) is not None:
         model = load_transformers_model(path)
     elif read_hf_config(path).get("model_type") == HyloConfig.model_type:
-        model = HyloForCausalLM.from_pretrained(path, dtype="auto")
+        model = load_foreign_model(HyloForCausalLM, path, dtype="auto")
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        model = load_foreign_model(AutoModelForCausalLM, path, dtype="auto")
     tokenizer = load_transformers_tokenizer(source)
     if tokenizer is None:
         raise ConfigError(f"{source} holds no tokenizer; copy the base model's tokenizer files there")

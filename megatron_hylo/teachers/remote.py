@@ -8,6 +8,9 @@ teacher works while the student does; then every context-parallel rank gets its 
 
 import functools
 import json
+import os
+import socket
+import time
 from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
@@ -23,57 +26,71 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.prefetch import ahead
 from megatron_hylo.distill.head_loss import head_part
-from megatron_hylo.platform.distributed import device
-from megatron_hylo.teachers.remote_link import STUDENT, Link, link_store, open_store
+from megatron_hylo.platform.distributed import device, rank
+from megatron_hylo.teachers.remote_access import ADVICE, introduce, is_loopback, read_secret, replica_address
+from megatron_hylo.teachers.remote_link import (
+    ERROR,
+    HEAD,
+    HIDDEN,
+    IDS,
+    STARTS,
+    TEXT,
+    GoneError,
+    Link,
+    NotTheProtocolError,
+    Shape,
+    as_text,
+    is_text,
+    shown,
+)
 
-CHUNK = 4096  # tokens that travel at a time
 ASKED = 2  # micro-batches under way besides the one that is trained on
 DTYPES = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16}
+RETRY, MEETING = 0.5, 10.0  # seconds
 
 
 class RemoteTeacher:
     """A `TeacherSignal` (signal.py) from a server.
 
     Args:
-        address: "host:port" of `hylo serve-teacher`.
+        address: "host:port" of `hylo serve-teacher`, or one for each copy of the teacher, parted by commas.
         dtype: what the head and the hidden states are wanted in.
         timeout: of meeting the server, and of every answer.
 
     Raises:
-        ConfigError: nobody answers, or the server is busy with other students.
+        ConfigError: nobody answers in time, or who answers is not the teacher or does not accept this student.
     """
 
     def __init__(self, address: str, dtype: torch.dtype, timeout: timedelta) -> None:
-        self.address, self.dtype, self.device = address, dtype, device()
+        self.dtype, self.device = dtype, device()
         self.cp, self.tp = parallel_state.get_context_parallel_group(), parallel_state.get_tensor_model_parallel_group()
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.leads = last and self.cp.rank() == 0 and self.tp.rank() == 0
-        store = open_store(address, False, timeout)
-        about = json.loads(store.get("teacher"))
-        self.about: dict[str, Any] = about  # what the server says of its teacher
-        self.width, self.sent_as = about["hidden_size"], DTYPES[about["dtype"]]
-        self.config = SimpleNamespace(sequence_parallel=False, hylo=SimpleNamespace(vocab_size=about["vocab_size"]))
-        self.asked: deque = deque()  # (micro-batch, what is being sent)
-        self.link = self._meet(store, about["replicas"], timeout) if self.leads else None
-        self.weight = self._head(about["vocab_size"]) if last else None
+        self.teacher: Connection | None = None
+        if self.leads:
+            number, links = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+            who = f"process {os.getpid()} of {socket.gethostname()}, rank {rank()}, replica {number} of {links}"
+            self.teacher = Connection(address, number, who, timeout.total_seconds())
+        self.about: dict[str, Any] | None = self.teacher.about if self.teacher else None  # what the server says; leaders know
+        vocabulary, self.width, self.sent_as = self._agree()
+        self.config = SimpleNamespace(sequence_parallel=False, hylo=SimpleNamespace(vocab_size=vocabulary))
+        self.asked: deque = deque()  # micro-batches
+        self.weight = self._head(vocabulary) if last else None
 
-    def _meet(self, store: dist.Store, replicas: int, timeout: timedelta) -> Link:
-        mine, links = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        replica = mine % replicas
-        run = int(store.get(f"replica{replica}/run"))  # waits while it is busy
-        store.set(f"replica{replica}/run{run}/links", str(links))
-        try:
-            return Link(link_store(store, replica, run, mine), STUDENT, timeout)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"the teacher at {self.address} did not take this student in time ({str(error).splitlines()[0]}); it serves "
-                f"one run at a time"
-            ) from error
+    def _agree(self) -> tuple[int, int, torch.dtype]:
+        """What the leaders know of the teacher, on all ranks: vocabulary, width, dtype."""
+        dtypes = list(DTYPES.values())
+        about = self.teacher.about if self.leads else None
+        known = [about["vocab_size"], about["hidden_size"], dtypes.index(DTYPES[about["dtype"]])] if about else [0, 0, 0]
+        numbers = torch.tensor(known, device=self.device)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        vocabulary, width, index = numbers.tolist()
+        return vocabulary, width, dtypes[index]
 
     def _head(self, vocabulary: int) -> Tensor:
         """This rank's rows; the leader gets all and hands them on."""
         if self.leads:
-            whole = self.link.receive((vocabulary, self.width), self.sent_as).to(self.device)
+            whole = self.teacher.receive(HEAD, (vocabulary, self.width), self.sent_as).to(self.device)
         else:
             whole = torch.empty(vocabulary, self.width, dtype=self.sent_as, device=self.device)
         for group in (self.cp, self.tp):
@@ -96,25 +113,16 @@ class RemoteTeacher:
         while self.asked:  # by an earlier iterator, which is over
             self._receive()
         for batch in batches:
-            self.asked.append((batch, self._ask(batch)))
+            self.teacher.ask(batch["input_ids"], batch.get("document_starts"))
+            self.asked.append(batch)
             if len(self.asked) > ASKED:
                 yield self._receive()
 
     def _receive(self) -> dict:
         """The oldest of the micro-batches asked for, answered."""
-        asked, sendings = self.asked[0]
-        windows, length = asked["input_ids"].shape
-        sizes = [min(CHUNK, length - at) for at in range(0, length, CHUNK)]
-        parts = [self.link.receive((size, windows, self.width), self.sent_as) for size in sizes]
-        for sending in sendings:
-            sending.wait()
-        self.asked.popleft()
-        return asked | {"hidden": torch.cat(parts)}
-
-    def _ask(self, batch: dict) -> list:
-        ids, starts = batch["input_ids"], batch.get("document_starts")
-        header = torch.tensor([*ids.shape, -1 if starts is None else len(starts)])
-        return [self.link.send(x) for x in (header, ids, *([] if starts is None else [starts]))]
+        windows, length = self.asked[0]["input_ids"].shape
+        hidden = self.teacher.receive(HIDDEN, (length, windows, self.width), self.sent_as, pinned=self.device.type == "cuda")
+        return self.asked.popleft() | {"hidden": hidden}
 
     def _share(self, hidden: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """This rank's part of what the leader has: [sequence / context-parallel ranks, micro batch, H]."""
@@ -130,3 +138,96 @@ class RemoteTeacher:
             part = part.contiguous()
             dist.broadcast(part, src=dist.get_process_group_ranks(self.tp)[0], group=self.tp)
         return part.to(self.dtype)
+
+
+class Connection:
+    """A student's connection to one copy of the teacher; whatever goes wrong is a ConfigError that names the teacher.
+
+    Args:
+        address: see `RemoteTeacher`.
+        number: of the student's data-parallel replicas; they are spread over the copies of the teacher.
+        who: what the teacher's log is to call this student.
+        wait: seconds to wait for the teacher, now and at every answer.
+    """
+
+    def __init__(self, address: str, number: int, who: str, wait: float) -> None:
+        self.wait, secret = wait, read_secret()
+        self._connect(*replica_address(address, 0), secret)
+        if copy := number % self.about["replicas"]:
+            self.link.end()
+            self._connect(*replica_address(address, copy), secret)
+        try:
+            self.link.send_text(TEXT, who)
+        except GoneError as error:
+            raise self._lost(error) from error
+
+    def ask(self, ids: Tensor, starts: Tensor | None) -> None:
+        """For the hidden states of a micro-batch: ids [windows, length] int64, starts [documents] int64."""
+        try:
+            self.link.send(IDS, ids)
+            self.link.send(STARTS, torch.zeros(0, dtype=torch.int64) if starts is None else starts)
+        except GoneError as error:
+            self._said_last()
+            raise self._lost(error) from error
+
+    def receive(self, kind: int, shape: Shape, dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        """What the teacher sends next, which must be this."""
+        try:
+            got, x = self.link.receive(lambda *message: message == (kind, shape, dtype) or _is_error(*message), pinned=pinned)
+        except (GoneError, NotTheProtocolError) as error:
+            raise self._lost(error) from error
+        if got == ERROR:
+            raise ConfigError(f"the teacher at {self.where} refuses: {as_text(x)}")
+        return x
+
+    def _said_last(self) -> None:
+        """Raise what the teacher said before it ended the connection, if it did."""
+        try:
+            while True:
+                kind, x = self.link.receive(lambda *_: True)
+                if kind == ERROR:
+                    raise ConfigError(f"the teacher at {self.where} refuses: {as_text(x)}")
+        except (GoneError, NotTheProtocolError):
+            pass
+
+    def _lost(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"the teacher at {self.where} is lost: {error}; it was stopped or killed, or the network failed: look at the log "
+            f"of `hylo serve-teacher`, start it again, and run the same command to resume"
+        )
+
+    def _connect(self, host: str, port: int, secret: bytes | None) -> None:
+        """Meet the teacher, which may still be starting."""
+        self.where, end = shown((host, port)), time.monotonic() + self.wait
+        while True:
+            try:
+                sock = socket.create_connection((host, port), timeout=max(end - time.monotonic(), RETRY))
+                if secret is None and not is_loopback(sock.getpeername()[0]):
+                    raise ConfigError(f"the teacher at {self.where} is on another machine, and there is no secret; {ADVICE}")
+                self.link = Link(sock, self.wait)
+                deadline = time.monotonic() + min(MEETING, self.wait)
+                introduce(self.link, deadline, secret, self.where)
+                _, about = self.link.receive_text(begin=deadline)
+                self.about = self._checked(about)
+                return
+            except (OSError, NotTheProtocolError) as error:  # GoneError among them
+                if time.monotonic() + RETRY > end:
+                    raise ConfigError(
+                        f"no teacher answers at {self.where} ({error}); start `hylo serve-teacher` first, and look at its host "
+                        f"and port"
+                    ) from error
+                time.sleep(RETRY)
+
+    def _checked(self, text: str) -> dict:
+        try:
+            about = json.loads(text)
+            numbers = [about[name] for name in ("vocab_size", "hidden_size", "replicas")]
+            if about["dtype"] in DTYPES and all(type(n) is int and 0 < n < 1 << 31 for n in numbers):
+                return about
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise ConfigError(f"what answers at {self.where} does not describe itself as a teacher: {text[:80]!r}")
+
+
+def _is_error(kind: int, shape: Shape, dtype: torch.dtype) -> bool:
+    return kind == ERROR and is_text(shape, dtype)

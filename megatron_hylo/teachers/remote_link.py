@@ -1,68 +1,176 @@
-"""Two processes of different torchrun worlds: one rank of a teacher's, one of a student's. Tensors over TCP, by gloo."""
+"""One TCP connection between a teacher and a student: tensors as raw bytes, each behind a header of fixed length.
 
-from datetime import timedelta
+Nothing is unpickled. A receiver says what it expects, and allocates only after the header was found to be that.
+"""
+
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
-from megatron_hylo.config import ConfigError
+TEXT, ERROR, IDS, STARTS, HIDDEN, HEAD = range(1, 7)  # kinds of messages
+DTYPES = (torch.uint8, torch.int64, torch.float32, torch.bfloat16)
+HEADER = struct.Struct("<4sBBH3IQ")  # mark, kind, dtype, dimensions, sizes, bytes
+MARK, MOST_TEXT = b"HYLO", 4096
+PIECE = 4 << 20  # bytes handed to the kernel at a time
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}  # a machine that lost power is noticed in 90 s
 
-SERVER, STUDENT = 0, 1  # ranks of a link
+Shape = tuple[int, ...]
+
+
+class GoneError(ConnectionError):
+    """The other side closed the connection, or was silent or stopped for too long."""
+
+
+class NotTheProtocolError(ValueError):
+    """What came is nothing that may come there."""
 
 
 class Link:
-    """Sends and receives CPU tensors whose shapes both sides know.
+    """Sends and receives messages; one thread may send while another receives.
 
     Args:
-        store: that both sides reach; a prefix of its own for each link.
-        side: SERVER or STUDENT.
-        timeout: of every operation, the first meeting included.
+        sock: connected.
+        wait: seconds after which a side that neither sends nor takes a byte counts as gone.
     """
 
-    def __init__(self, store: Store, side: int, timeout: timedelta) -> None:
-        self.other, self.group = 1 - side, ProcessGroupGloo(store, side, 2, timeout)
+    def __init__(self, sock: socket.socket, wait: float) -> None:
+        self.sock, self.wait = sock, wait
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self.peer = shown(sock.getpeername())
 
-    def send(self, x: Tensor) -> "Sending":
-        """Begin to send; `wait()` of the result returns when the other side has it."""
-        data = x.detach().contiguous().cpu().view(torch.uint8)
-        return Sending(self.group.send([data], self.other, 0), data)
+    def send(self, kind: int, x: Tensor) -> None:
+        """A CPU tensor of at most three dimensions; returns when the kernel has all of it."""
+        x = x.detach().contiguous()
+        sizes = (*x.shape, 0, 0, 0)[:3]
+        data = memoryview(x.view(-1).view(torch.uint8).numpy())
+        self.write(HEADER.pack(MARK, kind, DTYPES.index(x.dtype), x.dim(), *sizes, len(data)))
+        self.write(data)
 
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Wait for a tensor."""
-        x = torch.empty(shape, dtype=dtype)
-        self.group.recv([x.view(torch.uint8)], self.other, 0).wait()
-        return x
+    def send_text(self, kind: int, text: str) -> None:
+        """A text; what is too long is cut."""
+        self.send(kind, torch.frombuffer(bytearray(text.encode()[:MOST_TEXT] or b" "), dtype=torch.uint8))
+
+    def receive(
+        self,
+        expected: Callable[[int, Shape, torch.dtype], bool],
+        within: float | None = None,
+        begin: float | None = None,
+        pinned: bool = False,
+    ) -> tuple[int, Tensor]:
+        """The next message: its kind and its tensor.
+
+        Args:
+            expected: (kind, shape, dtype) -> whether such a message may come now.
+            within: seconds, from its first byte, in which a message must be whole; None: as long as bytes come.
+            begin: time of time.monotonic() by which its first byte must be there.
+            pinned: receive into memory that a GPU reads fast.
+
+        Raises:
+            NotTheProtocolError: something else came.
+            GoneError: nothing came.
+        """
+        head = self.read(1, begin)
+        deadline = None if within is None else time.monotonic() + within
+        mark, kind, number, dimensions, *sizes, count = HEADER.unpack(head + self.read(HEADER.size - 1, deadline))
+        if mark != MARK or number >= len(DTYPES) or dimensions > 3 or any(sizes[dimensions:]):
+            raise NotTheProtocolError("it sent no message of this protocol")
+        shape, dtype = tuple(sizes[:dimensions]), DTYPES[number]
+        if not expected(kind, shape, dtype):
+            raise NotTheProtocolError(f"it sent message {kind} of {dtype} {list(shape)}, which may not come here")
+        if count != torch.Size(shape).numel() * dtype.itemsize:
+            raise NotTheProtocolError(f"it sent {count} bytes for {dtype} {list(shape)}")
+        x = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        self._fill(memoryview(x.view(-1).view(torch.uint8).numpy()), deadline)
+        return kind, x
+
+    def receive_text(self, within: float | None = None, begin: float | None = None) -> tuple[int, str]:
+        """The next message, which must be TEXT or ERROR; see `receive`."""
+        kind, x = self.receive(lambda kind, shape, dtype: kind in (TEXT, ERROR) and is_text(shape, dtype), within, begin)
+        return kind, as_text(x)
+
+    def read(self, count: int, deadline: float | None = None) -> bytes:
+        """Exactly so many bytes, by a time of time.monotonic()."""
+        data = bytearray(count)
+        self._fill(memoryview(data), deadline)
+        return bytes(data)
+
+    def write(self, data: bytes | memoryview, deadline: float | None = None) -> None:
+        """All of the bytes."""
+        view, at = memoryview(data), 0
+        while at < len(view):
+            try:
+                at += self.sock.send(view[at : at + PIECE])
+            except BlockingIOError:
+                self._await(select.POLLOUT, deadline)
+            except OSError as error:
+                raise GoneError(_reason(error)) from error
+
+    def _fill(self, view: memoryview, deadline: float | None) -> None:
+        at = 0
+        while at < len(view):
+            try:
+                got = self.sock.recv_into(view[at : at + PIECE])
+            except BlockingIOError:
+                self._await(select.POLLIN, deadline)
+                continue
+            except OSError as error:
+                raise GoneError(_reason(error)) from error
+            if not got:
+                raise GoneError("it closed the connection in the middle of a message" if at else "it closed the connection")
+            at += got
+
+    def _await(self, event: int, deadline: float | None) -> None:
+        seconds = self.wait if deadline is None else min(self.wait, deadline - time.monotonic())
+        poll = select.poll()
+        poll.register(self.sock, event)
+        if not poll.poll(max(seconds, 0) * 1000):
+            late = "its message took too long" if deadline is not None else f"it was silent for {self.wait:.0f} s"
+            raise GoneError(late)
+
+    def drain(self, seconds: float) -> None:
+        """Send nothing more, and drop what still comes, for so long: closing at once would take from the other side what it has
+        not read yet."""
+        deadline = time.monotonic() + seconds
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+            while True:
+                self.read(1, deadline)
+        except (OSError, GoneError):
+            pass
+
+    def end(self) -> None:
+        """End both directions; whoever waits in another thread is told."""
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has ended already
 
 
-class Sending:
-    """A tensor on its way; kept alive until it is there."""
-
-    def __init__(self, work, data: Tensor) -> None:
-        self.work, self.data = work, data
-
-    def wait(self) -> None:
-        """Until the other side has it."""
-        self.work.wait()
+def is_text(shape: Shape, dtype: torch.dtype) -> bool:
+    """Whether a header announces a text of allowed length."""
+    return dtype == torch.uint8 and len(shape) == 1 and shape[0] <= MOST_TEXT
 
 
-def open_store(address: str, master: bool, timeout: timedelta) -> TCPStore:
-    """The store at "host:port", hosted here or elsewhere.
-
-    Raises:
-        ConfigError: no such address, the port is taken, or nobody answers there in time.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"teacher address {address!r} must be HOST:PORT, e.g. node7:29600")
-    try:
-        return TCPStore(host, int(port), is_master=master, wait_for_workers=False, timeout=timeout)
-    except (RuntimeError, ValueError) as error:
-        what = f"cannot listen at {address}" if master else f"no teacher answers at {address}"
-        advice = "choose another port" if master else "start `hylo serve-teacher` first, and look at its host and port"
-        raise ConfigError(f"{what} ({str(error).splitlines()[0]}); {advice}") from error
+def as_text(x: Tensor) -> str:
+    """A text of the other side, without what would disturb a terminal or a log."""
+    text = x.numpy().tobytes().decode(errors="replace")
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
-def link_store(store: Store, replica: int, run: int, link: int) -> PrefixStore:
-    """Where one link of one run of students meets."""
-    return PrefixStore(f"replica{replica}/run{run}/link{link}/", store)
+def _reason(error: OSError) -> str:
+    return f"the connection broke ({error.strerror or error})"
+
+
+def shown(address: tuple) -> str:
+    """A socket address as host:port."""
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

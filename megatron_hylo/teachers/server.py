@@ -1,14 +1,15 @@
 """`hylo serve-teacher`: a frozen teacher that answers students of another torchrun world. remote_teacher.py is their side.
 
-Each replica of the teacher (its tensor- and context-parallel ranks) serves every n-th link of a run of students, one request
-of each link in turn: token ids come, last hidden states go, in chunks. When the students leave, it waits for the next run.
+Each copy of the teacher (its tensor- and context-parallel ranks) has an address of its own, at which its leading rank lets
+students in (remote_listener.py). One request after another is told to all ranks of the copy and computed by them: token ids
+come, last hidden states go.
 """
 
-import itertools
-import json
 import logging
+import signal
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,46 +20,59 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.data.tokenizer import read_vocabulary
 from megatron_hylo.distill.head_loss import whole_head
+from megatron_hylo.io import on_main
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import own_part, own_slice
 from megatron_hylo.parallel.documents import PackedDocuments
-from megatron_hylo.platform.distributed import device, is_main, session
-from megatron_hylo.teachers.remote import CHUNK
-from megatron_hylo.teachers.remote_link import SERVER, Link, link_store, open_store
+from megatron_hylo.platform.distributed import device, session
+from megatron_hylo.teachers.remote_access import read_secret, replica_address, resolve
+from megatron_hylo.teachers.remote_listener import Limits, Listener
 
 logger = logging.getLogger("megatron_hylo.distill")
-POLL = timedelta(seconds=2)  # so often a waiting server looks, and can be stopped
-PACKED, WHOLE, GONE = 1, 0, -1  # kinds of requests, as the ranks of a replica tell each other
+POLL, TURN = (
+    1.0,
+    20.0,
+)  # seconds: so often an idle leader looks whether it is to stop, and tells the other ranks that it is there
+PACKED, WHOLE, IDLE, STOP = range(4)  # what the leader tells the other ranks of its copy
+MAX_TOKENS = 1 << 20
 
 
 def serve_teacher(
-    teacher: str, address: str, parallel: ParallelConfig, dtype: torch.dtype, timeout: timedelta, runs: int | None = None
+    teacher: str,
+    address: str,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    timeout: timedelta,
+    runs: int | None = None,
+    max_tokens: int = MAX_TOKENS,
 ) -> None:
-    """Answer students until `runs` runs of them are over.
+    """Answer students until `runs` runs of them are over, or Ctrl-C.
 
     Args:
         teacher: model folder.
-        address: "host:port" to listen at, as students will name it.
-        parallel: of one replica; tensor (and sequence) and context parallelism.
+        address: to listen at; see `replica_address`.
+        parallel: of one copy; tensor (and sequence) and context parallelism.
         dtype: of weights, activations and what is sent.
         timeout: how long a student may be silent.
         runs: None: until interrupted.
+        max_tokens: of a micro-batch.
 
     Raises:
-        ConfigError: an address that cannot be had; pipeline stages.
+        ConfigError: an address that cannot be had, or would need a secret; pipeline stages.
     """
     if parallel.pipeline_model_parallel_size > 1:
-        raise ConfigError("serve-teacher has no pipeline stages; use tensor and context parallelism, and more replicas")
+        raise ConfigError("serve-teacher has no pipeline stages; use tensor and context parallelism, and more copies")
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
+    resolve(*replica_address(address, 0), read_secret())  # before weights are read
     with session(parallel):
         (model,) = freeze([load_model(teacher, parallel, params_dtype=dtype)])
-        vocabulary = read_vocabulary(teacher) if is_main() else None
+        vocabulary = on_main(lambda: read_vocabulary(teacher))
         about = {"identity": content_identity(teacher), "vocabulary": vocabulary and vocabulary.identity}
-        replica = Replica(model, address, dtype, timeout, about)
-        for run in itertools.count() if runs is None else range(runs):
-            replica.serve(run)
+        Replica(model, address, dtype, timeout, max_tokens, about).serve(runs)
 
 
 class Replica:
@@ -66,8 +80,8 @@ class Replica:
 
     Args:
         model: the teacher.
-        address, dtype, timeout: see `serve_teacher`.
-        about: told to students besides its sizes: identities of its content and of its vocabulary.
+        address, dtype, timeout, max_tokens: see `serve_teacher`.
+        told: to students besides the teacher's sizes: identities of its content and of its vocabulary.
     """
 
     def __init__(
@@ -76,70 +90,73 @@ class Replica:
         address: str,
         dtype: torch.dtype,
         timeout: timedelta,
-        about: dict[str, str | None] | None = None,
+        max_tokens: int = MAX_TOKENS,
+        told: dict[str, str | None] | None = None,
     ) -> None:
-        self.model, self.dtype, self.timeout, self.device = model, dtype, timeout, device()
+        self.model, self.dtype, self.device = model, dtype, device()
         self.cp, self.tp = parallel_state.get_context_parallel_group(), parallel_state.get_tensor_model_parallel_group()
         self.leads = self.cp.rank() == 0 and self.tp.rank() == 0
-        self.number = parallel_state.get_data_parallel_rank()
-        self.replicas = parallel_state.get_data_parallel_world_size()
-        self.store = None
-        if is_main():
-            self.store = open_store(address, True, timeout)
-            c = model.config.hylo
-            sizes = dict(vocab_size=c.vocab_size, hidden_size=c.hidden_size, dtype=str(dtype), replicas=self.replicas)
-            self.store.set("teacher", json.dumps(sizes | (about or {})))
-        dist.barrier()
-        if self.leads and self.store is None:
-            self.store = open_store(address, False, timeout)
+        self.number, self.stopped = parallel_state.get_data_parallel_rank(), False
+        head = whole_head(model.head_weight(), model.config.hylo.vocab_size, self.tp)
+        self.listener: Listener | None = None
+        if self.leads:
+            copies, c = parallel_state.get_data_parallel_world_size(), model.config.hylo
+            about = dict(vocab_size=c.vocab_size, hidden_size=c.hidden_size, dtype=str(dtype), replicas=copies, **told or {})
+            multiple = self.cp.size() * (self.tp.size() if model.config.sequence_parallel else 1)
+            self.listener = Listener(
+                replica_address(address, self.number), read_secret(), about, head.to(dtype).cpu(),
+                Limits(c.vocab_size, max_tokens, multiple), timeout.total_seconds(),
+            )  # fmt: skip
 
-    def serve(self, run: int) -> None:
-        """One run of students, from their meeting to their leaving."""
-        head = whole_head(self.model.head_weight(), self.model.config.hylo.vocab_size, self.tp)  # the leader sends it
-        links = self._meet(run, head) if self.leads else {}
-        answered, start = 0, time.perf_counter()
-        while True:
-            if not self.leads:
-                if not self._answer(None, None):
-                    return
-                continue
-            if not links:
-                self._tell(GONE)
-                logger.info("replica %d: students left after %d micro-batches, %.0f s", self.number, answered,
-                            time.perf_counter() - start)  # fmt: skip
-                return
-            for number, link in list(links.items()):
-                try:
-                    answered += self._answer(link, link.receive((3,), torch.int64))
-                except RuntimeError as error:  # gloo's: the other process is gone, or silent for too long
-                    logger.info("link %d ended: %s", number, str(error).splitlines()[0][:100])
-                    del links[number]
-
-    def _meet(self, run: int, head: Tensor) -> dict[int, Link]:
-        """Wait for students, and give each the head."""
-        prefix = f"replica{self.number}/run"
-        self.store.set(prefix, str(run))
-        logger.info("replica %d waits for students", self.number)
-        while not self.store.check([f"{prefix}{run}/links"]):
-            time.sleep(POLL.total_seconds())
-        count = int(self.store.get(f"{prefix}{run}/links"))
-        links = {}
+    def serve(self, runs: int | None = None) -> None:
+        """Answer requests until `runs` times all students have left, or, for None, until interrupted."""
+        former = signal.signal(signal.SIGINT, self._interrupted)
         try:
-            for n in range(self.number, count, self.replicas):
-                links[n] = Link(link_store(self.store, self.number, run, n), SERVER, self.timeout)
-            for sending in [link.send(head) for link in links.values()]:
-                sending.wait()
-        except RuntimeError as error:  # gloo's: a student that announced itself did not come, or left
-            logger.warning("students did not come: %s", str(error).splitlines()[0][:100])
-            links = {}
-        self.store.delete_key(prefix)  # busy: the next students wait
-        logger.info("replica %d serves %d links", self.number, len(links))
-        return links
+            while self._lead(runs) if self.leads else self._follow():
+                pass
+        finally:
+            signal.signal(signal.SIGINT, former)
+            if self.listener is not None:
+                self.listener.close()
+
+    def _interrupted(self, *_: Any) -> None:
+        """The leader stops between two requests, and tells the others."""
+        self.stopped = True
+
+    def _lead(self, runs: int | None) -> bool:
+        """One request, or a turn without one; False when serving is over."""
+        turn = time.monotonic() + TURN
+        request = None
+        while request is None and time.monotonic() < turn:
+            if self.stopped or runs is not None and self.listener.runs >= runs:
+                self._tell(STOP)
+                logger.info("copy %d of the teacher stops", self.number)
+                return False
+            request = self.listener.next(POLL)
+        if request is None:
+            self._tell(IDLE)
+            return True
+        self._tell(
+            WHOLE if request.starts is None else PACKED,
+            *request.ids.shape,
+            0 if request.starts is None else len(request.starts),
+        )
+        hidden = self._hidden(request.ids, request.starts)
+        host = torch.empty(hidden.shape, dtype=self.dtype, pin_memory=hidden.is_cuda)
+        request.student.answer(host.copy_(hidden))
+        return True
+
+    def _follow(self) -> bool:
+        """What the leader tells; False when serving is over."""
+        kind, windows, length, count = self._tell(IDLE).tolist()
+        if kind in (PACKED, WHOLE):
+            ids, starts = (torch.empty(shape, dtype=torch.int64) for shape in ((windows, length), (count,)))
+            self._hidden(ids, starts if kind == PACKED else None)
+        return kind != STOP
 
     def _tell(self, kind: int, *sizes: int) -> Tensor:
-        """The leader's request, known to all ranks of the replica: kind, windows, tokens, documents."""
-        request = torch.tensor([kind, *sizes, *[0] * (3 - len(sizes))], device=self.device)
-        return self._from_leader(request)
+        """What all ranks of the copy do next, by its leader: kind, windows, tokens, documents."""
+        return self._from_leader(torch.tensor([kind, *sizes, *[0] * (3 - len(sizes))], device=self.device))
 
     def _from_leader(self, x: Tensor) -> Tensor:
         for group in (self.cp, self.tp):
@@ -147,29 +164,14 @@ class Replica:
                 dist.broadcast(x, src=dist.get_process_group_ranks(group)[0], group=group)
         return x
 
-    def _answer(self, link: Link | None, header: Tensor | None) -> bool:
-        """One micro-batch, on all ranks of the replica; False when there is none because the students are gone."""
-        if link is not None:
-            windows, length, count = header.tolist()
-            ids = link.receive((windows, length), torch.int64)
-            starts = link.receive((count,), torch.int64) if count >= 0 else torch.zeros(0, dtype=torch.int64)
-            request = self._tell(WHOLE if count < 0 else PACKED, windows, length, max(count, 0))
-        else:
-            request = self._tell(GONE)
-        kind, windows, length, count = request.tolist()
-        if kind == GONE:
-            return False
-        if link is None:
-            ids, starts = (torch.empty(shape, dtype=torch.int64) for shape in ((windows, length), (count,)))
-        ids, documents = self._from_leader(ids.to(self.device)), None
-        if kind == PACKED:
+    def _hidden(self, ids: Tensor, starts: Tensor | None) -> Tensor:
+        """Last hidden states of the leader's request, on all ranks of the copy: [length, windows, H]."""
+        length, documents = ids.shape[1], None
+        ids = self._from_leader(ids.to(self.device))
+        if starts is not None:
             documents = PackedDocuments(self._from_leader(starts.to(self.device)), length, own_slice(length))
         with torch.no_grad():
-            hidden = self._whole(self.model(own_part(ids), documents))
-        if link is not None:
-            for sending in [link.send(hidden[at : at + CHUNK].to(self.dtype)) for at in range(0, length, CHUNK)]:
-                sending.wait()
-        return True
+            return self._whole(self.model(own_part(ids), documents))
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """All tokens of all ranks, [sequence, windows, H]."""

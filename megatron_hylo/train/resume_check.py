@@ -18,10 +18,10 @@ from typing import Any
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES, LAYOUTS
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.io import is_sealed, read_json, write_json
+from megatron_hylo.io import is_sealed, on_main, read_json, write_json
 from megatron_hylo.io.identity import content_identity, json_identity
 from megatron_hylo.models.checkpoint import read_description
-from megatron_hylo.platform.distributed import is_main, on_main
+from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.train.checkpoint import checkpoint_step, latest_checkpoint
 
 logger = logging.getLogger("megatron_hylo.train")

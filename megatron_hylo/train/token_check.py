@@ -7,8 +7,8 @@ import torch
 
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.data.tokenizer import check_dataset, check_dataset_ids, check_vocabulary_identity
+from megatron_hylo.io import on_main
 from megatron_hylo.models.checkpoint import read_description
-from megatron_hylo.platform.distributed import on_main
 from megatron_hylo.teachers.remote import RemoteTeacher
 
 

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from safetensors.torch import load_file
 
 from megatron_hylo.calibrate import gather
@@ -178,12 +180,24 @@ def test_damaged_folder_is_refused(material, tmp_path):
         CalibrationFolder(tmp_path / "copy", material.teacher)
 
 
+def write_long_text(folder: Path) -> None:
+    """Random tokens, a document a split."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for split in ("train", "heldout"):
+        builder = IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=np.uint16)
+        builder.add_document(generator.integers(0, 160, 300).tolist(), [300])
+        builder.finalize(str(folder / f"{split}.idx"))
+
+
 @pytest.mark.multirank
 def test_parallel_ranks_measure_what_one_rank_does(material, tmp_path):
     layouts = {"tp2": {"tensor_model_parallel_size": 2}, "dp2": {}}
     arguments = dict(teacher=str(material.teacher), data=str(material.data), **SETTINGS)
     jobs = [(layout, arguments | {"output": str(tmp_path / name)}) for name, layout in layouts.items()]
-    few = arguments | {"tokens": 256, "sequence_length": 256, "output": str(tmp_path / "few")}  # one window for two ranks
+    # one window for two ranks; held-out text long enough for it
+    few = arguments | {"tokens": 256, "sequence_length": 256, "output": str(tmp_path / "few"), "data": str(tmp_path / "long")}
+    write_long_text(tmp_path / "long")
     jobs.append(({}, few))
     gather.calibrate(**few | {"output": tmp_path / "few_of_one"})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from megatron_hylo.cli.quickstart import BUDGETS, run_quickstart
+from megatron_hylo.cli.quickstart import BUDGETS, _prepare_text, run_quickstart
 from megatron_hylo.config import ConfigError
+from tests.data.conftest import make_documents, tokenizer  # noqa: F401  the fixture
 
 SMALL = dict(
     sequence_length=64, calibration_tokens=4096, calibration_length=256, align_tokens=256, distil_tokens=512, eval_windows=2
@@ -40,3 +41,17 @@ def test_quickstart(linear, init, tmp_path):
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
     with pytest.raises(ConfigError, match="is another model than"):
         run_quickstart("mamba2" if linear == "gdn" else "gdn", init, None, None, tmp_path, None, console, budget)
+
+
+def test_another_text_in_the_same_output_is_refused(tmp_path, tokenizer):  # noqa: F811
+    tokenizer.save_pretrained(tmp_path / "teacher" / "tokenizer")
+    for name, count in (("text", 20), ("copy", 20), ("other", 21)):
+        (tmp_path / name).mkdir()
+        for document in make_documents(count):
+            (tmp_path / name / document.name).write_text(document.text)
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("text", "text", "copy"):
+        _prepare_text(str(tmp_path / name), tmp_path / "teacher", run / "data", run)
+    with pytest.raises(ConfigError, match="data was made of another text than .*other; give another --output"):
+        _prepare_text(str(tmp_path / "other"), tmp_path / "teacher", run / "data", run)

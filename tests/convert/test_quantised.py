@@ -82,6 +82,9 @@ def test_modelopt_declared_by_hf_quant_config_alone(tmp_path):
     right = quantise_folder(tmp_path, CASES["modelopt"][0], None)
     with pytest.raises(ConfigError, match=r"stored as F8_E4M3.*neither config.json .* nor hf_quant_config.json says"):
         SafetensorsSource(tmp_path)
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="hf_quant_config.json is not ModelOpt's"):
+        SafetensorsSource(tmp_path)
     declared = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(declared))
     source = SafetensorsSource(tmp_path)

@@ -1,13 +1,15 @@
 """One process a time writes an output; the second is told who does, and a killed one leaves nothing that blocks."""
 
+import contextlib
 import multiprocessing
+import os
 import platform
 import time
 
 import pytest
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io import output_lock, sealed_directory
+from megatron_hylo.io import _locks, output_lock, sealed_directory
 from tests.io.conftest import make
 
 
@@ -42,6 +44,22 @@ def test_folders_made_for_a_lock_go_with_it(tmp_path):
             assert (tmp_path / "a" / "b" / ".c.lock").is_file()
             raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_on_a_file_that_its_holder_removed_just_now_is_none(tmp_path, monkeypatch):
+    place, right, holder = tmp_path / "output", _locks._open, contextlib.ExitStack()
+    holder.enter_context(_locks._locked(place))
+
+    def release_in_between(file):
+        opened = right(file)
+        holder.close()
+        return opened
+
+    monkeypatch.setattr(_locks, "_open", release_in_between)
+    file = tmp_path / ".output.lock"
+    descriptor = _locks._acquire(file, place)
+    assert os.path.samestat(os.fstat(descriptor), os.stat(file))
+    os.close(descriptor)
 
 
 def _count(folder, times: int) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.teachers.remote import Connection
 from tests.conftest import tiny_config
 from tests.parity.cases import LAYOUTS, case_config, make_dataset, make_model
 from tests.parity.worker import job, launch
@@ -97,14 +98,11 @@ def test_equals_a_teacher_on_the_same_ranks(measured, server, stage, layout):
 
 
 def test_nobody_at_the_address_is_said():
-    from datetime import timedelta
-
-    from megatron_hylo.teachers.remote_link import open_store
-
-    with pytest.raises(ConfigError, match="no teacher answers at 127.0.0.1:.*start `hylo serve-teacher` first"):
-        open_store(f"127.0.0.1:{free_port()}", False, timedelta(seconds=1))
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(ConfigError, match=f"no teacher answers at {address}.*start `hylo serve-teacher` first"):
+        Connection(address, 0, "a test", 1.0)
     with pytest.raises(ConfigError, match="'nowhere' must be HOST:PORT"):
-        open_store("nowhere", False, timedelta(seconds=1))
+        Connection("nowhere", 0, "a test", 1.0)
     common = dict(data="-", output="-", model="-")
     with pytest.raises(ConfigError, match="teacher_address is for stage distil"):
         TrainConfig(stage="align", teacher_address="a:1", **common)

@@ -1,0 +1,50 @@
+"""Models and tokenizers of others through transformers, without running code of theirs.
+
+A Hugging Face folder can ask transformers to import its Python files (`auto_map`), to unpickle its weights
+(pytorch_model.bin), or to download attention kernels (`attn_implementation`). Here none of these is done, nor asked about.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_hylo.config import ConfigError
+
+ERRORS = (ValueError, OSError, ImportError, KeyError, TypeError, AttributeError)  # of transformers, for what it cannot load
+
+
+def load_foreign_model(cls: Any, folder: str | Path, **settings: Any) -> Any:
+    """cls.from_pretrained(folder): safetensors or GGUF, transformers' own classes and attention.
+
+    Raises:
+        ConfigError: the folder cannot be loaded that way.
+    """
+    from transformers import AutoConfig
+
+    if (Path(folder) / "adapter_config.json").is_file():  # transformers would load the model that it names, from anywhere
+        raise ConfigError(f"{folder} holds a PEFT adapter (adapter_config.json); merge it into its base model first")
+    place = {"gguf_file": settings["gguf_file"]} if "gguf_file" in settings else {}
+    config = _load(getattr(cls, "config_class", None) or AutoConfig, folder, **place)
+    config._attn_implementation = None  # the default; config.json may name a repository of kernels
+    return _load(cls, folder, config=config, use_safetensors=True, **settings)
+
+
+def load_foreign_tokenizer(folder: str | Path, **settings: Any) -> Any:
+    """AutoTokenizer.from_pretrained(folder): the library's own classes.
+
+    Raises:
+        ConfigError: the folder cannot be loaded that way.
+    """
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, folder, **settings)
+
+
+def _load(cls: Any, folder: str | Path, **settings: Any) -> Any:
+    try:
+        return cls.from_pretrained(folder, trust_remote_code=False, **settings)
+    except ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"{folder} cannot be loaded: {reason or type(error).__name__} (code and pickles of a folder are never run: convert "
+            f"its weights to safetensors, and use an architecture and tokenizer that transformers has itself)"
+        ) from error

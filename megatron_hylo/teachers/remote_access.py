@@ -1,0 +1,173 @@
+"""Who may talk to a remote teacher: addresses, the shared secret, and how both sides prove that they have it.
+
+The secret is in HYLO_TEACHER_SECRET, or in a file that HYLO_TEACHER_SECRET_FILE names; it never travels. Each side sends 32
+random bytes and answers with HMAC-SHA256 of both sides' bytes, first the student, then the teacher. What follows is neither
+encrypted nor signed (docs/security.md).
+"""
+
+import hmac
+import ipaddress
+import os
+import secrets
+import socket
+import stat
+from pathlib import Path
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.teachers.remote_link import Link, NotTheProtocolError, shown
+
+SECRET, SECRET_FILE, SHORTEST = "HYLO_TEACHER_SECRET", "HYLO_TEACHER_SECRET_FILE", 16
+GREETING, NONCE, PROOF = b"HYLO-T2\n", 32, 32  # the greeting changes with the protocol
+ADVICE = f"set {SECRET}, or {SECRET_FILE} to a file, to the same {SHORTEST} characters or more on both sides"
+
+
+class RefusedError(ConfigError):
+    """One side does not accept the other."""
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """ "HOST:PORT", ":PORT" or "PORT" -> (host, port); 127.0.0.1 where no host is given.
+
+    Raises:
+        ConfigError: no port of 1 to 65535.
+    """
+    host, _, port = address.strip().rpartition(":")
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536) or ":" in host.strip("[]") and host[:1] != "[":
+        raise ConfigError(
+            f"teacher address {address!r} must be HOST:PORT, e.g. node7:29600 or [::1]:29600, or a PORT of 127.0.0.1"
+        )
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def replica_address(addresses: str, replica: int) -> tuple[str, int]:
+    """Where one copy of the teacher listens: its own of several addresses parted by commas, or the one's port + its number.
+
+    Raises:
+        ConfigError: fewer addresses than copies.
+    """
+    parsed = [parse_address(address) for address in addresses.split(",")]
+    if len(parsed) == 1:
+        return parse_address(f"[{parsed[0][0]}]:{parsed[0][1] + replica}")
+    if replica >= len(parsed):
+        raise ConfigError(
+            f"{len(parsed)} teacher addresses ({addresses}) are too few for copy {replica} of the teacher: give one a copy"
+        )
+    return parsed[replica]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, as a socket gives it, is of this machine alone."""
+    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+
+
+def read_secret() -> bytes | None:
+    """The shared secret of this process's environment.
+
+    Raises:
+        ConfigError: it is too short, given twice, or in a file that is missing or that others may read.
+    """
+    secret, file = os.environ.get(SECRET), os.environ.get(SECRET_FILE)
+    if secret is not None and file is not None:
+        raise ConfigError(f"{SECRET} and {SECRET_FILE} are both set; set one of them")
+    if file is not None:
+        path = Path(file).expanduser()
+        try:
+            mode, secret = path.stat().st_mode, path.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{SECRET_FILE} {file} cannot be read: {error}") from error
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise ConfigError(f"{SECRET_FILE} {file} may be read by others; chmod 600 {file}")
+    if secret is None:
+        return None
+    if len(secret.encode()) < SHORTEST:
+        raise ConfigError(
+            f"the secret of {SECRET if file is None else file} is shorter than {SHORTEST} characters; {ADVICE}, e.g. of "
+            f"`openssl rand -hex 32`"
+        )
+    return secret.encode()
+
+
+def resolve(host: str, port: int, secret: bytes | None) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """The one address to listen at.
+
+    Raises:
+        ConfigError: there is no such host, or it reaches beyond this machine and there is no secret.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise _unlistenable(host, port, error) from error
+    if secret is None and not is_loopback(address[0]):
+        raise ConfigError(
+            f"{shown(address)} can be reached from other machines, and there is no secret; {ADVICE}, or listen at "
+            f"127.0.0.1:{port} (with an SSH tunnel from elsewhere)"
+        )
+    return family, address[:2]
+
+
+def listen(host: str, port: int, secret: bytes | None) -> socket.socket:
+    """A socket that listens at that address and no other.
+
+    Raises:
+        ConfigError: the address cannot be had; see `resolve`.
+    """
+    family, address = resolve(host, port, secret)
+    try:
+        return socket.create_server(address, family=family, backlog=128)
+    except OSError as error:
+        raise _unlistenable(host, port, error) from error
+
+
+def _unlistenable(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot listen at {shown((host, port))} ({error}); choose a free port and an address of this machine")
+
+
+def admit(link: Link, deadline: float, secret: bytes | None) -> None:
+    """The teacher's side of the meeting, over by a time of time.monotonic().
+
+    Raises:
+        NotTheProtocolError: the other side speaks something else.
+        RefusedError: it has another secret.
+    """
+    if link.read(len(GREETING), deadline) != GREETING:
+        raise NotTheProtocolError("it is no student of this version")
+    theirs, mine = link.read(NONCE, deadline), secrets.token_bytes(NONCE)
+    link.write(GREETING + bytes([secret is not None]) + mine, deadline)
+    if secret is None:
+        return
+    right = hmac.compare_digest(link.read(PROOF, deadline), _proof(secret, b"student", theirs, mine))
+    link.write(bytes([right]) + (_proof(secret, b"teacher", theirs, mine) if right else bytes(PROOF)), deadline)
+    if not right:
+        raise RefusedError("it has another secret")
+
+
+def introduce(link: Link, deadline: float, secret: bytes | None, where: str) -> None:
+    """The student's side of the meeting, over by a time of time.monotonic().
+
+    Args:
+        where: the teacher's address, for messages.
+
+    Raises:
+        RefusedError: what answers is no teacher, or one side has no secret or another one.
+    """
+    mine = secrets.token_bytes(NONCE)
+    link.write(GREETING + mine, deadline)
+    if link.read(len(GREETING), deadline) != GREETING:
+        raise RefusedError(f"what answers at {where} is no teacher of this version; look at its host and port")
+    asks, theirs = link.read(1, deadline) == b"\x01", link.read(NONCE, deadline)
+    if asks and secret is None:
+        raise RefusedError(f"the teacher at {where} asks for a secret; {ADVICE}")
+    if secret is not None and not asks:
+        raise RefusedError(f"the teacher at {where} proves nothing, though a secret is set here; {ADVICE}")
+    if secret is None:
+        return
+    link.write(_proof(secret, b"student", mine, theirs), deadline)
+    accepted, proof = link.read(1, deadline) == b"\x01", link.read(PROOF, deadline)
+    if not accepted:
+        raise RefusedError(f"the teacher at {where} has another secret; {ADVICE}")
+    if not hmac.compare_digest(proof, _proof(secret, b"teacher", mine, theirs)):
+        raise RefusedError(f"what answers at {where} does not know the secret: it is not the teacher that was meant")
+
+
+def _proof(secret: bytes, side: bytes, student: bytes, teacher: bytes) -> bytes:
+    return hmac.digest(secret, GREETING + side + student + teacher, "sha256")
