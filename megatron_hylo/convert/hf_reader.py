@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.convert.foreign import load_foreign_model, load_foreign_tokenizer
-from megatron_hylo.convert.gguf_reader import GgufSource, gguf_fields, gguf_file
+from megatron_hylo.convert.gguf_reader import GgufSource
 from megatron_hylo.convert.safetensors_reader import SafetensorsSource, read_hf_config
-from megatron_hylo.convert.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 from megatron_hylo.io import verify_if_sealed
+from megatron_hylo.io.foreign import load_foreign_model, load_transformers
+from megatron_hylo.io.gguf_file import gguf_file
 
 
 class TensorSource(Protocol):
@@ -26,14 +26,6 @@ class TensorSource(Protocol):
     def dtype(self) -> torch.dtype:
         """bfloat16 where that is what every weight is stored in, else float32."""
         ...
-
-
-def load_transformers() -> Any:
-    """transformers, imported when it is needed (seconds) and without its progress bars."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
 
 
 def load_transformers_model(path: str | Path, **settings: Any) -> Any:
@@ -73,40 +65,6 @@ def _gguf_model(source: GgufSource) -> Any:
             f"transformers turns channels with frequencies {found.tolist()}, {source.file} says {wanted.tolist()}"
         )
     return model
-
-
-def load_transformers_tokenizer(path: str | Path) -> Any | None:
-    """The tokenizer at `path` (Hugging Face folder or GGUF), or None where the folder has none."""
-    load_transformers()
-    path = Path(path)
-    gguf = gguf_file(path)
-    if gguf:
-        return _gguf_tokenizer(gguf)
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
-        return load_sentencepiece_tokenizer(path)
-    return load_foreign_tokenizer(path)
-
-
-def _gguf_tokenizer(file: Path) -> Any | None:
-    """The tokenizer inside a GGUF file (None: it has none), with two things set that transformers leaves out of it.
-
-    The end-of-sequence token is the one the file names, and the file's pre-tokenizer "smollm" splits digits one by
-    one before the byte-level split (235 of 721 documents tokenise differently without it).
-    """
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
-    fields = gguf_fields(file)
-    if "tokenizer.ggml.tokens" not in fields:
-        return None
-    tokenizer = load_foreign_tokenizer(file.parent, gguf_file=file.name)
-    if "tokenizer.ggml.eos_token_id" in fields:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(fields["tokenizer.ggml.eos_token_id"].contents()))
-    if "tokenizer.ggml.pre" in fields and fields["tokenizer.ggml.pre"].contents() == "smollm":
-        split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-        tokenizer.backend_tokenizer.pre_tokenizer = split
-    return tokenizer
 
 
 def open_source(path: str | Path) -> TensorSource:

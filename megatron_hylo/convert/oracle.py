@@ -16,8 +16,9 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.tensor_names import tensor_names
-from megatron_hylo.convert.hf_reader import TensorSource, load_transformers, load_transformers_model
+from megatron_hylo.convert.hf_reader import TensorSource, load_transformers_model
 from megatron_hylo.convert.safetensors_reader import SafetensorsSource
+from megatron_hylo.io.foreign import load_transformers
 
 LAYERWISE_PARAMETERS = 1_000_000_000  # above this many, weights are read from the disk layer by layer: 4 GB in fp32
 ON_DISK = {

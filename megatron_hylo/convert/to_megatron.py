@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.convert.hf_reader import load_transformers_tokenizer, open_source
+from megatron_hylo.convert.hf_reader import open_source
 from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.token_ids import GENERATION_CONFIG, generation_settings
 from megatron_hylo.convert.verify import require_equal
+from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.io import check_free, write_json
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import save_model

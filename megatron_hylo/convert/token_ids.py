@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.gguf_reader import gguf_file, gguf_token_ids
 from megatron_hylo.convert.hf_config import TOKEN_IDS
+from megatron_hylo.io.gguf_file import gguf_file, gguf_token_ids
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -43,7 +43,7 @@ def stored_token_ids(folder: Path | None) -> dict[str, Any]:
         return {}
     settings = _json_object(folder / GENERATION_CONFIG)
     if any(name not in settings for name in TOKEN_IDS):
-        from megatron_hylo.convert.hf_reader import load_transformers_tokenizer
+        from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 
         settings = generation_settings(folder, load_transformers_tokenizer(folder))
     return {name: settings[name] for name in TOKEN_IDS if settings.get(name) is not None}

@@ -28,8 +28,8 @@ from tokenizers import Tokenizer
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import expand_home
-from megatron_hylo.convert.hf_reader import load_transformers_tokenizer
 from megatron_hylo.data.documents import Document, OnBadText, TextCheck, Unreadable, read_documents
+from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.data.tokenizer import USED_IDS, check_ids, vocabulary_of
 from megatron_hylo.io import check_free, read_sealed_json, sealed_directory, verify_if_sealed, write_json
 

@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.hf_reader import load_transformers_tokenizer
+from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.io import read_json, sha256
 from megatron_hylo.io.identity import json_identity
 

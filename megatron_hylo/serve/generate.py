@@ -10,10 +10,12 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.foreign import load_foreign_model
-from megatron_hylo.convert.hf_reader import gguf_file, load_transformers_model, load_transformers_tokenizer, read_hf_config
+from megatron_hylo.convert.hf_reader import load_transformers_model, read_hf_config
+from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.hf import HyloCache, HyloConfig, HyloForCausalLM
 from megatron_hylo.io import verify_if_sealed
+from megatron_hylo.io.foreign import load_foreign_model
+from megatron_hylo.io.gguf_file import gguf_file
 from megatron_hylo.platform.distributed import device, session
 
 PREFILL_TOKENS = 8192  # longer prompts are read in pieces of so many, to bound the memory of activations

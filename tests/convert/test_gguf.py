@@ -7,11 +7,12 @@ import transformers
 
 from megatron_hylo.config import ConfigError, RopeScaling
 from megatron_hylo.convert import gguf_reader
-from megatron_hylo.convert.gguf_reader import GgufSource, gguf_token_ids
+from megatron_hylo.convert.gguf_reader import GgufSource
 from megatron_hylo.convert.gguf_rope import rope_from_gguf
 from megatron_hylo.convert.hf_reader import load_transformers_model
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
+from megatron_hylo.io.gguf_file import gguf_token_ids
 from megatron_hylo.kernels.rope import rope_frequencies
 from megatron_hylo.models.checkpoint import load_model
 from tests.conftest import tiny_hf_model

@@ -6,8 +6,8 @@ import pytest
 import sentencepiece
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.hf_reader import load_transformers_tokenizer
 from megatron_hylo.data.artefacts import fetch_mistral_tokenizer
+from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 
 TEXTS = ("Rotary  position   embeddings", " x = 1\n\n    return x", "Grüße, 世界 \U0001f600", "1234 5.67e-8\ttabs")
 

@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from megatron_hylo.convert.hf_config import TRANSFORMERS_VERSIONS
-from megatron_hylo.convert.hf_reader import load_transformers_tokenizer
 from megatron_hylo.convert.modelling_code import make_tokenizer_portable
 from megatron_hylo.convert.to_hf import write_hf_folder
+from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.hf import HyloForCausalLM, configuration_hylo
 from tests.hf.conftest import random_megatron_model, serve_config
 from tests.serve.test_export import CASES

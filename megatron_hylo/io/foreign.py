@@ -12,6 +12,14 @@ from megatron_hylo.config import ConfigError
 ERRORS = (ValueError, OSError, ImportError, KeyError, TypeError, AttributeError)  # of transformers, for what it cannot load
 
 
+def load_transformers() -> Any:
+    """transformers, imported when it is needed (seconds) and without its progress bars."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
 def load_foreign_model(cls: Any, folder: str | Path, **settings: Any) -> Any:
     """cls.from_pretrained(folder): safetensors or GGUF, transformers' own classes and attention.
 
