@@ -1,1 +1,1 @@
-"""What differs between CPU with gloo and GPU with NCCL. The only package that patches anything."""
+"""Starting ranks, what differs between CPU and GPU, and safe reading. The only package that patches anything."""
