@@ -66,7 +66,7 @@ def main(
                 for length in lengths:
                     one, _ = _time(mixer, ContextGroup(alone), length, config.hidden_size, dtype, device, repeats)
                     for method in ("all_gather", "a2a") if divided else ("all_gather",):
-                        group = ContextGroup(together, by_heads=method == "a2a")
+                        group = ContextGroup(together, uses_all_to_all=method == "a2a")
                         split, received = _time(mixer, group, length, config.hidden_size, dtype, device, repeats)
                         rows.append(dict(shape=shape, mixer=NAMES[symbol], tokens=length, method=method, one_gpu_ms=one,
                                          ranks_ms=split, speedup=one / split, received_mb=received / 1e6))  # fmt: skip

@@ -26,7 +26,7 @@ from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
-from megatron_hylo.io import is_sealed
+from megatron_hylo.io import has_manifest
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.fp8 import check_fp8
@@ -83,9 +83,9 @@ def _speed(base: str, precision: str, lengths: list[int], repeats: int, device: 
 def _quality(work: Path, windows: int) -> dict[str, dict[str, Any]]:
     """Held-out quality of the FP8 and the bf16 teacher, each compared with the next more precise one."""
     free_memory()
-    if not is_sealed(work / "teacher"):
+    if not has_manifest(work / "teacher"):
         convert_hf_to_megatron(fetch_teacher(), work / "teacher")
-    if not is_sealed(work / "data"):
+    if not has_manifest(work / "data"):
         preprocess(str(fetch_documents()), str(work / "data"), str(work / "teacher"))
     ids = heldout_windows(work / "data" / "heldout", 2048, windows)
 

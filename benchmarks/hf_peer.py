@@ -20,7 +20,7 @@ from megatron_hylo.config.layouts import BASES
 from megatron_hylo.convert.hf_config import hf_config_from_model
 from megatron_hylo.hf.configuration_hylo import HyloConfig
 from megatron_hylo.hf.modeling_hylo import HyloForCausalLM
-from megatron_hylo.kernels.registry import force
+from megatron_hylo.kernels.registry import override
 
 
 def measure_peer(layout: str, teacher: str | None, length: int, batch: int, steps: int, recompute: bool) -> tuple[float, float]:
@@ -58,7 +58,7 @@ def build_peer(layout: str, teacher: str | None, recompute: bool) -> Callable[[i
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=device.type == "cuda")
     loss_of = _kl(device) if teacher else _cross_entropy(device)
 
-    @force("delta_rule_chain", "fla")  # as a user of fla has it
+    @override("delta_rule_state_pass", "fla")  # as a user of fla has it
     def step(batch: int, length: int) -> None:
         ids = torch.randint(config.vocab_size, (batch, length + 1), device=device)
         hidden = student.model(ids[:, :-1], None).flatten(0, 1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_hylo.kernels.delta_rule_states import CHUNK
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
-from megatron_hylo.kernels.registry import force, in_use
+from megatron_hylo.kernels.registry import in_use, override
 from megatron_hylo.kernels.ssd import MAMBA_CHUNK, MAMBA_MODULE, ssd
 
 BANDWIDTH, PRODUCT_RATE = 4.3e12, 790e12  # bytes/s of a copy and FLOP/s of an 8192-cubed product, measured on an H200
@@ -82,7 +82,7 @@ def delta_rules(b: int, t: int, h: int, dk: int, dv: int) -> dict[str, tuple[Run
     fla = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
 
     def peer() -> tuple[Tensor, ...]:
-        with force("delta_rule_chain", "fla"):
+        with override("delta_rule_state_pass", "fla"):
             out, _ = fla(*inputs, use_qk_l2norm_in_kernel=True)
             return out, *torch.autograd.grad(out, inputs, upstream)
 

@@ -144,7 +144,7 @@ def _ranks(parallel: ParallelConfig, store: Path) -> Iterator[None]:
 
 
 def measure(
-    config: TrainConfig, layout: str, teacher: str, repeats: int, elsewhere: TeacherSignal | None = None
+    config: TrainConfig, layout: str, teacher: str, repeats: int, teacher_signal: TeacherSignal | None = None
 ) -> dict[str, Any]:
     """Time `repeats` steps, then profile one more.
 
@@ -153,7 +153,7 @@ def measure(
         layout: named layout of the student, or a base model.
         teacher: base model of the teacher.
         repeats: timed steps.
-        elsewhere: a teacher that is not on these ranks.
+        teacher_signal: a teacher that is not on these ranks.
 
     Returns:
         seconds: median of a step, of the slowest rank; tokens_per_second: of one GPU; mfu; exposed: seconds of rank 0's
@@ -165,14 +165,14 @@ def measure(
     if here.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     chunks, frozen = build_chunks(ours, config.parallel, dtype, recompute=config.recompute, fp8=config.student_fp8), None
-    if elsewhere is None:
+    if teacher_signal is None:
         frozen = freeze(build_chunks(theirs, config.parallel, dtype, fp8=config.teacher_fp8), config.teacher_offload)
-    stage = get_stage(config, frozen, elsewhere)
+    stage = get_stage(config, frozen, teacher_signal)
     choose_trainable(chunks, config)
     state = build_training_state([chunk.train() for chunk in chunks], config)
     micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
     text = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
-    reads = elsewhere if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
+    reads = teacher_signal if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
     feed = rank_batches(config, text, 0, here, reads)
     mixers = [mixer.self_attention for chunk in chunks for mixer, _ in chunk.mixer_layers()]
 

@@ -23,7 +23,7 @@ from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import DocumentStore, heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import hidden_states
-from megatron_hylo.io import is_sealed
+from megatron_hylo.io import has_manifest
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.teachers.entropy_coding import compress_block, decompress_block
@@ -53,9 +53,9 @@ def main(
         commit: of the code, for the results file.
     """
     with session() as device:
-        if not is_sealed(work / "teacher"):
+        if not has_manifest(work / "teacher"):
             convert_hf_to_megatron(fetch_teacher(), work / "teacher")
-        if not is_sealed(work / "data"):
+        if not has_manifest(work / "data"):
             preprocess(str(fetch_documents()), str(work / "data"), str(work / "teacher"))
         model = load_model(work / "teacher")
         fitted = fit_sample(SegmentReader(model, DocumentStore(work / "data" / "train"), 2048, 1024, 1)).float()

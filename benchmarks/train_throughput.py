@@ -32,7 +32,7 @@ COLUMNS = ("stage", "sequence", "batch", "CUDA graphs", "tokens/s", "x the peer"
 
 
 def main(
-    layout: str = "smollm2-135m-8mla22gdn-aligned",
+    layout: str = "smollm2-135m-8mla22gdn-teacher",
     teacher: str = "smollm2-135m",
     stages: list[str] = ["distil"],  # noqa: B006
     lengths: list[int] = [2048],  # noqa: B006

@@ -32,7 +32,7 @@ from megatron_hylo.config.layouts import get_layout, kv_percent
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.preprocess import preprocess
-from megatron_hylo.io import is_sealed, write_json
+from megatron_hylo.io import has_manifest, write_json
 from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.train.loop import train
@@ -110,11 +110,11 @@ def main(
     """
     teacher, data, calibration = work / "teacher", work / "data", work / "calibration"
     with session():
-        if not is_sealed(teacher):
+        if not has_manifest(teacher):
             convert_hf_to_megatron(fetch_teacher(), teacher)
-        if not is_sealed(data):
+        if not has_manifest(data):
             preprocess(str(fetch_documents()), str(data), str(teacher))
-        if not is_sealed(calibration):
+        if not has_manifest(calibration):
             calibrate(teacher, data, calibration, calibration_tokens, 2048, heldout=eval_windows)
     for name in starts:
         measure_start(name, work, teacher, calibration)
@@ -128,7 +128,7 @@ def main(
 def measure_start(name: str, work: Path, teacher: Path, calibration: Path) -> None:
     """One start without training, in fp32; leaves the model for training in WORK/starts."""
     file, model = cell_file(work, name, 0, 0), work / "starts" / slug(name)
-    if file.is_file() and is_sealed(model):
+    if file.is_file() and has_manifest(model):
         return
     start = time.perf_counter()
     with session():

@@ -30,7 +30,7 @@ from megatron_hylo.config.layouts import LAYOUTS
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.kernels.recurrence_part import DeltaRulePart
-from megatron_hylo.kernels.registry import force
+from megatron_hylo.kernels.registry import override
 from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.kernels.tuned import FOLDER, found
 
@@ -138,7 +138,7 @@ def delta(*inputs: torch.Tensor) -> None:
 
 def delta_by_fla(*inputs: torch.Tensor) -> None:
     """The same with fla's own chain, where ours would run."""
-    with force("delta_rule_chain", "fla"):
+    with override("delta_rule_state_pass", "fla"):
         delta(*inputs)
 
 

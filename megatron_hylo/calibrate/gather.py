@@ -28,7 +28,7 @@ from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
 from megatron_hylo.data.tokenizer import check_dataset, check_ids, copy_tokenizer
 from megatron_hylo.distill.alignment import mlp_layer
-from megatron_hylo.io import check_free, sealed_directory, work_folder, write_json
+from megatron_hylo.io import atomic_directory, check_free, work_folder, write_json
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
@@ -86,7 +86,7 @@ def calibrate(
     work = work_folder(Path(output), "layers", "calibration", description)
     model = load_model(teacher, parallel, params_dtype=precision)
     _gather_layers(model, windows[:, :-1], work, track)
-    with sealed_directory(output, overwrite) as folder:
+    with atomic_directory(output, overwrite) as folder:
         if is_main():
             save_file({"calibration": windows.int(), "heldout": kept.int()}, folder / "windows.safetensors")
             write_json(folder / "calibration.json", description)

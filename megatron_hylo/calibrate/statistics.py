@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io import read_sealed_json, verify_sealed
+from megatron_hylo.io import read_verified_json, verify_manifest
 from megatron_hylo.io.identity import is_made_of
 
 FORMAT, VERSION = "megatron_hylo.calibration", 1
@@ -65,8 +65,8 @@ class CalibrationFolder(Mapping[int, dict[str, Tensor]]):
         file = self.path / "calibration.json"
         if not file.is_file():
             raise ConfigError(f"{path} is not a calibration folder: it has no calibration.json; make one with `hylo calibrate`")
-        verify_sealed(self.path)
-        self.description = read_sealed_json(self.path, "calibration.json", ("teacher", "layers", "tokens", "sequence_length"))
+        verify_manifest(self.path)
+        self.description = read_verified_json(self.path, "calibration.json", ("teacher", "layers", "tokens", "sequence_length"))
         if (self.description.get("format"), self.description.get("version")) != (FORMAT, VERSION):
             raise ConfigError(f"{file}: format {self.description.get('format')}, expected {FORMAT} {VERSION}")
         if not is_made_of(self.description["teacher"], teacher):

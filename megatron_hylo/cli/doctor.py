@@ -37,7 +37,7 @@ def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None
     names = [layout]
     if layout == "all":  # some kernels are for the larger's widths alone; in plain torch it would take minutes
         large = ["llama3.2-1b-4mla12gdn"] if where.type == "cuda" else []
-        names = ["smollm2-135m-8mla22gdn-aligned", "smollm2-135m-8mla22m2-aligned", *large]
+        names = ["smollm2-135m-8mla22gdn-teacher", "smollm2-135m-8mla22m2-teacher", *large]
     dtype = chosen_dtype(precision)
     checks = {}
     with console.status("comparing kernels with their definitions"):

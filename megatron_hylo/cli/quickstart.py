@@ -29,7 +29,7 @@ from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
-from megatron_hylo.io import check_free, is_sealed, read_json, write_json
+from megatron_hylo.io import check_free, has_manifest, read_json, write_json
 from megatron_hylo.io.identity import text_identity
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
@@ -44,8 +44,8 @@ DEFAULT_PROMPT = "The most important thing about free software is that"
 LAYOUT = {
     ("paper", "gdn"): "smollm2-135m-8mla22gdn",
     ("paper", "mamba2"): "smollm2-135m-8mla22m2",
-    ("calibrated", "gdn"): "smollm2-135m-8mla22gdn-aligned",
-    ("calibrated", "mamba2"): "smollm2-135m-8mla22m2-aligned",
+    ("calibrated", "gdn"): "smollm2-135m-8mla22gdn-teacher",
+    ("calibrated", "mamba2"): "smollm2-135m-8mla22m2-teacher",
 }
 ALIGN_LOSS = {
     "mse": "normalised error of its mixer's output",
@@ -126,7 +126,7 @@ def run_quickstart(
     check_prompt(prompt or DEFAULT_PROMPT)
     budget = budget or BUDGETS["cuda" if torch.cuda.is_available() else "cpu", init]
     for name in FOLDERS:  # before hours of work of which one could not be written
-        if not is_sealed(output / name):
+        if not has_manifest(output / name):
             check_free(output / name, overwrite=False)
     output.mkdir(parents=True, exist_ok=True)
     teacher, hybrid, data = output / "teacher", output / "hybrid", output / "data"
@@ -149,7 +149,7 @@ def run_quickstart(
     tokens = train_tokens or budget.distil_tokens
     distilled = train(stage_config("distil", budget, output / "align" / "model", teacher, data, output, tokens))
     step("export to a Hugging Face folder")
-    if not is_sealed(output / "export"):
+    if not has_manifest(output / "export"):
         with session():
             convert_megatron_to_hf(output / "distil" / "model", output / "export")
     step("generate with a carried cache")
@@ -204,7 +204,7 @@ class _Steps:
 
 
 def _prepare_teacher(folder: Path, output: Path, console: Console) -> None:
-    if not is_sealed(folder):
+    if not has_manifest(folder):
         with session():
             convert_hf_to_megatron(fetch_teacher(), folder, verify=False)  # below, from what was written
     if "verified" in _results(output):
@@ -220,7 +220,7 @@ def _prepare_teacher(folder: Path, output: Path, console: Console) -> None:
 def _prepare_text(text: str | None, teacher: Path, data: Path, output: Path) -> None:
     """Tokenise, or make sure that what is there was made of the same text."""
     identity = text_identity(text) if text else "documents"
-    if is_sealed(data):
+    if has_manifest(data):
         if _results(output).get("text", identity) != identity:
             raise ConfigError(f"{data} was made of another text than {text or 'the default'}; give another --output for it")
     else:
@@ -229,7 +229,7 @@ def _prepare_text(text: str | None, teacher: Path, data: Path, output: Path) -> 
 
 
 def _calibrate(teacher: Path, data: Path, output: Path, budget: Budget, track: Track) -> None:
-    if not is_sealed(output / "calibration"):
+    if not has_manifest(output / "calibration"):
         with session():
             calibrate(
                 teacher, data, output / "calibration", budget.calibration_tokens, budget.calibration_length,
@@ -239,7 +239,7 @@ def _calibrate(teacher: Path, data: Path, output: Path, budget: Budget, track: T
 
 def _upcycle(teacher: Path, hybrid: Path, linear: str, init: str, output: Path, budget: Budget, track: Track) -> None:
     layout = LAYOUT[init, linear]
-    if is_sealed(hybrid):
+    if has_manifest(hybrid):
         config, description = read_description(hybrid)
         if config.mixers != get_layout(layout).config.mixers or description["provenance"]["init"] != init:
             raise ConfigError(f"{hybrid} is another model than {layout}, {init}; give another --output for it")

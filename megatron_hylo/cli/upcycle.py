@@ -153,7 +153,7 @@ def upcycle(
     pattern: str | None = None,
     init: str = "calibrated",
     calibration: Path | None = None,
-    shapes: Literal["paper", "aligned"] | None = None,
+    shapes: Literal["paper", "teacher"] | None = None,
     rotary: Literal["energy", "all", "fastest", "table"] = "energy",
     sequential: bool = False,
     mlps: bool = True,
@@ -170,7 +170,7 @@ def upcycle(
         pattern: one mixer a layer out of * + M G, e.g. "GG+G..."; MLPs may be written ("G-G-+-...").
         init: calibrated (needs --calibration), or paper (HyLo's own).
         calibration: folder made by `hylo calibrate`; with it any initialisation is also measured on held-out text.
-        shapes: dimensions of a pattern's mixers; by default aligned for calibrated, the paper's otherwise.
+        shapes: dimensions of a pattern's mixers; by default teacher for calibrated, the paper's otherwise.
         rotary: which of the teacher's rotary components MLA keeps: energy (the most useful), all or fastest (standard
             tables), table (the standard table of the layout's own dimensions).
         sequential: let each layer make up for what the layers before it got wrong: much better before training with

@@ -7,6 +7,8 @@ model cards; parameter counts reproduce the released checkpoints to the paramete
 import dataclasses
 import functools
 import itertools
+import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +16,7 @@ from typing import Literal
 from megatron_hylo.config import MIXER_SYMBOLS, ConfigError, ModelConfig, RopeScaling
 from megatron_hylo.config.mixers import MIXERS, Fields
 
+logger = logging.getLogger("megatron_hylo.config")
 LLAMA3_ROPE = RopeScaling(
     "llama3", factor=32.0, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0
 )
@@ -51,10 +54,10 @@ BASES: dict[str, ModelConfig] = {
     ),
 }  # fmt: skip
 
-# MLA layers of aligned layouts: those that `hylo select --method greedy` chose, beside Gated DeltaNet (docs/upcycling.md)
-_ALIGNED_LAYERS = {"smollm2-135m": (0, 1, 2, 16, 17, 18, 20, 23)}
+# MLA layers of layouts with teacher shapes: those that `hylo select --method greedy` chose, beside Gated DeltaNet (docs/upcycling.md)
+_CHOSEN_LAYERS = {"smollm2-135m": (0, 1, 2, 16, 17, 18, 20, 23)}
 
-Shapes = Literal["paper", "aligned"]
+Shapes = Literal["paper", "teacher"]
 
 _EVERY_SECOND_28 = tuple(range(0, 28, 2))
 
@@ -92,9 +95,9 @@ def _layouts() -> dict[str, NamedLayout]:
         for suffix, symbol in (("gdn", "G"), ("m2", "M"))
     }
     return layouts | {
-        f"{name}-aligned": dataclasses.replace(layout, shapes="aligned", mla_layers=_ALIGNED_LAYERS[layout.base])
+        f"{name}-teacher": dataclasses.replace(layout, shapes="teacher", mla_layers=_CHOSEN_LAYERS[layout.base])
         for name, layout in layouts.items()
-        if layout.base in _ALIGNED_LAYERS
+        if layout.base in _CHOSEN_LAYERS
     }
 
 
@@ -138,7 +141,7 @@ def hybrid_config(
     The paper's rules (HyLo model cards): MLA keeps the head size, half of it rotary, with the listed ranks for
     known bases and otherwise full-rank queries and about half of W_K;W_V's rank in the cache; Gated
     DeltaNet has key width 0.75 d in heads of 256 (144 where 256 does not divide) and values twice as
-    wide; Mamba2 has the attention's heads and sizes. The output head is untied. "aligned" shapes can
+    wide; Mamba2 has the attention's heads and sizes. The output head is untied. "teacher" shapes can
     hold what the calibrated initialisation knows of the teacher: MLA's unrotated channels are as many
     as the teacher's head has and rotary ones come on top (same cache: both are computed from it), its
     rotary frequencies are the teacher's, QKV biases stay, Gated DeltaNet has the attention's heads.
@@ -155,8 +158,8 @@ def hybrid_config(
         add_qkv_bias=False if not set(mixers) & {"*"} else base.add_qkv_bias,
     )
     for mixer in MIXERS.values():
-        fields |= mixer.default_sizes(base, name, teacher_shapes=shapes == "aligned")
-    if shapes == "aligned":
+        fields |= mixer.default_sizes(base, name, teacher_shapes=shapes == "teacher")
+    if shapes == "teacher":
         rotary = overrides.get("qk_pos_emb_head_dim", fields["qk_pos_emb_head_dim"])
         if base.qk_layernorm and rotary != base.kv_channels:  # the norm asks which pairs of the head are rotary: the fastest
             fields["mla_rotary_pairs"] = [tuple(range(rotary // 2)) if m == "+" else () for m in mixers]
@@ -266,6 +269,10 @@ def get_layout(name: str) -> NamedLayout:
     Raises:
         ConfigError: no such layout.
     """
+    renamed = re.sub("-aligned$", "-teacher", name)
+    if renamed != name and renamed in LAYOUTS:
+        logger.warning("layout %s is now called %s: its shapes are the teacher's; aligned is what stage 1 makes", name, renamed)
+        name = renamed
     if name not in LAYOUTS:
         raise ConfigError(f"unknown layout {name!r}; known: {', '.join(LAYOUTS)}")
     return LAYOUTS[name]

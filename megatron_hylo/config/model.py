@@ -57,7 +57,7 @@ class ModelConfig:
     # MLA (`+`)
     q_lora_rank: int = 0
     kv_lora_rank: int = 0
-    qk_head_dim: int = 0  # without rotation ("nope"); kv_channels with q/k-norm: the aligned norm of models/mla.py
+    qk_head_dim: int = 0  # without rotation ("nope"); kv_channels with q/k-norm: the whole-head norm of models/mla.py
     qk_pos_emb_head_dim: int = 0  # with rotation, one shared key ("rope")
     v_head_dim: int = 0
     mla_rope_scaling: RopeScaling = field(default_factory=RopeScaling)
@@ -108,7 +108,7 @@ class ModelConfig:
                 )
 
     @property
-    def mla_aligned_norm(self) -> bool:
+    def mla_whole_head_norm(self) -> bool:
         """q/k-norm with the statistics of the teacher's whole head, not of MLA's channels (see models/mla.py)."""
         return self.qk_layernorm and self.qk_head_dim == self.kv_channels
 

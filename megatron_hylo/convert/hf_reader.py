@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.convert.gguf_reader import GgufSource
 from megatron_hylo.convert.safetensors_reader import SafetensorsSource, read_hf_config
-from megatron_hylo.io import verify_if_sealed
+from megatron_hylo.io import verify_manifest_if_any
 from megatron_hylo.io.foreign import load_foreign_model, load_transformers
 from megatron_hylo.io.gguf_file import gguf_file
 
@@ -77,6 +77,6 @@ def open_source(path: str | Path) -> TensorSource:
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"{path} does not exist; give a Hugging Face folder or a .gguf file")
-    verify_if_sealed(path)
+    verify_manifest_if_any(path)
     gguf = gguf_file(path)
     return SafetensorsSource(path) if gguf is None else GgufSource(gguf)

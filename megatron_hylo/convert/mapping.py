@@ -76,7 +76,7 @@ def _mla(m: str, h: str, c: ModelConfig) -> list[Entry]:
     entries = [_same(f"{m}{a}.weight", f"{h}self_attn.{b}.weight") for a, b in pairs.items()]
     if c.mla_bias:
         entries += [_same(f"{m}{a}.bias", f"{h}self_attn.{b}.bias") for a, b in pairs.items() if b in BIASED]
-    mix = [_same(f"{m}k_layernorm.rotary_mix", f"{h}self_attn.k_norm.rotary_mix")] if c.mla_aligned_norm else []
+    mix = [_same(f"{m}k_layernorm.rotary_mix", f"{h}self_attn.k_norm.rotary_mix")] if c.mla_whole_head_norm else []
     return entries + _qk_norm(m, h, c) + mix
 
 

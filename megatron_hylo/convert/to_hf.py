@@ -14,7 +14,7 @@ from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.safetensors_reader import INDEX, SINGLE
 from megatron_hylo.convert.token_ids import stored_token_ids
 from megatron_hylo.convert.verify import require_equal
-from megatron_hylo.io import sealed_directory, write_json
+from megatron_hylo.io import atomic_directory, write_json
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import HyloModel
@@ -92,7 +92,7 @@ def convert_megatron_to_hf(
     Raises:
         ConfigError: the source cannot be read, or transformers reads another model in what was written.
     """
-    with sealed_directory(output, overwrite, [source]) as folder:
+    with atomic_directory(output, overwrite, [source]) as folder:
         model = load_model(source, backend="local")
         write_hf_folder(model, folder, Path(source) / "tokenizer", track)
         if verify:

@@ -17,7 +17,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io import DamagedError, read_json, verify_if_sealed
+from megatron_hylo.io import DamagedError, read_json, verify_manifest_if_any
 
 logger = logging.getLogger("megatron_hylo.data")
 DOCUMENT_ORDER, WINDOW_ORDER = 0, 1  # streams of random numbers of an epoch
@@ -42,7 +42,7 @@ class DocumentStore:
         if not IndexedDataset.exists(prefix):
             raise ConfigError(f"there is no dataset {prefix}.bin with {prefix}.idx; make one with `hylo preprocess`")
         name = Path(prefix).name
-        verify_if_sealed(Path(prefix).parent, (f"{name}.bin", f"{name}.idx", "data.json", "tokenizer"))
+        verify_manifest_if_any(Path(prefix).parent, (f"{name}.bin", f"{name}.idx", "data.json", "tokenizer"))
         try:
             self.sequences = IndexedDataset(prefix)
         except (AssertionError, ValueError, struct.error) as error:

@@ -31,7 +31,7 @@ from megatron_hylo.config.paths import expand_home
 from megatron_hylo.data.documents import Document, OnBadText, TextCheck, Unreadable, read_documents
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.data.tokenizer import USED_IDS, check_ids, vocabulary_of
-from megatron_hylo.io import check_free, read_sealed_json, sealed_directory, verify_if_sealed, write_json
+from megatron_hylo.io import atomic_directory, check_free, read_verified_json, verify_manifest_if_any, write_json
 
 logger = logging.getLogger("megatron_hylo.data")
 SPLITS = ("train", "heldout")
@@ -118,7 +118,7 @@ def build_dataset(
         raise ConfigError(f"there is no text in the documents{': ' * bool(check.skipped)}{check.summary()}; give others")
     threshold = _heldout_threshold(first, len(first) < BATCH_DOCUMENTS, heldout_fraction)
     dtype = DType.optimal_dtype(vocabulary)
-    with sealed_directory(out_dir, overwrite) as folder, ExitStack() as stack:
+    with atomic_directory(out_dir, overwrite) as folder, ExitStack() as stack:
         splits = SPLITS if heldout_fraction else SPLITS[:1]
         builders = {split: IndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=dtype) for split in splits}
         for builder in builders.values():
@@ -194,12 +194,12 @@ def preprocess(
     """
     input, output, folder = (expand_home(path) for path in (input, output, tokenizer))
     check_free(output, overwrite, [input, folder])
-    verify_if_sealed(folder, ("tokenizer",) if (folder / "tokenizer").is_dir() else ())
+    verify_manifest_if_any(folder, ("tokenizer",) if (folder / "tokenizer").is_dir() else ())
     found = load_transformers_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
     if found is None:
         raise ConfigError(f"{tokenizer} holds no tokenizer; give a folder with tokenizer.json, a .gguf file, or a model folder")
     if vocab_size is None and (folder / "hylo.json").is_file():
-        vocab_size = read_sealed_json(folder, "hylo.json", ("model",))["model"]["vocab_size"]
+        vocab_size = read_verified_json(folder, "hylo.json", ("model",))["model"]["vocab_size"]
     documents = read_documents(input)
     return build_dataset(documents, found, output, heldout_fraction, None, max_documents, vocab_size, overwrite, on_bad_text)
 

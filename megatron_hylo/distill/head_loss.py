@@ -29,8 +29,8 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.distill.plain_head_softmax import plain_head_softmax
-from megatron_hylo.kernels.head_softmax import head_softmax, obstacle
-from megatron_hylo.kernels.registry import Obstacle, select
+from megatron_hylo.kernels.head_softmax import head_softmax, unsupported
+from megatron_hylo.kernels.registry import Unsupported, select
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.padded_vocabulary import padded_vocabulary
 
@@ -298,8 +298,8 @@ class _LinearHeadLoss(torch.autograd.Function):
         scales = (scales / torch.stack([divisor, counts[1]])).float()
         divisor = divisor.to(compute)
         # the most likely tokens are compared in evaluations alone, which need not be fast
-        hindrance = obstacle(hidden) if top_k is None else Obstacle("the Triton kernels have no KL to the teacher's top k")
-        fused = not measure_agreement and select("head_softmax", "triton", hindrance) == "triton"
+        reason = unsupported(hidden) if top_k is None else Unsupported("the Triton kernels have no KL to the teacher's top k")
+        fused = not measure_agreement and select("head_softmax", "triton", reason) == "triton"
         for start in range(0, n, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, n))
             logits = _logits(hidden[chunk], weight, compute)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_hylo.distill.head_loss import model_head_loss
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.parallel.context import own_part
+from megatron_hylo.parallel.context import sequence_shard
 from megatron_hylo.parallel.pipeline import rank_shape, share_last_stages, through_stages
 
 
@@ -60,7 +60,7 @@ def evaluate(
     own, undivided = windows[rank::ranks], torch.ones(2, dtype=torch.float64, device=where)
     for start in range(0, len(own), batch_size):
         batch = own[start : start + batch_size]
-        inputs, labels = own_part(batch[:, :-1]).to(where), own_part(batch[:, 1:]).to(where)
+        inputs, labels = sequence_shard(batch[:, :-1]).to(where), sequence_shard(batch[:, 1:]).to(where)
         hidden, teacher_hidden = hidden_states(chunks, inputs), hidden_states(teachers, inputs) if teachers else None
         if hidden is None:
             continue

@@ -99,13 +99,13 @@ class HyloConfig(transformers.PretrainedConfig):
         return self.hylo["hybrid_layer_pattern"].replace("|", "")[0::2]
 
     def architecture(self) -> SimpleNamespace:
-        """`hylo` with attribute access, its RoPE scalings too; these get `cos_sin_multiplier`, it gets `mla_aligned_norm`.
+        """`hylo` with attribute access, its RoPE scalings too; these get `cos_sin_multiplier`, it gets `mla_whole_head_norm`.
 
         The multiplier is YaRN's attention factor on cos and sin, 0.1 ln(factor) + 1 where none is given (Peng et al.,
         2023, equation 22), and 1 for other scalings. Older folders have neither `mla_bias` nor `mla_rotary_pairs`.
         """
         c = SimpleNamespace(**{"mla_bias": False, "mla_rotary_pairs": (), **self.hylo})
-        c.mla_aligned_norm = c.qk_layernorm and c.qk_head_dim == c.kv_channels
+        c.mla_whole_head_norm = c.qk_layernorm and c.qk_head_dim == c.kv_channels
         for name in ("rope_scaling", "mla_rope_scaling"):
             scaling = SimpleNamespace(**self.hylo[name])
             scaling.cos_sin_multiplier = 1.0
@@ -119,7 +119,7 @@ class HyloConfig(transformers.PretrainedConfig):
 def _check_latent_attention(c: SimpleNamespace, mixers: str) -> None:
     """Refuse rotary pairs that do not fit the layers, and a q/k-norm that is neither HyLo's nor the aligned one."""
     nope, rope, head_dim = c.qk_head_dim, c.qk_pos_emb_head_dim, c.kv_channels
-    aligned = c.mla_aligned_norm and (c.mla_rotary_pairs or rope == head_dim)
+    aligned = c.mla_whole_head_norm and (c.mla_rotary_pairs or rope == head_dim)
     if c.qk_layernorm and nope + rope != head_dim and not aligned:
         raise ValueError(
             f"hylo: with q/k-norm, qk_head_dim {nope} + qk_pos_emb_head_dim {rope} must equal kv_channels {head_dim}, or "

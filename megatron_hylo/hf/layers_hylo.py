@@ -79,7 +79,7 @@ class HyloLatentAttention(nn.Module):
         c = config.architecture()
         self.layer, self.rank, self.rotary = layer, c.kv_lora_rank, c.qk_pos_emb_head_dim
         self.plain, self.value, self.groups = c.qk_head_dim, c.v_head_dim, c.num_query_groups
-        self.qk, self.aligned_norm = c.qk_head_dim + c.qk_pos_emb_head_dim, c.mla_aligned_norm
+        self.qk, self.aligned_norm = c.qk_head_dim + c.qk_pos_emb_head_dim, c.mla_whole_head_norm
         self.pairs = list(c.mla_rotary_pairs[layer]) if c.mla_rotary_pairs else None
         self.q_a_proj = nn.Linear(config.hidden_size, c.q_lora_rank, bias=False)
         self.q_b_proj = nn.Linear(c.q_lora_rank, c.num_attention_heads * self.qk, bias=c.mla_bias)

@@ -153,7 +153,7 @@ def mla_from_attention(
 ) -> dict[str, Tensor]:
     """MLA that keeps as much of the attention's function as its ranks allow; see the module's description.
 
-    With qk_head_dim = kv_channels ("aligned" shapes) nothing but the ranks is approximate: unrotated queries are the
+    With qk_head_dim = kv_channels (teacher shapes) nothing but the ranks is approximate: unrotated queries are the
     teacher's, biases are kept (mla_bias), q/k-norm is the teacher's own. With fewer channels (the paper's shapes) each KV
     head's unrotated part is cut to its leading directions (the best rank-n form q^T P k on the data), and q/k-norm, which is
     then over other channels than the teacher's, is right on average only. W_O is copied; `calibrate.solve` improves it.

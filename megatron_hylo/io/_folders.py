@@ -22,7 +22,7 @@ from megatron_hylo.io._files import (
     write_json,
 )
 from megatron_hylo.io._locks import output_lock
-from megatron_hylo.io._manifests import MANIFEST, is_sealed, unlisted
+from megatron_hylo.io._manifests import MANIFEST, has_manifest, unlisted
 from megatron_hylo.io._ranks import barrier, gather, on_main, rank, world_size
 
 logger = logging.getLogger("megatron_hylo.io")
@@ -30,7 +30,7 @@ EARLY = ".hashed_"  # files with a part of the manifest to come
 
 
 @contextlib.contextmanager
-def sealed_directory(path: str | Path, overwrite: bool = False, sources: Sequence[str | Path | None] = ()) -> Iterator[Path]:
+def atomic_directory(path: str | Path, overwrite: bool = False, sources: Sequence[str | Path | None] = ()) -> Iterator[Path]:
     """Yield a folder to write into; on success it appears at `path` complete with a manifest, else nothing does.
 
     Every rank of an initialised process group must enter and leave; rank 0 creates, seals and renames, and all
@@ -115,7 +115,7 @@ def _check_free(path: Path, overwrite: bool, sources: Sequence[str | Path | None
 def _check_ours(path: Path) -> None:
     if not any(path.iterdir()):
         return
-    if not is_sealed(path):
+    if not has_manifest(path):
         raise ConfigError(
             f"{path} was not made by megatron_hylo, or not finished (it has no {MANIFEST}), so it is not overwritten; choose "
             f"another place, or remove it yourself"
@@ -199,7 +199,7 @@ def hash_early(folder: Path, files: Iterable[Path]) -> None:
     """Hash complete files of a folder that is still being written, for its manifest; any rank, any thread.
 
     Args:
-        folder: what `sealed_directory` yielded.
+        folder: what `atomic_directory` yielded.
         files: inside it; they must not change any more.
     """
     write_json(folder / f"{EARLY}{rank()}_{threading.get_ident()}", {str(f.relative_to(folder)): _entry(f) for f in files})

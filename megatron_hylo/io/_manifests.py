@@ -33,7 +33,7 @@ REMEMBERED_DAYS = 90
 Entry = dict[str, Any]  # {"bytes": int, "sha256": str}
 
 
-def is_sealed(path: str | Path) -> bool:
+def has_manifest(path: str | Path) -> bool:
     """True where a finished folder is (not whether its content is intact)."""
     return (Path(path) / MANIFEST).is_file()
 
@@ -69,7 +69,7 @@ def unlisted(path: Path) -> Path | None:
     return None
 
 
-def read_sealed_json(folder: str | Path, name: str, needs: Sequence[str] = ()) -> dict[str, Any]:
+def read_verified_json(folder: str | Path, name: str, needs: Sequence[str] = ()) -> dict[str, Any]:
     """A JSON object out of a finished folder, compared with the folder's manifest where that lists it.
 
     Args:
@@ -84,14 +84,14 @@ def read_sealed_json(folder: str | Path, name: str, needs: Sequence[str] = ()) -
     file = Path(folder) / name
     content = read_bytes(file)
     value = parse_json(content, file, needs)
-    entry = read_manifest(folder).get(name) if is_sealed(folder) else None
+    entry = read_manifest(folder).get(name) if has_manifest(folder) else None
     if entry is not None and hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise DamagedError(f"{file} does not have the sha256 of its manifest: {_ADVICE}")
     return value
 
 
-def verify_if_sealed(path: str | Path, only: Sequence[str] = ()) -> None:
-    """`verify_sealed` for what need not be ours, a Hugging Face folder or another program's dataset; all ranks call it."""
+def verify_manifest_if_any(path: str | Path, only: Sequence[str] = ()) -> None:
+    """`verify_manifest` for what need not be ours, a Hugging Face folder or another program's dataset; all ranks call it."""
     file, ours, error = Path(path) / MANIFEST, False, None
     try:
         ours = file.is_file() and _is_ours(read_json(file).get("files"))
@@ -100,10 +100,10 @@ def verify_if_sealed(path: str | Path, only: Sequence[str] = ()) -> None:
     found = gather((ours, error))
     _raise_first([e for _, e in found])
     if any(o for o, _ in found):
-        verify_sealed(path, only)
+        verify_manifest(path, only)
 
 
-def verify_sealed(path: str | Path, only: Sequence[str] = (), hashes: bool = True) -> None:
+def verify_manifest(path: str | Path, only: Sequence[str] = (), hashes: bool = True) -> None:
     """Check a finished folder against its manifest; whoever opens one does. All ranks call it and share the hashing.
 
     Args:

@@ -10,7 +10,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io import DamagedError, cache_dir, is_sealed, sealed_directory, verify_sealed
+from megatron_hylo.io import DamagedError, atomic_directory, cache_dir, has_manifest, verify_manifest
 
 logger = logging.getLogger("megatron_hylo.data")
 TOOL_TIMEOUT = 3600.0  # seconds; pip, npm and apt give up on a dead network long before
@@ -28,13 +28,13 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
     """
     folder = cache_dir() / name
     with FileLock(cache_dir() / f"{name}.lock"):
-        if is_sealed(folder):
+        if has_manifest(folder):
             try:
-                verify_sealed(folder)
+                verify_manifest(folder)
                 return folder
             except DamagedError as error:
                 logger.warning("%s; fetching it again", error)
-        with sealed_directory(folder, overwrite=True) as partial:
+        with atomic_directory(folder, overwrite=True) as partial:
             build(partial)
     return folder
 

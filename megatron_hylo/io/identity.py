@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io import is_sealed, read_json, read_manifest, sha256
+from megatron_hylo.io import has_manifest, read_json, read_manifest, sha256
 
 READ = ("weights/", "shards/", "codec.safetensors", "train.", "heldout.")  # files whose bytes a run computes with
 NOT_CONTENT = "weights/.metadata"  # Megatron-Core writes a new random id into it each time
@@ -26,7 +26,7 @@ def content_identity(folder: str | Path) -> str:
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give a model, dataset or teacher-store folder")
-    if is_sealed(folder):
+    if has_manifest(folder):
         files = {name: entry["sha256"] for name, entry in read_manifest(folder).items() if _is_content(name)}
     else:
         names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
@@ -57,7 +57,7 @@ def _files_identity(teacher: str | Path) -> str:
 
 def file_identity(folder: str | Path, name: str) -> str:
     """sha256 of a file in a folder: the manifest's where it knows the file, else the file is read."""
-    files = read_manifest(folder) if is_sealed(folder) else {}
+    files = read_manifest(folder) if has_manifest(folder) else {}
     return files[name]["sha256"] if name in files else sha256(Path(folder) / name)
 
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_hylo.kernels.attention_after_prefix import attention_after_prefix
-from megatron_hylo.kernels.registry import forced, use
+from megatron_hylo.kernels.registry import overridden, use
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -98,7 +98,7 @@ def _same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool) -> str:
     """Name of the first usable backend; "torch" off CUDA, where torch itself chooses."""
-    name = forced("attention")
+    name = overridden("attention")
     if name is not None:
         use("attention", name, "forced")
         return name

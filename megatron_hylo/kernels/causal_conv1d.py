@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hylo.kernels.registry import forced, import_error, library_obstacle, select
+from megatron_hylo.kernels.registry import import_error, library_unsupported, overridden, select
 
 FLA_MODULE = "fla.modules.causal_conv1d"
 # fla takes them only where torch.distributed is not in use, which concerns its choice, not the kernels: they are one GPU's own
@@ -96,12 +96,12 @@ def _last(before: Tensor | None, x: Tensor, count: int) -> Tensor:
 
 
 def _choose(x: Tensor, k: int) -> str:
-    obstacle = library_obstacle("fla", FLA_MODULE, x, "pip install flash-linear-attention")
-    fast = forced("causal_conv1d")
+    unsupported = library_unsupported("fla", FLA_MODULE, x, "pip install flash-linear-attention")
+    fast = overridden("causal_conv1d")
     if fast not in ("fla", "gluon"):
-        gluon = obstacle is None and 2 <= k <= 4 and x.stride(-1) == 1 and import_error(GLUON_MODULE) is None
+        gluon = unsupported is None and 2 <= k <= 4 and x.stride(-1) == 1 and import_error(GLUON_MODULE) is None
         fast = "gluon" if gluon else "fla"
-    return select("causal_conv1d", fast, obstacle)
+    return select("causal_conv1d", fast, unsupported)
 
 
 class _Fla(torch.autograd.Function):

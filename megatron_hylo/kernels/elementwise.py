@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_hylo.kernels.registry import library_obstacle, select
+from megatron_hylo.kernels.registry import library_unsupported, select
 
 OWN_SHAPES = 16  # of a function
 RECOMPILATIONS = 64  # of a function, for other shapes and dtypes; torch's own limit, 8, is less than the models of a run need
@@ -23,8 +23,8 @@ def elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(x: torch.Tensor, *args: Any, **settings: Any) -> Any:
-        obstacle = library_obstacle("torch.compile", "triton", x, "pip install triton")
-        if select("elementwise", "inductor", obstacle) == "torch":
+        unsupported = library_unsupported("torch.compile", "triton", x, "pip install triton")
+        if select("elementwise", "inductor", unsupported) == "torch":
             return function(x, *args, **settings)
         if len(own) < OWN_SHAPES:
             own.add(x.shape)

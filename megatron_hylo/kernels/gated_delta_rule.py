@@ -3,7 +3,7 @@
 From "Gated Delta Networks" (Yang, Kautz and Hatamizadeh, 2024, equation 10 and section 3.3): within a chunk
 the delta rule's corrections are one unit-lower-triangular system (the WY form), between chunks one decayed
 [dk, dv] state a head is carried. On CUDA fla's Triton kernels run, on Hopper some of ours in their place
-(delta_rule_chain.py). `recurrent_gated_delta_rule` is the definition, token by token: the oracle, and the decode step.
+(delta_rule_state_pass.py). `recurrent_gated_delta_rule` is the definition, token by token: the oracle, and the decode step.
 """
 
 import functools
@@ -13,9 +13,9 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
-from megatron_hylo.kernels.delta_rule_chain import register as register_chain
+from megatron_hylo.kernels.delta_rule_state_pass import register as register_state_pass
 from megatron_hylo.kernels.delta_rule_states import CHUNK, KeptStates
-from megatron_hylo.kernels.registry import Obstacle, library_obstacle, select, triton_version
+from megatron_hylo.kernels.registry import Unsupported, library_unsupported, select, triton_version
 from megatron_hylo.kernels.ssd import segment_sum
 
 L2_EPS = 1e-6  # as fla's l2norm
@@ -74,35 +74,35 @@ def gated_delta_rule(
 
 
 def delta_rule_implementation(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> str:
-    """The registry's choice for keys [b, t, h, dk] and values [b, t, h, dv]; `differentiates`: as in `fla_obstacle`."""
-    implementation = select("gated_delta_rule", "fla", fla_obstacle(k, v, differentiates))
+    """The registry's choice for keys [b, t, h, dk] and values [b, t, h, dv]; `differentiates`: as in `fla_unsupported`."""
+    implementation = select("gated_delta_rule", "fla", fla_unsupported(k, v, differentiates))
     if implementation == "fla":
-        register_chain()  # kernels of ours that fla's functions call where they can
+        register_state_pass()  # kernels of ours that fla's functions call where they can
     return implementation
 
 
-def fla_obstacle(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Obstacle | None:
+def fla_unsupported(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Unsupported | None:
     """Why fla cannot run on these keys [b, t, h, dk] and values [b, t, h, dv]; None if it can.
 
     Args:
         k, v: on the device and of the dtype in question.
         differentiates: whether a backward pass follows; fla's is wrong with some Triton versions.
     """
-    obstacle = library_obstacle("fla", FLA_MODULE, v, "pip install flash-linear-attention")
-    if obstacle is not None:
-        return obstacle
+    unsupported = library_unsupported("fla", FLA_MODULE, v, "pip install flash-linear-attention")
+    if unsupported is not None:
+        return unsupported
     if k.shape[-1] > FLA_MAX_KEY_DIM:
-        return Obstacle(f"fla takes keys up to {FLA_MAX_KEY_DIM} wide, not {k.shape[-1]}")
-    return triton_obstacle(torch.cuda.get_device_capability(v.device)) if differentiates else None
+        return Unsupported(f"fla takes keys up to {FLA_MAX_KEY_DIM} wide, not {k.shape[-1]}")
+    return triton_unsupported(torch.cuda.get_device_capability(v.device)) if differentiates else None
 
 
 @functools.cache
-def triton_obstacle(capability: tuple[int, int]) -> Obstacle | None:
+def triton_unsupported(capability: tuple[int, int]) -> Unsupported | None:
     """fla's own refusal, known before backward runs into it: Triton 3.4.0 to 3.7.0 on Hopper without tilelang."""
     version = triton_version()
     if capability[0] != 9 or not (3, 4, 0) <= version < (3, 7, 1) or importlib.util.find_spec("tilelang"):
         return None
-    return Obstacle(
+    return Unsupported(
         f"fla refuses to train on Hopper with Triton {'.'.join(map(str, version))}: wrong gradients, fla issue 640",
         "pip install 'triton>=3.7.1' (or tilelang)",
     )

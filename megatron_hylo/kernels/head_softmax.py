@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_hylo.kernels.registry import Obstacle, library_obstacle
+from megatron_hylo.kernels.registry import Unsupported, library_unsupported
 
 MODULE = "megatron_hylo.kernels.triton_head_softmax"
 BLOCK = 4096  # logits of a row that a program holds at a time
@@ -38,9 +38,9 @@ class Statistics:
     picked: Tensor  # x at the label, 0 where another rank has it
 
 
-def obstacle(x: Tensor) -> Obstacle | None:
+def unsupported(x: Tensor) -> Unsupported | None:
     """Why the Triton kernels cannot run on logits like x; None if they can."""
-    return library_obstacle("triton", MODULE, x, "pip install triton")
+    return library_unsupported("triton", MODULE, x, "pip install triton")
 
 
 def head_softmax(

@@ -19,30 +19,30 @@ from megatron_hylo.kernels.kda import kda
 from megatron_hylo.kernels.ssd import document_numbers, log_decay, mamba_ssm_gradients, ssd, ssd_implementation
 
 
-class Effect(NamedTuple):
-    """What a part does whatever state it begins with: out + reach S, and kept S + added after it."""
+class AffineMap(NamedTuple):
+    """A part of a sequence as an affine map of the state S before it: out + readout S, and transition S + increment."""
 
     out: Tensor  # [b, t, h, dv]
-    reach: Tensor  # [b, t, h, dk], of out's dtype
-    kept: Tensor  # [b, h, dk, dk], or [b, h, 1, 1] where it is a number; of the states' dtype
-    added: Tensor  # [b, h, dk, dv], the same
+    readout: Tensor  # [b, t, h, dk], of out's dtype
+    transition: Tensor  # [b, h, dk, dk], or [b, h, 1, 1] where it is a number; of the states' dtype
+    increment: Tensor  # [b, h, dk, dv], the same
 
     def outputs(self, before: Tensor) -> Tensor:
-        """out + reach S [b, t, h, dv] for the state S before the part [b, h, dk, dv]; out itself, changed in place."""
-        for out, reach, state in zip(self.out, self.reach, before.to(self.out.dtype)):
-            out.transpose(0, 1).baddbmm_(reach.transpose(0, 1), state)
+        """out + readout S [b, t, h, dv] for the state S before the part [b, h, dk, dv]; out itself, changed in place."""
+        for out, readout, state in zip(self.out, self.readout, before.to(self.out.dtype)):
+            out.transpose(0, 1).baddbmm_(readout.transpose(0, 1), state)
         return self.out
 
 
-def times(kept: Tensor, state: Tensor) -> Tensor:
-    """kept S, or its transpose's product, for `Effect.kept` of either form: like the state, [b, h, dk, dv]."""
-    return kept @ state if kept.shape[-1] > 1 else kept * state
+def times(transition: Tensor, state: Tensor) -> Tensor:
+    """transition S, or its transpose's product, for `AffineMap.transition` of either form: like the state, [b, h, dk, dv]."""
+    return transition @ state if transition.shape[-1] > 1 else transition * state
 
 
-def state_gradient(reach: Tensor, grad_out: Tensor) -> Tensor:
-    """What the outputs' gradients say of the state before the part: reach^T grad_out, [b, h, dk, dv], in fp32 or wider."""
-    wide, sums = torch.promote_types(reach.dtype, torch.float32), []
-    for r, grad in zip(reach.permute(0, 2, 3, 1), grad_out.transpose(1, 2)):  # [h, dk, t], [h, t, dv]
+def state_gradient(readout: Tensor, grad_out: Tensor) -> Tensor:
+    """What the outputs' gradients say of the state before the part: readout^T grad_out, [b, h, dk, dv], in fp32 or wider."""
+    wide, sums = torch.promote_types(readout.dtype, torch.float32), []
+    for r, grad in zip(readout.permute(0, 2, 3, 1), grad_out.transpose(1, 2)):  # [h, dk, t], [h, t, dv]
         if r.is_cuda and r.dtype != wide:
             sums.append(torch.bmm(r, grad, out_dtype=wide))
         else:
@@ -65,14 +65,14 @@ class DeltaRulePart(NamedTuple):
     inverse: Tensor | None = None
 
     @classmethod
-    def begin(cls, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple["DeltaRulePart", Effect]:
+    def begin(cls, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple["DeltaRulePart", AffineMap]:
         """One pass over values [v, 0] from the state [0, I]."""
         part, (values, state), dv = cls(q, k, v, g, beta), _extended(k, v), v.shape[-1]
         if delta_rule_implementation(k, v, differentiates=True) == "fla":
             part, out, state = part._fla(values, state)
         else:
             out, state = gated_delta_rule(q, k, values, g, beta, state, output_final_state=True)
-        return part, Effect(out[..., :dv], out[..., dv:], state[..., dv:], state[..., :dv])
+        return part, AffineMap(out[..., :dv], out[..., dv:], state[..., dv:], state[..., :dv])
 
     def _fla(self, values: Tensor, state: Tensor) -> tuple["DeltaRulePart", Tensor, Tensor]:
         chunk, norm = importlib.import_module(FLA_CHUNK), importlib.import_module(FLA_NORM)
@@ -115,11 +115,11 @@ class KdaPart(NamedTuple):
     beta: Tensor
 
     @classmethod
-    def begin(cls, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple["KdaPart", Effect]:
+    def begin(cls, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple["KdaPart", AffineMap]:
         """One pass over values [v, 0] from the state [0, I]."""
         (values, state), dv = _extended(k, v), v.shape[-1]
         out, state = kda(q, k, values, g, beta, state, output_final_state=True)
-        return cls(q, k, v, g, beta), Effect(out[..., :dv], out[..., dv:], state[..., dv:], state[..., :dv])
+        return cls(q, k, v, g, beta), AffineMap(out[..., :dv], out[..., dv:], state[..., dv:], state[..., :dv])
 
     def gradients(self, before: Tensor, grad_out: Tensor, grad_after: Tensor) -> tuple[Tensor, ...]:
         """Gradients of q, k, v, g, beta; arguments as those of `DeltaRulePart.gradients`."""
@@ -140,13 +140,14 @@ class SsdPart(NamedTuple):
     @classmethod
     def begin(
         cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, begins: Tensor | None
-    ) -> tuple["SsdPart", Effect]:
+    ) -> tuple["SsdPart", AffineMap]:
         """One pass from an empty state; y_t is also moved by exp(A sum_{s <= t} dt_s) h C_t of the state h before the part."""
         out, state = ssd(x, dt, A, B, C, D, output_final_state=True, begins=begins)
         decay = log_decay(dt, A, begins).transpose(1, 2).contiguous()  # a GPU sums fast along the last dimension alone
         left = decay.cumsum(-1).exp()  # [b, h, t]
-        reach = C * left.transpose(1, 2)[..., None].to(C.dtype)
-        return cls(x, dt, A, B, C, D, begins), Effect(out, reach, left[..., -1, None, None].to(state), state.transpose(-1, -2))
+        readout = C * left.transpose(1, 2)[..., None].to(C.dtype)
+        affine = AffineMap(out, readout, left[..., -1, None, None].to(state), state.transpose(-1, -2))
+        return cls(x, dt, A, B, C, D, begins), affine
 
     def gradients(self, before: Tensor, grad_out: Tensor, grad_after: Tensor) -> tuple[Tensor | None, ...]:
         """Of x, dt, A, B, C, D, begins (None).
@@ -169,7 +170,7 @@ class SsdPart(NamedTuple):
 
 
 def _extended(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [v, 0] of [b, t, h, dv + dk] and the state [0, I] of [b, h, dk, dv + dk] that show a part's whole effect."""
+    """Values [v, 0] of [b, t, h, dv + dk] and the state [0, I] of [b, h, dk, dv + dk] that show a part's whole affine map."""
     dk, dv = k.shape[-1], v.shape[-1]
     values = v.new_empty(*v.shape[:3], dv + dk)
     values[..., :dv], values[..., dv:] = v, 0

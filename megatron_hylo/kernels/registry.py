@@ -3,7 +3,7 @@
 Every operation has a plain-torch implementation that runs anywhere. Faster ones are taken when the
 tensors are on a CUDA device and their library imports; when they should have been taken but cannot,
 a warning says what to install. The environment variable `HYLO_KERNELS` ("ssd=torch,attention=math")
-and the context manager `force` override the choice. The optional libraries are imported by name when
+and the context manager `override` override the choice. The optional libraries are imported by name when
 they are used: transformers refuses remote code with an import statement, anywhere, that it cannot satisfy.
 """
 
@@ -27,7 +27,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "cudnn", "flash", "efficient", "math"),
     "causal_conv1d": ("torch", "fla", "gluon"),
     "concatenate": ("torch", "triton"),
-    "delta_rule_chain": ("fla", "gluon"),
+    "delta_rule_state_pass": ("fla", "gluon"),
     "elementwise": ("torch", "inductor"),
     "gated_delta_rule": ("torch", "fla"),
     "head_softmax": ("torch", "triton"),
@@ -41,10 +41,10 @@ logger = logging.getLogger("megatron_hylo.kernels")
 
 _chosen: dict[str, str] = {}
 _logged: set[tuple[str, str]] = set()
-_forced: dict[str, str] = {}  # a plain dict: recomputation in backward runs in other threads, which must see it
+_overrides: dict[str, str] = {}  # a plain dict: recomputation in backward runs in other threads, which must see it
 
 
-class Obstacle(NamedTuple):
+class Unsupported(NamedTuple):
     """Why a fast implementation cannot run here."""
 
     reason: str
@@ -88,86 +88,87 @@ def in_use() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def force(op: str, implementation: str) -> Iterator[None]:
+def override(op: str, implementation: str) -> Iterator[None]:
     """Run `op` with `implementation` inside the `with` block, whatever the device.
 
     Raises:
         ValueError: unknown operation or implementation.
     """
     check(op, implementation)
-    before = _forced.get(op)
-    _forced[op] = implementation
+    before = _overrides.get(op)
+    _overrides[op] = implementation
     try:
         yield
     finally:
         if before is None:
-            del _forced[op]
+            del _overrides[op]
         else:
-            _forced[op] = before
+            _overrides[op] = before
 
 
 @contextlib.contextmanager
 def untuned() -> Iterator[None]:
     """Recurrences and convolutions in plain torch, for a pass over little text: it ends before Triton has tuned kernels.
 
-    What the environment variable demands goes before.
+    Overrides of the environment variable go before.
     """
-    demanded = _parse(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    wanted = _parse(os.environ.get(ENVIRONMENT_VARIABLE, ""))
     with contextlib.ExitStack() as stack:
         for op in ("causal_conv1d", "gated_delta_rule", "kda", "ssd"):
-            if op not in demanded:
-                stack.enter_context(force(op, "torch"))
+            if op not in wanted:
+                stack.enter_context(override(op, "torch"))
         yield
 
 
 @functools.cache
 def _parse(setting: str) -> dict[str, str]:
-    forced = {}
+    overrides = {}
     for item in filter(None, (part.strip() for part in setting.split(","))):
         op, _, implementation = item.partition("=")
         check(op, implementation)
-        forced[op] = implementation
-    return forced
+        overrides[op] = implementation
+    return overrides
 
 
-def forced(op: str) -> str | None:
-    """Implementation that `force` or the environment demands for `op`, if any.
+def overridden(op: str) -> str | None:
+    """Implementation that `override` or the environment variable names for `op`, if any.
 
     Raises:
         ValueError: the environment variable names an unknown operation or implementation.
     """
-    return _forced.get(op) or _parse(os.environ.get(ENVIRONMENT_VARIABLE, "")).get(op)
+    return _overrides.get(op) or _parse(os.environ.get(ENVIRONMENT_VARIABLE, "")).get(op)
 
 
-def select(op: str, fast: str, obstacle: Obstacle | None) -> str:
-    """The implementation to run: the forced one, else `fast`, else "torch" when there is an obstacle.
+def select(op: str, fast: str, unsupported: Unsupported | None) -> str:
+    """The implementation to run: the override, else `fast`, else "torch" where `fast` is unsupported.
 
     Args:
         op: operation name.
         fast: its preferred implementation.
-        obstacle: why `fast` cannot run on these inputs; None if it can.
+        unsupported: why `fast` cannot run on these inputs; None if it can.
 
     Raises:
-        RuntimeError: `fast` is forced but cannot run.
+        RuntimeError: `fast` is the override but cannot run.
         ValueError: unknown operation or implementation.
     """
-    demanded = forced(op)
-    if demanded == fast and obstacle is not None:
-        raise RuntimeError(f"{op}: {fast} was forced, but {obstacle.reason}{'; ' * bool(obstacle.advice)}{obstacle.advice}")
-    if demanded is not None:
-        use(op, demanded, "forced")
-        return demanded
-    if obstacle is None:
+    wanted = overridden(op)
+    if wanted == fast and unsupported is not None:
+        advice = f"; {unsupported.advice}" if unsupported.advice else ""
+        raise RuntimeError(f"{op}: {fast} was asked for by an override, but {unsupported.reason}{advice}")
+    if wanted is not None:
+        use(op, wanted, "override")
+        return wanted
+    if unsupported is None:
         use(op, fast, "available")
         return fast
-    if obstacle.advice:
-        use(op, "torch", f"{obstacle.reason}; slow here: {obstacle.advice}", logging.WARNING)
+    if unsupported.advice:
+        use(op, "torch", f"{unsupported.reason}; slow here: {unsupported.advice}", logging.WARNING)
     else:
-        use(op, "torch", obstacle.reason)
+        use(op, "torch", unsupported.reason)
     return "torch"
 
 
-def library_obstacle(library: str, module: str, x: torch.Tensor, advice: str) -> Obstacle | None:
+def library_unsupported(library: str, module: str, x: torch.Tensor, advice: str) -> Unsupported | None:
     """Why the Triton kernels in `module` cannot run on `x`; None if they can.
 
     Args:
@@ -177,11 +178,11 @@ def library_obstacle(library: str, module: str, x: torch.Tensor, advice: str) ->
         advice: what to install when the import fails.
     """
     if not x.is_cuda:
-        return Obstacle(f"{library} needs a CUDA device")
+        return Unsupported(f"{library} needs a CUDA device")
     if x.dtype == torch.float64:
-        return Obstacle(f"{library} has no float64 kernels")
+        return Unsupported(f"{library} has no float64 kernels")
     error = import_error(module)
-    return Obstacle(f"{module} does not import: {error}", advice) if error else None
+    return Unsupported(f"{module} does not import: {error}", advice) if error else None
 
 
 def triton_version() -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.kernels.norm import check_weight, rms_norm
-from megatron_hylo.kernels.registry import library_obstacle, select
+from megatron_hylo.kernels.registry import library_unsupported, select
 
 MODULE = "megatron_hylo.kernels.triton_rms_norm"
 PROGRAMS = 16  # of the backward pass, a multiprocessor
@@ -30,8 +30,8 @@ def rms_norm_and_residual(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
     Raises:
         ValueError: weight is not [n].
     """
-    obstacle = library_obstacle("triton", MODULE, x, "pip install triton")
-    if select("rms_norm", "triton", obstacle) == "torch":
+    unsupported = library_unsupported("triton", MODULE, x, "pip install triton")
+    if select("rms_norm", "triton", unsupported) == "torch":
         return rms_norm(x, weight, eps), x
     check_weight("rms_norm", x, weight)
     return _Triton.apply(x.contiguous(), weight, eps)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_hylo.kernels.registry import library_obstacle, select
+from megatron_hylo.kernels.registry import library_unsupported, select
 
 MODULE = "megatron_hylo.kernels.triton_concatenate"
 
@@ -38,8 +38,8 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
     Returns:
         [..., sum of widths].
     """
-    obstacle = library_obstacle("triton", MODULE, parts[0], "pip install triton")
-    if select("concatenate", "triton", obstacle) == "torch":
+    unsupported = library_unsupported("triton", MODULE, parts[0], "pip install triton")
+    if select("concatenate", "triton", unsupported) == "torch":
         return torch.cat(list(parts), dim=-1)
     return concatenate_by_triton(parts)
 

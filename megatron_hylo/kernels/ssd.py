@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from megatron_hylo.kernels.registry import library_obstacle, select
+from megatron_hylo.kernels.registry import library_unsupported, select
 
 RESET = -60.0  # a log decay that leaves nothing: e^-60 is far below fp32's rounding, and sums of it keep their digits
 
@@ -88,7 +88,7 @@ def ssd(
 
 def ssd_implementation(x: torch.Tensor) -> str:
     """The registry's choice for x [b, t, h, p]."""
-    return select("ssd", "mamba_ssm", library_obstacle("mamba_ssm", MAMBA_MODULE, x, "pip install mamba-ssm"))
+    return select("ssd", "mamba_ssm", library_unsupported("mamba_ssm", MAMBA_MODULE, x, "pip install mamba-ssm"))
 
 
 def log_decay(dt: torch.Tensor, A: torch.Tensor, begins: torch.Tensor | None) -> torch.Tensor:

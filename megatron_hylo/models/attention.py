@@ -62,17 +62,17 @@ class GroupedQueryAttention(Mixer):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed = None) -> tuple[Tensor, Tensor | None]:
         """Rotation, softmax attention and output projection: [sequence (/ TP), batch, hidden], and no bias."""
         documents = self.context.seen(packed)
-        if self.context.by_heads:
+        if self.context.uses_all_to_all:
             parts = [x.flatten(2) for x in (query, key, value)]
             own = self.context.exchange(*((x, [x.shape[-1]]) for x in parts))
             query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in own)
         query, key = self.rotate(query, documents), self.rotate(key, documents)
         query = query.flatten(2, -2)  # in memory of its own by now
-        if self.context.by_parts:
+        if self.context.uses_all_gather:
             key_value = torch.cat([key, value], dim=-1).transpose(0, 1)
             key, value = self.context.up_to_here(key_value).transpose(0, 1).chunk(2, dim=-1)
         out = self.context.attend(functools.partial(attention, scale=self.head_dim**-0.5), documents, query, key, value)
-        return self.linear_proj(sequence_first(self.context.give_back(out.flatten(2)), packed))
+        return self.linear_proj(sequence_first(self.context.heads_to_sequence(out.flatten(2)), packed))
 
     def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
         """[sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""

@@ -22,7 +22,15 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from megatron_hylo.config import ConfigError, Fp8, ModelConfig, ParallelConfig, from_dict
-from megatron_hylo.io import DamagedError, barrier, hash_early, read_sealed_json, sealed_directory, verify_sealed, write_json
+from megatron_hylo.io import (
+    DamagedError,
+    atomic_directory,
+    barrier,
+    hash_early,
+    read_verified_json,
+    verify_manifest,
+    write_json,
+)
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.specs import BackendName
 from megatron_hylo.platform.distributed import is_main
@@ -66,7 +74,7 @@ def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     file = Path(path) / "hylo.json"
     if not file.is_file():
         raise ConfigError(f"{path} is not a megatron_hylo model folder: it has no hylo.json")
-    description = read_sealed_json(path, "hylo.json")
+    description = read_verified_json(path, "hylo.json")
     if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
         raise ConfigError(
             f"{file}: format {description.get('format')} {description.get('version')}, expected {FORMAT} {VERSION}"
@@ -195,7 +203,7 @@ def save_model(
     """
     chunks = [model] if isinstance(model, HyloModel) else model
     config = chunks[0].config
-    with sealed_directory(path, overwrite) as folder:
+    with atomic_directory(path, overwrite) as folder:
         BackgroundWrite(sharded_chunks(chunks), folder / "weights", folder).finish()
         if is_main():
             write_json(folder / "hylo.json", describe(config.hylo, config.params_dtype, provenance or {}))
@@ -234,7 +242,7 @@ def load_chunks(
         DamagedError: its files are not what its manifest says.
     """
     config, description = read_description(path)
-    verify_sealed(path, hashes=verify_hashes)
+    verify_manifest(path, hashes=verify_hashes)
     dtype = params_dtype or DTYPES[description["params_dtype"]]
     chunks = build_chunks(config.replace(**changes), parallel, dtype, backend, recompute, fp8)
     put_chunks(chunks, load_weights(sharded_chunks(chunks), Path(path) / "weights"))

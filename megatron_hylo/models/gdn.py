@@ -57,12 +57,12 @@ class GatedDeltaNet(Mixer):
 
     def gates(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """Log decay (fp32) and writing strength as `recurrence` takes them, of the heads this rank computes."""
-        own = self.context.own_share
+        own = self.context.head_shard
         return gates_of(alpha, beta, own(self.A_log), own(self.dt_bias))
 
     def recurrence(self, hidden_states: Tensor, *inputs: Tensor) -> Tensor:
         """q, k, v, log decay and writing strength -> outputs [batch, sequence, heads, value_head_dim]."""
-        if self.context.by_parts:
+        if self.context.uses_all_gather:
             return delta_rule_over_ranks(self.context, *inputs)
         return gated_delta_rule(*inputs, keep_states=is_recomputed(self.config, self.symbol, hidden_states))[0]
 
@@ -74,7 +74,7 @@ class GatedDeltaNet(Mixer):
         sections = dict(zip(self.sections, split_sections(batch_first(projected, packed), [*self.sections.values()])))
         gate, alpha = sections.pop("gate"), self.decay_input(hidden_states, sections, packed)
         *qkv, beta, alpha = context.exchange(*((x, [x.shape[-1]]) for x in (*sections.values(), alpha)))
-        own = functools.partial(context.own_share, widths=[self.sections[name] for name in ("query", "key", "value")])
+        own = functools.partial(context.head_shard, widths=[self.sections[name] for name in ("query", "key", "value")])
         places = documents.own_positions if documents is not None else None
         qkv = self.conv1d(*context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places, own)
         query, key, value = (x.unflatten(-1, (beta.shape[-1], -1)) for x in qkv)  # [batch, sequence, heads, channels]
@@ -83,8 +83,8 @@ class GatedDeltaNet(Mixer):
             begins = documents.begins.view(-1, *[1] * (decay.dim() - 2))
             decay = decay.masked_fill(begins, RESET)
         out = self.recurrence(hidden_states, query, key, value, decay, beta)
-        if context.by_heads:
-            out = context.give_back(out.flatten(2)).unflatten(-1, (self.heads, -1))
+        if context.uses_all_to_all:
+            out = context.heads_to_sequence(out.flatten(2)).unflatten(-1, (self.heads, -1))
         out = self.out_norm(out, gate.reshape(out.shape))
         return self.out_proj(sequence_first(out.flatten(2), packed))
 

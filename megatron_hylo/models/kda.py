@@ -41,12 +41,12 @@ class KimiDeltaAttention(GatedDeltaNet):
 
     def gates(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """Log decay [batch, sequence, heads, key_head_dim] (fp32) and writing strength, of the heads this rank computes."""
-        own, heads = self.context.own_share, beta.shape[-1]
+        own, heads = self.context.head_shard, beta.shape[-1]
         bias = own(self.dt_bias).view(heads, -1)
         return channel_gates(alpha.unflatten(-1, (heads, -1)), beta, own(self.A_log), bias)
 
     def recurrence(self, hidden_states: Tensor, *inputs: Tensor) -> Tensor:
         """q, k, v, log decay and writing strength -> outputs [batch, sequence, heads, value_head_dim]."""
-        if self.context.by_parts:
+        if self.context.uses_all_gather:
             return delta_rule_over_ranks(self.context, *inputs, kind=KdaPart)
         return kda(*inputs)[0]

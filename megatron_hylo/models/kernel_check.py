@@ -19,7 +19,7 @@ from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d_sections
 from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
-from megatron_hylo.kernels.head_softmax import head_softmax, obstacle
+from megatron_hylo.kernels.head_softmax import head_softmax, unsupported
 from megatron_hylo.kernels.kda import kda, recurrent_kda
 from megatron_hylo.kernels.norm import gated_rms_norm
 from megatron_hylo.kernels.recurrence_part import DeltaRulePart, KdaPart
@@ -119,7 +119,7 @@ def _cases(c: ModelConfig, device: torch.device, parts: bool) -> Iterator[_Case]
         yield from MIXER_CASES[symbol](c, draw, parts)
     yield from _compiled(c, draw)
     yield from _fused_projections(c, draw)
-    if select("head_softmax", "triton", obstacle(torch.empty(0, dtype=torch.bfloat16, device=device))) == "triton":
+    if select("head_softmax", "triton", unsupported(torch.empty(0, dtype=torch.bfloat16, device=device))) == "triton":
         teacher = 3 * torch.randn(64, VOCABULARY, generator=draw.generator).to(device).bfloat16().float()
         student = 3 * torch.randn(64, VOCABULARY, generator=draw.generator).to(device)
         yield _Case(
@@ -224,9 +224,9 @@ class _Middle:
 
     rank = 2
 
-    def effects(self, kept: Tensor, added: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
+    def gather_affine_maps(self, transition: Tensor, increment: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
         """Of all."""
-        return [(kept, added)] * 5
+        return [(transition, increment)] * 5
 
 
 def _amid_its_like(recurrence: Callable[..., tuple[Tensor, Tensor]], **inputs: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class HeadNorm(nn.Module):
         return fused_gated_rms_norm(x, gate, weight, self.eps, norm_before_gate=True)
 
 
-class AlignedKeyNorm(HeadNorm):
+class WholeHeadKeyNorm(HeadNorm):
     """HeadNorm of MLA's keys, with `rotary_mix`: what each key head of this rank has of each rotary pair, [groups, pairs].
 
     `rotary_mix` is split over the tensor-parallel ranks as the key heads are, so its gradient needs no sum.

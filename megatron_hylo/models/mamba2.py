@@ -74,7 +74,7 @@ class Mamba2(Mixer):
         z, xbc, dt = split_sections(batch_first(projected, packed), [inner, sum(widths), heads])
         xbc, dt = context.exchange((xbc, widths), (dt, [heads]))
         (b, s, _), widths = dt.shape, [width // context.shares for width in widths]
-        own = functools.partial(context.own_share, widths=[self.sections[name] for name in "xBC"])
+        own = functools.partial(context.head_shard, widths=[self.sections[name] for name in "xBC"])
         places = documents.own_positions if documents is not None else None
         (xbc,) = self.conv1d(*context.tokens_before([xbc], c.linear_conv_kernel_dim - 1), places, own)
         x, state_in, state_out = xbc.split(widths, dim=-1)
@@ -82,13 +82,13 @@ class Mamba2(Mixer):
         x = x.reshape(b, s, -1, c.mamba_head_dim).repeat_interleave(repeats, dim=2)
         state_in = state_in.reshape(b, s, -1, c.mamba_state_dim).repeat_interleave(repeats, dim=2)
         state_out = state_out.reshape(b, s, -1, c.mamba_state_dim)
-        decay, bias, skip = (context.own_share(parameter) for parameter in (self.A_log, self.dt_bias, self.D))
+        decay, bias, skip = (context.head_shard(parameter) for parameter in (self.A_log, self.dt_bias, self.D))
         dt = torch.nn.functional.softplus(dt.float() + bias)
         rate = -decay.exp()
         begins = documents.begins if documents is not None else None
         inputs = (x, dt, rate, state_in, state_out, skip)
-        y = ssd_over_ranks(context, *inputs, begins) if context.by_parts else ssd(*inputs, begins=begins)[0]
-        y = self.norm(context.give_back(y.reshape(b, s, -1)), z)
+        y = ssd_over_ranks(context, *inputs, begins) if context.uses_all_gather else ssd(*inputs, begins=begins)[0]
+        y = self.norm(context.heads_to_sequence(y.reshape(b, s, -1)), z)
         return self.out_proj(sequence_first(y, packed))
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):

@@ -1,11 +1,11 @@
-"""`+`: HyLo's Multi-head Latent Attention, and the aligned form of it that can equal the attention it replaces.
+"""`+`: HyLo's Multi-head Latent Attention, and the teacher-shaped form of it that can equal the attention it replaces.
 
 HyLo's (model cards and blog) differs from DeepSeek's and Megatron-Core's in that `linear_kv_up_proj` makes only the base
 model's KV heads, each shared by a group of query heads; the latents have no layer norm; Qwen's q/k-norm is kept, over the
 concatenated (unrotated, rotary) channels of each head and before the rotation. Heads have qk_head_dim +
 qk_pos_emb_head_dim = kv_channels channels, and the rotary ones the frequencies of a standard table of their number.
 
-The aligned form is ours, after TransMLA's RoRoPE (arXiv:2502.07864). qk_head_dim = kv_channels unrotated channels come
+The teacher-shaped form is ours, after TransMLA's RoRoPE (arXiv:2502.07864). qk_head_dim = kv_channels unrotated channels come
 first, the rotary ones on top; each layer's rotary pairs take frequencies of the base model's table (mla_rotary_pairs),
 several pairs the same one if need be; biases make room for Qwen2.5's (mla_bias). The q/k-norm then is that of the base
 model's heads: the unrotated channels of a query are the base model's whole query; the unrotated channels of a key plus
@@ -23,7 +23,7 @@ from megatron_hylo.config import ModelConfig
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
-from megatron_hylo.models.layers import AlignedKeyNorm, HeadNorm, ReplicatedLinear, rotary_table
+from megatron_hylo.models.layers import HeadNorm, ReplicatedLinear, WholeHeadKeyNorm, rotary_table
 from megatron_hylo.models.mixer import Mixer, MixerSubmodules, column_linear, row_linear
 from megatron_hylo.parallel.documents import Packed, batch_first, sequence_first
 from megatron_hylo.platform.distributed import device
@@ -66,8 +66,8 @@ class MultiLatentAttention(Mixer):
         self.register_buffer("rotary_pairs", torch.tensor(pairs, device=device()), persistent=False)
         if c.qk_layernorm:
             self.q_layernorm = HeadNorm(config, self.qk_dim)
-            if c.mla_aligned_norm:
-                self.k_layernorm = AlignedKeyNorm(config, self.qk_dim, self.groups, slots, self.tp_group)
+            if c.mla_whole_head_norm:
+                self.k_layernorm = WholeHeadKeyNorm(config, self.qk_dim, self.groups, slots, self.tp_group)
             else:
                 self.k_layernorm = HeadNorm(config, self.qk_dim)
 
@@ -93,7 +93,7 @@ class MultiLatentAttention(Mixer):
             query, key = self._normalise(query, plain_key, rotary_key)
         (query,) = self.context.exchange((query.flatten(2), [self.heads * self.qk_dim]))
         query = query.unflatten(2, (-1, self.qk_dim))
-        documents, s, own = self.context.seen(packed), query.shape[1], self.context.own_share
+        documents, s, own = self.context.seen(packed), query.shape[1], self.context.head_shard
         cos, sin = self._rotary_table(keys)
         if documents is not None:
             cos, sin = cos[documents.positions[:keys]], sin[documents.positions[:keys]]
@@ -102,13 +102,13 @@ class MultiLatentAttention(Mixer):
         key = rotate(own(key, dim=2), cos, sin) if c.qk_layernorm else shared_key(own(plain_key, dim=2), rotary_key, cos, sin)
         attend = partial(attention, scale=self.qk_dim**-0.5)
         out = self.context.attend(attend, documents, query, key, own(value, dim=2))
-        return self.linear_proj(sequence_first(self.context.give_back(out.flatten(2)), packed))
+        return self.linear_proj(sequence_first(self.context.heads_to_sequence(out.flatten(2)), packed))
 
     def _normalise(self, query: Tensor, plain_key: Tensor, rotary_key: Tensor) -> tuple[Tensor, Tensor]:
         """q/k-norm before the rotation: the query, and the key with a copy of the rotary one for each of its heads."""
         c, norm = self.config.hylo, self.k_layernorm
         key = torch.cat([plain_key, rotary_key.unsqueeze(2).expand(-1, -1, self.groups, -1)], dim=-1)
-        if not c.mla_aligned_norm:
+        if not c.mla_whole_head_norm:
             return self.q_layernorm(query), norm(key)
         base_key = unfold_rotary_key(plain_key, rotary_key, norm.rotary_mix, self.rotary_pairs)
         return self.q_layernorm(query, reference=query[..., : c.qk_head_dim]), norm(key, reference=base_key)

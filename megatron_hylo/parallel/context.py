@@ -29,7 +29,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.parallel.documents import Packed, PackedDocuments, by_document
 
 
-def own_slice(length: int) -> slice:
+def sequence_slice(length: int) -> slice:
     """Places of this rank's tokens in a sequence of `length`.
 
     Raises:
@@ -41,9 +41,9 @@ def own_slice(length: int) -> slice:
     return slice(rank * length // ranks, (rank + 1) * length // ranks)
 
 
-def own_part(x: Tensor) -> Tensor:
+def sequence_shard(x: Tensor) -> Tensor:
     """This rank's part of whole sequences: [batch, sequence] -> [batch, sequence / context-parallel ranks]."""
-    return x[:, own_slice(x.shape[1])].contiguous()
+    return x[:, sequence_slice(x.shape[1])].contiguous()
 
 
 def context_group(method: str | None, group: dist.ProcessGroup, recurrent: bool = False, **heads: int) -> "ContextGroup":
@@ -65,8 +65,8 @@ def context_group(method: str | None, group: dist.ProcessGroup, recurrent: bool 
             f"cp_comm_type a2a needs heads that context_parallel_size {ranks} divides; of a tensor-parallel rank it does not "
             f"divide {', '.join(indivisible)}; use auto or all_gather, or other sizes"
         )
-    by_heads = not indivisible and (method == "a2a" or (method == "auto" and not recurrent))
-    return ContextGroup(group, ranks > 1 and by_heads)
+    uses_all_to_all = not indivisible and (method == "a2a" or (method == "auto" and not recurrent))
+    return ContextGroup(group, ranks > 1 and uses_all_to_all)
 
 
 class ContextGroup:
@@ -76,12 +76,12 @@ class ContextGroup:
 
     Args:
         group: context-parallel process group.
-        by_heads: trade sequence for heads (`a2a`).
+        uses_all_to_all: trade sequence for heads (`a2a`).
     """
 
-    def __init__(self, group: dist.ProcessGroup, by_heads: bool = False) -> None:
-        self.group, self.size, self.rank, self.by_heads = group, group.size(), group.rank(), by_heads
-        self.shares = self.size if by_heads else 1
+    def __init__(self, group: dist.ProcessGroup, uses_all_to_all: bool = False) -> None:
+        self.group, self.size, self.rank, self.uses_all_to_all = group, group.size(), group.rank(), uses_all_to_all
+        self.shares = self.size if uses_all_to_all else 1
         self.received_bytes = 0
 
     def exchange(self, *parts: tuple[Tensor, Iterable[int]]) -> list[Tensor]:
@@ -94,7 +94,7 @@ class ContextGroup:
         Returns:
             For each part [batch, ranks sequence, sum of widths / ranks], the same sections.
         """
-        if not self.by_heads:
+        if not self.uses_all_to_all:
             return [x for x, _ in parts]
         sections = [section for x, widths in parts for section in x.split(list(widths), -1)]
         # for each rank its share of every section, put in order by one copy
@@ -103,15 +103,15 @@ class ContextGroup:
         )
         return list(received.transpose(0, 1).flatten(1, 2).split([x.shape[-1] // self.size for x, _ in parts], -1))
 
-    def give_back(self, x: Tensor) -> Tensor:
+    def heads_to_sequence(self, x: Tensor) -> Tensor:
         """All tokens of own heads -> own tokens of all heads: [batch, ranks sequence, w] -> [batch, sequence, ranks w]."""
-        if not self.by_heads:
+        if not self.uses_all_to_all:
             return x
         return self._all_to_all(x.unflatten(1, (self.size, -1)).transpose(0, 1)).permute(1, 2, 0, 3).flatten(2)
 
-    def own_share(self, x: Tensor, widths: Iterable[int] | None = None, dim: int = 0) -> Tensor:
+    def head_shard(self, x: Tensor, widths: Iterable[int] | None = None, dim: int = 0) -> Tensor:
         """What belongs to own heads of a tensor or parameter whose dimension `dim` counts heads, in sections or as one."""
-        if not self.by_heads:
+        if not self.uses_all_to_all:
             return x
         widths = list(widths) if widths is not None else [x.shape[dim]]
         return torch.cat([section.chunk(self.size, dim)[self.rank] for section in x.split(widths, dim)], dim)
@@ -120,16 +120,16 @@ class ContextGroup:
         """Documents as they lie in the tokens that this rank computes with."""
         if not isinstance(packed, PackedDocuments):
             return None
-        return packed.whole if self.by_heads else packed
+        return packed.whole if self.uses_all_to_all else packed
 
     @property
     def parts_read(self) -> int:
         """Of the sequence, by the queries that this rank computes with."""
-        return self.size if self.by_heads else max(self.rank + 1, self.size - self.rank)
+        return self.size if self.uses_all_to_all else max(self.rank + 1, self.size - self.rank)
 
     def positions(self, length: int) -> slice:
         """Places in the whole sequence of the `length` tokens that this rank computes with."""
-        return slice(0, length) if self.by_heads else slice(self.rank * length, (self.rank + 1) * length)
+        return slice(0, length) if self.uses_all_to_all else slice(self.rank * length, (self.rank + 1) * length)
 
     def up_to_here(self, x: Tensor) -> Tensor:
         """All parts that this rank's queries read: [sequence, batch, ...] of each rank -> [parts sequence, batch, ...]."""
@@ -159,7 +159,7 @@ class ContextGroup:
         Returns:
             [batch, tokens, heads, value channels].
         """
-        if not self.by_parts:
+        if not self.uses_all_gather:
             return by_document(attention, documents, query, key, value)
         here, half = self.positions(query.shape[1]), query.shape[1] // 2
         stop = self.size * query.shape[1] - here.start  # where the other rank's part ends
@@ -183,7 +183,7 @@ class ContextGroup:
             The sections, to be read by the convolution alone, and [batch, all channels, count], oldest first, zeros on the
             first rank; None where a rank has all tokens.
         """
-        if not self.by_parts:
+        if not self.uses_all_gather:
             return sections, None
         if (tokens := sections[0].shape[1]) < count:
             raise ConfigError(
@@ -195,29 +195,30 @@ class ContextGroup:
         return sections, torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])[self.rank]  # in the graph of every rank
 
     @property
-    def by_parts(self) -> bool:
+    def uses_all_gather(self) -> bool:
         """Whether ranks compute with parts of the sequence."""
-        return self.size > 1 and not self.by_heads
+        return self.size > 1 and not self.uses_all_to_all
 
-    def effects(self, kept: Tensor, added: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
+    def gather_affine_maps(self, transition: Tensor, increment: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
         """What each rank's part does to the recurrent state; outside of any graph.
 
         Args:
-            kept: what this rank's tokens multiply states with from the left, [batch, heads, rows, rows] or
+            transition: what this rank's tokens multiply states with from the left, [batch, heads, rows, rows] or
                 [batch, heads, 1, 1].
-            added: and add, [batch, heads, rows, columns].
+            increment: what they add, [batch, heads, rows, columns].
             backward: not counted in `received_bytes`.
 
         Returns:
-            (kept, added) of every rank.
+            (transition, increment) of every rank.
         """
-        mine = torch.cat([kept.flatten(2), added.flatten(2)], -1)
+        mine = torch.cat([transition.flatten(2), increment.flatten(2)], -1)
         everyone = mine.new_empty(self.size * len(mine), *mine.shape[1:])
         dist.all_gather_into_tensor(everyone, mine, group=self.group)
         self.received_bytes += 0 if backward else (self.size - 1) * mine.numel() * mine.element_size()
-        sizes = [x[0, 0].numel() for x in (kept, added)]
+        sizes = [x[0, 0].numel() for x in (transition, increment)]
         return [
-            (a.reshape(kept.shape), b.reshape(added.shape)) for a, b in (x.split(sizes, -1) for x in everyone.chunk(self.size))
+            (a.reshape(transition.shape), b.reshape(increment.shape))
+            for a, b in (x.split(sizes, -1) for x in everyone.chunk(self.size))
         ]
 
     def _trade(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from megatron_hylo.kernels.recurrence_part import DeltaRulePart, KdaPart, SsdPar
 from megatron_hylo.parallel.context import ContextGroup
 
 Part = DeltaRulePart | KdaPart | SsdPart
-Steps = Sequence[tuple[Tensor, Tensor]]  # (kept, added) of each: S -> kept S + added
+Steps = Sequence[tuple[Tensor, Tensor]]  # (transition, increment) of each: S -> transition S + increment
 
 PART = 8192  # tokens of a part at least
 COLUMNS = 64  # of a state's, that one program of fla's kernels carries
@@ -77,22 +77,22 @@ class _InParts(torch.autograd.Function):
         kind: type[Part],
         *inputs: Tensor | None,
     ) -> Tensor:
-        part, effect = kind.begin(*inputs)
-        steps = list(zip(_by_part(effect.kept, parts), _by_part(effect.added, parts)))
-        earlier = context.effects(*_composed(steps))[: context.rank]
+        part, affine = kind.begin(*inputs)
+        steps = list(zip(_by_part(affine.transition, parts), _by_part(affine.increment, parts)))
+        earlier = context.gather_affine_maps(*_composed(steps))[: context.rank]
         before = torch.stack(_states(earlier, steps), 1).flatten(0, 1)
-        out = effect.outputs(before)
+        out = affine.outputs(before)
         ctx.context, ctx.parts, ctx.kind = context, parts, kind
-        ctx.save_for_backward(effect.reach, effect.kept, before, *part)
+        ctx.save_for_backward(affine.readout, affine.transition, before, *part)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        reach, kept, before, *part = ctx.saved_tensors
+        readout, transition, before, *part = ctx.saved_tensors
         context, parts = ctx.context, ctx.parts
-        back = [x.transpose(-1, -2) for x in _by_part(kept, parts)]
-        steps = list(zip(back, _by_part(state_gradient(reach, grad), parts)))[::-1]
-        later = context.effects(*_composed(steps), backward=True)[: context.rank : -1]
+        back = [x.transpose(-1, -2) for x in _by_part(transition, parts)]
+        steps = list(zip(back, _by_part(state_gradient(readout, grad), parts)))[::-1]
+        later = context.gather_affine_maps(*_composed(steps), backward=True)[: context.rank : -1]
         after = torch.stack(_states(later, steps)[::-1], 1).flatten(0, 1)
         return None, None, None, *ctx.kind(*part).gradients(before, grad, after)
 
@@ -105,14 +105,14 @@ def _by_part(x: Tensor, parts: int) -> tuple[Tensor, ...]:
 def _states(others: Steps, own: Steps) -> list[Tensor]:
     """The state that each of a rank's own steps begins with, after those of other ranks, which begin from none."""
     states = [torch.zeros_like(own[0][1])]
-    for kept, added in [*others, *own[:-1]]:
-        states.append(times(kept, states[-1]) + added)
+    for transition, increment in [*others, *own[:-1]]:
+        states.append(times(transition, states[-1]) + increment)
     return states[len(others) :]
 
 
 def _composed(steps: Steps) -> tuple[Tensor, Tensor]:
-    """(kept, added) of steps S -> kept S + added, done one after the other."""
-    (kept, added), *rest = steps
+    """(transition, increment) of steps S -> transition S + increment, done one after the other."""
+    (transition, increment), *rest = steps
     for next_kept, next_added in rest:
-        kept, added = times(next_kept, kept), times(next_kept, added) + next_added
-    return kept, added
+        transition, increment = times(next_kept, transition), times(next_kept, increment) + next_added
+    return transition, increment

@@ -63,7 +63,7 @@ def predict_memory(
     config: TrainConfig,
     students: Sequence[Sequence[nn.Module]],
     teacher: Sequence[nn.Module] | None,
-    elsewhere: TeacherSignal | None,
+    teacher_signal: TeacherSignal | None,
     optimizer_shards: int,
 ) -> Memory:
     """What this rank will need.
@@ -72,14 +72,14 @@ def predict_memory(
         config: the run.
         students: this rank's chunks of each, with `requires_grad` as in training.
         teacher: its chunks, where it is on these ranks.
-        elsewhere: a teacher that is not.
+        teacher_signal: a teacher that is not.
         optimizer_shards: ranks that share the optimizer's state; 1 if none do.
     """
     parameters = [p for chunks in students for chunk in chunks for p in chunk.parameters()]
     trained = [p for p in parameters if p.requires_grad]
     count, wide = (sum(p.numel() for p in chosen) for chosen in (trained, [p for p in trained if p.element_size() == 4]))
     theirs = [p for chunk in teacher or () for p in chunk.parameters()]
-    if elsewhere is not None and (head := elsewhere.head_weight()) is not None:
+    if teacher_signal is not None and (head := teacher_signal.head_weight()) is not None:
         theirs.append(head)
     theirs_shape = teacher[0].config.hylo if teacher else None
     kept, passing = max((activations(config, chunks[0].config.hylo, theirs_shape) for chunks in students), key=sum)

@@ -13,7 +13,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.hf_reader import load_transformers_model, read_hf_config
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.hf import HyloCache, HyloConfig, HyloForCausalLM
-from megatron_hylo.io import verify_if_sealed
+from megatron_hylo.io import verify_manifest_if_any
 from megatron_hylo.io.foreign import load_foreign_model
 from megatron_hylo.io.gguf_file import gguf_file
 from megatron_hylo.platform.distributed import device, session
@@ -63,7 +63,7 @@ def load_for_generation(path: str | Path) -> tuple[Any, Any]:
     path = Path(path)
     is_megatron = (path / "hylo.json").is_file()
     if not is_megatron:
-        verify_if_sealed(path)
+        verify_manifest_if_any(path)
     source = path / "tokenizer" if is_megatron else path
     if is_megatron:
         model = model_from_megatron(path)

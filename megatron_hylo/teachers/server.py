@@ -25,7 +25,7 @@ from megatron_hylo.io.identity import content_identity
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.parallel.context import own_part, own_slice
+from megatron_hylo.parallel.context import sequence_shard, sequence_slice
 from megatron_hylo.parallel.documents import PackedDocuments
 from megatron_hylo.platform.distributed import device, session
 from megatron_hylo.teachers.remote_access import read_secret, replica_address, resolve
@@ -169,9 +169,9 @@ class Replica:
         length, documents = ids.shape[1], None
         ids = self._from_leader(ids.to(self.device))
         if starts is not None:
-            documents = PackedDocuments(self._from_leader(starts.to(self.device)), length, own_slice(length))
+            documents = PackedDocuments(self._from_leader(starts.to(self.device)), length, sequence_slice(length))
         with torch.no_grad():
-            return self._whole(self.model(own_part(ids), documents))
+            return self._whole(self.model(sequence_shard(ids), documents))
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """All tokens of all ranks, [sequence, windows, H]."""

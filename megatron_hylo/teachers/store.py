@@ -36,13 +36,13 @@ from megatron_hylo.data.tokenizer import check_dataset, copy_tokenizer
 from megatron_hylo.distill.head_loss import head_part, whole_head
 from megatron_hylo.io import (
     DamagedError,
+    atomic_directory,
     barrier,
     check_free,
-    is_sealed,
+    has_manifest,
     read_json,
-    read_sealed_json,
-    sealed_directory,
-    verify_sealed,
+    read_verified_json,
+    verify_manifest,
     work_folder,
     write_json,
 )
@@ -50,7 +50,7 @@ from megatron_hylo.io.identity import content_identity, file_identity, is_made_o
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.parallel.context import own_part
+from megatron_hylo.parallel.context import sequence_shard
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.teachers.entropy_coding import compress_block, decompress_block
 from megatron_hylo.teachers.hidden_codec import HiddenCodec, fit_codec
@@ -126,7 +126,7 @@ def write_store(
     found = read_json(work / "fit.json")
     stored = sum((work / f"{shard:05d}.bin").stat().st_size for shard in range(shards))
     description |= found | {"bytes_per_token": stored / documents.tokens}
-    with sealed_directory(output, overwrite) as partial:
+    with atomic_directory(output, overwrite) as partial:
         if is_main():
             (partial / "shards").mkdir()
             for file in sorted(work.glob("[0-9]*")):
@@ -244,10 +244,10 @@ class TeacherStore:
 
     def __init__(self, path: str | Path, data: str | Path, teacher: str | Path | None = None) -> None:
         self.path = Path(path)
-        if not (is_sealed(self.path) and (self.path / "store.json").is_file()):
+        if not (has_manifest(self.path) and (self.path / "store.json").is_file()):
             raise ConfigError(f"{path} is not a finished teacher store; make one with `hylo cache-teacher`")
-        verify_sealed(self.path)
-        self.description = read_sealed_json(self.path, "store.json", ("version", "dataset", "teacher"))
+        verify_manifest(self.path)
+        self.description = read_verified_json(self.path, "store.json", ("version", "dataset", "teacher"))
         if self.description["version"] != VERSION:
             raise ConfigError(
                 f"{path} has format {self.description['version']}, this version reads {VERSION}; cache the teacher again"
@@ -331,5 +331,5 @@ class StoredTeacher:
             yield batch | {"codes": torch.from_numpy(np.stack(rows))}
 
     def _hidden(self, codes: Tensor) -> Tensor:
-        decoded = self.store.codec.decode(own_part(codes).to(self.weight.device), self.dtype)
+        decoded = self.store.codec.decode(sequence_shard(codes).to(self.weight.device), self.dtype)
         return decoded.transpose(0, 1).contiguous()

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 
 from megatron_hylo.config.train import PREFIXES
-from megatron_hylo.io import barrier, is_sealed, read_sealed_json, remove_finished, sealed_directory, verify_sealed, write_json
+from megatron_hylo.io import (
+    atomic_directory,
+    barrier,
+    has_manifest,
+    read_verified_json,
+    remove_finished,
+    verify_manifest,
+    write_json,
+)
 from megatron_hylo.models.checkpoint import (
     BackgroundWrite,
     describe,
@@ -40,7 +48,7 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest finished checkpoint of a run, or None."""
-    return next((p for p in sorted((run / "checkpoints").glob("step_*"), reverse=True) if is_sealed(p)), None)
+    return next((p for p in sorted((run / "checkpoints").glob("step_*"), reverse=True) if has_manifest(p)), None)
 
 
 def checkpoint_step(path: Path | None) -> int:
@@ -55,7 +63,7 @@ def set_unfinished_aside(run: Path) -> None:
     """
     if is_main():
         newest = latest_checkpoint(run)
-        for path in sorted(p for p in (run / "checkpoints").glob("step_*") if p.is_dir() and not is_sealed(p)):
+        for path in sorted(p for p in (run / "checkpoints").glob("step_*") if p.is_dir() and not has_manifest(p)):
             aside = path.with_name(f"unfinished_{path.name}_{time.time_ns()}")
             path.rename(aside)
             if path.name > (newest.name if newest else ""):
@@ -109,7 +117,7 @@ class CheckpointSaver:
         """
         self.finish()
         with contextlib.ExitStack() as sealing:
-            folder = sealing.enter_context(sealed_directory(checkpoint_path(self.run, step), overwrite=True))
+            folder = sealing.enter_context(atomic_directory(checkpoint_path(self.run, step), overwrite=True))
             writes = []
             for (state, part), provenance in zip(_folders(states, folder), self.provenances):
                 with state.portable():
@@ -139,7 +147,7 @@ class CheckpointSaver:
             for write in writes:
                 write.finish()
         if is_main():
-            finished = [p for p in sorted((self.run / "checkpoints").glob("step_*")) if is_sealed(p)]
+            finished = [p for p in sorted((self.run / "checkpoints").glob("step_*")) if has_manifest(p)]
             for old in finished[: -self.keep]:
                 remove_finished(old)
 
@@ -157,7 +165,7 @@ def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, i
     Raises:
         DamagedError: the files are not what the manifest says.
     """
-    verify_sealed(path)
+    verify_manifest(path)
     for state, part in _folders(states, path):
         read_description(part)
         with state.portable():
@@ -166,5 +174,5 @@ def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, i
             put_chunks(state.chunks, loaded)
             load_optimizer_state(state.optimizer, loaded["optimizer"])
         load_schedule(state.scheduler, loaded["scheduler"])
-    position = read_sealed_json(path, "train_state.json", ("step", "consumed_samples"))
+    position = read_verified_json(path, "train_state.json", ("step", "consumed_samples"))
     return position["step"], position["consumed_samples"]

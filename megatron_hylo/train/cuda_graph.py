@@ -25,7 +25,7 @@ logger = logging.getLogger("megatron_hylo.train")
 
 
 @contextlib.contextmanager
-def recordable(enabled: bool, device: torch.device) -> Iterator[None]:
+def capturing(enabled: bool, device: torch.device) -> Iterator[None]:
     """All of training on a stream that can be recorded: autograd returns to the stream that a parameter was first used on.
 
     Args:
@@ -47,7 +47,7 @@ def recordable(enabled: bool, device: torch.device) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
-class Recorded:
+class Captured:
     """A function without arguments: the first calls run it, one records it, and from there on it is replayed.
 
     From the recorded call on, all return the same tensors, with new values.
@@ -72,7 +72,7 @@ class Recorded:
         return self.result
 
 
-class RecordedStage:
+class CapturedStage:
     """A stage whose passes are recorded once and replayed; the same `forward_backward` as `Stage`.
 
     Every step must have as many micro-batches of the same shape, of tensors alone.
@@ -81,14 +81,14 @@ class RecordedStage:
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.batches: list[dict[str, Tensor]] = []  # what the graph reads
-        self.passes: Recorded | None = None
+        self.passes: Captured | None = None
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
         """As `Stage.forward_backward`."""
         taken = list(itertools.islice(batches, micro_batches))
         if self.passes is None:
             self.batches = [{name: torch.empty_like(tensor) for name, tensor in batch.items()} for batch in taken]
-            self.passes = Recorded(
+            self.passes = Captured(
                 lambda: self.stage.forward_backward(states, iter(self.batches), micro_batches), "forward and backward passes"
             )
         for mine, batch in zip(self.batches, taken, strict=True):

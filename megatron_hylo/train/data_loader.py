@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.data.packed import PackedDataset, batches
 from megatron_hylo.data.prefetch import ahead
-from megatron_hylo.parallel.context import own_part, own_slice
+from megatron_hylo.parallel.context import sequence_shard, sequence_slice
 from megatron_hylo.parallel.documents import PackedDocuments
 from megatron_hylo.teachers.signal import TeacherSignal
 
@@ -44,7 +44,7 @@ def rank_batches(
         local: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         if starts is not None:
             length = config.micro_batch_size * config.sequence_length
-            local["documents"] = PackedDocuments(starts.to(device), length, own_slice(length))
+            local["documents"] = PackedDocuments(starts.to(device), length, sequence_slice(length))
         if hidden is not None:
             local["teacher_hidden"] = hidden()
         yield local
@@ -57,6 +57,6 @@ def _own(found: Iterator[dict], device: torch.device) -> Iterator[dict]:
     for batch in found:
         batch.pop("windows")
         for name in ("input_ids", "labels"):
-            own = own_part(batch[name])
+            own = sequence_shard(batch[name])
             batch[name] = own.pin_memory() if device.type == "cuda" else own
         yield batch

@@ -37,7 +37,7 @@ from megatron_hylo.train.checkpoint import (
     load_checkpoint,
     set_unfinished_aside,
 )
-from megatron_hylo.train.cuda_graph import Recorded, RecordedStage, recordable
+from megatron_hylo.train.cuda_graph import Captured, CapturedStage, capturing
 from megatron_hylo.train.data_loader import rank_batches
 from megatron_hylo.train.determinism import determinism
 from megatron_hylo.train.nan_guard import SkippedSteps
@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> Quality | None:
     with (
         determinism(config.deterministic),
         session(config.parallel, config.seed) as device,
-        recordable(config.cuda_graphs, device),
+        capturing(config.cuda_graphs, device),
         output_lock(run),
     ):
         check_run_folder(config, run)
@@ -93,13 +93,13 @@ def train(config: TrainConfig) -> Quality | None:
         check_run_tokens(config, _architectures(config)[0].vocab_size)
         dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
         windows = _heldout(config)
-        elsewhere = teacher_elsewhere(config)
-        if elsewhere is not None:
-            about = remote_description(elsewhere) if isinstance(elsewhere, RemoteTeacher) else None
-            check_teacher_tokens(config, elsewhere.config.hylo.vocab_size, about)
+        teacher_signal = open_teacher_signal(config)
+        if teacher_signal is not None:
+            about = remote_description(teacher_signal) if isinstance(teacher_signal, RemoteTeacher) else None
+            check_teacher_tokens(config, teacher_signal.config.hylo.vocab_size, about)
             resume.check_remote((about or {}).get("identity"))
         students, teacher = _build_models(config)
-        stage = get_stage(config, teacher, elsewhere)
+        stage = get_stage(config, teacher, teacher_signal)
         for student in students:
             stage.check(student[0])
             choose_trainable(student, config)
@@ -121,13 +121,13 @@ def train(config: TrainConfig) -> Quality | None:
         reporter.say(f"{config.stage}: {_describe(config, students)}" + (f"; resumed at step {step}" if step else ""))
         reporter.say(f"{config.data}: {dataset.describe(config.train_steps * config.global_batch_size)}")
         if device.type == "cuda":
-            reporter.predict(predict_memory(config, students, teacher, elsewhere, _optimizer_shards(config)))
+            reporter.predict(predict_memory(config, students, teacher, teacher_signal, _optimizer_shards(config)))
         saver = CheckpointSaver(run, provenances, tokenizer, config.keep_checkpoints)
         stop = StopRequest()
-        passes = RecordedStage(stage) if config.cuda_graphs else stage
+        passes = CapturedStage(stage) if config.cuda_graphs else stage
         for state in (state for state in states if state.capturable):
-            state.take_step = Recorded(state.take_step, "update")
-        reads = elsewhere if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
+            state.take_step = Captured(state.take_step, "update")
+        reads = teacher_signal if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
         feed = rank_batches(config, dataset, consumed, device, reads)
         try:
             skipped = SkippedSteps(config.max_skipped_steps)
@@ -198,7 +198,7 @@ class StopRequest:
 
 def training_step(
     states: Sequence[TrainingState],
-    stage: Stage | RecordedStage,
+    stage: Stage | CapturedStage,
     feed: Any,
     micro_batches: int,
     step: int,
@@ -274,7 +274,7 @@ def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[Hylo
     return [[chunk.train() for chunk in student] for student in students], teacher
 
 
-def teacher_elsewhere(config: TrainConfig) -> TeacherSignal | None:
+def open_teacher_signal(config: TrainConfig) -> TeacherSignal | None:
     """The teacher of a run that has it on disk, or on the ranks of another job."""
     if config.teacher_store is not None:
         return StoredTeacher(TeacherStore(config.teacher_store, config.data, config.teacher), _dtype(config))

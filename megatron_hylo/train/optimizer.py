@@ -25,7 +25,7 @@ from megatron_hylo.config.mixers import MIXERS
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
-from megatron_hylo.train.optimizer_offload import RestingState
+from megatron_hylo.train.optimizer_offload import OffloadedState
 
 logger = logging.getLogger("megatron_hylo.train")
 MIXER_PARAMETERS = "*.self_attention.*"
@@ -40,7 +40,7 @@ class TrainingState:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     take_step: Callable[[], tuple[bool, Tensor | float | None, int | None]]  # the optimizer's, or that recorded
-    resting: RestingState | None = None  # where the optimizer's state is on the CPU between steps
+    resting: OffloadedState | None = None  # where the optimizer's state is on the CPU between steps
     capturable: bool = False  # whether the update reads learning rates and its count of steps from tensors
 
     @property
@@ -149,7 +149,7 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     transformer_config.finalize_model_grads_func = finalize_model_grads
     no_sync = [wrapper.no_sync for wrapper in wrapped]
     transformer_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
-    resting = RestingState(optimizer, chunks) if settings.offload else None
+    resting = OffloadedState(optimizer, chunks) if settings.offload else None
     scheduler = _scheduler(optimizer, settings, config.train_steps)
     return TrainingState(wrapped, optimizer, scheduler, optimizer.step, resting, capturable)
 

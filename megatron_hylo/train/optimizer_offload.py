@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 
-class RestingState:
+class OffloadedState:
     """Takes an optimizer's state to the CPU, from when it is made on but inside `resident`.
 
     Args:

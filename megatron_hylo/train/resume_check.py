@@ -18,7 +18,7 @@ from typing import Any
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES, LAYOUTS
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.io import is_sealed, on_main, read_json, write_json
+from megatron_hylo.io import has_manifest, on_main, read_json, write_json
 from megatron_hylo.io.identity import content_identity, json_identity
 from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.platform.distributed import is_main
@@ -76,7 +76,7 @@ class Resume:
         Raises:
             ConfigError: train_tokens asks for fewer steps than are done, or no checkpoint is there to train on from.
         """
-        finished, wanted, at = is_sealed(self.run / "model"), config.train_steps, checkpoint_step(newest)
+        finished, wanted, at = has_manifest(self.run / "model"), config.train_steps, checkpoint_step(newest)
         done = at
         if finished:
             first = replace(config, train_tokens=self.first_train_tokens).train_steps

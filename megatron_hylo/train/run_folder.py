@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import PREFIXES, TrainConfig
-from megatron_hylo.io import check_apart, check_free, is_sealed
+from megatron_hylo.io import check_apart, check_free, has_manifest
 
 
 def check_run_folder(config: TrainConfig, run: Path) -> None:
@@ -19,7 +19,7 @@ def check_run_folder(config: TrainConfig, run: Path) -> None:
             that the run reads where it removes old checkpoints.
     """
     sources = [config.data, config.model, config.scratch, config.second_model, config.teacher, config.teacher_store]
-    if not is_sealed(run / "model"):  # else the run is finished and nothing is written
+    if not has_manifest(run / "model"):  # else the run is finished and nothing is written
         for prefix in PREFIXES:
             check_free(run / f"{prefix}model", overwrite=True, sources=sources)
     checkpoints = run / "checkpoints"

@@ -32,14 +32,14 @@ class Stage:
     """One step's losses and gradients."""
 
     def __init__(
-        self, config: TrainConfig, teacher: Sequence[HyloModel] | None, elsewhere: TeacherSignal | None = None
+        self, config: TrainConfig, teacher: Sequence[HyloModel] | None, teacher_signal: TeacherSignal | None = None
     ) -> None:
-        self.config, self.elsewhere = config, elsewhere
-        self.teacher = teacher if elsewhere is None else None
+        self.config, self.teacher_signal = config, teacher_signal
+        self.teacher = teacher if teacher_signal is None else None
 
     def check(self, student: HyloModel) -> None:
         """Refuse a student (one of its chunks will do) and teacher that do not fit, before training starts."""
-        if (teacher := self.elsewhere or (self.teacher and self.teacher[0])) is not None:
+        if (teacher := self.teacher_signal or (self.teacher and self.teacher[0])) is not None:
             check_vocabularies(student, teacher)
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ class Stage:
         teacher = self.teacher[student.vp_stage or 0] if self.teacher is not None else None
         if teacher is None:
             taught = batch.get("teacher_hidden")
-            return model(ids, documents), partial(self._loss, student, self.elsewhere, batch["labels"], taught, counts)
+            return model(ids, documents), partial(self._loss, student, self.teacher_signal, batch["labels"], taught, counts)
         if not student.pre_process:
             widths = [student.config.hidden_size, teacher.config.hidden_size]
             own, theirs = student.decoder.input_tensor.split(widths, dim=-1)
@@ -179,6 +179,12 @@ class Align(Stage):
         return {"loss": total, "hidden_term": terms[0], "mixer_term": terms[1]}
 
 
-def get_stage(config: TrainConfig, teacher: Sequence[HyloModel] | None, elsewhere: TeacherSignal | None = None) -> Stage:
-    """The stage a configuration names; it learns from a teacher elsewhere, on disk or on other ranks, where there is one."""
-    return (Align if config.stage == "align" else Stage)(config, teacher, elsewhere)
+def get_stage(config: TrainConfig, teacher: Sequence[HyloModel] | None, teacher_signal: TeacherSignal | None = None) -> Stage:
+    """The stage that a configuration names.
+
+    Args:
+        config: the run.
+        teacher: this rank's chunks of a teacher on the student's ranks.
+        teacher_signal: a teacher on disk or on other ranks.
+    """
+    return (Align if config.stage == "align" else Stage)(config, teacher, teacher_signal)

@@ -15,12 +15,12 @@ import torch
 from megatron_hylo import kernels
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.io import cache_dir, write_json
-from megatron_hylo.kernels.delta_rule_chain import OPERATION as CHAIN
+from megatron_hylo.kernels.delta_rule_state_pass import OPERATION as CHAIN
 from megatron_hylo.kernels.registry import ENVIRONMENT_VARIABLE
 from megatron_hylo.models.kernel_check import Check, check_kernels
 
 logger = logging.getLogger("megatron_hylo.kernels")
-CHAIN_ADVICE = f" (on Hopper try {ENVIRONMENT_VARIABLE}={CHAIN}=fla first: fla's own kernels in place of ours)"
+STATE_PASS_ADVICE = f" (on Hopper try {ENVIRONMENT_VARIABLE}={CHAIN}=fla first: fla's own kernels in place of ours)"
 LIBRARIES = ("torch", "triton", "flash-linear-attention", "mamba-ssm")
 
 
@@ -62,7 +62,7 @@ def refuse_wrong(checks: Sequence[Check]) -> None:
                 f"from its definition by {check.error:.1e} of its size, {check.limit:.0e} is allowed. Install other versions "
                 f"of {check.implementation} and Triton (Gated DeltaNet on Hopper: triton>=3.7.1; `hylo doctor` shows what is "
                 f"there), or go on with plain torch: {ENVIRONMENT_VARIABLE}={check.operation}=torch"
-                f"{CHAIN_ADVICE if check.operation == 'gated_delta_rule' else ''}"
+                f"{STATE_PASS_ADVICE if check.operation == 'gated_delta_rule' else ''}"
             )
 
 

@@ -80,7 +80,7 @@ def upcycle_folder(
         layout, pattern: which layers become what; one of the two.
         init: name of a registered initialiser.
         calibration: folder made by `hylo calibrate` with this teacher; `calibrated` needs it, others are measured with it.
-        shapes: of a pattern's mixers; by default aligned for `calibrated`, the paper's for others. A layout has its own.
+        shapes: of a pattern's mixers; by default teacher for `calibrated`, the paper's for others. A layout has its own.
         rotary: which of the teacher's rotary components MLA keeps (`choose_rotary_pairs`); "table": the standard table's.
         sequential, mlps: how output projections are solved (`solve_outputs`).
         seed: of random tensors.
@@ -97,7 +97,7 @@ def upcycle_folder(
     check_free(output, overwrite, [teacher, calibration])
     teacher_config, _ = read_description(teacher)
     calibrated = init == "calibrated"
-    config = student_config(teacher_config, layout, pattern, shapes or ("aligned" if calibrated else "paper"), overrides or {})
+    config = student_config(teacher_config, layout, pattern, shapes or ("teacher" if calibrated else "paper"), overrides or {})
     if calibrated and calibration is None:
         raise ConfigError("init `calibrated` needs --calibration, a folder made by `hylo calibrate`; or use --init paper")
     statistics = CalibrationFolder(calibration, teacher, device()) if calibration is not None else None

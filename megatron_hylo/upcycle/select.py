@@ -22,7 +22,7 @@ from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.tokenizer import check_dataset, check_ids
 from megatron_hylo.distill.alignment import mixer_output, mlp_layer
 from megatron_hylo.distill.head_loss import linear_head_loss
-from megatron_hylo.io import check_free, sealed_directory, write_json
+from megatron_hylo.io import atomic_directory, check_free, write_json
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.hylo_model import HyloModel
@@ -204,7 +204,7 @@ def select_folder(
         seconds=time.perf_counter() - start,
     )
     if output is not None:
-        with sealed_directory(output, overwrite) as folder:
+        with atomic_directory(output, overwrite) as folder:
             if is_main():
                 write_json(folder / "selection.json", asdict(selection))
                 if kl_by_layer is not None:

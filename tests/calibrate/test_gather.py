@@ -20,7 +20,7 @@ from megatron_hylo.calibrate.statistics import CalibrationFolder, layer_file
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.data.packed import PackedDataset
-from megatron_hylo.io import DamagedError, verify_sealed
+from megatron_hylo.io import DamagedError, verify_manifest
 from tests.calibrate.conftest import SETTINGS
 from tests.kernels.compare import relative_error
 
@@ -208,7 +208,7 @@ def test_parallel_ranks_measure_what_one_rank_does(material, tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     for name, oracle in (*((name, material.done) for name in layouts), ("few", tmp_path / "few_of_one")):
-        verify_sealed(tmp_path / name)
+        verify_manifest(tmp_path / name)
         assert files(tmp_path / name)["windows.safetensors"] == files(oracle)["windows.safetensors"]
         for layer in range(LAYERS):
             one, ours = (load_file(folder / layer_file(layer)) for folder in (oracle, tmp_path / name))

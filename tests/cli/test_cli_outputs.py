@@ -10,7 +10,7 @@ import pytest
 
 from megatron_hylo.cli.main import VERBS, train
 from megatron_hylo.config.train import PATHS, TrainConfig
-from megatron_hylo.io import sealed_directory, verify_sealed
+from megatron_hylo.io import atomic_directory, verify_manifest
 from tests.conftest import tiny_hf_model
 from tests.data.conftest import make_documents, tokenizer  # noqa: F401  the fixture
 from tests.io.conftest import another_process, make  # noqa: F401  the fixture
@@ -48,19 +48,19 @@ def test_no_verb_replaces_what_is_not_ours_or_what_it_reads(one_rank, tmp_path, 
     (output / "thesis.tex").write_text("years of work")
     code, text = start(capsys, verb, tmp_path / "nowhere", output)
     assert code == 2 and "model was not made by megatron_hylo" in text and (output / "thesis.tex").is_file(), text
-    with sealed_directory(tmp_path / "made") as folder:
+    with atomic_directory(tmp_path / "made") as folder:
         (folder / "weights").write_text("weights")
     shutil.rmtree(output)
     if verb == "train":  # it removes old checkpoints; a finished RUN/model is not made again
         os.rename(tmp_path / "made", tmp_path / "run" / "checkpoints")
         code, text = start(capsys, verb, tmp_path / "run" / "checkpoints", output)
         assert code == 2 and "run/checkpoints is what is read" in text
-        verify_sealed(tmp_path / "run" / "checkpoints")
+        verify_manifest(tmp_path / "run" / "checkpoints")
     else:
         os.rename(tmp_path / "made", output)
         code, text = start(capsys, verb, output, output)
         assert code == 2 and "model is what is read" in text, text
-        verify_sealed(output)
+        verify_manifest(output)
     assert not list(tmp_path.rglob("*.lock")) + list(tmp_path.rglob(".*.partial")) and "Traceback" not in text
 
 

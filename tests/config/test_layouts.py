@@ -54,7 +54,7 @@ def test_layout_matches_released_checkpoint(name):
 
 def test_only_the_135m_teachers_layouts_are_not_of_the_paper():
     ours = set(LAYOUTS) - set(RELEASED) - set(TWINS)
-    assert ours == {f"smollm2-135m-8mla22{linear}{shapes}" for linear in ("gdn", "m2") for shapes in ("", "-aligned")}
+    assert ours == {f"smollm2-135m-8mla22{linear}{shapes}" for linear in ("gdn", "m2") for shapes in ("", "-teacher")}
     assert all(kv_percent(LAYOUTS[name].config) < 12 for name in LAYOUTS)
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.documents import Document
 from megatron_hylo.data.preprocess import build_dataset, heldout_score, preprocess
-from megatron_hylo.io import verify_sealed
+from megatron_hylo.io import verify_manifest
 from tests.data.conftest import END, make_documents
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def test_ids_match_transformers_tokenizer(tmp_path, tokenizer):
     assert description.dtype == "uint16" and train.index.dtype == np.uint16
     assert json.loads((out / "data.json").read_text())["vocab_size"] == 300
     assert PreTrainedTokenizerFast.from_pretrained(out / "tokenizer").get_vocab() == tokenizer.get_vocab()
-    verify_sealed(out)
+    verify_manifest(out)
 
 
 def test_held_out_documents_do_not_depend_on_order_or_company(tmp_path, tokenizer):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from megatron_hylo.distill.head_loss import linear_head_loss
 from megatron_hylo.distill.plain_head_softmax import top_k_mask
-from megatron_hylo.kernels.registry import force, in_use
+from megatron_hylo.kernels.registry import in_use, override
 from tests.distill.test_head_loss import CASES, VOCAB, N, classes, errors, make_inputs
 
 
@@ -60,5 +60,8 @@ def test_top_k_runs_in_plain_torch_and_says_so():
     inputs = make_inputs()
     linear_head_loss(**inputs, kl_top_k=5)
     assert in_use()["head_softmax"] == "torch"
-    with force("head_softmax", "triton"), pytest.raises(RuntimeError, match="triton was forced, but .* no KL .* top k"):
+    with (
+        override("head_softmax", "triton"),
+        pytest.raises(RuntimeError, match="triton was asked for by an override, but .* no KL .* top k"),
+    ):
         linear_head_loss(**inputs, kl_top_k=5)

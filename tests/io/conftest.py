@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hylo.io import sealed_directory
+from megatron_hylo.io import atomic_directory
 
 HOLDER = """
 import contextlib
@@ -24,7 +24,7 @@ with contextlib.ExitStack() as held:
 
 def make(path: Path, text: str = "content", overwrite: bool = False, **files: str) -> Path:
     """A finished folder with sub/file and `files`."""
-    with sealed_directory(path, overwrite) as folder:
+    with atomic_directory(path, overwrite) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "file").write_text(text)
         for name, content in files.items():

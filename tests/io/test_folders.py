@@ -13,12 +13,12 @@ import pytest
 from megatron_hylo.config import ConfigError
 from megatron_hylo.io import (
     _folders,
+    atomic_directory,
     check_free,
-    is_sealed,
+    has_manifest,
     output_lock,
     remove_finished,
-    sealed_directory,
-    verify_sealed,
+    verify_manifest,
 )
 from tests.io.conftest import make
 
@@ -26,14 +26,14 @@ from tests.io.conftest import make
 def test_folder_appears_only_when_it_is_complete(tmp_path):
     path = tmp_path / "model"
     with pytest.raises(KeyboardInterrupt):
-        with sealed_directory(path) as folder:
+        with atomic_directory(path) as folder:
             (folder / "file").write_text("half")
             assert not path.exists()
             raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
     make(path)
-    assert is_sealed(path)
-    verify_sealed(path)
+    assert has_manifest(path)
+    verify_manifest(path)
 
 
 def test_existing_folder_is_kept_unless_asked(tmp_path):
@@ -41,10 +41,10 @@ def test_existing_folder_is_kept_unless_asked(tmp_path):
     with pytest.raises(ConfigError, match="already exists"):
         make(tmp_path / "a")
     with pytest.raises(RuntimeError):
-        with sealed_directory(tmp_path / "a", overwrite=True):
+        with atomic_directory(tmp_path / "a", overwrite=True):
             raise RuntimeError
     assert (tmp_path / "a" / "sub" / "file").read_text() == "old"
-    with sealed_directory(tmp_path / "a", overwrite=True) as folder:
+    with atomic_directory(tmp_path / "a", overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["manifest.json", "new"]
 
@@ -59,7 +59,7 @@ def test_a_folder_that_is_replaced_is_there_at_any_moment(file_system_swaps, tmp
     for module, name in ((os, "rename"), (shutil, "rmtree")):
         right = getattr(module, name)
         monkeypatch.setattr(
-            module, name, lambda *a, _right=right, **k: (seen.append(is_sealed(tmp_path / "a")), _right(*a, **k))
+            module, name, lambda *a, _right=right, **k: (seen.append(has_manifest(tmp_path / "a")), _right(*a, **k))
         )
     make(tmp_path / "a", "new", overwrite=True)
     monkeypatch.undo()
@@ -123,7 +123,7 @@ def test_nothing_of_somebody_elses_is_replaced_and_nothing_is_written_before_tha
     before, entered = contents(tmp_path), []
     for words, (path, sources) in cases.items():
         with pytest.raises(ConfigError, match=words):
-            with sealed_directory(path, overwrite=True, sources=sources) as folder:
+            with atomic_directory(path, overwrite=True, sources=sources) as folder:
                 entered.append(folder)
         assert contents(tmp_path) == before and not entered, words
 
@@ -139,17 +139,17 @@ def test_an_empty_folder_and_what_python_and_nfs_leave_are_replaced(tmp_path):
 
 def test_what_is_put_into_a_folder_while_it_is_made_anew_is_kept(tmp_path, caplog):
     make(tmp_path / "a", "old")
-    with sealed_directory(tmp_path / "a", overwrite=True) as folder:
+    with atomic_directory(tmp_path / "a", overwrite=True) as folder:
         (folder / "new").write_text("new")
         (tmp_path / "a" / "thesis.tex").write_text("years of work")
-    verify_sealed(tmp_path / "a")
+    verify_manifest(tmp_path / "a")
     (kept,) = tmp_path.glob("a.replaced-*")
     assert (kept / "thesis.tex").read_text() == "years of work" and str(kept) in caplog.text
 
 
 def test_a_folder_that_appears_while_another_is_made_is_not_replaced(tmp_path):
     with pytest.raises(ConfigError, match="a was not written"):
-        with sealed_directory(tmp_path / "a"):
+        with atomic_directory(tmp_path / "a"):
             (tmp_path / "a").mkdir()
             (tmp_path / "a" / "thesis.tex").write_text("years of work")
     assert contents(tmp_path) == {"a/thesis.tex": b"years of work"}
@@ -162,7 +162,7 @@ def test_a_finished_folder_with_somebody_elses_file_is_not_removed(tmp_path, cap
     remove_finished(tmp_path / "a")
     remove_finished(tmp_path / "b")
     assert [p.name for p in tmp_path.iterdir()] == ["b"] and "notes.txt" in caplog.text
-    verify_sealed(tmp_path / "b")
+    verify_manifest(tmp_path / "b")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -180,7 +180,7 @@ def test_a_place_of_another_user_is_refused_before_the_work():
             with pytest.raises(ConfigError, match=f"{path}.*(cannot be written|permission denied); change its permissions"):
                 with output_lock(path):
                     pass
-        with output_lock(place / "run"), sealed_directory(place / "run" / "model"):
+        with output_lock(place / "run"), atomic_directory(place / "run" / "model"):
             assert (place / "run" / ".lock").is_file()
         assert [p.name for p in (place / "run").iterdir()] == ["model"]
     finally:
@@ -192,7 +192,7 @@ def test_a_place_of_another_user_is_refused_before_the_work():
 def test_modes_are_what_the_umask_says_whoever_made_the_files(umask, tmp_path):
     former = os.umask(umask)
     try:
-        with sealed_directory(tmp_path / "a") as folder:
+        with atomic_directory(tmp_path / "a") as folder:
             with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:  # 0600, as safetensors' are
                 file.write(b"a")
             with tempfile.TemporaryDirectory() as scratch:  # 0700, as a tokenizer's that is copied
@@ -210,7 +210,7 @@ def test_modes_are_what_the_umask_says_whoever_made_the_files(umask, tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_full_disk_ends_in_one_sentence(number, tmp_path):
     with pytest.raises(ConfigError, match="disk is full"):
-        with sealed_directory(tmp_path / "a"):
+        with atomic_directory(tmp_path / "a"):
             raise OSError(number, os.strerror(number))
     assert list(tmp_path.iterdir()) == []
 
@@ -242,6 +242,6 @@ def test_a_checkpoint_writer_that_fails_ends_in_one_sentence(tmp_path):
 
 def test_an_error_of_the_operating_system_is_a_sentence_that_names_the_folder(tmp_path):
     with pytest.raises(ConfigError, match="a was not written.*No such file.*; look at the path"):
-        with sealed_directory(tmp_path / "a") as folder:
+        with atomic_directory(tmp_path / "a") as folder:
             (folder / "absent" / "file").write_text("")
     assert list(tmp_path.iterdir()) == []

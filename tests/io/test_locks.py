@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io import _locks, output_lock, sealed_directory
+from megatron_hylo.io import _locks, atomic_directory, output_lock
 from tests.io.conftest import make
 
 
@@ -32,7 +32,7 @@ def test_the_second_process_is_refused_and_told_who_is_there_until_that_one_is_k
 
 def test_what_is_in_a_locked_folder_needs_no_lock_of_its_own(tmp_path):
     with output_lock(tmp_path / "run"):
-        with sealed_directory(tmp_path / "run" / "model"):
+        with atomic_directory(tmp_path / "run" / "model"):
             assert [p.name for p in (tmp_path / "run").iterdir()] == [".model.partial"]
         assert sorted(p.name for p in tmp_path.iterdir()) == [".run.lock", "run"]
     assert [p.name for p in tmp_path.iterdir()] == ["run"]

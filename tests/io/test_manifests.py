@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io import DamagedError, _manifests, read_json, read_sealed_json, verify_if_sealed, verify_sealed
+from megatron_hylo.io import DamagedError, _manifests, read_json, read_verified_json, verify_manifest, verify_manifest_if_any
 from tests.io.conftest import make
 
 
@@ -25,16 +25,16 @@ def test_damage_is_found_and_the_file_named(tmp_path, kind):
     damage(make(tmp_path / "a") / "sub" / "file", kind)
     for _ in range(2):  # what failed is not remembered as right
         with pytest.raises(DamagedError, match=f"{tmp_path}/a/sub/file.*{kind}"):
-            verify_sealed(tmp_path / "a")
-    verify_sealed(tmp_path / "a", only=["su", "manifest.json"])  # another name, not the folder
+            verify_manifest(tmp_path / "a")
+    verify_manifest(tmp_path / "a", only=["su", "manifest.json"])  # another name, not the folder
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
-    verify_if_sealed(tmp_path)
+    verify_manifest_if_any(tmp_path)
     (tmp_path / "manifest.json").write_text('{"name": "an app", "files": ["a"]}')
-    verify_if_sealed(tmp_path)
+    verify_manifest_if_any(tmp_path)
     with pytest.raises(ConfigError, match="has no manifest.json"):
-        verify_sealed(tmp_path / "nowhere")
+        verify_manifest(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
 def test_a_damaged_manifest_is_named(tmp_path, content):
     (make(tmp_path / "a") / "manifest.json").write_text(content)
     with pytest.raises(DamagedError, match=f"{tmp_path}/a/manifest.json.* make "):
-        verify_sealed(tmp_path / "a")
+        verify_manifest(tmp_path / "a")
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"\xff\xfe", b'{"b": 2}'])
@@ -55,10 +55,10 @@ def test_damaged_json_is_named_and_says_what_to_do(tmp_path, content):
 
 def test_json_of_a_finished_folder_is_compared_with_its_manifest(tmp_path):
     folder = make(tmp_path / "a", **{"data.json": '{"vocab_size": 160}'})
-    assert read_sealed_json(folder, "data.json", ("vocab_size",)) == {"vocab_size": 160}
+    assert read_verified_json(folder, "data.json", ("vocab_size",)) == {"vocab_size": 160}
     (folder / "data.json").write_text('{"vocab_size": 170}')
     with pytest.raises(DamagedError, match="data.json does not have the sha256"):
-        read_sealed_json(folder, "data.json")
+        read_verified_json(folder, "data.json")
 
 
 @pytest.fixture
@@ -74,17 +74,17 @@ def hashed(monkeypatch, tmp_path) -> list[str]:
 def test_a_file_is_hashed_once_until_it_changes(tmp_path, hashed, monkeypatch):
     folder = make(tmp_path / "a", other="o")
     for _ in range(3):
-        verify_sealed(folder)
+        verify_manifest(folder)
     assert sorted(hashed) == ["file", "other"]
     times = os.stat(folder / "other")
     (folder / "other").write_text("O")
     os.utime(folder / "other", ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copying tool may set them
     for _ in range(2):
         with pytest.raises(DamagedError, match="other does not have the sha256"):
-            verify_sealed(folder)
+            verify_manifest(folder)
     assert sorted(hashed) == ["file", "other", "other", "other"]
     monkeypatch.setattr(_manifests.platform, "node", lambda: "another machine")
-    verify_sealed(folder, only=["sub"])
+    verify_manifest(folder, only=["sub"])
     assert hashed[-1] == "file"
 
 
@@ -92,8 +92,8 @@ def test_a_file_changed_just_now_is_hashed_again(tmp_path, hashed, monkeypatch):
     """Its times may stay the same when it changes once more."""
     monkeypatch.setattr(_manifests, "SETTLED_SECONDS", 2.0)
     folder = make(tmp_path / "a")
-    verify_sealed(folder)
-    verify_sealed(folder)
+    verify_manifest(folder)
+    verify_manifest(folder)
     assert hashed == ["file", "file"]
 
 
@@ -107,18 +107,18 @@ def test_a_cache_that_cannot_be_written_breaks_nothing(tmp_path, hashed, monkeyp
         (cache / "verified").write_text("")
     else:
         monkeypatch.setenv("MEGATRON_HYLO_CACHE", "/proc/self")
-    verify_sealed(folder)
-    verify_sealed(folder)
+    verify_manifest(folder)
+    verify_manifest(folder)
     damage(folder / "sub" / "file", "sha256")
     with pytest.raises(DamagedError, match="sha256"):
-        verify_sealed(folder)
+        verify_manifest(folder)
     assert hashed == ["file"] * 3
 
 
 RANK = """
 import sys
 import torch
-from megatron_hylo.io import DamagedError, _manifests, on_main, output_lock, verify_sealed
+from megatron_hylo.io import DamagedError, _manifests, on_main, output_lock, verify_manifest
 
 folder, meeting, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
@@ -133,7 +133,7 @@ def slow(file, count):
     return right(file, count)
 
 _manifests.sha256 = slow
-verify_sealed(folder)
+verify_manifest(folder)
 found = [None, None]
 torch.distributed.all_gather_object(found, names)
 assert sorted(found[0] + found[1]) == ["a", "b", "c", "d", "file"] and abs(len(found[0]) - len(found[1])) == 1, found
@@ -142,7 +142,7 @@ for name in "abcd":
         open(f"{folder}/{name}", "w").write("X")
     torch.distributed.barrier()
     try:
-        verify_sealed(folder)
+        verify_manifest(folder)
     except DamagedError as error:
         assert f"{folder}/{name} " in str(error), error
     else:

@@ -51,7 +51,9 @@ if __name__ == "__main__":
     for name, error in delta_rule_errors(inputs(150, torch.float32, dk=16, dv=32)).items():
         print("ERROR", name, error)
     print(
-        "ERROR", "kept-states", worst_error(kept_states, recurrent_gated_delta_rule, inputs(150, torch.float32, dk=16, dv=32))
+        "ERROR",
+        "kept-states",
+        worst_error(kept_states, recurrent_gated_delta_rule, inputs(150, torch.float32, dk=16, dv=32)),
     )
     causal_conv1d._choose = lambda x, k: "torch" if x.dtype == torch.float64 else "fla"  # the oracle is in float64
     for history, sections in itertools.product((False, True), (1, 2)):

@@ -57,7 +57,7 @@ def masked_errors(reverse: bool, group: dist.ProcessGroup | None) -> list[float]
         first = group.rank() * share
         for name in ("weight", "teacher_weight"):
             inputs[name] = inputs[name].detach()[first : first + share].requires_grad_(name == "weight")
-    with patch.object(head_loss, "obstacle", lambda _: None):  # in the interpreter there is none
+    with patch.object(head_loss, "unsupported", lambda _: None):  # in the interpreter there is none
         result = head_loss.linear_head_loss(
             **inputs, kl_weight=WEIGHTS[0], ce_weight=WEIGHTS[1], chunk_tokens=2, group=group, kl_direction=direction,
             kl_temperature=2.0, token_mask=mask,

@@ -5,7 +5,7 @@ import torch
 
 from megatron_hylo.kernels import attention_after_prefix as after_prefix
 from megatron_hylo.kernels.attention import _readable, attention
-from megatron_hylo.kernels.registry import force, in_use
+from megatron_hylo.kernels.registry import in_use, override
 from tests.kernels.compare import relative_error
 
 
@@ -98,7 +98,7 @@ def test_float32_matches_explicit_softmax() -> None:
 
 
 def test_forced_math_backend_matches_explicit_softmax() -> None:
-    with force("attention", "math"):
+    with override("attention", "math"):
         assert worst_error(inputs(9, 9, 16, 24), causal=True) < 1e-10
     assert in_use()["attention"] == "math"
 
@@ -121,7 +121,7 @@ def test_cuda_backends_match_explicit_softmax(backend: str | None, t: int, s: in
         error = worst_error(values, causal=True)
         assert in_use()["attention"] in ("cudnn", "flash", "efficient")
     else:
-        with force("attention", backend):
+        with override("attention", backend):
             error = worst_error(values, causal=True)
     assert error < 1e-2
 
@@ -142,6 +142,6 @@ def test_only_what_does_not_lie_on_16_bytes_is_copied() -> None:
 def test_sections_of_odd_width_on_gpu(backend: str) -> None:
     """As MLA's values are, beside keys of ten channels."""
     q, k, v = inputs(40, 40, 16, 26, dtype=torch.bfloat16, device="cuda")
-    with force("attention", backend):
+    with override("attention", backend):
         found = attention(q, k, v[..., 10:], 0.25)
     assert relative_error(found, explicit(q.float(), k.float(), v[..., 10:].float(), 0.25)) < 1e-2

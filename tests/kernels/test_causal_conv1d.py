@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_hylo.kernels.causal_conv1d import FLA_MODULE, GLUON_MODULE, causal_conv1d, causal_conv1d_sections
-from megatron_hylo.kernels.registry import force, import_error
+from megatron_hylo.kernels.registry import import_error, override
 from tests.kernels.compare import relative_error, worst_error
 
 
@@ -85,7 +85,7 @@ IMPLEMENTATIONS = {"fla": FLA_MODULE, "gluon": GLUON_MODULE}
 def test_fla_matches_conv1d_on_gpu(t: int, implementation: str) -> None:
     if error := import_error(IMPLEMENTATIONS[implementation]):
         pytest.skip(f"needs fla: {error}")
-    with force("causal_conv1d", implementation):
+    with override("causal_conv1d", implementation):
         assert worst_error(ours, oracle, inputs(t, torch.bfloat16, c=96, device="cuda")) < 1e-2
 
 
@@ -97,7 +97,7 @@ def test_fla_matches_conv1d_on_gpu(t: int, implementation: str) -> None:
 def test_fla_keeps_documents_apart_on_gpu(sections: int, history: bool, implementation: str) -> None:
     if error := import_error(IMPLEMENTATIONS[implementation]):
         pytest.skip(f"needs fla: {error}")
-    with force("causal_conv1d", implementation):
+    with override("causal_conv1d", implementation):
         assert max(document_errors(history, torch.float32, "cuda", sections).values()) < 1e-5
 
 
@@ -125,7 +125,7 @@ def document_errors(
     packed = torch.cat(causal_conv1d_sections(*given), -1)
     parts, leaves = [], [x, weight, bias, *([state] if history else [])]
     exact = [z.detach().double().requires_grad_() for z in leaves]
-    with force("causal_conv1d", "torch"):
+    with override("causal_conv1d", "torch"):
         for i, piece in enumerate(exact[0].split(lengths, 1)):
             start = torch.cat([torch.zeros_like(state[..., :1]), exact[3][..., 1:]], -1) if history and i == 0 else None
             parts.append(causal_conv1d(piece, *exact[1:3], "silu", start)[0])

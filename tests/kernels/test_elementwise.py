@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from megatron_hylo.kernels import elementwise
-from megatron_hylo.kernels.registry import force, in_use
+from megatron_hylo.kernels.registry import in_use, override
 from megatron_hylo.models.attention import fused_rope
 from megatron_hylo.models.gdn import gates_of
 from megatron_hylo.models.layers import fused_gated_rms_norm
@@ -43,7 +43,7 @@ def cases(b: int, t: int, h: int, d: int) -> dict:
 def test_many_shapes_share_a_kernel(monkeypatch) -> None:
     """Else each would be compiled, and after `RECOMPILATIONS` none."""
     counter = CompileCounter()
-    monkeypatch.setattr(elementwise, "library_obstacle", lambda *_: None)  # the counter runs anywhere
+    monkeypatch.setattr(elementwise, "library_unsupported", lambda *_: None)  # the counter runs anywhere
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     double = elementwise.elementwise(lambda x, factor: factor * x)
     for _ in range(2):
@@ -63,7 +63,7 @@ def test_compiled_equals_eager(name: str, shape: tuple[int, ...]) -> None:
     wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     results = []
     for implementation in ("torch", "inductor"):
-        with force("elementwise", implementation):
+        with override("elementwise", implementation):
             out = function(*inputs, **settings)
         assert in_use()["elementwise"] == implementation
         out = out if isinstance(out, tuple) else (out,)

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from megatron_hylo.kernels.gated_delta_rule import (
-    fla_obstacle,
+    fla_unsupported,
     gated_delta_rule,
     recurrent_gated_delta_rule,
-    triton_obstacle,
+    triton_unsupported,
 )
-from megatron_hylo.kernels.registry import force
+from megatron_hylo.kernels.registry import override
 from tests.kernels.compare import relative_error, worst_error
 
 
@@ -138,13 +138,13 @@ def test_training_on_hopper_needs_a_triton_with_right_gradients(
     if importlib.util.find_spec("tilelang"):
         pytest.skip("tilelang lifts the restriction")
     monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
-    triton_obstacle.cache_clear()
+    triton_unsupported.cache_clear()
     try:
-        obstacle = triton_obstacle(capability)
+        unsupported = triton_unsupported(capability)
     finally:
-        triton_obstacle.cache_clear()
-    assert (obstacle is not None) == refused
-    assert obstacle is None or "triton>=3.7.1" in obstacle.advice
+        triton_unsupported.cache_clear()
+    assert (unsupported is not None) == refused
+    assert unsupported is None or "triton>=3.7.1" in unsupported.advice
 
 
 @pytest.mark.gpu
@@ -153,9 +153,9 @@ def test_training_on_hopper_needs_a_triton_with_right_gradients(
 @pytest.mark.parametrize(("t", "dk", "dv"), [(130, 64, 64), (333, 144, 288), (512, 256, 512)])
 def test_fla_matches_recurrence_on_gpu(t: int, dk: int, dv: int, keep_states: bool) -> None:
     values = inputs(t, torch.bfloat16, dk=dk, dv=dv, device="cuda")
-    if obstacle := fla_obstacle(values[1], values[2], differentiates=True):
-        pytest.skip(f"{obstacle.reason}; {obstacle.advice}")
-    with force("gated_delta_rule", "fla"):
+    if unsupported := fla_unsupported(values[1], values[2], differentiates=True):
+        pytest.skip(f"{unsupported.reason}; {unsupported.advice}")
+    with override("gated_delta_rule", "fla"):
         # fla keeps what is written in bf16 (steps of 2^-8): 1.17e-2 on an H100 where all is right, and a wrong kernel
         # (Triton before 3.7.1 on Hopper) is off by the gradient itself
         ours = functools.partial(gated_delta_rule, keep_states=keep_states)

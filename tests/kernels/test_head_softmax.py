@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_hylo.distill.head_loss import linear_head_loss
-from megatron_hylo.kernels.registry import force, in_use
+from megatron_hylo.kernels.registry import in_use, override
 from tests.distill.test_head_loss import make_inputs, reference
 from tests.kernels.compare import relative_error
 
@@ -64,7 +64,7 @@ def test_head_loss_with_triton_equals_float64_torch(masked, direction, temperatu
     mask = torch.arange(300) % 3 > 0 if masked else None
     truth = reference(inputs, 0.7, 0.4, direction, temperature, mask=mask)
     on_gpu = {name: value.detach().cuda().requires_grad_(value.requires_grad) for name, value in inputs.items()}
-    with force("head_softmax", "triton"):
+    with override("head_softmax", "triton"):
         result = linear_head_loss(
             **on_gpu, kl_weight=0.7, ce_weight=0.4, chunk_tokens=128, kl_direction=direction, kl_temperature=temperature,
             token_mask=mask.cuda() if masked else None,

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_hylo.kernels.gated_delta_rule import normalised, recurrent_gated_delta_rule
-from megatron_hylo.kernels.kda import fla_obstacle, kda, recurrent_kda
-from megatron_hylo.kernels.registry import force
+from megatron_hylo.kernels.kda import fla_unsupported, kda, recurrent_kda
+from megatron_hylo.kernels.registry import override
 from megatron_hylo.kernels.ssd import RESET
 from tests.kernels.compare import relative_error, worst_error
 
@@ -110,9 +110,9 @@ def test_wrong_shapes_are_refused() -> None:
 @pytest.mark.parametrize(("t", "dk", "dv"), [(130, 64, 64), (333, 128, 256), (512, 256, 512)])
 def test_fla_matches_recurrence(t: int, dk: int, dv: int) -> None:
     values = inputs(t, torch.bfloat16, dk=dk, dv=dv, device="cuda")
-    if obstacle := fla_obstacle(values[1], values[2], differentiates=True):
-        pytest.skip(f"{obstacle.reason}; {obstacle.advice}")
-    with force("kda", "fla"):
+    if unsupported := fla_unsupported(values[1], values[2], differentiates=True):
+        pytest.skip(f"{unsupported.reason}; {unsupported.advice}")
+    with override("kda", "fla"):
         out, state = kda(*values, output_final_state=True)
     exact = [x.detach().double().requires_grad_() for x in values]
     truth, truth_state = recurrent_kda(*exact, output_final_state=True)

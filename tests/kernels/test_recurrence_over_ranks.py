@@ -16,9 +16,9 @@ class Alone:
 
     rank = 0
 
-    def effects(self, kept: Tensor, added: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
+    def gather_affine_maps(self, transition: Tensor, increment: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
         """Of itself."""
-        return [(kept, added)]
+        return [(transition, increment)]
 
 
 def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hylo.kernels.gated_delta_rule import fla_obstacle, gated_delta_rule
+from megatron_hylo.kernels.gated_delta_rule import fla_unsupported, gated_delta_rule
 from megatron_hylo.kernels.kda import kda
 from megatron_hylo.kernels.recurrence_part import DeltaRulePart, KdaPart, SsdPart, state_gradient, times
-from megatron_hylo.kernels.registry import force
+from megatron_hylo.kernels.registry import override
 from megatron_hylo.kernels.ssd import MAMBA_MODULE, ssd
 from tests.kernels import test_gated_delta_rule, test_kda, test_ssd
 from tests.kernels.compare import interpreted_errors, relative_error
@@ -19,7 +19,7 @@ def delta_rule_errors(inputs: list[Tensor]) -> dict[str, float]:
     """Of a part of Gated DeltaNet; inputs: q, k, v, g, beta and the state before. The oracle computes in float64."""
     *values, state = (x.detach() for x in inputs)
     leaves = [x.double().requires_grad_() for x in inputs]
-    with force("gated_delta_rule", "torch"):
+    with override("gated_delta_rule", "torch"):
         whole = gated_delta_rule(*leaves, output_final_state=True)
     return _errors(DeltaRulePart, values, state, leaves, whole)
 
@@ -28,7 +28,7 @@ def kda_errors(inputs: list[Tensor]) -> dict[str, float]:
     """Of a part of KDA; inputs as those of `delta_rule_errors`."""
     *values, state = (x.detach() for x in inputs)
     leaves = [x.double().requires_grad_() for x in inputs]
-    with force("kda", "torch"):
+    with override("kda", "torch"):
         whole = kda(*leaves, output_final_state=True)
     return _errors(KdaPart, values, state, leaves, whole)
 
@@ -37,22 +37,22 @@ def ssd_errors(inputs: list[Tensor], begins: Tensor | None) -> dict[str, float]:
     """Of a part of Mamba2; inputs: x, dt, A, B, C, D and the state before, [b, h, p, n]. The oracle computes in float64."""
     *values, state = (x.detach() for x in inputs)
     leaves = [x.double().requires_grad_() for x in inputs]
-    with force("ssd", "torch"):
+    with override("ssd", "torch"):
         out, after = ssd(*leaves, output_final_state=True, begins=begins)
     return _errors(SsdPart, [*values, begins], state.transpose(-1, -2), leaves, (out, after.transpose(-1, -2)))
 
 
 def _errors(kind, values: list[Tensor | None], state: Tensor, leaves: list[Tensor], whole: tuple[Tensor, Tensor]) -> dict:
     """Outputs, state after, gradients of all inputs and of the state before; relative, by norm."""
-    part, effect = kind.begin(*values)
-    after = times(effect.kept, state) + effect.added
+    part, affine = kind.begin(*values)
+    after = times(affine.transition, state) + affine.increment
     generator = torch.Generator().manual_seed(1)
-    grad_out, grad_after = (torch.randn(x.shape, generator=generator).to(y) for x, y in zip(whole, (effect.out, state)))
+    grad_out, grad_after = (torch.randn(x.shape, generator=generator).to(y) for x, y in zip(whole, (affine.out, state)))
     mine = part.gradients(state, grad_out, grad_after)
-    before = times(effect.kept.transpose(-1, -2), grad_after) + state_gradient(effect.reach, grad_out)
+    before = times(affine.transition.transpose(-1, -2), grad_after) + state_gradient(affine.readout, grad_out)
     theirs = torch.autograd.grad(whole, leaves, (grad_out.double(), grad_after.double()))
     oracle = theirs[-1].transpose(-1, -2) if kind is SsdPart else theirs[-1]
-    found = {"outputs": (effect.outputs(state), whole[0]), "after": (after, whole[1]), "before": (before, oracle)}
+    found = {"outputs": (affine.outputs(state), whole[0]), "after": (after, whole[1]), "before": (before, oracle)}
     found |= {str(i): pair for i, pair in enumerate(zip(mine[: len(theirs) - 1], theirs[:-1], strict=True))}
     return {name: relative_error(a, b) for name, (a, b) in found.items()}
 
@@ -85,9 +85,9 @@ def test_fla_s_kernels_in_triton_s_interpreter() -> None:
 @pytest.mark.parametrize(("t", "dk", "dv"), [(130, 64, 64), (333, 144, 288), (512, 256, 512)])
 def test_a_part_by_fla(t: int, dk: int, dv: int) -> None:
     inputs = test_gated_delta_rule.inputs(t, torch.bfloat16, dk=dk, dv=dv, device="cuda")
-    if obstacle := fla_obstacle(inputs[1], inputs[2], differentiates=True):
-        pytest.skip(f"{obstacle.reason}; {obstacle.advice}")
-    with force("gated_delta_rule", "fla"):
+    if unsupported := fla_unsupported(inputs[1], inputs[2], differentiates=True):
+        pytest.skip(f"{unsupported.reason}; {unsupported.advice}")
+    with override("gated_delta_rule", "fla"):
         errors = delta_rule_errors(inputs)
     assert max(errors.values()) < 2e-2, errors
 
@@ -101,6 +101,6 @@ def test_a_part_by_mamba_ssm(documents: bool) -> None:
     inputs = [x.detach().float().cuda() for x in test_ssd.inputs(700)]
     x, dt, A, B, C, D, state = inputs
     inputs = [x.bfloat16(), dt, A, B.bfloat16(), C.bfloat16(), D, state]
-    with force("ssd", "mamba_ssm"):
+    with override("ssd", "mamba_ssm"):
         errors = ssd_errors(inputs, torch.arange(700, device="cuda") == 300 if documents else None)
     assert max(errors.values()) < 2e-2, errors

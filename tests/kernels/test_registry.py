@@ -1,4 +1,4 @@
-"""The choice of implementation: logged once, forced in tests, never a silent fallback."""
+"""The choice of implementation: logged once, overridden in tests, never a silent fallback."""
 
 import logging
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_hylo.kernels import registry
-from megatron_hylo.kernels.registry import Obstacle
+from megatron_hylo.kernels.registry import Unsupported
 from megatron_hylo.kernels.ssd import ssd
 
 
@@ -27,8 +27,8 @@ def test_choice_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture)
 
 
 def test_missing_library_is_a_warning_that_says_what_to_install(caplog: pytest.LogCaptureFixture) -> None:
-    obstacle = Obstacle("fla does not import", "pip install flash-linear-attention")
-    assert registry.select("gated_delta_rule", "fla", obstacle) == "torch"
+    unsupported = Unsupported("fla does not import", "pip install flash-linear-attention")
+    assert registry.select("gated_delta_rule", "fla", unsupported) == "torch"
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "pip install flash-linear-attention" in record.getMessage()
@@ -38,35 +38,35 @@ def test_without_an_obstacle_the_fast_one_runs() -> None:
     assert registry.select("gated_delta_rule", "fla", None) == "fla"
 
 
-def test_force_wins_and_ends_with_its_block() -> None:
-    with registry.force("ssd", "torch"):
-        with registry.force("ssd", "mamba_ssm"):
-            assert registry.forced("ssd") == "mamba_ssm"
+def test_an_override_wins_and_ends_with_its_block() -> None:
+    with registry.override("ssd", "torch"):
+        with registry.override("ssd", "mamba_ssm"):
+            assert registry.overridden("ssd") == "mamba_ssm"
         assert registry.select("ssd", "mamba_ssm", None) == "torch"
-    assert registry.forced("ssd") is None
+    assert registry.overridden("ssd") is None
 
 
-def test_environment_variable_forces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "ssd=torch, attention=math")
     assert registry.select("ssd", "mamba_ssm", None) == "torch"
-    assert registry.forced("attention") == "math"
-    assert registry.forced("causal_conv1d") is None
+    assert registry.overridden("attention") == "math"
+    assert registry.overridden("causal_conv1d") is None
 
 
-def test_forcing_what_cannot_run_is_an_error() -> None:
+def test_overriding_by_what_cannot_run_is_an_error() -> None:
     x, dt, A = torch.randn(1, 3, 2, 4), torch.rand(1, 3, 2), -torch.rand(2)
-    with registry.force("ssd", "mamba_ssm"), pytest.raises(RuntimeError, match="needs a CUDA device"):
+    with registry.override("ssd", "mamba_ssm"), pytest.raises(RuntimeError, match="needs a CUDA device"):
         ssd(x, dt, A, x, x)
 
 
 def test_unknown_names_list_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=", ".join(sorted(registry.IMPLEMENTATIONS))), registry.force("sdd", "torch"):
+    with pytest.raises(ValueError, match=", ".join(sorted(registry.IMPLEMENTATIONS))), registry.override("sdd", "torch"):
         pass
     with pytest.raises(ValueError, match="torch, mamba_ssm"):
         registry.use("ssd", "fla", "")
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "ssd")
     with pytest.raises(ValueError, match="torch, mamba_ssm"):
-        registry.forced("ssd")
+        registry.overridden("ssd")
 
 
 def test_import_error_tells_why_a_module_is_missing() -> None:

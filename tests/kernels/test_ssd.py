@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_hylo.kernels.registry import force, import_error
+from megatron_hylo.kernels.registry import import_error, override
 from megatron_hylo.kernels.ssd import MAMBA_CHUNK, MAMBA_MODULE, _SumsOfOne, document_numbers, recurrent_ssd, segment_sum, ssd
 from tests.kernels.compare import relative_error, worst_error
 
@@ -119,7 +119,7 @@ def test_mamba_ssm_matches_recurrence_on_gpu(t: int, p: int, n: int) -> None:
     if error := import_error(MAMBA_MODULE):
         pytest.skip(f"needs mamba_ssm: {error}")
     values = inputs(t, torch.bfloat16, p=p, n=n, device="cuda")
-    with force("ssd", "mamba_ssm"):
+    with override("ssd", "mamba_ssm"):
         assert worst_error(ssd, recurrent_ssd, values) < 1e-2
 
 

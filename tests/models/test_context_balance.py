@@ -46,15 +46,15 @@ def test_documents_keep_their_keys(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "heads", "recurrent", "by_heads"),
+    ("method", "heads", "recurrent", "uses_all_to_all"),
     [
         ("auto", 4, False, True), ("auto", 3, False, False), ("auto", 4, True, False), ("a2a", 4, True, True),
         ("all_gather", 4, False, False), (None, 4, False, False),
     ],
 )  # fmt: skip
-def test_auto_trades_heads_of_attention_alone(method, heads, recurrent, by_heads):
+def test_auto_trades_heads_of_attention_alone(method, heads, recurrent, uses_all_to_all):
     group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
-    assert context_group(method, group, recurrent, num_query_groups=heads).by_heads == by_heads
+    assert context_group(method, group, recurrent, num_query_groups=heads).uses_all_to_all == uses_all_to_all
 
 
 def test_heads_that_ranks_do_not_divide_are_refused_by_name():

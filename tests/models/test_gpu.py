@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-from megatron_hylo.kernels.registry import force, in_use
+from megatron_hylo.kernels.registry import in_use, override
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.parallel.documents import PackedDocuments
 from tests.conftest import tiny_config
@@ -46,7 +46,7 @@ def errors(mixer: str, backend: str, tokens: int, batch: int, starts: list[int] 
         documents = starts and PackedDocuments(torch.tensor(starts, device=on), tokens, slice(0, tokens))
         with contextlib.ExitStack() as plain:
             for op in ("gated_delta_rule", "ssd", "causal_conv1d") if module is reference else ():
-                plain.enter_context(force(op, "torch"))
+                plain.enter_context(override(op, "torch"))
             out, _ = module(inputs, packed_seq_params=documents)
             (out.float() * upstream.to(on)).sum().backward()
         grads = {name: p.grad for name, p in module.named_parameters()}

@@ -45,13 +45,13 @@ def test_a_wrong_kernel_is_named(fault, monkeypatch) -> None:
         refuse_wrong(checks)
 
 
-@pytest.mark.parametrize("part", ["reach", "kept", "added"])
+@pytest.mark.parametrize("part", ["readout", "transition", "increment"])
 def test_a_wrong_part_of_a_split_sequence_is_named(part, monkeypatch) -> None:
     right = DeltaRulePart.begin
 
     def wrong(cls, *inputs):
-        found, effect = right(*inputs)
-        return found, effect._replace(**{part: 0.5 * getattr(effect, part)})
+        found, affine = right(*inputs)
+        return found, affine._replace(**{part: 0.5 * getattr(affine, part)})
 
     monkeypatch.setattr(DeltaRulePart, "begin", classmethod(wrong))
     bad = [c.shape for c in check_kernels(tiny_config("G-"), torch.float32, CPU, parts=True) if not c.ok]
@@ -62,17 +62,17 @@ def test_doctor_fails_where_a_kernel_is_wrong(monkeypatch, capsys) -> None:
     from megatron_hylo.cli.main import main
 
     with pytest.raises(SystemExit) as ended:
-        main(["doctor", "--layout", "smollm2-135m-8mla22gdn-aligned"])
+        main(["doctor", "--layout", "smollm2-135m-8mla22gdn-teacher"])
     assert ended.value.code == 0 and "WRONG" not in capsys.readouterr().out
     monkeypatch.setattr(self_check, "causal_conv1d_sections", lambda sections, *_: [x * 1.1 for x in sections])
     with pytest.raises(SystemExit) as ended:
-        main(["doctor", "--layout", "smollm2-135m-8mla22gdn-aligned"])
+        main(["doctor", "--layout", "smollm2-135m-8mla22gdn-teacher"])
     assert ended.value.code == 1 and "WRONG" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("layout", ["smollm2-135m-8mla22gdn-aligned", "llama3.2-1b-4mla12gdn", "llama3.2-1b-4mla12m2"])
+@pytest.mark.parametrize("layout", ["smollm2-135m-8mla22gdn-teacher", "llama3.2-1b-4mla12gdn", "llama3.2-1b-4mla12m2"])
 def test_fast_kernels_are_right_and_checked_once(layout, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("MEGATRON_HYLO_CACHE", str(tmp_path))
     config, cuda = get_layout(layout).config, torch.device("cuda")

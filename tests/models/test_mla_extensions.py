@@ -263,8 +263,8 @@ def test_lists_of_json_become_tuples_and_back():
 def test_hybrids_take_pairs_as_an_override():
     base = tiny_config("*-*-", qk_layernorm=True)
     config = hybrid_config(base, "G+", qk_head_dim=16, qk_pos_emb_head_dim=4, mla_rotary_pairs=[[], [3, 3]], mla_bias=True)
-    assert config.mla_aligned_norm and config.mla_rotary_pairs == ((), (3, 3))
-    assert not hybrid_config(base, "G+").mla_aligned_norm
+    assert config.mla_whole_head_norm and config.mla_rotary_pairs == ((), (3, 3))
+    assert not hybrid_config(base, "G+").mla_whole_head_norm
 
 
 def test_assembled_hybrids_keep_the_pairs_of_their_mla_layers(one_rank, tmp_path):

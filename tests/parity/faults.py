@@ -14,12 +14,12 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    kept = getattr(owner, name)
+    original = getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, kept)
+        setattr(owner, name, original)
 
 
 def _head_norm_gradient_not_summed() -> contextlib.AbstractContextManager:
@@ -71,35 +71,37 @@ def _share_of_another_rank() -> contextlib.AbstractContextManager:
     from megatron_hylo.parallel.context import ContextGroup
 
     def others(self: Any, x: Tensor, widths: Any = None, dim: int = 0) -> Tensor:
-        if not self.by_heads:
+        if not self.uses_all_to_all:
             return x
         sections = x.split(list(widths) if widths is not None else [x.shape[dim]], dim)
         return torch.cat([section.chunk(self.size, dim)[self.rank - 1] for section in sections], dim)
 
-    return _replaced(ContextGroup, "own_share", others)
+    return _replaced(ContextGroup, "head_shard", others)
 
 
 def _states_not_composed() -> contextlib.AbstractContextManager:
     """Only the part just before counts: as if nothing before it were left."""
-    return _effects(lambda context, rank, backward: backward or rank == context.rank - 1)
+    return _affine_maps(lambda context, rank, backward: backward or rank == context.rank - 1)
 
 
 def _state_gradients_dropped() -> contextlib.AbstractContextManager:
     """As if what a part leaves to later ranks had no influence on the loss."""
-    return _effects(lambda context, rank, backward: not backward)
+    return _affine_maps(lambda context, rank, backward: not backward)
 
 
-def _effects(kept: Callable[[Any, int, bool], bool]) -> contextlib.AbstractContextManager:
-    """Parts' effects on states, of the ranks for which `kept` is true."""
+def _affine_maps(composes: Callable[[Any, int, bool], bool]) -> contextlib.AbstractContextManager:
+    """Parts' maps of the state, of the ranks for which `composes` is true; the others' are zero."""
     from megatron_hylo.parallel.context import ContextGroup
 
-    right = ContextGroup.effects
+    right = ContextGroup.gather_affine_maps
 
     def some(self: Any, a: Tensor, b: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
         found = enumerate(right(self, a, b, backward))
-        return [(a, b) if kept(self, rank, backward) else (torch.zeros_like(a), torch.zeros_like(b)) for rank, (a, b) in found]
+        return [
+            (a, b) if composes(self, rank, backward) else (torch.zeros_like(a), torch.zeros_like(b)) for rank, (a, b) in found
+        ]
 
-    return _replaced(ContextGroup, "effects", some)
+    return _replaced(ContextGroup, "gather_affine_maps", some)
 
 
 def _queries_traded_with_the_neighbour() -> contextlib.AbstractContextManager:

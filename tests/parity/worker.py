@@ -127,15 +127,15 @@ def measure(config: Any, file: Path) -> None:
     from megatron_hylo.eval.perplexity import evaluate
     from megatron_hylo.platform.distributed import initialize, is_main
     from megatron_hylo.train.data_loader import rank_batches
-    from megatron_hylo.train.loop import _build_models, teacher_elsewhere, training_step
+    from megatron_hylo.train.loop import _build_models, open_teacher_signal, training_step
     from megatron_hylo.train.nan_guard import SkippedSteps
     from megatron_hylo.train.optimizer import build_training_state, choose_trainable
     from megatron_hylo.train.stages import get_stage
 
     here = initialize(config.parallel, config.seed)
     (chunks,), teacher = _build_models(config)
-    elsewhere = teacher_elsewhere(config)
-    stage = get_stage(config, teacher, elsewhere)
+    teacher_signal = open_teacher_signal(config)
+    stage = get_stage(config, teacher, teacher_signal)
     stage.check(chunks[0])
     choose_trainable(chunks, config)
     state = build_training_state(chunks, config)
@@ -146,7 +146,7 @@ def measure(config: Any, file: Path) -> None:
     dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
     micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
 
-    reads = elsewhere if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
+    reads = teacher_signal if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
     for wrapper in state.wrapped:
         wrapper.zero_grad_buffer()
     stage.forward_backward([state], rank_batches(config, dataset, 0, here, reads), micro_batches)

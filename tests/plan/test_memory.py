@@ -31,7 +31,7 @@ class Shape(nn.Module):
             self.weight = nn.Parameter(inside, requires_grad=False)
 
 
-HYBRID, MAMBA, SMALL = "llama3.2-1b-4mla12gdn", "llama3.2-1b-4mla12m2", "smollm2-135m-8mla22gdn-aligned"
+HYBRID, MAMBA, SMALL = "llama3.2-1b-4mla12gdn", "llama3.2-1b-4mla12m2", "smollm2-135m-8mla22gdn-teacher"
 HEAD = SimpleNamespace(head_weight=lambda: torch.empty(128_256, 4096, dtype=torch.bfloat16, device="meta"))
 
 

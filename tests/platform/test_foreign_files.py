@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io import DamagedError, sealed_directory
+from megatron_hylo.io import DamagedError, atomic_directory
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.safe_loading import parse_metadata
@@ -54,7 +54,7 @@ def foreign(ours, tmp_path):
     """(change) -> folder made from ours by somebody else, whose manifest fits what they did to it."""
 
     def make(change) -> Path:
-        with sealed_directory(tmp_path / "foreign") as folder:
+        with atomic_directory(tmp_path / "foreign") as folder:
             shutil.copytree(ours, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
             change(folder)
         return tmp_path / "foreign"

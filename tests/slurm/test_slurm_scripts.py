@@ -19,7 +19,7 @@ from megatron_hylo.cli.parser import build_parser
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.data.documents import Document
 from megatron_hylo.data.preprocess import build_dataset
-from megatron_hylo.io import verify_sealed
+from megatron_hylo.io import verify_manifest
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from tests.conftest import tiny_config
@@ -122,7 +122,7 @@ def test_stage3_script_trains_on_two_ranks_without_slurm(hylo_root):
     assert result.returncode == 0, result.stdout + result.stderr
     run = hylo_root / "stage3_ctx128k"
     assert logged_steps(run) == [1, 2, 3]
-    verify_sealed(run / "model")
+    verify_manifest(run / "model")
     scaling = json.loads((run / "model" / "hylo.json").read_text())["model"]["mla_rope_scaling"]
     assert (scaling["rope_type"], scaling["factor"]) == ("yarn", 64.0)
 
@@ -151,7 +151,7 @@ def test_stage3_script_saves_at_a_signal_and_resumes_there(hylo_root):
         code, output = stop_after_a_step(command, environment, run, number)
         assert code == 3, output  # as `hylo train`: stopped, and resumable
         newest = max((run / "checkpoints").glob("step_*"))
-        verify_sealed(newest)
+        verify_manifest(newest)
         steps = logged_steps(run)
         assert steps == list(range(1, len(steps) + 1))  # the second run went on where the first had stopped
         assert newest.name == f"step_{steps[-1]:08d}"

@@ -16,7 +16,7 @@ from megatron.core import dist_checkpointing
 
 from megatron_hylo.config import ParallelConfig
 from megatron_hylo.config.train import OptimizerSettings
-from megatron_hylo.io import DamagedError, is_sealed
+from megatron_hylo.io import DamagedError, has_manifest
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.train.checkpoint import latest_checkpoint
 from megatron_hylo.train.loop import train
@@ -81,7 +81,7 @@ def test_killed_save_leaves_no_checkpoint_and_the_earlier_one_is_used(settings, 
     os.killpg(process.pid, signal.SIGKILL)  # with the processes that write files for it
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    assert partial.is_dir() and not is_sealed(checkpoints / "step_00000002")
+    assert partial.is_dir() and not has_manifest(checkpoints / "step_00000002")
     assert latest_checkpoint(tmp_path / "killed") == checkpoints / "step_00000001"
 
     train(config)

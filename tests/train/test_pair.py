@@ -15,7 +15,7 @@ import torch
 from megatron_hylo.cli.main import EXIT_STOPPED
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.train import OptimizerSettings
-from megatron_hylo.io import verify_sealed
+from megatron_hylo.io import verify_manifest
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train.loop import train
@@ -40,7 +40,7 @@ def students(one_rank, tmp_path_factory) -> tuple[str, str]:
 def assert_equal_runs(pair: Path, alone: list[Path]) -> None:
     """Everything a pair's run holds of either student is, bit for bit, what the run of that student alone holds."""
     for (folder, prefix), single in zip(RESULTS, alone):
-        verify_sealed(pair / folder)
+        verify_manifest(pair / folder)
         mine, theirs = weights(pair / folder), weights(single / "model")
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -86,7 +86,7 @@ def test_interrupt_saves_both_and_the_same_command_resumes_bit_for_bit(settings,
     output = process.communicate(timeout=120)[0]
     assert process.returncode == EXIT_STOPPED, output
     (checkpoint,) = (tmp_path / "stopped" / "checkpoints").iterdir()
-    verify_sealed(checkpoint)
+    verify_manifest(checkpoint)
     assert not (tmp_path / "stopped" / "model").exists() and not (tmp_path / "stopped" / "second_model").exists()
 
     train(stopped)

@@ -20,7 +20,7 @@ def upcycle(material, tmp_path):
     """(pattern, other arguments) -> report, folder."""
 
     def run(pattern: str = "+GM", **arguments):
-        fields = dict(shapes="aligned", overrides=SIZES, calibration=material.done, sequential=True) | arguments
+        fields = dict(shapes="teacher", overrides=SIZES, calibration=material.done, sequential=True) | arguments
         return upcycle_folder(material.teacher, tmp_path / "out", pattern=pattern, overwrite=True, **fields), tmp_path / "out"
 
     return run

@@ -16,7 +16,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import uniform_mixers
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.eval.perplexity import evaluate
-from megatron_hylo.io import verify_sealed
+from megatron_hylo.io import verify_manifest
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.upcycle.run import assemble_folder, upcycle_folder
@@ -122,7 +122,7 @@ def test_smart_equals_assembled_models(select, assembled_kl, material, tmp_path)
     assert found.pattern == "".join("+" if layer in found.mla_layers else "G" for layer in range(LAYERS))
     assert found.tokens == TOKENS
     assert found.layer_evaluations == 3 * LAYERS + (LAYERS - 1) + LAYERS * (LAYERS + 1) // 2
-    verify_sealed(tmp_path / "out")
+    verify_manifest(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "selection.json").read_text())
     assert written["pattern"] == found.pattern and written["kl_by_layer"] == found.kl_by_layer
     assert set(written) >= {"method", "mla_layers", "kl_all_linear", "kl_selected", "tokens", "seconds"}

@@ -47,7 +47,7 @@ class MultiLatentAttention(MixerDescription):
         if c.qk_layernorm and nope + rope != head_dim and not (nope == head_dim and placed):
             raise ConfigError(
                 f"with q/k-norm, qk_head_dim {nope} and qk_pos_emb_head_dim {rope} do not suit kv_channels {head_dim}: either "
-                f"their sum must equal it (HyLo's norm), or qk_head_dim must (the aligned norm), with mla_rotary_pairs given "
+                f"their sum must equal it (HyLo's norm), or qk_head_dim must (the whole-head norm), with mla_rotary_pairs given "
                 f"or qk_pos_emb_head_dim equal to it too"
             )
 
@@ -72,7 +72,7 @@ class MultiLatentAttention(MixerDescription):
         )  # fmt: skip
 
     def tensors(self, config: ModelConfig) -> dict[str, Shape]:
-        """Down- and up-projections, biases, norms; `rotary_mix` where the norm is the aligned one."""
+        """Down- and up-projections, biases, norms; `rotary_mix` where the norm is the whole head's."""
         c, d, qk = config, config.hidden_size, config.qk_head_dim + config.qk_pos_emb_head_dim
         shapes = {
             "q_a_proj": (c.q_lora_rank, d),
@@ -88,7 +88,7 @@ class MultiLatentAttention(MixerDescription):
                 names[f"self_attn.{name}.bias"] = shape[:1]
         if c.qk_layernorm:
             names |= {f"self_attn.{part}_norm.weight": (qk,) for part in "qk"}
-        if c.mla_aligned_norm:
+        if c.mla_whole_head_norm:
             names["self_attn.k_norm.rotary_mix"] = (c.num_query_groups, c.qk_pos_emb_head_dim // 2)
         return names
 

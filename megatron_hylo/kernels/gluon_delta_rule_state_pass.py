@@ -1,4 +1,4 @@
-"""Hopper kernels of delta_rule_chain.py: the chain of states from chunk to chunk, and backwards that of their gradients.
+"""Hopper kernels of delta_rule_state_pass.py: the chain of states from chunk to chunk, and backwards that of their gradients.
 
 A program carries VALUES columns of one head's state, transposed, in the registers of four warps: a state or its gradient is
 then always the left factor of a product, which tensor cores take from registers. The right factors are tiles of keys, reads

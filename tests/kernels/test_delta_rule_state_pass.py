@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hylo.kernels import delta_rule_chain
-from megatron_hylo.kernels.delta_rule_chain import states_backward, states_forward
+from megatron_hylo.kernels import delta_rule_state_pass
+from megatron_hylo.kernels.delta_rule_state_pass import states_backward, states_forward
 from megatron_hylo.kernels.delta_rule_states import CHUNK
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
-from megatron_hylo.kernels.registry import force, in_use
+from megatron_hylo.kernels.registry import in_use, override
 from tests.kernels.compare import interpreted_errors, relative_error, worst_error
 from tests.kernels.test_gated_delta_rule import inputs
 
@@ -49,21 +49,21 @@ def tensors(b: int, t: int, h: int, dk: int, dv: int, device: str) -> dict[str, 
 
 def test_small_kernels_equal_their_formulas_in_triton_s_interpreter() -> None:
     pytest.importorskip("triton.experimental.gluon")
-    errors = interpreted_errors("delta_rule_chain_cases")
+    errors = interpreted_errors("delta_rule_state_pass_cases")
     assert set(errors) == {"to-end", "whole", "queries"} and max(errors.values()) < 1e-6, errors
 
 
 def test_cpu_tensors_are_left_to_fla() -> None:
     k = torch.zeros(1, 64, 2, 256, dtype=torch.bfloat16)
-    taken, reason = delta_rule_chain._takes(k, (k, k), torch.zeros(1, 64, 2))
+    taken, reason = delta_rule_state_pass._takes(k, (k, k), torch.zeros(1, 64, 2))
     assert not taken and reason == "made for Hopper"
-    assert in_use()[delta_rule_chain.OPERATION] == "fla"
+    assert in_use()[delta_rule_state_pass.OPERATION] == "fla"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs fla")
 def test_fla_asks_these_kernels_first_and_as_they_expect() -> None:
     """A renamed or new argument of fla's would leave all to fla, or be ignored: it has to be looked at."""
-    delta_rule_chain.register()
+    delta_rule_state_pass.register()
     backends = importlib.import_module("fla.backends")
     ours = backends._get_operation_registry("common")._get_sorted_backends()[0]
     assert ours.backend_type == "hylo"
@@ -86,7 +86,7 @@ def test_fla_asks_these_kernels_first_and_as_they_expect() -> None:
 
 def need_the_chain() -> None:
     k = torch.zeros(1, 64, 1, 128, dtype=torch.bfloat16, device="cuda")
-    if reason := delta_rule_chain._obstacle(k, (k,), torch.zeros(1, 64, 1, device="cuda")):
+    if reason := delta_rule_state_pass._obstacle(k, (k,), torch.zeros(1, 64, 1, device="cuda")):
         pytest.skip(reason)
 
 
@@ -136,11 +136,11 @@ def test_gated_delta_rule_with_the_chain_on_a_gpu(t: int, dk: int, dv: int, keep
     values = inputs(t, torch.bfloat16, dk=dk, dv=dv, device="cuda")
     errors = {}
     for implementation in ("gluon", "fla"):
-        with force("gated_delta_rule", "fla"), force("delta_rule_chain", implementation):
+        with override("gated_delta_rule", "fla"), override("delta_rule_state_pass", implementation):
             errors[implementation] = worst_error(
                 lambda *x, **y: gated_delta_rule(*x, keep_states=keep_states, **y), recurrent_gated_delta_rule, values
             )
-            assert in_use()["delta_rule_chain"] == implementation
+            assert in_use()["delta_rule_state_pass"] == implementation
     print(errors)
     assert errors["gluon"] < max(1.2 * errors["fla"], 5e-3)  # no worse than fla's own kernels
 
@@ -155,7 +155,7 @@ def test_chain_recorded_in_a_cuda_graph() -> None:
         out, _ = gated_delta_rule(*values)
         return out, *torch.autograd.grad(out.float().square().sum(), values)
 
-    with force("gated_delta_rule", "fla"):
+    with override("gated_delta_rule", "fla"):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -169,4 +169,4 @@ def test_chain_recorded_in_a_cuda_graph() -> None:
                 x.copy_(torch.randn_like(x))
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(recorded, run(), strict=True))
-    assert in_use()["delta_rule_chain"] == "gluon"
+    assert in_use()["delta_rule_state_pass"] == "gluon"

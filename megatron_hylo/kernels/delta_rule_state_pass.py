@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.kernels.delta_rule_states import CHUNK
-from megatron_hylo.kernels.registry import forced, import_error, triton_version, use
+from megatron_hylo.kernels.registry import import_error, overridden, triton_version, use
 
-MODULE = "megatron_hylo.kernels.gluon_delta_rule_chain"
+MODULE = "megatron_hylo.kernels.gluon_delta_rule_state_pass"
 FLA_OUTPUTS = "fla.ops.common.chunk_o"
-OPERATION = "delta_rule_chain"
+OPERATION = "delta_rule_state_pass"
 VALUES = 64  # columns of a state that a program carries
 KEY_DIMS = (128, 256)  # that pay; narrower states fla has as fast
 BLOCK = 64  # keys and values of a program of `chunk_bwd_dqkwg`, where fla takes 128
@@ -63,13 +63,13 @@ def register() -> None:
 def _takes(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, **others) -> tuple[bool, str | None]:
     """fla's question whether a call with these arguments is for these kernels, and why not. Tensors are [b, t, h, d]."""
     reason = _obstacle(k, tensors, g, **others)
-    level = logging.WARNING if reason and forced(OPERATION) == "gluon" else logging.INFO  # fla would swallow an error
+    level = logging.WARNING if reason and overridden(OPERATION) == "gluon" else logging.INFO  # fla would swallow an error
     use(OPERATION, "fla" if reason else "gluon", reason or "available", level)
     return reason is None, reason
 
 
 def _obstacle(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, **others) -> str | None:
-    if forced(OPERATION) == "fla":
+    if overridden(OPERATION) == "fla":
         return "forced"
     if not k.is_cuda or torch.cuda.get_device_capability(k.device)[0] != 9:
         return "made for Hopper"

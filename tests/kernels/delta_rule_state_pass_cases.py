@@ -1,20 +1,22 @@
-"""The small kernels beside the chain, in Triton's interpreter, against their formulas. Started by test_delta_rule_chain.py.
+"""The small kernels beside the state pass, in Triton's interpreter, against their formulas.
+
+Started by test_delta_rule_state_pass.py.
 
 Prints a line a result: "ERROR name relative-error".
 """
 
 import torch
 
-from megatron_hylo.kernels import delta_rule_chain
+from megatron_hylo.kernels import delta_rule_state_pass
 from megatron_hylo.kernels.delta_rule_states import CHUNK
-from megatron_hylo.kernels.gluon_delta_rule_chain import decayed_queries
+from megatron_hylo.kernels.gluon_delta_rule_state_pass import decayed_queries
 from tests.kernels.compare import relative_error
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     b, t, h, dk, chunk, scale = 2, 150, 3, 128, CHUNK, 0.3
     since = -torch.rand(b, t, h).double()
-    found = delta_rule_chain._factors(since.float())
+    found = delta_rule_state_pass._factors(since.float())
     for name, row in (("to-end", 0), ("whole", 1)):
         expected = torch.zeros(b, h, 3, chunk, dtype=torch.float64)
         for i, part in enumerate(since.split(chunk, 1)):
