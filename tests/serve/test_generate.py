@@ -102,6 +102,7 @@ def test_generation_ends_with_the_end_of_sequence_token(folders):
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     continuation = model.generate(ids, max_new_tokens=10, do_sample=False)[0, len(PROMPT) :].tolist()
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(continuation[6])
+    (folders[1] / "manifest.json").unlink()  # the export is changed on purpose
     tokenizer.save_pretrained(folders[1])
     result = generate_text(folders[1], PROMPT, max_new_tokens=10)
     assert result.new_tokens == continuation.index(continuation[6]) + 1
@@ -154,6 +155,7 @@ def test_bad_settings(folders, changes, message):
 
 
 def test_folder_without_tokenizer(folders):
+    (folders[1] / "manifest.json").unlink()  # the export is changed on purpose
     (folders[1] / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="holds no tokenizer"):
         generate_text(folders[1], PROMPT)
