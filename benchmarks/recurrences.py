@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_hylo.kernels.delta_rule_states import CHUNK
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
+from megatron_hylo.kernels.kda import kda
 from megatron_hylo.kernels.registry import in_use, override
 from megatron_hylo.kernels.ssd import MAMBA_CHUNK, MAMBA_MODULE, ssd
 
@@ -39,11 +40,11 @@ def main(
     results: Path = Path("benchmarks/results/recurrences"),
     commit: str = "",
 ) -> None:
-    """Measure both recurrences.
+    """Measure the recurrences.
 
     Args:
         tokens, sequences: sizes of the batch.
-        gated_delta_net: heads, width of keys, width of values.
+        gated_delta_net: heads, width of keys, width of values; of KDA too.
         mamba2: heads, their width, size of the state.
         repeats: timed passes, after three that are not.
         results: path without suffix of the .md to write.
@@ -52,7 +53,8 @@ def main(
     if not torch.cuda.is_available():
         raise SystemExit("recurrences.py times CUDA kernels: it needs a GPU")
     torch.manual_seed(0)
-    cases = delta_rules(sequences, tokens, *gated_delta_net) | {"Mamba2": scan(sequences, tokens, *mamba2)}
+    cases = delta_rules(sequences, tokens, *gated_delta_net) | {"KDA": kda_rule(sequences, tokens, *gated_delta_net)}
+    cases["Mamba2"] = scan(sequences, tokens, *mamba2)
     for ours, *_ in cases.values():
         ours()
     kernels, rows = in_use(), []  # the peers' would be named later
@@ -64,7 +66,7 @@ def main(
     sizes = f"{sequences} x {tokens:,} tokens"
     report(
         results, "Recurrences of linear layers", [
-            f"Forward and backward, bf16, {sizes}: Gated DeltaNet {' x '.join(map(str, gated_delta_net))} (heads, keys, "
+            f"Forward and backward, bf16, {sizes}: Gated DeltaNet and KDA {' x '.join(map(str, gated_delta_net))} (heads, keys, "
             f"values), Mamba2 {' x '.join(map(str, mamba2))} (heads, width, state). Peers: fla's, mamba_ssm's own.",
         ], COLUMNS,
         [(r["recurrence"], f"{r['ms']:.2f}", f"{r['ratio']:.2f}", f"{r['peer_ms']:.2f}", f"{r['bytes_ms']:.2f}",
@@ -98,6 +100,27 @@ def delta_rules(b: int, t: int, h: int, dk: int, dv: int) -> dict[str, tuple[Run
         "Gated DeltaNet": (lambda: ours(False), peer, moved, products),
         "Gated DeltaNet, states kept": (lambda: ours(True), peer, moved, products),
     }
+
+
+def kda_rule(b: int, t: int, h: int, dk: int, dv: int) -> tuple[Run, Run, float, float]:
+    """Ours, which calls fla's kernels; fla's function as its own layer calls it; bytes; FLOPs."""
+    q, k, v, upstream = (torch.randn(b, t, h, d, device="cuda", dtype=torch.bfloat16) for d in (dk, dk, dv, dv))
+    g, beta = -torch.rand(b, t, h, dk, device="cuda") / 10, torch.rand(b, t, h, device="cuda", dtype=torch.bfloat16)
+    inputs = [x.requires_grad_() for x in (q, k, v, g, beta)]
+    fla = importlib.import_module("fla.ops.kda").chunk_kda
+
+    def peer() -> tuple[Tensor, ...]:
+        with override("delta_rule_state_pass", "fla"):
+            out, _ = fla(*inputs, use_qk_l2norm_in_kernel=True)
+            return out, *torch.autograd.grad(out, inputs, upstream)
+
+    def ours() -> tuple[Tensor, ...]:
+        out, _ = kda(*inputs)
+        return out, *torch.autograd.grad(out, inputs, upstream)
+
+    moved = b * t * h * (2 * (6 * dk + 5 * dv) + 4 * 3 * dk)  # as Gated DeltaNet, and fp32 decays: read twice, their gradient
+    forward = 2 * CHUNK * (CHUNK * (3 * dk + 2 * dv) + 3 * dk * dv)
+    return ours, peer, moved, 3 * b * h * -(-t // CHUNK) * forward
 
 
 def scan(b: int, t: int, h: int, p: int, n: int) -> tuple[Run, Run, float, float]:

@@ -11,10 +11,10 @@ import pytest
 from megatron_hylo.cli.main import VERBS, train
 from megatron_hylo.config.train import PATHS, TrainConfig
 from megatron_hylo.io import atomic_directory, verify_manifest
+from tests.cli.test_cli import run
 from tests.conftest import tiny_hf_model
 from tests.data.conftest import make_documents, tokenizer  # noqa: F401  the fixture
 from tests.io.conftest import another_process, make  # noqa: F401  the fixture
-from tests.test_cli import run
 
 # every verb that makes a folder, for the output RUN/model (quickstart makes others): SOURCE must not even be there
 COMMANDS = {

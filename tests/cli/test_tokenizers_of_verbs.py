@@ -15,9 +15,9 @@ from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.teachers.store import TeacherStore
 from tests.calibrate.conftest import make_text
 from tests.calibrate.tiny import random_teacher
+from tests.cli.test_cli import run
 from tests.conftest import tiny_config, tiny_hf_model
 from tests.data.conftest import tokenizer  # noqa: F401  the fixture
-from tests.test_cli import run
 
 
 @pytest.fixture(scope="module")

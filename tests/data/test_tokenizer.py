@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data import tokenizer as compared
-from megatron_hylo.data.artefacts import Document
+from megatron_hylo.data.documents import Document
 from megatron_hylo.data.preprocess import build_dataset
 from megatron_hylo.data.tokenizer import check_dataset, check_ids, check_same_vocabulary, read_vocabulary, vocabulary_difference
 from tests.data.conftest import END, make_documents
