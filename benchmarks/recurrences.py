@@ -66,8 +66,8 @@ def main(
     sizes = f"{sequences} x {tokens:,} tokens"
     report(
         results, "Recurrences of linear layers", [
-            f"Forward and backward, bf16, {sizes}: Gated DeltaNet and KDA {' x '.join(map(str, gated_delta_net))} (heads, keys, "
-            f"values), Mamba2 {' x '.join(map(str, mamba2))} (heads, width, state). Peers: fla's, mamba_ssm's own.",
+            f"Forward and backward, bf16, {sizes}: Gated DeltaNet and KDA {' x '.join(map(str, gated_delta_net))} (heads, "
+            f"keys, values), Mamba2 {' x '.join(map(str, mamba2))} (heads, width, state). Peers: fla's, mamba_ssm's own.",
         ], COLUMNS,
         [(r["recurrence"], f"{r['ms']:.2f}", f"{r['ratio']:.2f}", f"{r['peer_ms']:.2f}", f"{r['bytes_ms']:.2f}",
           f"{r['products_ms']:.2f}", f"{r['error']:.1e}") for r in rows],
