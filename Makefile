@@ -8,7 +8,7 @@ EXTRAS ?= dev
 ARGS ?=
 BIN := .venv/bin
 SCRIPTS := slurm/*.sh examples/*/*.sh .ci/run
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,7 +44,7 @@ clean: ## remove .venv and caches; runs/ stays
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 # Made again when the requirements change: a fresh environment, so that nothing of the old one is left.
-.venv/installed: setup.py constraints.txt tests/transformers4.txt
+.venv/installed: pyproject.toml setup.py constraints.txt tests/transformers4.txt
 	@python="$(PYTHON)"; \
 	works() { "$$1" -c 'import sys; sys.exit(sys.version_info[:2] < (3, 12))' >/dev/null 2>&1; }; \
 	for candidate in "$$python" python3.12 "$$(pyenv prefix 3.12 2>/dev/null || true)/bin/python" python3 python3.13; do \

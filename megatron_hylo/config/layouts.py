@@ -54,7 +54,7 @@ BASES: dict[str, ModelConfig] = {
     ),
 }  # fmt: skip
 
-# MLA layers of layouts with teacher shapes: those that `hylo select --method greedy` chose, beside Gated DeltaNet (docs/upcycling.md)
+# MLA layers of layouts with teacher shapes, chosen by `hylo select --method greedy` beside Gated DeltaNet (docs/upcycling.md)
 _CHOSEN_LAYERS = {"smollm2-135m": (0, 1, 2, 16, 17, 18, 20, 23)}
 
 Shapes = Literal["paper", "teacher"]

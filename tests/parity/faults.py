@@ -151,16 +151,16 @@ def _key_value_head_duplicated() -> contextlib.AbstractContextManager:
 
 def _sharded_parameters_unmarked() -> contextlib.AbstractContextManager:
     """Megatron-Core takes them for copies and counts one rank's gradients alone in the norm that clips."""
-    from megatron_hylo.models import gdn
+    from megatron_hylo.models import linear_mixer
 
-    right = gdn.tensor_parallel_parameter
+    right = linear_mixer.tensor_parallel_parameter
 
     def unmarked(*arguments: Any, **settings: Any) -> torch.nn.Parameter:
         parameter = right(*arguments, **settings)
         parameter.tensor_model_parallel = False
         return parameter
 
-    return _replaced(gdn, "tensor_parallel_parameter", unmarked)
+    return _replaced(linear_mixer, "tensor_parallel_parameter", unmarked)
 
 
 def _virtual_stages_swapped() -> contextlib.AbstractContextManager:

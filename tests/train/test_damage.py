@@ -8,7 +8,10 @@ import pytest
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.io import DamagedError
+from megatron_hylo.models.checkpoint import save_model
+from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train.loop import train
+from tests.conftest import tiny_config
 from tests.train.runs import metrics
 
 
@@ -59,22 +62,24 @@ def test_a_runs_own_files_are_named_when_they_are_damaged(settings, tmp_path):
         train(config)
 
 
-def test_a_dataset_without_a_description_is_a_sentence(settings, material, tmp_path):
+def test_a_dataset_without_a_description_is_judged_by_its_tokens(settings, material, tmp_path):
     shutil.copytree(material.data, tmp_path / "data")
     (tmp_path / "data" / "manifest.json").unlink()  # another program's
-    (tmp_path / "data" / "data.json").write_text("{}")
-    with pytest.raises(DamagedError, match="data.json has no 'vocab_size'"):
-        train(settings(data=str(tmp_path / "data")))
     (tmp_path / "data" / "data.json").unlink()
-    with pytest.raises(ConfigError, match="data.json: no such file"):
-        train(settings(data=str(tmp_path / "data")))
+    train(settings(steps=1))
+    train(settings(steps=1, data=str(tmp_path / "data"), output=tmp_path / "other"))
+    assert metrics(tmp_path / "other") == metrics(tmp_path / "run")
+    save_model(build_model(tiny_config("G-+-M-*-", vocab_size=100)), tmp_path / "small")
+    with pytest.raises(ConfigError, match="100"):  # the text has tokens beyond this vocabulary
+        train(
+            settings("pretrain", steps=1, data=str(tmp_path / "data"), model=str(tmp_path / "small"), output=tmp_path / "third")
+        )
 
 
 def test_somebody_elses_file_in_an_old_checkpoint_is_kept(settings, tmp_path):
     config = settings(steps=3, save_interval=1, keep_checkpoints=1, async_save=False)
     train(config)
     run = Path(config.output)
-    (run / "checkpoints" / "step_00000002" / "notes.txt").write_text("a good one")
-    shutil.rmtree(run / "model")
-    train(settings(steps=3, save_interval=1, keep_checkpoints=1, async_save=False))
-    assert (run / "checkpoints" / "step_00000002" / "notes.txt").is_file()
+    (run / "checkpoints" / "step_00000003" / "notes.txt").write_text("a good one")
+    train(settings(steps=4, save_interval=1, keep_checkpoints=1, async_save=False))
+    assert (run / "checkpoints" / "step_00000003" / "notes.txt").is_file()

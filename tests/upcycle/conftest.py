@@ -9,6 +9,8 @@ from torch import Tensor
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.config.tensor_names import tensor_names
+from tests.calibrate.conftest import material  # noqa: F401  the fixture
+from tests.data.conftest import tokenizer  # noqa: F401  the fixture
 
 
 @pytest.fixture

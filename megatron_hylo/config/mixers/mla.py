@@ -47,8 +47,8 @@ class MultiLatentAttention(MixerDescription):
         if c.qk_layernorm and nope + rope != head_dim and not (nope == head_dim and placed):
             raise ConfigError(
                 f"with q/k-norm, qk_head_dim {nope} and qk_pos_emb_head_dim {rope} do not suit kv_channels {head_dim}: either "
-                f"their sum must equal it (HyLo's norm), or qk_head_dim must (the whole-head norm), with mla_rotary_pairs given "
-                f"or qk_pos_emb_head_dim equal to it too"
+                f"their sum must equal it (HyLo's norm), or qk_head_dim must (the whole-head norm), with mla_rotary_pairs "
+                f"given or qk_pos_emb_head_dim equal to it too"
             )
 
     def default_sizes(self, base: ModelConfig, base_name: str | None, teacher_shapes: bool) -> Fields:
