@@ -95,7 +95,7 @@ def test_a_correction_is_the_best_on_other_tokens_or_none():
 @pytest.mark.parametrize("sequential", [False, True], ids=["one-shot", "sequential"])
 def test_projections_that_fit_exactly_are_found_again(sequential, teacher, text, make_student, monkeypatch):
     """A student equal to its teacher but for spoilt output projections."""
-    monkeypatch.setitem(solve.DAMPING, "+", 1e-10)
+    monkeypatch.setattr(solve, "DAMPING", 1e-10)
     student = make_student("+*+", full=True)
     with torch.no_grad():
         for weight in projections(student)[::2]:
@@ -130,7 +130,7 @@ def test_a_solved_layer_is_the_ridge_solution_of_its_features(teacher, text, mak
         weight.copy_(prior)
     (error, *_) = solve_outputs(student, teacher, text[0], sequential=False)
     f, y = features[~held].flatten(0, 1), target[~held].flatten(0, 1)
-    level = solve.DAMPING["+"] * (f.T @ f).trace() / 96
+    level = solve.DAMPING * (f.T @ f).trace() / 96
     unit = torch.eye(96, dtype=torch.float64)
     wanted = torch.linalg.solve(f.T @ f + level * unit, f.T @ y + level * prior.double().T).T
     assert relative_error(weight, wanted) < 5e-5  # products of features are summed in fp32 within a micro-batch
