@@ -9,6 +9,7 @@ import hashlib
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -28,7 +29,7 @@ from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
 from megatron_hylo.data.tokenizer import check_dataset, check_ids, copy_tokenizer
 from megatron_hylo.distill.alignment import mlp_layer
-from megatron_hylo.io import atomic_directory, check_free, work_folder, write_json
+from megatron_hylo.io import atomic_directory, check_free, staging_directory, write_json
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
@@ -83,7 +84,7 @@ def calibrate(
         "sequence_length": sequence_length, "layers": config.num_hidden_layers,
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "precision": str(precision).split(".")[1],
     }  # fmt: skip
-    work = work_folder(Path(output), "layers", "calibration", description)
+    work = staging_directory(Path(output), "layers", "calibration", description)
     model = load_model(teacher, parallel, params_dtype=precision)
     _gather_layers(model, windows[:, :-1], work, track)
     with atomic_directory(output, overwrite) as folder:
@@ -150,7 +151,7 @@ class LayerSums:
     """Sums over tokens of one attention layer, float64, this rank's part."""
 
     def __init__(self, attention: nn.Module) -> None:
-        self.attention = attention
+        self.attention: Any = attention  # a SelfAttention of models/, whose methods nn.Module does not declare
         self.sums: dict[str, Tensor] = {}
 
     def add(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
@@ -182,7 +183,8 @@ class LayerSums:
         repeats, length, x = query.shape[2] // key.shape[2], query.shape[1], x.double()
         key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
         norms, received = [], torch.zeros_like(query[..., 0].transpose(1, 2))  # [batch, heads, keys]
-        sums = {"sink_mass": 0.0, "looked_back": 0.0, "looked_mass": 0.0}
+        zeros = query.new_zeros(query.shape[2], dtype=torch.float64)
+        sums = {name: zeros.clone() for name in ("sink_mass", "looked_back", "looked_mass")}
         for start in range(0, length, LOOK_BACK_TOKENS):
             stop = min(start + LOOK_BACK_TOKENS, length)
             scores = torch.einsum("bthd,bshd->bhts", query[:, start:stop], key[:, :stop]) * query.shape[-1] ** -0.5

@@ -16,6 +16,7 @@ the first token, which all heads attend to, as exact as its size makes it, and t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class NormalEquations:
     """All that a linear least-squares problem asks of its tokens: sums of products, float64 over fp32 micro-batches."""
 
     def __init__(self) -> None:
-        self.gram = self.own = self.missing = None
+        self.sums: tuple[Tensor, Tensor, Tensor] | None = None  # F^T F [in, in], F^T own and F^T missing [in, out]
         self.energy = 0.0
 
     def add(self, features: Tensor, own: Tensor, missing: Tensor, weight: Tensor) -> None:
@@ -61,22 +62,28 @@ class NormalEquations:
         """
         root = weight.flatten().sqrt()[:, None]
         f, y, d = (part.flatten(0, -2).float() * root for part in (features, own, missing))
-        new = [product.double() for product in (f.T @ f, f.T @ y, f.T @ d)]
-        sums = (self.gram, self.own, self.missing)
-        self.gram, self.own, self.missing = new if self.gram is None else [a + b for a, b in zip(sums, new)]
+        gram, cross, residual = (product.double() for product in (f.T @ f, f.T @ y, f.T @ d))
+        if self.sums is None:
+            self.sums = gram, cross, residual
+        else:
+            self.sums = self.sums[0] + gram, self.sums[1] + cross, self.sums[2] + residual
         self.energy += float((y + d).double().square().sum())
 
     def solve(self, prior: Tensor, damping: float, missing: bool = False) -> Tensor:
         """The projection [out, in], float64, nearest to `prior` for the layer's own target or for all of it."""
-        level = damping * self.gram.diagonal().mean()
-        cross = self.own + self.missing if missing else self.own
-        regular = self.gram + level * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
+        assert self.sums is not None, "no micro-batch was added"
+        gram, own, residual = self.sums
+        level = damping * gram.diagonal().mean()
+        cross = own + residual if missing else own
+        regular = gram + level * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
         return torch.cholesky_solve(cross + level * prior.double().T, torch.linalg.cholesky_ex(regular)[0]).T
 
     def error(self, projection: Tensor) -> float:
         """Sum of squared errors of a projection [out, in] on all of the target."""
+        assert self.sums is not None, "no micro-batch was added"
+        gram, own, residual = self.sums
         w = projection.double().T
-        return float((w * (self.gram @ w - 2 * (self.own + self.missing))).sum()) + self.energy
+        return float((w * (gram @ w - 2 * (own + residual))).sum()) + self.energy
 
 
 @torch.no_grad()
@@ -148,12 +155,12 @@ def solve_outputs(
     return errors
 
 
-def output_projection(mixer: nn.Module) -> nn.Module:
+def output_projection(mixer: Any) -> Any:
     """The last linear map of a mixer: `linear_proj` of attention and MLA, `out_proj` of the linear mixers."""
     return mixer.linear_proj if hasattr(mixer, "linear_proj") else mixer.out_proj
 
 
-def _mlp_output(layer: nn.Module, hidden: Tensor) -> Tensor:
+def _mlp_output(layer: Any, hidden: Tensor) -> Tensor:
     return layer.mlp(layer.pre_mlp_layernorm(hidden)[0])[0]
 
 
@@ -189,7 +196,7 @@ def _corrected(weight: Tensor, fit: NormalEquations, check: NormalEquations) -> 
     return min([weight, *(fit.solve(weight, damping, missing=True) for damping in CORRECTION_DAMPING)], key=check.error)
 
 
-def _set(projection: nn.Module, weight: Tensor, layer: int, symbol: str) -> None:
+def _set(projection: Any, weight: Tensor, layer: int, symbol: str) -> None:
     if not weight.isfinite().all():
         raise ConfigError(f"layer {layer} `{symbol}`: its outputs are not finite on the calibration text; use fp32")
     projection.weight.copy_(weight)
@@ -238,4 +245,4 @@ def _match_norm(mixer: Mamba2, x: Tensor) -> None:
         ratio = mixer.config.layernorm_epsilon**0.5 / size
         steps = torch.nn.functional.softplus(mixer.dt_bias) * ratio
         mixer.dt_bias.copy_(steps.expm1().log())
-        mixer.A_log -= ratio.log()
+        mixer.A_log.sub_(ratio.log())

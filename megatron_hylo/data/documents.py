@@ -43,7 +43,15 @@ BYTE_ORDER_MARKS = (
 _HALF_PAIRS = re.compile("[\ud800-\udfff]")
 _CANNOT_READ = (OSError, EOFError, zlib.error)  # a disk's errors, and what gzip raises for a damaged or cut file
 _EXPECTED = 'each line must be an object such as {"name": "a", "text": "..."}'
-codecs.register_error("megatron_hylo.invalid", lambda error: (INVALID, error.end))
+
+
+def _invalid_bytes(error: UnicodeError) -> tuple[str, int]:
+    """Decoder error handler: `INVALID` in place of the bytes, then go on after them."""
+    assert isinstance(error, UnicodeDecodeError)
+    return INVALID, error.end
+
+
+codecs.register_error("megatron_hylo.invalid", _invalid_bytes)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ def _read(file: Path) -> tuple[Any, Any]:
     except (RuntimeError, OSError) as error:
         kind = "in tiktoken's format" if _is_tiktoken(file) else "not a whole SentencePiece model"
         raise ConfigError(f"{file} is {kind}; give a folder with tokenizer.json") from error
-    model = sentencepiece_model_pb2.ModelProto()
+    messages: Any = sentencepiece_model_pb2  # its classes are made at import time
+    model = messages.ModelProto()
     model.ParseFromString(file.read_bytes())
     if model.trainer_spec.model_type != BPE:
         raise ConfigError(f"{file} is a SentencePiece model of another kind than BPE; give a folder with tokenizer.json")
@@ -97,7 +98,8 @@ def _backend(model: Any) -> Any:
     backend = Tokenizer(
         models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=model.trainer_spec.byte_fallback)
     )
-    spec, steps = model.normalizer_spec, []
+    spec = model.normalizer_spec
+    steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def read_vocabulary(folder: str | Path) -> Vocabulary | None:
     return vocabulary_of(found, str(path)) if found is not None else None
 
 
-def vocabulary_of(tokenizer: object, where: str) -> Vocabulary:
+def vocabulary_of(tokenizer: Any, where: str) -> Vocabulary:
     """The vocabulary of a tokenizer of transformers."""
     return Vocabulary({number: token for token, number in tokenizer.get_vocab().items()}, where)
 
@@ -199,12 +200,12 @@ def _two(one: str | Path, other: str | Path) -> tuple[Vocabulary, Vocabulary] | 
     """Both vocabularies; None where they come of equal files, or one is not known, which is said."""
     if (files := _files(one)) and files == _files(other):
         return None
-    found = read_vocabulary(one), read_vocabulary(other)
-    missing = [str(folder) for folder, vocabulary in zip((one, other), found) if vocabulary is None]
-    if missing:
+    first, second = read_vocabulary(one), read_vocabulary(other)
+    if first is None or second is None:
+        missing = [str(folder) for folder, found in ((one, first), (other, second)) if found is None]
         _say_once(f"the tokenizers of {one} and {other} are not compared: {' and '.join(missing)} without one")
         return None
-    return found
+    return first, second
 
 
 def _files(folder: str | Path) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Files and folders: atomic folders with manifests, their verification, locks of outputs, JSON, the cache folder.
+"""Atomic directories with manifests, their verification, output locks, JSON files and the cache directory.
 
 Everything this project writes for later use (converted models, checkpoints, datasets, exports) goes through
-`atomic_directory`, and is checked by `verify_manifest` when it is opened. Import from here, not from the modules inside.
+`atomic_directory`, and is checked by `verify_manifest` when it is opened. The names below are imported from this package; its
+modules without a leading underscore (cache, foreign, gguf_file, identity, progress) are imported directly.
 """
 
 from megatron_hylo.io._files import DamagedError, cache_dir, plain_os_errors, read_json, sha256, write_json
@@ -9,9 +10,9 @@ from megatron_hylo.io._folders import (
     atomic_directory,
     check_apart,
     check_free,
-    hash_early,
-    remove_finished,
-    work_folder,
+    hash_for_manifest,
+    remove_atomic_directory,
+    staging_directory,
 )
 from megatron_hylo.io._locks import output_lock
 from megatron_hylo.io._manifests import (
@@ -25,7 +26,8 @@ from megatron_hylo.io._manifests import (
 from megatron_hylo.io._ranks import barrier, on_main
 
 __all__ = [
-    "MANIFEST", "DamagedError", "barrier", "cache_dir", "check_apart", "check_free", "hash_early", "has_manifest",
-    "on_main", "output_lock", "plain_os_errors", "read_json", "read_manifest", "read_verified_json", "remove_finished",
-    "atomic_directory", "sha256", "verify_manifest_if_any", "verify_manifest", "work_folder", "write_json",
+    "MANIFEST", "DamagedError", "barrier", "cache_dir", "check_apart", "check_free", "hash_for_manifest",
+    "has_manifest", "on_main", "output_lock", "plain_os_errors", "read_json", "read_manifest", "read_verified_json",
+    "remove_atomic_directory", "atomic_directory", "sha256", "staging_directory", "verify_manifest_if_any", "verify_manifest",
+    "write_json",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Single files: JSON that names itself when it is damaged, hashes, places that can be written, errors in words."""
+"""Operations on single files: JSON with clear errors, sha256, checks of writable paths, and messages for OS errors."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from typing import Any
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import expand_home
 
-READ_BYTES = 2**24  # a piece that is hashed at a time
+READ_BYTES = 2**24  # bytes hashed at a time
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a spent quota, a file-size limit
 ADVICE = {
     errno.EACCES: "change its permissions, or choose another place",
@@ -32,7 +32,7 @@ ADVICE = {
 
 
 class DamagedError(RuntimeError):
-    """A folder or file whose content is not what was written; the message names the file."""
+    """A file or directory does not have the content that was written; the message names the file."""
 
 
 @contextlib.contextmanager
@@ -48,12 +48,10 @@ def plain_os_errors() -> Iterator[None]:
 
 
 def cache_dir() -> Path:
-    """Where fetched inputs and what is remembered between runs are: $MEGATRON_HYLO_CACHE, or ~/.cache/megatron_hylo.
-
-    Created when missing.
+    """Return the cache directory, $MEGATRON_HYLO_CACHE or ~/.cache/megatron_hylo, and create it if it is missing.
 
     Raises:
-        ConfigError: the folder cannot be created.
+        ConfigError: the directory cannot be created.
     """
     path = expand_home(os.environ.get("MEGATRON_HYLO_CACHE") or "~/.cache/megatron_hylo")
     try:
@@ -64,15 +62,15 @@ def cache_dir() -> Path:
 
 
 def can_write(folder: Path) -> bool:
-    """Whether this process may make something in a folder."""
+    """Whether this process may create files in a directory."""
     return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def check_place(path: Path) -> None:
-    """Refuse a place where no folder can be made, before any work is done for it.
+    """Refuse a path at which no directory can be created, before any work is done for it.
 
     Args:
-        path: absolute; may be there.
+        path: absolute; may exist.
 
     Raises:
         ConfigError: a part of the path is a file, its parent cannot be written, or a name is too long.
@@ -91,7 +89,7 @@ def check_place(path: Path) -> None:
 
 
 def parse_json(content: bytes, file: Path, needs: Sequence[str] = ()) -> dict[str, Any]:
-    """Content of a JSON file as an object; see `read_json`."""
+    """Parse the content of a JSON file as an object; see `read_json`."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -106,38 +104,38 @@ def parse_json(content: bytes, file: Path, needs: Sequence[str] = ()) -> dict[st
 
 
 def read_json(file: Path, needs: Sequence[str] = ()) -> dict[str, Any]:
-    """A JSON object out of a file that this project wrote.
+    """Read a JSON object from a file that this project wrote.
 
     Args:
         file: its path.
-        needs: keys that must be there.
+        needs: required keys.
 
     Raises:
-        ConfigError: it is not there or cannot be read.
-        DamagedError: it is no JSON, no object, or lacks a key; the message names the file and says what to do.
+        ConfigError: the file is missing or cannot be read.
+        DamagedError: not JSON, not an object, or a key is missing; the message names the file and says what to do.
     """
     return parse_json(read_bytes(file), file, needs)
 
 
 def read_bytes(file: Path) -> bytes:
-    """Content of a small file; ConfigError where the operating system refuses it."""
+    """Read a small file; an OS error becomes a ConfigError."""
     with plain_os_errors():
         return file.read_bytes()
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write indented JSON, through a file beside it so that readers never see half."""
+    """Write indented JSON atomically: to a temporary file beside the target, then by rename."""
     beside = path.with_name(f".{path.name}.partial")
     beside.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(beside, path)
 
 
 def sha256(file: Path, count: Callable[[int], None] = lambda _: None) -> str:
-    """Hexadecimal sha256 of a file.
+    """Return the hexadecimal sha256 of a file.
 
     Args:
         file: its path.
-        count: called with the bytes read since the last call.
+        count: progress callback, called with the number of bytes read since its last call.
     """
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(READ_BYTES, file.stat().st_size + 1)))
     with open(file, "rb", buffering=0) as f:

@@ -1,4 +1,4 @@
-"""Folders that are either whole or absent: built beside their place, checked against a manifest, renamed in."""
+"""Atomic directories: built under a temporary name, completed by a manifest, then renamed into place."""
 
 import contextlib
 import ctypes
@@ -26,30 +26,35 @@ from megatron_hylo.io._manifests import MANIFEST, has_manifest, unlisted
 from megatron_hylo.io._ranks import barrier, gather, on_main, rank, world_size
 
 logger = logging.getLogger("megatron_hylo.io")
-EARLY = ".hashed_"  # files with a part of the manifest to come
+PARTIAL_MANIFEST = ".hashed_"  # prefix of files that hold manifest entries until the manifest is written
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path, overwrite: bool = False, sources: Sequence[str | Path | None] = ()) -> Iterator[Path]:
-    """Yield a folder to write into; on success it appears at `path` complete with a manifest, else nothing does.
+    """Yield a directory to write into; on success it appears at `path` with a manifest, on an error nothing does.
 
-    Every rank of an initialised process group must enter and leave; rank 0 creates, seals and renames, and all
-    ranks share the hashing. Folders and files get the modes that the umask says, whoever made them.
+    Every rank of an initialised process group must enter and leave; rank 0 creates the directory, writes the manifest and
+    renames, and all ranks share the hashing. Directories and files get the modes that the umask allows.
 
     Args:
-        path: where the finished folder will be.
-        overwrite: replace a folder that is already there (the old one stays until the new one is whole).
-        sources: what is read for it; see `check_free`.
+        path: location of the finished directory.
+        overwrite: replace an existing directory, which stays until the new one is complete.
+        sources: files and folders that the content is made from; see `check_free`.
 
     Raises:
         ConfigError: as `check_free`; another process writes there; the disk is full or cannot be written.
     """
     path = Path(os.path.abspath(path))
     partial = path.parent / f".{path.name}.partial"
+
+    def create() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
     with output_lock(path):
         check_free(path, overwrite, sources)
         with plain_os_errors():
-            on_main(lambda: (shutil.rmtree(partial, ignore_errors=True), partial.mkdir(parents=True)))
+            on_main(create)
         try:
             yield partial
             barrier()
@@ -63,7 +68,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False, sources: Sequenc
 
 
 def _explain(error: BaseException, path: Path) -> None:
-    """Say in one sentence why a folder was not written, where that is known."""
+    """Raise a one-sentence ConfigError for known reasons why a directory was not written."""
     if _is_disk_full(error):
         raise ConfigError(f"the disk is full: {path} was not written; free space and run again") from error
     if _is_failed_writer(error):
@@ -77,18 +82,18 @@ def _explain(error: BaseException, path: Path) -> None:
 
 
 def check_free(path: str | Path, overwrite: bool, sources: Sequence[str | Path | None] = ()) -> None:
-    """Refuse an output that cannot be written or would destroy something, before the work; all ranks call it.
+    """Refuse an output that cannot be written or would destroy data, before any work is done; all ranks call it.
 
-    What may be replaced is a folder that this project finished and that nothing was put into since, or an empty one. Not a
-    link, a file, a folder of anything else, and none that is, holds or lies in something that is read.
+    Only an empty directory, or one with a manifest and no other files than that lists, is ever replaced. Links, files, other
+    directories, and directories that are, contain or lie inside one of the sources are not.
 
     Args:
-        path: of the output.
-        overwrite: replace what is there.
-        sources: files and folders that are read; None and what is not there are left out.
+        path: the output.
+        overwrite: replace an existing directory.
+        sources: files and folders that are read; None and missing ones are ignored.
 
     Raises:
-        ConfigError: what is in the way, and what to do.
+        ConfigError: names the obstacle and what to do.
     """
     on_main(lambda: _check_free(Path(os.path.abspath(path)), overwrite, sources))
 
@@ -132,11 +137,11 @@ def _check_ours(path: Path) -> None:
 
 
 def check_apart(path: str | Path, sources: Sequence[str | Path | None]) -> None:
-    """Refuse to remove or replace a folder that is or holds something that is read, also by way of links.
+    """Refuse to remove or replace a directory that is or contains one of the sources, links resolved.
 
     Args:
-        path: of a folder that is there.
-        sources: files and folders that are read; None and what is not there are left out.
+        path: an existing directory.
+        sources: files and folders that are read; None and missing ones are ignored.
 
     Raises:
         ConfigError: names both.
@@ -155,28 +160,28 @@ def _is_same(place: Path, other: os.stat_result) -> bool:
     return place.exists() and os.path.samestat(os.stat(place), other)
 
 
-def remove_finished(path: Path) -> None:
-    """Remove a finished folder of ours; one that something was put into stays, with a warning."""
+def remove_atomic_directory(path: Path) -> None:
+    """Remove an atomic directory; one with files that its manifest does not list stays, with a warning."""
     stranger = unlisted(path)
     if stranger is not None:
         logger.warning("%s stays: %s was put there by somebody else", path, stranger)
         return
     old = path.parent / f".{path.name}.old"
     shutil.rmtree(old, ignore_errors=True)
-    os.rename(path, old)  # at once: what is half removed is no finished folder
+    os.rename(path, old)  # first, so that a half-removed directory is never taken for a complete one
     shutil.rmtree(old)
 
 
-def work_folder(output: Path, pieces: str, key: str, description: dict[str, Any]) -> Path:
-    """Where the finished pieces of a folder to come wait beside it, for a writer that is started again; all ranks call it.
+def staging_directory(output: Path, parts: str, key: str, description: dict[str, Any]) -> Path:
+    """Return a directory beside an output for its finished parts, reused when the writer is restarted; all ranks call it.
 
     Args:
-        output: the folder to come.
-        pieces: what they are, for the folder's name.
-        key: name of the file that keeps `description`.
-        description: of the output; pieces of another are removed.
+        output: the final directory, which does not exist yet.
+        parts: kind of the parts, a suffix of the staging directory's name.
+        key: name, without .json, of the file that stores `description`.
+        description: JSON-serialisable settings of the output; parts of an output with other settings are removed.
     """
-    work = output.parent / f".{output.name}.{pieces}"
+    work = output.parent / f".{output.name}.{parts}"
     if rank() == 0:
         work.mkdir(parents=True, exist_ok=True)
         file = work / f"{key}.json"
@@ -189,31 +194,33 @@ def work_folder(output: Path, pieces: str, key: str, description: dict[str, Any]
 
 
 def _former(file: Path) -> dict[str, Any] | None:
-    """What pieces in a work folder are of; None where that cannot be read, so that they are made again."""
+    """Read the description of the parts in a staging directory; None if it is unreadable, so that they are made again."""
     with contextlib.suppress(ConfigError, DamagedError):
         return read_json(file)
     return None
 
 
-def hash_early(folder: Path, files: Iterable[Path]) -> None:
-    """Hash complete files of a folder that is still being written, for its manifest; any rank, any thread.
+def hash_for_manifest(folder: Path, files: Iterable[Path]) -> None:
+    """Compute manifest entries of complete files while others are still being written; for any rank and thread.
 
     Args:
-        folder: what `atomic_directory` yielded.
-        files: inside it; they must not change any more.
+        folder: the directory that `atomic_directory` yielded.
+        files: files inside it, which must not change any more.
     """
-    write_json(folder / f"{EARLY}{rank()}_{threading.get_ident()}", {str(f.relative_to(folder)): _entry(f) for f in files})
+    write_json(
+        folder / f"{PARTIAL_MANIFEST}{rank()}_{threading.get_ident()}", {str(f.relative_to(folder)): _entry(f) for f in files}
+    )
 
 
 def _write_manifest(folder: Path) -> None:
-    known = {name: entry for part in folder.glob(f"{EARLY}*") for name, entry in read_json(part).items()}
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(EARLY)]
+    known = {name: entry for part in folder.glob(f"{PARTIAL_MANIFEST}*") for name, entry in read_json(part).items()}
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(PARTIAL_MANIFEST)]
     files = [p for p in files if str(p.relative_to(folder)) not in known]
     mine = (known if rank() == 0 else {}) | {str(p.relative_to(folder)): _entry(p) for p in files[rank() :: world_size()]}
     parts = gather(mine)
     if rank() == 0:
         merged = {name: entry for part in parts for name, entry in part.items()}
-        for part in folder.glob(f"{EARLY}*"):
+        for part in folder.glob(f"{PARTIAL_MANIFEST}*"):
             part.unlink()
         write_json(folder / MANIFEST, {"files": dict(sorted(merged.items()))})
 
@@ -223,7 +230,7 @@ def _entry(file: Path) -> dict[str, int | str]:
 
 
 def _set_modes(folder: Path) -> None:
-    """Set modes as the umask says in a new folder: temporary files, and copies of them, are readable by their owner alone."""
+    """Apply the umask's modes in a new directory: temporary files, and copies of them, are readable by their owner only."""
     allowed = folder.stat().st_mode & 0o777
     for entry in folder.rglob("*"):
         entry.chmod(entry.stat().st_mode & ~0o777 | (allowed if entry.is_dir() else allowed & 0o666))
@@ -248,7 +255,7 @@ def _replace(partial: Path, path: Path, overwrite: bool) -> None:
 
 
 def _discard(old: Path, path: Path) -> None:
-    """Remove the former folder, now at `old`; if it is not as `check_free` saw it, keep it beside the new one."""
+    """Remove the replaced directory, now at `old`; if files were added since `check_free`, keep it beside the new one."""
     try:
         _check_ours(old)
     except ConfigError:
@@ -260,9 +267,9 @@ def _discard(old: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, so that both names are there at any moment; False where the file system cannot."""
+    """Swap two directories atomically, so that both names always exist; False if the file system cannot."""
     swap = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    here, exchange = -100, 2  # Linux: AT_FDCWD, RENAME_EXCHANGE
     return swap is not None and swap(here, os.fsencode(one.absolute()), here, os.fsencode(other.absolute()), exchange) == 0
 
 
@@ -275,5 +282,5 @@ def _is_disk_full(error: BaseException | None) -> bool:
 
 
 def _is_failed_writer(error: BaseException) -> bool:
-    """Megatron-Core gathers what went wrong on all ranks and says no more of it than the class."""
+    """Whether this is Megatron-Core's summary of write errors on all ranks; its message does not name the causes."""
     return type(error).__name__ == "CheckpointException"

@@ -1,4 +1,4 @@
-"""One process a time for one output: a lock file beside it, which the kernel releases when its holder ends, however it does."""
+"""Output locks: a lock file beside each output, released by the kernel when the process that holds it ends."""
 
 import contextlib
 import errno
@@ -18,23 +18,23 @@ from megatron_hylo.io._ranks import distributed, on_main
 
 logger = logging.getLogger("megatron_hylo.io")
 HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # of a file system
-_held: set[Path] = set()  # outputs that this process (or, of several ranks, their rank 0) has locked
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # from file systems without locks
+_held: set[Path] = set()  # outputs locked by this process or, with several ranks, by rank 0
 
 
 @contextlib.contextmanager
 def output_lock(path: str | Path | None) -> Iterator[None]:
-    """Keep other processes away from an output, and from all in it, while this one works on it.
+    """Context that holds an exclusive lock on an output and everything inside it.
 
-    Of several ranks rank 0 holds the lock. Where this process has locked the folder or one above it, nothing more is done.
-    Locks work among machines where the file system passes flock on, as NFS and Lustre (mounted with -o flock) do; where it
-    knows no locks a warning is logged.
+    With several ranks, rank 0 holds the lock. Nothing is done where this process already holds a lock on the path or one of its
+    parents. Locks work between machines if the file system supports flock, as NFS and Lustre (mounted with -o flock) do; a
+    warning is logged where it does not.
 
     Args:
-        path: of the output, which need not be there; None: nothing is locked.
+        path: the output, which need not exist; None locks nothing.
 
     Raises:
-        ConfigError: another process has it; says which. Or nothing can be written there.
+        ConfigError: another process, which the message names, holds the lock; or the path cannot be written.
     """
     place = None if path is None else Path(os.path.realpath(path))
     if place is None or not _held.isdisjoint((place, *place.parents)):
@@ -42,7 +42,7 @@ def output_lock(path: str | Path | None) -> Iterator[None]:
         return
     with contextlib.ExitStack() as held:
         alone = distributed() is None
-        if alone and os.environ.get("RANK", "0") == "0":  # before ranks know one another
+        if alone and os.environ.get("RANK", "0") == "0":  # before the process group is initialised
             held.enter_context(_locked(place))
         elif not alone:
             on_main(lambda: held.enter_context(_locked(place)) and None)
@@ -53,8 +53,8 @@ def output_lock(path: str | Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[None]:
-    """Make the lock file, and the folders it is in, for as long as this takes."""
-    if os.path.isdir(place) and not can_write(place.parent):  # a run's folder, which one may own where one cannot make others
+    """Context in which the lock file exists and is locked; created parent directories are removed again if empty."""
+    if os.path.isdir(place) and not can_write(place.parent):  # the user may own a run's folder but not its parent
         file, made = place / ".lock", []
     else:
         check_place(place)
@@ -68,16 +68,16 @@ def _locked(place: Path) -> Iterator[None]:
         finally:
             if descriptor is not None:
                 with contextlib.suppress(OSError):
-                    os.unlink(file)  # while it is locked, so that nobody holds a lock on a name that is gone
+                    os.unlink(file)  # before unlocking, so that no process locks a file whose name is gone
                 os.close(descriptor)
     finally:
         for folder in made:
-            with contextlib.suppress(OSError):  # something is in it
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
 
 
 def _acquire(file: Path, place: Path) -> int | None:
-    """Descriptor of the locked file; None where the file system knows no locks."""
+    """Lock a file and return its descriptor; None where the file system does not support locks."""
     while True:
         descriptor, writable = _open(file)
         try:
@@ -94,10 +94,10 @@ def _acquire(file: Path, place: Path) -> int | None:
             logger.warning("%s: no locks on this file system; see to it that no other process writes %s", file.parent, place)
             return None
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(file)):  # else its former holder has removed it just now
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):  # else its former holder has just removed it
                 if writable:
                     break
-                os.unlink(file)  # left by another user's process that was killed
+                os.unlink(file)  # left behind by another user's killed process
         os.close(descriptor)
     about = {"host": platform.node(), "pid": os.getpid(), "since": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
              "command": " ".join(sys.argv)}  # fmt: skip
@@ -108,7 +108,7 @@ def _acquire(file: Path, place: Path) -> int | None:
 
 
 def _open(file: Path) -> tuple[int, bool]:
-    """A descriptor, and whether it can be written: a lock file left by another user may only be read."""
+    """Open the lock file; return the descriptor and whether it is writable (a file left by another user may be read-only)."""
     flags = os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         return os.open(file, flags | os.O_RDWR | os.O_CREAT, 0o666), True

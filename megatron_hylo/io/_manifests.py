@@ -1,8 +1,8 @@
-"""Manifests of finished folders, and the one way to open such a folder: sizes always, hashes once a file and machine.
+"""Manifests of atomic directories and their verification: sizes every time, hashes once for each file and machine.
 
-DIR/manifest.json is {"files": {name: {"bytes", "sha256"}}}. A file whose hash was right is remembered in the cache folder, by
-path, inode, size, times of change and the hash, so that the next process need not read it all again. Ranks that see the same
-folder share the hashing.
+DIR/manifest.json is {"files": {name: {"bytes", "sha256"}}}. A file whose hash matched is recorded in the cache directory by
+path, inode, size, change times and hash, so that the next process need not read it again. Ranks that see the same directory
+share the hashing.
 """
 
 import contextlib
@@ -24,26 +24,26 @@ from megatron_hylo.io._ranks import gather, rank
 
 logger = logging.getLogger("megatron_hylo.io")
 MANIFEST = "manifest.json"
-IGNORED = re.compile(r"(^|/)(__pycache__/|\.nfs)")  # made by Python and by NFS clients in a folder that is in use
-WORTH_A_WORD = 2 * 10**9  # bytes whose hashing is announced
+IGNORED = re.compile(r"(^|/)(__pycache__/|\.nfs)")  # created by Python and by NFS clients in directories that are in use
+ANNOUNCED_BYTES = 2 * 10**9  # hashing more than this is logged
 PROGRESS_SECONDS = 30.0
-SETTLED_SECONDS = 2.0  # a file changed later than this ago may change again with the same times
-REMEMBERED_DAYS = 90
+SETTLED_SECONDS = 2.0  # a file changed more recently may change again without new timestamps
+REMEMBERED_DAYS = 90  # unused records of verified files are removed after this
 
 Entry = dict[str, Any]  # {"bytes": int, "sha256": str}
 
 
 def has_manifest(path: str | Path) -> bool:
-    """True where a finished folder is (not whether its content is intact)."""
+    """Whether a directory has a manifest; its content is not checked."""
     return (Path(path) / MANIFEST).is_file()
 
 
 def read_manifest(path: str | Path) -> dict[str, Entry]:
-    """Entries of a finished folder's manifest, by the file's path inside the folder.
+    """Read a manifest; its entries have paths inside the directory as keys.
 
     Raises:
-        ConfigError: there is no such folder, or it has no manifest.
-        DamagedError: the manifest cannot be read, or is not of this project.
+        ConfigError: the directory or its manifest is missing.
+        DamagedError: the manifest cannot be read, or was written by another program.
     """
     file = Path(path) / MANIFEST
     if not file.is_file():
@@ -60,7 +60,7 @@ def _is_ours(files: Any) -> bool:
 
 
 def unlisted(path: Path) -> Path | None:
-    """A file or link in a finished folder that its manifest does not list, where there is one."""
+    """Return the first file or link that the manifest does not list, or None."""
     listed = read_manifest(path).keys() | {MANIFEST}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
@@ -70,16 +70,16 @@ def unlisted(path: Path) -> Path | None:
 
 
 def read_verified_json(folder: str | Path, name: str, needs: Sequence[str] = ()) -> dict[str, Any]:
-    """A JSON object out of a finished folder, compared with the folder's manifest where that lists it.
+    """Read a JSON object and compare its hash with the directory's manifest, where that lists the file.
 
     Args:
-        folder: which may be without a manifest, being part of another folder or of another program.
-        name: of the file.
-        needs: keys that must be there.
+        folder: directory; it has no manifest if it is part of another one or written by another program.
+        name: file name.
+        needs: required keys.
 
     Raises:
-        ConfigError: it is not there or cannot be read.
-        DamagedError: it is not what was written; the message names the file.
+        ConfigError: the file is missing or cannot be read.
+        DamagedError: the content is not what was written; the message names the file.
     """
     file = Path(folder) / name
     content = read_bytes(file)
@@ -91,8 +91,12 @@ def read_verified_json(folder: str | Path, name: str, needs: Sequence[str] = ())
 
 
 def verify_manifest_if_any(path: str | Path, only: Sequence[str] = ()) -> None:
-    """`verify_manifest` for what need not be ours, a Hugging Face folder or another program's dataset; all ranks call it."""
-    file, ours, error = Path(path) / MANIFEST, False, None
+    """Run `verify_manifest` if the directory has a manifest of this project; all ranks call it.
+
+    For Hugging Face folders and datasets, which other programs may have written.
+    """
+    file, ours = Path(path) / MANIFEST, False
+    error: Exception | None = None
     try:
         ours = file.is_file() and _is_ours(read_json(file).get("files"))
     except (DamagedError, OSError) as caught:
@@ -104,19 +108,19 @@ def verify_manifest_if_any(path: str | Path, only: Sequence[str] = ()) -> None:
 
 
 def verify_manifest(path: str | Path, only: Sequence[str] = (), hashes: bool = True) -> None:
-    """Check a finished folder against its manifest; whoever opens one does. All ranks call it and share the hashing.
+    """Check a directory against its manifest before it is used; all ranks call it and share the hashing.
 
     Args:
-        path: the folder.
-        only: names of files and folders in it that are wanted, by default all.
-        hashes: also compare sha256, of files that were not found right before on this machine.
+        path: the directory.
+        only: names of files and directories in it to check, by default all.
+        hashes: compare sha256 too, except of files that were already verified on this machine.
 
     Raises:
-        ConfigError: there is no such folder, or it has no manifest.
-        DamagedError: a file is missing, has another size, or other content; raised on all ranks.
+        ConfigError: the directory or its manifest is missing.
+        DamagedError: a file is missing, or has another size or content; raised on all ranks.
     """
     path = Path(path)
-    error, to_hash = None, []
+    error: Exception | None = None
     try:
         entries = read_manifest(path)
         entries = {n: e for n, e in entries.items() if not only or any(n == o or n.startswith(f"{o}/") for o in only)}
@@ -129,7 +133,7 @@ def verify_manifest(path: str | Path, only: Sequence[str] = (), hashes: bool = T
     _raise_first([e for _, e in found])
     if not hashes:
         return
-    peers = [r for r, (seen, _) in enumerate(found) if seen == mine]  # a folder on each node's own disk is another one
+    peers = [r for r, (seen, _) in enumerate(found) if seen == mine]  # directories on node-local disks have other inodes
     to_hash = [(path / name, entry["sha256"]) for name, entry in sorted(entries.items(), key=lambda item: -item[1]["bytes"])]
     _check_hashes(path, to_hash[peers.index(rank()) :: len(peers)])
 
@@ -151,9 +155,9 @@ def _check_sizes(path: Path, entries: dict[str, Entry]) -> None:
 
 
 def _check_hashes(path: Path, files: list[tuple[Path, str]]) -> None:
-    """Hash this rank's share; ranks tell each other every half minute that they are alive, whatever their share takes."""
-    memory = _Memory()
-    files = [(file, digest) for file, digest in files if not memory.has(file, digest)]
+    """Hash this rank's files; a collective every half minute keeps ranks whose share is large from timing out the others."""
+    verified = _VerifiedFiles()
+    files = [(file, digest) for file, digest in files if not verified.has(file, digest)]
     total, done, started = sum(file.stat().st_size for file, _ in files), [0], time.monotonic()
 
     def check(file: Path, digest: str) -> Exception | None:
@@ -161,15 +165,15 @@ def _check_hashes(path: Path, files: list[tuple[Path, str]]) -> None:
             before = os.stat(file)
             if sha256(file, count) != digest:
                 return DamagedError(f"{file} does not have the sha256 of its manifest: {_ADVICE}")
-            memory.keep(file, digest, before)
+            verified.add(file, digest, before)
         except OSError as error:
             return error
         return None
 
     def count(read: int) -> None:
-        done[0] += read  # of several threads; only shown
+        done[0] += read  # races between threads do not matter: it is only displayed
 
-    if total > WORTH_A_WORD:
+    if total > ANNOUNCED_BYTES:
         logger.info("checking %s: %.1f GB to hash, once on this machine", path, total / 1e9)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         checks = [pool.submit(check, file, digest) for file, digest in files]
@@ -180,9 +184,9 @@ def _check_hashes(path: Path, files: list[tuple[Path, str]]) -> None:
             if waiting:
                 logger.info("checking %s: %.1f of %.1f GB", path, done[0] / 1e9, total / 1e9)
         errors = [task.result() for task in checks]
-    if total > WORTH_A_WORD:
+    if total > ANNOUNCED_BYTES:
         logger.info("checked %s in %.0f s", path, time.monotonic() - started)
-    memory.forget_old()
+    verified.remove_old()
     _raise_first(gather(next((e for e in errors if e), None)))
 
 
@@ -192,45 +196,47 @@ def _raise_first(errors: Sequence[Exception | None]) -> None:
             raise error
 
 
-class _Memory:
-    """Which files had the right hash, an empty file each in the cache folder: no format to damage, safe among processes.
+class _VerifiedFiles:
+    """Record of files whose hash matched, kept as one empty marker file each in the cache directory.
 
-    A cache that cannot be read or written remembers nothing.
+    Marker files need no format and no locks between processes. Nothing is recorded where the cache cannot be read or written.
     """
 
     def __init__(self) -> None:
         self.folder: Path | None = None
-        self.kept = False
+        self.added = False
         with contextlib.suppress(OSError, ConfigError):
             self.folder = cache_dir() / "verified"
             self.folder.mkdir(exist_ok=True)
 
-    def _marker(self, file: Path, digest: str, seen: os.stat_result) -> Path:
+    def _marker(self, folder: Path, file: Path, digest: str, seen: os.stat_result) -> Path:
         about = [platform.node(), str(file.resolve()), seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, digest]
-        return self.folder / hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        return folder / hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def has(self, file: Path, digest: str) -> bool:
-        """Whether the file as it is now was found right before."""
+        """Whether the file was verified in its current state."""
         with contextlib.suppress(OSError):
             if self.folder is not None:
-                marker = self._marker(file, digest, os.stat(file))
+                marker = self._marker(self.folder, file, digest, os.stat(file))
                 os.utime(marker)
                 return True
         return False
 
-    def keep(self, file: Path, digest: str, before: os.stat_result) -> None:
-        """Remember a file that was right, if it did not change since `before` and its times would show it if it did now."""
+    def add(self, file: Path, digest: str, before: os.stat_result) -> None:
+        """Record a file, if it is unchanged since `before` and any later change would show in its timestamps."""
         with contextlib.suppress(OSError):
-            marker = self.folder and self._marker(file, digest, before)
+            if self.folder is None:
+                return
+            marker = self._marker(self.folder, file, digest, before)
             settled = time.time() - max(before.st_mtime, before.st_ctime) > SETTLED_SECONDS
-            if marker and settled and marker == self._marker(file, digest, os.stat(file)):
+            if settled and marker == self._marker(self.folder, file, digest, os.stat(file)):
                 marker.touch()
-                self.kept = True
+                self.added = True
 
-    def forget_old(self) -> None:
-        """Remove what no process asked for in a long time."""
+    def remove_old(self) -> None:
+        """Remove markers that no process has used for `REMEMBERED_DAYS`."""
         with contextlib.suppress(OSError):
-            if self.kept:
+            if self.added and self.folder is not None:
                 for marker in os.scandir(self.folder):
                     if time.time() - marker.stat().st_mtime > REMEMBERED_DAYS * 86_400:
                         os.unlink(marker)

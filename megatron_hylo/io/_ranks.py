@@ -1,4 +1,4 @@
-"""Ranks of one run that share folders: what one of them finds, all of them must know."""
+"""Collectives on small Python objects, so that all ranks of a run agree on the state of shared directories."""
 
 import sys
 from collections.abc import Callable
@@ -8,41 +8,44 @@ T = TypeVar("T")
 
 
 def distributed() -> Any | None:
-    """torch.distributed where a process group is initialised; a program that has not imported torch has none."""
+    """Return torch.distributed where a process group is initialised, else None; torch is not imported for it."""
     torch = sys.modules.get("torch")
     return torch.distributed if torch is not None and torch.distributed.is_initialized() else None
 
 
 def rank() -> int:
-    """Rank in an initialised process group, else 0."""
+    """Return the rank in an initialised process group, else 0."""
     group = distributed()
     return group.get_rank() if group else 0
 
 
 def world_size() -> int:
-    """Ranks of an initialised process group, else 1."""
+    """Return the size of an initialised process group, else 1."""
     group = distributed()
     return group.get_world_size() if group else 1
 
 
 def barrier() -> None:
     """Wait for the other ranks, where there are any."""
-    if world_size() > 1:
-        distributed().barrier()
+    group = distributed()
+    if group is not None and group.get_world_size() > 1:
+        group.barrier()
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's `value`, by rank; all ranks call it."""
-    if world_size() == 1:
+    """Return every rank's `value`, in rank order; all ranks call it."""
+    group = distributed()
+    if group is None or group.get_world_size() == 1:
         return [value]
-    found: list = [None] * world_size()
-    distributed().all_gather_object(found, value)
+    found: list = [None] * group.get_world_size()
+    group.all_gather_object(found, value)
     return found
 
 
 def on_main(function: Callable[[], T]) -> T:
     """Run a function on rank 0; every rank returns its result or raises its error. All ranks call it."""
-    if world_size() == 1:
+    group = distributed()
+    if group is None or group.get_world_size() == 1:
         return function()
     outcome: list = [None, None]
     if rank() == 0:
@@ -50,7 +53,7 @@ def on_main(function: Callable[[], T]) -> T:
             outcome[0] = function()
         except Exception as error:
             outcome[1] = error
-    distributed().broadcast_object_list(outcome, src=0)
+    group.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

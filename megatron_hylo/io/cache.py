@@ -1,4 +1,4 @@
-"""The cache of fetched inputs: folders that are checked on every use and made again when damaged."""
+"""Cache of downloaded inputs: directories that are verified on every use and rebuilt when damaged."""
 
 import contextlib
 import logging
@@ -17,14 +17,14 @@ TOOL_TIMEOUT = 3600.0  # seconds; pip, npm and apt give up on a dead network lon
 
 
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, built if it is missing or damaged.
+    """Return the cache directory `name`, built if it is missing or damaged.
 
-    Processes that ask at the same time wait for one of them to build it. Not for use inside a process group:
-    fetch before it is initialised.
+    Processes that ask at the same time wait for one of them to build it. It must not run inside a process group: download
+    before that is initialised.
 
     Args:
-        name: folder name; it should change when what `build` makes does.
-        build: writes the content into the empty folder that it is given.
+        name: directory name; it should change when the output of `build` does.
+        build: writes the content into the empty directory that it is given.
     """
     folder = cache_dir() / name
     with FileLock(cache_dir() / f"{name}.lock"):
@@ -44,11 +44,11 @@ def run_tool(command: Sequence[str], otherwise: str, cwd: Path | None = None) ->
 
     Args:
         command: program and arguments.
-        otherwise: what the user can do when it fails; ends the error message.
-        cwd: folder to run in.
+        otherwise: advice for the user, which ends the error message.
+        cwd: working directory.
 
     Raises:
-        ConfigError: the program is missing, failed or hung; one sentence with its last word and `otherwise`.
+        ConfigError: the program is missing, failed or hung; the message has its last output line and `otherwise`.
     """
     name = Path(command[0]).name
     try:
@@ -68,7 +68,7 @@ def run_tool(command: Sequence[str], otherwise: str, cwd: Path | None = None) ->
 
 @contextlib.contextmanager
 def working(message: str) -> Iterator[None]:
-    """Show that something long goes on: a spinner on a terminal, and a log line."""
+    """Show that a long operation is running: a spinner on a terminal, and a log line."""
     logger.info("%s", message)
     with Console(stderr=True).status(message):
         yield

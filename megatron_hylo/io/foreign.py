@@ -1,7 +1,7 @@
-"""Models and tokenizers of others through transformers, without running code of theirs.
+"""Load third-party models and tokenizers through transformers without executing code from their folders.
 
 A Hugging Face folder can ask transformers to import its Python files (`auto_map`), to unpickle its weights
-(pytorch_model.bin), or to download attention kernels (`attn_implementation`). Here none of these is done, nor asked about.
+(pytorch_model.bin), or to download attention kernels (`attn_implementation`). All three are disabled here, without a prompt.
 """
 
 from pathlib import Path
@@ -9,11 +9,11 @@ from typing import Any
 
 from megatron_hylo.config import ConfigError
 
-ERRORS = (ValueError, OSError, ImportError, KeyError, TypeError, AttributeError)  # of transformers, for what it cannot load
+ERRORS = (ValueError, OSError, ImportError, KeyError, TypeError, AttributeError)  # raised by transformers for unusable folders
 
 
 def load_transformers() -> Any:
-    """transformers, imported when it is needed (seconds) and without its progress bars."""
+    """Import transformers lazily (it takes seconds), with its progress bars switched off."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -21,7 +21,7 @@ def load_transformers() -> Any:
 
 
 def load_foreign_model(cls: Any, folder: str | Path, **settings: Any) -> Any:
-    """cls.from_pretrained(folder): safetensors or GGUF, transformers' own classes and attention.
+    """Call cls.from_pretrained(folder) with safetensors or GGUF weights and transformers' own classes and attention only.
 
     Raises:
         ConfigError: the folder cannot be loaded that way.
@@ -37,7 +37,7 @@ def load_foreign_model(cls: Any, folder: str | Path, **settings: Any) -> Any:
 
 
 def load_foreign_tokenizer(folder: str | Path, **settings: Any) -> Any:
-    """AutoTokenizer.from_pretrained(folder): the library's own classes.
+    """Call AutoTokenizer.from_pretrained(folder) with transformers' own classes only.
 
     Raises:
         ConfigError: the folder cannot be loaded that way.

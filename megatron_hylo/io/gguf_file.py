@@ -1,4 +1,4 @@
-"""Find and open a GGUF file (llama.cpp's format): its keys and its token ids."""
+"""Access to GGUF files (llama.cpp's format): location, metadata keys and special token ids."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -8,7 +8,11 @@ from megatron_hylo.config import ConfigError
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The one .gguf file at `path` (the file itself, or a folder with exactly one and no config.json)."""
+    """Return the one .gguf file at `path` (the file itself, or in a directory without config.json), or None.
+
+    Raises:
+        ConfigError: the directory holds several.
+    """
     if path.suffix == ".gguf":
         return path
     files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
@@ -18,7 +22,7 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def gguf_fields(file: Path) -> dict[str, Any]:
-    """The keys of a GGUF file; `.contents()` of each is its value.
+    """Return the metadata fields of a GGUF file by key; a field's `.contents()` is its value.
 
     Raises:
         ConfigError: not a GGUF file, or cut short.
@@ -27,18 +31,25 @@ def gguf_fields(file: Path) -> dict[str, Any]:
 
 
 def gguf_token_ids(file: Path) -> dict[str, Any]:
-    """bos_token_id, eos_token_id (a list where a turn or message of a chat ends with another) and pad_token_id, those named."""
+    """Return bos_token_id, eos_token_id and pad_token_id, those that the file has.
+
+    eos_token_id is a list where a chat turn or message ends with another token.
+    """
     fields = gguf_fields(file)
     keys = {name: f"tokenizer.ggml.{name}_token_id" for name in ("bos", "padding", "eos", "eot", "eom")}
     ids = {name: int(fields[key].contents()) for name, key in keys.items() if key in fields}
     ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
-    found = {"bos_token_id": ids.get("bos"), "pad_token_id": ids.get("padding")}
-    found["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    eos = ends[0] if len(ends) == 1 else ends or None
+    found = {"bos_token_id": ids.get("bos"), "pad_token_id": ids.get("padding"), "eos_token_id": eos}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def open_gguf(file: Path) -> Any:
-    """The gguf package's reader of a file, kept while the file stays as it is: parsing a vocabulary takes seconds."""
+    """Return the gguf package's reader of a file, cached until the file changes: parsing a vocabulary takes seconds.
+
+    Raises:
+        ConfigError: not a GGUF file, or cut short.
+    """
     try:
         state = file.stat()
         return _reader(file, state.st_size, state.st_mtime_ns)

@@ -1,4 +1,4 @@
-"""Content identities: which tensors and tokens a folder holds, whatever its path, its neighbours or who made it."""
+"""Content hashes of folders: they depend on the tensors and tokens inside, not on the path or on other files."""
 
 import hashlib
 import json
@@ -7,21 +7,22 @@ from pathlib import Path
 from megatron_hylo.config import ConfigError
 from megatron_hylo.io import has_manifest, read_json, read_manifest, sha256
 
-READ = ("weights/", "shards/", "codec.safetensors", "train.", "heldout.")  # files whose bytes a run computes with
+READ = ("weights/", "shards/", "codec.safetensors", "train.", "heldout.")  # files whose bytes enter a run's computation
 NOT_CONTENT = "weights/.metadata"  # Megatron-Core writes a new random id into it each time
 ARCHITECTURE = ("model", "params_dtype")  # of hylo.json; its provenance names paths
 
 
 def content_identity(folder: str | Path) -> str:
-    """sha256 over what a model, dataset or teacher-store folder holds: moved, copied or made again it is the same.
+    """Return the sha256 over the content of a model, dataset or teacher-store folder.
 
-    The manifest's hashes are taken where there is a manifest (whoever opens the folder verifies them), else files are read.
+    It stays the same when the folder is moved, copied or reproduced. Hashes are taken from the manifest where there is one
+    (they are verified when the folder is opened), else files are read.
 
     Args:
         folder: model folder, checkpoint, dataset folder or teacher store.
 
     Raises:
-        ConfigError: it is not there, or holds nothing that a run computes with.
+        ConfigError: the folder is missing, or holds no weights, tokens or shards.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -40,36 +41,36 @@ def content_identity(folder: str | Path) -> str:
 
 
 def is_made_of(identity: str, teacher: str | Path) -> bool:
-    """Whether what keeps the content identity of its teacher was made with this one.
+    """Whether a stored teacher identity is that of this teacher.
 
     Args:
-        identity: as stored; folders of earlier versions have another, of the files of one conversion.
+        identity: as stored; earlier versions stored a hash over the weight files of one conversion.
         teacher: model folder.
     """
     return identity in (content_identity(teacher), _files_identity(teacher))
 
 
 def _files_identity(teacher: str | Path) -> str:
-    """sha256 over the hashes of all files of the weights: a teacher that was made again has another."""
+    """Return the identity that earlier versions stored: sha256 over the hashes of all weight files of one conversion."""
     weights = sorted((name, e["sha256"]) for name, e in read_manifest(teacher).items() if name.startswith("weights/"))
     return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
 
 def file_identity(folder: str | Path, name: str) -> str:
-    """sha256 of a file in a folder: the manifest's where it knows the file, else the file is read."""
+    """Return the sha256 of a file in a folder: from the manifest if it lists the file, else the file is read."""
     files = read_manifest(folder) if has_manifest(folder) else {}
     return files[name]["sha256"] if name in files else sha256(Path(folder) / name)
 
 
 def text_identity(path: str | Path) -> str:
-    """sha256 over names and content of a file, or of all files under a folder."""
+    """Return the sha256 over names and contents of a file, or of all files under a folder."""
     path = Path(path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return json_identity([(str(p.relative_to(path)), sha256(p)) for p in files])
 
 
 def json_identity(value: object) -> str:
-    """sha256 of a value that JSON can hold; the order of keys does not matter."""
+    """Return the sha256 of a JSON-serialisable value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Progress displays that long functions take."""
+"""Type of the progress displays that long-running functions accept."""
 
 from collections.abc import Callable, Iterable
 
@@ -6,5 +6,5 @@ Track = Callable[[Iterable, str], Iterable]  # (items, description) -> the same 
 
 
 def no_progress(items: Iterable, description: str) -> Iterable:
-    """The `track` argument that shows nothing."""
+    """Return the items unchanged: the default `track` argument, which shows no progress."""
     return items

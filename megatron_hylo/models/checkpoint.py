@@ -26,7 +26,7 @@ from megatron_hylo.io import (
     DamagedError,
     atomic_directory,
     barrier,
-    hash_early,
+    hash_for_manifest,
     read_verified_json,
     verify_manifest,
     write_json,
@@ -115,7 +115,7 @@ class BackgroundWrite:
             def write() -> None:
                 request.async_fn(rank, buckets, results)
                 with contextlib.suppress(OSError):  # of a full disk; `finish` says so
-                    hash_early(sealed, files)
+                    hash_for_manifest(sealed, files)
 
             self.thread = threading.Thread(target=write, name="checkpoint", daemon=True)
             self.thread.start()

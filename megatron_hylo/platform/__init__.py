@@ -1,1 +1,1 @@
-"""Starting ranks, what differs between CPU and GPU, and safe reading. The only package that patches anything."""
+"""Process groups, the differences between CPU and GPU, safe checkpoint reading, and the table of third-party patches."""

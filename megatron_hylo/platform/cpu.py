@@ -1,7 +1,7 @@
-"""Megatron-Core on the CPU: every assumption of a CUDA device in it, and the smallest way round each.
+"""Patches that let Megatron-Core, which assumes a CUDA device in several places, run on the CPU.
 
-Applied by `install_cpu_patches` only where CUDA is absent; on a GPU nothing is patched. Each `Patch` has a
-name and the reason it is needed; `tests/platform/test_cpu_patches.py` runs training with each one left out.
+`install_cpu_patches` applies them where CUDA is absent; on a GPU nothing is patched. Each `Patch` has a name and the reason why
+it is needed; `tests/platform/test_cpu_patches.py` runs training with each one left out.
 """
 
 import importlib
@@ -18,15 +18,16 @@ _MEGATRON = "megatron.core"
 
 @dataclass(frozen=True)
 class Patch:
-    """One change to Megatron-Core or torch.cuda: what it is called, why it is needed, and how it is made."""
+    """One change to Megatron-Core or torch on a machine without CUDA."""
 
     name: str
+    changes: str  # attributes that are replaced
     reason: str
     apply: Callable[[], None]
 
 
 class _CpuTorch(ModuleType):
-    """torch, except that tensors asked for on "cuda" are made on the CPU. Stands for `torch` in one module."""
+    """Module that replaces `torch` inside one Megatron-Core module and creates "cuda" tensors on the CPU."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -48,18 +49,20 @@ def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _current_device() -> None:
-    torch.cuda.current_device = lambda: torch.device("cpu")
+    cuda: Any = torch.cuda  # Any, here and below: the replacements have other types than the originals
+    cuda.current_device = lambda: torch.device("cpu")
 
 
 def _random_state() -> None:
     from megatron.core.tensor_parallel import random
 
+    cuda: Any = torch.cuda
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-    # It warns that the CPU's generator moved, which is the only one here and is meant to.
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    # It warns that the CPU generator moved, but here that is the only generator and it is meant to move.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
 
@@ -68,16 +71,19 @@ def _synchronize() -> None:
 
 
 def _current_stream() -> None:
-    torch.cuda.current_stream = lambda device=None: None
+    cuda: Any = torch.cuda
+    cuda.current_stream = lambda device=None: None
 
 
 def _factories() -> None:
-    for module in ("pipeline_parallel.schedules", "optimizer.clip_grads", "optimizer.optimizer", "utils"):
-        importlib.import_module(f"{_MEGATRON}.{module}").torch = _CpuTorch()
+    for name in ("pipeline_parallel.schedules", "optimizer.clip_grads", "optimizer.optimizer", "utils"):
+        module: Any = importlib.import_module(f"{_MEGATRON}.{name}")
+        module.torch = _CpuTorch()
 
 
 def _tensor_type() -> None:
-    original = torch.Tensor.type
+    tensor: Any = torch.Tensor
+    original = tensor.type
 
     def type_as_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
@@ -86,26 +92,65 @@ def _tensor_type() -> None:
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
-    torch.Tensor.type = type_as_cuda
+    tensor.type = type_as_cuda
 
 
 def _tensor_cuda() -> None:
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
 
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
-        "current_device", "modules allocate with device=torch.cuda.current_device(), which raises without CUDA", _current_device
+        "current_device",
+        "torch.cuda.current_device",
+        "modules allocate with device=torch.cuda.current_device(), which raises without CUDA",
+        _current_device,
     ),
-    Patch("random_state", "the tensor-parallel RNG tracker saves and restores the CUDA generator", _random_state),
-    Patch("synchronize", "pipeline transfers and checkpoint writing end with torch.cuda.synchronize()", _synchronize),
-    Patch("current_stream", "gradient buffers ask for the current CUDA stream when they reduce", _current_stream),
-    Patch("factories", 'schedules and optimizer make scalars on device="cuda"', _factories),
-    Patch("tensor_type", 'the optimizer sorts parameters by type() == "torch.cuda.FloatTensor"', _tensor_type),
-    Patch("tensor_cuda", "a tied head on the last pipeline stage is copied with .cuda()", _tensor_cuda),
+    Patch(
+        "random_state",
+        "torch.cuda.manual_seed, get_rng_state and set_rng_state; megatron.core.tensor_parallel.random's readers and log level",
+        "the tensor-parallel RNG tracker saves and restores the CUDA generator",
+        _random_state,
+    ),
+    Patch(
+        "synchronize",
+        "torch.cuda.synchronize",
+        "pipeline transfers and checkpoint writing end with torch.cuda.synchronize()",
+        _synchronize,
+    ),
+    Patch(
+        "current_stream",
+        "torch.cuda.current_stream",
+        "gradient buffers ask for the current CUDA stream when they reduce",
+        _current_stream,
+    ),
+    Patch(
+        "factories",
+        "`torch` in megatron.core.pipeline_parallel.schedules, optimizer.clip_grads, optimizer.optimizer and utils",
+        'schedules and optimizer create scalars on device="cuda"',
+        _factories,
+    ),
+    Patch(
+        "tensor_type",
+        "torch.Tensor.type, for callers in megatron.core.optimizer",
+        'the optimizer sorts parameters by type() == "torch.cuda.FloatTensor"',
+        _tensor_type,
+    ),
+    Patch(
+        "tensor_cuda",
+        "torch.Tensor.cuda",
+        "a tied head on the last pipeline stage is copied with .cuda()",
+        _tensor_cuda,
+    ),
 )
 
 _installed: set[str] = set()
+
+
+def is_installed(name: str) -> bool:
+    """Whether the patch of that name is in force in this process."""
+    return name in _installed
 
 
 def install_cpu_patches(skip: tuple[str, ...] = ()) -> list[str]:

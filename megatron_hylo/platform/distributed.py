@@ -1,4 +1,4 @@
-"""Start and stop a rank: device, process groups, Megatron-Core's parallel state, random seeds.
+"""Set up and tear down one rank: device, process groups, Megatron-Core's parallel state and random seeds.
 
 The same call serves one plain process, `torchrun` on the CPU (gloo) and `torchrun` on GPUs (NCCL).
 """
@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 from datetime import timedelta
-from typing import Iterator, TypeVar
+from typing import Any, Iterator
 
 import torch
 
@@ -17,31 +17,30 @@ from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.platform.cpu import install_cpu_patches
 
 logger = logging.getLogger("megatron_hylo.platform")
-T = TypeVar("T")
 
 
 def device() -> torch.device:
-    """This rank's device: its GPU, or the CPU where there is none."""
+    """Return this rank's device: its GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def rank() -> int:
-    """Global rank, 0 when nothing was initialised."""
+    """Return the global rank; before initialisation torchrun's RANK, else 0."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """True on the rank that prints and writes summaries."""
+    """Whether this is rank 0, which prints and writes summaries."""
     return rank() == 0
 
 
 def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torch.device:
     """Initialise torch.distributed and Megatron-Core on this rank; safe to call again with the same sizes.
 
-    Without torchrun's variables it makes a world of one rank. Model weights made from random numbers
-    depend on `seed` alone where tensor_model_parallel_size is the same.
+    Without torchrun's environment variables it creates a world of one rank. At one tensor_model_parallel_size, randomly
+    initialised weights depend on `seed` alone.
 
     Args:
         parallel: sizes of the parallel groups; one rank each by default.
@@ -51,7 +50,7 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
         The device of this rank.
 
     Raises:
-        ConfigError: the world does not divide into the groups asked for.
+        ConfigError: the world size is not divisible by the sizes of the groups.
     """
     parallel = parallel or ParallelConfig()
     install_cpu_patches()
@@ -61,16 +60,16 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
-        os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # autotuning takes minutes; keep what it finds
+        os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # autotuning takes minutes; keep its results on disk
     if not torch.distributed.is_initialized():
         backend = "nccl" if here.type == "cuda" else "gloo"
-        # no device_id: with it NCCL splits every group off one communicator, and two ranks did not return from taking them
-        # down (pytorch issue 190396)
-        _listen_here_only()
-        settings = dict(backend=backend, timeout=timedelta(minutes=parallel.distributed_timeout_minutes))
+        # no device_id: with it NCCL splits every group off one communicator, and two ranks hung while destroying them
+        # (pytorch issue 190396)
+        _keep_gloo_local()
+        settings: dict[str, Any] = dict(backend=backend, timeout=timedelta(minutes=parallel.distributed_timeout_minutes))
         if "RANK" in os.environ:
             torch.distributed.init_process_group(**settings)
-        else:  # alone: a store of this process, for which no port is needed
+        else:  # one process: an in-process store needs no port
             torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1, **settings)
     world = torch.distributed.get_world_size()
     model_parallel = parallel.model_parallel_size
@@ -94,8 +93,8 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
     return here
 
 
-def _listen_here_only() -> None:
-    """Keep gloo's ports, which ask nobody who they are, off the network where all ranks are on this machine."""
+def _keep_gloo_local() -> None:
+    """Bind gloo's ports, which are not authenticated, to the loopback interface where all ranks are on this machine."""
     if "RANK" not in os.environ or os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
@@ -107,12 +106,12 @@ def _log_once(message: str) -> None:
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Whether a collective operation waited for another rank in vain. (NCCL ends the process itself, and says so.)"""
+    """Whether an error is the timeout of a gloo collective. (After a timeout NCCL logs it and ends the process itself.)"""
     return isinstance(error, RuntimeError) and "timed out" in str(error).lower()
 
 
 def shutdown() -> None:
-    """Leave all process groups, when all ranks have come so far: NCCL may not return from taking down one that is in use."""
+    """Destroy all process groups after a barrier: NCCL may hang when it destroys one that is still in use."""
     from megatron.core import parallel_state
 
     if torch.distributed.is_initialized():
@@ -126,10 +125,10 @@ def shutdown() -> None:
 
 @contextlib.contextmanager
 def session(parallel: ParallelConfig | None = None, seed: int = 1234) -> Iterator[torch.device]:
-    """`initialize` on entry; on exit `shutdown`, if it was this context that started the process groups.
+    """Context that calls `initialize` on entry, and `shutdown` on exit if it started the process groups itself.
 
-    After an error a rank among several does not wait for the others, which may be waiting for it: it leaves, and torchrun
-    ends them.
+    After an error, a rank of several does not call `shutdown`, whose barrier could hang: it exits, and torchrun ends
+    the others.
     """
     owner = not torch.distributed.is_initialized()
     try:

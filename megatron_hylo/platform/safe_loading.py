@@ -1,20 +1,20 @@
-"""Distributed checkpoints read without running code from them.
+"""Readers of distributed checkpoints that do not execute code from them.
 
-torch.distributed.checkpoint, with which Megatron-Core reads weights/, unpickles two things: `.metadata` (which tensor lies
-where) and entries that are not tensors. A pickle may name any function and have it called. `install_safe_loading` replaces
-both readers for the whole process:
+torch.distributed.checkpoint, with which Megatron-Core reads weights/, unpickles two things: `.metadata` (the location of each
+tensor) and entries that are not tensors. A pickle can call any function that it names. `install_safe_loading` replaces both
+readers for the whole process:
 
-- the pickle of `.metadata` is parsed into inert objects - no name in it is imported or called - out of which torch's own
-  dataclasses are built after every field was checked;
+- the pickle of `.metadata` is parsed into inert objects (no name in it is imported or called), and torch's own dataclasses are
+  built from them after every field was checked;
 - other entries are read with torch.load(weights_only=True).
 
-The file format stays torch's. What is refused raises ConfigError.
+The file format stays torch's. Files that are refused raise ConfigError.
 """
 
 import io
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any, NoReturn
 
@@ -38,9 +38,11 @@ ADVICE = "it was not written by this project or is damaged; load nothing from it
 
 
 class _Inert:
-    """What a pickle says of one object: its arguments and its state, and nothing done with them."""
+    """Arguments and state that a pickle gives for one object, stored without constructing the object."""
 
     name = ""
+    arguments: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *arguments: Any) -> "_Inert":
         made = super().__new__(cls)
@@ -52,10 +54,10 @@ class _Inert:
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Imports nothing: every name becomes a class of its own that only remembers what it was given."""
+    """Unpickler that imports nothing: it turns every allowed name into a new subclass of `_Inert`."""
 
     def find_class(self, module: str, name: str) -> type[_Inert]:
-        """A new `_Inert` for a name that belongs there.
+        """Return a new subclass of `_Inert` for a name that tensor metadata may contain.
 
         Raises:
             UnpicklingError: any other name.
@@ -66,10 +68,10 @@ class _InertUnpickler(pickle.Unpickler):
 
 
 def parse_metadata(data: bytes) -> Metadata:
-    """The content of a `.metadata` file.
+    """Parse the bytes of a `.metadata` file.
 
     Raises:
-        ValueError: anything else than what torch writes there; the message says what.
+        ValueError: content that torch does not write there; the message names it.
     """
     try:
         return _metadata(_InertUnpickler(io.BytesIO(data)).load())
@@ -113,7 +115,7 @@ def _place(key: Any, value: Any) -> tuple[metadata.MetadataIndex, Any]:
         _wrong(f"a tensor in {file!r}, outside its folder")
     if info.get("transform_descriptors"):
         _wrong(f"transformed data, {info['transform_descriptors']!r}")
-    where = filesystem._StorageInfo(file, *(_count(info[name]) for name in ("offset", "length")))
+    where = filesystem._StorageInfo(file, _count(info["offset"]), _count(info["length"]))
     hint = index.get("index")
     return metadata.MetadataIndex(
         _text(index["fqn"]), None if offset is None else _size(offset), None if hint is None else _count(hint)
@@ -150,7 +152,7 @@ def _wrong(what: str) -> NoReturn:
 
 
 def _read_metadata(self: FileSystemReader, *_: Any, rank: int | None = None, **__: Any) -> Metadata:
-    """Stands for FileSystemReader.read_metadata."""
+    """Replacement of FileSystemReader.read_metadata."""
     path = self._get_metadata_path(rank)
     with self.fs.create_stream(path, "rb") as stream:
         data = stream.read()
@@ -158,12 +160,13 @@ def _read_metadata(self: FileSystemReader, *_: Any, rank: int | None = None, **_
         found = parse_metadata(data)
     except ValueError as error:
         raise ConfigError(f"{path} is refused: {error}; {ADVICE}") from error
+    assert found.storage_meta is not None  # set by _metadata
     found.storage_meta.load_id = self.load_id
     return found
 
 
 def unpickling_reason(error: BaseException) -> str:
-    """Why torch.load(weights_only=True) refused a file. Its own message advises to run the file's code."""
+    """Say why torch.load(weights_only=True) refused a file; torch's own message advises the user to run the file's code."""
     if not isinstance(error, pickle.UnpicklingError):
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     named = re.search(r"GLOBAL (\S+)", str(error))
@@ -171,7 +174,7 @@ def unpickling_reason(error: BaseException) -> str:
 
 
 def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
-    """Stands for DefaultLoadPlanner.load_bytes, with weights_only."""
+    """Replacement of DefaultLoadPlanner.load_bytes, with weights_only."""
     name = read_item.dest_index.fqn
     try:
         entry = torch.load(value, weights_only=True)
@@ -183,13 +186,13 @@ def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO
         self.state_dict[name] = entry
 
 
-_REPLACED: tuple[tuple[type, str, Callable], ...] = (
-    (FileSystemReader, "read_metadata", _read_metadata),
-    (DefaultLoadPlanner, "load_bytes", _load_bytes),
-)
-
-
 def install_safe_loading() -> None:
-    """Replace both readers in this process; again is harmless."""
-    for owner, name, function in _REPLACED:
-        setattr(owner, name, function)
+    """Replace torch's two readers in this process; calling it again changes nothing."""
+    reader: Any = FileSystemReader
+    planner: Any = DefaultLoadPlanner
+    reader.read_metadata, planner.load_bytes = _read_metadata, _load_bytes
+
+
+def is_safe_loading_installed() -> bool:
+    """Whether both readers are replaced in this process."""
+    return FileSystemReader.read_metadata is _read_metadata and DefaultLoadPlanner.load_bytes is _load_bytes

@@ -117,8 +117,8 @@ class HiddenCodec:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "HiddenCodec":
         """What `tensors` gave."""
-        names = ("mean", "to_axes", "from_axes", "levels")
-        return cls(*(tensors[name] for name in names), *tensors["step"].tolist())
+        step, least = tensors["step"].tolist()
+        return cls(tensors["mean"], tensors["to_axes"], tensors["from_axes"], tensors["levels"], step, least)
 
 
 @torch.no_grad()
@@ -186,7 +186,8 @@ def _refit(
         fisher = ((weight * likely[k, :, None].float()).T @ weight).double() - outer[k]
         fisher *= sharp.mean() / total[k]  # so that the sharpness is 1 in the mean
         made.append(_axes(fisher, second[k] / total[k] - torch.outer(mean[k], mean[k])))
-    return HiddenCodec(mean, *(torch.stack(tensors) for tensors in zip(*made))), sharp
+    to_axes, from_axes, levels = (torch.stack(tensors) for tensors in zip(*made))
+    return HiddenCodec(mean, to_axes, from_axes, levels), sharp
 
 
 def _axes(fisher: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:

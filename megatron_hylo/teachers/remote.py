@@ -79,8 +79,7 @@ class RemoteTeacher:
 
     def _agree(self) -> tuple[int, int, torch.dtype]:
         """What the leaders know of the teacher, on all ranks: vocabulary, width, dtype."""
-        dtypes = list(DTYPES.values())
-        about = self.teacher.about if self.leads else None
+        dtypes, about = list(DTYPES.values()), self.about
         known = [about["vocab_size"], about["hidden_size"], dtypes.index(DTYPES[about["dtype"]])] if about else [0, 0, 0]
         numbers = torch.tensor(known, device=self.device)
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
@@ -89,7 +88,7 @@ class RemoteTeacher:
 
     def _head(self, vocabulary: int) -> Tensor:
         """This rank's rows; the leader gets all and hands them on."""
-        if self.leads:
+        if self.teacher is not None:
             whole = self.teacher.receive(HEAD, (vocabulary, self.width), self.sent_as).to(self.device)
         else:
             whole = torch.empty(vocabulary, self.width, dtype=self.sent_as, device=self.device)
@@ -100,6 +99,7 @@ class RemoteTeacher:
 
     def head_weight(self) -> Tensor:
         """[vocab / TP rounded up, H]."""
+        assert self.weight is not None, "only the last pipeline stage has the head"
         return self.weight
 
     def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
@@ -110,6 +110,7 @@ class RemoteTeacher:
 
     def _answers(self, batches: Iterator[dict]) -> Iterator[dict]:
         """With "hidden" [sequence, micro batch, H] on the CPU; runs in a thread of its own."""
+        assert self.teacher is not None  # on leaders only
         while self.asked:  # by an earlier iterator, which is over
             self._receive()
         for batch in batches:
@@ -120,6 +121,7 @@ class RemoteTeacher:
 
     def _receive(self) -> dict:
         """The oldest of the micro-batches asked for, answered."""
+        assert self.teacher is not None  # on leaders only
         windows, length = self.asked[0]["input_ids"].shape
         hidden = self.teacher.receive(HIDDEN, (length, windows, self.width), self.sent_as, pinned=self.device.type == "cuda")
         return self.asked.popleft() | {"hidden": hidden}
@@ -129,11 +131,13 @@ class RemoteTeacher:
         windows, length = shape
         part = torch.empty(length // self.cp.size(), windows, self.width, dtype=self.sent_as, device=self.device)
         if self.tp.rank() == 0:
+            whole = None if hidden is None else hidden.to(self.device)  # leaders have it
             if self.cp.size() > 1:
-                parts = list(hidden.to(self.device).chunk(self.cp.size())) if self.leads else None
+                parts = None if whole is None else list(whole.chunk(self.cp.size()))
                 dist.scatter(part, parts, src=dist.get_process_group_ranks(self.cp)[0], group=self.cp)
             else:
-                part = hidden.to(self.device)
+                assert whole is not None
+                part = whole
         if self.tp.size() > 1:
             part = part.contiguous()
             dist.broadcast(part, src=dist.get_process_group_ranks(self.tp)[0], group=self.tp)

@@ -94,15 +94,16 @@ def resolve(host: str, port: int, secret: bytes | None) -> tuple[socket.AddressF
         ConfigError: there is no such host, or it reaches beyond this machine and there is no secret.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, _, _, _, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
         raise _unlistenable(host, port, error) from error
+    address = str(found[0]), int(found[1])
     if secret is None and not is_loopback(address[0]):
         raise ConfigError(
             f"{shown(address)} can be reached from other machines, and there is no secret; {ADVICE}, or listen at "
             f"127.0.0.1:{port} (with an SSH tunnel from elsewhere)"
         )
-    return family, address[:2]
+    return family, address
 
 
 def listen(host: str, port: int, secret: bytes | None) -> socket.socket:

@@ -80,8 +80,8 @@ class Student:
         try:
             while (message := self.answers.get()) is not None:
                 kind, content = message
-                if kind == ERROR:
-                    self.link.send_text(ERROR, content)
+                if isinstance(content, str):
+                    self.link.send_text(kind, content)
                     self.link.drain(LINGER)
                     break
                 self.link.send(kind, content)
@@ -113,7 +113,9 @@ class Listener:
         self.secret, self.about, self.head, self.limits, self.wait = secret, about, head, limits, wait
         self.requests: queue.Queue[Request] = queue.Queue()
         self.runs = 0  # times that the last student left
-        self._lock, self._strangers, self._students = threading.Lock(), {}, set()
+        self._lock = threading.Lock()
+        self._strangers: dict[Link, float] = {}  # connections before authentication, and since when
+        self._students: set[Student] = set()
         self._dropped, self._logged, self._closed = 0, -QUIET, False
         self.sock = listen(*address, secret)
         self.address = shown(self.sock.getsockname())
@@ -157,7 +159,7 @@ class Listener:
                 continue
             with self._lock:
                 if len(self._strangers) >= STRANGERS:
-                    min(self._strangers, key=self._strangers.get).end()
+                    min(self._strangers, key=lambda stranger: self._strangers[stranger]).end()
                 self._strangers[link] = time.monotonic()
             threading.Thread(target=self._serve, args=(link,), name=f"student {link.peer}", daemon=True).start()
 
@@ -178,7 +180,7 @@ class Listener:
         finally:
             with self._lock:
                 self._strangers.pop(link, None)
-            if student is not None:
+            if student is not None and student.sender is not None:
                 student.sender.join()
             link.end()
             link.sock.close()

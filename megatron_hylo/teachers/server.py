@@ -71,7 +71,7 @@ def serve_teacher(
     with session(parallel):
         (model,) = freeze([load_model(teacher, parallel, params_dtype=dtype)])
         vocabulary = on_main(lambda: read_vocabulary(teacher))
-        about = {"identity": content_identity(teacher), "vocabulary": vocabulary and vocabulary.identity}
+        about = {"identity": content_identity(teacher), "vocabulary": vocabulary.identity if vocabulary else None}
         Replica(model, address, dtype, timeout, max_tokens, about).serve(runs)
 
 
@@ -125,6 +125,7 @@ class Replica:
 
     def _lead(self, runs: int | None) -> bool:
         """One request, or a turn without one; False when serving is over."""
+        assert self.listener is not None  # on leaders only
         turn = time.monotonic() + TURN
         request = None
         while request is None and time.monotonic() < turn:

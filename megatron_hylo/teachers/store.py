@@ -42,8 +42,8 @@ from megatron_hylo.io import (
     has_manifest,
     read_json,
     read_verified_json,
+    staging_directory,
     verify_manifest,
-    work_folder,
     write_json,
 )
 from megatron_hylo.io.identity import content_identity, file_identity, is_made_of
@@ -110,7 +110,7 @@ def write_store(
         "version": VERSION, "teacher": content_identity(teacher), "dataset": dataset_identity(data), "tokens": documents.tokens,
         "kl": kl, "sequence_length": sequence_length, "overlap": overlap, "precision": str(precision).split(".")[1],
     }  # fmt: skip
-    work = work_folder(Path(output), "shards", "key", description)
+    work = staging_directory(Path(output), "shards", "key", description)
     reader = SegmentReader(model, documents, sequence_length, overlap, micro_batch_size)
     _make_codec(reader, work, kl)
     tensors = _tensors(work)
@@ -153,7 +153,7 @@ class SegmentReader:
         """Of tokens [start, stop) in the dataset's order: [tokens, H]."""
         where = next(self.model.parameters()).device
         segments = sorted(self._segments(start, stop), key=lambda s: s[2] - s[1])  # alike lengths together
-        out = None
+        out: Tensor | None = None
         for i in range(0, len(segments), self.batch):
             group = segments[i : i + self.batch]
             ids = torch.zeros(len(group), max(end - begin for _, begin, end, *_ in group), dtype=torch.int64)
@@ -164,6 +164,7 @@ class SegmentReader:
             for row, (document, begin, end, first) in enumerate(group):
                 place = int(self.starts[document]) + first - start
                 out[place : place + end - first] = states[row, first - begin : end - begin]
+        assert out is not None, "an empty range"
         return out
 
     def _segments(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:

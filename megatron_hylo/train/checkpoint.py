@@ -22,7 +22,7 @@ from megatron_hylo.io import (
     barrier,
     has_manifest,
     read_verified_json,
-    remove_finished,
+    remove_atomic_directory,
     verify_manifest,
     write_json,
 )
@@ -149,7 +149,7 @@ class CheckpointSaver:
         if is_main():
             finished = [p for p in sorted((self.run / "checkpoints").glob("step_*")) if has_manifest(p)]
             for old in finished[: -self.keep]:
-                remove_finished(old)
+                remove_atomic_directory(old)
 
 
 def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from megatron_hylo.io import (
     check_free,
     has_manifest,
     output_lock,
-    remove_finished,
+    remove_atomic_directory,
     verify_manifest,
 )
 from tests.io.conftest import make
@@ -159,8 +159,8 @@ def test_a_finished_folder_with_somebody_elses_file_is_not_removed(tmp_path, cap
     for name in ("a", "b"):
         make(tmp_path / name)
     (tmp_path / "b" / "notes.txt").write_text("note")
-    remove_finished(tmp_path / "a")
-    remove_finished(tmp_path / "b")
+    remove_atomic_directory(tmp_path / "a")
+    remove_atomic_directory(tmp_path / "b")
     assert [p.name for p in tmp_path.iterdir()] == ["b"] and "notes.txt" in caplog.text
     verify_manifest(tmp_path / "b")
 

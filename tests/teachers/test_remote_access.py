@@ -23,7 +23,7 @@ import torch
 from megatron_hylo.config import ConfigError
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.platform.distributed import _listen_here_only
+from megatron_hylo.platform.distributed import _keep_gloo_local
 from megatron_hylo.teachers import remote_access
 from megatron_hylo.teachers.remote import Connection, RemoteTeacher
 from megatron_hylo.teachers.remote_access import (
@@ -308,7 +308,7 @@ def test_gloo_stays_on_this_machine_where_all_ranks_do(monkeypatch, ranks, inter
         monkeypatch.delenv(name, raising=False)
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
-    _listen_here_only()
+    _keep_gloo_local()
     assert os.environ.get("GLOO_SOCKET_IFNAME") == interface
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
 
