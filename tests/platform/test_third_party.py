@@ -149,7 +149,11 @@ install_safe_loading()
 with session():
     print(sorted(before), sorted(now() - before), sep="\\n")
 """
-    environment = {name: value for name, value in os.environ.items() if name not in ("GLOO_SOCKET_IFNAME", "RANK")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("GLOO_SOCKET_IFNAME", "RANK", "HF_HUB_DISABLE_PROGRESS_BARS")
+    }
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
