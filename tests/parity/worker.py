@@ -149,8 +149,10 @@ def measure(config: Any, file: Path) -> None:
     reads = teacher_signal if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
     for wrapper in state.wrapped:
         wrapper.zero_grad_buffer()
+    contexts = [mixer.self_attention.context for chunk in chunks for mixer, _ in chunk.mixer_layers()]
+    before = [context.received_bytes for context in contexts]  # by the evaluation
     stage.forward_backward([state], rank_batches(config, dataset, 0, here, reads), micro_batches)
-    received = [mixer.self_attention.context.received_bytes for chunk in chunks for mixer, _ in chunk.mixer_layers()]
+    received = [context.received_bytes - earlier for context, earlier in zip(contexts, before, strict=True)]
     gradients = _reduced_gradients(state)
     feed = rank_batches(config, dataset, 0, here, reads)
     steps = [training_step([state], stage, feed, micro_batches, step, SkippedSteps(0)) for step in range(2)]
