@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor, nn
 
 from megatron_hylo.config import ConfigError
@@ -16,6 +17,12 @@ from tests.conftest import gradients, tiny_config, uneven_model
 from tests.kernels.compare import relative_error
 
 TOLERANCE = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def fixed_model_seed(one_rank) -> None:
+    """Models are the same whatever ran before: Megatron-Core draws weights from generators of its own."""
+    model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
 
 
 @pytest.fixture
