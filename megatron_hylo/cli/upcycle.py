@@ -167,7 +167,7 @@ def upcycle(
         teacher: model folder of the teacher.
         output: model folder to make.
         layout: a named layout (see `hylo layouts`), or
-        pattern: one mixer a layer out of * + M G, e.g. "GG+G..."; MLPs may be written ("G-G-+-...").
+        pattern: one mixer a layer out of * + M G K, e.g. "GG+G..."; MLPs may be written ("G-G-+-...").
         init: calibrated (needs --calibration), or paper (HyLo's own).
         calibration: folder made by `hylo calibrate`; with it any initialisation is also measured on held-out text.
         shapes: dimensions of a pattern's mixers; by default teacher for calibrated, the paper's otherwise.
