@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_hylo.config import MIXER_SYMBOLS, ConfigError, ModelConfig, RopeScaling
 from megatron_hylo.config.mixers import MIXERS, Fields
@@ -134,7 +134,7 @@ def uniform_mixers(num_layers: int, num_mla: int, linear: str = "G") -> str:
 
 
 def hybrid_config(
-    base: ModelConfig, pattern: str, base_name: str | None = None, shapes: Shapes = "paper", **overrides: object
+    base: ModelConfig, pattern: str, base_name: str | None = None, shapes: Shapes = "paper", **overrides: Any
 ) -> ModelConfig:
     """A hybrid of `base`: its backbone, `pattern` for the mixers, the dimensions that `shapes` names.
 
@@ -160,7 +160,7 @@ def hybrid_config(
     for mixer in MIXERS.values():
         fields |= mixer.default_sizes(base, name, teacher_shapes=shapes == "teacher")
     if shapes == "teacher":
-        rotary = overrides.get("qk_pos_emb_head_dim", fields["qk_pos_emb_head_dim"])
+        rotary: int = (fields | overrides)["qk_pos_emb_head_dim"]
         if base.qk_layernorm and rotary != base.kv_channels:  # the norm asks which pairs of the head are rotary: the fastest
             fields["mla_rotary_pairs"] = [tuple(range(rotary // 2)) if m == "+" else () for m in mixers]
     unknown = sorted(set(overrides) - set(ModelConfig.__dataclass_fields__))

@@ -17,7 +17,7 @@ from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.initialise.calibrated_mla import AttentionMoments, attention_moments
 from megatron_hylo.initialise.moments import damped, unit_functional
-from megatron_hylo.initialise.registry import CalibrationStatistics, TeacherLayer, register_initialiser
+from megatron_hylo.initialise.registry import CalibrationStatistics, TeacherLayer, needed_statistics, register_initialiser
 
 VALUE_TAP = 0.2  # of the values' convolution: SiLU of so small a number is half of it
 GATE = 2.0  # SiLU(2 n) is nearly proportional to n, the length of a head's output over its mean
@@ -54,6 +54,7 @@ def gated_delta_net_from_attention(
     Raises:
         ConfigError: no statistics.
     """
+    statistics = needed_statistics(statistics)
     m = attention_moments(teacher, teacher_config, statistics)
     shapes, heads = get_mixer("G").tensors(config), config.linear_num_heads
     keys, values = config.linear_key_head_dim, config.linear_value_head_dim
@@ -153,6 +154,7 @@ def mamba2_from_attention(
     ):  # fmt: skip
         if getattr(config, name) != needed:
             raise ConfigError(f"{name} {getattr(config, name)} does not fit the calibrated initialisation: it must be {needed}")
+    statistics = needed_statistics(statistics)
     m = attention_moments(teacher, teacher_config, statistics)
     shapes = get_mixer("M").tensors(config)
     _, length, reception = _predictions(m, statistics)

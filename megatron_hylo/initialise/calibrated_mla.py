@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.initialise.moments import damped, factor_outputs, leading_eigenvectors, square_root
-from megatron_hylo.initialise.registry import CalibrationStatistics, TeacherLayer, register_initialiser
+from megatron_hylo.initialise.registry import CalibrationStatistics, TeacherLayer, needed_statistics, register_initialiser
 from megatron_hylo.kernels.rope import rope_frequencies
 
 
@@ -54,8 +54,7 @@ def attention_moments(teacher: TeacherLayer, config: ModelConfig, statistics: Ca
     Raises:
         ConfigError: there are no statistics.
     """
-    if statistics is None:
-        raise ConfigError("the initialiser `calibrated` needs calibration statistics: run `hylo calibrate`, give --calibration")
+    statistics = needed_statistics(statistics)
     moment = statistics["input_second_moment"].double()
     mean = statistics["input_mean"].double()
     wide = {name: tensor.to(moment) for name, tensor in teacher.items()}
@@ -172,6 +171,7 @@ def mla_from_attention(
         ConfigError: no statistics, or dimensions that do not fit.
     """
     _check_dimensions(config, teacher_config)
+    statistics = needed_statistics(statistics)
     m = attention_moments(teacher, teacher_config, statistics)
     dh, nope, groups = teacher_config.kv_channels, config.qk_head_dim, len(m.key)
     normed = teacher_config.qk_layernorm

@@ -40,6 +40,17 @@ _MODULES = (  # importing one registers its initialisers
 _INITIALISERS: dict[tuple[str, str], Initialiser] = {}
 
 
+def needed_statistics(statistics: CalibrationStatistics | None) -> CalibrationStatistics:
+    """Return the statistics that a calibrated initialiser was given.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if statistics is None:
+        raise ConfigError("the initialiser `calibrated` needs calibration statistics: run `hylo calibrate`, give --calibration")
+    return statistics
+
+
 def register_initialiser(name: str, symbol: str) -> Callable[[Initialiser], Initialiser]:
     """Decorator: make an initialiser known.
 

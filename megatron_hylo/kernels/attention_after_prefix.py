@@ -46,7 +46,7 @@ class _AfterPrefix(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sum = ctx.saved_tensors
         blocks = [(slice(0, ctx.before), False), (slice(ctx.before, None), True)]
         (dq, *seen), (dq_own, *own) = (

@@ -56,8 +56,8 @@ def causal_conv1d(
         raise ValueError(f"initial_state must be {[b, c, k - 1]}, got {list(initial_state.shape)}")
 
     before = None if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)
-    decoding = before is not None and t < k and positions is None  # so little is copied in no time
-    if decoding and _choose(x, k) != "torch":
+    # while decoding so little is copied in no time
+    if before is not None and t < k and positions is None and _choose(x, k) != "torch":
         y = causal_conv1d_sections([torch.cat([before, x], 1)], weight, bias, activation)[0][:, k - 1 :]
     else:
         (y,) = causal_conv1d_sections([x], weight, bias, activation, initial_state, positions)
@@ -167,7 +167,7 @@ class _Fla(torch.autograd.Function):
                 dx[:, :count] += change
             dweight = dweight + changes[1]
             dbefore = changes[2]
-            dbias = dbias + changes[3] if bias is not None else None
+            dbias = dbias + changes[3] if dbias is not None else None
         return dweight, dbias, dbefore, None, None, None, *dxs
 
 

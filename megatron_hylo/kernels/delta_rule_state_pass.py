@@ -9,6 +9,7 @@ multiprocessor.
 import functools
 import importlib
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,9 @@ ARGUMENTS = {"scale", "initial_state", "output_final_state", "h0", "dht"}  # of 
 def register() -> None:
     """Have fla's functions call these kernels for what they take, and its own for everything else."""
     backends = importlib.import_module("fla.backends")
+    base: Any = backends.BaseBackend
 
-    class Chain(backends.BaseBackend):
+    class Chain(base):
         """By fla's names for its functions; the verifier of each tells whether a call is for the method after it."""
 
         backend_type = "hylo"

@@ -71,7 +71,9 @@ class DeltaRulePart(NamedTuple):
         if delta_rule_implementation(k, v, differentiates=True) == "fla":
             part, out, state = part._fla(values, state)
         else:
-            out, state = gated_delta_rule(q, k, values, g, beta, state, output_final_state=True)
+            out, after = gated_delta_rule(q, k, values, g, beta, state, output_final_state=True)
+            assert after is not None
+            state = after
         return part, AffineMap(out[..., :dv], out[..., dv:], state[..., dv:], state[..., :dv])
 
     def _fla(self, values: Tensor, state: Tensor) -> tuple["DeltaRulePart", Tensor, Tensor]:
@@ -118,8 +120,9 @@ class KdaPart(NamedTuple):
     def begin(cls, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple["KdaPart", AffineMap]:
         """One pass over values [v, 0] from the state [0, I]."""
         (values, state), dv = _extended(k, v), v.shape[-1]
-        out, state = kda(q, k, values, g, beta, state, output_final_state=True)
-        return cls(q, k, v, g, beta), AffineMap(out[..., :dv], out[..., dv:], state[..., dv:], state[..., :dv])
+        out, after = kda(q, k, values, g, beta, state, output_final_state=True)
+        assert after is not None
+        return cls(q, k, v, g, beta), AffineMap(out[..., :dv], out[..., dv:], after[..., dv:], after[..., :dv])
 
     def gradients(self, before: Tensor, grad_out: Tensor, grad_after: Tensor) -> tuple[Tensor, ...]:
         """Gradients of q, k, v, g, beta; arguments as those of `DeltaRulePart.gradients`."""
@@ -143,6 +146,7 @@ class SsdPart(NamedTuple):
     ) -> tuple["SsdPart", AffineMap]:
         """One pass from an empty state; y_t is also moved by exp(A sum_{s <= t} dt_s) h C_t of the state h before the part."""
         out, state = ssd(x, dt, A, B, C, D, output_final_state=True, begins=begins)
+        assert state is not None
         decay = log_decay(dt, A, begins).transpose(1, 2).contiguous()  # a GPU sums fast along the last dimension alone
         left = decay.cumsum(-1).exp()  # [b, h, t]
         readout = C * left.transpose(1, 2)[..., None].to(C.dtype)
@@ -166,6 +170,7 @@ class SsdPart(NamedTuple):
             x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), D.float(), before, document_numbers(x, begins), grad_out,
             grad_after,
         )  # fmt: skip
+        assert dD is not None
         return dx, ddt.to(dt), dA.to(A), dB.to(B), dC.to(C), dD.to(D), None
 
 
@@ -181,10 +186,15 @@ def _extended(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _again(
-    run: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], before: Tensor, grad_out: Tensor, grad_after: Tensor
+    run: Callable[..., tuple[Tensor, Tensor | None]],
+    inputs: tuple[Tensor, ...],
+    before: Tensor,
+    grad_out: Tensor,
+    grad_after: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of the inputs of a plain recurrence, which is run once more."""
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
-        results = run(*leaves, initial_state=before)
-    return torch.autograd.grad(results, leaves, (grad_out, grad_after))
+        out, after = run(*leaves, initial_state=before)
+    assert after is not None
+    return torch.autograd.grad((out, after), leaves, (grad_out, grad_after))

@@ -57,11 +57,11 @@ class _Triton(torch.autograd.Function):
         width, rows = x.shape[-1], x.numel() // x.shape[-1]
         programs = backward_programs(x.device)
         gradient, sums = torch.empty_like(x), torch.empty(programs, width, dtype=torch.float32, device=x.device)
-        sizes, there = _sizes(width), residual is not None
+        sizes = _sizes(width)
         tile = dict(ROWS=1, num_warps=1) if sizes["COLUMNS"] <= 1024 else dict(ROWS=2, num_warps=4)  # fastest on Hopper
         importlib.import_module(MODULE).differentiate[(programs,)](
-            x, weight, scales, upstream.contiguous(), residual.contiguous() if there else x, gradient, sums, rows,
-            SHARE=-(-rows // programs), RESIDUAL=there, **tile, **sizes,
+            x, weight, scales, upstream.contiguous(), x if residual is None else residual.contiguous(), gradient, sums, rows,
+            SHARE=-(-rows // programs), RESIDUAL=residual is not None, **tile, **sizes,
         )  # fmt: skip
         return gradient, sums.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
 

@@ -79,7 +79,8 @@ def ssd(
     if x.shape[1] == 1:  # one token: the recurrence itself is the fastest
         return recurrent_ssd(x, dt, A, B, C, D, initial_state, output_final_state, begins)
     if ssd_implementation(x) == "mamba_ssm":
-        dt, A, D, initial_state = (None if y is None else y.float() for y in (dt, A, D, initial_state))
+        dt, A = dt.float(), A.float()
+        D, initial_state = (None if y is None else y.float() for y in (D, initial_state))
         y, state = _MambaSsm.apply(x, dt, A, B.to(x.dtype), C.to(x.dtype), D, initial_state, document_numbers(x, begins))
         return y, state if output_final_state else None
     with torch.autocast(x.device.type, enabled=False):
@@ -127,9 +128,9 @@ class _MambaSsm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: torch.Tensor | None, grad_last: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        x = ctx.saved_tensors[0]
+        x, dt, A, B, C, D, initial_state, documents = ctx.saved_tensors
         grad_out = torch.zeros_like(x) if grad_out is None else grad_out
-        return *mamba_ssm_gradients(*ctx.saved_tensors, grad_out, grad_last), None
+        return *mamba_ssm_gradients(x, dt, A, B, C, D, initial_state, documents, grad_out, grad_last), None
 
 
 def mamba_ssm_gradients(
@@ -143,7 +144,7 @@ def mamba_ssm_gradients(
     documents: torch.Tensor | None,
     grad_out: torch.Tensor,
     grad_last: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The backward pass of `ssd` by mamba_ssm's kernels, its forward pass run again as far as needed.
 
     Args:

@@ -39,13 +39,16 @@ class KnownConfigurations(dict):
         super().__init__(known)
         self.otherwise = otherwise
 
-    def __contains__(self, key: Key) -> bool:
-        if not super().__contains__(key):
-            larger = [known for known in self if distance(key, known) is not None]
-            config = self[min(larger, key=lambda known: distance(key, known))] if larger else self.otherwise
-            if config is None:
-                return False
-            self[key] = config
+    def __contains__(self, key: object) -> bool:
+        if super().__contains__(key):
+            return True
+        if not isinstance(key, tuple):
+            return False
+        larger = {known: far for known in self if (far := distance(key, known)) is not None}
+        config = self[min(larger, key=larger.__getitem__)] if larger else self.otherwise
+        if config is None:
+            return False
+        self[key] = config
         return True
 
 

@@ -48,7 +48,7 @@ class GroupedQueryAttention(Mixer):
         qkv = batch_first(qkv, packed).unflatten(2, (self.groups, self.queries_per_group + 2, self.head_dim))
         query, key, value = torch.split(qkv, [self.queries_per_group, 1, 1], dim=3)
         key, value = key.squeeze(3), value.squeeze(3)
-        if self.q_layernorm is not None:
+        if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         return query, key, value
 
@@ -59,7 +59,7 @@ class GroupedQueryAttention(Mixer):
         places = here if documents is None else documents.own_positions
         return fused_rope(x, cos[places], sin[places], interleaved=False)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed = None) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed = None) -> tuple[Tensor, None]:
         """Rotation, softmax attention and output projection: [sequence (/ TP), batch, hidden], and no bias."""
         documents = self.context.seen(packed)
         if self.context.uses_all_to_all:

@@ -60,11 +60,12 @@ class GatedDeltaNet(Mixer):
         own = self.context.head_shard
         return gates_of(alpha, beta, own(self.A_log), own(self.dt_bias))
 
-    def recurrence(self, hidden_states: Tensor, *inputs: Tensor) -> Tensor:
-        """q, k, v, log decay and writing strength -> outputs [batch, sequence, heads, value_head_dim]."""
+    def recurrence(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        """Outputs [batch, sequence, heads, value_head_dim] from queries, keys, values, log decay and writing strength."""
         if self.context.uses_all_gather:
-            return delta_rule_over_ranks(self.context, *inputs)
-        return gated_delta_rule(*inputs, keep_states=is_recomputed(self.config, self.symbol, hidden_states))[0]
+            return delta_rule_over_ranks(self.context, q, k, v, g, beta)
+        keep_states = is_recomputed(self.config, self.symbol, hidden_states)
+        return gated_delta_rule(q, k, v, g, beta, keep_states=keep_states)[0]
 
     def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
         """[sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""

@@ -7,12 +7,13 @@ from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_hylo.config import Fp8, ModelConfig, ParallelConfig, recomputed_layers
 from megatron_hylo.config.layouts import pipeline_pattern
 from megatron_hylo.models.fp8 import check_fp8, check_fp8_widths
 from megatron_hylo.models.padded_vocabulary import clear_padding, padded_vocabulary, without_padding
+from megatron_hylo.models.recompute import FeedForwardLayer, MixerLayer
 from megatron_hylo.models.specs import BackendName, get_backend, hybrid_stack_spec, megatron_pattern
 from megatron_hylo.models.transformer_config import build_transformer_config
 from megatron_hylo.parallel.documents import EqualWindows, Packed, PackedDocuments, batch_first
@@ -33,7 +34,11 @@ class HyloModel(HybridModel):
         Returns:
             [sequence (/ TP with sequence parallelism), batch, hidden].
         """
-        hidden, packed = self.embed(input_ids, documents) if self.pre_process else (None, documents)
+        hidden: Tensor | None = None
+        packed: Packed = documents
+        if self.pre_process:
+            assert input_ids is not None, "the first pipeline stage needs input_ids"
+            hidden, packed = self.embed(input_ids, documents)
         out = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
         return batch_first(out, packed).transpose(0, 1) if isinstance(packed, EqualWindows) else out
 
@@ -48,7 +53,8 @@ class HyloModel(HybridModel):
         Returns:
             [sequence (/ TP with sequence parallelism), batch, hidden] or [batch * sequence, 1, hidden].
         """
-        c, packed = self.config, documents
+        c = self.config
+        packed: Packed = documents
         divided = c.sequence_parallel or c.context_parallel_size > 1 or c.pipeline_model_parallel_size > 1
         if documents is None and len(input_ids) > 1 and not divided:
             input_ids, packed = input_ids.flatten().unsqueeze(0), EqualWindows(len(input_ids))
@@ -77,7 +83,7 @@ class HyloModel(HybridModel):
                 state[key] = without_padding(state[key], self.config.hylo.vocab_size)
         return state
 
-    def mixer_layers(self) -> list[tuple[nn.Module, nn.Module]]:
+    def mixer_layers(self) -> list[tuple[MixerLayer, FeedForwardLayer]]:
         """This stage's (mixer layer, MLP layer) pairs, in order."""
         layers = list(self.decoder.layers)
         return list(zip(layers[0::2], layers[1::2]))

@@ -45,8 +45,8 @@ class KimiDeltaAttention(GatedDeltaNet):
         bias = own(self.dt_bias).view(heads, -1)
         return channel_gates(alpha.unflatten(-1, (heads, -1)), beta, own(self.A_log), bias)
 
-    def recurrence(self, hidden_states: Tensor, *inputs: Tensor) -> Tensor:
-        """q, k, v, log decay and writing strength -> outputs [batch, sequence, heads, value_head_dim]."""
+    def recurrence(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        """Outputs [batch, sequence, heads, value_head_dim] from queries, keys, values, log decay and writing strength."""
         if self.context.uses_all_gather:
-            return delta_rule_over_ranks(self.context, *inputs, kind=KdaPart)
-        return kda(*inputs)[0]
+            return delta_rule_over_ranks(self.context, q, k, v, g, beta, kind=KdaPart)
+        return kda(q, k, v, g, beta)[0]

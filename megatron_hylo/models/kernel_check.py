@@ -8,6 +8,7 @@ chooses. A wrong kernel is off by as much as the gradient itself, rounding in bf
 import functools
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,10 @@ def _check(case: _Case, dtype: torch.dtype) -> Check:
     upstream = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1)).to(theirs)
     (ours.float() * upstream).sum().backward()
     (theirs * upstream).sum().backward()
-    errors = {"output": _relative(ours, theirs)} | {n: _relative(given[n].grad, exact[n].grad) for n in exact}
+    errors = {"output": _relative(ours, theirs)}
+    for name, x in exact.items():
+        assert x.grad is not None
+        errors[name] = _relative(given[name].grad, x.grad)
     where = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
     return Check(case.operation, case.shape, in_use()[case.operation], errors[where], where, LIMITS[dtype])
 
@@ -229,7 +233,7 @@ class _Middle:
         return [(transition, increment)] * 5
 
 
-def _amid_its_like(recurrence: Callable[..., tuple[Tensor, Tensor]], **inputs: Tensor) -> Tensor:
+def _amid_its_like(recurrence: Callable[..., tuple[Tensor, Tensor | None]], **inputs: Tensor) -> Tensor:
     """The third of five equal parts; the others' outputs only lend it what they say of its gradient."""
     others = {name: x.detach() for name, x in inputs.items()}
     state = None
@@ -248,13 +252,13 @@ def _compiled(c: ModelConfig, draw: _Draw) -> Iterator[_Case]:
     if not set(c.mixers) <= set(LINEAR_SYMBOLS):
         frequencies = rope_frequencies(width, c.rotary_base, device=device)
         cos, sin = rope_cos_sin(torch.arange(TOKENS, device=device), frequencies)
-        rotation = dict(cos=cos, sin=sin, interleaved=False)
+        rotation: dict[str, Any] = dict(cos=cos, sin=sin, interleaved=False)
         yield _Case(
             "elementwise", f"rotation of {heads} heads, {width} wide", functools.partial(elementwise(apply_rope), **rotation),
             functools.partial(apply_rope, **rotation), {"x": draw.normal(heads, width)},
         )  # fmt: skip
     if set(c.mixers) & set(LINEAR_SYMBOLS):
-        settings = dict(eps=1e-5, norm_before_gate=True)
+        settings: dict[str, Any] = dict(eps=1e-5, norm_before_gate=True)
         weight = torch.linspace(0.5, 2, width, device=device)
         yield _Case(
             "elementwise", f"gated norm of {heads} heads, {width} wide",

@@ -31,22 +31,32 @@ from megatron_hylo.platform.distributed import device
 fused_gated_rms_norm = elementwise(gated_rms_norm)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the hidden dimension; statistics in fp32."""
+def set_attributes(parameter: nn.Parameter, **attributes: object) -> None:
+    """Set attributes that Megatron-Core reads from a parameter, e.g. `sequence_parallel`."""
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+
+
+class _HiddenNorm(nn.Module):
+    """Weight of a root-mean-square norm over the hidden dimension."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device()))
-        self.weight.sequence_parallel = config.sequence_parallel
+        set_attributes(self.weight, sequence_parallel=config.sequence_parallel)
+
+
+class RMSNorm(_HiddenNorm):
+    """Root-mean-square norm over the hidden dimension; statistics in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [sequence, batch, hidden]; same shape and dtype out."""
         return rms_norm_and_residual(x, self.weight, self.eps)[0]
 
 
-class ResidualRMSNorm(RMSNorm):
-    """The norm in a layer, which hands on what the residual connection takes as well."""
+class ResidualRMSNorm(_HiddenNorm):
+    """RMSNorm before a mixer or an MLP that also returns its input, for the residual connection."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [sequence, batch, hidden] -> the same normalised, and x."""
@@ -101,9 +111,9 @@ class ReplicatedLinear(nn.Module):
         with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):  # equal on all tensor-parallel ranks
             config.init_method(self.weight)
         zeros = torch.zeros(out_features, dtype=config.params_dtype, device=device()) if bias else None
-        self.bias = nn.Parameter(zeros) if bias else None
+        self.bias = nn.Parameter(zeros) if zeros is not None else None
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            set_attributes(parameter, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [sequence, batch, in_features] -> [sequence, batch, out_features]."""
@@ -120,9 +130,7 @@ def rotary_table(dim: int, base: float, scaling: RopeScaling, length: int, where
 def tensor_parallel_parameter(data: Tensor, keep_fp32: bool = False, dtype: torch.dtype | None = None) -> nn.Parameter:
     """A parameter whose first dimension is this rank's slice; `keep_fp32` for A_log, dt_bias and D."""
     parameter = nn.Parameter(data.float() if keep_fp32 else data.to(dtype or data.dtype))
-    parameter.tensor_model_parallel = True
-    parameter.partition_dim = 0
-    parameter.partition_stride = 1
+    set_attributes(parameter, tensor_model_parallel=True, partition_dim=0, partition_stride=1)
     return parameter
 
 

@@ -64,6 +64,7 @@ class MultiLatentAttention(Mixer):
         slots = c.qk_pos_emb_head_dim // 2
         pairs = c.mla_rotary_pairs[self.layer] if c.mla_rotary_pairs else range(slots)
         self.register_buffer("rotary_pairs", torch.tensor(pairs, device=device()), persistent=False)
+        self.k_layernorm: HeadNorm | WholeHeadKeyNorm
         if c.qk_layernorm:
             self.q_layernorm = HeadNorm(config, self.qk_dim)
             if c.mla_whole_head_norm:
@@ -108,7 +109,7 @@ class MultiLatentAttention(Mixer):
         """q/k-norm before the rotation: the query, and the key with a copy of the rotary one for each of its heads."""
         c, norm = self.config.hylo, self.k_layernorm
         key = torch.cat([plain_key, rotary_key.unsqueeze(2).expand(-1, -1, self.groups, -1)], dim=-1)
-        if not c.mla_whole_head_norm:
+        if not isinstance(norm, WholeHeadKeyNorm):
             return self.q_layernorm(query), norm(key)
         base_key = unfold_rotary_key(plain_key, rotary_key, norm.rotary_mix, self.rotary_pairs)
         return self.q_layernorm(query, reference=query[..., : c.qk_head_dim]), norm(key, reference=base_key)
@@ -122,5 +123,5 @@ class MultiLatentAttention(Mixer):
         """cos and sin of this layer's rotary pairs, [length, pairs]: columns of one table that all layers share."""
         c = self.config.hylo
         width = c.kv_channels if c.mla_rotary_pairs else c.qk_pos_emb_head_dim
-        table = rotary_table(width, c.rotary_base, c.mla_rope_scaling, length, self.rotary_pairs.device)
-        return tuple(part[:, self.rotary_pairs] for part in table) if c.mla_rotary_pairs else table
+        cos, sin = rotary_table(width, c.rotary_base, c.mla_rope_scaling, length, self.rotary_pairs.device)
+        return (cos[:, self.rotary_pairs], sin[:, self.rotary_pairs]) if c.mla_rotary_pairs else (cos, sin)

@@ -57,8 +57,8 @@ class OffloadedLayers:
         if self.stream is None:
             self.buffers[half][: len(home)] = home
             return
-        if self.read[half] is not None:
-            self.stream.wait_event(self.read[half])
+        if (read := self.read[half]) is not None:
+            self.stream.wait_event(read)
         with torch.cuda.stream(self.stream):
             self.buffers[half][: len(home)].copy_(home, non_blocking=True)
             self.copied[half] = self.stream.record_event()
@@ -68,7 +68,9 @@ class OffloadedLayers:
             raise RuntimeError("weights that rest on the CPU are gone when a backward pass wants them; use torch.no_grad()")
         self._copy(number)
         if self.stream is not None:
-            torch.cuda.current_stream().wait_event(self.copied[number % 2])
+            copied = self.copied[number % 2]
+            assert copied is not None  # by `_copy`, which records it
+            torch.cuda.current_stream().wait_event(copied)
         self._point(number, self.buffers[number % 2])
         if number + 1 < len(self.units):
             self._copy(number + 1)

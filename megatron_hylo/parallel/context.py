@@ -252,7 +252,7 @@ class _WithEnd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *grads, grad_end = grads
-        for grad, end in zip(grads, grad_end.split([grad.shape[-1] for grad in grads], -1)):
+        *section_grads, grad_end = grads
+        for grad, end in zip(section_grads, grad_end.split([grad.shape[-1] for grad in section_grads], -1)):
             grad[:, -end.shape[1] :] += end
-        return None, *grads
+        return None, *section_grads

@@ -15,12 +15,12 @@ whole sequence gains nothing by it: A makes the pass half as long again, and it 
 """
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_hylo.kernels.recurrence_part import DeltaRulePart, KdaPart, SsdPart, state_gradient, times
-from megatron_hylo.parallel.context import ContextGroup
 
 Part = DeltaRulePart | KdaPart | SsdPart
 Steps = Sequence[tuple[Tensor, Tensor]]  # (transition, increment) of each: S -> transition S + increment
@@ -30,8 +30,17 @@ COLUMNS = 64  # of a state's, that one program of fla's kernels carries
 PROGRAMS = 4  # of them for each multiprocessor (measured: 1, 2 and 4 of them, two H200, 65,536 tokens a rank)
 
 
+class StateExchange(Protocol):
+    """The ranks that share a sequence, as a recurrence needs them: `ContextGroup`, or what stands for it in a kernel check."""
+
+    rank: int
+
+    def gather_affine_maps(self, transition: Tensor, increment: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """(transition, increment) of every rank, see `ContextGroup`."""
+
+
 def delta_rule_over_ranks(
-    context: ContextGroup,
+    context: StateExchange,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -60,7 +69,7 @@ def own_parts(value: Tensor) -> int:
 
 
 def ssd_over_ranks(
-    context: ContextGroup, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, begins: Tensor | None
+    context: StateExchange, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, begins: Tensor | None
 ) -> Tensor:
     """`ssd` of a sequence of which this rank has a part; outputs of that part, [b, t, h, p]."""
     return _InParts.apply(context, 1, SsdPart, x, dt, A, B, C, D, begins)
@@ -72,10 +81,10 @@ class _InParts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        context: ContextGroup,
+        context: StateExchange,
         parts: int,
         kind: type[Part],
-        *inputs: Tensor | None,
+        *inputs: Any,  # tensors or None: the fields of `kind`
     ) -> Tensor:
         part, affine = kind.begin(*inputs)
         steps = list(zip(_by_part(affine.transition, parts), _by_part(affine.increment, parts)))

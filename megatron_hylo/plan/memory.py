@@ -25,11 +25,12 @@ and stage `align`, 1B, 262,144 tokens, all Gated DeltaNet; all Mamba2           
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from torch import nn
+from torch import Tensor
 
 from megatron_hylo.config import ModelConfig, recomputed_layers
 from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.offload import offloaded_units
 from megatron_hylo.teachers.signal import TeacherSignal
 
@@ -61,8 +62,8 @@ class Memory:
 
 def predict_memory(
     config: TrainConfig,
-    students: Sequence[Sequence[nn.Module]],
-    teacher: Sequence[nn.Module] | None,
+    students: Sequence[Sequence[HyloModel]],
+    teacher: Sequence[HyloModel] | None,
     teacher_signal: TeacherSignal | None,
     optimizer_shards: int,
 ) -> Memory:
@@ -78,7 +79,7 @@ def predict_memory(
     parameters = [p for chunks in students for chunk in chunks for p in chunk.parameters()]
     trained = [p for p in parameters if p.requires_grad]
     count, wide = (sum(p.numel() for p in chosen) for chosen in (trained, [p for p in trained if p.element_size() == 4]))
-    theirs = [p for chunk in teacher or () for p in chunk.parameters()]
+    theirs: list[Tensor] = [p for chunk in teacher or () for p in chunk.parameters()]
     if teacher_signal is not None and (head := teacher_signal.head_weight()) is not None:
         theirs.append(head)
     theirs_shape = teacher[0].config.hylo if teacher else None
@@ -90,18 +91,18 @@ def predict_memory(
         weights=_bytes(parameters),
         gradients=GRADIENT * count,
         optimizer=optimizer,
-        teacher=_bytes(theirs) - (_resting(teacher) if config.teacher_offload else 0),
+        teacher=_bytes(theirs) - (_on_cpu(teacher) if teacher and config.teacher_offload else 0),
         kept=kept,
         passing=passing,
     )
 
 
-def _bytes(tensors: Sequence) -> float:
+def _bytes(tensors: Sequence[Tensor]) -> float:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _resting(teacher: Sequence[nn.Module]) -> float:
-    """Of weights that are on the CPU but for two layers' (models/offload.py)."""
+def _on_cpu(teacher: Sequence[HyloModel]) -> float:
+    """Bytes of the weights that `models/offload.py` keeps on the CPU: all but two layers'."""
     units = [[_bytes([*unit.parameters()]) for unit in offloaded_units(chunk)] for chunk in teacher]
     return sum(sum(sizes) - 2 * max(sizes) for sizes in units)
 

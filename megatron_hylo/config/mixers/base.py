@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_hylo.config.errors import ConfigError
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_hylo.config.model import ModelConfig
 
 Shape = tuple[int, ...]
-Fields = dict[str, object]  # field of ModelConfig -> value
+Fields = dict[str, Any]  # field of ModelConfig -> value
 
 
 class MixerDescription(abc.ABC):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from megatron_hylo.config.mixers.base import Fields, MixerDescription, Shape
 
@@ -14,7 +14,7 @@ class GatedDeltaNet(MixerDescription):
     """Delta-rule recurrence with one decay a head and an output gate."""
 
     symbol, name, block, recurrent = "G", "Gated DeltaNet", "linear_attn", True
-    size_fields = ("linear_num_heads", "linear_key_head_dim", "linear_value_head_dim")
+    size_fields: ClassVar[tuple[str, ...]] = ("linear_num_heads", "linear_key_head_dim", "linear_value_head_dim")
     fp32_parameters = ("A_log", "dt_bias")
     decay_range = (0.0, 16.0)
 
