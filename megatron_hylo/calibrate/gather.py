@@ -70,7 +70,7 @@ def calibrate(
     """
     check_free(output, overwrite, [teacher, data])
     config, _ = read_description(teacher)
-    if set(config.mixers) != {"*"}:
+    if not config.is_transformer:
         raise ConfigError(f"calibrate needs a teacher with attention `*` in every layer, {teacher} has {config.mixers}")
     if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
         raise ConfigError("calibrate works with tensor and data parallelism alone; set the other sizes to 1")

@@ -152,7 +152,9 @@ def _softmax_cases(c: ModelConfig, draw: _Draw, parts: bool, width: int, values:
 
 def _gated_delta_net_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
     inputs, shape = _delta_rule_inputs(c, draw, c.linear_num_heads)
-    yield from _delta_rule_cases(c, draw, parts, "gated_delta_rule", gated_delta_rule, recurrent_gated_delta_rule, inputs)
+    yield from _delta_rule_cases(
+        c, draw, parts, "gated_delta_rule", DeltaRulePart, gated_delta_rule, recurrent_gated_delta_rule, inputs
+    )
     if draw.device.type == "cuda":  # as recomputed layers have it; plain torch knows no difference
         yield _Case(
             "gated_delta_rule", f"{shape}, states kept", lambda **x: gated_delta_rule(**x, keep_states=True)[0],
@@ -162,7 +164,7 @@ def _gated_delta_net_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator
 
 def _kda_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
     inputs, _ = _delta_rule_inputs(c, draw, c.linear_num_heads, c.linear_key_head_dim)
-    yield from _delta_rule_cases(c, draw, parts, "kda", kda, recurrent_kda, inputs)
+    yield from _delta_rule_cases(c, draw, parts, "kda", KdaPart, kda, recurrent_kda, inputs)
 
 
 def _delta_rule_inputs(c: ModelConfig, draw: _Draw, *decays: int) -> tuple[dict[str, Tensor], str]:
@@ -178,6 +180,7 @@ def _delta_rule_cases(
     draw: _Draw,
     parts: bool,
     operation: str,
+    part: type[DeltaRulePart] | type[KdaPart],
     run: Callable[..., tuple[Tensor, Tensor | None]],
     definition: Callable[..., tuple[Tensor, Tensor | None]],
     inputs: dict[str, Tensor],
@@ -188,9 +191,8 @@ def _delta_rule_cases(
     yield _Case(operation, shape, lambda **x: run(**x)[0], lambda **x: definition(**x)[0], inputs, ("g",))
     if parts:  # with states that outlive their part
         inputs = inputs | {"g": inputs["g"] / 70, "beta": inputs["beta"] / 16}
-        kind = {"gated_delta_rule": DeltaRulePart, "kda": KdaPart}[operation]
         yield _Case(
-            operation, f"{shape}, split", functools.partial(delta_rule_over_ranks, _Middle(), kind=kind),
+            operation, f"{shape}, split", functools.partial(delta_rule_over_ranks, _Middle(), kind=part),
             lambda **x: _amid_its_like(definition, **x), inputs, ("g",),
         )  # fmt: skip
 

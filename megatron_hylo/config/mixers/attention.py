@@ -14,6 +14,7 @@ class Attention(MixerDescription):
     """Softmax attention with `num_query_groups` key/value heads, rotary embedding on whole heads."""
 
     symbol, name, block, recurrent = "*", "attention", "self_attn", False
+    output_fit = "keep"
 
     def default_sizes(self, base: ModelConfig, base_name: str | None, teacher_shapes: bool) -> Fields:
         """Nothing: a layer that stays attention is copied, so its sizes are the base model's."""

@@ -20,6 +20,7 @@ class Mamba2(MixerDescription):
     size_fields = ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim")
     fp32_parameters = ("A_log", "dt_bias", "D")
     decay_range = (1.0, 16.0)
+    norm_after_gate = True
 
     def check(self, config: ModelConfig) -> None:
         """Heads share their x and B evenly."""

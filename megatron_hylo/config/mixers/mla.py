@@ -26,6 +26,7 @@ class MultiLatentAttention(MixerDescription):
     """Attention whose keys and values are computed from one cached latent and one shared rotary key."""
 
     symbol, name, block, recurrent = "+", "MLA", "self_attn", False
+    rotary_pairs_by_layer, output_fit = True, "from_initial"
     size_fields = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
     def check(self, config: ModelConfig) -> None:
