@@ -72,7 +72,9 @@ def calibrate(
     config, _ = read_description(teacher)
     if not config.is_transformer:
         raise ConfigError(f"calibrate needs a teacher with attention `*` in every layer, {teacher} has {config.mixers}")
-    if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
+    if parallel is not None and (
+        parallel.pipeline_stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1
+    ):
         raise ConfigError("calibrate works with tensor and data parallelism alone; set the other sizes to 1")
     windows = _calibration_windows(data, tokens, sequence_length, seed)
     kept = heldout_windows(f"{data}/heldout", sequence_length, heldout)

@@ -105,7 +105,7 @@ LAYOUTS: dict[str, NamedLayout] = _layouts()
 
 
 def expand_pattern(pattern: str, num_layers: int) -> str:
-    """One mixer symbol a layer out of a user's pattern.
+    """Expand a user's pattern to one mixer symbol a layer.
 
     Args:
         pattern: with MLPs ("G-+-G-") or without ("G+G").
@@ -126,7 +126,7 @@ def expand_pattern(pattern: str, num_layers: int) -> str:
 
 
 def uniform_mixers(num_layers: int, num_mla: int, linear: str = "G") -> str:
-    """`num_mla` MLA layers spread evenly, the rest linear: "G+GGG+GG" for 8 and 2."""
+    """Mixers of `num_mla` MLA layers spread evenly and linear layers elsewhere: "G+GGG+GG" for 8 and 2."""
     if not 0 <= num_mla <= num_layers:
         raise ConfigError(f"number of MLA layers must lie between 0 and {num_layers}, got {num_mla}")
     chosen = {int((i + 0.5) * num_layers / num_mla) for i in range(num_mla)}
@@ -209,7 +209,7 @@ def pipeline_layers(config: ModelConfig, num_stages: int, given: Sequence[int] |
 
     @functools.cache
     def best(start: int, stages: int) -> tuple[int, tuple[int, ...]]:
-        """(largest stage, where stages end) of layers from `start` on."""
+        """Split the layers from `start` on: (parameters of the largest pipeline stage, where pipeline stages end)."""
         if stages == 1:
             return sums[-1] - sums[start], ()
         options = []
@@ -228,7 +228,7 @@ def _same_backbone(a: ModelConfig, b: ModelConfig) -> bool:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """All parameters; an untied output head counts beside the embedding, as in the released checkpoints."""
+    """Number of parameters; an untied output head counts beside the embedding, as in the released checkpoints."""
     d = config.hidden_size
     layers = sum(get_mixer(m).parameters(config) + 3 * d * config.ffn_hidden_size + 2 * d for m in config.mixers)
     embeddings = config.vocab_size * d * (2 if config.untie_embeddings_and_output_weights else 1)
@@ -252,7 +252,7 @@ def kv_percent(config: ModelConfig) -> float:
 
 
 def layout_rows(names: Iterable[str] | None = None) -> list[dict[str, object]]:
-    """One {name, params, kv_percent, kv_bytes_per_token} a named layout."""
+    """Table of the named layouts: one {name, params, kv_percent, kv_bytes_per_token} each."""
     rows = []
     for name in names or LAYOUTS:
         config = LAYOUTS[name].config

@@ -109,12 +109,12 @@ class ModelConfig:
 
     @property
     def mla_whole_head_norm(self) -> bool:
-        """q/k-norm with the statistics of the teacher's whole head, not of MLA's channels (see models/mla.py)."""
+        """Whether q/k-norm has the statistics of the teacher's whole head, not of MLA's channels (see models/mla.py)."""
         return self.qk_layernorm and self.qk_head_dim == self.kv_channels
 
     @property
     def mixers(self) -> str:
-        """One mixer symbol a Transformer layer, e.g. "G+GG" for "G-+-G-G-".
+        """Mixer symbols, one for each Transformer layer, e.g. "G+GG" for "G-+-G-G-".
 
         Raises:
             ConfigError: the pattern is not mixer, MLP, mixer, MLP, ...
@@ -155,7 +155,7 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON gives back unchanged; `from_dict(ModelConfig, ...)` is its inverse."""
+        """Plain dictionary that JSON keeps unchanged; `from_dict(ModelConfig, ...)` is its inverse."""
         return dataclasses.asdict(self) | {"mla_rotary_pairs": [list(pairs) for pairs in self.mla_rotary_pairs]}
 
 

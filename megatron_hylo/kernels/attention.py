@@ -34,7 +34,7 @@ def attention(
     causal: bool = True,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scale q k^T) v; query head i reads key/value head i // (hq / hkv).
+    """Attention softmax(scale q k^T) v; query head i reads key/value head i // (hq / hkv).
 
     Args:
         q: [b, t, hq, d], floating.
@@ -85,13 +85,13 @@ def attention(
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
-    """Kernels read 16 bytes at a time, whatever torch says of them: a copy where x, a section of odd width, lies otherwise."""
+    """Copy x where it is not aligned to the 16 bytes that fused kernels read at a time (a section of odd width)."""
     places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
     return x.contiguous() if any(place % 16 for place in places) else x
 
 
 def _same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """With zero channels, which change nothing: flash kernels want queries, keys and values equally wide."""
+    """Pad with zero channels, which change nothing: flash kernels want queries, keys and values equally wide."""
     width = max(x.shape[-1] for x in tensors)
     return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)
 

@@ -22,7 +22,7 @@ VOCABULARY_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weigh
 
 
 class HyloModel(HybridModel):
-    """A teacher or a hybrid, this rank's part of it."""
+    """One rank's chunk of a teacher or a hybrid."""
 
     def forward(self, input_ids: Tensor | None, documents: PackedDocuments | None = None, **_: object) -> Tensor:
         """Hidden states after the last norm (on the last pipeline stage), before the output head.
@@ -43,8 +43,9 @@ class HyloModel(HybridModel):
         return batch_first(out, packed).transpose(0, 1) if isinstance(packed, EqualWindows) else out
 
     def embed(self, input_ids: Tensor, documents: PackedDocuments | None = None) -> tuple[Tensor, Packed]:
-        """Hidden states before the first layer, and what its `packed_seq_params` is: windows lie end to end where a rank has
-        all of every one, and all layers.
+        """Embed tokens; returns hidden states and the first layer's `packed_seq_params`.
+
+        Windows are laid end to end where a rank has all tokens of each and all layers.
 
         Args:
             input_ids: int64 [batch, sequence].
@@ -61,13 +62,13 @@ class HyloModel(HybridModel):
         return self.embedding(input_ids=input_ids, position_ids=None), packed
 
     def head_weight(self) -> Tensor:
-        """This rank's rows of the output head: [vocab / TP rounded up, hidden]; the embedding where they are tied."""
+        """Output head's rows on this rank: [vocab / TP rounded up, hidden]; the embedding where they are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """All logits of some hidden states: [sequence, batch, hidden] -> [batch, sequence, vocab]. For short inputs."""
+        """Logits of hidden states: [sequence, batch, hidden] -> [batch, sequence, vocab]. For short inputs."""
         weight = self.head_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=weight)
         whole = gather_from_tensor_model_parallel_region(logits)[..., : self.config.hylo.vocab_size]
@@ -84,13 +85,13 @@ class HyloModel(HybridModel):
         return state
 
     def mixer_layers(self) -> list[tuple[MixerLayer, FeedForwardLayer]]:
-        """This stage's (mixer layer, MLP layer) pairs, in order."""
+        """Pairs (mixer layer, MLP layer) of this pipeline stage, in order."""
         layers = list(self.decoder.layers)
         return list(zip(layers[0::2], layers[1::2]))
 
 
 def build_model(config: ModelConfig, parallel: ParallelConfig | None = None, **settings: Any) -> HyloModel:
-    """The only chunk of `build_chunks`, for layouts without virtual pipeline stages; takes what that takes."""
+    """Build a model that has one chunk on each rank (no virtual pipeline stages); arguments as of `build_chunks`."""
     (model,) = build_chunks(config, parallel, **settings)
     return model
 
@@ -120,7 +121,7 @@ def build_chunks(
     if fp8:
         check_fp8(backend)
     parallel = parallel or ParallelConfig()
-    chosen, pattern = get_backend(backend), pipeline_pattern(config, parallel.stages, parallel.pipeline_layers)
+    chosen, pattern = get_backend(backend), pipeline_pattern(config, parallel.pipeline_stages, parallel.pipeline_layers)
     spec, fused = hybrid_stack_spec(chosen), chosen.activation is not None
     transformer_config = build_transformer_config(config, parallel, params_dtype, recomputed_layers(recompute), fp8, fused)
     chunks = []

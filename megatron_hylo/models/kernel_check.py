@@ -1,4 +1,4 @@
-"""Are the kernels that run here right? Each operation of a model, at its shapes, against its definition in plain fp32 torch.
+"""Check of the kernels that run here: each operation of a model, at its shapes, against its definition in fp32 torch.
 
 Kernels have been wrong on some GPU with some compiler (Gated DeltaNet's gradients on Hopper with Triton 3.4 to 3.7.0: fla issue
 640), silently. So training compares them first on a short sequence: outputs and gradients, whatever implementation the registry
@@ -41,7 +41,7 @@ LIMITS = {torch.bfloat16: 0.1, torch.float32: 0.03}  # fp32 kernels multiply in 
 
 @dataclass(frozen=True)
 class Check:
-    """One operation at one shape."""
+    """Result of checking one operation at one shape."""
 
     operation: str  # as the registry calls it
     shape: str
@@ -193,7 +193,7 @@ def _delta_rule_cases(
         inputs = inputs | {"g": inputs["g"] / 70, "beta": inputs["beta"] / 16}
         yield _Case(
             operation, f"{shape}, split", functools.partial(delta_rule_over_ranks, _Middle(), kind=part),
-            lambda **x: _amid_its_like(definition, **x), inputs, ("g",),
+            lambda **x: _middle_part(definition, **x), inputs, ("g",),
         )  # fmt: skip
 
 
@@ -210,8 +210,8 @@ def _mamba2_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
         inputs = inputs | {"dt": inputs["dt"] / 70}
         none = torch.zeros(heads, device=draw.device)
         yield _Case(
-            "ssd", f"{shape}, split", lambda **x: ssd_over_ranks(_Middle(), A=rate, D=none, begins=None, **x),
-            lambda **x: _amid_its_like(scan, **x), inputs, ("dt",),
+            "ssd", f"{shape}, split", lambda **x: ssd_over_ranks(_Middle(), A=rate, D=none, reset_mask=None, **x),
+            lambda **x: _middle_part(scan, **x), inputs, ("dt",),
         )  # fmt: skip
 
 
@@ -226,17 +226,17 @@ complete(MIXER_CASES, "models/kernel_check.py: MIXER_CASES")
 
 
 class _Middle:
-    """Stands for five context-parallel ranks whose parts and upstream gradients are all alike; this is the third of them."""
+    """Stand-in for the third of five context-parallel ranks with equal parts and equal upstream gradients."""
 
     rank = 2
 
     def gather_affine_maps(self, transition: Tensor, increment: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
-        """Of all."""
+        """Return this rank's map for all five ranks."""
         return [(transition, increment)] * 5
 
 
-def _amid_its_like(recurrence: Callable[..., tuple[Tensor, Tensor | None]], **inputs: Tensor) -> Tensor:
-    """The third of five equal parts; the others' outputs only lend it what they say of its gradient."""
+def _middle_part(recurrence: Callable[..., tuple[Tensor, Tensor | None]], **inputs: Tensor) -> Tensor:
+    """Outputs of the third of five equal parts, with the gradient that the later parts' outputs send to it."""
     others = {name: x.detach() for name, x in inputs.items()}
     state = None
     for _ in range(_Middle.rank):
@@ -249,7 +249,7 @@ def _amid_its_like(recurrence: Callable[..., tuple[Tensor, Tensor | None]], **in
 
 
 def _compiled(c: ModelConfig, draw: _Draw) -> Iterator[_Case]:
-    """What torch.compile makes of a rotation and of a gated norm."""
+    """Cases for a rotation and a gated norm compiled by torch.compile."""
     heads, width, device = c.num_attention_heads, c.kv_channels, draw.device
     if not set(c.mixers) <= set(LINEAR_SYMBOLS):
         frequencies = rope_frequencies(width, c.rotary_base, device=device)
@@ -290,7 +290,7 @@ def _fused_projections(c: ModelConfig, draw: _Draw) -> Iterator[_Case]:
 
 
 def _convolutions(c: ModelConfig, widths: list[int], draw: _Draw, parts: bool) -> Iterator[_Case]:
-    """Of channels in sections of these widths, as the layer has them."""
+    """Cases for a convolution of channels in sections of these widths, as the layer has them."""
     taps, channels = c.linear_conv_kernel_dim, sum(widths)
 
     def convolve(x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:

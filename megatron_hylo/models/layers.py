@@ -51,7 +51,7 @@ class RMSNorm(_HiddenNorm):
     """Root-mean-square norm over the hidden dimension; statistics in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [sequence, batch, hidden]; same shape and dtype out."""
+        """Normalise x [sequence, batch, hidden]; same shape and dtype out."""
         return rms_norm_and_residual(x, self.weight, self.eps)[0]
 
 
@@ -59,7 +59,7 @@ class ResidualRMSNorm(_HiddenNorm):
     """RMSNorm before a mixer or an MLP that also returns its input, for the residual connection."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [sequence, batch, hidden] -> the same normalised, and x."""
+        """Return x [sequence, batch, hidden] normalised, and x."""
         return rms_norm_and_residual(x, self.weight, self.eps)
 
 
@@ -72,7 +72,7 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_dim, dtype=config.params_dtype, device=device()))
 
     def forward(self, x: Tensor, gate: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
-        """x, gate: [batch, sequence, heads ..., head_dim]; norm first, then the gate (Gated DeltaNet's order).
+        """Normalise x, then gate it (Gated DeltaNet's order); x, gate: [batch, sequence, heads ..., head_dim].
 
         Without a gate, `reference` [batch, sequence, heads, any] gives the mean square in place of x.
         """
@@ -94,7 +94,7 @@ class WholeHeadKeyNorm(HeadNorm):
         self.rotary_mix = tensor_parallel_parameter(torch.ones(groups, pairs, device=device()), dtype=config.params_dtype)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """Only `rotary_mix` is split over the tensor-parallel ranks."""
+        """Sharded state dict; only `rotary_mix` is split over the tensor-parallel ranks."""
         group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
         own = self.state_dict(keep_vars=True)
         return make_sharded_tensors_for_checkpoint(
@@ -116,13 +116,13 @@ class ReplicatedLinear(nn.Module):
             set_attributes(parameter, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [sequence, batch, in_features] -> [sequence, batch, out_features]."""
+        """Project x [sequence, batch, in_features] to [sequence, batch, out_features]."""
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
 @lru_cache(maxsize=16)
 def rotary_table(dim: int, base: float, scaling: RopeScaling, length: int, where: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions 0..length-1: two fp32 tensors [length, dim / 2]."""
+    """Compute cos and sin of positions 0..length-1: two fp32 tensors [length, dim / 2]."""
     inverse = rope_frequencies(dim, base, scaling).to(where)
     return rope_cos_sin(torch.arange(length, device=where), inverse, scaling.cos_sin_multiplier)
 

@@ -55,7 +55,7 @@ class ShortConvolution(MegatronModule):
         positions: Tensor | None = None,
         own: Callable[[Tensor], Tensor] = lambda parameter: parameter,
     ) -> list[Tensor]:
-        """[batch, sequence, width] of each section of the channels -> the same, in memory of its own each.
+        """Convolve the sections of the channels, [batch, sequence, width] each, into contiguous tensors of the same shapes.
 
         Args:
             sections: the inputs, all channels together.

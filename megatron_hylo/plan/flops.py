@@ -34,7 +34,7 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int, with_head
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:
-    """(FLOP/s, where the number comes from): the data sheet's for a known GPU, a measured fp32 product for a CPU."""
+    """Peak FLOP/s and its source: the data sheet for a known GPU, else a measured product (fp32 on a CPU)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for word, rate in PEAK_FLOPS.items():

@@ -1,4 +1,4 @@
-"""How much memory a rank needs for training, predicted before the first step.
+"""Prediction of the memory that a rank needs for training, before the first step.
 
 Weights, gradients and optimizer state are exact. Activations are estimated from widths, for the kernels of a GPU: what a layer
 keeps for its backward pass, in numbers a token. Peaks of H100s and H200s (CP) beside what is predicted, stage `distil`, GiB:
@@ -41,14 +41,14 @@ AROUND = 8  # tensors as wide as the model that live beside a layer in its backw
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one rank at the fullest moment of a step, bytes."""
+    """Memory of one rank at the fullest moment of a step, in bytes."""
 
     weights: float
     gradients: float
     optimizer: float
     teacher: float  # its weights, or its head alone
-    kept: float  # activations that wait for the backward pass
-    passing: float  # of what is computed with: a layer in its backward pass, a chunk of logits, the teacher's forward pass
+    kept: float  # activations kept for the backward pass
+    passing: float  # in use by the computation: a layer in its backward pass, a chunk of logits, the teacher's forward pass
 
     @property
     def total(self) -> float:
@@ -67,7 +67,7 @@ def predict_memory(
     teacher_signal: TeacherSignal | None,
     optimizer_shards: int,
 ) -> Memory:
-    """What this rank will need.
+    """Predict this rank's memory at the fullest moment of a step.
 
     Args:
         config: the run.
@@ -108,7 +108,7 @@ def _on_cpu(teacher: Sequence[HyloModel]) -> float:
 
 
 def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | None) -> tuple[float, float]:
-    """(bytes that wait for the backward pass, bytes of what is computed with) at the fullest moment of a step.
+    """Activations at the fullest moment of a step: (bytes kept for the backward pass, bytes in use by the computation).
 
     Args:
         config: the run.
@@ -126,7 +126,9 @@ def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | No
         return 2 * tokens * number * h, max(layer, forward)
     again = recomputed_layers(config.recompute)
     numbers = [h if symbol in again else kept_numbers(ours, symbol, ranks) + h for symbol in symbols]
-    waiting = min(p.stages, config.micro_batches(1)) / p.stages  # a stage has its share of the layers, of so many micro-batches
+    waiting = (
+        min(p.pipeline_stages, config.micro_batches(1)) / p.pipeline_stages
+    )  # a stage has its share of the layers, of so many micro-batches
     kept = tokens * number * sum(numbers) * waiting
     models, vocabulary = 1 if config.stage == "pretrain" else 2, ours.vocab_size / ranks
     head = min(config.loss_chunk_tokens, tokens) * vocabulary * (4 * models + number)  # logits in fp32, their gradient

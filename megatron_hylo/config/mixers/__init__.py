@@ -1,4 +1,4 @@
-"""One description a token mixer: symbol, sizes and their checks, tensors, and every count that is derived from them.
+"""Descriptions of the token mixers: symbol, sizes and their checks, tensors, and all counts derived from them.
 
 To add a mixer, add its file here and its row in `MIXERS`. Every table elsewhere that has an entry for each mixer calls
 `complete`, so that a missing entry fails at import.

@@ -17,7 +17,7 @@ Fields = dict[str, Any]  # field of ModelConfig -> value
 
 
 class MixerDescription(abc.ABC):
-    """One kind of token mixer, in numbers. Subclasses hold no state; `config` is the model the mixer belongs to.
+    """Description of one kind of token mixer, in numbers. Subclasses hold no state; `config` is the model the mixer belongs to.
 
     Numbers "a token" are counts of tensor elements, not bytes.
     """

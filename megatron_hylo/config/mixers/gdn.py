@@ -52,14 +52,14 @@ class GatedDeltaNet(MixerDescription):
         }
 
     def state_numbers(self, config: ModelConfig) -> int:
-        """[key_head_dim, value_head_dim] a head, and the convolutions' last inputs."""
+        """State [key_head_dim, value_head_dim] of each head, and the convolutions' last inputs."""
         c = config
         convolved = c.linear_num_heads * (2 * c.linear_key_head_dim + c.linear_value_head_dim)
         state = c.linear_num_heads * c.linear_key_head_dim * c.linear_value_head_dim
         return state + convolved * (c.linear_conv_kernel_dim - 1)
 
     def sequence_flops(self, config: ModelConfig, sequence_length: int) -> float:
-        """6 a state element: decay and correction, update, read."""
+        """Six FLOPs a state element: decay and correction, update, read."""
         return 6.0 * config.linear_num_heads * config.linear_key_head_dim * config.linear_value_head_dim
 
     def kept_numbers(self, config: ModelConfig, ranks: int) -> float:
@@ -74,5 +74,5 @@ class GatedDeltaNet(MixerDescription):
         return 2 * config.linear_num_heads * (config.linear_key_head_dim + config.linear_value_head_dim) / ranks
 
     def tensor_parallel_counts(self, config: ModelConfig) -> dict[str, int]:
-        """Its heads."""
+        """Number of heads."""
         return {"linear_num_heads": config.linear_num_heads}
