@@ -3,7 +3,6 @@
 import pytest
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MIXERS
 from megatron_hylo.initialise import paper, registry
 from megatron_hylo.initialise.registry import get_initialiser, initialiser_names, register_initialiser
 
@@ -37,9 +36,3 @@ def test_a_family_that_misses_a_mixer_is_refused(monkeypatch):
     monkeypatch.delitem(registry._INITIALISERS, ("calibrated", "K"))
     with pytest.raises(RuntimeError, match="initialise: 'calibrated' has no entry for mixer 'K'"):
         registry.check_complete("paper", "calibrated")
-
-
-@pytest.mark.parametrize("symbol", sorted(set(MIXERS) - {ATTENTION_SYMBOL}))
-@pytest.mark.parametrize("name", ["calibrated", "paper"])
-def test_both_families_make_every_mixer(name, symbol):
-    assert get_initialiser(name, symbol)
