@@ -99,7 +99,7 @@ def calibrate(
 
 
 def embed(model: HyloModel, windows: Tensor, micro_batch_size: int) -> list[Tensor]:
-    """Hidden states before the first layer: int64 [n, sequence] -> [sequence, batch, hidden] a micro-batch."""
+    """Embed windows int64 [n, sequence]: one [sequence, batch, hidden] tensor a micro-batch."""
     where = next(model.parameters()).device
     parts = windows.split(micro_batch_size) if len(windows) else ()
     with torch.no_grad():
@@ -107,7 +107,7 @@ def embed(model: HyloModel, windows: Tensor, micro_batch_size: int) -> list[Tens
 
 
 def micro_batch(sequence_length: int, tokens: int = 8192) -> int:
-    """Windows that pass through a layer together."""
+    """Number of windows that pass through a layer together."""
     return max(1, tokens // sequence_length)
 
 
@@ -155,7 +155,7 @@ class LayerSums:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-        """One micro-batch.
+        """Add one micro-batch to the sums.
 
         Args:
             x, out: input and output of the mixer, [sequence, batch, hidden].
@@ -178,7 +178,7 @@ class LayerSums:
             self.sums[name] = self.sums[name] + tensor if name in self.sums else tensor
 
     def _look_back(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-        """Sums that need attention probabilities; arguments [batch, sequence, ...]."""
+        """Compute the sums that need attention probabilities; arguments [batch, sequence, ...]."""
         query, key, value = (part.float() for part in (self.attention.rotate(query), self.attention.rotate(key), value))
         repeats, length, x = query.shape[2] // key.shape[2], query.shape[1], x.double()
         key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
@@ -206,7 +206,7 @@ class LayerSums:
         }
 
     def means(self, layer: int) -> dict[str, Tensor]:
-        """Means over all ranks' tokens, CPU fp32, all heads; see `megatron_hylo.calibrate.statistics`."""
+        """Return means over all ranks' tokens, CPU fp32, all heads; see `megatron_hylo.calibrate.statistics`."""
         group = parallel_state.get_data_parallel_group()
         shapes = [{name: tensor.shape for name, tensor in self.sums.items()}]
         torch.distributed.broadcast_object_list(shapes, torch.distributed.get_global_rank(group, 0), group)
@@ -228,5 +228,5 @@ class LayerSums:
 
 
 def _gather_first(tensor: Tensor) -> Tensor:
-    """Concatenation along dimension 0 over the tensor-parallel ranks."""
+    """Concatenate along dimension 0 over the tensor-parallel ranks."""
     return gather_from_tensor_model_parallel_region(tensor.movedim(0, -1).contiguous()).movedim(-1, 0)

@@ -1,4 +1,4 @@
-"""Megatron model folder -> Hugging Face folder (the teacher's own family, or a hybrid with its modelling code)."""
+"""Conversion of a Megatron model folder to a Hugging Face folder (the base family's, or a hybrid with modelling code)."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def hf_tensors(model: HyloModel, track: Track = no_progress) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of a whole Megatron model, on the CPU."""
+    """Yield (Hugging Face name, tensor) of a whole Megatron model, on the CPU."""
     parameters = dict(model.named_parameters())
     for entry in track(model_entries(model.config.hylo), "tensors"):
         for name, tensor in zip(entry.hugging_face, entry.split(parameters[entry.megatron].detach())):
@@ -53,7 +53,7 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_
     if len(names) == 1:
         (folder / "shard-00000.partial").rename(folder / SINGLE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(names):
         file = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors"
         (folder / f"shard-{i:05d}.partial").rename(folder / file)
@@ -62,7 +62,7 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_
 
 
 def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, track: Track = no_progress) -> None:
-    """config.json, safetensors, tokenizer and, for a hybrid, its modelling code, into an existing folder."""
+    """Write config.json, safetensors, tokenizer and, for a hybrid, its modelling code into an existing folder."""
     from megatron_hylo.convert.modelling_code import copy_modelling_code, make_tokenizer_portable
 
     config = model.config.hylo

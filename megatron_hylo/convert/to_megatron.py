@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron model folder."""
+"""Conversion of a Hugging Face folder or GGUF file to a Megatron model folder."""
 
 import tempfile
 from collections.abc import Callable
@@ -79,7 +79,7 @@ def convert_hf_to_megatron(
 
 
 def _save_tokenizer(source: Path, folder: Path) -> bool:
-    """Tokenizer files and, so that generation stops where it should, generation_config.json; False where there are none."""
+    """Save tokenizer files and generation_config.json (for the ids that end generation); False where there are none."""
     tokenizer = load_transformers_tokenizer(source)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -16,7 +16,7 @@ from megatron_hylo.parallel.pipeline import rank_shape, share_last_stages, throu
 
 @dataclass
 class Quality:
-    """Means over held-out tokens."""
+    """Quality of a model: means over held-out tokens."""
 
     cross_entropy: float  # nats a token
     perplexity: float
@@ -25,7 +25,7 @@ class Quality:
     tokens: int  # that have a label
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return asdict(self)
 
 
@@ -86,7 +86,7 @@ def evaluate(
 
 
 def hidden_states(chunks: Sequence[HyloModel], input_ids: Tensor) -> Tensor | None:
-    """What a model's head reads, [sequence (/ TP), batch, hidden], on the last pipeline stage; None on others.
+    """Compute the input of a model's head, [sequence (/ TP), batch, hidden], on the last pipeline stage; None on others.
 
     Args:
         chunks: this rank's part.

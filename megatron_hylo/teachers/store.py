@@ -142,7 +142,7 @@ def write_store(
 
 
 class SegmentReader:
-    """The teacher's last hidden states of any range of the dataset's tokens."""
+    """Reader of the teacher's last hidden states for any range of the dataset's tokens."""
 
     def __init__(self, model: HyloModel, documents: DocumentStore, length: int, overlap: int, batch: int) -> None:
         self.model, self.documents, self.length, self.overlap, self.batch = model, documents, length, overlap, batch
@@ -150,7 +150,7 @@ class SegmentReader:
 
     @torch.no_grad()
     def hidden(self, start: int, stop: int) -> Tensor:
-        """Of tokens [start, stop) in the dataset's order: [tokens, H]."""
+        """Return the hidden states of tokens [start, stop) in the dataset's order: [tokens, H]."""
         where = next(self.model.parameters()).device
         segments = sorted(self._segments(start, stop), key=lambda s: s[2] - s[1])  # alike lengths together
         out: Tensor | None = None
@@ -168,7 +168,7 @@ class SegmentReader:
         return out
 
     def _segments(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
-        """(document, first token read, end, first token kept) of what covers a range, each token kept once."""
+        """List segments (document, first token read, end, first token kept) that cover a range, each token kept once."""
         found, stride = [], self.length - self.overlap
         document = int(np.searchsorted(self.starts, start, side="right")) - 1
         while document < len(self.documents.lengths) and self.starts[document] < stop:
@@ -185,7 +185,7 @@ class SegmentReader:
 
 
 def _make_codec(reader: SegmentReader, work: Path, kl: float) -> None:
-    """codec.safetensors and fit.json, from tokens spread over the whole dataset."""
+    """Fit the codec on tokens spread over the whole dataset; writes codec.safetensors and fit.json."""
     if not (work / "fit.json").is_file():
         model, group = reader.model, parallel_state.get_tensor_model_parallel_group()
         head = whole_head(model.head_weight(), model.config.hylo.vocab_size, group)
@@ -200,7 +200,7 @@ def _make_codec(reader: SegmentReader, work: Path, kl: float) -> None:
 
 
 def fit_sample(reader: SegmentReader) -> Tensor:
-    """Last hidden states to fit a codec on, from the whole dataset: [tokens, H]."""
+    """Sample last hidden states from the whole dataset to fit a codec on: [tokens, H]."""
     wanted, total = FIT_TOKENS_PER_CHANNEL * reader.model.head_weight().shape[1], reader.documents.tokens
     pieces, size = min(-(-wanted // FIT_PIECE), max(1, total // FIT_PIECE)), min(FIT_PIECE, total)
     places = [i * (total - size) // max(1, pieces - 1) for i in range(pieces)]
@@ -212,7 +212,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _write_shard(path: Path, codes: np.ndarray, levels: np.ndarray) -> None:
-    """Codes int16 [tokens, 3 + H], levels of axes -> PATH.bin, then PATH.json, whose presence says that both are whole."""
+    """Write codes int16 [tokens, 3 + H] to PATH.bin, then PATH.json, whose presence says that both are complete."""
     edges = [0]
     partial = path.with_suffix(".tmp")
     with open(partial, "wb") as file:
@@ -226,12 +226,12 @@ def _write_shard(path: Path, codes: np.ndarray, levels: np.ndarray) -> None:
 
 
 def dataset_identity(data: str | Path) -> dict[str, Any]:
-    """Which tokens entries belong to, and where documents begin and end."""
+    """Hashes of the tokens and document boundaries that a store's entries belong to."""
     return {"index_sha256": file_identity(data, "train.idx"), "tokens_sha256": file_identity(data, "train.bin")}
 
 
 class TeacherStore:
-    """Reads a store.
+    """Reader of a teacher store.
 
     Args:
         path: made by `hylo cache-teacher`.
@@ -270,7 +270,7 @@ class TeacherStore:
         self._open = functools.lru_cache(maxsize=64)(self._map)
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
-        """Codes of tokens [start, start + length) of a document: int16 [length, 3 + H].
+        """Return the codes of tokens [start, start + length) of a document: int16 [length, 3 + H].
 
         Raises:
             DamagedError: a block that is not what was written; names it.
@@ -302,7 +302,7 @@ class TeacherStore:
 
 
 class StoredTeacher:
-    """What the head loss asks of a teacher, out of a store: this rank's rows of the head."""
+    """A `TeacherSignal` out of a store, with this rank's rows of the head."""
 
     def __init__(self, store: TeacherStore, dtype: torch.dtype) -> None:
         self.store, self.dtype = store, dtype
@@ -311,17 +311,17 @@ class StoredTeacher:
         self.config = SimpleNamespace(sequence_parallel=False, hylo=SimpleNamespace(vocab_size=len(store.head)))
 
     def head_weight(self) -> Tensor:
-        """[vocab / TP rounded up, H]."""
+        """Return this rank's rows of the head, [vocab / TP rounded up, H]."""
         return self.weight
 
     def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
-        """See `TeacherSignal`; the store is read in a thread, some micro-batches ahead."""
+        """Implement `TeacherSignal.with_hidden`; a thread reads the store some micro-batches ahead."""
         for batch in ahead(self._with_codes(batches, dataset)):
             codes = batch.pop("codes").reshape(*batch["input_ids"].shape, -1)
             yield batch | {"teacher_hidden": functools.partial(self._hidden, codes)}
 
     def _with_codes(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
-        """With "codes" int16 [windows, sequence, 3 + H] of all input tokens, as the store has them."""
+        """Add "codes" int16 [windows, sequence, 3 + H] of all input tokens to each batch, as stored."""
         for batch in batches:
             rows = []
             for window in batch["windows"].tolist():
