@@ -129,7 +129,7 @@ def _gather_layers(model: HyloModel, windows: Tensor, work: Path, track: Track) 
     for layer, (mixer, mlp) in enumerate(track(model.mixer_layers(), "calibrate")):
         file = work / layer_file(layer)
         sums = None if file.is_file() else LayerSums(mixer.self_attention)
-        for i, hidden in enumerate(states):
+        for i, hidden in enumerate(track(states, f"layer {layer}")):
             x = mixer.input_layernorm(hidden)[0]
             query, key, value = mixer.self_attention.query_key_value(x)
             out = mixer.self_attention.attend(query, key, value)[0]

@@ -203,7 +203,7 @@ def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_leng
         for folder in filter(None, (model, teacher)):
             check_ids(batch, read_description(folder)[0].vocab_size, data, folder)
             check_dataset(data, folder)
-        quality = evaluate_model(load_model(model), batch, load_model(teacher) if teacher else None)
+        quality = evaluate_model(load_model(model), batch, load_model(teacher) if teacher else None, track=track)
     print(_json(quality.to_dict()))
 
 

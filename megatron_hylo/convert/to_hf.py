@@ -25,7 +25,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 def hf_tensors(model: HyloModel, track: Track = no_progress) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) of a whole Megatron model, on the CPU."""
     parameters = dict(model.named_parameters())
-    for entry in track(model_entries(model.config.hylo), "tensors"):
+    for entry in track(model_entries(model.config.hylo), "write tensors"):
         for name, tensor in zip(entry.hugging_face, entry.split(parameters[entry.megatron].detach())):
             yield name, tensor.cpu().contiguous()
 

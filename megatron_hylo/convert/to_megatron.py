@@ -34,7 +34,7 @@ def fill_model(model: HyloModel, config: ModelConfig, read: Callable[[str], Tens
     parameters = dict(model.named_parameters())
     unfilled = set(parameters)
     with torch.no_grad():
-        for entry in track(model_entries(config), "tensors"):
+        for entry in track(model_entries(config), "convert tensors"):
             tensor = entry.merge([read(name) for name in entry.hugging_face])
             target = parameters[entry.megatron]
             if tensor.shape != target.shape:

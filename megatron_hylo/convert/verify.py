@@ -141,6 +141,7 @@ def compare(
         if oracle.model.config.vocab_size != config.vocab_size:
             result.differing.append(f"vocabulary: {config.vocab_size} tokens against {oracle.model.config.vocab_size}")
             return result
+        logger.info("comparing hidden states and logits of %s tokens in float32", tokens)
         with _outputs(oracle.model.model.layers) as theirs:
             their_logits = oracle.model(ids, use_cache=False).logits[0].cpu()
         with _outputs([mlp for _, mlp in model.mixer_layers()]) as ours, _widened(model):
@@ -157,7 +158,7 @@ def compare(
 def _compare_tensors(model: HyloModel, oracle: Oracle, result: Verification, track: Track) -> None:
     parameters, config = dict(model.named_parameters()), model.config.hylo
     unseen = oracle.names() - (set() if config.untie_embeddings_and_output_weights else {"lm_head.weight"})
-    for entry in track(model_entries(config), "tensors"):
+    for entry in track(model_entries(config), "compare tensors"):
         for name, ours in zip(entry.hugging_face, entry.split(parameters[entry.megatron].detach())):
             if name not in unseen:
                 result.differing.append(f"{name}: missing in the other model")

@@ -111,13 +111,13 @@ def write_store(
         "kl": kl, "sequence_length": sequence_length, "overlap": overlap, "precision": str(precision).split(".")[1],
     }  # fmt: skip
     work = staging_directory(Path(output), "shards", "key", description)
-    reader = SegmentReader(model, documents, sequence_length, overlap, micro_batch_size)
+    reader = SegmentReader(model, documents, sequence_length, overlap, micro_batch_size, track)
     _make_codec(reader, work, kl)
     tensors = _tensors(work)
     codec, head = HiddenCodec.from_tensors(tensors), tensors["head"]
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     shards = -(-documents.tokens // SHARD)
-    for shard in track(list(range(rank, shards, ranks)), "shards"):
+    for shard in track(range(rank, shards, ranks), "cache the teacher"):
         if not (work / f"{shard:05d}.json").is_file():
             codes = codec.encode(reader.hidden(shard * SHARD, min((shard + 1) * SHARD, documents.tokens)), head)
             if parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -144,8 +144,11 @@ def write_store(
 class SegmentReader:
     """Reader of the teacher's last hidden states for any range of the dataset's tokens."""
 
-    def __init__(self, model: HyloModel, documents: DocumentStore, length: int, overlap: int, batch: int) -> None:
+    def __init__(
+        self, model: HyloModel, documents: DocumentStore, length: int, overlap: int, batch: int, track: Track = no_progress
+    ) -> None:
         self.model, self.documents, self.length, self.overlap, self.batch = model, documents, length, overlap, batch
+        self.track = track
         self.starts = np.concatenate([[0], np.cumsum(documents.lengths)])
 
     @torch.no_grad()
@@ -154,7 +157,7 @@ class SegmentReader:
         where = next(self.model.parameters()).device
         segments = sorted(self._segments(start, stop), key=lambda s: s[2] - s[1])  # alike lengths together
         out: Tensor | None = None
-        for i in range(0, len(segments), self.batch):
+        for i in self.track(range(0, len(segments), self.batch), "segments"):
             group = segments[i : i + self.batch]
             ids = torch.zeros(len(group), max(end - begin for _, begin, end, *_ in group), dtype=torch.int64)
             for row, (document, begin, end, *_) in enumerate(group):
@@ -204,7 +207,7 @@ def fit_sample(reader: SegmentReader) -> Tensor:
     wanted, total = FIT_TOKENS_PER_CHANNEL * reader.model.head_weight().shape[1], reader.documents.tokens
     pieces, size = min(-(-wanted // FIT_PIECE), max(1, total // FIT_PIECE)), min(FIT_PIECE, total)
     places = [i * (total - size) // max(1, pieces - 1) for i in range(pieces)]
-    return torch.cat([reader.hidden(place, place + size) for place in places])
+    return torch.cat([reader.hidden(place, place + size) for place in reader.track(places, "fit the codec")])
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -123,7 +123,7 @@ def upcycle_folder(
         with untuned():
             if calibrated:
                 report.errors = solve_outputs(student, model, windows, sequential, mlps, track)
-            report.quality, report.teacher_quality = (evaluate(m, heldout, model, size) for m in (student, model))
+            report.quality, report.teacher_quality = (evaluate(m, heldout, model, size, track=track) for m in (student, model))
     provenance = {"teacher": str(teacher), "init": init, "seed": seed}
     if calibrated:
         tokens = statistics.description["tokens"]
