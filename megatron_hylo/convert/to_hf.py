@@ -16,6 +16,7 @@ from megatron_hylo.convert.token_ids import stored_token_ids
 from megatron_hylo.convert.verify import require_equal
 from megatron_hylo.io import atomic_directory, write_json
 from megatron_hylo.io.progress import Track, no_progress
+from megatron_hylo.io.provenance import EXPORTED, made_by
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import HyloModel
 
@@ -95,5 +96,6 @@ def convert_megatron_to_hf(
     with atomic_directory(output, overwrite, [source]) as folder:
         model = load_model(source, backend="local")
         write_hf_folder(model, folder, Path(source) / "tokenizer", track)
+        write_json(folder / EXPORTED, made_by("export", {"model": source}))
         if verify:
             require_equal(model, open_source(folder), folder, track)

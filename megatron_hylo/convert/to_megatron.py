@@ -15,6 +15,7 @@ from megatron_hylo.convert.verify import require_equal
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.io import check_free, write_json
 from megatron_hylo.io.progress import Track, no_progress
+from megatron_hylo.io.provenance import made_by
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 
@@ -74,7 +75,8 @@ def convert_hf_to_megatron(
         require_equal(model, opened, source, track)
     with tempfile.TemporaryDirectory() as scratch:
         has_tokenizer = _save_tokenizer(Path(source), Path(scratch))
-        save_model(model, output, scratch if has_tokenizer else None, {"converted_from": Path(source).name}, overwrite)
+        provenance = made_by("convert", {"source": source}, track, converted_from=Path(source).name)
+        save_model(model, output, scratch if has_tokenizer else None, provenance, overwrite)
     return opened.config
 
 
