@@ -33,6 +33,7 @@ from megatron_hylo.io import atomic_directory, check_free, staging_directory, wr
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.checks import require_finite, warn_beyond_context
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import device, is_main
 
@@ -69,12 +70,15 @@ def calibrate(
         ConfigError: a layer that cannot be calibrated (see `check_statistics`), or a setting that cannot work.
     """
     check_free(output, overwrite, [teacher, data])
+    if tokens < 1 or sequence_length < 1:
+        raise ConfigError(f"--tokens and --sequence_length must be at least 1, got {tokens} and {sequence_length}")
     config, _ = read_description(teacher)
     if set(config.mixers) != {"*"}:
         raise ConfigError(f"calibrate needs a teacher with attention `*` in every layer, {teacher} has {config.mixers}")
     if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
         raise ConfigError("calibrate works with tensor and data parallelism alone; set the other sizes to 1")
     windows = _calibration_windows(data, tokens, sequence_length, seed)
+    warn_beyond_context(config, sequence_length, teacher)
     kept = heldout_windows(f"{data}/heldout", sequence_length, heldout)
     for ids in (windows, kept):
         check_ids(ids, config.vocab_size, data, teacher)
@@ -86,6 +90,7 @@ def calibrate(
     }  # fmt: skip
     work = staging_directory(Path(output), "layers", "calibration", description)
     model = load_model(teacher, parallel, params_dtype=precision)
+    require_finite(model, teacher)
     _gather_layers(model, windows[:, :-1], work, track)
     with atomic_directory(output, overwrite) as folder:
         if is_main():

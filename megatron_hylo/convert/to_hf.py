@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.hf_config import HYLO_MODEL_TYPE, hf_config_from_model
 from megatron_hylo.convert.hf_reader import open_source
 from megatron_hylo.convert.mapping import model_entries
@@ -24,10 +25,19 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def hf_tensors(model: HyloModel, track: Track = no_progress) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, tensor) of a whole Megatron model, on the CPU."""
+    """Yield (Hugging Face name, tensor) of a whole Megatron model, on the CPU.
+
+    Raises:
+        ConfigError: a tensor holds NaN or infinite values.
+    """
     parameters = dict(model.named_parameters())
     for entry in track(model_entries(model.config.hylo), "write tensors"):
         for name, tensor in zip(entry.hugging_face, entry.split(parameters[entry.megatron].detach())):
+            if not torch.isfinite(tensor).all():
+                raise ConfigError(
+                    f"tensor {name} ({entry.megatron}) holds NaN or infinite values, as after a training that diverged; take "
+                    "an earlier checkpoint, or make the model again"
+                )
             yield name, tensor.cpu().contiguous()
 
 

@@ -85,6 +85,8 @@ def verify_conversion(
     Raises:
         ConfigError: either cannot be read.
     """
+    if tokens < 1 or not tolerance >= 0:
+        raise ConfigError(f"--tokens must be at least 1 and --tolerance at least 0, got {tokens} and {tolerance}")
     source = open_source(hugging_face)
     result = compare(load_model(megatron, backend="local"), source, hugging_face, tokens, tolerance, seed, track)
     result.tokenizer_difference = vocabulary_difference(hugging_face, megatron)

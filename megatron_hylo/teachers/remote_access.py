@@ -34,7 +34,8 @@ def parse_address(address: str) -> tuple[str, int]:
     host, _, port = address.strip().rpartition(":")
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536) or ":" in host.strip("[]") and host[:1] != "[":
         raise ConfigError(
-            f"teacher address {address!r} must be HOST:PORT, e.g. node7:29600 or [::1]:29600, or a PORT of 127.0.0.1"
+            f"teacher address {address!r} must be HOST:PORT, e.g. node7:29600 or [::1]:29600, or a PORT of 127.0.0.1, "
+            f"with a port from 1 to 65535"
         )
     return host.strip("[]") or "127.0.0.1", int(port)
 

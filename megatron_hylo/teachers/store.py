@@ -49,6 +49,7 @@ from megatron_hylo.io import (
 from megatron_hylo.io.identity import content_identity, file_identity, is_made_of
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.checks import require_finite, warn_beyond_context
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import sequence_shard
 from megatron_hylo.platform.distributed import is_main
@@ -99,13 +100,21 @@ def write_store(
     """
     check_free(output, overwrite, [teacher, data])
     overlap = sequence_length // 2 if overlap is None else overlap
+    if kl <= 0 or sequence_length < 1 or micro_batch_size < 1:
+        raise ConfigError(
+            f"--kl must be above 0, --sequence_length and --micro_batch_size at least 1, got {kl}, {sequence_length} and "
+            f"{micro_batch_size}"
+        )
     if not 0 <= overlap < sequence_length:
         raise ConfigError(f"overlap {overlap} must be at least 0 and below sequence_length {sequence_length}")
     if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
         raise ConfigError("cache-teacher works with tensor and data parallelism alone; set the other sizes to 1")
     documents = DocumentStore(f"{data}/train")
-    check_dataset(data, teacher, read_description(teacher)[0].vocab_size)
+    config = read_description(teacher)[0]
+    check_dataset(data, teacher, config.vocab_size)
+    warn_beyond_context(config, sequence_length, teacher)
     model = load_model(teacher, parallel, params_dtype=precision).eval()
+    require_finite(model, teacher)
     description = {
         "version": VERSION, "teacher": content_identity(teacher), "dataset": dataset_identity(data), "tokens": documents.tokens,
         "kl": kl, "sequence_length": sequence_length, "overlap": overlap, "precision": str(precision).split(".")[1],
