@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.forked import run_ranks
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -42,19 +44,14 @@ def launch(jobs: list[dict[str, Any]], ranks: int, scratch: Path, gpus: bool = F
     """
     file = scratch / f"jobs_{ranks}.json"
     file.write_text(json.dumps(jobs))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        __file__,
-        str(file),
-    ]
+    if not gpus:
+        run_ranks("tests.parity.worker", [str(file)], ranks, scratch, {"HYLO_KERNELS": kernels}, timeout=1500)
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [__file__, str(file)]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HYLO_KERNELS": kernels}
-    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     if result.returncode:
         raise RuntimeError(f"{ranks} ranks failed:\n{result.stdout[-3000:]}\n{result.stderr[-12000:]}")

@@ -1,11 +1,7 @@
 """A teacher of another torchrun world gives the same losses, gradients and weights as one on the student's ranks."""
 
 import contextlib
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,12 +14,12 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.teachers.remote import Connection
 from tests.conftest import tiny_config
+from tests.forked import Ranks
 from tests.parity.cases import LAYOUTS, case_config, make_dataset, make_model
 from tests.parity.worker import job, launch
 from tests.train.runs import relative_difference
 
 pytestmark = pytest.mark.multirank
-ROOT = Path(__file__).parents[2]
 SERVERS = {"one": (1, []), "tp2_sp": (2, ["--tensor_model_parallel_size", "2", "--sequence_parallel"]),
            "cp2": (2, ["--context_parallel_size", "2"]), "two": (2, [])}  # fmt: skip
 SLOW = pytest.mark.slow
@@ -43,20 +39,16 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(root: Path, server: str) -> Iterator[str]:
-    """`hylo serve-teacher` under torchrun; yields its address."""
+    """`hylo serve-teacher` on its ranks; yields its address."""
     ranks, options = SERVERS[server]
     address = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
-               "megatron_hylo.cli.main", "serve-teacher", str(root / "teacher"), address, *options]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    log = (root / f"{server}.log").open("w")
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    (root / server).mkdir()
+    started = Ranks("megatron_hylo.cli", ["serve-teacher", root / "teacher", address, *options], ranks, root / server)
     try:
         yield address
-        assert process.poll() is None, (root / f"{server}.log").read_text()[-3000:]  # it survives its students
+        assert started.statuses() == [None] * ranks, started.said()  # it survives its students
     finally:
-        process.send_signal(signal.SIGTERM)  # torchrun ends its ranks, which are in sessions of their own
-        process.wait(timeout=60)
+        started.kill()
 
 
 @pytest.fixture(scope="module")
