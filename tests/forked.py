@@ -114,7 +114,7 @@ class Ranks:
         }  # fmt: skip
         self.programs: list[Program] = []
         for number, log in enumerate(self.logs):
-            log.unlink(missing_ok=True)
+            log.write_text("")
             mine = common | {"RANK": str(number), "LOCAL_RANK": str(number)}
             self.programs.append(Program(module, arguments, log, mine))
 

@@ -14,9 +14,10 @@ from megatron_hylo.platform.distributed import initialize, shutdown
 
 def main(file: str) -> None:
     """One calibration a layout; process groups are made anew in between."""
+    launcher = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     for number, (layout, arguments) in enumerate(json.loads(Path(file).read_text())):
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group("gloo", store=dist.FileStore(f"{file}.{number}", ranks), rank=rank, world_size=ranks)
+        dist.init_process_group("gloo", store=dist.PrefixStore(f"jobs_{number}", launcher), rank=rank, world_size=ranks)
         parallel = ParallelConfig(**layout)
         initialize(parallel)
         calibrate(**arguments, parallel=parallel)

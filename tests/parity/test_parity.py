@@ -131,6 +131,7 @@ def measured(request, tmp_path_factory, one_rank) -> Path:
             for case in [FAULTS[fault][1:]]
             if LAYOUTS[case[2]][0] == ranks
         ]
+        jobs.sort(key=lambda job: str(job["config"]["parallel"]))  # process groups are made anew where they change
         launch(jobs, ranks, root)
     return root
 

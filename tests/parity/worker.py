@@ -58,7 +58,7 @@ def launch(jobs: list[dict[str, Any]], ranks: int, scratch: Path, gpus: bool = F
 
 
 def whole_tensors(chunks: list[torch.nn.Module], tensors: list[dict[str, torch.Tensor]]) -> tuple[dict, float, str]:
-    """Tensors shaped like this rank's parameters, by chunk, put together from all ranks, on every rank.
+    """Tensors shaped like this rank's parameters, by chunk, put together from all ranks, on rank 0; elsewhere there are none.
 
     While the model's own sharded state dict is made, every parameter's data is the tensor of its name; so fused
     projections come apart by section exactly as in a checkpoint.
@@ -79,16 +79,18 @@ def whole_tensors(chunks: list[torch.nn.Module], tensors: list[dict[str, torch.T
     state = sharded_chunks(chunks)
     apply_factories(state)
     pieces = [
-        (t.key, t.global_shape, t.global_offset, t.data.detach().float().cpu())
+        (t.key, t.global_shape, t.global_offset, t.data.detach().float().cpu().numpy())  # tensors take long to pickle
         for t in nested_values(state)
         if isinstance(t, ShardedTensor)
     ]
     for (p, _), data in zip(parameters, kept):
         p.data = data
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, pieces)
-    whole, worst = {}, (0.0, "")
-    for key, shape, offset, piece in (entry for rank in everyone for entry in rank):
+    everyone: list = [None] * dist.get_world_size()
+    dist.gather_object(pieces, everyone if dist.get_rank() == 0 else None)
+    whole: dict[str, torch.Tensor] = {}
+    worst = (0.0, "")
+    for key, shape, offset, numbers in (entry for rank in everyone if rank is not None for entry in rank):
+        piece = torch.from_numpy(numbers)
         full = whole.setdefault(key, torch.full(shape, float("nan")))
         place = full[tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))]
         if bool(place.isnan().any()):
@@ -171,8 +173,9 @@ def main(file: str) -> None:
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     entries = [(e, from_dict(TrainConfig, e["config"], file)) for e in json.loads(Path(file).read_text())]
+    launcher = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     for number, (_, group) in enumerate(itertools.groupby(entries, key=lambda entry: entry[1].parallel)):
-        store, here = dist.FileStore(f"{file}.{number}", ranks), device()
+        store, here = dist.PrefixStore(f"jobs_{number}", launcher), device()
         cuda = here.type == "cuda"
         if cuda:
             torch.cuda.set_device(here)
