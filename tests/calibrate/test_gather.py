@@ -190,9 +190,9 @@ def write_long_text(folder: Path) -> None:
 
 @pytest.mark.multirank
 def test_parallel_ranks_measure_what_one_rank_does(material, tmp_path):
-    layouts = {"tp2": {"tensor_model_parallel_size": 2}, "dp2": {}}
+    parallelisms = {"tp2": {"tensor_model_parallel_size": 2}, "dp2": {}}
     arguments = dict(teacher=str(material.teacher), data=str(material.data), **SETTINGS)
-    jobs = [(layout, arguments | {"output": str(tmp_path / name)}) for name, layout in layouts.items()]
+    jobs = [(parallelism, arguments | {"output": str(tmp_path / name)}) for name, parallelism in parallelisms.items()]
     # one window for two ranks; held-out text long enough for it
     few = arguments | {"tokens": 256, "sequence_length": 256, "output": str(tmp_path / "few"), "data": str(tmp_path / "long")}
     write_long_text(tmp_path / "long")
@@ -200,7 +200,7 @@ def test_parallel_ranks_measure_what_one_rank_does(material, tmp_path):
     gather.calibrate(**few | {"output": tmp_path / "few_of_one"})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     run_ranks("tests.calibrate.worker", [tmp_path / "jobs.json"], 2, tmp_path)
-    for name, oracle in (*((name, material.done) for name in layouts), ("few", tmp_path / "few_of_one")):
+    for name, oracle in (*((name, material.done) for name in parallelisms), ("few", tmp_path / "few_of_one")):
         verify_manifest(tmp_path / name)
         assert files(tmp_path / name)["windows.safetensors"] == files(oracle)["windows.safetensors"]
         for layer in range(LAYERS):
