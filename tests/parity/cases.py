@@ -80,7 +80,8 @@ def case_config(
 ) -> TrainConfig:
     """Settings of two steps of a stage under a parallelism.
 
-    ROOT has the folders data, teacher, store and MODEL; a MODEL "odd..." has odd_teacher and odd_store. bf16 needs the distributed optimizer, also on one rank.
+    ROOT has the folders data, teacher, store and MODEL; a MODEL "odd..." has odd_teacher and odd_store.
+    bf16 needs the distributed optimizer, also on one rank.
     """
     _, groups, distributed = PARALLELISMS[parallelism]
     settings = dict(STAGES[stage])
