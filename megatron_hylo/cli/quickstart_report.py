@@ -1,6 +1,5 @@
 """The quickstart's picture and its HTML page: held-out perplexity on the way to the teacher's, and what to do next."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from matplotlib.axes import Axes
 
 from megatron_hylo.eval.page import code, escape, paragraph, section, table, write_page
 from megatron_hylo.eval.plots import Curve, Theme, draw_curves, draw_png, draw_svg
+from megatron_hylo.eval.run_report import read_records
 
 
 def plot_quickstart(summary: dict[str, Any], output: Path) -> Path:
@@ -33,7 +33,7 @@ def draw_quickstart(axes: Axes, theme: Theme, summary: dict[str, Any], output: P
     tokens, values = [tokens for tokens, _ in points], [value for _, value in points]
     draw_curves(
         axes, theme, [Curve("hybrid", tokens, values, markers=True)], y_label="held-out perplexity (lower is better)",
-        title=f"Hybrid: perplexity {values[0]:,.1f} to {values[-1]:,.1f}, with {summary['kv_percent']:.0f} % of the KV cache",
+        title=f"Perplexity {values[0]:,.1f} to {values[-1]:,.1f}; the KV cache is {summary['kv_percent']:.0f} % of the teacher's",
         reference=("teacher", summary["teacher_ppl"]), zero=True,
     )  # fmt: skip
     for index, where in ((0, "left"), (-1, "right")):
@@ -57,10 +57,10 @@ def heldout_points(summary: dict[str, Any], output: Path) -> tuple[list[tuple[in
         summary: content of summary.json.
         output: the quickstart's run folder.
     """
-    points, before = [(0, summary["init_ppl"])], 0
-    ends = []
+    points: list[tuple[int, float]] = [(0, summary["init_ppl"])]
+    before, ends = 0, []
     for stage in ("align", "distil"):
-        records = [json.loads(line) for line in (output / stage / "metrics.jsonl").read_text().splitlines()]
+        records = read_records(output / stage)
         tokens = {record["step"]: record["tokens"] for record in records if "tokens" in record}
         a_step = max(tokens.values()) / max(tokens)
         points += [(before + round(a_step * r["step"]), r["heldout_perplexity"]) for r in records if "heldout_perplexity" in r]

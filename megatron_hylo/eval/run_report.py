@@ -116,25 +116,30 @@ def read_run(folder: Path, name: str) -> Run:
         folder: output of `hylo train`.
         name: to show.
     """
-    records = []
-    for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the line that a crash or a run that goes on has left half written
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
     model = _read(folder / "model" / "hylo.json")
     environment = next((found for file in ENVIRONMENT_FILES if (found := _read(folder / file))), {})
     return Run(
         name=name,
         folder=folder,
         config=flatten(read_json(folder / "config.json")),
-        records=records,
+        records=read_records(folder),
         changes=_read(folder / "history.json").get("changes", []),
         environment=flatten(environment),
         provenance=flatten(model.get("provenance", {})),
     )
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Lines of a run's metrics.jsonl, without one that is half written."""
+    records = []
+    for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # left by a crash, or the run goes on
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
