@@ -33,7 +33,7 @@ def draw_quickstart(axes: Axes, theme: Theme, summary: dict[str, Any], output: P
     tokens, values = [tokens for tokens, _ in points], [value for _, value in points]
     draw_curves(
         axes, theme, [Curve("hybrid", tokens, values, markers=True)], y_label="held-out perplexity (lower is better)",
-        title=f"Perplexity {values[0]:,.1f} to {values[-1]:,.1f}; the KV cache is {summary['kv_percent']:.0f} % of the teacher's",
+        title=f"Perplexity {values[0]:,.1f} to {values[-1]:,.1f}; KV cache {summary['kv_percent']:.0f} % of the teacher's",
         reference=("teacher", summary["teacher_ppl"]), zero=True,
     )  # fmt: skip
     for index, where in ((0, "left"), (-1, "right")):
