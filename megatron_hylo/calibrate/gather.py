@@ -70,9 +70,11 @@ def calibrate(
     """
     check_free(output, overwrite, [teacher, data])
     config, _ = read_description(teacher)
-    if set(config.mixers) != {"*"}:
+    if not config.is_transformer:
         raise ConfigError(f"calibrate needs a teacher with attention `*` in every layer, {teacher} has {config.mixers}")
-    if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
+    if parallel is not None and (
+        parallel.pipeline_stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1
+    ):
         raise ConfigError("calibrate works with tensor and data parallelism alone; set the other sizes to 1")
     windows = _calibration_windows(data, tokens, sequence_length, seed)
     kept = heldout_windows(f"{data}/heldout", sequence_length, heldout)
