@@ -193,18 +193,11 @@ def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_leng
         sequence_length: tokens a window.
         windows: windows at most.
     """
-    from megatron_hylo.data.packed import heldout_windows
-    from megatron_hylo.data.tokenizer import check_dataset, check_ids
-    from megatron_hylo.eval.perplexity import evaluate as evaluate_model
-    from megatron_hylo.models.checkpoint import load_model, read_description
+    from megatron_hylo.eval.folders import evaluate_folder
     from megatron_hylo.platform.distributed import session
 
     with session():
-        batch = heldout_windows(f"{data}/heldout", sequence_length, windows)
-        for folder in filter(None, (model, teacher)):
-            check_ids(batch, read_description(folder)[0].vocab_size, data, folder)
-            check_dataset(data, folder)
-        quality = evaluate_model(load_model(model), batch, load_model(teacher) if teacher else None)
+        quality = evaluate_folder(model, data, teacher, sequence_length, windows, track)
     print(_json(quality.to_dict()))
 
 
