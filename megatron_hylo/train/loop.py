@@ -100,7 +100,7 @@ def _provenances(config: TrainConfig) -> list[dict[str, Any]]:
     """Describe what each student is made of, for its hylo.json; the main rank's are the ones that are written."""
     sources = [config.model or config.scratch] + ([config.second_model] if config.second_model else [])
     teacher = config.teacher or config.teacher_store or config.teacher_address
-    about = dict(stage=config.stage, train_steps=config.train_steps, seed=config.seed)
+    about: dict[str, Any] = dict(stage=config.stage, train_steps=config.train_steps, seed=config.seed)
     return [made_by("train", {"model": m, "teacher": teacher, "data": config.data}, **about) for m in sources]
 
 
