@@ -11,6 +11,7 @@ from rich.table import Table
 from megatron_hylo.cli.console import console, set_up_logging, track
 from megatron_hylo.cli.doctor import doctor
 from megatron_hylo.cli.parser import build_parser, command
+from megatron_hylo.cli.report import report
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import expand_home
@@ -206,7 +207,7 @@ def quickstart(
     init: Literal["calibrated", "paper"] = "calibrated",
     prompt: str | None = None,
     text: Path | None = None,
-    output: Path = Path("runs/quickstart"),
+    output: Path | None = None,
     train_tokens: int | None = None,
 ) -> None:
     """Real teacher to evaluated hybrid in one go: fetch, convert, verify, calibrate, upcycle, train, export, generate.
@@ -216,7 +217,7 @@ def quickstart(
         init: how the hybrid starts: calibrated on data, or paper (HyLo's own, in its own shapes) for contrast.
         prompt: text to continue at the end; a default otherwise.
         text: folder or .jsonl of own training text instead of the Debian documentation packages.
-        output: run folder; started again, the same command goes on where it was.
+        output: run folder, runs/quickstart by default (with _mamba2, _paper for those); the same command goes on where it was.
         train_tokens: tokens of stage 2; by default about six minutes' worth of the device.
     """
     from megatron_hylo.cli.quickstart import run_quickstart
@@ -247,7 +248,7 @@ def train(config: TrainConfig) -> int:
 
 VERBS: tuple[Callable, ...] = (
     quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, serve_teacher,
-    train, evaluate, export, generate, doctor,
+    train, report, evaluate, export, generate, doctor,
 )  # fmt: skip
 
 

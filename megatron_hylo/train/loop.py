@@ -8,7 +8,6 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -87,21 +86,12 @@ def train(config: TrainConfig) -> Quality | None:
             progress.step, progress.consumed = load_checkpoint(run.states, newest)
         resume.record(progress.step)
         record_start(config, folder, device, progress.step)
-        provenances = _provenances(config)
         with contextlib.ExitStack() as closing:
-            callbacks, evaluation = _callbacks(run, folder, windows, progress, provenances, closing)
+            callbacks, evaluation = _callbacks(run, folder, windows, progress, closing)
             batches = run.batches(progress.consumed)
             closing.callback(batches.close)
             _train(run, batches, progress, callbacks)
         return evaluation.quality
-
-
-def _provenances(config: TrainConfig) -> list[dict[str, Any]]:
-    """Describe what each student is made of, for its hylo.json; the main rank's are the ones that are written."""
-    sources = [config.model or config.scratch] + ([config.second_model] if config.second_model else [])
-    teacher = config.teacher or config.teacher_store or config.teacher_address
-    about: dict[str, Any] = dict(stage=config.stage, train_steps=config.train_steps, seed=config.seed)
-    return [made_by("train", {"model": m, "teacher": teacher, "data": config.data}, **about) for m in sources]
 
 
 def _checked_teacher_signal(config: TrainConfig, resume: Resume) -> TeacherSignal | None:
@@ -119,11 +109,15 @@ def _callbacks(
     folder: Path,
     windows: torch.Tensor,
     progress: Progress,
-    provenances: list[dict[str, Any]],
     closing: contextlib.ExitStack,
 ) -> tuple[list[Callback], Evaluation]:
     """Make the callbacks of a run in the order in which they act, each closed by `closing`; the evaluation also by itself."""
     config, step = run.config, progress.step
+    provenances = [
+        made_by("train", {"model": model, "teacher": config.teacher or config.teacher_store or config.teacher_address,
+                          "data": config.data}, stage=config.stage, train_steps=config.train_steps, seed=config.seed)
+        for model in (config.model or config.scratch, config.second_model)[: len(run.states)]
+    ]  # fmt: skip
     tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
     reporter = Reporter(config, folder, run.device, run.flops_per_token, step)
     closing.callback(reporter.close)
