@@ -30,9 +30,10 @@ from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.objectives import Batches, Objective
 from megatron_hylo.train.optimizer import TrainingState
 from megatron_hylo.train.profiler import Profiler
-from megatron_hylo.train.reporting import Reporter
+from megatron_hylo.train.reporting import Reporter, check_wandb
 from megatron_hylo.train.resume_check import Resume, check_resume
 from megatron_hylo.train.run_folder import check_run_folder
+from megatron_hylo.train.run_record import record_start
 from megatron_hylo.train.setup import Run, architectures, build_run, open_teacher_signal, params_dtype
 from megatron_hylo.train.startup_check import check_run_kernels
 from megatron_hylo.train.token_check import check_run_tokens, check_teacher_tokens, remote_description
@@ -63,6 +64,7 @@ def train(config: TrainConfig) -> Quality | None:
         output_lock(folder),
     ):
         check_run_folder(config, folder)
+        check_wandb(config)
         if "fp8" in (config.linear_precision, config.teacher_precision):
             check_fp8(config.backend)  # before the run folder keeps the setting
         resume = check_resume(config, folder)
@@ -83,6 +85,7 @@ def train(config: TrainConfig) -> Quality | None:
         if newest is not None:
             progress.step, progress.consumed = load_checkpoint(run.states, newest)
         resume.record(progress.step)
+        record_start(config, folder, device, progress.step)
         with contextlib.ExitStack() as closing:
             callbacks, evaluation = _callbacks(run, folder, windows, progress, closing)
             batches = run.batches(progress.consumed)
@@ -102,7 +105,11 @@ def _checked_teacher_signal(config: TrainConfig, resume: Resume) -> TeacherSigna
 
 
 def _callbacks(
-    run: Run, folder: Path, windows: torch.Tensor, progress: Progress, closing: contextlib.ExitStack
+    run: Run,
+    folder: Path,
+    windows: torch.Tensor,
+    progress: Progress,
+    closing: contextlib.ExitStack,
 ) -> tuple[list[Callback], Evaluation]:
     """Make the callbacks of a run in the order in which they act, each closed by `closing`; the evaluation also by itself."""
     config, step = run.config, progress.step
