@@ -73,9 +73,11 @@ def calibrate(
     if tokens < 1 or sequence_length < 1:
         raise ConfigError(f"--tokens and --sequence_length must be at least 1, got {tokens} and {sequence_length}")
     config, _ = read_description(teacher)
-    if set(config.mixers) != {"*"}:
+    if not config.is_transformer:
         raise ConfigError(f"calibrate needs a teacher with attention `*` in every layer, {teacher} has {config.mixers}")
-    if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
+    if parallel is not None and (
+        parallel.pipeline_stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1
+    ):
         raise ConfigError("calibrate works with tensor and data parallelism alone; set the other sizes to 1")
     windows = _calibration_windows(data, tokens, sequence_length, seed)
     warn_beyond_context(config, sequence_length, teacher)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from megatron_hylo.calibrate.gather import embed, micro_batch
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.distill.alignment import mixer_output, relative_distance
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.hylo_model import HyloModel
@@ -124,14 +125,16 @@ def solve_outputs(
     errors = []
     layers = zip(student.config.hylo.mixers, student.mixer_layers(), teacher.mixer_layers())
     for layer, (symbol, (mixer, mlp), (teacher_mixer, teacher_mlp)) in enumerate(track(list(layers), "solve")):
-        if symbol == "M":
+        description = get_mixer(symbol)
+        if description.norm_after_gate:
             _match_norm(mixer.self_attention, mixer.input_layernorm(studied[0])[0])
         own = [mixer_output(teacher_mixer, h) for h in taught]
         projection = output_projection(mixer.self_attention)
         features = [_features(projection, mixer_output, mixer, h) for h in studied]
         initial = solved = _relative_error(features, own, projection.weight, validation)
-        if symbol != "*":
-            prior = projection.weight.clone() if symbol == "+" else torch.zeros_like(projection.weight)
+        if description.output_fit != "keep":
+            known = description.output_fit == "from_initial"
+            prior = projection.weight.clone() if known else torch.zeros_like(projection.weight)
             fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
             weight = fit.solve(prior, DAMPING)
             solved = _relative_error(features, own, weight, validation)

@@ -230,7 +230,7 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
     """
     shared = _shared(config) | {"dtype": dtype, "torch_dtype": dtype}
     shared |= {name: (token_ids or {}).get(name) for name in TOKEN_IDS}
-    if set(config.mixers) != {"*"}:
+    if not config.is_transformer:
         auto = {"AutoConfig": "configuration_hylo.HyloConfig", "AutoModel": "modeling_hylo.HyloModel"}
         auto["AutoModelForCausalLM"] = "modeling_hylo.HyloForCausalLM"
         return {

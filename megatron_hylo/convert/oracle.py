@@ -72,7 +72,7 @@ def open_oracle(source: TensorSource, path: str | Path) -> Iterator[Oracle]:
         if source.quantisation is not None:
             settings["quantization_config"] = load_transformers().FineGrainedFP8Config(dequantize=True)
             where = f", dequantised by it{where}"
-        how = "transformers' own loading" if set(source.config.mixers) == {"*"} else "the exported modelling code"
+        how = "transformers' own loading" if source.config.is_transformer else "the exported modelling code"
         model = _load(path, settings)
         yield Oracle(model, how + where, _load_whole_layers(model) if large else None)
 

@@ -25,7 +25,13 @@ from .layers_hylo import HyloGatedDeltaNet, HyloLatentAttention, HyloLayer, Hylo
 logger = logging.get_logger(__name__)
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # of transformers' loss functions
 UNUSED_ARGUMENTS = ("cache_position",)  # transformers 4 gives it in generate(); the cache knows its own length
-FP32_PARAMETERS = {"M": ("A_log", "dt_bias", "D"), "G": ("A_log", "dt_bias"), "K": ("A_log", "dt_bias")}
+FP32_PARAMETERS = {
+    "*": (),
+    "+": (),
+    "M": ("A_log", "dt_bias", "D"),
+    "G": ("A_log", "dt_bias"),
+    "K": ("A_log", "dt_bias"),
+}
 
 
 class HyloPreTrainedModel(PreTrainedModel):
@@ -42,7 +48,7 @@ class HyloPreTrainedModel(PreTrainedModel):
     def __init__(self, config: HyloConfig) -> None:
         super().__init__(config)
         # transformers 4 refuses names that a model does not have
-        kept = {name for mixer in set(config.mixers) for name in FP32_PARAMETERS.get(mixer, ())}
+        kept = {name for mixer in set(config.mixers) for name in FP32_PARAMETERS[mixer]}
         self._keep_in_fp32_modules_strict = sorted(kept)
 
     @torch.no_grad()

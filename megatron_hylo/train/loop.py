@@ -254,7 +254,7 @@ def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[HyloModel] | None]:
     """(the students, the teacher), each this rank's chunks of it; the teacher's layers are where the student's are."""
     architecture, dtype = _architectures(config)[0], _dtype(config)
-    layers = pipeline_layers(architecture, config.parallel.stages, config.parallel.pipeline_layers)
+    layers = pipeline_layers(architecture, config.parallel.pipeline_stages, config.parallel.pipeline_layers)
     shared = dict(parallel=replace(config.parallel, pipeline_layers=layers), params_dtype=dtype, backend=config.backend)
     how = dict(recompute=config.recompute, fp8=config.student_fp8)
     changes = {"mla_rope_scaling": config.mla_rope_scaling} if config.mla_rope_scaling else {}
