@@ -67,6 +67,10 @@ def serve_teacher(
         raise ConfigError("serve-teacher has no pipeline stages; use tensor and context parallelism, and more copies")
     if max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
+    if timeout <= timedelta(0) or runs is not None and runs < 1:
+        raise ConfigError(
+            f"--timeout_minutes must be above 0 and --runs at least 1, got {timeout.total_seconds() / 60:g} and {runs}"
+        )
     resolve(*replica_address(address, 0), read_secret())  # before weights are read
     with session(parallel):
         (model,) = freeze([load_model(teacher, parallel, params_dtype=dtype)])
