@@ -15,6 +15,7 @@ from megatron_hylo.cli.report import report
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import expand_home
+from megatron_hylo.config.renamed import refuse_renamed
 from megatron_hylo.config.train import TrainConfig
 
 EXIT_ERROR, EXIT_STOPPED = 2, 3
@@ -193,18 +194,11 @@ def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_leng
         sequence_length: tokens a window.
         windows: windows at most.
     """
-    from megatron_hylo.data.packed import heldout_windows
-    from megatron_hylo.data.tokenizer import check_dataset, check_ids
-    from megatron_hylo.eval.perplexity import evaluate as evaluate_model
-    from megatron_hylo.models.checkpoint import load_model, read_description
+    from megatron_hylo.eval.folders import evaluate_folder
     from megatron_hylo.platform.distributed import session
 
     with session():
-        batch = heldout_windows(f"{data}/heldout", sequence_length, windows)
-        for folder in filter(None, (model, teacher)):
-            check_ids(batch, read_description(folder)[0].vocab_size, data, folder)
-            check_dataset(data, folder)
-        quality = evaluate_model(load_model(model), batch, load_model(teacher) if teacher else None)
+        quality = evaluate_folder(model, data, teacher, sequence_length, windows, track)
     print(_json(quality.to_dict()))
 
 
@@ -269,7 +263,11 @@ def main(command_line: list[str] | None = None) -> None:
     set_up_logging()
     parser = build_parser(VERBS)
     try:
+        refuse_renamed(sys.argv[1:] if command_line is None else command_line)
         parsed = parser.parse_args(command_line)
+    except ConfigError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(EXIT_ERROR)
     except UnicodeDecodeError as error:
         console.print(f"[bold red]error:[/] the recipe (--config) is not UTF-8: {error}; save it so", highlight=False)
         sys.exit(EXIT_ERROR)

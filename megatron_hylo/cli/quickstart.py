@@ -24,11 +24,12 @@ from megatron_hylo.calibrate.gather import calibrate
 from megatron_hylo.cli.quickstart_report import next_commands, plot_quickstart, quality_rows, write_report
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import get_layout, kv_bytes_per_token, kv_percent
-from megatron_hylo.config.train import OptimizerSettings, TrainConfig
+from megatron_hylo.config.train import AlignSettings, CheckpointSettings, LoggingSettings, OptimizerSettings, TrainConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
+from megatron_hylo.data.documents import read_documents
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
@@ -153,7 +154,9 @@ def _run(
     budget = budget or BUDGETS["cuda" if torch.cuda.is_available() else "cpu", init]
     for name in FOLDERS:  # before hours of work of which one could not be written
         if not has_manifest(output / name):
-            check_free(output / name, overwrite=False)
+            check_free(output / name, overwrite=False, sources=[text])
+    if text is not None:
+        next(iter(read_documents(text)), None)  # refuses what holds no text
     output.mkdir(parents=True, exist_ok=True)
     teacher, hybrid, data = output / "teacher", output / "hybrid", output / "data"
     layout = LAYOUT[init, linear]
@@ -337,7 +340,7 @@ def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: P
         micro_batch_size=budget.micro_batch_size,
         train_tokens=tokens,
         trainable="mixers" if align else "all",
-        align_loss=budget.align_loss,
+        align=AlignSettings(loss=budget.align_loss),
         precision=budget.precision,
         cuda_graphs=budget.cuda_graphs,
         optimizer=OptimizerSettings(
@@ -348,9 +351,8 @@ def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: P
         ),
         eval_windows=budget.eval_windows,
         eval_interval=0 if align else quarter,
-        save_interval=quarter,
-        log_interval=5,
-        keep_checkpoints=1,
+        checkpoint=CheckpointSettings(save_interval=quarter, keep=1),
+        logging=LoggingSettings(log_interval=5),
     )
 
 

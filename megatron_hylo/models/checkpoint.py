@@ -26,6 +26,7 @@ from megatron_hylo.io import (
     DamagedError,
     atomic_directory,
     barrier,
+    has_manifest,
     hash_for_manifest,
     read_verified_json,
     verify_manifest,
@@ -73,13 +74,23 @@ def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """
     file = Path(path) / "hylo.json"
     if not file.is_file():
-        raise ConfigError(f"{path} is not a megatron_hylo model folder: it has no hylo.json")
+        raise ConfigError(f"{path} is not a megatron_hylo model folder: it has no hylo.json{_suggestion(Path(path))}")
     description = read_verified_json(path, "hylo.json")
     if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
         raise ConfigError(
             f"{file}: format {description.get('format')} {description.get('version')}, expected {FORMAT} {VERSION}"
         )
     return from_dict(ModelConfig, description["model"], str(file)), description
+
+
+def _suggestion(path: Path) -> str:
+    """The finished model or newest checkpoint of a run folder, or of one that holds run folders, in words; else nothing."""
+    for places in ("model", "checkpoints/step_*", "*/model", "*/checkpoints/step_*"):
+        found = [folder for folder in path.glob(places) if (folder / "hylo.json").is_file() and has_manifest(folder)]
+        if found:
+            newest = max(found, key=lambda folder: ((folder / "hylo.json").stat().st_mtime, folder.name))
+            return f"; did you mean {newest}?"
+    return "" if path.exists() else "; there is no such folder"
 
 
 class BackgroundWrite:

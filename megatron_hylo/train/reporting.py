@@ -1,4 +1,4 @@
-"""What a run shows and records: a progress bar with ETA, metrics.jsonl, TensorBoard, wandb on request."""
+"""Reporting of a run: progress bar with ETA, metrics.jsonl, TensorBoard, wandb on request."""
 
 import json
 import logging
@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.plan.flops import peak_flops
 from megatron_hylo.plan.memory import GIB, Memory
 from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.train.callback import Callback, Progress
 
 logger = logging.getLogger("megatron_hylo.train")
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far: allocated on the GPU, or resident of the process, in GiB."""
+    """Return the peak memory so far in GiB: allocated on the GPU, or resident of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
@@ -28,27 +31,29 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class Reporter:
+class Reporter(Callback):
     """Shows and records metrics on the main rank; silent on the others."""
 
     def __init__(self, config: TrainConfig, run: Path, device: torch.device, flops_per_token: float, start_step: int) -> None:
         self.config, self.run, self.device, self.flops_per_token = config, run, device, flops_per_token
         self.tokens_per_step = config.global_batch_size * config.sequence_length
-        self.writer = self.wandb = self.progress = self.memory = None
+        self.writer = self.wandb = self.progress = None
+        self.memory: Memory | None = None
         self.last = (time.perf_counter(), start_step)
+        self.stepped = False
         if not is_main():
             return
         run.mkdir(parents=True, exist_ok=True)
         self.peak, source = peak_flops(device)
         logger.info("peak of one %s for MFU: %.3g FLOP/s (%s)", device.type, self.peak, source)
         self.metrics_file = _open_metrics(run / "metrics.jsonl", start_step)
-        if config.tensorboard:
+        if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
-        if config.wandb != "disabled":
+        if config.logging.wandb != "disabled":
             self.wandb = _start_wandb(config, run)
-        self.progress = Progress(
+        self.progress = ProgressBar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"), refresh_per_second=2,
         )  # fmt: skip
@@ -68,12 +73,21 @@ class Reporter:
                 there / GIB,
             )
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """After every step: moves the bar; every `log_interval` steps (and the first and last) records."""
+    def after_step(self, progress: Progress) -> None:
+        """Move the bar; every `log_interval` steps (and the first and last) record; say so where a step was skipped."""
+        if not self.stepped:
+            self.stepped = True
+            logger.info("operations: %s", in_use())
+        self._step(progress.step, progress.metrics)
+        skipped = progress.skipped
+        if skipped.in_a_row:
+            self.say(f"step {progress.step} skipped: NaN or infinity in loss or gradients ({skipped.total} such steps)")
+
+    def _step(self, step: int, metrics: dict[str, float]) -> None:
         if self.progress is None:
             return
         self.progress.update(self.task, completed=step)
-        if step % self.config.log_interval and step not in (1, self.config.train_steps):
+        if step % self.config.logging.log_interval and step not in (1, self.config.train_steps):
             return
         now, (then, previous) = time.perf_counter(), self.last
         self.last = (now, step)
@@ -101,7 +115,7 @@ class Reporter:
             self.wandb.log(metrics, step=step)
 
     def say(self, message: str) -> None:
-        """A line above the progress bar."""
+        """Print a line above the progress bar."""
         if self.progress is not None:
             self.progress.console.print(message)
 
@@ -120,7 +134,7 @@ class Reporter:
 
 
 def _open_metrics(file: Path, start_step: int) -> TextIO:
-    """For appending, without the steps after the checkpoint that a killed run went on from: they are done again."""
+    """Open metrics.jsonl for appending, without the steps after the checkpoint that a run resumes from: they are done again."""
     if file.is_file():
         beside = file.with_name(f".{file.name}.partial")  # so that a kill now does not lose what was recorded
         lines = file.read_text(errors="replace").splitlines(True)
@@ -130,7 +144,7 @@ def _open_metrics(file: Path, start_step: int) -> TextIO:
 
 
 def _is_before(line: str, step: int) -> bool:
-    """Whether a line of metrics.jsonl is whole and of a step up to `step`; what a crash left of one is not."""
+    """Return whether a line of metrics.jsonl is whole and of a step up to `step`."""
     try:
         return line.endswith("\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
@@ -142,7 +156,9 @@ def _start_wandb(config: TrainConfig, run: Path) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError("wandb is asked for but not installed; pip install wandb, or set wandb to disabled") from error
+        raise ConfigError("wandb is asked for but not installed; pip install wandb, or set logging.wandb disabled") from error
     from dataclasses import asdict
 
-    return wandb.init(project=config.wandb_project, dir=str(run), mode=config.wandb, config=asdict(config), resume="allow")
+    return wandb.init(
+        project=config.logging.wandb_project, dir=str(run), mode=config.logging.wandb, config=asdict(config), resume="allow"
+    )

@@ -20,6 +20,7 @@ from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.initialise.calibrated_mla import choose_rotary_pairs
 from megatron_hylo.io import check_free
 from megatron_hylo.io.progress import Track, no_progress
+from megatron_hylo.io.provenance import made_by
 from megatron_hylo.kernels.registry import untuned
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
@@ -124,11 +125,12 @@ def upcycle_folder(
         with untuned():
             if calibrated:
                 report.errors = solve_outputs(student, model, windows, sequential, mlps, track)
-            report.quality, report.teacher_quality = (evaluate(m, heldout, model, size) for m in (student, model))
-    provenance = {"teacher": str(teacher), "init": init, "seed": seed}
+            report.quality, report.teacher_quality = (evaluate(m, heldout, model, size, track=track) for m in (student, model))
+    settings: dict[str, Any] = {"layout": layout, "pattern": pattern, "init": init, "seed": seed}
     if calibrated:
         tokens = statistics.description["tokens"]
-        provenance |= {"rotary": rotary, "sequential": sequential, "mlps": sequential and mlps, "calibration_tokens": tokens}
+        settings |= {"rotary": rotary, "sequential": sequential, "mlps": sequential and mlps, "calibration_tokens": tokens}
+    provenance = made_by("upcycle", {"teacher": teacher, "calibration": calibration}, **settings)
     _save(student, output, Path(teacher), provenance, overwrite)
     return report
 
@@ -176,7 +178,8 @@ def assemble_folder(
     state = dict(assemble_state(*sources, config, track))
     student = build_model(config, params_dtype=mla_model.config.params_dtype, backend="local")
     _fill(student, state)
-    _save(student, output, Path(base), {"mla": str(mla), "linear": str(linear), "base": str(base)}, overwrite)
+    provenance = made_by("assemble", {"mla": mla, "linear": linear, "base": base}, pattern=pattern)
+    _save(student, output, Path(base), provenance, overwrite)
     return config
 
 
