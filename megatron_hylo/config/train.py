@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, recomputed_layers
 from megatron_hylo.config.paths import expand_home
+from megatron_hylo.config.recall import RecallSettings
 
 PREFIXES = ("", "second_")  # of a run's students: RUN/model and RUN/second_model, loss and second_loss
 
@@ -58,6 +59,8 @@ class TrainConfig:
         teacher_store: distil: learn from a `hylo cache-teacher` folder; `teacher` then only evaluates.
         teacher_address: distil: learn from `hylo serve-teacher` at HOST:PORT; `teacher` then only evaluates.
         sequence_length: tokens a sample.
+        recall: facts and questions inserted in the training text; a fact and its question share a window, and with
+            packed_documents a document.
         packed_documents: documents in a window do not see each other; else only their end token parts them.
         global_batch_size: samples a step, over all ranks.
         micro_batch_size: samples a forward pass of one rank.
@@ -114,6 +117,7 @@ class TrainConfig:
     teacher_address: str | None = None
     # amount of work
     sequence_length: int = 2048
+    recall: RecallSettings = field(default_factory=RecallSettings)
     packed_documents: bool = False
     global_batch_size: int = 32
     micro_batch_size: int = 1
@@ -201,6 +205,12 @@ class TrainConfig:
                 "cuda_graphs cannot record recompute, packed_documents or pipeline stages; set cuda_graphs false, or leave "
                 "those out"
             )
+        if self.recall.share and (self.teacher_store or self.cuda_graphs):
+            raise ConfigError(
+                f"recall.share {self.recall.share} makes text that a teacher_store does not know, and losses whose shapes "
+                f"cuda_graphs cannot record; got teacher_store {self.teacher_store} and cuda_graphs {self.cuda_graphs}: leave "
+                f"these out, or set recall.share 0"
+            )
         parallel, parts = self.parallel, self.parallel.context_parallel_size
         if parallel.sequence_parallel:
             parts *= parallel.tensor_model_parallel_size
@@ -236,6 +246,7 @@ class TrainConfig:
     def _check_allowed_changes(self) -> None:
         known = {f.name for f in fields(self)} | {f"optimizer.{f.name}" for f in fields(OptimizerSettings)}
         known |= {f"mla_rope_scaling.{f.name}" for f in fields(RopeScaling)}
+        known |= {f"recall.{f.name}" for f in fields(RecallSettings)}
         for key in sorted(self.allowed_changes - known):
             near = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, cutoff=0.5)
             meant = f"did you mean {' or '.join(sorted(near))}? " if near else ""

@@ -17,6 +17,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.data.windows import Window, WindowSource
 from megatron_hylo.io import DamagedError, read_json, verify_manifest_if_any
 
 logger = logging.getLogger("megatron_hylo.data")
@@ -117,6 +118,10 @@ class PackedDataset:
         """
         return torch.from_numpy(np.concatenate([self.store.read(*piece) for piece in self.pieces(index)]))
 
+    def window(self, index: int) -> Window:
+        """Window `index` with the places where documents begin."""
+        return Window(np.concatenate([self.store.read(*piece) for piece in self.pieces(index)]), self.document_starts(index))
+
     def describe(self, windows: int) -> str:
         """A sentence on what a run of so many windows, from the first on, trains on and leaves out."""
         rest = windows % self.windows_per_epoch
@@ -175,7 +180,7 @@ class PackedDataset:
 
 
 def batches(
-    dataset: PackedDataset,
+    dataset: WindowSource,
     consumed_samples: int,
     micro_batch_size: int,
     data_parallel_rank: int = 0,
@@ -199,7 +204,8 @@ def batches(
         {"input_ids", "labels"}, each [micro_batch_size, sequence_length] int64 on the CPU, and "windows", their numbers in the
         dataset. With `packed_documents`
         [1, micro_batch_size * sequence_length], the label of a document's last token is IGNORED (it would be another
-        document's), and "document_starts" is int64 [n].
+        document's), and "document_starts" is int64 [n]. With recall "answers", int32 of the labels' shape: at a label that
+        is part of an answer the distance to the fact, 0 elsewhere.
 
     Raises:
         ConfigError: a size below 1, a rank out of range, or a negative count.
@@ -214,16 +220,22 @@ def batches(
 
 
 def _batches(
-    dataset: PackedDataset, first: int, size: int, ranks: int, packed_documents: bool
+    dataset: WindowSource, first: int, size: int, ranks: int, packed_documents: bool
 ) -> Iterator[dict[str, torch.Tensor]]:
     length = dataset.sequence_length
     while True:
-        windows = torch.stack([dataset[i] for i in range(first, first + size)])
-        batch = {"input_ids": windows[:, :-1].contiguous(), "labels": windows[:, 1:].clone()}
+        windows = [dataset.window(i) for i in range(first, first + size)]
+        tokens = torch.from_numpy(np.stack([window.tokens for window in windows]))
+        batch = {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].clone()}
+        answers = [window.answers[1:] for window in windows if window.answers is not None]
+        if answers:
+            batch["answers"] = torch.from_numpy(np.stack(answers))
         if packed_documents:
-            starts = [torch.from_numpy(dataset.document_starts(first + row)) for row in range(size)]
+            starts = [torch.from_numpy(window.document_starts) for window in windows]
             for row, places in enumerate(starts):
                 batch["labels"][row, places[1:] - 1] = IGNORED
+                if answers:
+                    batch["answers"][row, places[1:] - 1] = 0
             batch = {name: tensor.view(1, -1) for name, tensor in batch.items()}
             # a document that begins at `length` has only a label in this window
             batch["document_starts"] = torch.cat([row * length + s[s < length] for row, s in enumerate(starts)])

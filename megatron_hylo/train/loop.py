@@ -17,7 +17,8 @@ from megatron.core import parallel_state
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.config.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
 from megatron_hylo.config.train import PREFIXES, TrainConfig
-from megatron_hylo.data.packed import PackedDataset, heldout_windows
+from megatron_hylo.data.packed import heldout_windows
+from megatron_hylo.data.training_windows import training_windows
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.io import output_lock, read_json, write_json
 from megatron_hylo.kernels.registry import in_use
@@ -91,7 +92,7 @@ def train(config: TrainConfig) -> Quality | None:
         micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
         check_run_kernels(_architectures(config), _dtype(config), device, config.parallel.context_parallel_size > 1)
         check_run_tokens(config, _architectures(config)[0].vocab_size)
-        dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
+        dataset = training_windows(config)
         windows = _heldout(config)
         teacher_signal = open_teacher_signal(config)
         if teacher_signal is not None:
