@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_hylo.config import ModelConfig, ParallelConfig
+from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
@@ -25,6 +28,7 @@ STAGES = {
     "stored": dict(stage="distil", ce_weight=0.3, teacher_store="store"),
     "packed_stored": dict(stage="distil", ce_weight=0.3, teacher_store="store", packed_documents=True),
     "packed_mse": dict(stage="align", align_loss="mse", packed_documents=True),
+    "recall": dict(stage="distil", packed_documents=True, sequence_length=256, recall=RecallSettings(0.7, ["key_value"], 3.0)),
     "mse_pairs": dict(stage="align", align_loss="mse", micro_batch_size=2),
     "packed_mse_pairs": dict(stage="align", align_loss="mse", micro_batch_size=2, packed_documents=True),
 }
@@ -89,6 +93,7 @@ def case_config(
     teacher = None if settings["stage"] == "pretrain" else f"{kind}teacher"
     if "teacher_store" in settings:
         settings["teacher_store"], teacher = str(root / f"{kind}{settings['teacher_store']}"), None
+    sequence_length = settings.pop("sequence_length", sequence_length)
     return TrainConfig(
         data=str(root / "data"), output="unused", model=str(root / model),
         teacher=teacher and str(root / teacher),
@@ -124,7 +129,7 @@ def make_model(config: ModelConfig, folder: Path, seed: int) -> None:
 
 
 def make_dataset(folder: Path) -> None:
-    """Random tokens, in documents of several lengths."""
+    """Random tokens, in documents of several lengths, and a tokenizer of single characters."""
     folder.mkdir()
     builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
     generator = np.random.default_rng(0)
@@ -132,3 +137,6 @@ def make_dataset(folder: Path) -> None:
         builder.add_document(generator.integers(0, 160, length).tolist(), [length])
     builder.finalize(str(folder / "train.idx"))
     (folder / "data.json").write_text('{"vocab_size": 160}')
+    characters = Tokenizer(models.WordLevel({chr(code): code for code in (10, *range(32, 127))}, unk_token=" "))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=characters).save_pretrained(folder / "tokenizer")
