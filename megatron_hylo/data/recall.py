@@ -78,7 +78,7 @@ class RecallWindows:
         first = encoder.encode("\n", add_special_tokens=False)
         self._prefix = first.ids[0] if len(first) > 1 and first.tokens[0] == "▁" else None  # SentencePiece's, of any text
         tokens = {number: token for token, number in encoder.get_vocab(with_added_tokens=True).items()}
-        self._line_ends = np.array([tokens.get(i, "").endswith(("Ċ", "\n", "<0x0A>")) for i in range(max(tokens) + 1)])
+        self._line_ends = np.array([tokens.get(i, "").endswith(("Ċ", "\n", "<0x0A>")) for i in range(max(tokens) + 2)])
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """Tokens of window `index`: [sequence_length + 1] int64."""
@@ -88,7 +88,7 @@ class RecallWindows:
         """Window `index` of the source with its exercises."""
         base = self.source.window(index)
         generator = random.Random(f"recall {self.seed} {index}")
-        line_ends = np.flatnonzero(self._line_ends[base.tokens]) + 1
+        line_ends = np.flatnonzero(self._line_ends.take(base.tokens, mode="clip")) + 1
         exercises = Exercises(generator)
         pieces: list[_Piece] = []
         room = self.room

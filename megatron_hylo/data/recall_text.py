@@ -109,7 +109,9 @@ class Exercises:
     """
 
     def __init__(self, generator: random.Random) -> None:
-        self._random = generator.random  # the same in all versions of Python, which `choice` and `sample` are not promised to be
+        self._random = (
+            generator.random
+        )  # the same in all versions of Python, which `choice` and `sample` are not promised to be
         self._used: set[str] = set()
         self._makers: Mapping[RecallTask, Callable[[int], Exercise]] = {
             "key_value": self._key_value,
@@ -190,7 +192,9 @@ class Exercises:
         return found
 
     def _key(self) -> str:
-        return self._unused(lambda: f"{self._pick(QUALITIES)} {self._pick(THINGS)}{self._pick(('', ' of ' + self._pick(PEOPLE)))}")
+        return self._unused(
+            lambda: f"{self._pick(QUALITIES)} {self._pick(THINGS)}{self._pick(('', ' of ' + self._pick(PEOPLE)))}"
+        )
 
     def _name(self) -> str:
         return f"{self._pick(PEOPLE)}{self._between(1, 999)}"

@@ -23,7 +23,9 @@ def training_windows(config: TrainConfig) -> WindowSource:
         return make(sequence_length=config.sequence_length)
     tokenizer = load_transformers_tokenizer(f"{config.data}/tokenizer")
     if tokenizer is None:
-        raise ConfigError(f"{config.data}/tokenizer holds no tokenizer, which recall.share needs; make it with `hylo preprocess`")
+        raise ConfigError(
+            f"{config.data}/tokenizer holds no tokenizer, which recall.share needs; make it with `hylo preprocess`"
+        )
     return RecallWindows(
         lambda length: make(sequence_length=length),
         config.sequence_length,

@@ -126,7 +126,9 @@ class Objective:
             answers = model_head_loss(
                 student, hidden, batch["answer_labels"], chunk_tokens=c.loss_chunk_tokens, token_mask=mask, counts=tokens
             ).loss  # the mean over answers; `answer_weight` is of a token
-            loss = loss + (c.recall.answer_weight * counts[2] / counts[0 if head.kl is not None else 1]).to(loss.dtype) * answers
+            loss = (
+                loss + (c.recall.answer_weight * counts[2] / counts[0 if head.kl is not None else 1]).to(loss.dtype) * answers
+            )
         metrics = {"loss": loss, "kl": head.kl, "cross_entropy": head.cross_entropy, "answer_cross_entropy": answers}
         # Megatron-Core multiplies the loss by the context-parallel ranks, in place (hence the clone), and averages gradients
         # over them too, as over data-parallel ranks and micro-batches; `counts` is made for that
