@@ -105,7 +105,7 @@ def test_windows_are_functions_of_seed_and_number(source, tokenizer):
         assert other.window(i).tokens.tolist() == forward[i].tokens.tolist()
     for ranks, size in ((1, 3), (2, 1)):
         feeds = [batches(make(source, tokenizer), 0, size, rank, ranks) for rank in range(ranks)]
-        for first in range(0, 6, size * ranks):
+        for _ in range(0, 6, size * ranks):
             for feed in feeds:
                 batch = next(feed)
                 for row, number in enumerate(batch["windows"].tolist()):
