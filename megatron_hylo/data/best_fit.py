@@ -73,7 +73,6 @@ def pack_best_fit(lengths: np.ndarray, capacity: int, most_documents: int | None
 def _best_fit(lengths: np.ndarray, capacity: int, most: int) -> tuple[np.ndarray, np.ndarray]:
     """(the window of each document, the tokens in each window) for lengths in descending order, each at most `capacity`."""
     window = np.empty(len(lengths), np.int64)
-    filled: list[np.ndarray] = []
     edges = np.flatnonzero(np.diff(lengths, prepend=-1)) if len(lengths) else np.zeros(0, np.int64)
     rooms: list[int] = []  # ascending, those of which there are windows
     classes: dict[int, list[tuple[np.ndarray, int]]] = {}  # room -> windows, and how many documents each has

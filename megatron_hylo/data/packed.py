@@ -88,21 +88,41 @@ class PackedDataset:
         sequence_length: tokens a window predicts.
         seed: decides all orders.
         shuffle: documents and windows in a new order each epoch; otherwise in the dataset's order.
+        min_length, max_length: tokens of the documents that are used, both ends included; None: no longest.
+        store: the dataset where it is open already.
 
     Raises:
-        ConfigError: no dataset, or fewer tokens than a window.
+        ConfigError: no dataset, no document of those lengths, or fewer tokens than a window.
         DamagedError: the files contradict each other.
     """
 
-    def __init__(self, path_prefix: str | Path, sequence_length: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        path_prefix: str | Path,
+        sequence_length: int,
+        seed: int,
+        shuffle: bool = True,
+        min_length: int = 0,
+        max_length: int | None = None,
+        store: DocumentStore | None = None,
+    ) -> None:
         if sequence_length < 1 or seed < 0:
             raise ConfigError(f"sequence_length must be at least 1 and seed at least 0, got {sequence_length} and {seed}")
-        self.store = DocumentStore(path_prefix)
+        self.store = store or DocumentStore(path_prefix)
         self.sequence_length, self.seed, self.shuffle = sequence_length, seed, shuffle
-        self.windows_per_epoch = (self.store.tokens - 1) // sequence_length
+        lengths = self.store.lengths
+        used = (lengths >= min_length) & (lengths <= (lengths.max(initial=0) if max_length is None else max_length))
+        self.documents = np.flatnonzero(used)  # those that are used
+        if not len(self.documents) and len(lengths):
+            raise ConfigError(
+                f"no document of {path_prefix} has min_length {min_length:,} tokens; the longest has {lengths.max():,}: give a "
+                f"smaller min_length, or leave the part out"
+            )
+        self.tokens = int(lengths[used].sum())
+        self.windows_per_epoch = (self.tokens - 1) // sequence_length
         if self.windows_per_epoch < 1:
             raise ConfigError(
-                f"{path_prefix} has {self.store.tokens} tokens, a window of sequence_length {sequence_length} needs "
+                f"{path_prefix} has {self.tokens} tokens, a window of sequence_length {sequence_length} needs "
                 f"{sequence_length + 1}: give more text or a smaller sequence_length"
             )
         self._epochs: dict[int, _Epoch] = {}
@@ -122,13 +142,20 @@ class PackedDataset:
         """Window `index` with the places where documents begin."""
         return Window(np.concatenate([self.store.read(*piece) for piece in self.pieces(index)]), self.document_starts(index))
 
+    @property
+    def long_share(self) -> float:
+        """Part of the tokens that is of documents at least as long as a window."""
+        lengths = self.store.lengths[self.documents]
+        return float(lengths[lengths >= self.sequence_length].sum() / self.tokens)
+
     def describe(self, windows: int) -> str:
         """A sentence on what a run of so many windows, from the first on, trains on and leaves out."""
         rest = windows % self.windows_per_epoch
-        tail = self.store.tokens - (self.windows_per_epoch * self.sequence_length + 1)
+        tail = self.tokens - (self.windows_per_epoch * self.sequence_length + 1)
         left = self.windows_per_epoch - rest if rest else 0
         return (
-            f"{len(self.store.lengths):,} documents, {self.store.tokens:,} tokens; an epoch has {self.windows_per_epoch:,} "
+            f"{len(self.documents):,} documents, {self.tokens:,} tokens, {self.long_share:.1%} of them in documents as long "
+            f"as a window; an epoch has {self.windows_per_epoch:,} "
             f"windows of {self.sequence_length:,}, and leaves out {tail:,} tokens at its end that fill none; the run reads "
             f"{windows:,} windows, {windows / self.windows_per_epoch:.2f} epochs, and leaves out {left:,} windows of the last"
         )
@@ -166,7 +193,7 @@ class PackedDataset:
         if number not in self._epochs:
             if len(self._epochs) >= EPOCHS_KEPT:
                 del self._epochs[min(self._epochs)]
-            documents = self._order(len(self.store.lengths), number, DOCUMENT_ORDER)
+            documents = self.documents[self._order(len(self.documents), number, DOCUMENT_ORDER)]
             starts = np.concatenate([[0], np.cumsum(self.store.lengths[documents])])
             self._epochs[number] = _Epoch(documents, starts, self._order(self.windows_per_epoch, number, WINDOW_ORDER))
         return self._epochs[number]

@@ -97,6 +97,11 @@ class RecallWindows:
             pieces += self._place(texts, base, line_ends, generator, len(pieces))
         return _merge(base, pieces, self._filling(exercises, room))
 
+    @property
+    def long_share(self) -> float:
+        """The source's."""
+        return self.source.long_share
+
     def describe(self, windows: int) -> str:
         """The source's sentence, and the share of exercises."""
         return (

@@ -29,6 +29,10 @@ class WindowSource(Protocol):
     sequence_length: int
     windows_per_epoch: int
 
+    @property
+    def long_share(self) -> float:
+        """Part of the tokens that is of documents at least as long as a window."""
+
     def window(self, index: int) -> Window:
         """Window `index`, from 0 on."""
 

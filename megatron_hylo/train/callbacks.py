@@ -73,9 +73,9 @@ class Checkpoints(Callback):
         config, step = self.run.config, progress.step
         unfinished, skipping = step < config.train_steps, progress.skipped.in_a_row
         stopping = self.stop.agreed(self.run.device)
-        if unfinished and (stopping or (step % config.save_interval == 0 and not skipping)):
+        if unfinished and (stopping or (step % config.checkpoint.save_interval == 0 and not skipping)):
             self.saver.start(self.run.states, step, progress.consumed)
-        if stopping or not config.async_save:
+        if stopping or not config.checkpoint.async_save:
             self.saver.finish()
         self.saver.finish_if_written(self.run.device)
         if stopping and unfinished:
@@ -129,7 +129,7 @@ class Evaluation(Callback):
             self.reporter.record(step, {f"{prefix}heldout_{name}": value for name, value in quality.to_dict().items()})
             which = f"{prefix}model: " if len(states) > 1 else ""
             kl = f", KL {quality.kl:.3f}" if quality.kl is not None else ""
-            self.reporter.say(f"{which}held-out perplexity {quality.perplexity:.2f}{kl}")
+            self.reporter.say(f"step {step}: {which}held-out perplexity {quality.perplexity:.2f}{kl}")
         return measured
 
 

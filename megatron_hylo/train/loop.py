@@ -1,13 +1,14 @@
 """The training loop: check, set up, resume, step, save, stop well.
 
 Read `train` from top to bottom: it is the whole flow of a run, on one CPU process or on many GPUs. Callbacks (callbacks.py,
-reporting.py) do what happens around its steps.
+reporting.py, profiler.py) do what happens around its steps.
 """
 
 import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -28,9 +29,11 @@ from megatron_hylo.train.determinism import determinism
 from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.objectives import Batches, Objective
 from megatron_hylo.train.optimizer import TrainingState
-from megatron_hylo.train.reporting import Reporter
+from megatron_hylo.train.profiler import Profiler
+from megatron_hylo.train.reporting import Reporter, check_wandb
 from megatron_hylo.train.resume_check import Resume, check_resume
 from megatron_hylo.train.run_folder import check_run_folder
+from megatron_hylo.train.run_record import model_provenances, record_start
 from megatron_hylo.train.setup import Run, architectures, build_run, open_teacher_signal, params_dtype
 from megatron_hylo.train.startup_check import check_run_kernels
 from megatron_hylo.train.token_check import check_run_tokens, check_teacher_tokens, remote_description
@@ -61,6 +64,7 @@ def train(config: TrainConfig) -> Quality | None:
         output_lock(folder),
     ):
         check_run_folder(config, folder)
+        check_wandb(config)
         if "fp8" in (config.linear_precision, config.teacher_precision):
             check_fp8(config.backend)  # before the run folder keeps the setting
         resume = check_resume(config, folder)
@@ -81,8 +85,10 @@ def train(config: TrainConfig) -> Quality | None:
         if newest is not None:
             progress.step, progress.consumed = load_checkpoint(run.states, newest)
         resume.record(progress.step)
+        record_start(config, folder, device, progress.step)
+        provenances = model_provenances(config, resume.inputs)
         with contextlib.ExitStack() as closing:
-            callbacks, evaluation = _callbacks(run, folder, windows, progress, closing)
+            callbacks, evaluation = _callbacks(run, folder, windows, progress, provenances, closing)
             batches = run.batches(progress.consumed)
             closing.callback(batches.close)
             _train(run, batches, progress, callbacks)
@@ -100,15 +106,15 @@ def _checked_teacher_signal(config: TrainConfig, resume: Resume) -> TeacherSigna
 
 
 def _callbacks(
-    run: Run, folder: Path, windows: torch.Tensor, progress: Progress, closing: contextlib.ExitStack
+    run: Run,
+    folder: Path,
+    windows: torch.Tensor,
+    progress: Progress,
+    provenances: list[dict[str, Any]],
+    closing: contextlib.ExitStack,
 ) -> tuple[list[Callback], Evaluation]:
     """Make the callbacks of a run in the order in which they act, each closed by `closing`; the evaluation also by itself."""
     config, step = run.config, progress.step
-    provenances = [
-        {"stage": config.stage, "model": model, "teacher": config.teacher or config.teacher_store or config.teacher_address,
-         "train_steps": config.train_steps}
-        for model in (config.model or config.scratch, config.second_model)[: len(run.states)]
-    ]  # fmt: skip
     tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
     reporter = Reporter(config, folder, run.device, run.flops_per_token, step)
     closing.callback(reporter.close)
@@ -117,11 +123,13 @@ def _callbacks(
     reporter.say(f"{config.data}: {run.dataset.describe(config.train_steps * config.global_batch_size)}")
     if run.device.type == "cuda":
         reporter.predict(run.predict_memory())
-    checkpoints = Checkpoints(run, CheckpointSaver(folder, provenances, tokenizer, config.keep_checkpoints), step)
+    checkpoints = Checkpoints(run, CheckpointSaver(folder, provenances, tokenizer, config.checkpoint.keep), step)
     closing.callback(checkpoints.close)
     evaluation = Evaluation(run, windows, reporter, folder)
+    profiler = Profiler(config.profile, folder)
+    closing.callback(profiler.close)
     export = Export(run, folder, provenances, tokenizer if tokenizer.is_dir() else None)
-    return [reporter, checkpoints, evaluation, export], evaluation
+    return [profiler, reporter, checkpoints, evaluation, export], evaluation
 
 
 def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[Callback]) -> None:
