@@ -6,7 +6,9 @@ from typing import Literal
 
 from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, recomputed_layers
 from megatron_hylo.config.paths import expand_home
+from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.renamed import RENAMED
+from megatron_hylo.config.text import TextSettings
 from megatron_hylo.config.train_settings import (
     AlignSettings,
     CheckpointSettings,
@@ -42,6 +44,9 @@ class TrainConfig:
         teacher_store: distil: learn from a `hylo cache-teacher` folder; `teacher` then only evaluates.
         teacher_address: distil: learn from `hylo serve-teacher` at HOST:PORT; `teacher` then only evaluates.
         sequence_length: tokens a sample.
+        recall: facts and questions inserted in the training text; a fact and its question share a window, and with
+            packed_documents a document.
+        text: what the training windows are made of.
         packed_documents: block attention, convolutions and recurrent states across documents of a window; otherwise they are
             separated by their end token only.
         global_batch_size: samples a step, over all ranks.
@@ -89,6 +94,8 @@ class TrainConfig:
     teacher_address: str | None = None
     # amount of work
     sequence_length: int = 2048
+    recall: RecallSettings = field(default_factory=RecallSettings)
+    text: TextSettings = field(default_factory=TextSettings)
     packed_documents: bool = False
     global_batch_size: int = 32
     micro_batch_size: int = 1
@@ -157,6 +164,16 @@ class TrainConfig:
             raise ConfigError(
                 "cuda_graphs cannot capture recompute, packed_documents or pipeline stages; set cuda_graphs false, or leave "
                 "those out"
+            )
+        if self.teacher_store and self.text != TextSettings():
+            raise ConfigError(
+                f"teacher_store {self.teacher_store} is of the documents of data, end to end; leave text as it is"
+            )
+        if self.recall.share and (self.teacher_store or self.cuda_graphs):
+            raise ConfigError(
+                f"recall.share {self.recall.share} makes text that a teacher_store does not know, and losses whose shapes "
+                f"cuda_graphs cannot capture; got teacher_store {self.teacher_store} and cuda_graphs {self.cuda_graphs}: leave "
+                f"these out, or set recall.share 0"
             )
         parallel, parts = self.parallel, self.parallel.context_parallel_size
         if parallel.sequence_parallel:

@@ -15,7 +15,8 @@ from megatron.core import parallel_state
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.config.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.data.packed import PackedDataset
+from megatron_hylo.data.training_windows import training_windows
+from megatron_hylo.data.windows import WindowSource
 from megatron_hylo.models.checkpoint import load_chunks, read_description
 from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
@@ -57,7 +58,7 @@ class Run:
     teacher_signal: TeacherSignal | None
     objective: Objective
     states: list[TrainingState]
-    dataset: PackedDataset | None
+    dataset: WindowSource | None
     micro_batches: int
 
     def batches(self, consumed_samples: int = 0) -> Generator[dict[str, Any], None, None]:
@@ -114,7 +115,7 @@ def build_run(
         ConfigError: ranks do not share the batch evenly, the text is too short, or a student does not fit its teacher.
     """
     micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
-    dataset = open_dataset(config) if config.data != NO_PATH else None
+    dataset = training_windows(config) if config.data != NO_PATH else None
     signal = open_teacher_signal(config) if teacher_signal is None else teacher_signal
     students, teacher = models or build_models(config)
     objective = get_objective(config, teacher, signal)
@@ -149,11 +150,6 @@ def build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[HyloM
         chunks = _load_chunks(config.teacher, fp8=config.teacher_fp8, **shared)
         teacher = freeze(chunks, config.teacher_offload)
     return [[chunk.train() for chunk in student] for student in students], teacher
-
-
-def open_dataset(config: TrainConfig) -> PackedDataset:
-    """Open the training windows of a run."""
-    return PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
 
 
 def open_teacher_signal(config: TrainConfig) -> TeacherSignal | None:

@@ -52,7 +52,7 @@ TEACHER = tiny_config("*-*-*-*-", add_qkv_bias=True)
 ODD_TEACHER = TEACHER.replace(vocab_size=161, num_attention_heads=8, num_query_groups=4)
 HEADS = ["stored", "packed_stored", "reverse"]  # what the head loss reads; few parallelisms will do
 PACKED = [stage for stage in STAGES if stage.startswith("packed") and stage not in HEADS]
-WHOLE = [stage for stage in STAGES if stage not in (*PACKED, *HEADS, "top_k")]
+WHOLE = [stage for stage in STAGES if stage not in (*PACKED, *HEADS, "top_k", "recall")]
 CASES = [
     *(
         (model, stage, parallelism)
@@ -70,6 +70,7 @@ CASES = [
     ),
     *(("normed", stage, "tp2_sp_cp2") for stage in HEADS),
     ("mixed", "top_k", "tp2"),
+    ("mixed", "recall", "cp2_gather"),
     *(("normed", stage, parallelism) for parallelism in ("cp2_gather", "cp2_a2a") for stage in PACKED),
     *(("aligned", stage, parallelism) for parallelism in ("cp2_gather", "cp2_a2a") for stage in ("pretrain", "packed")),
     *(("wide", stage, parallelism) for parallelism in ("tp2_sp_cp2_a2a", "cp4_a2a") for stage in ("pretrain", "packed")),
