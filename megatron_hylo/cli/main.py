@@ -12,8 +12,9 @@ from megatron_hylo.cli.console import console, set_up_logging, track
 from megatron_hylo.cli.doctor import doctor
 from megatron_hylo.cli.parser import build_parser, command
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
-from megatron_hylo.config import ConfigError
+from megatron_hylo.config import ConfigError, TeacherWindow
 from megatron_hylo.config.paths import expand_home
+from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.config.train import TrainConfig
 
 EXIT_ERROR, EXIT_STOPPED = 2, 3
@@ -182,7 +183,14 @@ def generate(
     )
 
 
-def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_length: int = 2048, windows: int = 32) -> None:
+def evaluate(
+    model: Path,
+    data: Path,
+    teacher: Path | None = None,
+    sequence_length: int = 2048,
+    windows: int = 32,
+    teacher_window: TeacherWindow = OWN_WINDOW,
+) -> None:
     """Held-out perplexity of a model and, with a teacher, KL to it and top-1 agreement.
 
     Args:
@@ -191,11 +199,13 @@ def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_leng
         teacher: model folder to compare with.
         sequence_length: tokens a window.
         windows: windows at most.
+        teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
     """
     from megatron_hylo.data.packed import heldout_windows
     from megatron_hylo.data.tokenizer import check_dataset, check_ids
     from megatron_hylo.eval.perplexity import evaluate as evaluate_model
     from megatron_hylo.models.checkpoint import load_model, read_description
+    from megatron_hylo.models.frozen import freeze
     from megatron_hylo.platform.distributed import session
 
     with session():
@@ -203,7 +213,13 @@ def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_leng
         for folder in filter(None, (model, teacher)):
             check_ids(batch, read_description(folder)[0].vocab_size, data, folder)
             check_dataset(data, folder)
-        quality = evaluate_model(load_model(model), batch, load_model(teacher) if teacher else None)
+        compared = None
+        if teacher is not None:
+            architecture = read_description(teacher)[0]
+            teacher_window.check(architecture, sequence_length, f"teacher {teacher}")
+            window = teacher_window.window(architecture, sequence_length)
+            compared = freeze([load_model(teacher, **teacher_window.changes())], window=window)
+        quality = evaluate_model(load_model(model), batch, compared)
     print(_json(quality.to_dict()))
 
 

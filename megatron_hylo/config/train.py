@@ -4,7 +4,7 @@ import difflib
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, recomputed_layers
+from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, TeacherWindow, recomputed_layers
 from megatron_hylo.config.paths import expand_home
 
 PREFIXES = ("", "second_")  # of a run's students: RUN/model and RUN/second_model, loss and second_loss
@@ -70,7 +70,10 @@ class TrainConfig:
         teacher_precision: the student's, or fp8 for a teacher's linear maps; held-out KL is to that teacher too.
         teacher_offload: a teacher's weights rest in the CPU's memory and come to the GPU layer by layer: for long sequences,
             where copies take less time than computing.
-        mla_rope_scaling: stretch MLA's rotary frequencies for longer sequences.
+        teacher_window: how a teacher reads sequences longer than its window.
+        rope_scaling: how the student's attention and MLA layers turn from this run on (YaRN for longer sequences; nope: no
+            rotation; none: unscaled), kept with the model; null: as they do.
+        rotary_base: their theta from this run on; null: as it is.
         kl_direction: distil: KL(teacher || student), or KL(student || teacher).
         kl_temperature: distil: divides the logits of both, and the KL counts its square.
         kl_top_k: distil: the teacher's k most likely tokens one by one, all others as one class; null: all one by one.
@@ -125,7 +128,9 @@ class TrainConfig:
     linear_precision: Literal["same", "fp8"] = "same"
     teacher_precision: Literal["same", "fp8"] = "same"
     teacher_offload: bool = False
-    mla_rope_scaling: RopeScaling | None = None
+    teacher_window: TeacherWindow = field(default_factory=TeacherWindow)
+    rope_scaling: RopeScaling | None = None
+    rotary_base: float | None = None
     kl_direction: Literal["forward", "reverse"] = "forward"
     kl_temperature: float = 1.0
     kl_top_k: int | None = None
@@ -189,6 +194,16 @@ class TrainConfig:
             )
         if self.stage == "pretrain" and bool(self.model) == bool(self.scratch):
             raise ConfigError("stage pretrain needs either model (a folder to continue from) or scratch (a layout to make)")
+        if self.teacher_window.mode != "none" and (self.stage == "pretrain" or self.teacher_address):
+            raise ConfigError(
+                "teacher_window is for a teacher that this run loads, or a store of one; give it to `hylo serve-teacher` where "
+                "the teacher is at an address"
+            )
+        if self.teacher_window.mode == "windows" and self.stage == "align":
+            raise ConfigError(
+                "stage align learns the hidden states of every layer, which teacher_window.mode windows has of the last alone; "
+                "use mode rope or shorter sequences"
+            )
         if self.stage == "pretrain" and self.teacher:
             raise ConfigError("stage pretrain learns from text alone; leave teacher out, or use stage distil")
         if self.precision == "bf16" and not self.optimizer.use_distributed_optimizer:
@@ -235,7 +250,9 @@ class TrainConfig:
 
     def _check_allowed_changes(self) -> None:
         known = {f.name for f in fields(self)} | {f"optimizer.{f.name}" for f in fields(OptimizerSettings)}
-        known |= {f"mla_rope_scaling.{f.name}" for f in fields(RopeScaling)}
+        known |= {f"rope_scaling.{f.name}" for f in fields(RopeScaling)} | {
+            f"teacher_window.{f.name}" for f in fields(TeacherWindow)
+        }
         for key in sorted(self.allowed_changes - known):
             near = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, cutoff=0.5)
             meant = f"did you mean {' or '.join(sorted(near))}? " if near else ""

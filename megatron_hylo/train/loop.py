@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.config.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
+from megatron_hylo.config.teacher_window import rope_changes
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
 from megatron_hylo.eval.perplexity import Quality, evaluate
@@ -47,6 +48,7 @@ from megatron_hylo.train.resume_check import check_resume
 from megatron_hylo.train.run_folder import check_run_folder
 from megatron_hylo.train.stages import Stage, get_stage
 from megatron_hylo.train.startup_check import check_run_kernels
+from megatron_hylo.train.teacher_check import check_signal_window, check_teacher_window
 from megatron_hylo.train.token_check import check_run_tokens, check_teacher_tokens, remote_description
 
 logger = logging.getLogger("megatron_hylo.train")
@@ -91,12 +93,14 @@ def train(config: TrainConfig) -> Quality | None:
         micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
         check_run_kernels(_architectures(config), _dtype(config), device, config.parallel.context_parallel_size > 1)
         check_run_tokens(config, _architectures(config)[0].vocab_size)
+        check_teacher_window(config)
         dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
         windows = _heldout(config)
         teacher_signal = open_teacher_signal(config)
         if teacher_signal is not None:
             about = remote_description(teacher_signal) if isinstance(teacher_signal, RemoteTeacher) else None
             check_teacher_tokens(config, teacher_signal.config.hylo.vocab_size, about)
+            check_signal_window(config, teacher_signal, about)
             resume.check_remote((about or {}).get("identity"))
         students, teacher = _build_models(config)
         stage = get_stage(config, teacher, teacher_signal)
@@ -256,7 +260,7 @@ def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[Hylo
     layers = pipeline_layers(architecture, config.parallel.stages, config.parallel.pipeline_layers)
     shared = dict(parallel=replace(config.parallel, pipeline_layers=layers), params_dtype=dtype, backend=config.backend)
     how = dict(recompute=config.recompute, fp8=config.student_fp8)
-    changes = {"mla_rope_scaling": config.mla_rope_scaling} if config.mla_rope_scaling else {}
+    changes = rope_changes(config.rope_scaling, config.rotary_base)
     # what is saved says the longest sequence it was trained with
     trained = [max(c.max_position_embeddings, config.sequence_length) for c in _architectures(config)]
     if config.model:
@@ -269,8 +273,11 @@ def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[Hylo
         students = [build_chunks(architecture.replace(**changes, max_position_embeddings=trained[0]), **how, **shared)]
     teacher = None
     if config.teacher:
-        chunks = _load_chunks(config.teacher, fp8=config.teacher_fp8, **shared)
-        teacher = freeze(chunks, config.teacher_offload)
+        window = config.teacher_window.window(read_description(config.teacher)[0], config.sequence_length)
+        if window is not None:  # each rank reads windows of its own
+            shared["parallel"] = replace(shared["parallel"], context_parallel_size=1)
+        chunks = _load_chunks(config.teacher, fp8=config.teacher_fp8, **shared, **config.teacher_window.changes())
+        teacher = freeze(chunks, config.teacher_offload, window)
     return [[chunk.train() for chunk in student] for student in students], teacher
 
 

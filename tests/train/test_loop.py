@@ -66,7 +66,7 @@ def test_pretraining_from_scratch_uses_another_models_shape(settings, material):
 @pytest.mark.parametrize("length, said", [(144, 144), (16, 128)])
 def test_what_is_saved_and_exported_says_the_longest_sequence_it_was_trained_with(settings, material, length, said, tmp_path):
     yarn = RopeScaling("yarn", factor=4.5, original_max_position_embeddings=32)
-    config = settings("distil", 2, sequence_length=length, train_tokens=2 * 4 * length, save_interval=1, mla_rope_scaling=yarn)
+    config = settings("distil", 2, sequence_length=length, train_tokens=2 * 4 * length, save_interval=1, rope_scaling=yarn)
     train(config)
     run = Path(config.output)
     for folder in (run / "model", checkpoint_path(run, 1)):
