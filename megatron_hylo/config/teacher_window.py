@@ -104,8 +104,8 @@ def check_reach(reach: int | None, sequence_length: int, name: str, mode: str = 
             f"factor, or use teacher_window.mode windows"
         )
     raise ConfigError(
-        f"sequence_length {sequence_length} is more than the window of {reach} tokens that {name} was trained for; beyond it, it "
-        f"predicts noise: {WAYS}"
+        f"sequence_length {sequence_length} is more than the window of {reach} tokens that {name} was trained for, beyond "
+        f"which it predicts noise: {WAYS}"
     )
 
 

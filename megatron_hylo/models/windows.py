@@ -47,6 +47,11 @@ def windows_of(length: int, window: int) -> list[Window]:
     return found
 
 
+def repeats(length: int, window: int) -> float:
+    """Tokens read in windows for each token of a sequence."""
+    return len(windows_of(length, window)) * min(window, length) / length
+
+
 @dataclass(frozen=True)
 class Stitching:
     """Where the tokens of a micro-batch are in the windows that are read of it.

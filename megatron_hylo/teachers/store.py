@@ -103,6 +103,7 @@ def write_store(
     """
     check_free(output, overwrite, [teacher, data])
     ways, architecture = teacher_window or OWN_WINDOW, read_description(teacher)[0]
+    check_dataset(data, teacher, architecture.vocab_size)
     ways.check(architecture, sequence_length, f"teacher {teacher}")
     if (window := ways.window(architecture, sequence_length)) is not None:
         if overlap is not None:
@@ -114,7 +115,6 @@ def write_store(
     if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
         raise ConfigError("cache-teacher works with tensor and data parallelism alone; set the other sizes to 1")
     documents = DocumentStore(f"{data}/train")
-    check_dataset(data, teacher, architecture.vocab_size)
     model = load_model(teacher, parallel, params_dtype=precision, **ways.changes()).eval()
     description = {
         "version": VERSION, "teacher": content_identity(teacher), "dataset": dataset_identity(data), "tokens": documents.tokens,

@@ -24,8 +24,9 @@ from megatron_hylo.io import output_lock, read_json, write_json
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.models.checkpoint import load_chunks, read_description, save_model
 from megatron_hylo.models.fp8 import check_fp8
-from megatron_hylo.models.frozen import freeze
+from megatron_hylo.models.frozen import FrozenModel, freeze
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
+from megatron_hylo.models.windows import repeats
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.plan.memory import predict_memory
 from megatron_hylo.platform.distributed import is_main, is_timeout, session
@@ -254,7 +255,7 @@ def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return metrics
 
 
-def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[HyloModel] | None]:
+def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], FrozenModel | None]:
     """(the students, the teacher), each this rank's chunks of it; the teacher's layers are where the student's are."""
     architecture, dtype = _architectures(config)[0], _dtype(config)
     layers = pipeline_layers(architecture, config.parallel.stages, config.parallel.pipeline_layers)
@@ -355,16 +356,19 @@ def _read_quality(run: Path) -> Quality | None:
     return Quality(**read_json(file)) if file.is_file() else None
 
 
-def _flops_per_token(
-    config: TrainConfig, students: Sequence[Sequence[HyloModel]], teacher: Sequence[HyloModel] | None
-) -> float:
+def _flops_per_token(config: TrainConfig, students: Sequence[Sequence[HyloModel]], teacher: FrozenModel | None) -> float:
     head = config.stage != "align"
     shapes = [chunks[0].config.hylo for chunks in students]
     flops = sum(3 * forward_flops_per_token(c, config.sequence_length, head) for c in shapes)
     if config.stage == "align" and config.align_loss == "mse":  # runs no MLP of a student
         flops -= sum(3 * 6 * c.num_hidden_layers * c.hidden_size * c.ffn_hidden_size for c in shapes)
     online = teacher is not None and config.teacher_store is None and config.teacher_address is None
-    return flops + (forward_flops_per_token(teacher[0].config.hylo, config.sequence_length, head) if online else 0.0)
+    if not online:
+        return flops
+    shape, length = teacher[0].config.hylo, config.sequence_length
+    if teacher.window is None:
+        return flops + forward_flops_per_token(shape, length, head)
+    return flops + repeats(length, teacher.window) * forward_flops_per_token(shape, teacher.window, head)
 
 
 def _describe(config: TrainConfig, students: Sequence[Sequence[HyloModel]]) -> str:

@@ -42,6 +42,6 @@ def check_signal_window(config: TrainConfig, teacher_signal: TeacherSignal, abou
         theirs, ours = teacher_signal.store.description.get("teacher_window"), asdict(config.teacher_window)
         if theirs != ours:
             raise ConfigError(
-                f"{config.teacher_store} was made with teacher_window {theirs or 'none'}, the run says {ours}; give the run what "
-                f"the store was made with, or cache the teacher again"
+                f"{config.teacher_store} was made with teacher_window {theirs or 'none'}, the run says {ours}; give it "
+                f"what the store was made with, or cache the teacher again"
             )

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_hylo.config import ModelConfig, ParallelConfig
+from megatron_hylo.config import ModelConfig, ParallelConfig, TeacherWindow
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
@@ -24,6 +24,10 @@ STAGES = {
     "top_k": dict(stage="distil", ce_weight=0.3, kl_top_k=50),  # with few the KL is near its rounding errors
     "stored": dict(stage="distil", ce_weight=0.3, teacher_store="store"),
     "packed_stored": dict(stage="distil", ce_weight=0.3, teacher_store="store", packed_documents=True),
+    "windows": dict(stage="distil", ce_weight=0.3, teacher_window=TeacherWindow("windows", length=10)),
+    "packed_windows": dict(
+        stage="distil", ce_weight=0.3, teacher_window=TeacherWindow("windows", length=10), packed_documents=True
+    ),
     "packed_mse": dict(stage="align", align_loss="mse", packed_documents=True),
     "mse_pairs": dict(stage="align", align_loss="mse", micro_batch_size=2),
     "packed_mse_pairs": dict(stage="align", align_loss="mse", micro_batch_size=2, packed_documents=True),

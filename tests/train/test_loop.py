@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from megatron_hylo.cli.main import EXIT_STOPPED, main
-from megatron_hylo.config import ConfigError, RopeScaling
+from megatron_hylo.config import ConfigError, RopeScaling, TeacherWindow
 from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
@@ -66,7 +66,8 @@ def test_pretraining_from_scratch_uses_another_models_shape(settings, material):
 @pytest.mark.parametrize("length, said", [(144, 144), (16, 128)])
 def test_what_is_saved_and_exported_says_the_longest_sequence_it_was_trained_with(settings, material, length, said, tmp_path):
     yarn = RopeScaling("yarn", factor=4.5, original_max_position_embeddings=32)
-    config = settings("distil", 2, sequence_length=length, train_tokens=2 * 4 * length, save_interval=1, rope_scaling=yarn)
+    config = settings("distil", 2, sequence_length=length, train_tokens=2 * 4 * length, save_interval=1, rope_scaling=yarn,
+                      teacher_window=TeacherWindow("windows"))  # fmt: skip
     train(config)
     run = Path(config.output)
     for folder in (run / "model", checkpoint_path(run, 1)):
