@@ -101,18 +101,19 @@ def stitch_windows(
         rows, places, at_a_time = _plain(length, window, multiple, own.start, own.stop, len(ids), where)
         return ids[:, rows].flatten(0, 1), None, Stitching(places, at_a_time)
     edges = [*documents.starts.tolist(), documents.length]
-    tokens, places, starts = [], [], [0]
+    read: list[Tensor] = []  # of each window, its tokens in the sequence
+    taken: list[Tensor] = []  # and, of those that are taken from it, their numbers among all that are read
+    starts = [0]
     for start, stop in zip(edges, edges[1:]):
         for begin, first, end in _needed(start, stop, window, own.start, own.stop):
-            places.append(torch.arange(max(first, own.start), min(end, own.stop)) - begin + starts[-1])
-            tokens.append(torch.arange(begin, end))
+            taken.append(torch.arange(max(first, own.start), min(end, own.stop)) - begin + starts[-1])
+            read.append(torch.arange(begin, end))
             starts.append(starts[-1] + end - begin)
     if padding := -starts[-1] % multiple:
-        tokens.append(torch.zeros(padding, dtype=torch.int64))  # a document of its own, which nobody reads
+        read.append(torch.zeros(padding, dtype=torch.int64))  # a document of its own, from which nothing is taken
         starts.append(starts[-1] + padding)
     packed = PackedDocuments(torch.tensor(starts[:-1], device=where), starts[-1], slice(0, starts[-1]))
-    stitching = Stitching(torch.cat(places).unsqueeze(0).to(where), 1)
-    return ids[:, torch.cat(tokens).to(where)], packed, stitching
+    return ids[:, torch.cat(read).to(where)], packed, Stitching(torch.cat(taken).unsqueeze(0).to(where), 1)
 
 
 @lru_cache(maxsize=16)

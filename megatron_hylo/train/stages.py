@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.distill.alignment import AlignmentLoss, align_layers, check_alignable
 from megatron_hylo.distill.head_loss import check_vocabularies, mean_counts, model_head_loss
-from megatron_hylo.models.frozen import as_frozen
+from megatron_hylo.models.frozen import FrozenModel, as_frozen
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.pipeline import apart, rank_shape, through_stages, together
 from megatron_hylo.teachers.signal import TeacherSignal
@@ -95,7 +95,7 @@ class Stage:
     def _loss(
         self,
         student: HyloModel,
-        teacher: HyloModel | TeacherSignal | None,
+        teacher: FrozenModel | TeacherSignal | None,
         labels: Tensor,
         teacher_hidden: Tensor | None,
         counts: Tensor,
