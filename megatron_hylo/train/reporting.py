@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.plan.flops import peak_flops
 from megatron_hylo.plan.memory import GIB, Memory
 from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.train.callback import Callback, Progress
 
 logger = logging.getLogger("megatron_hylo.train")
 
@@ -28,7 +31,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class Reporter:
+class Reporter(Callback):
     """Shows and records metrics on the main rank; silent on the others."""
 
     def __init__(self, config: TrainConfig, run: Path, device: torch.device, flops_per_token: float, start_step: int) -> None:
@@ -36,6 +39,7 @@ class Reporter:
         self.tokens_per_step = config.global_batch_size * config.sequence_length
         self.writer = self.wandb = self.progress = self.memory = None
         self.last = (time.perf_counter(), start_step)
+        self.stepped = False
         if not is_main():
             return
         run.mkdir(parents=True, exist_ok=True)
@@ -48,7 +52,7 @@ class Reporter:
             self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
         if config.wandb != "disabled":
             self.wandb = _start_wandb(config, run)
-        self.progress = Progress(
+        self.progress = ProgressBar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"), refresh_per_second=2,
         )  # fmt: skip
@@ -68,8 +72,17 @@ class Reporter:
                 there / GIB,
             )
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """After every step: moves the bar; every `log_interval` steps (and the first and last) records."""
+    def after_step(self, progress: Progress) -> None:
+        """Move the bar; every `log_interval` steps (and the first and last) record; say so where a step was skipped."""
+        if not self.stepped:
+            self.stepped = True
+            logger.info("operations: %s", in_use())
+        self._step(progress.step, progress.metrics)
+        skipped = progress.skipped
+        if skipped.in_a_row:
+            self.say(f"step {progress.step} skipped: NaN or infinity in loss or gradients ({skipped.total} such steps)")
+
+    def _step(self, step: int, metrics: dict[str, float]) -> None:
         if self.progress is None:
             return
         self.progress.update(self.task, completed=step)

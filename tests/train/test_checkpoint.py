@@ -111,7 +111,7 @@ def test_a_checkpoint_written_during_later_steps_holds_its_own(one_rank, setting
     with monkeypatch.context() as patched:
         patched.setattr(dist_checkpointing, "save", late)
         config = settings(steps=4, output=tmp_path / "late", save_interval=2, log_interval=1, optimizer=optimizer)
-        patched.setattr("megatron_hylo.train.loop.save_model", lambda *_, **__: None)  # is written the same way
+        patched.setattr("megatron_hylo.train.callbacks.save_model", lambda *_, **__: None)  # is written the same way
         train(config)
     prompt, written_late = (tmp_path / name / "checkpoints" / "step_00000002" for name in ("prompt", "late"))
     names = [sorted(str(file.relative_to(folder)) for file in folder.rglob("*")) for folder in (prompt, written_late)]

@@ -7,12 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.models.checkpoint import load_model
-from megatron_hylo.train.data_loader import rank_batches
-from megatron_hylo.train.loop import _build_models
-from megatron_hylo.train.optimizer import build_training_state
-from megatron_hylo.train.stages import get_stage
+from megatron_hylo.train.setup import build_run
 from tests.conftest import gradients
 from tests.train.runs import relative_difference
 
@@ -23,10 +19,9 @@ def test_unequal_numbers_of_labels_make_the_loss_of_plain_torch_on_the_global_ba
     """Four packed micro-batches; cross-entropy is a mean over all their labels, the KL over all their tokens."""
     weight = 0.3 if stage == "distil" else 0.0
     config = settings(stage, packed_documents=True, micro_batch_size=1, sequence_length=96, ce_weight=weight)
-    (chunks,), teacher = _build_models(config)
-    state = build_training_state(chunks, config)
-    data = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
-    batches = list(itertools.islice(rank_batches(config, data, 0, one_rank), 4))
+    run = build_run(config, one_rank)
+    (chunks,), (state,) = run.students, run.states
+    batches = list(itertools.islice(run.batches(), 4))
     batches[2]["labels"][:, 5:60] = -100
     if labels == "none":
         for batch in batches:
@@ -35,7 +30,7 @@ def test_unequal_numbers_of_labels_make_the_loss_of_plain_torch_on_the_global_ba
     assert len(set(counts)) > 1 or labels == "none"
     for wrapper in state.wrapped:
         wrapper.zero_grad_buffer()
-    metrics = get_stage(config, teacher).forward_backward([state], iter(batches), 4)
+    metrics = run.objective.forward_backward(run.states, iter(batches), run.micro_batches)
     mine = {name: p.main_grad.clone() for name, p in chunks[0].named_parameters()}
 
     models = [load_model(path).train() for path in (config.model, config.teacher) if path]
@@ -73,9 +68,7 @@ def test_a_temperature_top_k_and_direction_leave_the_cross_entropy_alone(setting
     found = []
     for change in changes:
         config = replace(settings(stage, packed_documents=True, micro_batch_size=1, sequence_length=96), **change)
-        (chunks,), teacher = _build_models(config)
-        state = build_training_state(chunks, config)
-        data = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
-        metrics = get_stage(config, teacher).forward_backward([state], rank_batches(config, data, 0, one_rank), 4)
+        run = build_run(config, one_rank)
+        metrics = run.objective.forward_backward(run.states, run.batches(), run.micro_batches)
         found.append(float(metrics["cross_entropy"]))
     assert found == pytest.approx(found[:1] * len(found), rel=1e-6)

@@ -20,8 +20,8 @@ from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train import loop
 from megatron_hylo.train.checkpoint import checkpoint_path
 from megatron_hylo.train.loop import train, training_step
+from megatron_hylo.train.objectives import get_objective
 from megatron_hylo.train.optimizer import build_training_state
-from megatron_hylo.train.stages import get_stage
 from tests.train.runs import metrics, start_train, weights
 
 
@@ -147,9 +147,9 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(settings, monkeyp
     """As if its learning rate were zero: the weights after it are those before it, and training goes on."""
     spoilt, seen = [], []
 
-    def spoiling_stage(*arguments):
-        stage = get_stage(*arguments)
-        right = stage.forward_backward
+    def spoiling_objective(*arguments):
+        objective = get_objective(*arguments)
+        right = objective.forward_backward
 
         def forward_backward(states, feed, micro_batches):
             found = right(states, feed, micro_batches)
@@ -158,10 +158,10 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(settings, monkeyp
                 list(states[0].chunks[0].parameters())[-1].main_grad.view(-1)[3] = float("inf")
             return found
 
-        stage.forward_backward = forward_backward
-        return stage
+        objective.forward_backward = forward_backward
+        return objective
 
-    monkeypatch.setattr("megatron_hylo.train.loop.get_stage", spoiling_stage)
+    monkeypatch.setattr("megatron_hylo.train.setup.get_objective", spoiling_objective)
     spoilt += [2, 3]
     config = settings(steps=5, save_interval=2)
     quality = train(config)

@@ -17,10 +17,8 @@ from megatron_hylo.distill.head_loss import model_head_loss
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.frozen import freeze
 from megatron_hylo.teachers.store import StoredTeacher, TeacherStore, write_store
-from megatron_hylo.train.data_loader import rank_batches
-from megatron_hylo.train.loop import _build_models, train
-from megatron_hylo.train.optimizer import build_training_state, choose_trainable
-from megatron_hylo.train.stages import get_stage
+from megatron_hylo.train.loop import train
+from megatron_hylo.train.setup import build_run
 from tests.conftest import tiny_config, tiny_hf_model
 from tests.models.test_windows import by_hand
 from tests.train.runs import metrics, relative_difference
@@ -70,17 +68,15 @@ def test_stretched_positions_match_transformers(way, llama):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_loss_and_gradients_are_those_of_windows_read_by_hand(packed, settings):
+def test_loss_and_gradients_are_those_of_windows_read_by_hand(packed, settings, one_rank):
     config = settings(
         sequence_length=40, packed_documents=packed, ce_weight=0.3, teacher_window=TeacherWindow("windows", length=12),
         global_batch_size=2,
     )  # fmt: skip
-    (student,), teacher = _build_models(config)
-    choose_trainable(student, config)
-    state = build_training_state(student, config)
-    dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
-    (batch,) = itertools.islice(rank_batches(config, dataset, 0, next(student[0].parameters()).device), 1)
-    found = get_stage(config, teacher).forward_backward([state], iter([batch]), 1)
+    run = build_run(config, one_rank)
+    (student,), (state,) = run.students, run.states
+    (batch,) = itertools.islice(run.batches(), 1)
+    found = run.objective.forward_backward([state], iter([batch]), 1)
     gradients = {name: p.main_grad.clone() for name, p in student[0].named_parameters()}
 
     own = load_model(config.teacher).requires_grad_(False).eval()

@@ -1,8 +1,8 @@
-"""The three stages: what one step's forward and backward passes are. The loop around them is the same.
+"""Training objectives: the forward and backward passes of one step, by training stage. The loop around them is the same.
 
-`pretrain` and `distil` run under Megatron-Core's schedules (pipeline stages, gradient accumulation). With a teacher its
-hidden states travel beside the student's from stage to stage, so that no rank needs all of it. `align` has no backward
-pass across stages, its gradients are made layer by layer (distill/alignment.py).
+`pretrain` and `distil` run under Megatron-Core's schedules (pipeline stages, gradient accumulation). A teacher's hidden states
+travel beside the student's from pipeline stage to pipeline stage, so that no rank needs all of it. `align` has no backward
+pass across pipeline stages: its gradients are made layer by layer (distill/alignment.py).
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from megatron_hylo.train.optimizer import TrainingState
 Batches = Iterator[dict[str, Any]]
 
 
-class Stage:
-    """One step's losses and gradients."""
+class Objective:
+    """Losses and gradients of one step of `pretrain` or `distil`."""
 
     def __init__(
         self, config: TrainConfig, teacher: Sequence[HyloModel] | None, teacher_signal: TeacherSignal | None = None
@@ -44,7 +44,7 @@ class Stage:
             check_vocabularies(student, teacher)
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
-        """Gradients of `micro_batches` batches, reduced over all ranks; returns this rank's share of the metrics.
+        """Make the gradients of `micro_batches` batches, reduced over all ranks; returns this rank's share of the metrics.
 
         Args:
             states: the students; one, but for `align`.
@@ -56,7 +56,7 @@ class Stage:
         """
         (state,) = states
         run, packed = get_forward_backward_func(), self.config.packed_documents
-        # the teacher's hidden states make what stages hand on wider than Megatron-Core expects; so it asks for shapes
+        # with the teacher's hidden states, pipeline stages send wider tensors than Megatron-Core expects; so it asks for shapes
         state.config.variable_seq_lengths = self.teacher is not None and self.config.parallel.stages > 1
         taken = list(itertools.islice(batches, micro_batches))
         ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -124,16 +124,16 @@ class Stage:
         }
 
 
-class Align(Stage):
-    """Stage 1: one student or two, layer by layer against one pass of the teacher."""
+class AlignObjective(Objective):
+    """Losses and gradients of one step of `align`: one or two students, layer by layer, against one pass of the teacher."""
 
     def check(self, student: HyloModel) -> None:
-        """Layers must pair."""
+        """Refuse a student whose layers do not pair with the teacher's."""
         super().check(student)
         check_alignable(student, self.teacher[0])
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
-        """Gradients layer by layer; reduced once, after the last micro-batch."""
+        """As `Objective.forward_backward`; gradients are reduced once, after the last micro-batch."""
         losses = []
         for i in range(micro_batches):
             with contextlib.ExitStack() as not_yet:
@@ -150,7 +150,7 @@ class Align(Stage):
     def _align(
         self, states: Sequence[TrainingState], batch: dict[str, Any], gradient_scale: float
     ) -> list[list[AlignmentLoss]]:
-        """One micro-batch through all stages: for each student the losses of this rank's chunks."""
+        """Run one micro-batch through all pipeline stages; returns, for each student, the losses of this rank's chunks."""
         c, ids, found = self.config, batch["input_ids"], []
 
         def run(index: int, received: Tensor | None) -> Tensor:
@@ -167,7 +167,7 @@ class Align(Stage):
         return list(zip(*found))
 
     def _metrics(self, losses: Sequence[Sequence[AlignmentLoss]]) -> dict[str, Tensor]:
-        """Sums over layers, of all stages; means over micro-batches, whose chunks' losses are given."""
+        """Sum over the layers of all pipeline stages and average over micro-batches, whose chunks' losses are given."""
         terms = sum(loss.layers.sum(dim=0) for chunks in losses for loss in chunks) / len(losses)
         total = sum(loss.loss for chunks in losses for loss in chunks) / len(losses)
         groups = [parallel_state.get_pipeline_model_parallel_group()] if self.config.parallel.stages > 1 else []
@@ -181,12 +181,14 @@ class Align(Stage):
         return {"loss": total, "hidden_term": terms[0], "mixer_term": terms[1]}
 
 
-def get_stage(config: TrainConfig, teacher: Sequence[HyloModel] | None, teacher_signal: TeacherSignal | None = None) -> Stage:
-    """The stage that a configuration names.
+def get_objective(
+    config: TrainConfig, teacher: Sequence[HyloModel] | None, teacher_signal: TeacherSignal | None = None
+) -> Objective:
+    """Return the objective of a configuration's training stage.
 
     Args:
         config: the run.
         teacher: this rank's chunks of a teacher on the student's ranks.
         teacher_signal: a teacher on disk or on other ranks.
     """
-    return (Align if config.stage == "align" else Stage)(config, teacher, teacher_signal)
+    return (AlignObjective if config.stage == "align" else Objective)(config, teacher, teacher_signal)
