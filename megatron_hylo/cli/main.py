@@ -14,6 +14,7 @@ from megatron_hylo.cli.parser import build_parser, command
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
 from megatron_hylo.config import ConfigError, TeacherWindow
 from megatron_hylo.config.paths import expand_home
+from megatron_hylo.config.renamed import refuse_renamed
 from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.config.train import TrainConfig
 
@@ -284,7 +285,11 @@ def main(command_line: list[str] | None = None) -> None:
     set_up_logging()
     parser = build_parser(VERBS)
     try:
+        refuse_renamed(sys.argv[1:] if command_line is None else command_line)
         parsed = parser.parse_args(command_line)
+    except ConfigError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(EXIT_ERROR)
     except UnicodeDecodeError as error:
         console.print(f"[bold red]error:[/] the recipe (--config) is not UTF-8: {error}; save it so", highlight=False)
         sys.exit(EXIT_ERROR)

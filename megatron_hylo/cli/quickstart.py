@@ -21,7 +21,7 @@ from megatron_hylo.calibrate.gather import calibrate
 from megatron_hylo.cli.quickstart_report import plot_quickstart
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import get_layout, kv_bytes_per_token, kv_percent
-from megatron_hylo.config.train import OptimizerSettings, TrainConfig
+from megatron_hylo.config.train import AlignSettings, CheckpointSettings, LoggingSettings, OptimizerSettings, TrainConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
@@ -297,7 +297,7 @@ def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: P
         micro_batch_size=budget.micro_batch_size,
         train_tokens=tokens,
         trainable="mixers" if align else "all",
-        align_loss=budget.align_loss,
+        align=AlignSettings(loss=budget.align_loss),
         precision=budget.precision,
         cuda_graphs=budget.cuda_graphs,
         optimizer=OptimizerSettings(
@@ -307,9 +307,8 @@ def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: P
             min_lr_ratio=0.05,
         ),
         eval_windows=budget.eval_windows,
-        save_interval=max(1, tokens // (batch * budget.sequence_length) // 4),
-        log_interval=5,
-        keep_checkpoints=1,
+        checkpoint=CheckpointSettings(save_interval=max(1, tokens // (batch * budget.sequence_length) // 4), keep=1),
+        logging=LoggingSettings(log_interval=5),
     )
 
 

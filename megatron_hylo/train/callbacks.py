@@ -73,9 +73,9 @@ class Checkpoints(Callback):
         config, step = self.run.config, progress.step
         unfinished, skipping = step < config.train_steps, progress.skipped.in_a_row
         stopping = self.stop.agreed(self.run.device)
-        if unfinished and (stopping or (step % config.save_interval == 0 and not skipping)):
+        if unfinished and (stopping or (step % config.checkpoint.save_interval == 0 and not skipping)):
             self.saver.start(self.run.states, step, progress.consumed)
-        if stopping or not config.async_save:
+        if stopping or not config.checkpoint.async_save:
             self.saver.finish()
         self.saver.finish_if_written(self.run.device)
         if stopping and unfinished:

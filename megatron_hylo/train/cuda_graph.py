@@ -29,8 +29,8 @@ def capturing(enabled: bool, device: torch.device) -> Iterator[None]:
     """Run all of training on a stream that can be captured: autograd returns to the stream that a parameter was first used on.
 
     Args:
-        enabled: else nothing is changed.
-        device: of this rank.
+        enabled: whether anything is changed.
+        device: device of this rank.
 
     Raises:
         ConfigError: no GPU.

@@ -1,4 +1,4 @@
-"""The same run twice, bit for bit, on the same kind and number of GPUs.
+"""Deterministic runs: bit-identical on the same kind and number of GPUs.
 
 On a CPU runs are so anyway. On GPUs three things are not: cuDNN's attention (FlashAttention's has a deterministic backward
 pass), cuBLAS on more than one stream without a workspace of its own, and kernels whose configuration is found by timing them.
@@ -19,14 +19,14 @@ ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTI
 
 @contextlib.contextmanager
 def determinism(enabled: bool) -> Iterator[None]:
-    """Everything in the `with` block; to be entered before anything runs on a GPU. What it puts into the environment stays:
-    libraries read it once.
+    """Make the `with` block deterministic; to be entered before anything runs on a GPU. Environment variables that it sets stay,
+    since libraries read them once.
 
     Args:
-        enabled: else nothing is changed.
+        enabled: whether anything is changed.
 
     Raises:
-        ConfigError: the environment demands that kernels be timed anew.
+        ConfigError: an environment variable asks for something else, such as timing kernels anew.
     """
     if not enabled:
         yield

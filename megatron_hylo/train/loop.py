@@ -1,7 +1,7 @@
 """The training loop: check, set up, resume, step, save, stop well.
 
 Read `train` from top to bottom: it is the whole flow of a run, on one CPU process or on many GPUs. Callbacks (callbacks.py,
-reporting.py) do what happens around its steps.
+reporting.py, profiler.py) do what happens around its steps.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from megatron_hylo.train.determinism import determinism
 from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.objectives import Batches, Objective
 from megatron_hylo.train.optimizer import TrainingState
+from megatron_hylo.train.profiler import Profiler
 from megatron_hylo.train.reporting import Reporter
 from megatron_hylo.train.resume_check import Resume, check_resume
 from megatron_hylo.train.run_folder import check_run_folder
@@ -120,11 +121,13 @@ def _callbacks(
     reporter.say(f"{config.data}: {run.dataset.describe(config.train_steps * config.global_batch_size)}")
     if run.device.type == "cuda":
         reporter.predict(run.predict_memory())
-    checkpoints = Checkpoints(run, CheckpointSaver(folder, provenances, tokenizer, config.keep_checkpoints), step)
+    checkpoints = Checkpoints(run, CheckpointSaver(folder, provenances, tokenizer, config.checkpoint.keep), step)
     closing.callback(checkpoints.close)
     evaluation = Evaluation(run, windows, reporter, folder)
+    profiler = Profiler(config.profile, folder)
+    closing.callback(profiler.close)
     export = Export(run, folder, provenances, tokenizer if tokenizer.is_dir() else None)
-    return [reporter, checkpoints, evaluation, export], evaluation
+    return [profiler, reporter, checkpoints, evaluation, export], evaluation
 
 
 def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[Callback]) -> None:

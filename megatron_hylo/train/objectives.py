@@ -108,12 +108,8 @@ class Objective:
             labels,
             teacher,
             teacher_hidden,
-            kl_weight=1.0,
-            ce_weight=c.ce_weight,
+            c.distil,
             chunk_tokens=c.loss_chunk_tokens,
-            kl_direction=c.kl_direction,
-            kl_temperature=c.kl_temperature,
-            kl_top_k=c.kl_top_k,
             counts=counts,
         )
         metrics = {"loss": head.loss, "kl": head.kl, "cross_entropy": head.cross_entropy}
@@ -155,13 +151,13 @@ class AlignObjective(Objective):
 
         def run(index: int, received: Tensor | None) -> Tensor:
             losses, handed_on = align_layers(
-                [state.chunks[index] for state in states], self.teacher[index], ids, c.align_loss, c.hidden_weight,
-                c.mixer_weight, gradient_scale, batch.get("documents"), received, c.micro_batch_size,
+                [state.chunks[index] for state in states], self.teacher[index], ids, c.align.loss, c.align.hidden_weight,
+                c.align.mixer_weight, gradient_scale, batch.get("documents"), received, c.micro_batch_size,
             )  # fmt: skip
             found.append(losses)
             return handed_on
 
-        config, streams = self.teacher[0].config, 1 + len(states) if c.align_loss == "sequential" else 1
+        config, streams = self.teacher[0].config, 1 + len(states) if c.align.loss == "sequential" else 1
         shape = rank_shape(ids.shape[1], len(ids), streams * config.hidden_size, config.sequence_parallel)
         through_stages(run, len(self.teacher), shape, config.pipeline_dtype, ids.device)
         return list(zip(*found))
@@ -176,7 +172,7 @@ class AlignObjective(Objective):
         for group in groups:
             for tensor in (terms, total):
                 torch.distributed.all_reduce(tensor, group=group)
-        if self.config.align_loss != "ild":
+        if self.config.align.loss != "ild":
             return {"loss": total, "loss_per_layer": total / self.teacher[0].config.hylo.num_hidden_layers}
         return {"loss": total, "hidden_term": terms[0], "mixer_term": terms[1]}
 

@@ -1,4 +1,4 @@
-"""What a run shows and records: a progress bar with ETA, metrics.jsonl, TensorBoard, wandb on request."""
+"""Reporting of a run: progress bar with ETA, metrics.jsonl, TensorBoard, wandb on request."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger("megatron_hylo.train")
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far: allocated on the GPU, or resident of the process, in GiB."""
+    """Return the peak memory so far in GiB: allocated on the GPU, or resident of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
@@ -46,11 +46,11 @@ class Reporter(Callback):
         self.peak, source = peak_flops(device)
         logger.info("peak of one %s for MFU: %.3g FLOP/s (%s)", device.type, self.peak, source)
         self.metrics_file = _open_metrics(run / "metrics.jsonl", start_step)
-        if config.tensorboard:
+        if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
-        if config.wandb != "disabled":
+        if config.logging.wandb != "disabled":
             self.wandb = _start_wandb(config, run)
         self.progress = ProgressBar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -86,7 +86,7 @@ class Reporter(Callback):
         if self.progress is None:
             return
         self.progress.update(self.task, completed=step)
-        if step % self.config.log_interval and step not in (1, self.config.train_steps):
+        if step % self.config.logging.log_interval and step not in (1, self.config.train_steps):
             return
         now, (then, previous) = time.perf_counter(), self.last
         self.last = (now, step)
@@ -114,7 +114,7 @@ class Reporter(Callback):
             self.wandb.log(metrics, step=step)
 
     def say(self, message: str) -> None:
-        """A line above the progress bar."""
+        """Print a line above the progress bar."""
         if self.progress is not None:
             self.progress.console.print(message)
 
@@ -133,7 +133,7 @@ class Reporter(Callback):
 
 
 def _open_metrics(file: Path, start_step: int) -> TextIO:
-    """For appending, without the steps after the checkpoint that a killed run went on from: they are done again."""
+    """Open metrics.jsonl for appending, without the steps after the checkpoint that a run resumes from: they are done again."""
     if file.is_file():
         beside = file.with_name(f".{file.name}.partial")  # so that a kill now does not lose what was recorded
         lines = file.read_text(errors="replace").splitlines(True)
@@ -143,7 +143,7 @@ def _open_metrics(file: Path, start_step: int) -> TextIO:
 
 
 def _is_before(line: str, step: int) -> bool:
-    """Whether a line of metrics.jsonl is whole and of a step up to `step`; what a crash left of one is not."""
+    """Return whether a line of metrics.jsonl is whole and of a step up to `step`."""
     try:
         return line.endswith("\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
@@ -155,7 +155,9 @@ def _start_wandb(config: TrainConfig, run: Path) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError("wandb is asked for but not installed; pip install wandb, or set wandb to disabled") from error
+        raise ConfigError("wandb is asked for but not installed; pip install wandb, or set logging.wandb disabled") from error
     from dataclasses import asdict
 
-    return wandb.init(project=config.wandb_project, dir=str(run), mode=config.wandb, config=asdict(config), resume="allow")
+    return wandb.init(
+        project=config.logging.wandb_project, dir=str(run), mode=config.logging.wandb, config=asdict(config), resume="allow"
+    )

@@ -74,7 +74,7 @@ class Run:
         config, head = self.config, self.config.stage != "align"
         shapes = [chunks[0].config.hylo for chunks in self.students]
         flops = sum(3 * forward_flops_per_token(c, config.sequence_length, head) for c in shapes)
-        if config.stage == "align" and config.align_loss == "mse":  # runs no MLP of a student
+        if config.stage == "align" and config.align.loss == "mse":  # runs no MLP of a student
             flops -= sum(3 * 6 * c.num_hidden_layers * c.hidden_size * c.ffn_hidden_size for c in shapes)
         if self.teacher is None or self.teacher_signal is not None:
             return flops

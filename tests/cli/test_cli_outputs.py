@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import shutil
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,8 @@ NOT_PATHS = {"address", "layout", "pattern", "init", "prompt"}  # parameters of 
 def test_every_parameter_that_is_text_is_known_to_be_no_path():
     text = {p.name for v in VERBS for p in inspect.signature(v).parameters.values() if p.annotation in (str, str | None)}
     assert text == NOT_PATHS
-    settings = {f.name for f in TrainConfig.__dataclass_fields__.values() if f.type in (str, str | None)}
+    groups = [TrainConfig, *(f.type for f in fields(TrainConfig) if is_dataclass(f.type))]
+    settings = {f.name for group in groups for f in fields(group) if f.type in (str, str | None)}
     assert settings - set(PATHS) == {"teacher_address", "wandb_project"}
 
 
@@ -141,7 +143,7 @@ def test_a_tilde_is_the_home_folder_on_the_command_line_and_in_recipes(one_rank,
         recipe = tmp_path / "home" / "recipe.yaml"
         recipe.write_text(
             "{stage: pretrain, data: ~/data, model: ~/model, precision: fp32, sequence_length: 16, global_batch_size: 1, "
-            "train_tokens: 32, save_interval: 1, eval_windows: 1, tensorboard: false}"
+            "train_tokens: 32, eval_windows: 1, checkpoint: {save_interval: 1}, logging: {tensorboard: false}}"
         )
         code, text = run(capsys, "train", "--config=~/recipe.yaml", "--output=~/run")
         assert code == 0, text

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hylo.config.train import KLSettings
 from megatron_hylo.distill import head_loss
 from megatron_hylo.distill.plain_head_softmax import plain_head_softmax
 from megatron_hylo.kernels.head_softmax import head_softmax
@@ -59,9 +60,12 @@ def masked_errors(reverse: bool, group: dist.ProcessGroup | None) -> list[float]
             inputs[name] = inputs[name].detach()[first : first + share].requires_grad_(name == "weight")
     with patch.object(head_loss, "unsupported", lambda _: None):  # in the interpreter there is none
         result = head_loss.linear_head_loss(
-            **inputs, kl_weight=WEIGHTS[0], ce_weight=WEIGHTS[1], chunk_tokens=2, group=group, kl_direction=direction,
-            kl_temperature=2.0, token_mask=mask,
-        )  # fmt: skip
+            **inputs,
+            chunk_tokens=2,
+            group=group,
+            token_mask=mask,
+            settings=KLSettings(kl_weight=WEIGHTS[0], ce_weight=WEIGHTS[1], kl_direction=direction, kl_temperature=2.0),
+        )
     assert in_use()["head_softmax"] == "triton"
     result.loss.backward()
     if group is not None:

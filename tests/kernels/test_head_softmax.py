@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_hylo.config.train import KLSettings
 from megatron_hylo.distill.head_loss import linear_head_loss
 from megatron_hylo.kernels.registry import in_use, override
 from tests.distill.test_head_loss import make_inputs, reference
@@ -66,9 +67,11 @@ def test_head_loss_with_triton_equals_float64_torch(masked, direction, temperatu
     on_gpu = {name: value.detach().cuda().requires_grad_(value.requires_grad) for name, value in inputs.items()}
     with override("head_softmax", "triton"):
         result = linear_head_loss(
-            **on_gpu, kl_weight=0.7, ce_weight=0.4, chunk_tokens=128, kl_direction=direction, kl_temperature=temperature,
+            **on_gpu,
+            chunk_tokens=128,
             token_mask=mask.cuda() if masked else None,
-        )  # fmt: skip
+            settings=KLSettings(kl_weight=0.7, ce_weight=0.4, kl_direction=direction, kl_temperature=temperature),
+        )
     assert in_use()["head_softmax"] == "triton"
     assert relative_error(result.loss.cpu(), truth["loss"]) < (1e-5 if dtype == torch.float32 else 1e-4)
     names = ("hidden", "weight")

@@ -7,30 +7,30 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_hylo.config import ModelConfig, ParallelConfig, TeacherWindow
+from megatron_hylo.config import ModelConfig, ParallelConfig, from_dict
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 
 STAGES = {
     "pretrain": dict(stage="pretrain"),
-    "distil": dict(stage="distil", ce_weight=0.3),
-    "mse": dict(stage="align", align_loss="mse"),
-    "ild": dict(stage="align", align_loss="ild"),
-    "sequential": dict(stage="align", align_loss="sequential"),
+    "distil": dict(stage="distil", distil=dict(ce_weight=0.3)),
+    "mse": dict(stage="align", align=dict(loss="mse")),
+    "ild": dict(stage="align", align=dict(loss="ild")),
+    "sequential": dict(stage="align", align=dict(loss="sequential")),
     "packed": dict(stage="pretrain", packed_documents=True),
-    "packed_distil": dict(stage="distil", ce_weight=0.3, packed_documents=True),
-    "reverse": dict(stage="distil", ce_weight=0.3, kl_direction="reverse", kl_temperature=2.0),
-    "top_k": dict(stage="distil", ce_weight=0.3, kl_top_k=50),  # with few the KL is near its rounding errors
-    "stored": dict(stage="distil", ce_weight=0.3, teacher_store="store"),
-    "packed_stored": dict(stage="distil", ce_weight=0.3, teacher_store="store", packed_documents=True),
-    "windows": dict(stage="distil", ce_weight=0.3, teacher_window=TeacherWindow("windows", length=10)),
+    "packed_distil": dict(stage="distil", packed_documents=True, distil=dict(ce_weight=0.3)),
+    "reverse": dict(stage="distil", distil=dict(ce_weight=0.3, kl_direction="reverse", kl_temperature=2.0)),
+    "top_k": dict(stage="distil", distil=dict(ce_weight=0.3, kl_top_k=50)),  # with few the KL is near its rounding errors
+    "stored": dict(stage="distil", teacher_store="store", distil=dict(ce_weight=0.3)),
+    "packed_stored": dict(stage="distil", teacher_store="store", packed_documents=True, distil=dict(ce_weight=0.3)),
+    "windows": dict(stage="distil", teacher_window=dict(mode="windows", length=10), distil=dict(ce_weight=0.3)),
     "packed_windows": dict(
-        stage="distil", ce_weight=0.3, teacher_window=TeacherWindow("windows", length=10), packed_documents=True
+        stage="distil", teacher_window=dict(mode="windows", length=10), packed_documents=True, distil=dict(ce_weight=0.3)
     ),
-    "packed_mse": dict(stage="align", align_loss="mse", packed_documents=True),
-    "mse_pairs": dict(stage="align", align_loss="mse", micro_batch_size=2),
-    "packed_mse_pairs": dict(stage="align", align_loss="mse", micro_batch_size=2, packed_documents=True),
+    "packed_mse": dict(stage="align", packed_documents=True, align=dict(loss="mse")),
+    "mse_pairs": dict(stage="align", micro_batch_size=2, align=dict(loss="mse")),
+    "packed_mse_pairs": dict(stage="align", micro_batch_size=2, packed_documents=True, align=dict(loss="mse")),
 }
 # name: (ranks, parallel groups, distributed optimizer)
 LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
@@ -93,7 +93,7 @@ def case_config(
     teacher = None if settings["stage"] == "pretrain" else f"{kind}teacher"
     if "teacher_store" in settings:
         settings["teacher_store"], teacher = str(root / f"{kind}{settings['teacher_store']}"), None
-    return TrainConfig(
+    fields = dict(
         data=str(root / "data"), output="unused", model=str(root / model),
         teacher=teacher and str(root / teacher),
         sequence_length=sequence_length, global_batch_size=4, train_tokens=4 * sequence_length * 10, precision=precision,
@@ -104,6 +104,7 @@ def case_config(
             adam_eps=1e-3,  # above rounding errors: the first steps of Adam are signs of gradients otherwise
         ),
     )  # fmt: skip
+    return from_dict(TrainConfig, fields, stage)
 
 
 def make_model(config: ModelConfig, folder: Path, seed: int) -> None:

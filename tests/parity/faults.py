@@ -220,7 +220,7 @@ def _padding_in_the_soft_max() -> contextlib.AbstractContextManager:
     from megatron_hylo.distill import head_loss
 
     right = head_loss.linear_head_loss
-    return _replaced(head_loss, "linear_head_loss", lambda *arguments: right(*arguments[:-1]))
+    return _replaced(head_loss, "linear_head_loss", lambda *given, vocabulary, **options: right(*given, **options))
 
 
 # name: (fault, model, stage, layout of the case that it must fail)

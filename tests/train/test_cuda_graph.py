@@ -50,7 +50,16 @@ def test_recorded_steps_equal_others(settings, tmp_path, monkeypatch, stage, ali
             shutil.rmtree(output / "model")  # step 6 is the newest that is left
         monkeypatch.setattr(cuda_graph, "WARM_UP", warm_up)
         states.clear()
-        train(settings(stage, steps=12, output=output, align_loss=align_loss, cuda_graphs=graphs, save_interval=6))
+        train(
+            settings(
+                stage,
+                steps=12,
+                output=output,
+                cuda_graphs=graphs,
+                align=dict(loss=align_loss),
+                checkpoint=dict(save_interval=6),
+            )
+        )
         for group in states[0].optimizer.param_groups:
             assert isinstance(group["lr"], torch.Tensor) == states[0].capturable  # which the update reads
             assert float(group["lr"]) == pytest.approx(states[0].scheduler.get_lr(group), rel=1e-6)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_hylo.config.train import KLSettings
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.train.setup import build_run
 from tests.conftest import gradients
@@ -18,7 +19,7 @@ from tests.train.runs import relative_difference
 def test_unequal_numbers_of_labels_make_the_loss_of_plain_torch_on_the_global_batch(settings, one_rank, stage, labels):
     """Four packed micro-batches; cross-entropy is a mean over all their labels, the KL over all their tokens."""
     weight = 0.3 if stage == "distil" else 0.0
-    config = settings(stage, packed_documents=True, micro_batch_size=1, sequence_length=96, ce_weight=weight)
+    config = settings(stage, packed_documents=True, micro_batch_size=1, sequence_length=96, distil=dict(ce_weight=weight))
     run = build_run(config, one_rank)
     (chunks,), (state,) = run.students, run.states
     batches = list(itertools.islice(run.batches(), 4))
@@ -64,7 +65,10 @@ def test_a_temperature_top_k_and_direction_leave_the_cross_entropy_alone(setting
     if stage == "pretrain":
         changes: list[dict] = [{}, {"loss_chunk_tokens": 5}]
     else:
-        changes = [{}, {"kl_temperature": 2.0}, {"kl_top_k": 7}, {"kl_direction": "reverse"}]
+        changes = [
+            {},
+            *({"distil": KLSettings(**one)} for one in ({"kl_temperature": 2.0}, {"kl_top_k": 7}, {"kl_direction": "reverse"})),
+        ]
     found = []
     for change in changes:
         config = replace(settings(stage, packed_documents=True, micro_batch_size=1, sequence_length=96), **change)

@@ -58,9 +58,8 @@ def test_a_pair_equals_two_runs_bit_for_bit_with_clipping(settings, students, tm
 
     def run(name: str, **models) -> Path:
         config = settings(
-            "align", steps=5, output=tmp_path / name, eval_interval=2, optimizer=optimizer, align_loss=loss,
-            precision=precision, **models,
-        )  # fmt: skip
+            "align", steps=5, output=tmp_path / name, eval_interval=2, optimizer=optimizer,
+            precision=precision, **models, align=dict(loss=loss))  # fmt: skip
         quality = train(config)
         assert quality == train(config)  # finished: read, not repeated
         return tmp_path / name
@@ -106,9 +105,8 @@ def test_a_pair_on_two_ranks_equals_two_runs_there_and_resumes_on_one(settings, 
         # adam_eps above rounding errors: Adam's first steps are signs of gradients otherwise
         optimizer = OptimizerSettings(lr=2e-3, mixer_lr=4e-3, weight_decay=0.1, warmup_ratio=0, adam_eps=1e-3)
         return settings(
-            "align", steps=4, output=tmp_path / name, micro_batch_size=1, save_interval=2, optimizer=optimizer,
-            parallel=ParallelConfig(**groups), **models,
-        )  # fmt: skip
+            "align", steps=4, output=tmp_path / name, micro_batch_size=1, optimizer=optimizer,
+            parallel=ParallelConfig(**groups), **models, checkpoint=dict(save_interval=2))  # fmt: skip
 
     both = dict(model=students[0], second_model=students[1])
     jobs = []

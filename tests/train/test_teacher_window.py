@@ -10,7 +10,7 @@ import transformers
 
 from megatron_hylo.cli.main import evaluate
 from megatron_hylo.config import ConfigError, ModelConfig, RopeScaling, TeacherWindow
-from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.config.train import KLSettings, TrainConfig
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.distill.head_loss import model_head_loss
@@ -70,8 +70,8 @@ def test_stretched_positions_match_transformers(way, llama):
 @pytest.mark.parametrize("packed", [False, True])
 def test_loss_and_gradients_are_those_of_windows_read_by_hand(packed, settings, one_rank):
     config = settings(
-        sequence_length=40, packed_documents=packed, ce_weight=0.3, teacher_window=TeacherWindow("windows", length=12),
-        global_batch_size=2,
+        sequence_length=40, packed_documents=packed, distil=dict(ce_weight=0.3), global_batch_size=2,
+        teacher_window=TeacherWindow("windows", length=12),
     )  # fmt: skip
     run = build_run(config, one_rank)
     (student,), (state,) = run.students, run.states
@@ -85,7 +85,7 @@ def test_loss_and_gradients_are_those_of_windows_read_by_hand(packed, settings, 
     hidden = torch.cat([by_hand(own, ids[:, a:b], 12) for a, b in zip(edges, edges[1:])])
     for wrapper in state.wrapped:
         wrapper.zero_grad_buffer()
-    loss = model_head_loss(student[0], student[0](ids, documents), batch["labels"], own, hidden, ce_weight=0.3)
+    loss = model_head_loss(student[0], student[0](ids, documents), batch["labels"], own, hidden, KLSettings(ce_weight=0.3))
     loss.loss.backward()
     expected = {name: p.main_grad for name, p in student[0].named_parameters()}
     assert found["loss"].item() == pytest.approx(loss.loss.item(), rel=1e-6)
