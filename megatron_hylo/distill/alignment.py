@@ -21,12 +21,12 @@ teacher, and aligning a hybrid is aligning the pure-MLA and the pure-linear mode
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.fp8_utils import get_fp8_context
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.models.hylo_model import HyloModel
@@ -55,12 +55,12 @@ def check_alignable(student: HyloModel, teacher: HyloModel) -> None:
             )
 
 
-def mixer_output(layer: nn.Module, hidden: Tensor, packed: Packed = None) -> Tensor:
+def mixer_output(layer: Any, hidden: Tensor, packed: Packed = None) -> Tensor:
     """Compute a mixer layer's output before the residual: [sequence, batch, hidden] -> [sequence, batch, hidden]."""
     return layer.self_attention(layer.input_layernorm(hidden)[0], attention_mask=None, packed_seq_params=packed)[0]
 
 
-def mlp_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
+def mlp_layer(layer: Any, hidden: Tensor) -> Tensor:
     """Compute the residual stream after an MLP layer: [sequence, batch, hidden] -> [sequence, batch, hidden]."""
     return hidden + layer.mlp(layer.pre_mlp_layernorm(hidden)[0])[0]
 

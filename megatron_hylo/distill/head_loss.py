@@ -79,6 +79,7 @@ def model_head_loss(
     full = _full_tokens(hidden, student.config.sequence_parallel, group)
     teacher_full = None
     if teacher is not None:
+        assert teacher_hidden is not None, "a teacher comes with its hidden states"
         vocabulary = min(vocabulary, teacher.config.hylo.vocab_size)
         with torch.no_grad():
             teacher_full = _full_tokens(teacher_hidden, teacher.config.sequence_parallel, group).flatten(0, 1)
@@ -112,7 +113,8 @@ def mean_counts(labels: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
     Returns:
         float64 [2]: tokens, labels.
     """
-    total = sum((x >= 0).sum() for x in labels).double()
+    found: Any = sum((x >= 0).sum() for x in labels)
+    total = found.double()
     total = torch.stack([torch.full_like(total, sum(x.numel() for x in labels)), total])
     dist.all_reduce(total, group=group)
     return total / (len(labels) * group.size())
@@ -240,7 +242,8 @@ def linear_head_loss(
     settings = replace(settings, kl_weight=kl_weight, ce_weight=ce_weight, kl_top_k=top_k)
     if token_mask is not None:
         kept = token_mask.bool()
-        hidden, labels, teacher_hidden = (x if x is None else x[kept] for x in (hidden, labels, teacher_hidden))
+        hidden = hidden[kept]
+        labels, teacher_hidden = (x if x is None else x[kept] for x in (labels, teacher_hidden))
     if counts is None:
         counts = torch.full((2,), len(hidden), dtype=torch.float64, device=hidden.device)
         if labels is not None:
@@ -296,11 +299,11 @@ class _LinearHeadLoss(torch.autograd.Function):
             teacher_logits = _logits(teacher_hidden[chunk], teacher_weight, compute) if teacher_weight is not None else None
             own_labels = labels[chunk] if labels is not None else None
             if fused:
-                *found, grad = head_softmax(
+                kl, cross_entropy, grad = head_softmax(
                     logits, teacher_logits, own_labels, first, scales, reverse, temperature, group,
                     weight.dtype if wants_grad else None,
                 )  # fmt: skip
-                sums[:2] += torch.stack(found)
+                sums[:2] += torch.stack([kl, cross_entropy])
             else:
                 found, grad = plain_head_softmax(
                     logits.to(compute), teacher_logits, own_labels, first, (kl_weight, ce_share), reverse, temperature, group,
@@ -309,11 +312,13 @@ class _LinearHeadLoss(torch.autograd.Function):
                 sums += found
                 grad = grad if grad is None else grad.div_(divisor).to(weight.dtype)
             del logits, teacher_logits
-            if wants_hidden:
+            if grad is None:
+                continue
+            if grad_hidden is not None:
                 grad_hidden[chunk] = grad @ weight
-            if wants_weight:
+            if grad_weight is not None:
                 _add_product(grad_weight[:rows], grad.t(), hidden[chunk])
-        ctx.grads = grad_hidden, grad_weight.to(dtype) if wants_weight else None
+        ctx.grads = grad_hidden, grad_weight.to(dtype) if grad_weight is not None else None
         loss = (kl_weight * sums[0] + ce_share * sums[1]) / divisor
         ctx.mark_non_differentiable(sums)
         return loss, sums

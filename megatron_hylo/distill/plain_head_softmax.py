@@ -22,13 +22,13 @@ def plain_head_softmax(
     reverse: bool, temperature: float, group: dist.ProcessGroup | None, wants_grad: bool, measure_agreement: bool,
     top_k: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Compute (sums over tokens of KL, cross-entropy and agreement, [3]; their weighted gradient): the oracle of `head_softmax`.
+    """Compute (sums of KL, cross-entropy and agreement over tokens, [3]; their weighted gradient): oracle of `head_softmax`.
 
     Args:
         logits: the student's, [n, V / TP], fp32 or wider; may be used up.
         teacher_logits: [n, V / TP] or None.
-        labels, first, weights, reverse, temperature, group, wants_grad, measure_agreement: as in `linear_head_loss`; `first` is the
-            number of this rank's first row.
+        labels, first, weights, reverse, temperature, group, wants_grad, measure_agreement: as in head_loss.py; `first`
+            is the number of this rank's first row.
         top_k: smaller than the vocabulary, or None.
     """
     kl_weight, ce_weight = weights
@@ -128,7 +128,7 @@ def top_k_mask(values: Tensor, k: int, group: dist.ProcessGroup | None) -> Tenso
     return torch.zeros_like(values, dtype=torch.bool).scatter_(1, index, chosen)
 
 
-def _all_reduce(value: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+def _all_reduce(value: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     if group is not None and group.size() > 1:
         dist.all_reduce(value, op=op, group=group)
     return value

@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_hylo.distill.head_loss import model_head_loss
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.frozen import as_frozen
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import sequence_shard
@@ -17,7 +18,7 @@ from megatron_hylo.parallel.pipeline import share_last_stages
 
 @dataclass
 class Quality:
-    """Means over held-out tokens."""
+    """Quality of a model: means over held-out tokens."""
 
     cross_entropy: float  # nats a token
     perplexity: float
@@ -26,7 +27,7 @@ class Quality:
     tokens: int  # that have a label
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return asdict(self)
 
 
@@ -37,6 +38,7 @@ def evaluate(
     teacher: HyloModel | Sequence[HyloModel] | None = None,
     batch_size: int = 1,
     chunk_tokens: int = 1024,
+    track: Track = no_progress,
 ) -> Quality:
     """Evaluate on held-out windows, shared out over the data- and context-parallel ranks; some may have none.
 
@@ -46,6 +48,7 @@ def evaluate(
         teacher: compare with it as well; the same kind of part, or a `FrozenModel`.
         batch_size: windows a forward pass.
         chunk_tokens: tokens whose logits exist at a time.
+        track: progress display over the forward passes.
 
     Returns:
         The same on every rank.
@@ -59,7 +62,7 @@ def evaluate(
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     sums = torch.zeros(5, dtype=torch.float64, device=where)  # cross-entropy, kl, agreement; labels, tokens
     own, undivided = windows[rank::ranks], torch.ones(2, dtype=torch.float64, device=where)
-    for start in range(0, len(own), batch_size):
+    for start in track(range(0, len(own), batch_size), "evaluate"):
         batch = own[start : start + batch_size]
         inputs, labels = sequence_shard(batch[:, :-1]).to(where), sequence_shard(batch[:, 1:]).to(where)
         hidden = as_frozen(chunks).hidden_states(inputs)

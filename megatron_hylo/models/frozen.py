@@ -112,11 +112,11 @@ class FrozenModel(Sequence[HyloModel]):
 
 
 def freeze(chunks: Sequence[HyloModel], offload: bool = False, window: int | None = None) -> FrozenModel:
-    """No gradients from here on; what was built for FP8 keeps its weights in FP8 alone, so that it cannot be saved.
+    """Freeze model chunks; those built for FP8 keep their weights in FP8 alone, so they cannot be saved.
 
     Args:
         chunks: this rank's part, filled with its weights.
-        offload: those rest in the CPU's memory between layers.
+        offload: keep the weights in CPU memory and prefetch them layer by layer.
         window: see `FrozenModel`.
     """
     for chunk in chunks:

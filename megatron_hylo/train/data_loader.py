@@ -42,7 +42,8 @@ def rank_batches(
     else:
         found = ahead(_rank_slices(found, device))
     for batch in found:
-        starts, hidden = batch.pop("document_starts", None), batch.pop("teacher_hidden", None)
+        starts: Any = batch.pop("document_starts", None)
+        hidden: Any = batch.pop("teacher_hidden", None)
         local: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         if starts is not None:
             length = config.micro_batch_size * config.sequence_length

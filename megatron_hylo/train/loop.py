@@ -16,6 +16,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.eval.perplexity import Quality
 from megatron_hylo.io import output_lock, read_json
+from megatron_hylo.io.provenance import made_by
 from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.platform.distributed import is_timeout, session
 from megatron_hylo.teachers.remote import RemoteTeacher
@@ -109,8 +110,8 @@ def _callbacks(
     """Make the callbacks of a run in the order in which they act, each closed by `closing`; the evaluation also by itself."""
     config, step = run.config, progress.step
     provenances = [
-        {"stage": config.stage, "model": model, "teacher": config.teacher or config.teacher_store or config.teacher_address,
-         "train_steps": config.train_steps}
+        made_by("train", {"model": model, "teacher": config.teacher or config.teacher_store or config.teacher_address,
+                          "data": config.data}, stage=config.stage, train_steps=config.train_steps, seed=config.seed)
         for model in (config.model or config.scratch, config.second_model)[: len(run.states)]
     ]  # fmt: skip
     tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"

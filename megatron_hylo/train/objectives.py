@@ -57,7 +57,7 @@ class Objective:
         (state,) = states
         run, packed = get_forward_backward_func(), self.config.packed_documents
         # with the teacher's hidden states, pipeline stages send wider tensors than Megatron-Core expects; so it asks for shapes
-        state.config.variable_seq_lengths = self.teacher is not None and self.config.parallel.stages > 1
+        state.config.variable_seq_lengths = self.teacher is not None and self.config.parallel.pipeline_stages > 1
         taken = list(itertools.islice(batches, micro_batches))
         ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
         counts = mean_counts([batch["labels"] for batch in taken], ranks)
@@ -123,10 +123,15 @@ class Objective:
 class AlignObjective(Objective):
     """Losses and gradients of one step of `align`: one or two students, layer by layer, against one pass of the teacher."""
 
+    @property
+    def _teacher(self) -> Sequence[HyloModel]:
+        assert self.teacher is not None, "align has its teacher on the student's ranks: TrainConfig refuses any other"
+        return self.teacher
+
     def check(self, student: HyloModel) -> None:
         """Refuse a student whose layers do not pair with the teacher's."""
         super().check(student)
-        check_alignable(student, self.teacher[0])
+        check_alignable(student, self._teacher[0])
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
         """As `Objective.forward_backward`; gradients are reduced once, after the last micro-batch."""
@@ -138,7 +143,7 @@ class AlignObjective(Objective):
                 losses.append(self._align(states, next(batches), 1.0 / micro_batches))
         for state in states:
             finalize_model_grads(state.wrapped, None)
-        metrics = {}
+        metrics: dict[str, Tensor] = {}
         for prefix, mine in zip(PREFIXES, zip(*losses)):
             metrics |= {f"{prefix}{name}": value for name, value in self._metrics(mine).items()}
         return metrics
@@ -151,29 +156,29 @@ class AlignObjective(Objective):
 
         def run(index: int, received: Tensor | None) -> Tensor:
             losses, handed_on = align_layers(
-                [state.chunks[index] for state in states], self.teacher[index], ids, c.align.loss, c.align.hidden_weight,
+                [state.chunks[index] for state in states], self._teacher[index], ids, c.align.loss, c.align.hidden_weight,
                 c.align.mixer_weight, gradient_scale, batch.get("documents"), received, c.micro_batch_size,
             )  # fmt: skip
             found.append(losses)
             return handed_on
 
-        config, streams = self.teacher[0].config, 1 + len(states) if c.align.loss == "sequential" else 1
+        config, streams = self._teacher[0].config, 1 + len(states) if c.align.loss == "sequential" else 1
         shape = rank_shape(ids.shape[1], len(ids), streams * config.hidden_size, config.sequence_parallel)
-        through_stages(run, len(self.teacher), shape, config.pipeline_dtype, ids.device)
-        return list(zip(*found))
+        through_stages(run, len(self._teacher), shape, config.pipeline_dtype, ids.device)
+        return [list(losses) for losses in zip(*found)]
 
     def _metrics(self, losses: Sequence[Sequence[AlignmentLoss]]) -> dict[str, Tensor]:
         """Sum over the layers of all pipeline stages and average over micro-batches, whose chunks' losses are given."""
-        terms = sum(loss.layers.sum(dim=0) for chunks in losses for loss in chunks) / len(losses)
-        total = sum(loss.loss for chunks in losses for loss in chunks) / len(losses)
-        groups = [parallel_state.get_pipeline_model_parallel_group()] if self.config.parallel.stages > 1 else []
+        terms: Any = sum(loss.layers.sum(dim=0) for chunks in losses for loss in chunks) / len(losses)
+        total: Any = sum(loss.loss for chunks in losses for loss in chunks) / len(losses)
+        groups = [parallel_state.get_pipeline_model_parallel_group()] if self.config.parallel.pipeline_stages > 1 else []
         if self.config.parallel.sequence_parallel:  # each tensor-parallel rank summed its own tokens
             groups.append(parallel_state.get_tensor_model_parallel_group())
         for group in groups:
             for tensor in (terms, total):
                 torch.distributed.all_reduce(tensor, group=group)
         if self.config.align.loss != "ild":
-            return {"loss": total, "loss_per_layer": total / self.teacher[0].config.hylo.num_hidden_layers}
+            return {"loss": total, "loss_per_layer": total / self._teacher[0].config.hylo.num_hidden_layers}
         return {"loss": total, "hidden_term": terms[0], "mixer_term": terms[1]}
 
 

@@ -37,7 +37,8 @@ class Reporter(Callback):
     def __init__(self, config: TrainConfig, run: Path, device: torch.device, flops_per_token: float, start_step: int) -> None:
         self.config, self.run, self.device, self.flops_per_token = config, run, device, flops_per_token
         self.tokens_per_step = config.global_batch_size * config.sequence_length
-        self.writer = self.wandb = self.progress = self.memory = None
+        self.writer = self.wandb = self.progress = None
+        self.memory: Memory | None = None
         self.last = (time.perf_counter(), start_step)
         self.stepped = False
         if not is_main():

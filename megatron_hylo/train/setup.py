@@ -134,7 +134,7 @@ def build_run(
 def build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], FrozenModel | None]:
     """Load or make this rank's chunks of (the students, the teacher); paired layers are on the same ranks."""
     architecture, dtype = architectures(config)[0], params_dtype(config)
-    layers = pipeline_layers(architecture, config.parallel.stages, config.parallel.pipeline_layers)
+    layers = pipeline_layers(architecture, config.parallel.pipeline_stages, config.parallel.pipeline_layers)
     shared: dict[str, Any] = dict(
         parallel=replace(config.parallel, pipeline_layers=layers), params_dtype=dtype, backend=config.backend
     )

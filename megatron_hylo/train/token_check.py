@@ -24,7 +24,7 @@ def check_run_tokens(config: TrainConfig, vocab_size: int) -> None:
     """
 
     def compare() -> None:
-        check_dataset_ids(config.data, vocab_size, config.model or config.scratch)
+        check_dataset_ids(config.data, vocab_size, config.model or config.scratch or "")
         for folder in filter(None, (config.model, config.second_model, config.teacher)):
             check_dataset(config.data, folder, read_description(folder)[0].vocab_size)
 
@@ -44,8 +44,9 @@ def check_teacher_tokens(config: TrainConfig, vocab_size: int, about: Mapping[st
     """
 
     def compare() -> None:
-        check_dataset_ids(config.data, vocab_size, config.teacher_store or config.teacher_address)
+        check_dataset_ids(config.data, vocab_size, config.teacher_store or config.teacher_address or "")
         if about is not None:
+            assert config.teacher_address is not None, "only a remote teacher is described by a server"
             check_vocabulary_identity(config.data, config.teacher_address, about.get("vocabulary"))
 
     on_main(compare)
