@@ -129,7 +129,7 @@ class Evaluation(Callback):
             self.reporter.record(step, {f"{prefix}heldout_{name}": value for name, value in quality.to_dict().items()})
             which = f"{prefix}model: " if len(states) > 1 else ""
             kl = f", KL {quality.kl:.3f}" if quality.kl is not None else ""
-            self.reporter.say(f"{which}held-out perplexity {quality.perplexity:.2f}{kl}")
+            self.reporter.say(f"step {step}: {which}held-out perplexity {quality.perplexity:.2f}{kl}")
         return measured
 
 

@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -30,9 +31,10 @@ from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.objectives import Batches, Objective
 from megatron_hylo.train.optimizer import TrainingState
 from megatron_hylo.train.profiler import Profiler
-from megatron_hylo.train.reporting import Reporter
+from megatron_hylo.train.reporting import Reporter, check_wandb
 from megatron_hylo.train.resume_check import Resume, check_resume
 from megatron_hylo.train.run_folder import check_run_folder
+from megatron_hylo.train.run_record import record_start
 from megatron_hylo.train.setup import Run, architectures, build_run, open_teacher_signal, params_dtype
 from megatron_hylo.train.startup_check import check_run_kernels
 from megatron_hylo.train.teacher_check import check_signal_window, check_teacher_window
@@ -64,6 +66,7 @@ def train(config: TrainConfig) -> Quality | None:
         output_lock(folder),
     ):
         check_run_folder(config, folder)
+        check_wandb(config)
         if "fp8" in (config.linear_precision, config.teacher_precision):
             check_fp8(config.backend)  # before the run folder keeps the setting
         resume = check_resume(config, folder)
@@ -85,12 +88,22 @@ def train(config: TrainConfig) -> Quality | None:
         if newest is not None:
             progress.step, progress.consumed = load_checkpoint(run.states, newest)
         resume.record(progress.step)
+        record_start(config, folder, device, progress.step)
+        provenances = _provenances(config)
         with contextlib.ExitStack() as closing:
-            callbacks, evaluation = _callbacks(run, folder, windows, progress, closing)
+            callbacks, evaluation = _callbacks(run, folder, windows, progress, provenances, closing)
             batches = run.batches(progress.consumed)
             closing.callback(batches.close)
             _train(run, batches, progress, callbacks)
         return evaluation.quality
+
+
+def _provenances(config: TrainConfig) -> list[dict[str, Any]]:
+    """Describe what each student is made of, for its hylo.json; the main rank's are the ones that are written."""
+    sources = [config.model or config.scratch] + ([config.second_model] if config.second_model else [])
+    teacher = config.teacher or config.teacher_store or config.teacher_address
+    about: dict[str, Any] = dict(stage=config.stage, train_steps=config.train_steps, seed=config.seed)
+    return [made_by("train", {"model": m, "teacher": teacher, "data": config.data}, **about) for m in sources]
 
 
 def _checked_teacher_signal(config: TrainConfig, resume: Resume) -> TeacherSignal | None:
@@ -105,15 +118,15 @@ def _checked_teacher_signal(config: TrainConfig, resume: Resume) -> TeacherSigna
 
 
 def _callbacks(
-    run: Run, folder: Path, windows: torch.Tensor, progress: Progress, closing: contextlib.ExitStack
+    run: Run,
+    folder: Path,
+    windows: torch.Tensor,
+    progress: Progress,
+    provenances: list[dict[str, Any]],
+    closing: contextlib.ExitStack,
 ) -> tuple[list[Callback], Evaluation]:
     """Make the callbacks of a run in the order in which they act, each closed by `closing`; the evaluation also by itself."""
     config, step = run.config, progress.step
-    provenances = [
-        made_by("train", {"model": model, "teacher": config.teacher or config.teacher_store or config.teacher_address,
-                          "data": config.data}, stage=config.stage, train_steps=config.train_steps, seed=config.seed)
-        for model in (config.model or config.scratch, config.second_model)[: len(run.states)]
-    ]  # fmt: skip
     tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
     reporter = Reporter(config, folder, run.device, run.flops_per_token, step)
     closing.callback(reporter.close)

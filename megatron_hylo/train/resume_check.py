@@ -205,12 +205,21 @@ def _change(resume: Resume, config: TrainConfig, name: str, former: Any, value: 
     longer = name == "train_tokens" and value > former
     said = f"{resume.run} was started with {name} = {former}, now {value}"
     if name in FIXED:
-        raise ConfigError(f"{said}; use another output to change it: {FIXED[name]}")
+        raise ConfigError(f"{said}; use another output to change it: {FIXED[name]}{_other_way(resume.run)}")
     if not longer and config.allowed_changes.isdisjoint((name, name.split(".")[0])):
-        raise ConfigError(f"{said}; use another output to change it, or go on with the new value by --allow_change {name}")
+        raise ConfigError(
+            f"{said}; use another output to change it, or go on with the new value by --allow_change {name}"
+            f"{_other_way(resume.run)}"
+        )
     if name in ("optimizer.lr", "optimizer.mixer_lr"):
         _check_groups(resume, config)
     resume.changes.append({"key": name, "from": former, "to": value})
+
+
+def _other_way(run: Path) -> str:
+    """How to change anything: another run from the newest checkpoint; empty where there is none."""
+    newest = latest_checkpoint(run)
+    return f". --model {newest} with another output starts from these weights, with a new optimizer state" if newest else ""
 
 
 def _check_groups(resume: Resume, config: TrainConfig) -> None:

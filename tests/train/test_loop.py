@@ -2,10 +2,14 @@
 
 import contextlib
 import gzip
+import importlib.util
 import json
+import re
 import signal
 import threading
 import time
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from megatron_hylo.cli.main import EXIT_STOPPED, main
 from megatron_hylo.config import ConfigError, RopeScaling, TeacherWindow
 from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+from megatron_hylo.io.identity import content_identity
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train import loop
@@ -53,6 +58,7 @@ def test_loss_falls(settings, material, stage, trainable, align_loss):
     assert list(losses) == list(range(1, 21))
     assert sum(losses[s] for s in range(16, 21)) < 0.98 * sum(losses[s] for s in range(1, 6))
     assert list(metrics(run, "heldout_perplexity")) == [10, 20]
+    assert abs(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["time"] - time.time()) < 600
     assert metrics(run, "heldout_perplexity")[20] == quality.perplexity
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     with gzip.open(run / "profile" / "steps_3-4_rank_0.json.gz") as trace:
@@ -123,10 +129,22 @@ def test_interrupt_saves_and_the_same_command_resumes_bit_for_bit(settings, tmp_
     assert process.returncode == EXIT_STOPPED, output
     assert "run the same command to resume" in output
     steps_done = len(metrics(tmp_path / "stopped"))
+    line = re.search(
+        r"[-\d]+ [:\d]+ step 2/40  loss [\d.]+  lr [\d.e-]+, [\d.e-]+  [\d,]+ tokens/s .* GiB  ETA \d+:\d\d:\d\d\n", output
+    )
+    assert line is not None, output
+    assert line.group() in (tmp_path / "stopped" / "log.txt").read_text()
     assert 3 <= steps_done < 40
     assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == [f"step_{steps_done:08d}"]
 
     train(stopped)
+    starts = [json.loads(line) for line in (tmp_path / "stopped" / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, steps_done]
+    assert starts[0]["command"][-2:] == ["--config", f"{stopped.output}.yaml"] and starts[0]["config"] == asdict(stopped)
+    assert starts[0]["libraries"]["torch"] == metadata.version("torch")
+    provenance = read_description(tmp_path / "stopped" / "model")[1]["provenance"]
+    assert provenance["inputs"]["model"]["content_sha256"] == content_identity(stopped.model)
+    assert set(provenance["inputs"]) == {"model", "teacher", "data"}
     whole = settings(steps=40, output=tmp_path / "whole", precision="bf16")
     train(whole)
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
@@ -143,10 +161,21 @@ def test_finished_run_is_not_repeated_and_another_setting_is_refused(settings):
     assert train(config) == quality
     assert model.stat().st_mtime_ns == written
     assert len(metrics(Path(config.output))) == 2
-    with pytest.raises(ConfigError, match=r"optimizer\.lr = 0\.002, now 0\.5; use another output"):
+    with pytest.raises(
+        ConfigError,
+        match=r"optimizer\.lr = 0\.002, now 0\.5; use another output .* --allow_change optimizer\.lr\. --model .*/step_0+2 ",
+    ):
         train(settings(steps=2, optimizer=OptimizerSettings(lr=0.5, mixer_lr=4e-3, weight_decay=0.1, warmup_ratio=0.0)))
     with pytest.raises(ConfigError, match="train_tokens = 128, now 64"):
         train(settings(steps=1))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+@pytest.mark.parametrize("wrong", [{"logging": {"wandb": "offline"}}, {"model": "no/model"}, {"eval_windows": 0}])
+def test_a_start_that_fails_its_checks_leaves_nothing_behind(settings, tmp_path, wrong):
+    with pytest.raises(ConfigError):
+        train(settings(output=tmp_path / "made" / "run", **wrong))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_infinite_loss_stops_before_anything_is_saved(settings, tmp_path, material):
