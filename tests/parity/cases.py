@@ -27,6 +27,10 @@ STAGES = {
     "top_k": dict(stage="distil", distil=dict(ce_weight=0.3, kl_top_k=50)),  # with few the KL is near its rounding errors
     "stored": dict(stage="distil", teacher_store="store", distil=dict(ce_weight=0.3)),
     "packed_stored": dict(stage="distil", teacher_store="store", packed_documents=True, distil=dict(ce_weight=0.3)),
+    "windows": dict(stage="distil", teacher_window=dict(mode="windows", length=10), distil=dict(ce_weight=0.3)),
+    "packed_windows": dict(
+        stage="distil", teacher_window=dict(mode="windows", length=10), packed_documents=True, distil=dict(ce_weight=0.3)
+    ),
     "packed_mse": dict(stage="align", packed_documents=True, align=dict(loss="mse")),
     "recall": dict(stage="distil", packed_documents=True, sequence_length=256, recall=RecallSettings(0.7, ["key_value"], 3.0)),
     "mse_pairs": dict(stage="align", micro_batch_size=2, align=dict(loss="mse")),
