@@ -13,9 +13,10 @@ from megatron_hylo.cli.doctor import doctor
 from megatron_hylo.cli.parser import build_parser, command
 from megatron_hylo.cli.report import report
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
-from megatron_hylo.config import ConfigError
+from megatron_hylo.config import ConfigError, TeacherWindow
 from megatron_hylo.config.paths import expand_home
 from megatron_hylo.config.renamed import refuse_renamed
+from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.config.train import TrainConfig
 
 EXIT_ERROR, EXIT_STOPPED = 2, 3
@@ -184,7 +185,14 @@ def generate(
     )
 
 
-def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_length: int = 2048, windows: int = 32) -> None:
+def evaluate(
+    model: Path,
+    data: Path,
+    teacher: Path | None = None,
+    sequence_length: int = 2048,
+    windows: int = 32,
+    teacher_window: TeacherWindow = OWN_WINDOW,
+) -> None:
     """Held-out perplexity of a model and, with a teacher, KL to it and top-1 agreement.
 
     Args:
@@ -193,12 +201,13 @@ def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_leng
         teacher: model folder to compare with.
         sequence_length: tokens a window.
         windows: windows at most.
+        teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
     """
     from megatron_hylo.eval.folders import evaluate_folder
     from megatron_hylo.platform.distributed import session
 
     with session():
-        quality = evaluate_folder(model, data, teacher, sequence_length, windows, track)
+        quality = evaluate_folder(model, data, teacher, sequence_length, windows, track, teacher_window)
     print(_json(quality.to_dict()))
 
 

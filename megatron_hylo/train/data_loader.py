@@ -8,8 +8,9 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.data.packed import PackedDataset, batches
+from megatron_hylo.data.packed import batches
 from megatron_hylo.data.prefetch import ahead
+from megatron_hylo.data.windows import WindowSource
 from megatron_hylo.parallel.context import sequence_shard, sequence_slice
 from megatron_hylo.parallel.documents import PackedDocuments
 from megatron_hylo.teachers.signal import TeacherSignal
@@ -17,7 +18,7 @@ from megatron_hylo.teachers.signal import TeacherSignal
 
 def rank_batches(
     config: TrainConfig,
-    dataset: PackedDataset,
+    dataset: WindowSource,
     consumed_samples: int,
     device: torch.device,
     signal: TeacherSignal | None = None,
@@ -32,8 +33,8 @@ def rank_batches(
 
     Yields:
         {"input_ids", "labels"}: int64 [micro batch, sequence / context-parallel ranks], and with `packed_documents`
-        [1, micro batch * sequence / ranks] and "documents"; with such a teacher "teacher_hidden"
-        [sequence / ranks, micro batch, H].
+        [1, micro batch * sequence / ranks] and "documents"; with recall "answers", int32 of the same shape; with such
+        a teacher "teacher_hidden" [sequence / ranks, micro batch, H].
     """
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     found = batches(dataset, consumed_samples, config.micro_batch_size, rank, ranks, config.packed_documents)
@@ -59,7 +60,7 @@ def _rank_slices(found: Iterator[dict], device: torch.device) -> Iterator[dict]:
         torch.cuda.set_device(device)  # of the thread that reads ahead
     for batch in found:
         batch.pop("windows")
-        for name in ("input_ids", "labels"):
+        for name in {"input_ids", "labels", "answers"} & batch.keys():
             own = sequence_shard(batch[name])
             batch[name] = own.pin_memory() if device.type == "cuda" else own
         yield batch

@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -36,6 +37,7 @@ from megatron_hylo.train.run_folder import check_run_folder
 from megatron_hylo.train.run_record import record_start
 from megatron_hylo.train.setup import Run, architectures, build_run, open_teacher_signal, params_dtype
 from megatron_hylo.train.startup_check import check_run_kernels
+from megatron_hylo.train.teacher_check import check_signal_window, check_teacher_window
 from megatron_hylo.train.token_check import check_run_tokens, check_teacher_tokens, remote_description
 
 __all__ = ["Stopped", "train", "training_step"]
@@ -78,6 +80,7 @@ def train(config: TrainConfig) -> Quality | None:
         models = architectures(config)
         check_run_kernels(models, params_dtype(config), device, config.parallel.context_parallel_size > 1)
         check_run_tokens(config, models[0].vocab_size)
+        check_teacher_window(config)
         windows = open_heldout(config)
         run = build_run(config, device, teacher_signal=_checked_teacher_signal(config, resume))
         progress = Progress(0, 0, SkippedSteps(config.max_skipped_steps))
@@ -86,12 +89,21 @@ def train(config: TrainConfig) -> Quality | None:
             progress.step, progress.consumed = load_checkpoint(run.states, newest)
         resume.record(progress.step)
         record_start(config, folder, device, progress.step)
+        provenances = _provenances(config)
         with contextlib.ExitStack() as closing:
-            callbacks, evaluation = _callbacks(run, folder, windows, progress, closing)
+            callbacks, evaluation = _callbacks(run, folder, windows, progress, provenances, closing)
             batches = run.batches(progress.consumed)
             closing.callback(batches.close)
             _train(run, batches, progress, callbacks)
         return evaluation.quality
+
+
+def _provenances(config: TrainConfig) -> list[dict[str, Any]]:
+    """Describe what each student is made of, for its hylo.json; the main rank's are the ones that are written."""
+    sources = [config.model or config.scratch] + ([config.second_model] if config.second_model else [])
+    teacher = config.teacher or config.teacher_store or config.teacher_address
+    about: dict[str, Any] = dict(stage=config.stage, train_steps=config.train_steps, seed=config.seed)
+    return [made_by("train", {"model": m, "teacher": teacher, "data": config.data}, **about) for m in sources]
 
 
 def _checked_teacher_signal(config: TrainConfig, resume: Resume) -> TeacherSignal | None:
@@ -100,6 +112,7 @@ def _checked_teacher_signal(config: TrainConfig, resume: Resume) -> TeacherSigna
     if teacher_signal is not None:
         about = remote_description(teacher_signal) if isinstance(teacher_signal, RemoteTeacher) else None
         check_teacher_tokens(config, teacher_signal.config.hylo.vocab_size, about)
+        check_signal_window(config, teacher_signal, about)
         resume.check_remote((about or {}).get("identity"))
     return teacher_signal
 
@@ -109,15 +122,11 @@ def _callbacks(
     folder: Path,
     windows: torch.Tensor,
     progress: Progress,
+    provenances: list[dict[str, Any]],
     closing: contextlib.ExitStack,
 ) -> tuple[list[Callback], Evaluation]:
     """Make the callbacks of a run in the order in which they act, each closed by `closing`; the evaluation also by itself."""
     config, step = run.config, progress.step
-    provenances = [
-        made_by("train", {"model": model, "teacher": config.teacher or config.teacher_store or config.teacher_address,
-                          "data": config.data}, stage=config.stage, train_steps=config.train_steps, seed=config.seed)
-        for model in (config.model or config.scratch, config.second_model)[: len(run.states)]
-    ]  # fmt: skip
     tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
     reporter = Reporter(config, folder, run.device, run.flops_per_token, step)
     closing.callback(reporter.close)

@@ -18,10 +18,12 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_hylo.config.train import PREFIXES, TrainConfig
+from megatron_hylo.data.packed import IGNORED
 from megatron_hylo.distill.alignment import AlignmentLoss, align_layers, check_alignable
 from megatron_hylo.distill.head_loss import check_vocabularies, mean_counts, model_head_loss
+from megatron_hylo.models.frozen import FrozenModel, as_frozen
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.parallel.pipeline import rank_shape, through_stages
+from megatron_hylo.parallel.pipeline import apart, rank_shape, through_stages, together
 from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.train.optimizer import TrainingState
 
@@ -35,11 +37,11 @@ class Objective:
         self, config: TrainConfig, teacher: Sequence[HyloModel] | None, teacher_signal: TeacherSignal | None = None
     ) -> None:
         self.config, self.teacher_signal = config, teacher_signal
-        self.teacher = teacher if teacher_signal is None else None
+        self.teacher = as_frozen(teacher) if teacher and teacher_signal is None else None
 
     def check(self, student: HyloModel) -> None:
         """Refuse a student (one of its chunks will do) and teacher that do not fit, before training starts."""
-        if (teacher := self.teacher_signal or (self.teacher and self.teacher[0])) is not None:
+        if (teacher := self.teacher_signal or self.teacher) is not None:
             check_vocabularies(student, teacher)
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
@@ -60,6 +62,11 @@ class Objective:
         taken = list(itertools.islice(batches, micro_batches))
         ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
         counts = mean_counts([batch["labels"] for batch in taken], ranks)
+        if all("answers" in batch for batch in taken):
+            answers = [batch["labels"].masked_fill(batch["answers"] == 0, IGNORED) for batch in taken]
+            for batch, labels in zip(taken, answers):
+                batch["answer_labels"] = labels
+            counts = torch.cat([counts, mean_counts(answers, ranks)[1:]])
         results = run(
             forward_step_func=partial(self._forward_step, counts),
             data_iterator=[iter(taken) for _ in state.wrapped],
@@ -74,27 +81,28 @@ class Objective:
     def _forward_step(self, counts: Tensor, batches: Batches, model: Any) -> tuple[Tensor, Any]:
         batch, student = next(batches), model.module
         ids, documents = batch["input_ids"], batch.get("documents")
-        teacher = self.teacher[student.vp_stage or 0] if self.teacher is not None else None
-        if teacher is None:
+        if self.teacher is None:
             taught = batch.get("teacher_hidden")
-            return model(ids, documents), partial(self._loss, student, self.teacher_signal, batch["labels"], taught, counts)
+            return model(ids, documents), partial(self._loss, student, self.teacher_signal, batch, taught, counts)
+        reading, received = self.teacher.read(ids, documents), None
         if not student.pre_process:
-            widths = [student.config.hidden_size, teacher.config.hidden_size]
-            own, theirs = student.decoder.input_tensor.split(widths, dim=-1)
-            student.set_input_tensor(own.contiguous())
-            teacher.set_input_tensor(theirs.detach().contiguous())
-        with torch.no_grad():
-            teacher_hidden = teacher(ids, documents)
+            c = student.config
+            shape = rank_shape(ids.shape[1], len(ids), c.hidden_size, c.sequence_parallel)
+            width = self.teacher[0].config.hidden_size
+            own, theirs = apart(student.decoder.input_tensor, shape, width, len(reading.ids))
+            student.set_input_tensor(own)
+            received = theirs.detach()
+        teacher_hidden = self.teacher.run(student.vp_stage or 0, reading, received)
         hidden = model(ids, documents)
         if not student.post_process:
-            hidden = torch.cat([hidden, teacher_hidden], dim=-1)
-        return hidden, partial(self._loss, student, teacher, batch["labels"], teacher_hidden, counts)
+            hidden = together(hidden, teacher_hidden)
+        return hidden, partial(self._loss, student, self.teacher, batch, teacher_hidden, counts)
 
     def _loss(
         self,
         student: HyloModel,
-        teacher: HyloModel | TeacherSignal | None,
-        labels: Tensor,
+        teacher: FrozenModel | TeacherSignal | None,
+        batch: dict[str, Any],
         teacher_hidden: Tensor | None,
         counts: Tensor,
         hidden: Tensor,
@@ -103,17 +111,26 @@ class Objective:
         head = model_head_loss(
             student,
             hidden,
-            labels,
+            batch["labels"],
             teacher,
             teacher_hidden,
             c.distil,
             chunk_tokens=c.loss_chunk_tokens,
-            counts=counts,
+            counts=counts[:2],
         )
-        metrics = {"loss": head.loss, "kl": head.kl, "cross_entropy": head.cross_entropy}
+        loss, answers = head.loss, None
+        if len(counts) > 2:  # tokens, labels, labels that are part of an answer
+            mask, tokens = batch["answer_labels"] >= 0, counts[[2, 2]]
+            answers = model_head_loss(
+                student, hidden, batch["answer_labels"], chunk_tokens=c.loss_chunk_tokens, token_mask=mask, counts=tokens
+            ).loss  # the mean over answers; `answer_weight` is of a token
+            loss = (
+                loss + (c.recall.answer_weight * counts[2] / counts[0 if head.kl is not None else 1]).to(loss.dtype) * answers
+            )
+        metrics = {"loss": loss, "kl": head.kl, "cross_entropy": head.cross_entropy, "answer_cross_entropy": answers}
         # Megatron-Core multiplies the loss by the context-parallel ranks, in place (hence the clone), and averages gradients
         # over them too, as over data-parallel ranks and micro-batches; `counts` is made for that
-        return head.loss / parallel_state.get_context_parallel_world_size(), {
+        return loss / parallel_state.get_context_parallel_world_size(), {
             k: v.detach().clone() for k, v in metrics.items() if v is not None
         }
 

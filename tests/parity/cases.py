@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_hylo.config import ModelConfig, ParallelConfig, from_dict
+from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
@@ -24,7 +27,12 @@ STAGES = {
     "top_k": dict(stage="distil", distil=dict(ce_weight=0.3, kl_top_k=50)),  # with few the KL is near its rounding errors
     "stored": dict(stage="distil", teacher_store="store", distil=dict(ce_weight=0.3)),
     "packed_stored": dict(stage="distil", teacher_store="store", packed_documents=True, distil=dict(ce_weight=0.3)),
+    "windows": dict(stage="distil", teacher_window=dict(mode="windows", length=10), distil=dict(ce_weight=0.3)),
+    "packed_windows": dict(
+        stage="distil", teacher_window=dict(mode="windows", length=10), packed_documents=True, distil=dict(ce_weight=0.3)
+    ),
     "packed_mse": dict(stage="align", packed_documents=True, align=dict(loss="mse")),
+    "recall": dict(stage="distil", packed_documents=True, sequence_length=256, recall=RecallSettings(0.7, ["key_value"], 3.0)),
     "mse_pairs": dict(stage="align", micro_batch_size=2, align=dict(loss="mse")),
     "packed_mse_pairs": dict(stage="align", micro_batch_size=2, packed_documents=True, align=dict(loss="mse")),
 }
@@ -89,6 +97,7 @@ def case_config(
     teacher = None if settings["stage"] == "pretrain" else f"{kind}teacher"
     if "teacher_store" in settings:
         settings["teacher_store"], teacher = str(root / f"{kind}{settings['teacher_store']}"), None
+    sequence_length = settings.pop("sequence_length", sequence_length)
     fields = dict(
         data=str(root / "data"), output="unused", model=str(root / model),
         teacher=teacher and str(root / teacher),
@@ -125,7 +134,7 @@ def make_model(config: ModelConfig, folder: Path, seed: int) -> None:
 
 
 def make_dataset(folder: Path) -> None:
-    """Random tokens, in documents of several lengths."""
+    """Random tokens, in documents of several lengths, and a tokenizer of single characters."""
     folder.mkdir()
     builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
     generator = np.random.default_rng(0)
@@ -133,3 +142,6 @@ def make_dataset(folder: Path) -> None:
         builder.add_document(generator.integers(0, 160, length).tolist(), [length])
     builder.finalize(str(folder / "train.idx"))
     (folder / "data.json").write_text('{"vocab_size": 160}')
+    characters = Tokenizer(models.WordLevel({chr(code): code for code in (10, *range(32, 127))}, unk_token=" "))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=characters).save_pretrained(folder / "tokenizer")

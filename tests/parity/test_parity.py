@@ -51,8 +51,9 @@ ODD = {
 TEACHER = tiny_config("*-*-*-*-", add_qkv_bias=True)
 ODD_TEACHER = TEACHER.replace(vocab_size=161, num_attention_heads=8, num_query_groups=4)
 HEADS = ["stored", "packed_stored", "reverse"]  # what the head loss reads; few parallelisms will do
-PACKED = [stage for stage in STAGES if stage.startswith("packed") and stage not in HEADS]
-WHOLE = [stage for stage in STAGES if stage not in (*PACKED, *HEADS, "top_k")]
+WINDOWS = ["windows", "packed_windows"]  # what the teacher reads
+PACKED = [stage for stage in STAGES if stage.startswith("packed") and stage not in HEADS + WINDOWS]
+WHOLE = [stage for stage in STAGES if stage not in (*PACKED, *HEADS, *WINDOWS, "top_k", "recall")]
 CASES = [
     *(
         (model, stage, parallelism)
@@ -70,6 +71,13 @@ CASES = [
     ),
     *(("normed", stage, "tp2_sp_cp2") for stage in HEADS),
     ("mixed", "top_k", "tp2"),
+    ("mixed", "recall", "cp2_gather"),
+    *(
+        ("mixed", stage, parallelism)
+        for parallelism in ("cp2_gather", "tp2_sp", "pp2_vp2", "tp2_sp_cp2", "pp2_cp2")
+        for stage in WINDOWS
+    ),
+    *(("mixed", "windows", parallelism) for parallelism in ("cp2_a2a", "dp2", "cp3", "tp2_sp_pp2_cp2")),
     *(("normed", stage, parallelism) for parallelism in ("cp2_gather", "cp2_a2a") for stage in PACKED),
     *(("aligned", stage, parallelism) for parallelism in ("cp2_gather", "cp2_a2a") for stage in ("pretrain", "packed")),
     *(("wide", stage, parallelism) for parallelism in ("tp2_sp_cp2_a2a", "cp4_a2a") for stage in ("pretrain", "packed")),

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from megatron_hylo.cli.main import EXIT_STOPPED, main
-from megatron_hylo.config import ConfigError, RopeScaling
+from megatron_hylo.config import ConfigError, RopeScaling, TeacherWindow
 from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.io.identity import content_identity
@@ -89,7 +89,8 @@ def test_what_is_saved_and_exported_says_the_longest_sequence_it_was_trained_wit
         2,
         sequence_length=length,
         train_tokens=2 * 4 * length,
-        mla_rope_scaling=yarn,
+        rope_scaling=yarn,
+        teacher_window=TeacherWindow("windows"),
         checkpoint=dict(save_interval=1),
     )
     train(config)
