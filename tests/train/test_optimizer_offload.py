@@ -44,7 +44,7 @@ def test_where_it_is(settings, one_rank, device):
     config = settings("distil", precision="bf16")
     model = build_model(tiny_config("G-+-M-*-"), params_dtype=torch.bfloat16).to(device).train()
     state = build_training_state([model], replace(config, optimizer=replace(config.optimizer, offload=True)))
-    resting = state.resting
+    resting = state.offloaded
     assert resting.copies  # fp32 copies of bf16 weights; A_log and its like are their own
     assert len(resting.copies) < sum(len(group["params"]) for group in resting.optimizer.param_groups)
     where = [p.data_ptr() for p in model.parameters()]
