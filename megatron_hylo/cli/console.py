@@ -5,24 +5,19 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import track as rich_track
 from rich.table import Table
+
+from megatron_hylo.io.progress import show_progress as track  # noqa: F401  of every verb
 
 if TYPE_CHECKING:
     from megatron_hylo.upcycle.run import UpcycleReport
 
 # a table in a job's log is not cut to the 80 columns that a file seems to have
 console = Console(width=None if sys.stdout.isatty() else 128)
-
-
-def track(items: Iterable, description: str) -> Iterable:
-    """The same items with a progress bar, which goes when they end."""
-    return rich_track(list(items), description=description, console=console, transient=True)
 
 
 def set_up_logging() -> None:

@@ -11,10 +11,12 @@ from rich.table import Table
 from megatron_hylo.cli.console import console, set_up_logging, track
 from megatron_hylo.cli.doctor import doctor
 from megatron_hylo.cli.parser import build_parser, command
+from megatron_hylo.cli.report import report
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
-from megatron_hylo.config import ConfigError
+from megatron_hylo.config import ConfigError, TeacherWindow
 from megatron_hylo.config.paths import expand_home
 from megatron_hylo.config.renamed import refuse_renamed
+from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.config.train import TrainConfig
 
 EXIT_ERROR, EXIT_STOPPED = 2, 3
@@ -192,7 +194,14 @@ def generate(
     )
 
 
-def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_length: int = 2048, windows: int = 32) -> None:
+def evaluate(
+    model: Path,
+    data: Path,
+    teacher: Path | None = None,
+    sequence_length: int = 2048,
+    windows: int = 32,
+    teacher_window: TeacherWindow = OWN_WINDOW,
+) -> None:
     """Held-out perplexity of a model and, with a teacher, KL to it and top-1 agreement.
 
     Args:
@@ -201,19 +210,13 @@ def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_leng
         teacher: model folder to compare with.
         sequence_length: tokens a window.
         windows: windows at most.
+        teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
     """
-    from megatron_hylo.data.packed import heldout_windows
-    from megatron_hylo.data.tokenizer import check_dataset, check_ids
-    from megatron_hylo.eval.perplexity import evaluate as evaluate_model
-    from megatron_hylo.models.checkpoint import load_model, read_description
+    from megatron_hylo.eval.folders import evaluate_folder
     from megatron_hylo.platform.distributed import session
 
     with session():
-        batch = heldout_windows(f"{data}/heldout", sequence_length, windows)
-        for folder in filter(None, (model, teacher)):
-            check_ids(batch, read_description(folder)[0].vocab_size, data, folder)
-            check_dataset(data, folder)
-        quality = evaluate_model(load_model(model), batch, load_model(teacher) if teacher else None)
+        quality = evaluate_folder(model, data, teacher, sequence_length, windows, track, teacher_window)
     print(_json(quality.to_dict()))
 
 
@@ -222,7 +225,7 @@ def quickstart(
     init: Literal["calibrated", "paper"] = "calibrated",
     prompt: str | None = None,
     text: Path | None = None,
-    output: Path = Path("runs/quickstart"),
+    output: Path | None = None,
     train_tokens: int | None = None,
 ) -> None:
     """Real teacher to evaluated hybrid in one go: fetch, convert, verify, calibrate, upcycle, train, export, generate.
@@ -232,7 +235,7 @@ def quickstart(
         init: how the hybrid starts: calibrated on data, or paper (HyLo's own, in its own shapes) for contrast.
         prompt: text to continue at the end; a default otherwise.
         text: folder or .jsonl of own training text instead of the Debian documentation packages.
-        output: run folder; started again, the same command goes on where it was.
+        output: run folder, runs/quickstart by default (with _mamba2, _paper for those); the same command goes on where it was.
         train_tokens: tokens of stage 2; by default about six minutes' worth of the device.
     """
     from megatron_hylo.cli.quickstart import run_quickstart
@@ -263,7 +266,7 @@ def train(config: TrainConfig) -> int:
 
 VERBS: tuple[Callable, ...] = (
     quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, serve_teacher,
-    train, evaluate, export, generate, doctor,
+    train, report, evaluate, export, generate, doctor,
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
+from typing import get_args, get_origin
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
@@ -35,12 +36,17 @@ def command(verb: Callable) -> str:
 
 
 def _add_arguments(parser: ArgumentParser, verb: Callable) -> None:
-    """Required parameters as positionals, keyword-only ones as required options, `bool = False` as switches."""
+    """Required parameters as positionals (lists: one or more), keyword-only ones as options, `bool = False` as switches."""
     parameters = inspect.signature(verb).parameters.values()
     documented = {p.arg_name: p.description for p in parse_docstring(verb.__doc__).params}
     switches = [p.name for p in parameters if p.annotation is bool and p.default is False]
     named = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
-    parser.add_function_arguments(verb, as_positional=True, skip={*switches, *named})
+    several = {
+        p.name: get_args(p.annotation)[0] for p in parameters if get_origin(p.annotation) is list and p.default is p.empty
+    }
+    for name, kind in several.items():
+        parser.add_argument(name, type=kind, nargs="+", help=documented[name])
+    parser.add_function_arguments(verb, as_positional=True, skip={*switches, *named, *several})
     for name, kind in named.items():
         parser.add_argument(f"--{name}", type=kind, required=True, help=documented[name])
     for name in switches:

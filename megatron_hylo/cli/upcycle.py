@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_hylo.cli.console import console, show_upcycle, track
+from megatron_hylo.config import TeacherWindow
+from megatron_hylo.config.teacher_window import OWN_WINDOW
 
 
 def chosen_dtype(precision: Literal["fp32", "bf16"] | None):
@@ -65,6 +67,7 @@ def cache_teacher(
     micro_batch_size: int = 8,
     precision: Literal["fp32", "bf16"] | None = None,
     tensor_model_parallel_size: int = 1,
+    teacher_window: TeacherWindow = OWN_WINDOW,
     overwrite: bool = False,
 ) -> None:
     """Keep what a teacher says of a dataset, for any number of `hylo train --stage distil --teacher_store OUTPUT` runs.
@@ -83,6 +86,7 @@ def cache_teacher(
         micro_batch_size: segments a forward pass.
         precision: of the teacher; bf16 on a GPU, fp32 on a CPU by default.
         tensor_model_parallel_size: ranks that share each layer.
+        teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
         overwrite: replace what is there.
     """
     from megatron_hylo.config import ParallelConfig
@@ -93,7 +97,7 @@ def cache_teacher(
     with session(parallel):
         made = write_store(
             teacher, data, output, kl, sequence_length, overlap, micro_batch_size, chosen_dtype(precision),
-            parallel, overwrite, track,
+            parallel, overwrite, track, teacher_window,
         )  # fmt: skip
         main = is_main()
     if main:
@@ -115,6 +119,7 @@ def serve_teacher(
     timeout_minutes: float = 30.0,
     runs: int | None = None,
     max_tokens: int = 1 << 20,
+    teacher_window: TeacherWindow = OWN_WINDOW,
 ) -> None:
     """Answer students of another job: `hylo train --stage distil --teacher_address ADDRESS`.
 
@@ -133,6 +138,7 @@ def serve_teacher(
         timeout_minutes: how long a student may be silent before it is given up.
         runs: end when all students have left so many times.
         max_tokens: most tokens of a micro-batch that is answered.
+        teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
     """
     from datetime import timedelta
 
@@ -143,7 +149,8 @@ def serve_teacher(
         tensor_model_parallel_size=tensor_model_parallel_size, context_parallel_size=context_parallel_size,
         sequence_parallel=sequence_parallel,
     )  # fmt: skip
-    serve(teacher, address, parallel, chosen_dtype(precision), timedelta(minutes=timeout_minutes), runs, max_tokens)
+    timeout = timedelta(minutes=timeout_minutes)
+    serve(teacher, address, parallel, chosen_dtype(precision), timeout, runs, max_tokens, teacher_window)
 
 
 def upcycle(

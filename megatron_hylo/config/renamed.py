@@ -11,6 +11,7 @@ RENAMED = {
     "kl_temperature": "distil.kl_temperature",
     "kl_top_k": "distil.kl_top_k",
     "ce_weight": "distil.ce_weight",
+    "mla_rope_scaling": "rope_scaling",
     "align_loss": "align.loss",
     "hidden_weight": "align.hidden_weight",
     "mixer_weight": "align.mixer_weight",
@@ -36,8 +37,8 @@ def refuse_renamed(command_line: Sequence[str]) -> None:
     if not command_line or command_line[0] != "train":
         return
     options = [argument[2:].split("=")[0] for argument in command_line if argument.startswith("--")]
-    if found := [name for name in options if name in RENAMED]:
-        raise ConfigError(_sentence("the command line", [(f"--{name}", f"--{RENAMED[name]}") for name in found]))
+    if found := [(name, RENAMED[first] + name[len(first) :]) for name in options if (first := name.split(".")[0]) in RENAMED]:
+        raise ConfigError(_sentence("the command line", [(f"--{old}", f"--{new}") for old, new in found]))
     for recipe in _recipes(command_line):
         if found := [name for name in _keys(recipe) if name in RENAMED]:
             raise ConfigError(_sentence(recipe, [(name, RENAMED[name]) for name in found]))
@@ -49,8 +50,8 @@ def translate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items() if name not in RENAMED
     }
     for name in RENAMED.keys() & settings.keys():
-        group, key = RENAMED[name].split(".")
-        new.setdefault(group, {})[key] = settings[name]
+        group, _, key = RENAMED[name].rpartition(".")
+        (new.setdefault(group, {}) if group else new)[key] = settings[name]
     return new
 
 

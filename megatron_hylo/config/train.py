@@ -4,7 +4,7 @@ import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
-from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, recomputed_layers
+from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, TeacherWindow, recomputed_layers
 from megatron_hylo.config.paths import expand_home
 from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.renamed import RENAMED
@@ -60,7 +60,10 @@ class TrainConfig:
         teacher_precision: precision of the teacher's linear maps, the student's or fp8; held-out KL is to that teacher too.
         teacher_offload: keep the teacher's weights in CPU memory and prefetch them layer by layer: for long sequences, where
             copies take less time than computing.
-        mla_rope_scaling: stretch MLA's rotary frequencies for longer sequences.
+        teacher_window: how a teacher reads sequences longer than its window.
+        rope_scaling: how the student's attention and MLA layers turn from this run on (YaRN for longer sequences; nope: no
+            rotation; none: unscaled), kept with the model; null: as they do.
+        rotary_base: their theta from this run on; null: as it is.
         distil: loss of pretrain and distil.
         align: loss of align.
         loss_chunk_tokens: tokens whose logits exist at a time.
@@ -107,7 +110,9 @@ class TrainConfig:
     linear_precision: Literal["same", "fp8"] = "same"
     teacher_precision: Literal["same", "fp8"] = "same"
     teacher_offload: bool = False
-    mla_rope_scaling: RopeScaling | None = None
+    teacher_window: TeacherWindow = field(default_factory=TeacherWindow)
+    rope_scaling: RopeScaling | None = None
+    rotary_base: float | None = None
     distil: KLSettings = field(default_factory=KLSettings)
     align: AlignSettings = field(default_factory=AlignSettings)
     loss_chunk_tokens: int = 1024
@@ -153,6 +158,16 @@ class TrainConfig:
             )
         if self.stage == "pretrain" and bool(self.model) == bool(self.scratch):
             raise ConfigError("stage pretrain needs either model (a folder to continue from) or scratch (a layout to make)")
+        if self.teacher_window.mode != "none" and (self.stage == "pretrain" or self.teacher_address):
+            raise ConfigError(
+                "teacher_window is for a teacher that this run loads, or a store of one; give it to `hylo serve-teacher` where "
+                "the teacher is at an address"
+            )
+        if self.teacher_window.mode == "windows" and self.stage == "align":
+            raise ConfigError(
+                "stage align learns the hidden states of every layer, which teacher_window.mode windows has of the last alone; "
+                "use mode rope or shorter sequences"
+            )
         if self.stage == "pretrain" and self.teacher:
             raise ConfigError("stage pretrain learns from text alone; leave teacher out, or use stage distil")
         if self.precision == "bf16" and not self.optimizer.use_distributed_optimizer:
@@ -160,7 +175,7 @@ class TrainConfig:
                 "precision bf16 needs optimizer.use_distributed_optimizer true: Megatron-Core's plain optimizer cannot save "
                 "bf16 weights beside the fp32 A_log and dt_bias of linear layers"
             )
-        if self.cuda_graphs and (self.recompute or self.packed_documents or self.parallel.stages > 1):
+        if self.cuda_graphs and (self.recompute or self.packed_documents or self.parallel.pipeline_stages > 1):
             raise ConfigError(
                 "cuda_graphs cannot capture recompute, packed_documents or pipeline stages; set cuda_graphs false, or leave "
                 "those out"
@@ -208,7 +223,7 @@ class TrainConfig:
         return {key.strip() for key in keys if key.strip()}
 
     def _check_allowed_changes(self) -> None:
-        known = {f.name for f in fields(self)} | {f"mla_rope_scaling.{f.name}" for f in fields(RopeScaling)}
+        known = {f.name for f in fields(self)} | {f"rope_scaling.{f.name}" for f in fields(RopeScaling)}
         groups = {f.name: value for f in fields(self) if is_dataclass(value := getattr(self, f.name))}
         known |= {f"{name}.{f.name}" for name, group in groups.items() for f in fields(group)}
         for key in sorted(self.allowed_changes - known):

@@ -17,6 +17,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.eval.perplexity import Quality
 from megatron_hylo.io import output_lock, read_json
+from megatron_hylo.io.provenance import made_by
 from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.platform.distributed import is_timeout, session
 from megatron_hylo.teachers.remote import RemoteTeacher
@@ -33,9 +34,10 @@ from megatron_hylo.train.profiler import Profiler
 from megatron_hylo.train.reporting import Reporter, check_wandb
 from megatron_hylo.train.resume_check import Resume, check_resume
 from megatron_hylo.train.run_folder import check_run_folder
-from megatron_hylo.train.run_record import model_provenances, record_start
+from megatron_hylo.train.run_record import record_start
 from megatron_hylo.train.setup import Run, architectures, build_run, open_teacher_signal, params_dtype
 from megatron_hylo.train.startup_check import check_run_kernels
+from megatron_hylo.train.teacher_check import check_signal_window, check_teacher_window
 from megatron_hylo.train.token_check import check_run_tokens, check_teacher_tokens, remote_description
 
 __all__ = ["Stopped", "train", "training_step"]
@@ -78,6 +80,7 @@ def train(config: TrainConfig) -> Quality | None:
         models = architectures(config)
         check_run_kernels(models, params_dtype(config), device, config.parallel.context_parallel_size > 1)
         check_run_tokens(config, models[0].vocab_size)
+        check_teacher_window(config)
         windows = open_heldout(config)
         run = build_run(config, device, teacher_signal=_checked_teacher_signal(config, resume))
         progress = Progress(0, 0, SkippedSteps(config.max_skipped_steps))
@@ -86,7 +89,7 @@ def train(config: TrainConfig) -> Quality | None:
             progress.step, progress.consumed = load_checkpoint(run.states, newest)
         resume.record(progress.step)
         record_start(config, folder, device, progress.step)
-        provenances = model_provenances(config, resume.inputs)
+        provenances = _provenances(config)
         with contextlib.ExitStack() as closing:
             callbacks, evaluation = _callbacks(run, folder, windows, progress, provenances, closing)
             batches = run.batches(progress.consumed)
@@ -95,12 +98,21 @@ def train(config: TrainConfig) -> Quality | None:
         return evaluation.quality
 
 
+def _provenances(config: TrainConfig) -> list[dict[str, Any]]:
+    """Describe what each student is made of, for its hylo.json; the main rank's are the ones that are written."""
+    sources = [config.model or config.scratch] + ([config.second_model] if config.second_model else [])
+    teacher = config.teacher or config.teacher_store or config.teacher_address
+    about: dict[str, Any] = dict(stage=config.stage, train_steps=config.train_steps, seed=config.seed)
+    return [made_by("train", {"model": m, "teacher": teacher, "data": config.data}, **about) for m in sources]
+
+
 def _checked_teacher_signal(config: TrainConfig, resume: Resume) -> TeacherSignal | None:
     """Open a stored or remote teacher and compare it with the text, and with the one the run learnt from so far."""
     teacher_signal = open_teacher_signal(config)
     if teacher_signal is not None:
         about = remote_description(teacher_signal) if isinstance(teacher_signal, RemoteTeacher) else None
         check_teacher_tokens(config, teacher_signal.config.hylo.vocab_size, about)
+        check_signal_window(config, teacher_signal, about)
         resume.check_remote((about or {}).get("identity"))
     return teacher_signal
 

@@ -21,8 +21,9 @@ from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.data.packed import IGNORED
 from megatron_hylo.distill.alignment import AlignmentLoss, align_layers, check_alignable
 from megatron_hylo.distill.head_loss import check_vocabularies, mean_counts, model_head_loss
+from megatron_hylo.models.frozen import FrozenModel, as_frozen
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.parallel.pipeline import rank_shape, through_stages
+from megatron_hylo.parallel.pipeline import apart, rank_shape, through_stages, together
 from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.train.optimizer import TrainingState
 
@@ -36,11 +37,11 @@ class Objective:
         self, config: TrainConfig, teacher: Sequence[HyloModel] | None, teacher_signal: TeacherSignal | None = None
     ) -> None:
         self.config, self.teacher_signal = config, teacher_signal
-        self.teacher = teacher if teacher_signal is None else None
+        self.teacher = as_frozen(teacher) if teacher and teacher_signal is None else None
 
     def check(self, student: HyloModel) -> None:
         """Refuse a student (one of its chunks will do) and teacher that do not fit, before training starts."""
-        if (teacher := self.teacher_signal or (self.teacher and self.teacher[0])) is not None:
+        if (teacher := self.teacher_signal or self.teacher) is not None:
             check_vocabularies(student, teacher)
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
@@ -57,7 +58,7 @@ class Objective:
         (state,) = states
         run, packed = get_forward_backward_func(), self.config.packed_documents
         # with the teacher's hidden states, pipeline stages send wider tensors than Megatron-Core expects; so it asks for shapes
-        state.config.variable_seq_lengths = self.teacher is not None and self.config.parallel.stages > 1
+        state.config.variable_seq_lengths = self.teacher is not None and self.config.parallel.pipeline_stages > 1
         taken = list(itertools.islice(batches, micro_batches))
         ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
         counts = mean_counts([batch["labels"] for batch in taken], ranks)
@@ -80,26 +81,27 @@ class Objective:
     def _forward_step(self, counts: Tensor, batches: Batches, model: Any) -> tuple[Tensor, Any]:
         batch, student = next(batches), model.module
         ids, documents = batch["input_ids"], batch.get("documents")
-        teacher = self.teacher[student.vp_stage or 0] if self.teacher is not None else None
-        if teacher is None:
+        if self.teacher is None:
             taught = batch.get("teacher_hidden")
             return model(ids, documents), partial(self._loss, student, self.teacher_signal, batch, taught, counts)
+        reading, received = self.teacher.read(ids, documents), None
         if not student.pre_process:
-            widths = [student.config.hidden_size, teacher.config.hidden_size]
-            own, theirs = student.decoder.input_tensor.split(widths, dim=-1)
-            student.set_input_tensor(own.contiguous())
-            teacher.set_input_tensor(theirs.detach().contiguous())
-        with torch.no_grad():
-            teacher_hidden = teacher(ids, documents)
+            c = student.config
+            shape = rank_shape(ids.shape[1], len(ids), c.hidden_size, c.sequence_parallel)
+            width = self.teacher[0].config.hidden_size
+            own, theirs = apart(student.decoder.input_tensor, shape, width, len(reading.ids))
+            student.set_input_tensor(own)
+            received = theirs.detach()
+        teacher_hidden = self.teacher.run(student.vp_stage or 0, reading, received)
         hidden = model(ids, documents)
         if not student.post_process:
-            hidden = torch.cat([hidden, teacher_hidden], dim=-1)
-        return hidden, partial(self._loss, student, teacher, batch, teacher_hidden, counts)
+            hidden = together(hidden, teacher_hidden)
+        return hidden, partial(self._loss, student, self.teacher, batch, teacher_hidden, counts)
 
     def _loss(
         self,
         student: HyloModel,
-        teacher: HyloModel | TeacherSignal | None,
+        teacher: FrozenModel | TeacherSignal | None,
         batch: dict[str, Any],
         teacher_hidden: Tensor | None,
         counts: Tensor,
@@ -184,7 +186,7 @@ class AlignObjective(Objective):
         """Sum over the layers of all pipeline stages and average over micro-batches, whose chunks' losses are given."""
         terms: Any = sum(loss.layers.sum(dim=0) for chunks in losses for loss in chunks) / len(losses)
         total: Any = sum(loss.loss for chunks in losses for loss in chunks) / len(losses)
-        groups = [parallel_state.get_pipeline_model_parallel_group()] if self.config.parallel.stages > 1 else []
+        groups = [parallel_state.get_pipeline_model_parallel_group()] if self.config.parallel.pipeline_stages > 1 else []
         if self.config.parallel.sequence_parallel:  # each tensor-parallel rank summed its own tokens
             groups.append(parallel_state.get_tensor_model_parallel_group())
         for group in groups:

@@ -1,4 +1,4 @@
-"""What a run was: every start of it in RUN/starts.jsonl, and the provenance chain of its models."""
+"""What a run was: a line each start in RUN/starts.jsonl."""
 
 import json
 import os
@@ -16,8 +16,6 @@ import torch
 
 import megatron_hylo
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.io import has_manifest
-from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.platform.distributed import is_main
 
 STARTS = "starts.jsonl"
@@ -58,36 +56,6 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def model_provenances(config: TrainConfig, inputs: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
-    """Describe what each student is made of, for its hylo.json: inputs with absolute paths and hashes, down to the base model.
-
-    Args:
-        config: settings of the run.
-        inputs: {name: {"path", "identity"}} of the run's inputs, as the resume check found them.
-    """
-    found = []
-    for name in ("model" if config.model else "scratch", "second_model"):
-        if (source := getattr(config, name)) is None:
-            continue
-        used = {key: value for key, value in inputs.items() if key not in ("model", "second_model", "scratch") or key == name}
-        found.append(
-            {
-                "stage": config.stage,
-                "model": source,
-                "teacher": config.teacher or config.teacher_store or config.teacher_address,
-                "train_steps": config.train_steps,
-                "inputs": {key: value | {"path": _absolute(value["path"])} for key, value in used.items()},
-                "from": read_description(source)[1]["provenance"] if has_manifest(Path(source)) else None,
-            }
-        )
-    return found
-
-
-def _absolute(path: str) -> str:
-    """An absolute path; a name of a layout or an address as it is."""
-    return os.path.abspath(path) if os.path.exists(path) else path
 
 
 def _versions() -> dict[str, str]:

@@ -14,12 +14,14 @@ from megatron.core import parallel_state
 
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.config.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
+from megatron_hylo.config.teacher_window import rope_changes
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.data.training_windows import training_windows
 from megatron_hylo.data.windows import WindowSource
 from megatron_hylo.models.checkpoint import load_chunks, read_description
-from megatron_hylo.models.frozen import freeze
+from megatron_hylo.models.frozen import FrozenModel, as_frozen, freeze
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
+from megatron_hylo.models.windows import repeats
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.plan.memory import Memory, predict_memory
 from megatron_hylo.teachers.remote import RemoteTeacher
@@ -54,7 +56,7 @@ class Run:
     config: TrainConfig
     device: torch.device
     students: Students
-    teacher: Teacher
+    teacher: FrozenModel | None
     teacher_signal: TeacherSignal | None
     objective: Objective
     states: list[TrainingState]
@@ -77,7 +79,10 @@ class Run:
             flops -= sum(3 * 6 * c.num_hidden_layers * c.hidden_size * c.ffn_hidden_size for c in shapes)
         if self.teacher is None or self.teacher_signal is not None:
             return flops
-        return flops + forward_flops_per_token(self.teacher[0].config.hylo, config.sequence_length, head)
+        shape, window = self.teacher[0].config.hylo, self.teacher.window
+        if window is None:
+            return flops + forward_flops_per_token(shape, config.sequence_length, head)
+        return flops + repeats(config.sequence_length, window) * forward_flops_per_token(shape, window, head)
 
     def describe(self) -> str:
         """Name the students, the amount of work, the precision and the ranks."""
@@ -117,7 +122,8 @@ def build_run(
     micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
     dataset = training_windows(config) if config.data != NO_PATH else None
     signal = open_teacher_signal(config) if teacher_signal is None else teacher_signal
-    students, teacher = models or build_models(config)
+    students, chunks = models or build_models(config)
+    teacher = as_frozen(chunks) if chunks is not None else None
     objective = get_objective(config, teacher, signal)
     for student in students:
         objective.check(student[0])
@@ -126,15 +132,15 @@ def build_run(
     return Run(config, device, students, teacher, signal, objective, states, dataset, micro_batches)
 
 
-def build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[HyloModel] | None]:
+def build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], FrozenModel | None]:
     """Load or make this rank's chunks of (the students, the teacher); paired layers are on the same ranks."""
     architecture, dtype = architectures(config)[0], params_dtype(config)
-    layers = pipeline_layers(architecture, config.parallel.stages, config.parallel.pipeline_layers)
+    layers = pipeline_layers(architecture, config.parallel.pipeline_stages, config.parallel.pipeline_layers)
     shared: dict[str, Any] = dict(
         parallel=replace(config.parallel, pipeline_layers=layers), params_dtype=dtype, backend=config.backend
     )
     how: dict[str, Any] = dict(recompute=config.recompute, fp8=config.student_fp8)
-    changes: dict[str, Any] = {"mla_rope_scaling": config.mla_rope_scaling} if config.mla_rope_scaling else {}
+    changes = rope_changes(config.rope_scaling, config.rotary_base)
     # what is saved says the longest sequence it was trained with
     trained = [max(c.max_position_embeddings, config.sequence_length) for c in architectures(config)]
     if config.model:
@@ -147,8 +153,11 @@ def build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[HyloM
         students = [build_chunks(architecture.replace(**changes, max_position_embeddings=trained[0]), **how, **shared)]
     teacher = None
     if config.teacher:
-        chunks = _load_chunks(config.teacher, fp8=config.teacher_fp8, **shared)
-        teacher = freeze(chunks, config.teacher_offload)
+        window = config.teacher_window.window(read_description(config.teacher)[0], config.sequence_length)
+        if window is not None:  # each context-parallel rank reads windows of its own
+            shared["parallel"] = replace(shared["parallel"], context_parallel_size=1)
+        chunks = _load_chunks(config.teacher, fp8=config.teacher_fp8, **shared, **config.teacher_window.changes())
+        teacher = freeze(chunks, config.teacher_offload, window)
     return [[chunk.train() for chunk in student] for student in students], teacher
 
 

@@ -12,6 +12,7 @@ from megatron_hylo.calibrate.solve import LayerError, solve_outputs
 from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.layouts import Shapes, expand_pattern, get_layout, hybrid_config
+from megatron_hylo.config.mixers import LINEAR_SYMBOLS, MLA_SYMBOL
 from megatron_hylo.convert.to_hf import hf_tensors
 from megatron_hylo.convert.to_megatron import fill_model
 from megatron_hylo.data.tokenizer import check_dataset, check_same_vocabulary
@@ -19,6 +20,7 @@ from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.initialise.calibrated_mla import choose_rotary_pairs
 from megatron_hylo.io import check_free
 from megatron_hylo.io.progress import Track, no_progress
+from megatron_hylo.io.provenance import made_by
 from megatron_hylo.kernels.registry import untuned
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
@@ -105,10 +107,10 @@ def upcycle_folder(
         check_dataset(calibration, teacher)
     model = load_model(teacher, backend="local")
     source = dict(hf_tensors(model))
-    if calibrated and rotary != "table" and "+" in config.mixers:
+    if calibrated and rotary != "table" and MLA_SYMBOL in config.mixers:
         span = statistics.description["sequence_length"]
         pairs: list[tuple[int, ...]] = [()] * config.num_hidden_layers
-        for layer in (i for i, symbol in enumerate(config.mixers) if symbol == "+"):
+        for layer in (i for i, symbol in enumerate(config.mixers) if symbol == MLA_SYMBOL):
             attention = attention_tensors(source.__getitem__, teacher_config, layer)
             pairs[layer] = choose_rotary_pairs(attention, config, teacher_config, statistics[layer], rotary, span)
         config = config.replace(mla_rotary_pairs=pairs)
@@ -123,11 +125,12 @@ def upcycle_folder(
         with untuned():
             if calibrated:
                 report.errors = solve_outputs(student, model, windows, sequential, mlps, track)
-            report.quality, report.teacher_quality = (evaluate(m, heldout, model, size) for m in (student, model))
-    provenance = {"teacher": str(teacher), "init": init, "seed": seed}
+            report.quality, report.teacher_quality = (evaluate(m, heldout, model, size, track=track) for m in (student, model))
+    settings: dict[str, Any] = {"layout": layout, "pattern": pattern, "init": init, "seed": seed}
     if calibrated:
         tokens = statistics.description["tokens"]
-        provenance |= {"rotary": rotary, "sequential": sequential, "mlps": sequential and mlps, "calibration_tokens": tokens}
+        settings |= {"rotary": rotary, "sequential": sequential, "mlps": sequential and mlps, "calibration_tokens": tokens}
+    provenance = made_by("upcycle", {"teacher": teacher, "calibration": calibration}, **settings)
     _save(student, output, Path(teacher), provenance, overwrite)
     return report
 
@@ -160,12 +163,13 @@ def assemble_folder(
         check_same_vocabulary(folder, base)
     mla_model, linear_model, base_model = (load_model(p, backend="local") for p in (mla, linear, base))
     mla_config, linear_config = mla_model.config.hylo, linear_model.config.hylo
-    if set(mla_config.mixers) != {"+"} or len(set(linear_config.mixers)) != 1 or linear_config.mixers[0] not in "MG":
+    pure = set(mla_config.mixers) == {MLA_SYMBOL} and len(set(linear_config.mixers)) == 1
+    if not pure or linear_config.mixers[0] not in LINEAR_SYMBOLS:
         raise ConfigError(
             f"assemble needs a pure-MLA and a pure-linear model, got {mla_config.mixers} and {linear_config.mixers}"
         )
     mixers = expand_pattern(pattern, mla_config.num_hidden_layers)
-    if not set(mixers) <= {"+", linear_config.mixers[0]}:
+    if not set(mixers) <= {MLA_SYMBOL, linear_config.mixers[0]}:
         raise ConfigError(
             f"pattern {pattern} asks for mixers that neither model has: {mla_config.mixers[0]}, {linear_config.mixers[0]}"
         )
@@ -174,7 +178,8 @@ def assemble_folder(
     state = dict(assemble_state(*sources, config, track))
     student = build_model(config, params_dtype=mla_model.config.params_dtype, backend="local")
     _fill(student, state)
-    _save(student, output, Path(base), {"mla": str(mla), "linear": str(linear), "base": str(base)}, overwrite)
+    provenance = made_by("assemble", {"mla": mla, "linear": linear, "base": base}, pattern=pattern)
+    _save(student, output, Path(base), provenance, overwrite)
     return config
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import uniform_mixers
+from megatron_hylo.config.mixers import LINEAR_SYMBOLS, MLA_SYMBOL
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.tokenizer import check_dataset, check_ids
 from megatron_hylo.distill.alignment import mixer_output, mlp_layer
@@ -176,7 +177,7 @@ def select_folder(
         )
     depth, kl_by_layer = evaluation.depth, None
     if method == "uniform":
-        chosen = tuple(layer for layer, mixer in enumerate(uniform_mixers(depth, count)) if mixer == "+")
+        chosen = tuple(layer for layer, mixer in enumerate(uniform_mixers(depth, count)) if mixer == MLA_SYMBOL)
     elif method == "smart":
         kl = evaluation.kl_with((), range(depth), "one layer MLA")
         kl_by_layer = list(kl.values())
@@ -194,7 +195,7 @@ def select_folder(
         kl_selected = evaluation.kl(chosen, "chosen")
     selection = Selection(
         method=method,
-        pattern="".join("+" if layer in chosen else symbol for layer in range(depth)),
+        pattern="".join(MLA_SYMBOL if layer in chosen else symbol for layer in range(depth)),
         mla_layers=list(chosen),
         kl_all_linear=kl_all_linear,
         kl_by_layer=kl_by_layer,
@@ -214,25 +215,24 @@ def select_folder(
 
 def plot_selection(selection: Selection, file: Path) -> None:
     """Bars of each layer's sensitivity, the chosen ones marked, as PNG."""
-    import matplotlib
+    from megatron_hylo.eval.plots import Axes, Theme, draw_png
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(10, 4), constrained_layout=True)
     gains = [selection.kl_all_linear - kl for kl in selection.kl_by_layer]
-    for label, color, wanted in (("MLA", "tab:orange", True), (selection.pattern.replace("+", "")[0], "tab:blue", False)):
-        layers = [layer for layer in range(len(gains)) if (layer in selection.mla_layers) == wanted]
-        axes.bar(layers, [gains[layer] for layer in layers], color=color, label=label)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="layer", ylabel="KL lost when it alone is MLA, nats a token", xticks=range(len(gains)))
-    axes.set_title(
-        f"{selection.method}, {selection.tokens:,} tokens: KL {selection.kl_all_linear:.3f} all linear, "
-        f"{selection.kl_selected:.3f} with {len(selection.mla_layers)} MLA layers"
-    )
-    axes.legend()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        linear = selection.pattern.replace("+", "")[0]
+        for label, color, wanted in (("MLA", theme.series[1], True), (linear, theme.series[0], False)):
+            layers = [layer for layer in range(len(gains)) if (layer in selection.mla_layers) == wanted]
+            axes.bar(layers, [gains[layer] for layer in layers], color=color, label=label)
+        axes.axhline(0, color=theme.ink, linewidth=0.8)
+        axes.set(xlabel="layer", ylabel="KL lost when it alone is MLA, nats a token", xticks=range(len(gains)))
+        axes.set_title(
+            f"{selection.method}, {selection.tokens:,} tokens: KL {selection.kl_all_linear:.3f} all linear, "
+            f"{selection.kl_selected:.3f} with {len(selection.mla_layers)} MLA layers"
+        )
+        axes.legend()
+
+    draw_png(file, draw, size=(10, 4))
 
 
 def _check_models(
@@ -240,14 +240,15 @@ def _check_models(
 ) -> tuple[str, int]:
     """(symbol of the linear layers, vocabulary); refuses what cannot be assembled, before any weight is read."""
     (teacher_config, _), (mla_config, mla_from), (linear_config, linear_from) = map(read_description, (teacher, mla, linear))
-    if set(mla_config.mixers) != {"+"} or set(linear_config.mixers) not in ({"M"}, {"G"}):
+    pure = set(mla_config.mixers) == {MLA_SYMBOL} and len(set(linear_config.mixers)) == 1
+    if not pure or linear_config.mixers[0] not in LINEAR_SYMBOLS:
         raise ConfigError(
-            f"select needs a model of MLA layers alone and one of Mamba2 or of Gated DeltaNet layers alone, got "
+            f"select needs a model of MLA layers alone and one of a single linear mixer ({' '.join(LINEAR_SYMBOLS)}), got "
             f"{mla_config.mixers} and {linear_config.mixers}; make them with `hylo upcycle --pattern`"
         )
     check_count(count, mla_config.num_hidden_layers)
     symbol = linear_config.mixers[0]
-    target = mla_config.with_mixers("+" + symbol * (mla_config.num_hidden_layers - 1))
+    target = mla_config.with_mixers(MLA_SYMBOL + symbol * (mla_config.num_hidden_layers - 1))
     # its checks are made at once; no tensor is asked for
     assemble_state(*(Source(config, _unread) for config in (mla_config, linear_config, teacher_config)), target)
     for folder, description in ((mla, mla_from), (linear, linear_from)):

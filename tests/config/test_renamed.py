@@ -13,8 +13,8 @@ from megatron_hylo.config.train import TrainConfig
 
 
 def flat(settings: dict) -> dict:
-    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}, one level deep."""
-    return {f"{k}.{n}": x for k, v in settings.items() if isinstance(v, dict) for n, x in v.items()}
+    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1} beside what there was, one level deep."""
+    return settings | {f"{k}.{n}": x for k, v in settings.items() if isinstance(v, dict) for n, x in v.items()}
 
 
 def test_every_new_name_is_a_setting_and_no_old_one_is():
@@ -25,6 +25,8 @@ def test_every_new_name_is_a_setting_and_no_old_one_is():
 
 @pytest.mark.parametrize("spelling", ["--ce_weight=0.5", "--ce_weight 0.5"])
 def test_an_old_option_is_refused_with_the_new_one(spelling, capsys):
+    with pytest.raises(ConfigError, match="--mla_rope_scaling.factor is now --rope_scaling.factor"):
+        refuse_renamed(["train", "--mla_rope_scaling.factor", "4"])
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--stage", "distil", *spelling.split()])
     assert stopped.value.code == 2
@@ -46,7 +48,8 @@ def test_old_keys_of_a_recipe_are_refused_all_at_once(spelling, tmp_path):
 def test_settings_of_an_earlier_version_are_translated_and_present_ones_left_alone():
     new = asdict(TrainConfig(stage="pretrain", data="-", output="-", scratch="-"))
     assert translate_settings(new) == new
-    old = {name: value for name, value in new.items() if name not in ("distil", "align", "checkpoint", "logging", "profile")}
+    later = ("distil", "align", "checkpoint", "logging", "profile", "rope_scaling")
+    old = {name: value for name, value in new.items() if name not in later}
     old |= {name: f"value of {name}" for name in RENAMED}
     found = flat(translate_settings(old))
     assert {new_name: found[new_name] for new_name in RENAMED.values()} == {v: f"value of {k}" for k, v in RENAMED.items()}

@@ -1,8 +1,5 @@
 """The chunked head loss against plain float64 torch: values, gradients, memory, refusals."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from megatron_hylo.config import ConfigError, from_dict
 from megatron_hylo.config.train import KLSettings, TrainConfig
 from megatron_hylo.distill.head_loss import linear_head_loss, mean_counts, model_head_loss
 from tests.conftest import uneven_model
+from tests.forked import run_ranks
 from tests.kernels.compare import relative_error
 
 N, VOCAB, WIDTH, TEACHER_WIDTH = 53, 97, 24, 40
@@ -172,16 +170,11 @@ def test_a_model_s_head_loss_is_that_of_its_flattened_tokens(one_rank):
 
 
 @pytest.mark.multirank
-def test_a_vocabulary_split_over_two_ranks_equals_float64_torch():
+def test_a_vocabulary_split_over_two_ranks_equals_float64_torch(tmp_path):
     """Directions, temperatures, top k up to more than a rank has, masks; and ties, of which each rank has some."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, str(Path(__file__).with_name("head_loss_ranks.py"))], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    cases = [line.split("CASE ")[1].split("|") for line in result.stdout.splitlines() if "CASE " in line]
-    assert len(cases) == 2 * 2 * 6 * 2 + 3 + 3 * 3, result.stdout
+    output = run_ranks("tests.distill.head_loss_ranks", [], 2, tmp_path)
+    cases = [line.split("CASE ")[1].split("|") for line in output.splitlines() if "CASE " in line]
+    assert len(cases) == 2 * 2 * 6 * 2 + 3 + 3 * 3, output
     for name, worst in cases:
         assert float(worst) < 1e-12, (name, worst)
 

@@ -1,4 +1,4 @@
-"""What the parity tests on CPUs and on GPUs share: stages, parallel layouts, models and text that would show a fault."""
+"""What the parity tests on CPUs and on GPUs share: stages, parallelisms, models and text that would show a fault."""
 
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,17 @@ STAGES = {
     "top_k": dict(stage="distil", distil=dict(ce_weight=0.3, kl_top_k=50)),  # with few the KL is near its rounding errors
     "stored": dict(stage="distil", teacher_store="store", distil=dict(ce_weight=0.3)),
     "packed_stored": dict(stage="distil", teacher_store="store", packed_documents=True, distil=dict(ce_weight=0.3)),
+    "windows": dict(stage="distil", teacher_window=dict(mode="windows", length=10), distil=dict(ce_weight=0.3)),
+    "packed_windows": dict(
+        stage="distil", teacher_window=dict(mode="windows", length=10), packed_documents=True, distil=dict(ce_weight=0.3)
+    ),
     "packed_mse": dict(stage="align", packed_documents=True, align=dict(loss="mse")),
     "recall": dict(stage="distil", packed_documents=True, sequence_length=256, recall=RecallSettings(0.7, ["key_value"], 3.0)),
     "mse_pairs": dict(stage="align", micro_batch_size=2, align=dict(loss="mse")),
     "packed_mse_pairs": dict(stage="align", micro_batch_size=2, packed_documents=True, align=dict(loss="mse")),
 }
 # name: (ranks, parallel groups, distributed optimizer)
-LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
+PARALLELISMS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "one": (1, {}, False),
     "tp2": (2, dict(tensor_model_parallel_size=2), True),
     "tp4": (4, dict(tensor_model_parallel_size=4), True),
@@ -80,14 +84,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
 
 
 def case_config(
-    root: Path, model: str, stage: str, layout: str, precision: str = "fp32", sequence_length: int = 24
+    root: Path, model: str, stage: str, parallelism: str, precision: str = "fp32", sequence_length: int = 24
 ) -> TrainConfig:
-    """Two steps of a stage under a layout, of the folders ROOT/{data, teacher, store, MODEL}; a MODEL "odd..." has odd_teacher
-    and odd_store.
+    """Settings of two steps of a stage under a parallelism.
 
+    ROOT has the folders data, teacher, store and MODEL; a MODEL "odd..." has odd_teacher and odd_store.
     bf16 needs the distributed optimizer, also on one rank.
     """
-    _, groups, distributed = LAYOUTS[layout]
+    _, groups, distributed = PARALLELISMS[parallelism]
     settings = dict(STAGES[stage])
     kind = "odd_" if model.startswith("odd") else ""
     teacher = None if settings["stage"] == "pretrain" else f"{kind}teacher"

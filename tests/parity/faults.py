@@ -223,7 +223,7 @@ def _padding_in_the_soft_max() -> contextlib.AbstractContextManager:
     return _replaced(head_loss, "linear_head_loss", lambda *given, vocabulary, **options: right(*given, **options))
 
 
-# name: (fault, model, stage, layout of the case that it must fail)
+# name: (fault, model, stage, parallelism of the case that it must fail)
 FAULTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], str, str, str]] = {
     "a norm's gradient not summed over tensor-parallel ranks": (_head_norm_gradient_not_summed, "normed", "pretrain", "tp2"),
     "the rotary key's gradient not summed": (_rotary_key_gradient_not_summed, "mixed", "pretrain", "tp2"),

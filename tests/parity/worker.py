@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.forked import run_ranks
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -42,26 +44,21 @@ def launch(jobs: list[dict[str, Any]], ranks: int, scratch: Path, gpus: bool = F
     """
     file = scratch / f"jobs_{ranks}.json"
     file.write_text(json.dumps(jobs))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        __file__,
-        str(file),
-    ]
+    if not gpus:
+        run_ranks("tests.parity.worker", [str(file)], ranks, scratch, {"HYLO_KERNELS": kernels}, timeout=1500)
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [__file__, str(file)]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HYLO_KERNELS": kernels}
-    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     if result.returncode:
         raise RuntimeError(f"{ranks} ranks failed:\n{result.stdout[-3000:]}\n{result.stderr[-12000:]}")
 
 
 def whole_tensors(chunks: list[torch.nn.Module], tensors: list[dict[str, torch.Tensor]]) -> tuple[dict, float, str]:
-    """Tensors shaped like this rank's parameters, by chunk, put together from all ranks, on every rank.
+    """Tensors shaped like this rank's parameters, by chunk, put together from all ranks, on rank 0; elsewhere there are none.
 
     While the model's own sharded state dict is made, every parameter's data is the tensor of its name; so fused
     projections come apart by section exactly as in a checkpoint.
@@ -82,16 +79,18 @@ def whole_tensors(chunks: list[torch.nn.Module], tensors: list[dict[str, torch.T
     state = sharded_chunks(chunks)
     apply_factories(state)
     pieces = [
-        (t.key, t.global_shape, t.global_offset, t.data.detach().float().cpu())
+        (t.key, t.global_shape, t.global_offset, t.data.detach().float().cpu().numpy())  # tensors take long to pickle
         for t in nested_values(state)
         if isinstance(t, ShardedTensor)
     ]
     for (p, _), data in zip(parameters, kept):
         p.data = data
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, pieces)
-    whole, worst = {}, (0.0, "")
-    for key, shape, offset, piece in (entry for rank in everyone for entry in rank):
+    everyone: list = [None] * dist.get_world_size()
+    dist.gather_object(pieces, everyone if dist.get_rank() == 0 else None)
+    whole: dict[str, torch.Tensor] = {}
+    worst = (0.0, "")
+    for key, shape, offset, numbers in (entry for rank in everyone if rank is not None for entry in rank):
+        piece = torch.from_numpy(numbers)
         full = whole.setdefault(key, torch.full(shape, float("nan")))
         place = full[tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))]
         if bool(place.isnan().any()):
@@ -160,8 +159,9 @@ def main(file: str) -> None:
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     entries = [(e, from_dict(TrainConfig, e["config"], file)) for e in json.loads(Path(file).read_text())]
+    launcher = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     for number, (_, group) in enumerate(itertools.groupby(entries, key=lambda entry: entry[1].parallel)):
-        store, here = dist.FileStore(f"{file}.{number}", ranks), device()
+        store, here = dist.PrefixStore(f"jobs_{number}", launcher), device()
         cuda = here.type == "cuda"
         if cuda:
             torch.cuda.set_device(here)

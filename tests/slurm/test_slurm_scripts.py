@@ -57,7 +57,7 @@ def test_shellcheck_accepts_all_scripts():
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
 def test_recipe_has_the_papers_hyperparameters(file):
     config = load_recipe(file)
-    scaling = config.mla_rope_scaling
+    scaling = config.rope_scaling
     found = (config.stage, config.sequence_length, config.optimizer.lr, config.global_batch_size, scaling and scaling.factor)
     assert found == HYLO[file.stem]
     assert config.optimizer.warmup_ratio == 0.01

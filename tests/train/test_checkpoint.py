@@ -1,4 +1,4 @@
-"""Training checkpoints: any layout resumes them, a killed save leaves none, old ones go, damage is named.
+"""Training checkpoints: any parallelism resumes them, a killed save leaves none, old ones go, damage is named.
 
 Oracle of resuming: the same run on one rank without interruption.
 """
@@ -36,7 +36,7 @@ def quality(run: Path) -> dict:
 
 
 @pytest.mark.multirank
-def test_resuming_under_another_layout_equals_one_rank_uninterrupted(settings, tmp_path):
+def test_resuming_under_another_parallelism_equals_one_rank_uninterrupted(settings, tmp_path):
     def config(name: str, distributed: bool, groups: dict):
         # adam_eps above rounding errors: Adam's first steps are signs of gradients otherwise
         optimizer = OptimizerSettings(

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from megatron_hylo.cli.main import EXIT_STOPPED, main
-from megatron_hylo.config import ConfigError, RopeScaling
+from megatron_hylo.config import ConfigError, RopeScaling, TeacherWindow
 from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.io.identity import content_identity
@@ -89,7 +89,8 @@ def test_what_is_saved_and_exported_says_the_longest_sequence_it_was_trained_wit
         2,
         sequence_length=length,
         train_tokens=2 * 4 * length,
-        mla_rope_scaling=yarn,
+        rope_scaling=yarn,
+        teacher_window=TeacherWindow("windows"),
         checkpoint=dict(save_interval=1),
     )
     train(config)
@@ -142,8 +143,8 @@ def test_interrupt_saves_and_the_same_command_resumes_bit_for_bit(settings, tmp_
     assert starts[0]["command"][-2:] == ["--config", f"{stopped.output}.yaml"] and starts[0]["config"] == asdict(stopped)
     assert starts[0]["libraries"]["torch"] == metadata.version("torch")
     provenance = read_description(tmp_path / "stopped" / "model")[1]["provenance"]
-    assert provenance["inputs"]["model"] == {"path": stopped.model, "identity": content_identity(stopped.model)}
-    assert set(provenance["inputs"]) == {"model", "teacher", "data"} and provenance["from"] == {}
+    assert provenance["inputs"]["model"]["content_sha256"] == content_identity(stopped.model)
+    assert set(provenance["inputs"]) == {"model", "teacher", "data"}
     whole = settings(steps=40, output=tmp_path / "whole", precision="bf16")
     train(whole)
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")

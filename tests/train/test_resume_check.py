@@ -225,9 +225,9 @@ def test_a_run_folder_with_the_names_of_an_earlier_version_goes_on(started):
     file = run / "config.json"
     saved = json.loads(file.read_text())
     for name, new in RENAMED.items():
-        group, key = new.split(".")
-        saved[name] = saved[group][key]
-    for group in ("distil", "align", "checkpoint", "logging", "profile"):
+        group, _, key = new.rpartition(".")
+        saved[name] = saved[group][key] if group else saved[key]
+    for group in ("distil", "align", "checkpoint", "logging", "profile", "rope_scaling"):
         del saved[group]
     file.write_text(json.dumps(saved))
     change = {"time": "", "user": "", "step": 0, "key": "hidden_weight", "from": 1.0, "to": 1.0}
