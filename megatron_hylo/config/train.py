@@ -80,7 +80,8 @@ class TrainConfig:
         allow_change: keys (optimizer.lr,max_skipped_steps) of which a run that goes on may have other values than it was
             started with, or (data, teacher) that may hold something else; kept in OUTPUT/history.json. A list, or with commas.
         eval_interval: steps between held-out evaluations; 0: at the end only.
-        eval_windows: held-out windows of sequence_length.
+        eval_windows: held-out windows of sequence_length, of each text; with recall as many of recall exercises.
+        eval_data: more dataset folders of the same tokenizer whose held-out text is measured too, [FOLDER, ...].
         checkpoint: how often checkpoints are saved, and how.
         logging: what is recorded, and how often.
         profile: steps of which a torch.profiler trace is written.
@@ -128,6 +129,7 @@ class TrainConfig:
     allow_change: list[str] | str = ""
     eval_interval: int = 0
     eval_windows: int = 32
+    eval_data: list[str] = field(default_factory=list)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     profile: ProfileSettings = field(default_factory=ProfileSettings)
@@ -136,6 +138,7 @@ class TrainConfig:
         for name in PATHS:
             if (getattr(self, name) or "").startswith("~"):
                 setattr(self, name, str(expand_home(getattr(self, name))))
+        self.eval_data = [str(expand_home(folder)) if folder.startswith("~") else folder for folder in self.eval_data]
         at_least_one(self, "", "sequence_length", "global_batch_size", "micro_batch_size", "train_tokens", "loss_chunk_tokens")
         self._check_allowed_changes()
         recomputed_layers(self.recompute)
@@ -264,6 +267,10 @@ class TrainConfig:
     def train_steps(self) -> int:
         """Number of optimizer steps of the run."""
         return -(-self.train_tokens // (self.global_batch_size * self.sequence_length))
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step, counted from 1, is recorded: the first, the last, and every `logging.log_interval`."""
+        return step % self.logging.log_interval == 0 or step in (1, self.train_steps)
 
     def micro_batches(self, data_parallel_size: int) -> int:
         """Number of forward passes that a rank makes in one step.

@@ -1,5 +1,6 @@
 """The windows that a run trains on, as its settings say."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,27 @@ def training_windows(config: TrainConfig) -> WindowSource:
     """
     if not config.recall.share:
         return _text_windows(config, config.sequence_length)
+    return recall_windows(config, lambda length: _text_windows(config, length), config.seed)
+
+
+def recall_windows(config: TrainConfig, source: Callable[[int], WindowSource], seed: int) -> RecallWindows:
+    """Windows of `config.sequence_length` with the run's recall exercises in another source's text.
+
+    Args:
+        config: settings of the run.
+        source: makes the source of a given sequence length.
+        seed: decides exercises and places.
+
+    Raises:
+        ConfigError: no tokenizer, or a share too small for an exercise.
+    """
     tokenizer = load_transformers_tokenizer(f"{config.data}/tokenizer")
     if tokenizer is None:
         raise ConfigError(
             f"{config.data}/tokenizer holds no tokenizer, which recall.share needs; make it with `hylo preprocess`"
         )
-    return RecallWindows(
-        lambda length: _text_windows(config, length),
-        config.sequence_length,
-        config.recall,
-        plain_encoder(tokenizer),
-        config.seed,
-        config.packed_documents,
-    )
+    encoder = plain_encoder(tokenizer)
+    return RecallWindows(source, config.sequence_length, config.recall, encoder, seed, config.packed_documents)
 
 
 def _text_windows(config: TrainConfig, sequence_length: int) -> WindowSource:

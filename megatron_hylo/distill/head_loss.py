@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train_settings import KLSettings
-from megatron_hylo.distill.plain_head_softmax import plain_head_softmax
+from megatron_hylo.distill.plain_head_softmax import plain_head_softmax, token_losses
 from megatron_hylo.kernels.head_softmax import head_softmax, unsupported
 from megatron_hylo.kernels.registry import Unsupported, select
 from megatron_hylo.models.hylo_model import HyloModel
@@ -97,6 +97,43 @@ def model_head_loss(
         counts=counts,
         vocabulary=vocabulary,
     )
+
+
+@torch.no_grad()
+def model_token_losses(
+    model: HyloModel,
+    hidden: Tensor,
+    labels: Tensor,
+    teacher: Any = None,
+    teacher_hidden: Tensor | None = None,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """Compute the losses of each token under any tensor and sequence parallelism, for evaluations.
+
+    Args:
+        model, hidden, labels, teacher, teacher_hidden, chunk_tokens: see `model_head_loss`; labels are needed.
+
+    Returns:
+        fp32 or wider [4, batch, sequence]: cross-entropy, correct, KL and agreement, see `token_losses`.
+    """
+    group, vocabulary = parallel_state.get_tensor_model_parallel_group(), model.config.hylo.vocab_size
+    weight = model.head_weight()
+    rows = len(weight)
+    inputs = [(_full_tokens(hidden, model.config.sequence_parallel, group).flatten(0, 1), weight)]
+    if teacher is not None:
+        assert teacher_hidden is not None, "a teacher comes with its hidden states"
+        vocabulary, theirs = min(vocabulary, teacher.config.hylo.vocab_size), teacher_rows(model, teacher, group)
+        inputs.append((_full_tokens(teacher_hidden, teacher.config.sequence_parallel, group).flatten(0, 1), theirs))
+        rows = min(rows, len(theirs))
+    first = group.rank() * len(weight)
+    rows = min(rows, max(vocabulary - first, 0))  # all but padding
+    flat, wide = labels.transpose(0, 1).flatten(), torch.promote_types(hidden.dtype, torch.float32)
+    found = []
+    for start in range(0, len(flat), chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        logits = [_logits(x[chunk], w[:rows], wide).to(wide) for x, w in inputs]
+        found.append(token_losses(logits[0], logits[1] if teacher is not None else None, flat[chunk], first, group))
+    return torch.cat(found, 1).unflatten(1, (labels.shape[1], labels.shape[0])).transpose(1, 2)
 
 
 def mean_counts(labels: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:

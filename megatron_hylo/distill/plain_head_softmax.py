@@ -63,14 +63,47 @@ def _cross_entropy(log_p: Tensor, labels: Tensor, first: int, weight: float | Te
         first: number of this rank's first row.
         weight: of the gradient; a tensor's value is not looked at, which would wait for the GPU.
     """
-    local = labels - first
-    mine = (local >= 0) & (local < log_p.shape[1])
-    index = local.clamp(0, log_p.shape[1] - 1).unsqueeze(1)
-    picked = torch.where(mine, log_p.gather(1, index).squeeze(1), 0).sum()
+    picked, index, mine = _label_log_p(log_p, labels, first)
+    picked = picked.sum()
     if not torch.is_tensor(weight) and not weight:
         return picked, None
     known, mine = (flag.to(log_p.dtype).unsqueeze(1) for flag in (labels >= 0, mine))
     return picked, log_p.exp().mul_(weight * known).scatter_add_(1, index, -weight * mine)
+
+
+def _label_log_p(log_p: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p[label] or 0 where another rank has it, [n]; its column on this rank, [n, 1]; whether it is here, bool [n])."""
+    local = labels - first
+    mine = (local >= 0) & (local < log_p.shape[1])
+    index = local.clamp(0, log_p.shape[1] - 1).unsqueeze(1)
+    return torch.where(mine, log_p.gather(1, index).squeeze(1), 0), index, mine
+
+
+def token_losses(
+    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, first: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Losses of each token: cross-entropy, correct, forward KL to the teacher, agreement with it, [4, n].
+
+    "Correct" is 1 where the most likely token is the label; cross-entropy and it are 0 where the label is negative, the KL and
+    agreement are 0 without a teacher.
+
+    Args:
+        logits: the student's, [n, V / TP], fp32 or wider; may be used up.
+        teacher_logits: [n, V / TP] or None.
+        labels: int64 [n] of the whole vocabulary.
+        first: number of this rank's first row.
+        group: ranks that share the vocabulary.
+    """
+    losses = logits.new_zeros(4, len(logits))
+    log_p = _log_softmax(logits, group)
+    losses[0] = -_all_reduce(_label_log_p(log_p, labels, first)[0], group)
+    best = _argmax(log_p, first, group)
+    losses[1] = best == labels
+    if teacher_logits is not None:
+        log_q = _log_softmax(teacher_logits.to(log_p.dtype), group)
+        losses[2] = _all_reduce((log_q.exp() * (log_q - log_p)).sum(-1), group)
+        losses[3] = best == _argmax(log_q, first, group)
+    return losses
 
 
 def _kl(

@@ -99,13 +99,14 @@ class FrozenModel(Sequence[HyloModel]):
         """Last hidden states of a micro-batch, for a model without pipeline stages; see `read` and `run`."""
         return self.run(0, self.read(ids, documents))
 
-    def hidden_states(self, ids: Tensor) -> Tensor | None:
+    def hidden_states(self, ids: Tensor, documents: PackedDocuments | None = None) -> Tensor | None:
         """Last hidden states through all pipeline stages, see `run`; None on other stages than the last.
 
         Args:
             ids: int64 [batch, sequence / context-parallel ranks], on every stage.
+            documents: of a packed sequence, batch 1.
         """
-        config, reading = self.chunks[0].config, self.read(ids)
+        config, reading = self.chunks[0].config, self.read(ids, documents)
         shape = rank_shape(reading.ids.shape[1], len(reading.ids), config.hidden_size, config.sequence_parallel)
         run = lambda index, received: self.run(index, reading, received)  # noqa: E731
         return through_stages(run, len(self.chunks), shape, config.pipeline_dtype, ids.device)

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_hylo.config import ConfigError
-from megatron_hylo.config.train import PREFIXES, TrainConfig
-from megatron_hylo.data.packed import heldout_windows
-from megatron_hylo.eval.perplexity import Quality, evaluate
+from megatron_hylo.config.train import PREFIXES
+from megatron_hylo.eval.perplexity import HeldoutText, Quality, evaluate, evaluate_recall
 from megatron_hylo.io import write_json
 from megatron_hylo.models.checkpoint import save_model
+from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.train.callback import Callback, Progress
 from megatron_hylo.train.checkpoint import CheckpointSaver
+from megatron_hylo.train.heldout import Heldout
 from megatron_hylo.train.reporting import Reporter
 from megatron_hylo.train.setup import Run
 
@@ -98,13 +97,13 @@ class Evaluation(Callback):
 
     Args:
         run: whose students are measured, against a teacher on the same ranks.
-        windows: held-out windows, int64 [n, sequence + 1].
+        heldout: texts and recall windows to measure on.
         reporter: records and shows what was measured.
         folder: run folder; quality.json, and second_quality.json, of the last step are written there.
     """
 
-    def __init__(self, run: Run, windows: Tensor, reporter: Reporter, folder: Path) -> None:
-        self.run, self.windows, self.reporter, self.folder = run, windows, reporter, folder
+    def __init__(self, run: Run, heldout: Heldout, reporter: Reporter, folder: Path) -> None:
+        self.run, self.heldout, self.reporter, self.folder = run, heldout, reporter, folder
         self.quality: Quality | None = None  # the first student's, at the end
 
     def after_step(self, progress: Progress) -> None:
@@ -122,15 +121,34 @@ class Evaluation(Callback):
                 write_json(self.folder / f"{prefix}quality.json", quality.to_dict())
 
     def _evaluate(self, step: int) -> list[Quality]:
-        config, states = self.run.config, self.run.states
-        size, chunk = config.micro_batch_size, config.loss_chunk_tokens
-        measured = [evaluate(s.chunks, self.windows, self.run.teacher, size, chunk) for s in states]
-        for prefix, quality in zip(PREFIXES, measured):
-            self.reporter.record(step, {f"{prefix}heldout_{name}": value for name, value in quality.to_dict().items()})
-            which = f"{prefix}model: " if len(states) > 1 else ""
-            kl = f", KL {quality.kl:.3f}" if quality.kl is not None else ""
-            self.reporter.say(f"step {step}: {which}held-out perplexity {quality.perplexity:.2f}{kl}")
+        """Quality of each student on the run's own held-out text; the other texts' and recall are recorded alone."""
+        measured = []
+        for prefix, state in zip(PREFIXES, self.run.states):
+            which = f"{prefix}model: " if len(self.run.states) > 1 else ""
+            own, *_ = [self._measure_text(step, prefix, which, state.chunks, text) for text in self.heldout.texts]
+            measured.append(own)
+            if self.heldout.recall is not None:
+                self._measure_recall(step, prefix, which, state.chunks, self.heldout.recall)
         return measured
+
+    def _measure_text(self, step: int, prefix: str, which: str, chunks: Sequence[HyloModel], text: HeldoutText) -> Quality:
+        config = self.run.config
+        quality = evaluate(chunks, text, self.run.teacher, config.micro_batch_size, config.loss_chunk_tokens)
+        end = f"/{text.name}" if text.name else ""
+        self.reporter.record(step, {f"{prefix}heldout_{name}{end}": value for name, value in quality.to_dict().items()})
+        kl = f", KL {quality.kl:.3f}" if quality.kl is not None else ""
+        where = f" of {text.name}" if text.name else ""
+        self.reporter.say(f"step {step}: {which}held-out perplexity{where} {quality.perplexity:.2f}{kl}")
+        return quality
+
+    def _measure_recall(self, step: int, prefix: str, which: str, chunks: Sequence[HyloModel], text: HeldoutText) -> None:
+        found = evaluate_recall(chunks, text, self.run.config.micro_batch_size, self.run.config.loss_chunk_tokens)
+        self.reporter.record(step, {f"{prefix}heldout_recall_{name}": value for name, value in found.items()})
+        if found:
+            self.reporter.say(
+                f"step {step}: {which}held-out recall: {100 * found['accuracy']:.1f}% of {found['tokens']:,.0f} answer tokens, "
+                f"cross-entropy {found['cross_entropy']:.3f}"
+            )
 
 
 class Export(Callback):
@@ -150,17 +168,3 @@ class Export(Callback):
         """Write RUN/second_model, then RUN/model."""
         for student, prefix, provenance in reversed(list(zip(self.run.students, PREFIXES, self.provenances))):
             save_model(student, self.folder / f"{prefix}model", self.tokenizer, provenance, overwrite=True)
-
-
-def open_heldout(config: TrainConfig) -> Tensor:
-    """Read windows inside held-out documents; across them, with a warning, where none is as long as the sequence.
-
-    Returns:
-        int64 [n, sequence + 1].
-    """
-    where = f"{config.data}/heldout"
-    try:
-        return heldout_windows(where, config.sequence_length, config.eval_windows)
-    except ConfigError as error:
-        logger.warning("%s; evaluating on windows that cross documents", error)
-        return heldout_windows(where, config.sequence_length, config.eval_windows, allow_crossing=True)

@@ -23,10 +23,12 @@ from megatron_hylo.platform.distributed import is_timeout, session
 from megatron_hylo.teachers.remote import RemoteTeacher
 from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.train.callback import Callback, Progress
-from megatron_hylo.train.callbacks import Checkpoints, Evaluation, Export, Stopped, open_heldout
+from megatron_hylo.train.callbacks import Checkpoints, Evaluation, Export, Stopped
 from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint, set_unfinished_aside
 from megatron_hylo.train.cuda_graph import Captured, CapturedObjective, capturing
 from megatron_hylo.train.determinism import determinism
+from megatron_hylo.train.gradient_norms import gradient_norms
+from megatron_hylo.train.heldout import Heldout, open_heldout
 from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.objectives import Batches, Objective
 from megatron_hylo.train.optimizer import TrainingState
@@ -81,7 +83,7 @@ def train(config: TrainConfig) -> Quality | None:
         check_run_kernels(models, params_dtype(config), device, config.parallel.context_parallel_size > 1)
         check_run_tokens(config, models[0].vocab_size)
         check_teacher_window(config)
-        windows = open_heldout(config)
+        heldout = open_heldout(config)
         run = build_run(config, device, teacher_signal=_checked_teacher_signal(config, resume))
         progress = Progress(0, 0, SkippedSteps(config.max_skipped_steps))
         set_unfinished_aside(folder)
@@ -91,7 +93,7 @@ def train(config: TrainConfig) -> Quality | None:
         record_start(config, folder, device, progress.step)
         provenances = _provenances(config)
         with contextlib.ExitStack() as closing:
-            callbacks, evaluation = _callbacks(run, folder, windows, progress, provenances, closing)
+            callbacks, evaluation = _callbacks(run, folder, heldout, progress, provenances, closing)
             batches = run.batches(progress.consumed)
             closing.callback(batches.close)
             _train(run, batches, progress, callbacks)
@@ -120,7 +122,7 @@ def _checked_teacher_signal(config: TrainConfig, resume: Resume) -> TeacherSigna
 def _callbacks(
     run: Run,
     folder: Path,
-    windows: torch.Tensor,
+    heldout: Heldout,
     progress: Progress,
     provenances: list[dict[str, Any]],
     closing: contextlib.ExitStack,
@@ -137,7 +139,7 @@ def _callbacks(
         reporter.predict(run.predict_memory())
     checkpoints = Checkpoints(run, CheckpointSaver(folder, provenances, tokenizer, config.checkpoint.keep), step)
     closing.callback(checkpoints.close)
-    evaluation = Evaluation(run, windows, reporter, folder)
+    evaluation = Evaluation(run, heldout, reporter, folder)
     profiler = Profiler(config.profile, folder)
     closing.callback(profiler.close)
     export = Export(run, folder, provenances, tokenizer if tokenizer.is_dir() else None)
@@ -162,7 +164,8 @@ def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[C
             # after a skipped step the layers are watched by hooks, which a captured step does not run
             objective = run.objective if progress.skipped.in_a_row else captured
             progress.metrics = training_step(
-                run.states, objective, batches, run.micro_batches, progress.step, progress.skipped
+                run.states, objective, batches, run.micro_batches, progress.step, progress.skipped,
+                norms_by_kind=config.is_logged(progress.step + 1),
             )  # fmt: skip
             progress.step, progress.consumed = progress.step + 1, progress.consumed + config.global_batch_size
             for callback in callbacks:
@@ -186,6 +189,7 @@ def training_step(
     micro_batches: int,
     step: int,
     skipped: SkippedSteps,
+    norms_by_kind: bool = False,
 ) -> dict[str, float]:
     """Take one step: gradients of `micro_batches` batches of this rank, and an update unless there is NaN or infinity.
 
@@ -196,6 +200,7 @@ def training_step(
         micro_batches: how many of them the step has.
         step: steps before this one.
         skipped: counts the steps without an update.
+        norms_by_kind: also return the gradient norm of each kind of layer.
 
     Returns:
         Means over all ranks of losses, gradient norms, learning rates.
@@ -208,9 +213,12 @@ def training_step(
     if skipped.must_skip(states, metrics, step + 1):
         values = {"skipped_steps": float(skipped.total)}
     else:
+        kinds: dict[str, Any] = {}
+        for prefix, state in zip(PREFIXES, states if norms_by_kind else ()):
+            kinds |= {f"{prefix}gradient_norm/{kind}": norm for kind, norm in gradient_norms(state).items()}
         # each student has a gradient norm and clipping of its own, so two that share a run end as they would alone
         norms = {f"{prefix}gradient_norm": state.update() for prefix, state in zip(PREFIXES, states)}
-        values = {name: float(value) for name, value in (_mean_over_ranks(metrics) | norms).items()}
+        values = {name: float(value) for name, value in (_mean_over_ranks(metrics) | norms | kinds).items()}
     rates = {f"learning_rate_{name}": rate for name, rate in states[0].learning_rates().items()}
     for state in states:
         state.scheduler.step(1)
@@ -235,4 +243,4 @@ def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def _read_quality(folder: Path) -> Quality | None:
     file = folder / "quality.json"
-    return Quality(**read_json(file)) if file.is_file() else None
+    return Quality.from_dict(read_json(file)) if file.is_file() else None

@@ -115,7 +115,7 @@ class Reporter(Callback):
     def _step(self, step: int, metrics: dict[str, float]) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=step)
-        if step % self.config.logging.log_interval and step not in (1, self.config.train_steps):
+        if not self.config.is_logged(step):
             return
         now, (then, previous) = time.perf_counter(), self.last
         self.last = (now, step)

@@ -4,6 +4,7 @@ Oracle: the same fp32 model folder trained on one rank. Parallelisms load it, se
 of data-parallel ranks shares them) and go through the training loop's own functions; see worker.py.
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -157,8 +158,10 @@ def measured(request, tmp_path_factory, one_rank) -> Path:
 def test_parallelism_equals_one_rank(measured, model, stage, parallelism):
     here, one = (torch.load(measured / f"{model}-{stage}-{name}.pt") for name in (parallelism, "one"))
     for mine, theirs in zip(here["steps"], one["steps"], strict=True):
-        norms = [step.pop("gradient_norm") for step in (mine, theirs)]
+        norms = [{name: step.pop(name) for name in list(step) if name.startswith("gradient_norm")} for step in (mine, theirs)]
         assert norms[0] == pytest.approx(norms[1], rel=GRADIENT)
+        by_kind = [norm for name, norm in norms[0].items() if "/" in name]
+        assert len(by_kind) > 2 and math.hypot(*by_kind) == pytest.approx(norms[0]["gradient_norm"], rel=1e-6)
         assert mine == pytest.approx(theirs, rel=LOSS)
     for mine, theirs in zip(here["quality"], one["quality"], strict=True):
         assert mine == pytest.approx(theirs, rel=LOSS)

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def measure(config: Any, file: Path) -> None:
     (chunks,), (state,) = run.students, run.states
     # in batches that are not all full, and fewer windows than data-parallel ranks
     windows = torch.randint(160, (3, config.sequence_length + 1), generator=torch.Generator().manual_seed(0))
-    found = [evaluate(chunks, some, run.teacher, batch_size=2).to_dict() for some in (windows, windows[:1])]
+    found = [evaluate(chunks, some, run.teacher, batch_size=2, first_bucket=8).to_dict() for some in (windows, windows[:1])]
     quality = [{name: value for name, value in measures.items() if value is not None} for measures in found]
     for wrapper in state.wrapped:
         wrapper.zero_grad_buffer()
@@ -139,8 +140,8 @@ def measure(config: Any, file: Path) -> None:
     run.objective.forward_backward(run.states, run.batches(), run.micro_batches)
     received = [context.received_bytes - earlier for context, earlier in zip(contexts, before, strict=True)]
     gradients = _reduced_gradients(state)
-    batches = run.batches()
-    steps = [training_step(run.states, run.objective, batches, run.micro_batches, step, SkippedSteps(0)) for step in range(2)]
+    take = partial(training_step, run.states, run.objective, run.batches(), run.micro_batches, norms_by_kind=True)
+    steps = [take(step, SkippedSteps(0)) for step in range(2)]
     weights = whole_tensors(chunks, [{name: p.data for name, p in chunk.named_parameters()} for chunk in chunks])
     gradients = whole_tensors(chunks, gradients)  # last: fp32 data in a bf16 parameter takes its gradient hooks away
     if is_main():
