@@ -6,7 +6,7 @@ Figures are made without pyplot, so no backend is chosen and no setting of the c
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -146,6 +146,38 @@ def draw_curves(
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.set_title(title)
+    if len(curves) > 1:
+        axes.legend(fontsize=9)
+
+
+def draw_buckets(
+    axes: Axes,
+    theme: Theme,
+    buckets: Sequence[str],
+    curves: Mapping[str, Mapping[str, float]],
+    *,
+    y_label: str,
+    x_label: str,
+) -> None:
+    """Draw values by bucket, each bucket as wide as any other.
+
+    Args:
+        axes: to draw on.
+        theme: of the axes.
+        buckets: all buckets in order.
+        curves: {label: {bucket: value}}; a bucket may be missing.
+        y_label: quantity and unit.
+        x_label: what the buckets are of.
+    """
+    for index, (label, values) in enumerate(curves.items()):
+        there = [place for place, bucket in enumerate(buckets) if bucket in values]
+        axes.plot(
+            there, [values[buckets[place]] for place in there], color=theme.series[index % len(theme.series)], label=label,
+            linestyle=DASHES[index % len(DASHES)], marker="o",
+        )  # fmt: skip
+    axes.set_xticks(range(len(buckets)), buckets)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.set(xlabel=x_label, ylabel=y_label)
     if len(curves) > 1:
         axes.legend(fontsize=9)
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.paths import short_names
 from megatron_hylo.eval.page import details, paragraph, section, table, write_page
-from megatron_hylo.eval.plots import Curve, draw_curves, draw_svg, short_number
+from megatron_hylo.eval.plots import Curve, draw_buckets, draw_curves, draw_svg, short_number
 from megatron_hylo.io import read_json
 
 CHARTS = (  # metric, quantity and unit, whether single points are marked
@@ -27,6 +28,15 @@ CHARTS = (  # metric, quantity and unit, whether single points are marked
     ("gradient_norm", "gradient norm", False),
     ("tokens_per_second", "tokens/s", False),
 )
+BUCKET_CHARTS = (  # start of the metrics' names, quantity and unit, what the buckets are of
+    ("heldout_by_position/cross_entropy_", "held-out cross-entropy by position, nats a token", "position in the sequence"),
+    ("heldout_by_position/kl_", "held-out KL to the teacher by position, nats a token", "position in the sequence"),
+    (
+        "heldout_recall_by_distance/cross_entropy_", "cross-entropy of recall answers, nats a token",
+        "tokens between fact and answer",
+    ),
+    ("heldout_recall_by_distance/accuracy_", "accuracy of recall answers' tokens", "tokens between fact and answer"),
+)  # fmt: skip
 SKIPPED_SETTINGS = ("output", "allow_change")  # differ between any two runs
 
 
@@ -80,10 +90,11 @@ def write_run_report(folders: Sequence[Path], output: Path | None = None) -> Pat
     if output.is_dir():
         raise ConfigError(f"--output {output} is a folder; give a file, e.g. {output / 'report.html'}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    runs = [read_run(folder, name) for folder, name in zip(found, _names(found))]
+    runs = [read_run(folder, name) for folder, name in zip(found, short_names(found))]
     parts = [
         section("Runs", _summary(runs)),
         *(section(title, chart) for title, chart in _charts(runs)),
+        *(section(title, chart) for title, chart in _bucket_charts(runs)),
         section("Settings that differ" if len(runs) > 1 else "Settings", _settings(runs)),
         *_changes(runs),
         *_environment(runs),
@@ -171,16 +182,6 @@ def _read(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return names
-
-
 def _summary(runs: Sequence[Run]) -> str:
     head = ("run", "stage", "step", "tokens", "tokens/s", "held-out perplexity", "KL to teacher", "agreement", "peak GiB")
     rows = []
@@ -203,7 +204,11 @@ def _summary(runs: Sequence[Run]) -> str:
 def _charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
     known = {metric for metric, _, _ in CHARTS}
     more = dict.fromkeys(
-        key for run in runs for r in run.records for key in r if key.startswith("heldout_") and "recall" in key
+        key
+        for run in runs
+        for r in run.records
+        for key in r
+        if key.startswith("heldout_recall_") and "/" not in key and key != "heldout_recall_tokens"
     )
     for metric, quantity, markers in (*CHARTS, *((key, key.replace("_", " "), True) for key in more if key not in known)):
         curves = [curve for run in runs if (curve := run.curve(metric, markers))]
@@ -211,6 +216,36 @@ def _charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
             draw = partial(draw_curves, curves=curves, y_label=quantity)
             ends = "; ".join(f"{c.label}: {c.y[0]:.4g} to {c.y[-1]:.4g}" for c in curves)
             yield quantity[0].upper() + quantity[1:], draw_svg(draw, f"{quantity} by training tokens. {ends}", size=(8, 3.4))
+
+
+def _bucket_charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
+    """Charts over buckets: the newest evaluation of each run, of a single run the first beside it."""
+    for start, quantity, x_label in BUCKET_CHARTS:
+        found: dict[str, dict[str, float]] = {}  # label of a curve: bucket: value
+        for run in runs:
+            records = [(r["step"], values) for r in run.records if (values := _by_bucket(r, start))]
+            for step, values in records[-1:] if len(runs) > 1 else dict(records[:1] + records[-1:]).items():
+                found[f"{run.name}, step {step:,}"] = values
+        # buckets begin at ever later places, so that a longer run has them all in order
+        buckets = sorted({bucket for values in found.values() for bucket in values}, key=_bucket_start)
+        if buckets:
+            draw = partial(draw_buckets, buckets=buckets, curves=found, y_label=quantity, x_label=x_label)
+            ends = "; ".join(
+                f"{label}: " + ", ".join(f"{bucket} {value:.4g}" for bucket, value in values.items())
+                for label, values in found.items()
+            )
+            yield quantity[0].upper() + quantity[1:], draw_svg(draw, f"{quantity}. {ends}", size=(8, 3.4))
+
+
+def _by_bucket(record: dict[str, Any], start: str) -> dict[str, float]:
+    """Values of a record by bucket; without those of further texts, whose names go on behind the bucket."""
+    names = [name for name in record if name.startswith(start) and "/" not in name.removeprefix(start)]
+    return {name.removeprefix(start): record[name] for name in names if isinstance(record[name], (int, float))}
+
+
+def _bucket_start(bucket: str) -> int:
+    low = bucket.split("-")[0]
+    return int(low.removesuffix("K")) * (1024 if low.endswith("K") else 1)
 
 
 def _same_as_loss(runs: Sequence[Run]) -> bool:
