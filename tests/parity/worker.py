@@ -119,6 +119,18 @@ def _reduced_gradients(state: Any) -> list[dict[str, torch.Tensor]]:
     ]
 
 
+def _packed_quality(chunks: Any, windows: torch.Tensor, teacher: Any) -> list[dict[str, Any]]:
+    """Quality and recall on three windows of several documents, by position and by distance."""
+    from megatron_hylo.eval.perplexity import HeldoutText, evaluate, evaluate_recall
+
+    length = windows.shape[1] - 1
+    starts = [torch.tensor(places) for places in ([0], [0, 5, length // 2 + 1], [0, length - 1, length])]
+    answers = torch.arange(3 * (length + 1), dtype=torch.int32).view(3, -1) % 7
+    text = HeldoutText(windows, starts, answers * answers)
+    recall = evaluate_recall(chunks, text, batch_size=2, first_bucket=8)
+    return [evaluate(chunks, text, teacher, batch_size=2, first_bucket=8).to_dict(), recall]
+
+
 def measure(config: Any, file: Path) -> None:
     """Gradients of one global batch, then two optimizer steps from the start, as the training loop makes them."""
     from megatron_hylo.eval.perplexity import evaluate
@@ -132,6 +144,8 @@ def measure(config: Any, file: Path) -> None:
     # in batches that are not all full, and fewer windows than data-parallel ranks
     windows = torch.randint(160, (3, config.sequence_length + 1), generator=torch.Generator().manual_seed(0))
     found = [evaluate(chunks, some, run.teacher, batch_size=2, first_bucket=8).to_dict() for some in (windows, windows[:1])]
+    if config.packed_documents:
+        found += _packed_quality(chunks, windows, run.teacher)
     quality = [{name: value for name, value in measures.items() if value is not None} for measures in found]
     for wrapper in state.wrapped:
         wrapper.zero_grad_buffer()
