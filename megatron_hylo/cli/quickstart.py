@@ -22,6 +22,7 @@ from megatron_hylo.cli.quickstart_report import plot_quickstart
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import get_layout, kv_bytes_per_token, kv_percent
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
+from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
@@ -246,7 +247,15 @@ def _upcycle(teacher: Path, hybrid: Path, linear: str, init: str, output: Path, 
         return
     with session():
         calibration = output / "calibration" if init == "calibrated" else None
-        upcycle_folder(teacher, hybrid, layout, init=init, calibration=calibration, sequential=budget.sequential, track=track)
+        settings = UpcycleConfig(
+            str(teacher),
+            str(hybrid),
+            layout,
+            init=init,
+            calibration=calibration and str(calibration),
+            sequential=budget.sequential,
+        )
+        upcycle_folder(settings, track)
 
 
 def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output: Path, budget: Budget) -> dict[str, Any]:
@@ -268,7 +277,7 @@ def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output
         found["paper_init"] = found["init"]
         if read_description(hybrid)[1]["provenance"]["init"] != "paper":
             with tempfile.TemporaryDirectory() as scratch:
-                upcycle_folder(teacher, Path(scratch) / "paper", LAYOUT["paper", linear], init="paper")
+                upcycle_folder(UpcycleConfig(str(teacher), f"{scratch}/paper", LAYOUT["paper", linear], init="paper"))
                 found["paper_init"] = quality(load_model(Path(scratch) / "paper", params_dtype=dtype), reference)
         _record(output, **found)
     return _results(output)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mixers import LINEAR_SYMBOLS, get_mixer
 from megatron_hylo.config.tensor_names import Shape, layer_tensor_names, tensor_names
 from megatron_hylo.initialise.registry import CalibrationStatistics, get_initialiser
 
@@ -99,7 +99,7 @@ def assemble_state(
     """All tensors of a hybrid picked layer by layer from two aligned models (HyLo: pure models first, then the hybrid).
 
     A layer is taken whole, mixer, MLP and norms: from the MLA model where the target has `+`, from the linear model
-    where it has `M` or `G`. Embedding, final norm and output head are the base model's.
+    where it has a linear mixer. Embedding, final norm and output head are the base model's.
 
     Args:
         mla: the aligned model whose layers are MLA (at least those the target wants).
@@ -117,11 +117,13 @@ def assemble_state(
     """
     if "*" in target_config.mixers:
         layer = target_config.mixers.index("*")
-        raise ConfigError(f"layer {layer} of the target is attention `*`; assembled models have `+`, `M` or `G` in every layer")
+        raise ConfigError(
+            f"layer {layer} of the target is attention `*`; assembled models have `+` or one of {LINEAR_SYMBOLS} in every layer"
+        )
     for source in (mla, linear, base):
         _check_same(source.config, target_config, _BACKBONE, "all assembled models share one backbone")
     _check_head(base.config, target_config)
-    sources = {"+": mla, "M": linear, "G": linear}
+    sources = {"+": mla} | dict.fromkeys(LINEAR_SYMBOLS, linear)
     for layer, symbol in enumerate(target_config.mixers):
         has, what = sources[symbol].config, "MLA" if symbol == "+" else "linear"
         if has.mixers[layer] != symbol:
