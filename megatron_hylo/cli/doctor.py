@@ -34,6 +34,8 @@ def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None
     from megatron_hylo.models.kernel_check import Check, check_kernels
     from megatron_hylo.platform.distributed import device
 
+    if layout != "all":
+        get_layout(layout)  # before a table is printed
     where = device()
     if not json:
         _environment(where)

@@ -13,16 +13,16 @@ from megatron_hylo.cli.doctor import doctor
 from megatron_hylo.cli.parser import build_parser, command, parameters, settings_of
 from megatron_hylo.cli.runs import quickstart, train
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
-from megatron_hylo.cli.verbs import convert, evaluate, export, fetch, generate, layouts, preprocess, verify
+from megatron_hylo.cli.verbs import convert, evaluate, export, fetch, generate, layouts, preprocess, scripts, verify
 from megatron_hylo.config.paths import expand_home
 
 __all__ = ["EXIT_ERROR", "EXIT_STOPPED", "QUICK", "VERBS", "main"]
 
 VERBS: tuple[Callable, ...] = (
     quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, serve_teacher,
-    train, evaluate, export, generate, doctor,
+    train, evaluate, export, generate, doctor, scripts,
 )  # fmt: skip
-QUICK = (layouts, fetch)  # these start without PyTorch
+QUICK = (layouts, fetch, scripts)  # these start without PyTorch
 
 
 def main(command_line: list[str] | None = None) -> None:
@@ -35,8 +35,8 @@ def main(command_line: list[str] | None = None) -> None:
     verb = {command(v): v for v in VERBS}[parsed.verb]
     if verb not in QUICK and os.environ.get("RANK", "0") == "0":  # libraries take seconds to load
         console.print(f"hylo {shlex.join(words)}", style="dim", highlight=False, markup=False, soft_wrap=True)
-    values = parser.instantiate(parsed)[parsed.verb]
-    with plain_errors(command(verb), values.get("output")):
+    with plain_errors(command(verb), parsed[parsed.verb].get("output")):
+        values = parser.instantiate(parsed)[parsed.verb]
         code = _run(verb, {name: values[name] for name in parameters(verb)})
     sys.exit(code or 0)
 

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from megatron_hylo.cli import main
 from megatron_hylo.cli.parser import build_parser
+from megatron_hylo.cli.types import NUMBERS
 
 HEAD = """# Command line
 
@@ -86,6 +87,8 @@ def _words(kind: typing.Any) -> str:
     if origin is dict:
         return f"{{name: {_words(parts[1])}}}"
     names = {type(None): "null", bool: "true or false", str: "text", float: "number", int: "integer"}
+    if (name := getattr(kind, "__name__", "")) in NUMBERS:
+        return NUMBERS[name]
     return names.get(kind) or ("path" if "Path" in str(kind) else str(getattr(kind, "__name__", kind)))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_hylo.cli.console import console, print_json, results, show_upcycle, track
+from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config.upcycle import UpcycleConfig
 
 
@@ -20,10 +21,10 @@ def calibrate(
     teacher: Path,
     data: Path,
     output: Path,
-    tokens: int = 65_536,
-    sequence_length: int = 2048,
+    tokens: PositiveInt = 65_536,
+    sequence_length: PositiveInt = 2048,
     precision: Literal["fp32", "bf16"] = "fp32",
-    tensor_model_parallel_size: int = 1,
+    tensor_model_parallel_size: PositiveInt = 1,
     seed: int = 1234,
     overwrite: bool = False,
 ) -> None:
@@ -61,12 +62,12 @@ def cache_teacher(
     teacher: Path,
     data: Path,
     output: Path,
-    kl: float = 9e-4,
-    sequence_length: int = 2048,
+    kl: PositiveFloat = 9e-4,
+    sequence_length: PositiveInt = 2048,
     overlap: int | None = None,
-    micro_batch_size: int = 8,
+    micro_batch_size: PositiveInt = 8,
     precision: Literal["fp32", "bf16"] | None = None,
-    tensor_model_parallel_size: int = 1,
+    tensor_model_parallel_size: PositiveInt = 1,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
@@ -115,12 +116,12 @@ def serve_teacher(
     teacher: Path,
     address: str,
     precision: Literal["fp32", "bf16"] | None = None,
-    tensor_model_parallel_size: int = 1,
-    context_parallel_size: int = 1,
+    tensor_model_parallel_size: PositiveInt = 1,
+    context_parallel_size: PositiveInt = 1,
     sequence_parallel: bool = False,
-    timeout_minutes: float = 30.0,
-    runs: int | None = None,
-    max_tokens: int = 1 << 20,
+    timeout_minutes: PositiveFloat = 30.0,
+    runs: PositiveInt | None = None,
+    max_tokens: PositiveInt = 1 << 20,
 ) -> None:
     """Answer students of another job: `hylo train --stage distil --teacher_address ADDRESS`.
 
@@ -198,10 +199,10 @@ def select(
     mla: Path,
     linear: Path,
     data: Path,
-    count: int,
+    count: PositiveInt,
     method: Literal["smart", "greedy", "uniform"] = "smart",
-    tokens: int = 65_536,
-    sequence_length: int = 2048,
+    tokens: PositiveInt = 65_536,
+    sequence_length: PositiveInt = 2048,
     output: Path | None = None,
     allow_unaligned: bool = False,
     overwrite: bool = False,

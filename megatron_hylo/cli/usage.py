@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 
+from megatron_hylo.cli.types import NUMBERS
+
 EXIT_USAGE = 2
 
 
@@ -75,7 +77,7 @@ def explain(message: str, parser: ArgumentParser, verb: str | None, words: list[
     if found := re.match(r'Parser key "config": (File does not exist|Path is not a file|.*?): \'?(.*?)\'?$', message):
         return f"--config: {found[1][0].lower()}{found[1][1:]}: {found[2]}"
     if message.startswith("not UTF-8"):
-        return f"the recipe {recipe} is {message}; save it so"
+        return f"the recipe (--config) is not UTF-8: {recipe}{message.removeprefix('not UTF-8')}; save it so"
     if message.startswith("Problems parsing config"):
         return _yaml_error(recipe, message)
     if message.startswith("Unexpected config"):
@@ -95,7 +97,7 @@ def near(word: str, known: Iterable[str], ask: str = "did you mean {}?") -> str:
     """
     known = list(known)
     last = [name for name in known if name.split(".")[-1] == word.split(".")[-1]]
-    found = last or difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+    found = last or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     found = found or [name for name in known if name.split(".")[-1] in difflib.get_close_matches(word, [name.split(".")[-1]])]
     return f"; {ask.format(' or '.join(found[:3]))}" if found else ""
 
@@ -142,13 +144,15 @@ def _allowed(kind: Any) -> str:
         return f"a mapping such as {{name: {_allowed(parts[1])}}}"
     if origin is list:
         return "a list such as [a, b]"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    if (name := getattr(kind, "__name__", "")) in NUMBERS:
+        return f"{'an' if name.endswith('Int') else 'a'} {NUMBERS[name]}"
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
     return names.get(kind) or ("a path" if "Path" in str(kind) else "a mapping")
 
 
 def _wrong_value(key: str, message: str, parser: ArgumentParser, words: list[str], recipe: str | None) -> str:
     kind = _type(key, parser)
-    value = re.search(r"(?:Got value|Given value): (.*)", message)
+    value = re.search(r"(?:Got value|Given value): (.*)", message) or re.search(r"(\S+) does not conform", message)
     given = f", got {value[1] or 'nothing'}" if value else ""
     literals = [str(part) for part in typing.get_args(kind)] if typing.get_origin(kind) is typing.Literal else []
     action = next((a for a in parser._actions if a.dest == key), None)

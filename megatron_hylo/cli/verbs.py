@@ -1,5 +1,6 @@
 """The verbs of `hylo` around text, checkpoints and finished models."""
 
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Literal
 
 from rich.table import Table
 
+import megatron_hylo
 from megatron_hylo.cli.console import console, print_json, results, track
+from megatron_hylo.cli.types import PositiveInt
 
 
 def layouts(json: bool = False) -> None:
@@ -47,6 +50,21 @@ def fetch(what: Literal["teacher", "documents", "qwen3-tokenizer"]) -> None:
     print(functions[what]())
 
 
+def scripts(folder: Path) -> None:
+    """Write the Slurm scripts and the recipes of all stages to a folder, for those who have no checkout.
+
+    Args:
+        folder: to make; `sbatch FOLDER/slurm/stage1_ild.sh` then reads FOLDER/megatron_hylo/recipes.
+    """
+    from megatron_hylo.io import atomic_directory
+
+    package = Path(megatron_hylo.__path__[0])
+    with atomic_directory(folder) as made:
+        shutil.copytree(package / "slurm", made / "slurm")
+        shutil.copytree(package / "recipes", made / "megatron_hylo" / "recipes")
+    console.print(f"wrote {folder}; set HYLO_PYTHON to the Python that this package is installed in")
+
+
 def convert(
     source: Path, output: Path, to: Literal["megatron", "hf"] = "megatron", overwrite: bool = False, no_verify: bool = False
 ) -> None:
@@ -72,7 +90,7 @@ def convert(
     console.print(f"wrote {output}")
 
 
-def verify(hf_dir: Path, megatron_dir: Path, tokens: int = 128, tolerance: float = 1e-4, json: bool = False) -> int:
+def verify(hf_dir: Path, megatron_dir: Path, tokens: PositiveInt = 128, tolerance: float = 1e-4, json: bool = False) -> int:
     """Compare a Hugging Face checkpoint with its conversion: every tensor bit for bit, and the logits.
 
     Args:
@@ -142,7 +160,7 @@ def export(model: Path, output: Path, overwrite: bool = False) -> None:
 def generate(
     model: Path,
     prompt: str,
-    max_new_tokens: int = 64,
+    max_new_tokens: PositiveInt = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
@@ -192,7 +210,9 @@ def generate(
     )
 
 
-def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_length: int = 2048, windows: int = 32) -> None:
+def evaluate(
+    model: Path, data: Path, teacher: Path | None = None, sequence_length: PositiveInt = 2048, windows: PositiveInt = 32
+) -> None:
     """Print held-out perplexity of a model as JSON and, with a teacher, KL to it and top-1 agreement.
 
     Args:
@@ -202,16 +222,5 @@ def evaluate(model: Path, data: Path, teacher: Path | None = None, sequence_leng
         sequence_length: tokens a window.
         windows: windows at most.
     """
-    from megatron_hylo.data.packed import heldout_windows
-    from megatron_hylo.data.tokenizer import check_dataset, check_ids
-    from megatron_hylo.eval.perplexity import evaluate as evaluate_model
-    from megatron_hylo.models.checkpoint import load_model, read_description
-    from megatron_hylo.platform.distributed import session
-
-    with session():
-        batch = heldout_windows(f"{data}/heldout", sequence_length, windows)
-        for folder in filter(None, (model, teacher)):
-            check_ids(batch, read_description(folder)[0].vocab_size, data, folder)
-            check_dataset(data, folder)
-        quality = evaluate_model(load_model(model), batch, load_model(teacher) if teacher else None)
+    quality = megatron_hylo.evaluate(model, data, teacher, sequence_length, windows)
     print_json(quality.to_dict())
