@@ -8,7 +8,7 @@ from typing import Any
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
 
-from megatron_hylo import __version__
+import megatron_hylo
 from megatron_hylo.cli.usage import Parser
 from megatron_hylo.config.train import TrainConfig
 
@@ -22,7 +22,9 @@ def build_parser(verbs: Iterable[Verb]) -> ArgumentParser:
         verbs: one function a verb; the fields of a parameter that is a dataclass are options and keys of --config's YAML.
     """
     parser = Parser(prog="hylo", description="Long-context upcycling: a pretrained Transformer in, a hybrid out.")
-    parser.add_argument("--version", action="version", version=f"hylo {__version__}", help="Show the version and exit.")
+    parser.add_argument(
+        "--version", action="version", version=f"hylo {megatron_hylo.__version__}", help="Show the version and exit."
+    )
     commands = parser.add_subcommands(required=True, dest="verb")
     for verb in verbs:
         sub = Parser(description=(verb.__doc__ or "").split("Args:")[0].strip())

@@ -152,14 +152,17 @@ def _allowed(kind: Any) -> str:
 
 def _wrong_value(key: str, message: str, parser: ArgumentParser, words: list[str], recipe: str | None) -> str:
     kind = _type(key, parser)
-    value = re.search(r"(?:Got value|Given value): (.*)", message) or re.search(r"(\S+) does not conform", message)
-    given = f", got {value[1] or 'nothing'}" if value else ""
+    value = re.search(r"(?:Got value|Given value): (.*)", message) or re.search(
+        r"(\S+) does not conform|literal for .*: '(.*)'", message
+    )
+    got = next((group for group in value.groups() if group), "nothing") if value else ""
+    given = f", got {got}" if value else ""
     literals = [str(part) for part in typing.get_args(kind)] if typing.get_origin(kind) is typing.Literal else []
     action = next((a for a in parser._actions if a.dest == key), None)
     positional = action is not None and not action.option_strings
     on_line = positional or any(word.split("=")[0] in (f"--{key}", f"--{key}+") for word in words)
     name = (key.upper() if positional else f"--{key}") if on_line or recipe is None else f"{_place(recipe, key)}{key}"
-    return f"{name} must be {_allowed(kind)}{given}{near(value[1], literals) if value and literals else ''}"
+    return f"{name} must be {_allowed(kind)}{given}{near(got, literals) if literals else ''}"
 
 
 def _place(recipe: str | None, key: str) -> str:

@@ -40,7 +40,7 @@ CASES: list[tuple] = [
     ("fetch", "hylo fetch needs WHAT"),
     ("fetch techer", "WHAT must be one of teacher, documents, qwen3-tokenizer, got techer; did you mean teacher?"),
     ("evaluate model", "hylo evaluate needs DATA"),
-    ("evaluate model data --windows many", "--windows must be an integer, got many"),
+    ("evaluate model data --windows many", "--windows must be an integer above 0, got many"),
     ("evaluate model data --windows", "--windows needs a value: an integer"),
     ("evaluate model data --window 3", "did you mean --windows?"),
     ("evaluate model data --sequence-length 16", "did you mean --sequence_length?"),

@@ -25,7 +25,7 @@ assert not {"torch", "transformers", "megatron"} & set(sys.modules)
 from megatron_hylo.data.preprocess import preprocess
 mh.convert("hf", "base")
 preprocess("text.jsonl", "data", "hf", heldout_fraction=0.2)
-mh.calibrate("base", "data", "calibration", tokens=128, sequence_length=16)
+mh.calibrate("base", "data", "calibration", tokens=320, sequence_length=16)
 report = mh.upcycle("base", "hybrid", pattern="G+M", init="paper", calibration="calibration")
 model = mh.load("hybrid")
 before = mh.evaluate(model, "data", teacher="base", sequence_length=16, windows=4)
@@ -76,7 +76,7 @@ def run(installed: Path, folder: Path, *words: object) -> subprocess.CompletedPr
     """A program of the environment, in a folder, knowing nothing of the repository."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
     command = [installed / "bin" / str(words[0]), *map(str, words[1:])]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=800)
 
 
 def test_the_wheel_holds_recipes_scripts_and_tuned_configurations(installed, tmp_path):
