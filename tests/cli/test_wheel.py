@@ -35,10 +35,10 @@ after = mh.train(
     global_batch_size=4, train_tokens=640, eval_windows=4, tensorboard=False, async_save=False, optimizer={"lr": 1e-2},
 )
 assert after.kl < before.kl, (before, after)
-assert mh.evaluate("run/model", "data", "base", 16, 4).kl == after.kl
+again = mh.evaluate("run/model", "data", "base", 16, 4)
+assert abs(again.kl - after.kl) < 1e-5 * after.kl, (again, after)
 mh.export("run/model", "export")
-made = mh.generate("export", "some words", max_new_tokens=3)
-assert made == made and made.new_tokens == 3
+assert mh.generate("export", "some words", max_new_tokens=3).new_tokens == 3
 import megatron_hylo.train.loop as loop  # packages of the same names are still packages
 assert loop.train.__module__ == "megatron_hylo.train.loop" and megatron_hylo_is_one(mh)
 """.replace("megatron_hylo_is_one(mh)", "mh.train.loop is loop")
