@@ -173,18 +173,15 @@ def evaluate(
         ConfigError: model and data of different tokenizers, or no document as long as a window.
     """
     from megatron_hylo.data.packed import heldout_windows
-    from megatron_hylo.data.tokenizer import check_dataset, check_ids
+    from megatron_hylo.eval.folders import evaluate_folder
     from megatron_hylo.eval.perplexity import evaluate as evaluate_model
-    from megatron_hylo.models.checkpoint import load_model, read_description
+    from megatron_hylo.models.checkpoint import load_model
     from megatron_hylo.platform.distributed import session
 
-    folders = [folder for folder in (model, teacher) if isinstance(folder, (str, Path))]
     with session():
-        rows = [read_description(folder)[0].vocab_size for folder in folders]
+        if isinstance(model, (str, Path)) and (teacher is None or isinstance(teacher, (str, Path))):
+            return evaluate_folder(model, data, teacher, sequence_length, windows)
         batch = heldout_windows(f"{data}/heldout", sequence_length, windows)
-        for folder, vocabulary in zip(folders, rows):
-            check_ids(batch, vocabulary, data, folder)
-            check_dataset(data, folder)
         student, other = (load_model(m) if isinstance(m, (str, Path)) else m for m in (model, teacher))
         assert student is not None
         return evaluate_model(student, batch, other)

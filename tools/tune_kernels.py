@@ -109,9 +109,9 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
     found = []
     for shape, call in itertools.product(sorted(deltas, reverse=True), (delta, part, prefill, delta_by_fla)):
         found.append((f"{call.__name__} {shape}", lambda shape=shape, call=call: call(*delta_inputs(*shape))))
-    for shape, begins, state in itertools.product(sorted(scans), (False, True), (False, True)):
-        name = f"ssd {shape} packed={begins} state={state}"
-        found.append((name, lambda shape=shape, begins=begins, state=state: scan(*shape, begins, state)))
+    for shape, reset_mask, state in itertools.product(sorted(scans), (False, True), (False, True)):
+        name = f"ssd {shape} packed={reset_mask} state={state}"
+        found.append((name, lambda shape=shape, reset_mask=reset_mask, state=state: scan(*shape, reset_mask, state)))
     for width, packed in itertools.product(sorted(channels), (False, True)):
         found.append((f"causal_conv1d {width} packed={packed}", lambda width=width, packed=packed: convolve(width, packed)))
     return found
@@ -166,8 +166,8 @@ def scan(heads: int, width: int, width_of_state: int, packed: bool, state: bool)
     for parameter in (rate, skip):
         parameter.requires_grad_()
     before = random(batch, heads, width, width_of_state, dtype=torch.float32) if state else None
-    begins = torch.arange(length, device="cuda") % 300 == 0 if packed else None
-    ssd(x, dt, rate, b, c, skip, before, begins=begins)[0].sum().backward()
+    reset_mask = torch.arange(length, device="cuda") % 300 == 0 if packed else None
+    ssd(x, dt, rate, b, c, skip, before, reset_mask=reset_mask)[0].sum().backward()
     if state:
         with torch.no_grad():
             ssd(x, dt, rate, b, c, skip, before, output_final_state=True)

@@ -1,1 +1,1 @@
-"""What the calibrated initialisers measure on text: a streaming pass of the teacher, and output projections re-solved."""
+"""Calibration on text: statistics from one streaming pass of the teacher, and output projections solved in closed form."""

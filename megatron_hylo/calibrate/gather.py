@@ -33,6 +33,7 @@ from megatron_hylo.io import atomic_directory, check_free, staging_directory, wr
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.checks import require_finite, warn_beyond_context
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import device, is_main
 
@@ -69,12 +70,17 @@ def calibrate(
         ConfigError: a layer that cannot be calibrated (see `check_statistics`), or a setting that cannot work.
     """
     check_free(output, overwrite, [teacher, data])
+    if tokens < 1 or sequence_length < 1:
+        raise ConfigError(f"--tokens and --sequence_length must be at least 1, got {tokens} and {sequence_length}")
     config, _ = read_description(teacher)
-    if set(config.mixers) != {"*"}:
+    if not config.is_transformer:
         raise ConfigError(f"calibrate needs a teacher with attention `*` in every layer, {teacher} has {config.mixers}")
-    if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
+    if parallel is not None and (
+        parallel.pipeline_stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1
+    ):
         raise ConfigError("calibrate works with tensor and data parallelism alone; set the other sizes to 1")
     windows = _calibration_windows(data, tokens, sequence_length, seed)
+    warn_beyond_context(config, sequence_length, teacher)
     kept = heldout_windows(f"{data}/heldout", sequence_length, heldout)
     for ids in (windows, kept):
         check_ids(ids, config.vocab_size, data, teacher)
@@ -86,6 +92,7 @@ def calibrate(
     }  # fmt: skip
     work = staging_directory(Path(output), "layers", "calibration", description)
     model = load_model(teacher, parallel, params_dtype=precision)
+    require_finite(model, teacher)
     _gather_layers(model, windows[:, :-1], work, track)
     with atomic_directory(output, overwrite) as folder:
         if is_main():
@@ -99,7 +106,7 @@ def calibrate(
 
 
 def embed(model: HyloModel, windows: Tensor, micro_batch_size: int) -> list[Tensor]:
-    """Hidden states before the first layer: int64 [n, sequence] -> [sequence, batch, hidden] a micro-batch."""
+    """Embed windows int64 [n, sequence]: one [sequence, batch, hidden] tensor a micro-batch."""
     where = next(model.parameters()).device
     parts = windows.split(micro_batch_size) if len(windows) else ()
     with torch.no_grad():
@@ -107,7 +114,7 @@ def embed(model: HyloModel, windows: Tensor, micro_batch_size: int) -> list[Tens
 
 
 def micro_batch(sequence_length: int, tokens: int = 8192) -> int:
-    """Windows that pass through a layer together."""
+    """Number of windows that pass through a layer together."""
     return max(1, tokens // sequence_length)
 
 
@@ -129,7 +136,7 @@ def _gather_layers(model: HyloModel, windows: Tensor, work: Path, track: Track) 
     for layer, (mixer, mlp) in enumerate(track(model.mixer_layers(), "calibrate")):
         file = work / layer_file(layer)
         sums = None if file.is_file() else LayerSums(mixer.self_attention)
-        for i, hidden in enumerate(states):
+        for i, hidden in enumerate(track(states, f"layer {layer}")):
             x = mixer.input_layernorm(hidden)[0]
             query, key, value = mixer.self_attention.query_key_value(x)
             out = mixer.self_attention.attend(query, key, value)[0]
@@ -155,7 +162,7 @@ class LayerSums:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-        """One micro-batch.
+        """Add one micro-batch to the sums.
 
         Args:
             x, out: input and output of the mixer, [sequence, batch, hidden].
@@ -178,7 +185,7 @@ class LayerSums:
             self.sums[name] = self.sums[name] + tensor if name in self.sums else tensor
 
     def _look_back(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-        """Sums that need attention probabilities; arguments [batch, sequence, ...]."""
+        """Compute the sums that need attention probabilities; arguments [batch, sequence, ...]."""
         query, key, value = (part.float() for part in (self.attention.rotate(query), self.attention.rotate(key), value))
         repeats, length, x = query.shape[2] // key.shape[2], query.shape[1], x.double()
         key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
@@ -206,7 +213,7 @@ class LayerSums:
         }
 
     def means(self, layer: int) -> dict[str, Tensor]:
-        """Means over all ranks' tokens, CPU fp32, all heads; see `megatron_hylo.calibrate.statistics`."""
+        """Return means over all ranks' tokens, CPU fp32, all heads; see `megatron_hylo.calibrate.statistics`."""
         group = parallel_state.get_data_parallel_group()
         shapes = [{name: tensor.shape for name, tensor in self.sums.items()}]
         torch.distributed.broadcast_object_list(shapes, torch.distributed.get_global_rank(group, 0), group)
@@ -228,5 +235,5 @@ class LayerSums:
 
 
 def _gather_first(tensor: Tensor) -> Tensor:
-    """Concatenation along dimension 0 over the tensor-parallel ranks."""
+    """Concatenate along dimension 0 over the tensor-parallel ranks."""
     return gather_from_tensor_model_parallel_region(tensor.movedim(0, -1).contiguous()).movedim(-1, 0)

@@ -1,4 +1,4 @@
-"""Output projections in closed form: every mixer, and every MLP, gets the last linear map that fits its teacher best.
+"""Closed-form output projections: the last linear map of each mixer and MLP is the least-squares fit to the teacher's output.
 
 Layer by layer, all tokens through one layer at a time. With features F (what the projection W is applied to), the
 teacher's output a, hidden states h_s of the student and h_t of the teacher, and a weight w a token,
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from megatron_hylo.calibrate.gather import embed, micro_batch
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.distill.alignment import mixer_output, relative_distance
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.hylo_model import HyloModel
@@ -35,7 +36,7 @@ VALIDATION = 8  # every so manieth window is not solved on
 
 @dataclass
 class LayerError:
-    """How far a mixer layer and the model up to it are from the teacher, on windows that were not solved on."""
+    """Errors of a mixer layer, and of the model up to it, against the teacher, on windows not used for solving."""
 
     layer: int
     symbol: str
@@ -45,14 +46,14 @@ class LayerError:
 
 
 class NormalEquations:
-    """All that a linear least-squares problem asks of its tokens: sums of products, float64 over fp32 micro-batches."""
+    """Normal equations of a linear least-squares problem: sums of products, float64 over fp32 micro-batches."""
 
     def __init__(self) -> None:
         self.sums: tuple[Tensor, Tensor, Tensor] | None = None  # F^T F [in, in], F^T own and F^T missing [in, out]
         self.energy = 0.0
 
     def add(self, features: Tensor, own: Tensor, missing: Tensor, weight: Tensor) -> None:
-        """One micro-batch.
+        """Add one micro-batch to the sums.
 
         Args:
             features: [..., in].
@@ -70,7 +71,7 @@ class NormalEquations:
         self.energy += float((y + d).double().square().sum())
 
     def solve(self, prior: Tensor, damping: float, missing: bool = False) -> Tensor:
-        """The projection [out, in], float64, nearest to `prior` for the layer's own target or for all of it."""
+        """Solve for the projection [out, in], float64, regularised towards `prior`, for the own target or all of it."""
         assert self.sums is not None, "no micro-batch was added"
         gram, own, residual = self.sums
         level = damping * gram.diagonal().mean()
@@ -79,7 +80,7 @@ class NormalEquations:
         return torch.cholesky_solve(cross + level * prior.double().T, torch.linalg.cholesky_ex(regular)[0]).T
 
     def error(self, projection: Tensor) -> float:
-        """Sum of squared errors of a projection [out, in] on all of the target."""
+        """Return the sum of squared errors of a projection [out, in] on all of the target."""
         assert self.sums is not None, "no micro-batch was added"
         gram, own, residual = self.sums
         w = projection.double().T
@@ -124,14 +125,16 @@ def solve_outputs(
     errors = []
     layers = zip(student.config.hylo.mixers, student.mixer_layers(), teacher.mixer_layers())
     for layer, (symbol, (mixer, mlp), (teacher_mixer, teacher_mlp)) in enumerate(track(list(layers), "solve")):
-        if symbol == "M":
+        description = get_mixer(symbol)
+        if description.norm_after_gate:
             _match_norm(mixer.self_attention, mixer.input_layernorm(studied[0])[0])
         own = [mixer_output(teacher_mixer, h) for h in taught]
         projection = output_projection(mixer.self_attention)
         features = [_features(projection, mixer_output, mixer, h) for h in studied]
         initial = solved = _relative_error(features, own, projection.weight, validation)
-        if symbol != "*":
-            prior = projection.weight.clone() if symbol == "+" else torch.zeros_like(projection.weight)
+        if description.output_fit != "keep":
+            known = description.output_fit == "from_initial"
+            prior = projection.weight.clone() if known else torch.zeros_like(projection.weight)
             fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
             weight = fit.solve(prior, DAMPING)
             solved = _relative_error(features, own, weight, validation)
@@ -165,7 +168,7 @@ def _mlp_output(layer: Any, hidden: Tensor) -> Tensor:
 
 
 def _features(projection: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module, hidden: Tensor) -> Tensor:
-    """What a layer's output projection is applied to."""
+    """Capture the input of a layer's output projection."""
     seen = []
     hook = projection.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     try:
@@ -183,7 +186,7 @@ def _normal_equations(
     validation: list[bool],
     relative: bool,
 ) -> tuple[NormalEquations, NormalEquations]:
-    """Of the micro-batches that are solved on, and of those that are not; `relative` to the hidden states' sizes."""
+    """Normal equations over the micro-batches solved on, and over the held-out ones; `relative` to hidden states' sizes."""
     fit, check = NormalEquations(), NormalEquations()
     for f, a, t, s, is_held in zip(features, own, taught, studied, validation):
         weight = _weight(t, s) if relative else torch.ones_like(t[..., 0], dtype=torch.float32)
@@ -192,7 +195,7 @@ def _normal_equations(
 
 
 def _corrected(weight: Tensor, fit: NormalEquations, check: NormalEquations) -> Tensor:
-    """The best on `check` of `weight` and its corrections."""
+    """Choose, on `check`, the best of `weight` and its corrections."""
     return min([weight, *(fit.solve(weight, damping, missing=True) for damping in CORRECTION_DAMPING)], key=check.error)
 
 
@@ -227,7 +230,7 @@ def _distance(taught: list[Tensor], studied: list[Tensor], validation: list[bool
 
 
 def _match_norm(mixer: Mamba2, x: Tensor) -> None:
-    """Shorten Mamba2's steps so that what its norm sees is as large as the root of the norm's epsilon.
+    """Shrink Mamba2's steps until the input of its norm is as large as the root of the norm's epsilon.
 
     The norm comes after the gate and would cancel a gate that is one number a head; at this size it lets lengths through.
     Rates grow as steps shrink, so states decay as before. Both are logarithms, or nearly: a training step changes them as

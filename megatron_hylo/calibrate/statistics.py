@@ -48,7 +48,7 @@ def layer_file(layer: int) -> str:
 
 
 class CalibrationFolder(Mapping[int, dict[str, Tensor]]):
-    """Statistics by layer, read one layer at a time.
+    """A calibration folder: statistics by layer, read one layer at a time.
 
     Args:
         path: made by `hylo calibrate`.
@@ -84,7 +84,7 @@ class CalibrationFolder(Mapping[int, dict[str, Tensor]]):
         return self.description["layers"]
 
     def windows(self) -> tuple[Tensor, Tensor]:
-        """Calibration and held-out windows, int64 [n, sequence_length + 1] each."""
+        """Read the calibration and held-out windows, int64 [n, sequence_length + 1] each."""
         stored = load_file(self.path / "windows.safetensors")
         return stored["calibration"].long(), stored["heldout"].long()
 

@@ -7,14 +7,14 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import rich
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import track as rich_track
 from rich.table import Table
+
+from megatron_hylo.io.progress import show_progress as track  # noqa: F401  of every verb
 
 if TYPE_CHECKING:
     from megatron_hylo.upcycle.run import UpcycleReport
@@ -42,11 +42,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def track(items: Iterable, description: str) -> Iterable:
-    """The same items with a progress bar, which goes when they end."""
-    return rich_track(list(items), description=description, console=console, transient=True)
 
 
 def set_up_logging(verbose: bool = False) -> None:

@@ -27,6 +27,7 @@ from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
+from megatron_hylo.data.documents import read_documents
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
@@ -128,7 +129,9 @@ def run_quickstart(
     budget = budget or BUDGETS["cuda" if torch.cuda.is_available() else "cpu", init]
     for name in FOLDERS:  # before hours of work of which one could not be written
         if not has_manifest(output / name):
-            check_free(output / name, overwrite=False)
+            check_free(output / name, overwrite=False, sources=[text])
+    if text is not None:
+        next(iter(read_documents(text)), None)  # refuses what holds no text
     output.mkdir(parents=True, exist_ok=True)
     teacher, hybrid, data = output / "teacher", output / "hybrid", output / "data"
     layout = LAYOUT[init, linear]

@@ -222,5 +222,9 @@ def evaluate(
         sequence_length: tokens a window.
         windows: windows at most.
     """
-    quality = megatron_hylo.evaluate(model, data, teacher, sequence_length, windows)
+    from megatron_hylo.eval.folders import evaluate_folder
+    from megatron_hylo.platform.distributed import session
+
+    with session():
+        quality = evaluate_folder(model, data, teacher, sequence_length, windows, track)
     print_json(quality.to_dict())

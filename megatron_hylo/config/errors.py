@@ -24,7 +24,8 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ConfigError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(fields)}")
-    nested = {k: from_dict(fields[k].type, v, f"{where}.{k}") if isinstance(v, Mapping) else v for k, v in values.items()}
+    types: dict[str, Any] = {name: field.type for name, field in fields.items()}
+    nested = {k: from_dict(types[k], v, f"{where}.{k}") if isinstance(v, Mapping) else v for k, v in values.items()}
     try:
         return cls(**nested)
     except TypeError as error:

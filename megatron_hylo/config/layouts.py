@@ -11,10 +11,10 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_hylo.config import MIXER_SYMBOLS, ConfigError, ModelConfig, RopeScaling
-from megatron_hylo.config.mixers import MIXERS, Fields
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MIXERS, MLA_SYMBOL, Fields, get_mixer
 
 logger = logging.getLogger("megatron_hylo.config")
 LLAMA3_ROPE = RopeScaling(
@@ -75,7 +75,7 @@ class NamedLayout:
     def config(self) -> ModelConfig:
         """The hybrid's full configuration."""
         base = BASES[self.base]
-        mixers = "".join("+" if i in self.mla_layers else self.linear for i in range(base.num_hidden_layers))
+        mixers = "".join(MLA_SYMBOL if i in self.mla_layers else self.linear for i in range(base.num_hidden_layers))
         return hybrid_config(base, mixers, base_name=self.base, shapes=self.shapes)
 
 
@@ -105,7 +105,7 @@ LAYOUTS: dict[str, NamedLayout] = _layouts()
 
 
 def expand_pattern(pattern: str, num_layers: int) -> str:
-    """One mixer symbol a layer out of a user's pattern.
+    """Expand a user's pattern to one mixer symbol a layer.
 
     Args:
         pattern: with MLPs ("G-+-G-") or without ("G+G").
@@ -126,15 +126,15 @@ def expand_pattern(pattern: str, num_layers: int) -> str:
 
 
 def uniform_mixers(num_layers: int, num_mla: int, linear: str = "G") -> str:
-    """`num_mla` MLA layers spread evenly, the rest linear: "G+GGG+GG" for 8 and 2."""
+    """Mixers of `num_mla` MLA layers spread evenly and linear layers elsewhere: "G+GGG+GG" for 8 and 2."""
     if not 0 <= num_mla <= num_layers:
         raise ConfigError(f"number of MLA layers must lie between 0 and {num_layers}, got {num_mla}")
     chosen = {int((i + 0.5) * num_layers / num_mla) for i in range(num_mla)}
-    return "".join("+" if i in chosen else linear for i in range(num_layers))
+    return "".join(MLA_SYMBOL if i in chosen else linear for i in range(num_layers))
 
 
 def hybrid_config(
-    base: ModelConfig, pattern: str, base_name: str | None = None, shapes: Shapes = "paper", **overrides: object
+    base: ModelConfig, pattern: str, base_name: str | None = None, shapes: Shapes = "paper", **overrides: Any
 ) -> ModelConfig:
     """A hybrid of `base`: its backbone, `pattern` for the mixers, the dimensions that `shapes` names.
 
@@ -155,14 +155,14 @@ def hybrid_config(
     fields: Fields = dict(
         hybrid_layer_pattern="".join(m + "-" for m in mixers),
         untie_embeddings_and_output_weights=True,
-        add_qkv_bias=False if not set(mixers) & {"*"} else base.add_qkv_bias,
+        add_qkv_bias=base.add_qkv_bias and ATTENTION_SYMBOL in mixers,
     )
     for mixer in MIXERS.values():
         fields |= mixer.default_sizes(base, name, teacher_shapes=shapes == "teacher")
     if shapes == "teacher":
-        rotary = overrides.get("qk_pos_emb_head_dim", fields["qk_pos_emb_head_dim"])
+        rotary: int = (fields | overrides)["qk_pos_emb_head_dim"]
         if base.qk_layernorm and rotary != base.kv_channels:  # the norm asks which pairs of the head are rotary: the fastest
-            fields["mla_rotary_pairs"] = [tuple(range(rotary // 2)) if m == "+" else () for m in mixers]
+            fields["mla_rotary_pairs"] = [tuple(range(rotary // 2)) if MIXERS[m].rotary_pairs_by_layer else () for m in mixers]
     unknown = sorted(set(overrides) - set(ModelConfig.__dataclass_fields__))
     if unknown:
         raise ConfigError(f"{unknown[0]!r} is not a field of the model configuration")
@@ -209,7 +209,7 @@ def pipeline_layers(config: ModelConfig, num_stages: int, given: Sequence[int] |
 
     @functools.cache
     def best(start: int, stages: int) -> tuple[int, tuple[int, ...]]:
-        """(largest stage, where stages end) of layers from `start` on."""
+        """Split the layers from `start` on: (parameters of the largest pipeline stage, where pipeline stages end)."""
         if stages == 1:
             return sums[-1] - sums[start], ()
         options = []
@@ -228,16 +228,16 @@ def _same_backbone(a: ModelConfig, b: ModelConfig) -> bool:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """All parameters; an untied output head counts beside the embedding, as in the released checkpoints."""
+    """Number of parameters; an untied output head counts beside the embedding, as in the released checkpoints."""
     d = config.hidden_size
-    layers = sum(MIXERS[m].parameters(config) + 3 * d * config.ffn_hidden_size + 2 * d for m in config.mixers)
+    layers = sum(get_mixer(m).parameters(config) + 3 * d * config.ffn_hidden_size + 2 * d for m in config.mixers)
     embeddings = config.vocab_size * d * (2 if config.untie_embeddings_and_output_weights else 1)
     return layers + embeddings + d
 
 
 def kv_elements_per_token(config: ModelConfig) -> int:
     """Numbers cached per token, over all layers."""
-    return sum(MIXERS[m].kv_numbers(config) for m in config.mixers)
+    return sum(get_mixer(m).kv_numbers(config) for m in config.mixers)
 
 
 def kv_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2) -> int:
@@ -252,7 +252,7 @@ def kv_percent(config: ModelConfig) -> float:
 
 
 def layout_rows(names: Iterable[str] | None = None) -> list[dict[str, object]]:
-    """One {name, params, kv_percent, kv_bytes_per_token} a named layout."""
+    """Table of the named layouts: one {name, params, kv_percent, kv_bytes_per_token} each."""
     rows = []
     for name in names or LAYOUTS:
         config = LAYOUTS[name].config

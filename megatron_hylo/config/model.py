@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_hylo.config.errors import ConfigError
-from megatron_hylo.config.mixers import MIXERS
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MIXERS, get_mixer
 from megatron_hylo.config.rope import RopeScaling
 
 MIXER_SYMBOLS = "".join(MIXERS)
@@ -94,7 +94,7 @@ class ModelConfig:
         if len(pairs) != len(mixers):
             raise ConfigError(f"mla_rotary_pairs has {len(pairs)} entries, the model {len(mixers)} layers; give one a layer")
         for layer, (symbol, entry) in enumerate(zip(mixers, pairs)):
-            wanted = self.qk_pos_emb_head_dim // 2 if symbol == "+" else 0
+            wanted = self.qk_pos_emb_head_dim // 2 if MIXERS[symbol].rotary_pairs_by_layer else 0
             if len(entry) != wanted:
                 raise ConfigError(
                     f"mla_rotary_pairs of layer {layer} `{symbol}` has {len(entry)} numbers, it needs {wanted}: "
@@ -109,12 +109,12 @@ class ModelConfig:
 
     @property
     def mla_whole_head_norm(self) -> bool:
-        """q/k-norm with the statistics of the teacher's whole head, not of MLA's channels (see models/mla.py)."""
+        """Whether q/k-norm has the statistics of the teacher's whole head, not of MLA's channels (see models/mla.py)."""
         return self.qk_layernorm and self.qk_head_dim == self.kv_channels
 
     @property
     def mixers(self) -> str:
-        """One mixer symbol a Transformer layer, e.g. "G+GG" for "G-+-G-G-".
+        """Mixer symbols, one for each Transformer layer, e.g. "G+GG" for "G-+-G-G-".
 
         Raises:
             ConfigError: the pattern is not mixer, MLP, mixer, MLP, ...
@@ -129,6 +129,11 @@ class ModelConfig:
         return mixers
 
     @property
+    def is_transformer(self) -> bool:
+        """Whether every mixer is attention, as in a teacher."""
+        return set(self.mixers) == {ATTENTION_SYMBOL}
+
+    @property
     def num_hidden_layers(self) -> int:
         """Transformer layers (mixer + MLP); Megatron counts twice as many."""
         return len(self.mixers)
@@ -140,7 +145,9 @@ class ModelConfig:
 
     def with_mixers(self, mixers: str) -> "ModelConfig":
         """Other mixers of the same shapes, one symbol a layer; only MLA layers keep rotary pairs of their own."""
-        pairs = [entry if symbol == "+" else () for symbol, entry in zip(mixers, self.mla_rotary_pairs)]
+        pairs = [
+            entry if get_mixer(symbol).rotary_pairs_by_layer else () for symbol, entry in zip(mixers, self.mla_rotary_pairs)
+        ]
         return self.replace(hybrid_layer_pattern="".join(f"{symbol}-" for symbol in mixers), mla_rotary_pairs=pairs)
 
     def replace(self, **changes: Any) -> "ModelConfig":
@@ -148,7 +155,7 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON gives back unchanged; `from_dict(ModelConfig, ...)` is its inverse."""
+        """Plain dictionary that JSON keeps unchanged; `from_dict(ModelConfig, ...)` is its inverse."""
         return dataclasses.asdict(self) | {"mla_rotary_pairs": [list(pairs) for pairs in self.mla_rotary_pairs]}
 
 

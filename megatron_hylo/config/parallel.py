@@ -1,4 +1,4 @@
-"""How ranks are divided."""
+"""Sizes of the parallel groups that ranks are divided into."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,13 +8,13 @@ from megatron_hylo.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How ranks are divided; what is left over is data parallel.
+    """Sizes of tensor, pipeline and context parallelism; the remaining ranks are data parallel.
 
     Args:
         tensor_model_parallel_size: ranks that share each layer, by heads and columns.
         pipeline_model_parallel_size: ranks that have different layers.
         virtual_pipeline_model_parallel_size: parts of the model on each pipeline rank, interleaved: smaller bubbles.
-        pipeline_layers: layers of every stage in order; by default stages have about as many weights.
+        pipeline_layers: layers of every pipeline stage in order; by default they have about as many weights.
         context_parallel_size: ranks that share a sequence.
         cp_comm_type: what context-parallel ranks exchange: what is small, sequence for heads, or the faster that fits
             (docs/parallelism.md).
@@ -41,18 +41,20 @@ class ParallelConfig:
                 f"virtual_pipeline_model_parallel_size {self.virtual_pipeline_model_parallel_size} needs "
                 f"pipeline_model_parallel_size > 1"
             )
-        if self.pipeline_layers is not None and (len(self.pipeline_layers) != self.stages or min(self.pipeline_layers) < 1):
+        if self.pipeline_layers is not None and (
+            len(self.pipeline_layers) != self.pipeline_stages or min(self.pipeline_layers) < 1
+        ):
             raise ConfigError(
-                f"pipeline_layers {self.pipeline_layers} must be {self.stages} numbers of at least 1, one for each of "
+                f"pipeline_layers {self.pipeline_layers} must be {self.pipeline_stages} numbers of at least 1, one for each of "
                 f"pipeline_model_parallel_size {self.pipeline_model_parallel_size} x virtual_pipeline_model_parallel_size "
-                f"{self.virtual_pipeline_model_parallel_size} stages"
+                f"{self.virtual_pipeline_model_parallel_size} pipeline stages"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError("sequence_parallel needs tensor_model_parallel_size > 1; set one of them otherwise")
 
     @property
-    def stages(self) -> int:
-        """Pieces that the layers are cut into, one after the other: piece i is on pipeline rank i modulo the ranks."""
+    def pipeline_stages(self) -> int:
+        """Number of pipeline stages, virtual ones included; stage i is on pipeline rank i modulo the ranks."""
         return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
 
     @property

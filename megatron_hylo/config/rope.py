@@ -9,7 +9,7 @@ from megatron_hylo.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than the pretrained one.
+    """Scaling of rotary frequencies for contexts longer than the pretrained one.
 
     Args:
         rope_type: none; linear: all frequencies divided by `factor`; Llama 3.1's rule; YaRN.

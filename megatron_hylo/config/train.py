@@ -196,7 +196,7 @@ class TrainConfig:
                 "precision bf16 needs optimizer.use_distributed_optimizer true: Megatron-Core's plain optimizer cannot save "
                 "bf16 weights beside the fp32 A_log and dt_bias of linear layers"
             )
-        if self.cuda_graphs and (self.recompute or self.packed_documents or self.parallel.stages > 1):
+        if self.cuda_graphs and (self.recompute or self.packed_documents or self.parallel.pipeline_stages > 1):
             raise ConfigError(
                 "cuda_graphs cannot record recompute, packed_documents or pipeline stages; set cuda_graphs false, or leave "
                 "those out"

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints to Megatron model folders and back, and the proof that both are the same."""
+"""Conversion of Hugging Face checkpoints to Megatron model folders and back, with verification of both."""

@@ -75,7 +75,7 @@ class GgufSource:
         self._check_tensors()
 
     def _model_keys(self, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The architecture, and the keys about the model without its name before them; refuses what is unknown."""
+        """Return the architecture and the model's keys without its prefix; refuses unknown ones."""
         if "general.architecture" not in fields:
             raise ConfigError(f"{self.file} lacks the key general.architecture; it is not a model")
         architecture = fields["general.architecture"].contents()
@@ -98,7 +98,7 @@ class GgufSource:
 
     @staticmethod
     def _harmless(key: str, value: Any, model: dict[str, Any]) -> bool:
-        """The usual scale of attention, and a window that nothing is outside of."""
+        """Check for the usual attention scale, and a window that holds the whole context."""
         if key == "attention.sliding_window":
             return value >= model.get("context_length", math.inf)
         return key == "attention.scale" and math.isclose(value, model.get("attention.key_length", 0) ** -0.5, rel_tol=1e-6)
@@ -128,7 +128,7 @@ class GgufSource:
         return values | rope_to_hf(base, scaling) | gguf_token_ids(self.file)
 
     def _same_in_all_layers(self, key: str, value: Any) -> Any:
-        """A number, or that which all layers of a list have."""
+        """Return a number, or the value that all layers of a list share."""
         if not isinstance(value, list):
             return value
         if len(set(value)) != 1:
@@ -136,7 +136,7 @@ class GgufSource:
         return value[0]
 
     def _check_tensors(self) -> None:
-        """Every tensor that the configuration asks for is there with its shape and a known type, and no other is."""
+        """Check that exactly the tensors of the configuration are there, with their shapes and known types."""
         from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, dequantize, get_tensor_name_map
 
         arch = next(
@@ -169,7 +169,7 @@ class GgufSource:
         return torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that Hugging Face name, fp32.
+        """Read the tensor of a Hugging Face name, fp32.
 
         Rows of Llama's queries and keys lie in llama.cpp's order there, where channels 2i and 2i+1 of a head turn together, and
         come back in Hugging Face's, where i and i + d/2 do.
@@ -180,9 +180,9 @@ class GgufSource:
         return checked(name, tensor, self.file)
 
     def dtype(self) -> torch.dtype:
-        """float32: quantised weights have no dtype of their own that holds them."""
+        """Return float32: dequantised weights fit no narrower dtype."""
         return torch.float32
 
     def frequencies(self) -> Tensor:
-        """Inverse frequencies of RoPE as the file's own data says them, fp32 [head_dim / 2]."""
+        """Inverse RoPE frequencies from the file's own data, fp32 [head_dim / 2]."""
         return gguf_frequencies(self.config.rotary_base, self.config.rope_scaling, self._factors, self.config.kv_channels)

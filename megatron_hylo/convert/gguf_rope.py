@@ -1,4 +1,4 @@
-"""Rotary position embeddings of a GGUF file: what its data says, and the RopeScaling that computes the same.
+"""Rotary position embeddings of a GGUF file: its stored frequencies, and the RopeScaling that computes the same.
 
 The rules are llama.cpp's: angle of channel pair i at position p = p * base^(-2i/d) / rope_freqs[i] / factor, and with
 scaling type yarn its ramp between that and the unscaled angle. Llama 3.1 and later have no scaling keys, only rope_freqs.
@@ -19,7 +19,7 @@ _LLAMA3_BOUNDS = ((8192, 1.0, 4.0), (32768, 1.0, 4.0))  # original length, low a
 
 
 def rope_from_gguf(settings: Mapping[str, Any], factors: Tensor | None, dim: int, context: int) -> tuple[float, RopeScaling]:
-    """(rotary_base, scaling) of a GGUF file.
+    """Return (rotary_base, scaling) of a GGUF file.
 
     Args:
         settings: its keys that begin with `rope.`, without the architecture's name before them.
@@ -55,19 +55,19 @@ def rope_from_gguf(settings: Mapping[str, Any], factors: Tensor | None, dim: int
         if value != neutral and not (key == "yarn_ext_factor" and value < 0):  # negative: the default, 1
             raise ConfigError(f"GGUF file: rope.scaling.{key} {value} is not supported; only {neutral}")
     betas = {name: settings.get(f"rope.scaling.yarn_{name}", -1.0) for name in ("beta_fast", "beta_slow")}
-    given = {name: float(value) for name, value in betas.items() if value > 0}
+    given: dict[str, Any] = {name: float(value) for name, value in betas.items() if value > 0}
     return base, RopeScaling("yarn", factor=divisor, original_max_position_embeddings=original, **given)
 
 
 def gguf_frequencies(base: float, scaling: RopeScaling, factors: Tensor | None, dim: int) -> Tensor:
-    """Inverse frequencies that a GGUF file's own data says, fp32 [dim / 2]; not by way of Llama 3's rule."""
+    """Inverse frequencies from a GGUF file's own data, fp32 [dim / 2], without Llama 3's rule."""
     if factors is None:
         return rope_frequencies(dim, base, scaling)
     return rope_frequencies(dim, base) / factors
 
 
 def _llama3_scaling(factors: Tensor, dim: int, base: float, original: int) -> RopeScaling:
-    """Llama 3.1's rule with the parameters that give these divisors of the frequencies.
+    """Find the parameters of Llama 3.1's rule that give these divisors of the frequencies.
 
     The rule is 1 for wavelengths below original / high_freq_factor, `factor` above original / low_freq_factor, and between
     them 1 / divisor is linear in 1 / wavelength. Released models' parameters are tried, then a line is fitted.
@@ -94,7 +94,7 @@ def _llama3_scaling(factors: Tensor, dim: int, base: float, original: int) -> Ro
 
 
 def _fitted_bounds(factors: Tensor, dim: int, base: float) -> tuple[int, float, float] | None:
-    """(original length, low, high) of the line through the channels between fast and slow, None where there are fewer than two.
+    """Fit (original length, low, high) to the channels between fast and slow; None where there are fewer than two.
 
     Only low / original and high / original are determined; the length is set to the released models' 8192.
     """

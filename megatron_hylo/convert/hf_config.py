@@ -1,4 +1,4 @@
-"""config.json of Hugging Face <-> ModelConfig, one small adapter a family, registered by its model_type.
+"""Hugging Face config.json <-> ModelConfig: one small adapter a family, registered by its model_type.
 
 Every key of a config.json is used, or is known not to change what the model computes, or must have a value that does
 not; a key that transformers' own class of the family does not know either is named in a warning.
@@ -63,7 +63,7 @@ def register_family(model_type: str) -> Callable:
 
 
 def model_config_from_hf(values: dict[str, Any]) -> ModelConfig:
-    """ModelConfig of a Hugging Face config.
+    """Build the ModelConfig of a Hugging Face config.
 
     Args:
         values: config.json as a mapping.
@@ -82,7 +82,7 @@ def model_config_from_hf(values: dict[str, Any]) -> ModelConfig:
 
 
 def _check_keys(values: Mapping[str, Any], ignored: tuple[str, ...]) -> None:
-    """Refuse keys that ask for what is not converted; name in a warning those that nobody knows.
+    """Refuse keys that ask for unsupported features; warn about unknown ones.
 
     Args:
         values: config.json.
@@ -135,7 +135,7 @@ def _check_windows(values: Mapping[str, Any], layers: int) -> None:
 
 
 def _backbone(values: dict[str, Any], ignored: tuple[str, ...], defaults: Mapping[str, int], **family: Any) -> ModelConfig:
-    """ModelConfig of what the families share.
+    """Build a ModelConfig from the keys that all families share.
 
     Args:
         values: config.json.
@@ -218,7 +218,7 @@ def _shared(config: ModelConfig) -> dict[str, Any]:
 
 
 def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """config.json of a model: the base family's own where every mixer is attention, else `model_type` "hylo".
+    """Build config.json of a model: the base family's own where every mixer is attention, else `model_type` "hylo".
 
     What transformers 4 and 5 spell differently is there twice: dtype, and the RoPE settings.
 
@@ -230,7 +230,7 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
     """
     shared = _shared(config) | {"dtype": dtype, "torch_dtype": dtype}
     shared |= {name: (token_ids or {}).get(name) for name in TOKEN_IDS}
-    if set(config.mixers) != {"*"}:
+    if not config.is_transformer:
         auto = {"AutoConfig": "configuration_hylo.HyloConfig", "AutoModel": "modeling_hylo.HyloModel"}
         auto["AutoModelForCausalLM"] = "modeling_hylo.HyloForCausalLM"
         return {

@@ -15,21 +15,21 @@ from megatron_hylo.io.gguf_file import gguf_file
 
 
 class TensorSource(Protocol):
-    """Where converted tensors come from."""
+    """Source of the tensors to convert."""
 
     config: ModelConfig
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor of that Hugging Face name, on the CPU, without rounding: in bfloat16 or float32."""
+        """Read the whole tensor of a Hugging Face name, on the CPU, unrounded, in bfloat16 or float32."""
         ...
 
     def dtype(self) -> torch.dtype:
-        """bfloat16 where that is what every weight is stored in, else float32."""
+        """Return bfloat16 where every weight is stored in it, else float32."""
         ...
 
 
 def load_transformers_model(path: str | Path, **settings: Any) -> Any:
-    """The model at `path` (Hugging Face folder or GGUF) through transformers, fp32, eval mode: the oracle.
+    """Load `path` (Hugging Face folder or GGUF) through transformers, fp32, eval mode: the oracle.
 
     Args:
         path: folder or file.
@@ -39,7 +39,9 @@ def load_transformers_model(path: str | Path, **settings: Any) -> Any:
     if (gguf := gguf_file(path)) is not None:
         return _gguf_model(GgufSource(gguf))
     if read_hf_config(path).get("model_type") == "hylo":
-        from megatron_hylo.hf import HyloForCausalLM as model_class
+        from megatron_hylo.hf import HyloForCausalLM
+
+        model_class: Any = HyloForCausalLM
     else:
         model_class = load_transformers().AutoModelForCausalLM
     loaded = load_foreign_model(model_class, path, dtype=torch.float32, **settings)
@@ -47,7 +49,7 @@ def load_transformers_model(path: str | Path, **settings: Any) -> Any:
 
 
 def _gguf_model(source: GgufSource) -> Any:
-    """transformers' model of a GGUF file: weights as transformers reads them, RoPE compared with what the file's data says.
+    """Load a GGUF file through transformers and compare its RoPE with the file's own data.
 
     transformers makes plain RoPE of every file, so it is given the configuration.
 

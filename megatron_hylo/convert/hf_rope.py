@@ -32,7 +32,7 @@ _SETTINGS = {  # of each rope_type; the first tuple must be given
 
 
 def rope_from_hf(values: Mapping[str, Any]) -> tuple[float, RopeScaling]:
-    """(rotary_base, scaling) that transformers 5 would use.
+    """Return (rotary_base, scaling) that transformers 5 would use.
 
     Args:
         values: config.json.
@@ -80,14 +80,20 @@ def _scaling(kind: str, rope: Mapping[str, Any], values: Mapping[str, Any]) -> R
         raise ConfigError(f"original_max_position_embeddings {original} must be a whole number of tokens")
     if kind == "llama3":
         numbers = {name: _number(name, rope[name]) for name in _SETTINGS[kind][0]}
-        return RopeScaling(kind, original_max_position_embeddings=int(original), **numbers)
+        return RopeScaling(
+            "llama3",
+            factor=numbers["factor"],
+            low_freq_factor=numbers["low_freq_factor"],
+            high_freq_factor=numbers["high_freq_factor"],
+            original_max_position_embeddings=int(original),
+        )
     factor = _number("max_position_embeddings", longest) / original if rope["factor"] is None else rope["factor"]
     factor = _number("factor", factor)
     attention = rope.get("attention_factor")
     if attention is None and rope.get("mscale") and rope.get("mscale_all_dim"):
         attention = _mscale(factor, rope["mscale"]) / _mscale(factor, rope["mscale_all_dim"])
     return RopeScaling(
-        kind,
+        "yarn",
         factor=factor,
         original_max_position_embeddings=int(original),
         beta_fast=_number("beta_fast", rope.get("beta_fast") or 32),
@@ -109,7 +115,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def rope_to_hf(base: float, scaling: RopeScaling) -> dict[str, Any]:
-    """`rope_parameters` for transformers 5, and the same as `rope_theta` and `rope_scaling` for 4 and other readers."""
+    """Write `rope_parameters` for transformers 5, and the same as `rope_theta` and `rope_scaling` for 4 and other readers."""
     parameters: dict[str, Any] = {"rope_type": "default" if scaling.rope_type == "none" else scaling.rope_type}
     if scaling.rope_type != "none":
         parameters["factor"] = scaling.factor

@@ -1,4 +1,4 @@
-"""The whole conversion contract as data: which Hugging Face tensors make which Megatron tensor, and back.
+"""Conversion table: the Hugging Face tensors of each Megatron tensor, and the maps both ways.
 
 One `Entry` a Megatron tensor. Families differ in which entries exist (QKV bias, q/k-norm, head), mixers in theirs;
 both directions are permutations and concatenations, so a round trip is bit-exact.
@@ -17,7 +17,7 @@ from megatron_hylo.config.mixers.mla import BIASED
 
 @dataclass(frozen=True)
 class Entry:
-    """`megatron` = merge(tensors of `hugging_face`); split is its inverse."""
+    """One row of the table: `megatron` = merge(tensors of `hugging_face`); split is the inverse."""
 
     megatron: str
     hugging_face: tuple[str, ...]
@@ -30,12 +30,12 @@ def _same(megatron: str, hugging_face: str) -> Entry:
 
 
 def _stacked(megatron: str, hugging_face: tuple[str, ...], rows: tuple[int, ...]) -> Entry:
-    """Tensors one above the other along dimension 0."""
+    """Entry that concatenates tensors along dimension 0."""
     return Entry(megatron, hugging_face, torch.cat, lambda tensor: list(tensor.split(rows)))
 
 
 def _interleaved_qkv(megatron: str, hugging_face: tuple[str, ...], config: ModelConfig) -> Entry:
-    """Megatron's linear_qkv: for each KV head its query heads, its key, its value."""
+    """Entry of Megatron's linear_qkv: for each KV head its query heads, its key, its value."""
     groups, head_dim = config.num_query_groups, config.kv_channels
     per_group = config.num_attention_heads // groups
 
@@ -120,7 +120,7 @@ complete(MIXER_ENTRIES, "convert/mapping.py: MIXER_ENTRIES")
 
 
 def layer_entries(config: ModelConfig, layer: int) -> list[Entry]:
-    """Entries of one Transformer layer (Megatron's layers 2 l and 2 l + 1)."""
+    """List the entries of one Transformer layer (Megatron's layers 2 l and 2 l + 1)."""
     h, mixer, mlp = f"model.layers.{layer}.", f"decoder.layers.{2 * layer}.", f"decoder.layers.{2 * layer + 1}."
     ffn = config.ffn_hidden_size
     return [
@@ -133,7 +133,7 @@ def layer_entries(config: ModelConfig, layer: int) -> list[Entry]:
 
 
 def model_entries(config: ModelConfig) -> list[Entry]:
-    """Entries of a whole model, in the order of its layers."""
+    """List the entries of a whole model, in the order of its layers."""
     entries = [_same("embedding.word_embeddings.weight", "model.embed_tokens.weight")]
     for layer in range(config.num_hidden_layers):
         entries += layer_entries(config, layer)

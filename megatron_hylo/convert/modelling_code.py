@@ -1,4 +1,4 @@
-"""What an exported folder holds beside weights, so that transformers 4 and 5 load it where this project is absent."""
+"""Modelling code and tokenizer files of an export, so that transformers 4 and 5 load it without this package."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A model as transformers reads it from the same folder or file: what conversions are compared with.
+"""The oracle of conversions: a model as transformers loads it from the same folder or file.
 
 The weights come through transformers' own loading, not through `hf_reader`, wherever transformers can load the format on a
 CPU and reads it rightly; where not, `Oracle.description` says what was done instead.
@@ -39,18 +39,17 @@ class Oracle:
     on_disk: Mapping[str, Tensor] | None = None  # weights by name, where they are read when they are needed
 
     def tensor(self, name: str) -> Tensor:
-        """The weight of that name."""
+        """Return the weight of that name."""
         return self.model.get_parameter(name).detach() if self.on_disk is None else self.on_disk[name]
 
     def names(self) -> set[str]:
-        """All weights, tied ones under every name."""
+        """Return the names of all weights, tied ones under every name."""
         return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
 
 
 @contextmanager
 def open_oracle(source: TensorSource, path: str | Path) -> Iterator[Oracle]:
-    """Load what `path` holds through transformers; models above LAYERWISE_PARAMETERS rest on the disk, but for those with
-    weights that are dequantised here.
+    """Load `path` through transformers; models above LAYERWISE_PARAMETERS are offloaded to disk, unless dequantised here.
 
     Args:
         source: the same, opened by `hf_reader`: its configuration, and dequantised weights where transformers cannot make them.
@@ -73,13 +72,13 @@ def open_oracle(source: TensorSource, path: str | Path) -> Iterator[Oracle]:
         if source.quantisation is not None:
             settings["quantization_config"] = load_transformers().FineGrainedFP8Config(dequantize=True)
             where = f", dequantised by it{where}"
-        how = "transformers' own loading" if set(source.config.mixers) == {"*"} else "the exported modelling code"
+        how = "transformers' own loading" if source.config.is_transformer else "the exported modelling code"
         model = _load(path, settings)
         yield Oracle(model, how + where, _load_whole_layers(model) if large else None)
 
 
 def _unreadable(source: SafetensorsSource) -> str:
-    """Why transformers alone cannot load a quantised folder on a CPU, or would load another model; else nothing."""
+    """Say why transformers alone cannot load a quantised folder rightly on a CPU; empty where it can."""
     if source.quantisation is None:
         return ""
     if source.quantisation.method != "fp8" or any(not part.scale.endswith("_inv") for part in source.scaled.values()):
@@ -90,7 +89,7 @@ def _unreadable(source: SafetensorsSource) -> str:
 
 
 def _load_whole_layers(model: Any) -> Mapping[str, Tensor]:
-    """Make a model on the disk read one decoder layer at a time, where accelerate reads what belongs to one `nn.Module` alone.
+    """Make an offloaded model read whole decoder layers from disk; accelerate alone reads one `nn.Module` at a time.
 
     Mixers use weights of their submodules without calling these, which accelerate's own hooks do not see.
 

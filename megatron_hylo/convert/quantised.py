@@ -1,4 +1,4 @@
-"""Weights that are stored as 8-bit values with scales: how a folder declares it, and the float32 weights they stand for.
+"""Weights stored as 8-bit values with scales: the folder's declaration, and dequantisation to float32.
 
 | declared by | stored | weight |
 |---|---|---|
@@ -36,14 +36,14 @@ BNB_INVERSE_127 = 7.874015718698502e-3  # as bitsandbytes multiplies
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What a folder declares about its quantised weights."""
+    """A folder's declaration of its quantised weights."""
 
     method: str
     block: tuple[int, int] | None = None  # rows and columns of a block, where scales belong to blocks
 
 
 def read_quantisation(folder: Path, values: Mapping[str, Any]) -> Quantisation | None:
-    """What config.json, or ModelOpt's hf_quant_config.json, declares; None for a folder that is not quantised.
+    """Read the declaration from config.json or ModelOpt's hf_quant_config.json; None for a folder that is not quantised.
 
     Args:
         folder: the Hugging Face folder.
@@ -132,7 +132,7 @@ def _pair(values: Any) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A quantised weight: the tensors it is made of, and the block that one scale belongs to (None: tensor or row)."""
+    """A quantised weight: its stored tensors, and the block that one scale covers (None: tensor or row)."""
 
     weight: str
     scale: str
@@ -140,11 +140,11 @@ class Scaled:
     block: tuple[int, int] | None
 
     def names(self) -> list[str]:
-        """The stored tensors."""
+        """Return the names of the stored tensors."""
         return [self.weight, self.scale] + ([self.zero_point] if self.zero_point else [])
 
     def read(self, read: Callable[[str], Tensor]) -> Tensor:
-        """The weight in float32, [rows, columns].
+        """Dequantise the weight to float32, [rows, columns].
 
         Args:
             read: name -> stored tensor.
@@ -156,7 +156,7 @@ class Scaled:
         return value * BNB_INVERSE_127 if self.scale.endswith("SCB") else value
 
     def _spread(self, scale: Tensor, value: Tensor) -> Tensor:
-        """`scale` such that it multiplies a [rows, columns] value; blocks at the edges may be cut off."""
+        """Expand `scale` to multiply a [rows, columns] value; blocks at the edges may be cut off."""
         rows, columns = value.shape
         if scale.numel() == 1:
             return scale.reshape(1, 1)
@@ -164,7 +164,7 @@ class Scaled:
             return scale.reshape(rows, 1)
         return scale.repeat_interleave(self.block[0], 0)[:rows].repeat_interleave(self.block[1], 1)[:, :columns]
 
-    def is_cut_off(self, shape: tuple[int, int]) -> bool:
+    def is_cut_off(self, shape: tuple[int, ...]) -> bool:
         """Whether blocks at the edges are smaller; transformers divides the matrix evenly then, which is another weight."""
         return self.block is not None and any(size > width and size % width for size, width in zip(shape, self.block))
 
@@ -172,7 +172,7 @@ class Scaled:
 def find_scaled(
     folder: Path, quantisation: Quantisation | None, stored: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> dict[str, Scaled]:
-    """All quantised weights of a folder by name.
+    """Find all quantised weights of a folder by name.
 
     Args:
         folder: for messages.
@@ -215,7 +215,7 @@ def _block_of(
     scale_shape: tuple[int, ...],
     block: tuple[int, int] | None,
 ) -> tuple[int, int] | None:
-    """The block that a value of the scale belongs to, None where that is the tensor or a row."""
+    """Return the block that one scale covers, None where that is the tensor or a row."""
     if dtype in SCALE_DTYPES and len(shape) == 2:
         if scale_shape in ((), (1,), (1, 1), (shape[0],), (shape[0], 1)):
             return None

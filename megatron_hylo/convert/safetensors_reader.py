@@ -57,7 +57,7 @@ class SafetensorsSource:
         self._check_tensors()
 
     def _shards(self) -> dict[str, list[str]]:
-        """The files that are read -> tensors that the index places there; `model.safetensors` goes before an index."""
+        """Map the files to read to the tensors that the index places there; `model.safetensors` goes before an index."""
         index = self.folder / INDEX
         there = {file.name for file in self.folder.glob("*.safetensors")}
         if SINGLE in there:
@@ -102,7 +102,7 @@ class SafetensorsSource:
         return self._open_shard[1]
 
     def _tie(self) -> None:
-        """Tied embeddings as transformers 5 ties them: not where both are stored and differ, by either where one is."""
+        """Tie embeddings as transformers 5 does: not where both are stored and differ, by either where one is."""
         if self.config.untie_embeddings_and_output_weights or HEAD not in self.stored:
             return
         if EMBEDDING not in self.stored:
@@ -141,7 +141,7 @@ class SafetensorsSource:
         return self._shard(self.shard_of[name]).get_tensor(name)
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name, dequantised.
+        """Read the tensor of that name, dequantised.
 
         Raises:
             ConfigError: it has values that are no numbers, or float64 values that float32 does not hold.
@@ -154,13 +154,13 @@ class SafetensorsSource:
         return checked(name, tensor, self.folder)
 
     def dtype(self) -> torch.dtype:
-        """bfloat16 where every weight is stored in it (but for those that the model keeps in float32), else float32."""
+        """Return bfloat16 where every weight is stored in it (but for those that the model keeps in float32), else float32."""
         names = [self._alias.get(name, name) for name in tensor_names(self.config) if not name.endswith(KEPT_IN_FLOAT32)]
         return torch.bfloat16 if {self.stored[name][0] for name in names} == {"BF16"} else torch.float32
 
 
 def checked(name: str, tensor: Tensor, where: Path) -> Tensor:
-    """A weight in bfloat16 or float32, unrounded.
+    """Check a weight and return it in bfloat16 or float32, unrounded.
 
     Args:
         name: for messages.
@@ -184,7 +184,7 @@ def checked(name: str, tensor: Tensor, where: Path) -> Tensor:
 
 
 def _read_index(file: Path) -> dict[str, list[str]]:
-    """Shard -> names of tensors, of model.safetensors.index.json."""
+    """Read model.safetensors.index.json: shard -> names of tensors."""
     try:
         shard_of = json.loads(file.read_text())["weight_map"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -208,7 +208,7 @@ def _no_weights(folder: Path, there: Iterable[str]) -> str:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder.
+    """Read config.json of a Hugging Face folder.
 
     Raises:
         ConfigError: the folder or the file is not there, or is not JSON.

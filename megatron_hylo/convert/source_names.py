@@ -1,4 +1,4 @@
-"""Every tensor of a source is used, or known and harmless, or refused: nothing that was trained is left out unsaid."""
+"""Checks that every tensor of a source is used or known to be harmless; any other is refused."""
 
 import re
 from collections.abc import Collection

@@ -1,4 +1,4 @@
-"""Megatron model folder -> Hugging Face folder (the teacher's own family, or a hybrid with its modelling code)."""
+"""Conversion of a Megatron model folder to a Hugging Face folder (the base family's, or a hybrid with modelling code)."""
 
 import shutil
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.hf_config import HYLO_MODEL_TYPE, hf_config_from_model
 from megatron_hylo.convert.hf_reader import open_source
 from megatron_hylo.convert.mapping import model_entries
@@ -16,6 +17,7 @@ from megatron_hylo.convert.token_ids import stored_token_ids
 from megatron_hylo.convert.verify import require_equal
 from megatron_hylo.io import atomic_directory, write_json
 from megatron_hylo.io.progress import Track, no_progress
+from megatron_hylo.io.provenance import EXPORTED, made_by
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import HyloModel
 
@@ -23,10 +25,19 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def hf_tensors(model: HyloModel, track: Track = no_progress) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of a whole Megatron model, on the CPU."""
+    """Yield (Hugging Face name, tensor) of a whole Megatron model, on the CPU.
+
+    Raises:
+        ConfigError: a tensor holds NaN or infinite values.
+    """
     parameters = dict(model.named_parameters())
-    for entry in track(model_entries(model.config.hylo), "tensors"):
+    for entry in track(model_entries(model.config.hylo), "write tensors"):
         for name, tensor in zip(entry.hugging_face, entry.split(parameters[entry.megatron].detach())):
+            if not torch.isfinite(tensor).all():
+                raise ConfigError(
+                    f"tensor {name} ({entry.megatron}) holds NaN or infinite values, as after a training that diverged; take "
+                    "an earlier checkpoint, or make the model again"
+                )
             yield name, tensor.cpu().contiguous()
 
 
@@ -53,7 +64,7 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_
     if len(names) == 1:
         (folder / "shard-00000.partial").rename(folder / SINGLE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(names):
         file = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors"
         (folder / f"shard-{i:05d}.partial").rename(folder / file)
@@ -62,7 +73,7 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_
 
 
 def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, track: Track = no_progress) -> None:
-    """config.json, safetensors, tokenizer and, for a hybrid, its modelling code, into an existing folder."""
+    """Write config.json, safetensors, tokenizer and, for a hybrid, its modelling code into an existing folder."""
     from megatron_hylo.convert.modelling_code import copy_modelling_code, make_tokenizer_portable
 
     config = model.config.hylo
@@ -95,5 +106,6 @@ def convert_megatron_to_hf(
     with atomic_directory(output, overwrite, [source]) as folder:
         model = load_model(source, backend="local")
         write_hf_folder(model, folder, Path(source) / "tokenizer", track)
+        write_json(folder / EXPORTED, made_by("export", {"model": source}))
         if verify:
             require_equal(model, open_source(folder), folder, track)

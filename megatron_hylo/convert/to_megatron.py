@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron model folder."""
+"""Conversion of a Hugging Face folder or GGUF file to a Megatron model folder."""
 
 import tempfile
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from megatron_hylo.convert.verify import require_equal
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.io import check_free, write_json
 from megatron_hylo.io.progress import Track, no_progress
+from megatron_hylo.io.provenance import made_by
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 
@@ -34,7 +35,7 @@ def fill_model(model: HyloModel, config: ModelConfig, read: Callable[[str], Tens
     parameters = dict(model.named_parameters())
     unfilled = set(parameters)
     with torch.no_grad():
-        for entry in track(model_entries(config), "tensors"):
+        for entry in track(model_entries(config), "convert tensors"):
             tensor = entry.merge([read(name) for name in entry.hugging_face])
             target = parameters[entry.megatron]
             if tensor.shape != target.shape:
@@ -74,12 +75,13 @@ def convert_hf_to_megatron(
         require_equal(model, opened, source, track)
     with tempfile.TemporaryDirectory() as scratch:
         has_tokenizer = _save_tokenizer(Path(source), Path(scratch))
-        save_model(model, output, scratch if has_tokenizer else None, {"converted_from": Path(source).name}, overwrite)
+        provenance = made_by("convert", {"source": source}, track, converted_from=Path(source).name)
+        save_model(model, output, scratch if has_tokenizer else None, provenance, overwrite)
     return opened.config
 
 
 def _save_tokenizer(source: Path, folder: Path) -> bool:
-    """Tokenizer files and, so that generation stops where it should, generation_config.json; False where there are none."""
+    """Save tokenizer files and generation_config.json (for the ids that end generation); False where there are none."""
     tokenizer = load_transformers_tokenizer(source)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

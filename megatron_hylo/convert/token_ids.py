@@ -1,4 +1,4 @@
-"""Ids of the tokens that begin, end and pad a text: taken from a source, kept beside the tokenizer, written out again."""
+"""Token ids that begin, end and pad a text: read from a source, kept beside the tokenizer, exported again."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def generation_settings(source: Path, tokenizer: Any | None) -> dict[str, Any]:
-    """generation_config.json of a source, with the token ids that it lacks.
+    """Return a source's generation_config.json, completed with the token ids that it lacks.
 
     Those that the file lacks are config.json's (or the GGUF file's own), and then those of the tokenizer.
 
@@ -35,7 +35,7 @@ def generation_settings(source: Path, tokenizer: Any | None) -> dict[str, Any]:
 
 
 def stored_token_ids(folder: Path | None) -> dict[str, Any]:
-    """bos_token_id, eos_token_id and pad_token_id out of a tokenizer folder's generation_config.json, those there are.
+    """Read bos_token_id, eos_token_id and pad_token_id from a tokenizer folder's generation_config.json, those it has.
 
     A folder that was made without that file (by other programs) is asked for its tokenizer.
     """

@@ -1,4 +1,4 @@
-"""A Megatron model against transformers' own loading of the same weights: tensor by tensor, layer by layer, logit by logit.
+"""Verification of a Megatron model against transformers' loading of the same weights: tensors, layers, logits.
 
 `hylo convert` ends with it, both ways, and `hylo verify` is it. Both models compute in float32; whatever its dtype, ours is
 widened one layer at a time, and transformers' is read layer by layer where it is large (see oracle.py).
@@ -30,7 +30,7 @@ logger = logging.getLogger("megatron_hylo.convert")
 
 @dataclass
 class Verification:
-    """What was compared and where the two parted."""
+    """Result of a comparison: its extent and the differences found."""
 
     oracle: str  # how the other model was loaded
     tokens: int
@@ -44,7 +44,7 @@ class Verification:
 
     @property
     def allowed(self) -> float:
-        """Largest |delta logit| that passes: the tolerance, relative to the largest logit where that is above 1."""
+        """The largest |delta logit| that passes: the tolerance, relative to the largest logit where that is above 1."""
         return self.tolerance * max(1.0, self.max_logit)
 
     @property
@@ -53,7 +53,7 @@ class Verification:
         return not self.differing and self.tokenizer_difference is None and self.max_logit_difference <= self.allowed
 
     def lines(self) -> list[str]:
-        """The result in words, the first difference first."""
+        """Describe the result in words, the first difference first."""
         lines = [f"compared with {self.oracle}", f"tensors compared: {self.tensors}, differing: {len(self.differing)}"]
         lines += [f"  {line}" for line in self.differing]
         if not self.max_logit_difference <= self.allowed:
@@ -85,6 +85,8 @@ def verify_conversion(
     Raises:
         ConfigError: either cannot be read.
     """
+    if tokens < 1 or not tolerance >= 0:
+        raise ConfigError(f"--tokens must be at least 1 and --tolerance at least 0, got {tokens} and {tolerance}")
     source = open_source(hugging_face)
     result = compare(load_model(megatron, backend="local"), source, hugging_face, tokens, tolerance, seed, track)
     result.tokenizer_difference = vocabulary_difference(hugging_face, megatron)
@@ -92,7 +94,7 @@ def verify_conversion(
 
 
 def require_equal(model: HyloModel, source: TensorSource, path: str | Path, track: Track = no_progress) -> None:
-    """`compare` as the end of a conversion.
+    """Run `compare` at the end of a conversion and refuse a difference.
 
     Raises:
         ConfigError: the two differ.
@@ -141,6 +143,7 @@ def compare(
         if oracle.model.config.vocab_size != config.vocab_size:
             result.differing.append(f"vocabulary: {config.vocab_size} tokens against {oracle.model.config.vocab_size}")
             return result
+        logger.info("comparing hidden states and logits of %s tokens in float32", tokens)
         with _outputs(oracle.model.model.layers) as theirs:
             their_logits = oracle.model(ids, use_cache=False).logits[0].cpu()
         with _outputs([mlp for _, mlp in model.mixer_layers()]) as ours, _widened(model):
@@ -157,7 +160,7 @@ def compare(
 def _compare_tensors(model: HyloModel, oracle: Oracle, result: Verification, track: Track) -> None:
     parameters, config = dict(model.named_parameters()), model.config.hylo
     unseen = oracle.names() - (set() if config.untie_embeddings_and_output_weights else {"lm_head.weight"})
-    for entry in track(model_entries(config), "tensors"):
+    for entry in track(model_entries(config), "compare tensors"):
         for name, ours in zip(entry.hugging_face, entry.split(parameters[entry.megatron].detach())):
             if name not in unseen:
                 result.differing.append(f"{name}: missing in the other model")
@@ -174,7 +177,7 @@ def _compare_tensors(model: HyloModel, oracle: Oracle, result: Verification, tra
 
 @contextmanager
 def _outputs(layers: list[nn.Module] | nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Collects what layers hand on, in float32 on the CPU."""
+    """Capture the outputs of layers, in float32 on the CPU."""
     kept: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple) -> None:
@@ -190,7 +193,7 @@ def _outputs(layers: list[nn.Module] | nn.ModuleList) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _widened(model: HyloModel) -> Iterator[None]:
-    """While a part of the model computes, its weights are float32; afterwards they are again what they were."""
+    """Widen each part's weights to float32 while it computes, and restore them afterwards."""
     narrow: dict[nn.Parameter, Tensor] = {}
 
     def widen(module: nn.Module, _inputs: object) -> None:
@@ -215,6 +218,6 @@ def _widened(model: HyloModel) -> Iterator[None]:
 
 
 def _logits(model: HyloModel, hidden: Tensor) -> Tensor:
-    """[sequence, 1, hidden] -> [sequence, vocab] in float32 on the CPU."""
+    """Compute logits, [sequence, 1, hidden] -> [sequence, vocab], in float32 on the CPU."""
     rows = model.head_weight().split(HEAD_ROWS)
     return torch.cat([(hidden[:, 0] @ part.float().T).cpu() for part in rows], dim=1)

@@ -262,8 +262,8 @@ def heldout_windows(
     if not ends[-1]:
         raise ConfigError(
             f"the longest document of {path_prefix} has {store.lengths.max()} tokens, a window of sequence_length "
-            f"{sequence_length} needs {sequence_length + 1}: use a smaller sequence_length, hold out longer documents, or "
-            f"allow windows that cross documents"
+            f"{sequence_length} needs {sequence_length + 1}: use --sequence_length {max(1, store.lengths.max() - 1)} or less, "
+            f"or hold out longer documents"
         )
     windows, chosen = [], _evenly(int(ends[-1]), max_windows)
     logger.info(

@@ -1,1 +1,1 @@
-"""How good a model is: held-out perplexity, distance to its teacher."""
+"""Quality of a model: held-out perplexity, KL and agreement with its teacher."""

@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_hylo.distill.head_loss import model_head_loss
+from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import sequence_shard
 from megatron_hylo.parallel.pipeline import rank_shape, share_last_stages, through_stages
@@ -16,7 +17,7 @@ from megatron_hylo.parallel.pipeline import rank_shape, share_last_stages, throu
 
 @dataclass
 class Quality:
-    """Means over held-out tokens."""
+    """Quality of a model: means over held-out tokens."""
 
     cross_entropy: float  # nats a token
     perplexity: float
@@ -25,7 +26,7 @@ class Quality:
     tokens: int  # that have a label
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return asdict(self)
 
 
@@ -36,6 +37,7 @@ def evaluate(
     teacher: HyloModel | Sequence[HyloModel] | None = None,
     batch_size: int = 1,
     chunk_tokens: int = 1024,
+    track: Track = no_progress,
 ) -> Quality:
     """Evaluate on held-out windows, shared out over the data- and context-parallel ranks; some may have none.
 
@@ -45,6 +47,7 @@ def evaluate(
         teacher: compare with it as well; the same kind of part.
         batch_size: windows a forward pass.
         chunk_tokens: tokens whose logits exist at a time.
+        track: progress display over the forward passes.
 
     Returns:
         The same on every rank.
@@ -58,7 +61,7 @@ def evaluate(
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     sums = torch.zeros(5, dtype=torch.float64, device=where)  # cross-entropy, kl, agreement; labels, tokens
     own, undivided = windows[rank::ranks], torch.ones(2, dtype=torch.float64, device=where)
-    for start in range(0, len(own), batch_size):
+    for start in track(range(0, len(own), batch_size), "evaluate"):
         batch = own[start : start + batch_size]
         inputs, labels = sequence_shard(batch[:, :-1]).to(where), sequence_shard(batch[:, 1:]).to(where)
         hidden, teacher_hidden = hidden_states(chunks, inputs), hidden_states(teachers, inputs) if teachers else None
@@ -86,7 +89,7 @@ def evaluate(
 
 
 def hidden_states(chunks: Sequence[HyloModel], input_ids: Tensor) -> Tensor | None:
-    """What a model's head reads, [sequence (/ TP), batch, hidden], on the last pipeline stage; None on others.
+    """Compute the input of a model's head, [sequence (/ TP), batch, hidden], on the last pipeline stage; None on others.
 
     Args:
         chunks: this rank's part.

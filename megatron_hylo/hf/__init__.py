@@ -2,13 +2,17 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from megatron_hylo.config.mixers import MIXERS as DESCRIPTIONS
 from megatron_hylo.config.mixers import complete
 from megatron_hylo.hf.cache_hylo import HyloCache
 from megatron_hylo.hf.configuration_hylo import HyloConfig
 from megatron_hylo.hf.layers_hylo import MIXERS
-from megatron_hylo.hf.modeling_hylo import HyloForCausalLM, HyloModel, HyloPreTrainedModel
+from megatron_hylo.hf.modeling_hylo import FP32_PARAMETERS, HyloForCausalLM, HyloModel, HyloPreTrainedModel
 
 complete(MIXERS, "hf/layers_hylo.py: MIXERS")
+complete(FP32_PARAMETERS, "hf/modeling_hylo.py: FP32_PARAMETERS")
+if wrong := [symbol for symbol, names in FP32_PARAMETERS.items() if set(names) != set(DESCRIPTIONS[symbol].fp32_parameters)]:
+    raise RuntimeError(f"hf/modeling_hylo.py: FP32_PARAMETERS of mixer {wrong[0]!r} are not those of its description")
 AutoConfig.register(HyloConfig.model_type, HyloConfig, exist_ok=True)
 AutoModel.register(HyloConfig, HyloModel, exist_ok=True)
 AutoModelForCausalLM.register(HyloConfig, HyloForCausalLM, exist_ok=True)

@@ -8,7 +8,7 @@ before any other file of the folder, so the versions that the folder works with 
 import math
 import re
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from transformers.utils import logging
@@ -39,7 +39,7 @@ check_transformers(transformers.__version__)
 
 
 class HyloConfig(transformers.PretrainedConfig):
-    """config.json of model_type "hylo".
+    """Configuration of model_type "hylo".
 
     Args:
         hylo: the model description, field names as in Megatron-Core: `hybrid_layer_pattern` (mixer symbols `*`, `+`,
@@ -73,10 +73,11 @@ class HyloConfig(transformers.PretrainedConfig):
         pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.hylo = hylo
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
+        # None is for the empty configurations that transformers compares with; no model is built of them
+        self.hylo = cast(dict[str, Any], hylo)
+        self.vocab_size = cast(int, vocab_size)
+        self.hidden_size = cast(int, hidden_size)
+        self.num_hidden_layers = cast(int, num_hidden_layers)
         self.max_position_embeddings = max_position_embeddings
         self.use_cache = use_cache
         self.initializer_range = initializer_range
@@ -91,15 +92,16 @@ class HyloConfig(transformers.PretrainedConfig):
                 tie_word_embeddings = not hylo["untie_embeddings_and_output_weights"]
         # transformers 4 takes these as arguments with defaults of its own; 5 sets what it does not know
         tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-        super().__init__(tie_word_embeddings=bool(tie_word_embeddings), **tokens, **kwargs)
+        standard: dict[str, Any] = {"tie_word_embeddings": bool(tie_word_embeddings), **tokens, **kwargs}
+        super().__init__(**standard)
 
     @property
     def mixers(self) -> str:
-        """One mixer symbol a layer, e.g. "G+GG" for "G-+-G-G-"."""
+        """The mixer symbols, one a layer, e.g. "G+GG" for "G-+-G-G-"."""
         return self.hylo["hybrid_layer_pattern"].replace("|", "")[0::2]
 
     def architecture(self) -> SimpleNamespace:
-        """`hylo` with attribute access, its RoPE scalings too; these get `cos_sin_multiplier`, it gets `mla_whole_head_norm`.
+        """Return `hylo` with attribute access, with `mla_whole_head_norm` and its RoPE scalings' `cos_sin_multiplier`.
 
         The multiplier is YaRN's attention factor on cos and sin, 0.1 ln(factor) + 1 where none is given (Peng et al.,
         2023, equation 22), and 1 for other scalings. Older folders have neither `mla_bias` nor `mla_rotary_pairs`.

@@ -1,4 +1,4 @@
-"""Positions and masks of a HyLo model's tokens out of what a caller and a cache say, each checked."""
+"""Positions and masks of a HyLo model's tokens, checked and derived from the caller's inputs and the cache."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class SequenceInputs(NamedTuple):
 def sequence_inputs(
     tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: HyloCache | None
 ) -> SequenceInputs:
-    """Check the inputs of a forward pass, and add them to what the cache knows.
+    """Check the inputs of a forward pass and add them to the cache's positions and mask.
 
     Args:
         tokens: [batch, new tokens, ...], ids or embeddings; only the shape and the device are used.
@@ -33,7 +33,7 @@ def sequence_inputs(
     """
     batch, new = tokens.shape[:2]
     cached = 0 if cache is None else cache.get_seq_length()
-    if cached and batch != cache.batch_size:
+    if cache is not None and cached and batch != cache.batch_size:
         raise ValueError(f"past_key_values holds {cache.batch_size} sequences, but {batch} are given; give as many")
     real = _padding_mask(attention_mask, batch, cached, new, cache)
     before = None if cache is None else cache.positions
@@ -66,7 +66,7 @@ def sequence_inputs(
 
 
 def _padding_mask(mask: Tensor | None, batch: int, cached: int, new: int, cache: HyloCache | None) -> Tensor | None:
-    """bool [batch, cached + new], False at padding; None where there is no padding."""
+    """Return the padding mask, bool [batch, cached + new], False at padding; None where there is no padding."""
     known = None if cache is None else cache.attention_mask
     if mask is None:
         return None if known is None else torch.cat([known, known.new_ones(batch, new)], dim=1)

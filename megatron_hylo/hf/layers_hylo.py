@@ -1,9 +1,11 @@
-"""Layers of HyLo models: attention `*`, Multi-head Latent Attention `+`, Mamba2 `M`, Gated DeltaNet `G`, each with an MLP.
+"""Layers of HyLo models: attention `*`, MLA `+`, Mamba2 `M`, Gated DeltaNet `G` or KDA `K`, each with an MLP.
 
 The cache holds one latent and one unrotated rotary key a token for `+`, keys and values for `*`, and states of fixed
 size for `M` and `G`. Padding writes nothing into a state and is seen by no token. Sources: HyLo (arXiv:2604.24715), and
 the papers the kernels name.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from .cache_hylo import HyloCache
 from .configuration_hylo import HyloConfig
 from .inputs_hylo import SequenceInputs
 
+Recurrence = Callable[..., tuple[Tensor, Tensor | None]]
 Rope = tuple[Tensor, Tensor]  # cos and sin of all positions, cached ones first, fp32 [batch or 1, s, rotated channels / 2]
 
 
@@ -34,7 +37,7 @@ class HyloRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, reference: Tensor | None = None) -> Tensor:
-        """x: [..., channels] -> the same; `reference` [..., any] gives the mean square in place of x."""
+        """Normalise x: [..., channels] -> the same shape; `reference` [..., any] gives the mean square in place of x."""
         return rms_norm(x, self.weight, self.eps, reference)
 
 
@@ -54,7 +57,7 @@ class HyloAttention(nn.Module):
         self.k_norm = HyloRMSNorm(c.kv_channels, c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
 
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: Rope, cache: HyloCache | None) -> Tensor:
-        """x: [batch, new tokens, hidden] -> the same."""
+        """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
         b, t, _ = x.shape
         cos, sin = (table[:, -t:] for table in rope)
         query, key, value = (p(x).view(b, t, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -89,10 +92,10 @@ class HyloLatentAttention(nn.Module):
         self.q_norm = HyloRMSNorm(self.qk, c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
         self.k_norm = HyloRMSNorm(self.qk, c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
         if self.aligned_norm:
-            self.k_norm.rotary_mix = nn.Parameter(torch.ones(self.groups, self.rotary // 2))
+            self.k_norm.register_parameter("rotary_mix", nn.Parameter(torch.ones(self.groups, self.rotary // 2)))
 
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: Rope, cache: HyloCache | None) -> Tensor:
-        """x: [batch, new tokens, hidden] -> the same."""
+        """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
         b, t, _ = x.shape
         query = self.q_b_proj(self.q_a_proj(x)).view(b, t, -1, self.qk)
         compressed = self.kv_a_proj_with_mqa(x)
@@ -105,12 +108,12 @@ class HyloLatentAttention(nn.Module):
         key = torch.cat([plain_key, rotary_key.unsqueeze(2).expand(-1, -1, self.groups, -1)], dim=-1)
         if self.aligned_norm:
             pairs = torch.tensor(self.pairs or range(self.rotary // 2), device=x.device)
-            base_key = unfold_rotary_key(plain_key, rotary_key, self.k_norm.rotary_mix, pairs)
+            base_key = unfold_rotary_key(plain_key, rotary_key, self.k_norm.get_parameter("rotary_mix"), pairs)
             query, key = self.q_norm(query, query[..., : self.plain]), self.k_norm(key, base_key)
         else:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.pairs is not None:
-            rope = tuple(table[..., self.pairs] for table in rope)
+            rope = (rope[0][..., self.pairs], rope[1][..., self.pairs])
         query, key = self._rotate(query, rope), self._rotate(key, rope)
         out = attention(query, key, value, scale=self.qk**-0.5, mask=inputs.attention_mask)
         return self.o_proj(out.reshape(b, t, -1))
@@ -124,7 +127,7 @@ class HyloLatentAttention(nn.Module):
 def convolve(
     x: Tensor, convolutions: list[nn.Conv1d], state: Tensor | None, padding: Tensor | None, keep_state: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Short causal convolution with SiLU of channels that several modules share out; no tap reads padding.
+    """Apply a short causal convolution with SiLU whose channels are split over several modules; no tap reads padding.
 
     Args:
         x: [batch, new tokens, channels].
@@ -143,7 +146,8 @@ def convolve(
                 f"kernel, so an adapter there would have no effect; leave conv1d out of target_modules"
             )
     weight = torch.cat([module.weight.squeeze(1) for module in convolutions])
-    bias = None if convolutions[0].bias is None else torch.cat([module.bias for module in convolutions])
+    biases = [module.bias for module in convolutions if module.bias is not None]
+    bias = torch.cat(biases) if biases else None
     if padding is None:
         return causal_conv1d(x, weight, bias, "silu", state, output_final_state=keep_state)
     # Padding goes before everything, the state's tokens included, as zeros: then a token's neighbours are tokens.
@@ -176,7 +180,7 @@ class HyloMamba2(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: None, cache: HyloCache | None) -> Tensor:
-        """x: [batch, new tokens, hidden] -> the same."""
+        """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
         b, t, _ = x.shape
         conv_state, state = (None, None) if cache is None else cache.state(self.layer)
         keep = cache is not None
@@ -190,7 +194,8 @@ class HyloMamba2(nn.Module):
         if inputs.padding is not None:
             dt = dt.masked_fill(~inputs.padding[..., None], 0.0)  # no decay, nothing written
         y, state = ssd(value, dt, -self.A_log.exp(), state_in, state_out, self.D, state, output_final_state=keep)
-        if keep:
+        if cache is not None:
+            assert conv_state is not None and state is not None, "asked for by keep"
             cache.states[self.layer] = (conv_state, state)
         norm = self.norm.weight
         return self.out_proj(
@@ -200,6 +205,17 @@ class HyloMamba2(nn.Module):
 
 class HyloGatedDeltaNet(nn.Module):
     """`G`: Gated DeltaNet, S_t = exp(g_t) S_{t-1} + k_t (beta_t (v_t - (exp(g_t) S_{t-1})^T k_t))^T, o_t = S_t^T q_t."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    b_proj: nn.Linear
+    g_proj: nn.Linear
+    q_conv1d: nn.Conv1d
+    k_conv1d: nn.Conv1d
+    v_conv1d: nn.Conv1d
+    # query, key, value, log decay, writing strength, state -> outputs, state
+    recurrence: Recurrence = staticmethod(gated_delta_rule)
 
     def __init__(self, config: HyloConfig, layer: int) -> None:
         super().__init__()
@@ -218,20 +234,16 @@ class HyloGatedDeltaNet(nn.Module):
         self.o_proj = nn.Linear(values, config.hidden_size, bias=False)
 
     def build_decay(self, config: HyloConfig) -> None:
-        """The map to one decay a head, and its bias."""
+        """Build the map to one decay a head, and its bias."""
         self.a_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
         self.dt_bias = nn.Parameter(torch.zeros(self.heads))
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """[batch, new tokens, hidden] -> [batch, new tokens, heads], fp32."""
+        """Compute log decays: [batch, new tokens, hidden] -> [batch, new tokens, heads], fp32."""
         return -self.A_log.exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)
 
-    def recurrence(self, *inputs: Tensor | None, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
-        """Query, key, value, log decay, writing strength and state -> outputs and state."""
-        return gated_delta_rule(*inputs, output_final_state=output_final_state)
-
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: None, cache: HyloCache | None) -> Tensor:
-        """x: [batch, new tokens, hidden] -> the same."""
+        """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
         b, t, _ = x.shape
         conv_state, state = (None, None) if cache is None else cache.state(self.layer)
         keep = cache is not None
@@ -245,7 +257,8 @@ class HyloGatedDeltaNet(nn.Module):
             decay = decay.masked_fill(absent.view(b, t, *[1] * (decay.dim() - 2)), 0.0)
             beta = beta.masked_fill(absent[..., None], 0.0)
         out, state = self.recurrence(query, key, value, decay, beta, state, output_final_state=keep)
-        if keep:
+        if cache is not None:
+            assert conv_state is not None and state is not None, "asked for by keep"
             cache.states[self.layer] = (conv_state, state)
         gate = self.g_proj(x).view(out.shape)
         return self.o_proj(gated_rms_norm(out, gate, self.o_norm.weight, self.eps, norm_before_gate=True).reshape(b, t, -1))
@@ -254,8 +267,10 @@ class HyloGatedDeltaNet(nn.Module):
 class HyloKimiDeltaAttention(HyloGatedDeltaNet):
     """`K`: Gated DeltaNet with a decay for each key channel, S_t = Diag(exp(g_t)) S_{t-1} + ...; g from a map of low rank."""
 
+    recurrence: Recurrence = staticmethod(kda)
+
     def build_decay(self, config: HyloConfig) -> None:
-        """The two maps to the decays, and a bias for each key channel."""
+        """Build the low-rank map to the decays, and a bias for each key channel."""
         c = config.architecture()
         keys = self.heads * c.linear_key_head_dim
         self.f_a_proj = nn.Linear(config.hidden_size, c.kda_decay_rank, bias=False)
@@ -263,13 +278,9 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
         self.dt_bias = nn.Parameter(torch.zeros(keys))
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """[batch, new tokens, hidden] -> [batch, new tokens, heads, key channels], fp32."""
+        """Compute log decays: [batch, new tokens, hidden] -> [batch, new tokens, heads, key channels], fp32."""
         step = F.softplus(self.f_b_proj(self.f_a_proj(x)).float() + self.dt_bias)
         return -self.A_log.exp()[:, None] * step.unflatten(-1, (self.heads, -1))
-
-    def recurrence(self, *inputs: Tensor | None, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
-        """Query, key, value, log decay, writing strength and state -> outputs and state."""
-        return kda(*inputs, output_final_state=output_final_state)
 
 
 MIXERS: dict[str, tuple[str, type[nn.Module]]] = {  # symbol -> (name in the layer, class)
@@ -282,7 +293,7 @@ MIXERS: dict[str, tuple[str, type[nn.Module]]] = {  # symbol -> (name in the lay
 
 
 class HyloMLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU MLP without biases."""
 
     def __init__(self, hidden: int, ffn: int) -> None:
         super().__init__()
@@ -291,7 +302,7 @@ class HyloMLP(nn.Module):
         self.down_proj = nn.Linear(ffn, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., hidden] -> the same."""
+        """Apply the MLP to x: [..., hidden] -> the same shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -314,7 +325,7 @@ class HyloLayer(GradientCheckpointingLayer):
         position_embeddings: Rope | None = None,
         past_key_values: HyloCache | None = None,
     ) -> Tensor:
-        """hidden_states: [batch, new tokens, hidden] -> the same."""
+        """Apply mixer and MLP: [batch, new tokens, hidden] -> the same shape."""
         x = hidden_states
         x = x + getattr(self, self.mixer_name)(self.input_layernorm(x), inputs, position_embeddings, past_key_values)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -25,11 +25,17 @@ from .layers_hylo import HyloGatedDeltaNet, HyloLatentAttention, HyloLayer, Hylo
 logger = logging.get_logger(__name__)
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # of transformers' loss functions
 UNUSED_ARGUMENTS = ("cache_position",)  # transformers 4 gives it in generate(); the cache knows its own length
-FP32_PARAMETERS = {"M": ["A_log", "dt_bias", "D"], "G": ["A_log", "dt_bias"]}
+FP32_PARAMETERS = {
+    "*": (),
+    "+": (),
+    "M": ("A_log", "dt_bias", "D"),
+    "G": ("A_log", "dt_bias"),
+    "K": ("A_log", "dt_bias"),
+}
 
 
 class HyloPreTrainedModel(PreTrainedModel):
-    """What HyLo models tell transformers of themselves, and how new weights are drawn."""
+    """Capabilities that transformers asks for, and the initialisation of new weights."""
 
     config_class = HyloConfig
     base_model_prefix = "model"
@@ -42,7 +48,7 @@ class HyloPreTrainedModel(PreTrainedModel):
     def __init__(self, config: HyloConfig) -> None:
         super().__init__(config)
         # transformers 4 refuses names that a model does not have
-        kept = {name for mixer in set(config.mixers) for name in FP32_PARAMETERS.get(mixer, ())}
+        kept = {name for mixer in set(config.mixers) for name in FP32_PARAMETERS[mixer]}
         self._keep_in_fp32_modules_strict = sorted(kept)
 
     @torch.no_grad()
@@ -54,7 +60,7 @@ class HyloPreTrainedModel(PreTrainedModel):
         if isinstance(module, HyloMamba2):
             _fill(module.D, torch.tensor(1.0))
         if isinstance(module, HyloLatentAttention) and module.aligned_norm:
-            _fill(module.k_norm.rotary_mix, torch.tensor(1.0))
+            _fill(module.k_norm.get_parameter("rotary_mix"), torch.tensor(1.0))
 
 
 def _fill(parameter: nn.Parameter, value: Tensor) -> None:
@@ -64,7 +70,7 @@ def _fill(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _check_keyword_arguments(given: dict[str, Any], used: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The `used` ones of a forward pass's other keyword arguments.
+    """Return the `used` ones of a forward pass's other keyword arguments, and refuse unknown ones.
 
     Raises:
         TypeError: one that a HyLo model does not know, and that is not None.
@@ -89,7 +95,7 @@ def _check_cache(cache: Any) -> None:
 
 
 class HyloModel(HyloPreTrainedModel):
-    """Embedding, layers, final norm."""
+    """Backbone of a HyLo model: embedding, layers, final norm."""
 
     def __init__(self, config: HyloConfig) -> None:
         super().__init__(config)
@@ -117,7 +123,7 @@ class HyloModel(HyloPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of the tokens after those in the cache; arguments as in `HyloForCausalLM.forward`.
+        """Compute hidden states of the tokens after those in the cache; arguments as in `HyloForCausalLM.forward`.
 
         Returns:
             last_hidden_state [batch, new tokens, hidden], past_key_values, and with output_hidden_states the embeddings, what
@@ -137,14 +143,14 @@ class HyloModel(HyloPreTrainedModel):
         inputs = sequence_inputs(x, attention_mask, position_ids, cache)
         ropes = {symbol: self._rope(symbol, inputs.positions) for symbol in set(self.mixers) & set(self.rotations)}
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden_states = (x,)
+        hidden_states: tuple[Tensor, ...] = (x,)
         for symbol, layer in zip(self.mixers, self.layers):
             x = layer(x, inputs, position_embeddings=ropes.get(symbol), past_key_values=cache)
             hidden_states = (*hidden_states, x) if collect else ()
         x = self.norm(x)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x, past_key_values=cache, hidden_states=(*hidden_states[:-1], x) if collect else None
-        )
+        collected: Any = (*hidden_states[:-1], x) if collect else None
+        past: Any = cache  # no subclass of transformers' Cache
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past, hidden_states=collected)
 
     def _choose_cache(self, given: HyloCache | None, use_cache: bool) -> HyloCache | None:
         if self.gradient_checkpointing and self.training:
@@ -189,7 +195,7 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the tokens after those in the cache.
+        """Compute logits of the tokens after those in the cache.
 
         Args:
             input_ids: int64 [batch, new tokens].
@@ -234,15 +240,18 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         )
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() looks at its parameters
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Called by generate() for each pass; transformers 4 gives a cut prompt its columns' numbers, padding counted too."""
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Drop positions that transformers 4 counts over padding; called by generate() before each pass."""
         positions, columns = kwargs.get("position_ids"), kwargs.get("cache_position")
         if positions is not None and columns is not None and torch.equal(positions, columns[None]):
             kwargs["position_ids"] = None  # they are counted from the mask then
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
-        """Called by generate() before the first pass; it would make a cache of its own kind."""
+    # transformers 4 and 5 hand over different arguments after the first two
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any
+    ) -> None:
+        """Make a HyloCache; called by generate() before the first pass, in place of transformers' own cache."""
         _check_cache(model_kwargs.get("past_key_values"))
         mask = model_kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and not mask[:, -1].all():

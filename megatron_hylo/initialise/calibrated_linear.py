@@ -17,11 +17,12 @@ from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.initialise.calibrated_mla import AttentionMoments, attention_moments
 from megatron_hylo.initialise.moments import damped, unit_functional
-from megatron_hylo.initialise.registry import CalibrationStatistics, TeacherLayer, register_initialiser
+from megatron_hylo.initialise.registry import CalibrationStatistics, TeacherLayer, needed_statistics, register_initialiser
 
 VALUE_TAP = 0.2  # of the values' convolution: SiLU of so small a number is half of it
 GATE = 2.0  # SiLU(2 n) is nearly proportional to n, the length of a head's output over its mean
-HALF_LIVES = {"G": (2.0, 32.0), "M": (1.0, 16.0)}  # tokens, of the heads that share keys: shortest and longest
+# half-lives in tokens of the heads that share keys: shortest and longest
+DELTA_RULE_HALF_LIVES, MAMBA2_HALF_LIVES = (2.0, 32.0), (1.0, 16.0)
 WRITING = 0.2  # mean writing strength of Gated DeltaNet
 RECEPTION = 0.5  # how much the log of the received attention changes the logit of writing, or Mamba2's step size
 STEP = 0.1  # Mamba2's mean step size
@@ -54,6 +55,7 @@ def gated_delta_net_from_attention(
     Raises:
         ConfigError: no statistics.
     """
+    statistics = needed_statistics(statistics)
     m = attention_moments(teacher, teacher_config, statistics)
     shapes, heads = get_mixer("G").tensors(config), config.linear_num_heads
     keys, values = config.linear_key_head_dim, config.linear_value_head_dim
@@ -77,7 +79,7 @@ def gated_delta_net_from_attention(
         gate.append(length[i].expand(values, -1) if per_head else _fit(torch.cat([lengths, mean_length]), values))
         write.append(reception[i] if per_head else group_reception[order[0]])
     cycle = heads // groups if per_head else heads
-    half_lives = spread(heads, cycle, *HALF_LIVES["G"])
+    half_lives = spread(heads, cycle, *DELTA_RULE_HALF_LIVES)
     b_proj = math.log(WRITING / (1 - WRITING)) * one + RECEPTION * torch.stack(write)
     mixer = {
         "q_proj.weight": torch.cat(query),
@@ -153,6 +155,7 @@ def mamba2_from_attention(
     ):  # fmt: skip
         if getattr(config, name) != needed:
             raise ConfigError(f"{name} {getattr(config, name)} does not fit the calibrated initialisation: it must be {needed}")
+    statistics = needed_statistics(statistics)
     m = attention_moments(teacher, teacher_config, statistics)
     shapes = get_mixer("M").tensors(config)
     _, length, reception = _predictions(m, statistics)
@@ -160,7 +163,7 @@ def mamba2_from_attention(
     taps[: groups * dh] *= VALUE_TAP
     gate = GATE * length.repeat_interleave(dh, 0)
     parts = [gate, m.value.flatten(0, 1), m.key.flatten(0, 1), m.query.flatten(0, 1), RECEPTION * reception]
-    half_lives = spread(heads, heads // groups, *HALF_LIVES["M"])
+    half_lives = spread(heads, heads // groups, *MAMBA2_HALF_LIVES)
     mixer = {
         "in_proj.weight": torch.cat(parts),
         "conv1d.weight": taps,

@@ -17,13 +17,13 @@ from torch import Generator, Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.initialise.moments import damped, factor_outputs, leading_eigenvectors, square_root
-from megatron_hylo.initialise.registry import CalibrationStatistics, TeacherLayer, register_initialiser
+from megatron_hylo.initialise.registry import CalibrationStatistics, TeacherLayer, needed_statistics, register_initialiser
 from megatron_hylo.kernels.rope import rope_frequencies
 
 
 @dataclass
 class AttentionMoments:
-    """One teacher layer taken apart by heads, float64, with what the statistics say of it."""
+    """Weights of one teacher layer by heads and moments from its statistics, float64."""
 
     query: Tensor  # [Hq, dh, d]
     key: Tensor  # [Hkv, dh, d]
@@ -54,8 +54,7 @@ def attention_moments(teacher: TeacherLayer, config: ModelConfig, statistics: Ca
     Raises:
         ConfigError: there are no statistics.
     """
-    if statistics is None:
-        raise ConfigError("the initialiser `calibrated` needs calibration statistics: run `hylo calibrate`, give --calibration")
+    statistics = needed_statistics(statistics)
     moment = statistics["input_second_moment"].double()
     mean = statistics["input_mean"].double()
     wide = {name: tensor.to(moment) for name, tensor in teacher.items()}
@@ -126,7 +125,7 @@ def choose_rotary_pairs(
 
 
 def rotary_slots(config: ModelConfig, layer: int, pairs: int) -> list[tuple[int, int]]:
-    """(pair, component) of each rotary slot of a layer, by `mla_rotary_pairs` or, without it, the standard table's pairs.
+    """Rotary slots of a layer as (pair, component), by `mla_rotary_pairs` or, without it, the standard table's pairs.
 
     Raises:
         ConfigError: the standard table of qk_pos_emb_head_dim has no pair of the teacher for some slot.
@@ -172,6 +171,7 @@ def mla_from_attention(
         ConfigError: no statistics, or dimensions that do not fit.
     """
     _check_dimensions(config, teacher_config)
+    statistics = needed_statistics(statistics)
     m = attention_moments(teacher, teacher_config, statistics)
     dh, nope, groups = teacher_config.kv_channels, config.qk_head_dim, len(m.key)
     normed = teacher_config.qk_layernorm
@@ -185,15 +185,15 @@ def mla_from_attention(
     bias = {part: teacher[f"{part}_proj.bias"].to(m.key).unflatten(0, (-1, dh)) for part in "qkv"} if config.mla_bias else {}
 
     def rotary(rows: Tensor) -> Tensor:
-        """[heads, dh, ...] -> [heads, slots, 2, ...], both members of each slot's pair."""
+        """Select both members of each slot's pair: [heads, dh, ...] -> [heads, slots, 2, ...]."""
         return rows.unflatten(1, (2, dh // 2))[:, :, pair].transpose(1, 2)
 
     def shared_key(key: Tensor) -> Tensor:
-        """[Hkv, dh, ...] -> [slots * 2, ...], the rotary key in MLA's interleaved order."""
+        """Combine the heads into the rotary key, in MLA's interleaved order: [Hkv, dh, ...] -> [slots * 2, ...]."""
         return torch.einsum("sg,gs...->s...", shared, rotary(key)).flatten(0, 1)
 
     def unrotated(key: Tensor) -> Tensor:
-        """[Hkv, dh, ...] -> the same without the components that slots hold."""
+        """Remove the components that slots hold: [Hkv, dh, ...] -> the same shape."""
         members = torch.einsum("sg,s...->gs...", shared, shared_key(key).unflatten(0, (-1, 2)))
         rest = key.unflatten(1, (2, dh // 2)).clone()
         rest.index_add_(2, pair, members.transpose(1, 2), alpha=-1)
@@ -215,14 +215,14 @@ def mla_from_attention(
     latent_down, latent_up = factor_outputs(rows, moment, cost, config.kv_lora_rank)
 
     def by_head(stacked: Tensor) -> Tensor:
-        """[all keys; all values] -> for each KV head its key, its value."""
+        """Reorder rows from [all keys; all values] to each KV head's key, then its value."""
         key, value = stacked.split([groups * nope, groups * dh])
         return torch.cat([key.unflatten(0, (groups, nope)), value.unflatten(0, (groups, dh))], dim=1).flatten(0, 1)
 
     query_down, query_up = _factor_queries(m, config.q_lora_rank)
 
     def query_rows(query: Tensor) -> Tensor:
-        """[Hq, dh, ...] -> [Hq * (nope + rope), ...]."""
+        """Make MLA's query rows: [Hq, dh, ...] -> [Hq * (nope + rope), ...]."""
         to_nope = torch.einsum("hdn,hd...->hn...", up_query.repeat_interleave(m.repeats, 0), query)
         to_rope = torch.einsum("hs,hs...->hs...", shared.T.repeat_interleave(m.repeats, 0), rotary(query)).flatten(1, 2)
         return torch.cat([to_nope, to_rope], dim=1).flatten(0, 1)

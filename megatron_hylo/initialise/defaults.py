@@ -19,7 +19,7 @@ from megatron_hylo.config.tensor_names import Shape
 
 
 def uniform_fan_in(shape: Shape, generator: Generator, fan_in: int | None = None) -> Tensor:
-    """torch's default for Linear and Conv1d weights: kaiming_uniform(a=sqrt 5), i.e. U(-1/sqrt fan_in, 1/sqrt fan_in).
+    """Draw torch's default for Linear and Conv1d weights: kaiming_uniform(a=sqrt 5), i.e. U(-1/sqrt fan_in, 1/sqrt fan_in).
 
     Args:
         shape: [out, in] of a linear weight, [channels, 1, kernel] of a depthwise convolution's, or [channels] of a bias.
@@ -36,7 +36,7 @@ def uniform_fan_in(shape: Shape, generator: Generator, fan_in: int | None = None
 def log_decay_rate(
     heads: int, bounds: tuple[float, float], generator: Generator | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """`A_log` of a fresh linear mixer: the logarithm of a uniform draw.
+    """Draw `A_log` of a fresh linear mixer, the logarithm of a uniform number.
 
     Args:
         heads: number of values.
@@ -62,7 +62,7 @@ def inverse_softplus_step(
     high: float = 1e-1,
     floor: float = 1e-4,
 ) -> Tensor:
-    """`dt_bias` of a fresh linear mixer: its softplus is log-uniform in [low, high] and at least `floor` (Mamba2).
+    """Draw `dt_bias` of a fresh linear mixer: its softplus is log-uniform in [low, high] and at least `floor` (Mamba2).
 
     Args:
         count: number of values.

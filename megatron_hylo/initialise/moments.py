@@ -7,7 +7,7 @@ DAMPING = 1e-2  # of the mean diagonal: what CARE and TransMLA add before they t
 
 
 def damped(moment: Tensor, damping: float = DAMPING) -> Tensor:
-    """moment + damping * mean(diagonal) * I: [n, n] -> the same, positive definite where `moment` is not zero."""
+    """Add damping * mean(diagonal) to the diagonal: [n, n] -> the same, positive definite where `moment` is not zero."""
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     return moment + damping * mean[..., None, None] * identity

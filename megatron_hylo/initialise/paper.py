@@ -150,7 +150,7 @@ def kda_from_attention(
 
 
 def _overlap(mixer: dict[str, Tensor], teacher: TeacherLayer, teacher_config: ModelConfig) -> dict[str, Tensor]:
-    """`mixer` with the overlapping rows and columns of the teacher's projections copied in."""
+    """Copy the overlapping rows and columns of the teacher's projections into `mixer`."""
     repeat = teacher_config.num_attention_heads // teacher_config.num_query_groups
     sources = {
         "q": teacher["q_proj.weight"],
@@ -166,13 +166,13 @@ def _overlap(mixer: dict[str, Tensor], teacher: TeacherLayer, teacher_config: Mo
 
 
 def _truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(down [rank, in], up [out, rank]) whose product is the best approximation of `weight` [out, in] of that rank."""
+    """Best approximation of `weight` [out, in] of that rank as a product: down [rank, in] and up [out, rank]."""
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     return s[:rank, None] * vh[:rank], u[:, :rank].contiguous()
 
 
 def _expand_heads(weight: Tensor, head_dim: int, repeat: int) -> Tensor:
-    """[Hkv * head_dim, d] -> [Hkv * repeat * head_dim, d], each head `repeat` times in a row."""
+    """Repeat each head `repeat` times in a row: [Hkv * head_dim, d] -> [Hkv * repeat * head_dim, d]."""
     return weight.unflatten(0, (-1, head_dim)).repeat_interleave(repeat, dim=0).flatten(0, 1)
 
 

@@ -1,17 +1,17 @@
 """Initialisers by name: functions from one attention layer of the teacher to one mixer of the student.
 
 An initialiser is registered for a name and a mixer symbol, e.g. ("paper", "G"). It sees plain CPU tensors of
-one layer and knows nothing of files, Megatron or parallelism. A new one is a new file in this package, named
-in `_MODULES`; every later step is blind to which was used.
+one layer and knows nothing of files, Megatron or parallelism. A new one is a new file in this package, imported
+by its `__init__.py`; every later step is blind to which was used.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, complete
 
 TeacherLayer = Mapping[str, Tensor]
 """One attention layer's tensors, any float dtype, without prefix: `q_proj.weight` [Hq*dh, d], `k_proj.weight` and
@@ -32,12 +32,18 @@ Initialiser = Callable[
 names and shapes of `get_mixer(symbol).tensors(config)`, fp32, contiguous, sharing no memory with the teacher.
 Raises ConfigError where the student's dimensions do not fit the map."""
 
-_MODULES = (  # importing one registers its initialisers
-    "megatron_hylo.initialise.paper",
-    "megatron_hylo.initialise.calibrated_mla",
-    "megatron_hylo.initialise.calibrated_linear",
-)
 _INITIALISERS: dict[tuple[str, str], Initialiser] = {}
+
+
+def needed_statistics(statistics: CalibrationStatistics | None) -> CalibrationStatistics:
+    """Return the statistics that a calibrated initialiser was given.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if statistics is None:
+        raise ConfigError("the initialiser `calibrated` needs calibration statistics: run `hylo calibrate`, give --calibration")
+    return statistics
 
 
 def register_initialiser(name: str, symbol: str) -> Callable[[Initialiser], Initialiser]:
@@ -45,7 +51,7 @@ def register_initialiser(name: str, symbol: str) -> Callable[[Initialiser], Init
 
     Args:
         name: of the family, e.g. "paper".
-        symbol: the mixer it makes: `+`, `M` or `G`.
+        symbol: the mixer it makes.
 
     Raises:
         ConfigError: the name is already taken for that symbol.
@@ -70,21 +76,28 @@ def get_initialiser(name: str, symbol: str) -> Initialiser:
     Raises:
         ConfigError: no such name, or it does not make that mixer.
     """
-    known = _known()
-    if (name, symbol) in known:
-        return known[name, symbol]
+    if (name, symbol) in _INITIALISERS:
+        return _INITIALISERS[name, symbol]
     if name not in initialiser_names():
         raise ConfigError(f"unknown initialiser {name!r}; known: {', '.join(initialiser_names())}")
-    makes = " ".join(s for n, s in known if n == name)
+    makes = " ".join(s for n, s in _INITIALISERS if n == name)
     raise ConfigError(f"initialiser {name!r} does not make mixer {symbol!r}; it makes {makes}")
 
 
 def initialiser_names() -> list[str]:
     """Names that `get_initialiser` knows, sorted."""
-    return sorted({name for name, _ in _known()})
+    return sorted({name for name, _ in _INITIALISERS})
 
 
-def _known() -> dict[tuple[str, str], Initialiser]:
-    for module in _MODULES:
-        importlib.import_module(module)
-    return _INITIALISERS
+def check_complete(*names: str) -> None:
+    """Check that families make every mixer but attention, which is copied; called when the package is imported.
+
+    Args:
+        names: the families.
+
+    Raises:
+        RuntimeError: a mixer that a family does not make.
+    """
+    for name in names:
+        made = [symbol for family, symbol in _INITIALISERS if family == name]
+        complete(made, f"initialise: {name!r}", besides=ATTENTION_SYMBOL)

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,21 @@ def plain_os_errors() -> Iterator[None]:
     """Turn an operating system's refusal (permission denied, read-only, name too long, ...) into a one-sentence ConfigError."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in ADVICE:
+    except Exception as error:
+        number = _os_error_number(error)
+        if number not in ADVICE:
             raise
-        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        raise ConfigError(f"{where}{os.strerror(error.errno).lower()}; {ADVICE[error.errno]}") from error
+        name = getattr(error, "filename", None)
+        where = f"{os.fsdecode(name)}: " if isinstance(name, (str, bytes)) else ""
+        raise ConfigError(f"{where}{os.strerror(number).lower()}; {ADVICE[number]}") from error
+
+
+def _os_error_number(error: Exception) -> int | None:
+    """The errno of an OSError, or of safetensors' error about one, which has it only in its message."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
 
 
 def cache_dir() -> Path:

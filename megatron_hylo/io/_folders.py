@@ -85,7 +85,7 @@ def check_free(path: str | Path, overwrite: bool, sources: Sequence[str | Path |
     """Refuse an output that cannot be written or would destroy data, before any work is done; all ranks call it.
 
     Only an empty directory, or one with a manifest and no other files than that lists, is ever replaced. Links, files, other
-    directories, and directories that are, contain or lie inside one of the sources are not.
+    directories, and directories that are or contain one of the sources are not, and no output may lie inside a source.
 
     Args:
         path: the output.
@@ -112,9 +112,9 @@ def _check_free(path: Path, overwrite: bool, sources: Sequence[str | Path | None
         if path.exists():
             _check_ours(path)
             check_apart(path, sources)
-            for source in (Path(s) for s in sources if s is not None and Path(s).is_dir()):
-                if any(_is_same(folder, os.stat(source)) for folder in path.resolve().parents):
-                    raise ConfigError(f"{path} lies in what is read ({source}), so it is not replaced; choose another output")
+        for source in (Path(s) for s in sources if s is not None and Path(s).is_dir()):
+            if any(_is_same(folder, os.stat(source)) for folder in path.resolve().parents):
+                raise ConfigError(f"{path} lies in what is read ({source}); choose an output outside it")
 
 
 def _check_ours(path: Path) -> None:

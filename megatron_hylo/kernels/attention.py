@@ -34,7 +34,7 @@ def attention(
     causal: bool = True,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scale q k^T) v; query head i reads key/value head i // (hq / hkv).
+    """Attention softmax(scale q k^T) v; query head i reads key/value head i // (hq / hkv).
 
     Args:
         q: [b, t, hq, d], floating.
@@ -85,15 +85,20 @@ def attention(
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
-    """Kernels read 16 bytes at a time, whatever torch says of them: a copy where x, a section of odd width, lies otherwise."""
+    """Copy x where it is not aligned to the 16 bytes that fused kernels read at a time (a section of odd width)."""
     places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
     return x.contiguous() if any(place % 16 for place in places) else x
 
 
 def _same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """With zero channels, which change nothing: flash kernels want queries, keys and values equally wide."""
+    """Pad with zero channels, which change nothing: flash kernels want queries, keys and values equally wide."""
     width = max(x.shape[-1] for x in tensors)
     return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)
+
+
+def _asked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, grouped: bool) -> torch.backends.cuda.SDPAParams:
+    """Parameters that torch's backends are asked about: no mask, no dropout."""
+    return torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, causal, grouped)
 
 
 def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool) -> str:
@@ -108,13 +113,13 @@ def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool)
     cuda, heads = torch.backends.cuda, q.shape[1]
     grouped = heads != k.shape[1]
     cudnn = not torch.are_deterministic_algorithms_enabled()  # its backward pass is not
-    if cudnn and cuda.can_use_cudnn_attention(cuda.SDPAParams(q, k, v, None, 0.0, is_causal, grouped), False):
+    if cudnn and cuda.can_use_cudnn_attention(_asked(q, k, v, causal=is_causal, grouped=grouped), False):
         name = "cudnn"
-    elif cuda.can_use_flash_attention(cuda.SDPAParams(*_same_width(q, k, v), None, 0.0, is_causal, grouped), False):
+    elif cuda.can_use_flash_attention(_asked(*_same_width(q, k, v), causal=is_causal, grouped=grouped), False):
         name = "flash"
     else:
         repeated = (x[:, :1].expand(-1, heads, -1, -1) for x in (k, v))  # shapes are all that is asked about
-        usable = cuda.can_use_efficient_attention(cuda.SDPAParams(q, *repeated, None, 0.0, is_causal, False), False)
+        usable = cuda.can_use_efficient_attention(_asked(q, *repeated, causal=is_causal, grouped=False), False)
         name = "efficient" if usable else "math"
     if name == "math":
         use("attention", name, "no fused backend takes these inputs: all scores go to memory", logging.WARNING)

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def attention_after_prefix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v, causal, the last query aligned with the last key.
+    """Causal attention softmax(scale q k^T) v, the last query aligned with the last key.
 
     Args:
         q: [b, hq, t, d], what cuDNN takes.
@@ -46,7 +46,7 @@ class _AfterPrefix(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sum = ctx.saved_tensors
         blocks = [(slice(0, ctx.before), False), (slice(ctx.before, None), True)]
         (dq, *seen), (dq_own, *own) = (
@@ -57,7 +57,7 @@ class _AfterPrefix(torch.autograd.Function):
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, ...]:
-    """Of one block of keys: output, log of the softmax's sums, and what the backward kernel wants besides."""
+    """Attention to one block of keys: output, log of the softmax's sums, and the backward kernel's random state."""
     out, log_sum, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, causal, False, scale=scale
     )
@@ -67,7 +67,7 @@ def _block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
 def _block_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, rest: list[Tensor], causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of q and of one block's k and v, from the whole's output, its gradient and log_sum."""
+    """Gradients of q and of one block's k and v, from the whole's output, its gradient and log_sum."""
     return aten._scaled_dot_product_cudnn_attention_backward(
         grad, q, k, v, out, log_sum, *rest, None, None, None, q.shape[2], k.shape[2], 0.0, causal, scale=scale
     )

@@ -56,8 +56,8 @@ def causal_conv1d(
         raise ValueError(f"initial_state must be {[b, c, k - 1]}, got {list(initial_state.shape)}")
 
     before = None if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)
-    decoding = before is not None and t < k and positions is None  # so little is copied in no time
-    if decoding and _choose(x, k) != "torch":
+    # while decoding so little is copied in no time
+    if before is not None and t < k and positions is None and _choose(x, k) != "torch":
         y = causal_conv1d_sections([torch.cat([before, x], 1)], weight, bias, activation)[0][:, k - 1 :]
     else:
         (y,) = causal_conv1d_sections([x], weight, bias, activation, initial_state, positions)
@@ -72,7 +72,7 @@ def causal_conv1d_sections(
     initial_state: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """`causal_conv1d` of channels that lie in sections: each result is a tensor of its own, as recurrences want them.
+    """Convolve channels that lie in several sections; each result is a contiguous tensor, as recurrences need.
 
     Args:
         sections: [b, t, width] of each, c channels together.
@@ -105,7 +105,7 @@ def _choose(x: Tensor, k: int) -> str:
 
 
 class _Fla(torch.autograd.Function):
-    """fla's kernels see x alone; the first k - 1 outputs, which what came before x reaches too, are made again in plain torch.
+    """fla's kernels on x alone; plain torch computes the first k - 1 outputs again, which depend on the tokens before x.
 
     Copying x behind its history for them would cost a layer of 64K tokens a tenth of its time.
     """
@@ -167,18 +167,18 @@ class _Fla(torch.autograd.Function):
                 dx[:, :count] += change
             dweight = dweight + changes[1]
             dbefore = changes[2]
-            dbias = dbias + changes[3] if bias is not None else None
+            dbias = dbias + changes[3] if dbias is not None else None
         return dweight, dbias, dbefore, None, None, None, *dxs
 
 
 def _parts(weight: Tensor, bias: Tensor | None, sections: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """(section, its weight, its bias) of each."""
+    """Pair each section with its rows of weight and bias."""
     widths = [x.shape[-1] for x in sections]
     return zip(sections, weight.split(widths), bias.split(widths) if bias is not None else [None] * len(widths), strict=True)
 
 
 def _like(sections: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
-    """All channels, [b, t, c], in the sections' widths."""
+    """Split x [b, t, c] of all channels into the sections' widths."""
     return x.split([section.shape[-1] for section in sections], -1)
 
 

@@ -1,14 +1,15 @@
-"""The chain of Gated DeltaNet's states, chunk after chunk, by kernels of ours for Hopper, which fla's functions call for it.
+"""Hopper kernels for Gated DeltaNet's inter-chunk recurrence (state pass), registered as a backend of fla's functions.
 
 Every chunk waits for the one before it, so these kernels take as long as their steps do, whatever the GPU could do beside: one
 program for each VALUES columns of a head's state. fla's write the state to shared memory in every step and read it back; ours
-keep it in registers. What follows the chain backwards, `chunk_bwd_dqkwg`, is fla's kernel in smaller blocks: more fit a
+keep it in registers. `chunk_bwd_dqkwg`, which follows the backward state pass, is fla's kernel in smaller blocks: more fit a
 multiprocessor.
 """
 
 import functools
 import importlib
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +29,12 @@ ARGUMENTS = {"scale", "initial_state", "output_final_state", "h0", "dht"}  # of 
 
 @functools.cache
 def register() -> None:
-    """Have fla's functions call these kernels for what they take, and its own for everything else."""
+    """Register these kernels as fla's first backend; inputs that they do not take go to fla's own kernels."""
     backends = importlib.import_module("fla.backends")
+    base: Any = backends.BaseBackend
 
-    class Chain(backends.BaseBackend):
-        """By fla's names for its functions; the verifier of each tells whether a call is for the method after it."""
+    class HopperStatePass(base):
+        """Backend with fla's names for its functions; each function's verifier accepts or declines a call."""
 
         backend_type = "hylo"
         priority = -1  # before all that come with fla
@@ -57,18 +59,18 @@ def register() -> None:
         def chunk_bwd_dqkwg(self, *, q, k, v, do, h, dh, w, dv, g, scale, **others):
             return chunk_gradients(q, k, v, do, h, dh, w, dv, g, scale)
 
-    backends.register("common")(Chain)
+    backends.register("common")(HopperStatePass)
 
 
 def _takes(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, **others) -> tuple[bool, str | None]:
-    """fla's question whether a call with these arguments is for these kernels, and why not. Tensors are [b, t, h, d]."""
-    reason = _obstacle(k, tensors, g, **others)
+    """Tell fla whether these kernels take a call, and why not. Tensors are [b, t, h, d]."""
+    reason = _unsupported(k, tensors, g, **others)
     level = logging.WARNING if reason and overridden(OPERATION) == "gluon" else logging.INFO  # fla would swallow an error
     use(OPERATION, "fla" if reason else "gluon", reason or "available", level)
     return reason is None, reason
 
 
-def _obstacle(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, **others) -> str | None:
+def _unsupported(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, **others) -> str | None:
     if overridden(OPERATION) == "fla":
         return "forced"
     if not k.is_cuda or torch.cuda.get_device_capability(k.device)[0] != 9:
@@ -90,38 +92,38 @@ def _obstacle(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, **others
 
 
 def states_forward(
-    k: Tensor, reads: Tensor, values: Tensor, g: Tensor, initial: Tensor | None, output_final: bool
+    k: Tensor, w: Tensor, u: Tensor, g: Tensor, initial: Tensor | None, output_final: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The states before all chunks, and what the chunks write.
+    """Run the forward state pass: the state before each chunk, and v_new.
 
-    S' = d S + (D K)^T (values - reads S) of each chunk, d its decay and D those from its tokens to its end ("Gated Delta
-    Networks", section 3.3, in the notation of fla's kernels: w and u are reads and values).
+    S' = d S + (D K)^T (u - w S) of each chunk, d its decay and D those from its tokens to its end ("Gated Delta
+    Networks", section 3.3, in the notation of fla's kernels); v_new = u - w S.
 
     Args:
-        k, reads: [b, t, h, dk], bf16, contiguous and 16-byte aligned as all that follows; dk of KEY_DIMS. Not checked here.
-        values: [b, t, h, dv], bf16; dv a multiple of VALUES.
+        k, w: [b, t, h, dk], bf16, contiguous and 16-byte aligned as all that follows; dk of KEY_DIMS. Not checked here.
+        u: [b, t, h, dv], bf16; dv a multiple of VALUES.
         g: log2 of the decays since the chunk's start, float32 [b, t, h].
         initial: state before the first token, float32 [b, h, dk, dv], or None for zeros.
         output_final: also return the state after the last token, like `initial`.
 
     Returns:
-        States [b, chunks, h, dk, dv] and values - reads S [b, t, h, dv], in k's dtype; the last state or None.
+        States [b, chunks, h, dk, dv] and u - w S [b, t, h, dv], in k's dtype; the last state or None.
     """
-    b, t, h, dk, dv = *k.shape, values.shape[-1]
-    states, written = k.new_empty(b, _chunks(t), h, dk, dv), torch.empty_like(values)
+    b, t, h, dk, dv = *k.shape, u.shape[-1]
+    states, v_new = k.new_empty(b, _chunks(t), h, dk, dv), torch.empty_like(u)
     initial = None if initial is None else initial.float().contiguous()
     last = k.new_empty(b, h, dk, dv, dtype=torch.float32) if output_final else None
     _kernels().states_forward[(dv // VALUES, b * h)](
-        k, reads, values, _factors(g), states, written, initial, last, t,
+        k, w, u, _factors(g), states, v_new, initial, last, t,
         HEADS=h, DK=dk, DV=dv, CHUNK=CHUNK, VALUES=VALUES, num_warps=4,
     )  # fmt: skip
-    return states, written, last
+    return states, v_new, last
 
 
 def states_backward(
     q: Tensor,
     k: Tensor,
-    reads: Tensor,
+    w: Tensor,
     grad_out: Tensor,
     grad_local: Tensor,
     g: Tensor,
@@ -129,58 +131,60 @@ def states_backward(
     grad_last: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of what `states_forward` gives, for outputs scale q S of decayed states and `written` within chunks.
+    """Run the backward state pass: gradients of the states, the initial state and v_new.
+
+    The outputs are scale q S of the decayed states, and each chunk's own share of v_new.
 
     Args:
-        q, k, reads: [b, t, h, dk], as of `states_forward`.
-        grad_out, grad_local: of the outputs, and what those of the same chunk say of `written`: [b, t, h, dv], bf16.
+        q, k, w: [b, t, h, dk], as of `states_forward`.
+        grad_out, grad_local: of the outputs, and what those of the same chunk say of `v_new`: [b, t, h, dv], bf16.
         g: as of `states_forward`.
         initial: whether it is there tells whether its gradient is wanted.
         grad_last: of the last state, float32 [b, h, dk, dv], or None.
         scale: of the outputs.
 
     Returns:
-        Gradients of the states after each chunk [b, chunks, h, dk, dv], of `initial`, and of `written` [b, t, h, dv].
+        Gradients of the states after each chunk [b, chunks, h, dk, dv], of `initial`, and of `v_new` [b, t, h, dv].
     """
     b, t, h, dk, dv = *k.shape, grad_out.shape[-1]
     kernels = _kernels()
     decayed, rows = torch.empty_like(q), b * t * h
     kernels.decayed_queries[(-(-rows // 16),)](q, g, decayed, scale, rows, DK=dk, ROWS=16)
-    grad_states, grad_written = k.new_empty(b, _chunks(t), h, dk, dv), torch.empty_like(grad_local)
+    grad_states, grad_v_new = k.new_empty(b, _chunks(t), h, dk, dv), torch.empty_like(grad_local)
     grad_initial = None if initial is None else k.new_empty(b, h, dk, dv, dtype=torch.float32)
     grad_last = None if grad_last is None else grad_last.float().contiguous()
     kernels.states_backward[(dv // VALUES, b * h)](
-        decayed, k, reads, _factors(g), grad_out, grad_local, grad_states, grad_written, grad_last, grad_initial, t,
+        decayed, k, w, _factors(g), grad_out, grad_local, grad_states, grad_v_new, grad_last, grad_initial, t,
         HEADS=h, DK=dk, DV=dv, CHUNK=CHUNK, VALUES=VALUES, num_warps=4,
     )  # fmt: skip
-    return grad_states, grad_initial, grad_written
+    return grad_states, grad_initial, grad_v_new
 
 
 def chunk_gradients(
-    q: Tensor, k: Tensor, written: Tensor, grad_out: Tensor, states: Tensor, grad_states: Tensor, reads: Tensor,
-    grad_written: Tensor, g: Tensor, scale: float,
+    q: Tensor, k: Tensor, v_new: Tensor, grad_out: Tensor, states: Tensor, grad_states: Tensor, w: Tensor,
+    grad_v_new: Tensor, g: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What the chain's gradients make of the chunks' inputs: fla's `chunk_bwd_dqkwg` with blocks of BLOCK.
+    """Gradients of the chunks' inputs after the backward state pass: fla's `chunk_bwd_dqkwg` with blocks of BLOCK.
 
     Args:
-        q, k, reads: [b, t, h, dk], as of `states_forward`.
-        written, grad_out, grad_written: [b, t, h, dv], bf16.
+        q, k, w: [b, t, h, dk], as of `states_forward`.
+        v_new, grad_out, grad_v_new: [b, t, h, dv], bf16.
         states, grad_states: [b, chunks, h, dk, dv], bf16.
         g: as of `states_forward`.
         scale: of the outputs.
 
     Returns:
-        Gradients of q, k and reads, and of g, float32 [b, t, h].
+        Gradients of q, k and w, and of g, float32 [b, t, h].
     """
-    b, t, h, dk, dv = *k.shape, written.shape[-1]
-    grad_q, grad_k, grad_reads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(reads)
+    b, t, h, dk, dv = *k.shape, v_new.shape[-1]
+    grad_q, grad_k, grad_w = torch.empty_like(q), torch.empty_like(k), torch.empty_like(w)
     grad_g = g.new_empty(dk // BLOCK, b, t, h)  # of each block of keys
     importlib.import_module(FLA_OUTPUTS).chunk_bwd_kernel_dqkwg[(dk // BLOCK * _chunks(t), b * h)](
-        q=q, k=k, v=written, g=g, g_gamma=None, h=states, do=grad_out, dh=grad_states, dq=grad_q, dk=grad_k, dw=grad_reads,
-        dv=grad_written, dg=grad_g, cu_seqlens=None, chunk_indices=None, scale=scale, B=b, T=t, H=h, HV=h, K=dk, V=dv,
+        q=q, k=k, v=v_new, g=g, g_gamma=None, h=states, do=grad_out, dh=grad_states, dq=grad_q, dk=grad_k, dw=grad_w,
+        dv=grad_v_new, dg=grad_g, cu_seqlens=None, chunk_indices=None, scale=scale, B=b, T=t, H=h, HV=h, K=dk, V=dv,
         BT=CHUNK, BK=BLOCK, BV=BLOCK, STATE_V_FIRST=False,
     )  # fmt: skip
-    return grad_q, grad_k, grad_reads, grad_g.sum(0)
+    return grad_q, grad_k, grad_w, grad_g.sum(0)
 
 
 def _chunks(tokens: int) -> int:
@@ -188,7 +192,7 @@ def _chunks(tokens: int) -> int:
 
 
 def _factors(g: Tensor) -> Tensor:
-    """Of `decay_factors`: float32 [b, h, chunks, 2, CHUNK]."""
+    """Decay factors as `decay_factors` writes them: float32 [b, h, chunks, 2, CHUNK]."""
     b, t, h = g.shape
     factors = g.new_empty(b, h, _chunks(t), 2, CHUNK)
     _kernels().decay_factors[(_chunks(t), b * h)](g, factors, t, HEADS=h, CHUNK=CHUNK, num_warps=1)
@@ -196,7 +200,7 @@ def _factors(g: Tensor) -> Tensor:
 
 
 def _kernels():
-    """Their module; Triton gets memory for their descriptors of tensors by a function that every thread has to name."""
+    """Import the Gluon kernels and set Triton's allocator for tensor descriptors, which every thread must set."""
     importlib.import_module("triton").set_allocator(_memory)
     return importlib.import_module(MODULE)
 

@@ -1,4 +1,4 @@
-"""What layers do element by element, as one GPU kernel each way: torch.compile writes it. On a CPU the function as it is.
+"""Elementwise functions compiled by torch.compile into one kernel for each pass on a GPU; unchanged on a CPU.
 
 Eagerly, a rotation or a gated norm of bf16 tensors takes a dozen kernels, each of which reads and writes all of them, in fp32.
 For training, where shapes stay: a new shape is compiled anew, which takes seconds. Where there are many (texts of all lengths,
@@ -35,7 +35,7 @@ def elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _compiled(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
-    """When first needed: torch's compiler takes a second to import."""
+    """Compile the function when first needed: torch's compiler takes a second to import."""
     settings = torch._dynamo.config
     settings.recompile_limit = max(settings.recompile_limit, RECOMPILATIONS)
     return torch.compile(function, dynamic=dynamic)

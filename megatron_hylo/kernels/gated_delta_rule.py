@@ -42,7 +42,7 @@ def gated_delta_rule(
     output_final_state: bool = False,
     keep_states: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """S = exp(g_t) S_{t-1};  S_t = S + k_t (beta_t (v_t - S^T k_t))^T;  o_t = S_t^T q_t / sqrt(dk).
+    """Gated delta rule: S = exp(g_t) S_{t-1};  S_t = S + k_t (beta_t (v_t - S^T k_t))^T;  o_t = S_t^T q_t / sqrt(dk).
 
     q and k are L2-normalised here, over dk.
 
@@ -98,7 +98,7 @@ def fla_unsupported(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> U
 
 @functools.cache
 def triton_unsupported(capability: tuple[int, int]) -> Unsupported | None:
-    """fla's own refusal, known before backward runs into it: Triton 3.4.0 to 3.7.0 on Hopper without tilelang."""
+    """Why fla refuses to train on this GPU, before it does: Triton 3.4.0 to 3.7.0 on Hopper without tilelang."""
     version = triton_version()
     if capability[0] != 9 or not (3, 4, 0) <= version < (3, 7, 1) or importlib.util.find_spec("tilelang"):
         return None
@@ -127,12 +127,12 @@ def _fla(
 
 
 def normalised(x: torch.Tensor) -> torch.Tensor:
-    """x [..., d] over its length along d, as fla's kernels normalise queries and keys."""
+    """L2-normalise x [..., d] along d, as fla's kernels do with queries and keys."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
 def unit_lower_inverse(system: torch.Tensor) -> torch.Tensor:
-    """(I + tril(system, -1))^-1, by blocks: [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]], of size 1, 2, 4, ...
+    """Invert I + tril(system, -1) by blocks: [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]], of size 1, 2, 4, ...
 
     A handful of batched products; torch's triangular solver calls LAPACK once a matrix, five times slower on a CPU.
 
@@ -161,10 +161,10 @@ def _chunked(
     initial_state: torch.Tensor | None,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Section 3.3, with u_i = beta_i (v_i - S^T k_i), the values that are really written.
+    """Chunked form (section 3.3) with v_new_i = beta_i (v_i - S^T k_i), the values that the state receives; fla's names.
 
-    With decays D_ij from token j to i and d_i from the chunk's start to i, a chunk's u solve
-    (I + tril(beta_i D_ij k_i.k_j, -1)) u = beta v - beta d (k S_0).
+    With decays D_ij from token j to i and d_i from the chunk's start to i, a chunk's v_new solve
+    (I + tril(beta_i D_ij k_i.k_j, -1)) v_new = beta v - beta d (k S_0).
     """
     t, wide = v.shape[1], torch.promote_types(v.dtype, torch.float32)
     chunk = min(CHUNK, 1 << (t - 1).bit_length())  # a power of two, for `unit_lower_inverse`
@@ -183,20 +183,21 @@ def _chunked(
 
     written_keys = keys * strength
     inverse = unit_lower_inverse(written_keys @ keys.transpose(-1, -2) * decay)
-    values = inverse @ (chunks(v) * strength)  # u for a zero state: [b, h, n, c, dv]
-    reads = inverse @ (written_keys * since_start)  # what u loses to the state: [b, h, n, c, dk]
+    u = inverse @ (chunks(v) * strength)  # v_new for a zero state: [b, h, n, c, dv]
+    w = inverse @ (written_keys * since_start)  # v_new = u - w S: [b, h, n, c, dk]
     to_end = (keys * decay[..., -1, :, None]).transpose(-1, -2)  # [b, h, n, dk, c]
 
-    state = values.new_zeros(*values.shape[:2], k.shape[-1], v.shape[-1]) if initial_state is None else initial_state.to(wide)
-    before, written = [], []
-    for value, read, key, kept in zip(
-        values.unbind(2), reads.unbind(2), to_end.unbind(2), since_start[:, :, :, -1:].unbind(2), strict=True
+    state = u.new_zeros(*u.shape[:2], k.shape[-1], v.shape[-1]) if initial_state is None else initial_state.to(wide)
+    before: list[torch.Tensor] = []
+    v_new: list[torch.Tensor] = []
+    for chunk_u, chunk_w, key, kept in zip(
+        u.unbind(2), w.unbind(2), to_end.unbind(2), since_start[:, :, :, -1:].unbind(2), strict=True
     ):
         before.append(state)
-        written.append(value - read @ state)
-        state = state * kept + key @ written[-1]
+        v_new.append(chunk_u - chunk_w @ state)
+        state = state * kept + key @ v_new[-1]
     o = (queries * since_start) @ torch.stack(before, 2)
-    o = o + (queries @ keys.transpose(-1, -2) * decay) @ torch.stack(written, 2)
+    o = o + (queries @ keys.transpose(-1, -2) * decay) @ torch.stack(v_new, 2)
     o = o.movedim(1, 3).flatten(1, 2)[:, :t]  # [b, t, h, dv]
     return o.to(v.dtype), state if output_final_state else None
 

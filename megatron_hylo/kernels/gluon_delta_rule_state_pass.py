@@ -1,9 +1,9 @@
-"""Hopper kernels of delta_rule_state_pass.py: the chain of states from chunk to chunk, and backwards that of their gradients.
+"""Gluon kernels of delta_rule_state_pass.py for Hopper: the inter-chunk recurrence of states and of their gradients.
 
 A program carries VALUES columns of one head's state, transposed, in the registers of four warps: a state or its gradient is
-then always the left factor of a product, which tensor cores take from registers. The right factors are tiles of keys, reads
-and queries, which a fifth warp has brought into a ring in shared memory meanwhile. So nothing that the chain waits for passes
-through shared memory; what is stored is put together there while products run.
+then always the left factor of a product, which tensor cores take from registers. The right factors are tiles of k, w
+and queries, which a fifth warp has brought into a ring in shared memory meanwhile. So nothing that the recurrence waits for
+passes through shared memory; what is stored is put together there while products run.
 
 dk is 64, 128 or 256 and VALUES 64: what fits registers and shared memory. Numbers are bf16, states and decays fp32.
 """
@@ -53,7 +53,7 @@ def decayed_queries(q, g, out, scale, rows, DK: tl.constexpr, ROWS: tl.constexpr
 
 @gluon.jit
 def _tiles(x, sequence, head, tokens, HEADS: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """[tokens, WIDTH] of one sequence and head of x [b, t, h, WIDTH], in tiles [ROWS, COLUMNS]; zeros past the last token."""
+    """Descriptor of one sequence and head of x [b, t, h, WIDTH] in tiles [ROWS, COLUMNS]; zeros past the last token."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], x.dtype.element_ty)
     base = x + (sequence.to(gl.int64) * tokens * HEADS + head) * WIDTH
     return tma.make_tensor_descriptor(base, [tokens, WIDTH], [HEADS * WIDTH, 1], [ROWS, COLUMNS], layout)
@@ -108,7 +108,7 @@ def _wait_full(full, number, COUNT: gl.constexpr):
 
 @gluon.jit
 def _load_tile(tiles, start, ring, full, empty, number):
-    """Have the tile of tokens from `start` on brought into the ring as its number-th."""
+    """Copy the tile of tokens from `start` on into the ring as its number-th, asynchronously."""
     _wait_empty(empty, number, RING)
     slot = number % RING
     mbarrier.expect(full.index(slot), tiles.nbytes_per_cta)
@@ -117,24 +117,24 @@ def _load_tile(tiles, start, ring, full, empty, number):
 
 @gluon.jit
 def _load_forward(chunks, column, tiles, shared, CHUNK: gl.constexpr):
-    read_tiles, key_tiles, value_tiles, factor_tiles = tiles
-    ring, values, factors, ring_full, ring_empty, full, empty = shared
+    w_tiles, key_tiles, u_tiles, factor_tiles = tiles
+    ring, u, factors, ring_full, ring_empty, full, empty = shared
     for chunk in range(chunks):
         start, slot = chunk * CHUNK, chunk % SLOTS
-        _load_tile(read_tiles, start, ring, ring_full, ring_empty, 2 * chunk)
+        _load_tile(w_tiles, start, ring, ring_full, ring_empty, 2 * chunk)
         _wait_empty(empty, chunk, SLOTS)
-        mbarrier.expect(full.index(slot), value_tiles.nbytes_per_cta + factor_tiles.nbytes_per_cta)
+        mbarrier.expect(full.index(slot), u_tiles.nbytes_per_cta + factor_tiles.nbytes_per_cta)
         tma.async_copy_global_to_shared(factor_tiles, [chunk * 2, 0], full.index(slot), factors.index(slot))
-        tma.async_copy_global_to_shared(value_tiles, [start, column], full.index(slot), values.index(slot))
+        tma.async_copy_global_to_shared(u_tiles, [start, column], full.index(slot), u.index(slot))
         _load_tile(key_tiles, start, ring, ring_full, ring_empty, 2 * chunk + 1)
 
 
 @gluon.jit
-def _chain_forward(
-    state, chunks, column, written_tiles, state_tiles, stored, shared,
+def _state_pass_forward(
+    state, chunks, column, v_new_tiles, state_tiles, stored, shared,
     HEADS: gl.constexpr, DK: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
-    ring, values, factors, ring_full, ring_empty, full, empty = shared
+    ring, u, factors, ring_full, ring_empty, full, empty = shared
     dtype: gl.constexpr = ring.dtype
     of_state: gl.constexpr = state.type.layout
     of_chunk: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
@@ -153,16 +153,16 @@ def _chain_forward(
         tma.async_copy_shared_to_global(state_tiles, [chunk * HEADS * DK, column], stored)
         _wait_full(full, chunk, SLOTS)
         state = state * factors.index(slot).slice(1, 1).slice(0, 1, dim=1).load(of_state)
-        new = values.index(slot).permute((1, 0)).load(of_chunk) - warpgroup_mma_wait(0, deps=[recalled])
+        new = u.index(slot).permute((1, 0)).load(of_chunk) - warpgroup_mma_wait(0, deps=[recalled])
         mbarrier.arrive(ring_empty.index(read % RING))
         decayed = (new * factors.index(slot).slice(0, 1).load(of_chunk)).to(dtype)
         _wait_full(ring_full, key, RING)
         state = warpgroup_mma(
             gl.convert_layout(decayed, gl.DotOperandLayout(0, of_state, 2)), ring.index(key % RING), state, is_async=True
         )
-        values.index(slot).permute((1, 0)).store(new.to(dtype))
+        u.index(slot).permute((1, 0)).store(new.to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(written_tiles, [chunk * CHUNK, column], values.index(slot))
+        tma.async_copy_shared_to_global(v_new_tiles, [chunk * CHUNK, column], u.index(slot))
         state = warpgroup_mma_wait(0, deps=[state])
         mbarrier.arrive(ring_empty.index(key % RING))
     tma.store_wait(0)
@@ -171,33 +171,33 @@ def _chain_forward(
 
 @gluon.jit(do_not_specialize=["tokens"])
 def states_forward(
-    k, reads, values, factors, states, written, initial, last, tokens,
+    k, w, u, factors, states, v_new, initial, last, tokens,
     HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
-    """Fill `states` [b, chunks, h, DK, DV] with those before each chunk, `written` [b, t, h, DV] with what a chunk writes,
-    values - reads S, and `last` fp32 [b, h, DK, DV] with the state after the last chunk. Grid: DV / VALUES, b h."""
+    """Fill `states` [b, chunks, h, DK, DV] with those before each chunk, `v_new` [b, t, h, DV] with u - w S,
+    and `last` fp32 [b, h, DK, DV] with the state after the last chunk. Grid: DV / VALUES, b h."""
     dtype: gl.constexpr = k.dtype.element_ty
     of_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
     row, column = gl.program_id(1), gl.program_id(0) * VALUES
     sequence, head, chunks = row // HEADS, row % HEADS, gl.cdiv(tokens, CHUNK)
-    read_tiles = _tiles(reads, sequence, head, tokens, HEADS, DK, CHUNK, DK)
+    w_tiles = _tiles(w, sequence, head, tokens, HEADS, DK, CHUNK, DK)
     key_tiles = _tiles(k, sequence, head, tokens, HEADS, DK, CHUNK, DK)
-    value_tiles = _tiles(values, sequence, head, tokens, HEADS, DV, CHUNK, VALUES)
-    written_tiles = _tiles(written, sequence, head, tokens, HEADS, DV, CHUNK, VALUES)
+    u_tiles = _tiles(u, sequence, head, tokens, HEADS, DV, CHUNK, VALUES)
+    v_new_tiles = _tiles(v_new, sequence, head, tokens, HEADS, DV, CHUNK, VALUES)
     state_tiles = _state_tiles(states, sequence, head, chunks, HEADS, DK, DV, VALUES)
     factor_tiles = _factor_tiles(factors, row, chunks, CHUNK)
     ring = gl.allocate_shared_memory(dtype, [RING, CHUNK, DK], key_tiles.layout)
-    value_slots = gl.allocate_shared_memory(dtype, [SLOTS, CHUNK, VALUES], value_tiles.layout)
+    u_slots = gl.allocate_shared_memory(dtype, [SLOTS, CHUNK, VALUES], u_tiles.layout)
     factor_slots = gl.allocate_shared_memory(gl.float32, [SLOTS, 2, CHUNK], factor_tiles.layout)
     stored = gl.allocate_shared_memory(dtype, [DK, VALUES], state_tiles.layout)
     ring_full, ring_empty, full, empty = _barriers(RING), _barriers(RING), _barriers(SLOTS), _barriers(SLOTS)
 
     state, at = _first_state(initial, row, column, DK, DV, VALUES, of_state)
-    shared = (ring, value_slots, factor_slots, ring_full, ring_empty, full, empty)
-    tiles = (read_tiles, key_tiles, value_tiles, factor_tiles)
+    shared = (ring, u_slots, factor_slots, ring_full, ring_empty, full, empty)
+    tiles = (w_tiles, key_tiles, u_tiles, factor_tiles)
     state = gl.warp_specialize(
         [
-            (_chain_forward, (state, chunks, column, written_tiles, state_tiles, stored, shared, HEADS, DK, CHUNK, VALUES)),
+            (_state_pass_forward, (state, chunks, column, v_new_tiles, state_tiles, stored, shared, HEADS, DK, CHUNK, VALUES)),
             (_load_forward, (chunks, column, tiles, shared, CHUNK)),
         ],
         [1],
@@ -209,7 +209,7 @@ def states_forward(
 
 @gluon.jit
 def _load_backward(chunks, column, tiles, shared, CHUNK: gl.constexpr):
-    key_tiles, query_tiles, read_tiles, out_tiles, local_tiles, factor_tiles = tiles
+    key_tiles, query_tiles, w_tiles, out_tiles, local_tiles, factor_tiles = tiles
     ring, outs, locals_, factors, ring_full, ring_empty, full, empty = shared
     for step in range(chunks):
         chunk, slot = chunks - 1 - step, step % SLOTS
@@ -222,12 +222,12 @@ def _load_backward(chunks, column, tiles, shared, CHUNK: gl.constexpr):
         tma.async_copy_global_to_shared(out_tiles, [start, column], full.index(slot), outs.index(slot))
         tma.async_copy_global_to_shared(local_tiles, [start, column], full.index(slot), locals_.index(slot))
         _load_tile(query_tiles, start, ring, ring_full, ring_empty, 3 * step + 1)
-        _load_tile(read_tiles, start, ring, ring_full, ring_empty, 3 * step + 2)
+        _load_tile(w_tiles, start, ring, ring_full, ring_empty, 3 * step + 2)
 
 
 @gluon.jit
-def _chain_backward(
-    state, chunks, column, written_tiles, state_tiles, stored, shared,
+def _state_pass_backward(
+    state, chunks, column, v_new_tiles, state_tiles, stored, shared,
     HEADS: gl.constexpr, DK: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
     ring, outs, locals_, factors, ring_full, ring_empty, full, empty = shared
@@ -262,7 +262,7 @@ def _chain_backward(
         )
         local.store(new)
         fence_async_shared()
-        tma.async_copy_shared_to_global(written_tiles, [chunk * CHUNK, column], locals_.index(slot))
+        tma.async_copy_shared_to_global(v_new_tiles, [chunk * CHUNK, column], locals_.index(slot))
         state = warpgroup_mma_wait(0, deps=[state])
         mbarrier.arrive(ring_empty.index(query % RING))
         mbarrier.arrive(ring_empty.index(read % RING))
@@ -272,11 +272,11 @@ def _chain_backward(
 
 @gluon.jit(do_not_specialize=["tokens"])
 def states_backward(
-    q, k, reads, factors, grad_out, grad_local, grad_states, grad_written, grad_last, grad_initial, tokens,
+    q, k, w, factors, grad_out, grad_local, grad_states, grad_v_new, grad_last, grad_initial, tokens,
     HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
-    """Fill `grad_states` [b, chunks, h, DK, DV] with the gradients of the states after each chunk, `grad_written` [b, t, h, DV]
-    with those of `written`, of which grad_local is the share of the chunk's own outputs, and `grad_initial`; q are those of
+    """Fill `grad_states` [b, chunks, h, DK, DV] with the gradients of the states after each chunk, `grad_v_new` [b, t, h, DV]
+    with those of `v_new`, of which grad_local is the share of the chunk's own outputs, and `grad_initial`; q are those of
     `decayed_queries`. Grid: DV / VALUES, b h."""
     dtype: gl.constexpr = k.dtype.element_ty
     of_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
@@ -284,10 +284,10 @@ def states_backward(
     sequence, head, chunks = row // HEADS, row % HEADS, gl.cdiv(tokens, CHUNK)
     key_tiles = _tiles(k, sequence, head, tokens, HEADS, DK, CHUNK, DK)
     query_tiles = _tiles(q, sequence, head, tokens, HEADS, DK, CHUNK, DK)
-    read_tiles = _tiles(reads, sequence, head, tokens, HEADS, DK, CHUNK, DK)
+    w_tiles = _tiles(w, sequence, head, tokens, HEADS, DK, CHUNK, DK)
     out_tiles = _tiles(grad_out, sequence, head, tokens, HEADS, DV, CHUNK, VALUES)
     local_tiles = _tiles(grad_local, sequence, head, tokens, HEADS, DV, CHUNK, VALUES)
-    written_tiles = _tiles(grad_written, sequence, head, tokens, HEADS, DV, CHUNK, VALUES)
+    v_new_tiles = _tiles(grad_v_new, sequence, head, tokens, HEADS, DV, CHUNK, VALUES)
     state_tiles = _state_tiles(grad_states, sequence, head, chunks, HEADS, DK, DV, VALUES)
     factor_tiles = _factor_tiles(factors, row, chunks, CHUNK)
     ring = gl.allocate_shared_memory(dtype, [RING, CHUNK, DK], key_tiles.layout)
@@ -299,10 +299,10 @@ def states_backward(
 
     state, at = _first_state(grad_last, row, column, DK, DV, VALUES, of_state)
     shared = (ring, outs, locals_, factor_slots, ring_full, ring_empty, full, empty)
-    tiles = (key_tiles, query_tiles, read_tiles, out_tiles, local_tiles, factor_tiles)
+    tiles = (key_tiles, query_tiles, w_tiles, out_tiles, local_tiles, factor_tiles)
     state = gl.warp_specialize(
         [
-            (_chain_backward, (state, chunks, column, written_tiles, state_tiles, stored, shared, HEADS, DK, CHUNK, VALUES)),
+            (_state_pass_backward, (state, chunks, column, v_new_tiles, state_tiles, stored, shared, HEADS, DK, CHUNK, VALUES)),
             (_load_backward, (chunks, column, tiles, shared, CHUNK)),
         ],
         [1],

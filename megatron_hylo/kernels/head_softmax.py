@@ -27,7 +27,7 @@ BLOCK = 4096  # logits of a row that a program holds at a time
 
 @dataclass
 class Statistics:
-    """Of each row's part of the vocabulary, fp32 [n]. The order is the kernel's."""
+    """Softmax statistics of each row's part of the vocabulary, fp32 [n], in the kernel's order."""
 
     largest: Tensor  # x
     total: Tensor  # sum exp(x - largest)
@@ -98,7 +98,7 @@ def head_softmax(
 
 
 def _over_ranks(s: Statistics, reverse: bool, temperature: float, group: dist.ProcessGroup | None) -> Statistics:
-    """Of the whole vocabulary, on every rank: maxima first, then sums relative to them."""
+    """Reduce statistics over the ranks that share the vocabulary: maxima first, then sums relative to them."""
     if group is None or group.size() == 1:
         return s
     largest = torch.stack([s.largest, s.largest_q])

@@ -35,7 +35,7 @@ def kda(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """S = Diag(exp(g_t)) S_{t-1};  S_t = S + k_t (beta_t (v_t - S^T k_t))^T;  o_t = S_t^T q_t / sqrt(dk).
+    """Kimi Delta Attention: S = Diag(exp(g_t)) S_{t-1};  S_t = S + k_t (beta_t (v_t - S^T k_t))^T;  o_t = S_t^T q_t / sqrt(dk).
 
     q and k are L2-normalised here, over dk.
 
@@ -93,10 +93,10 @@ def _chunked(
     initial_state: torch.Tensor | None,
     output_final_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Section 3.1 of Kimi Linear, with u_i = beta_i (v_i - S^T k_i), the values that are really written.
+    """Chunked form (Kimi Linear, section 3.1) with v_new_i = beta_i (v_i - S^T k_i), the values that the state receives.
 
-    With D_ij[d] the decay of channel d from token j to i and d_i that from the chunk's start to i, a chunk's u solve
-    (I + tril(beta_i sum_d k_i D_ij k_j, -1)) u = beta v - beta (d k) S_0.
+    With D_ij[d] the decay of channel d from token j to i and d_i that from the chunk's start to i, a chunk's v_new solve
+    (I + tril(beta_i sum_d k_i D_ij k_j, -1)) v_new = beta v - beta (d k) S_0.
     """
     t, wide = v.shape[1], torch.promote_types(v.dtype, torch.float32)
     chunk = min(CHUNK, 1 << (t - 1).bit_length())  # a power of two, for `unit_lower_inverse`
@@ -115,20 +115,21 @@ def _chunked(
 
     reached = decay * keys[..., None, :, :]  # keys j as token i meets them: [b, h, n, i, j, dk]
     inverse = unit_lower_inverse(strength * (reached @ keys[..., None]).squeeze(-1))
-    values = inverse @ (chunks(v) * strength)  # u for a zero state: [b, h, n, c, dv]
-    reads = inverse @ (keys * strength * since_start)  # what u loses to the state: [b, h, n, c, dk]
+    u = inverse @ (chunks(v) * strength)  # v_new for a zero state: [b, h, n, c, dv]
+    w = inverse @ (keys * strength * since_start)  # v_new = u - w S: [b, h, n, c, dk]
     to_end = reached[..., -1, :, :].transpose(-1, -2)  # [b, h, n, dk, c]
 
-    state = values.new_zeros(*values.shape[:2], k.shape[-1], v.shape[-1]) if initial_state is None else initial_state.to(wide)
-    before, written = [], []
-    for value, read, key, kept in zip(
-        values.unbind(2), reads.unbind(2), to_end.unbind(2), since_start[:, :, :, -1, :, None].unbind(2), strict=True
+    state = u.new_zeros(*u.shape[:2], k.shape[-1], v.shape[-1]) if initial_state is None else initial_state.to(wide)
+    before: list[torch.Tensor] = []
+    v_new: list[torch.Tensor] = []
+    for chunk_u, chunk_w, key, kept in zip(
+        u.unbind(2), w.unbind(2), to_end.unbind(2), since_start[:, :, :, -1, :, None].unbind(2), strict=True
     ):
         before.append(state)
-        written.append(value - read @ state)
-        state = state * kept + key @ written[-1]
+        v_new.append(chunk_u - chunk_w @ state)
+        state = state * kept + key @ v_new[-1]
     o = (queries * since_start) @ torch.stack(before, 2)
-    o = o + (reached @ queries[..., None]).squeeze(-1) @ torch.stack(written, 2)
+    o = o + (reached @ queries[..., None]).squeeze(-1) @ torch.stack(v_new, 2)
     o = o.movedim(1, 3).flatten(1, 2)[:, :t]  # [b, t, h, dv]
     return o.to(v.dtype), state if output_final_state else None
 

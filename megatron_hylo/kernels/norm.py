@@ -13,7 +13,7 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, reference: torch.Tensor | None = None) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+    """RMSNorm over the last dimension: x / sqrt(mean(x^2) + eps) * weight.
 
     Args:
         x: [..., n], floating.

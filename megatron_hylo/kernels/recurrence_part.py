@@ -1,4 +1,4 @@
-"""A recurrence over one part of a sequence, whose state before it is not known yet; and its gradients, once both ends are.
+"""A recurrence over one part of a sequence, before the initial state is known; its gradients once both states are.
 
 Both linear layers are affine in their state: with S before the part its outputs are o + R S and the state after it is A S + B.
 All four are found from nothing before the part, in the one pass that o costs anyway. Backward, with the gradients of the
@@ -28,19 +28,19 @@ class AffineMap(NamedTuple):
     increment: Tensor  # [b, h, dk, dv], the same
 
     def outputs(self, before: Tensor) -> Tensor:
-        """out + readout S [b, t, h, dv] for the state S before the part [b, h, dk, dv]; out itself, changed in place."""
+        """Add readout S to `out` [b, t, h, dv] in place, for the state S before the part [b, h, dk, dv]."""
         for out, readout, state in zip(self.out, self.readout, before.to(self.out.dtype)):
             out.transpose(0, 1).baddbmm_(readout.transpose(0, 1), state)
         return self.out
 
 
 def times(transition: Tensor, state: Tensor) -> Tensor:
-    """transition S, or its transpose's product, for `AffineMap.transition` of either form: like the state, [b, h, dk, dv]."""
+    """Multiply a state [b, h, dk, dv] by a transition, a matrix [b, h, dk, dk] or a number [b, h, 1, 1]."""
     return transition @ state if transition.shape[-1] > 1 else transition * state
 
 
 def state_gradient(readout: Tensor, grad_out: Tensor) -> Tensor:
-    """What the outputs' gradients say of the state before the part: readout^T grad_out, [b, h, dk, dv], in fp32 or wider."""
+    """Gradient of the state before the part from the outputs': readout^T grad_out, [b, h, dk, dv], in fp32 or wider."""
     wide, sums = torch.promote_types(readout.dtype, torch.float32), []
     for r, grad in zip(readout.permute(0, 2, 3, 1), grad_out.transpose(1, 2)):  # [h, dk, t], [h, t, dv]
         if r.is_cuda and r.dtype != wide:
@@ -51,7 +51,7 @@ def state_gradient(readout: Tensor, grad_out: Tensor) -> Tensor:
 
 
 class DeltaRulePart(NamedTuple):
-    """Gated DeltaNet, with the arguments of `gated_delta_rule`. What a pass leaves for the backward pass."""
+    """Tensors that one part of Gated DeltaNet keeps for its backward pass: the arguments of `gated_delta_rule`."""
 
     q: Tensor
     k: Tensor
@@ -71,7 +71,9 @@ class DeltaRulePart(NamedTuple):
         if delta_rule_implementation(k, v, differentiates=True) == "fla":
             part, out, state = part._fla(values, state)
         else:
-            out, state = gated_delta_rule(q, k, values, g, beta, state, output_final_state=True)
+            out, after = gated_delta_rule(q, k, values, g, beta, state, output_final_state=True)
+            assert after is not None
+            state = after
         return part, AffineMap(out[..., :dv], out[..., dv:], state[..., dv:], state[..., :dv])
 
     def _fla(self, values: Tensor, state: Tensor) -> tuple["DeltaRulePart", Tensor, Tensor]:
@@ -86,7 +88,7 @@ class DeltaRulePart(NamedTuple):
         return DeltaRulePart(q, k, v, g, beta, q_scale, k_scale, inverse), out, state
 
     def gradients(self, before: Tensor, grad_out: Tensor, grad_after: Tensor) -> tuple[Tensor | None, ...]:
-        """Of q, k, v, g, beta.
+        """Gradients of q, k, v, g, beta.
 
         Args:
             before: state that the part began with, [b, h, dk, dv].
@@ -106,7 +108,7 @@ class DeltaRulePart(NamedTuple):
 
 
 class KdaPart(NamedTuple):
-    """KDA, with the arguments of `kda`; the backward pass runs the recurrence once more."""
+    """Tensors that one part of KDA keeps: the arguments of `kda`; the backward pass runs the recurrence once more."""
 
     q: Tensor
     k: Tensor
@@ -118,8 +120,9 @@ class KdaPart(NamedTuple):
     def begin(cls, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple["KdaPart", AffineMap]:
         """One pass over values [v, 0] from the state [0, I]."""
         (values, state), dv = _extended(k, v), v.shape[-1]
-        out, state = kda(q, k, values, g, beta, state, output_final_state=True)
-        return cls(q, k, v, g, beta), AffineMap(out[..., :dv], out[..., dv:], state[..., dv:], state[..., :dv])
+        out, after = kda(q, k, values, g, beta, state, output_final_state=True)
+        assert after is not None
+        return cls(q, k, v, g, beta), AffineMap(out[..., :dv], out[..., dv:], after[..., dv:], after[..., :dv])
 
     def gradients(self, before: Tensor, grad_out: Tensor, grad_after: Tensor) -> tuple[Tensor, ...]:
         """Gradients of q, k, v, g, beta; arguments as those of `DeltaRulePart.gradients`."""
@@ -127,7 +130,7 @@ class KdaPart(NamedTuple):
 
 
 class SsdPart(NamedTuple):
-    """Mamba2, with the arguments of `ssd`; states are [n, p], transposed."""
+    """Tensors that one part of Mamba2 keeps: the arguments of `ssd`; states are [n, p], transposed."""
 
     x: Tensor
     dt: Tensor
@@ -135,37 +138,39 @@ class SsdPart(NamedTuple):
     B: Tensor
     C: Tensor
     D: Tensor
-    begins: Tensor | None
+    reset_mask: Tensor | None
 
     @classmethod
     def begin(
-        cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, begins: Tensor | None
+        cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, reset_mask: Tensor | None
     ) -> tuple["SsdPart", AffineMap]:
-        """One pass from an empty state; y_t is also moved by exp(A sum_{s <= t} dt_s) h C_t of the state h before the part."""
-        out, state = ssd(x, dt, A, B, C, D, output_final_state=True, begins=begins)
-        decay = log_decay(dt, A, begins).transpose(1, 2).contiguous()  # a GPU sums fast along the last dimension alone
+        """Run one pass from a zero state; y_t also gains exp(A sum_{s <= t} dt_s) h C_t of the state h before the part."""
+        out, state = ssd(x, dt, A, B, C, D, output_final_state=True, reset_mask=reset_mask)
+        assert state is not None
+        decay = log_decay(dt, A, reset_mask).transpose(1, 2).contiguous()  # a GPU sums fast along the last dimension alone
         left = decay.cumsum(-1).exp()  # [b, h, t]
         readout = C * left.transpose(1, 2)[..., None].to(C.dtype)
         affine = AffineMap(out, readout, left[..., -1, None, None].to(state), state.transpose(-1, -2))
-        return cls(x, dt, A, B, C, D, begins), affine
+        return cls(x, dt, A, B, C, D, reset_mask), affine
 
     def gradients(self, before: Tensor, grad_out: Tensor, grad_after: Tensor) -> tuple[Tensor | None, ...]:
-        """Of x, dt, A, B, C, D, begins (None).
+        """Gradients of x, dt, A, B, C, D; None for reset_mask.
 
         Args:
             before: state that the part began with, [b, h, n, p].
             grad_out: of the outputs, [b, t, h, p].
             grad_after: of the state after the part, like `before`.
         """
-        x, dt, A, B, C, D, begins = self
+        x, dt, A, B, C, D, reset_mask = self
         before, grad_after = (state.transpose(-1, -2).contiguous() for state in (before, grad_after))
         if ssd_implementation(x) != "mamba_ssm":
-            run = functools.partial(ssd, output_final_state=True, begins=begins)
+            run = functools.partial(ssd, output_final_state=True, reset_mask=reset_mask)
             return *_again(run, self[:6], before, grad_out, grad_after), None
         dx, ddt, dA, dB, dC, dD, _ = mamba_ssm_gradients(
-            x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), D.float(), before, document_numbers(x, begins), grad_out,
-            grad_after,
+            x, dt.float(), A.float(), B.to(x.dtype), C.to(x.dtype), D.float(), before, document_numbers(x, reset_mask),
+            grad_out, grad_after,
         )  # fmt: skip
+        assert dD is not None
         return dx, ddt.to(dt), dA.to(A), dB.to(B), dC.to(C), dD.to(D), None
 
 
@@ -181,10 +186,15 @@ def _extended(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _again(
-    run: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], before: Tensor, grad_out: Tensor, grad_after: Tensor
+    run: Callable[..., tuple[Tensor, Tensor | None]],
+    inputs: tuple[Tensor, ...],
+    before: Tensor,
+    grad_out: Tensor,
+    grad_after: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of the inputs of a plain recurrence, which is run once more."""
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in inputs]
-        results = run(*leaves, initial_state=before)
-    return torch.autograd.grad(results, leaves, (grad_out, grad_after))
+        out, after = run(*leaves, initial_state=before)
+    assert after is not None
+    return torch.autograd.grad((out, after), leaves, (grad_out, grad_after))

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, and why: decided here, logged once, never silent.
+"""Registry of kernels: decides which implementation of an operation runs, and logs the choice once.
 
 Every operation has a plain-torch implementation that runs anywhere. Faster ones are taken when the
 tensors are on a CUDA device and their library imports; when they should have been taken but cannot,
@@ -186,7 +186,7 @@ def library_unsupported(library: str, module: str, x: torch.Tensor, advice: str)
 
 
 def triton_version() -> tuple[int, ...]:
-    """(major, minor, patch) of the Triton that is installed."""
+    """Version of the installed Triton: (major, minor, patch)."""
     return tuple(int(part) for part in re.findall(r"\d+", importlib.import_module("triton").__version__)[:3])
 
 

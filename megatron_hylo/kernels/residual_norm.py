@@ -1,4 +1,4 @@
-"""The norm before a mixer or an MLP, together with the residual that goes round them: their gradients meet in one kernel.
+"""RMSNorm that also returns its input for the residual connection; one kernel adds both gradients.
 
 A residual stream is as wide as a model's other tensors, but little is computed of it: what a norm costs is how often the
 stream is read and written. The kernel of the gradient reads x and the two gradients once and writes their sum.
@@ -17,7 +17,7 @@ PROGRAMS = 16  # of the backward pass, a multiprocessor
 
 
 def rms_norm_and_residual(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(RMSNorm(x), x): the second output is for the residual connection.
+    """Return (RMSNorm(x), x), the second for the residual connection.
 
     Args:
         x: [..., n], floating, contiguous on a GPU.
@@ -57,17 +57,17 @@ class _Triton(torch.autograd.Function):
         width, rows = x.shape[-1], x.numel() // x.shape[-1]
         programs = backward_programs(x.device)
         gradient, sums = torch.empty_like(x), torch.empty(programs, width, dtype=torch.float32, device=x.device)
-        sizes, there = _sizes(width), residual is not None
+        sizes = _sizes(width)
         tile = dict(ROWS=1, num_warps=1) if sizes["COLUMNS"] <= 1024 else dict(ROWS=2, num_warps=4)  # fastest on Hopper
         importlib.import_module(MODULE).differentiate[(programs,)](
-            x, weight, scales, upstream.contiguous(), residual.contiguous() if there else x, gradient, sums, rows,
-            SHARE=-(-rows // programs), RESIDUAL=there, **tile, **sizes,
+            x, weight, scales, upstream.contiguous(), x if residual is None else residual.contiguous(), gradient, sums, rows,
+            SHARE=-(-rows // programs), RESIDUAL=residual is not None, **tile, **sizes,
         )  # fmt: skip
         return gradient, sums.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
 
 
 def backward_programs(device: torch.device) -> int:
-    """That share the rows of the backward pass."""
+    """Number of programs that share the rows of the backward pass."""
     return PROGRAMS * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1)
 
 

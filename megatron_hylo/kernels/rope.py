@@ -72,7 +72,7 @@ def _yarn(frequencies: torch.Tensor, dim: int, base: float, scaling: Any) -> tor
 
 
 def rope_cos_sin(positions: torch.Tensor, inv_freq: torch.Tensor, multiplier: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position and frequency.
+    """Compute cos and sin of every position and frequency.
 
     Args:
         positions: [...] token indices, integer or floating.
@@ -87,7 +87,7 @@ def rope_cos_sin(positions: torch.Tensor, inv_freq: torch.Tensor, multiplier: fl
 
 
 def unfold_rotary_key(plain: torch.Tensor, rotary: torch.Tensor, mix: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """The unrotated key heads of attention out of those of MLA: what a head has of its own, plus its share of the rotary key.
+    """Attention's unrotated key heads from MLA's: each head's own channels plus its share of the rotary key.
 
     Slot i of the rotary key, channels (2i, 2i+1), is a combination over heads of attention's channels (j, j + d/2) with
     j = pairs[i] (a principal component of them in TransMLA, arXiv:2502.07864); head g has mix[g, i] of it.

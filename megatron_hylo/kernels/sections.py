@@ -30,7 +30,7 @@ class _Sections(torch.autograd.Function):
 
 
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """torch.cat along the last dimension, without a gradient on a GPU.
+    """Concatenate along the last dimension; on a GPU without a gradient.
 
     Args:
         parts: [..., width] each, of one dtype; no width is 0.
@@ -45,7 +45,7 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
 
 
 def concatenate_by_triton(parts: Sequence[Tensor]) -> Tensor:
-    """The same by our kernel, in one launch."""
+    """Concatenate by our Triton kernel, in one launch."""
     widths, rows = tuple(x.shape[-1] for x in parts), parts[0].shape[:-1].numel()
     out = parts[0].new_empty(*parts[0].shape[:-1], sum(widths))
     columns = tuple(1 << (width - 1).bit_length() for width in widths)  # powers of two

@@ -55,9 +55,9 @@ def ssd(
     D: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
-    begins: torch.Tensor | None = None,
+    reset_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T;  y_t = h_t C_t + D x_t.
+    """Mamba2's recurrence: h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T;  y_t = h_t C_t + D x_t.
 
     Args:
         x: [b, t, h, p], floating.
@@ -67,7 +67,7 @@ def ssd(
         D: [h] or None.
         initial_state: [b, h, p, n] or None for zeros.
         output_final_state: also return the state after the last token.
-        begins: bool [t], tokens that forget the state before them: the first of each document.
+        reset_mask: bool [t], tokens that forget the state before them: the first of each document.
 
     Returns:
         y [b, t, h, p] in x's dtype, and the state [b, h, p, n] (float32; float64 for float64 x) or None.
@@ -77,13 +77,14 @@ def ssd(
     """
     _check(x, dt, A, B, C)
     if x.shape[1] == 1:  # one token: the recurrence itself is the fastest
-        return recurrent_ssd(x, dt, A, B, C, D, initial_state, output_final_state, begins)
+        return recurrent_ssd(x, dt, A, B, C, D, initial_state, output_final_state, reset_mask)
     if ssd_implementation(x) == "mamba_ssm":
-        dt, A, D, initial_state = (None if y is None else y.float() for y in (dt, A, D, initial_state))
-        y, state = _MambaSsm.apply(x, dt, A, B.to(x.dtype), C.to(x.dtype), D, initial_state, document_numbers(x, begins))
+        dt, A = dt.float(), A.float()
+        D, initial_state = (None if y is None else y.float() for y in (D, initial_state))
+        y, state = _MambaSsm.apply(x, dt, A, B.to(x.dtype), C.to(x.dtype), D, initial_state, document_numbers(x, reset_mask))
         return y, state if output_final_state else None
     with torch.autocast(x.device.type, enabled=False):
-        return _chunked(x, dt, A, B, C, D, initial_state, output_final_state, begins)
+        return _chunked(x, dt, A, B, C, D, initial_state, output_final_state, reset_mask)
 
 
 def ssd_implementation(x: torch.Tensor) -> str:
@@ -91,19 +92,19 @@ def ssd_implementation(x: torch.Tensor) -> str:
     return select("ssd", "mamba_ssm", library_unsupported("mamba_ssm", MAMBA_MODULE, x, "pip install mamba-ssm"))
 
 
-def log_decay(dt: torch.Tensor, A: torch.Tensor, begins: torch.Tensor | None) -> torch.Tensor:
-    """dt A, [b, t, h]; `RESET` where the state is forgotten."""
+def log_decay(dt: torch.Tensor, A: torch.Tensor, reset_mask: torch.Tensor | None) -> torch.Tensor:
+    """Log decay dt A, [b, t, h]; `RESET` where `reset_mask` forgets the state."""
     decay = dt * A
-    return decay if begins is None else decay.masked_fill(begins[:, None], RESET)
+    return decay if reset_mask is None else decay.masked_fill(reset_mask[:, None], RESET)
 
 
-def document_numbers(x: torch.Tensor, begins: torch.Tensor | None) -> torch.Tensor | None:
-    """mamba_ssm's `seq_idx`, int32 [b, t]: the state before the first token of x [b, t, h, p] belongs to document 0."""
-    return None if begins is None else begins.int().cumsum(0, dtype=torch.int32).expand(x.shape[0], -1).contiguous()
+def document_numbers(x: torch.Tensor, reset_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Document number of each token of x [b, t, h, p] for mamba_ssm (`seq_idx`): int32 [b, t]; the initial state's is 0."""
+    return None if reset_mask is None else reset_mask.int().cumsum(0, dtype=torch.int32).expand(x.shape[0], -1).contiguous()
 
 
 class _MambaSsm(torch.autograd.Function):
-    """mamba_ssm's kernels, whose own function makes copies in its backward pass; arguments as of `mamba_ssm_gradients`."""
+    """`ssd` by mamba_ssm's kernels, without the copies of its own autograd function; see `mamba_ssm_gradients`."""
 
     @staticmethod
     def forward(
@@ -127,9 +128,9 @@ class _MambaSsm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: torch.Tensor | None, grad_last: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        x = ctx.saved_tensors[0]
+        x, dt, A, B, C, D, initial_state, documents = ctx.saved_tensors
         grad_out = torch.zeros_like(x) if grad_out is None else grad_out
-        return *mamba_ssm_gradients(*ctx.saved_tensors, grad_out, grad_last), None
+        return *mamba_ssm_gradients(x, dt, A, B, C, D, initial_state, documents, grad_out, grad_last), None
 
 
 def mamba_ssm_gradients(
@@ -143,7 +144,7 @@ def mamba_ssm_gradients(
     documents: torch.Tensor | None,
     grad_out: torch.Tensor,
     grad_last: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The backward pass of `ssd` by mamba_ssm's kernels, its forward pass run again as far as needed.
 
     Args:
@@ -185,7 +186,7 @@ def _chunked(
     D: torch.Tensor | None,
     initial_state: torch.Tensor | None,
     output_final_state: bool,
-    begins: torch.Tensor | None,
+    reset_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     t = x.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -197,7 +198,7 @@ def _chunked(
         return padded.unflatten(1, (-1, chunk)).movedim(3, 1)
 
     dt = dt.to(wide)
-    logs = chunks(log_decay(dt, A.to(wide), begins))  # [b, h, n, c]
+    logs = chunks(log_decay(dt, A.to(wide), reset_mask))  # [b, h, n, c]
     inputs = chunks(x.to(wide) * dt[..., None])  # [b, h, n, c, p]
     keys, queries = chunks(B), chunks(C)  # [b, h, n, c, n_state]
     decay = segment_sum(logs).exp()  # [b, h, n, c, c], from token j to token i
@@ -226,7 +227,7 @@ def recurrent_ssd(
     D: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
-    begins: torch.Tensor | None = None,
+    reset_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The definition of `ssd`, one token after another: same arguments, results and errors."""
     _check(x, dt, A, B, C)
@@ -234,7 +235,7 @@ def recurrent_ssd(
     b, t, h, p = x.shape
     state = x.new_zeros(b, h, p, B.shape[-1], dtype=wide) if initial_state is None else initial_state.to(wide)
     step = dt.to(wide)[..., None, None]  # [b, t, h, 1, 1]
-    kept = log_decay(dt.to(wide), A.to(wide), begins).exp()[..., None, None]
+    kept = log_decay(dt.to(wide), A.to(wide), reset_mask).exp()[..., None, None]
     added = step * x.to(wide)[..., None] * B.to(wide)[..., None, :]  # [b, t, h, p, n]
     outputs = []
     for i in range(t):

@@ -1,4 +1,4 @@
-"""Which configuration each of fla's and mamba_ssm's Triton kernels runs with.
+"""Tuned configurations of fla's and mamba_ssm's Triton kernels.
 
 Triton tries every configuration of every kernel when a shape is first seen: two to three minutes a shape. What
 tools/tune_kernels.py found on a kind of GPU can be kept with the package and is put into the kernels' own autotuners. A
@@ -39,13 +39,16 @@ class KnownConfigurations(dict):
         super().__init__(known)
         self.otherwise = otherwise
 
-    def __contains__(self, key: Key) -> bool:
-        if not super().__contains__(key):
-            larger = [known for known in self if distance(key, known) is not None]
-            config = self[min(larger, key=lambda known: distance(key, known))] if larger else self.otherwise
-            if config is None:
-                return False
-            self[key] = config
+    def __contains__(self, key: object) -> bool:
+        if super().__contains__(key):
+            return True
+        if not isinstance(key, tuple):
+            return False
+        larger = {known: far for known in self if (far := distance(key, known)) is not None}
+        config = self[min(larger, key=larger.__getitem__)] if larger else self.otherwise
+        if config is None:
+            return False
+        self[key] = config
         return True
 
 
@@ -60,7 +63,7 @@ def modest(configs: list[Any]) -> Any:
 
 
 def distance(wanted: Key, known: Key) -> float | None:
-    """How much larger the known shape is, in powers of two over all sizes; None if it is no larger or another kind."""
+    """Distance to a larger known shape, in powers of two over all sizes; None if it is no larger or another kind."""
     if len(wanted) != len(known):
         return None
     total = 0.0
@@ -80,7 +83,7 @@ def _is_size(value: Any) -> bool:
 
 
 def autotuners() -> Iterator[tuple[str, Any]]:
-    """(module:kernel, autotuner) of every autotuned kernel of the libraries that are imported."""
+    """Yield (module:kernel, autotuner) for every autotuned kernel of the libraries that are imported."""
     autotuner = importlib.import_module("triton.runtime.autotuner").Autotuner
     seen = set()
     for name, module in sorted(sys.modules.items()):
@@ -125,13 +128,13 @@ def install(capability: tuple[int, int]) -> int:
 
 
 def _settings(config: Any) -> str:
-    """What makes a configuration, from a triton.Config or from its entry in the file."""
+    """Canonical JSON of a configuration, from a triton.Config or from its entry in the file."""
     fields = config if isinstance(config, dict) else vars(config)
     return json.dumps([fields["kwargs"], fields["num_warps"], fields["num_stages"]], sort_keys=True)
 
 
 def found() -> dict[str, list[dict[str, Any]]]:
-    """What the autotuners of this process have chosen: the content of a file of `FOLDER`."""
+    """Configurations that the autotuners of this process have chosen: the content of a file of `FOLDER`."""
     result = {}
     for name, tuner in autotuners():
         entries = [

@@ -34,7 +34,7 @@ class GroupedQueryAttention(Mixer):
         self.k_layernorm = HeadNorm(config, c.kv_channels) if c.qk_layernorm else None
 
     def query_key_value(self, hidden_states: Tensor, packed: Packed = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What the scores are made of, before the rotation: bias added, q/k-norm applied.
+        """Project to query, key and value before the rotation: bias added, q/k-norm applied.
 
         Args:
             hidden_states: [sequence (/ TP with sequence parallelism), batch, hidden].
@@ -44,11 +44,12 @@ class GroupedQueryAttention(Mixer):
             query [batch, sequence, KV heads of this rank, queries of each, head_dim], key and value [batch, sequence, KV
             heads, head_dim].
         """
-        qkv, _ = self.linear_qkv(hidden_states)
+        qkv, _ = self.linear_qkv(hidden_states)  # [s, b, groups (queries + 2) head_dim], with r = queries of a group below
+        # [b, s, groups, r + 2, head_dim]
         qkv = batch_first(qkv, packed).unflatten(2, (self.groups, self.queries_per_group + 2, self.head_dim))
-        query, key, value = torch.split(qkv, [self.queries_per_group, 1, 1], dim=3)
-        key, value = key.squeeze(3), value.squeeze(3)
-        if self.q_layernorm is not None:
+        query, key, value = torch.split(qkv, [self.queries_per_group, 1, 1], dim=3)  # [b, s, groups, r or 1, head_dim]
+        key, value = key.squeeze(3), value.squeeze(3)  # [b, s, groups, head_dim]
+        if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         return query, key, value
 
@@ -59,21 +60,28 @@ class GroupedQueryAttention(Mixer):
         places = here if documents is None else documents.own_positions
         return fused_rope(x, cos[places], sin[places], interleaved=False)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed = None) -> tuple[Tensor, Tensor | None]:
-        """Rotation, softmax attention and output projection: [sequence (/ TP), batch, hidden], and no bias."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed = None) -> tuple[Tensor, None]:
+        """Rotation, softmax attention and output projection: [sequence (/ TP), batch, hidden], and no bias.
+
+        Shapes below: s tokens and g key/value heads that this rank computes with, r query heads of each.
+        """
         documents = self.context.seen(packed)
         if self.context.uses_all_to_all:
             parts = [x.flatten(2) for x in (query, key, value)]
             own = self.context.exchange(*((x, [x.shape[-1]]) for x in parts))
+            # all tokens of fewer heads: query [b, s, g r, head_dim], key and value [b, s, g, head_dim]
             query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in own)
         query, key = self.rotate(query, documents), self.rotate(key, documents)
-        query = query.flatten(2, -2)  # in memory of its own by now
+        query = query.flatten(2, -2)  # [b, s, g r, head_dim], a copy already
         if self.context.uses_all_gather:
-            key_value = torch.cat([key, value], dim=-1).transpose(0, 1)
+            key_value = torch.cat([key, value], dim=-1).transpose(0, 1)  # [s, b, g, 2 head_dim]
+            # [b, parts_read s, g, head_dim] each
             key, value = self.context.up_to_here(key_value).transpose(0, 1).chunk(2, dim=-1)
-        out = self.context.attend(functools.partial(attention, scale=self.head_dim**-0.5), documents, query, key, value)
-        return self.linear_proj(sequence_first(self.context.heads_to_sequence(out.flatten(2)), packed))
+        scaled = functools.partial(attention, scale=self.head_dim**-0.5)
+        out = self.context.attend(scaled, documents, query, key, value)  # [b, s, g r, head_dim]
+        out = self.context.heads_to_sequence(out.flatten(2))  # [b, s, heads of this rank x head_dim]
+        return self.linear_proj(sequence_first(out, packed))  # [s, b, h]
 
     def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
-        """[sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
+        """Mix tokens: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same shape, and no bias."""
         return self.attend(*self.query_key_value(hidden_states, packed), packed)

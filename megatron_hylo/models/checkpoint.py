@@ -1,7 +1,7 @@
 """Model folders: the one format that conversion, upcycling, training and export share.
 
 DIR/hylo.json     {"format", "version", "model": ModelConfig, "params_dtype", "provenance"}
-DIR/weights/      Megatron-Core dist_checkpointing (any tensor/pipeline layout can load it)
+DIR/weights/      Megatron-Core dist_checkpointing (any parallelism can load it)
 DIR/tokenizer/    the tokenizer's files, when there is one
 DIR/manifest.json sizes and sha256 of all files; a folder without it is not finished
 """
@@ -26,6 +26,7 @@ from megatron_hylo.io import (
     DamagedError,
     atomic_directory,
     barrier,
+    has_manifest,
     hash_for_manifest,
     read_verified_json,
     verify_manifest,
@@ -41,7 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """What Megatron-Core's sharded_state_dict functions want to know."""
+    """Metadata for Megatron-Core's sharded_state_dict functions: process group and optimizer format."""
     return {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -55,7 +56,7 @@ def sharded_weights(model: HyloModel) -> dict[str, Any]:
 
 
 def sharded_chunks(chunks: Sequence[HyloModel]) -> dict[str, dict[str, Any]]:
-    """`sharded_weights` of a rank's chunks: {"model", "model1", ...}; tensors have the same keys whatever the layout."""
+    """Sharded weights of a rank's chunks: {"model", "model1", ...}; tensor keys do not depend on the parallelism."""
     return {f"model{index or ''}": sharded_weights(chunk) for index, chunk in enumerate(chunks)}
 
 
@@ -73,7 +74,7 @@ def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """
     file = Path(path) / "hylo.json"
     if not file.is_file():
-        raise ConfigError(f"{path} is not a megatron_hylo model folder: it has no hylo.json")
+        raise ConfigError(f"{path} is not a megatron_hylo model folder: it has no hylo.json{_suggestion(Path(path))}")
     description = read_verified_json(path, "hylo.json")
     if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
         raise ConfigError(
@@ -82,16 +83,26 @@ def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     return from_dict(ModelConfig, description["model"], str(file)), description
 
 
+def _suggestion(path: Path) -> str:
+    """The finished model or newest checkpoint of a run folder, or of one that holds run folders, in words; else nothing."""
+    for places in ("model", "checkpoints/step_*", "*/model", "*/checkpoints/step_*"):
+        found = [folder for folder in path.glob(places) if (folder / "hylo.json").is_file() and has_manifest(folder)]
+        if found:
+            newest = max(found, key=lambda folder: ((folder / "hylo.json").stat().st_mtime, folder.name))
+            return f"; did you mean {newest}?"
+    return "" if path.exists() else "; there is no such folder"
+
+
 class BackgroundWrite:
-    """A sharded state dict on its way into `folder` (created), in a thread, of values as they are now; all ranks make one.
+    """Asynchronous save of a sharded state dict, with its present values, by a background thread; collective.
 
     Megatron-Core's own asynchronous saving forks or starts processes. Here its writing function runs in a thread, which
     the disk keeps waiting most of the time: nothing to fork beside NCCL and CUDA, nothing that outlives a killed rank.
 
     Args:
         state: sharded state dict.
-        folder: inside a folder that is being sealed, `sealed`.
-        sealed: whose manifest gets the hashes of what this rank wrote.
+        folder: where the files go; created, inside the atomic directory `sealed`.
+        sealed: the atomic directory whose manifest gets the hashes of this rank's files.
     """
 
     def __init__(self, state: dict[str, Any], folder: Path, sealed: Path) -> None:
@@ -134,10 +145,10 @@ class BackgroundWrite:
 
 
 def _copy_tensors(buckets: list, planned: list) -> None:
-    """Give `buckets` copies of their tensors, and drop the `planned` ones.
+    """Replace the tensors in `buckets` by copies and drop the `planned` ones.
 
-    Of a CPU those are training's own, or, of parts of buffers, already Megatron-Core's copies: one tensor after another, so
-    that these are not in memory beside ours.
+    On a CPU the buckets hold the training's own tensors or, for parts of buffers, copies by Megatron-Core. They are copied one
+    after another, so that those copies and ours are never all in memory.
     """
     for (*_, (_, tensors)), (*_, (_, former)) in zip(buckets, planned):
         former.clear()
@@ -212,7 +223,7 @@ def save_model(
 
 
 def load_model(path: str | Path, parallel: ParallelConfig | None = None, **settings: Any) -> HyloModel:
-    """The only chunk of `load_chunks`, for layouts without virtual pipeline stages; takes what that takes."""
+    """Load a model that has one chunk on each rank (no virtual pipeline stages); arguments as of `load_chunks`."""
     (model,) = load_chunks(path, parallel, **settings)
     return model
 
@@ -231,7 +242,7 @@ def load_chunks(
 
     Args:
         path: a model folder or a training checkpoint.
-        parallel: any layout, whatever the folder was written under.
+        parallel: sizes of the parallel groups, which may differ from those that wrote the folder.
         params_dtype: by default the folder's own.
         backend, recompute, fp8: as in `build_model`.
         verify_hashes: compare all files with the manifest first.

@@ -1,4 +1,4 @@
-"""A model that only computes: a teacher."""
+"""Freezing a model that is only evaluated, such as a teacher."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from megatron_hylo.models.offload import OffloadedLayers
 
 
 def freeze(chunks: Sequence[HyloModel], offload: bool = False) -> list[HyloModel]:
-    """No gradients from here on; what was built for FP8 keeps its weights in FP8 alone, so that it cannot be saved.
+    """Freeze model chunks; those built for FP8 keep their weights in FP8 alone, so they cannot be saved.
 
     Args:
         chunks: this rank's part, filled with its weights.
-        offload: those rest in the CPU's memory between layers.
+        offload: keep the weights in CPU memory and prefetch them layer by layer.
 
     Returns:
         The chunks.

@@ -24,7 +24,7 @@ from megatron_hylo.parallel.recurrence import delta_rule_over_ranks
 
 @elementwise
 def gates_of(alpha: Tensor, beta: Tensor, decay_log: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(g fp32, beta) as the recurrence takes them: [batch, sequence, heads] from the projections and [heads]."""
+    """Log decay g (fp32) and writing strength, [b, s, heads] each, from their projections and two parameters [heads]."""
     return -decay_log.exp() * F.softplus(alpha.float() + bias), beta.sigmoid()
 
 
@@ -60,33 +60,40 @@ class GatedDeltaNet(Mixer):
         own = self.context.head_shard
         return gates_of(alpha, beta, own(self.A_log), own(self.dt_bias))
 
-    def recurrence(self, hidden_states: Tensor, *inputs: Tensor) -> Tensor:
-        """q, k, v, log decay and writing strength -> outputs [batch, sequence, heads, value_head_dim]."""
+    def recurrence(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        """Outputs [batch, sequence, heads, value_head_dim] from queries, keys, values, log decay and writing strength."""
         if self.context.uses_all_gather:
-            return delta_rule_over_ranks(self.context, *inputs)
-        return gated_delta_rule(*inputs, keep_states=is_recomputed(self.config, self.symbol, hidden_states))[0]
+            return delta_rule_over_ranks(self.context, q, k, v, g, beta)
+        keep_states = is_recomputed(self.config, self.symbol, hidden_states)
+        return gated_delta_rule(q, k, v, g, beta, keep_states=keep_states)[0]
 
     def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
-        """[sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
+        """Mix tokens: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same shape, and no bias.
+
+        Shapes below: s tokens and n heads of this rank; with `a2a`, between `exchange` and `heads_to_sequence`, all tokens of
+        its share of the heads.
+        """
         c, context, documents = self.config.hylo, self.context, self.context.seen(packed)
-        projected, _ = self.in_proj(hidden_states)
-        # each section: [batch, sequence, width]
+        projected, _ = self.in_proj(hidden_states)  # [s, b, sum of section widths]
+        # each section: [b, s, width]
         sections = dict(zip(self.sections, split_sections(batch_first(projected, packed), [*self.sections.values()])))
-        gate, alpha = sections.pop("gate"), self.decay_input(hidden_states, sections, packed)
+        gate = sections.pop("gate")  # [b, s, n dv]
+        alpha = self.decay_input(hidden_states, sections, packed)  # [b, s, decays]
         *qkv, beta, alpha = context.exchange(*((x, [x.shape[-1]]) for x in (*sections.values(), alpha)))
         own = functools.partial(context.head_shard, widths=[self.sections[name] for name in ("query", "key", "value")])
         places = documents.own_positions if documents is not None else None
+        # convolved sections: [b, s, n dk], [b, s, n dk], [b, s, n dv]
         qkv = self.conv1d(*context.tokens_before(qkv, c.linear_conv_kernel_dim - 1), places, own)
-        query, key, value = (x.unflatten(-1, (beta.shape[-1], -1)) for x in qkv)  # [batch, sequence, heads, channels]
-        decay, beta = self.gates(alpha, beta)
+        query, key, value = (x.unflatten(-1, (beta.shape[-1], -1)) for x in qkv)  # [b, s, n, dk or dv]
+        decay, beta = self.gates(alpha, beta)  # [b, s, n] (KDA's decay [b, s, n, dk]), [b, s, n]
         if documents is not None:
-            begins = documents.begins.view(-1, *[1] * (decay.dim() - 2))
-            decay = decay.masked_fill(begins, RESET)
-        out = self.recurrence(hidden_states, query, key, value, decay, beta)
+            reset_mask = documents.reset_mask.view(-1, *[1] * (decay.dim() - 2))  # [s, 1] or [s, 1, 1]
+            decay = decay.masked_fill(reset_mask, RESET)
+        out = self.recurrence(hidden_states, query, key, value, decay, beta)  # [b, s, n, dv]
         if context.uses_all_to_all:
             out = context.heads_to_sequence(out.flatten(2)).unflatten(-1, (self.heads, -1))
-        out = self.out_norm(out, gate.reshape(out.shape))
-        return self.out_proj(sequence_first(out.flatten(2), packed))
+        out = self.out_norm(out, gate.reshape(out.shape))  # [b, s, heads of this rank, dv]
+        return self.out_proj(sequence_first(out.flatten(2), packed))  # [s, b, h]
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The fused projection and convolution are stored by section, so that any tensor-parallel size can load them."""

@@ -7,12 +7,13 @@ from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_hylo.config import Fp8, ModelConfig, ParallelConfig, recomputed_layers
 from megatron_hylo.config.layouts import pipeline_pattern
 from megatron_hylo.models.fp8 import check_fp8, check_fp8_widths
 from megatron_hylo.models.padded_vocabulary import clear_padding, padded_vocabulary, without_padding
+from megatron_hylo.models.recompute import FeedForwardLayer, MixerLayer
 from megatron_hylo.models.specs import BackendName, get_backend, hybrid_stack_spec, megatron_pattern
 from megatron_hylo.models.transformer_config import build_transformer_config
 from megatron_hylo.parallel.documents import EqualWindows, Packed, PackedDocuments, batch_first
@@ -21,7 +22,7 @@ VOCABULARY_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weigh
 
 
 class HyloModel(HybridModel):
-    """A teacher or a hybrid, this rank's part of it."""
+    """One rank's chunk of a teacher or a hybrid."""
 
     def forward(self, input_ids: Tensor | None, documents: PackedDocuments | None = None, **_: object) -> Tensor:
         """Hidden states after the last norm (on the last pipeline stage), before the output head.
@@ -33,13 +34,18 @@ class HyloModel(HybridModel):
         Returns:
             [sequence (/ TP with sequence parallelism), batch, hidden].
         """
-        hidden, packed = self.embed(input_ids, documents) if self.pre_process else (None, documents)
+        hidden: Tensor | None = None
+        packed: Packed = documents
+        if self.pre_process:
+            assert input_ids is not None, "the first pipeline stage needs input_ids"
+            hidden, packed = self.embed(input_ids, documents)
         out = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
         return batch_first(out, packed).transpose(0, 1) if isinstance(packed, EqualWindows) else out
 
     def embed(self, input_ids: Tensor, documents: PackedDocuments | None = None) -> tuple[Tensor, Packed]:
-        """Hidden states before the first layer, and what its `packed_seq_params` is: windows lie end to end where a rank has
-        all of every one, and all layers.
+        """Embed tokens; returns hidden states and the first layer's `packed_seq_params`.
+
+        Windows are laid end to end where a rank has all tokens of each and all layers.
 
         Args:
             input_ids: int64 [batch, sequence].
@@ -48,20 +54,21 @@ class HyloModel(HybridModel):
         Returns:
             [sequence (/ TP with sequence parallelism), batch, hidden] or [batch * sequence, 1, hidden].
         """
-        c, packed = self.config, documents
+        c = self.config
+        packed: Packed = documents
         divided = c.sequence_parallel or c.context_parallel_size > 1 or c.pipeline_model_parallel_size > 1
         if documents is None and len(input_ids) > 1 and not divided:
             input_ids, packed = input_ids.flatten().unsqueeze(0), EqualWindows(len(input_ids))
         return self.embedding(input_ids=input_ids, position_ids=None), packed
 
     def head_weight(self) -> Tensor:
-        """This rank's rows of the output head: [vocab / TP rounded up, hidden]; the embedding where they are tied."""
+        """Output head's rows on this rank: [vocab / TP rounded up, hidden]; the embedding where they are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """All logits of some hidden states: [sequence, batch, hidden] -> [batch, sequence, vocab]. For short inputs."""
+        """Logits of hidden states: [sequence, batch, hidden] -> [batch, sequence, vocab]. For short inputs."""
         weight = self.head_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=weight)
         whole = gather_from_tensor_model_parallel_region(logits)[..., : self.config.hylo.vocab_size]
@@ -77,14 +84,14 @@ class HyloModel(HybridModel):
                 state[key] = without_padding(state[key], self.config.hylo.vocab_size)
         return state
 
-    def mixer_layers(self) -> list[tuple[nn.Module, nn.Module]]:
-        """This stage's (mixer layer, MLP layer) pairs, in order."""
+    def mixer_layers(self) -> list[tuple[MixerLayer, FeedForwardLayer]]:
+        """Pairs (mixer layer, MLP layer) of this pipeline stage, in order."""
         layers = list(self.decoder.layers)
         return list(zip(layers[0::2], layers[1::2]))
 
 
 def build_model(config: ModelConfig, parallel: ParallelConfig | None = None, **settings: Any) -> HyloModel:
-    """The only chunk of `build_chunks`, for layouts without virtual pipeline stages; takes what that takes."""
+    """Build a model that has one chunk on each rank (no virtual pipeline stages); arguments as of `build_chunks`."""
     (model,) = build_chunks(config, parallel, **settings)
     return model
 
@@ -114,7 +121,7 @@ def build_chunks(
     if fp8:
         check_fp8(backend)
     parallel = parallel or ParallelConfig()
-    chosen, pattern = get_backend(backend), pipeline_pattern(config, parallel.stages, parallel.pipeline_layers)
+    chosen, pattern = get_backend(backend), pipeline_pattern(config, parallel.pipeline_stages, parallel.pipeline_layers)
     spec, fused = hybrid_stack_spec(chosen), chosen.activation is not None
     transformer_config = build_transformer_config(config, parallel, params_dtype, recomputed_layers(recompute), fp8, fused)
     chunks = []

@@ -19,7 +19,7 @@ from megatron_hylo.parallel.recurrence import delta_rule_over_ranks
 
 @elementwise
 def channel_gates(alpha: Tensor, beta: Tensor, decay_log: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(g fp32 [b, t, h, dk], beta) from alpha [b, t, h, dk], beta [b, t, h], decay_log [h] and bias [h, dk]."""
+    """Log decay g (fp32) and writing strength from alpha [b, s, n, dk], beta [b, s, n], decay_log [n] and bias [n, dk]."""
     return -decay_log.exp()[:, None] * F.softplus(alpha.float() + bias), beta.sigmoid()
 
 
@@ -36,8 +36,10 @@ class KimiDeltaAttention(GatedDeltaNet):
         self.decay_up_proj = column_linear(submodules, self.config, c.kda_decay_rank, width, self.tp_group)
 
     def decay_input(self, hidden_states: Tensor, sections: dict[str, Tensor], packed: Packed) -> Tensor:
-        """[batch, sequence, key channels of this rank]."""
-        return batch_first(self.decay_up_proj(self.decay_down_proj(hidden_states))[0], packed)
+        """Decays before dt_bias and softplus from the low-rank projection, [b, s, key channels of this rank]."""
+        low_rank = self.decay_down_proj(hidden_states)  # [s, b, kda_decay_rank]
+        alpha, _ = self.decay_up_proj(low_rank)  # [s, b, n dk]
+        return batch_first(alpha, packed)  # [b, s, n dk]
 
     def gates(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """Log decay [batch, sequence, heads, key_head_dim] (fp32) and writing strength, of the heads this rank computes."""
@@ -45,8 +47,8 @@ class KimiDeltaAttention(GatedDeltaNet):
         bias = own(self.dt_bias).view(heads, -1)
         return channel_gates(alpha.unflatten(-1, (heads, -1)), beta, own(self.A_log), bias)
 
-    def recurrence(self, hidden_states: Tensor, *inputs: Tensor) -> Tensor:
-        """q, k, v, log decay and writing strength -> outputs [batch, sequence, heads, value_head_dim]."""
+    def recurrence(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        """Outputs [batch, sequence, heads, value_head_dim] from queries, keys, values, log decay and writing strength."""
         if self.context.uses_all_gather:
-            return delta_rule_over_ranks(self.context, *inputs, kind=KdaPart)
-        return kda(*inputs)[0]
+            return delta_rule_over_ranks(self.context, q, k, v, g, beta, kind=KdaPart)
+        return kda(q, k, v, g, beta)[0]

@@ -1,4 +1,4 @@
-"""Are the kernels that run here right? Each operation of a model, at its shapes, against its definition in plain fp32 torch.
+"""Check of the kernels that run here: each operation of a model, at its shapes, against its definition in fp32 torch.
 
 Kernels have been wrong on some GPU with some compiler (Gated DeltaNet's gradients on Hopper with Triton 3.4 to 3.7.0: fla issue
 640), silently. So training compares them first on a short sequence: outputs and gradients, whatever implementation the registry
@@ -8,6 +8,7 @@ chooses. A wrong kernel is off by as much as the gradient itself, rounding in bf
 import functools
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ LIMITS = {torch.bfloat16: 0.1, torch.float32: 0.03}  # fp32 kernels multiply in 
 
 @dataclass(frozen=True)
 class Check:
-    """One operation at one shape."""
+    """Result of checking one operation at one shape."""
 
     operation: str  # as the registry calls it
     shape: str
@@ -88,7 +89,10 @@ def _check(case: _Case, dtype: torch.dtype) -> Check:
     upstream = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1)).to(theirs)
     (ours.float() * upstream).sum().backward()
     (theirs * upstream).sum().backward()
-    errors = {"output": _relative(ours, theirs)} | {n: _relative(given[n].grad, exact[n].grad) for n in exact}
+    errors = {"output": _relative(ours, theirs)}
+    for name, x in exact.items():
+        assert x.grad is not None
+        errors[name] = _relative(given[name].grad, x.grad)
     where = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
     return Check(case.operation, case.shape, in_use()[case.operation], errors[where], where, LIMITS[dtype])
 
@@ -148,7 +152,9 @@ def _softmax_cases(c: ModelConfig, draw: _Draw, parts: bool, width: int, values:
 
 def _gated_delta_net_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
     inputs, shape = _delta_rule_inputs(c, draw, c.linear_num_heads)
-    yield from _delta_rule_cases(c, draw, parts, "gated_delta_rule", gated_delta_rule, recurrent_gated_delta_rule, inputs)
+    yield from _delta_rule_cases(
+        c, draw, parts, "gated_delta_rule", DeltaRulePart, gated_delta_rule, recurrent_gated_delta_rule, inputs
+    )
     if draw.device.type == "cuda":  # as recomputed layers have it; plain torch knows no difference
         yield _Case(
             "gated_delta_rule", f"{shape}, states kept", lambda **x: gated_delta_rule(**x, keep_states=True)[0],
@@ -158,7 +164,7 @@ def _gated_delta_net_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator
 
 def _kda_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
     inputs, _ = _delta_rule_inputs(c, draw, c.linear_num_heads, c.linear_key_head_dim)
-    yield from _delta_rule_cases(c, draw, parts, "kda", kda, recurrent_kda, inputs)
+    yield from _delta_rule_cases(c, draw, parts, "kda", KdaPart, kda, recurrent_kda, inputs)
 
 
 def _delta_rule_inputs(c: ModelConfig, draw: _Draw, *decays: int) -> tuple[dict[str, Tensor], str]:
@@ -174,6 +180,7 @@ def _delta_rule_cases(
     draw: _Draw,
     parts: bool,
     operation: str,
+    part: type[DeltaRulePart] | type[KdaPart],
     run: Callable[..., tuple[Tensor, Tensor | None]],
     definition: Callable[..., tuple[Tensor, Tensor | None]],
     inputs: dict[str, Tensor],
@@ -184,10 +191,9 @@ def _delta_rule_cases(
     yield _Case(operation, shape, lambda **x: run(**x)[0], lambda **x: definition(**x)[0], inputs, ("g",))
     if parts:  # with states that outlive their part
         inputs = inputs | {"g": inputs["g"] / 70, "beta": inputs["beta"] / 16}
-        kind = {"gated_delta_rule": DeltaRulePart, "kda": KdaPart}[operation]
         yield _Case(
-            operation, f"{shape}, split", functools.partial(delta_rule_over_ranks, _Middle(), kind=kind),
-            lambda **x: _amid_its_like(definition, **x), inputs, ("g",),
+            operation, f"{shape}, split", functools.partial(delta_rule_over_ranks, _Middle(), kind=part),
+            lambda **x: _middle_part(definition, **x), inputs, ("g",),
         )  # fmt: skip
 
 
@@ -204,8 +210,8 @@ def _mamba2_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
         inputs = inputs | {"dt": inputs["dt"] / 70}
         none = torch.zeros(heads, device=draw.device)
         yield _Case(
-            "ssd", f"{shape}, split", lambda **x: ssd_over_ranks(_Middle(), A=rate, D=none, begins=None, **x),
-            lambda **x: _amid_its_like(scan, **x), inputs, ("dt",),
+            "ssd", f"{shape}, split", lambda **x: ssd_over_ranks(_Middle(), A=rate, D=none, reset_mask=None, **x),
+            lambda **x: _middle_part(scan, **x), inputs, ("dt",),
         )  # fmt: skip
 
 
@@ -220,17 +226,17 @@ complete(MIXER_CASES, "models/kernel_check.py: MIXER_CASES")
 
 
 class _Middle:
-    """Stands for five context-parallel ranks whose parts and upstream gradients are all alike; this is the third of them."""
+    """Stand-in for the third of five context-parallel ranks with equal parts and equal upstream gradients."""
 
     rank = 2
 
     def gather_affine_maps(self, transition: Tensor, increment: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
-        """Of all."""
+        """Return this rank's map for all five ranks."""
         return [(transition, increment)] * 5
 
 
-def _amid_its_like(recurrence: Callable[..., tuple[Tensor, Tensor]], **inputs: Tensor) -> Tensor:
-    """The third of five equal parts; the others' outputs only lend it what they say of its gradient."""
+def _middle_part(recurrence: Callable[..., tuple[Tensor, Tensor | None]], **inputs: Tensor) -> Tensor:
+    """Outputs of the third of five equal parts, with the gradient that the later parts' outputs send to it."""
     others = {name: x.detach() for name, x in inputs.items()}
     state = None
     for _ in range(_Middle.rank):
@@ -243,18 +249,18 @@ def _amid_its_like(recurrence: Callable[..., tuple[Tensor, Tensor]], **inputs: T
 
 
 def _compiled(c: ModelConfig, draw: _Draw) -> Iterator[_Case]:
-    """What torch.compile makes of a rotation and of a gated norm."""
+    """Cases for a rotation and a gated norm compiled by torch.compile."""
     heads, width, device = c.num_attention_heads, c.kv_channels, draw.device
     if not set(c.mixers) <= set(LINEAR_SYMBOLS):
         frequencies = rope_frequencies(width, c.rotary_base, device=device)
         cos, sin = rope_cos_sin(torch.arange(TOKENS, device=device), frequencies)
-        rotation = dict(cos=cos, sin=sin, interleaved=False)
+        rotation: dict[str, Any] = dict(cos=cos, sin=sin, interleaved=False)
         yield _Case(
             "elementwise", f"rotation of {heads} heads, {width} wide", functools.partial(elementwise(apply_rope), **rotation),
             functools.partial(apply_rope, **rotation), {"x": draw.normal(heads, width)},
         )  # fmt: skip
     if set(c.mixers) & set(LINEAR_SYMBOLS):
-        settings = dict(eps=1e-5, norm_before_gate=True)
+        settings: dict[str, Any] = dict(eps=1e-5, norm_before_gate=True)
         weight = torch.linspace(0.5, 2, width, device=device)
         yield _Case(
             "elementwise", f"gated norm of {heads} heads, {width} wide",
@@ -284,7 +290,7 @@ def _fused_projections(c: ModelConfig, draw: _Draw) -> Iterator[_Case]:
 
 
 def _convolutions(c: ModelConfig, widths: list[int], draw: _Draw, parts: bool) -> Iterator[_Case]:
-    """Of channels in sections of these widths, as the layer has them."""
+    """Cases for a convolution of channels in sections of these widths, as the layer has them."""
     taps, channels = c.linear_conv_kernel_dim, sum(widths)
 
     def convolve(x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:

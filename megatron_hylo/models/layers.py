@@ -31,25 +31,35 @@ from megatron_hylo.platform.distributed import device
 fused_gated_rms_norm = elementwise(gated_rms_norm)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the hidden dimension; statistics in fp32."""
+def set_attributes(parameter: nn.Parameter, **attributes: object) -> None:
+    """Set attributes that Megatron-Core reads from a parameter, e.g. `sequence_parallel`."""
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+
+
+class _HiddenNorm(nn.Module):
+    """Weight of a root-mean-square norm over the hidden dimension."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device()))
-        self.weight.sequence_parallel = config.sequence_parallel
+        set_attributes(self.weight, sequence_parallel=config.sequence_parallel)
+
+
+class RMSNorm(_HiddenNorm):
+    """Root-mean-square norm over the hidden dimension; statistics in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [sequence, batch, hidden]; same shape and dtype out."""
+        """Normalise x [sequence, batch, hidden]; same shape and dtype out."""
         return rms_norm_and_residual(x, self.weight, self.eps)[0]
 
 
-class ResidualRMSNorm(RMSNorm):
-    """The norm in a layer, which hands on what the residual connection takes as well."""
+class ResidualRMSNorm(_HiddenNorm):
+    """RMSNorm before a mixer or an MLP that also returns its input, for the residual connection."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [sequence, batch, hidden] -> the same normalised, and x."""
+        """Return x [sequence, batch, hidden] normalised, and x."""
         return rms_norm_and_residual(x, self.weight, self.eps)
 
 
@@ -62,7 +72,7 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_dim, dtype=config.params_dtype, device=device()))
 
     def forward(self, x: Tensor, gate: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
-        """x, gate: [batch, sequence, heads ..., head_dim]; norm first, then the gate (Gated DeltaNet's order).
+        """Normalise x, then gate it (Gated DeltaNet's order); x, gate: [batch, sequence, heads ..., head_dim].
 
         Without a gate, `reference` [batch, sequence, heads, any] gives the mean square in place of x.
         """
@@ -84,7 +94,7 @@ class WholeHeadKeyNorm(HeadNorm):
         self.rotary_mix = tensor_parallel_parameter(torch.ones(groups, pairs, device=device()), dtype=config.params_dtype)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """Only `rotary_mix` is split over the tensor-parallel ranks."""
+        """Sharded state dict; only `rotary_mix` is split over the tensor-parallel ranks."""
         group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
         own = self.state_dict(keep_vars=True)
         return make_sharded_tensors_for_checkpoint(
@@ -101,18 +111,18 @@ class ReplicatedLinear(nn.Module):
         with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):  # equal on all tensor-parallel ranks
             config.init_method(self.weight)
         zeros = torch.zeros(out_features, dtype=config.params_dtype, device=device()) if bias else None
-        self.bias = nn.Parameter(zeros) if bias else None
+        self.bias = nn.Parameter(zeros) if zeros is not None else None
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            set_attributes(parameter, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [sequence, batch, in_features] -> [sequence, batch, out_features]."""
+        """Project x [sequence, batch, in_features] to [sequence, batch, out_features]."""
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
 @lru_cache(maxsize=16)
 def rotary_table(dim: int, base: float, scaling: RopeScaling, length: int, where: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions 0..length-1: two fp32 tensors [length, dim / 2]."""
+    """Compute cos and sin of positions 0..length-1: two fp32 tensors [length, dim / 2]."""
     inverse = rope_frequencies(dim, base, scaling).to(where)
     return rope_cos_sin(torch.arange(length, device=where), inverse, scaling.cos_sin_multiplier)
 
@@ -120,9 +130,7 @@ def rotary_table(dim: int, base: float, scaling: RopeScaling, length: int, where
 def tensor_parallel_parameter(data: Tensor, keep_fp32: bool = False, dtype: torch.dtype | None = None) -> nn.Parameter:
     """A parameter whose first dimension is this rank's slice; `keep_fp32` for A_log, dt_bias and D."""
     parameter = nn.Parameter(data.float() if keep_fp32 else data.to(dtype or data.dtype))
-    parameter.tensor_model_parallel = True
-    parameter.partition_dim = 0
-    parameter.partition_stride = 1
+    set_attributes(parameter, tensor_model_parallel=True, partition_dim=0, partition_stride=1)
     return parameter
 
 

@@ -27,8 +27,10 @@ def decay_parameters(symbol: str, heads: int, steps: int | None = None) -> tuple
     Returns:
         Two fp32 parameters.
     """
+    bounds = MIXERS[symbol].decay_range
+    assert bounds is not None, f"mixer {symbol} has no decay"
     with get_cuda_rng_tracker().fork():
-        decay = log_decay_rate(heads, MIXERS[symbol].decay_range, device=device())
+        decay = log_decay_rate(heads, bounds, device=device())
         step = inverse_softplus_step(steps or heads, device=device())
     return tensor_parallel_parameter(decay, keep_fp32=True), tensor_parallel_parameter(step, keep_fp32=True)
 
@@ -53,7 +55,7 @@ class ShortConvolution(MegatronModule):
         positions: Tensor | None = None,
         own: Callable[[Tensor], Tensor] = lambda parameter: parameter,
     ) -> list[Tensor]:
-        """[batch, sequence, width] of each section of the channels -> the same, in memory of its own each.
+        """Convolve the sections of the channels, [batch, sequence, width] each, into contiguous tensors of the same shapes.
 
         Args:
             sections: the inputs, all channels together.

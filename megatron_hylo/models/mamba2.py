@@ -31,7 +31,7 @@ class GatedGroupNorm(MegatronModule):
         self.weight = tensor_parallel_parameter(torch.ones(channels, device=device()), dtype=config.params_dtype)
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """y, z: [batch, sequence, channels] -> the same."""
+        """Gate y by silu(z) and normalise it by groups: [batch, sequence, channels] each, and out."""
         eps = self.config.layernorm_epsilon
         return fused_gated_rms_norm(y, z, self.weight, eps, group_size=self.group_size, norm_before_gate=False)
 
@@ -67,29 +67,35 @@ class Mamba2(Mixer):
         self.out_proj = row_linear(submodules, config, tp * inner, c.hidden_size, self.tp_group)
 
     def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
-        """[sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
+        """Mix tokens: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same shape, and no bias.
+
+        Shapes below: s tokens, n heads and g groups of this rank; with `a2a`, between `exchange` and `heads_to_sequence`, all
+        tokens of its share of the heads. p is mamba_head_dim, N mamba_state_dim.
+        """
         c, context, documents = self.config.hylo, self.context, self.context.seen(packed)
-        projected, _ = self.in_proj(hidden_states)
+        projected, _ = self.in_proj(hidden_states)  # [s, b, sum of section widths]
         inner, *widths, heads = self.sections.values()
         z, xbc, dt = split_sections(batch_first(projected, packed), [inner, sum(widths), heads])
+        # z [b, s, n p], xbc [b, s, g (p + N) + n N], dt [b, s, n]
         xbc, dt = context.exchange((xbc, widths), (dt, [heads]))
         (b, s, _), widths = dt.shape, [width // context.shares for width in widths]
         own = functools.partial(context.head_shard, widths=[self.sections[name] for name in "xBC"])
         places = documents.own_positions if documents is not None else None
         (xbc,) = self.conv1d(*context.tokens_before([xbc], c.linear_conv_kernel_dim - 1), places, own)
-        x, state_in, state_out = xbc.split(widths, dim=-1)
+        x, state_in, state_out = xbc.split(widths, dim=-1)  # [b, s, g p], [b, s, g N], [b, s, n N]
         repeats = self.heads // self.groups
-        x = x.reshape(b, s, -1, c.mamba_head_dim).repeat_interleave(repeats, dim=2)
+        x = x.reshape(b, s, -1, c.mamba_head_dim).repeat_interleave(repeats, dim=2)  # [b, s, n, p]
+        # [b, s, n, N]
         state_in = state_in.reshape(b, s, -1, c.mamba_state_dim).repeat_interleave(repeats, dim=2)
-        state_out = state_out.reshape(b, s, -1, c.mamba_state_dim)
+        state_out = state_out.reshape(b, s, -1, c.mamba_state_dim)  # [b, s, n, N]
         decay, bias, skip = (context.head_shard(parameter) for parameter in (self.A_log, self.dt_bias, self.D))
-        dt = torch.nn.functional.softplus(dt.float() + bias)
-        rate = -decay.exp()
-        begins = documents.begins if documents is not None else None
+        dt = torch.nn.functional.softplus(dt.float() + bias)  # [b, s, n], fp32
+        rate = -decay.exp()  # [n], fp32
+        reset_mask = documents.reset_mask if documents is not None else None
         inputs = (x, dt, rate, state_in, state_out, skip)
-        y = ssd_over_ranks(context, *inputs, begins) if context.uses_all_gather else ssd(*inputs, begins=begins)[0]
-        y = self.norm(context.heads_to_sequence(y.reshape(b, s, -1)), z)
-        return self.out_proj(sequence_first(y, packed))
+        y = ssd_over_ranks(context, *inputs, reset_mask) if context.uses_all_gather else ssd(*inputs, reset_mask=reset_mask)[0]
+        y = context.heads_to_sequence(y.reshape(b, s, -1))  # [b, s, n, p] -> [b, s, n p]
+        return self.out_proj(sequence_first(self.norm(y, z), packed))  # [s, b, h]
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The fused projection and convolution are stored by section, so that any tensor-parallel size can load them."""

@@ -70,7 +70,7 @@ class PaddedColumnLinear(ColumnParallelLinear):
         self.output_size_per_partition += self.padding  # rows of the weight that forward is given
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x: [sequence, batch, in_features] -> [sequence, batch, out_features / TP + padding], and no bias."""
+        """Project x [sequence, batch, in_features] to [sequence, batch, out_features / TP + padding], and no bias."""
         return super().forward(x, weight=F.pad(self.weight, (0, 0, 0, self.padding)))
 
 
@@ -130,7 +130,7 @@ class Mixer(MegatronModule):
         raise NotImplementedError
 
     def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
-        """[sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
+        """Mix tokens: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same shape, and no bias."""
         raise NotImplementedError
 
     def forward(

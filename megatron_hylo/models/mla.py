@@ -31,14 +31,14 @@ from megatron_hylo.platform.distributed import device
 
 @elementwise
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads whose last channels are rotary: [b, t, h, d], cos and sin [t, n] of n pairs -> [b, t, h, d]."""
+    """Rotate the last 2 n channels of every head of x [b, t, h, d] by cos and sin [t, n]."""
     plain, rotary = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
     return torch.cat([plain, apply_rope(rotary, cos, sin, interleaved=True)], dim=-1)
 
 
 @elementwise
 def shared_key(plain: Tensor, rotary: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Own channels of every head, then the rotary ones that all share: [b, t, g, d], [b, t, 2 n] -> [b, t, g, d + 2 n]."""
+    """Append the rotated shared key [b, t, 2 n] to every head's own key [b, t, g, d]: [b, t, g, d + 2 n]."""
     rotated = apply_rope(rotary.unsqueeze(2), cos, sin, interleaved=True)
     return torch.cat([plain, rotated.expand(-1, -1, plain.shape[2], -1)], dim=-1)
 
@@ -64,6 +64,7 @@ class MultiLatentAttention(Mixer):
         slots = c.qk_pos_emb_head_dim // 2
         pairs = c.mla_rotary_pairs[self.layer] if c.mla_rotary_pairs else range(slots)
         self.register_buffer("rotary_pairs", torch.tensor(pairs, device=device()), persistent=False)
+        self.k_layernorm: HeadNorm | WholeHeadKeyNorm
         if c.qk_layernorm:
             self.q_layernorm = HeadNorm(config, self.qk_dim)
             if c.mla_whole_head_norm:
@@ -72,55 +73,69 @@ class MultiLatentAttention(Mixer):
                 self.k_layernorm = HeadNorm(config, self.qk_dim)
 
     def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
-        """[sequence (/ TP with sequence parallelism), batch, hidden] -> the same, and no bias."""
+        """Mix tokens: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same shape, and no bias.
+
+        Shapes below: s tokens of this rank's queries, t of the keys that they read (s x `parts_read`), n query and g key heads
+        of this rank.
+        """
         c = self.config.hylo
-        query, _ = self.linear_q_up_proj(self.linear_q_down_proj(hidden_states))
+        query, _ = self.linear_q_up_proj(self.linear_q_down_proj(hidden_states))  # [s, b, r_q] -> [s, b, n d_qk]
         # Context parallelism moves the latents; each rank makes of them what keys and values its queries read.
-        cached = self.context.up_to_here(self.linear_kv_down_proj(hidden_states))
+        cached = self.context.up_to_here(self.linear_kv_down_proj(hidden_states))  # [t (/ TP), b, r_kv + d_rope]
         latent, rotary_key = cached.split([c.kv_lora_rank, c.qk_pos_emb_head_dim], dim=-1)
-        key_value, _ = self.linear_kv_up_proj(latent.contiguous())
+        key_value, _ = self.linear_kv_up_proj(latent.contiguous())  # [t, b, g (d_nope + d_v)]
         # Every rank's heads read the one rotary key, so its gradient is summed over the ranks.
         if self.config.sequence_parallel:
             rotary_key = gather_from_sequence_parallel_region(rotary_key.contiguous(), group=self.tp_group)
             key_value, rotary_key = self._in_order(key_value), self._in_order(rotary_key)
         else:
             rotary_key = copy_to_tensor_model_parallel_region(rotary_key, group=self.tp_group)
-        query = batch_first(query, packed).unflatten(2, (self.heads, self.qk_dim))
+        query = batch_first(query, packed).unflatten(2, (self.heads, self.qk_dim))  # [b, s, n, d_qk]
         key_value = batch_first(key_value, packed).unflatten(2, (self.groups, c.qk_head_dim + c.v_head_dim))
-        plain_key, value = key_value.split([c.qk_head_dim, c.v_head_dim], dim=-1)
-        rotary_key, keys = batch_first(rotary_key, packed), key_value.shape[1]
+        plain_key, value = key_value.split([c.qk_head_dim, c.v_head_dim], dim=-1)  # [b, t, g, d_nope], [b, t, g, d_v]
+        rotary_key, keys = batch_first(rotary_key, packed), key_value.shape[1]  # [b, t, d_rope]; t
         if c.qk_layernorm:
-            query, key = self._normalise(query, plain_key, rotary_key)
+            query, key = self._normalise(query, plain_key, rotary_key)  # [b, s, n, d_qk], [b, t, g, d_qk]
         (query,) = self.context.exchange((query.flatten(2), [self.heads * self.qk_dim]))
-        query = query.unflatten(2, (-1, self.qk_dim))
+        query = query.unflatten(2, (-1, self.qk_dim))  # with `a2a`: all tokens of n / CP heads
         documents, s, own = self.context.seen(packed), query.shape[1], self.context.head_shard
-        cos, sin = self._rotary_table(keys)
+        cos, sin = self._rotary_table(keys)  # [t, d_rope / 2] each
         if documents is not None:
             cos, sin = cos[documents.positions[:keys]], sin[documents.positions[:keys]]
         here = self.context.positions(s)
         query = rotate(query, cos[here], sin[here])
         key = rotate(own(key, dim=2), cos, sin) if c.qk_layernorm else shared_key(own(plain_key, dim=2), rotary_key, cos, sin)
         attend = partial(attention, scale=self.qk_dim**-0.5)
-        out = self.context.attend(attend, documents, query, key, own(value, dim=2))
-        return self.linear_proj(sequence_first(self.context.heads_to_sequence(out.flatten(2)), packed))
+        out = self.context.attend(attend, documents, query, key, own(value, dim=2))  # [b, s, n, d_v]
+        out = self.context.heads_to_sequence(out.flatten(2))  # [b, s, n d_v], this rank's tokens again
+        return self.linear_proj(sequence_first(out, packed))  # [s, b, h]
 
     def _normalise(self, query: Tensor, plain_key: Tensor, rotary_key: Tensor) -> tuple[Tensor, Tensor]:
-        """q/k-norm before the rotation: the query, and the key with a copy of the rotary one for each of its heads."""
+        """Apply q/k-norm before the rotation.
+
+        Args:
+            query: [b, s, n, d_qk].
+            plain_key: [b, t, g, d_nope].
+            rotary_key: [b, t, d_rope], copied for each key head.
+
+        Returns:
+            query [b, s, n, d_qk] and key [b, t, g, d_qk].
+        """
         c, norm = self.config.hylo, self.k_layernorm
         key = torch.cat([plain_key, rotary_key.unsqueeze(2).expand(-1, -1, self.groups, -1)], dim=-1)
-        if not c.mla_whole_head_norm:
+        if not isinstance(norm, WholeHeadKeyNorm):
             return self.q_layernorm(query), norm(key)
         base_key = unfold_rotary_key(plain_key, rotary_key, norm.rotary_mix, self.rotary_pairs)
         return self.q_layernorm(query, reference=query[..., : c.qk_head_dim]), norm(key, reference=base_key)
 
     def _in_order(self, x: Tensor) -> Tensor:
-        """Tokens that sequence parallelism gathered from ranks which each hold a piece of every context part."""
+        """Put [t, b, ...] in token order after sequence parallelism gathered a slice of every context part from each rank."""
         parts = self.context.parts_read
         return x.unflatten(0, (self.tp_group.size(), parts, -1)).transpose(0, 1).flatten(0, 2) if parts > 1 else x
 
     def _rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of this layer's rotary pairs, [length, pairs]: columns of one table that all layers share."""
+        """Select cos and sin of this layer's rotary pairs, [length, pairs], from the table that all layers share."""
         c = self.config.hylo
         width = c.kv_channels if c.mla_rotary_pairs else c.qk_pos_emb_head_dim
-        table = rotary_table(width, c.rotary_base, c.mla_rope_scaling, length, self.rotary_pairs.device)
-        return tuple(part[:, self.rotary_pairs] for part in table) if c.mla_rotary_pairs else table
+        cos, sin = rotary_table(width, c.rotary_base, c.mla_rope_scaling, length, self.rotary_pairs.device)
+        return (cos[:, self.rotary_pairs], sin[:, self.rotary_pairs]) if c.mla_rotary_pairs else (cos, sin)

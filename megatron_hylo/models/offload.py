@@ -1,4 +1,4 @@
-"""A frozen model whose weights rest in the CPU's memory and visit the GPU layer by layer.
+"""Layer-wise CPU offload of a frozen model's weights.
 
 While one mixer or MLP computes, the next one's weights are copied on a stream of their own into the other of two buffers;
 norms, embedding and head stay. A copy of 8B weights takes a third of a second over PCIe, their forward pass of 65,536 tokens
@@ -14,7 +14,7 @@ ALIGNMENT = 256  # bytes, of each tensor in a buffer
 
 
 class OffloadedLayers:
-    """Takes the mixers' and MLPs' weights of a model to the CPU; they come back for their own forward passes alone.
+    """Offload the weights of a model's mixers and MLPs to the CPU; each is prefetched for its own forward pass.
 
     Args:
         model: frozen, on its device; forward passes without gradients only.
@@ -49,7 +49,7 @@ class OffloadedLayers:
             p.data = where[start : start + p.numel() * p.element_size()].view(p.dtype).view(p.shape)
 
     def _copy(self, number: int) -> None:
-        """Into its buffer, once what was there has been read."""
+        """Copy a unit's weights into its buffer, once the former content has been read."""
         half, home = number % 2, self.homes[number]
         if self.holds[half] == number:
             return
@@ -57,18 +57,20 @@ class OffloadedLayers:
         if self.stream is None:
             self.buffers[half][: len(home)] = home
             return
-        if self.read[half] is not None:
-            self.stream.wait_event(self.read[half])
+        if (read := self.read[half]) is not None:
+            self.stream.wait_event(read)
         with torch.cuda.stream(self.stream):
             self.buffers[half][: len(home)].copy_(home, non_blocking=True)
             self.copied[half] = self.stream.record_event()
 
     def _arrive(self, number: int) -> None:
         if torch.is_grad_enabled():
-            raise RuntimeError("weights that rest on the CPU are gone when a backward pass wants them; use torch.no_grad()")
+            raise RuntimeError("offloaded weights are gone when a backward pass needs them; use torch.no_grad()")
         self._copy(number)
         if self.stream is not None:
-            torch.cuda.current_stream().wait_event(self.copied[number % 2])
+            copied = self.copied[number % 2]
+            assert copied is not None  # by `_copy`, which records it
+            torch.cuda.current_stream().wait_event(copied)
         self._point(number, self.buffers[number % 2])
         if number + 1 < len(self.units):
             self._copy(number + 1)
@@ -85,7 +87,7 @@ def offloaded_units(model: HyloModel) -> list[nn.Module]:
 
 
 def _places(unit: nn.Module) -> list[int]:
-    """Where each parameter begins in a buffer, and where the last one ends: bytes."""
+    """Offsets of the parameters in a buffer, and of its end, in bytes."""
     places = [0]
     for p in unit.parameters():
         places.append(-(-(places[-1] + p.numel() * p.element_size()) // ALIGNMENT) * ALIGNMENT)

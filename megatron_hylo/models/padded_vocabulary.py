@@ -31,7 +31,7 @@ def padded_vocabulary(vocabulary: int, ranks: int) -> int:
 
 
 def own_rows(rows: int, vocabulary: int) -> tuple[int, int]:
-    """(global number of this rank's first row, how many of its `rows` are not padding)."""
+    """Global number of this rank's first row, and how many of its `rows` are not padding."""
     first = parallel_state.get_tensor_model_parallel_rank() * rows
     return first, min(rows, vocabulary - first)
 
@@ -44,7 +44,7 @@ def clear_padding(parameters: Iterable[Tensor], vocabulary: int) -> None:
 
 
 def without_padding(sharded: ShardedTensor, vocabulary: int) -> ShardedTensor | ShardedTensorFactory:
-    """How embedding or head, and what an optimizer keeps of it, is stored: [vocabulary, hidden], whatever the ranks.
+    """Describe embedding or head (or its optimizer state) as stored: [vocabulary, hidden], whatever the ranks.
 
     Args:
         sharded: this rank's rows, as Megatron-Core describes them; unchanged where no rank has padding.
@@ -56,7 +56,7 @@ def without_padding(sharded: ShardedTensor, vocabulary: int) -> ShardedTensor | 
     first, rows = own_rows(padded, vocabulary)
 
     def build(key: str, data: Tensor, replica: ReplicaId, flattened_range: slice | None) -> list[ShardedTensor]:
-        # pieces of different sizes are no regular grid, hence no `axis_fragmentations`
+        # shards of different sizes are no regular grid, hence no `axis_fragmentations`
         return [ShardedTensor(key, data[:rows], data.dtype, (rows, hidden), (vocabulary, hidden), (first, 0), None, replica)]
 
     def merge(stored: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layers that forget their activations in the forward pass and compute them again in the backward pass."""
+"""Layers with activation recomputation in the backward pass."""
 
 import functools
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from megatron_hylo.models.transformer_config import HyloTransformerConfig
 
 
 def is_recomputed(config: HyloTransformerConfig, symbol: str, hidden_states: Tensor) -> bool:
-    """Whether a layer of that symbol computes again what it makes of these; without a gradient of them it is not asked to."""
+    """Whether a layer of that symbol recomputes its activations; only where the hidden states need a gradient."""
     return hidden_states.requires_grad and symbol in config.recompute
 
 
 class _Recomputed(TransformerLayer):
     def forward(self, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, None]:
-        """As Megatron-Core's.
+        """Run the layer, recomputing its activations in the backward pass where the configuration says so.
 
-        Its checkpoint hands gradients to a layer's weights only where the input has one, too: the first layer of a model whose
-        embedding is frozen keeps its activations.
+        Megatron-Core's checkpoint hands gradients to a layer's weights only where the input has one, too: the first layer of
+        a model whose embedding is frozen keeps its activations.
         """
         forward = functools.partial(super().forward, **kwargs)
         symbol = self.config.hylo.mixers[(self.layer_number - 1) // 2] if self.layer_number % 2 else "-"
@@ -31,7 +31,7 @@ class _Recomputed(TransformerLayer):
         return forward(hidden_states)
 
     def _in_its_precision(self, forward: Callable[[Tensor], tuple[Tensor, None]], hidden_states: Tensor) -> tuple[Tensor, None]:
-        """The stack has left its FP8 context when the backward pass computes again; without FP8 it is none."""
+        """Enter the FP8 context again, which the stack has left when the backward pass recomputes."""
         with get_fp8_context(self.config):
             return forward(hidden_states)
 

@@ -35,7 +35,7 @@ logger = logging.getLogger("megatron_hylo.models")
 
 @dataclass(frozen=True)
 class Backend:
-    """Where linear maps and the MLP's SwiGLU come from."""
+    """Classes of the linear maps and of the MLP's SwiGLU."""
 
     name: str
     column_parallel_linear: Callable[..., torch.nn.Module]
@@ -97,7 +97,7 @@ class PatternMixer:
 
 
 def megatron_pattern(pattern: str) -> str:
-    """The pattern HybridModel is given: `*` for every mixer, since `PatternMixer` reads the model's own pattern.
+    """Pattern for Megatron-Core's HybridModel: `*` for every mixer, since `PatternMixer` reads the model's own pattern.
 
     HybridModel knows no other mixers than its own and refuses some of their mixtures.
     """

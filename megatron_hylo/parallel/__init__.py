@@ -1,1 +1,1 @@
-"""What ranks exchange inside a layer when the sequence is split over them."""
+"""Context parallelism inside layers, packed documents, and pipeline passes without a schedule."""

@@ -30,7 +30,7 @@ from megatron_hylo.parallel.documents import Packed, PackedDocuments, by_documen
 
 
 def sequence_slice(length: int) -> slice:
-    """Places of this rank's tokens in a sequence of `length`.
+    """Slice of this rank's tokens in a sequence of `length`.
 
     Raises:
         ConfigError: the context-parallel ranks do not divide the sequence.
@@ -42,7 +42,7 @@ def sequence_slice(length: int) -> slice:
 
 
 def sequence_shard(x: Tensor) -> Tensor:
-    """This rank's part of whole sequences: [batch, sequence] -> [batch, sequence / context-parallel ranks]."""
+    """Take this rank's part of whole sequences: [batch, sequence] -> [batch, sequence / context-parallel ranks]."""
     return x[:, sequence_slice(x.shape[1])].contiguous()
 
 
@@ -85,7 +85,7 @@ class ContextGroup:
         self.received_bytes = 0
 
     def exchange(self, *parts: tuple[Tensor, Iterable[int]]) -> list[Tensor]:
-        """Own tokens of all heads -> all tokens of own heads, in one message; unchanged without `a2a`.
+        """All-to-all from a sequence shard of all heads to the whole sequence of a head shard; identity without `a2a`.
 
         Args:
             parts: x [batch, sequence, sum of widths] and the widths of its sections; each section has its heads one after
@@ -104,13 +104,14 @@ class ContextGroup:
         return list(received.transpose(0, 1).flatten(1, 2).split([x.shape[-1] // self.size for x, _ in parts], -1))
 
     def heads_to_sequence(self, x: Tensor) -> Tensor:
-        """All tokens of own heads -> own tokens of all heads: [batch, ranks sequence, w] -> [batch, sequence, ranks w]."""
+        """All-to-all back from a head shard to a sequence shard: [batch, ranks sequence, w] -> [batch, sequence, ranks w]."""
         if not self.uses_all_to_all:
             return x
-        return self._all_to_all(x.unflatten(1, (self.size, -1)).transpose(0, 1)).permute(1, 2, 0, 3).flatten(2)
+        by_rank = x.unflatten(1, (self.size, -1)).transpose(0, 1)  # [ranks, batch, sequence, w]
+        return self._all_to_all(by_rank).permute(1, 2, 0, 3).flatten(2)
 
     def head_shard(self, x: Tensor, widths: Iterable[int] | None = None, dim: int = 0) -> Tensor:
-        """What belongs to own heads of a tensor or parameter whose dimension `dim` counts heads, in sections or as one."""
+        """Slice of this rank's heads out of dimension `dim` of a tensor or parameter, section by section."""
         if not self.uses_all_to_all:
             return x
         widths = list(widths) if widths is not None else [x.shape[dim]]
@@ -124,7 +125,7 @@ class ContextGroup:
 
     @property
     def parts_read(self) -> int:
-        """Of the sequence, by the queries that this rank computes with."""
+        """Number of sequence parts that this rank's queries attend to."""
         return self.size if self.uses_all_to_all else max(self.rank + 1, self.size - self.rank)
 
     def positions(self, length: int) -> slice:
@@ -132,7 +133,7 @@ class ContextGroup:
         return slice(0, length) if self.uses_all_to_all else slice(self.rank * length, (self.rank + 1) * length)
 
     def up_to_here(self, x: Tensor) -> Tensor:
-        """All parts that this rank's queries read: [sequence, batch, ...] of each rank -> [parts sequence, batch, ...]."""
+        """All-gather the parts that this rank's queries attend to: [sequence, batch, ...] -> [parts sequence, batch, ...]."""
         if self.size == 1:
             return x
         return self._gather(x)[: self.parts_read * len(x)]
@@ -145,7 +146,7 @@ class ContextGroup:
         key: Tensor,
         value: Tensor,
     ) -> Tensor:
-        """Causal attention of this rank's tokens, by all ranks in equal shares.
+        """Causal attention of this rank's tokens, balanced over the ranks.
 
         Where ranks have parts of the sequence, each computes the first half of its own queries and the second half of those of
         the rank as far from the other end.
@@ -163,7 +164,7 @@ class ContextGroup:
             return by_document(attention, documents, query, key, value)
         here, half = self.positions(query.shape[1]), query.shape[1] // 2
         stop = self.size * query.shape[1] - here.start  # where the other rank's part ends
-        own, theirs = query.split([query.shape[1] - half, half], 1)
+        own, theirs = query.split([query.shape[1] - half, half], 1)  # [batch, tokens / 2, heads, channels] each
         outs = []
         for part, queries in ((slice(here.start, here.stop - half), own), (slice(stop - half, stop), self._trade(theirs))):
             if documents is not None:
@@ -191,7 +192,7 @@ class ContextGroup:
                 f"convolution looks back; use fewer ranks or longer sequences"
             )
         *sections, end = _WithEnd.apply(count, *sections)
-        ends = self._gather(end.movedim(1, -1).unsqueeze(0))
+        ends = self._gather(end.movedim(1, -1).unsqueeze(0))  # [ranks, batch, all channels, count]
         return sections, torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])[self.rank]  # in the graph of every rank
 
     @property
@@ -200,19 +201,18 @@ class ContextGroup:
         return self.size > 1 and not self.uses_all_to_all
 
     def gather_affine_maps(self, transition: Tensor, increment: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
-        """What each rank's part does to the recurrent state; outside of any graph.
+        """All-gather each rank's affine map of the recurrent state; no gradient flows through it.
 
         Args:
-            transition: what this rank's tokens multiply states with from the left, [batch, heads, rows, rows] or
-                [batch, heads, 1, 1].
-            increment: what they add, [batch, heads, rows, columns].
+            transition: A of this rank's map S -> A S + B, [batch, heads, rows, rows] or [batch, heads, 1, 1].
+            increment: B, [batch, heads, rows, columns].
             backward: not counted in `received_bytes`.
 
         Returns:
             (transition, increment) of every rank.
         """
-        mine = torch.cat([transition.flatten(2), increment.flatten(2)], -1)
-        everyone = mine.new_empty(self.size * len(mine), *mine.shape[1:])
+        mine = torch.cat([transition.flatten(2), increment.flatten(2)], -1)  # [batch, heads, numbers of both]
+        everyone = mine.new_empty(self.size * len(mine), *mine.shape[1:])  # [ranks batch, heads, numbers]
         dist.all_gather_into_tensor(everyone, mine, group=self.group)
         self.received_bytes += 0 if backward else (self.size - 1) * mine.numel() * mine.element_size()
         sizes = [x[0, 0].numel() for x in (transition, increment)]
@@ -222,28 +222,28 @@ class ContextGroup:
         ]
 
     def _trade(self, x: Tensor) -> Tensor:
-        """What the rank as far from the other end of the sequence has in place of x."""
+        """Swap x with the rank as far from the other end of the sequence."""
         other = self.size - 1 - self.rank
         self.received_bytes += x.numel() * x.element_size() if other != self.rank else 0
         sizes = [len(x) if rank == other else 0 for rank in range(self.size)]
         return all_to_all(self.group, x.contiguous(), sizes, sizes)
 
     def _all_to_all(self, x: Tensor) -> Tensor:
-        """[ranks, ...], one for each rank -> [ranks, ...], one of each rank."""
+        """Exchange x [ranks, ...]: entry r goes to rank r, and comes back from it."""
         self.received_bytes += (self.size - 1) * x[0].numel() * x.element_size()
         return all_to_all(self.group, x.contiguous())
 
     def _gather(self, x: Tensor) -> Tensor:
-        """[n, ...] of each rank -> [ranks n, ...]; gradients are summed back."""
+        """All-gather [n, ...] of each rank to [ranks n, ...]; backward reduce-scatters the gradients."""
         self.received_bytes += (self.size - 1) * x.numel() * x.element_size()
         return gather_from_sequence_parallel_region(x.contiguous(), group=self.group)
 
 
 class _WithEnd(torch.autograd.Function):
-    """Sections [batch, sequence, width] and their last tokens, [batch, count, all channels], whose gradient is added where it
-    belongs: no zeros for all others.
+    """Return sections [batch, sequence, width] and their last tokens [batch, count, all channels].
 
-    That is done in place, so the gradient of a section must be nobody else's: one operation alone reads it.
+    Backward adds the last tokens' gradient into the sections' gradients in place, without a zero-filled copy; so exactly one
+    operation may read each section.
     """
 
     @staticmethod
@@ -252,7 +252,7 @@ class _WithEnd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *grads, grad_end = grads
-        for grad, end in zip(grads, grad_end.split([grad.shape[-1] for grad in grads], -1)):
+        *section_grads, grad_end = grads
+        for grad, end in zip(section_grads, grad_end.split([grad.shape[-1] for grad in section_grads], -1)):
             grad[:, -end.shape[1] :] += end
-        return None, *grads
+        return None, *section_grads

@@ -17,10 +17,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedDocuments:
-    """Where documents begin, and which tokens are this rank's; passed through the model as `packed_seq_params`.
+    """Document boundaries of a packed sequence and this rank's tokens; passed through the model as `packed_seq_params`.
 
     Args:
-        starts: int64 [n], ascending, first 0: places in the whole sequence.
+        starts: int64 [n], ascending, first 0: places in the whole sequence (`cu_seqlens` without its last entry).
         length: tokens of the whole sequence.
         part: this rank's tokens (context parallelism), without step.
     """
@@ -31,11 +31,11 @@ class PackedDocuments:
 
     @property
     def whole(self) -> "PackedDocuments":
-        """The same for a rank that has all tokens."""
+        """These documents as a rank with all tokens sees them."""
         return self.at(slice(0, self.length))
 
     def at(self, part: slice) -> "PackedDocuments":
-        """The same for other tokens, made once."""
+        """These documents with other tokens as this rank's, made once."""
         if (part.start, part.stop) not in self._others:
             self._others[part.start, part.stop] = replace(self, part=part)
         return self._others[part.start, part.stop]
@@ -52,17 +52,17 @@ class PackedDocuments:
 
     @cached_property
     def own_positions(self) -> Tensor:
-        """Of this rank's tokens: int64 [part]."""
+        """Place in its document of each of this rank's tokens: int64 [part]."""
         return self.positions[self.part]
 
     @cached_property
-    def begins(self) -> Tensor:
-        """Which of this rank's tokens are the first of a document: bool [part]."""
+    def reset_mask(self) -> Tensor:
+        """Mask of this rank's tokens that reset the recurrent state, the first of each document: bool [part]."""
         return self.own_positions == 0
 
     @cached_property
-    def pieces(self) -> list[tuple[slice, slice]]:
-        """Of each document that this rank has tokens of: those, counted from the part's start, and its keys so far."""
+    def attention_ranges(self) -> list[tuple[slice, slice]]:
+        """For each document on this rank: (its queries, counted from the part's start; its keys in the whole sequence)."""
         edges = [*self.starts.tolist(), self.length]
         found = []
         for start, stop in zip(edges, edges[1:]):
@@ -86,19 +86,21 @@ Packed = PackedDocuments | EqualWindows | None
 
 
 def batch_first(x: Tensor, packed: Packed) -> Tensor:
-    """[sequence, batch, c], or equal windows end to end, [batch * sequence, 1, c] -> [batch, sequence, c], a view."""
+    """View [sequence, batch, c], or equal windows end to end [batch * sequence, 1, c], as [batch, sequence, c]."""
     return x.unflatten(0, (packed.count, -1)).squeeze(2) if isinstance(packed, EqualWindows) else x.transpose(0, 1)
 
 
 def sequence_first(x: Tensor, packed: Packed) -> Tensor:
-    """The way back from `batch_first`, contiguous."""
+    """Undo `batch_first`: [batch, sequence, c] -> [sequence, batch, c] or [batch * sequence, 1, c], contiguous."""
     return x.flatten(0, 1).unsqueeze(1) if isinstance(packed, EqualWindows) else x.transpose(0, 1).contiguous()
 
 
 def by_document(
     attend: Callable[..., Tensor], documents: PackedDocuments | None, query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
-    """attend(query, key, value), document by document: tokens are dimension 1; all at once where nothing is packed."""
+    """Run attention document by document (tokens are dimension 1), or at once where nothing is packed."""
     if documents is None:
         return attend(query, key, value)
-    return torch.cat([attend(query[:, own], key[:, so_far], value[:, so_far]) for own, so_far in documents.pieces], dim=1)
+    return torch.cat(
+        [attend(query[:, own], key[:, so_far], value[:, so_far]) for own, so_far in documents.attention_ranges], dim=1
+    )

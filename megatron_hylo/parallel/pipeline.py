@@ -19,15 +19,15 @@ def through_stages(
     dtype: torch.dtype,
     where: torch.device,
 ) -> Tensor | None:
-    """Run this rank's chunks on one micro-batch, each on what the stage before it made.
+    """Run this rank's model chunks on one micro-batch, each on the output of the pipeline stage before it.
 
     Args:
         run: (chunk, what it receives; None on the first stage) -> what the next stage receives.
         virtual_stages: chunks of each rank.
-        shape, dtype, where: of what is handed on.
+        shape, dtype, where: shape, dtype and device of what one pipeline stage sends to the next.
 
     Returns:
-        What the last stage made, on its rank; None on others.
+        Output of the last pipeline stage, on its rank; None on others.
     """
     group = parallel_state.get_pipeline_model_parallel_group()
     rank, ranks = group.rank(), group.size()
@@ -46,13 +46,20 @@ def through_stages(
 
 
 def rank_shape(sequence: int, batch: int, width: int, sequence_parallel: bool) -> tuple[int, int, int]:
-    """[sequence, batch, width] of this rank's hidden states, `sequence` being its context-parallel part."""
+    """Shape [sequence, batch, width] of this rank's hidden states.
+
+    Args:
+        sequence: tokens of its context-parallel part.
+        batch: samples.
+        width: channels.
+        sequence_parallel: whether the tensor-parallel ranks split the sequence.
+    """
     parts = parallel_state.get_tensor_model_parallel_world_size() if sequence_parallel else 1
     return sequence // parts, batch, width
 
 
 def share_last_stages(value: Tensor) -> None:
-    """Put the last pipeline stage's `value` in place of every stage's."""
+    """Broadcast the last pipeline stage's `value` to all pipeline stages, in place."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         source = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(value, source, group=parallel_state.get_pipeline_model_parallel_group())

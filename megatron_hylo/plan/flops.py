@@ -5,7 +5,7 @@ import time
 import torch
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.config.mixers import MIXERS
+from megatron_hylo.config.mixers import get_mixer
 
 # Dense bf16 peaks, FLOP/s, by a word of the device's name (vendor data sheets).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -21,16 +21,20 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int, with_head
         config: the model.
         sequence_length: tokens of the sequence.
         with_head: count the output head.
+
+    Raises:
+        ConfigError: a mixer that has no description.
     """
     total = 2.0 * config.vocab_size * config.hidden_size if with_head else 0.0
     for symbol in config.mixers:
-        total += 2.0 * (MIXERS[symbol].parameters(config) + 3 * config.hidden_size * config.ffn_hidden_size)
-        total += MIXERS[symbol].sequence_flops(config, sequence_length)
+        mixer = get_mixer(symbol)
+        total += 2.0 * (mixer.parameters(config) + 3 * config.hidden_size * config.ffn_hidden_size)
+        total += mixer.sequence_flops(config, sequence_length)
     return total
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:
-    """(FLOP/s, where the number comes from): the data sheet's for a known GPU, a measured fp32 product for a CPU."""
+    """Peak FLOP/s and its source: the data sheet for a known GPU, else a measured product (fp32 on a CPU)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for word, rate in PEAK_FLOPS.items():

@@ -1,4 +1,4 @@
-"""How much memory a rank needs for training, predicted before the first step.
+"""Prediction of the memory that a rank needs for training, before the first step.
 
 Weights, gradients and optimizer state are exact. Activations are estimated from widths, for the kernels of a GPU: what a layer
 keeps for its backward pass, in numbers a token. Peaks of H100s and H200s (CP) beside what is predicted, stage `distil`, GiB:
@@ -25,11 +25,12 @@ and stage `align`, 1B, 262,144 tokens, all Gated DeltaNet; all Mamba2           
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from torch import nn
+from torch import Tensor
 
 from megatron_hylo.config import ModelConfig, recomputed_layers
 from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.offload import offloaded_units
 from megatron_hylo.teachers.signal import TeacherSignal
 
@@ -40,14 +41,14 @@ AROUND = 8  # tensors as wide as the model that live beside a layer in its backw
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one rank at the fullest moment of a step, bytes."""
+    """Memory of one rank at the fullest moment of a step, in bytes."""
 
     weights: float
     gradients: float
     optimizer: float
     teacher: float  # its weights, or its head alone
-    kept: float  # activations that wait for the backward pass
-    passing: float  # of what is computed with: a layer in its backward pass, a chunk of logits, the teacher's forward pass
+    kept: float  # activations kept for the backward pass
+    passing: float  # in use by the computation: a layer in its backward pass, a chunk of logits, the teacher's forward pass
 
     @property
     def total(self) -> float:
@@ -61,12 +62,12 @@ class Memory:
 
 def predict_memory(
     config: TrainConfig,
-    students: Sequence[Sequence[nn.Module]],
-    teacher: Sequence[nn.Module] | None,
+    students: Sequence[Sequence[HyloModel]],
+    teacher: Sequence[HyloModel] | None,
     teacher_signal: TeacherSignal | None,
     optimizer_shards: int,
 ) -> Memory:
-    """What this rank will need.
+    """Predict this rank's memory at the fullest moment of a step.
 
     Args:
         config: the run.
@@ -78,7 +79,7 @@ def predict_memory(
     parameters = [p for chunks in students for chunk in chunks for p in chunk.parameters()]
     trained = [p for p in parameters if p.requires_grad]
     count, wide = (sum(p.numel() for p in chosen) for chosen in (trained, [p for p in trained if p.element_size() == 4]))
-    theirs = [p for chunk in teacher or () for p in chunk.parameters()]
+    theirs: list[Tensor] = [p for chunk in teacher or () for p in chunk.parameters()]
     if teacher_signal is not None and (head := teacher_signal.head_weight()) is not None:
         theirs.append(head)
     theirs_shape = teacher[0].config.hylo if teacher else None
@@ -90,24 +91,24 @@ def predict_memory(
         weights=_bytes(parameters),
         gradients=GRADIENT * count,
         optimizer=optimizer,
-        teacher=_bytes(theirs) - (_resting(teacher) if config.teacher_offload else 0),
+        teacher=_bytes(theirs) - (_on_cpu(teacher) if teacher and config.teacher_offload else 0),
         kept=kept,
         passing=passing,
     )
 
 
-def _bytes(tensors: Sequence) -> float:
+def _bytes(tensors: Sequence[Tensor]) -> float:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _resting(teacher: Sequence[nn.Module]) -> float:
-    """Of weights that are on the CPU but for two layers' (models/offload.py)."""
+def _on_cpu(teacher: Sequence[HyloModel]) -> float:
+    """Bytes of the weights that `models/offload.py` keeps on the CPU: all but two layers'."""
     units = [[_bytes([*unit.parameters()]) for unit in offloaded_units(chunk)] for chunk in teacher]
     return sum(sum(sizes) - 2 * max(sizes) for sizes in units)
 
 
 def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | None) -> tuple[float, float]:
-    """(bytes that wait for the backward pass, bytes of what is computed with) at the fullest moment of a step.
+    """Activations at the fullest moment of a step: (bytes kept for the backward pass, bytes in use by the computation).
 
     Args:
         config: the run.
@@ -125,7 +126,9 @@ def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | No
         return 2 * tokens * number * h, max(layer, forward)
     again = recomputed_layers(config.recompute)
     numbers = [h if symbol in again else kept_numbers(ours, symbol, ranks) + h for symbol in symbols]
-    waiting = min(p.stages, config.micro_batches(1)) / p.stages  # a stage has its share of the layers, of so many micro-batches
+    waiting = (
+        min(p.pipeline_stages, config.micro_batches(1)) / p.pipeline_stages
+    )  # a stage has its share of the layers, of so many micro-batches
     kept = tokens * number * sum(numbers) * waiting
     models, vocabulary = 1 if config.stage == "pretrain" else 2, ours.vocab_size / ranks
     head = min(config.loss_chunk_tokens, tokens) * vocabulary * (4 * models + number)  # logits in fp32, their gradient

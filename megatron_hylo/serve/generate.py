@@ -1,5 +1,6 @@
 """Generation with a carried cache, out of a Megatron model folder, an exported Hugging Face folder or a GGUF file."""
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_hylo.io.foreign import load_foreign_model
 from megatron_hylo.io.gguf_file import gguf_file
 from megatron_hylo.platform.distributed import device, session
 
+logger = logging.getLogger("megatron_hylo.serve")
 PREFILL_TOKENS = 8192  # longer prompts are read in pieces of so many, to bound the memory of activations
 DECODE = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)  # cleaning up would drop spaces
 
@@ -138,6 +140,12 @@ def generate_text(
             f"the prompt holds {tokenizer.convert_ids_to_tokens(largest)!r}, id {largest} of the tokenizer of {path}, whose "
             f"model has {rows} (0 to {rows - 1}); leave it out, or use the tokenizer that the model was made with"
         )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] + max_new_tokens > longest:
+        logger.warning(
+            "%s was trained for %s tokens; the prompt's %s and %s new ones go past it, where quality may drop",
+            path, f"{longest:,}", f"{ids.shape[1]:,}", f"{max_new_tokens:,}",
+        )  # fmt: skip
     streamer = _Streamer(tokenizer, on_text)
     stop = model.generation_config.eos_token_id
     stop = tokenizer.eos_token_id if stop is None else stop

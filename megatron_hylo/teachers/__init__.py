@@ -1,1 +1,1 @@
-"""Where a teacher's hidden states come from: the same ranks, a store on disk, or another job."""
+"""Sources of a teacher's hidden states: a store on disk, or a job on other ranks."""

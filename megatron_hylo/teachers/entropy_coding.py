@@ -1,4 +1,4 @@
-"""Codes of hidden states as bytes: those expected to spread alike stand together, each lot with a Huffman table of its own.
+"""Entropy coding of hidden-state codes: codes of like expected spread are grouped, each group with its own Huffman table.
 
 Step and spread of a token and the levels of the axes (hidden_codec.py) tell how wide every code is expected to be: in
 proportion to 2^((level + g - s) / 4). In order of width, zigzag-coded, low bytes before high bytes, they are compressed with
@@ -18,7 +18,7 @@ _SETTINGS = zstandard.ZstdCompressionParameters.from_level(
 
 
 def compress_block(codes: np.ndarray, levels: np.ndarray) -> bytes:
-    """Codes int16 [tokens, 3 + H] and levels of the axes int16 [K, H] -> the bytes of a block."""
+    """Compress codes int16 [tokens, 3 + H] into a block of bytes, given the levels of the axes int16 [K, H]."""
     side = codes[:, :SIDE]
     widths = _widths(side, levels)
     order = np.argsort(widths, kind="stable")
@@ -35,7 +35,7 @@ def compress_block(codes: np.ndarray, levels: np.ndarray) -> bytes:
 
 
 def decompress_block(block: bytes, levels: np.ndarray) -> np.ndarray:
-    """What `compress_block` made with these levels -> codes int16 [tokens, 3 + H].
+    """Invert `compress_block`: the codes int16 [tokens, 3 + H] of a block made with these levels.
 
     Raises:
         zstandard.ZstdError: damaged.
@@ -51,7 +51,7 @@ def decompress_block(block: bytes, levels: np.ndarray) -> np.ndarray:
 
 
 def _widths(side: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Class, step and spread [tokens, 3] -> expected widths of all codes, uint8 [tokens * H], which numpy sorts in one pass."""
+    """Return the expected widths of all codes, uint8 [tokens * H] (one pass of numpy's sort), from class, step and spread."""
     kind, step, spread = side.T
     widths = levels[kind] + (spread - step)[:, None]
     return np.minimum(widths - widths.min(), 255).astype(np.uint8).ravel()

@@ -1,4 +1,4 @@
-"""The teacher's last hidden states in few bytes, with errors only where its output distribution hardly feels them.
+"""Lossy codec of a teacher's last hidden states that puts the error where it hardly changes the output distribution.
 
 A soft-max head turns an error e of a hidden state h into KL(p(h) || p(h + e)) = 1/2 e^T F(h) e + ..., with the Fisher matrix
 F(h) = W^T (diag p - p p^T) W of the head W. Of tokens that are alike, the mean F of the Fisher matrices and the covariance C
@@ -42,7 +42,7 @@ SIDE = 3  # columns before the codes: class, step and spread of the token
 
 
 class _Placed(NamedTuple):
-    """Tokens in their classes' axes."""
+    """Tokens expressed in the axes of their classes."""
 
     kind: Tensor  # class, int64 [n]
     sharp: Tensor  # f, fp64 [n]
@@ -52,7 +52,7 @@ class _Placed(NamedTuple):
 
 @dataclass
 class HiddenCodec:
-    """Codes of a token of class k: y = (h - mean_k) A_k^T over its step, rounded; h = mean_k + step y B_k^T.
+    """Codec of a token of class k: y = round((h - mean_k) A_k^T / step), decoded as h = mean_k + step y B_k^T.
 
     Three columns stand before the codes: the class; s, which makes the token's step `step` 2^(s/4); and g, with which an axis
     is expected to spread as 2^((level + g)/4), so that `code_blocks` knows what to compress together.
@@ -66,18 +66,18 @@ class HiddenCodec:
     least: float = 1.0  # sharpness below which steps are no longer
 
     def encode(self, hidden: Tensor, head: Tensor, chunk: int = 128) -> Tensor:
-        """[N, H] and the head [V, H] -> codes int16 [N, 3 + H]; what does not fit is cut (32,767 steps are far off)."""
+        """Encode [N, H], given the head [V, H], as int16 [N, 3 + H]; values beyond 32,767 steps are clipped."""
         return torch.cat([self.rounded(placed) for _, _, placed in self.place(hidden, head, chunk)])
 
     def rounded(self, placed: _Placed) -> Tensor:
-        """Codes int16 [n, 3 + H]."""
+        """Quantise one batch to codes int16 [n, 3 + H]."""
         sharp = placed.sharp.clamp(min=self.least)
         s, g = (-GRID / 2 * sharp.log2()).round(), (GRID / 2 * placed.energy.log2()).round()
         y = (placed.y / (self.step * torch.exp2(s / GRID))[:, None]).round().clamp(-LARGEST, LARGEST)
         return torch.cat([torch.stack([placed.kind, s, g], 1).short(), y.short()], 1)
 
     def place(self, hidden: Tensor, head: Tensor, chunk: int = 128) -> Iterator[tuple[Tensor, Tensor, _Placed]]:
-        """Puts tokens [N, H] in the classes that take fewest bits, given the head [V, H].
+        """Assign tokens [N, H] to the classes that take fewest bits, given the head [V, H].
 
         Yields:
             For `chunk` tokens after others p, fp32 [n, V]; p W, fp32 [n, H], of W less its mean row; and where they are placed.
@@ -99,7 +99,7 @@ class HiddenCodec:
             yield p, centre, _Placed(kind, sharp[kind, row], energy[kind, row], y[kind, row])
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Codes int16 [..., 3 + H] -> hidden states [..., H] in `dtype`, on the codes' device, computed in fp32."""
+        """Decode int16 [..., 3 + H] to hidden states [..., H] in `dtype`, on the codes' device, computed in fp32."""
         mean, back = self.mean.to(codes.device).float(), self.from_axes.to(codes.device).float()
         flat = codes.flatten(0, -2)
         y = self.step * torch.exp2(flat[:, 1:2].float() / GRID) * flat[:, SIDE:].float()
@@ -110,20 +110,20 @@ class HiddenCodec:
         return out.unflatten(0, codes.shape[:-1])
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a safetensors file."""
+        """Return the codec as named tensors for a safetensors file."""
         step = torch.tensor([self.step, self.least], dtype=torch.float64)
         return {"mean": self.mean, "to_axes": self.to_axes, "from_axes": self.from_axes, "levels": self.levels, "step": step}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "HiddenCodec":
-        """What `tensors` gave."""
+        """Rebuild a codec from the result of `tensors`."""
         step, least = tensors["step"].tolist()
         return cls(tensors["mean"], tensors["to_axes"], tensors["from_axes"], tensors["levels"], step, least)
 
 
 @torch.no_grad()
 def fit_codec(hidden: Tensor, head: Tensor, kl: float, chunk: int = 128) -> tuple[HiddenCodec, Tensor]:
-    """The codec for a mean KL of `kl` nats a token.
+    """Fit a codec to a mean KL of `kl` nats a token.
 
     Args:
         hidden: floating [N, H], N >= 4 H, of text like that to be stored, from many places: some 2,048 tokens, at most every
@@ -149,7 +149,7 @@ def fit_codec(hidden: Tensor, head: Tensor, kl: float, chunk: int = 128) -> tupl
 
 @torch.no_grad()
 def fit_axes(hidden: Tensor, head: Tensor, chunk: int = 128) -> HiddenCodec:
-    """Classes and axes for hidden states [N, H] and a head [V, H], with step 1."""
+    """Fit classes and axes to hidden states [N, H] and a head [V, H], with step 1."""
     width = hidden.shape[1]
     eye = torch.eye(width, dtype=torch.float64, device=hidden.device)[None]
     codec = HiddenCodec(0 * eye[:, 0], eye, eye, torch.zeros(1, width, dtype=torch.int16, device=hidden.device))
@@ -164,7 +164,7 @@ def fit_axes(hidden: Tensor, head: Tensor, chunk: int = 128) -> HiddenCodec:
 def _refit(
     codec: HiddenCodec, hidden: Tensor, head: Tensor, chunk: int, kinds: Tensor | None = None
 ) -> tuple[HiddenCodec, Tensor]:
-    """A codec of classes int64 [N], by default those that `codec` puts tokens in; and the tokens' sharpness there, fp64 [N]."""
+    """Fit a codec of classes int64 [N] (default: `codec`'s own choice); also returns the tokens' sharpness in it, fp64 [N]."""
     count = len(codec.mean) if kinds is None else int(kinds.max()) + 1
     weight, (vocabulary, width) = _centred(head), head.shape
     total, first = hidden.new_zeros(count, 1, dtype=torch.float64), hidden.new_zeros(count, width, dtype=torch.float64)
@@ -191,7 +191,7 @@ def _refit(
 
 
 def _axes(fisher: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and the levels of the axes that make both diagonal, in order of falling spread."""
+    """Return A, B and the levels of the axes that make both matrices diagonal, in order of falling spread."""
     values, vectors = torch.linalg.eigh(fisher)
     values = values.clamp(min=TINY * values[-1])
     root, inverse_root = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
@@ -224,12 +224,12 @@ def fit_step(codec: HiddenCodec, hidden: Tensor, head: Tensor, kl: float, chunk:
 
 
 def _centred(head: Tensor) -> Tensor:
-    """Rows less their mean, fp32 [V, H]: the same distributions, and no large numbers to subtract."""
+    """Subtract the mean row of a head, fp32 [V, H]: the distributions stay, large common terms go."""
     return head.float() - head.float().mean(0)
 
 
 def token_kl(hidden: Tensor, other: Tensor, head: Tensor, chunk: int = 128) -> Tensor:
-    """KL(p(hidden) || p(other)) of every token, p the soft-max of the head: [N, H] twice -> fp32 [N]."""
+    """Return KL(p(hidden) || p(other)) of every token, p the softmax of the head: [N, H] twice -> fp32 [N]."""
     weight, found = head.float(), []
     for ours, theirs in zip(hidden.float().split(chunk), other.float().split(chunk)):
         # sums in fp64: fp32 would round away what is below 1e-7

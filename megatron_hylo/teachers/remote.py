@@ -1,4 +1,4 @@
-"""A teacher on other ranks, for `distil --teacher_address HOST:PORT`: the student's side. serve_teacher.py is the other.
+"""Student side of a teacher that runs in another job (`--teacher_address HOST:PORT`); server.py is the teacher's side.
 
 Teacher and students are two torchrun worlds with parallel layouts of their own; no rank of the student holds the teacher, but
 its head. Each data-parallel replica of the student has one link, from its leader: first tensor- and context-parallel rank of
@@ -50,7 +50,7 @@ RETRY, MEETING = 0.5, 10.0  # seconds
 
 
 class RemoteTeacher:
-    """A `TeacherSignal` (signal.py) from a server.
+    """A `TeacherSignal` (signal.py) that a server answers.
 
     Args:
         address: "host:port" of `hylo serve-teacher`, or one for each copy of the teacher, parted by commas.
@@ -78,7 +78,7 @@ class RemoteTeacher:
         self.weight = self._head(vocabulary) if last else None
 
     def _agree(self) -> tuple[int, int, torch.dtype]:
-        """What the leaders know of the teacher, on all ranks: vocabulary, width, dtype."""
+        """Share the teacher's vocabulary, width and dtype, known to the leaders, with all ranks."""
         dtypes, about = list(DTYPES.values()), self.about
         known = [about["vocab_size"], about["hidden_size"], dtypes.index(DTYPES[about["dtype"]])] if about else [0, 0, 0]
         numbers = torch.tensor(known, device=self.device)
@@ -87,7 +87,7 @@ class RemoteTeacher:
         return vocabulary, width, dtypes[index]
 
     def _head(self, vocabulary: int) -> Tensor:
-        """This rank's rows; the leader gets all and hands them on."""
+        """Receive this rank's rows of the head; the leader receives all and scatters them."""
         if self.teacher is not None:
             whole = self.teacher.receive(HEAD, (vocabulary, self.width), self.sent_as).to(self.device)
         else:
@@ -98,18 +98,18 @@ class RemoteTeacher:
         return head_part(whole, self.tp).to(self.dtype)
 
     def head_weight(self) -> Tensor:
-        """[vocab / TP rounded up, H]."""
+        """Return this rank's rows of the head, [vocab / TP rounded up, H]."""
         assert self.weight is not None, "only the last pipeline stage has the head"
         return self.weight
 
     def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
-        """See `TeacherSignal`."""
+        """Implement `TeacherSignal.with_hidden`."""
         for batch in ahead(self._answers(batches), 1) if self.leads else batches:
             hidden = batch.pop("hidden", None)
             yield batch | {"teacher_hidden": functools.partial(self._share, hidden, tuple(batch["input_ids"].shape))}
 
     def _answers(self, batches: Iterator[dict]) -> Iterator[dict]:
-        """With "hidden" [sequence, micro batch, H] on the CPU; runs in a thread of its own."""
+        """Add "hidden" [sequence, micro batch, H] on the CPU to each batch; runs in its own thread."""
         assert self.teacher is not None  # on leaders only
         while self.asked:  # by an earlier iterator, which is over
             self._receive()
@@ -120,14 +120,14 @@ class RemoteTeacher:
                 yield self._receive()
 
     def _receive(self) -> dict:
-        """The oldest of the micro-batches asked for, answered."""
+        """Return the oldest requested micro-batch with its answer."""
         assert self.teacher is not None  # on leaders only
         windows, length = self.asked[0]["input_ids"].shape
         hidden = self.teacher.receive(HIDDEN, (length, windows, self.width), self.sent_as, pinned=self.device.type == "cuda")
         return self.asked.popleft() | {"hidden": hidden}
 
     def _share(self, hidden: Tensor | None, shape: tuple[int, int]) -> Tensor:
-        """This rank's part of what the leader has: [sequence / context-parallel ranks, micro batch, H]."""
+        """Scatter the leader's hidden states: this rank's [sequence / context-parallel ranks, micro batch, H]."""
         windows, length = shape
         part = torch.empty(length // self.cp.size(), windows, self.width, dtype=self.sent_as, device=self.device)
         if self.tp.rank() == 0:
@@ -145,7 +145,7 @@ class RemoteTeacher:
 
 
 class Connection:
-    """A student's connection to one copy of the teacher; whatever goes wrong is a ConfigError that names the teacher.
+    """A student's connection to one replica of the teacher; every failure is a ConfigError that names the teacher.
 
     Args:
         address: see `RemoteTeacher`.
@@ -166,7 +166,7 @@ class Connection:
             raise self._lost(error) from error
 
     def ask(self, ids: Tensor, starts: Tensor | None) -> None:
-        """For the hidden states of a micro-batch: ids [windows, length] int64, starts [documents] int64."""
+        """Request the hidden states of a micro-batch: ids [windows, length] int64, starts [documents] int64."""
         try:
             self.link.send(IDS, ids)
             self.link.send(STARTS, torch.zeros(0, dtype=torch.int64) if starts is None else starts)
@@ -175,7 +175,7 @@ class Connection:
             raise self._lost(error) from error
 
     def receive(self, kind: int, shape: Shape, dtype: torch.dtype, pinned: bool = False) -> Tensor:
-        """What the teacher sends next, which must be this."""
+        """Receive the teacher's next message, which must be of the expected kind, dtype and shape."""
         try:
             got, x = self.link.receive(lambda *message: message == (kind, shape, dtype) or _is_error(*message), pinned=pinned)
         except (GoneError, NotTheProtocolError) as error:
@@ -185,7 +185,7 @@ class Connection:
         return x
 
     def _said_last(self) -> None:
-        """Raise what the teacher said before it ended the connection, if it did."""
+        """Raise the reason that the teacher gave before it ended the connection, if it gave one."""
         try:
             while True:
                 kind, x = self.link.receive(lambda *_: True)
@@ -201,7 +201,7 @@ class Connection:
         )
 
     def _connect(self, host: str, port: int, secret: bytes | None) -> None:
-        """Meet the teacher, which may still be starting."""
+        """Connect to the teacher, which may still be starting."""
         self.where, end = shown((host, port)), time.monotonic() + self.wait
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Who may talk to a remote teacher: addresses, the shared secret, and how both sides prove that they have it.
+"""Access to a remote teacher: addresses, the shared secret, and the handshake in which both sides prove that they have it.
 
 The secret is in HYLO_TEACHER_SECRET, or in a file that HYLO_TEACHER_SECRET_FILE names; it never travels. Each side sends 32
 random bytes and answers with HMAC-SHA256 of both sides' bytes, first the student, then the teacher. What follows is neither
@@ -26,7 +26,7 @@ class RefusedError(ConfigError):
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """ "HOST:PORT", ":PORT" or "PORT" -> (host, port); 127.0.0.1 where no host is given.
+    """Parse "HOST:PORT", ":PORT" or "PORT" into (host, port); 127.0.0.1 where no host is given.
 
     Raises:
         ConfigError: no port of 1 to 65535.
@@ -34,13 +34,14 @@ def parse_address(address: str) -> tuple[str, int]:
     host, _, port = address.strip().rpartition(":")
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536) or ":" in host.strip("[]") and host[:1] != "[":
         raise ConfigError(
-            f"teacher address {address!r} must be HOST:PORT, e.g. node7:29600 or [::1]:29600, or a PORT of 127.0.0.1"
+            f"teacher address {address!r} must be HOST:PORT, e.g. node7:29600 or [::1]:29600, or a PORT of 127.0.0.1, "
+            f"with a port from 1 to 65535"
         )
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
 def replica_address(addresses: str, replica: int) -> tuple[str, int]:
-    """Where one copy of the teacher listens: its own of several addresses parted by commas, or the one's port + its number.
+    """Address of one replica: its own out of several separated by commas, or the only one with its index added to the port.
 
     Raises:
         ConfigError: fewer addresses than copies.
@@ -56,12 +57,12 @@ def replica_address(addresses: str, replica: int) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, as a socket gives it, is of this machine alone."""
+    """Whether an address, as a socket reports it, is reachable from this machine alone."""
     return ipaddress.ip_address(host.partition("%")[0]).is_loopback
 
 
 def read_secret() -> bytes | None:
-    """The shared secret of this process's environment.
+    """Read the shared secret from this process's environment.
 
     Raises:
         ConfigError: it is too short, given twice, or in a file that is missing or that others may read.
@@ -88,7 +89,7 @@ def read_secret() -> bytes | None:
 
 
 def resolve(host: str, port: int, secret: bytes | None) -> tuple[socket.AddressFamily, tuple[str, int]]:
-    """The one address to listen at.
+    """Resolve the one address to listen at.
 
     Raises:
         ConfigError: there is no such host, or it reaches beyond this machine and there is no secret.
@@ -107,7 +108,7 @@ def resolve(host: str, port: int, secret: bytes | None) -> tuple[socket.AddressF
 
 
 def listen(host: str, port: int, secret: bytes | None) -> socket.socket:
-    """A socket that listens at that address and no other.
+    """Open a socket that listens at that address and no other.
 
     Raises:
         ConfigError: the address cannot be had; see `resolve`.
@@ -124,7 +125,7 @@ def _unlistenable(host: str, port: int, error: OSError) -> ConfigError:
 
 
 def admit(link: Link, deadline: float, secret: bytes | None) -> None:
-    """The teacher's side of the meeting, over by a time of time.monotonic().
+    """Teacher's side of the handshake, with a deadline in time.monotonic() seconds.
 
     Raises:
         NotTheProtocolError: the other side speaks something else.
@@ -143,7 +144,7 @@ def admit(link: Link, deadline: float, secret: bytes | None) -> None:
 
 
 def introduce(link: Link, deadline: float, secret: bytes | None, where: str) -> None:
-    """The student's side of the meeting, over by a time of time.monotonic().
+    """Student's side of the handshake, with a deadline in time.monotonic() seconds.
 
     Args:
         where: the teacher's address, for messages.

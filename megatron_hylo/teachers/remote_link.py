@@ -27,7 +27,7 @@ class GoneError(ConnectionError):
 
 
 class NotTheProtocolError(ValueError):
-    """What came is nothing that may come there."""
+    """The received message is not one that the protocol allows there."""
 
 
 class Link:
@@ -48,7 +48,7 @@ class Link:
         self.peer = shown(sock.getpeername())
 
     def send(self, kind: int, x: Tensor) -> None:
-        """A CPU tensor of at most three dimensions; returns when the kernel has all of it."""
+        """Send a CPU tensor of at most three dimensions; returns when the kernel has all of it."""
         x = x.detach().contiguous()
         sizes = (*x.shape, 0, 0, 0)[:3]
         data = memoryview(x.view(-1).view(torch.uint8).numpy())
@@ -56,7 +56,7 @@ class Link:
         self.write(data)
 
     def send_text(self, kind: int, text: str) -> None:
-        """A text; what is too long is cut."""
+        """Send a text, truncated to the allowed length."""
         self.send(kind, torch.frombuffer(bytearray(text.encode()[:MOST_TEXT] or b" "), dtype=torch.uint8))
 
     def receive(
@@ -66,7 +66,7 @@ class Link:
         begin: float | None = None,
         pinned: bool = False,
     ) -> tuple[int, Tensor]:
-        """The next message: its kind and its tensor.
+        """Receive the next message: its kind and its tensor.
 
         Args:
             expected: (kind, shape, dtype) -> whether such a message may come now.
@@ -93,18 +93,18 @@ class Link:
         return kind, x
 
     def receive_text(self, within: float | None = None, begin: float | None = None) -> tuple[int, str]:
-        """The next message, which must be TEXT or ERROR; see `receive`."""
+        """Receive the next message, which must be TEXT or ERROR; see `receive`."""
         kind, x = self.receive(lambda kind, shape, dtype: kind in (TEXT, ERROR) and is_text(shape, dtype), within, begin)
         return kind, as_text(x)
 
     def read(self, count: int, deadline: float | None = None) -> bytes:
-        """Exactly so many bytes, by a time of time.monotonic()."""
+        """Read exactly that many bytes before a deadline in time.monotonic() seconds."""
         data = bytearray(count)
         self._fill(memoryview(data), deadline)
         return bytes(data)
 
     def write(self, data: bytes | memoryview, deadline: float | None = None) -> None:
-        """All of the bytes."""
+        """Write all of the bytes."""
         view, at = memoryview(data), 0
         while at < len(view):
             try:
@@ -148,7 +148,7 @@ class Link:
             pass
 
     def end(self) -> None:
-        """End both directions; whoever waits in another thread is told."""
+        """Shut down both directions; a thread that waits on the connection is woken with an error."""
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -161,7 +161,7 @@ def is_text(shape: Shape, dtype: torch.dtype) -> bool:
 
 
 def as_text(x: Tensor) -> str:
-    """A text of the other side, without what would disturb a terminal or a log."""
+    """Text of the other side without characters that would disturb a terminal or a log."""
     text = x.numpy().tobytes().decode(errors="replace")
     return "".join(c if c.isprintable() else " " for c in text)
 
@@ -171,6 +171,6 @@ def _reason(error: OSError) -> str:
 
 
 def shown(address: tuple) -> str:
-    """A socket address as host:port."""
+    """Format a socket address as host:port."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,4 +1,4 @@
-"""What a teacher's leading rank does with connections: lets students in, reads their requests, sends answers.
+"""Connections of a teacher's leading rank: accepts students, reads their requests, sends answers.
 
 Each connection has a thread that reads and one that sends, so that none waits for another and sending overlaps with
 computing. Requests are checked here, before the model sees them; whoever sends anything else is told and let go.
@@ -41,7 +41,7 @@ QUIET = 10.0  # seconds between log lines about strangers
 
 @dataclass(frozen=True)
 class Limits:
-    """What the teacher can compute."""
+    """Limits and sizes of the teacher that requests are checked against."""
 
     vocabulary: int
     tokens: int  # of a micro-batch
@@ -58,7 +58,7 @@ class Request:
 
 
 class Student:
-    """One connection after its meeting."""
+    """One connection after its handshake."""
 
     def __init__(self, link: Link, who: str) -> None:
         self.link, self.name = link, f"{link.peer} ({who})"
@@ -68,15 +68,15 @@ class Student:
         self.sender: threading.Thread | None = None
 
     def answer(self, hidden: Tensor) -> None:
-        """Give [length, windows, H] on the CPU to the thread that sends."""
+        """Queue [length, windows, H] on the CPU for the sending thread."""
         self.answers.put((HIDDEN, hidden))
 
     def refuse(self, why: str) -> None:
-        """Say why, after what is still to be sent, and end."""
+        """Send the reason, after the answers still queued, and close."""
         self.answers.put((ERROR, why))
 
     def send_answers(self) -> None:
-        """Runs in a thread of its own until the student leaves or is refused."""
+        """Serve the student until it leaves or is refused; runs in its own thread."""
         try:
             while (message := self.answers.get()) is not None:
                 kind, content = message
@@ -125,7 +125,7 @@ class Listener:
         )
 
     def next(self, seconds: float) -> Request | None:
-        """A request of a student that is still there, or None after so long."""
+        """Return the next request of a connected student, or None after the timeout."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -137,7 +137,7 @@ class Listener:
         return None
 
     def close(self) -> None:
-        """Let nobody in any more, and everybody go."""
+        """Stop accepting students and close all connections."""
         self._closed = True
         self.sock.shutdown(socket.SHUT_RDWR)  # wakes who accepts
         self.sock.close()
@@ -164,7 +164,7 @@ class Listener:
             threading.Thread(target=self._serve, args=(link,), name=f"student {link.peer}", daemon=True).start()
 
     def _serve(self, link: Link) -> None:
-        """One connection from beginning to end; no error of it leaves this thread."""
+        """Handle one connection from accept to close; none of its errors leaves this thread."""
         student = None
         try:
             student = self._meet(link)

@@ -1,4 +1,4 @@
-"""`hylo serve-teacher`: a frozen teacher that answers students of another torchrun world. remote_teacher.py is their side.
+"""`hylo serve-teacher`: a frozen teacher that answers students of another torchrun job; remote.py is the student's side.
 
 Each copy of the teacher (its tensor- and context-parallel ranks) has an address of its own, at which its leading rank lets
 students in (remote_listener.py). One request after another is told to all ranks of the copy and computed by them: token ids
@@ -76,7 +76,7 @@ def serve_teacher(
 
 
 class Replica:
-    """This rank's part of one copy of the teacher.
+    """This rank's part of one replica of the teacher.
 
     Args:
         model: the teacher.
@@ -120,11 +120,11 @@ class Replica:
                 self.listener.close()
 
     def _interrupted(self, *_: Any) -> None:
-        """The leader stops between two requests, and tells the others."""
+        """Stop the leader between two requests; it tells the other ranks."""
         self.stopped = True
 
     def _lead(self, runs: int | None) -> bool:
-        """One request, or a turn without one; False when serving is over."""
+        """Answer one request, or none in this turn; False when serving is over."""
         assert self.listener is not None  # on leaders only
         turn = time.monotonic() + TURN
         request = None
@@ -148,7 +148,7 @@ class Replica:
         return True
 
     def _follow(self) -> bool:
-        """What the leader tells; False when serving is over."""
+        """Follow the leader's command; False when serving is over."""
         kind, windows, length, count = self._tell(IDLE).tolist()
         if kind in (PACKED, WHOLE):
             ids, starts = (torch.empty(shape, dtype=torch.int64) for shape in ((windows, length), (count,)))
@@ -156,7 +156,7 @@ class Replica:
         return kind != STOP
 
     def _tell(self, kind: int, *sizes: int) -> Tensor:
-        """What all ranks of the copy do next, by its leader: kind, windows, tokens, documents."""
+        """Broadcast the leader's command to all ranks of the replica: kind, windows, tokens, documents."""
         return self._from_leader(torch.tensor([kind, *sizes, *[0] * (3 - len(sizes))], device=self.device))
 
     def _from_leader(self, x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class Replica:
         return x
 
     def _hidden(self, ids: Tensor, starts: Tensor | None) -> Tensor:
-        """Last hidden states of the leader's request, on all ranks of the copy: [length, windows, H]."""
+        """Compute the last hidden states of the leader's request on all ranks of the replica: [length, windows, H]."""
         length, documents = ids.shape[1], None
         ids = self._from_leader(ids.to(self.device))
         if starts is not None:
@@ -175,7 +175,7 @@ class Replica:
             return self._whole(self.model(sequence_shard(ids), documents))
 
     def _whole(self, hidden: Tensor) -> Tensor:
-        """All tokens of all ranks, [sequence, windows, H]."""
+        """Gather all tokens of all ranks, [sequence, windows, H]."""
         if self.model.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp)
         if self.cp.size() == 1:

@@ -1,4 +1,4 @@
-"""What training asks of a teacher that is not on its ranks: on disk (teacher_store.py), or on others (remote_teacher.py)."""
+"""Interface of a teacher that is not on the training ranks: on disk (store.py), or in another job (remote.py)."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -9,13 +9,14 @@ from megatron_hylo.data.packed import PackedDataset
 
 
 class TeacherSignal(Protocol):
-    """Last hidden states for the head loss, and the head. A model of the same ranks is used as it is."""
+    """Supplies last hidden states and the head for the head loss. A model on the same ranks is used directly instead."""
 
     config: Any  # config.hylo.vocab_size; config.sequence_parallel is False: every tensor-parallel rank has all tokens
 
     def head_weight(self) -> Tensor:
-        """This rank's rows of the head, [vocab / TP rounded up, H]; rows after the vocabulary's are padding."""
+        """Return this rank's rows of the head, [vocab / TP rounded up, H]; rows after the vocabulary's are padding."""
 
     def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
-        """The same micro-batches of whole sequences, each with "teacher_hidden": a function that all ranks of a replica call,
-        which returns what this rank needs, [sequence / context-parallel ranks, micro batch, H] on its device."""
+        """Yield the same micro-batches, each with "teacher_hidden", a function that all ranks of a replica call.
+
+        It returns this rank's part of the hidden states, [sequence / context-parallel ranks, micro batch, H] on its device."""

@@ -49,6 +49,7 @@ from megatron_hylo.io import (
 from megatron_hylo.io.identity import content_identity, file_identity, is_made_of
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.checks import require_finite, warn_beyond_context
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import sequence_shard
 from megatron_hylo.platform.distributed import is_main
@@ -99,25 +100,35 @@ def write_store(
     """
     check_free(output, overwrite, [teacher, data])
     overlap = sequence_length // 2 if overlap is None else overlap
+    if kl <= 0 or sequence_length < 1 or micro_batch_size < 1:
+        raise ConfigError(
+            f"--kl must be above 0, --sequence_length and --micro_batch_size at least 1, got {kl}, {sequence_length} and "
+            f"{micro_batch_size}"
+        )
     if not 0 <= overlap < sequence_length:
         raise ConfigError(f"overlap {overlap} must be at least 0 and below sequence_length {sequence_length}")
-    if parallel is not None and (parallel.stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1):
+    if parallel is not None and (
+        parallel.pipeline_stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1
+    ):
         raise ConfigError("cache-teacher works with tensor and data parallelism alone; set the other sizes to 1")
     documents = DocumentStore(f"{data}/train")
-    check_dataset(data, teacher, read_description(teacher)[0].vocab_size)
+    config = read_description(teacher)[0]
+    check_dataset(data, teacher, config.vocab_size)
+    warn_beyond_context(config, sequence_length, teacher)
     model = load_model(teacher, parallel, params_dtype=precision).eval()
+    require_finite(model, teacher)
     description = {
         "version": VERSION, "teacher": content_identity(teacher), "dataset": dataset_identity(data), "tokens": documents.tokens,
         "kl": kl, "sequence_length": sequence_length, "overlap": overlap, "precision": str(precision).split(".")[1],
     }  # fmt: skip
     work = staging_directory(Path(output), "shards", "key", description)
-    reader = SegmentReader(model, documents, sequence_length, overlap, micro_batch_size)
+    reader = SegmentReader(model, documents, sequence_length, overlap, micro_batch_size, track)
     _make_codec(reader, work, kl)
     tensors = _tensors(work)
     codec, head = HiddenCodec.from_tensors(tensors), tensors["head"]
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     shards = -(-documents.tokens // SHARD)
-    for shard in track(list(range(rank, shards, ranks)), "shards"):
+    for shard in track(range(rank, shards, ranks), "cache the teacher"):
         if not (work / f"{shard:05d}.json").is_file():
             codes = codec.encode(reader.hidden(shard * SHARD, min((shard + 1) * SHARD, documents.tokens)), head)
             if parallel_state.get_tensor_model_parallel_rank() == 0:
@@ -142,19 +153,22 @@ def write_store(
 
 
 class SegmentReader:
-    """The teacher's last hidden states of any range of the dataset's tokens."""
+    """Reader of the teacher's last hidden states for any range of the dataset's tokens."""
 
-    def __init__(self, model: HyloModel, documents: DocumentStore, length: int, overlap: int, batch: int) -> None:
+    def __init__(
+        self, model: HyloModel, documents: DocumentStore, length: int, overlap: int, batch: int, track: Track = no_progress
+    ) -> None:
         self.model, self.documents, self.length, self.overlap, self.batch = model, documents, length, overlap, batch
+        self.track = track
         self.starts = np.concatenate([[0], np.cumsum(documents.lengths)])
 
     @torch.no_grad()
     def hidden(self, start: int, stop: int) -> Tensor:
-        """Of tokens [start, stop) in the dataset's order: [tokens, H]."""
+        """Return the hidden states of tokens [start, stop) in the dataset's order: [tokens, H]."""
         where = next(self.model.parameters()).device
         segments = sorted(self._segments(start, stop), key=lambda s: s[2] - s[1])  # alike lengths together
         out: Tensor | None = None
-        for i in range(0, len(segments), self.batch):
+        for i in self.track(range(0, len(segments), self.batch), "segments"):
             group = segments[i : i + self.batch]
             ids = torch.zeros(len(group), max(end - begin for _, begin, end, *_ in group), dtype=torch.int64)
             for row, (document, begin, end, *_) in enumerate(group):
@@ -168,7 +182,7 @@ class SegmentReader:
         return out
 
     def _segments(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
-        """(document, first token read, end, first token kept) of what covers a range, each token kept once."""
+        """List segments (document, first token read, end, first token kept) that cover a range, each token kept once."""
         found, stride = [], self.length - self.overlap
         document = int(np.searchsorted(self.starts, start, side="right")) - 1
         while document < len(self.documents.lengths) and self.starts[document] < stop:
@@ -185,7 +199,7 @@ class SegmentReader:
 
 
 def _make_codec(reader: SegmentReader, work: Path, kl: float) -> None:
-    """codec.safetensors and fit.json, from tokens spread over the whole dataset."""
+    """Fit the codec on tokens spread over the whole dataset; writes codec.safetensors and fit.json."""
     if not (work / "fit.json").is_file():
         model, group = reader.model, parallel_state.get_tensor_model_parallel_group()
         head = whole_head(model.head_weight(), model.config.hylo.vocab_size, group)
@@ -200,11 +214,11 @@ def _make_codec(reader: SegmentReader, work: Path, kl: float) -> None:
 
 
 def fit_sample(reader: SegmentReader) -> Tensor:
-    """Last hidden states to fit a codec on, from the whole dataset: [tokens, H]."""
+    """Sample last hidden states from the whole dataset to fit a codec on: [tokens, H]."""
     wanted, total = FIT_TOKENS_PER_CHANNEL * reader.model.head_weight().shape[1], reader.documents.tokens
     pieces, size = min(-(-wanted // FIT_PIECE), max(1, total // FIT_PIECE)), min(FIT_PIECE, total)
     places = [i * (total - size) // max(1, pieces - 1) for i in range(pieces)]
-    return torch.cat([reader.hidden(place, place + size) for place in places])
+    return torch.cat([reader.hidden(place, place + size) for place in reader.track(places, "fit the codec")])
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -212,7 +226,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _write_shard(path: Path, codes: np.ndarray, levels: np.ndarray) -> None:
-    """Codes int16 [tokens, 3 + H], levels of axes -> PATH.bin, then PATH.json, whose presence says that both are whole."""
+    """Write codes int16 [tokens, 3 + H] to PATH.bin, then PATH.json, whose presence says that both are complete."""
     edges = [0]
     partial = path.with_suffix(".tmp")
     with open(partial, "wb") as file:
@@ -226,12 +240,12 @@ def _write_shard(path: Path, codes: np.ndarray, levels: np.ndarray) -> None:
 
 
 def dataset_identity(data: str | Path) -> dict[str, Any]:
-    """Which tokens entries belong to, and where documents begin and end."""
+    """Hashes of the tokens and document boundaries that a store's entries belong to."""
     return {"index_sha256": file_identity(data, "train.idx"), "tokens_sha256": file_identity(data, "train.bin")}
 
 
 class TeacherStore:
-    """Reads a store.
+    """Reader of a teacher store.
 
     Args:
         path: made by `hylo cache-teacher`.
@@ -270,7 +284,7 @@ class TeacherStore:
         self._open = functools.lru_cache(maxsize=64)(self._map)
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
-        """Codes of tokens [start, start + length) of a document: int16 [length, 3 + H].
+        """Return the codes of tokens [start, start + length) of a document: int16 [length, 3 + H].
 
         Raises:
             DamagedError: a block that is not what was written; names it.
@@ -302,7 +316,7 @@ class TeacherStore:
 
 
 class StoredTeacher:
-    """What the head loss asks of a teacher, out of a store: this rank's rows of the head."""
+    """A `TeacherSignal` out of a store, with this rank's rows of the head."""
 
     def __init__(self, store: TeacherStore, dtype: torch.dtype) -> None:
         self.store, self.dtype = store, dtype
@@ -311,17 +325,17 @@ class StoredTeacher:
         self.config = SimpleNamespace(sequence_parallel=False, hylo=SimpleNamespace(vocab_size=len(store.head)))
 
     def head_weight(self) -> Tensor:
-        """[vocab / TP rounded up, H]."""
+        """Return this rank's rows of the head, [vocab / TP rounded up, H]."""
         return self.weight
 
     def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
-        """See `TeacherSignal`; the store is read in a thread, some micro-batches ahead."""
+        """Implement `TeacherSignal.with_hidden`; a thread reads the store some micro-batches ahead."""
         for batch in ahead(self._with_codes(batches, dataset)):
             codes = batch.pop("codes").reshape(*batch["input_ids"].shape, -1)
             yield batch | {"teacher_hidden": functools.partial(self._hidden, codes)}
 
     def _with_codes(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
-        """With "codes" int16 [windows, sequence, 3 + H] of all input tokens, as the store has them."""
+        """Add "codes" int16 [windows, sequence, 3 + H] of all input tokens to each batch, as stored."""
         for batch in batches:
             rows = []
             for window in batch["windows"].tolist():

@@ -20,6 +20,7 @@ from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.io import output_lock, read_json, write_json
+from megatron_hylo.io.provenance import made_by
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.models.checkpoint import load_chunks, read_description, save_model
 from megatron_hylo.models.fp8 import check_fp8
@@ -106,8 +107,8 @@ def train(config: TrainConfig) -> Quality | None:
         states = [build_training_state(student, config) for student in students]
         sources = (config.model or config.scratch, config.second_model)
         provenances = [
-            {"stage": config.stage, "model": m, "teacher": config.teacher or config.teacher_store or config.teacher_address,
-             "train_steps": config.train_steps}
+            made_by("train", {"model": m, "teacher": config.teacher or config.teacher_store or config.teacher_address,
+                              "data": config.data}, stage=config.stage, train_steps=config.train_steps, seed=config.seed)
             for m in sources[: len(states)]
         ]  # fmt: skip
         tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
@@ -253,7 +254,7 @@ def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def _build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], list[HyloModel] | None]:
     """(the students, the teacher), each this rank's chunks of it; the teacher's layers are where the student's are."""
     architecture, dtype = _architectures(config)[0], _dtype(config)
-    layers = pipeline_layers(architecture, config.parallel.stages, config.parallel.pipeline_layers)
+    layers = pipeline_layers(architecture, config.parallel.pipeline_stages, config.parallel.pipeline_layers)
     shared = dict(parallel=replace(config.parallel, pipeline_layers=layers), params_dtype=dtype, backend=config.backend)
     how = dict(recompute=config.recompute, fp8=config.student_fp8)
     changes = {"mla_rope_scaling": config.mla_rope_scaling} if config.mla_rope_scaling else {}

@@ -56,7 +56,7 @@ class Stage:
         (state,) = states
         run, packed = get_forward_backward_func(), self.config.packed_documents
         # the teacher's hidden states make what stages hand on wider than Megatron-Core expects; so it asks for shapes
-        state.config.variable_seq_lengths = self.teacher is not None and self.config.parallel.stages > 1
+        state.config.variable_seq_lengths = self.teacher is not None and self.config.parallel.pipeline_stages > 1
         taken = list(itertools.islice(batches, micro_batches))
         ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
         counts = mean_counts([batch["labels"] for batch in taken], ranks)
@@ -168,7 +168,7 @@ class Align(Stage):
         """Sums over layers, of all stages; means over micro-batches, whose chunks' losses are given."""
         terms = sum(loss.layers.sum(dim=0) for chunks in losses for loss in chunks) / len(losses)
         total = sum(loss.loss for chunks in losses for loss in chunks) / len(losses)
-        groups = [parallel_state.get_pipeline_model_parallel_group()] if self.config.parallel.stages > 1 else []
+        groups = [parallel_state.get_pipeline_model_parallel_group()] if self.config.parallel.pipeline_stages > 1 else []
         if self.config.parallel.sequence_parallel:  # each tensor-parallel rank summed its own tokens
             groups.append(parallel_state.get_tensor_model_parallel_group())
         for group in groups:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.config.mixers import LINEAR_SYMBOLS, get_mixer
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, get_mixer
 from megatron_hylo.config.tensor_names import Shape, layer_tensor_names, tensor_names
 from megatron_hylo.initialise.registry import CalibrationStatistics, get_initialiser
 
@@ -63,15 +63,17 @@ def upcycle_state(
         ConfigError: at once, if teacher and student do not fit or the initialiser is unknown; while iterating, if a
             tensor has another shape than its configuration says or a mixer's dimensions do not suit the initialiser.
     """
-    if set(teacher_config.mixers) != {"*"}:
+    if not teacher_config.is_transformer:
         raise ConfigError(
             f"the teacher must be attention `*` in every layer, its pattern is {teacher_config.hybrid_layer_pattern!r}"
         )
     _check_same(teacher_config, student_config, _BACKBONE, "a student keeps its teacher's backbone")
-    if "*" in student_config.mixers:
+    if ATTENTION_SYMBOL in student_config.mixers:
         _check_same(teacher_config, student_config, _ATTENTION, "a layer that stays attention `*` is copied")
     _check_head(teacher_config, student_config)
-    initialisers = {symbol: get_initialiser(initialiser, symbol) for symbol in sorted(set(student_config.mixers) - {"*"})}
+    initialisers = {
+        symbol: get_initialiser(initialiser, symbol) for symbol in sorted(set(student_config.mixers) - {ATTENTION_SYMBOL})
+    }
 
     def layer_tensors(layer: int) -> Iterator[tuple[str, Tensor]]:
         symbol, prefix = student_config.mixers[layer], f"model.layers.{layer}."
@@ -115,17 +117,17 @@ def assemble_state(
         ConfigError: at once, if one of the models does not fit the target or the target has an attention layer `*`;
             while iterating, if a tensor has another shape than its configuration says.
     """
-    if "*" in target_config.mixers:
-        layer = target_config.mixers.index("*")
+    sources = {MLA_SYMBOL: mla} | {symbol: linear for symbol in LINEAR_SYMBOLS}
+    if ATTENTION_SYMBOL in target_config.mixers:
+        layer = target_config.mixers.index(ATTENTION_SYMBOL)
         raise ConfigError(
-            f"layer {layer} of the target is attention `*`; assembled models have `+` or one of {LINEAR_SYMBOLS} in every layer"
+            f"layer {layer} of the target is attention `*`; assembled models have one of {' '.join(sources)} in every layer"
         )
     for source in (mla, linear, base):
         _check_same(source.config, target_config, _BACKBONE, "all assembled models share one backbone")
     _check_head(base.config, target_config)
-    sources = {"+": mla} | dict.fromkeys(LINEAR_SYMBOLS, linear)
     for layer, symbol in enumerate(target_config.mixers):
-        has, what = sources[symbol].config, "MLA" if symbol == "+" else "linear"
+        has, what = sources[symbol].config, "MLA" if symbol == MLA_SYMBOL else "linear"
         if has.mixers[layer] != symbol:
             raise ConfigError(f"layer {layer} of the target is `{symbol}`, but of the {what} model it is `{has.mixers[layer]}`")
         wanted, found = get_mixer(symbol).tensors(target_config), get_mixer(symbol).tensors(has)
@@ -152,7 +154,7 @@ def attention_tensors(read: Read, config: ModelConfig, layer: int) -> dict[str, 
     """
     return {
         name.removeprefix("self_attn."): _checked(read, f"model.layers.{layer}.{name}", shape)
-        for name, shape in get_mixer("*").tensors(config).items()
+        for name, shape in get_mixer(ATTENTION_SYMBOL).tensors(config).items()
     }
 
 

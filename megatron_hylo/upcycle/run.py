@@ -12,7 +12,7 @@ from megatron_hylo.calibrate.solve import LayerError, solve_outputs
 from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.layouts import expand_pattern, get_layout, hybrid_config
-from megatron_hylo.config.mixers import LINEAR_SYMBOLS
+from megatron_hylo.config.mixers import LINEAR_SYMBOLS, MLA_SYMBOL
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_hf import hf_tensors
 from megatron_hylo.convert.to_megatron import fill_model
@@ -21,6 +21,7 @@ from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.initialise.calibrated_mla import choose_rotary_pairs
 from megatron_hylo.io import check_free
 from megatron_hylo.io.progress import Track, no_progress
+from megatron_hylo.io.provenance import made_by
 from megatron_hylo.kernels.registry import untuned
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
@@ -88,11 +89,11 @@ def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> Upcyc
         check_dataset(calibration, teacher)
     model = load_model(teacher, backend="local")
     source = dict(hf_tensors(model))
-    if calibrated and settings.rotary != "table" and "+" in config.mixers:
+    if calibrated and settings.rotary != "table" and MLA_SYMBOL in config.mixers:
         assert statistics is not None
         span = statistics.description["sequence_length"]
         pairs: list[tuple[int, ...]] = [()] * config.num_hidden_layers
-        for layer in (i for i, symbol in enumerate(config.mixers) if symbol == "+"):
+        for layer in (i for i, symbol in enumerate(config.mixers) if symbol == MLA_SYMBOL):
             attention = attention_tensors(source.__getitem__, teacher_config, layer)
             pairs[layer] = choose_rotary_pairs(attention, config, teacher_config, statistics[layer], settings.rotary, span)
         config = config.replace(mla_rotary_pairs=pairs)
@@ -107,8 +108,8 @@ def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> Upcyc
         with untuned():
             if calibrated:
                 report.errors = solve_outputs(student, model, windows, settings.sequential, settings.mlps, track)
-            report.quality, report.teacher_quality = (evaluate(m, heldout, model, size) for m in (student, model))
-    provenance = asdict(settings)
+            report.quality, report.teacher_quality = (evaluate(m, heldout, model, size, track=track) for m in (student, model))
+    provenance = made_by("upcycle", {"teacher": teacher, "calibration": calibration}, **asdict(settings))
     if calibrated:
         assert statistics is not None
         provenance["calibration_tokens"] = statistics.description["tokens"]
@@ -144,12 +145,12 @@ def assemble_folder(
         check_same_vocabulary(folder, base)
     mla_model, linear_model, base_model = (load_model(p, backend="local") for p in (mla, linear, base))
     mla_config, linear_config = mla_model.config.hylo, linear_model.config.hylo
-    if set(mla_config.mixers) != {"+"} or set(linear_config.mixers) not in map(set, LINEAR_SYMBOLS):
+    if set(mla_config.mixers) != {MLA_SYMBOL} or set(linear_config.mixers) not in map(set, LINEAR_SYMBOLS):
         raise ConfigError(
             f"assemble needs a pure-MLA and a pure-linear model, got {mla_config.mixers} and {linear_config.mixers}"
         )
     mixers = expand_pattern(pattern, mla_config.num_hidden_layers)
-    if not set(mixers) <= {"+", linear_config.mixers[0]}:
+    if not set(mixers) <= {MLA_SYMBOL, linear_config.mixers[0]}:
         raise ConfigError(
             f"pattern {pattern} asks for mixers that neither model has: {mla_config.mixers[0]}, {linear_config.mixers[0]}"
         )
@@ -160,7 +161,8 @@ def assemble_folder(
     state = dict(assemble_state(of_mla, of_linear, of_base, config, track))
     student = build_model(config, params_dtype=mla_model.config.params_dtype, backend="local")
     _fill(student, state)
-    _save(student, output, Path(base), {"mla": str(mla), "linear": str(linear), "base": str(base)}, overwrite)
+    provenance = made_by("assemble", {"mla": mla, "linear": linear, "base": base}, pattern=pattern)
+    _save(student, output, Path(base), provenance, overwrite)
     return config
 
 

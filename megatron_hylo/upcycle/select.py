@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import uniform_mixers
-from megatron_hylo.config.mixers import LINEAR_SYMBOLS
+from megatron_hylo.config.mixers import LINEAR_SYMBOLS, MLA_SYMBOL
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.tokenizer import check_dataset, check_ids
 from megatron_hylo.distill.alignment import mixer_output, mlp_layer
@@ -178,7 +178,7 @@ def select_folder(
         )
     depth, kl_by_layer = evaluation.depth, None
     if method == "uniform":
-        chosen = tuple(layer for layer, mixer in enumerate(uniform_mixers(depth, count)) if mixer == "+")
+        chosen = tuple(layer for layer, mixer in enumerate(uniform_mixers(depth, count)) if mixer == MLA_SYMBOL)
     elif method == "smart":
         kl = evaluation.kl_with((), range(depth), "one layer MLA")
         kl_by_layer = list(kl.values())
@@ -196,7 +196,7 @@ def select_folder(
         kl_selected = evaluation.kl(chosen, "chosen")
     selection = Selection(
         method=method,
-        pattern="".join("+" if layer in chosen else symbol for layer in range(depth)),
+        pattern="".join(MLA_SYMBOL if layer in chosen else symbol for layer in range(depth)),
         mla_layers=list(chosen),
         kl_all_linear=kl_all_linear,
         kl_by_layer=kl_by_layer,
@@ -224,7 +224,10 @@ def plot_selection(selection: Selection, file: Path) -> None:
     assert selection.kl_by_layer is not None, "every method but uniform measures the layers one by one"
     figure, axes = plt.subplots(figsize=(10, 4), constrained_layout=True)
     gains = [selection.kl_all_linear - kl for kl in selection.kl_by_layer]
-    for label, color, wanted in (("MLA", "tab:orange", True), (selection.pattern.replace("+", "")[0], "tab:blue", False)):
+    for label, color, wanted in (
+        ("MLA", "tab:orange", True),
+        (selection.pattern.replace(MLA_SYMBOL, "")[0], "tab:blue", False),
+    ):
         layers = [layer for layer in range(len(gains)) if (layer in selection.mla_layers) == wanted]
         axes.bar(layers, [gains[layer] for layer in layers], color=color, label=label)
     axes.axhline(0, color="black", linewidth=0.8)
@@ -243,14 +246,15 @@ def _check_models(
 ) -> tuple[str, int]:
     """(symbol of the linear layers, vocabulary); refuses what cannot be assembled, before any weight is read."""
     (teacher_config, _), (mla_config, mla_from), (linear_config, linear_from) = map(read_description, (teacher, mla, linear))
-    if set(mla_config.mixers) != {"+"} or set(linear_config.mixers) not in map(set, LINEAR_SYMBOLS):
+    pure = set(mla_config.mixers) == {MLA_SYMBOL} and len(set(linear_config.mixers)) == 1
+    if not pure or linear_config.mixers[0] not in LINEAR_SYMBOLS:
         raise ConfigError(
-            f"select needs a model of MLA layers alone and one of a single linear mixer ({LINEAR_SYMBOLS}), got "
+            f"select needs a model of MLA layers alone and one of a single linear mixer ({' '.join(LINEAR_SYMBOLS)}), got "
             f"{mla_config.mixers} and {linear_config.mixers}; make them with `hylo upcycle --pattern`"
         )
     check_count(count, mla_config.num_hidden_layers)
     symbol = linear_config.mixers[0]
-    target = mla_config.with_mixers("+" + symbol * (mla_config.num_hidden_layers - 1))
+    target = mla_config.with_mixers(MLA_SYMBOL + symbol * (mla_config.num_hidden_layers - 1))
     # its checks are made at once; no tensor is asked for
     of_mla, of_linear, of_teacher = (Source(config, _unread) for config in (mla_config, linear_config, teacher_config))
     assemble_state(of_mla, of_linear, of_teacher, target)

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.initialise import paper
+from megatron_hylo.initialise import paper, registry
 from megatron_hylo.initialise.registry import get_initialiser, initialiser_names, register_initialiser
 
 
@@ -28,3 +28,11 @@ def test_taken_name_is_refused():
     get_initialiser("paper", "+")
     with pytest.raises(ConfigError, match="already registered"):
         register_initialiser("paper", "+")(paper.mla_from_attention)
+
+
+def test_a_family_that_misses_a_mixer_is_refused(monkeypatch):
+    """The check that runs when the package is imported."""
+    registry.check_complete("paper", "calibrated")
+    monkeypatch.delitem(registry._INITIALISERS, ("calibrated", "K"))
+    with pytest.raises(RuntimeError, match="initialise: 'calibrated' has no entry for mixer 'K'"):
+        registry.check_complete("paper", "calibrated")

@@ -86,7 +86,7 @@ def test_fla_asks_these_kernels_first_and_as_they_expect() -> None:
 
 def need_the_chain() -> None:
     k = torch.zeros(1, 64, 1, 128, dtype=torch.bfloat16, device="cuda")
-    if reason := delta_rule_state_pass._obstacle(k, (k,), torch.zeros(1, 64, 1, device="cuda")):
+    if reason := delta_rule_state_pass._unsupported(k, (k,), torch.zeros(1, 64, 1, device="cuda")):
         pytest.skip(reason)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
-from megatron_hylo.models.kernel_check import _amid_its_like, _Middle
+from megatron_hylo.models.kernel_check import _Middle, _middle_part
 from megatron_hylo.parallel import recurrence
 from tests.kernels import test_gated_delta_rule
 from tests.kernels.compare import relative_error
@@ -34,7 +34,7 @@ def test_parts_equal_one_pass(parts: int, amid_others: bool, monkeypatch) -> Non
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = recurrence.delta_rule_over_ranks(_Middle() if amid_others else Alone(), *inputs)
     if amid_others:
-        truth = _amid_its_like(gated_delta_rule, **dict(zip(("q", "k", "v", "g", "beta"), inputs)))
+        truth = _middle_part(gated_delta_rule, **dict(zip(("q", "k", "v", "g", "beta"), inputs)))
     else:
         truth, _ = gated_delta_rule(*inputs)
     pairs = [(out, truth), *zip(gradients(out, inputs), gradients(truth, inputs))]

@@ -33,13 +33,13 @@ def kda_errors(inputs: list[Tensor]) -> dict[str, float]:
     return _errors(KdaPart, values, state, leaves, whole)
 
 
-def ssd_errors(inputs: list[Tensor], begins: Tensor | None) -> dict[str, float]:
+def ssd_errors(inputs: list[Tensor], reset_mask: Tensor | None) -> dict[str, float]:
     """Of a part of Mamba2; inputs: x, dt, A, B, C, D and the state before, [b, h, p, n]. The oracle computes in float64."""
     *values, state = (x.detach() for x in inputs)
     leaves = [x.double().requires_grad_() for x in inputs]
     with override("ssd", "torch"):
-        out, after = ssd(*leaves, output_final_state=True, begins=begins)
-    return _errors(SsdPart, [*values, begins], state.transpose(-1, -2), leaves, (out, after.transpose(-1, -2)))
+        out, after = ssd(*leaves, output_final_state=True, reset_mask=reset_mask)
+    return _errors(SsdPart, [*values, reset_mask], state.transpose(-1, -2), leaves, (out, after.transpose(-1, -2)))
 
 
 def _errors(kind, values: list[Tensor | None], state: Tensor, leaves: list[Tensor], whole: tuple[Tensor, Tensor]) -> dict:

@@ -133,11 +133,11 @@ def test_mamba_ssm_s_own_function_gives_the_same(skip: bool, used: str) -> None:
         pytest.skip(f"needs mamba_ssm: {error}")
     values = inputs(600, torch.bfloat16, p=64, n=64, device="cuda")
     x, dt, A, B, C, D, state = values
-    begins, D = torch.arange(600, device="cuda") == 300, D if skip else None
-    documents, theirs = document_numbers(x, begins), importlib.import_module(MAMBA_MODULE).mamba_chunk_scan_combined
+    reset_mask, D = torch.arange(600, device="cuda") == 300, D if skip else None
+    documents, theirs = document_numbers(x, reset_mask), importlib.import_module(MAMBA_MODULE).mamba_chunk_scan_combined
     settings = dict(D=D, initial_states=state, seq_idx=documents, return_final_states=True)
     found = []
-    for out, last in (ssd(x, dt, A, B, C, D, state, True, begins), theirs(x, dt, A, B, C, MAMBA_CHUNK, **settings)):
+    for out, last in (ssd(x, dt, A, B, C, D, state, True, reset_mask), theirs(x, dt, A, B, C, MAMBA_CHUNK, **settings)):
         loss = (out.float().square().sum() if used != "state" else 0) + (last.square().sum() if used != "output" else 0)
         found.append([out, last, *torch.autograd.grad(loss, values, allow_unused=True)])
     for mine, his in zip(*found, strict=True):
@@ -148,9 +148,9 @@ def test_documents_equal_separate_calls_and_the_last_state() -> None:
     """Values and gradients; the state before belongs to the first document alone."""
     x, dt, A, B, C, D, state = inputs(140)
     cuts = [3, 1, 70, 66]
-    begins = torch.zeros(140, dtype=torch.bool)
-    begins[torch.tensor([3, 4, 74])] = True
-    packed = ssd(x, dt, A, B, C, D, state, True, begins)
+    reset_mask = torch.zeros(140, dtype=torch.bool)
+    reset_mask[torch.tensor([3, 4, 74])] = True
+    packed = ssd(x, dt, A, B, C, D, state, True, reset_mask)
     parts, carried = [], state
     for piece in zip(*(value.split(cuts, 1) for value in (x, dt, B, C))):
         y, carried = ssd(piece[0], piece[1], A, piece[2], piece[3], D, carried if not parts else None, True)
@@ -161,7 +161,7 @@ def test_documents_equal_separate_calls_and_the_last_state() -> None:
                  for found in (packed, alone)]  # fmt: skip
     for mine, theirs in zip((*packed, *gradients[0]), (*alone, *gradients[1]), strict=True):
         assert relative_error(mine, theirs) < 1e-10
-    recurrent = recurrent_ssd(x, dt, A, B, C, D, state, True, begins)
+    recurrent = recurrent_ssd(x, dt, A, B, C, D, state, True, reset_mask)
     assert all(relative_error(mine, theirs) < 1e-10 for mine, theirs in zip(packed, recurrent))
 
 

@@ -105,5 +105,5 @@ def test_what_a_rank_has_of_documents():
     documents = PackedDocuments(torch.tensor([0, 4, 5, 11]), 16, slice(6, 12))
     assert documents.positions.tolist() == [0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]
     assert documents.own_positions.tolist() == [1, 2, 3, 4, 5, 0]
-    assert documents.begins.tolist() == [False] * 5 + [True]
-    assert documents.pieces == [(slice(0, 5), slice(5, 11)), (slice(5, 6), slice(11, 12))]
+    assert documents.reset_mask.tolist() == [False] * 5 + [True]
+    assert documents.attention_ranges == [(slice(0, 5), slice(5, 11)), (slice(5, 6), slice(11, 12))]

@@ -83,6 +83,16 @@ def test_prefill_in_pieces_changes_nothing(folders, monkeypatch):
     assert generate_text(folders[1], PROMPT, max_new_tokens=10).text == whole.text
 
 
+def test_going_past_the_trained_length_is_said_once(folders, caplog):
+    longest = folders[2].max_position_embeddings
+    prompt = "a" * (longest - 2)
+    generate_text(folders[1], prompt, max_new_tokens=2)
+    assert not caplog.records
+    generate_text(folders[1], prompt, max_new_tokens=3)
+    (record,) = caplog.records
+    assert f"was trained for {longest} tokens; the prompt's {longest - 2} and 3 new ones go past it" in record.getMessage()
+
+
 def test_sampling_depends_on_the_seed_alone(folders):
     texts = [generate_text(folders[1], PROMPT, 20, temperature=2.0, top_p=0.95, seed=seed).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]

@@ -1,4 +1,4 @@
-"""One description a token mixer: symbol, sizes and their checks, tensors, and every count that is derived from them.
+"""Descriptions of the token mixers: symbol, sizes and their checks, tensors, and all counts derived from them.
 
 To add a mixer, add its file here and its row in `MIXERS`. Every table elsewhere that has an entry for each mixer calls
 `complete`, so that a missing entry fails at import.
@@ -14,11 +14,22 @@ from megatron_hylo.config.mixers.kda import KimiDeltaAttention
 from megatron_hylo.config.mixers.mamba2 import Mamba2
 from megatron_hylo.config.mixers.mla import MultiLatentAttention
 
-__all__ = ["LINEAR_SYMBOLS", "MIXERS", "Fields", "MixerDescription", "Shape", "complete", "get_mixer"]
+__all__ = [
+    "ATTENTION_SYMBOL",
+    "LINEAR_SYMBOLS",
+    "MIXERS",
+    "MLA_SYMBOL",
+    "Fields",
+    "MixerDescription",
+    "Shape",
+    "complete",
+    "get_mixer",
+]
 
 MIXERS: dict[str, MixerDescription] = {
     mixer.symbol: mixer for mixer in (Attention(), MultiLatentAttention(), Mamba2(), GatedDeltaNet(), KimiDeltaAttention())
 }
+ATTENTION_SYMBOL, MLA_SYMBOL = Attention.symbol, MultiLatentAttention.symbol
 LINEAR_SYMBOLS = "".join(symbol for symbol, mixer in MIXERS.items() if mixer.recurrent)
 
 

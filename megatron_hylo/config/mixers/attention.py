@@ -14,9 +14,10 @@ class Attention(MixerDescription):
     """Softmax attention with `num_query_groups` key/value heads, rotary embedding on whole heads."""
 
     symbol, name, block, recurrent = "*", "attention", "self_attn", False
+    output_fit = "keep"
 
     def default_sizes(self, base: ModelConfig, base_name: str | None, teacher_shapes: bool) -> Fields:
-        """Nothing: a layer that stays attention is copied, so its sizes are the base model's."""
+        """No fields: a layer that stays attention is copied, so its sizes are the base model's."""
         return {}
 
     def tensors(self, config: ModelConfig) -> dict[str, Shape]:
@@ -36,7 +37,7 @@ class Attention(MixerDescription):
         return names
 
     def kv_numbers(self, config: ModelConfig) -> int:
-        """2 H_kv d_h."""
+        """Keys and values: 2 num_query_groups kv_channels."""
         return 2 * config.num_query_groups * config.kv_channels
 
     def sequence_flops(self, config: ModelConfig, sequence_length: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from megatron_hylo.config.errors import ConfigError
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from megatron_hylo.config.model import ModelConfig
 
 Shape = tuple[int, ...]
-Fields = dict[str, object]  # field of ModelConfig -> value
+Fields = dict[str, Any]  # field of ModelConfig -> value
 
 
 class MixerDescription(abc.ABC):
-    """One kind of token mixer, in numbers. Subclasses hold no state; `config` is the model the mixer belongs to.
+    """Description of one kind of token mixer, in numbers. Subclasses hold no state; `config` is the model the mixer belongs to.
 
     Numbers "a token" are counts of tensor elements, not bytes.
     """
@@ -28,6 +28,11 @@ class MixerDescription(abc.ABC):
     recurrent: ClassVar[bool]  # carries a state of fixed size in place of a KV cache
     size_fields: ClassVar[tuple[str, ...]] = ()  # fields of ModelConfig that must be positive where the mixer occurs
     fp32_parameters: ClassVar[tuple[str, ...]] = ()  # kept in fp32 whatever the model's dtype
+    rotary_pairs_by_layer: ClassVar[bool] = False  # a layer has an entry of its own in ModelConfig.mla_rotary_pairs
+    norm_after_gate: ClassVar[bool] = False  # its output norm sees the gated outputs, so a gate of one number a head is lost
+    # what `calibrate.solve` does with the output projection: keep it (a copied layer), fit it with the initialiser's as the
+    # prior, or fit it from zero
+    output_fit: ClassVar[Literal["keep", "from_initial", "from_zero"]] = "from_zero"
     decay_range: ClassVar[tuple[float, float] | None] = None  # a fresh A_log is the log of a uniform draw from it
 
     def check(self, config: ModelConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from megatron_hylo.config.mixers.base import Fields, MixerDescription, Shape
 
@@ -14,7 +14,7 @@ class GatedDeltaNet(MixerDescription):
     """Delta-rule recurrence with one decay a head and an output gate."""
 
     symbol, name, block, recurrent = "G", "Gated DeltaNet", "linear_attn", True
-    size_fields = ("linear_num_heads", "linear_key_head_dim", "linear_value_head_dim")
+    size_fields: ClassVar[tuple[str, ...]] = ("linear_num_heads", "linear_key_head_dim", "linear_value_head_dim")
     fp32_parameters = ("A_log", "dt_bias")
     decay_range = (0.0, 16.0)
 
@@ -52,14 +52,14 @@ class GatedDeltaNet(MixerDescription):
         }
 
     def state_numbers(self, config: ModelConfig) -> int:
-        """[key_head_dim, value_head_dim] a head, and the convolutions' last inputs."""
+        """State [key_head_dim, value_head_dim] of each head, and the convolutions' last inputs."""
         c = config
         convolved = c.linear_num_heads * (2 * c.linear_key_head_dim + c.linear_value_head_dim)
         state = c.linear_num_heads * c.linear_key_head_dim * c.linear_value_head_dim
         return state + convolved * (c.linear_conv_kernel_dim - 1)
 
     def sequence_flops(self, config: ModelConfig, sequence_length: int) -> float:
-        """6 a state element: decay and correction, update, read."""
+        """Six FLOPs a state element: decay and correction, update, read."""
         return 6.0 * config.linear_num_heads * config.linear_key_head_dim * config.linear_value_head_dim
 
     def kept_numbers(self, config: ModelConfig, ranks: int) -> float:
@@ -74,5 +74,5 @@ class GatedDeltaNet(MixerDescription):
         return 2 * config.linear_num_heads * (config.linear_key_head_dim + config.linear_value_head_dim) / ranks
 
     def tensor_parallel_counts(self, config: ModelConfig) -> dict[str, int]:
-        """Its heads."""
+        """Number of heads."""
         return {"linear_num_heads": config.linear_num_heads}

@@ -20,9 +20,10 @@ class Mamba2(MixerDescription):
     size_fields = ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim")
     fp32_parameters = ("A_log", "dt_bias", "D")
     decay_range = (1.0, 16.0)
+    norm_after_gate = True
 
     def check(self, config: ModelConfig) -> None:
-        """Heads share their x and B evenly."""
+        """Check that heads share their x and B evenly."""
         super().check(config)
         if config.mamba_num_heads % config.num_query_groups:
             raise ConfigError(
@@ -49,12 +50,12 @@ class Mamba2(MixerDescription):
         }
 
     def state_numbers(self, config: ModelConfig) -> int:
-        """[head_dim, state_dim] a head, and the convolution's last inputs."""
+        """State [head_dim, state_dim] of each head, and the convolution's last inputs."""
         c = config
         return c.mamba_num_heads * c.mamba_head_dim * c.mamba_state_dim + _convolved(c) * (c.linear_conv_kernel_dim - 1)
 
     def sequence_flops(self, config: ModelConfig, sequence_length: int) -> float:
-        """4 a state element: its update and its read."""
+        """Four FLOPs a state element: its update and its read."""
         return 4.0 * config.mamba_num_heads * config.mamba_head_dim * config.mamba_state_dim
 
     def kept_numbers(self, config: ModelConfig, ranks: int) -> float:
@@ -65,11 +66,11 @@ class Mamba2(MixerDescription):
         return c.hidden_size + (inner + conv + c.mamba_num_heads + conv + inner + state + 2 * inner) / ranks
 
     def scratch_numbers(self, config: ModelConfig, ranks: int) -> float:
-        """What mamba_ssm's backward pass allocates."""
+        """Scratch tensors of mamba_ssm's backward pass."""
         return BACKWARD_SCRATCH * config.mamba_num_heads / ranks
 
     def tensor_parallel_counts(self, config: ModelConfig) -> dict[str, int]:
-        """Its heads, and the key/value heads that x and B come from."""
+        """Number of heads, and of the key/value heads that x and B come from."""
         c = config
         return {
             "num_attention_heads": c.num_attention_heads,

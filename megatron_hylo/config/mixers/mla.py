@@ -26,10 +26,11 @@ class MultiLatentAttention(MixerDescription):
     """Attention whose keys and values are computed from one cached latent and one shared rotary key."""
 
     symbol, name, block, recurrent = "+", "MLA", "self_attn", False
+    rotary_pairs_by_layer, output_fit = True, "from_initial"
     size_fields = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
     def check(self, config: ModelConfig) -> None:
-        """Ranks fit what they factor, rotary channels come in pairs, and a q/k-norm has a meaning."""
+        """Check that ranks fit what they factor, rotary channels come in pairs, and a q/k-norm has a meaning."""
         super().check(config)
         c = config
         kv_width = c.num_query_groups * (c.qk_head_dim + c.v_head_dim)
@@ -93,7 +94,7 @@ class MultiLatentAttention(MixerDescription):
         return names
 
     def kv_numbers(self, config: ModelConfig) -> int:
-        """r_kv + d_rope."""
+        """Latent and rotary key: kv_lora_rank + qk_pos_emb_head_dim."""
         return config.kv_lora_rank + config.qk_pos_emb_head_dim
 
     def sequence_flops(self, config: ModelConfig, sequence_length: int) -> float:

@@ -1,0 +1,49 @@
+"""`hylo evaluate`: quality of a model folder on a dataset folder's held-out documents."""
+
+from pathlib import Path
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.data.packed import heldout_windows
+from megatron_hylo.data.tokenizer import check_dataset, check_ids
+from megatron_hylo.eval.perplexity import Quality, evaluate
+from megatron_hylo.io.progress import Track, no_progress
+from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.checks import require_finite, warn_beyond_context
+
+
+def evaluate_folder(
+    model: str | Path,
+    data: str | Path,
+    teacher: str | Path | None = None,
+    sequence_length: int = 2048,
+    windows: int = 32,
+    track: Track = no_progress,
+) -> Quality:
+    """Evaluate a model folder on held-out windows; `platform.initialize` must have run.
+
+    Args:
+        model: model folder or training checkpoint.
+        data: dataset folder made by `hylo preprocess`.
+        teacher: model folder to compare with.
+        sequence_length: tokens a window; a warning where the model has fewer positions.
+        windows: windows at most.
+        track: progress display over the forward passes.
+
+    Raises:
+        ConfigError: not a model folder, NaN or infinite weights, another tokenizer, sizes below 1, no document as long as a
+            window.
+        DamagedError: files are not what their manifest says.
+    """
+    if sequence_length < 1 or windows < 1:
+        raise ConfigError(f"--sequence_length and --windows must be at least 1, got {sequence_length} and {windows}")
+    folders = [folder for folder in (model, teacher) if folder is not None]
+    configs = [read_description(folder)[0] for folder in folders]
+    batch = heldout_windows(f"{data}/heldout", sequence_length, windows)
+    models = []
+    for folder, config in zip(folders, configs):
+        check_ids(batch, config.vocab_size, data, folder)
+        check_dataset(data, folder)
+        warn_beyond_context(config, sequence_length, folder)
+        models.append(load_model(folder))
+        require_finite(models[-1], folder)
+    return evaluate(models[0], batch, models[1] if teacher is not None else None, track=track)

@@ -1,0 +1,86 @@
+"""Provenance of a model folder: verb, settings and inputs, each input with its hashes and its own provenance embedded.
+
+So a folder names the Hugging Face model that it goes back to even where the folders in between are gone or moved. The record
+is kept in hylo.json under "provenance", and by an export in hylo_provenance.json:
+
+{"verb", "version", the verb's settings ...,
+ "inputs": {name: {"path", "manifest_sha256", "content_sha256", "provenance"}     a folder of this project
+                | {"path", "files": {name: sha256}, "provenance"?}                a Hugging Face folder or GGUF file
+                | {"path"}}}                                                     anything else, e.g. a teacher's address
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import megatron_hylo
+from megatron_hylo.config import ConfigError
+from megatron_hylo.io import MANIFEST, has_manifest, read_json, read_manifest, sha256
+from megatron_hylo.io.identity import content_identity
+from megatron_hylo.io.progress import Track, no_progress
+
+EXPORTED = "hylo_provenance.json"
+SOURCE_FILES = ("*.safetensors", "*.gguf", "config.json", "tokenizer.json")
+
+
+def made_by(verb: str, inputs: Mapping[str, str | Path | None], track: Track = no_progress, **settings: Any) -> dict[str, Any]:
+    """Describe how a folder was made.
+
+    Args:
+        verb: the `hylo` verb.
+        inputs: name -> folder, file or address that was read; None is left out.
+        track: progress display over files that have to be hashed (of folders without a manifest).
+        settings: other settings that decide the result, as JSON values.
+    """
+    described = {name: describe_input(path, track) for name, path in inputs.items() if path is not None}
+    return {"verb": verb, "version": megatron_hylo.__version__} | settings | {"inputs": described}
+
+
+def describe_input(path: str | Path, track: Track = no_progress) -> dict[str, Any]:
+    """Describe one input: its absolute path, hashes, and its own provenance where it has one."""
+    folder = Path(path)
+    if not folder.exists():
+        return {"path": str(path)}  # an address, say
+    found: dict[str, Any] = {"path": os.path.abspath(folder)}
+    if not (folder / "config.json").is_file() and has_manifest(folder):
+        found["manifest_sha256"] = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+        try:
+            found["content_sha256"] = content_identity(folder)
+        except ConfigError:  # a calibration folder has neither weights nor tokens
+            pass
+    elif files := _source_files(folder):
+        listed = read_manifest(folder) if has_manifest(folder) else {}
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            unlisted = {file.name: pool.submit(sha256, file) for file in files if file.name not in listed}
+            for name in track(list(unlisted), "hash the source"):
+                unlisted[name].result()
+        found["files"] = {
+            file.name: listed[file.name]["sha256"] if file.name in listed else unlisted[file.name].result() for file in files
+        }
+    for name in ("hylo.json", EXPORTED):
+        if (folder / name).is_file():
+            content = read_json(folder / name)
+            found["provenance"] = content.get("provenance", {}) if name == "hylo.json" else content
+    return found
+    return found
+
+
+def base_models(provenance: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the Hugging Face folders and GGUF files that a provenance goes back to, each once: {"path", "files"}."""
+    seen: list[dict[str, str]] = []
+    for about in provenance.get("inputs", {}).values():
+        found = list(base_models(about.get("provenance", {})))
+        if not found and "files" in about:
+            found = [{"path": about["path"], "files": about["files"]}]
+        for base in found:
+            if base["files"] not in seen:
+                seen.append(base["files"])
+                yield base
+
+
+def _source_files(path: Path) -> list[Path]:
+    """List the files of a Hugging Face folder that decide its model and tokenizer, or the GGUF file itself."""
+    return [path] if path.is_file() else sorted({file for pattern in SOURCE_FILES for file in path.glob(pattern)})
