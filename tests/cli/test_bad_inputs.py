@@ -158,7 +158,7 @@ CASES: list[tuple] = [
     ("convert model new", "model"),
     ("convert empty new", "empty"),
     ("convert file new", "file"),
-    ("convert '' new", ". is not a Hugging Face folder"),
+    ("convert '' new", "lies in what is read (.)"),
     ("convert hf /proc/nowhere/new", "no such file or directory"),
     ("convert ~nobody-of-that-name/hf new", "there is no such home folder"),
     ("export nowhere new", "nowhere"),

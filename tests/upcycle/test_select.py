@@ -226,7 +226,8 @@ def test_the_command_prints_the_pattern_last_and_refuses_in_one_sentence(select,
     def run(*arguments) -> tuple[int, str]:
         with pytest.raises(SystemExit) as stopped:
             main([str(a) for a in ("select", material.teacher, "--mla", material.mla, "--data", material.data, *arguments)])
-        return stopped.value.code, capsys.readouterr().out
+        captured = capsys.readouterr()
+        return stopped.value.code, captured.err + captured.out
 
     sizes = ("--tokens", TOKENS, "--sequence_length", LENGTH, "--count", 2)
     for method, count in itertools.product(("smart", "greedy"), (2,)):
