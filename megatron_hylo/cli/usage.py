@@ -40,6 +40,7 @@ class Parser(ArgumentParser):
             ex: its exception.
         """
         whole = self.whole or self
+        assert whole._subcommands_action is not None, "every verb is one"
         words, verbs = list(whole.args), whole._subcommands_action._name_parser_map
         verb = next((word for word in words if word in verbs), None)
         said = explain(message, verbs[verb] if verb else whole, verb, words, list(verbs))
