@@ -2,11 +2,12 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-parity test-parity-gpu lint format quickstart clean
+.PHONY: help install test test-all test-parity test-parity-gpu lint docs format quickstart clean
 
 EXTRAS ?= dev
 ARGS ?=
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 SCRIPTS := slurm/*.sh examples/*/*.sh .ci/run
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -14,6 +15,11 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/installed ## make .venv (PYTHON=... to choose the interpreter, EXTRAS=dev,gpu for more packages)
+	@echo "Installed in .venv. What to type next:"
+	@echo "  source .venv/bin/activate      # then \`hylo\` works in this shell; without it write .venv/bin/hylo"
+	@echo "  hylo doctor                    # what this machine has, and whether its kernels are right"
+	@echo "  make quickstart                # a real 135M teacher becomes a hybrid: about 13 minutes on two CPU cores"
+	@echo "Your own model and text: docs/tutorial.md"
 
 test: lint ## lint, and all tests that need no network and little time (GPU tests are skipped, and said so); what CI runs
 	$(TEST) -m "not network and not slow" $(ARGS)
@@ -27,10 +33,16 @@ test-parity: .venv/installed ## every parallel layout against one rank, with a t
 test-parity-gpu: .venv/installed ## the same over NCCL, on all GPUs there are (two at least)
 	$(BIN)/python -m pytest tests/parity/test_gpu_parity.py -q -s $(ARGS)
 
-lint: .venv/installed ## ruff check, ruff format --check, shellcheck
+lint: .venv/installed ## ruff check, ruff format --check, mypy, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/shellcheck -x $(SCRIPTS)
+
+docs: .venv/installed ## the documentation as a site in site/; a dead link is an error
+	@test -x $(BIN)/mkdocs || $(PIP) --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html, or see changes at once with $(BIN)/mkdocs serve"
 
 format: .venv/installed ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
@@ -40,7 +52,7 @@ quickstart: .venv/installed ## teacher to evaluated hybrid; options in ARGS="--l
 	$(BIN)/hylo quickstart $(ARGS)
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache build dist ./*.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build dist site ./*.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 # Made again when the requirements change: a fresh environment, so that nothing of the old one is left.
@@ -62,7 +74,7 @@ clean: ## remove .venv and caches; runs/ stays
 	if ! "$$python" -m venv .venv; then \
 	  echo "this Python has no venv module; on Debian and Ubuntu: apt install python3.12-venv" >&2; rm -rf .venv; exit 1; \
 	fi
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	$(PIP) --editable ".[$(EXTRAS)]"
 	@# an older transformers in a folder of its own, for the tests of what it makes of the files that we write
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target .venv/transformers4 --requirement tests/transformers4.txt
 	@touch $@

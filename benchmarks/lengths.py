@@ -27,11 +27,11 @@ from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.models.frozen import freeze
 from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.platform.distributed import session
+from megatron_hylo.platform.distributed import device, session
 from megatron_hylo.train.loop import training_step
 from megatron_hylo.train.nan_guard import SkippedSteps
-from megatron_hylo.train.optimizer import build_training_state, choose_trainable
-from megatron_hylo.train.stages import get_stage
+from megatron_hylo.train.objectives import get_objective
+from megatron_hylo.train.setup import build_run
 
 Step = Callable[[int], None]  # takes a step with one sequence of so many tokens
 COLUMNS = ("model", "tokens", "s / step", "tokens/s", "peak GiB")
@@ -88,14 +88,13 @@ def build_ours(layout: str, teacher: str, teacher_precision: str = "same") -> St
     config = settings(16)
     student = build_model(architecture(layout), ParallelConfig(), params_dtype=dtype, recompute=True)
     frozen = freeze([build_model(BASES[teacher], params_dtype=dtype, fp8=config.teacher_fp8)])
-    choose_trainable([student], config)
-    state, vocabulary = build_training_state([student.train()], config), BASES[teacher].vocab_size
-    where = next(student.parameters()).device
+    where, vocabulary = device(), BASES[teacher].vocab_size
+    run = build_run(config, where, models=([[student.train()]], frozen))
 
     def step(length: int) -> None:
         ids = torch.randint(vocabulary, (1, length + 1), device=where)
         batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
-        training_step([state], get_stage(settings(length), frozen), iter([batch]), 1, 0, SkippedSteps(0))
+        training_step(run.states, get_objective(settings(length), frozen), iter([batch]), 1, 0, SkippedSteps(0))
 
     return step
 

@@ -24,13 +24,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
-from megatron.core import parallel_state
 from report import architecture, device_name, free_memory, random_text, report
 
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
-from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.io import write_json
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.models.frozen import freeze
@@ -38,11 +36,9 @@ from megatron_hylo.models.hylo_model import build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token, peak_flops
 from megatron_hylo.platform.distributed import device, initialize, is_main, shutdown
 from megatron_hylo.teachers.signal import TeacherSignal
-from megatron_hylo.train.data_loader import rank_batches
 from megatron_hylo.train.loop import training_step
 from megatron_hylo.train.nan_guard import SkippedSteps
-from megatron_hylo.train.optimizer import build_training_state, choose_trainable
-from megatron_hylo.train.stages import get_stage
+from megatron_hylo.train.setup import build_run
 
 
 @dataclass(frozen=True)
@@ -167,19 +163,14 @@ def measure(
     chunks, frozen = build_chunks(ours, config.parallel, dtype, recompute=config.recompute, fp8=config.student_fp8), None
     if teacher_signal is None:
         frozen = freeze(build_chunks(theirs, config.parallel, dtype, fp8=config.teacher_fp8), config.teacher_offload)
-    stage = get_stage(config, frozen, teacher_signal)
-    choose_trainable(chunks, config)
-    state = build_training_state([chunk.train() for chunk in chunks], config)
-    micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
-    text = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
-    reads = teacher_signal if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
-    feed = rank_batches(config, text, 0, here, reads)
+    run = build_run(config, here, models=([[chunk.train() for chunk in chunks]], frozen), teacher_signal=teacher_signal)
+    batches = run.batches()
     mixers = [mixer.self_attention for chunk in chunks for mixer, _ in chunk.mixer_layers()]
 
     def step(number: int) -> float:
         dist.barrier()
         start = time.perf_counter()
-        training_step([state], stage, feed, micro_batches, number, SkippedSteps(0))
+        training_step(run.states, run.objective, batches, run.micro_batches, number, SkippedSteps(0))
         if here.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -195,7 +186,7 @@ def measure(
     seconds, peak = slowest.tolist()
     tokens = config.global_batch_size * config.sequence_length
     flops = 3 * forward_flops_per_token(ours, config.sequence_length)
-    flops += forward_flops_per_token(theirs, config.sequence_length)
+    flops += forward_flops_per_token(theirs, config.sequence_length)  # wherever the teacher is
     return dict(
         seconds=seconds, tokens_per_second=tokens / seconds / ranks, mfu=flops * tokens / seconds / ranks / peak_flops(here)[0],
         exposed=exposed, received_mb=received / 1e6, peak_gib=peak, device=device_name(), parallel=asdict(config.parallel),

@@ -22,9 +22,9 @@ from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import DocumentStore, heldout_windows
 from megatron_hylo.data.preprocess import preprocess
-from megatron_hylo.eval.perplexity import hidden_states
 from megatron_hylo.io import has_manifest
 from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.frozen import as_frozen
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.teachers.entropy_coding import compress_block, decompress_block
 from megatron_hylo.teachers.hidden_codec import HiddenCodec, fit_axes, fit_step, token_kl
@@ -60,7 +60,7 @@ def main(
         model = load_model(work / "teacher")
         fitted = fit_sample(SegmentReader(model, DocumentStore(work / "data" / "train"), 2048, 1024, 1)).float()
         ids = heldout_windows(work / "data" / "heldout", 2048, 2 * windows)[-windows:, :-1]
-        new = torch.cat([hidden_states([model], window[None].to(device))[:, 0].float() for window in ids])
+        new = torch.cat([as_frozen(model).hidden_states(window[None].to(device))[:, 0].float() for window in ids])
         head = model.head_weight().detach().float()
     held = torch.arange(len(fitted)) % 16 == 15
     codec = fit_axes(fitted[~held], head)

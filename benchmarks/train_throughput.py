@@ -21,7 +21,7 @@ from report import architecture, device_name, free_memory, random_text, report
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES
-from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.config.train import CheckpointSettings, LoggingSettings, TrainConfig
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
@@ -86,8 +86,9 @@ def main(
                 stage=stage, data=str(folder / "data"), output=str(folder / f"run{number}"), model=str(folder / student),
                 second_model=second,
                 teacher=None if stage == "pretrain" else str(folder / "teacher"), sequence_length=length,
-                global_batch_size=batch, micro_batch_size=batch, train_tokens=steps * batch * length, log_interval=1,
-                eval_windows=1, save_interval=10**9, tensorboard=False, cuda_graphs=graphs, recompute=recompute,
+                global_batch_size=batch, micro_batch_size=batch, train_tokens=steps * batch * length, eval_windows=1,
+                checkpoint=CheckpointSettings(save_interval=10**9),
+                logging=LoggingSettings(log_interval=1, tensorboard=False), cuda_graphs=graphs, recompute=recompute,
                 teacher_precision=teacher_precision, linear_precision=linear_precision, loss_chunk_tokens=4096,
                 precision="bf16" if torch.cuda.is_available() else "fp32",
             )  # fmt: skip

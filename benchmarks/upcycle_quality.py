@@ -29,6 +29,7 @@ from rich.table import Table
 from megatron_hylo.calibrate.gather import calibrate
 from megatron_hylo.cli.quickstart import BUDGETS, stage_config
 from megatron_hylo.config.layouts import get_layout, kv_percent
+from megatron_hylo.config.train import CheckpointSettings, LoggingSettings
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
@@ -163,7 +164,14 @@ def measure_training(
         settings = stage_config(stage, budget, source, teacher, data, run, count)
         if stage == "distil":
             settings.optimizer.adam_beta2 = how.adam_beta2
-        quality = train(replace(settings, seed=1000 + seed, save_interval=10**9, tensorboard=False, log_interval=20))
+        quality = train(
+            replace(
+                settings,
+                seed=1000 + seed,
+                checkpoint=CheckpointSettings(save_interval=10**9),
+                logging=LoggingSettings(log_interval=20, tensorboard=False),
+            )
+        )
         free_memory()
     values = dict(seconds=time.perf_counter() - started, kv_percent=kv_percent(read_description(model)[0]))
     save_cell(file, dict(name=name, train_tokens=tokens, seed=seed, precision=budget.precision) | quality.to_dict() | values)

@@ -50,8 +50,10 @@ setting() {
     [[ "$value" == null ]] || printf '%s\n' "$value"
 }
 
-# The file $3 in the folder $2 that the variable $1 names; $4 is a verb that makes such folders.
+# The file $3 in the folder $2 that the variable $1 names; $4 is a verb that makes such folders. While a chain is checked,
+# the result of the run HYLO_CHECK_ONLY is taken to be there: the stage before will write it.
 check_folder() {
+    [[ -z "${HYLO_CHECK_ONLY:-}" || "$2" != "$HYLO_CHECK_ONLY/model" ]] || return 0
     [[ -f "$2/$3" ]] || fail "there is no $2/$3: set HYLO_ROOT, or $1 to a folder made by hylo $4, e.g. $1=/shared/hylo/$5"
 }
 
@@ -101,6 +103,11 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron-Core relies on one queue to over
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$HYLO_ROOT/cache/triton}" # shared: a requeued job may land on other nodes
 export TRITON_CACHE_AUTOTUNING="${TRITON_CACHE_AUTOTUNING:-1}"         # autotuning takes minutes at the first step
 export TOKENIZERS_PARALLELISM=false
+
+if [[ -n "${HYLO_CHECK_ONLY:-}" ]]; then # asked by submit_chain.sh, which wants the checks above and the run's folder
+    printf '%s\n' "$OUTPUT"
+    exit 0
+fi
 
 # Folder of the newest finished checkpoint; nothing where there is none.
 newest_checkpoint() {

@@ -62,7 +62,7 @@ fi
 # it doing. The workers, its only children, inherit that until they install handlers of their own; so they are asked again.
 (
     trap '' USR1 TERM INT HUP
-    exec "$HYLO_PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node="$processes" \
+    exec "$HYLO_PYTHON" -m megatron_hylo.train.launch "${rendezvous[@]}" --nproc-per-node="$processes" \
         --signals-to-handle=SIGQUIT -m megatron_hylo.cli "$@"
 ) &
 torchrun=$!

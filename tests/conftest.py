@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.models.hylo_model import HyloModel, build_model
@@ -44,8 +46,10 @@ def transformers4() -> Callable[..., str]:
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
-    """Every test starts from the same random state."""
+def fixed_seed() -> None:
+    """Every test starts from the same random state, of Megatron-Core's generators too, from which weights are drawn."""
+    if parallel_state.model_parallel_is_initialized():
+        model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     torch.manual_seed(0)
 
 

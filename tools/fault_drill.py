@@ -34,7 +34,7 @@ from rich.progress import track
 from rich.table import Table
 
 from megatron_hylo.config import ModelConfig, ParallelConfig
-from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.config.train import CheckpointSettings, LoggingSettings, TrainConfig
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import session
@@ -272,7 +272,8 @@ def prepare(folder: Path) -> Path:
         model=str(folder / "student"), teacher=str(folder / "teacher"),
         sequence_length=32, global_batch_size=4, micro_batch_size=1, train_tokens=STEPS * 4 * 32, precision="fp32",
         parallel=ParallelConfig(distributed_timeout_minutes=TIMEOUT_MINUTES),
-        log_interval=1, save_interval=SAVE_INTERVAL, keep_checkpoints=2, eval_windows=2, tensorboard=False,
+        eval_windows=2, checkpoint=CheckpointSettings(save_interval=SAVE_INTERVAL),
+        logging=LoggingSettings(log_interval=1, tensorboard=False),
     )  # fmt: skip
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(asdict(config)))

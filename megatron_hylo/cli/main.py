@@ -11,16 +11,18 @@ from megatron_hylo.cli.boundary import EXIT_ERROR, EXIT_STOPPED, plain_errors
 from megatron_hylo.cli.console import console, set_up_logging
 from megatron_hylo.cli.doctor import doctor
 from megatron_hylo.cli.parser import build_parser, command, parameters, settings_of
+from megatron_hylo.cli.report import report
 from megatron_hylo.cli.runs import quickstart, train
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
 from megatron_hylo.cli.verbs import convert, evaluate, export, fetch, generate, layouts, preprocess, scripts, verify
 from megatron_hylo.config.paths import expand_home
+from megatron_hylo.config.renamed import refuse_renamed
 
 __all__ = ["EXIT_ERROR", "EXIT_STOPPED", "QUICK", "VERBS", "main"]
 
 VERBS: tuple[Callable, ...] = (
     quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, serve_teacher,
-    train, evaluate, export, generate, doctor, scripts,
+    train, report, evaluate, export, generate, doctor, scripts,
 )  # fmt: skip
 QUICK = (layouts, fetch, scripts)  # these start without PyTorch
 
@@ -31,6 +33,7 @@ def main(command_line: list[str] | None = None) -> None:
     set_up_logging("-v" in words or "--verbose" in words)
     parser = build_parser(VERBS)
     with plain_errors("hylo"):
+        refuse_renamed(words)
         parsed = parser.parse_args(words)
     verb = {command(v): v for v in VERBS}[parsed.verb]
     if verb not in QUICK and os.environ.get("RANK", "0") == "0":  # libraries take seconds to load

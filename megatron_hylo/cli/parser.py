@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Set
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
@@ -47,9 +47,9 @@ def command(verb: Verb) -> str:
 
 
 def settings_of(verb: Verb) -> tuple[str, Any] | None:
-    """(name, class) of a verb's parameter that is a dataclass; None where there is none."""
+    """(name, class) of a verb's required parameter that is a dataclass; None where there is none."""
     given = inspect.signature(verb).parameters.values()
-    return next(((p.name, p.annotation) for p in given if is_dataclass(p.annotation)), None)
+    return next(((p.name, p.annotation) for p in given if is_dataclass(p.annotation) and p.default is p.empty), None)
 
 
 def parameters(verb: Verb) -> dict[str, inspect.Parameter]:
@@ -64,7 +64,7 @@ def parameters(verb: Verb) -> dict[str, inspect.Parameter]:
 def _add_arguments(
     parser: ArgumentParser, add: Callable, source: Callable, as_positional: bool, besides: Set[str] = frozenset()
 ) -> None:
-    """Required parameters as positionals, keyword-only ones as required options, `bool = False` as switches.
+    """Required parameters as positionals (lists: one or more), keyword-only ones as options, `bool = False` as switches.
 
     Args:
         parser: of one verb.
@@ -76,11 +76,17 @@ def _add_arguments(
     documented = {p.arg_name: p.description for p in parse_docstring(source.__doc__ or "").params}
     switches: list[str] = []
     named: dict[str, Any] = {}
+    several: dict[str, Any] = {}
     if as_positional:
         given = [p for p in inspect.signature(source).parameters.values() if p.name not in besides]
         switches = [p.name for p in given if p.annotation is bool and p.default is False]
         named = {p.name: p.annotation for p in given if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
-    add(source, as_positional=as_positional, skip={*switches, *named, *besides})
+        several = {
+            p.name: get_args(p.annotation)[0] for p in given if get_origin(p.annotation) is list and p.default is p.empty
+        }
+    for name, kind in several.items():
+        parser.add_argument(name, type=kind, nargs="+", help=documented[name])
+    add(source, as_positional=as_positional, skip={*switches, *named, *several, *besides})
     for name, kind in named.items():
         parser.add_argument(f"--{name}", type=kind, required=True, help=documented[name])
     for name in switches:

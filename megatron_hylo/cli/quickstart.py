@@ -7,6 +7,9 @@ training resumes from its newest checkpoint.
 """
 
 import json
+import os
+import shutil
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -18,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_hylo.calibrate.gather import calibrate
-from megatron_hylo.cli.quickstart_report import plot_quickstart
+from megatron_hylo.cli.quickstart_report import next_commands, plot_quickstart, quality_rows, write_report
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import get_layout, kv_bytes_per_token, kv_percent
-from megatron_hylo.config.train import OptimizerSettings, TrainConfig
+from megatron_hylo.config.train import AlignSettings, CheckpointSettings, LoggingSettings, OptimizerSettings, TrainConfig
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
@@ -31,7 +34,7 @@ from megatron_hylo.data.documents import read_documents
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
-from megatron_hylo.io import check_free, has_manifest, read_json, write_json
+from megatron_hylo.io import check_free, has_manifest, output_lock, read_json, write_json
 from megatron_hylo.io.identity import text_identity
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
@@ -102,20 +105,20 @@ def run_quickstart(
     init: str,
     prompt: str | None,
     text: str | None,
-    output: Path,
+    output: Path | None,
     train_tokens: int | None,
     console: Console,
     budget: Budget | None = None,
     track: Track = no_progress,
 ) -> dict[str, Any]:
-    """Run or resume the whole chain and write OUTPUT/summary.json and OUTPUT/quickstart.png.
+    """Run or resume the whole chain and write OUTPUT/summary.json, OUTPUT/quickstart.png and OUTPUT/report.html.
 
     Args:
         linear: "gdn" or "mamba2".
         init: "calibrated", or "paper" for contrast.
         prompt: continued at the end.
         text: own training text, folder or .jsonl.
-        output: run folder.
+        output: run folder; by default one of its own for each kind of hybrid, see `default_output`.
         train_tokens: tokens of stage 2, by default the device's budget.
         console: where to show progress.
         budget: how much to calibrate and train, by default what suits the device.
@@ -126,6 +129,29 @@ def run_quickstart(
     """
     start = time.perf_counter()
     check_prompt(prompt or DEFAULT_PROMPT)
+    output = output or default_output(linear, init)
+    with output_lock(output):
+        return _run(linear, init, prompt or DEFAULT_PROMPT, text, output, train_tokens, console, budget, track, start)
+
+
+def default_output(linear: str, init: str) -> Path:
+    """Run folder of each kind of hybrid: runs/quickstart, runs/quickstart_mamba2, runs/quickstart_paper and so on."""
+    kind = [name for name, usual in ((linear, "gdn"), (init, "calibrated")) if name != usual]
+    return Path("runs") / "_".join(["quickstart", *kind])
+
+
+def _run(
+    linear: str,
+    init: str,
+    prompt: str,
+    text: str | None,
+    output: Path,
+    train_tokens: int | None,
+    console: Console,
+    budget: Budget | None,
+    track: Track,
+    start: float,
+) -> dict[str, Any]:
     budget = budget or BUDGETS["cuda" if torch.cuda.is_available() else "cpu", init]
     for name in FOLDERS:  # before hours of work of which one could not be written
         if not has_manifest(output / name):
@@ -157,9 +183,9 @@ def run_quickstart(
         with session():
             convert_megatron_to_hf(output / "distil" / "model", output / "export")
     step("generate with a carried cache")
-    console.print(prompt or DEFAULT_PROMPT, style="dim", end="", highlight=False, markup=False)
+    console.print(prompt, style="dim", end="", highlight=False, markup=False)
     generated = generate_text(
-        output / "export", prompt or DEFAULT_PROMPT, max_new_tokens=48, repetition_penalty=1.2,
+        output / "export", prompt, max_new_tokens=48, repetition_penalty=1.2,
         on_text=lambda s: console.print(s, end="", markup=False),
     )  # fmt: skip
     console.print(f"\n{generated.tokens_per_second:.1f} tokens/s, cache {generated.cache_bytes / 1e6:.2f} MB", style="dim")
@@ -180,6 +206,7 @@ def run_quickstart(
         "kv_percent": kv_percent(config),
         "kv_bytes_per_token": kv_bytes_per_token(config),
         "teacher_kv_bytes_per_token": kv_bytes_per_token(base),
+        "paper_kv_bytes_per_token": kv_bytes_per_token(get_layout(LAYOUT["paper", linear]).config),
         "train_tokens": sum(_trained_tokens(output / stage) for stage in ("align", "distil")),
         "heldout_tokens": distilled.tokens,
         "seconds": seconds,
@@ -187,13 +214,25 @@ def run_quickstart(
         "init": init,
         "layout": layout,
         "teacher": "SmolLM2-135M-Instruct, dequantised from 4 bits",
+        "generated": generated.text,
     }
     write_json(output / "summary.json", summary)
     _record(output, seconds=seconds)
     plot_quickstart(summary, output)
+    program = _program()
+    report = write_report(summary, prompt, output, program)
     _show(summary, console)
-    console.print(f"\n{output}/summary.json, {output}/quickstart.png, model for transformers: {output}/export")
+    console.print(f"\nReport: {report}   picture: {output}/quickstart.png   model for transformers: {output}/export")
+    console.print("\nWhat to type next:")
+    for why, line in next_commands(output, program):
+        console.print(f"  {why}:\n    {line}", highlight=False, markup=False, soft_wrap=True)
     return summary
+
+
+def _program() -> str:
+    """How `hylo` is called in the user's shell: its bare name where PATH has it, else the path beside this Python."""
+    beside = Path(sys.executable).parent / "hylo"
+    return "hylo" if shutil.which("hylo") or not beside.is_file() else os.path.relpath(beside)
 
 
 class _Steps:
@@ -249,14 +288,9 @@ def _upcycle(teacher: Path, hybrid: Path, linear: str, init: str, output: Path, 
             raise ConfigError(f"{hybrid} is another model than {layout}, {init}; give another --output for it")
         return
     with session():
-        calibration = output / "calibration" if init == "calibrated" else None
+        calibration = str(output / "calibration") if init == "calibrated" else None
         settings = UpcycleConfig(
-            str(teacher),
-            str(hybrid),
-            layout,
-            init=init,
-            calibration=calibration and str(calibration),
-            sequential=budget.sequential,
+            str(teacher), str(hybrid), layout, init=init, calibration=calibration, sequential=budget.sequential
         )
         upcycle_folder(settings, track)
 
@@ -298,6 +332,7 @@ def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: P
     """
     align = stage == "align"
     batch = budget.align_batch_size if align else budget.distil_batch_size
+    quarter = max(1, tokens // (batch * budget.sequence_length) // 4)
     return TrainConfig(
         stage=stage,
         data=str(data),
@@ -309,7 +344,7 @@ def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: P
         micro_batch_size=budget.micro_batch_size,
         train_tokens=tokens,
         trainable="mixers" if align else "all",
-        align_loss=budget.align_loss,
+        align=AlignSettings(loss=budget.align_loss),
         precision=budget.precision,
         cuda_graphs=budget.cuda_graphs,
         optimizer=OptimizerSettings(
@@ -319,9 +354,9 @@ def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: P
             min_lr_ratio=0.05,
         ),
         eval_windows=budget.eval_windows,
-        save_interval=max(1, tokens // (batch * budget.sequence_length) // 4),
-        log_interval=5,
-        keep_checkpoints=1,
+        eval_interval=0 if align else quarter,
+        checkpoint=CheckpointSettings(save_interval=quarter, keep=1),
+        logging=LoggingSettings(log_interval=5),
     )
 
 
@@ -343,10 +378,6 @@ def _show(summary: dict[str, Any], console: Console) -> None:
     table = Table(title=f"{summary['layout']} on {summary['device']}: {summary['train_tokens']:,} training tokens")
     for name in ("", "held-out perplexity", "KL to teacher", "KV bytes/token (bf16)"):
         table.add_column(name, justify="left" if not name else "right")
-    kv = f"{summary['kv_bytes_per_token']:,}"
-    table.add_row("teacher", f"{summary['teacher_ppl']:,.2f}", "0", f"{summary['teacher_kv_bytes_per_token']:,}")
-    rows = [("hybrid, initialised as in the paper", "paper_init"), ("hybrid, calibrated", "init")]
-    rows = rows if summary["init"] == "calibrated" else rows[:1]
-    for name, key in (*rows, ("after stage 1", "aligned"), ("after stage 2", "distilled")):
-        table.add_row(name, f"{summary[key + '_ppl']:,.2f}", f"{summary[key + '_kl']:.3f}", kv)
+    for row in quality_rows(summary):
+        table.add_row(*row)
     console.print(table)

@@ -13,7 +13,7 @@ def quickstart(
     init: Literal["calibrated", "paper"] = "calibrated",
     prompt: str | None = None,
     text: Path | None = None,
-    output: Path = Path("runs/quickstart"),
+    output: Path | None = None,
     train_tokens: int | None = None,
 ) -> None:
     """Real teacher to evaluated hybrid in one go: fetch, convert, verify, calibrate, upcycle, train, export, generate.
@@ -23,7 +23,7 @@ def quickstart(
         init: how the hybrid starts: calibrated on data, or paper (HyLo's own, in its own shapes) for contrast.
         prompt: text to continue at the end; a default otherwise.
         text: folder or .jsonl of own training text instead of the Debian documentation packages.
-        output: run folder; started again, the same command goes on where it was.
+        output: run folder, runs/quickstart by default (with _mamba2, _paper for those); the same command goes on where it was.
         train_tokens: tokens of stage 2; by default about six minutes' worth of the device.
     """
     from megatron_hylo.cli.quickstart import run_quickstart

@@ -6,6 +6,8 @@ from typing import Literal
 
 from megatron_hylo.cli.console import console, print_json, results, show_upcycle, track
 from megatron_hylo.cli.types import PositiveFloat, PositiveInt
+from megatron_hylo.config import TeacherWindow
+from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.config.upcycle import UpcycleConfig
 
 
@@ -68,6 +70,7 @@ def cache_teacher(
     micro_batch_size: PositiveInt = 8,
     precision: Literal["fp32", "bf16"] | None = None,
     tensor_model_parallel_size: PositiveInt = 1,
+    teacher_window: TeacherWindow = OWN_WINDOW,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
@@ -87,6 +90,7 @@ def cache_teacher(
         micro_batch_size: segments a forward pass.
         precision: of the teacher; bf16 on a GPU, fp32 on a CPU by default.
         tensor_model_parallel_size: ranks that share each layer.
+        teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
         overwrite: replace what is there.
         json: print tokens, bytes a token and KL as JSON.
     """
@@ -98,7 +102,7 @@ def cache_teacher(
     with session(parallel):
         made = write_store(
             teacher, data, output, kl, sequence_length, overlap, micro_batch_size, chosen_dtype(precision),
-            parallel, overwrite, track,
+            parallel, overwrite, track, teacher_window,
         )  # fmt: skip
         main = is_main()
     if main and json:
@@ -122,6 +126,7 @@ def serve_teacher(
     timeout_minutes: PositiveFloat = 30.0,
     runs: PositiveInt | None = None,
     max_tokens: PositiveInt = 1 << 20,
+    teacher_window: TeacherWindow = OWN_WINDOW,
 ) -> None:
     """Answer students of another job: `hylo train --stage distil --teacher_address ADDRESS`.
 
@@ -140,6 +145,7 @@ def serve_teacher(
         timeout_minutes: how long a student may be silent before it is given up.
         runs: end when all students have left so many times.
         max_tokens: most tokens of a micro-batch that is answered.
+        teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
     """
     from datetime import timedelta
 
@@ -150,7 +156,8 @@ def serve_teacher(
         tensor_model_parallel_size=tensor_model_parallel_size, context_parallel_size=context_parallel_size,
         sequence_parallel=sequence_parallel,
     )  # fmt: skip
-    serve(str(teacher), address, parallel, chosen_dtype(precision), timedelta(minutes=timeout_minutes), runs, max_tokens)
+    timeout = timedelta(minutes=timeout_minutes)
+    serve(str(teacher), address, parallel, chosen_dtype(precision), timeout, runs, max_tokens, teacher_window)
 
 
 def upcycle(config: UpcycleConfig, json: bool = False) -> None:

@@ -11,6 +11,8 @@ from rich.table import Table
 import megatron_hylo
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveInt
+from megatron_hylo.config import TeacherWindow
+from megatron_hylo.config.teacher_window import OWN_WINDOW
 
 
 def layouts(json: bool = False) -> None:
@@ -211,7 +213,12 @@ def generate(
 
 
 def evaluate(
-    model: Path, data: Path, teacher: Path | None = None, sequence_length: PositiveInt = 2048, windows: PositiveInt = 32
+    model: Path,
+    data: Path,
+    teacher: Path | None = None,
+    sequence_length: PositiveInt = 2048,
+    windows: PositiveInt = 32,
+    teacher_window: TeacherWindow = OWN_WINDOW,
 ) -> None:
     """Print held-out perplexity of a model as JSON and, with a teacher, KL to it and top-1 agreement.
 
@@ -221,10 +228,11 @@ def evaluate(
         teacher: model folder to compare with.
         sequence_length: tokens a window.
         windows: windows at most.
+        teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
     """
     from megatron_hylo.eval.folders import evaluate_folder
     from megatron_hylo.platform.distributed import session
 
     with session():
-        quality = evaluate_folder(model, data, teacher, sequence_length, windows, track)
+        quality = evaluate_folder(model, data, teacher, sequence_length, windows, track, teacher_window)
     print_json(quality.to_dict())

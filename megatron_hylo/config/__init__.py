@@ -4,6 +4,7 @@ from megatron_hylo.config.errors import ConfigError, from_dict
 from megatron_hylo.config.model import LAYERS, MIXER_SYMBOLS, Fp8, ModelConfig, recomputed_layers
 from megatron_hylo.config.parallel import ParallelConfig
 from megatron_hylo.config.rope import RopeScaling
+from megatron_hylo.config.teacher_window import TeacherWindow
 
 __all__ = [
     "LAYERS",
@@ -13,6 +14,7 @@ __all__ = [
     "ModelConfig",
     "ParallelConfig",
     "RopeScaling",
+    "TeacherWindow",
     "from_dict",
     "recomputed_layers",
 ]

@@ -12,7 +12,8 @@ class RopeScaling:
     """Scaling of rotary frequencies for contexts longer than the pretrained one.
 
     Args:
-        rope_type: none; linear: all frequencies divided by `factor`; Llama 3.1's rule; YaRN.
+        rope_type: none; linear: all frequencies divided by `factor`; llama3: Llama 3.1's rule; yarn: YaRN; nope: NoPE, no
+            rotation at all.
         factor: target length / original length.
         original_max_position_embeddings: tokens the frequencies were trained for.
         low_freq_factor: llama3 only.
@@ -23,7 +24,7 @@ class RopeScaling:
         truncate: yarn only: the ramp's ends are rounded to whole channels.
     """
 
-    rope_type: Literal["none", "linear", "llama3", "yarn"] = "none"
+    rope_type: Literal["none", "linear", "llama3", "yarn", "nope"] = "none"
     factor: float = 1.0
     original_max_position_embeddings: int = 0
     low_freq_factor: float = 1.0
@@ -34,9 +35,9 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        if self.rope_type not in ("none", "linear", "llama3", "yarn"):
-            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; use none, linear, llama3 or yarn")
-        if self.rope_type != "none" and not self.factor >= 1:
+        if self.rope_type not in ("none", "linear", "llama3", "yarn", "nope"):
+            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; use none, linear, llama3, yarn or nope")
+        if self.rope_type not in ("none", "nope") and not self.factor >= 1:
             raise ConfigError(f"{self.rope_type} needs factor >= 1, got {self.factor}")
         if self.rope_type in ("llama3", "yarn") and self.original_max_position_embeddings < 1:
             raise ConfigError(

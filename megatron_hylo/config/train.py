@@ -1,11 +1,28 @@
 """Every setting of a training run. A recipe (YAML) holds these keys; the command line overrides them."""
 
 import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
-from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, recomputed_layers
+from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, TeacherWindow, recomputed_layers
 from megatron_hylo.config.paths import expand_home
+from megatron_hylo.config.recall import RecallSettings
+from megatron_hylo.config.renamed import RENAMED
+from megatron_hylo.config.text import TextSettings
+from megatron_hylo.config.train_settings import (
+    AlignSettings,
+    CheckpointSettings,
+    KLSettings,
+    LoggingSettings,
+    OptimizerSettings,
+    ProfileSettings,
+    at_least_one,
+)
+
+__all__ = [
+    "PATHS", "PREFIXES", "AlignSettings", "CheckpointSettings", "KLSettings", "LoggingSettings", "OptimizerSettings",
+    "ProfileSettings", "TrainConfig",
+]  # fmt: skip
 
 PREFIXES = ("", "second_")  # of a run's students: RUN/model and RUN/second_model, loss and second_loss
 
@@ -13,39 +30,8 @@ PATHS = ("data", "output", "model", "scratch", "second_model", "teacher", "teach
 
 
 @dataclass
-class OptimizerSettings:
-    """AdamW with a cosine schedule; fp32 master weights always. A_log, dt_bias, D, biases and norms never decay.
-
-    Args:
-        lr: peak learning rate of everything but the mixers.
-        mixer_lr: peak learning rate of the token mixers; lr by default.
-        min_lr_ratio: final / peak learning rate.
-        warmup_ratio: part of the steps spent warming up.
-        weight_decay: decoupled, of all but the parameters named above.
-        adam_beta1: decay of the gradient's mean.
-        adam_beta2: decay of the squared gradient's mean.
-        adam_eps: added to its root.
-        clip_grad: largest global gradient norm; 0: no clipping.
-        use_distributed_optimizer: shard optimizer state over the data-parallel ranks.
-        offload: its state rests in the CPU's memory during forward and backward passes: less memory, the same numbers.
-    """
-
-    lr: float = 6e-5
-    mixer_lr: float | None = None
-    min_lr_ratio: float = 0.0
-    warmup_ratio: float = 0.01
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
-    use_distributed_optimizer: bool = True
-    offload: bool = False
-
-
-@dataclass
 class TrainConfig:
-    """One run of one stage.
+    """Settings of one run of one training stage.
 
     Args:
         stage: pretrain: cross-entropy on text; align: stage 1, layer by layer; distil: stages 2 and 3, KL to a teacher.
@@ -58,49 +44,46 @@ class TrainConfig:
         teacher_store: distil: learn from a `hylo cache-teacher` folder; `teacher` then only evaluates.
         teacher_address: distil: learn from `hylo serve-teacher` at HOST:PORT; `teacher` then only evaluates.
         sequence_length: tokens a sample.
-        packed_documents: documents in a window do not see each other; else only their end token parts them.
+        recall: facts and questions inserted in the training text; a fact and its question share a window, and with
+            packed_documents a document.
+        text: what the training windows are made of.
+        packed_documents: block attention, convolutions and recurrent states across documents of a window; otherwise they are
+            separated by their end token only.
         global_batch_size: samples a step, over all ranks.
         micro_batch_size: samples a forward pass of one rank.
         train_tokens: tokens in all; rounded up to whole steps. A run started again with more goes on, finished or not, with
             its optimizer's state, on the learning-rate schedule of the longer run.
-        trainable: all, or the token mixers alone; align never trains embedding and head, and but for ild mixers alone.
+        trainable: all, or the token mixers alone; align never trains embedding and head, and anything but mixers only with ild.
         optimizer: learning rates and the rest of AdamW.
-        precision: of weights and activations; the optimizer's copies are fp32 in both.
-        linear_precision: of the products in the student's linear maps, forward and backward: fp8 on GPUs that have it.
-        teacher_precision: the student's, or fp8 for a teacher's linear maps; held-out KL is to that teacher too.
-        teacher_offload: a teacher's weights rest in the CPU's memory and come to the GPU layer by layer: for long sequences,
-            where copies take less time than computing.
-        mla_rope_scaling: stretch MLA's rotary frequencies for longer sequences.
-        kl_direction: distil: KL(teacher || student), or KL(student || teacher).
-        kl_temperature: distil: divides the logits of both, and the KL counts its square.
-        kl_top_k: distil: the teacher's k most likely tokens one by one, all others as one class; null: all one by one.
-        ce_weight: distil: weight of cross-entropy on the text beside KL to the teacher.
-        align_loss: align: error of the mixers' outputs, the paper's Enhanced ILD, or distance of hidden states; see
-            distill/alignment.py.
-        hidden_weight: align with ild: weight of the layer-output term.
-        mixer_weight: align with ild: weight of the mixer-output term.
+        precision: dtype of weights and activations; the optimizer's copies are fp32 in both.
+        linear_precision: precision of the student's linear maps, forward and backward; fp8 needs a GPU that has it.
+        teacher_precision: precision of the teacher's linear maps, the student's or fp8; held-out KL is to that teacher too.
+        teacher_offload: keep the teacher's weights in CPU memory and prefetch them layer by layer: for long sequences, where
+            copies take less time than computing.
+        teacher_window: how a teacher reads sequences longer than its window.
+        rope_scaling: how the student's attention and MLA layers turn from this run on (YaRN for longer sequences; nope: no
+            rotation; none: unscaled), kept with the model; null: as they do.
+        rotary_base: their theta from this run on; null: as it is.
+        distil: loss of pretrain and distil.
+        align: loss of align.
         loss_chunk_tokens: tokens whose logits exist at a time.
-        recompute: compute activations again in the backward pass: less memory, a third more work. Of all layers, or of those
-            with these symbols: '-' MLPs, 'G-' these and Gated DeltaNet.
-        cuda_graphs: replay a recorded step: small models no longer wait for Python; tried on one GPU only.
-        parallel: how ranks are divided.
-        backend: of linear maps and SwiGLU: te is Transformer Engine, local torch and Megatron-Core; auto: te on a GPU
-            that has it.
-        seed: of the order of the text and of random weights.
+        recompute: compute activations again in the backward pass: less memory, a third more work. true: of all layers; or
+            symbols of layers: '-' MLPs, 'G-' MLPs and Gated DeltaNet.
+        cuda_graphs: capture a step as CUDA graphs and replay it, so that small models do not wait for Python; one GPU only.
+        parallel: sizes of the parallel groups.
+        backend: library of linear maps and SwiGLU: te is Transformer Engine, local torch and Megatron-Core; auto: te on a
+            GPU that has it.
+        seed: decides the order of the text and random weights.
         deterministic: the same losses each time, bit for bit, on the same kind and number of GPUs; slower, most of all in
             attention.
-        max_skipped_steps: in a row, for NaN or infinity in loss or gradients; one more ends the run.
+        max_skipped_steps: steps in a row that are skipped for NaN or infinity in loss or gradients; one more ends the run.
         allow_change: keys (optimizer.lr,max_skipped_steps) of which a run that goes on may have other values than it was
             started with, or (data, teacher) that may hold something else; kept in OUTPUT/history.json. A list, or with commas.
-        log_interval: steps between records.
         eval_interval: steps between held-out evaluations; 0: at the end only.
         eval_windows: held-out windows of sequence_length.
-        save_interval: steps between checkpoints.
-        keep_checkpoints: newest ones that stay.
-        async_save: write checkpoints while training goes on; takes memory for a copy of a rank's part.
-        tensorboard: write OUTPUT/tensorboard.
-        wandb: log there as well.
-        wandb_project: its project.
+        checkpoint: how often checkpoints are saved, and how.
+        logging: what is recorded, and how often.
+        profile: steps of which a torch.profiler trace is written.
     """
 
     stage: Literal["pretrain", "align", "distil"]
@@ -114,6 +97,8 @@ class TrainConfig:
     teacher_address: str | None = None
     # amount of work
     sequence_length: int = 2048
+    recall: RecallSettings = field(default_factory=RecallSettings)
+    text: TextSettings = field(default_factory=TextSettings)
     packed_documents: bool = False
     global_batch_size: int = 32
     micro_batch_size: int = 1
@@ -125,14 +110,11 @@ class TrainConfig:
     linear_precision: Literal["same", "fp8"] = "same"
     teacher_precision: Literal["same", "fp8"] = "same"
     teacher_offload: bool = False
-    mla_rope_scaling: RopeScaling | None = None
-    kl_direction: Literal["forward", "reverse"] = "forward"
-    kl_temperature: float = 1.0
-    kl_top_k: int | None = None
-    ce_weight: float = 0.0
-    align_loss: Literal["mse", "ild", "sequential"] = "mse"
-    hidden_weight: float = 1.0
-    mixer_weight: float = 1.0
+    teacher_window: TeacherWindow = field(default_factory=TeacherWindow)
+    rope_scaling: RopeScaling | None = None
+    rotary_base: float | None = None
+    distil: KLSettings = field(default_factory=KLSettings)
+    align: AlignSettings = field(default_factory=AlignSettings)
     loss_chunk_tokens: int = 1024
     recompute: bool | str = False
     cuda_graphs: bool = False
@@ -144,32 +126,19 @@ class TrainConfig:
     max_skipped_steps: int = 3
     # record and resume
     allow_change: list[str] | str = ""
-    log_interval: int = 10
     eval_interval: int = 0
     eval_windows: int = 32
-    save_interval: int = 500
-    keep_checkpoints: int = 2
-    async_save: bool = True
-    tensorboard: bool = True
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    wandb_project: str = "megatron_hylo"
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
 
     def __post_init__(self) -> None:
         for name in PATHS:
             if (getattr(self, name) or "").startswith("~"):
                 setattr(self, name, str(expand_home(getattr(self, name))))
-        for name in ("sequence_length", "global_batch_size", "micro_batch_size", "train_tokens", "loss_chunk_tokens",
-                     "log_interval", "save_interval", "keep_checkpoints"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least_one(self, "", "sequence_length", "global_batch_size", "micro_batch_size", "train_tokens", "loss_chunk_tokens")
         self._check_allowed_changes()
         recomputed_layers(self.recompute)
-        if self.kl_temperature <= 0:
-            raise ConfigError(f"kl_temperature must be positive, got {self.kl_temperature}")
-        if self.kl_top_k is not None and self.kl_top_k < 1:
-            raise ConfigError(
-                f"kl_top_k must be at least 1, got {self.kl_top_k}; leave it out (null) for the KL over the whole vocabulary"
-            )
         elsewhere = {name: getattr(self, name) for name in ("teacher_store", "teacher_address") if getattr(self, name)}
         if self.stage in ("align", "distil") and not (self.model and (self.teacher or elsewhere)):
             raise ConfigError(
@@ -189,6 +158,16 @@ class TrainConfig:
             )
         if self.stage == "pretrain" and bool(self.model) == bool(self.scratch):
             raise ConfigError("stage pretrain needs either model (a folder to continue from) or scratch (a layout to make)")
+        if self.teacher_window.mode != "none" and (self.stage == "pretrain" or self.teacher_address):
+            raise ConfigError(
+                "teacher_window is for a teacher that this run loads, or a store of one; give it to `hylo serve-teacher` where "
+                "the teacher is at an address"
+            )
+        if self.teacher_window.mode == "windows" and self.stage == "align":
+            raise ConfigError(
+                "stage align learns the hidden states of every layer, which teacher_window.mode windows has of the last alone; "
+                "use mode rope or shorter sequences"
+            )
         if self.stage == "pretrain" and self.teacher:
             raise ConfigError("stage pretrain learns from text alone; leave teacher out, or use stage distil")
         if self.precision == "bf16" and not self.optimizer.use_distributed_optimizer:
@@ -198,8 +177,18 @@ class TrainConfig:
             )
         if self.cuda_graphs and (self.recompute or self.packed_documents or self.parallel.pipeline_stages > 1):
             raise ConfigError(
-                "cuda_graphs cannot record recompute, packed_documents or pipeline stages; set cuda_graphs false, or leave "
+                "cuda_graphs cannot capture recompute, packed_documents or pipeline stages; set cuda_graphs false, or leave "
                 "those out"
+            )
+        if self.teacher_store and self.text != TextSettings():
+            raise ConfigError(
+                f"teacher_store {self.teacher_store} is of the documents of data, end to end; leave text as it is"
+            )
+        if self.recall.share and (self.teacher_store or self.cuda_graphs):
+            raise ConfigError(
+                f"recall.share {self.recall.share} makes text that a teacher_store does not know, and losses whose shapes "
+                f"cuda_graphs cannot capture; got teacher_store {self.teacher_store} and cuda_graphs {self.cuda_graphs}: leave "
+                f"these out, or set recall.share 0"
             )
         parallel, parts = self.parallel, self.parallel.context_parallel_size
         if parallel.sequence_parallel:
@@ -229,15 +218,17 @@ class TrainConfig:
 
     @property
     def allowed_changes(self) -> set[str]:
-        """Keys of allow_change, as on the command line."""
+        """Keys of allow_change, as they are written on the command line."""
         keys = self.allow_change.split(",") if isinstance(self.allow_change, str) else self.allow_change
         return {key.strip() for key in keys if key.strip()}
 
     def _check_allowed_changes(self) -> None:
-        known = {f.name for f in fields(self)} | {f"optimizer.{f.name}" for f in fields(OptimizerSettings)}
-        known |= {f"mla_rope_scaling.{f.name}" for f in fields(RopeScaling)}
+        known = {f.name for f in fields(self)} | {f"rope_scaling.{f.name}" for f in fields(RopeScaling)}
+        groups = {f.name: value for f in fields(self) if is_dataclass(value := getattr(self, f.name))}
+        known |= {f"{name}.{f.name}" for name, group in groups.items() for f in fields(group)}
         for key in sorted(self.allowed_changes - known):
             near = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, cutoff=0.5)
+            near = [RENAMED[key]] if key in RENAMED else near
             meant = f"did you mean {' or '.join(sorted(near))}? " if near else ""
             raise ConfigError(f"allow_change {key!r} is no setting of a run; {meant}`hylo train --help` lists them")
 
@@ -261,21 +252,21 @@ class TrainConfig:
 
     @property
     def student_fp8(self) -> Fp8 | None:
-        """Formats of the student's linear maps, as models are built with."""
+        """Formats of the student's linear maps, as models are built with them."""
         return "hybrid" if self.linear_precision == "fp8" else None
 
     @property
     def teacher_fp8(self) -> Fp8 | None:
-        """The same of the teacher's."""
+        """Formats of the teacher's linear maps."""
         return "e4m3" if self.teacher_precision == "fp8" else None
 
     @property
     def train_steps(self) -> int:
-        """Optimizer steps."""
+        """Number of optimizer steps of the run."""
         return -(-self.train_tokens // (self.global_batch_size * self.sequence_length))
 
     def micro_batches(self, data_parallel_size: int) -> int:
-        """Forward passes a rank makes in one step.
+        """Number of forward passes that a rank makes in one step.
 
         Raises:
             ConfigError: the ranks do not share the batch evenly.

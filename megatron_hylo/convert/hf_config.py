@@ -218,7 +218,7 @@ def _shared(config: ModelConfig) -> dict[str, Any]:
 
 
 def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Build config.json of a model: the base family's own where every mixer is attention, else `model_type` "hylo".
+    """Build config.json of a model: the base family's own where that knows all its mixers, else `model_type` "hylo".
 
     What transformers 4 and 5 spell differently is there twice: dtype, and the RoPE settings.
 
@@ -230,7 +230,7 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
     """
     shared = _shared(config) | {"dtype": dtype, "torch_dtype": dtype}
     shared |= {name: (token_ids or {}).get(name) for name in TOKEN_IDS}
-    if not config.is_transformer:
+    if not config.is_transformer or config.rope_scaling.rope_type == "nope":
         auto = {"AutoConfig": "configuration_hylo.HyloConfig", "AutoModel": "modeling_hylo.HyloModel"}
         auto["AutoModelForCausalLM"] = "modeling_hylo.HyloForCausalLM"
         return {

@@ -17,6 +17,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.data.windows import Window, WindowSource
 from megatron_hylo.io import DamagedError, read_json, verify_manifest_if_any
 
 logger = logging.getLogger("megatron_hylo.data")
@@ -87,21 +88,41 @@ class PackedDataset:
         sequence_length: tokens a window predicts.
         seed: decides all orders.
         shuffle: documents and windows in a new order each epoch; otherwise in the dataset's order.
+        min_length, max_length: tokens of the documents that are used, both ends included; None: no longest.
+        store: the dataset where it is open already.
 
     Raises:
-        ConfigError: no dataset, or fewer tokens than a window.
+        ConfigError: no dataset, no document of those lengths, or fewer tokens than a window.
         DamagedError: the files contradict each other.
     """
 
-    def __init__(self, path_prefix: str | Path, sequence_length: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        path_prefix: str | Path,
+        sequence_length: int,
+        seed: int,
+        shuffle: bool = True,
+        min_length: int = 0,
+        max_length: int | None = None,
+        store: DocumentStore | None = None,
+    ) -> None:
         if sequence_length < 1 or seed < 0:
             raise ConfigError(f"sequence_length must be at least 1 and seed at least 0, got {sequence_length} and {seed}")
-        self.store = DocumentStore(path_prefix)
+        self.store = store or DocumentStore(path_prefix)
         self.sequence_length, self.seed, self.shuffle = sequence_length, seed, shuffle
-        self.windows_per_epoch = (self.store.tokens - 1) // sequence_length
+        lengths = self.store.lengths
+        used = (lengths >= min_length) & (lengths <= (lengths.max(initial=0) if max_length is None else max_length))
+        self.documents = np.flatnonzero(used)  # those that are used
+        if not len(self.documents) and len(lengths):
+            raise ConfigError(
+                f"no document of {path_prefix} has min_length {min_length:,} tokens; the longest has {lengths.max():,}: give a "
+                f"smaller min_length, or leave the part out"
+            )
+        self.tokens = int(lengths[used].sum())
+        self.windows_per_epoch = (self.tokens - 1) // sequence_length
         if self.windows_per_epoch < 1:
             raise ConfigError(
-                f"{path_prefix} has {self.store.tokens} tokens, a window of sequence_length {sequence_length} needs "
+                f"{path_prefix} has {self.tokens} tokens, a window of sequence_length {sequence_length} needs "
                 f"{sequence_length + 1}: give more text or a smaller sequence_length"
             )
         self._epochs: dict[int, _Epoch] = {}
@@ -117,13 +138,24 @@ class PackedDataset:
         """
         return torch.from_numpy(np.concatenate([self.store.read(*piece) for piece in self.pieces(index)]))
 
+    def window(self, index: int) -> Window:
+        """Window `index` with the places where documents begin."""
+        return Window(np.concatenate([self.store.read(*piece) for piece in self.pieces(index)]), self.document_starts(index))
+
+    @property
+    def long_share(self) -> float:
+        """Part of the tokens that is of documents at least as long as a window."""
+        lengths = self.store.lengths[self.documents]
+        return float(lengths[lengths >= self.sequence_length].sum() / self.tokens)
+
     def describe(self, windows: int) -> str:
         """A sentence on what a run of so many windows, from the first on, trains on and leaves out."""
         rest = windows % self.windows_per_epoch
-        tail = self.store.tokens - (self.windows_per_epoch * self.sequence_length + 1)
+        tail = self.tokens - (self.windows_per_epoch * self.sequence_length + 1)
         left = self.windows_per_epoch - rest if rest else 0
         return (
-            f"{len(self.store.lengths):,} documents, {self.store.tokens:,} tokens; an epoch has {self.windows_per_epoch:,} "
+            f"{len(self.documents):,} documents, {self.tokens:,} tokens, {self.long_share:.1%} of them in documents as long "
+            f"as a window; an epoch has {self.windows_per_epoch:,} "
             f"windows of {self.sequence_length:,}, and leaves out {tail:,} tokens at its end that fill none; the run reads "
             f"{windows:,} windows, {windows / self.windows_per_epoch:.2f} epochs, and leaves out {left:,} windows of the last"
         )
@@ -161,7 +193,7 @@ class PackedDataset:
         if number not in self._epochs:
             if len(self._epochs) >= EPOCHS_KEPT:
                 del self._epochs[min(self._epochs)]
-            documents = self._order(len(self.store.lengths), number, DOCUMENT_ORDER)
+            documents = self.documents[self._order(len(self.documents), number, DOCUMENT_ORDER)]
             starts = np.concatenate([[0], np.cumsum(self.store.lengths[documents])])
             self._epochs[number] = _Epoch(documents, starts, self._order(self.windows_per_epoch, number, WINDOW_ORDER))
         return self._epochs[number]
@@ -175,7 +207,7 @@ class PackedDataset:
 
 
 def batches(
-    dataset: PackedDataset,
+    dataset: WindowSource,
     consumed_samples: int,
     micro_batch_size: int,
     data_parallel_rank: int = 0,
@@ -199,7 +231,8 @@ def batches(
         {"input_ids", "labels"}, each [micro_batch_size, sequence_length] int64 on the CPU, and "windows", their numbers in the
         dataset. With `packed_documents`
         [1, micro_batch_size * sequence_length], the label of a document's last token is IGNORED (it would be another
-        document's), and "document_starts" is int64 [n].
+        document's), and "document_starts" is int64 [n]. With recall "answers", int32 of the labels' shape: at a label that
+        is part of an answer the distance to the fact, 0 elsewhere.
 
     Raises:
         ConfigError: a size below 1, a rank out of range, or a negative count.
@@ -214,16 +247,22 @@ def batches(
 
 
 def _batches(
-    dataset: PackedDataset, first: int, size: int, ranks: int, packed_documents: bool
+    dataset: WindowSource, first: int, size: int, ranks: int, packed_documents: bool
 ) -> Iterator[dict[str, torch.Tensor]]:
     length = dataset.sequence_length
     while True:
-        windows = torch.stack([dataset[i] for i in range(first, first + size)])
-        batch = {"input_ids": windows[:, :-1].contiguous(), "labels": windows[:, 1:].clone()}
+        windows = [dataset.window(i) for i in range(first, first + size)]
+        tokens = torch.from_numpy(np.stack([window.tokens for window in windows]))
+        batch = {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].clone()}
+        answers = [window.answers[1:] for window in windows if window.answers is not None]
+        if answers:
+            batch["answers"] = torch.from_numpy(np.stack(answers))
         if packed_documents:
-            starts = [torch.from_numpy(dataset.document_starts(first + row)) for row in range(size)]
+            starts = [torch.from_numpy(window.document_starts) for window in windows]
             for row, places in enumerate(starts):
                 batch["labels"][row, places[1:] - 1] = IGNORED
+                if answers:
+                    batch["answers"][row, places[1:] - 1] = 0
             batch = {name: tensor.view(1, -1) for name, tensor in batch.items()}
             # a document that begins at `length` has only a label in this window
             batch["document_starts"] = torch.cat([row * length + s[s < length] for row, s in enumerate(starts)])

@@ -1,4 +1,4 @@
-"""Stage 1: every student layer learns its teacher layer's output, with gradients that stay in the layer. Three losses:
+"""Alignment (stage 1): every student layer learns its teacher layer's output, with gradients inside the layer. Three losses:
 
     mse         L = sum_l  mean_w (sum_t ||a_l^s - a_l^t||_2^2 / sum_t ||a_l^t||_2^2)
     ild         L = sum_l  hidden_weight * mean_t ||h_l^s - h_l^t||_2  +  mixer_weight * mean_t ||a_l^s - a_l^t||_2
@@ -21,12 +21,12 @@ teacher, and aligning a hybrid is aligning the pure-MLA and the pure-linear mode
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.fp8_utils import get_fp8_context
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.models.hylo_model import HyloModel
@@ -55,13 +55,13 @@ def check_alignable(student: HyloModel, teacher: HyloModel) -> None:
             )
 
 
-def mixer_output(layer: nn.Module, hidden: Tensor, packed: Packed = None) -> Tensor:
-    """What a mixer layer adds to the residual stream: [sequence, batch, hidden] -> the same."""
+def mixer_output(layer: Any, hidden: Tensor, packed: Packed = None) -> Tensor:
+    """Compute a mixer layer's output before the residual: [sequence, batch, hidden] -> [sequence, batch, hidden]."""
     return layer.self_attention(layer.input_layernorm(hidden)[0], attention_mask=None, packed_seq_params=packed)[0]
 
 
-def mlp_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
-    """The residual stream after an MLP layer: [sequence, batch, hidden] -> the same."""
+def mlp_layer(layer: Any, hidden: Tensor) -> Tensor:
+    """Compute the residual stream after an MLP layer: [sequence, batch, hidden] -> [sequence, batch, hidden]."""
     return hidden + layer.mlp(layer.pre_mlp_layernorm(hidden)[0])[0]
 
 
@@ -77,16 +77,16 @@ def align_layers(
     received: Tensor | None = None,
     windows: int = 1,
 ) -> tuple[list[AlignmentLoss], Tensor]:
-    """The loss of every layer of every student and, with `gradient_scale`, its gradients; one pass of the teacher.
+    """Compute every layer's loss of every student and, with `gradient_scale`, its gradients, in one pass of the teacher.
 
     Args:
-        students, teacher: the same layers of each: all, or those of a pipeline stage; the teacher gets no gradient.
+        students, teacher: the same layers of each model, all or those of a pipeline stage; the teacher gets no gradient.
         input_ids: int64 [batch, sequence].
         align_loss: see the module's formulas; all but `ild` have only a mixer term, of weight 1.
         hidden_weight, mixer_weight: of `ild`; a term of weight 0 is not computed.
         gradient_scale: factor on the loss before `backward`; None measures only.
         documents: of a packed sequence, batch 1.
-        received: what the stage before returned; None on the first.
+        received: tensor that the previous pipeline stage returned; None on the first.
         windows: equal ones that a packed sequence is made of; `mse` divides each by its own power.
 
     Returns:
@@ -159,7 +159,7 @@ def relative_distance(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def _windows(x: Tensor, packed: Packed, count: int, sequence_parallel: bool) -> Sequence[Tensor]:
-    """This rank's tokens of each window, a view; of one that it has none of, an empty one.
+    """Return views of this rank's tokens of each window; empty ones of windows that other ranks have.
 
     Args:
         x: [sequence, batch, hidden], or packed [all tokens, 1, hidden].
@@ -177,7 +177,7 @@ def _windows(x: Tensor, packed: Packed, count: int, sequence_parallel: bool) -> 
 
 
 def _power(windows: Sequence[Tensor], sequence_parallel: bool) -> Tensor:
-    """Each window's sum of squares over the tokens of all tensor-parallel ranks, fp32 [n]; mean over context-parallel ranks."""
+    """Sum each window's squares over all tensor-parallel ranks, and average over context-parallel ranks: fp32 [n]."""
     power = torch.stack([window.float().square().sum() for window in windows])
     if sequence_parallel:  # each rank has its part of the tokens; without, each has them all
         torch.distributed.all_reduce(power, group=parallel_state.get_tensor_model_parallel_group())

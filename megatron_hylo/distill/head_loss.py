@@ -18,8 +18,8 @@ largest log-probabilities of each, never whole logits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,20 +28,20 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.train_settings import KLSettings
 from megatron_hylo.distill.plain_head_softmax import plain_head_softmax
 from megatron_hylo.kernels.head_softmax import head_softmax, unsupported
 from megatron_hylo.kernels.registry import Unsupported, select
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.padded_vocabulary import padded_vocabulary
 
-Direction = Literal["forward", "reverse"]
+DEFAULTS = KLSettings()
 PADDING = 0.01  # of a vocabulary: what two models of one tokenizer may differ by
 
 
 @dataclass
 class HeadLoss:
-    """Sums over tokens divided by their counts. `loss` carries the gradient; the others are for reports (None where not asked
-    for).
+    """Means over tokens. `loss` carries the gradient; the others are for reports (None where not asked for).
 
     `kl` is as the loss counts it: in its direction, at its temperature with the T^2, of its top k.
     """
@@ -58,31 +58,28 @@ def model_head_loss(
     labels: Tensor | None = None,
     teacher: Any = None,
     teacher_hidden: Tensor | None = None,
-    kl_weight: float = 1.0,
-    ce_weight: float = 0.0,
+    settings: KLSettings = DEFAULTS,
+    *,
     chunk_tokens: int = 1024,
     measure_agreement: bool = False,
-    kl_direction: Direction = "forward",
-    kl_temperature: float = 1.0,
-    kl_top_k: int | None = None,
     token_mask: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> HeadLoss:
-    """`linear_head_loss` for a model's hidden states, whatever the tensor and sequence parallelism.
+    """Compute `linear_head_loss` of a model's hidden states under any tensor and sequence parallelism.
 
     Args:
         student: gives the head's weight.
         hidden: the student's output, [sequence (/ TP), batch, H_s].
         labels: int64 [batch, sequence]; needed where cross-entropy is wanted.
         teacher, teacher_hidden: the frozen teacher (a model, or a `StoredTeacher`) and its output; both or neither.
-        kl_weight, ce_weight, chunk_tokens, measure_agreement, kl_direction, kl_temperature, kl_top_k: see `linear_head_loss`.
+        settings, chunk_tokens, measure_agreement, counts: see `linear_head_loss`.
         token_mask: [batch, sequence]; see `linear_head_loss`.
-        counts: see `linear_head_loss`.
     """
     group, vocabulary = parallel_state.get_tensor_model_parallel_group(), student.config.hylo.vocab_size
     full = _full_tokens(hidden, student.config.sequence_parallel, group)
     teacher_full = None
     if teacher is not None:
+        assert teacher_hidden is not None, "a teacher comes with its hidden states"
         vocabulary = min(vocabulary, teacher.config.hylo.vocab_size)
         with torch.no_grad():
             teacher_full = _full_tokens(teacher_hidden, teacher.config.sequence_parallel, group).flatten(0, 1)
@@ -92,22 +89,18 @@ def model_head_loss(
         labels.transpose(0, 1).flatten() if labels is not None else None,
         teacher_full,
         teacher_rows(student, teacher, group) if teacher is not None else None,
-        kl_weight,
-        ce_weight,
-        chunk_tokens,
-        group,
-        measure_agreement,
-        kl_direction,
-        kl_temperature,
-        kl_top_k,
-        token_mask.transpose(0, 1).flatten() if token_mask is not None else None,
-        counts,
-        vocabulary,
+        settings,
+        chunk_tokens=chunk_tokens,
+        group=group,
+        measure_agreement=measure_agreement,
+        token_mask=token_mask.transpose(0, 1).flatten() if token_mask is not None else None,
+        counts=counts,
+        vocabulary=vocabulary,
     )
 
 
 def mean_counts(labels: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
-    """The `counts` of `linear_head_loss` that make the mean over a step's calls the loss of its global batch.
+    """Return the `counts` of `linear_head_loss` that make the mean over a step's calls the loss of its global batch.
 
     They are means over the calls of all ranks: Megatron-Core averages losses and gradients over micro-batches and ranks, and
     (1 / calls) sum_i sum_i / (total / calls) = sum_i sum_i / total. The number of labels is on the device, so that a CUDA graph
@@ -120,7 +113,8 @@ def mean_counts(labels: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
     Returns:
         float64 [2]: tokens, labels.
     """
-    total = sum((x >= 0).sum() for x in labels).double()
+    found: Any = sum((x >= 0).sum() for x in labels)
+    total = found.double()
     total = torch.stack([torch.full_like(total, sum(x.numel() for x in labels)), total])
     dist.all_reduce(total, group=group)
     return total / (len(labels) * group.size())
@@ -141,7 +135,7 @@ def check_vocabularies(student: Any, teacher: Any) -> None:
 
 
 def teacher_rows(student: HyloModel, teacher: Any, group: dist.ProcessGroup) -> Tensor:
-    """The rows of the teacher's head for the tokens of this rank's rows of the student's: [at most V / TP, H_t].
+    """Return the rows of the teacher's head for the tokens of this rank's rows of the student's: [at most V / TP, H_t].
 
     Where the vocabularies differ in size, ranks have different tokens of them; then the whole head is gathered.
 
@@ -157,7 +151,7 @@ def teacher_rows(student: HyloModel, teacher: Any, group: dist.ProcessGroup) -> 
 
 
 def whole_head(weight: Tensor, vocabulary: int, group: dist.ProcessGroup) -> Tensor:
-    """All rows of a head whose parts the ranks of `group` have, without gradient and without padding.
+    """Gather all rows of a head that is divided over the ranks of `group`, without gradient and without padding.
 
     Args:
         weight: this rank's rows, [V / TP, H].
@@ -174,14 +168,14 @@ def whole_head(weight: Tensor, vocabulary: int, group: dist.ProcessGroup) -> Ten
 
 
 def head_part(head: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """A rank's rows of a whole head, padded as a model's are: [V, H] -> [V / TP rounded up, H]."""
+    """Cut this rank's rows out of a whole head, padded as a model's are: [V, H] -> [V / TP rounded up, H]."""
     share = padded_vocabulary(len(head), group.size()) // group.size()
     mine = head[group.rank() * share : (group.rank() + 1) * share]
     return torch.nn.functional.pad(mine, (0, 0, 0, share - len(mine)))
 
 
 def _full_tokens(hidden: Tensor, sequence_parallel: bool, group: dist.ProcessGroup) -> Tensor:
-    """All tokens on every rank; in the backward pass the ranks' partial gradients are summed."""
+    """Gather all tokens on every rank; the backward pass sums the ranks' partial gradients."""
     if sequence_parallel:
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
     return copy_to_tensor_model_parallel_region(hidden, group=group)
@@ -193,19 +187,16 @@ def linear_head_loss(
     labels: Tensor | None = None,
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
-    kl_weight: float = 1.0,
-    ce_weight: float = 0.0,
+    settings: KLSettings = DEFAULTS,
+    *,
     chunk_tokens: int = 1024,
     group: dist.ProcessGroup | None = None,
     measure_agreement: bool = False,
-    kl_direction: Direction = "forward",
-    kl_temperature: float = 1.0,
-    kl_top_k: int | None = None,
     token_mask: Tensor | None = None,
     counts: Tensor | None = None,
     vocabulary: int | None = None,
 ) -> HeadLoss:
-    """KL and cross-entropy of a linear head, see the module's formula; soft-max in fp32 whatever the inputs' dtype.
+    """Compute KL and cross-entropy of a linear head (formulas above), with the soft-max in fp32 whatever the inputs' dtype.
 
     Args:
         hidden: [N, H_s].
@@ -214,14 +205,12 @@ def linear_head_loss(
         teacher_hidden: [N, H_t], no gradient.
         teacher_weight: the rows for the same tokens, [at most V / TP, H_t]; the student's rows beyond them are padding, which
             neither model's soft-max then has, and get no gradient.
-        kl_weight: ignored without a teacher.
-        ce_weight: ignored without labels; the loss without a teacher is the cross-entropy, whatever this is.
+        settings: weights, and direction, temperature and top k of the KL. The KL's are ignored without a teacher, the weight of
+            the cross-entropy without labels; the loss without a teacher is the cross-entropy, whatever the weights are. With a
+            top k plain torch runs, since the Triton kernels have none; one as large as the vocabulary is the full KL.
         chunk_tokens: tokens whose logits exist at a time.
         group: ranks that share the vocabulary; gradients with respect to `hidden` are this rank's partial sums.
         measure_agreement: also compare the most likely tokens.
-        kl_direction, kl_temperature: see the module's formulas.
-        kl_top_k: tokens of the whole vocabulary that keep their own term, see the module. The Triton kernels do not know it:
-            plain torch runs. None, or as many as the vocabulary has: the full KL. Ignored without a teacher.
         token_mask: bool or 0/1 [N], the same on all ranks of `group`: 1 where a token counts. The others are left out before
             there are logits: they cost nothing and have neither loss nor gradient, whatever they hold, and are not counted.
             Shapes depend on the mask: it waits for the GPU, and no CUDA graph records it.
@@ -231,37 +220,38 @@ def linear_head_loss(
             ranks are padding, which no soft-max has, and which gets no gradient.
 
     Raises:
-        ConfigError: the heads' vocabularies differ, there is neither teacher nor label, or kl_top_k is below 1.
+        ConfigError: the heads' vocabularies differ, or there is neither teacher nor label.
         IndexError: the mask's shape is not [N].
         RuntimeError: the Triton kernels are forced but cannot run, as with kl_top_k.
     """
     if teacher_weight is None and labels is None:
         raise ConfigError("a head loss needs a teacher or labels")
-    if kl_top_k is not None and kl_top_k < 1:
-        raise ConfigError(f"kl_top_k must be at least 1, got {kl_top_k}; leave it out for the KL over the whole vocabulary")
     if teacher_weight is not None and teacher_weight.shape[0] > weight.shape[0]:
         raise ConfigError(
             f"the teacher's vocabulary has {teacher_weight.shape[0]} rows a rank, the student's {weight.shape[0]}; give those "
             f"of its tokens"
         )
-    weights = (kl_weight, ce_weight) if teacher_weight is not None else (0.0, 1.0)
+    kl_weight, ce_weight = (settings.kl_weight, settings.ce_weight) if teacher_weight is not None else (0.0, 1.0)
     if labels is None:
-        weights = (weights[0], 0.0)
+        ce_weight = 0.0
     if vocabulary is None:
         vocabulary = weight.shape[0] * (group.size() if group is not None else 1)
-    if teacher_weight is None or (kl_top_k is not None and kl_top_k >= vocabulary):
-        kl_top_k = None
+    top_k = settings.kl_top_k
+    if teacher_weight is None or (top_k is not None and top_k >= vocabulary):
+        top_k = None
+    settings = replace(settings, kl_weight=kl_weight, ce_weight=ce_weight, kl_top_k=top_k)
     if token_mask is not None:
         kept = token_mask.bool()
-        hidden, labels, teacher_hidden = (x if x is None else x[kept] for x in (hidden, labels, teacher_hidden))
+        hidden = hidden[kept]
+        labels, teacher_hidden = (x if x is None else x[kept] for x in (labels, teacher_hidden))
     if counts is None:
         counts = torch.full((2,), len(hidden), dtype=torch.float64, device=hidden.device)
         if labels is not None:
             counts[1] = (labels >= 0).sum()
     counts = counts + (counts == 0)  # of nothing the sum is 0
     loss, sums = _LinearHeadLoss.apply(
-        hidden, weight, labels, teacher_hidden, teacher_weight, weights, counts, chunk_tokens, group, measure_agreement,
-        kl_direction == "reverse", kl_temperature, kl_top_k, vocabulary,
+        hidden, weight, labels, teacher_hidden, teacher_weight, settings, counts, chunk_tokens, group, measure_agreement,
+        vocabulary,
     )  # fmt: skip
     kl, cross_entropy, agreement = sums / torch.stack([counts[0], counts[1], counts[0]]).to(sums.dtype)
     return HeadLoss(
@@ -275,10 +265,13 @@ def linear_head_loss(
 class _LinearHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, labels, teacher_hidden, teacher_weight, weights, counts, chunk_tokens, group, measure_agreement,
-        reverse, temperature, top_k, vocabulary,
+        ctx, hidden, weight, labels, teacher_hidden, teacher_weight, settings, counts, chunk_tokens, group, measure_agreement,
+        vocabulary,
     ):  # fmt: skip
-        kl_weight, ce_weight = weights
+        kl_weight, ce_weight, temperature, top_k = (
+            settings.kl_weight, settings.ce_weight, settings.kl_temperature, settings.kl_top_k,
+        )  # fmt: skip
+        reverse = settings.kl_direction == "reverse"
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         wants_grad = wants_hidden or wants_weight
         n, compute = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
@@ -306,11 +299,11 @@ class _LinearHeadLoss(torch.autograd.Function):
             teacher_logits = _logits(teacher_hidden[chunk], teacher_weight, compute) if teacher_weight is not None else None
             own_labels = labels[chunk] if labels is not None else None
             if fused:
-                *found, grad = head_softmax(
+                kl, cross_entropy, grad = head_softmax(
                     logits, teacher_logits, own_labels, first, scales, reverse, temperature, group,
                     weight.dtype if wants_grad else None,
                 )  # fmt: skip
-                sums[:2] += torch.stack(found)
+                sums[:2] += torch.stack([kl, cross_entropy])
             else:
                 found, grad = plain_head_softmax(
                     logits.to(compute), teacher_logits, own_labels, first, (kl_weight, ce_share), reverse, temperature, group,
@@ -319,11 +312,13 @@ class _LinearHeadLoss(torch.autograd.Function):
                 sums += found
                 grad = grad if grad is None else grad.div_(divisor).to(weight.dtype)
             del logits, teacher_logits
-            if wants_hidden:
+            if grad is None:
+                continue
+            if grad_hidden is not None:
                 grad_hidden[chunk] = grad @ weight
-            if wants_weight:
+            if grad_weight is not None:
                 _add_product(grad_weight[:rows], grad.t(), hidden[chunk])
-        ctx.grads = grad_hidden, grad_weight.to(dtype) if wants_weight else None
+        ctx.grads = grad_hidden, grad_weight.to(dtype) if grad_weight is not None else None
         loss = (kl_weight * sums[0] + ce_share * sums[1]) / divisor
         ctx.mark_non_differentiable(sums)
         return loss, sums
@@ -333,18 +328,18 @@ class _LinearHeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.grads
         ctx.grads = None
         scale = lambda g: g if g is None else g.mul_(grad_loss.to(g.dtype))  # noqa: E731
-        return scale(grad_hidden), scale(grad_weight), *[None] * 12
+        return scale(grad_hidden), scale(grad_weight), *[None] * 9
 
 
 def _logits(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
-    """[n, V / TP], on a GPU in the dtype of its sums: bf16 would round a logit of 10 by 0.03, which late gradients show."""
+    """Logits [n, V / TP], on a GPU in the dtype of its sums: bf16 rounds a logit of 10 by 0.03, which late gradients show."""
     if hidden.is_cuda and hidden.dtype != wide:
         return torch.mm(hidden, weight.t(), out_dtype=wide)
     return hidden @ weight.t()
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, where total is wider than the others: on a GPU in the product's own kernel."""
+    """Add a b to `total`, which may be wider than both: on a GPU in the product's own kernel."""
     if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:

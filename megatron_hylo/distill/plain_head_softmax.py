@@ -1,4 +1,4 @@
-"""The output head's losses and their gradient from logits, in plain torch, over a vocabulary that ranks may share.
+"""Plain-torch losses of the output head and their gradient from logits, over a vocabulary that ranks may share.
 
 The definition of what kernels/head_softmax.py computes, and the only form of the KL to the teacher's top k. With K the k most
 likely tokens of the teacher at a position, q and p the probabilities of teacher and student, Q and P their sums over K, that is
@@ -22,12 +22,13 @@ def plain_head_softmax(
     reverse: bool, temperature: float, group: dist.ProcessGroup | None, wants_grad: bool, measure_agreement: bool,
     top_k: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(sums over tokens of KL, cross-entropy and agreement, [3]; their weighted gradient): the oracle of `head_softmax`.
+    """Compute (sums of KL, cross-entropy and agreement over tokens, [3]; their weighted gradient): oracle of `head_softmax`.
 
     Args:
         logits: the student's, [n, V / TP], fp32 or wider; may be used up.
         teacher_logits: [n, V / TP] or None.
-        labels, first, weights, reverse, temperature, group, wants_grad, measure_agreement: of the loss.
+        labels, first, weights, reverse, temperature, group, wants_grad, measure_agreement: as in head_loss.py; `first`
+            is the number of this rank's first row.
         top_k: smaller than the vocabulary, or None.
     """
     kl_weight, ce_weight = weights
@@ -103,7 +104,7 @@ def _rest_like_student(log_p: Tensor, log_q: Tensor, k: int, group: dist.Process
 
 
 def top_k_mask(values: Tensor, k: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Where this rank's part has some of a row's k largest values: bool [n, V / TP], exactly k a row over all ranks.
+    """Mark this rank's share of each row's k largest values: bool [n, V / TP], exactly k a row over all ranks.
 
     Ranks compare their k largest. Which of equal values are taken is undefined, but the same on every rank.
 
@@ -127,14 +128,14 @@ def top_k_mask(values: Tensor, k: int, group: dist.ProcessGroup | None) -> Tenso
     return torch.zeros_like(values, dtype=torch.bool).scatter_(1, index, chosen)
 
 
-def _all_reduce(value: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+def _all_reduce(value: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     if group is not None and group.size() > 1:
         dist.all_reduce(value, op=op, group=group)
     return value
 
 
 def _log_softmax(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """log soft-max over a vocabulary split over `group`: [n, V / TP]; two reductions of n numbers."""
+    """Log soft-max over a vocabulary split over `group`: [n, V / TP]; two reductions of n numbers."""
     if group is None or group.size() == 1:
         return torch.log_softmax(logits, dim=-1)
     largest = _all_reduce(logits.amax(dim=-1, keepdim=True), group, dist.ReduceOp.MAX)

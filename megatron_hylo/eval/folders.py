@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from megatron_hylo.config import ConfigError
+from megatron_hylo.config import ConfigError, TeacherWindow
+from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.tokenizer import check_dataset, check_ids
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.models.checks import require_finite, warn_beyond_context
+from megatron_hylo.models.frozen import freeze
 
 
 def evaluate_folder(
@@ -18,6 +20,7 @@ def evaluate_folder(
     sequence_length: int = 2048,
     windows: int = 32,
     track: Track = no_progress,
+    teacher_window: TeacherWindow = OWN_WINDOW,
 ) -> Quality:
     """Evaluate a model folder on held-out windows; `platform.initialize` must have run.
 
@@ -28,10 +31,11 @@ def evaluate_folder(
         sequence_length: tokens a window; a warning where the model has fewer positions.
         windows: windows at most.
         track: progress display over the forward passes.
+        teacher_window: how the teacher reads more tokens than its window has.
 
     Raises:
         ConfigError: not a model folder, NaN or infinite weights, another tokenizer, sizes below 1, no document as long as a
-            window.
+            window, windows longer than the teacher's.
         DamagedError: files are not what their manifest says.
     """
     if sequence_length < 1 or windows < 1:
@@ -39,11 +43,16 @@ def evaluate_folder(
     folders = [folder for folder in (model, teacher) if folder is not None]
     configs = [read_description(folder)[0] for folder in folders]
     batch = heldout_windows(f"{data}/heldout", sequence_length, windows)
-    models = []
     for folder, config in zip(folders, configs):
         check_ids(batch, config.vocab_size, data, folder)
         check_dataset(data, folder)
-        warn_beyond_context(config, sequence_length, folder)
-        models.append(load_model(folder))
-        require_finite(models[-1], folder)
-    return evaluate(models[0], batch, models[1] if teacher is not None else None, track=track)
+    warn_beyond_context(configs[0], sequence_length, model)
+    compared = None
+    if teacher is not None:
+        teacher_window.check(configs[1], sequence_length, f"teacher {teacher}")
+        loaded = load_model(teacher, **teacher_window.changes())
+        require_finite(loaded, teacher)
+        compared = freeze([loaded], window=teacher_window.window(configs[1], sequence_length))
+    student = load_model(model)
+    require_finite(student, model)
+    return evaluate(student, batch, compared, track=track)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from megatron_hylo.distill.head_loss import model_head_loss
 from megatron_hylo.io.progress import Track, no_progress
+from megatron_hylo.models.frozen import as_frozen
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import sequence_shard
-from megatron_hylo.parallel.pipeline import rank_shape, share_last_stages, through_stages
+from megatron_hylo.parallel.pipeline import share_last_stages
 
 
 @dataclass
@@ -44,7 +45,7 @@ def evaluate(
     Args:
         model: this rank's part, or its chunks; in any precision.
         windows: int64 [n, sequence + 1].
-        teacher: compare with it as well; the same kind of part.
+        teacher: compare with it as well; the same kind of part, or a `FrozenModel`.
         batch_size: windows a forward pass.
         chunk_tokens: tokens whose logits exist at a time.
         track: progress display over the forward passes.
@@ -53,7 +54,7 @@ def evaluate(
         The same on every rank.
     """
     chunks = [model] if isinstance(model, HyloModel) else model
-    teachers = [teacher] if isinstance(teacher, HyloModel) else teacher
+    compared = as_frozen(teacher) if teacher is not None else None
     was_training = chunks[0].training
     for chunk in chunks:
         chunk.eval()
@@ -64,12 +65,13 @@ def evaluate(
     for start in track(range(0, len(own), batch_size), "evaluate"):
         batch = own[start : start + batch_size]
         inputs, labels = sequence_shard(batch[:, :-1]).to(where), sequence_shard(batch[:, 1:]).to(where)
-        hidden, teacher_hidden = hidden_states(chunks, inputs), hidden_states(teachers, inputs) if teachers else None
+        hidden = as_frozen(chunks).hidden_states(inputs)
+        teacher_hidden = compared.hidden_states(inputs) if compared is not None else None
         if hidden is None:
             continue
         loss = model_head_loss(
-            chunks[-1], hidden, labels, teachers and teachers[-1], teacher_hidden, chunk_tokens=chunk_tokens,
-            measure_agreement=bool(teachers), counts=undivided,
+            chunks[-1], hidden, labels, compared, teacher_hidden, chunk_tokens=chunk_tokens,
+            measure_agreement=compared is not None, counts=undivided,
         )  # fmt: skip
         parts = [loss.cross_entropy, loss.kl, loss.agreement, (labels >= 0).sum(), labels.numel()]
         sums += torch.stack([torch.as_tensor(0.0 if p is None else p, device=where).double() for p in parts])
@@ -78,29 +80,10 @@ def evaluate(
     for chunk in chunks:
         chunk.train(was_training)
     cross_entropy, kl, agreement = (sums[:3] / torch.stack([sums[3], sums[4], sums[4]])).tolist()
-    compared = bool(teachers)
     return Quality(
         cross_entropy,
         math.exp(min(cross_entropy, 700.0)),
-        kl if compared else None,
-        agreement if compared else None,
+        kl if compared is not None else None,
+        agreement if compared is not None else None,
         int(sums[3].item()),
     )
-
-
-def hidden_states(chunks: Sequence[HyloModel], input_ids: Tensor) -> Tensor | None:
-    """Compute the input of a model's head, [sequence (/ TP), batch, hidden], on the last pipeline stage; None on others.
-
-    Args:
-        chunks: this rank's part.
-        input_ids: int64 [batch, sequence], on every stage.
-    """
-
-    def run(index: int, received: Tensor | None) -> Tensor:
-        if received is not None:
-            chunks[index].set_input_tensor(received)
-        return chunks[index](input_ids)
-
-    config = chunks[0].config
-    shape = rank_shape(input_ids.shape[1], len(input_ids), config.hidden_size, config.sequence_parallel)
-    return through_stages(run, len(chunks), shape, config.pipeline_dtype, input_ids.device)

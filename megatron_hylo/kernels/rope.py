@@ -1,4 +1,4 @@
-"""Rotary position embeddings: frequencies (plain, linear, Llama 3, YaRN), cos/sin, and the rotation.
+"""Rotary position embeddings: frequencies (plain, linear, Llama 3, YaRN, NoPE), cos/sin, and the rotation.
 
 RoPE is from "RoFormer" (Su et al., 2021, section 3.2.2), YaRN from "YaRN: Efficient Context Window
 Extension" (Peng et al., 2023, section 3.2 and appendix A.2). Frequencies equal those of transformers'
@@ -17,13 +17,13 @@ def rope_frequencies(dim: int, base: float, scaling: Any = None, device: torch.d
     Args:
         dim: rotated channels a head, even.
         base: RoPE base (theta).
-        scaling: None, or an object with `rope_type` ("none", "linear", "llama3", "yarn"), `factor`,
+        scaling: None, or an object with `rope_type` ("none", "linear", "llama3", "yarn", "nope"), `factor`,
             `original_max_position_embeddings`, and `low_freq_factor`, `high_freq_factor` (llama3) or
             `beta_fast`, `beta_slow` and perhaps `truncate` (yarn).
         device: where to put the result.
 
     Returns:
-        float32 [dim / 2].
+        float32 [dim / 2]; zeros for "nope", which turn nothing.
 
     Raises:
         ValueError: odd dim, or an unknown rope_type.
@@ -39,8 +39,10 @@ def rope_frequencies(dim: int, base: float, scaling: Any = None, device: torch.d
         frequencies = _yarn(frequencies, dim, base, scaling)
     elif rope_type == "linear":
         frequencies = frequencies / scaling.factor
+    elif rope_type == "nope":
+        frequencies = torch.zeros_like(frequencies)
     elif rope_type != "none":
-        raise ValueError(f"rope_type {rope_type!r} is not supported; use none, linear, llama3 or yarn")
+        raise ValueError(f"rope_type {rope_type!r} is not supported; use none, linear, llama3, yarn or nope")
     return frequencies.to(device) if device is not None else frequencies
 
 

@@ -16,6 +16,7 @@ from megatron_hylo.models.padded_vocabulary import clear_padding, padded_vocabul
 from megatron_hylo.models.recompute import FeedForwardLayer, MixerLayer
 from megatron_hylo.models.specs import BackendName, get_backend, hybrid_stack_spec, megatron_pattern
 from megatron_hylo.models.transformer_config import build_transformer_config
+from megatron_hylo.parallel.context import group_of_one
 from megatron_hylo.parallel.documents import EqualWindows, Packed, PackedDocuments, batch_first
 
 VOCABULARY_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")  # a row a token
@@ -108,7 +109,8 @@ def build_chunks(
 
     Args:
         config: architecture.
-        parallel: sizes of the parallel groups, as given to `initialize`.
+        parallel: sizes of the parallel groups, as given to `initialize`; with `context_parallel_size` 1 under more
+            context-parallel ranks each of them reads sequences of its own.
         params_dtype: torch.float32 or torch.bfloat16; A_log, dt_bias and D stay fp32.
         backend: where linear maps and SwiGLU come from.
         recompute: compute activations again in the backward pass: of all layers, or of those with these symbols.
@@ -124,6 +126,9 @@ def build_chunks(
     chosen, pattern = get_backend(backend), pipeline_pattern(config, parallel.pipeline_stages, parallel.pipeline_layers)
     spec, fused = hybrid_stack_spec(chosen), chosen.activation is not None
     transformer_config = build_transformer_config(config, parallel, params_dtype, recomputed_layers(recompute), fp8, fused)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if parallel.context_parallel_size == 1 < groups.cp.size():
+        groups.cp = group_of_one()
     chunks = []
     for index in range(parallel.virtual_pipeline_model_parallel_size):
         stage = index if parallel.virtual_pipeline_model_parallel_size > 1 else None
@@ -137,7 +142,7 @@ def build_chunks(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
             position_embedding_type="none",
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            pg_collection=groups,
             vp_stage=stage,
         )
         clear_padding([p for name, p in chunk.named_parameters() if name in VOCABULARY_PARAMETERS], config.vocab_size)

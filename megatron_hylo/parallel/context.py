@@ -46,6 +46,11 @@ def sequence_shard(x: Tensor) -> Tensor:
     return x[:, sequence_slice(x.shape[1])].contiguous()
 
 
+def group_of_one() -> dist.ProcessGroup:
+    """A process group of this rank alone, for a model that shares sequences with no other; made anew at each call."""
+    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+
 def context_group(method: str | None, group: dist.ProcessGroup, recurrent: bool = False, **heads: int) -> "ContextGroup":
     """The ranks that share a sequence, for one mixer.
 

@@ -4,6 +4,7 @@ For passes that send no gradient back: evaluation, and alignment, whose gradient
 gradients that cross stages runs under Megatron-Core's schedules.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,6 +57,18 @@ def rank_shape(sequence: int, batch: int, width: int, sequence_parallel: bool) -
     """
     parts = parallel_state.get_tensor_model_parallel_world_size() if sequence_parallel else 1
     return sequence // parts, batch, width
+
+
+def together(own: Tensor, theirs: Tensor) -> Tensor:
+    """Two tensors of any shape and one dtype, to be handed on to the next stage as one: [1, 1, all numbers]."""
+    return torch.cat([own.reshape(1, 1, -1), theirs.reshape(1, 1, -1)], dim=-1)
+
+
+def apart(handed_on: Tensor, own: Sequence[int], width: int, rows: int) -> tuple[Tensor, Tensor]:
+    """The way back from `together`: of shape `own`, and [tokens, rows, width]."""
+    size = math.prod(own)
+    first, second = handed_on.flatten().split([size, handed_on.numel() - size])
+    return first.view(*own), second.view(-1, rows, width)
 
 
 def share_last_stages(value: Tensor) -> None:

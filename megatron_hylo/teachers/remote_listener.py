@@ -46,6 +46,7 @@ class Limits:
     vocabulary: int
     tokens: int  # of a micro-batch
     multiple: int  # of which a sequence's length must be
+    reach: int | None = None  # of the longest sequence or packed document; None: any
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,16 @@ class Listener:
             deadline - time.monotonic(),
         )
         if not len(starts):
+            self._check_reach(length)
             return Request(student, ids, None)
         if ids.shape[0] != 1 or starts[0] != 0 or starts[-1] >= length or bool((starts.diff() <= 0).any()):
             raise NotTheProtocolError("its document starts are not ascending places, from 0, in one sequence")
+        self._check_reach(int(torch.cat([starts, starts.new_tensor([length])]).diff().max()))
         return Request(student, ids, starts)
+
+    def _check_reach(self, tokens: int) -> None:
+        if self.limits.reach is not None and tokens > self.limits.reach:
+            raise NotTheProtocolError(
+                f"a sequence of {tokens} tokens is more than the {self.limits.reach} that this teacher reads; serve-teacher "
+                f"--teacher_window lets it read more"
+            )

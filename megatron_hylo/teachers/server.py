@@ -8,6 +8,7 @@ come, last hidden states go.
 import logging
 import signal
 import time
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
@@ -17,14 +18,14 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.config import ConfigError, ParallelConfig, TeacherWindow
+from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.data.tokenizer import read_vocabulary
 from megatron_hylo.distill.head_loss import whole_head
 from megatron_hylo.io import on_main
-from megatron_hylo.io.identity import content_identity
-from megatron_hylo.models.checkpoint import load_model
-from megatron_hylo.models.frozen import freeze
-from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.io.identity import content_identity, json_identity
+from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.frozen import FrozenModel, freeze
 from megatron_hylo.parallel.context import sequence_shard, sequence_slice
 from megatron_hylo.parallel.documents import PackedDocuments
 from megatron_hylo.platform.distributed import device, session
@@ -48,6 +49,7 @@ def serve_teacher(
     timeout: timedelta,
     runs: int | None = None,
     max_tokens: int = MAX_TOKENS,
+    teacher_window: TeacherWindow | None = None,
 ) -> None:
     """Answer students until `runs` runs of them are over, or Ctrl-C.
 
@@ -59,6 +61,7 @@ def serve_teacher(
         timeout: how long a student may be silent.
         runs: None: until interrupted.
         max_tokens: of a micro-batch.
+        teacher_window: how the teacher reads sequences longer than its window; part of the identity that students are told.
 
     Raises:
         ConfigError: an address that cannot be had, or would need a secret; pipeline stages.
@@ -67,11 +70,22 @@ def serve_teacher(
         raise ConfigError("serve-teacher has no pipeline stages; use tensor and context parallelism, and more copies")
     if max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}")
+    if timeout <= timedelta(0) or runs is not None and runs < 1:
+        raise ConfigError(
+            f"--timeout_minutes must be above 0 and --runs at least 1, got {timeout.total_seconds() / 60:g} and {runs}"
+        )
     resolve(*replica_address(address, 0), read_secret())  # before weights are read
     with session(parallel):
-        (model,) = freeze([load_model(teacher, parallel, params_dtype=dtype)])
+        ways, architecture = teacher_window or OWN_WINDOW, read_description(teacher)[0]
+        window = ways.window(architecture, max_tokens)
+        if window is not None:  # each rank reads windows of its own
+            parallel = replace(parallel, context_parallel_size=1)
+        model = freeze([load_model(teacher, parallel, params_dtype=dtype, **ways.changes())], window=window)
         vocabulary = on_main(lambda: read_vocabulary(teacher))
-        about = {"identity": content_identity(teacher), "vocabulary": vocabulary.identity if vocabulary else None}
+        identity, reach = content_identity(teacher), ways.reach(architecture)
+        if ways.mode != "none":
+            identity = json_identity([identity, asdict(ways)])
+        about = {"identity": identity, "vocabulary": vocabulary.identity if vocabulary else None, "reach": reach}
         Replica(model, address, dtype, timeout, max_tokens, about).serve(runs)
 
 
@@ -81,17 +95,18 @@ class Replica:
     Args:
         model: the teacher.
         address, dtype, timeout, max_tokens: see `serve_teacher`.
-        told: to students besides the teacher's sizes: identities of its content and of its vocabulary.
+        told: to students besides the teacher's sizes: identities of its content and of its vocabulary, and its reach (tokens of
+            the longest sequence).
     """
 
     def __init__(
         self,
-        model: HyloModel,
+        model: FrozenModel,
         address: str,
         dtype: torch.dtype,
         timeout: timedelta,
         max_tokens: int = MAX_TOKENS,
-        told: dict[str, str | None] | None = None,
+        told: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.dtype, self.device = model, dtype, device()
         self.cp, self.tp = parallel_state.get_context_parallel_group(), parallel_state.get_tensor_model_parallel_group()
@@ -105,7 +120,7 @@ class Replica:
             multiple = self.cp.size() * (self.tp.size() if model.config.sequence_parallel else 1)
             self.listener = Listener(
                 replica_address(address, self.number), read_secret(), about, head.to(dtype).cpu(),
-                Limits(c.vocab_size, max_tokens, multiple), timeout.total_seconds(),
+                Limits(c.vocab_size, max_tokens, multiple, about.get("reach")), timeout.total_seconds(),
             )  # fmt: skip
 
     def serve(self, runs: int | None = None) -> None:
@@ -171,8 +186,7 @@ class Replica:
         ids = self._from_leader(ids.to(self.device))
         if starts is not None:
             documents = PackedDocuments(self._from_leader(starts.to(self.device)), length, sequence_slice(length))
-        with torch.no_grad():
-            return self._whole(self.model(sequence_shard(ids), documents))
+        return self._whole(self.model(sequence_shard(ids), documents))
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """Gather all tokens of all ranks, [sequence, windows, H]."""

@@ -2,7 +2,8 @@
 
 Kept are the last hidden states, in few bytes (hidden_codec.py), and the head. Entries are keyed by document and offset, so a
 store serves every batch size, seed, sequence length, packing and parallel layout. The teacher reads each document from its
-start in segments of `sequence_length`, of which all but the first `overlap` tokens are new.
+start in segments of `sequence_length`, of which all but the first `overlap` tokens are new. With `teacher_window.mode` windows
+a segment is a window, half of it overlap.
 
     STORE/store.json          what it is of, bytes and KL a token
     STORE/codec.safetensors   codec and head [V, H]
@@ -17,7 +18,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,8 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.config import ConfigError, ParallelConfig, TeacherWindow
+from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.data.packed import DocumentStore, PackedDataset
 from megatron_hylo.data.prefetch import ahead
 from megatron_hylo.data.tokenizer import check_dataset, copy_tokenizer
@@ -49,7 +51,7 @@ from megatron_hylo.io import (
 from megatron_hylo.io.identity import content_identity, file_identity, is_made_of
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
-from megatron_hylo.models.checks import require_finite, warn_beyond_context
+from megatron_hylo.models.checks import require_finite
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import sequence_shard
 from megatron_hylo.platform.distributed import is_main
@@ -76,6 +78,7 @@ def write_store(
     parallel: ParallelConfig | None = None,
     overwrite: bool = False,
     track: Track = no_progress,
+    teacher_window: TeacherWindow | None = None,
 ) -> dict[str, Any]:
     """Write a store of DATA/train; `platform.initialize` must have run, with `parallel`.
 
@@ -91,14 +94,22 @@ def write_store(
         parallel: tensor and data parallelism.
         overwrite: replace what is there.
         track: progress display over an iterable.
+        teacher_window: how the teacher reads segments longer than its window; part of what the store is.
 
     Returns:
         The content of store.json.
 
     Raises:
-        ConfigError: settings that cannot work, or a dataset of another vocabulary.
+        ConfigError: settings that cannot work, segments longer than the teacher's window, or a dataset of another vocabulary.
     """
     check_free(output, overwrite, [teacher, data])
+    ways, architecture = teacher_window or OWN_WINDOW, read_description(teacher)[0]
+    check_dataset(data, teacher, architecture.vocab_size)
+    ways.check(architecture, sequence_length, f"teacher {teacher}")
+    if (window := ways.window(architecture, sequence_length)) is not None:
+        if overlap is not None:
+            raise ConfigError(f"overlap {overlap}: windows of {window} tokens overlap by half; leave it out")
+        sequence_length = window
     overlap = sequence_length // 2 if overlap is None else overlap
     if kl <= 0 or sequence_length < 1 or micro_batch_size < 1:
         raise ConfigError(
@@ -112,15 +123,14 @@ def write_store(
     ):
         raise ConfigError("cache-teacher works with tensor and data parallelism alone; set the other sizes to 1")
     documents = DocumentStore(f"{data}/train")
-    config = read_description(teacher)[0]
-    check_dataset(data, teacher, config.vocab_size)
-    warn_beyond_context(config, sequence_length, teacher)
-    model = load_model(teacher, parallel, params_dtype=precision).eval()
+    model = load_model(teacher, parallel, params_dtype=precision, **ways.changes()).eval()
     require_finite(model, teacher)
     description = {
         "version": VERSION, "teacher": content_identity(teacher), "dataset": dataset_identity(data), "tokens": documents.tokens,
         "kl": kl, "sequence_length": sequence_length, "overlap": overlap, "precision": str(precision).split(".")[1],
     }  # fmt: skip
+    if ways.mode != "none":
+        description["teacher_window"] = asdict(ways)
     work = staging_directory(Path(output), "shards", "key", description)
     reader = SegmentReader(model, documents, sequence_length, overlap, micro_batch_size, track)
     _make_codec(reader, work, kl)

@@ -1,7 +1,7 @@
 """Training checkpoints: a model folder that also holds optimizer, schedule and position.
 
-RUN/checkpoints/step_00000100/ is written while training goes on and sealed (written beside, checked, renamed), so the
-newest one that is there is whole; the last K are kept. Any tensor, pipeline or data-parallel layout can load it. The position
+RUN/checkpoints/step_00000100/ is an atomic directory (written beside its place, checked, renamed) and is written while training
+goes on; the newest one is whole, and the last K are kept. Any parallelism can load it. The position
 is the number of consumed samples, of which the data order is a pure function; training draws no random numbers (no
 dropout). A second student's hylo.json and weights/ are in second_model/ of the same folder, so that both are there or neither.
 """
@@ -57,9 +57,9 @@ def checkpoint_step(path: Path | None) -> int:
 
 
 def set_unfinished_aside(run: Path) -> None:
-    """Say which checkpoints have no manifest and so are not gone on from, and rename them out of the way of new ones.
+    """Rename checkpoints without a manifest out of the way of new ones, with a warning; training does not resume from them.
 
-    Nothing of ours leaves one: a copy that did not end does, or files that were removed. All ranks call it.
+    A copy that did not end leaves one, or removed files; saving itself does not. All ranks call it.
     """
     if is_main():
         newest = latest_checkpoint(run)
@@ -78,7 +78,7 @@ def set_unfinished_aside(run: Path) -> None:
 
 
 def _folders(states: Sequence[TrainingState], checkpoint: Path) -> list[tuple[TrainingState, Path]]:
-    """Each student with its part of a checkpoint: the folder itself, then second_model/ in it."""
+    """Pair each student with its folder of a checkpoint: the checkpoint itself, then second_model/ in it."""
     return [(state, checkpoint / f"{prefix}model" if prefix else checkpoint) for state, prefix in zip(states, PREFIXES)]
 
 
@@ -95,7 +95,7 @@ class CheckpointSaver:
 
     Args:
         run: run folder.
-        provenances: of each student, for its hylo.json.
+        provenances: what each student was made of, for its hylo.json.
         tokenizer: folder whose files are copied, where there is one.
         keep: newest checkpoints that stay.
     """
@@ -103,10 +103,10 @@ class CheckpointSaver:
     def __init__(self, run: Path, provenances: Sequence[dict[str, Any]], tokenizer: Path | None, keep: int) -> None:
         self.run, self.provenances, self.tokenizer, self.keep = run, provenances, tokenizer, keep
         self.writes: list[BackgroundWrite] = []
-        self.sealing = contextlib.ExitStack()
+        self.directory = contextlib.ExitStack()
 
     def start(self, states: Sequence[TrainingState], step: int, consumed_samples: int) -> None:
-        """Begin to write the checkpoint after `step` steps, of values as they are now; a former one is finished first.
+        """Begin to write the checkpoint after `step` steps with the present values; an earlier one is finished first.
 
         Args:
             states: the run's students, one or two.
@@ -116,8 +116,8 @@ class CheckpointSaver:
             ConfigError: the disk is full; nothing is left and older checkpoints stay.
         """
         self.finish()
-        with contextlib.ExitStack() as sealing:
-            folder = sealing.enter_context(atomic_directory(checkpoint_path(self.run, step), overwrite=True))
+        with contextlib.ExitStack() as directory:
+            folder = directory.enter_context(atomic_directory(checkpoint_path(self.run, step), overwrite=True))
             writes = []
             for (state, part), provenance in zip(_folders(states, folder), self.provenances):
                 with state.portable():
@@ -128,10 +128,10 @@ class CheckpointSaver:
                 write_json(folder / "train_state.json", {"step": step, "consumed_samples": consumed_samples})
                 if self.tokenizer is not None and self.tokenizer.is_dir():
                     shutil.copytree(self.tokenizer, folder / "tokenizer")
-            self.writes, self.sealing = writes, sealing.pop_all()
+            self.writes, self.directory = writes, directory.pop_all()
 
     def finish_if_written(self, device: torch.device) -> None:
-        """Seal what `start` began, once every rank has written its part."""
+        """Complete the checkpoint that `start` began, once every rank has written its part."""
         if self.writes:
             written = torch.tensor([int(all(write.done() for write in self.writes))], device=device)
             torch.distributed.all_reduce(written, op=torch.distributed.ReduceOp.MIN)
@@ -139,11 +139,11 @@ class CheckpointSaver:
                 self.finish()
 
     def finish(self) -> None:
-        """Wait for what `start` began, seal it, and remove old checkpoints; raises as `start` does."""
+        """Wait for the checkpoint that `start` began, complete it and remove old ones; raises as `start` does."""
         if not self.writes:
             return
         writes, self.writes = self.writes, []
-        with self.sealing:
+        with self.directory:
             for write in writes:
                 write.finish()
         if is_main():
@@ -156,7 +156,7 @@ def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, i
     """Restore weights, optimizer and schedule of every student.
 
     Args:
-        states: freshly built for the same architectures, under any parallel layout.
+        states: freshly built for the same architectures, under any parallelism.
         path: a checkpoint folder.
 
     Returns:

@@ -1,9 +1,9 @@
-"""A step's forward and backward passes as one CUDA graph, its update as another: the GPU no longer waits for Python.
+"""CUDA graphs of a step: its forward and backward passes as one, its update as another, so that no GPU waits for Python.
 
-The first steps run as ever; then one is recorded, and from there on replayed with the next batches copied into the places
-of the recorded one's. All that a graph can hold is recorded: both models, the losses, gradients and their reduction over the
-ranks; then, where Transformer Engine's Adam takes learning rates and its count of steps from tensors, clipping, update and
-the copy to the model's weights. The search for NaN, between the two, stays outside.
+The first steps run eagerly; then one is captured, and from there on replayed with the next batches copied into its input
+tensors. Captured are both models, the losses, gradients and their reduction over the ranks; then, where Transformer Engine's
+Adam takes learning rates and its step count from tensors, clipping, update and the copy to the model's weights. The search for
+NaN, between the two, stays outside.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.train.objectives import Batches, Objective
 from megatron_hylo.train.optimizer import TrainingState
-from megatron_hylo.train.stages import Batches, Stage
 
-WARM_UP = 3  # steps before the recorded one: kernels are compiled, libraries make their workspaces
+WARM_UP = 3  # steps before the captured one: kernels are compiled, libraries make their workspaces
 
 logger = logging.getLogger("megatron_hylo.train")
 
 
 @contextlib.contextmanager
 def capturing(enabled: bool, device: torch.device) -> Iterator[None]:
-    """All of training on a stream that can be recorded: autograd returns to the stream that a parameter was first used on.
+    """Run all of training on a stream that can be captured: autograd returns to the stream that a parameter was first used on.
 
     Args:
-        enabled: else nothing is changed.
-        device: of this rank.
+        enabled: whether anything is changed.
+        device: device of this rank.
 
     Raises:
         ConfigError: no GPU.
@@ -48,9 +48,9 @@ def capturing(enabled: bool, device: torch.device) -> Iterator[None]:
 
 
 class Captured:
-    """A function without arguments: the first calls run it, one records it, and from there on it is replayed.
+    """A function without arguments: its first calls run eagerly, one is captured, and from there on it is replayed.
 
-    From the recorded call on, all return the same tensors, with new values.
+    From the captured call on, all return the same tensors, with new values.
     """
 
     def __init__(self, function: Callable[[], Any], name: str) -> None:
@@ -67,29 +67,30 @@ class Captured:
             # other threads (NCCL's watchdog, a checkpoint being written) may go on using CUDA
             with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 self.result = self.function()
-            logger.info("%s: call %d recorded as a CUDA graph", self.name, self.calls)
+            logger.info("%s: call %d captured as a CUDA graph", self.name, self.calls)
         self.graph.replay()
         return self.result
 
 
-class CapturedStage:
-    """A stage whose passes are recorded once and replayed; the same `forward_backward` as `Stage`.
+class CapturedObjective:
+    """An objective whose passes are captured once and replayed; the same `forward_backward` as `Objective`.
 
     Every step must have as many micro-batches of the same shape, of tensors alone.
     """
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
         self.batches: list[dict[str, Tensor]] = []  # what the graph reads
         self.passes: Captured | None = None
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
-        """As `Stage.forward_backward`."""
+        """As `Objective.forward_backward`."""
         taken = list(itertools.islice(batches, micro_batches))
         if self.passes is None:
             self.batches = [{name: torch.empty_like(tensor) for name, tensor in batch.items()} for batch in taken]
             self.passes = Captured(
-                lambda: self.stage.forward_backward(states, iter(self.batches), micro_batches), "forward and backward passes"
+                lambda: self.objective.forward_backward(states, iter(self.batches), micro_batches),
+                "forward and backward passes",
             )
         for mine, batch in zip(self.batches, taken, strict=True):
             for name, tensor in batch.items():

@@ -1,4 +1,4 @@
-"""The same run twice, bit for bit, on the same kind and number of GPUs.
+"""Deterministic runs: bit-identical on the same kind and number of GPUs.
 
 On a CPU runs are so anyway. On GPUs three things are not: cuDNN's attention (FlashAttention's has a deterministic backward
 pass), cuBLAS on more than one stream without a workspace of its own, and kernels whose configuration is found by timing them.
@@ -8,25 +8,28 @@ fla's kernels and ours add nothing atomically; mamba_ssm's have a deterministic 
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch.utils import deterministic as _deterministic
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.kernels.tuned import ENVIRONMENT_VARIABLE
 
+deterministic: Any = _deterministic  # a module that is replaced by an object with properties
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1", ENVIRONMENT_VARIABLE: "never"}
 
 
 @contextlib.contextmanager
 def determinism(enabled: bool) -> Iterator[None]:
-    """Everything in the `with` block; to be entered before anything runs on a GPU. What it puts into the environment stays:
-    libraries read it once.
+    """Make the `with` block deterministic; to be entered before anything runs on a GPU. Environment variables that it sets
+    stay, since libraries read them once.
 
     Args:
-        enabled: else nothing is changed.
+        enabled: whether anything is changed.
 
     Raises:
-        ConfigError: the environment demands that kernels be timed anew.
+        ConfigError: an environment variable asks for something else, such as timing kernels anew.
     """
     if not enabled:
         yield
@@ -34,12 +37,12 @@ def determinism(enabled: bool) -> Iterator[None]:
     for name, value in ENVIRONMENT.items():
         if os.environ.setdefault(name, value) != value:
             raise ConfigError(f"deterministic needs {name}={value} in the environment, not {os.environ[name]}; unset it")
-    before, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before, fills = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     # a warning, not an error: sums along one row, say, have no other form but are the same each time
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        deterministic.fill_uninitialized_memory = fills

@@ -1,4 +1,4 @@
-"""NaN and infinity in training: found before they reach the weights, skipped, counted, and named when they stay."""
+"""NaN guard: finds NaN and infinity before they reach the weights, skips and counts the steps, and names the layer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ from megatron_hylo.train.optimizer import TrainingState
 
 
 class SkippedSteps:
-    """Steps whose loss or gradients are not finite on some rank: all ranks leave the optimizer out, and go on.
+    """Counts steps whose loss or gradients are not finite on some rank; all ranks skip their update.
 
-    After the first one layers are watched, so that the message names the first whose output is not finite.
+    After the first one, hooks watch the layers, so that the message names the first whose output is not finite.
 
     Args:
-        allowed: so many in a row; one more ends the run.
+        allowed: number of such steps in a row; one more ends the run.
     """
 
     def __init__(self, allowed: int) -> None:
@@ -26,11 +26,11 @@ class SkippedSteps:
         self.first_layer: str | None = None
 
     def must_skip(self, states: Sequence[TrainingState], metrics: Mapping[str, Tensor], step: int) -> bool:
-        """Whether this step is to be left out, the same on all ranks.
+        """Return whether this step must be skipped, the same on all ranks.
 
         Args:
-            states: with this step's reduced gradients.
-            metrics: this rank's, its loss among them.
+            states: the students, with this step's reduced gradients.
+            metrics: metrics of this rank, its loss among them.
             step: counted from 1.
 
         Raises:

@@ -34,13 +34,13 @@ FP32_PARAMETERS = tuple(sorted({f"*.{name}" for mixer in MIXERS.values() for nam
 
 @dataclass
 class TrainingState:
-    """What a step changes: the model, a wrapped chunk a virtual pipeline stage, the optimizer and the schedule."""
+    """A student in training: its data-parallel wrappers (one a virtual pipeline stage), optimizer and schedule."""
 
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    take_step: Callable[[], tuple[bool, Tensor | float | None, int | None]]  # the optimizer's, or that recorded
-    resting: OffloadedState | None = None  # where the optimizer's state is on the CPU between steps
+    take_step: Callable[[], tuple[bool, Tensor | float | None, int | None]]  # the optimizer's step, or its CUDA graph
+    offloaded: OffloadedState | None = None  # the optimizer's state, where it is on the CPU between steps
     capturable: bool = False  # whether the update reads learning rates and its count of steps from tensors
 
     @property
@@ -50,27 +50,27 @@ class TrainingState:
 
     @property
     def config(self) -> HyloTransformerConfig:
-        """That all chunks share."""
+        """Transformer config shared by all model chunks."""
         return self.wrapped[0].module.config
 
     def resident(self) -> contextlib.AbstractContextManager[None]:
-        """For whatever reads or changes the optimizer's state: it is on the device."""
-        return self.resting.resident() if self.resting else contextlib.nullcontext()
+        """Context in which the optimizer's state is on the device, to be read or changed."""
+        return self.offloaded.resident() if self.offloaded else contextlib.nullcontext()
 
     def update(self) -> Tensor | float:
-        """The optimizer's step; returns the gradient's norm before it is clipped."""
+        """Take the optimizer's step; returns the gradient norm before clipping."""
         with self.resident():
             norm = self.take_step()[1]
         return 0.0 if norm is None else norm
 
     @contextlib.contextmanager
     def portable(self) -> Iterator[None]:
-        """For a checkpoint to be saved or loaded: the optimizer's state is on the device, its settings are plain numbers."""
+        """Context for saving and loading: the optimizer's state is on the device and its settings are plain numbers."""
         with self.resident(), plain_numbers(self.optimizer):
             yield
 
     def learning_rates(self) -> dict[str, float]:
-        """Current learning rate by group: {"rest": ..., "mixers": ...}."""
+        """Return the current learning rate of each group: {"rest": ..., "mixers": ...}."""
         rates = {}
         for group in self.optimizer.param_groups:
             name = "mixers" if group.get("max_lr") != self.scheduler.max_lr else "rest"
@@ -80,9 +80,9 @@ class TrainingState:
 
 @contextlib.contextmanager
 def plain_numbers(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Learning rates and counts of steps that are tensors are numbers inside; then the same tensors again, with what came.
+    """Context in which learning rates and step counts that are tensors are numbers; afterwards the tensors have the new values.
 
-    So a checkpoint does not know whether it is from a recorded update, or for one.
+    So checkpoints with and without captured updates are alike.
     """
     (part,) = optimizer.chained_optimizers
     groups = part.optimizer.param_groups
@@ -95,13 +95,13 @@ def plain_numbers(optimizer: MegatronOptimizer) -> Iterator[None]:
 
 
 def choose_trainable(chunks: Sequence[HyloModel], config: TrainConfig) -> None:
-    """Freeze what the stage does not train: all but the mixers on request; in `align`, embedding and head always.
+    """Freeze parameters that the stage does not train: all but the mixers on request; in `align`, embedding and head always.
 
     Stage 1 feeds every layer the teacher's hidden state, so nothing there could give those two a gradient; and its
     losses but `ild` end at the mixers' outputs, so there all but the mixers are frozen whatever `trainable` says.
     """
     align = config.stage == "align"
-    mixers_only = config.trainable == "mixers" or (align and config.align_loss != "ild")
+    mixers_only = config.trainable == "mixers" or (align and config.align.loss != "ild")
     for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
         outside = name.startswith(("embedding.", "output_layer."))
         parameter.requires_grad = ".self_attention." in name or not (mixers_only or (align and outside))
@@ -149,13 +149,13 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     transformer_config.finalize_model_grads_func = finalize_model_grads
     no_sync = [wrapper.no_sync for wrapper in wrapped]
     transformer_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
-    resting = OffloadedState(optimizer, chunks) if settings.offload else None
+    offloaded = OffloadedState(optimizer, chunks) if settings.offload else None
     scheduler = _scheduler(optimizer, settings, config.train_steps)
-    return TrainingState(wrapped, optimizer, scheduler, optimizer.step, resting, capturable)
+    return TrainingState(wrapped, optimizer, scheduler, optimizer.step, offloaded, capturable)
 
 
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """Make the moments of a fresh optimizer, all zero, for a checkpoint to be loaded into.
+    """Allocate the moments of a fresh optimizer, all zero, for a checkpoint to be loaded into.
 
     Megatron-Core does so itself except for torch's AdamW, whose empty state its distributed optimizer refuses.
     """
@@ -167,7 +167,7 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Put a loaded optimizer state in place: moments and the count of steps; settings stay those of this start.
+    """Load moments and step count of an optimizer; settings stay those of this start.
 
     The resume check has compared them, and Megatron-Core would find no group whose settings were changed on purpose.
 
@@ -192,7 +192,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -
 
 
 def load_schedule(scheduler: OptimizerParamScheduler, saved: dict[str, Any]) -> None:
-    """Go on at the step of a saved schedule, by this start's settings; say so where they give another learning rate."""
+    """Set a schedule to the step of a saved one, with this start's settings; warn where they give another learning rate."""
     before = copy.copy(scheduler)
     for name in ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "num_steps"):
         setattr(before, name, saved[name])

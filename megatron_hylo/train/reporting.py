@@ -1,26 +1,34 @@
-"""What a run shows and records: a progress bar with ETA, metrics.jsonl, TensorBoard, wandb on request."""
+"""Reporting of a run: progress bar or lines with ETA, log.txt, metrics.jsonl, TensorBoard, wandb on request."""
 
+import importlib.util
 import json
 import logging
 import os
+import sys
 import time
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.plan.flops import peak_flops
 from megatron_hylo.plan.memory import GIB, Memory
 from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.train.callback import Callback, Progress
 
 logger = logging.getLogger("megatron_hylo.train")
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far: allocated on the GPU, or resident of the process, in GiB."""
+    """Return the peak memory so far in GiB: allocated on the GPU, or resident of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
@@ -28,32 +36,50 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class Reporter:
-    """Shows and records metrics on the main rank; silent on the others."""
+class Reporter(Callback):
+    """Shows and records metrics on the main rank; silent on the others.
+
+    On a terminal a progress bar moves; elsewhere (Slurm, a pipe) each record is a line. Both are on stderr; lines are in
+    RUN/log.txt too.
+
+    Args:
+        config: settings of the run.
+        run: run folder.
+        device: device of this rank.
+        flops_per_token: model FLOPs a token, for MFU.
+        start_step: steps done before this start.
+    """
 
     def __init__(self, config: TrainConfig, run: Path, device: torch.device, flops_per_token: float, start_step: int) -> None:
         self.config, self.run, self.device, self.flops_per_token = config, run, device, flops_per_token
         self.tokens_per_step = config.global_batch_size * config.sequence_length
-        self.writer = self.wandb = self.progress = self.memory = None
-        self.last = (time.perf_counter(), start_step)
-        if not is_main():
+        self.writer = self.wandb = self.bar = None
+        self.memory: Memory | None = None
+        self.first = self.last = (time.perf_counter(), start_step)
+        self.stepped, self.enabled = False, is_main()
+        if not self.enabled:
             return
         run.mkdir(parents=True, exist_ok=True)
+        self.log_file = open(run / "log.txt", "a", buffering=1)
+        self.log_handler = logging.StreamHandler(self.log_file)
+        self.log_handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logging.getLogger("megatron_hylo").addHandler(self.log_handler)
         self.peak, source = peak_flops(device)
         logger.info("peak of one %s for MFU: %.3g FLOP/s (%s)", device.type, self.peak, source)
         self.metrics_file = _open_metrics(run / "metrics.jsonl", start_step)
-        if config.tensorboard:
+        if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
-        if config.wandb != "disabled":
+        if config.logging.wandb != "disabled":
             self.wandb = _start_wandb(config, run)
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"), refresh_per_second=2,
-        )  # fmt: skip
-        self.task = self.progress.add_task(config.stage, total=config.train_steps, completed=start_step, numbers="")
-        self.progress.start()
+        if sys.stderr.isatty():
+            self.bar = ProgressBar(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"), refresh_per_second=2, console=Console(stderr=True),
+            )  # fmt: skip
+            self.task = self.bar.add_task(config.stage, total=config.train_steps, completed=start_step, numbers="")
+            self.bar.start()
 
     def predict(self, memory: Memory) -> None:
         """Show what a GPU will need, warn where it has less, and compare with its peak at the end."""
@@ -68,12 +94,28 @@ class Reporter:
                 there / GIB,
             )
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """After every step: moves the bar; every `log_interval` steps (and the first and last) records."""
-        if self.progress is None:
-            return
-        self.progress.update(self.task, completed=step)
-        if step % self.config.log_interval and step not in (1, self.config.train_steps):
+    def after_step(self, progress: Progress) -> None:
+        """Move the bar; every `log_interval` steps (and the first and last) record; say so where a step was skipped."""
+        if not self.stepped:
+            self.stepped, self.first = True, (time.perf_counter(), progress.step)
+            logger.info("operations: %s", in_use())
+        if self.enabled:
+            self._step(progress.step, progress.metrics)
+        skipped = progress.skipped
+        if skipped.in_a_row:
+            self.say(f"step {progress.step} skipped: NaN or infinity in loss or gradients ({skipped.total} such steps)")
+
+    def _remaining(self, step: int, now: float) -> str:
+        """Time to the last step, H:MM:SS, at the mean speed of this start since its first step, which compiles kernels."""
+        then, first = self.first
+        if step == first:
+            return "-"
+        return str(timedelta(seconds=round((now - then) / (step - first) * (self.config.train_steps - step))))
+
+    def _step(self, step: int, metrics: dict[str, float]) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step)
+        if step % self.config.logging.log_interval and step not in (1, self.config.train_steps):
             return
         now, (then, previous) = time.perf_counter(), self.last
         self.last = (now, step)
@@ -87,13 +129,21 @@ class Reporter:
         }
         self.record(step, record)
         loss, mfu = record.get("loss", float("nan")), 100 * record["mfu"]
-        self.progress.update(self.task, numbers=f"loss {loss:.4f}  {rate:,.0f} tokens/s  MFU {mfu:.1f}%")
+        numbers = f"loss {loss:.4f}  {rate:,.0f} tokens/s  MFU {mfu:.1f}%"
+        if self.bar is not None:
+            self.bar.update(self.task, numbers=numbers)
+        rates = ", ".join(f"{value:.3g}" for name, value in metrics.items() if name.startswith("learning_rate_"))
+        line = (
+            f"step {step}/{self.config.train_steps}  loss {loss:.4f}  lr {rates}  {rate:,.0f} tokens/s  MFU {mfu:.1f}%  "
+            f"peak memory {record['peak_memory_gib']:.1f} GiB  ETA {self._remaining(step, now)}"
+        )
+        self._write(line, shown=self.bar is None)
 
     def record(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write metrics of one step everywhere."""
-        if self.progress is None:
+        """Write metrics of one step everywhere; in metrics.jsonl with "time", seconds since 1970."""
+        if not self.enabled:
             return
-        self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.metrics_file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
         for name, value in metrics.items():
             if self.writer is not None and value is not None:
                 self.writer.add_scalar(name, value, step)
@@ -101,26 +151,37 @@ class Reporter:
             self.wandb.log(metrics, step=step)
 
     def say(self, message: str) -> None:
-        """A line above the progress bar."""
-        if self.progress is not None:
-            self.progress.console.print(message)
+        """Print a line on stderr, above a progress bar, and into RUN/log.txt."""
+        if self.enabled:
+            self._write(message, shown=True)
+
+    def _write(self, message: str, shown: bool) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}"
+        self.log_file.write(line + "\n")
+        if self.bar is not None and shown:
+            self.bar.console.print(message, markup=False, highlight=False)
+        elif shown:
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Flush and stop."""
-        if self.progress is None:
+        if not self.enabled:
             return
         if self.memory is not None:
             self.say(f"peak memory {peak_memory_gib(self.device):.1f} GiB, predicted {self.memory.total / GIB:.1f}")
-        self.progress.stop()
+        if self.bar is not None:
+            self.bar.stop()
         self.metrics_file.close()
         if self.writer is not None:
             self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
+        logging.getLogger("megatron_hylo").removeHandler(self.log_handler)
+        self.log_file.close()
 
 
 def _open_metrics(file: Path, start_step: int) -> TextIO:
-    """For appending, without the steps after the checkpoint that a killed run went on from: they are done again."""
+    """Open metrics.jsonl for appending, without the steps after the checkpoint that a run resumes from: they are done again."""
     if file.is_file():
         beside = file.with_name(f".{file.name}.partial")  # so that a kill now does not lose what was recorded
         lines = file.read_text(errors="replace").splitlines(True)
@@ -130,7 +191,7 @@ def _open_metrics(file: Path, start_step: int) -> TextIO:
 
 
 def _is_before(line: str, step: int) -> bool:
-    """Whether a line of metrics.jsonl is whole and of a step up to `step`; what a crash left of one is not."""
+    """Return whether a line of metrics.jsonl is whole and of a step up to `step`."""
     try:
         return line.endswith("\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
@@ -138,11 +199,16 @@ def _is_before(line: str, step: int) -> bool:
         return False
 
 
-def _start_wandb(config: TrainConfig, run: Path) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("wandb is asked for but not installed; pip install wandb, or set wandb to disabled") from error
-    from dataclasses import asdict
+def check_wandb(config: TrainConfig) -> None:
+    """Refuse a run that logs to Weights & Biases where it is not installed, before the run folder has anything."""
+    if config.logging.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("wandb is asked for but not installed; pip install wandb, or set logging.wandb disabled")
 
-    return wandb.init(project=config.wandb_project, dir=str(run), mode=config.wandb, config=asdict(config), resume="allow")
+
+def _start_wandb(config: TrainConfig, run: Path) -> Any:
+    import wandb
+
+    settings = config.logging
+    return wandb.init(
+        project=settings.wandb_project, dir=str(run), mode=settings.wandb, config=asdict(config), resume="allow"
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Resume check: whether a start of a run goes on with what the run folder was started with.
+"""Resume check: compares a start of a run with what its run folder was started with.
 
     RUN/config.json     settings, a recipe that starts the same run
     RUN/history.json    {"inputs": {key: {"path", "identity"}}, "changes": [{"time", "user", "step", "key", "from", "to"}]}
@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES, LAYOUTS
+from megatron_hylo.config.renamed import RENAMED, translate_settings
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.io import has_manifest, on_main, read_json, write_json
 from megatron_hylo.io.identity import content_identity, json_identity
@@ -29,9 +30,9 @@ SETTINGS, HISTORY = "config.json", "history.json"
 INPUTS = ("model", "second_model", "scratch", "teacher", "teacher_store", "data")
 ADDRESS = "teacher_address"  # an input too, whose identity its server tells
 FREE = {
-    "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "tensorboard", "wandb", "wandb_project",
-    "parallel", "micro_batch_size", "async_save", "recompute", "cuda_graphs", "backend", "deterministic",
-    "eval_windows", "loss_chunk_tokens", "output", "teacher_offload", "optimizer.offload", "allow_change",
+    "checkpoint", "logging", "profile", "eval_interval", "eval_windows", "parallel", "micro_batch_size", "recompute",
+    "cuda_graphs", "backend", "deterministic", "loss_chunk_tokens", "output", "teacher_offload", "optimizer.offload",
+    "allow_change",
 }  # fmt: skip
 FIXED = {
     "stage": "its checkpoints are of that stage",
@@ -39,7 +40,7 @@ FIXED = {
     "second_model": "its checkpoints are of that model",
     "scratch": "its checkpoints are of that shape",
     "trainable": "its optimizer has a state for what that trains",
-    "align_loss": "its optimizer has a state for what that trains",
+    "align.loss": "its optimizer has a state for what that trains",
     "precision": "its optimizer's state is of that precision",
     "optimizer.use_distributed_optimizer": "its optimizer's state is of that kind",
     "sequence_length": "its position in the data counts windows of that length",
@@ -49,7 +50,7 @@ FIXED = {
 
 @dataclass
 class Resume:
-    """A start that may go on, and what is to be recorded of it once the checkpoint is loaded."""
+    """A start that passed the resume check, and what is written of it once the checkpoint is loaded."""
 
     run: Path
     settings: dict[str, Any]  # of this start, for config.json
@@ -57,20 +58,21 @@ class Resume:
     history: list[dict[str, Any]] = field(default_factory=list)  # changes of earlier starts
     changes: list[dict[str, Any]] = field(default_factory=list)  # of this one
     is_new: bool = True
+    is_translated: bool = False  # config.json has names of an earlier version
     may_change_teacher: bool = False
     known_teacher: str | None = None  # identity of the teacher at an address, as an earlier start saw it
 
     @property
     def first_train_tokens(self) -> int:
-        """train_tokens of the run's first start."""
+        """Number of train_tokens of the run's first start."""
         changed = [c["from"] for c in [*self.history, *self.changes] if c["key"] == "train_tokens"]
         return changed[0] if changed else self.settings["train_tokens"]
 
     def goes_on(self, config: TrainConfig, newest: Path | None) -> bool:
-        """Whether there is something left to train; of a run that has its model, with more train_tokens than that had.
+        """Return whether there are steps left: also of a finished run, where train_tokens was raised.
 
         Args:
-            config: of this start.
+            config: settings of this start.
             newest: the run's newest finished checkpoint.
 
         Raises:
@@ -102,7 +104,7 @@ class Resume:
         """Compare a remote teacher, once it has answered, with the one that the run learnt from so far.
 
         Args:
-            identity: what its server says its content is; None of a server that does not tell.
+            identity: identity of the teacher's content by its server; None of a server that does not tell.
 
         Raises:
             ConfigError: another teacher, and `allow_change` does not name teacher_address.
@@ -132,7 +134,7 @@ class Resume:
                 logger.warning("from step %d on: %s = %s instead of %s", step, change["key"], change["to"], change["from"])
             self.history += [about | change for change in self.changes]
             write_json(self.run / HISTORY, {"inputs": self.inputs, "changes": self.history})
-            if self.is_new or self.changes:
+            if self.is_new or self.is_translated or self.changes:
                 write_json(self.run / SETTINGS, self.settings)
         self.changes = []
 
@@ -141,7 +143,7 @@ def check_resume(config: TrainConfig, run: Path) -> Resume:
     """Compare a start with the run that it would go on with; nothing is written. All ranks call it.
 
     Args:
-        config: of this start.
+        config: settings of this start.
         run: its folder; without config.json it is a new run.
 
     Raises:
@@ -163,9 +165,12 @@ def _compare(config: TrainConfig, run: Path) -> Resume:
             )
         return resume
     resume.is_new = False
-    saved = read_json(run / SETTINGS)
+    kept = read_json(run / SETTINGS)
+    saved = translate_settings(kept)
+    resume.is_translated = saved != kept
     history = read_json(run / HISTORY) if (run / HISTORY).is_file() else {"inputs": {}, "changes": []}
-    resume.history, known = history["changes"], history["inputs"]
+    resume.history = [change | {"key": RENAMED.get(change["key"], change["key"])} for change in history["changes"]]
+    known = history["inputs"]
     resume.known_teacher = known.get(ADDRESS, {}).get("identity")
     if ADDRESS in known:
         inputs[ADDRESS] = known[ADDRESS]
@@ -187,7 +192,7 @@ def _compare(config: TrainConfig, run: Path) -> Resume:
             "%s is of a version that did not keep what its inputs hold: %s taken as they are now, and compared from now on",
             run, ", ".join(unknown),
         )  # fmt: skip
-        if config.stage == "align" and config.align_loss == "mse" and saved.get("micro_batch_size", 1) > 1:
+        if config.stage == "align" and config.align.loss == "mse" and saved.get("micro_batch_size", 1) > 1:
             logger.warning(
                 "that version normalised align's mse over micro-batches, this one over windows: losses go on a few per cent "
                 "higher or lower"
@@ -196,16 +201,25 @@ def _compare(config: TrainConfig, run: Path) -> Resume:
 
 
 def _change(resume: Resume, config: TrainConfig, name: str, former: Any, value: Any) -> None:
-    """Note a change that is allowed; refuse another."""
+    """Keep a change that is allowed; refuse another."""
     longer = name == "train_tokens" and value > former
     said = f"{resume.run} was started with {name} = {former}, now {value}"
     if name in FIXED:
-        raise ConfigError(f"{said}; use another output to change it: {FIXED[name]}")
+        raise ConfigError(f"{said}; use another output to change it: {FIXED[name]}{_other_way(resume.run)}")
     if not longer and config.allowed_changes.isdisjoint((name, name.split(".")[0])):
-        raise ConfigError(f"{said}; use another output to change it, or go on with the new value by --allow_change {name}")
+        raise ConfigError(
+            f"{said}; use another output to change it, or go on with the new value by --allow_change {name}"
+            f"{_other_way(resume.run)}"
+        )
     if name in ("optimizer.lr", "optimizer.mixer_lr"):
         _check_groups(resume, config)
     resume.changes.append({"key": name, "from": former, "to": value})
+
+
+def _other_way(run: Path) -> str:
+    """How to change anything: another run from the newest checkpoint; empty where there is none."""
+    newest = latest_checkpoint(run)
+    return f". --model {newest} with another output starts from these weights, with a new optimizer state" if newest else ""
 
 
 def _check_groups(resume: Resume, config: TrainConfig) -> None:
@@ -222,7 +236,7 @@ def _check_groups(resume: Resume, config: TrainConfig) -> None:
 
 
 def _identity(name: str, value: str) -> str:
-    """What an input holds; of `scratch`, whose weights are not read, the architecture."""
+    """Return the identity of an input's content; of `scratch`, whose weights are not read, that of the architecture."""
     if name != "scratch":
         return content_identity(value)
     named = value in LAYOUTS or value in BASES or not Path(value).is_dir()
@@ -230,7 +244,7 @@ def _identity(name: str, value: str) -> str:
 
 
 def _known_identity(name: str, former: str, value: str, known: dict[str, dict[str, str]], run: Path) -> str | None:
-    """The identity of the run's own input; None where an older version kept none and the place is still the same."""
+    """Return the identity of the run's own input; None where an older version kept none and the path is still the same."""
     if name in known:
         return known[name]["identity"]
     if former == value or (name != "scratch" and Path(former).resolve() == Path(value).resolve()):
@@ -252,7 +266,7 @@ def _user() -> str:
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}, as on the command line."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

@@ -1,4 +1,4 @@
-"""What may stand in a run's folder before it starts, so that its end replaces and removes nothing of somebody else's."""
+"""Check of a run folder before a run starts, so that it replaces and removes only files of its own."""
 
 from pathlib import Path
 

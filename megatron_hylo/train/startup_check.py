@@ -1,5 +1,5 @@
-"""Before a run on a GPU: its kernels are compared with their definitions, once for a kind of GPU, libraries, shapes and
-our own code."""
+"""Kernel check before a run on a GPU: compares its kernels with plain-torch definitions, once for a kind of GPU, library
+versions, shapes and our own code."""
 
 import hashlib
 import json
@@ -15,24 +15,24 @@ import torch
 from megatron_hylo import kernels
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.io import cache_dir, write_json
-from megatron_hylo.kernels.delta_rule_state_pass import OPERATION as CHAIN
+from megatron_hylo.kernels.delta_rule_state_pass import OPERATION as STATE_PASS
 from megatron_hylo.kernels.registry import ENVIRONMENT_VARIABLE
 from megatron_hylo.models.kernel_check import Check, check_kernels
 
 logger = logging.getLogger("megatron_hylo.kernels")
-STATE_PASS_ADVICE = f" (on Hopper try {ENVIRONMENT_VARIABLE}={CHAIN}=fla first: fla's own kernels in place of ours)"
+STATE_PASS_ADVICE = f" (on Hopper try {ENVIRONMENT_VARIABLE}={STATE_PASS}=fla first: fla's own kernels in place of ours)"
 LIBRARIES = ("torch", "triton", "flash-linear-attention", "mamba-ssm")
 
 
 def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device, parts: bool = False) -> None:
-    """Refuse kernels that are wrong here; what passed is remembered in the cache folder. On a CPU nothing is done: all is
-    plain torch there.
+    """Refuse kernels that are wrong on this machine; a passed check is kept in the cache folder. On a CPU, where all is plain
+    torch, nothing is done.
 
     Args:
-        configs: of the models of a run.
+        configs: configurations of the models of a run.
         dtype: bf16 or fp32.
-        device: of this rank.
-        parts: sequences are split over ranks.
+        device: device of this rank.
+        parts: whether sequences are split over ranks.
 
     Raises:
         ConfigError: a kernel's output or gradient is wrong; says which, by how much, and how to go on.
@@ -67,14 +67,14 @@ def refuse_wrong(checks: Sequence[Check]) -> None:
 
 
 def _key(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device, parts: bool) -> str:
-    """Of all that the result depends on."""
+    """Hash of everything that the result of a check depends on."""
     own = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(kernels.__file__).parent.glob("*.py")))).hexdigest()
     about = [torch.cuda.get_device_name(device), str(dtype), os.environ.get(ENVIRONMENT_VARIABLE, ""), versions(), parts, own]
     return hashlib.sha256(json.dumps([*about, *(asdict(config) for config in configs)]).encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
-    """Of the installed distributions that kernels come from; "" for one that is not."""
+    """Return the versions of the distributions that kernels come from; "" for one that is not installed."""
     found = {}
     for name in LIBRARIES:
         try:

@@ -1,4 +1,4 @@
-"""Whether a run's text, students and teacher are of one tokenizer; before weights are read or a remote teacher is asked."""
+"""Check that a run's text, students and teacher have one tokenizer, before weights are read or a remote teacher is asked."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ def check_run_tokens(config: TrainConfig, vocab_size: int) -> None:
     """
 
     def compare() -> None:
-        check_dataset_ids(config.data, vocab_size, config.model or config.scratch)
+        check_dataset_ids(config.data, vocab_size, config.model or config.scratch or "")
         for folder in filter(None, (config.model, config.second_model, config.teacher)):
             check_dataset(config.data, folder, read_description(folder)[0].vocab_size)
 
@@ -37,22 +37,23 @@ def check_teacher_tokens(config: TrainConfig, vocab_size: int, about: Mapping[st
     Args:
         config: the run.
         vocab_size: rows of the teacher's head.
-        about: what a remote one's server says of it; None of a stored one, whose store was compared when it was opened.
+        about: description by a remote teacher's server; None of a stored one, whose store was compared when it was opened.
 
     Raises:
         ConfigError: as `check_run_tokens`.
     """
 
     def compare() -> None:
-        check_dataset_ids(config.data, vocab_size, config.teacher_store or config.teacher_address)
+        check_dataset_ids(config.data, vocab_size, config.teacher_store or config.teacher_address or "")
         if about is not None:
+            assert config.teacher_address is not None, "only a remote teacher is described by a server"
             check_vocabulary_identity(config.data, config.teacher_address, about.get("vocabulary"))
 
     on_main(compare)
 
 
 def remote_description(teacher: RemoteTeacher) -> dict[str, Any]:
-    """What a remote teacher's server says of it, told to all ranks by those that know; all ranks call it."""
+    """Share the description by a remote teacher's server with all ranks; all ranks call it."""
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, teacher.about)
     return next(filter(None, found), {})

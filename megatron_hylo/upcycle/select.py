@@ -216,29 +216,25 @@ def select_folder(
 
 def plot_selection(selection: Selection, file: Path) -> None:
     """Bars of each layer's sensitivity, the chosen ones marked, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from megatron_hylo.eval.plots import Axes, Theme, draw_png
 
     assert selection.kl_by_layer is not None, "every method but uniform measures the layers one by one"
-    figure, axes = plt.subplots(figsize=(10, 4), constrained_layout=True)
     gains = [selection.kl_all_linear - kl for kl in selection.kl_by_layer]
-    for label, color, wanted in (
-        ("MLA", "tab:orange", True),
-        (selection.pattern.replace(MLA_SYMBOL, "")[0], "tab:blue", False),
-    ):
-        layers = [layer for layer in range(len(gains)) if (layer in selection.mla_layers) == wanted]
-        axes.bar(layers, [gains[layer] for layer in layers], color=color, label=label)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="layer", ylabel="KL lost when it alone is MLA, nats a token", xticks=range(len(gains)))
-    axes.set_title(
-        f"{selection.method}, {selection.tokens:,} tokens: KL {selection.kl_all_linear:.3f} all linear, "
-        f"{selection.kl_selected:.3f} with {len(selection.mla_layers)} MLA layers"
-    )
-    axes.legend()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        linear = selection.pattern.replace("+", "")[0]
+        for label, color, wanted in (("MLA", theme.series[1], True), (linear, theme.series[0], False)):
+            layers = [layer for layer in range(len(gains)) if (layer in selection.mla_layers) == wanted]
+            axes.bar(layers, [gains[layer] for layer in layers], color=color, label=label)
+        axes.axhline(0, color=theme.ink, linewidth=0.8)
+        axes.set(xlabel="layer", ylabel="KL lost when it alone is MLA, nats a token", xticks=range(len(gains)))
+        axes.set_title(
+            f"{selection.method}, {selection.tokens:,} tokens: KL {selection.kl_all_linear:.3f} all linear, "
+            f"{selection.kl_selected:.3f} with {len(selection.mla_layers)} MLA layers"
+        )
+        axes.legend()
+
+    draw_png(file, draw, size=(10, 4))
 
 
 def _check_models(

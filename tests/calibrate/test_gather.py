@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.io import DamagedError, verify_manifest
 from tests.calibrate.conftest import SETTINGS
+from tests.forked import run_ranks
 from tests.kernels.compare import relative_error
 
 LAYERS, HEADS, GROUPS, DIM = 3, 6, 2, 16
@@ -192,22 +190,17 @@ def write_long_text(folder: Path) -> None:
 
 @pytest.mark.multirank
 def test_parallel_ranks_measure_what_one_rank_does(material, tmp_path):
-    layouts = {"tp2": {"tensor_model_parallel_size": 2}, "dp2": {}}
+    parallelisms = {"tp2": {"tensor_model_parallel_size": 2}, "dp2": {}}
     arguments = dict(teacher=str(material.teacher), data=str(material.data), **SETTINGS)
-    jobs = [(layout, arguments | {"output": str(tmp_path / name)}) for name, layout in layouts.items()]
+    jobs = [(parallelism, arguments | {"output": str(tmp_path / name)}) for name, parallelism in parallelisms.items()]
     # one window for two ranks; held-out text long enough for it
     few = arguments | {"tokens": 256, "sequence_length": 256, "output": str(tmp_path / "few"), "data": str(tmp_path / "long")}
     write_long_text(tmp_path / "long")
     jobs.append(({}, few))
     gather.calibrate(**few | {"output": tmp_path / "few_of_one"})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(Path(__file__).with_name("worker.py")), str(tmp_path / "jobs.json")]  # fmt: skip
-    root = str(Path(__file__).parents[2])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    for name, oracle in (*((name, material.done) for name in layouts), ("few", tmp_path / "few_of_one")):
+    run_ranks("tests.calibrate.worker", [tmp_path / "jobs.json"], 2, tmp_path)
+    for name, oracle in (*((name, material.done) for name in parallelisms), ("few", tmp_path / "few_of_one")):
         verify_manifest(tmp_path / name)
         assert files(tmp_path / name)["windows.safetensors"] == files(oracle)["windows.safetensors"]
         for layer in range(LAYERS):

@@ -1,4 +1,4 @@
-"""Ranks of a test: `calibrate` under several layouts. Started by torchrun with a JSON file of [layout, arguments]."""
+"""Ranks of a test: `calibrate` on several parallel groups. Started by run_ranks with a JSON file of [groups, arguments]."""
 
 import json
 import os
@@ -13,11 +13,12 @@ from megatron_hylo.platform.distributed import initialize, shutdown
 
 
 def main(file: str) -> None:
-    """One calibration a layout; process groups are made anew in between."""
-    for number, (layout, arguments) in enumerate(json.loads(Path(file).read_text())):
+    """Run the calibrations; process groups are made anew in between."""
+    launcher = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    for number, (groups, arguments) in enumerate(json.loads(Path(file).read_text())):
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group("gloo", store=dist.FileStore(f"{file}.{number}", ranks), rank=rank, world_size=ranks)
-        parallel = ParallelConfig(**layout)
+        dist.init_process_group("gloo", store=dist.PrefixStore(f"jobs_{number}", launcher), rank=rank, world_size=ranks)
+        parallel = ParallelConfig(**groups)
         initialize(parallel)
         calibrate(**arguments, parallel=parallel)
         shutdown()

@@ -103,11 +103,11 @@ def test_teacher_of_another_vocabulary_is_refused(teacher, tmp_path, capsys):
     assert run(capsys, "convert", tmp_path / "hf200", tmp_path / "teacher200")[0] == 0
     from megatron_hylo.config import ConfigError
     from megatron_hylo.config.train import TrainConfig
-    from megatron_hylo.train.stages import get_stage
+    from megatron_hylo.train.objectives import get_objective
 
     settings = TrainConfig("distil", "-", "-", model="-", teacher="-", precision="fp32")
     with pytest.raises(ConfigError, match="vocabulary differs: student 160, teacher 200"):
-        get_stage(settings, [load_model(tmp_path / "teacher200")]).check(load_model(teacher))
+        get_objective(settings, [load_model(tmp_path / "teacher200")]).check(load_model(teacher))
 
 
 def test_existing_output_is_not_overwritten_unasked(teacher, tmp_path, capsys):

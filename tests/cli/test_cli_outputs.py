@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def start(capsys, verb: str, source: Path, output: Path) -> tuple[int, str]:
 
 def test_these_are_all_verbs_that_make_a_folder():
     makes = [v for v in VERBS if "output" in parameters(v)]
-    assert {v.__name__.replace("_", "-") for v in makes} == COMMANDS.keys() | {"quickstart"}
+    assert {v.__name__.replace("_", "-") for v in makes} == COMMANDS.keys() | {"quickstart", "report"}
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
@@ -129,6 +130,8 @@ def test_every_parameter_that_is_text_is_known_to_be_no_path():
         for p in parameters(v).values()
         if p.annotation in (str, str | None) and p.name not in paths.get((settings_of(v) or (None, None))[1], ())
     }
+    groups = [f.type for f in fields(TrainConfig) if is_dataclass(f.type)]
+    text |= {f.name for group in groups for f in fields(group) if f.type in (str, str | None)}
     assert text == NOT_PATHS | {"teacher_address", "wandb_project"}
 
 
@@ -147,7 +150,7 @@ def test_a_tilde_is_the_home_folder_on_the_command_line_and_in_recipes(one_rank,
         recipe = tmp_path / "home" / "recipe.yaml"
         recipe.write_text(
             "{stage: pretrain, data: ~/data, model: ~/model, precision: fp32, sequence_length: 16, global_batch_size: 1, "
-            "train_tokens: 32, save_interval: 1, eval_windows: 1, tensorboard: false}"
+            "train_tokens: 32, eval_windows: 1, checkpoint: {save_interval: 1}, logging: {tensorboard: false}}"
         )
         code, text = run(capsys, "train", "--config=~/recipe.yaml", "--output=~/run")
         assert code == 0, text

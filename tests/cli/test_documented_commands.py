@@ -1,7 +1,11 @@
-"""Every `hylo` command line in the documents and scripts is one that the parser takes."""
+"""Commands that documents, examples and scripts show are accepted by the real parser."""
 
+import contextlib
+import io
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,85 +14,70 @@ from megatron_hylo.cli.main import VERBS
 from megatron_hylo.cli.parser import build_parser
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(
-    path
-    for pattern in ("README.md", "CONTRIBUTING.md", "docs/*.md", "examples/**/*", "megatron_hylo/recipes/*.yaml", "slurm/*.sh")
-    for path in ROOT.glob(pattern)
-    if path.is_file() and path.name != "cli.md"  # generated from the parser
-)
-RECIPE = next((ROOT / "megatron_hylo" / "recipes").glob("*.yaml"))
-# what runs hylo in a line of a shell: hylo, .venv/bin/hylo, $hylo, torchrun ... -m megatron_hylo.cli
-START = re.compile(r"(?:(?:^|[\s('\"/])hylo|\$\{?hylo\}?|-m megatron_hylo\.cli)\s+(?=[a-z-]+\b)")
-# they stand for a value; 8 is one of most types
-FILLED = (
-    r"\$\(\(.*?\)\)",
-    r"\"?\$\(.*?\)\"?(?=[\s\"]|$)",
-    r"\$\{[^}]*\}",
-    r"\$\w+",
-)
-UNFINISHED = re.compile(r"error: (hylo \S+ needs |--\S+ needs a value)")
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")])
+COMMAND = re.compile(r"^\s*(\S+=\S+\s+)*((\.venv/bin/)?hylo|torchrun .*-m megatron_hylo\.cli) ")
 
 
-def in_text(text: str) -> list[str]:
-    """Commands named within sentences; most leave arguments out."""
-    return [" ".join(found.split()) for found in re.findall(r"`(hylo [a-z][^`]*)`", text)]
+@pytest.fixture(scope="module")
+def parser():
+    return build_parser(VERBS)
 
 
-def in_shell(text: str) -> list[str]:
-    """Commands of lines of a shell, without comments."""
-    lines = [re.split(r"(?:^|\s)#", line)[0] for line in re.sub(r"\\\n\s*", " ", text).splitlines()]
-    return [f"hylo {line[start.end() :]}" for line in lines if (start := START.search(line))]
+def commands(text: str) -> list[list[str]]:
+    """Arguments of every `hylo` command in the shell blocks of a page."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if COMMAND.match(line)]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[next(i for i, w in enumerate(line) if w.endswith(("hylo", "megatron_hylo.cli"))) + 1 :] for line in words]
 
 
-def commands(path: Path) -> list[tuple[str, bool]]:
-    """(command line, whether it is whole) of each command in a file."""
-    text = path.read_text()
-    if path.suffix == ".md":
-        shell = "\n".join(re.findall(r"^ *```(?:sh|bash|shell|console)\n(.*?)^ *```", text, re.M | re.S))
-        text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
-    else:
-        comments = [line.lstrip("# ") for line in text.splitlines() if line.lstrip().startswith("#")]
-        shell, text = "" if path.suffix == ".yaml" else text, "\n".join(comments)
-        shell += "\n" + "\n".join(line for line in comments if line.startswith(("hylo ", "torchrun ")))
-    whole = [(line, "..." not in line) for line in in_shell(shell) if '"$@"' not in line]
-    return [(line, False) for line in in_text(text)] + whole
-
-
-def words(line: str) -> list[str]:
-    """Arguments of a command line, with values in the place of variables and of files."""
-    for pattern in FILLED:
-        line = re.sub(pattern, "8", line)
-    given = shlex.split(re.split(r"\s(?:\||>|2>|&&)|;|\)$", line)[0])[1:]
-    given = [word for word in given if word not in ("...", "[...]", "$@")]
-    return [str(RECIPE) if before == "--config" else word for before, word in zip(["", *given], given)]
-
-
-def refused(line: str, whole: bool, capsys) -> str:
-    """The parser's complaint; empty where it takes the line, or a mention is merely not finished."""
-    try:
-        build_parser(VERBS).parse_args(words(line))
-    except SystemExit as stopped:
-        said = capsys.readouterr().err.splitlines()[:1]
-        return "" if stopped.code == 0 or not whole and UNFINISHED.match(said[0]) else said[0]
+def refused(parser, arguments: list[str]) -> str:
+    """What the parser says against a command; nothing where it accepts it."""
+    if "..." in arguments or "--config" in arguments:  # the rest is the reader's
+        return ""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            parser.parse_args(arguments)
+        except SystemExit as end:
+            return said.getvalue() if end.code else ""
+        except Exception as error:
+            return str(error)
     return ""
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_documented_commands_are_commands(path, capsys):
-    complaints = [f"{line}: {said}" for line, whole in commands(path) if (said := refused(line, whole, capsys))]
-    assert not complaints, "\n".join(complaints)
+def test_commands_of_the_documents_are_accepted(parser):
+    found = {page.relative_to(ROOT): commands(page.read_text()) for page in PAGES}
+    assert sum(map(len, found.values())) > 20
+    assert {f"{page}: {shlex.join(c)}": said for page, cs in found.items() for c in cs if (said := refused(parser, c))} == {}
 
 
-def test_commands_are_found_and_wrong_ones_refused(tmp_path, capsys):
-    """The search sees what users copy, and the parser refuses what was wrong once."""
-    found = [(words(line), whole) for path in FILES for line, whole in commands(path)]
-    assert sum(whole for _, whole in found) >= 25 and len(found) >= 80
-    assert {"convert", "preprocess", "upcycle", "train", "evaluate", "generate"} <= {
-        given[0] for given, whole in found if whole
-    }
-    page = tmp_path / "page.md"
-    page.write_text(
-        "Use `hylo generate MODEL --prompt TEXT`, see `hylo train`.\n"
-        "```sh\nhylo upcycle a b --pattern GG \\\n  --sequential true  # no\nhylo layouts | head\n```\n"
-    )
-    assert [bool(refused(*each, capsys)) for each in commands(page)] == [True, False, True, False]
+def test_options_in_running_text_are_in_the_reference():
+    known = set(re.findall(r"--[\w.]+", (ROOT / "docs" / "cli.md").read_text()))
+    inline = {page.name: re.findall(r"`hylo [^`]*`", re.sub(r"```.*?```", "", page.read_text(), flags=re.S)) for page in PAGES}
+    used = {(name, option) for name, codes in inline.items() for code in codes for option in re.findall(r"--[\w.]+", code)}
+    assert len(used) > 8 and {(name, option) for name, option in used if option not in known} == set()
+
+
+def test_a_wrong_command_is_found(parser):
+    (wrong,) = commands("```sh\nA=b hylo generate model --prompt \\\n  text   # comment\n```")
+    assert wrong == ["generate", "model", "--prompt", "text"] and refused(parser, wrong)
+
+
+@pytest.mark.parametrize(("linear", "gpu"), [("gdn", False), ("mamba2", True)])
+def test_the_example_runs_commands_that_are_accepted(parser, tmp_path, linear, gpu):
+    fakes = {"hylo": 'printf "%s\\0" "$@" >>"$RECORD"; printf "\\n" >>"$RECORD"; echo a'}
+    fakes["nvidia-smi"] = 'echo "GPU 0: made"' if gpu else "exit 9"
+    for name, body in fakes.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "RECORD": str(tmp_path / "record"), "LINEAR": linear}
+    script = ROOT / "examples" / "smollm2" / "run.sh"
+    done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, "no GPU here" in done.stderr) == (0, not gpu), done.stderr
+    ran = [line.split("\0")[:-1] for line in (tmp_path / "record").read_text().split("\n")[:-1]]
+    verbs = "convert preprocess calibrate upcycle train train export evaluate evaluate generate report"
+    assert " ".join(c[0] for c in ran if c[0] != "fetch") == verbs
+    assert {shlex.join(c): said for c in ran if (said := refused(parser, c))} == {}
+    tokens = sum(int(c[c.index("--train_tokens") + 1]) for c in ran if c[0] == "train")
+    assert tokens == (30_000_000 if gpu else 22_528)

@@ -29,10 +29,11 @@ mh.calibrate("base", "data", "calibration", tokens=320, sequence_length=16)
 report = mh.upcycle("base", "hybrid", pattern="G+M", init="paper", calibration="calibration")
 model = mh.load("hybrid")
 before = mh.evaluate(model, "data", teacher="base", sequence_length=16, windows=4)
-assert mh.evaluate("hybrid", "data", "base", 16, 4) == before
+assert abs(mh.evaluate("hybrid", "data", "base", 16, 4).kl - before.kl) < 1e-5 * before.kl
 after = mh.train(
     stage="distil", model="hybrid", teacher="base", data="data", output="run", precision="fp32", sequence_length=16,
-    global_batch_size=4, train_tokens=640, eval_windows=4, tensorboard=False, async_save=False, optimizer={"lr": 1e-2},
+    global_batch_size=4, train_tokens=640, eval_windows=4, logging={"tensorboard": False},
+    checkpoint={"async_save": False}, optimizer={"lr": 1e-2},
 )
 assert after.kl < before.kl, (before, after)
 again = mh.evaluate("run/model", "data", "base", 16, 4)

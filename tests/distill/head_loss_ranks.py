@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from megatron_hylo.config.train import KLSettings
 from megatron_hylo.distill.head_loss import head_part, linear_head_loss, teacher_rows, whole_head
 from megatron_hylo.distill.plain_head_softmax import top_k_mask
 from tests.distill.test_head_loss import N, make_inputs, reference
@@ -31,9 +32,14 @@ def worst_error(direction: str, temperature: float, top_k: int | None, masked: b
     for name in ("weight", "teacher_weight"):
         inputs[name] = inputs[name].detach()[mine].requires_grad_(name == "weight")
     result = linear_head_loss(
-        **inputs, kl_weight=weights[0], ce_weight=weights[1], chunk_tokens=20, group=group, kl_direction=direction,
-        kl_temperature=temperature, kl_top_k=top_k, token_mask=mask,
-    )  # fmt: skip
+        **inputs,
+        chunk_tokens=20,
+        group=group,
+        token_mask=mask,
+        settings=KLSettings(
+            kl_weight=weights[0], ce_weight=weights[1], kl_direction=direction, kl_temperature=temperature, kl_top_k=top_k
+        ),
+    )
     result.loss.backward()
     dist.all_reduce(inputs["hidden"].grad)
     pairs = [(getattr(result, name), truth[name]) for name in ("loss", "kl", "cross_entropy")]
@@ -55,7 +61,10 @@ def padded_error(student_size: int, teacher_size: int) -> float:
     weight = mine["weight"].clone().requires_grad_()
     rows = teacher_rows(*models, group)
     result = linear_head_loss(
-        **inputs | {"weight": weight, "teacher_weight": rows}, kl_weight=0.7, ce_weight=0.4, chunk_tokens=20, group=group
+        **inputs | {"weight": weight, "teacher_weight": rows},
+        chunk_tokens=20,
+        group=group,
+        settings=KLSettings(kl_weight=0.7, ce_weight=0.4),
     )
     result.loss.backward()
     dist.all_reduce(inputs["hidden"].grad)
@@ -83,9 +92,13 @@ def undivided_error(student_size: int, teacher_size: int, top_k: int | None) -> 
     weight = mine["weight"].requires_grad_()
     rows = teacher_rows(*(_model(size, mine[name]) for name, size in zip(mine, (student_size, teacher_size))), group)
     result = linear_head_loss(
-        **inputs | {"weight": weight, "teacher_weight": rows}, kl_weight=0.7, ce_weight=0.4, chunk_tokens=20, group=group,
-        kl_top_k=top_k, vocabulary=common, measure_agreement=top_k is None,
-    )  # fmt: skip
+        **inputs | {"weight": weight, "teacher_weight": rows},
+        chunk_tokens=20,
+        group=group,
+        vocabulary=common,
+        measure_agreement=top_k is None,
+        settings=KLSettings(kl_weight=0.7, ce_weight=0.4, kl_top_k=top_k),
+    )
     result.loss.backward()
     dist.all_reduce(inputs["hidden"].grad)
     expected = torch.zeros(2 * len(weight), weight.shape[1], dtype=torch.float64)

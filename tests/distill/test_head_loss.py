@@ -1,8 +1,5 @@
 """The chunked head loss against plain float64 torch: values, gradients, memory, refusals."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_hylo.config import ConfigError
-from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.config import ConfigError, from_dict
+from megatron_hylo.config.train import KLSettings, TrainConfig
 from megatron_hylo.distill.head_loss import linear_head_loss, mean_counts, model_head_loss
 from tests.conftest import uneven_model
+from tests.forked import run_ranks
 from tests.kernels.compare import relative_error
 
 N, VOCAB, WIDTH, TEACHER_WIDTH = 53, 97, 24, 40
@@ -70,9 +68,14 @@ def errors(
     given = {name: value for name, value in inputs.items() if name not in drop}
     measure = "teacher_weight" in given
     result = linear_head_loss(
-        **given, kl_weight=kl_weight, ce_weight=ce_weight, chunk_tokens=chunk, measure_agreement=measure,
-        kl_direction=direction, kl_temperature=temperature, kl_top_k=top_k, token_mask=mask,
-    )  # fmt: skip
+        **given,
+        chunk_tokens=chunk,
+        measure_agreement=measure,
+        token_mask=mask,
+        settings=KLSettings(
+            kl_weight=kl_weight, ce_weight=ce_weight, kl_direction=direction, kl_temperature=temperature, kl_top_k=top_k
+        ),
+    )
     weights = (kl_weight, ce_weight) if measure else (0.0, 1.0)
     truth = reference(inputs, *weights, direction, temperature, top_k, mask)
     found = {}
@@ -132,7 +135,7 @@ def test_masked_tokens_may_hold_anything():
     for name in ("hidden", "teacher_hidden"):
         inputs[name].data[~mask] = torch.nan
     inputs["labels"][~mask] = 10**6
-    result = linear_head_loss(**inputs, kl_weight=0.7, ce_weight=0.4, chunk_tokens=7, token_mask=mask)
+    result = linear_head_loss(**inputs, chunk_tokens=7, token_mask=mask, settings=KLSettings(kl_weight=0.7, ce_weight=0.4))
     result.loss.backward()
     assert relative_error(result.loss, truth["loss"]) < 2e-6
     assert inputs["hidden"].grad[~mask].count_nonzero() == 0
@@ -143,7 +146,10 @@ def test_masked_tokens_may_hold_anything():
 def test_all_tokens_masked(top_k):
     inputs = make_inputs()
     result = linear_head_loss(
-        **inputs, ce_weight=0.4, kl_top_k=top_k, token_mask=torch.zeros(N, dtype=torch.bool), measure_agreement=True
+        **inputs,
+        token_mask=torch.zeros(N, dtype=torch.bool),
+        measure_agreement=True,
+        settings=KLSettings(ce_weight=0.4, kl_top_k=top_k),
     )
     result.loss.backward()
     assert [result.loss.item(), result.kl.item(), result.cross_entropy.item(), result.agreement.item()] == [0.0] * 4
@@ -156,24 +162,19 @@ def test_a_model_s_head_loss_is_that_of_its_flattened_tokens(one_rank):
     ids, labels, mask = (torch.randint(high, (3, 10)) for high in (160, 160, 2))
     with torch.no_grad():
         hidden, taught = student(ids), teacher(ids)
-    settings = dict(ce_weight=0.4, kl_direction="reverse", kl_temperature=2.0, kl_top_k=5)
-    ours = model_head_loss(student, hidden, labels, teacher, taught, token_mask=mask, **settings)
+    settings = KLSettings(ce_weight=0.4, kl_direction="reverse", kl_temperature=2.0, kl_top_k=5)
+    ours = model_head_loss(student, hidden, labels, teacher, taught, settings, token_mask=mask)
     flat = [labels.T.flatten(), taught.flatten(0, 1), teacher.head_weight()]
-    theirs = linear_head_loss(hidden.flatten(0, 1), student.head_weight(), *flat, token_mask=mask.T.flatten(), **settings)
+    theirs = linear_head_loss(hidden.flatten(0, 1), student.head_weight(), *flat, settings, token_mask=mask.T.flatten())
     assert torch.equal(ours.loss, theirs.loss) and torch.equal(ours.kl, theirs.kl)
 
 
 @pytest.mark.multirank
-def test_a_vocabulary_split_over_two_ranks_equals_float64_torch():
+def test_a_vocabulary_split_over_two_ranks_equals_float64_torch(tmp_path):
     """Directions, temperatures, top k up to more than a rank has, masks; and ties, of which each rank has some."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, str(Path(__file__).with_name("head_loss_ranks.py"))], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    cases = [line.split("CASE ")[1].split("|") for line in result.stdout.splitlines() if "CASE " in line]
-    assert len(cases) == 2 * 2 * 6 * 2 + 3 + 3 * 3, result.stdout
+    output = run_ranks("tests.distill.head_loss_ranks", [], 2, tmp_path)
+    cases = [line.split("CASE ")[1].split("|") for line in output.splitlines() if "CASE " in line]
+    assert len(cases) == 2 * 2 * 6 * 2 + 3 + 3 * 3, output
     for name, worst in cases:
         assert float(worst) < 1e-12, (name, worst)
 
@@ -183,7 +184,7 @@ def test_unlabelled_tokens_have_their_kl_and_do_not_count_for_cross_entropy(labe
     inputs = make_inputs(torch.float64)
     hidden = inputs["hidden"]
     inputs["labels"][:: 3 if labels == "some" else 1] = -100
-    result = linear_head_loss(**inputs, kl_weight=0.7, ce_weight=0.4, chunk_tokens=7)
+    result = linear_head_loss(**inputs, chunk_tokens=7, settings=KLSettings(kl_weight=0.7, ce_weight=0.4))
     log_p = F.log_softmax(hidden @ inputs["weight"].T, -1)
     log_q = F.log_softmax(inputs["teacher_hidden"] @ inputs["teacher_weight"].T, -1)
     nll = F.nll_loss(log_p, inputs["labels"], reduction="sum", ignore_index=-100)
@@ -200,12 +201,13 @@ def test_the_mean_over_parts_of_a_batch_is_the_loss_of_all_of_it_in_float64_torc
     """Parts have different numbers of labels, one of them none."""
     inputs, edges = make_inputs(torch.float64), [0, 20, 33, N]
     inputs["labels"][1:20:3], inputs["labels"][20:33] = -100, -100
-    whole = linear_head_loss(**{k: v for k, v in inputs.items() if k not in drop}, ce_weight=0.4)
+    whole = linear_head_loss(**{k: v for k, v in inputs.items() if k not in drop}, settings=KLSettings(ce_weight=0.4))
     parts = [{k: v[a:b] if "weight" not in k else v for k, v in inputs.items()} for a, b in zip(edges, edges[1:])]
     counts = mean_counts([part["labels"] for part in parts], dist.group.WORLD)
     assert counts.tolist() == [N / 3, (N - 13 - 7) / 3]
     losses = [
-        linear_head_loss(**{k: v for k, v in part.items() if k not in drop}, ce_weight=0.4, counts=counts) for part in parts
+        linear_head_loss(**{k: v for k, v in part.items() if k not in drop}, counts=counts, settings=KLSettings(ce_weight=0.4))
+        for part in parts
     ]
     log_p = F.log_softmax(inputs["hidden"] @ inputs["weight"].T, -1)
     written_out = F.nll_loss(log_p, inputs["labels"], ignore_index=-100)
@@ -232,14 +234,14 @@ def test_float64_inputs_stay_float64(case):
 def test_gradient_is_the_slope_of_the_loss():
     """Central differences along random directions, in float64."""
     inputs = make_inputs(torch.float64)
-    loss = linear_head_loss(**inputs, kl_weight=0.7, ce_weight=0.4, chunk_tokens=9).loss
+    loss = linear_head_loss(**inputs, chunk_tokens=9, settings=KLSettings(kl_weight=0.7, ce_weight=0.4)).loss
     gradients = torch.autograd.grad(loss, (inputs["hidden"], inputs["weight"]))
     for name, gradient in zip(("hidden", "weight"), gradients):
         direction = torch.randn_like(gradient)
         ends = []
         for step in (1e-5, -1e-5):
             moved = inputs | {name: inputs[name].detach() + step * direction}
-            ends.append(linear_head_loss(**moved, kl_weight=0.7, ce_weight=0.4, chunk_tokens=9).loss)
+            ends.append(linear_head_loss(**moved, chunk_tokens=9, settings=KLSettings(kl_weight=0.7, ce_weight=0.4)).loss)
         slope = (ends[0] - ends[1]) / 2e-5
         assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-8)
 
@@ -283,7 +285,9 @@ def test_whole_logits_never_exist():
     n, vocab, chunk = 4096, 1024, 256
     inputs = make_inputs(n=n, vocab=vocab)
     with LargestTensor() as seen:
-        linear_head_loss(**inputs, kl_weight=1.0, ce_weight=0.5, chunk_tokens=chunk, measure_agreement=True).loss.backward()
+        linear_head_loss(
+            **inputs, chunk_tokens=chunk, measure_agreement=True, settings=KLSettings(kl_weight=1.0, ce_weight=0.5)
+        ).loss.backward()
     assert inputs["hidden"].grad is not None
     assert seen.numel == chunk * vocab  # and neither hidden [n, 40] nor head is larger
     with LargestTensor() as seen:
@@ -317,9 +321,11 @@ def test_refusals():
         linear_head_loss(inputs["hidden"], inputs["weight"])
     for k in (0, -5):
         with pytest.raises(ConfigError, match=f"kl_top_k must be at least 1, got {k}; leave it out"):
-            linear_head_loss(**inputs, kl_top_k=k)
+            linear_head_loss(**inputs, settings=KLSettings(kl_top_k=k))
         with pytest.raises(ConfigError, match=f"kl_top_k must be at least 1, got {k}; leave it out"):
-            TrainConfig("distil", "-", "-", model="-", teacher="-", kl_top_k=k)
+            from_dict(
+                TrainConfig, dict(stage="distil", data="-", output="-", model="-", teacher="-", distil={"kl_top_k": k}), ""
+            )
     with pytest.raises(IndexError):
         linear_head_loss(**inputs, token_mask=torch.ones(N - 1))
     inputs["teacher_weight"] = torch.cat([inputs["teacher_weight"], inputs["teacher_weight"][:3]])

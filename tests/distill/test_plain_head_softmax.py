@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_hylo.config.train import KLSettings
 from megatron_hylo.distill.head_loss import linear_head_loss
 from megatron_hylo.distill.plain_head_softmax import top_k_mask
 from megatron_hylo.kernels.registry import in_use, override
@@ -29,7 +30,8 @@ def test_top_k_and_the_rest_as_one_class_equal_float64_torch(case, direction, te
 def test_a_top_k_of_the_whole_vocabulary_is_the_full_kl(direction):
     inputs = make_inputs()
     full, whole, more, part = (
-        linear_head_loss(**inputs, kl_direction=direction, kl_top_k=k).kl for k in (None, VOCAB, 10**6, VOCAB - 2)
+        linear_head_loss(**inputs, settings=KLSettings(kl_direction=direction, kl_top_k=k)).kl
+        for k in (None, VOCAB, 10**6, VOCAB - 2)
     )
     assert torch.equal(full, whole) and torch.equal(full, more)
     assert part < full  # what classes say apart, they do not say together
@@ -58,10 +60,10 @@ def test_top_k_takes_exactly_k_of_equal_logits():
 
 def test_top_k_runs_in_plain_torch_and_says_so():
     inputs = make_inputs()
-    linear_head_loss(**inputs, kl_top_k=5)
+    linear_head_loss(**inputs, settings=KLSettings(kl_top_k=5))
     assert in_use()["head_softmax"] == "torch"
     with (
         override("head_softmax", "triton"),
         pytest.raises(RuntimeError, match="triton was asked for by an override, but .* no KL .* top k"),
     ):
-        linear_head_loss(**inputs, kl_top_k=5)
+        linear_head_loss(**inputs, settings=KLSettings(kl_top_k=5))

@@ -1,21 +1,85 @@
-"""A few of the drills of tools/fault_drill.py, as a user runs them; all kinds, many times, is that script's work."""
+"""A few of the drills of tools/fault_drill.py; all kinds, many times, is that script's work.
 
+Its runs start under torchrun; here the ranks are forked, with the variables and the end of all when one fails as there.
+"""
+
+import importlib.util
 import json
-import os
+import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+from jsonargparse import auto_cli
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import Ranks
+
+TOOL = Path(__file__).parents[2] / "tools" / "fault_drill.py"
+GRACE = 30  # seconds from SIGTERM to SIGKILL, as torchrun's
+
+
+class Launcher:
+    """Ranks with the calls of a torchrun process that the drills need."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.pid, self.returncode = ranks, ranks.programs[0].pid, None
+        self.terminated: float | None = None
+
+    def poll(self) -> int | None:
+        """Exit status, 1 if a rank failed, once all have ended; None before."""
+        statuses = self.ranks.statuses()
+        if any(statuses) and None in statuses:
+            if self.terminated is None:
+                self.terminated = time.monotonic()
+                for program in self.ranks.programs:
+                    program.send_signal(signal.SIGTERM)
+            elif time.monotonic() > self.terminated + GRACE:
+                self.ranks.kill()
+        elif None not in statuses:
+            self.returncode = int(any(statuses))
+        return self.returncode
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        """What the ranks printed, once they have ended."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.ranks.kill()
+                raise subprocess.TimeoutExpired(self.ranks.module, timeout)
+            time.sleep(0.01)
+        return "".join(log.read_text() for log in self.ranks.logs), None
+
+
+@pytest.fixture
+def fault_drill(monkeypatch):
+    """The tool as a module whose runs fork their ranks."""
+    spec = importlib.util.spec_from_file_location("fault_drill", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    class Run(module.Run):
+        def start(self, full_disk: bool = False) -> None:
+            arguments = ["train", "--config", self.recipe, "--output", self.folder]
+            program = "megatron_hylo.cli"
+            if full_disk:
+                program, arguments = "tests.faults.little_disk", [module.LARGEST_FILE, *arguments]
+            self.process = Launcher(Ranks(program, arguments, self.ranks, self.recipe.parent))
+
+        def rank_processes(self) -> list[psutil.Process]:
+            return [psutil.Process(program.pid) for program in self.process.ranks.programs if program.poll() is None]
+
+    monkeypatch.setattr(module, "Run", Run)
+    return module
 
 
 @pytest.mark.multirank
-def test_nothing_is_lost_by_a_preemption_a_flipped_bit_or_a_full_disk():
+def test_nothing_is_lost_by_a_preemption_a_flipped_bit_or_a_full_disk(fault_drill, one_rank, capsys):
     faults = ["SIGUSR1 to all ranks", "flip a bit of a shard", "fill the disk"]
-    command = [sys.executable, str(ROOT / "tools" / "fault_drill.py"), "--drills", "3", "--faults", json.dumps(faults)]
-    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    counted = json.loads(result.stdout.splitlines()[-1])
+    with pytest.raises(SystemExit) as ended:
+        auto_cli(fault_drill.main, args=["--drills", "3", "--faults", json.dumps(faults)])
+    output = capsys.readouterr().out
+    assert ended.value.code == 0, output[-3000:]
+    counted = json.loads(output.splitlines()[-1])
     assert counted["failures"] == [] and counted["by_fault"] == dict.fromkeys(faults, 1)

@@ -10,9 +10,11 @@ from megatron_hylo.convert import modelling_code as export
 from megatron_hylo.convert.modelling_code import copy_modelling_code
 from megatron_hylo.convert.to_hf import write_hf_folder
 from megatron_hylo.hf import HyloForCausalLM
-from tests.hf.conftest import ALIGNED, YARN, random_megatron_model, serve_config
+from tests.hf.conftest import ALIGNED, PAIRS, YARN, random_megatron_model, serve_config
 from tests.kernels.compare import relative_error
 
+NOPE = RopeScaling("nope")
+BOTH_YARN = dict(rope_scaling=RopeScaling(**YARN), mla_rope_scaling=RopeScaling(**YARN))
 CASES = {
     "+": serve_config("++"),
     "M": serve_config("MM"),
@@ -20,6 +22,9 @@ CASES = {
     "G+M*": serve_config("G+M*"),
     "K+*K": serve_config("K+*K"),
     "G+M* q/k-norm, yarn": serve_config("G+M*", qk_layernorm=True, mla_rope_scaling=RopeScaling(**YARN)),
+    "G+*+ pairs, yarn, theta": serve_config("G+*+", **PAIRS, **BOTH_YARN, rotary_base=3e5),
+    "G+*+ pairs, NoPE": serve_config("G+*+", **PAIRS, rope_scaling=NOPE, mla_rope_scaling=NOPE),
+    "** NoPE": serve_config("**", rope_scaling=NOPE),
     "G+M* tied": serve_config("G+M*", untie_embeddings_and_output_weights=False),
     **{name: serve_config("G+*+", **settings) for name, settings in ALIGNED.items()},
 }

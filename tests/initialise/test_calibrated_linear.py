@@ -106,7 +106,7 @@ def test_heads_forget_half_in_their_half_life(symbol, shape, made):
     half_lives = -1 / decay.log2()
     heads = len(decay)
     cycle = 3 if heads == 6 else heads  # query heads of a KV head
-    shortest, longest = calibrated.HALF_LIVES["M" if symbol == "M" else "G"]
+    shortest, longest = calibrated.MAMBA2_HALF_LIVES if symbol == "M" else calibrated.DELTA_RULE_HALF_LIVES
     for head, found in enumerate(half_lives.tolist()):
         share = (head % cycle) / (cycle - 1) if cycle > 1 else 0.5
         assert found == pytest.approx(shortest ** (1 - share) * longest**share, rel=1e-5)

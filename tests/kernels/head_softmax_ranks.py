@@ -5,12 +5,16 @@ The last cases are the whole head loss with masked tokens.
 """
 
 import itertools
+import multiprocessing
+import sys
+import tempfile
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hylo.config.train import KLSettings
 from megatron_hylo.distill import head_loss
 from megatron_hylo.distill.plain_head_softmax import plain_head_softmax
 from megatron_hylo.kernels.head_softmax import head_softmax
@@ -59,9 +63,12 @@ def masked_errors(reverse: bool, group: dist.ProcessGroup | None) -> list[float]
             inputs[name] = inputs[name].detach()[first : first + share].requires_grad_(name == "weight")
     with patch.object(head_loss, "unsupported", lambda _: None):  # in the interpreter there is none
         result = head_loss.linear_head_loss(
-            **inputs, kl_weight=WEIGHTS[0], ce_weight=WEIGHTS[1], chunk_tokens=2, group=group, kl_direction=direction,
-            kl_temperature=2.0, token_mask=mask,
-        )  # fmt: skip
+            **inputs,
+            chunk_tokens=2,
+            group=group,
+            token_mask=mask,
+            settings=KLSettings(kl_weight=WEIGHTS[0], ce_weight=WEIGHTS[1], kl_direction=direction, kl_temperature=2.0),
+        )
     assert in_use()["head_softmax"] == "triton"
     result.loss.backward()
     if group is not None:
@@ -77,9 +84,9 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-30))
 
 
-def main() -> None:
-    """All cases."""
-    dist.init_process_group("gloo")
+def run_rank(rank: int, store: str) -> None:
+    """Run all cases on one rank."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     kinds, together = ((True, False), (True, True), (False, True)), dist.group.WORLD
     fp32, bf16 = torch.float32, torch.bfloat16
     for (dtype, grad_dtype), (teacher, labels), reverse, temperature, group in itertools.product(
@@ -98,6 +105,18 @@ def _show(name: str, mine: list[float]) -> None:
     dist.all_gather_object(everyone, mine)
     if dist.get_rank() == 0:
         print(f"CASE {name}", *map(max, *everyone), sep="|", flush=True)
+
+
+def main() -> None:
+    """Fork the ranks, so that torch and Triton are imported once."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [context.Process(target=run_rank, args=(rank, f"{folder}/store")) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+    sys.exit(any(process.exitcode for process in ranks))
 
 
 if __name__ == "__main__":

@@ -83,15 +83,15 @@ def test_bf16_mixer_matches_the_cpu_at_8192_tokens(mixer, one_rank):
 def test_one_step_of_training_lowers_the_loss(one_rank):
     """fp32 masters over bf16 weights through Megatron-Core's optimizer, on CUDA with nothing patched."""
     from megatron_hylo.config.train import OptimizerSettings, TrainConfig
+    from megatron_hylo.train.objectives import get_objective
     from megatron_hylo.train.optimizer import build_training_state
-    from megatron_hylo.train.stages import get_stage
 
     settings = TrainConfig(
         stage="pretrain", data="-", output="-", scratch="-", sequence_length=128, global_batch_size=4, micro_batch_size=4,
         train_tokens=128 * 4 * 20, optimizer=OptimizerSettings(lr=3e-3, warmup_ratio=0.0),
     )  # fmt: skip
     model = build_model(tiny_config(**SIZES), params_dtype=torch.bfloat16)
-    state, stage = build_training_state([model], settings), get_stage(settings, None)
+    state, stage = build_training_state([model], settings), get_objective(settings, None)
     ids = torch.randint(512, (4, 129), device="cuda")
     batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
     losses = []

@@ -101,20 +101,22 @@ def test_mamba2_matches_nemotron_h(one_rank, torch_paths):
 
 
 SCALINGS = {
-    "plain": (RopeScaling(), {}),
+    "plain": ({}, {}),
+    "theta": (dict(rotary_base=3e5), {}),
     # transformers scales cos and sin by 0.1 ln(factor) + 1; without mscale_all_dim the softmax scale stays
     "yarn": (
-        RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=32),
+        dict(mla_rope_scaling=RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)),
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     ),
+    "nope": (dict(mla_rope_scaling=RopeScaling(rope_type="nope")), {}),
 }
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_mla_matches_deepseek_v3(scaling, one_rank):
-    ours_scaling, theirs_scaling = SCALINGS[scaling]
+    changes, theirs_scaling = SCALINGS[scaling]
     # 16 rotary channels, so that YaRN keeps some, divides some and blends some
-    c = tiny_config("+-", qk_pos_emb_head_dim=16, v_head_dim=14, mla_rope_scaling=ours_scaling)
+    c = tiny_config("+-", qk_pos_emb_head_dim=16, v_head_dim=14, **changes)
     deepseek = DeepseekV3Config(
         hidden_size=c.hidden_size, num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_attention_heads,
         q_lora_rank=c.q_lora_rank, kv_lora_rank=c.kv_lora_rank, qk_nope_head_dim=c.qk_head_dim,
@@ -126,7 +128,7 @@ def test_mla_matches_deepseek_v3(scaling, one_rank):
     theirs = DeepseekV3Attention(deepseek, 0).eval()
     theirs.q_a_layernorm = theirs.kv_a_layernorm = nn.Identity()
     rotary = DeepseekV3RotaryEmbedding(deepseek)
-    assert rotary.attention_scaling == pytest.approx(1 if scaling == "plain" else 0.1 * math.log(4) + 1)
+    assert rotary.attention_scaling == pytest.approx(0.1 * math.log(4) + 1 if scaling == "yarn" else 1)
 
     def oracle(w: Weights, x: Tensor) -> Tensor:
         names = {"linear_q_down_proj": "q_a_proj", "linear_q_up_proj": "q_b_proj", "linear_proj": "o_proj",
@@ -137,6 +139,8 @@ def test_mla_matches_deepseek_v3(scaling, one_rank):
         t = x.shape[1]
         mask = torch.full((t, t), float("-inf")).triu(1)[None, None]
         position = rotary(x, torch.arange(t)[None])
+        if scaling == "nope":  # DeepSeek has no such setting: angles of zero turn nothing
+            position = torch.ones_like(position[0]), torch.zeros_like(position[1])
         return functional_call(theirs, weights, (x, position, mask), strict=True)[0]
 
     found = errors(random_mixer(c), oracle)

@@ -10,6 +10,8 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_hylo.config import ConfigError, ModelConfig, RopeScaling, from_dict
 from megatron_hylo.config.layouts import hybrid_config, parameter_count
@@ -107,14 +109,28 @@ def test_fully_rotary_mla_equals_the_attention_it_is_made_of(family, one_rank):
     assert max(found) < TOLERANCE, found
 
 
+def base_frequencies(c: ModelConfig) -> tuple[Tensor, float]:
+    """Frequencies of a whole head, float64, and the factor on cos and sin: by the formula, YaRN's by transformers."""
+    scaling, exponents = c.mla_rope_scaling, torch.arange(c.kv_channels // 2, dtype=torch.float64)
+    if scaling.rope_type == "yarn":
+        parameters = {"rope_type": "yarn", "rope_theta": c.rotary_base, "factor": scaling.factor,
+                      "original_max_position_embeddings": scaling.original_max_position_embeddings}  # fmt: skip
+        llama = LlamaConfig(head_dim=c.kv_channels, rope_parameters=parameters)
+        frequencies, multiplier = ROPE_INIT_FUNCTIONS["yarn"](llama, "cpu")
+        return frequencies.double(), multiplier
+    frequencies = c.rotary_base ** (-2 * exponents / c.kv_channels)
+    return (torch.zeros_like(frequencies) if scaling.rope_type == "nope" else frequencies), 1.0
+
+
 def reference(c: ModelConfig) -> Oracle:
     """Aligned MLA head by head and slot by slot in float64; rotations as complex products."""
     nope, rope, v_dim, groups = c.qk_head_dim, c.qk_pos_emb_head_dim, c.v_head_dim, c.num_query_groups
     pairs = c.mla_rotary_pairs[0] if c.mla_rotary_pairs else range(rope // 2)
-    frequency = c.rotary_base ** (-2 * torch.tensor(pairs, dtype=torch.float64) / c.kv_channels)
+    frequency, multiplier = base_frequencies(c)
+    frequency = frequency[list(pairs)]
 
     def rotated(x: Tensor) -> Tensor:
-        turn = torch.polar(torch.ones(1, dtype=torch.float64), torch.arange(x.shape[1])[:, None] * frequency)
+        turn = torch.polar(torch.tensor([multiplier], dtype=torch.float64), torch.arange(x.shape[1])[:, None] * frequency)
         slots = torch.view_as_complex(x[..., nope:].unflatten(-1, (-1, 2)).contiguous())
         return torch.cat([x[..., :nope], torch.view_as_real(slots * turn).flatten(-2)], -1)
 
@@ -151,6 +167,11 @@ def reference(c: ModelConfig) -> Oracle:
 
 CASES = {
     "pairs": dict(mla_rotary_pairs=[[5, 0, 5]]),
+    "pairs, yarn": dict(mla_rotary_pairs=[[3, 1, 7]], mla_rope_scaling=RopeScaling("yarn", 4.0, 32)),
+    "pairs, theta": dict(mla_rotary_pairs=[[3, 1, 7]], rotary_base=3e5),
+    "pairs, NoPE, norm": dict(
+        mla_rotary_pairs=[[3, 1, 7]], mla_rope_scaling=RopeScaling("nope"), qk_layernorm=True, qk_head_dim=16
+    ),
     "bias": dict(mla_bias=True, qk_pos_emb_head_dim=16),
     "norm, standard table": dict(qk_layernorm=True, qk_head_dim=16, qk_pos_emb_head_dim=16),
     "norm, pairs": dict(qk_layernorm=True, qk_head_dim=16, mla_rotary_pairs=[[7, 2, 7]]),

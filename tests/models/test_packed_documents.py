@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_hylo.config.train import KLSettings
 from megatron_hylo.data.packed import IGNORED
 from megatron_hylo.distill.alignment import align_layers
 from megatron_hylo.distill.head_loss import model_head_loss
@@ -64,7 +65,9 @@ def test_losses_of_the_head(one_rank, text):
         with torch.no_grad():
             taught = teacher(ids, documents)
         hidden = student(ids, documents)
-        return model_head_loss(student, hidden, labels, teacher, taught, ce_weight=0.7, chunk_tokens=16, counts=counts)
+        return model_head_loss(
+            student, hidden, labels, teacher, taught, chunk_tokens=16, counts=counts, settings=KLSettings(ce_weight=0.7)
+        )
 
     packed = loss(ids, labels, documents)
     packed.loss.backward()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_hylo.config import ConfigError, ParallelConfig
-from megatron_hylo.config.train import OptimizerSettings, TrainConfig
+from megatron_hylo.config.train import CheckpointSettings, LoggingSettings, OptimizerSettings, TrainConfig
 from megatron_hylo.models.padded_vocabulary import padded_vocabulary
 from megatron_hylo.teachers.store import write_store
 from megatron_hylo.train.loop import train
@@ -47,9 +47,10 @@ def test_four_ranks_and_two_go_on_and_write_as_one_rank_does(tmp_path, one_rank)
         optimizer = OptimizerSettings(lr=2e-3, weight_decay=0.1, warmup_ratio=0, adam_eps=1e-3, use_distributed_optimizer=apart)
         return TrainConfig(
             "pretrain", str(tmp_path / "data"), str(tmp_path / name), model=str(tmp_path / (model or f"model_{apart}")),
-            sequence_length=24, global_batch_size=2, train_tokens=4 * 2 * 24, precision="fp32", save_interval=1, log_interval=1,
-            eval_windows=3, keep_checkpoints=4, parallel=ParallelConfig(tensor_model_parallel_size=ranks), optimizer=optimizer,
-            tensorboard=False,
+            sequence_length=24, global_batch_size=2, train_tokens=4 * 2 * 24, precision="fp32", eval_windows=3,
+            checkpoint=CheckpointSettings(save_interval=1, keep=4),
+            logging=LoggingSettings(log_interval=1, tensorboard=False),
+            parallel=ParallelConfig(tensor_model_parallel_size=ranks), optimizer=optimizer,
         )  # fmt: skip
 
     step = "checkpoints/step_0000000"

@@ -1,4 +1,4 @@
-"""What the parity tests on CPUs and on GPUs share: stages, parallel layouts, models and text that would show a fault."""
+"""What the parity tests on CPUs and on GPUs share: stages, parallelisms, models and text that would show a fault."""
 
 from pathlib import Path
 from typing import Any
@@ -6,30 +6,38 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from megatron_hylo.config import ModelConfig, ParallelConfig
+from megatron_hylo.config import ModelConfig, ParallelConfig, from_dict
+from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 
 STAGES = {
     "pretrain": dict(stage="pretrain"),
-    "distil": dict(stage="distil", ce_weight=0.3),
-    "mse": dict(stage="align", align_loss="mse"),
-    "ild": dict(stage="align", align_loss="ild"),
-    "sequential": dict(stage="align", align_loss="sequential"),
+    "distil": dict(stage="distil", distil=dict(ce_weight=0.3)),
+    "mse": dict(stage="align", align=dict(loss="mse")),
+    "ild": dict(stage="align", align=dict(loss="ild")),
+    "sequential": dict(stage="align", align=dict(loss="sequential")),
     "packed": dict(stage="pretrain", packed_documents=True),
-    "packed_distil": dict(stage="distil", ce_weight=0.3, packed_documents=True),
-    "reverse": dict(stage="distil", ce_weight=0.3, kl_direction="reverse", kl_temperature=2.0),
-    "top_k": dict(stage="distil", ce_weight=0.3, kl_top_k=50),  # with few the KL is near its rounding errors
-    "stored": dict(stage="distil", ce_weight=0.3, teacher_store="store"),
-    "packed_stored": dict(stage="distil", ce_weight=0.3, teacher_store="store", packed_documents=True),
-    "packed_mse": dict(stage="align", align_loss="mse", packed_documents=True),
-    "mse_pairs": dict(stage="align", align_loss="mse", micro_batch_size=2),
-    "packed_mse_pairs": dict(stage="align", align_loss="mse", micro_batch_size=2, packed_documents=True),
+    "packed_distil": dict(stage="distil", packed_documents=True, distil=dict(ce_weight=0.3)),
+    "reverse": dict(stage="distil", distil=dict(ce_weight=0.3, kl_direction="reverse", kl_temperature=2.0)),
+    "top_k": dict(stage="distil", distil=dict(ce_weight=0.3, kl_top_k=50)),  # with few the KL is near its rounding errors
+    "stored": dict(stage="distil", teacher_store="store", distil=dict(ce_weight=0.3)),
+    "packed_stored": dict(stage="distil", teacher_store="store", packed_documents=True, distil=dict(ce_weight=0.3)),
+    "windows": dict(stage="distil", teacher_window=dict(mode="windows", length=10), distil=dict(ce_weight=0.3)),
+    "packed_windows": dict(
+        stage="distil", teacher_window=dict(mode="windows", length=10), packed_documents=True, distil=dict(ce_weight=0.3)
+    ),
+    "packed_mse": dict(stage="align", packed_documents=True, align=dict(loss="mse")),
+    "recall": dict(stage="distil", packed_documents=True, sequence_length=256, recall=RecallSettings(0.7, ["key_value"], 3.0)),
+    "mse_pairs": dict(stage="align", micro_batch_size=2, align=dict(loss="mse")),
+    "packed_mse_pairs": dict(stage="align", micro_batch_size=2, packed_documents=True, align=dict(loss="mse")),
 }
 # name: (ranks, parallel groups, distributed optimizer)
-LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
+PARALLELISMS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "one": (1, {}, False),
     "tp2": (2, dict(tensor_model_parallel_size=2), True),
     "tp4": (4, dict(tensor_model_parallel_size=4), True),
@@ -76,20 +84,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
 
 
 def case_config(
-    root: Path, model: str, stage: str, layout: str, precision: str = "fp32", sequence_length: int = 24
+    root: Path, model: str, stage: str, parallelism: str, precision: str = "fp32", sequence_length: int = 24
 ) -> TrainConfig:
-    """Two steps of a stage under a layout, of the folders ROOT/{data, teacher, store, MODEL}; a MODEL "odd..." has odd_teacher
-    and odd_store.
+    """Settings of two steps of a stage under a parallelism.
 
+    ROOT has the folders data, teacher, store and MODEL; a MODEL "odd..." has odd_teacher and odd_store.
     bf16 needs the distributed optimizer, also on one rank.
     """
-    _, groups, distributed = LAYOUTS[layout]
+    _, groups, distributed = PARALLELISMS[parallelism]
     settings = dict(STAGES[stage])
     kind = "odd_" if model.startswith("odd") else ""
     teacher = None if settings["stage"] == "pretrain" else f"{kind}teacher"
     if "teacher_store" in settings:
         settings["teacher_store"], teacher = str(root / f"{kind}{settings['teacher_store']}"), None
-    return TrainConfig(
+    sequence_length = settings.pop("sequence_length", sequence_length)
+    fields = dict(
         data=str(root / "data"), output="unused", model=str(root / model),
         teacher=teacher and str(root / teacher),
         sequence_length=sequence_length, global_batch_size=4, train_tokens=4 * sequence_length * 10, precision=precision,
@@ -100,6 +109,7 @@ def case_config(
             adam_eps=1e-3,  # above rounding errors: the first steps of Adam are signs of gradients otherwise
         ),
     )  # fmt: skip
+    return from_dict(TrainConfig, fields, stage)
 
 
 def make_model(config: ModelConfig, folder: Path, seed: int) -> None:
@@ -124,7 +134,7 @@ def make_model(config: ModelConfig, folder: Path, seed: int) -> None:
 
 
 def make_dataset(folder: Path) -> None:
-    """Random tokens, in documents of several lengths."""
+    """Random tokens, in documents of several lengths, and a tokenizer of single characters."""
     folder.mkdir()
     builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
     generator = np.random.default_rng(0)
@@ -132,3 +142,6 @@ def make_dataset(folder: Path) -> None:
         builder.add_document(generator.integers(0, 160, length).tolist(), [length])
     builder.finalize(str(folder / "train.idx"))
     (folder / "data.json").write_text('{"vocab_size": 160}')
+    characters = Tokenizer(models.WordLevel({chr(code): code for code in (10, *range(32, 127))}, unk_token=" "))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=characters).save_pretrained(folder / "tokenizer")

@@ -35,10 +35,10 @@ def _rotary_key_gradient_not_summed() -> contextlib.AbstractContextManager:
 
 
 def _loss_normalised_per_rank() -> contextlib.AbstractContextManager:
-    from megatron_hylo.train import stages
+    from megatron_hylo.train import objectives
 
-    proxy = SimpleNamespace(**vars(stages.parallel_state) | {"get_context_parallel_world_size": lambda: 1})
-    return _replaced(stages, "parallel_state", proxy)
+    proxy = SimpleNamespace(**vars(objectives.parallel_state) | {"get_context_parallel_world_size": lambda: 1})
+    return _replaced(objectives, "parallel_state", proxy)
 
 
 def _alignment_normalised_per_rank() -> contextlib.AbstractContextManager:
@@ -165,9 +165,9 @@ def _sharded_parameters_unmarked() -> contextlib.AbstractContextManager:
 
 def _virtual_stages_swapped() -> contextlib.AbstractContextManager:
     """Each rank runs the layers of its second chunk where those of the first belong."""
-    from megatron_hylo.train import loop
+    from megatron_hylo.train import setup
 
-    right = loop._build_models
+    right = setup.build_models
 
     def build(config: Any) -> Any:
         students, teacher = right(config)
@@ -181,7 +181,7 @@ def _virtual_stages_swapped() -> contextlib.AbstractContextManager:
             stack.register_forward_hook(swap)
         return students, teacher
 
-    return _replaced(loop, "_build_models", build)
+    return _replaced(setup, "build_models", build)
 
 
 def _decays_of_the_next_head() -> contextlib.AbstractContextManager:
@@ -197,13 +197,13 @@ def _decays_of_the_next_head() -> contextlib.AbstractContextManager:
 
 
 def _labels_counted_by_each_rank() -> contextlib.AbstractContextManager:
-    from megatron_hylo.train import stages
+    from megatron_hylo.train import objectives
 
     def own(labels: list[Tensor], group: Any) -> Tensor:
         total = torch.tensor([sum(x.numel() for x in labels), sum(int((x >= 0).sum()) for x in labels)])
         return total.double() / len(labels)
 
-    return _replaced(stages, "mean_counts", own)
+    return _replaced(objectives, "mean_counts", own)
 
 
 def _evaluation_of_one_context_rank() -> contextlib.AbstractContextManager:
@@ -220,10 +220,10 @@ def _padding_in_the_soft_max() -> contextlib.AbstractContextManager:
     from megatron_hylo.distill import head_loss
 
     right = head_loss.linear_head_loss
-    return _replaced(head_loss, "linear_head_loss", lambda *arguments: right(*arguments[:-1]))
+    return _replaced(head_loss, "linear_head_loss", lambda *given, vocabulary, **options: right(*given, **options))
 
 
-# name: (fault, model, stage, layout of the case that it must fail)
+# name: (fault, model, stage, parallelism of the case that it must fail)
 FAULTS: dict[str, tuple[Callable[[], contextlib.AbstractContextManager], str, str, str]] = {
     "a norm's gradient not summed over tensor-parallel ranks": (_head_norm_gradient_not_summed, "normed", "pretrain", "tp2"),
     "the rotary key's gradient not summed": (_rotary_key_gradient_not_summed, "mixed", "pretrain", "tp2"),

@@ -1,4 +1,4 @@
-"""Every parallel layout over NCCL makes the losses, gradients and weights that one GPU makes, with the kernels of a GPU.
+"""Every parallelism over NCCL makes the losses, gradients and weights that one GPU makes, with the kernels of a GPU.
 
 Two precisions: fp32 with every operation in plain torch, which must agree to rounding errors; and bf16 with the fast kernels
 (fla, mamba_ssm, SDPA) on one GPU as on many, whose sums are rounded in another order. There the yardstick of each tensor is
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import tiny_config
-from tests.parity.cases import LAYOUTS, case_config, make_dataset, make_model
+from tests.parity.cases import PARALLELISMS, case_config, make_dataset, make_model
 from tests.parity.worker import job, launch
 
 GPUS = torch.cuda.device_count()
@@ -36,21 +36,21 @@ TWO = ("tp2", "tp2_sp", "cp2_gather", "cp2_a2a", "pp2", "pp2_vp2", "dp2")
 FOUR = ("tp2_sp_cp2", "pp2_cp2", "pp2_vp2_tp2_sp", "cp2_dp2", "tp2_pp2")
 ALL = (*TWO, *FOUR, "tp2_sp_pp2_cp2")
 CASES = [
-    *((model, stage, layout) for layout in ALL for model in MODELS for stage in ("pretrain", "packed")),
-    *(("mixed", stage, layout) for layout in ALL for stage in ("distil", "mse")),
+    *((model, stage, parallelism) for parallelism in ALL for model in MODELS for stage in ("pretrain", "packed")),
+    *(("mixed", stage, parallelism) for parallelism in ALL for stage in ("distil", "mse")),
 ]
 
 
 @pytest.fixture(scope="module", params=KERNELS)
 def measured(request, tmp_path_factory, one_rank) -> tuple[str, Path]:
-    """A precision, and a folder of {model}-{stage}-{layout}.pt, "one" among the layouts."""
+    """A precision, and a folder of {model}-{stage}-{parallelism}.pt, "one" among the parallelisms."""
     precision, root = request.param, tmp_path_factory.mktemp(f"gpu_parity_{request.param}")
     make_dataset(root / "data")
     make_model(tiny_config("*-*-*-*-", add_qkv_bias=True, **SIZES), root / "teacher", seed=1)
     for name, pattern in MODELS.items():
         make_model(tiny_config(pattern, qk_layernorm=True, add_qkv_bias=True, **SIZES), root / name, seed=2)
     chosen = [item.callspec.params for item in request.session.items if item.path == request.path]  # by -k, say
-    cases = [tuple(p[n] for n in ("model", "stage", "layout")) for p in chosen if p["measured"] == precision]
+    cases = [tuple(p[n] for n in ("model", "stage", "parallelism")) for p in chosen if p["measured"] == precision]
     ones = dict.fromkeys((model, stage, "one") for model, stage, _ in cases)
     folders = {name: root / name for name in dict.fromkeys(("fp32", precision))}
     for name, folder in folders.items():  # in fp32 one GPU for both
@@ -59,19 +59,19 @@ def measured(request, tmp_path_factory, one_rank) -> tuple[str, Path]:
             jobs = [
                 job("measure", case_config(root, *case, name, 256), folder / f"{'-'.join(case)}.pt")
                 for case in (*ones, *cases)
-                if LAYOUTS[case[2]][0] == ranks <= GPUS
+                if PARALLELISMS[case[2]][0] == ranks <= GPUS
             ]
             if jobs:
                 launch(jobs, ranks, root, gpus=True, kernels=KERNELS[name])
     return precision, root
 
 
-@pytest.mark.parametrize(("model", "stage", "layout"), CASES, ids=lambda value: value)
-def test_layout_equals_one_gpu(measured, model, stage, layout):
-    if LAYOUTS[layout][0] > GPUS:
-        pytest.skip(f"needs {LAYOUTS[layout][0]} CUDA GPUs")
+@pytest.mark.parametrize(("model", "stage", "parallelism"), CASES, ids=lambda value: value)
+def test_parallelism_equals_one_gpu(measured, model, stage, parallelism):
+    if PARALLELISMS[parallelism][0] > GPUS:
+        pytest.skip(f"needs {PARALLELISMS[parallelism][0]} CUDA GPUs")
     precision, root = measured
-    here, one = (torch.load(root / precision / f"{model}-{stage}-{name}.pt") for name in (layout, "one"))
+    here, one = (torch.load(root / precision / f"{model}-{stage}-{name}.pt") for name in (parallelism, "one"))
     exact = torch.load(root / "fp32" / f"{model}-{stage}-one.pt")
     for what in ("gradients", "weights"):
         (mine, between_ranks, where), theirs, truth = here[what], one[what][0], exact[what][0]
@@ -83,7 +83,7 @@ def test_layout_equals_one_gpu(measured, model, stage, layout):
             limits = {n: ROUNDING * (float((theirs[n] - truth[n]).norm()) + TENSOR * norms[n]) for n in theirs}
         used, name = max((apart[n] / limits[n], n) for n in theirs)
         largest = max(apart[n] / norms[n] for n in theirs)
-        print(f"{precision} | {model} | {stage} | {layout} | {what} | {largest:.1e} | {used:.2f} of the limit of {name}")
+        print(f"{precision} | {model} | {stage} | {parallelism} | {what} | {largest:.1e} | {used:.2f} of the limit of {name}")
         assert used < 1, name
         assert between_ranks < TENSOR, f"{what}: ranks hold different {where}"
     for mine, theirs in zip(here["steps"], one["steps"], strict=True):

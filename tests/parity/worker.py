@@ -1,9 +1,9 @@
-"""One rank of a test that needs several: runs a list of jobs, each under its own parallel layout.
+"""One rank of a test that needs several: runs a list of jobs, each under its own parallelism.
 
 Started by `launch` through `python -m torch.distributed.run --standalone --nproc-per-node N tests/parity/worker.py JOBS`,
 so that one start-up of Python and Megatron-Core serves many cases. A job is {"kind", "config", "file"}:
   measure   gradients, weights and metrics of two steps of that configuration, as whole tensors, and an evaluation, to FILE
-  copy      the model, loaded and saved under that layout, to the configuration's output
+  copy      the model, loaded and saved under that parallelism, to the configuration's output
   store     a teacher store of the model and the data, to the configuration's output
   train     the whole of `megatron_hylo.train.loop.train`; where FILE is a checkpoint, from a copy of it
 """
@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.forked import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,26 +44,21 @@ def launch(jobs: list[dict[str, Any]], ranks: int, scratch: Path, gpus: bool = F
     """
     file = scratch / f"jobs_{ranks}.json"
     file.write_text(json.dumps(jobs))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        __file__,
-        str(file),
-    ]
+    if not gpus:
+        run_ranks("tests.parity.worker", [str(file)], ranks, scratch, {"HYLO_KERNELS": kernels}, timeout=1500)
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [__file__, str(file)]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HYLO_KERNELS": kernels}
-    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     if result.returncode:
         raise RuntimeError(f"{ranks} ranks failed:\n{result.stdout[-3000:]}\n{result.stderr[-12000:]}")
 
 
 def whole_tensors(chunks: list[torch.nn.Module], tensors: list[dict[str, torch.Tensor]]) -> tuple[dict, float, str]:
-    """Tensors shaped like this rank's parameters, by chunk, put together from all ranks, on every rank.
+    """Tensors shaped like this rank's parameters, by chunk, put together from all ranks, on rank 0; elsewhere there are none.
 
     While the model's own sharded state dict is made, every parameter's data is the tensor of its name; so fused
     projections come apart by section exactly as in a checkpoint.
@@ -82,16 +79,18 @@ def whole_tensors(chunks: list[torch.nn.Module], tensors: list[dict[str, torch.T
     state = sharded_chunks(chunks)
     apply_factories(state)
     pieces = [
-        (t.key, t.global_shape, t.global_offset, t.data.detach().float().cpu())
+        (t.key, t.global_shape, t.global_offset, t.data.detach().float().cpu().numpy())  # tensors take long to pickle
         for t in nested_values(state)
         if isinstance(t, ShardedTensor)
     ]
     for (p, _), data in zip(parameters, kept):
         p.data = data
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, pieces)
-    whole, worst = {}, (0.0, "")
-    for key, shape, offset, piece in (entry for rank in everyone for entry in rank):
+    everyone: list = [None] * dist.get_world_size()
+    dist.gather_object(pieces, everyone if dist.get_rank() == 0 else None)
+    whole: dict[str, torch.Tensor] = {}
+    worst = (0.0, "")
+    for key, shape, offset, numbers in (entry for rank in everyone if rank is not None for entry in rank):
+        piece = torch.from_numpy(numbers)
         full = whole.setdefault(key, torch.full(shape, float("nan")))
         place = full[tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))]
         if bool(place.isnan().any()):
@@ -121,41 +120,27 @@ def _reduced_gradients(state: Any) -> list[dict[str, torch.Tensor]]:
 
 def measure(config: Any, file: Path) -> None:
     """Gradients of one global batch, then two optimizer steps from the start, as the training loop makes them."""
-    from megatron.core import parallel_state
-
-    from megatron_hylo.data.packed import PackedDataset
     from megatron_hylo.eval.perplexity import evaluate
     from megatron_hylo.platform.distributed import initialize, is_main
-    from megatron_hylo.train.data_loader import rank_batches
-    from megatron_hylo.train.loop import _build_models, open_teacher_signal, training_step
+    from megatron_hylo.train.loop import training_step
     from megatron_hylo.train.nan_guard import SkippedSteps
-    from megatron_hylo.train.optimizer import build_training_state, choose_trainable
-    from megatron_hylo.train.stages import get_stage
+    from megatron_hylo.train.setup import build_run
 
-    here = initialize(config.parallel, config.seed)
-    (chunks,), teacher = _build_models(config)
-    teacher_signal = open_teacher_signal(config)
-    stage = get_stage(config, teacher, teacher_signal)
-    stage.check(chunks[0])
-    choose_trainable(chunks, config)
-    state = build_training_state(chunks, config)
+    run = build_run(config, initialize(config.parallel, config.seed))
+    (chunks,), (state,) = run.students, run.states
     # in batches that are not all full, and fewer windows than data-parallel ranks
     windows = torch.randint(160, (3, config.sequence_length + 1), generator=torch.Generator().manual_seed(0))
-    found = [evaluate(chunks, some, teacher, batch_size=2).to_dict() for some in (windows, windows[:1])]
+    found = [evaluate(chunks, some, run.teacher, batch_size=2).to_dict() for some in (windows, windows[:1])]
     quality = [{name: value for name, value in measures.items() if value is not None} for measures in found]
-    dataset = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
-    micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
-
-    reads = teacher_signal if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
     for wrapper in state.wrapped:
         wrapper.zero_grad_buffer()
     contexts = [mixer.self_attention.context for chunk in chunks for mixer, _ in chunk.mixer_layers()]
     before = [context.received_bytes for context in contexts]  # by the evaluation
-    stage.forward_backward([state], rank_batches(config, dataset, 0, here, reads), micro_batches)
+    run.objective.forward_backward(run.states, run.batches(), run.micro_batches)
     received = [context.received_bytes - earlier for context, earlier in zip(contexts, before, strict=True)]
     gradients = _reduced_gradients(state)
-    feed = rank_batches(config, dataset, 0, here, reads)
-    steps = [training_step([state], stage, feed, micro_batches, step, SkippedSteps(0)) for step in range(2)]
+    batches = run.batches()
+    steps = [training_step(run.states, run.objective, batches, run.micro_batches, step, SkippedSteps(0)) for step in range(2)]
     weights = whole_tensors(chunks, [{name: p.data for name, p in chunk.named_parameters()} for chunk in chunks])
     gradients = whole_tensors(chunks, gradients)  # last: fp32 data in a bf16 parameter takes its gradient hooks away
     if is_main():
@@ -163,7 +148,7 @@ def measure(config: Any, file: Path) -> None:
 
 
 def main(file: str) -> None:
-    """Run the jobs of a list; process groups are made anew where the parallel layout changes."""
+    """Run the jobs of a list; process groups are made anew where the parallelism changes."""
     from megatron_hylo.config import from_dict
     from megatron_hylo.config.train import TrainConfig
     from megatron_hylo.models.checkpoint import load_chunks, save_model
@@ -174,8 +159,9 @@ def main(file: str) -> None:
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     entries = [(e, from_dict(TrainConfig, e["config"], file)) for e in json.loads(Path(file).read_text())]
+    launcher = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     for number, (_, group) in enumerate(itertools.groupby(entries, key=lambda entry: entry[1].parallel)):
-        store, here = dist.FileStore(f"{file}.{number}", ranks), device()
+        store, here = dist.PrefixStore(f"jobs_{number}", launcher), device()
         cuda = here.type == "cuda"
         if cuda:
             torch.cuda.set_device(here)

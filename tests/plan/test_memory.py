@@ -150,5 +150,5 @@ def test_a_gpu_that_is_too_small_is_told(settings, monkeypatch, caplog, capsys, 
     with caplog.at_level("WARNING", logger="megatron_hylo.train"):
         train(settings("pretrain", steps=1))
     assert "will hardly fit into the 0 of this GPU" in caplog.text
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().err.split())
     assert "memory of a GPU, predicted: 0.0 GiB (weights" in shown and "GiB, predicted 0.0" in shown

@@ -29,8 +29,8 @@ def train_and_resume(folder: Path, stages: int) -> None:
     from megatron_hylo.models.hylo_model import build_model
     from megatron_hylo.platform.distributed import initialize
     from megatron_hylo.train.checkpoint import CheckpointSaver, checkpoint_path, load_checkpoint
+    from megatron_hylo.train.objectives import get_objective
     from megatron_hylo.train.optimizer import build_training_state
-    from megatron_hylo.train.stages import get_stage
     from tests.conftest import tiny_config
 
     parallel = ParallelConfig(pipeline_model_parallel_size=stages)
@@ -39,7 +39,7 @@ def train_and_resume(folder: Path, stages: int) -> None:
         stage="pretrain", data="-", output="-", scratch="-", sequence_length=8, global_batch_size=2, train_tokens=64,
         precision="fp32", parallel=parallel, optimizer=OptimizerSettings(use_distributed_optimizer=False),
     )  # fmt: skip
-    stage = get_stage(config, None)
+    objective = get_objective(config, None)
     micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
     architecture = tiny_config("G-+-M-*-", untie_embeddings_and_output_weights=False)
 
@@ -47,7 +47,7 @@ def train_and_resume(folder: Path, stages: int) -> None:
         ids = torch.randint(160, (micro_batches, 1, 9))
         state.wrapped[0].zero_grad_buffer()
         state.optimizer.zero_grad()
-        stage.forward_backward([state], iter([{"input_ids": i[:, :-1], "labels": i[:, 1:]} for i in ids]), micro_batches)
+        objective.forward_backward([state], iter([{"input_ids": i[:, :-1], "labels": i[:, 1:]} for i in ids]), micro_batches)
         success, norm, _ = state.optimizer.step()
         assert success and norm > 0
         state.scheduler.step(1)

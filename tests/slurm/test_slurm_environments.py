@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -23,7 +24,9 @@ FAKES = {
             *) printf '%s\\0' "$@" >"$RECORD/scontrol"; exit "${REQUEUE_EXIT:-0}" ;;
         esac""",
     "srun": 'printf "%s\\0" "$@" >"$RECORD/srun"; while [[ "$1" == --* ]]; do shift; done; exec "$@"',
-    "sbatch": 'printf "%s\\0" "$@" >>"$RECORD/sbatch"; echo "7;one"',
+    "sbatch": """
+        printf '%s\\0' "$@" >>"$RECORD/sbatch"; printf '%s\\0' "$MODEL" "${TEACHER:-}" "${OUTPUT:-}" >>"$RECORD/paths"
+        echo "7;one" """,
     "sleep": "/bin/sleep 0.05",
     "nvidia-smi": 'for i in 0 1 2 3; do echo "GPU $i: made"; done',
     "torchrun": """
@@ -292,16 +295,34 @@ def test_a_job_without_srun_runs_on_one_node_and_says_so(cluster):
 
 def test_a_chain_is_submitted_whole_or_not_at_all(cluster):
     chain = ROOT / "slurm" / "submit_chain.sh"
+    ran = cluster.run(chain, "stage1_ild", "stage3_ctx64k")
+    assert ran.code == 2 and "models/llama3.2-1b-4mla12gdn/hylo.json" in ran.error and "nothing was submitted" in ran.error
+    for name in ("llama3.2-1b", "llama3.2-1b-4mla12gdn"):
+        (cluster.root / "models" / name).mkdir()
+        (cluster.root / "models" / name / "hylo.json").write_text("{}")
     for stages, changes, message in (
         ([], {}, "usage:"),
         (["stage1_ild", "stage9"], {}, "there is no stage stage9; choose out of stage1_ild.sh"),
         (["common"], {}, "there is no stage common"),
-        (["stage1_ild", "stage2_ctx8k"], {"OUTPUT": "/o"}, "OUTPUT=/o would be that of all 2 stages"),
+        (["stage1_ild", "stage2_ctx8k"], {"OUTPUT": "/o"}, "OUTPUT=/o would be that of all 2 stages; set OUTPUT_1 to OUTPUT_2"),
+        (["stage1_ild", "stage2_ctx8k"], {"MODEL_3": "/o"}, "MODEL_3=/o is of no stage: there are 2"),
+        (["stage1_ild", "stage2_ctx8k"], {"TEACHER_2": "/o"}, "there is no /o/hylo.json"),
+        (["stage1_ild", "stage1_ild"], {}, "set OUTPUT_2"),
     ):
         ran = cluster.run(chain, *stages, **changes)
         assert ran.code == 2 and message in ran.error and "sbatch" not in ran.arguments
+    shutil.rmtree(cluster.root / "stage1_ild")  # stage 3's model is stage 1's result, which is not there yet
     ran = cluster.run(chain, "stage1_ild", "stage3_ctx64k.sh", cwd=cluster.folder, CDPATH=str(ROOT))
     assert (ran.code, ran.output) == (0, "stage1_ild: job 7\nstage3_ctx64k: job 7\n")
     scripts = [word for word in ran.arguments["sbatch"] if word.endswith(".sh")]
     assert scripts == [str(ROOT / "slurm" / f"{name}.sh") for name in ("stage1_ild", "stage3_ctx64k")]
     assert "--dependency=afterok:7" in ran.arguments["sbatch"]
+    assert ran.arguments["paths"] == ["", "", "", f"{cluster.root}/stage1_ild/model", "", ""]
+    assert not (cluster.root / "stage1_ild").exists()  # checked, not begun
+    (cluster.folder / "record" / "paths").unlink()
+    mine = {"MODEL": "my hybrid", "TEACHER_2": f"{cluster.root}/models/llama3.1-8b", "OUTPUT_1": "one", "OUTPUT_2": "two"}
+    shutil.copytree(cluster.root / "models" / "llama3.2-1b", cluster.folder / "my hybrid")
+    ran = cluster.run(chain, "stage1_ild", "stage2_ctx8k", cwd=cluster.folder, **mine)
+    assert (ran.code, ran.error) == (0, "")
+    second = [f"{cluster.folder}/one/model", mine["TEACHER_2"], "two"]
+    assert ran.arguments["paths"] == ["my hybrid", "", "one", *second]

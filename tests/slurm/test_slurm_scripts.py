@@ -57,11 +57,11 @@ def test_shellcheck_accepts_all_scripts():
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
 def test_recipe_has_the_papers_hyperparameters(file):
     config = load_recipe(file)
-    scaling = config.mla_rope_scaling
+    scaling = config.rope_scaling
     found = (config.stage, config.sequence_length, config.optimizer.lr, config.global_batch_size, scaling and scaling.factor)
     assert found == HYLO[file.stem]
     assert config.optimizer.warmup_ratio == 0.01
-    assert config.stage != "align" or (config.align_loss, config.trainable) == ("ild", "all")
+    assert config.stage != "align" or (config.align.loss, config.trainable) == ("ild", "all")
     assert scaling is None or scaling.factor * scaling.original_max_position_embeddings == config.sequence_length
     assert config.micro_batches(8 // config.parallel.model_parallel_size) >= 1  # the scripts ask for 8 GPUs
 
@@ -100,8 +100,8 @@ def hylo_root(one_rank, tmp_path) -> Path:
 def script(hylo_root: Path, steps: int) -> tuple[list[str], dict[str, str]]:
     """Command and environment of the 128K stage, made tiny: `steps` steps of 2 x 64 tokens in fp32 on 2 ranks."""
     overrides = {
-        "sequence_length": 64, "global_batch_size": 2, "train_tokens": steps * 128, "precision": "fp32", "log_interval": 1,
-        "eval_windows": 2, "optimizer.lr": 1e-3,
+        "sequence_length": 64, "global_batch_size": 2, "train_tokens": steps * 128, "precision": "fp32",
+        "logging.log_interval": 1, "eval_windows": 2, "optimizer.lr": 1e-3,
     }  # fmt: skip
     command = ["bash", str(ROOT / "slurm" / "stage3_ctx128k.sh"), *(f"--{key}={value}" for key, value in overrides.items())]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k not in ("RANK", "WORLD_SIZE")}

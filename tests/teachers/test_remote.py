@@ -1,11 +1,7 @@
 """A teacher of another torchrun world gives the same losses, gradients and weights as one on the student's ranks."""
 
 import contextlib
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,16 +14,16 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.teachers.remote import Connection
 from tests.conftest import tiny_config
-from tests.parity.cases import LAYOUTS, case_config, make_dataset, make_model
+from tests.forked import Ranks
+from tests.parity.cases import PARALLELISMS, case_config, make_dataset, make_model
 from tests.parity.worker import job, launch
 from tests.train.runs import relative_difference
 
 pytestmark = pytest.mark.multirank
-ROOT = Path(__file__).parents[2]
 SERVERS = {"one": (1, []), "tp2_sp": (2, ["--tensor_model_parallel_size", "2", "--sequence_parallel"]),
            "cp2": (2, ["--context_parallel_size", "2"]), "two": (2, [])}  # fmt: skip
 SLOW = pytest.mark.slow
-# server, student's stage and layout: every layout of either side once, a student that comes after another, packed documents
+# server, student's stage and parallelism: each of either side once, a student that comes after another, packed documents
 CASES = [
     ("tp2_sp", "distil", "one"), ("tp2_sp", "packed_distil", "tp2_sp"), ("tp2_sp", "distil", "cp2_gather"),
     ("tp2_sp", "distil", "pp2"), ("tp2_sp", "distil", "dp2"), ("cp2", "packed_distil", "cp2_a2a"), ("cp2", "distil", "tp2"),
@@ -43,28 +39,24 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(root: Path, server: str) -> Iterator[str]:
-    """`hylo serve-teacher` under torchrun; yields its address."""
+    """`hylo serve-teacher` on its ranks; yields its address."""
     ranks, options = SERVERS[server]
     address = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
-               "megatron_hylo.cli.main", "serve-teacher", str(root / "teacher"), address, *options]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    log = (root / f"{server}.log").open("w")
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    (root / server).mkdir()
+    started = Ranks("megatron_hylo.cli", ["serve-teacher", root / "teacher", address, *options], ranks, root / server)
     try:
         yield address
-        assert process.poll() is None, (root / f"{server}.log").read_text()[-3000:]  # it survives its students
+        assert started.statuses() == [None] * ranks, started.said()  # it survives its students
     finally:
-        process.send_signal(signal.SIGTERM)  # torchrun ends its ranks, which are in sessions of their own
-        process.wait(timeout=60)
+        started.kill()
 
 
 @pytest.fixture(scope="module")
 def measured(request, tmp_path_factory, one_rank) -> Path:
-    """ROOT/{server}-{stage}-{layout}.pt of the cases that were chosen, "online" among the servers."""
+    """ROOT/{server}-{stage}-{parallelism}.pt of the cases that were chosen, "online" among the servers."""
     root = tmp_path_factory.mktemp("remote")
     items = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    cases = [tuple(chosen[name] for name in ("server", "stage", "layout")) for chosen in items]
+    cases = [tuple(chosen[name] for name in ("server", "stage", "parallelism")) for chosen in items]
     make_dataset(root / "data")
     make_model(tiny_config("*-*-*-*-", add_qkv_bias=True, vocab_size=161), root / "teacher", seed=1)
     student = tiny_config("G-+-M-*-", qk_layernorm=True, add_qkv_bias=True, model_family="qwen3", vocab_size=161)
@@ -75,25 +67,25 @@ def measured(request, tmp_path_factory, one_rank) -> Path:
         addresses = {server: stack.enter_context(serving(root, server)) for server in dict.fromkeys(case[0] for case in cases)}
         for ranks in (1, 2):
             jobs = online if ranks == 1 else []
-            for server, stage, layout in cases:
-                config = case_config(root, "mixed", stage, layout)
+            for server, stage, parallelism in cases:
+                config = case_config(root, "mixed", stage, parallelism)
                 parallel = replace(config.parallel, distributed_timeout_minutes=1.5)
                 config = replace(config, teacher=None, teacher_address=addresses[server], parallel=parallel)
-                if LAYOUTS[layout][0] == ranks:
-                    jobs.append(job("measure", config, root / f"{server}-{stage}-{layout}.pt"))
+                if PARALLELISMS[parallelism][0] == ranks:
+                    jobs.append(job("measure", config, root / f"{server}-{stage}-{parallelism}.pt"))
             launch(jobs, ranks, root)
         time.sleep(1)
     return root
 
 
-@pytest.mark.parametrize(("server", "stage", "layout"), CASES)
-def test_equals_a_teacher_on_the_same_ranks(measured, server, stage, layout):
-    here, online = (torch.load(measured / f"{name}.pt") for name in (f"{server}-{stage}-{layout}", f"online-{stage}-one"))
+@pytest.mark.parametrize(("server", "stage", "parallelism"), CASES)
+def test_equals_a_teacher_on_the_same_ranks(measured, server, stage, parallelism):
+    here, online = (torch.load(measured / f"{name}.pt") for name in (f"{server}-{stage}-{parallelism}", f"online-{stage}-one"))
     for mine, theirs in zip(here["steps"], online["steps"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
     for what in ("gradients", "weights"):
         difference, name = relative_difference(here[what][0], online[what][0])
-        print(f"{server} | {stage} | {layout} | {what} | {difference:.1e}")
+        print(f"{server} | {stage} | {parallelism} | {what} | {difference:.1e}")
         assert difference < 1e-5, name
 
 

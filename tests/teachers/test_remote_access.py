@@ -10,8 +10,6 @@ import re
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -48,8 +46,8 @@ from megatron_hylo.teachers.remote_link import (
     Link,
 )
 from tests.conftest import tiny_config
+from tests.forked import Program
 
-ROOT = Path(__file__).parents[2]
 THEIRS = "a secret of sixteen characters and more"
 VOCABULARY, MOST = 160, 512
 
@@ -65,11 +63,8 @@ class Server:
 
     def __init__(self, folder: Path, log: Path) -> None:
         self.address, self.log = f"127.0.0.1:{free_port()}", log
-        command = [sys.executable, "-m", "megatron_hylo.cli", "serve-teacher", str(folder), self.address,
-                   "--max_tokens", str(MOST)]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
-                                    remote_access.SECRET: THEIRS}  # fmt: skip
-        self.process = subprocess.Popen(command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        arguments = ["serve-teacher", folder, self.address, "--max_tokens", MOST]
+        self.process = Program("megatron_hylo.cli", arguments, log, {remote_access.SECRET: THEIRS})
 
     def connect(self) -> socket.socket:
         host, port = parse_address(self.address)

@@ -12,7 +12,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.config.train import OptimizerSettings, TrainConfig
+from megatron_hylo.config.train import LoggingSettings, OptimizerSettings, TrainConfig
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.prefetch import ahead
 from megatron_hylo.io import DamagedError
@@ -181,7 +181,7 @@ def settings(material, output: Path, stage: str = "distil", data: Path | None = 
         data=str(data or material.data), output=str(output), model=str(material.student), sequence_length=16,
         global_batch_size=4, micro_batch_size=2, train_tokens=6 * 4 * 16, precision="fp32", packed_documents=True,
         optimizer=OptimizerSettings(lr=2e-3, warmup_ratio=0.0, adam_eps=1e-3),  # above what the codec changes
-        log_interval=1, eval_windows=4, tensorboard=False,
+        eval_windows=4, logging=LoggingSettings(log_interval=1, tensorboard=False),
     )  # fmt: skip
     return TrainConfig(stage=stage, **(fields | changes))
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_hylo.config import from_dict
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.data.preprocess import build_dataset
 from megatron_hylo.models.checkpoint import save_model
@@ -47,7 +48,7 @@ def suited(tmp_path, material, tokenizer) -> dict[str, str]:  # noqa: F811
 
 @pytest.fixture
 def settings(material, tmp_path):
-    """(stage, steps, output folder, other fields) -> TrainConfig of a tiny fp32 run."""
+    """(stage, steps, output folder, other fields) -> TrainConfig of a tiny fp32 run; groups of fields may be given as dicts."""
 
     def make(stage: str = "distil", steps: int = 5, output: Path | None = None, **changes) -> TrainConfig:
         fields = dict(
@@ -62,10 +63,10 @@ def settings(material, tmp_path):
             train_tokens=steps * 4 * 16,
             precision="fp32",
             optimizer=OptimizerSettings(lr=2e-3, mixer_lr=4e-3, weight_decay=0.1, warmup_ratio=0.0),
-            log_interval=1,
             eval_windows=4,
-            tensorboard=False,
+            logging=dict(log_interval=1, tensorboard=False),
         )
-        return TrainConfig(**(fields | changes))
+        logging = fields["logging"] | changes.pop("logging", {})
+        return from_dict(TrainConfig, fields | changes | {"logging": logging}, "settings")
 
     return make

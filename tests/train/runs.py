@@ -1,9 +1,6 @@
 """Reading what a run left, and starting `hylo train` as a user does."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import yaml
 from megatron.core import dist_checkpointing
 
 from megatron_hylo.config.train import TrainConfig
+from tests.forked import Program
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,12 +33,8 @@ def relative_difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.T
     return max((float((mine[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-30)), n) for n in mine)
 
 
-def start_train(config: TrainConfig) -> subprocess.Popen:
+def start_train(config: TrainConfig) -> Program:
     """`hylo train --config RECIPE` with the recipe beside the output folder, as leader of a process group."""
     recipe = Path(f"{config.output}.yaml")
     recipe.write_text(yaml.safe_dump(asdict(config)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "megatron_hylo.cli", "train", "--config", str(recipe)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    return Program("megatron_hylo.cli", ["train", "--config", recipe], Path(f"{config.output}.log"))

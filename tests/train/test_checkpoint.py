@@ -1,4 +1,4 @@
-"""Training checkpoints: any layout resumes them, a killed save leaves none, old ones go, damage is named.
+"""Training checkpoints: any parallelism resumes them, a killed save leaves none, old ones go, damage is named.
 
 Oracle of resuming: the same run on one rank without interruption.
 """
@@ -36,16 +36,15 @@ def quality(run: Path) -> dict:
 
 
 @pytest.mark.multirank
-def test_resuming_under_another_layout_equals_one_rank_uninterrupted(settings, tmp_path):
+def test_resuming_under_another_parallelism_equals_one_rank_uninterrupted(settings, tmp_path):
     def config(name: str, distributed: bool, groups: dict):
         # adam_eps above rounding errors: Adam's first steps are signs of gradients otherwise
         optimizer = OptimizerSettings(
             lr=2e-3, mixer_lr=4e-3, weight_decay=0.1, warmup_ratio=0, adam_eps=1e-3, use_distributed_optimizer=distributed
         )
         return settings(
-            "pretrain", steps=5, output=tmp_path / name, micro_batch_size=1, save_interval=3, optimizer=optimizer,
-            parallel=ParallelConfig(**groups),
-        )  # fmt: skip
+            "pretrain", steps=5, output=tmp_path / name, micro_batch_size=1, optimizer=optimizer,
+            parallel=ParallelConfig(**groups), checkpoint=dict(save_interval=3))  # fmt: skip
 
     train(config("whole", True, {}))
     saved = {d: tmp_path / f"saved_{d}" / "checkpoints" / "step_00000003" for d in (True, False)}
@@ -72,7 +71,7 @@ def test_resuming_under_another_layout_equals_one_rank_uninterrupted(settings, t
 
 
 def test_killed_save_leaves_no_checkpoint_and_the_earlier_one_is_used(settings, tmp_path):
-    config = settings(steps=4, output=tmp_path / "killed", save_interval=1, keep_checkpoints=4)
+    config = settings(steps=4, output=tmp_path / "killed", checkpoint=dict(save_interval=1, keep=4))
     process = start_train(config)
     checkpoints = tmp_path / "killed" / "checkpoints"
     partial = checkpoints / ".step_00000002.partial"
@@ -107,11 +106,25 @@ def test_a_checkpoint_written_during_later_steps_holds_its_own(one_rank, setting
 
         return request._replace(async_fn=write)
 
-    train(settings(steps=4, output=tmp_path / "prompt", save_interval=2, log_interval=1, optimizer=optimizer, async_save=False))
+    train(
+        settings(
+            steps=4,
+            output=tmp_path / "prompt",
+            optimizer=optimizer,
+            checkpoint=dict(save_interval=2, async_save=False),
+            logging=dict(log_interval=1),
+        )
+    )
     with monkeypatch.context() as patched:
         patched.setattr(dist_checkpointing, "save", late)
-        config = settings(steps=4, output=tmp_path / "late", save_interval=2, log_interval=1, optimizer=optimizer)
-        patched.setattr("megatron_hylo.train.loop.save_model", lambda *_, **__: None)  # is written the same way
+        config = settings(
+            steps=4,
+            output=tmp_path / "late",
+            optimizer=optimizer,
+            checkpoint=dict(save_interval=2),
+            logging=dict(log_interval=1),
+        )
+        patched.setattr("megatron_hylo.train.callbacks.save_model", lambda *_, **__: None)  # is written the same way
         train(config)
     prompt, written_late = (tmp_path / name / "checkpoints" / "step_00000002" for name in ("prompt", "late"))
     names = [sorted(str(file.relative_to(folder)) for file in folder.rglob("*")) for folder in (prompt, written_late)]
@@ -139,12 +152,12 @@ def test_a_checkpoint_on_its_way_is_in_memory_once(one_rank, settings, monkeypat
         return request._replace(async_fn=write)
 
     monkeypatch.setattr(dist_checkpointing, "save", watched)
-    train(settings(steps=2, save_interval=1))
+    train(settings(steps=2, checkpoint=dict(save_interval=1)))
     assert left and all(written > 0 and planned == 0 for written, planned in left)
 
 
 def test_only_the_newest_are_kept(settings):
-    config = settings(steps=6, save_interval=1, keep_checkpoints=2)
+    config = settings(steps=6, checkpoint=dict(save_interval=1, keep=2))
     train(config)
     kept = sorted(p.name for p in (Path(config.output) / "checkpoints").iterdir())
     assert kept == ["step_00000005", "step_00000006"]  # the last one is of the run's end
@@ -152,9 +165,9 @@ def test_only_the_newest_are_kept(settings):
 
 @pytest.mark.parametrize("trainable", ["all", "mixers"])
 def test_resumed_and_damaged(settings, tmp_path, trainable):
-    first = settings(steps=4, output=tmp_path / "first", save_interval=2, trainable=trainable)
+    first = settings(steps=4, output=tmp_path / "first", trainable=trainable, checkpoint=dict(save_interval=2))
     train(first)
-    second = settings(steps=4, output=tmp_path / "second", save_interval=2, trainable=trainable)
+    second = settings(steps=4, output=tmp_path / "second", trainable=trainable, checkpoint=dict(save_interval=2))
     newest = tmp_path / "second" / "checkpoints" / "step_00000002"
     shutil.copytree(tmp_path / "first" / "checkpoints" / "step_00000002", newest)
     file = max(newest.glob("weights/*.distcp"), key=lambda f: f.stat().st_size)

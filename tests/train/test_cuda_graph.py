@@ -7,7 +7,7 @@ import torch
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.train import cuda_graph, loop
+from megatron_hylo.train import cuda_graph, setup
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.optimizer import build_training_state
 from tests.conftest import tiny_config
@@ -42,7 +42,7 @@ def test_recorded_steps_equal_others(settings, tmp_path, monkeypatch, stage, ali
     monkeypatch.setenv("HYLO_KERNELS", "attention=math,causal_conv1d=torch,gated_delta_rule=torch,ssd=torch")
 
     states = []
-    monkeypatch.setattr(loop, "build_training_state", lambda *a: states.append(build_training_state(*a)) or states[-1])
+    monkeypatch.setattr(setup, "build_training_state", lambda *a: states.append(build_training_state(*a)) or states[-1])
 
     def run(name: str, graphs: bool, warm_up: int = 3) -> tuple[dict, dict, dict]:
         output = tmp_path / name
@@ -50,7 +50,16 @@ def test_recorded_steps_equal_others(settings, tmp_path, monkeypatch, stage, ali
             shutil.rmtree(output / "model")  # step 6 is the newest that is left
         monkeypatch.setattr(cuda_graph, "WARM_UP", warm_up)
         states.clear()
-        train(settings(stage, steps=12, output=output, align_loss=align_loss, cuda_graphs=graphs, save_interval=6))
+        train(
+            settings(
+                stage,
+                steps=12,
+                output=output,
+                cuda_graphs=graphs,
+                align=dict(loss=align_loss),
+                checkpoint=dict(save_interval=6),
+            )
+        )
         for group in states[0].optimizer.param_groups:
             assert isinstance(group["lr"], torch.Tensor) == states[0].capturable  # which the update reads
             assert float(group["lr"]) == pytest.approx(states[0].scheduler.get_lr(group), rel=1e-6)

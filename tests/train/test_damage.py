@@ -77,9 +77,9 @@ def test_a_dataset_without_a_description_is_judged_by_its_tokens(settings, mater
 
 
 def test_somebody_elses_file_in_an_old_checkpoint_is_kept(settings, tmp_path):
-    config = settings(steps=3, save_interval=1, keep_checkpoints=1, async_save=False)
+    config = settings(steps=3, checkpoint=dict(save_interval=1, keep=1, async_save=False))
     train(config)
     run = Path(config.output)
     (run / "checkpoints" / "step_00000003" / "notes.txt").write_text("a good one")
-    train(settings(steps=4, save_interval=1, keep_checkpoints=1, async_save=False))
+    train(settings(steps=4, checkpoint=dict(save_interval=1, keep=1, async_save=False)))
     assert (run / "checkpoints" / "step_00000003" / "notes.txt").is_file()

@@ -7,35 +7,41 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_hylo.data.packed import PackedDataset
+from megatron_hylo.config.recall import RecallSettings
+from megatron_hylo.config.train import KLSettings
 from megatron_hylo.models.checkpoint import load_model
-from megatron_hylo.train.data_loader import rank_batches
-from megatron_hylo.train.loop import _build_models
-from megatron_hylo.train.optimizer import build_training_state
-from megatron_hylo.train.stages import get_stage
+from megatron_hylo.train.setup import build_run
 from tests.conftest import gradients
 from tests.train.runs import relative_difference
 
 
-@pytest.mark.parametrize("labels", ["some", "none"])
+@pytest.mark.parametrize("labels", ["some", "none", "recall", "recall without answers"])
 @pytest.mark.parametrize("stage", ["pretrain", "distil"])
 def test_unequal_numbers_of_labels_make_the_loss_of_plain_torch_on_the_global_batch(settings, one_rank, stage, labels):
-    """Four packed micro-batches; cross-entropy is a mean over all their labels, the KL over all their tokens."""
-    weight = 0.3 if stage == "distil" else 0.0
-    config = settings(stage, packed_documents=True, micro_batch_size=1, sequence_length=96, ce_weight=weight)
-    (chunks,), teacher = _build_models(config)
-    state = build_training_state(chunks, config)
-    data = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
-    batches = list(itertools.islice(rank_batches(config, data, 0, one_rank), 4))
+    """Four packed micro-batches; cross-entropy is a mean over all their labels, the KL over all their tokens.
+
+    With recall, the answers' cross-entropy is added token by token; one micro-batch has no answer.
+    """
+    weight, recall = 0.3 if stage == "distil" else 0.0, RecallSettings(0.8 if "recall" in labels else 0.0, answer_weight=2.5)
+    length = 192 if recall.share else 96
+    config = settings(
+        stage, packed_documents=True, micro_batch_size=1, sequence_length=length, distil=dict(ce_weight=weight), recall=recall
+    )
+    run = build_run(config, one_rank)
+    (chunks,), (state,) = run.students, run.states
+    batches = list(itertools.islice(run.batches(), 4))
     batches[2]["labels"][:, 5:60] = -100
     if labels == "none":
         for batch in batches:
             batch["labels"].fill_(-100)
+    if recall.share:
+        for batch in batches if labels == "recall without answers" else batches[1:2]:
+            batch["answers"].zero_()
     counts = [int((batch["labels"] >= 0).sum()) for batch in batches]
     assert len(set(counts)) > 1 or labels == "none"
     for wrapper in state.wrapped:
         wrapper.zero_grad_buffer()
-    metrics = get_stage(config, teacher).forward_backward([state], iter(batches), 4)
+    metrics = run.objective.forward_backward(run.states, iter(batches), run.micro_batches)
     mine = {name: p.main_grad.clone() for name, p in chunks[0].named_parameters()}
 
     models = [load_model(path).train() for path in (config.model, config.teacher) if path]
@@ -48,12 +54,18 @@ def test_unequal_numbers_of_labels_make_the_loss_of_plain_torch_on_the_global_ba
     ours, *theirs = (torch.cat(found) for found in logits)
     wanted = torch.cat([batch["labels"][0] for batch in batches])
     # of no labels torch's own mean is NaN
-    cross_entropy = F.cross_entropy(ours, wanted) if labels == "some" else 0 * ours.sum()
+    cross_entropy = F.cross_entropy(ours, wanted) if labels != "none" else 0 * ours.sum()
     truth = {"loss": cross_entropy, "cross_entropy": cross_entropy}
     if theirs:
         log_q = theirs[0].detach().log_softmax(-1)
         truth["kl"] = F.kl_div(ours.log_softmax(-1), log_q, log_target=True, reduction="batchmean")
         truth["loss"] = truth["kl"] + weight * cross_entropy
+    if recall.share:
+        answers = torch.cat([batch["answers"][0] for batch in batches]) * (wanted >= 0)
+        assert bool(answers.any()) == (labels == "recall")
+        answer_sum = F.cross_entropy(ours[answers > 0], wanted[answers > 0], reduction="sum")
+        truth["answer_cross_entropy"] = answer_sum / max(1, int((answers > 0).sum()))
+        truth["loss"] = truth["loss"] + 2.5 * answer_sum / (len(wanted) if theirs else sum(counts))
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
         {name: float(value) for name, value in truth.items()}, rel=1e-6
     )
@@ -69,13 +81,14 @@ def test_a_temperature_top_k_and_direction_leave_the_cross_entropy_alone(setting
     if stage == "pretrain":
         changes: list[dict] = [{}, {"loss_chunk_tokens": 5}]
     else:
-        changes = [{}, {"kl_temperature": 2.0}, {"kl_top_k": 7}, {"kl_direction": "reverse"}]
+        changes = [
+            {},
+            *({"distil": KLSettings(**one)} for one in ({"kl_temperature": 2.0}, {"kl_top_k": 7}, {"kl_direction": "reverse"})),
+        ]
     found = []
     for change in changes:
         config = replace(settings(stage, packed_documents=True, micro_batch_size=1, sequence_length=96), **change)
-        (chunks,), teacher = _build_models(config)
-        state = build_training_state(chunks, config)
-        data = PackedDataset(f"{config.data}/train", config.sequence_length, config.seed)
-        metrics = get_stage(config, teacher).forward_backward([state], rank_batches(config, data, 0, one_rank), 4)
+        run = build_run(config, one_rank)
+        metrics = run.objective.forward_backward(run.states, run.batches(), run.micro_batches)
         found.append(float(metrics["cross_entropy"]))
     assert found == pytest.approx(found[:1] * len(found), rel=1e-6)

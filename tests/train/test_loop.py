@@ -1,10 +1,15 @@
 """The training loop as a whole, on one rank: it learns, records, stops, resumes, and refuses what cannot work."""
 
 import contextlib
+import gzip
+import importlib.util
 import json
+import re
 import signal
 import threading
 import time
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,16 +17,17 @@ import torch
 import yaml
 
 from megatron_hylo.cli.main import EXIT_STOPPED, main
-from megatron_hylo.config import ConfigError, RopeScaling
+from megatron_hylo.config import ConfigError, RopeScaling, TeacherWindow
 from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+from megatron_hylo.io.identity import content_identity
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train import loop
 from megatron_hylo.train.checkpoint import checkpoint_path
 from megatron_hylo.train.loop import train, training_step
+from megatron_hylo.train.objectives import get_objective
 from megatron_hylo.train.optimizer import build_training_state
-from megatron_hylo.train.stages import get_stage
 from tests.train.runs import metrics, start_train, weights
 
 
@@ -37,15 +43,27 @@ from tests.train.runs import metrics, start_train, weights
     ],
 )
 def test_loss_falls(settings, material, stage, trainable, align_loss):
-    config = settings(stage, steps=20, trainable=trainable, align_loss=align_loss, tensorboard=True, eval_interval=10)
+    config = settings(
+        stage,
+        steps=20,
+        trainable=trainable,
+        eval_interval=10,
+        align=dict(loss=align_loss),
+        logging=dict(tensorboard=True),
+        profile=dict(start_step=3, steps=2),
+    )
     quality = train(config)
     run = Path(config.output)
     losses = metrics(run)
     assert list(losses) == list(range(1, 21))
     assert sum(losses[s] for s in range(16, 21)) < 0.98 * sum(losses[s] for s in range(1, 6))
     assert list(metrics(run, "heldout_perplexity")) == [10, 20]
+    assert abs(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["time"] - time.time()) < 600
     assert metrics(run, "heldout_perplexity")[20] == quality.perplexity
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    with gzip.open(run / "profile" / "steps_3-4_rank_0.json.gz") as trace:
+        assert "aten::addmm" in {event["name"] for event in json.load(trace)["traceEvents"]}
+    assert len(list((run / "profile").iterdir())) == 1
     before, after = weights(material.student), weights(run / "model")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name for name in before if "self_attention" in name and "norm" not in name} <= changed
@@ -66,7 +84,15 @@ def test_pretraining_from_scratch_uses_another_models_shape(settings, material):
 @pytest.mark.parametrize("length, said", [(144, 144), (16, 128)])
 def test_what_is_saved_and_exported_says_the_longest_sequence_it_was_trained_with(settings, material, length, said, tmp_path):
     yarn = RopeScaling("yarn", factor=4.5, original_max_position_embeddings=32)
-    config = settings("distil", 2, sequence_length=length, train_tokens=2 * 4 * length, save_interval=1, mla_rope_scaling=yarn)
+    config = settings(
+        "distil",
+        2,
+        sequence_length=length,
+        train_tokens=2 * 4 * length,
+        rope_scaling=yarn,
+        teacher_window=TeacherWindow("windows"),
+        checkpoint=dict(save_interval=1),
+    )
     train(config)
     run = Path(config.output)
     for folder in (run / "model", checkpoint_path(run, 1)):
@@ -103,10 +129,22 @@ def test_interrupt_saves_and_the_same_command_resumes_bit_for_bit(settings, tmp_
     assert process.returncode == EXIT_STOPPED, output
     assert "run the same command to resume" in output
     steps_done = len(metrics(tmp_path / "stopped"))
+    line = re.search(
+        r"[-\d]+ [:\d]+ step 2/40  loss [\d.]+  lr [\d.e-]+, [\d.e-]+  [\d,]+ tokens/s .* GiB  ETA \d+:\d\d:\d\d\n", output
+    )
+    assert line is not None, output
+    assert line.group() in (tmp_path / "stopped" / "log.txt").read_text()
     assert 3 <= steps_done < 40
     assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == [f"step_{steps_done:08d}"]
 
     train(stopped)
+    starts = [json.loads(line) for line in (tmp_path / "stopped" / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, steps_done]
+    assert starts[0]["command"][-2:] == ["--config", f"{stopped.output}.yaml"] and starts[0]["config"] == asdict(stopped)
+    assert starts[0]["libraries"]["torch"] == metadata.version("torch")
+    provenance = read_description(tmp_path / "stopped" / "model")[1]["provenance"]
+    assert provenance["inputs"]["model"]["content_sha256"] == content_identity(stopped.model)
+    assert set(provenance["inputs"]) == {"model", "teacher", "data"}
     whole = settings(steps=40, output=tmp_path / "whole", precision="bf16")
     train(whole)
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
@@ -123,17 +161,28 @@ def test_finished_run_is_not_repeated_and_another_setting_is_refused(settings):
     assert train(config) == quality
     assert model.stat().st_mtime_ns == written
     assert len(metrics(Path(config.output))) == 2
-    with pytest.raises(ConfigError, match=r"optimizer\.lr = 0\.002, now 0\.5; use another output"):
+    with pytest.raises(
+        ConfigError,
+        match=r"optimizer\.lr = 0\.002, now 0\.5; use another output .* --allow_change optimizer\.lr\. --model .*/step_0+2 ",
+    ):
         train(settings(steps=2, optimizer=OptimizerSettings(lr=0.5, mixer_lr=4e-3, weight_decay=0.1, warmup_ratio=0.0)))
     with pytest.raises(ConfigError, match="train_tokens = 128, now 64"):
         train(settings(steps=1))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+@pytest.mark.parametrize("wrong", [{"logging": {"wandb": "offline"}}, {"model": "no/model"}, {"eval_windows": 0}])
+def test_a_start_that_fails_its_checks_leaves_nothing_behind(settings, tmp_path, wrong):
+    with pytest.raises(ConfigError):
+        train(settings(output=tmp_path / "made" / "run", **wrong))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_infinite_loss_stops_before_anything_is_saved(settings, tmp_path, material):
     model = load_model(material.student)
     model.decoder.layers[1].mlp.linear_fc1.weight.data[0, 0] = float("nan")
     save_model(model, tmp_path / "broken")
-    config = settings(model=str(tmp_path / "broken"), save_interval=1)
+    config = settings(model=str(tmp_path / "broken"), checkpoint=dict(save_interval=1))
     with pytest.raises(
         ConfigError, match="step 4: NaN or infinity, 4 steps in a row .rank 0: loss.*output of layer 1 .*gradients"
     ):
@@ -146,9 +195,9 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(settings, monkeyp
     """As if its learning rate were zero: the weights after it are those before it, and training goes on."""
     spoilt, seen = [], []
 
-    def spoiling_stage(*arguments):
-        stage = get_stage(*arguments)
-        right = stage.forward_backward
+    def spoiling_objective(*arguments):
+        objective = get_objective(*arguments)
+        right = objective.forward_backward
 
         def forward_backward(states, feed, micro_batches):
             found = right(states, feed, micro_batches)
@@ -157,12 +206,12 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(settings, monkeyp
                 list(states[0].chunks[0].parameters())[-1].main_grad.view(-1)[3] = float("inf")
             return found
 
-        stage.forward_backward = forward_backward
-        return stage
+        objective.forward_backward = forward_backward
+        return objective
 
-    monkeypatch.setattr("megatron_hylo.train.loop.get_stage", spoiling_stage)
+    monkeypatch.setattr("megatron_hylo.train.setup.get_objective", spoiling_objective)
     spoilt += [2, 3]
-    config = settings(steps=5, save_interval=2)
+    config = settings(steps=5, checkpoint=dict(save_interval=2))
     quality = train(config)
     assert list(metrics(Path(config.output))) == [1, 4, 5]
     assert metrics(Path(config.output), "skipped_steps") == {2: 1, 3: 2}
@@ -219,13 +268,12 @@ def test_a_run_of_a_version_with_fewer_settings_goes_on(settings):
     train(config)
     file = Path(config.output) / "config.json"
     saved = json.loads(file.read_text())
-    for name in ("kl_direction", "kl_temperature", "kl_top_k"):
-        del saved[name]
+    del saved["distil"]
     del saved["optimizer"]["adam_eps"]
     file.write_text(json.dumps(saved))
     train(config)
-    with pytest.raises(ConfigError, match="was started with kl_direction = forward, now reverse"):
-        train(settings(steps=2, kl_direction="reverse"))
+    with pytest.raises(ConfigError, match=r"was started with distil\.kl_direction = forward, now reverse"):
+        train(settings(steps=2, distil=dict(kl_direction="reverse")))
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -21,7 +21,9 @@ def test_a_run_is_the_same(settings, tmp_path, precision):
     """Also where it goes on from its last checkpoint with the other setting."""
     runs = {}
     for offload in (False, True):
-        config = settings(output=tmp_path / str(offload), precision=precision, save_interval=2, deterministic=True)
+        config = settings(
+            output=tmp_path / str(offload), precision=precision, deterministic=True, checkpoint=dict(save_interval=2)
+        )
         runs[offload] = config, replace(config, optimizer=replace(config.optimizer, offload=True))
     train(runs[False][0])
     train(runs[True][1])

@@ -58,9 +58,8 @@ def test_a_pair_equals_two_runs_bit_for_bit_with_clipping(settings, students, tm
 
     def run(name: str, **models) -> Path:
         config = settings(
-            "align", steps=5, output=tmp_path / name, eval_interval=2, optimizer=optimizer, align_loss=loss,
-            precision=precision, **models,
-        )  # fmt: skip
+            "align", steps=5, output=tmp_path / name, eval_interval=2, optimizer=optimizer,
+            precision=precision, **models, align=dict(loss=loss))  # fmt: skip
         quality = train(config)
         assert quality == train(config)  # finished: read, not repeated
         return tmp_path / name
@@ -100,32 +99,31 @@ def test_interrupt_saves_both_and_the_same_command_resumes_bit_for_bit(settings,
 
 @pytest.mark.multirank
 def test_a_pair_on_two_ranks_equals_two_runs_there_and_resumes_on_one(settings, students, tmp_path):
-    layouts = {"dp2": {}, "tp2_sp": dict(tensor_model_parallel_size=2, sequence_parallel=True)}
+    parallelisms = {"dp2": {}, "tp2_sp": dict(tensor_model_parallel_size=2, sequence_parallel=True)}
 
     def config(name: str, groups: dict, **models):
         # adam_eps above rounding errors: Adam's first steps are signs of gradients otherwise
         optimizer = OptimizerSettings(lr=2e-3, mixer_lr=4e-3, weight_decay=0.1, warmup_ratio=0, adam_eps=1e-3)
         return settings(
-            "align", steps=4, output=tmp_path / name, micro_batch_size=1, save_interval=2, optimizer=optimizer,
-            parallel=ParallelConfig(**groups), **models,
-        )  # fmt: skip
+            "align", steps=4, output=tmp_path / name, micro_batch_size=1, optimizer=optimizer,
+            parallel=ParallelConfig(**groups), **models, checkpoint=dict(save_interval=2))  # fmt: skip
 
     both = dict(model=students[0], second_model=students[1])
     jobs = []
-    for layout, groups in layouts.items():
-        jobs.append(job("train", config(f"{layout}_pair", groups, **both)))
-        jobs += [job("train", config(f"{layout}_{i}", groups, model=folder)) for i, folder in enumerate(students)]
+    for parallelism, groups in parallelisms.items():
+        jobs.append(job("train", config(f"{parallelism}_pair", groups, **both)))
+        jobs += [job("train", config(f"{parallelism}_{i}", groups, model=folder)) for i, folder in enumerate(students)]
     launch(jobs, 2, tmp_path)
-    for layout in layouts:
-        assert_equal_runs(tmp_path / f"{layout}_pair", [tmp_path / f"{layout}_{i}" for i in (0, 1)])
-        saved = tmp_path / f"{layout}_pair" / "checkpoints" / "step_00000002"
-        shutil.copytree(saved, tmp_path / f"{layout}_one" / "checkpoints" / saved.name)
-        train(config(f"{layout}_one", {}, **both))
-        assert list(metrics(tmp_path / f"{layout}_one")) == [3, 4]
+    for parallelism in parallelisms:
+        assert_equal_runs(tmp_path / f"{parallelism}_pair", [tmp_path / f"{parallelism}_{i}" for i in (0, 1)])
+        saved = tmp_path / f"{parallelism}_pair" / "checkpoints" / "step_00000002"
+        shutil.copytree(saved, tmp_path / f"{parallelism}_one" / "checkpoints" / saved.name)
+        train(config(f"{parallelism}_one", {}, **both))
+        assert list(metrics(tmp_path / f"{parallelism}_one")) == [3, 4]
         for folder, _ in RESULTS:
-            here, there = (weights(tmp_path / f"{layout}_{name}" / folder) for name in ("one", "pair"))
+            here, there = (weights(tmp_path / f"{parallelism}_{name}" / folder) for name in ("one", "pair"))
             difference, where = relative_difference(here, there)
-            assert difference < 1e-5, f"{layout}: {where}"
+            assert difference < 1e-5, f"{parallelism}: {where}"
 
 
 def test_what_two_students_cannot_do_is_refused(settings, students, one_rank, tmp_path):

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.config.train import OptimizerSettings
+from megatron_hylo.config.renamed import RENAMED
+from megatron_hylo.config.train import AlignSettings, KLSettings, OptimizerSettings
 from megatron_hylo.data.preprocess import build_dataset
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.models.checkpoint import load_model, save_model
@@ -92,13 +93,13 @@ def test_other_content_at_the_same_path_is_refused_and_recorded_where_allowed(st
     [
         ({"model": "TEACHER"}, "was started with model .* use another output .* its checkpoints are of that model"),
         ({"second_model": None}, "second_model"),
-        ({"align_loss": "ild"}, "align_loss = mse, now ild; use another output"),
+        ({"align": AlignSettings("ild")}, "align.loss = mse, now ild; use another output"),
         ({"global_batch_size": 8}, "its position in the data counts batches"),
         ({"optimizer": replace(CONSTANT, mixer_lr=None)}, "mixers must keep a learning rate of their own"),
     ],
 )
 def test_what_checkpoints_are_made_of_cannot_change(started, changes, message):
-    keys = ["model", "second_model", "align_loss", "global_batch_size", "optimizer"]
+    keys = ["model", "second_model", "align", "global_batch_size", "optimizer"]
     changes = {name: started.teacher if value == "TEACHER" else value for name, value in changes.items()}
     with pytest.raises(ConfigError, match=message):
         check_resume(replace(started, allow_change=keys, **changes), Path(started.output))
@@ -192,7 +193,7 @@ def test_a_changed_learning_rate_follows_the_formula_of_the_longer_schedule(sett
 
 
 def test_a_checkpoint_without_manifest_is_said_and_the_one_before_goes_on(settings, tmp_path, caplog):
-    config = settings("pretrain", steps=4, save_interval=2, keep_checkpoints=9)
+    config = settings("pretrain", steps=4, checkpoint=dict(save_interval=2, keep=9))
     train(config)
     run = Path(config.output)
     whole = metrics(run)
@@ -216,3 +217,26 @@ def test_normalised_squares_do_not_depend_on_the_micro_batch_size(settings, tmp_
         train(config)
         losses.append([*metrics(tmp_path / str(size)).values(), *metrics(tmp_path / str(size), "gradient_norm").values()])
     assert losses[0] == pytest.approx(losses[1], rel=2e-6)
+
+
+def test_a_run_folder_with_the_names_of_an_earlier_version_goes_on(started):
+    """Its settings are compared under their present names, which its files have from then on."""
+    run = Path(started.output)
+    file = run / "config.json"
+    saved = json.loads(file.read_text())
+    for name, new in RENAMED.items():
+        group, _, key = new.rpartition(".")
+        saved[name] = saved[group][key] if group else saved[key]
+    for group in ("distil", "align", "checkpoint", "logging", "profile", "rope_scaling"):
+        del saved[group]
+    file.write_text(json.dumps(saved))
+    change = {"time": "", "user": "", "step": 0, "key": "hidden_weight", "from": 1.0, "to": 1.0}
+    history = json.loads((run / "history.json").read_text())
+    (run / "history.json").write_text(json.dumps(history | {"changes": [change]}))
+    with pytest.raises(ConfigError, match=r"started with align\.loss = mse, now ild"):
+        check_resume(replace(started, align=AlignSettings("ild")), run)
+    with pytest.raises(ConfigError, match=r"distil\.ce_weight = 0\.0, now 0\.5; .* by --allow_change distil\.ce_weight"):
+        check_resume(replace(started, distil=KLSettings(ce_weight=0.5)), run)
+    check_resume(started, run).record(0)
+    assert json.loads(file.read_text())["align"]["loss"] == "mse" and not RENAMED.keys() & json.loads(file.read_text()).keys()
+    assert [change["key"] for change in json.loads((run / "history.json").read_text())["changes"]] == ["align.hidden_weight"]

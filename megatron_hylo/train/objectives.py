@@ -1,8 +1,8 @@
-"""The three stages: what one step's forward and backward passes are. The loop around them is the same.
+"""Training objectives: the forward and backward passes of one step, by training stage. The loop around them is the same.
 
-`pretrain` and `distil` run under Megatron-Core's schedules (pipeline stages, gradient accumulation). With a teacher its
-hidden states travel beside the student's from stage to stage, so that no rank needs all of it. `align` has no backward
-pass across stages, its gradients are made layer by layer (distill/alignment.py).
+`pretrain` and `distil` run under Megatron-Core's schedules (pipeline stages, gradient accumulation). A teacher's hidden states
+travel beside the student's from pipeline stage to pipeline stage, so that no rank needs all of it. `align` has no backward
+pass across pipeline stages: its gradients are made layer by layer (distill/alignment.py).
 """
 
 import contextlib
@@ -18,32 +18,34 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_hylo.config.train import PREFIXES, TrainConfig
+from megatron_hylo.data.packed import IGNORED
 from megatron_hylo.distill.alignment import AlignmentLoss, align_layers, check_alignable
 from megatron_hylo.distill.head_loss import check_vocabularies, mean_counts, model_head_loss
+from megatron_hylo.models.frozen import FrozenModel, as_frozen
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.parallel.pipeline import rank_shape, through_stages
+from megatron_hylo.parallel.pipeline import apart, rank_shape, through_stages, together
 from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.train.optimizer import TrainingState
 
 Batches = Iterator[dict[str, Any]]
 
 
-class Stage:
-    """One step's losses and gradients."""
+class Objective:
+    """Losses and gradients of one step of `pretrain` or `distil`."""
 
     def __init__(
         self, config: TrainConfig, teacher: Sequence[HyloModel] | None, teacher_signal: TeacherSignal | None = None
     ) -> None:
         self.config, self.teacher_signal = config, teacher_signal
-        self.teacher = teacher if teacher_signal is None else None
+        self.teacher = as_frozen(teacher) if teacher and teacher_signal is None else None
 
     def check(self, student: HyloModel) -> None:
         """Refuse a student (one of its chunks will do) and teacher that do not fit, before training starts."""
-        if (teacher := self.teacher_signal or (self.teacher and self.teacher[0])) is not None:
+        if (teacher := self.teacher_signal or self.teacher) is not None:
             check_vocabularies(student, teacher)
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
-        """Gradients of `micro_batches` batches, reduced over all ranks; returns this rank's share of the metrics.
+        """Make the gradients of `micro_batches` batches, reduced over all ranks; returns this rank's share of the metrics.
 
         Args:
             states: the students; one, but for `align`.
@@ -55,11 +57,16 @@ class Stage:
         """
         (state,) = states
         run, packed = get_forward_backward_func(), self.config.packed_documents
-        # the teacher's hidden states make what stages hand on wider than Megatron-Core expects; so it asks for shapes
+        # with the teacher's hidden states, pipeline stages send wider tensors than Megatron-Core expects; so it asks for shapes
         state.config.variable_seq_lengths = self.teacher is not None and self.config.parallel.pipeline_stages > 1
         taken = list(itertools.islice(batches, micro_batches))
         ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
         counts = mean_counts([batch["labels"] for batch in taken], ranks)
+        if all("answers" in batch for batch in taken):
+            answers = [batch["labels"].masked_fill(batch["answers"] == 0, IGNORED) for batch in taken]
+            for batch, labels in zip(taken, answers):
+                batch["answer_labels"] = labels
+            counts = torch.cat([counts, mean_counts(answers, ranks)[1:]])
         results = run(
             forward_step_func=partial(self._forward_step, counts),
             data_iterator=[iter(taken) for _ in state.wrapped],
@@ -74,27 +81,28 @@ class Stage:
     def _forward_step(self, counts: Tensor, batches: Batches, model: Any) -> tuple[Tensor, Any]:
         batch, student = next(batches), model.module
         ids, documents = batch["input_ids"], batch.get("documents")
-        teacher = self.teacher[student.vp_stage or 0] if self.teacher is not None else None
-        if teacher is None:
+        if self.teacher is None:
             taught = batch.get("teacher_hidden")
-            return model(ids, documents), partial(self._loss, student, self.teacher_signal, batch["labels"], taught, counts)
+            return model(ids, documents), partial(self._loss, student, self.teacher_signal, batch, taught, counts)
+        reading, received = self.teacher.read(ids, documents), None
         if not student.pre_process:
-            widths = [student.config.hidden_size, teacher.config.hidden_size]
-            own, theirs = student.decoder.input_tensor.split(widths, dim=-1)
-            student.set_input_tensor(own.contiguous())
-            teacher.set_input_tensor(theirs.detach().contiguous())
-        with torch.no_grad():
-            teacher_hidden = teacher(ids, documents)
+            c = student.config
+            shape = rank_shape(ids.shape[1], len(ids), c.hidden_size, c.sequence_parallel)
+            width = self.teacher[0].config.hidden_size
+            own, theirs = apart(student.decoder.input_tensor, shape, width, len(reading.ids))
+            student.set_input_tensor(own)
+            received = theirs.detach()
+        teacher_hidden = self.teacher.run(student.vp_stage or 0, reading, received)
         hidden = model(ids, documents)
         if not student.post_process:
-            hidden = torch.cat([hidden, teacher_hidden], dim=-1)
-        return hidden, partial(self._loss, student, teacher, batch["labels"], teacher_hidden, counts)
+            hidden = together(hidden, teacher_hidden)
+        return hidden, partial(self._loss, student, self.teacher, batch, teacher_hidden, counts)
 
     def _loss(
         self,
         student: HyloModel,
-        teacher: HyloModel | TeacherSignal | None,
-        labels: Tensor,
+        teacher: FrozenModel | TeacherSignal | None,
+        batch: dict[str, Any],
         teacher_hidden: Tensor | None,
         counts: Tensor,
         hidden: Tensor,
@@ -103,35 +111,45 @@ class Stage:
         head = model_head_loss(
             student,
             hidden,
-            labels,
+            batch["labels"],
             teacher,
             teacher_hidden,
-            kl_weight=1.0,
-            ce_weight=c.ce_weight,
+            c.distil,
             chunk_tokens=c.loss_chunk_tokens,
-            kl_direction=c.kl_direction,
-            kl_temperature=c.kl_temperature,
-            kl_top_k=c.kl_top_k,
-            counts=counts,
+            counts=counts[:2],
         )
-        metrics = {"loss": head.loss, "kl": head.kl, "cross_entropy": head.cross_entropy}
+        loss, answers = head.loss, None
+        if len(counts) > 2:  # tokens, labels, labels that are part of an answer
+            mask, tokens = batch["answer_labels"] >= 0, counts[[2, 2]]
+            answers = model_head_loss(
+                student, hidden, batch["answer_labels"], chunk_tokens=c.loss_chunk_tokens, token_mask=mask, counts=tokens
+            ).loss  # the mean over answers; `answer_weight` is of a token
+            loss = (
+                loss + (c.recall.answer_weight * counts[2] / counts[0 if head.kl is not None else 1]).to(loss.dtype) * answers
+            )
+        metrics = {"loss": loss, "kl": head.kl, "cross_entropy": head.cross_entropy, "answer_cross_entropy": answers}
         # Megatron-Core multiplies the loss by the context-parallel ranks, in place (hence the clone), and averages gradients
         # over them too, as over data-parallel ranks and micro-batches; `counts` is made for that
-        return head.loss / parallel_state.get_context_parallel_world_size(), {
+        return loss / parallel_state.get_context_parallel_world_size(), {
             k: v.detach().clone() for k, v in metrics.items() if v is not None
         }
 
 
-class Align(Stage):
-    """Stage 1: one student or two, layer by layer against one pass of the teacher."""
+class AlignObjective(Objective):
+    """Losses and gradients of one step of `align`: one or two students, layer by layer, against one pass of the teacher."""
+
+    @property
+    def _teacher(self) -> Sequence[HyloModel]:
+        assert self.teacher is not None, "align has its teacher on the student's ranks: TrainConfig refuses any other"
+        return self.teacher
 
     def check(self, student: HyloModel) -> None:
-        """Layers must pair."""
+        """Refuse a student whose layers do not pair with the teacher's."""
         super().check(student)
-        check_alignable(student, self.teacher[0])
+        check_alignable(student, self._teacher[0])
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
-        """Gradients layer by layer; reduced once, after the last micro-batch."""
+        """As `Objective.forward_backward`; gradients are reduced once, after the last micro-batch."""
         losses = []
         for i in range(micro_batches):
             with contextlib.ExitStack() as not_yet:
@@ -140,7 +158,7 @@ class Align(Stage):
                 losses.append(self._align(states, next(batches), 1.0 / micro_batches))
         for state in states:
             finalize_model_grads(state.wrapped, None)
-        metrics = {}
+        metrics: dict[str, Tensor] = {}
         for prefix, mine in zip(PREFIXES, zip(*losses)):
             metrics |= {f"{prefix}{name}": value for name, value in self._metrics(mine).items()}
         return metrics
@@ -148,43 +166,45 @@ class Align(Stage):
     def _align(
         self, states: Sequence[TrainingState], batch: dict[str, Any], gradient_scale: float
     ) -> list[list[AlignmentLoss]]:
-        """One micro-batch through all stages: for each student the losses of this rank's chunks."""
+        """Run one micro-batch through all pipeline stages; returns, for each student, the losses of this rank's chunks."""
         c, ids, found = self.config, batch["input_ids"], []
 
         def run(index: int, received: Tensor | None) -> Tensor:
             losses, handed_on = align_layers(
-                [state.chunks[index] for state in states], self.teacher[index], ids, c.align_loss, c.hidden_weight,
-                c.mixer_weight, gradient_scale, batch.get("documents"), received, c.micro_batch_size,
+                [state.chunks[index] for state in states], self._teacher[index], ids, c.align.loss, c.align.hidden_weight,
+                c.align.mixer_weight, gradient_scale, batch.get("documents"), received, c.micro_batch_size,
             )  # fmt: skip
             found.append(losses)
             return handed_on
 
-        config, streams = self.teacher[0].config, 1 + len(states) if c.align_loss == "sequential" else 1
+        config, streams = self._teacher[0].config, 1 + len(states) if c.align.loss == "sequential" else 1
         shape = rank_shape(ids.shape[1], len(ids), streams * config.hidden_size, config.sequence_parallel)
-        through_stages(run, len(self.teacher), shape, config.pipeline_dtype, ids.device)
-        return list(zip(*found))
+        through_stages(run, len(self._teacher), shape, config.pipeline_dtype, ids.device)
+        return [list(losses) for losses in zip(*found)]
 
     def _metrics(self, losses: Sequence[Sequence[AlignmentLoss]]) -> dict[str, Tensor]:
-        """Sums over layers, of all stages; means over micro-batches, whose chunks' losses are given."""
-        terms = sum(loss.layers.sum(dim=0) for chunks in losses for loss in chunks) / len(losses)
-        total = sum(loss.loss for chunks in losses for loss in chunks) / len(losses)
+        """Sum over the layers of all pipeline stages and average over micro-batches, whose chunks' losses are given."""
+        terms: Any = sum(loss.layers.sum(dim=0) for chunks in losses for loss in chunks) / len(losses)
+        total: Any = sum(loss.loss for chunks in losses for loss in chunks) / len(losses)
         groups = [parallel_state.get_pipeline_model_parallel_group()] if self.config.parallel.pipeline_stages > 1 else []
         if self.config.parallel.sequence_parallel:  # each tensor-parallel rank summed its own tokens
             groups.append(parallel_state.get_tensor_model_parallel_group())
         for group in groups:
             for tensor in (terms, total):
                 torch.distributed.all_reduce(tensor, group=group)
-        if self.config.align_loss != "ild":
-            return {"loss": total, "loss_per_layer": total / self.teacher[0].config.hylo.num_hidden_layers}
+        if self.config.align.loss != "ild":
+            return {"loss": total, "loss_per_layer": total / self._teacher[0].config.hylo.num_hidden_layers}
         return {"loss": total, "hidden_term": terms[0], "mixer_term": terms[1]}
 
 
-def get_stage(config: TrainConfig, teacher: Sequence[HyloModel] | None, teacher_signal: TeacherSignal | None = None) -> Stage:
-    """The stage that a configuration names.
+def get_objective(
+    config: TrainConfig, teacher: Sequence[HyloModel] | None, teacher_signal: TeacherSignal | None = None
+) -> Objective:
+    """Return the objective of a configuration's training stage.
 
     Args:
         config: the run.
         teacher: this rank's chunks of a teacher on the student's ranks.
         teacher_signal: a teacher on disk or on other ranks.
     """
-    return (Align if config.stage == "align" else Stage)(config, teacher, teacher_signal)
+    return (AlignObjective if config.stage == "align" else Objective)(config, teacher, teacher_signal)

@@ -1,0 +1,37 @@
+"""Settings of synthetic recall in training text."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from megatron_hylo.config.errors import ConfigError
+
+RecallTask = Literal["key_value", "several_keys", "several_values", "variable_chain", "passkey", "counting"]
+RECALL_TASKS: tuple[RecallTask, ...] = get_args(RecallTask)
+
+
+@dataclass
+class RecallSettings:
+    """Facts and questions about them, inserted in the training windows as they are read; none by default.
+
+    Args:
+        share: part of each window's tokens that are facts, questions and answers, in [0, 0.9]; the rest is text of the dataset.
+            0: none.
+        tasks: drawn with equal probability: key_value: one fact; several_keys: one fact among others like it;
+            several_values: all facts of one key; variable_chain: a value handed from name to name; passkey: a number that the
+            text asks to remember; counting: how often something occurs.
+        answer_weight: weight of cross-entropy at the answers' tokens, per token, beside the KL (distil) or the cross-entropy
+            (pretrain) of all tokens; stage align ignores it.
+    """
+
+    share: float = 0.0
+    tasks: list[RecallTask] = field(default_factory=lambda: list(RECALL_TASKS))
+    answer_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 0.9:
+            raise ConfigError(f"recall.share must be at least 0 and at most 0.9, got {self.share}")
+        if self.answer_weight < 0:
+            raise ConfigError(f"recall.answer_weight must be at least 0, got {self.answer_weight}")
+        unknown = sorted(set(self.tasks) - set(RECALL_TASKS))
+        if unknown or not self.tasks:
+            raise ConfigError(f"recall.tasks has {unknown or 'no task'}; give some of {', '.join(RECALL_TASKS)}")

@@ -1,0 +1,142 @@
+"""Groups of training settings: optimizer, losses, checkpoints, logging, profiler."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_hylo.config import ConfigError
+
+
+def at_least_one(settings: object, prefix: str, *names: str) -> None:
+    """Refuse values below 1; `prefix` is what the group is called on the command line, with its dot."""
+    for name in names:
+        if (value := getattr(settings, name)) < 1:
+            raise ConfigError(f"{prefix}{name} must be at least 1, got {value}")
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW with a cosine schedule; fp32 master weights always. A_log, dt_bias, D, biases and norms never decay.
+
+    Args:
+        lr: peak learning rate of everything but the mixers.
+        mixer_lr: peak learning rate of the token mixers; lr by default.
+        min_lr_ratio: final / peak learning rate.
+        warmup_ratio: part of the steps spent warming up.
+        weight_decay: decoupled, of all but the parameters named above.
+        adam_beta1: decay of the gradient's mean.
+        adam_beta2: decay of the squared gradient's mean.
+        adam_eps: added to its root.
+        clip_grad: largest global gradient norm; 0: no clipping.
+        use_distributed_optimizer: shard optimizer state over the data-parallel ranks.
+        offload: keep its state in CPU memory during forward and backward passes: less memory, the same numbers.
+    """
+
+    lr: float = 6e-5
+    mixer_lr: float | None = None
+    min_lr_ratio: float = 0.0
+    warmup_ratio: float = 0.01
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    use_distributed_optimizer: bool = True
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class KLSettings:
+    """Loss of the output head: kl_weight * KL to the teacher + ce_weight * cross-entropy on the text (distill/head_loss.py).
+
+    Args:
+        kl_direction: forward is KL(teacher || student), reverse KL(student || teacher).
+        kl_temperature: divides the logits of both; the KL is multiplied by its square.
+        kl_top_k: the teacher's k most likely tokens one by one, all others as one class; null: all one by one.
+        kl_weight: weight of the KL.
+        ce_weight: weight of the cross-entropy; without a teacher it is the whole loss, whatever this is.
+    """
+
+    kl_direction: Literal["forward", "reverse"] = "forward"
+    kl_temperature: float = 1.0
+    kl_top_k: int | None = None
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kl_temperature <= 0:
+            raise ConfigError(f"kl_temperature must be positive, got {self.kl_temperature}")
+        if self.kl_top_k is not None and self.kl_top_k < 1:
+            raise ConfigError(
+                f"kl_top_k must be at least 1, got {self.kl_top_k}; leave it out (null) for the KL over the whole vocabulary"
+            )
+
+
+@dataclass
+class AlignSettings:
+    """Loss of stage align (distill/alignment.py).
+
+    Args:
+        loss: error of the mixers' outputs, the paper's Enhanced ILD, or distance of hidden states.
+        hidden_weight: with ild, weight of the layer-output term.
+        mixer_weight: with ild, weight of the mixer-output term.
+    """
+
+    loss: Literal["mse", "ild", "sequential"] = "mse"
+    hidden_weight: float = 1.0
+    mixer_weight: float = 1.0
+
+
+@dataclass
+class CheckpointSettings:
+    """Checkpoints of a run.
+
+    Args:
+        save_interval: steps between checkpoints.
+        keep: newest ones that stay.
+        async_save: write them while training goes on; takes memory for a copy of a rank's part.
+    """
+
+    save_interval: int = 500
+    keep: int = 2
+    async_save: bool = True
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "checkpoint.", "save_interval", "keep")
+
+
+@dataclass
+class LoggingSettings:
+    """What a run records besides metrics.jsonl, and how often.
+
+    Args:
+        log_interval: steps between records.
+        tensorboard: write OUTPUT/tensorboard.
+        wandb: log to Weights & Biases as well.
+        wandb_project: name of the project there.
+    """
+
+    log_interval: int = 10
+    tensorboard: bool = True
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "megatron_hylo"
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "logging.", "log_interval")
+
+
+@dataclass
+class ProfileSettings:
+    """A torch.profiler trace of some steps, one file a rank in OUTPUT/profile (open it in Perfetto).
+
+    Args:
+        start_step: first step of the trace, counted from 1.
+        steps: number of steps; 0: no trace.
+    """
+
+    start_step: int = 10
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "profile.", "start_step")
+        if self.steps < 0:
+            raise ConfigError(f"profile.steps must be 0 (no trace) or more, got {self.steps}")

@@ -1,0 +1,205 @@
+"""Synthetic recall in training windows: facts, and questions about them further down, made as the window is read.
+
+A window of sequence_length + 1 tokens is made of a shorter one of another source and of exercises (recall_text.py), `share`
+of its length together. Distances between a question and the first fact that it needs are half log-uniform, so that every
+octave up to the window's length occurs, and half uniform. All of it is a function of (seed, window number): nothing is stored,
+and no number of ranks, workers or samples a batch changes it. Texts go to line ends where one is near. The room that is left
+over is filled with facts that nothing asks about, the last of them cut by the window's end.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Encoding, Tokenizer
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.recall import RecallSettings
+from megatron_hylo.data.recall_text import Exercises
+from megatron_hylo.data.windows import Window, WindowSource
+
+LEAST_ROOM = 64  # tokens of a window's exercises; a fact and a question take 30 to 60
+FACT_TOKENS = 40  # room counted for each fact where their number is chosen
+CHARACTERS_A_TOKEN = 3.0  # of exercises, fewer than most tokenizers', so that one batch is nearly always enough
+SNAP = 64  # tokens that a text may move to the next line end
+MISSES = 3  # exercises that do not fit before the rest is filled
+
+
+class _Text(NamedTuple):
+    ids: np.ndarray  # int64
+    answer: np.ndarray | None  # bool, which of them answer; None: a fact
+    needed: bool  # a fact that the answer takes
+
+
+class _Piece(NamedTuple):
+    place: int  # the token of the base window that it goes before
+    order: int  # among those of one place
+    fact: int  # order of the first fact that it answers, its own if it is none
+    text: _Text
+
+
+class RecallWindows:
+    """Windows of another source with exercises in them.
+
+    Args:
+        source: makes the source of a given sequence length.
+        sequence_length: tokens a window predicts.
+        settings: share and tasks.
+        encoder: the dataset's tokenizer without special tokens, as `plain_encoder` makes it.
+        seed: decides exercises and places.
+        within_documents: put all of an exercise into one document, for windows whose documents do not see each other.
+
+    Raises:
+        ConfigError: the share of a window is too short for an exercise.
+    """
+
+    def __init__(
+        self,
+        source: Callable[[int], WindowSource],
+        sequence_length: int,
+        settings: RecallSettings,
+        encoder: Tokenizer,
+        seed: int,
+        within_documents: bool = False,
+    ) -> None:
+        self.room = round(settings.share * sequence_length)
+        if self.room < LEAST_ROOM:
+            raise ConfigError(
+                f"recall.share {settings.share} of sequence_length {sequence_length} is {self.room} tokens, a fact and its "
+                f"question need {LEAST_ROOM}: give a share of at least {LEAST_ROOM / sequence_length:.2g}, or longer windows"
+            )
+        self.source = source(sequence_length - self.room)
+        self.sequence_length, self.settings, self.seed = sequence_length, settings, seed
+        self.within_documents = within_documents
+        self.windows_per_epoch = self.source.windows_per_epoch
+        self._encoder = encoder
+        first = encoder.encode("\n", add_special_tokens=False)
+        self._prefix = first.ids[0] if len(first) > 1 and first.tokens[0] == "▁" else None  # SentencePiece's, of any text
+        tokens = {number: token for token, number in encoder.get_vocab(with_added_tokens=True).items()}
+        self._line_ends = np.array([tokens.get(i, "").endswith(("Ċ", "\n", "<0x0A>")) for i in range(max(tokens) + 2)])
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Tokens of window `index`: [sequence_length + 1] int64."""
+        return torch.from_numpy(self.window(index).tokens)
+
+    def window(self, index: int) -> Window:
+        """Window `index` of the source with its exercises."""
+        base = self.source.window(index)
+        generator = random.Random(f"recall {self.seed} {index}")
+        line_ends = np.flatnonzero(self._line_ends.take(base.tokens, mode="clip")) + 1
+        exercises = Exercises(generator)
+        pieces: list[_Piece] = []
+        room = self.room
+        for texts in self._chosen(exercises, generator, room):
+            room -= sum(len(text.ids) for text in texts)
+            pieces += self._place(texts, base, line_ends, generator, len(pieces))
+        return _merge(base, pieces, self._filling(exercises, room))
+
+    @property
+    def long_share(self) -> float:
+        """The source's."""
+        return self.source.long_share
+
+    def describe(self, windows: int) -> str:
+        """The source's sentence, and the share of exercises."""
+        return (
+            f"{self.source.describe(windows)}; {self.room:,} tokens of each window of {self.sequence_length:,} are recall: "
+            f"{', '.join(self.settings.tasks)}"
+        )
+
+    def _chosen(self, exercises: Exercises, generator: random.Random, room: int) -> Iterator[list[_Text]]:
+        """Exercises that together take at most `room` tokens; of each its facts, and the question last."""
+        tasks, misses = self.settings.tasks, 0
+        while room >= LEAST_ROOM // 2 and misses < MISSES:
+            texts: list[tuple[str, tuple[int, int] | None, bool]] = []
+            while sum(len(text) for text, _, _ in texts) < room * CHARACTERS_A_TOKEN:
+                made = exercises.make(tasks[int(generator.random() * len(tasks))], room // FACT_TOKENS)
+                texts += [(f"\n{fact}\n", None, True) for fact in made.needed]
+                texts += [(f"\n{fact}\n", None, False) for fact in made.others]
+                start = 1 + len(made.question)
+                text = f"\n{made.question}{made.answer}{made.rest}"
+                texts.append((text if text.endswith("\n") else f"{text}\n", (start, start + len(made.answer)), False))
+            exercise: list[_Text] = []
+            encodings = self._encoder.encode_batch([text for text, _, _ in texts], add_special_tokens=False)
+            for encoding, (_, span, needed) in zip(encodings, texts, strict=True):
+                exercise.append(self._text(encoding, span, needed))
+                if span is not None:
+                    size = sum(len(text.ids) for text in exercise)
+                    if size <= room:
+                        yield exercise
+                        room, misses = room - size, 0
+                    else:
+                        misses += 1
+                    exercise = []
+                    if misses == MISSES:
+                        return
+
+    def _text(self, encoding: Encoding, span: tuple[int, int] | None, needed: bool) -> _Text:
+        ids = np.array(encoding.ids, dtype=np.int64)
+        skip = int(self._prefix is not None and len(ids) > 0 and ids[0] == self._prefix)
+        answer = None
+        if span is not None:
+            answer = np.array([start < span[1] and stop > span[0] for start, stop in encoding.offsets], dtype=bool)[skip:]
+        return _Text(ids[skip:], answer, needed)
+
+    def _place(
+        self, texts: list[_Text], base: Window, line_ends: np.ndarray, generator: random.Random, order: int
+    ) -> list[_Piece]:
+        """Where an exercise's texts go: the first needed fact at the drawn distance from the question, the others between."""
+        low, high = self._segment(base, generator)
+        width = high - low
+        distance = int(width ** generator.random() if generator.random() < 0.5 else width * generator.random())
+        asked = low + distance + int((width - distance + 1) * generator.random())
+        first = asked - distance
+        needed = sum(text.needed for text in texts)
+        between = sorted(first + int((distance + 1) * generator.random()) for _ in range(needed - 1))
+        free = [low + int((asked - low + 1) * generator.random()) for _ in texts[needed:-1]]
+        found = []
+        for number, (place, text) in enumerate(zip([first, *between, *free, asked], texts, strict=True)):
+            line = int(np.searchsorted(line_ends, place))
+            if line < len(line_ends) and line_ends[line] <= min(place + SNAP, high):
+                place = int(line_ends[line])
+            found.append(_Piece(place, order + number, order if text.answer is not None else order + number, text))
+        return found
+
+    def _segment(self, base: Window, generator: random.Random) -> tuple[int, int]:
+        """First and last place for the texts of an exercise: in the window, or in a document of it, by length."""
+        start, stop = 0, len(base.tokens)
+        if self.within_documents:
+            number = np.searchsorted(base.document_starts, int(stop * generator.random()), side="right")
+            start = int(base.document_starts[number - 1])
+            if number < len(base.document_starts):
+                stop = int(base.document_starts[number])
+        return start + 1, max(stop - 1, start + 1)  # behind a document's first token, before its end token
+
+    def _filling(self, exercises: Exercises, room: int) -> np.ndarray:
+        ids = np.zeros(0, np.int64)
+        while len(ids) < room:
+            encoding = self._encoder.encode(f"\n{exercises.fact()}\n", add_special_tokens=False)
+            ids = np.concatenate([ids, self._text(encoding, None, False).ids])
+        return ids[:room]
+
+
+def _merge(base: Window, pieces: list[_Piece], filling: np.ndarray) -> Window:
+    """The base window with the pieces before their places and the filling at the end."""
+    ordered = sorted(pieces)
+    sizes = np.array([len(piece.text.ids) for piece in ordered], dtype=np.int64)
+    places = np.array([piece.place for piece in ordered], dtype=np.int64)
+    before = np.concatenate([[0], np.cumsum(sizes)])  # tokens of all pieces before each
+    starts = places + before[:-1]
+    start_of = {piece.order: int(start) for piece, start in zip(ordered, starts)}
+    parts = []
+    answers = np.zeros(len(base.tokens) + int(before[-1]) + len(filling), np.int32)
+    done = 0
+    for piece, start in zip(ordered, starts):
+        parts += [base.tokens[done : piece.place], piece.text.ids]
+        done = piece.place
+        if piece.text.answer is not None:
+            at = int(start) + np.flatnonzero(piece.text.answer)
+            answers[at] = at - start_of[piece.fact]
+    tokens = np.concatenate([*parts, base.tokens[done:], filling])
+    document_starts = base.document_starts + before[np.searchsorted(places, base.document_starts, side="right")]
+    document_starts[0] = 0
+    return Window(tokens, document_starts, answers)

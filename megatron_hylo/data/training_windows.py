@@ -1,0 +1,76 @@
+"""The windows that a run trains on, as its settings say."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.text import TextPart
+from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.data.blend import BlendedWindows
+from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
+from megatron_hylo.data.packed import DocumentStore, PackedDataset
+from megatron_hylo.data.preprocess import plain_encoder
+from megatron_hylo.data.recall import RecallWindows
+from megatron_hylo.data.tokenizer import check_dataset
+from megatron_hylo.data.whole_documents import BestFitWindows
+from megatron_hylo.data.windows import WindowSource
+
+
+def training_windows(config: TrainConfig) -> WindowSource:
+    """Windows of `config.sequence_length` of the run's text, with recall where it asks for it.
+
+    Raises:
+        ConfigError: no dataset, one shorter than a window, a part of a blend that cannot be used, or, for recall, no tokenizer.
+        DamagedError: the dataset's files contradict each other.
+    """
+    if not config.recall.share:
+        return _text_windows(config, config.sequence_length)
+    tokenizer = load_transformers_tokenizer(f"{config.data}/tokenizer")
+    if tokenizer is None:
+        raise ConfigError(
+            f"{config.data}/tokenizer holds no tokenizer, which recall.share needs; make it with `hylo preprocess`"
+        )
+    return RecallWindows(
+        lambda length: _text_windows(config, length),
+        config.sequence_length,
+        config.recall,
+        plain_encoder(tokenizer),
+        config.seed,
+        config.packed_documents,
+    )
+
+
+def _text_windows(config: TrainConfig, sequence_length: int) -> WindowSource:
+    """The windows of all parts of a blend, each in long and short documents where `long_share` asks for it."""
+    text = config.text
+    parts = text.blend or [TextPart(config.data)]
+    for part in text.blend:
+        if Path(part.data) != Path(config.data):
+            check_dataset(part.data, config.data)
+    total = sum(part.weight for part in parts)
+    sources: list[tuple[str, WindowSource]] = []
+    weights: list[float] = []
+    for part in parts:
+        store = DocumentStore(f"{part.data}/train")
+        ranges, share = [(part.min_length, None)], text.long_share
+        cut = max(sequence_length, part.min_length)
+        if share is not None and (store.lengths >= cut).any() and store.lengths[store.lengths < cut].sum() > sequence_length:
+            if cut > part.min_length:
+                ranges = [(cut, None), (part.min_length, cut)]
+        for least, below in ranges:
+            name = part.data + (f", documents of {least:,} tokens and more" if least else "")
+            name += f", documents below {below:,} tokens" if below else ""
+            sources.append((name, _one(config, store, part.data, sequence_length, least, below)))
+            weights.append(part.weight / total * (1 if len(ranges) == 1 or share is None else 1 - share if below else share))
+    return sources[0][1] if len(sources) == 1 else BlendedWindows(sources, weights)
+
+
+def _one(
+    config: TrainConfig, store: DocumentStore, data: str, sequence_length: int, least: int, below: int | None
+) -> PackedDataset:
+    arguments: dict[str, Any] = dict(min_length=least, max_length=None if below is None else below - 1, store=store)
+    if config.text.packing == "best_fit":
+        return BestFitWindows(
+            f"{data}/train", sequence_length, config.seed, most_documents=config.text.most_documents, **arguments
+        )
+    return PackedDataset(f"{data}/train", sequence_length, config.seed, **arguments)

@@ -1,0 +1,43 @@
+"""Training windows and what makes them."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Window:
+    """One training sample.
+
+    Attributes:
+        tokens: [sequence_length + 1] int64; inputs are all but the last token, labels all but the first.
+        document_starts: places where documents begin, int64 ascending, in [0, sequence_length]; 0 is always one.
+        answers: [sequence_length + 1] int32: at a token of a recall answer the tokens between it and the first fact that it
+            needs, 0 elsewhere; None where there are none.
+    """
+
+    tokens: np.ndarray
+    document_starts: np.ndarray
+    answers: np.ndarray | None = None
+
+
+class WindowSource(Protocol):
+    """Endless sequence of windows, each a pure function of its number, so that a run resumes from a count."""
+
+    sequence_length: int
+    windows_per_epoch: int
+
+    @property
+    def long_share(self) -> float:
+        """Part of the tokens that is of documents at least as long as a window."""
+
+    def window(self, index: int) -> Window:
+        """Window `index`, from 0 on."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Tokens of window `index`: [sequence_length + 1] int64."""
+
+    def describe(self, windows: int) -> str:
+        """A sentence on what a run of so many windows trains on and leaves out."""

@@ -1,0 +1,264 @@
+"""One HTML page about training runs: curves, held-out quality, settings that differ, environment, provenance.
+
+Only files of the run folders are read: config.json, metrics.jsonl, history.json, environment.json and model/hylo.json. What
+a run does not have, such as the model of one that is not finished, is left out of the page.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.eval.page import details, paragraph, section, table, write_page
+from megatron_hylo.eval.plots import Curve, draw_curves, draw_svg, short_number
+from megatron_hylo.io import read_json
+
+CHARTS = (  # metric, quantity and unit, whether single points are marked
+    ("heldout_perplexity", "held-out perplexity", True),
+    ("heldout_kl", "held-out KL to the teacher, nats a token", True),
+    ("loss", "training loss", False),
+    ("kl", "KL to the teacher in training, nats a token", False),
+    ("cross_entropy", "cross-entropy in training, nats a token", False),
+    ("gradient_norm", "gradient norm", False),
+    ("tokens_per_second", "tokens/s", False),
+)
+ENVIRONMENT_FILES = ("environment.json", "run.json")
+SKIPPED_SETTINGS = ("output", "allow_change")  # differ between any two runs
+
+
+@dataclass
+class Run:
+    """What the files of one run folder say."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]  # flat: "optimizer.lr"
+    records: list[dict[str, Any]]
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Training tokens of one optimizer step."""
+        return self.config.get("global_batch_size", 0) * self.config.get("sequence_length", 0)
+
+    def curve(self, metric: str, markers: bool) -> Curve | None:
+        """A metric by training tokens; None where the run has no number of it."""
+        points = [
+            (r.get("tokens", r["step"] * self.tokens_per_step), r[metric])
+            for r in self.records
+            if isinstance(r.get(metric), (int, float)) and math.isfinite(r[metric])
+        ]
+        return Curve(self.name, [x for x, _ in points], [y for _, y in points], markers) if points else None
+
+    def last(self, metric: str) -> float | None:
+        """The newest value of a metric."""
+        return next((r[metric] for r in reversed(self.records) if r.get(metric) is not None), None)
+
+
+def write_run_report(folders: Sequence[Path], output: Path | None = None) -> Path:
+    """Write a page about run folders, or about the runs inside a folder.
+
+    Args:
+        folders: run folders of `hylo train`, or folders whose sub-folders are such.
+        output: file to write; None: report.html in the folder given, beside the first of several.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: a folder holds no run, or output is a folder.
+    """
+    found = [run for folder in folders for run in run_folders(folder)]
+    if output is None:
+        output = (folders[0] if len(folders) == 1 else Path(os.path.abspath(folders[0])).parent) / "report.html"
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder; give a file, e.g. {output / 'report.html'}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    runs = [read_run(folder, name) for folder, name in zip(found, _names(found))]
+    parts = [
+        section("Runs", _summary(runs)),
+        *(section(title, chart) for title, chart in _charts(runs)),
+        section("Settings that differ" if len(runs) > 1 else "Settings", _settings(runs)),
+        *_changes(runs),
+        *_environment(runs),
+        *_provenance(runs),
+    ]
+    return write_page(output, "Training run" if len(runs) == 1 else f"{len(runs)} training runs", parts)
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The folder itself if it is a run's, else the runs inside it in the order in which they were started.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if _is_run(folder):
+        return [folder]
+    inside = [path for path in folder.iterdir() if _is_run(path)] if folder.is_dir() else []
+    if not inside:
+        raise ConfigError(
+            f"{folder} is not the output of a training run: it has no config.json with metrics.jsonl, nor has a folder in it"
+        )
+    return sorted(inside, key=lambda path: (path / "config.json").stat().st_mtime)
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read what there is of one run.
+
+    Args:
+        folder: output of `hylo train`.
+        name: to show.
+    """
+    model = _read(folder / "model" / "hylo.json")
+    environment = next((found for file in ENVIRONMENT_FILES if (found := _read(folder / file))), {})
+    return Run(
+        name=name,
+        folder=folder,
+        config=flatten(read_json(folder / "config.json")),
+        records=read_records(folder),
+        changes=_read(folder / "history.json").get("changes", []),
+        environment=flatten(environment),
+        provenance=flatten(model.get("provenance", {})),
+    )
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Lines of a run's metrics.jsonl, without one that is half written."""
+    records = []
+    for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # left by a crash, or the run goes on
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary as one with dotted keys: {"optimizer": {"lr": 1}} becomes {"optimizer.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}
+    return flat
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings that are not the same in all runs."""
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    values = {name: {json.dumps(run.config.get(name)) for run in runs} for name in names}
+    return [name for name in names if len(values[name]) > 1 and name not in SKIPPED_SETTINGS]
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return names
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    head = ("run", "stage", "step", "tokens", "tokens/s", "held-out perplexity", "KL to teacher", "agreement", "peak GiB")
+    rows = []
+    for run in runs:
+        step = int(run.last("step") or 0)
+        total = -(-run.config.get("train_tokens", 0) // run.tokens_per_step) if run.tokens_per_step else 0
+        rates = sorted(r["tokens_per_second"] for r in run.records if r.get("tokens_per_second"))
+        agreement = run.last("heldout_agreement")
+        rows.append(
+            (
+                run.name, str(run.config.get("stage", "")), f"{step:,} of {total:,}" if total else f"{step:,}",
+                short_number(step * run.tokens_per_step), _number(rates[len(rates) // 2] if rates else None),
+                _number(run.last("heldout_perplexity")), _number(run.last("heldout_kl")),
+                "" if agreement is None else f"{100 * agreement:.1f} %", _number(run.last("peak_memory_gib")),
+            )
+        )  # fmt: skip
+    return table(head, rows) + paragraph("Tokens/s is the median of the logged lines; held-out numbers are the newest.")
+
+
+def _charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
+    known = {metric for metric, _, _ in CHARTS}
+    more = dict.fromkeys(
+        key for run in runs for r in run.records for key in r if key.startswith("heldout_") and "recall" in key
+    )
+    for metric, quantity, markers in (*CHARTS, *((key, key.replace("_", " "), True) for key in more if key not in known)):
+        curves = [curve for run in runs if (curve := run.curve(metric, markers))]
+        if curves and not (metric == "kl" and _same_as_loss(runs)):
+            draw = partial(draw_curves, curves=curves, y_label=quantity)
+            ends = "; ".join(f"{c.label}: {c.y[0]:.4g} to {c.y[-1]:.4g}" for c in curves)
+            yield quantity[0].upper() + quantity[1:], draw_svg(draw, f"{quantity} by training tokens. {ends}", size=(8, 3.4))
+
+
+def _same_as_loss(runs: Sequence[Run]) -> bool:
+    """Whether the loss is the KL alone, so that one chart is enough."""
+    return all(r.get("kl", r.get("loss")) == r.get("loss") for run in runs for r in run.records)
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    head = ("setting", *(run.name for run in runs))
+    every = table(head, _rows(dict.fromkeys(n for run in runs for n in run.config), [run.config for run in runs]), text=True)
+    if len(runs) == 1:
+        return details("all settings", every)
+    names = differing(runs)
+    shown = table(head, _rows(names, [run.config for run in runs]), text=True) if names else paragraph("None.")
+    return shown + details("all settings", every)
+
+
+def _changes(runs: Sequence[Run]) -> Iterable[str]:
+    rows = [(run.name, *(f"{key}: {_text(value)}" for key, value in change.items())) for run in runs for change in run.changes]
+    if rows:
+        width = max(map(len, rows))
+        yield section(
+            "Changes between starts", table(("run", *[""] * (width - 1)), (_padded(r, width) for r in rows), text=True)
+        )
+
+
+def _environment(runs: Sequence[Run]) -> Iterable[str]:
+    names = dict.fromkeys(name for run in runs for name in run.environment)
+    if names:
+        head = ("", *(run.name for run in runs))
+        yield section("Environment", table(head, _rows(names, [run.environment for run in runs]), text=True))
+
+
+def _provenance(runs: Sequence[Run]) -> Iterable[str]:
+    names = dict.fromkeys(name for run in runs for name in run.provenance)
+    if names:
+        head = ("", *(run.name for run in runs))
+        body = table(head, _rows(names, [run.provenance for run in runs]), text=True)
+        yield section("Where the models come from", details("provenance of RUN/model", body))
+
+
+def _rows(names: Iterable[str], values: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [(name, *(_text(value.get(name, "")) for value in values)) for name in names]
+
+
+def _padded(row: tuple[str, ...], width: int) -> tuple[str, ...]:
+    return (*row, *[""] * (width - len(row)))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

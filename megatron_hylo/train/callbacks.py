@@ -1,0 +1,166 @@
+"""Callbacks of a run: checkpoints and stopping, held-out evaluation, the profiler, the finished models.
+
+The loop calls them in the order of its list. A checkpoint is saved before a stop is obeyed, and evaluation comes after both, so
+that a signal is not kept waiting for it.
+"""
+
+import logging
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.train import PREFIXES, TrainConfig
+from megatron_hylo.data.packed import heldout_windows
+from megatron_hylo.eval.perplexity import Quality, evaluate
+from megatron_hylo.io import write_json
+from megatron_hylo.models.checkpoint import save_model
+from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.train.callback import Callback, Progress
+from megatron_hylo.train.checkpoint import CheckpointSaver
+from megatron_hylo.train.reporting import Reporter
+from megatron_hylo.train.setup import Run
+
+logger = logging.getLogger("megatron_hylo.train")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """Training was asked to stop before its end and has saved; the message says how to resume."""
+
+
+class StopRequest:
+    """Remembers a stop signal; ranks agree on it, so that all stop after the same step."""
+
+    def __init__(self) -> None:
+        self.seen: int | None = None
+        self.previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self.seen = number
+
+    def agreed(self, device: torch.device) -> bool:
+        """Return True on all ranks once any of them was signalled."""
+        flag = torch.tensor([int(self.seen is not None)], device=device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def restore(self) -> None:
+        """Put the earlier handlers back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+class Checkpoints(Callback):
+    """Saves checkpoints at intervals, at the end and on a stop signal, after which it raises `Stopped`.
+
+    Args:
+        run: whose states are saved.
+        saver: writes them.
+        saved: step of the checkpoint that the run goes on from; 0 without one.
+    """
+
+    def __init__(self, run: Run, saver: CheckpointSaver, saved: int) -> None:
+        self.run, self.saver, self.saved = run, saver, saved
+        self.stop = StopRequest()
+
+    def after_step(self, progress: Progress) -> None:
+        """Save, then obey a stop signal; the order is what makes a stopped run resumable."""
+        config, step = self.run.config, progress.step
+        unfinished, skipping = step < config.train_steps, progress.skipped.in_a_row
+        stopping = self.stop.agreed(self.run.device)
+        if unfinished and (stopping or (step % config.checkpoint.save_interval == 0 and not skipping)):
+            self.saver.start(self.run.states, step, progress.consumed)
+        if stopping or not config.checkpoint.async_save:
+            self.saver.finish()
+        self.saver.finish_if_written(self.run.device)
+        if stopping and unfinished:
+            raise Stopped(f"stopped at step {step} of {config.train_steps} and saved; run the same command to resume")
+
+    def at_end(self, progress: Progress) -> None:
+        """Save the last step: for a longer run later, and in case what follows fails."""
+        self.saver.finish()
+        if self.saved < progress.step and not progress.skipped.in_a_row:
+            self.saver.start(self.run.states, progress.step, progress.consumed)
+            self.saver.finish()
+
+    def close(self) -> None:
+        """Put the earlier signal handlers back."""
+        self.stop.restore()
+
+
+class Evaluation(Callback):
+    """Measures held-out quality of every student at intervals and at the end.
+
+    Args:
+        run: whose students are measured, against a teacher on the same ranks.
+        windows: held-out windows, int64 [n, sequence + 1].
+        reporter: records and shows what was measured.
+        folder: run folder; quality.json, and second_quality.json, of the last step are written there.
+    """
+
+    def __init__(self, run: Run, windows: Tensor, reporter: Reporter, folder: Path) -> None:
+        self.run, self.windows, self.reporter, self.folder = run, windows, reporter, folder
+        self.quality: Quality | None = None  # the first student's, at the end
+
+    def after_step(self, progress: Progress) -> None:
+        """Evaluate every `eval_interval` steps."""
+        config, step = self.run.config, progress.step
+        if config.eval_interval and step % config.eval_interval == 0 and step < config.train_steps:
+            self._evaluate(step)
+
+    def at_end(self, progress: Progress) -> None:
+        """Evaluate the trained students and write their quality files."""
+        measured = self._evaluate(progress.step)
+        self.quality = measured[0]
+        for prefix, quality in zip(PREFIXES, measured):
+            if is_main():
+                write_json(self.folder / f"{prefix}quality.json", quality.to_dict())
+
+    def _evaluate(self, step: int) -> list[Quality]:
+        config, states = self.run.config, self.run.states
+        size, chunk = config.micro_batch_size, config.loss_chunk_tokens
+        measured = [evaluate(s.chunks, self.windows, self.run.teacher, size, chunk) for s in states]
+        for prefix, quality in zip(PREFIXES, measured):
+            self.reporter.record(step, {f"{prefix}heldout_{name}": value for name, value in quality.to_dict().items()})
+            which = f"{prefix}model: " if len(states) > 1 else ""
+            kl = f", KL {quality.kl:.3f}" if quality.kl is not None else ""
+            self.reporter.say(f"step {step}: {which}held-out perplexity {quality.perplexity:.2f}{kl}")
+        return measured
+
+
+class Export(Callback):
+    """Writes the trained models, RUN/model last: a run that has it is finished.
+
+    Args:
+        run: whose students are written.
+        folder: run folder.
+        provenances: of each student, for its hylo.json.
+        tokenizer: folder whose files are copied, where there is one.
+    """
+
+    def __init__(self, run: Run, folder: Path, provenances: Sequence[dict[str, Any]], tokenizer: Path | None) -> None:
+        self.run, self.folder, self.provenances, self.tokenizer = run, folder, provenances, tokenizer
+
+    def at_end(self, progress: Progress) -> None:
+        """Write RUN/second_model, then RUN/model."""
+        for student, prefix, provenance in reversed(list(zip(self.run.students, PREFIXES, self.provenances))):
+            save_model(student, self.folder / f"{prefix}model", self.tokenizer, provenance, overwrite=True)
+
+
+def open_heldout(config: TrainConfig) -> Tensor:
+    """Read windows inside held-out documents; across them, with a warning, where none is as long as the sequence.
+
+    Returns:
+        int64 [n, sequence + 1].
+    """
+    where = f"{config.data}/heldout"
+    try:
+        return heldout_windows(where, config.sequence_length, config.eval_windows)
+    except ConfigError as error:
+        logger.warning("%s; evaluating on windows that cross documents", error)
+        return heldout_windows(where, config.sequence_length, config.eval_windows, allow_crossing=True)

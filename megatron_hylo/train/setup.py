@@ -1,0 +1,200 @@
+"""Set-up of a training run: models, optimizers, data and objective of one rank, without a run folder.
+
+The training loop, the parity tests and the benchmarks build their runs here.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_hylo.config.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
+from megatron_hylo.config.teacher_window import rope_changes
+from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.data.training_windows import training_windows
+from megatron_hylo.data.windows import WindowSource
+from megatron_hylo.models.checkpoint import load_chunks, read_description
+from megatron_hylo.models.frozen import FrozenModel, as_frozen, freeze
+from megatron_hylo.models.hylo_model import HyloModel, build_chunks
+from megatron_hylo.models.windows import repeats
+from megatron_hylo.plan.flops import forward_flops_per_token
+from megatron_hylo.plan.memory import Memory, predict_memory
+from megatron_hylo.teachers.remote import RemoteTeacher
+from megatron_hylo.teachers.signal import TeacherSignal
+from megatron_hylo.teachers.store import StoredTeacher, TeacherStore
+from megatron_hylo.train.data_loader import rank_batches
+from megatron_hylo.train.objectives import Objective, get_objective
+from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
+
+NO_PATH = "-"  # given for a path of a configuration whose models or batches come from the caller
+
+Students = Sequence[Sequence[HyloModel]]
+Teacher = Sequence[HyloModel] | None
+
+
+@dataclass
+class Run:
+    """One rank's share of a training run.
+
+    Args:
+        config: settings of the run.
+        device: device of this rank.
+        students: this rank's chunks of each student, one a virtual pipeline stage.
+        teacher: its chunks of a teacher on the same ranks.
+        teacher_signal: a stored or remote teacher.
+        objective: losses and gradients of a step.
+        states: each student's data-parallel wrappers, optimizer and learning-rate schedule.
+        dataset: training windows; None where config.data is "-" and the caller makes the batches.
+        micro_batches: forward passes of this rank in a step.
+    """
+
+    config: TrainConfig
+    device: torch.device
+    students: Students
+    teacher: FrozenModel | None
+    teacher_signal: TeacherSignal | None
+    objective: Objective
+    states: list[TrainingState]
+    dataset: WindowSource | None
+    micro_batches: int
+
+    def batches(self, consumed_samples: int = 0) -> Generator[dict[str, Any], None, None]:
+        """Start this rank's endless data loader after `consumed_samples` windows of all ranks; see `rank_batches`."""
+        assert self.dataset is not None, "a run whose data is '-' has batches of its caller"
+        reads = self.teacher_signal if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
+        return rank_batches(self.config, self.dataset, consumed_samples, self.device, reads)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs a token: forward and backward of the students, forward of a teacher on these ranks."""
+        config, head = self.config, self.config.stage != "align"
+        shapes = [chunks[0].config.hylo for chunks in self.students]
+        flops = sum(3 * forward_flops_per_token(c, config.sequence_length, head) for c in shapes)
+        if config.stage == "align" and config.align.loss == "mse":  # runs no MLP of a student
+            flops -= sum(3 * 6 * c.num_hidden_layers * c.hidden_size * c.ffn_hidden_size for c in shapes)
+        if self.teacher is None or self.teacher_signal is not None:
+            return flops
+        shape, window = self.teacher[0].config.hylo, self.teacher.window
+        if window is None:
+            return flops + forward_flops_per_token(shape, config.sequence_length, head)
+        return flops + repeats(config.sequence_length, window) * forward_flops_per_token(shape, window, head)
+
+    def describe(self) -> str:
+        """Name the students, the amount of work, the precision and the ranks."""
+        config, shapes = self.config, [chunks[0].config.hylo for chunks in self.students]
+        models = [f"{c.mixers} ({parameter_count(c) / 1e6:,.0f} M parameters)" for c in shapes]
+        return (
+            f"{' and '.join(models)}, {config.train_steps} steps of {config.global_batch_size} x {config.sequence_length} "
+            f"tokens, {config.precision}, {torch.distributed.get_world_size()} ranks"
+        )
+
+    def predict_memory(self) -> Memory:
+        """Memory that this rank's GPU will need."""
+        sharded = self.config.optimizer.use_distributed_optimizer
+        shards = parallel_state.get_data_parallel_world_size(with_context_parallel=True) if sharded else 1
+        return predict_memory(self.config, self.students, self.teacher, self.teacher_signal, shards)
+
+
+def build_run(
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    models: tuple[Students, Teacher] | None = None,
+    teacher_signal: TeacherSignal | None = None,
+) -> Run:
+    """Build models, optimizers, data and objective of this rank; all ranks call it, after `initialize`.
+
+    Args:
+        config: settings of the run; `data` may be "-", then the caller makes the batches.
+        device: device of this rank.
+        models: (students, teacher), this rank's chunks of each, as `build_models` returns them; by default they are loaded
+            from the folders of `config`.
+        teacher_signal: a stored or remote teacher that is open already; by default that of `config`.
+
+    Raises:
+        ConfigError: ranks do not share the batch evenly, the text is too short, or a student does not fit its teacher.
+    """
+    micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
+    dataset = training_windows(config) if config.data != NO_PATH else None
+    signal = open_teacher_signal(config) if teacher_signal is None else teacher_signal
+    students, chunks = models or build_models(config)
+    teacher = as_frozen(chunks) if chunks is not None else None
+    objective = get_objective(config, teacher, signal)
+    for student in students:
+        objective.check(student[0])
+        choose_trainable(student, config)
+    states = [build_training_state(student, config) for student in students]
+    return Run(config, device, students, teacher, signal, objective, states, dataset, micro_batches)
+
+
+def build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], FrozenModel | None]:
+    """Load or make this rank's chunks of (the students, the teacher); paired layers are on the same ranks."""
+    architecture, dtype = architectures(config)[0], params_dtype(config)
+    layers = pipeline_layers(architecture, config.parallel.pipeline_stages, config.parallel.pipeline_layers)
+    shared: dict[str, Any] = dict(
+        parallel=replace(config.parallel, pipeline_layers=layers), params_dtype=dtype, backend=config.backend
+    )
+    how: dict[str, Any] = dict(recompute=config.recompute, fp8=config.student_fp8)
+    changes = rope_changes(config.rope_scaling, config.rotary_base)
+    # what is saved says the longest sequence it was trained with
+    trained = [max(c.max_position_embeddings, config.sequence_length) for c in architectures(config)]
+    if config.model:
+        folders = [folder for folder in (config.model, config.second_model) if folder]
+        students = [
+            _load_chunks(folder, **how, **shared, **changes, max_position_embeddings=length)
+            for folder, length in zip(folders, trained)
+        ]
+    else:
+        students = [build_chunks(architecture.replace(**changes, max_position_embeddings=trained[0]), **how, **shared)]
+    teacher = None
+    if config.teacher:
+        window = config.teacher_window.window(read_description(config.teacher)[0], config.sequence_length)
+        if window is not None:  # each context-parallel rank reads windows of its own
+            shared["parallel"] = replace(shared["parallel"], context_parallel_size=1)
+        chunks = _load_chunks(config.teacher, fp8=config.teacher_fp8, **shared, **config.teacher_window.changes())
+        teacher = freeze(chunks, config.teacher_offload, window)
+    return [[chunk.train() for chunk in student] for student in students], teacher
+
+
+def open_teacher_signal(config: TrainConfig) -> TeacherSignal | None:
+    """Open the stored teacher of a run, or connect to its remote one; None where it has neither."""
+    if config.teacher_store is not None:
+        return StoredTeacher(TeacherStore(config.teacher_store, config.data, config.teacher), params_dtype(config))
+    if config.teacher_address is not None:
+        minutes = config.parallel.distributed_timeout_minutes
+        return RemoteTeacher(config.teacher_address, params_dtype(config), timedelta(minutes=minutes))
+    return None
+
+
+def params_dtype(config: TrainConfig) -> torch.dtype:
+    """Dtype of weights and activations."""
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def architectures(config: TrainConfig) -> list[ModelConfig]:
+    """Configurations of all models of a run: the student, a second one, the teacher."""
+    folders = [folder for folder in (config.model, config.second_model, config.teacher) if folder]
+    scratch = [] if config.scratch is None or config.model else [_scratch_config(config.scratch)]
+    return scratch + [read_description(folder)[0] for folder in folders]
+
+
+def _load_chunks(folder: str, parallel: ParallelConfig, **settings: Any) -> list[HyloModel]:
+    """Load this rank's chunks, divided as `parallel` says, or evenly by weights in a model of another depth (a teacher's)."""
+    if sum(parallel.pipeline_layers or ()) != read_description(folder)[0].num_hidden_layers:
+        parallel = replace(parallel, pipeline_layers=None)
+    return load_chunks(folder, parallel, **settings)
+
+
+def _scratch_config(name: str) -> ModelConfig:
+    if name in LAYOUTS:
+        return LAYOUTS[name].config
+    if name in BASES:
+        return BASES[name]
+    if Path(name).is_dir():
+        return read_description(name)[0]
+    raise ConfigError(f"scratch {name!r} is no layout ({', '.join(LAYOUTS)}), no base ({', '.join(BASES)}) and no model folder")

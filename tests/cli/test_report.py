@@ -1,0 +1,78 @@
+"""`hylo report` and the quickstart's page: what is in the files is on the page, which needs nothing else."""
+
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from megatron_hylo.cli.quickstart import default_output
+from megatron_hylo.cli.quickstart_report import heldout_points, plot_quickstart, write_report
+from megatron_hylo.config import ConfigError
+from megatron_hylo.eval.run_report import differing, read_run, write_run_report
+
+SUMMARY = dict(
+    teacher_ppl=20.0, init_ppl=60.0, aligned_ppl=55.0, distilled_ppl=40.0, paper_init_ppl=37138.0, init_kl=1.0, aligned_kl=0.9,
+    distilled_kl=0.8, paper_init_kl=7.6, kv_percent=11.0, kv_bytes_per_token=2560, teacher_kv_bytes_per_token=23040,
+    paper_kv_bytes_per_token=2048, train_tokens=1024, heldout_tokens=512, seconds=60.0, device="cpu", init="calibrated",
+    layout="made", teacher="SmolLM2", generated="</p> is <b>bold</b>",
+)  # fmt: skip
+
+
+def make_run(folder: Path, stage: str, lr: float, heldout: dict[int, float]) -> Path:
+    """Write what a run of four steps of 128 tokens leaves, its last line cut off."""
+    folder.mkdir(parents=True)
+    config = {"stage": stage, "output": str(folder), "global_batch_size": 2, "sequence_length": 64, "train_tokens": 512}
+    (folder / "config.json").write_text(json.dumps(config | {"optimizer": {"lr": lr}}))
+    lines = [{"step": s, "loss": 1 / s, "tokens": 128 * s, "tokens_per_second": 10.0 * s} for s in range(1, 5)]
+    lines += [{"step": step, "heldout_perplexity": value, "heldout_kl": None} for step, value in heldout.items()]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "lo')
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    make_run(tmp_path / "align", "align", 1e-3, {4: 55.0})
+    make_run(tmp_path / "distil", "distil", 2e-3, {2: 48.0, 4: 40.0})
+    return tmp_path
+
+
+def loaded(page: str) -> list[str]:
+    """Addresses that a browser would fetch."""
+    return [a for a in re.findall(r'(?:src|href)="([^"]+)"', page) if not a.startswith("#")]
+
+
+def test_a_report_has_curves_quality_and_the_settings_that_differ(runs):
+    (runs / "align" / "environment.json").write_text(json.dumps({"host": "node7", "libraries": {"torch": "2.11.0"}}))
+    before = dict(matplotlib.rcParams)
+    page = write_run_report([runs]).read_text()
+    assert dict(matplotlib.rcParams) == before
+    assert differing([read_run(runs / name, name) for name in ("align", "distil")]) == ["stage", "optimizer.lr"]
+    for text in ("4 of 4", "node7", "libraries.torch", "<td>optimizer.lr</td><td>0.001</td><td>0.002</td>", "distil: 48 to 40"):
+        assert text in page
+    assert page.count("<svg") == 2 * 3  # a theme each: held-out perplexity, loss, tokens/s; no chart of what is nowhere
+    assert loaded(page) == [] and "<script" not in page
+    identifiers = re.findall(r'\bid="([^"]+)"', page)
+    clips = [i for i in identifiers if re.fullmatch(r"p[0-9a-f]{10}", i)]
+    assert clips and len(clips) == len(set(clips))  # a chart does not take another's clip path
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="is not the output of a training run"):
+        write_run_report([tmp_path])
+
+
+def test_the_quickstarts_page_has_text_table_plot_and_commands(runs):
+    assert heldout_points(SUMMARY, runs) == ([(0, 60.0), (512, 55.0), (768, 48.0), (1024, 40.0)], 512)
+    assert plot_quickstart(SUMMARY, runs).stat().st_size > 10_000
+    page = write_report(SUMMARY, "A & B", runs, ".venv/bin/hylo").read_text()
+    for text in ("A &amp; B", "&lt;/p&gt; is &lt;b&gt;bold", "11.0 %", "<td>after stage 2</td><td>40.00</td>"):
+        assert text in page
+    assert f".venv/bin/hylo report {runs}/align {runs}/distil" in page and page.count("<svg") == 2 and loaded(page) == []
+
+
+def test_each_kind_of_quickstart_has_a_folder_of_its_own():
+    kinds = [(linear, init) for linear in ("gdn", "mamba2") for init in ("calibrated", "paper")]
+    assert str(default_output("gdn", "calibrated")) == "runs/quickstart"
+    assert len({default_output(*kind) for kind in kinds}) == 4

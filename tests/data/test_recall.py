@@ -1,0 +1,154 @@
+"""Recall exercises in windows: the text stays, answers are where the marks say, and nothing but the number decides."""
+
+import re
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.recall import RECALL_TASKS, RecallSettings
+from megatron_hylo.data import recall_text
+from megatron_hylo.data.packed import PackedDataset, batches
+from megatron_hylo.data.preprocess import plain_encoder
+from megatron_hylo.data.recall import RecallWindows
+from tests.data.test_packed import write
+
+TEXT, LENGTH = 1000, 2048  # ids of the text are from TEXT on, none of the tokenizer's
+DOCUMENTS = [3000, 700, 20, 1, 5000, 64, 2, 9000]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """(tokens a window) -> windows of a dataset whose every token has an id of its own, in order."""
+    prefix = write(tmp_path / "train", DOCUMENTS)
+
+    class Shifted(PackedDataset):
+        def window(self, index):
+            window = super().window(index)
+            return type(window)(window.tokens + TEXT, window.document_starts)
+
+    return lambda length: Shifted(prefix, length, seed=5)
+
+
+def make(source, tokenizer, length=LENGTH, share=0.5, tasks=RECALL_TASKS, within=False):
+    return RecallWindows(source, length, RecallSettings(share, list(tasks)), plain_encoder(tokenizer), 7, within)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_window_is_the_sources_with_texts_between(source, tokenizer, within):
+    """Without the inserted tokens it is the source's window; document starts stay at their tokens."""
+    windows = make(source, tokenizer, within=within)
+    for index in (0, 3, 40):
+        base, mine = windows.source.window(index), windows.window(index)
+        kept = np.flatnonzero(mine.tokens >= TEXT)
+        assert len(mine.tokens) == LENGTH + 1
+        assert mine.tokens[kept].tolist() == base.tokens.tolist()
+        if within:
+            assert mine.document_starts.tolist() == kept[base.document_starts].tolist()
+
+
+@pytest.mark.parametrize("task", RECALL_TASKS)
+def test_marks_are_on_the_answers_and_facts_come_before(source, tokenizer, task):
+    """The text of each marked run is the answer of a question whose facts are above it, at the distance that is given."""
+    windows = make(source, tokenizer, 4096, tasks=[task])
+    seen = 0
+    for index in range(3):
+        window = windows.window(index)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], (window.answers > 0).astype(int), [0]])))
+        for start, stop in zip(edges[::2], edges[1::2]):
+            answer = tokenizer.decode(window.tokens[start:stop]).strip(" .\n")
+            first = start - int(window.answers[start])  # the fact's first token
+            assert (window.answers[start:stop] == np.arange(start, stop) - first).all()
+            between = window.tokens[first:start]
+            text = tokenizer.decode(between[between < TEXT])
+            seen += 1
+            if task == "counting":
+                event = re.search(r"At the (.*), (.*)\.", text.splitlines()[1])
+                assert text.count(event[0]) == recall_text.NUMBERS.index(answer)
+            elif task == "several_values":
+                values = re.split(", | and ", answer)
+                lines = text.lower().split("\n")
+                like = [line for line in lines if line in [lines[1].replace(values[0], value) for value in values]]
+                assert like == [lines[1].replace(values[0], value) for value in values]
+            else:
+                assert answer in text.strip().splitlines()[0]
+    assert seen > 5
+
+
+def test_within_documents_no_fact_is_in_another_document(source, tokenizer):
+    """Between a fact and its answer no document begins; without the setting some do."""
+    crossing = {}
+    for within in (False, True):
+        windows = make(source, tokenizer, 4096, within=within)
+        found = [windows.window(i) for i in range(4)]
+        crossing[within] = sum(
+            int(((w.document_starts > at - w.answers[at]) & (w.document_starts <= at)).any())
+            for w in found for at in np.flatnonzero(w.answers)
+        )  # fmt: skip
+    assert crossing[True] == 0 < crossing[False]
+
+
+def test_distances_reach_from_a_line_to_the_whole_window(source, tokenizer):
+    """Every octave from 128 tokens up to the window holds answers."""
+    windows = make(source, tokenizer, 8192, share=0.3)
+    found = np.concatenate([w.answers[w.answers > 0] for w in (windows.window(i) for i in range(12))])
+    assert found.max() > 0.8 * 8192
+    assert all(((found >= low) & (found < 2 * low)).sum() > 30 for low in (128, 256, 512, 1024, 2048, 4096))
+
+
+def test_windows_are_functions_of_seed_and_number(source, tokenizer):
+    """The order of reading, another object and another division over ranks give the same; another number does not."""
+    one, other = make(source, tokenizer), make(source, tokenizer)
+    forward = [one.window(i) for i in range(6)]
+    for i in reversed(range(6)):
+        assert other.window(i).tokens.tolist() == forward[i].tokens.tolist()
+    for ranks, size in ((1, 3), (2, 1)):
+        feeds = [batches(make(source, tokenizer), 0, size, rank, ranks) for rank in range(ranks)]
+        for _ in range(0, 6, size * ranks):
+            for feed in feeds:
+                batch = next(feed)
+                for row, number in enumerate(batch["windows"].tolist()):
+                    assert batch["input_ids"][row].tolist() == forward[number].tokens[:-1].tolist()
+                    assert batch["answers"][row].tolist() == forward[number].answers[1:].tolist()
+    again = make(source, tokenizer).window(one.windows_per_epoch)  # an epoch later the exercises are others
+    fresh = [w.tokens[w.tokens < TEXT].tolist() for w in (again, forward[0])]
+    assert fresh[0] != fresh[1]
+
+
+def test_no_two_exercises_of_a_window_have_a_key_in_common():
+    """A question has one answer: keys, names and passkey templates are drawn without replacement."""
+    import random
+
+    exercises = recall_text.Exercises(random.Random(0))
+    facts = [fact for _ in range(400) for fact in exercises.make("passkey", 2).needed]
+    facts += [exercises.make("several_keys", 2).needed[0] for _ in range(400)]
+    values = "|".join(
+        ["[A-Z]{2,3}-[0-9]+", "[0-9]{3,}", rf"(?:{'|'.join(recall_text.PEOPLE)}) and (?:{'|'.join(recall_text.PEOPLE)})"]
+    )
+    asked = [re.sub(values, "", fact) for fact in facts]
+    assert len(asked) == len(set(asked))
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_mark_puts_none_in_the_middle(source):
+    """SentencePiece's dummy prefix belongs to a text's start, not before each fact."""
+    from tokenizers import normalizers
+
+    vocabulary = {"<unk>": 0, "▁": 1} | {chr(c): c for c in (10, *range(33, 127))}
+    encoder = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    encoder.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    encoder.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    windows = RecallWindows(source, LENGTH, RecallSettings(0.5), encoder, 7)
+    tokens = windows.window(0).tokens
+    begins = np.flatnonzero((tokens[1:] < TEXT) & (tokens[:-1] >= TEXT)) + 1
+    assert len(begins) > 3
+    assert set(tokens[begins].tolist()) == {10}
+
+
+def test_what_cannot_be_is_refused(source, tokenizer):
+    with pytest.raises(ConfigError, match="is 26 tokens, a fact and its question need 64: give a share of at least 0.25"):
+        make(source, tokenizer, 256, share=0.1)
+    with pytest.raises(ConfigError, match="recall.tasks has \\['riddle'\\]"):
+        RecallSettings(0.1, ["riddle"])
+    with pytest.raises(ConfigError, match="recall.share must be"):
+        RecallSettings(1.0)

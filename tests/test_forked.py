@@ -1,0 +1,27 @@
+"""Forked processes end, fail and print as fresh ones do."""
+
+import signal
+
+import pytest
+
+from tests.forked import Program, run_ranks
+
+SERVE = ["0", "--bind", "127.0.0.1"]  # of http.server, which runs until it is stopped
+
+
+def test_a_module_runs_as_from_the_command_line_and_its_rank_is_its_own(tmp_path):
+    (tmp_path / "some.json").write_text('{"a": 1}')
+    assert run_ranks("json.tool", ["--compact", tmp_path / "some.json"], 2, tmp_path) == '{"a":1}\n' * 2
+    program = Program("json.tool", ["--frobnicate"], tmp_path / "log")
+    assert "unrecognized arguments: --frobnicate" in program.communicate(timeout=60)[0] and program.returncode == 2
+
+
+def test_a_rank_that_fails_or_hangs_ends_all_and_says_so(tmp_path):
+    with pytest.raises(RuntimeError, match="(?s)2 ranks of json.tool failed.*rank 0, status 2.*error: .*nothing"):
+        run_ranks("json.tool", [tmp_path / "nothing"], 2, tmp_path)
+    with pytest.raises(RuntimeError, match="(?s)took more than 1 s.*rank 1, status None"):
+        run_ranks("http.server", SERVE, 2, tmp_path, timeout=1)
+    program = Program("http.server", SERVE, tmp_path / "log")
+    assert program.poll() is None
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(timeout=60) == -signal.SIGTERM
