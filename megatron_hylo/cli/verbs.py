@@ -121,6 +121,9 @@ def preprocess(
     tokenizer: Path,
     heldout_fraction: float = 0.05,
     on_bad_text: Literal["skip", "replace", "error"] = "skip",
+    more_inputs: list[Path] | None = None,
+    key: str | None = None,
+    chat: bool = False,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
@@ -130,19 +133,25 @@ def preprocess(
     file and line, and counted in OUTPUT/data.json.
 
     Args:
-        input: folder of .txt/.md/.rst files, or a .jsonl or .jsonl.gz file with a "text" field a line; UTF-8, or what a
-            byte order mark says.
+        input: folder of .txt/.md/.rst files, such a file, a .jsonl file with a "text" field a line, a .parquet file, or a
+            pattern of files in quotes; UTF-8, or what a byte order mark says. May be compressed: .gz, .bz2, .xz, .zst.
         output: dataset folder to make.
         tokenizer: Hugging Face or Megatron model folder with a tokenizer, or a .gguf file.
         heldout_fraction: part of the documents that is held out.
         on_bad_text: documents with invalid bytes or half a surrogate pair: skip them, replace the characters by U+FFFD, or
             end with an error at the first, as at any line that gives no text.
+        more_inputs: others like input, read after it: a list, as [a.jsonl,b.parquet].
+        key: field or column with the text; by default text, or with chat messages.
+        chat: the field is a list of {"role", "content"}, which the tokenizer's chat template writes out.
         overwrite: replace what is there.
         json: print what was made (OUTPUT/data.json without the names of held-out documents).
     """
     from megatron_hylo.data.preprocess import preprocess as preprocess_text
 
-    made = preprocess_text(input, output, tokenizer, heldout_fraction, overwrite=overwrite, on_bad_text=on_bad_text)
+    made = preprocess_text(
+        input, output, tokenizer, heldout_fraction, overwrite=overwrite, on_bad_text=on_bad_text,
+        more_inputs=more_inputs or (), key=key, chat=chat,
+    )  # fmt: skip
     console.print(f"wrote {output}")
     if json:
         print_json({name: value for name, value in asdict(made).items() if name != "heldout_names"})

@@ -6,27 +6,40 @@ decides what becomes of those. A byte that is invalid in a file's encoding is re
 no file in UTF-8, can hold either.
 """
 
+import bz2
 import codecs
 import gzip
 import hashlib
 import io
 import json
 import logging
+import lzma
 import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
+
+import zstandard
 
 from megatron_hylo.config import ConfigError
 
 logger = logging.getLogger("megatron_hylo.data")
 OnBadText = Literal["skip", "replace", "error"]
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
-LINES_SUFFIXES = (".jsonl", ".jsonl.gz")
+PACKED_SUFFIXES = ("", ".gz", ".bz2", ".xz", ".zst")
+LINES_SUFFIXES = tuple(f".jsonl{packed}" for packed in PACKED_SUFFIXES)
+FILE_SUFFIXES = tuple(f"{text}{packed}" for text in TEXT_SUFFIXES for packed in PACKED_SUFFIXES)
+# first bytes of a compressed file -> what reads it
+UNPACK: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": lambda raw: zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True),
+}
 MAX_CHARACTERS = 2**28  # of a document; encoding one takes about 65 bytes a character
 HOPELESS = 1000  # documents in a row from the first that cannot be used: the rest will not be better
 SHOWN = 3  # places shown of each reason
@@ -41,7 +54,8 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _HALF_PAIRS = re.compile("[\ud800-\udfff]")
-_CANNOT_READ = (OSError, EOFError, zlib.error)  # a disk's errors, and what gzip raises for a damaged or cut file
+# a disk's errors, and what is raised for a damaged or cut compressed file
+_CANNOT_READ = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 _EXPECTED = 'each line must be an object such as {"name": "a", "text": "..."}'
 
 
@@ -67,6 +81,25 @@ class Document:
     def place(self) -> str:
         """Where to look for it."""
         return self.where or f"{self.source}/{self.name}"
+
+
+@dataclass(frozen=True)
+class TextField:
+    """Where an object has its text: under `key`, a string, or what `render` makes one of."""
+
+    key: str = "text"
+    render: Callable[[Any], str] | None = None
+
+    def text(self, value: Any) -> "str | Unreadable":
+        """The text of what is under the key; without a place where it is none."""
+        if self.render is None:
+            if isinstance(value, str):
+                return value
+            return Unreadable("", f'"{self.key}" is not a string', f"it is of type {type(value).__name__}")
+        try:
+            return self.render(value)
+        except Exception as error:  # a template is a program of the tokenizer's author
+            return Unreadable("", f'"{self.key}" does not fit the chat template', f"{type(error).__name__}: {error}"[:200])
 
 
 @dataclass(frozen=True)
@@ -174,15 +207,16 @@ def replace_half_pairs(text: str) -> str:
     return text if text.isascii() else _HALF_PAIRS.sub("\ufffd", text)
 
 
-def read_documents(path: str | Path) -> Iterator[Document | Unreadable]:
+def read_documents(path: str | Path, field: TextField = TextField()) -> Iterator[Document | Unreadable]:
     """Documents at `path`, one at a time, in a fixed order, and the places that give none.
 
     Text is UTF-8, or what a byte order mark says (UTF-8, UTF-16, UTF-32). Lines end in LF, CRLF or CR.
 
     Args:
-        path: a .jsonl or .jsonl.gz file, each line an object with "text" and perhaps "source" and "name" (by default a
-            hash of the text), or a folder, all .txt, .md and .rst files in which (at any depth) are documents named by
-            their path.
+        path: a .jsonl file, each line an object with "text" and perhaps "source" and "name" (by default a hash of the text),
+            a .txt, .md or .rst file, one document, or a folder, all such text files in which (at any depth) are documents
+            named by their path. All may be compressed: .gz, .bz2, .xz, .zst.
+        field: the key of the text, and how it is made a string.
 
     Raises:
         ConfigError: nothing there, no text in it, a .jsonl file that cannot be opened, is binary or UTF-16 without a byte
@@ -192,16 +226,24 @@ def read_documents(path: str | Path) -> Iterator[Document | Unreadable]:
     if path.is_dir():
         yield from _read_folder(path)
     elif path.is_file() and path.name.lower().endswith(LINES_SUFFIXES):
-        yield from _read_lines(path)
+        yield from _read_lines(path, field)
+    elif path.is_file() and path.name.lower().endswith(FILE_SUFFIXES):
+        text = read_text_file(path)
+        where = replace_half_pairs(str(path))
+        yield Document(path.parent.name, path.name, text, where) if isinstance(text, str) else text
     else:
-        what = "does not exist" if not path.exists() else f"is not a {' or '.join(LINES_SUFFIXES)} file"
+        what = (
+            "does not exist"
+            if not path.exists()
+            else f"is not a .jsonl, .parquet or text file ({', '.join(PACKED_SUFFIXES[1:])})"
+        )
         raise ConfigError(
             f"{path} {what}; give a folder of {', '.join(TEXT_SUFFIXES)} files or a .jsonl file with a 'text' field"
         )
 
 
 def open_text(file: Path) -> TextIO:
-    """Open text in the encoding that its byte order mark says, else UTF-8, unpacked where it is gzip.
+    """Open text in the encoding that its byte order mark says, else UTF-8, unpacked where it is compressed (gz, bz2, xz, zst).
 
     Invalid bytes are read as `INVALID`; line ends as LF.
 
@@ -211,13 +253,15 @@ def open_text(file: Path) -> TextIO:
     """
     raw = open(file, "rb")
     try:
-        if raw.peek(2)[:2] == b"\x1f\x8b":
-            raw = io.BufferedReader(gzip.GzipFile(fileobj=raw))
-        start = raw.read(4096)
+        first = raw.peek(6)
+        for magic, unpack in UNPACK.items():
+            if first.startswith(magic):
+                raw = io.BufferedReader(unpack(raw))
+        start = raw.peek(4096)[:4096]  # a zstd stream cannot seek
         mark, encoding = next((found for found in BYTE_ORDER_MARKS if start.startswith(found[0])), (b"", "utf-8"))
         if not mark and b"\0" in start.split(b"\n", 1)[0]:  # further down, one torn line need not spoil the file
             raise ValueError("NUL bytes: a binary file, or UTF-16 without a byte order mark")
-        raw.seek(len(mark))
+        raw.read(len(mark))
         return io.TextIOWrapper(raw, encoding, errors="megatron_hylo.invalid", newline=None)
     except BaseException:
         raw.close()
@@ -259,7 +303,7 @@ def read_text_file(file: Path) -> str | Unreadable:
     return text
 
 
-def _read_lines(path: Path) -> Iterator[Document | Unreadable]:
+def _read_lines(path: Path, field: TextField) -> Iterator[Document | Unreadable]:
     shown, source = replace_half_pairs(str(path)), path.name[: path.name.lower().rindex(".jsonl")]
     try:
         lines = open_text(path)
@@ -289,7 +333,7 @@ def _read_lines(path: Path) -> Iterator[Document | Unreadable]:
             if long:
                 yield Unreadable(where, f"longer than {MAX_CHARACTERS:,} characters")
             elif line.strip():
-                yield _parse_line(line, where, source)
+                yield _parse_line(line, where, source, field)
             else:
                 yield Unreadable(where, BLANK_LINE)
 
@@ -302,7 +346,7 @@ def _check_first_line(line: str, shown: str) -> None:
         raise ConfigError(f"{shown} has JSON over several lines, and {_EXPECTED}: jq -c . makes lines of it")
 
 
-def _parse_line(line: str, where: str, source: str) -> Document | Unreadable:
+def _parse_line(line: str, where: str, source: str, field: TextField) -> Document | Unreadable:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -311,10 +355,15 @@ def _parse_line(line: str, where: str, source: str) -> Document | Unreadable:
         return Unreadable(where, "not JSON", str(error))
     if not isinstance(value, dict):
         return Unreadable(where, "not an object", _EXPECTED)
-    if "text" not in value:
-        return Unreadable(where, 'no "text"', replace_half_pairs(f"the keys are {', '.join(list(value)[:8])}"))
-    text = value["text"]
-    if not isinstance(text, str):
-        return Unreadable(where, '"text" is not a string', f"it is of type {type(text).__name__}")
+    if field.key not in value:
+        return Unreadable(where, f'no "{field.key}"', replace_half_pairs(f"the keys are {', '.join(list(value)[:8])}"))
+    return row_document(value, where, source, field)
+
+
+def row_document(value: dict[str, Any], where: str, source: str, field: TextField) -> Document | Unreadable:
+    """The document of an object that has the field's key."""
+    text = field.text(value[field.key])
+    if isinstance(text, Unreadable):
+        return Unreadable(where, text.reason, text.detail)
     name = value.get("name") or hashlib.sha256(text.encode("utf-8", errors="replace")).hexdigest()[:16]
     return Document(str(value.get("source") or source), str(name), text, where)

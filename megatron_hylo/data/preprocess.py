@@ -6,6 +6,7 @@ DIR/train.bin, .idx      token ids, one sequence a document, each ending in the 
 DIR/heldout.bin, .idx    the same, of the documents held out
 DIR/data.json            `DataDescription`
 DIR/used_token_ids.npy   the ids that occur, int64, ascending
+DIR/lengths.png          share of tokens in documents longer than 1K ... 128K
 DIR/tokenizer/           the tokenizer
 DIR/manifest.json        sizes and sha256 of all files; a folder without it is not finished
 """
@@ -14,7 +15,7 @@ import hashlib
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ from tokenizers import Tokenizer
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import expand_home
-from megatron_hylo.data.documents import Document, OnBadText, TextCheck, Unreadable, read_documents
+from megatron_hylo.data.documents import Document, OnBadText, TextCheck, TextField, Unreadable
+from megatron_hylo.data.inputs import chat_field, read_inputs
+from megatron_hylo.data.lengths import length_table, plot_lengths
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.data.tokenizer import USED_IDS, check_ids, vocabulary_of
 from megatron_hylo.io import atomic_directory, check_free, read_verified_json, verify_manifest_if_any, write_json
@@ -71,6 +74,7 @@ def build_dataset(
     vocab_size: int | None = None,
     overwrite: bool = False,
     on_bad_text: OnBadText = "skip",
+    special_tokens: bool = False,
 ) -> DataDescription:
     """Tokenise documents into `out_dir`, which appears only when it is whole.
 
@@ -89,6 +93,7 @@ def build_dataset(
             error where it occurs.
         overwrite: replace `out_dir`.
         on_bad_text: what becomes of documents with invalid bytes or half a surrogate pair, as in `TextCheck`.
+        special_tokens: text that looks like a special token is that token, as chat templates write them.
 
     Returns:
         What was written, as in data.json.
@@ -124,7 +129,10 @@ def build_dataset(
         for builder in builders.values():
             stack.enter_context(closing(builder.data_file))
         counts, heldout_names, used = {split: [0, 0] for split in SPLITS}, [], np.zeros(vocabulary, bool)
-        for document, ids in _tokenise(itertools.chain(first, texts), plain_encoder(tokenizer), end, dtype, check):
+        lengths: list[int] = []
+        for document, ids in _tokenise(
+            itertools.chain(first, texts), plain_encoder(tokenizer, special_tokens), end, dtype, check
+        ):
             if vocab_size is not None and vocabulary > vocab_size:
                 check_ids(int(ids.max()), vocab_size, f"{document.source}/{document.name}", "the model")
             used[ids] = True
@@ -132,6 +140,7 @@ def build_dataset(
             builders[split].add_document(ids, [len(ids)])
             counts[split][0] += 1
             counts[split][1] += len(ids)
+            lengths.append(len(ids))
             if split == "heldout":
                 heldout_names.append(f"{document.source}/{document.name}")
         check.report(sum(number for number, _ in counts.values()))
@@ -145,6 +154,7 @@ def build_dataset(
         tokenizer.save_pretrained(folder / "tokenizer")
         ids = np.flatnonzero(used)
         np.save(folder / USED_IDS, ids)
+        plot_lengths(np.array(lengths), folder / "lengths.png")
         description = DataDescription(
             vocab_size=vocabulary,
             largest_token_id=int(ids[-1]),
@@ -162,6 +172,7 @@ def build_dataset(
         )
         write_json(folder / "data.json", asdict(description))
     logger.info("%s: %d documents, %d tokens; held out: %d documents, %d tokens", out_dir, *counts["train"], *counts["heldout"])
+    logger.info("%s", length_table(np.array(lengths)))
     return description
 
 
@@ -174,12 +185,15 @@ def preprocess(
     vocab_size: int | None = None,
     overwrite: bool = False,
     on_bad_text: OnBadText = "skip",
+    more_inputs: Sequence[str | Path] = (),
+    key: str | None = None,
+    chat: bool = False,
 ) -> DataDescription:
     """Tokenise text into a dataset folder for training.
 
     Args:
-        input: folder of .txt, .md or .rst files, or a .jsonl or .jsonl.gz file with a "text" field; UTF-8, or what a byte
-            order mark says.
+        input: folder of .txt, .md or .rst files, such a file, a .jsonl file, a .parquet file, or a pattern of files; UTF-8, or
+            what a byte order mark says; all but Parquet perhaps compressed (.gz, .bz2, .xz, .zst).
         output: dataset folder to make.
         tokenizer: Hugging Face folder, folder with a .gguf file, or model folder.
         heldout_fraction: part of the documents held out for evaluation.
@@ -188,20 +202,27 @@ def preprocess(
         overwrite: replace the output folder.
         on_bad_text: skip leaves out documents with invalid bytes or half a surrogate pair, replace puts U+FFFD there, error
             ends at the first; lines that are not JSON or have no text are left out too, or end it. Counts are in data.json.
+        more_inputs: others like `input`, read after it.
+        key: field or column with the text; "text", or with `chat` "messages".
+        chat: the field is a list of {"role", "content"}, written by the tokenizer's chat template; all of it is trained on.
 
     Raises:
         ConfigError: as `build_dataset`, or there is no tokenizer or text.
     """
-    input, output, folder = (expand_home(path) for path in (input, output, tokenizer))
-    check_free(output, overwrite, [input, folder])
+    output, folder = expand_home(output), expand_home(tokenizer)
+    inputs = [expand_home(path) for path in (input, *more_inputs)]
+    check_free(output, overwrite, [*inputs, folder])
     verify_manifest_if_any(folder, ("tokenizer",) if (folder / "tokenizer").is_dir() else ())
     found = load_transformers_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
     if found is None:
         raise ConfigError(f"{tokenizer} holds no tokenizer; give a folder with tokenizer.json, a .gguf file, or a model folder")
     if vocab_size is None and (folder / "hylo.json").is_file():
         vocab_size = read_verified_json(folder, "hylo.json", ("model",))["model"]["vocab_size"]
-    documents = read_documents(input)
-    return build_dataset(documents, found, output, heldout_fraction, None, max_documents, vocab_size, overwrite, on_bad_text)
+    field = chat_field(found, key or "messages") if chat else TextField(key or "text")
+    return build_dataset(
+        read_inputs(inputs, field), found, output, heldout_fraction, None, max_documents, vocab_size, overwrite, on_bad_text,
+        special_tokens=chat,
+    )  # fmt: skip
 
 
 def heldout_score(name: str) -> float:
@@ -222,12 +243,12 @@ def end_of_document_token(tokenizer: Any) -> int:
     raise ConfigError(f"the tokenizer has none of {', '.join(DOCUMENT_END_TOKENS)} and no eos_token; give end_token_id")
 
 
-def plain_encoder(tokenizer: Any) -> Tokenizer:
-    """A copy of the tokenizer's Rust part that takes text literally: no truncation, padding or special tokens."""
+def plain_encoder(tokenizer: Any, special_tokens: bool = False) -> Tokenizer:
+    """A copy of the tokenizer's Rust part: no truncation or padding; special tokens in a text are text by default."""
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.no_truncation()
     encoder.no_padding()
-    encoder.encode_special_tokens = True  # "<|endoftext|>" in a document is text about that token
+    encoder.encode_special_tokens = not special_tokens  # "<|endoftext|>" in a document is text about that token
     return encoder
 
 

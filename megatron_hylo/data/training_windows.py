@@ -52,11 +52,12 @@ def _text_windows(config: TrainConfig, sequence_length: int) -> WindowSource:
     weights: list[float] = []
     for part in parts:
         store = DocumentStore(f"{part.data}/train")
-        ranges, share = [(part.min_length, None)], text.long_share
+        ranges: list[tuple[int, int | None]] = [(part.min_length, None)]
+        share = text.long_share
         cut = max(sequence_length, part.min_length)
-        if share is not None and (store.lengths >= cut).any() and store.lengths[store.lengths < cut].sum() > sequence_length:
-            if cut > part.min_length:
-                ranges = [(cut, None), (part.min_length, cut)]
+        shorter = store.lengths[(store.lengths >= part.min_length) & (store.lengths < cut)]
+        if share is not None and (store.lengths >= cut).any() and shorter.sum() > sequence_length:
+            ranges = [(cut, None), (part.min_length, cut)]
         for least, below in ranges:
             name = part.data + (f", documents of {least:,} tokens and more" if least else "")
             name += f", documents below {below:,} tokens" if below else ""

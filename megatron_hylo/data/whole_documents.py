@@ -62,10 +62,11 @@ class BestFitWindows(PackedDataset):
         """A sentence on what a run of so many windows, from the first on, trains on and leaves out."""
         most = int(np.diff(self.packing.first).max())
         return (
-            f"{len(self.documents):,} documents, {self.tokens:,} tokens, {self.long_share:.1%} of them in documents as long as "
-            f"a window; an epoch has {self.windows_per_epoch:,} windows of {self.sequence_length:,} with "
-            f"{self.packing.fragments:,} fragments of documents and at most {most:,} documents in one, and leaves out "
-            f"{self.packing.left_out:,} tokens; the run reads {windows:,} windows, {windows / self.windows_per_epoch:.2f} epochs"
+            f"{len(self.documents):,} documents, {self.tokens:,} tokens, {self.long_share:.1%} of them in documents as long "
+            f"as a window; an epoch has {self.windows_per_epoch:,} windows of {self.sequence_length:,} with "
+            f"{self.packing.fragments:,} fragments and at most {most:,} documents in one, and leaves out "
+            f"{self.packing.left_out:,} tokens; the run reads {windows:,} windows, "
+            f"{windows / self.windows_per_epoch:.2f} epochs"
         )
 
     def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -119,7 +119,7 @@ def test_a_damaged_export_is_refused_by_all_that_read_it(one_rank, tmp_path, cap
     assert run(capsys, "generate", *verbs["generate"])[0] == 0
 
 
-NOT_PATHS = {"address", "layout", "pattern", "init", "prompt"}  # parameters of verbs that are text
+NOT_PATHS = {"address", "key", "layout", "pattern", "init", "prompt"}  # parameters of verbs that are text
 
 
 def test_every_parameter_that_is_text_is_known_to_be_no_path():
