@@ -40,8 +40,8 @@ def refuse_renamed(command_line: Sequence[str]) -> None:
     if found := [(name, RENAMED[first] + name[len(first) :]) for name in options if (first := name.split(".")[0]) in RENAMED]:
         raise ConfigError(_sentence("the command line", [(f"--{old}", f"--{new}") for old, new in found]))
     for recipe in _recipes(command_line):
-        if found := [name for name in _keys(recipe) if name in RENAMED]:
-            raise ConfigError(_sentence(recipe, [(name, RENAMED[name]) for name in found]))
+        if old_keys := [name for name in _keys(recipe) if name in RENAMED]:
+            raise ConfigError(_sentence(recipe, [(name, RENAMED[name]) for name in old_keys]))
 
 
 def translate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

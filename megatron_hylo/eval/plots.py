@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -52,12 +53,12 @@ class Curve:
     markers: bool = False
 
 
-def rc(theme: Theme) -> dict[str, Any]:
+def rc(theme: Theme) -> Any:
     """Matplotlib settings of a theme, for `matplotlib.rc_context`."""
     return {
         "font.size": 10, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-        "axes.prop_cycle": matplotlib.cycler(color=theme.series), "legend.frameon": False, "lines.linewidth": 2,
+        "axes.prop_cycle": cycler(color=theme.series), "legend.frameon": False, "lines.linewidth": 2,
         "figure.facecolor": theme.background, "axes.facecolor": theme.background, "savefig.facecolor": theme.background,
         "text.color": theme.ink, "axes.titlecolor": theme.ink, "axes.labelcolor": theme.muted, "axes.edgecolor": theme.grid,
         "xtick.color": theme.muted, "ytick.color": theme.muted, "grid.color": theme.grid, "grid.linewidth": 0.8,

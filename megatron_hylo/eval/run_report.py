@@ -1,6 +1,6 @@
 """One HTML page about training runs: curves, held-out quality, settings that differ, environment, provenance.
 
-Only files of the run folders are read: config.json, metrics.jsonl, history.json, environment.json and model/hylo.json. What
+Only files of the run folders are read: config.json, metrics.jsonl, history.json, starts.jsonl and model/hylo.json. What
 a run does not have, such as the model of one that is not finished, is left out of the page.
 """
 
@@ -27,7 +27,6 @@ CHARTS = (  # metric, quantity and unit, whether single points are marked
     ("gradient_norm", "gradient norm", False),
     ("tokens_per_second", "tokens/s", False),
 )
-ENVIRONMENT_FILES = ("environment.json", "run.json")
 SKIPPED_SETTINGS = ("output", "allow_change")  # differ between any two runs
 
 
@@ -117,7 +116,9 @@ def read_run(folder: Path, name: str) -> Run:
         name: to show.
     """
     model = _read(folder / "model" / "hylo.json")
-    environment = next((found for file in ENVIRONMENT_FILES if (found := _read(folder / file))), {})
+    starts = read_lines(folder / "starts.jsonl")
+    newest = {key: value for key, value in starts[-1].items() if key != "config"} if starts else {}
+    environment = {"starts": len(starts), **newest} if starts else {}
     return Run(
         name=name,
         folder=folder,
@@ -130,14 +131,19 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Lines of a run's metrics.jsonl, without one that is half written."""
+    """Records of a run's metrics.jsonl."""
+    return [record for record in read_lines(folder / "metrics.jsonl") if "step" in record]
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Objects of a file with one JSON object a line, without one that is half written; none where there is no file."""
     records = []
-    for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:
             record = json.loads(line)
         except ValueError:  # left by a crash, or the run goes on
             continue
-        if isinstance(record, dict) and "step" in record:
+        if isinstance(record, dict):
             records.append(record)
     return records
 
@@ -235,7 +241,9 @@ def _environment(runs: Sequence[Run]) -> Iterable[str]:
     names = dict.fromkeys(name for run in runs for name in run.environment)
     if names:
         head = ("", *(run.name for run in runs))
-        yield section("Environment", table(head, _rows(names, [run.environment for run in runs]), text=True))
+        yield section(
+            "Environment of the newest start", table(head, _rows(names, [run.environment for run in runs]), text=True)
+        )
 
 
 def _provenance(runs: Sequence[Run]) -> Iterable[str]:

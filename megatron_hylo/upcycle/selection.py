@@ -52,7 +52,7 @@ def smart_layers(gains: Sequence[float], count: int) -> tuple[int, ...]:
     first, last = most_sensitive(range(reach)), most_sensitive(range(layers - reach, layers))
     shortest, longer = divmod(last - first + 1 - count, count - 1)
     runs = (shortest, shortest + 1) if longer else (shortest,)
-    best = {first: (gains[first], (first,))}  # last layer chosen so far -> (total sensitivity, layers)
+    best: dict[int, tuple[float, tuple[int, ...]]] = {first: (gains[first], (first,))}  # last layer chosen -> (total, layers)
     for _ in range(count - 1):
         reached: dict[int, tuple[float, tuple[int, ...]]] = {}
         for layer, (total, chosen) in best.items():

@@ -22,7 +22,7 @@ def test_refused_without_a_gpu(settings):
 
 @pytest.mark.parametrize("changes", [dict(recompute=True), dict(packed_documents=True)])
 def test_what_cannot_be_recorded_is_refused(settings, changes):
-    with pytest.raises(ConfigError, match="cuda_graphs cannot record"):
+    with pytest.raises(ConfigError, match="cuda_graphs cannot capture"):
         settings(cuda_graphs=True, **changes)
 
 

@@ -44,20 +44,20 @@ def test_where_it_is(settings, one_rank, device):
     config = settings("distil", precision="bf16")
     model = build_model(tiny_config("G-+-M-*-"), params_dtype=torch.bfloat16).to(device).train()
     state = build_training_state([model], replace(config, optimizer=replace(config.optimizer, offload=True)))
-    resting = state.resting
-    assert resting.copies  # fp32 copies of bf16 weights; A_log and its like are their own
-    assert len(resting.copies) < sum(len(group["params"]) for group in resting.optimizer.param_groups)
+    offloaded = state.offloaded
+    assert offloaded.copies  # fp32 copies of bf16 weights; A_log and its like are their own
+    assert len(offloaded.copies) < sum(len(group["params"]) for group in offloaded.optimizer.param_groups)
     where = [p.data_ptr() for p in model.parameters()]
     for _ in range(2):
         for p in model.parameters():
             p.main_grad.fill_(1e-3)
         with state.resident():
             state.optimizer.step()
-            values = [x for values in resting.optimizer.state.values() for x in values.values() if x.numel() > 1]
-            assert values and {x.device.type for x in (*values, *resting.copies)} == {device}
-        homes = {home.data_ptr() for home in resting.homes.values()}
-        values = [x for values in resting.optimizer.state.values() for x in values.values() if x.numel() > 1]
-        assert {x.data_ptr() for x in (*values, *(p.data for p in resting.copies))} == homes
+            values = [x for values in offloaded.optimizer.state.values() for x in values.values() if x.numel() > 1]
+            assert values and {x.device.type for x in (*values, *offloaded.copies)} == {device}
+        homes = {home.data_ptr() for home in offloaded.cpu_buffers.values()}
+        values = [x for values in offloaded.optimizer.state.values() for x in values.values() if x.numel() > 1]
+        assert {x.data_ptr() for x in (*values, *(p.data for p in offloaded.copies))} == homes
     assert where == [p.data_ptr() for p in model.parameters()]
 
 
