@@ -168,5 +168,6 @@ def test_preprocess_tool_makes_the_dataset_of_a_folder(tmp_path, tokenizer):
 
 
 def test_preprocess_without_a_tokenizer_is_refused(tmp_path):
+    (tmp_path / "text").mkdir()
     with pytest.raises(ConfigError, match="holds no tokenizer"):
-        preprocess(str(tmp_path), str(tmp_path / "data"), str(tmp_path))
+        preprocess(str(tmp_path / "text"), str(tmp_path / "data"), str(tmp_path / "text"))
