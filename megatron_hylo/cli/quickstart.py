@@ -14,7 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -70,11 +70,11 @@ class Budget:
     calibration_tokens: int
     calibration_length: int
     sequential: bool  # let calibrated layers correct those before them
-    align_loss: str
+    align_loss: Literal["mse", "ild", "sequential"]
     align_tokens: int
     distil_tokens: int
     eval_windows: int
-    precision: str
+    precision: Literal["bf16", "fp32"]
     align_mixer_lr: float
     mixer_lr: float
     lr: float
@@ -192,6 +192,7 @@ def _run(
     step("summary")
     config, base = (read_description(folder)[0] for folder in (hybrid, teacher))
     seconds = results.get("seconds", 0.0) + time.perf_counter() - start
+    assert aligned is not None and distilled is not None, "this process is the main rank"
     summary = {
         "teacher_ppl": results["teacher"]["perplexity"],
         "init_ppl": results["init"]["perplexity"],
@@ -320,7 +321,9 @@ def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output
     return _results(output)
 
 
-def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: Path, output: Path, tokens: int) -> TrainConfig:
+def stage_config(
+    stage: Literal["align", "distil"], budget: Budget, model: Path, teacher: Path, data: Path, output: Path, tokens: int
+) -> TrainConfig:
     """The settings of one stage within a budget.
 
     Args:
