@@ -18,6 +18,7 @@ from report import device_name, random_text, report
 
 from megatron_hylo.calibrate.gather import calibrate
 from megatron_hylo.config import ModelConfig
+from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import session
@@ -66,11 +67,10 @@ def main(
         )
         rows.append(("calibrate", seconds))
         for name, pattern in MIXERS.items():
-            seconds = _seconds(
-                lambda pattern=pattern: upcycle_folder(
-                    folder / "teacher", folder / "student", pattern=pattern, calibration=folder / "calibration", overwrite=True
-                )
+            settings = UpcycleConfig(
+                f"{folder}/teacher", f"{folder}/student", pattern=pattern, calibration=f"{folder}/calibration", overwrite=True
             )
+            seconds = _seconds(lambda settings=settings: upcycle_folder(settings))
             rows.append((f"initialise and solve, {name}", seconds))
     name = device_name()
     shape = f"{hidden_size} wide, {num_attention_heads}/{num_query_groups} heads of {kv_channels}, MLP {ffn_hidden_size}"

@@ -30,6 +30,7 @@ from megatron_hylo.calibrate.gather import calibrate
 from megatron_hylo.cli.quickstart import BUDGETS, stage_config
 from megatron_hylo.config.layouts import get_layout, kv_percent
 from megatron_hylo.config.train import CheckpointSettings, LoggingSettings
+from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.preprocess import preprocess
@@ -42,7 +43,7 @@ from megatron_hylo.upcycle.run import upcycle_folder
 ALL_MLA = dict(pattern="+" * 30, overrides=dict(kv_lora_rank=78, qk_pos_emb_head_dim=48))
 GDN, MAMBA2 = "smollm2-135m-8mla22gdn", "smollm2-135m-8mla22m2"
 EVEN, EVEN_MAMBA2 = (dict(pattern=get_layout(name).config.mixers) for name in (GDN, MAMBA2))
-STARTS: dict[str, dict[str, Any]] = {  # name: arguments of upcycle_folder
+STARTS: dict[str, dict[str, Any]] = {  # name: settings of its UpcycleConfig
     "paper": dict(layout=GDN, init="paper"),
     "one-shot": dict(layout=f"{GDN}-aligned"),
     "one-shot, evenly spread layers": EVEN,
@@ -133,7 +134,8 @@ def measure_start(name: str, work: Path, teacher: Path, calibration: Path) -> No
         return
     start = time.perf_counter()
     with session():
-        report = upcycle_folder(teacher, model, calibration=calibration, overwrite=True, **STARTS[name])
+        settings = UpcycleConfig(str(teacher), str(model), calibration=str(calibration), overwrite=True, **STARTS[name])
+        report = upcycle_folder(settings)
         kv = kv_percent(report.config)
     quality, reference = report.quality.to_dict(), report.teacher_quality
     values = dict(seconds=time.perf_counter() - start, kv_percent=kv, teacher_perplexity=reference.perplexity)

@@ -1,29 +1,12 @@
-"""Tokenise text into a dataset folder for training.
+#!/usr/bin/env python3
+"""Tokenise text into a dataset folder for training: `hylo preprocess` with its options.
 
-python tools/preprocess_data.py --input TEXT_DIR_OR_JSONL --tokenizer HF_DIR --output DATA_DIR
+python tools/preprocess_data.py TEXT_DIR_OR_JSONL DATA_DIR --tokenizer HF_DIR
 """
 
-import json
-import logging
-from dataclasses import asdict
+import sys
 
-from jsonargparse import CLI
-
-from megatron_hylo.config import ConfigError
-from megatron_hylo.data.preprocess import preprocess
-from megatron_hylo.io import DamagedError, plain_os_errors
-
-
-def main() -> None:
-    """Run `preprocess` with the command line's options and print what was made."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        with plain_os_errors():
-            description = CLI(preprocess, as_positional=False)
-    except (ConfigError, DamagedError) as error:
-        raise SystemExit(f"error: {error}") from None
-    print(json.dumps({name: value for name, value in asdict(description).items() if name != "heldout_names"}))
-
+from megatron_hylo.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main(["preprocess", *sys.argv[1:]])

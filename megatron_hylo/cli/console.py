@@ -1,12 +1,15 @@
-"""What `hylo` shows: one console, progress bars on it, and which messages of whom."""
+"""What `hylo` shows: results on stdout; notes, progress and errors on stderr; which messages of which package."""
 
 import io
+import json
 import logging
+import math
 import os
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import rich
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -16,24 +19,50 @@ from megatron_hylo.io.progress import show_progress as track  # noqa: F401  of e
 if TYPE_CHECKING:
     from megatron_hylo.upcycle.run import UpcycleReport
 
-# a table in a job's log is not cut to the 80 columns that a file seems to have
-console = Console(width=None if sys.stdout.isatty() else 128)
+FILE_WIDTH = 128  # a table in a job's log is not cut to the 80 columns that a file seems to have
 
 
-def set_up_logging() -> None:
-    """Our own messages on the main rank; of other packages only errors, and no progress bars of theirs."""
+def _width(stream: Any) -> int | None:
+    return None if stream.isatty() else FILE_WIDTH
+
+
+rich.reconfigure(stderr=True, width=_width(sys.stderr))  # also for the progress bars that name no console
+console = rich.get_console()
+results = Console(width=_width(sys.stdout))
+
+
+def print_json(value: Any) -> None:
+    """Print a result for programs to stdout; what is not finite is null, for NaN is no JSON."""
+    print(json.dumps(_finite(value), indent=2, allow_nan=False, ensure_ascii=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def set_up_logging(verbose: bool = False) -> None:
+    """Show our own messages of the main rank; of other packages only errors, and no progress bars of theirs.
+
+    Args:
+        verbose: show also details, such as which kernel was chosen why.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a model's text on a terminal that has not all characters
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
-    logging.getLogger("megatron_hylo").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.getLogger("megatron_hylo").setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b.*")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def show_upcycle(report: "UpcycleReport") -> None:
-    """Error of each layer, and the whole model's quality before training beside its cache."""
+    """Print the error of each layer, and the whole model's quality before training beside its cache."""
     from megatron_hylo.config.layouts import kv_bytes_per_token, kv_percent
 
     if report.errors is not None:
@@ -42,13 +71,14 @@ def show_upcycle(report: "UpcycleReport") -> None:
             table.add_column(name, justify="right")
         for error in report.errors:
             table.add_row(str(error.layer), error.symbol, f"{error.initial:.3f}", f"{error.solved:.3f}", f"{error.hidden:.3f}")
-        console.print(table)
+        results.print(table)
     kv = f"KV {kv_percent(report.config):.1f}% ({kv_bytes_per_token(report.config):,} bytes a token)"
     if report.quality is None:
-        console.print(f"{kv}; quality not measured: give --calibration")
+        results.print(f"{kv}; quality not measured: give --calibration")
         return
     q, t = report.quality, report.teacher_quality
-    console.print(
+    assert t is not None and q.kl is not None and q.agreement is not None, "both are measured together"
+    results.print(
         f"before training: perplexity {q.perplexity:,.2f} (teacher {t.perplexity:,.2f}), KL {q.kl:.3f}, "
         f"top-1 agreement {100 * q.agreement:.1f}%, {kv}"
     )

@@ -2,12 +2,13 @@
 
 import platform
 import shutil
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from rich.table import Table
 
-from megatron_hylo.cli.console import console
+from megatron_hylo.cli.console import console, print_json, results
 from megatron_hylo.cli.upcycle import chosen_dtype
 
 PACKAGES = (  # distribution, what it is for; None: needed
@@ -18,7 +19,7 @@ PACKAGES = (  # distribution, what it is for; None: needed
 )  # fmt: skip
 
 
-def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None) -> int:
+def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None, json: bool = False) -> int:
     """Show the environment, then compare every kernel's output and gradients with its definition at a layout's shapes.
 
     Exits 1 where a kernel is wrong. Training makes the same comparison before its first run with new shapes or libraries.
@@ -27,31 +28,38 @@ def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None
         layout: a named layout (see `hylo layouts`); all: one of each linear layer at the sizes of the quickstart, and on a
             GPU the 1B hybrid's.
         precision: bf16 on a GPU and fp32 on a CPU by default.
+        json: print the comparisons of kernels alone, as JSON.
     """
     from megatron_hylo.config.layouts import get_layout
-    from megatron_hylo.models.kernel_check import check_kernels
+    from megatron_hylo.models.kernel_check import Check, check_kernels
     from megatron_hylo.platform.distributed import device
 
+    if layout != "all":
+        get_layout(layout)  # before a table is printed
     where = device()
-    _environment(where)
-    _third_party_changes()
+    if not json:
+        _environment(where)
+        _third_party_changes()
     names = [layout]
     if layout == "all":  # some kernels are for the larger's widths alone; in plain torch it would take minutes
         large = ["llama3.2-1b-4mla12gdn"] if where.type == "cuda" else []
         names = ["smollm2-135m-8mla22gdn-teacher", "smollm2-135m-8mla22m2-teacher", *large]
     dtype = chosen_dtype(precision)
-    checks = {}
+    checks: dict[tuple[str, str], Check] = {}
     with console.status("comparing kernels with their definitions"):
         for name in names:
             checks |= {(c.operation, c.shape): c for c in check_kernels(get_layout(name).config, dtype, where, checks)}
+    wrong = [c.operation for c in checks.values() if not c.ok]
+    if json:
+        print_json([asdict(c) | {"ok": c.ok} for c in checks.values()])
+        return 1 if wrong else 0
     table = Table(title=f"kernels against their definitions, {str(dtype).removeprefix('torch.')}, relative error")
     for column in ("operation", "shape", "runs by", "largest error", "of", "limit", ""):
         table.add_column(column)
     for c in checks.values():
         verdict = "right" if c.ok else "[bold red]WRONG[/]"
         table.add_row(c.operation, c.shape, c.implementation, f"{c.error:.1e}", c.where, f"{c.limit:.0e}", verdict)
-    console.print(table)
-    wrong = [c.operation for c in checks.values() if not c.ok]
+    results.print(table)
     if wrong:
         console.print(f"wrong on this machine: {', '.join(wrong)}; install other versions, or HYLO_KERNELS={wrong[0]}=torch")
     return 1 if wrong else 0
@@ -66,7 +74,7 @@ def _third_party_changes() -> None:
         table.add_column(column)
     for change in CHANGES:
         table.add_row(change.name, change.changes, change.reason, change.scope, "yes" if change.in_force() else "no")
-    console.print(table)
+    results.print(table)
 
 
 def _environment(where) -> None:
@@ -97,4 +105,4 @@ def _environment(where) -> None:
         table.add_row(name, here, use or "needed")
     free = shutil.disk_usage(cache_dir()).free / 2**30
     table.add_row("cache folder", str(cache_dir()), f"{free:.0f} GiB free")
-    console.print(table)
+    results.print(table)

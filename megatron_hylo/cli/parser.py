@@ -1,52 +1,92 @@
 """The parser of `hylo <verb>`: jsonargparse turns the verbs' signatures into options, YAML keys and help."""
 
 import inspect
-from collections.abc import Callable, Iterable
-from typing import get_args, get_origin
+from collections.abc import Callable, Iterable, Set
+from dataclasses import is_dataclass
+from typing import Any, get_args, get_origin
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
 
+import megatron_hylo
+from megatron_hylo.cli.usage import Parser
 from megatron_hylo.config.train import TrainConfig
 
+Verb = Callable[..., Any]
 
-def build_parser(verbs: Iterable[Callable]) -> ArgumentParser:
-    """The whole command line.
+
+def build_parser(verbs: Iterable[Verb]) -> ArgumentParser:
+    """Build the parser of the whole command line.
 
     Args:
-        verbs: one function a verb; a verb that takes a TrainConfig has its fields as options, and recipes by --config.
+        verbs: one function a verb; the fields of a parameter that is a dataclass are options and keys of --config's YAML.
     """
-    parser = ArgumentParser(prog="hylo", description="Long-context upcycling: a pretrained Transformer in, a hybrid out.")
+    parser = Parser(prog="hylo", description="Long-context upcycling: a pretrained Transformer in, a hybrid out.")
+    parser.add_argument(
+        "--version", action="version", version=f"hylo {megatron_hylo.__version__}", help="Show the version and exit."
+    )
     commands = parser.add_subcommands(required=True, dest="verb")
     for verb in verbs:
-        summary = (verb.__doc__ or "").split("\n\n")[0]
-        sub = ArgumentParser(description=(verb.__doc__ or "").split("Args:")[0].strip())
-        if [p.annotation for p in inspect.signature(verb).parameters.values()] == [TrainConfig]:
+        sub = Parser(description=(verb.__doc__ or "").split("Args:")[0].strip())
+        sub.whole = parser
+        if settings := settings_of(verb):
+            name, kind = settings
             sub.add_argument("--config", action="config", help="recipe (YAML); later options override it")
-            sub.add_class_arguments(TrainConfig)
+            _add_arguments(sub, sub.add_class_arguments, kind, as_positional=kind is not TrainConfig)  # recipes hold training's
+            _add_arguments(sub, sub.add_function_arguments, verb, as_positional=True, besides={name})
         else:
-            _add_arguments(sub, verb)
-        commands.add_subcommand(command(verb), sub, help=summary)
+            _add_arguments(sub, sub.add_function_arguments, verb, as_positional=True)
+        sub.add_argument("-v", "--verbose", action="store_true", help="show details on stderr")
+        commands.add_subcommand(command(verb), sub, help=(verb.__doc__ or "").split("\n\n")[0])
     return parser
 
 
-def command(verb: Callable) -> str:
-    """What a verb is called on the command line."""
+def command(verb: Verb) -> str:
+    """Name of a verb on the command line."""
     return verb.__name__.replace("_", "-")
 
 
-def _add_arguments(parser: ArgumentParser, verb: Callable) -> None:
-    """Required parameters as positionals (lists: one or more), keyword-only ones as options, `bool = False` as switches."""
-    parameters = inspect.signature(verb).parameters.values()
-    documented = {p.arg_name: p.description for p in parse_docstring(verb.__doc__).params}
-    switches = [p.name for p in parameters if p.annotation is bool and p.default is False]
-    named = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
-    several = {
-        p.name: get_args(p.annotation)[0] for p in parameters if get_origin(p.annotation) is list and p.default is p.empty
-    }
+def settings_of(verb: Verb) -> tuple[str, Any] | None:
+    """(name, class) of a verb's required parameter that is a dataclass; None where there is none."""
+    given = inspect.signature(verb).parameters.values()
+    return next(((p.name, p.annotation) for p in given if is_dataclass(p.annotation) and p.default is p.empty), None)
+
+
+def parameters(verb: Verb) -> dict[str, inspect.Parameter]:
+    """Options of a verb by name: its parameters, and the fields of the dataclass among them."""
+    own = dict(inspect.signature(verb).parameters)
+    if settings := settings_of(verb):
+        own = {**inspect.signature(settings[1]).parameters, **own}
+        del own[settings[0]]
+    return own
+
+
+def _add_arguments(
+    parser: ArgumentParser, add: Callable, source: Callable, as_positional: bool, besides: Set[str] = frozenset()
+) -> None:
+    """Required parameters as positionals (lists: one or more), keyword-only ones as options, `bool = False` as switches.
+
+    Args:
+        parser: of one verb.
+        add: its method for a function's or a class's arguments.
+        source: the function or class.
+        as_positional: false where required parameters are options and switches take a value.
+        besides: parameters to leave out.
+    """
+    documented = {p.arg_name: p.description for p in parse_docstring(source.__doc__ or "").params}
+    switches: list[str] = []
+    named: dict[str, Any] = {}
+    several: dict[str, Any] = {}
+    if as_positional:
+        given = [p for p in inspect.signature(source).parameters.values() if p.name not in besides]
+        switches = [p.name for p in given if p.annotation is bool and p.default is False]
+        named = {p.name: p.annotation for p in given if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+        several = {
+            p.name: get_args(p.annotation)[0] for p in given if get_origin(p.annotation) is list and p.default is p.empty
+        }
     for name, kind in several.items():
         parser.add_argument(name, type=kind, nargs="+", help=documented[name])
-    parser.add_function_arguments(verb, as_positional=True, skip={*switches, *named, *several})
+    add(source, as_positional=as_positional, skip={*switches, *named, *several, *besides})
     for name, kind in named.items():
         parser.add_argument(f"--{name}", type=kind, required=True, help=documented[name])
     for name in switches:

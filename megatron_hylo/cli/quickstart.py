@@ -14,7 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -25,6 +25,7 @@ from megatron_hylo.cli.quickstart_report import next_commands, plot_quickstart, 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import get_layout, kv_bytes_per_token, kv_percent
 from megatron_hylo.config.train import AlignSettings, CheckpointSettings, LoggingSettings, OptimizerSettings, TrainConfig
+from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
@@ -69,11 +70,11 @@ class Budget:
     calibration_tokens: int
     calibration_length: int
     sequential: bool  # let calibrated layers correct those before them
-    align_loss: str
+    align_loss: Literal["mse", "ild", "sequential"]
     align_tokens: int
     distil_tokens: int
     eval_windows: int
-    precision: str
+    precision: Literal["bf16", "fp32"]
     align_mixer_lr: float
     mixer_lr: float
     lr: float
@@ -191,6 +192,7 @@ def _run(
     step("summary")
     config, base = (read_description(folder)[0] for folder in (hybrid, teacher))
     seconds = results.get("seconds", 0.0) + time.perf_counter() - start
+    assert aligned is not None and distilled is not None, "this process is the main rank"
     summary = {
         "teacher_ppl": results["teacher"]["perplexity"],
         "init_ppl": results["init"]["perplexity"],
@@ -287,8 +289,11 @@ def _upcycle(teacher: Path, hybrid: Path, linear: str, init: str, output: Path, 
             raise ConfigError(f"{hybrid} is another model than {layout}, {init}; give another --output for it")
         return
     with session():
-        calibration = output / "calibration" if init == "calibrated" else None
-        upcycle_folder(teacher, hybrid, layout, init=init, calibration=calibration, sequential=budget.sequential, track=track)
+        calibration = str(output / "calibration") if init == "calibrated" else None
+        settings = UpcycleConfig(
+            str(teacher), str(hybrid), layout, init=init, calibration=calibration, sequential=budget.sequential
+        )
+        upcycle_folder(settings, track)
 
 
 def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output: Path, budget: Budget) -> dict[str, Any]:
@@ -310,13 +315,15 @@ def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output
         found["paper_init"] = found["init"]
         if read_description(hybrid)[1]["provenance"]["init"] != "paper":
             with tempfile.TemporaryDirectory() as scratch:
-                upcycle_folder(teacher, Path(scratch) / "paper", LAYOUT["paper", linear], init="paper")
+                upcycle_folder(UpcycleConfig(str(teacher), f"{scratch}/paper", LAYOUT["paper", linear], init="paper"))
                 found["paper_init"] = quality(load_model(Path(scratch) / "paper", params_dtype=dtype), reference)
         _record(output, **found)
     return _results(output)
 
 
-def stage_config(stage: str, budget: Budget, model: Path, teacher: Path, data: Path, output: Path, tokens: int) -> TrainConfig:
+def stage_config(
+    stage: Literal["align", "distil"], budget: Budget, model: Path, teacher: Path, data: Path, output: Path, tokens: int
+) -> TrainConfig:
     """The settings of one stage within a budget.
 
     Args:

@@ -13,14 +13,16 @@ from jsonargparse import ArgumentParser
 
 from megatron_hylo.cli import main
 from megatron_hylo.cli.parser import build_parser
+from megatron_hylo.cli.types import NUMBERS
 
 HEAD = """# Command line
 
 <!-- Generated from the parser by `python -m megatron_hylo.cli.reference > docs/cli.md`; a test holds it up to date. -->
 
 Every option is written `--option value` or `--option=value`; the arguments in capitals come without a name, in the order
-shown. `hylo VERB --help` prints what is here. Exit codes: 0 success, 1 a check failed, 2 bad input (with a sentence), 3 stopped
-by a signal after saving.
+shown. `hylo VERB --help` prints what is here; every verb also takes `-v`, for more details on stderr. Results are on stdout,
+everything else on stderr. Exit codes: 0 success, 1 failure or a check that did not pass, 2 bad input (with a sentence),
+3 stopped by a signal after saving, 130 Ctrl-C.
 """
 
 
@@ -48,7 +50,7 @@ def _section(name: str, parser: ArgumentParser) -> str:
 
 def _arguments(parser: ArgumentParser) -> Iterator[Action]:
     """Arguments that a user gives: no help, no groups of settings that only hold others, no printing of configurations."""
-    actions = [a for a in parser._actions if a.dest.split(".")[-1] not in ("help", "print_config", "print_shtab")]
+    actions = [a for a in parser._actions if a.dest.split(".")[-1] not in ("help", "verbose", "print_config", "print_shtab")]
     for action in actions:
         if not any(other.dest.startswith(f"{action.dest}.") for other in actions):
             yield action
@@ -74,7 +76,7 @@ def _type(action: Action) -> str:
 
 
 def _words(kind: typing.Any) -> str:
-    """A type as a user would write its values: literals one by one, None as null."""
+    """Name a type by the values that a user writes: literals one by one, None as null."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return ", ".join(f"`{part}`" for part in parts)
@@ -85,7 +87,9 @@ def _words(kind: typing.Any) -> str:
     if origin is dict:
         return f"{{name: {_words(parts[1])}}}"
     names = {type(None): "null", bool: "true or false", str: "text", float: "number", int: "integer"}
-    return names.get(kind) or ("path" if "Path" in str(kind) else getattr(kind, "__name__", str(kind)))
+    if (name := getattr(kind, "__name__", "")) in NUMBERS:
+        return NUMBERS[name]
+    return names.get(kind) or ("path" if "Path" in str(kind) else str(getattr(kind, "__name__", kind)))
 
 
 def _default(action: Action) -> str:

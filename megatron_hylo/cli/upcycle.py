@@ -1,11 +1,14 @@
 """The verbs of `hylo` around a teacher and the hybrid made of it."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from megatron_hylo.cli.console import console, show_upcycle, track
+from megatron_hylo.cli.console import console, print_json, results, show_upcycle, track
+from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
+from megatron_hylo.config.upcycle import UpcycleConfig
 
 
 def chosen_dtype(precision: Literal["fp32", "bf16"] | None):
@@ -20,10 +23,10 @@ def calibrate(
     teacher: Path,
     data: Path,
     output: Path,
-    tokens: int = 65_536,
-    sequence_length: int = 2048,
+    tokens: PositiveInt = 65_536,
+    sequence_length: PositiveInt = 2048,
     precision: Literal["fp32", "bf16"] = "fp32",
-    tensor_model_parallel_size: int = 1,
+    tensor_model_parallel_size: PositiveInt = 1,
     seed: int = 1234,
     overwrite: bool = False,
 ) -> None:
@@ -61,14 +64,15 @@ def cache_teacher(
     teacher: Path,
     data: Path,
     output: Path,
-    kl: float = 9e-4,
-    sequence_length: int = 2048,
+    kl: PositiveFloat = 9e-4,
+    sequence_length: PositiveInt = 2048,
     overlap: int | None = None,
-    micro_batch_size: int = 8,
+    micro_batch_size: PositiveInt = 8,
     precision: Literal["fp32", "bf16"] | None = None,
-    tensor_model_parallel_size: int = 1,
+    tensor_model_parallel_size: PositiveInt = 1,
     teacher_window: TeacherWindow = OWN_WINDOW,
     overwrite: bool = False,
+    json: bool = False,
 ) -> None:
     """Keep what a teacher says of a dataset, for any number of `hylo train --stage distil --teacher_store OUTPUT` runs.
 
@@ -88,6 +92,7 @@ def cache_teacher(
         tensor_model_parallel_size: ranks that share each layer.
         teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
         overwrite: replace what is there.
+        json: print tokens, bytes a token and KL as JSON.
     """
     from megatron_hylo.config import ParallelConfig
     from megatron_hylo.platform.distributed import is_main, session
@@ -100,8 +105,10 @@ def cache_teacher(
             parallel, overwrite, track, teacher_window,
         )  # fmt: skip
         main = is_main()
-    if main:
-        console.print(
+    if main and json:
+        print_json(made)
+    elif main:
+        results.print(
             f"wrote {output}: {made['tokens']:,} tokens, {made['bytes_per_token']:.0f} bytes each, KL to the teacher "
             f"{made['measured_kl']:.1e} nats a token (99 % below {made['measured_kl_p99']:.1e}) on {made['measured_tokens']:,} "
             f"tokens that the codec was not fitted on",
@@ -113,12 +120,12 @@ def serve_teacher(
     teacher: Path,
     address: str,
     precision: Literal["fp32", "bf16"] | None = None,
-    tensor_model_parallel_size: int = 1,
-    context_parallel_size: int = 1,
+    tensor_model_parallel_size: PositiveInt = 1,
+    context_parallel_size: PositiveInt = 1,
     sequence_parallel: bool = False,
-    timeout_minutes: float = 30.0,
-    runs: int | None = None,
-    max_tokens: int = 1 << 20,
+    timeout_minutes: PositiveFloat = 30.0,
+    runs: PositiveInt | None = None,
+    max_tokens: PositiveInt = 1 << 20,
     teacher_window: TeacherWindow = OWN_WINDOW,
 ) -> None:
     """Answer students of another job: `hylo train --stage distil --teacher_address ADDRESS`.
@@ -150,65 +157,28 @@ def serve_teacher(
         sequence_parallel=sequence_parallel,
     )  # fmt: skip
     timeout = timedelta(minutes=timeout_minutes)
-    serve(teacher, address, parallel, chosen_dtype(precision), timeout, runs, max_tokens, teacher_window)
+    serve(str(teacher), address, parallel, chosen_dtype(precision), timeout, runs, max_tokens, teacher_window)
 
 
-def upcycle(
-    teacher: Path,
-    output: Path,
-    layout: str | None = None,
-    pattern: str | None = None,
-    init: str = "calibrated",
-    calibration: Path | None = None,
-    shapes: Literal["paper", "teacher"] | None = None,
-    rotary: Literal["energy", "all", "fastest", "table"] = "energy",
-    sequential: bool = False,
-    mlps: bool = True,
-    seed: int = 0,
-    overrides: dict[str, int] | None = None,
-    overwrite: bool = False,
-) -> None:
+def upcycle(config: UpcycleConfig, json: bool = False) -> None:
     """Make a hybrid from a teacher: its mixers from the attention weights; shows how good it is before any training.
 
+    TEACHER and OUTPUT may also be keys of a YAML file, as all options: `hylo upcycle --config FILE`.
+
     Args:
-        teacher: model folder of the teacher.
-        output: model folder to make.
-        layout: a named layout (see `hylo layouts`), or
-        pattern: one mixer a layer out of * + M G K, e.g. "GG+G..."; MLPs may be written ("G-G-+-...").
-        init: calibrated (needs --calibration), or paper (HyLo's own).
-        calibration: folder made by `hylo calibrate`; with it any initialisation is also measured on held-out text.
-        shapes: dimensions of a pattern's mixers; by default teacher for calibrated, the paper's otherwise.
-        rotary: which of the teacher's rotary components MLA keeps: energy (the most useful), all or fastest (standard
-            tables), table (the standard table of the layout's own dimensions).
-        sequential: let each layer make up for what the layers before it got wrong: much better before training with
-            262,144 calibration tokens or more, not with fewer.
-        mlps: with sequential, let MLPs make up for it too (their last linear map changes); false keeps the teacher's.
-        seed: of the tensors the initialiser draws at random.
-        overrides: dimensions that replace the layout's, e.g. {kv_lora_rank: 64}.
-        overwrite: replace what is there.
+        config: settings of the hybrid.
+        json: print {pattern, quality, teacher_quality, layers} instead of tables.
     """
     from megatron_hylo.platform.distributed import session
     from megatron_hylo.upcycle.run import upcycle_folder
 
     with session():
-        report = upcycle_folder(
-            teacher,
-            output,
-            layout,
-            pattern,
-            init,
-            calibration,
-            shapes,
-            rotary,
-            sequential,
-            mlps,
-            seed,
-            overrides,
-            overwrite,
-            track,
-        )
-    show_upcycle(report)
-    console.print(f"wrote {output}: {report.config.mixers}")
+        report = upcycle_folder(config, track)
+    console.print(f"wrote {config.output}: {report.config.mixers}")
+    if json:
+        print_json(report.to_dict())
+    else:
+        show_upcycle(report)
 
 
 def assemble(mla: Path, linear: Path, base: Path, output: Path, *, pattern: str, overwrite: bool = False) -> None:
@@ -216,7 +186,7 @@ def assemble(mla: Path, linear: Path, base: Path, output: Path, *, pattern: str,
 
     Args:
         mla: model folder, all layers MLA.
-        linear: model folder, all layers Mamba2 or Gated DeltaNet.
+        linear: model folder, the same linear mixer in all layers.
         base: model folder of the teacher, for embedding, final norm and head.
         output: model folder to make.
         pattern: one mixer a layer, e.g. "G+GG".
@@ -236,20 +206,21 @@ def select(
     mla: Path,
     linear: Path,
     data: Path,
-    count: int,
+    count: PositiveInt,
     method: Literal["smart", "greedy", "uniform"] = "smart",
-    tokens: int = 65_536,
-    sequence_length: int = 2048,
+    tokens: PositiveInt = 65_536,
+    sequence_length: PositiveInt = 2048,
     output: Path | None = None,
     allow_unaligned: bool = False,
     overwrite: bool = False,
+    json: bool = False,
 ) -> None:
     """Choose which layers of a hybrid are MLA by the KL to the teacher of hybrids of two aligned pure models.
 
     Args:
         teacher: model folder both were aligned with.
         mla: model folder, aligned, all layers MLA.
-        linear: model folder, aligned, all layers Mamba2 or Gated DeltaNet.
+        linear: model folder, aligned, the same linear mixer in all layers.
         data: dataset folder made by `hylo preprocess`; its training text is used.
         count: number of MLA layers.
         method: smart (sensitivity of each layer, spaced as in Zebra-Llama), greedy (the best one more, count times) or
@@ -259,6 +230,7 @@ def select(
         output: folder to make, with selection.json and selection.png.
         allow_unaligned: go on where the models do not look aligned.
         overwrite: replace what is there.
+        json: print all that was measured instead of the pattern.
     """
     from megatron_hylo.platform.distributed import session
     from megatron_hylo.upcycle.select import select_folder
@@ -270,4 +242,7 @@ def select(
     console.print(f"KL to the teacher: {found.kl_all_linear:.4f} all linear, {found.kl_selected:.4f} as chosen")
     cost = f"{found.tokens:,} tokens, {found.layer_evaluations:,.0f} layers run over them, {found.seconds:.1f} s"
     console.print(cost, style="dim", highlight=False)
-    print(found.pattern)
+    if json:
+        print_json(asdict(found))
+    else:
+        print(found.pattern)

@@ -78,7 +78,8 @@ def load_for_generation(path: str | Path) -> tuple[Any, Any]:
     tokenizer = load_transformers_tokenizer(source)
     if tokenizer is None:
         raise ConfigError(f"{source} holds no tokenizer; copy the base model's tokenizer files there")
-    return model.to(device()).eval(), tokenizer
+    torch.nn.Module.to(model, device())  # transformers' own is typed for its classes alone
+    return model.eval(), tokenizer
 
 
 def model_from_megatron(path: str | Path) -> HyloForCausalLM:

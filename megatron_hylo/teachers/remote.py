@@ -23,8 +23,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.prefetch import ahead
+from megatron_hylo.data.windows import WindowSource
 from megatron_hylo.distill.head_loss import head_part
 from megatron_hylo.platform.distributed import device, rank
 from megatron_hylo.teachers.remote_access import ADVICE, introduce, is_loopback, read_secret, replica_address
@@ -102,7 +102,7 @@ class RemoteTeacher:
         assert self.weight is not None, "only the last pipeline stage has the head"
         return self.weight
 
-    def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
+    def with_hidden(self, batches: Iterator[dict], dataset: WindowSource) -> Iterator[dict]:
         """Implement `TeacherSignal.with_hidden`."""
         for batch in ahead(self._answers(batches), 1) if self.leads else batches:
             hidden = batch.pop("hidden", None)

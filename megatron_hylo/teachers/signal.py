@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from megatron_hylo.data.packed import PackedDataset
+from megatron_hylo.data.windows import WindowSource
 
 
 class TeacherSignal(Protocol):
@@ -16,7 +16,7 @@ class TeacherSignal(Protocol):
     def head_weight(self) -> Tensor:
         """Return this rank's rows of the head, [vocab / TP rounded up, H]; rows after the vocabulary's are padding."""
 
-    def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
+    def with_hidden(self, batches: Iterator[dict], dataset: WindowSource) -> Iterator[dict]:
         """Yield the same micro-batches, each with "teacher_hidden", a function that all ranks of a replica call.
 
         It returns this rank's part of the hidden states, [sequence / context-parallel ranks, micro batch, H] on its device."""

@@ -35,6 +35,7 @@ from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.data.packed import DocumentStore, PackedDataset
 from megatron_hylo.data.prefetch import ahead
 from megatron_hylo.data.tokenizer import check_dataset, copy_tokenizer
+from megatron_hylo.data.windows import WindowSource
 from megatron_hylo.distill.head_loss import head_part, whole_head
 from megatron_hylo.io import (
     DamagedError,
@@ -338,8 +339,9 @@ class StoredTeacher:
         """Return this rank's rows of the head, [vocab / TP rounded up, H]."""
         return self.weight
 
-    def with_hidden(self, batches: Iterator[dict], dataset: PackedDataset) -> Iterator[dict]:
+    def with_hidden(self, batches: Iterator[dict], dataset: WindowSource) -> Iterator[dict]:
         """Implement `TeacherSignal.with_hidden`; a thread reads the store some micro-batches ahead."""
+        assert isinstance(dataset, PackedDataset)  # the settings refuse a store with other windows
         for batch in ahead(self._with_codes(batches, dataset)):
             codes = batch.pop("codes").reshape(*batch["input_ids"].shape, -1)
             yield batch | {"teacher_hidden": functools.partial(self._hidden, codes)}

@@ -1,6 +1,6 @@
 """Upcycling and assembling at the level of model folders: read a teacher, make every student tensor, write a folder."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from megatron_hylo.calibrate.gather import micro_batch
 from megatron_hylo.calibrate.solve import LayerError, solve_outputs
 from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.config.layouts import Shapes, expand_pattern, get_layout, hybrid_config
+from megatron_hylo.config.layouts import expand_pattern, get_layout, hybrid_config
 from megatron_hylo.config.mixers import LINEAR_SYMBOLS, MLA_SYMBOL
+from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_hf import hf_tensors
 from megatron_hylo.convert.to_megatron import fill_model
 from megatron_hylo.data.tokenizer import check_dataset, check_same_vocabulary
@@ -30,26 +31,31 @@ from megatron_hylo.upcycle.assemble import Source, assemble_state, attention_ten
 
 @dataclass
 class UpcycleReport:
-    """What an upcycled model is before any training."""
+    """Configuration and quality of an upcycled model before any training."""
 
     config: ModelConfig
     errors: list[LayerError] | None  # by layer; with a calibration folder
     quality: Quality | None  # on the calibration folder's held-out windows
     teacher_quality: Quality | None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Pattern, quality before training and errors by layer, for JSON."""
+        qualities = {name: value and value.to_dict() for name, value in vars(self).items() if name.endswith("quality")}
+        return {"pattern": self.config.mixers, **qualities, "layers": self.errors and [asdict(error) for error in self.errors]}
 
-def student_config(
-    teacher: ModelConfig, layout: str | None, pattern: str | None, shapes: Shapes, overrides: dict[str, Any]
-) -> ModelConfig:
-    """The hybrid's configuration out of a layout name or a pattern.
+
+def student_config(teacher: ModelConfig, settings: UpcycleConfig) -> ModelConfig:
+    """Configuration of the hybrid, from a layout's name or a pattern.
 
     Raises:
         ConfigError: both or neither given, a pattern that does not fit, a layout of another base.
     """
-    if (layout is None) == (pattern is None):
+    layout, pattern = settings.layout, settings.pattern
+    overrides: dict[str, Any] = {**(settings.overrides or {})}
+    if pattern is not None and layout is None:
+        return hybrid_config(teacher, pattern, shapes=settings.mixer_shapes, **overrides)
+    if layout is None or pattern is not None:
         raise ConfigError("give either a layout name or a pattern")
-    if pattern is not None:
-        return hybrid_config(teacher, pattern, shapes=shapes, **overrides)
     named = get_layout(layout)
     config = named.config
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size"):
@@ -58,36 +64,11 @@ def student_config(
     return hybrid_config(teacher, config.mixers, base_name=named.base, shapes=named.shapes, **overrides)
 
 
-def upcycle_folder(
-    teacher: str | Path,
-    output: str | Path,
-    layout: str | None = None,
-    pattern: str | None = None,
-    init: str = "calibrated",
-    calibration: str | Path | None = None,
-    shapes: Shapes | None = None,
-    rotary: str = "energy",
-    sequential: bool = False,
-    mlps: bool = True,
-    seed: int = 0,
-    overrides: dict[str, Any] | None = None,
-    overwrite: bool = False,
-    track: Track = no_progress,
-) -> UpcycleReport:
+def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> UpcycleReport:
     """Make a hybrid's model folder from a teacher's; `platform.initialize` must have run.
 
     Args:
-        teacher: model folder, all layers attention.
-        output: model folder to make.
-        layout, pattern: which layers become what; one of the two.
-        init: name of a registered initialiser.
-        calibration: folder made by `hylo calibrate` with this teacher; `calibrated` needs it, others are measured with it.
-        shapes: of a pattern's mixers; by default teacher for `calibrated`, the paper's for others. A layout has its own.
-        rotary: which of the teacher's rotary components MLA keeps (`choose_rotary_pairs`); "table": the standard table's.
-        sequential, mlps: how output projections are solved (`solve_outputs`).
-        seed: of random tensors.
-        overrides: fields of the student's configuration.
-        overwrite: replace what is there.
+        settings: teacher, output, what becomes of each layer, and how; kept as the provenance of the folder.
         track: progress display over an iterable.
 
     Returns:
@@ -96,10 +77,11 @@ def upcycle_folder(
     Raises:
         ConfigError: teacher, calibration and settings do not fit one another.
     """
-    check_free(output, overwrite, [teacher, calibration])
+    teacher, calibration = settings.teacher, settings.calibration
+    check_free(settings.output, settings.overwrite, [teacher, calibration])
     teacher_config, _ = read_description(teacher)
-    calibrated = init == "calibrated"
-    config = student_config(teacher_config, layout, pattern, shapes or ("teacher" if calibrated else "paper"), overrides or {})
+    calibrated = settings.init == "calibrated"
+    config = student_config(teacher_config, settings)
     if calibrated and calibration is None:
         raise ConfigError("init `calibrated` needs --calibration, a folder made by `hylo calibrate`; or use --init paper")
     statistics = CalibrationFolder(calibration, teacher, device()) if calibration is not None else None
@@ -107,15 +89,16 @@ def upcycle_folder(
         check_dataset(calibration, teacher)
     model = load_model(teacher, backend="local")
     source = dict(hf_tensors(model))
-    if calibrated and rotary != "table" and MLA_SYMBOL in config.mixers:
+    if calibrated and settings.rotary != "table" and MLA_SYMBOL in config.mixers:
+        assert statistics is not None
         span = statistics.description["sequence_length"]
         pairs: list[tuple[int, ...]] = [()] * config.num_hidden_layers
         for layer in (i for i, symbol in enumerate(config.mixers) if symbol == MLA_SYMBOL):
             attention = attention_tensors(source.__getitem__, teacher_config, layer)
-            pairs[layer] = choose_rotary_pairs(attention, config, teacher_config, statistics[layer], rotary, span)
+            pairs[layer] = choose_rotary_pairs(attention, config, teacher_config, statistics[layer], settings.rotary, span)
         config = config.replace(mla_rotary_pairs=pairs)
     used = statistics if calibrated else None
-    state = dict(upcycle_state(source.__getitem__, teacher_config, config, init, seed, used, track))
+    state = dict(upcycle_state(source.__getitem__, teacher_config, config, settings.init, settings.seed, used, track))
     student = build_model(config, params_dtype=model.config.params_dtype, backend="local")
     _fill(student, state)
     report = UpcycleReport(config, None, None, None)
@@ -124,14 +107,13 @@ def upcycle_folder(
         size = micro_batch(heldout.shape[1] - 1)
         with untuned():
             if calibrated:
-                report.errors = solve_outputs(student, model, windows, sequential, mlps, track)
+                report.errors = solve_outputs(student, model, windows, settings.sequential, settings.mlps, track)
             report.quality, report.teacher_quality = (evaluate(m, heldout, model, size, track=track) for m in (student, model))
-    settings: dict[str, Any] = {"layout": layout, "pattern": pattern, "init": init, "seed": seed}
+    provenance = made_by("upcycle", {"teacher": teacher, "calibration": calibration}, **asdict(settings))
     if calibrated:
-        tokens = statistics.description["tokens"]
-        settings |= {"rotary": rotary, "sequential": sequential, "mlps": sequential and mlps, "calibration_tokens": tokens}
-    provenance = made_by("upcycle", {"teacher": teacher, "calibration": calibration}, **settings)
-    _save(student, output, Path(teacher), provenance, overwrite)
+        assert statistics is not None
+        provenance["calibration_tokens"] = statistics.description["tokens"]
+    _save(student, settings.output, Path(teacher), provenance, settings.overwrite)
     return report
 
 
@@ -148,7 +130,7 @@ def assemble_folder(
 
     Args:
         mla: model folder with only `+` layers.
-        linear: model folder with only `M` or only `G` layers.
+        linear: model folder with one linear mixer in all layers: only `M`, only `G` or only `K`.
         base: model folder of the teacher: embedding, final norm, head.
         output: model folder to make.
         pattern: one mixer a layer.
@@ -163,8 +145,7 @@ def assemble_folder(
         check_same_vocabulary(folder, base)
     mla_model, linear_model, base_model = (load_model(p, backend="local") for p in (mla, linear, base))
     mla_config, linear_config = mla_model.config.hylo, linear_model.config.hylo
-    pure = set(mla_config.mixers) == {MLA_SYMBOL} and len(set(linear_config.mixers)) == 1
-    if not pure or linear_config.mixers[0] not in LINEAR_SYMBOLS:
+    if set(mla_config.mixers) != {MLA_SYMBOL} or set(linear_config.mixers) not in map(set, LINEAR_SYMBOLS):
         raise ConfigError(
             f"assemble needs a pure-MLA and a pure-linear model, got {mla_config.mixers} and {linear_config.mixers}"
         )
@@ -174,8 +155,10 @@ def assemble_folder(
             f"pattern {pattern} asks for mixers that neither model has: {mla_config.mixers[0]}, {linear_config.mixers[0]}"
         )
     config = mla_config.with_mixers(mixers)
-    sources = [Source(m.config.hylo, dict(hf_tensors(m)).__getitem__) for m in (mla_model, linear_model, base_model)]
-    state = dict(assemble_state(*sources, config, track))
+    of_mla, of_linear, of_base = (
+        Source(m.config.hylo, dict(hf_tensors(m)).__getitem__) for m in (mla_model, linear_model, base_model)
+    )
+    state = dict(assemble_state(of_mla, of_linear, of_base, config, track))
     student = build_model(config, params_dtype=mla_model.config.params_dtype, backend="local")
     _fill(student, state)
     provenance = made_by("assemble", {"mla": mla, "linear": linear, "base": base}, pattern=pattern)

@@ -94,7 +94,7 @@ class SwapEvaluation:
             candidates: layer indices, ascending.
             description: of the progress display.
         """
-        sums, place, hidden = dict.fromkeys(candidates, 0.0), 0, None
+        sums, place, hidden = dict.fromkeys(candidates, 0.0), 0, torch.empty(0)
         work = [(number, candidate) for number in range(len(self.windows)) for candidate in candidates]
         for number, candidate in self.track(work, description):
             if candidate == candidates[0]:
@@ -118,10 +118,11 @@ class SwapEvaluation:
     def _kl(self, hidden: Tensor, target: Tensor) -> float:
         weight = self.teacher.head_weight()
         final = self.teacher.decoder.final_norm(hidden).flatten(0, 1)
-        kl = linear_head_loss(final, weight, teacher_hidden=target.flatten(0, 1), teacher_weight=weight).kl.item()
-        if not math.isfinite(kl):
+        kl = linear_head_loss(final, weight, teacher_hidden=target.flatten(0, 1), teacher_weight=weight).kl
+        assert kl is not None, "there is a teacher"
+        if not math.isfinite(kl.item()):
             raise ConfigError("KL to the teacher is not finite: weights are broken, align the models again")
-        return kl
+        return kl.item()
 
 
 def select_folder(
@@ -143,7 +144,7 @@ def select_folder(
     Args:
         teacher: model folder both pure models were made from and aligned with.
         mla: aligned model folder, all layers MLA.
-        linear: aligned model folder, all layers Mamba2 or all Gated DeltaNet.
+        linear: aligned model folder, the same linear mixer in all layers.
         data: dataset folder; the text is the training set's, so that held-out text stays unseen.
         count: number of MLA layers.
         method: `smart` (Zebra-Llama's SMART), `greedy` or `uniform` (evenly spread, nothing asked).
@@ -167,8 +168,8 @@ def select_folder(
     for folder in (teacher, mla, linear):
         check_dataset(data, folder)
     base = load_model(teacher).eval()
-    pure = (load_model(folder, params_dtype=base.config.params_dtype).eval() for folder in (mla, linear))
-    evaluation = SwapEvaluation(base, *pure, windows, track)
+    pure_mla, pure_linear = (load_model(folder, params_dtype=base.config.params_dtype).eval() for folder in (mla, linear))
+    evaluation = SwapEvaluation(base, pure_mla, pure_linear, windows, track)
     kl_all_linear = evaluation.kl((), "all linear")
     if kl_all_linear > math.log(vocabulary) / 2:
         _doubt(
@@ -217,6 +218,7 @@ def plot_selection(selection: Selection, file: Path) -> None:
     """Bars of each layer's sensitivity, the chosen ones marked, as PNG."""
     from megatron_hylo.eval.plots import Axes, Theme, draw_png
 
+    assert selection.kl_by_layer is not None, "every method but uniform measures the layers one by one"
     gains = [selection.kl_all_linear - kl for kl in selection.kl_by_layer]
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -250,7 +252,8 @@ def _check_models(
     symbol = linear_config.mixers[0]
     target = mla_config.with_mixers(MLA_SYMBOL + symbol * (mla_config.num_hidden_layers - 1))
     # its checks are made at once; no tensor is asked for
-    assemble_state(*(Source(config, _unread) for config in (mla_config, linear_config, teacher_config)), target)
+    of_mla, of_linear, of_teacher = (Source(config, _unread) for config in (mla_config, linear_config, teacher_config))
+    assemble_state(of_mla, of_linear, of_teacher, target)
     for folder, description in ((mla, mla_from), (linear, linear_from)):
         if "stage" not in description["provenance"]:
             _doubt(f"{folder} names no training stage in its hylo.json", allow_unaligned)

@@ -8,10 +8,12 @@ import torch
 from docstring_parser import parse as parse_docstring
 from safetensors.torch import load_file, save_file
 
+from megatron_hylo import __version__
 from megatron_hylo.cli.main import VERBS, main
 from megatron_hylo.cli.parser import command
 from megatron_hylo.config import ParallelConfig, RopeScaling
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
+from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.models.checkpoint import load_model, read_description
 from tests.conftest import tiny_hf_model
 
@@ -123,6 +125,29 @@ def test_help_explains_every_option(verb, capsys):
     assert text.count("\n") > 7 and "Args:" not in text
 
 
+def test_an_upcycled_model_can_be_made_again_from_its_provenance(teacher, tmp_path, capsys):
+    """A YAML file gives what the command line gives; later options override it."""
+    assert run(capsys, "upcycle", teacher, tmp_path / "first", "--pattern", "G+G", "--init", "paper", "--seed", "5")[0] == 0
+    recipe, made = tmp_path / "recipe.yaml", read_description(tmp_path / "first")[1]["provenance"]
+    provenance = {field.name: made[field.name] for field in dataclasses.fields(UpcycleConfig)}
+    assert provenance == dataclasses.asdict(
+        UpcycleConfig(str(teacher), str(tmp_path / "first"), pattern="G+G", init="paper", seed=5)
+    )
+    recipe.write_text(json.dumps(provenance))  # JSON is YAML
+    code, text = run(capsys, "upcycle", "--config", recipe)
+    assert code == 2 and "already exists" in text
+    again = tmp_path / "again"
+    recipe.write_text(json.dumps(provenance | {"output": str(again), "seed": 6}))
+    assert run(capsys, "upcycle", "--config", recipe, "--seed", "5")[0] == 0
+    first, second = (load_model(folder).state_dict() for folder in (tmp_path / "first", again))
+    assert all(torch.equal(first[name], second[name]) for name in first if isinstance(first[name], torch.Tensor))
+
+
+def test_the_version_is_the_packages(capsys):
+    code, text = run(capsys, "--version")
+    assert code == 0 and text == f"hylo {__version__}"
+
+
 def test_layouts_json_is_an_array_of_four_fields(capsys):
     with pytest.raises(SystemExit):
         main(["layouts", "--json"])
@@ -130,7 +155,7 @@ def test_layouts_json_is_an_array_of_four_fields(capsys):
     assert len(rows) >= 12 and set(rows[0]) == {"name", "params", "kv_percent", "kv_bytes_per_token"}
 
 
-@pytest.mark.parametrize("settings", [TrainConfig, OptimizerSettings, ParallelConfig, RopeScaling])
+@pytest.mark.parametrize("settings", [TrainConfig, UpcycleConfig, OptimizerSettings, ParallelConfig, RopeScaling])
 def test_help_explains_every_setting_of_training(settings):
     explained = {p.arg_name: p.description for p in parse_docstring(settings.__doc__).params}
     assert explained.keys() == {field.name for field in dataclasses.fields(settings)}

@@ -1,6 +1,5 @@
 """Outputs as a user names them: what is in the way is said at once, `~` is the home folder, modes are the umask's."""
 
-import inspect
 import json
 import os
 import shutil
@@ -9,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hylo.cli.main import VERBS, train
-from megatron_hylo.config.train import PATHS, TrainConfig
+from megatron_hylo.cli.main import VERBS
+from megatron_hylo.cli.parser import parameters, settings_of
+from megatron_hylo.config import train, upcycle
+from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.io import atomic_directory, verify_manifest
 from tests.cli.test_cli import run
 from tests.conftest import tiny_hf_model
@@ -38,8 +40,8 @@ def start(capsys, verb: str, source: Path, output: Path) -> tuple[int, str]:
 
 
 def test_these_are_all_verbs_that_make_a_folder():
-    makes = [v for v in VERBS if "output" in inspect.signature(v).parameters or v is train]
-    assert {v.__name__.replace("_", "-") for v in makes} == COMMANDS.keys() | {"quickstart"}
+    makes = [v for v in VERBS if "output" in parameters(v)]
+    assert {v.__name__.replace("_", "-") for v in makes} == COMMANDS.keys() | {"quickstart", "report"}
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
@@ -117,15 +119,20 @@ def test_a_damaged_export_is_refused_by_all_that_read_it(one_rank, tmp_path, cap
     assert run(capsys, "generate", *verbs["generate"])[0] == 0
 
 
-NOT_PATHS = {"address", "layout", "pattern", "init", "prompt"}  # parameters of verbs that are text
+NOT_PATHS = {"address", "key", "layout", "pattern", "init", "prompt"}  # parameters of verbs that are text
 
 
 def test_every_parameter_that_is_text_is_known_to_be_no_path():
-    text = {p.name for v in VERBS for p in inspect.signature(v).parameters.values() if p.annotation in (str, str | None)}
-    assert text == NOT_PATHS
-    groups = [TrainConfig, *(f.type for f in fields(TrainConfig) if is_dataclass(f.type))]
-    settings = {f.name for group in groups for f in fields(group) if f.type in (str, str | None)}
-    assert settings - set(PATHS) == {"teacher_address", "wandb_project"}
+    paths = {TrainConfig: train.PATHS, UpcycleConfig: upcycle.PATHS}
+    text = {
+        p.name
+        for v in VERBS
+        for p in parameters(v).values()
+        if p.annotation in (str, str | None) and p.name not in paths.get((settings_of(v) or (None, None))[1], ())
+    }
+    groups = [f.type for f in fields(TrainConfig) if is_dataclass(f.type)]
+    text |= {f.name for group in groups for f in fields(group) if f.type in (str, str | None)}
+    assert text == NOT_PATHS | {"teacher_address", "wandb_project"}
 
 
 def test_a_tilde_is_the_home_folder_on_the_command_line_and_in_recipes(one_rank, tmp_path, capsys, monkeypatch, tokenizer):  # noqa: F811

@@ -155,18 +155,19 @@ def test_preprocess_tool_makes_the_dataset_of_a_folder(tmp_path, tokenizer):
         (tmp_path / "text").mkdir(exist_ok=True)
         (tmp_path / "text" / document.name).write_text(document.text)
     tokenizer.save_pretrained(tmp_path / "hf")
-    arguments = ["--input", tmp_path / "text", "--tokenizer", tmp_path / "hf", "--output", tmp_path / "data"]
+    arguments = [tmp_path / "text", tmp_path / "data", "--tokenizer", tmp_path / "hf", "--json"]
     command = [sys.executable, ROOT / "tools" / "preprocess_data.py", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1])["train_documents"] == 5
+    assert json.loads(done.stdout)["train_documents"] == 5
     mine = build_dataset(make_documents(6), tokenizer, tmp_path / "mine")
     assert (tmp_path / "mine" / "train.bin").read_bytes() == (tmp_path / "data" / "train.bin").read_bytes()
     assert mine.heldout_documents == 1
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and "already exists" in done.stderr
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and "already exists" in done.stderr
 
 
 def test_preprocess_without_a_tokenizer_is_refused(tmp_path):
+    (tmp_path / "text").mkdir()
     with pytest.raises(ConfigError, match="holds no tokenizer"):
-        preprocess(str(tmp_path), str(tmp_path / "data"), str(tmp_path))
+        preprocess(str(tmp_path / "text"), str(tmp_path / "data"), str(tmp_path / "text"))

@@ -137,7 +137,10 @@ def test_a_prompt_of_the_standard_input_is_that_of_the_command_line(folders, cap
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode("utf-8-sig"))))
     assert printed("-") == printed(PROMPT) and printed(PROMPT).startswith(f"0 {PROMPT}")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
-    assert printed("-").startswith("2 error: the prompt is not text")
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["generate", str(folders[1]), "-"])
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and "error: the prompt is not text" in captured.err and not captured.out
 
 
 def test_teacher_folders(one_rank, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES, LAYOUTS, hybrid_config
-from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mixers import LINEAR_SYMBOLS, get_mixer
 from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.initialise.registry import get_initialiser
 from megatron_hylo.upcycle.assemble import Source, assemble_state, layer_generator, upcycle_state
@@ -193,7 +193,7 @@ def _source(config, value):
     return Source(config, lambda name: torch.full(shapes[name], value))
 
 
-@pytest.mark.parametrize("linear", ["G", "M"])
+@pytest.mark.parametrize("linear", [*LINEAR_SYMBOLS])
 def test_assembled_layers_come_whole_from_their_model_and_the_rest_from_the_base(teacher_config, linear):
     mla, pure = hybrid_config(teacher_config, "++++"), hybrid_config(teacher_config, linear * 4)
     target = hybrid_config(teacher_config, f"{linear}+{linear}+")

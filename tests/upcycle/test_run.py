@@ -1,10 +1,13 @@
 """`upcycle_folder` with a calibration folder: what it writes is what it reports."""
 
+from dataclasses import asdict, fields
+
 import pytest
 import torch
 
 from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.eval.perplexity import evaluate
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.upcycle.run import upcycle_folder
@@ -21,7 +24,8 @@ def upcycle(material, tmp_path):
 
     def run(pattern: str = "+GM", **arguments):
         fields = dict(shapes="teacher", overrides=SIZES, calibration=material.done, sequential=True) | arguments
-        return upcycle_folder(material.teacher, tmp_path / "out", pattern=pattern, overwrite=True, **fields), tmp_path / "out"
+        settings = UpcycleConfig(material.teacher, tmp_path / "out", pattern=pattern, overwrite=True, **fields)
+        return upcycle_folder(settings), tmp_path / "out"
 
     return run
 
@@ -39,6 +43,8 @@ def test_the_folder_is_as_good_as_reported(upcycle, material):
     assert [(e.layer, e.symbol) for e in report.errors] == list(enumerate("+GM"))
     provenance = read_description(folder)[1]["provenance"]
     assert (provenance["init"], provenance["sequential"], provenance["calibration_tokens"]) == ("calibrated", True, 960)
+    settings = UpcycleConfig(**{field.name: provenance[field.name] for field in fields(UpcycleConfig)})
+    assert asdict(settings).items() <= provenance.items() and settings.overrides == SIZES  # it can be made again from these
     assert model.config.hylo.mla_rotary_pairs[0] and not model.config.hylo.mla_rotary_pairs[1]
 
 
@@ -60,5 +66,5 @@ def test_what_cannot_be_calibrated_is_refused(upcycle, material, tmp_path):
     with pytest.raises(ConfigError, match="needs --calibration"):
         upcycle(calibration=None)
     with pytest.raises(ConfigError, match="another checkpoint"):
-        upcycle_folder(material.other, tmp_path / "out", pattern="+GM", calibration=material.done)
+        upcycle_folder(UpcycleConfig(material.other, tmp_path / "out", pattern="+GM", calibration=material.done))
     assert not (tmp_path / "out").exists()

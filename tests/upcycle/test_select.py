@@ -14,6 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import uniform_mixers
+from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.eval.perplexity import evaluate
 from megatron_hylo.io import verify_manifest
@@ -45,7 +46,7 @@ def material(one_rank, tmp_path_factory) -> SimpleNamespace:
                 p.normal_(std={"embedding": 0.5, "output_layer": 0.25}.get(name.split(".")[0], 0.1))
     save_model(teacher, root / "teacher")
     for name, symbol in (("mla", "+"), ("linear", "G"), ("mamba", "M")):
-        upcycle_folder(root / "teacher", root / f"{name}_made", None, symbol * LAYERS, init="paper")
+        upcycle_folder(UpcycleConfig(root / "teacher", root / f"{name}_made", pattern=symbol * LAYERS, init="paper"))
         pairs = dict(mla_rotary_pairs=[(0, 2, 4, 5 + layer % 3) for layer in range(LAYERS)]) if symbol == "+" else {}
         student = load_model(root / f"{name}_made", **pairs)  # as the calibrated start has them, other ones in each layer
         with torch.no_grad():
@@ -225,7 +226,8 @@ def test_the_command_prints_the_pattern_last_and_refuses_in_one_sentence(select,
     def run(*arguments) -> tuple[int, str]:
         with pytest.raises(SystemExit) as stopped:
             main([str(a) for a in ("select", material.teacher, "--mla", material.mla, "--data", material.data, *arguments)])
-        return stopped.value.code, capsys.readouterr().out
+        captured = capsys.readouterr()
+        return stopped.value.code, captured.err + captured.out
 
     sizes = ("--tokens", TOKENS, "--sequence_length", LENGTH, "--count", 2)
     for method, count in itertools.product(("smart", "greedy"), (2,)):

@@ -1,0 +1,60 @@
+"""The verbs of `hylo` that train, and those that look at run folders."""
+
+from pathlib import Path
+from typing import Literal
+
+from megatron_hylo.cli.boundary import EXIT_STOPPED
+from megatron_hylo.cli.console import console, print_json, results, track
+from megatron_hylo.config.train import TrainConfig
+
+
+def quickstart(
+    linear: Literal["gdn", "mamba2"] = "gdn",
+    init: Literal["calibrated", "paper"] = "calibrated",
+    prompt: str | None = None,
+    text: Path | None = None,
+    output: Path | None = None,
+    train_tokens: int | None = None,
+) -> None:
+    """Real teacher to evaluated hybrid in one go: fetch, convert, verify, calibrate, upcycle, train, export, generate.
+
+    Args:
+        linear: what three quarters of the layers become.
+        init: how the hybrid starts: calibrated on data, or paper (HyLo's own, in its own shapes) for contrast.
+        prompt: text to continue at the end; a default otherwise.
+        text: folder or .jsonl of own training text instead of the Debian documentation packages.
+        output: run folder, runs/quickstart by default (with _mamba2, _paper for those); the same command goes on where it was.
+        train_tokens: tokens of stage 2; by default about six minutes' worth of the device.
+    """
+    from megatron_hylo.cli.quickstart import run_quickstart
+
+    run_quickstart(linear, init, prompt, None if text is None else str(text), output, train_tokens, results, track=track)
+
+
+def train(config: TrainConfig, json: bool = False) -> int:
+    """Train: pretrain (cross-entropy), align (stage 1, layer by layer) or distil (stages 2 and 3, KL to the teacher).
+
+    Give a recipe by --config and override any key, e.g. --optimizer.lr 1e-4; under torchrun for several ranks.
+    Started again, the same command resumes from the newest checkpoint. Ctrl-C or SIGUSR1 saves and stops (exit 3).
+
+    Args:
+        config: settings of the run.
+        json: print {model, perplexity, ...} at the end.
+    """
+    from megatron_hylo.platform.distributed import is_main
+    from megatron_hylo.train.loop import Stopped
+    from megatron_hylo.train.loop import train as run
+
+    try:
+        quality = run(config)
+    except Stopped as stopped:
+        if is_main():
+            console.print(str(stopped))
+        return EXIT_STOPPED
+    if is_main():
+        model = f"{config.output}/model"
+        if json:
+            print_json({"model": model} | (quality.to_dict() if quality else {}))
+        else:
+            results.print(f"model: {model}" + (f", held-out perplexity {quality.perplexity:.2f}" if quality else ""))
+    return 0

@@ -1,0 +1,247 @@
+"""The verbs of `hylo` around text, checkpoints and finished models."""
+
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+
+import megatron_hylo
+from megatron_hylo.cli.console import console, print_json, results, track
+from megatron_hylo.cli.types import PositiveInt
+from megatron_hylo.config import TeacherWindow
+from megatron_hylo.config.teacher_window import OWN_WINDOW
+
+
+def layouts(json: bool = False) -> None:
+    """Show the named layouts: parameters and KV cache of each.
+
+    Args:
+        json: print an array of {name, params, kv_percent, kv_bytes_per_token} instead of a table.
+    """
+    from megatron_hylo.config.layouts import layout_rows
+
+    rows = layout_rows()
+    if json:
+        print_json(rows)
+        return
+    table = Table(title="Named layouts (KV bytes a token in bf16)")
+    table.add_column("layout", no_wrap=True)
+    for name in ("parameters", "KV %", "KV bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(str(row["name"]), f"{row['params']:,}", f"{row['kv_percent']:.1f}", f"{row['kv_bytes_per_token']:,}")
+    results.print(table)
+
+
+def fetch(what: Literal["teacher", "documents", "qwen3-tokenizer"]) -> None:
+    """Download a verified artefact into the cache and print where it is.
+
+    Args:
+        what: the SmolLM2-135M-Instruct teacher (GGUF), long text documents, or Qwen3's tokenizer.
+    """
+    from megatron_hylo.data import artefacts
+
+    functions = {
+        "teacher": artefacts.fetch_teacher,
+        "documents": artefacts.fetch_documents,
+        "qwen3-tokenizer": artefacts.fetch_qwen3_tokenizer,
+    }
+    print(functions[what]())
+
+
+def scripts(folder: Path) -> None:
+    """Write the Slurm scripts and the recipes of all stages to a folder, for those who have no checkout.
+
+    Args:
+        folder: to make; `sbatch FOLDER/slurm/stage1_ild.sh` then reads FOLDER/megatron_hylo/recipes.
+    """
+    from megatron_hylo.io import atomic_directory
+
+    package = Path(megatron_hylo.__path__[0])
+    with atomic_directory(folder) as made:
+        shutil.copytree(package / "slurm", made / "slurm")
+        shutil.copytree(package / "recipes", made / "megatron_hylo" / "recipes")
+    console.print(f"wrote {folder}; set HYLO_PYTHON to the Python that this package is installed in")
+
+
+def convert(
+    source: Path, output: Path, to: Literal["megatron", "hf"] = "megatron", overwrite: bool = False, no_verify: bool = False
+) -> None:
+    """Convert a Hugging Face folder or GGUF file to a Megatron model folder, or back.
+
+    No weight is rounded: FP8 and int8 ones are dequantised to float32. Ends with a comparison of all tensors and of fp32 logits
+    with transformers' own loading, layer by layer above 1B parameters; a model that differs is not written.
+
+    Args:
+        source: Hugging Face folder (Llama, Qwen2.5, Qwen3 or an exported hybrid), .gguf file, or model folder.
+        output: folder to make; it appears only when it is complete.
+        to: the format to make.
+        overwrite: replace what is there.
+        no_verify: leave out the comparison.
+    """
+    from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+    from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
+    from megatron_hylo.platform.distributed import session
+
+    with session():
+        function = convert_hf_to_megatron if to == "megatron" else convert_megatron_to_hf
+        function(source, output, overwrite, track, verify=not no_verify)
+    console.print(f"wrote {output}")
+
+
+def verify(hf_dir: Path, megatron_dir: Path, tokens: PositiveInt = 128, tolerance: float = 1e-4, json: bool = False) -> int:
+    """Compare a Hugging Face checkpoint with its conversion: every tensor bit for bit, and the logits.
+
+    Args:
+        hf_dir: Hugging Face folder or .gguf file.
+        megatron_dir: the model folder made from it.
+        tokens: length of the random input that logits are compared on.
+        tolerance: largest |delta logit| that passes, fp32; relative to the largest logit where that is above 1.
+        json: print the comparison as JSON.
+    """
+    from megatron_hylo.convert.verify import verify_conversion
+    from megatron_hylo.platform.distributed import session
+
+    with session():
+        result = verify_conversion(hf_dir, megatron_dir, tokens, tolerance, track=track)
+    if json:
+        print_json(asdict(result) | {"ok": result.ok})
+    else:
+        print("\n".join([*result.lines(), "verified" if result.ok else "NOT verified"]))
+    return 0 if result.ok else 1
+
+
+def preprocess(
+    input: Path,
+    output: Path,
+    *,
+    tokenizer: Path,
+    heldout_fraction: float = 0.05,
+    on_bad_text: Literal["skip", "replace", "error"] = "skip",
+    more_inputs: list[Path] | None = None,
+    key: str | None = None,
+    chat: bool = False,
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Tokenise text into a Megatron indexed dataset, with whole documents held out for evaluation.
+
+    What cannot be used (lines that are not JSON or have no text, invalid bytes, binary files) is left out, said with its
+    file and line, and counted in OUTPUT/data.json.
+
+    Args:
+        input: folder of .txt/.md/.rst files, such a file, a .jsonl file with a "text" field a line, a .parquet file, or a
+            pattern of files in quotes; UTF-8, or what a byte order mark says. May be compressed: .gz, .bz2, .xz, .zst.
+        output: dataset folder to make.
+        tokenizer: Hugging Face or Megatron model folder with a tokenizer, or a .gguf file.
+        heldout_fraction: part of the documents that is held out.
+        on_bad_text: documents with invalid bytes or half a surrogate pair: skip them, replace the characters by U+FFFD, or
+            end with an error at the first, as at any line that gives no text.
+        more_inputs: others like input, read after it: a list, as [a.jsonl,b.parquet].
+        key: field or column with the text; by default text, or with chat messages.
+        chat: the field is a list of {"role", "content"}, which the tokenizer's chat template writes out.
+        overwrite: replace what is there.
+        json: print what was made (OUTPUT/data.json without the names of held-out documents).
+    """
+    from megatron_hylo.data.preprocess import preprocess as preprocess_text
+
+    made = preprocess_text(
+        input, output, tokenizer, heldout_fraction, overwrite=overwrite, on_bad_text=on_bad_text,
+        more_inputs=more_inputs or (), key=key, chat=chat,
+    )  # fmt: skip
+    console.print(f"wrote {output}")
+    if json:
+        print_json({name: value for name, value in asdict(made).items() if name != "heldout_names"})
+
+
+def export(model: Path, output: Path, overwrite: bool = False) -> None:
+    """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code.
+
+    Args:
+        model: model folder or training checkpoint.
+        output: Hugging Face folder to make.
+        overwrite: replace what is there.
+    """
+    convert(model, output, "hf", overwrite)
+
+
+def generate(
+    model: Path,
+    prompt: str,
+    max_new_tokens: PositiveInt = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    json: bool = False,
+) -> None:
+    """Continue a prompt with a carried cache: latents for MLA, states for linear layers.
+
+    Args:
+        model: model folder, training checkpoint, or exported Hugging Face folder.
+        prompt: text to continue; - reads it from the standard input, in UTF-8.
+        max_new_tokens: tokens to make at most.
+        temperature: 0 takes the most likely token each time.
+        top_p: with temperature > 0, sample from the most likely tokens that hold this much probability.
+        repetition_penalty: > 1 makes tokens that are there already less likely; small models want about 1.2.
+        seed: of the sampling.
+        chat: wrap the prompt in the tokenizer's chat template.
+        json: print text, tokens, speed and cache as JSON instead.
+    """
+    from megatron_hylo.serve.generate import check_prompt, generate_text
+
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape")
+    check_prompt(prompt)
+    begun = False
+
+    def show(text: str) -> None:
+        nonlocal begun
+        if not begun:  # nothing is shown of a prompt that is refused
+            results.print(prompt, style="dim", end="", highlight=False, markup=False, soft_wrap=True)
+            begun = True
+        results.print(text, end="", highlight=False, markup=False, soft_wrap=True)
+
+    result = generate_text(
+        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        repetition_penalty=repetition_penalty, seed=seed, chat=chat, **({} if json else {"on_text": show}),
+    )  # fmt: skip
+    if json:
+        print_json({"prompt": prompt} | asdict(result))
+        return
+    results.print()
+    console.print(
+        f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s; cache {result.cache_bytes / 1e6:.2f} MB, "
+        f"KV {result.kv_bytes_per_token} bytes/token",
+        style="dim",
+    )
+
+
+def evaluate(
+    model: Path,
+    data: Path,
+    teacher: Path | None = None,
+    sequence_length: PositiveInt = 2048,
+    windows: PositiveInt = 32,
+    teacher_window: TeacherWindow = OWN_WINDOW,
+) -> None:
+    """Print held-out perplexity of a model as JSON and, with a teacher, KL to it and top-1 agreement.
+
+    Args:
+        model: model folder or training checkpoint.
+        data: dataset folder made by `hylo preprocess`.
+        teacher: model folder to compare with.
+        sequence_length: tokens a window.
+        windows: windows at most.
+        teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
+    """
+    from megatron_hylo.eval.folders import evaluate_folder
+    from megatron_hylo.platform.distributed import session
+
+    with session():
+        quality = evaluate_folder(model, data, teacher, sequence_length, windows, track, teacher_window)
+    print_json(quality.to_dict())
