@@ -4,6 +4,7 @@
 row here. The functions that tell whether a change is in force import nothing: what was never imported was never changed.
 """
 
+import logging
 import os
 import queue
 import sys
@@ -71,6 +72,10 @@ def _is_recompile_limit_raised() -> bool:
     limit = _loaded("torch._dynamo.config", "recompile_limit")
     ours = _loaded("megatron_hylo.kernels.elementwise", "RECOMPILATIONS")
     return limit is not None and ours is not None and limit >= ours
+
+
+def _is_elastic_quiet() -> bool:
+    return logging.getLogger("torch.distributed.elastic.multiprocessing.api").level == logging.CRITICAL
 
 
 def _is_results_queue_replaced() -> bool:
@@ -189,6 +194,24 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         _is_recompile_limit_raised,
         ("kernels/elementwise.py",),
         ("torch._dynamo.config.recompile_limit",),
+    ),
+    ThirdPartyChange(
+        "callable packages",
+        "the classes of megatron_hylo.convert, calibrate, upcycle and train; groups that `load` made end with the process",
+        "functions of the Python interface have the names of packages, and both are reached by them",
+        "process",
+        lambda: callable(sys.modules["megatron_hylo.convert"]),
+        ("__init__.py",),
+        ("importlib.import_module().__class__", "atexit.register"),
+    ),
+    ThirdPartyChange(
+        "torchrun's loggers",
+        "the level of torch.distributed.elastic's loggers, in megatron_hylo.train.launch alone",
+        "its report of a rank that failed buries the one sentence of that rank",
+        "process",
+        _is_elastic_quiet,
+        ("train/launch.py",),
+        ("logging.getLogger().setLevel",),
     ),
     ThirdPartyChange(
         "checkpoint writer's queue",

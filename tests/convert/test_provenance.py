@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 
+from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.io.identity import content_identity
@@ -24,7 +25,7 @@ def test_chain_reaches_the_base_model_through_every_verb(one_rank, tmp_path):
     convert_hf_to_megatron(tmp_path / "base", teacher, verify=False)
     layers = read_description(teacher)[0].num_hidden_layers
     for name, symbol in (("mla", "+"), ("gdn", "G")):
-        upcycle_folder(teacher, tmp_path / name, pattern=symbol * layers, init="paper", seed=3)
+        upcycle_folder(UpcycleConfig(str(teacher), str(tmp_path / name), pattern=symbol * layers, init="paper", seed=3))
     pattern = "+" + "G" * (layers - 1)
     assemble_folder(tmp_path / "mla", tmp_path / "gdn", teacher, tmp_path / "hybrid", pattern)
     identity = content_identity(tmp_path / "mla")

@@ -215,5 +215,6 @@ def test_hylo_preprocess_says_what_it_left_out(tmp_path, tokenizer, capsys):
         main(command)
     assert exit.value.code == 0
     assert json.loads((tmp_path / "data" / "data.json").read_text())["skipped"] == {"invalid bytes": 1}
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no tokenizer"):
-        preprocess(str(tmp_path), str(tmp_path / "other"), str(tmp_path))
+        preprocess(str(tmp_path / "some.jsonl"), str(tmp_path / "other"), str(tmp_path / "empty"))

@@ -413,6 +413,7 @@ def test_a_student_that_leaves_is_named_and_a_killed_teacher_too(server):  # the
     student.ask(torch.zeros(1, 8, dtype=torch.int64), None)
     student.receive(HIDDEN, (8, 1, 48), torch.float32)
     name = f"student {student.link.sock.getsockname()[0]}:{student.link.sock.getsockname()[1]} (process 7 of node3)"
+    time.sleep(0.2)  # the server counts an answer after it has sent it
     reset(student.link.sock)
     last = Connection(server.address, 0, "last", 20)
     last.link.receive(lambda *_: True)

@@ -37,7 +37,7 @@ def suited(tmp_path, material, tokenizer) -> dict[str, str]:  # noqa: F811
     sizes = dict(
         hidden_size=128, ffn_hidden_size=256, kv_channels=32, q_lora_rank=96, kv_lora_rank=48, qk_head_dim=32,
         qk_pos_emb_head_dim=32, v_head_dim=32, mamba_head_dim=32, mamba_state_dim=32, linear_key_head_dim=64,
-        linear_value_head_dim=128, vocab_size=VOCABULARY,
+        linear_value_head_dim=128, vocab_size=VOCABULARY, max_position_embeddings=512,
     )  # fmt: skip
     for name, pattern, seed in (("teacher", "*-*-*-*-", 1), ("model", "G-+-M-*-", 2)):
         torch.manual_seed(seed)
