@@ -40,7 +40,9 @@ def test_the_switch_is_on_while_training_alone(settings, monkeypatch):
 
     seen, right = [], loop.training_step
     monkeypatch.setattr(
-        loop, "training_step", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled()) or right(*a)
+        loop,
+        "training_step",
+        lambda *a, **k: seen.append(torch.are_deterministic_algorithms_enabled()) or right(*a, **k),
     )
     train(settings(steps=2, deterministic=True))
     assert seen == [True, True] and not torch.are_deterministic_algorithms_enabled()
