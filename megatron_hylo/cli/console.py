@@ -1,4 +1,4 @@
-"""What `hylo` shows: results on stdout; notes, progress and errors on stderr; which messages of which package."""
+"""Output of `hylo`: results on stdout; notes, progress and errors on stderr; which messages of which package."""
 
 import io
 import json

@@ -84,7 +84,7 @@ def quality_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def next_commands(output: Path, program: str = "hylo") -> list[tuple[str, str]]:
-    """What to try next: (why, command).
+    """List commands to try next: (reason, command).
 
     Args:
         output: the quickstart's run folder.

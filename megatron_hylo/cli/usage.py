@@ -1,4 +1,4 @@
-"""What a command line or a recipe has wrong, in two lines: the mistake with what was probably meant, and where help is."""
+"""Mistakes of a command line or a recipe, in two lines: the mistake with what was probably meant, and where help is."""
 
 import difflib
 import os

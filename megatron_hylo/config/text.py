@@ -29,7 +29,7 @@ class TextPart:
 
 @dataclass
 class TextSettings:
-    """What the training windows are made of; by default all documents of `data`, laid end to end.
+    """Text of the training windows; by default all documents of `data`, laid end to end.
 
     Args:
         blend: datasets to train on in place of `data`, which then only evaluates.

@@ -106,7 +106,7 @@ class CheckpointSettings:
 
 @dataclass
 class LoggingSettings:
-    """What a run records besides metrics.jsonl, and how often.
+    """Records of a run besides metrics.jsonl, and their interval.
 
     Args:
         log_interval: steps between records.

@@ -18,7 +18,7 @@ OWN_TEXT = "check the network, or train on your own text with --text DIR"
 
 @dataclass(frozen=True)
 class TextPackage:
-    """Where a package keeps its text, and the .deb that published numbers were measured with."""
+    """A package's folder of text, and the .deb that published numbers were measured with."""
 
     folder: str  # inside the package
     suffixes: tuple[str, ...]  # of text files, apart from a .gz

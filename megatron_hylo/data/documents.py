@@ -79,13 +79,13 @@ class Document:
 
     @property
     def place(self) -> str:
-        """Where to look for it."""
+        """Name the place of a document, for messages."""
         return self.where or f"{self.source}/{self.name}"
 
 
 @dataclass(frozen=True)
 class TextField:
-    """Where an object has its text: under `key`, a string, or what `render` makes one of."""
+    """Place of an object's text: under `key`, a string, or what `render` makes one of."""
 
     key: str = "text"
     render: Callable[[Any], str] | None = None
@@ -178,7 +178,7 @@ class TextCheck:
             raise ConfigError(f"nothing of the first {lost:,} documents can be used: {self.summary()}")
 
     def summary(self) -> str:
-        """What was left out or changed, by reason with the first places; empty where nothing was."""
+        """Describe what was left out or changed, by reason with the first places; empty where nothing was."""
         parts = [f"{count:,} x {reason} ({', '.join(self._shown(reason, count))})" for reason, count in self.skipped.items()]
         if self.replaced:
             parts.append(f"{self.replaced:,} x characters replaced by U+FFFD")

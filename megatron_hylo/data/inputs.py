@@ -1,4 +1,4 @@
-"""What `hylo preprocess` reads: several inputs, patterns, Parquet files, chats."""
+"""Inputs of `hylo preprocess`: several inputs, patterns, Parquet files, chats."""
 
 import glob
 from collections.abc import Iterator, Sequence

@@ -147,7 +147,7 @@ class RecallWindows:
     def _place(
         self, texts: list[_Text], base: Window, line_ends: np.ndarray, generator: random.Random, order: int
     ) -> list[_Piece]:
-        """Where an exercise's texts go: the first needed fact at the drawn distance from the question, the others between."""
+        """Place an exercise's texts: the first needed fact at the drawn distance from the question, the others between."""
         low, high = self._segment(base, generator)
         width = high - low
         distance = int(width ** generator.random() if generator.random() < 0.5 else width * generator.random())

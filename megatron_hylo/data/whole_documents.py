@@ -70,7 +70,7 @@ class BestFitWindows(PackedDataset):
         )
 
     def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of an epoch: (the document of each place by length, the order of the windows, that of the pieces in each)."""
+        """Return an epoch's (document by place and length, order of windows, order of the pieces in each)."""
         if number not in self._drawn:
             if len(self._drawn) >= EPOCHS_KEPT:
                 del self._drawn[min(self._drawn)]

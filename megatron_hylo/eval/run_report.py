@@ -42,7 +42,7 @@ SKIPPED_SETTINGS = ("output", "allow_change")  # differ between any two runs
 
 @dataclass
 class Run:
-    """What the files of one run folder say."""
+    """Content of the files of one run folder."""
 
     name: str
     folder: Path

@@ -19,7 +19,7 @@ TeacherLayer = Mapping[str, Tensor]
 [dh] with qk_layernorm."""
 
 CalibrationStatistics = Mapping[str, Tensor]
-"""What was measured on one layer of the teacher, by name (the list is in `megatron_hylo.calibrate.statistics`); an
+"""Measurements of one layer of the teacher, by name (the list is in `megatron_hylo.calibrate.statistics`); an
 initialiser that needs none ignores it."""
 
 Initialiser = Callable[

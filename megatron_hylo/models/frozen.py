@@ -19,7 +19,7 @@ from megatron_hylo.parallel.pipeline import rank_shape, through_stages
 
 @dataclass(frozen=True)
 class Reading:
-    """What a frozen model is given of a micro-batch.
+    """Input of a frozen model for one micro-batch.
 
     Args:
         ids: int64 [rows, tokens] of this rank.
@@ -60,7 +60,7 @@ class FrozenModel(Sequence[HyloModel]):
         return self.chunks[-1].head_weight()
 
     def read(self, ids: Tensor, documents: PackedDocuments | None = None) -> Reading:
-        """What the first chunk is given of a micro-batch; all context-parallel ranks call it.
+        """Return the input of the first chunk for a micro-batch; all context-parallel ranks call it.
 
         Args:
             ids: int64 [batch, sequence / context-parallel ranks].

@@ -54,7 +54,7 @@ def repeats(length: int, window: int) -> float:
 
 @dataclass(frozen=True)
 class Stitching:
-    """Where the tokens of a micro-batch are in the windows that are read of it.
+    """Places of a micro-batch's tokens in the windows that are read of it.
 
     Args:
         places: int64 [batch, own tokens]: number of the token among those of all rows, one row after another.
@@ -83,7 +83,7 @@ class Stitching:
 def stitch_windows(
     ids: Tensor, documents: PackedDocuments | None, window: int, multiple: int = 1
 ) -> tuple[Tensor, PackedDocuments | None, Stitching]:
-    """What is read of a micro-batch, and how its hidden states come together; all context-parallel ranks call it.
+    """Return what is read of a micro-batch, and how its hidden states come together; all context-parallel ranks call it.
 
     Args:
         ids: int64 [batch, sequence / context-parallel ranks].
@@ -120,7 +120,7 @@ def stitch_windows(
 def _plain(
     length: int, window: int, multiple: int, start: int, stop: int, batch: int, where: torch.device
 ) -> tuple[Tensor, Tensor, int]:
-    """Of plain sequences: places of the windows' tokens [windows, tokens], `places` and `rows_at_a_time` of the stitching.
+    """Give plain sequences the places of windows' tokens [windows, tokens], `places` and `rows_at_a_time` of the stitching.
 
     Rows are filled up with later tokens, which causal layers do not see, or the last one again.
     """

@@ -31,11 +31,11 @@ class PackedDocuments:
 
     @property
     def whole(self) -> "PackedDocuments":
-        """These documents as a rank with all tokens sees them."""
+        """Return the documents as a rank with all tokens sees them."""
         return self.at(slice(0, self.length))
 
     def at(self, part: slice) -> "PackedDocuments":
-        """These documents with other tokens as this rank's, made once."""
+        """Return the documents with other tokens as this rank's, made once."""
         if (part.start, part.stop) not in self._others:
             self._others[part.start, part.stop] = replace(self, part=part)
         return self._others[part.start, part.stop]

@@ -1,4 +1,4 @@
-"""What a run is measured on between its steps: held-out texts, and recall windows where it trains on recall."""
+"""Text that a run is measured on between its steps: held-out texts, and recall windows where it trains on recall."""
 
 import logging
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a run was: a line each start in RUN/starts.jsonl."""
+"""Record of a run: one line for each start in RUN/starts.jsonl."""
 
 import json
 import os

@@ -37,7 +37,7 @@ Method = Literal["smart", "greedy", "uniform"]
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen and why. KL is KL(teacher || model) in nats a token."""
+    """Chosen layers and the reason. KL is KL(teacher || model) in nats a token."""
 
     method: str
     pattern: str  # one mixer a layer, for `hylo assemble --pattern`
