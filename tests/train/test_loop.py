@@ -280,11 +280,11 @@ def test_a_run_of_a_version_with_fewer_settings_goes_on(settings):
 def test_nobody_reads_on_when_a_run_is_over(settings, monkeypatch, fails):
     readers = []
 
-    def step(*arguments):
+    def step(*arguments, **options):
         readers.extend(thread for thread in threading.enumerate() if thread.name == "feed")
         if fails and len(readers) > 1:
             raise ConfigError("asked to fail")
-        return training_step(*arguments)
+        return training_step(*arguments, **options)
 
     monkeypatch.setattr(loop, "training_step", step)
     with pytest.raises(ConfigError, match="asked to fail") if fails else contextlib.nullcontext() as error:
