@@ -75,20 +75,14 @@ def model_head_loss(
         settings, chunk_tokens, measure_agreement, counts: see `linear_head_loss`.
         token_mask: [batch, sequence]; see `linear_head_loss`.
     """
-    group, vocabulary = parallel_state.get_tensor_model_parallel_group(), student.config.hylo.vocab_size
-    full = _full_tokens(hidden, student.config.sequence_parallel, group)
-    teacher_full = None
-    if teacher is not None:
-        assert teacher_hidden is not None, "a teacher comes with its hidden states"
-        vocabulary = min(vocabulary, teacher.config.hylo.vocab_size)
-        with torch.no_grad():
-            teacher_full = _full_tokens(teacher_hidden, teacher.config.sequence_parallel, group).flatten(0, 1)
+    group = parallel_state.get_tensor_model_parallel_group()
+    own, weight, theirs, teacher_weight, vocabulary = _head_inputs(student, hidden, teacher, teacher_hidden, group)
     return linear_head_loss(
-        full.flatten(0, 1),
-        student.head_weight(),
+        own,
+        weight,
         labels.transpose(0, 1).flatten() if labels is not None else None,
-        teacher_full,
-        teacher_rows(student, teacher, group) if teacher is not None else None,
+        theirs,
+        teacher_weight,
         settings,
         chunk_tokens=chunk_tokens,
         group=group,
@@ -116,23 +110,20 @@ def model_token_losses(
     Returns:
         fp32 or wider [4, batch, sequence]: cross-entropy, correct, KL and agreement, see `token_losses`.
     """
-    group, vocabulary = parallel_state.get_tensor_model_parallel_group(), model.config.hylo.vocab_size
-    weight = model.head_weight()
-    rows = len(weight)
-    inputs = [(_full_tokens(hidden, model.config.sequence_parallel, group).flatten(0, 1), weight)]
-    if teacher is not None:
-        assert teacher_hidden is not None, "a teacher comes with its hidden states"
-        vocabulary, theirs = min(vocabulary, teacher.config.hylo.vocab_size), teacher_rows(model, teacher, group)
-        inputs.append((_full_tokens(teacher_hidden, teacher.config.sequence_parallel, group).flatten(0, 1), theirs))
-        rows = min(rows, len(theirs))
+    group = parallel_state.get_tensor_model_parallel_group()
+    own, weight, theirs, teacher_weight, vocabulary = _head_inputs(model, hidden, teacher, teacher_hidden, group)
     first = group.rank() * len(weight)
-    rows = min(rows, max(vocabulary - first, 0))  # all but padding
+    rows = _rows_to_use(weight, teacher_weight, first, vocabulary)
     flat, wide = labels.transpose(0, 1).flatten(), torch.promote_types(hidden.dtype, torch.float32)
     found = []
     for start in range(0, len(flat), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
-        logits = [_logits(x[chunk], w[:rows], wide).to(wide) for x, w in inputs]
-        found.append(token_losses(logits[0], logits[1] if teacher is not None else None, flat[chunk], first, group))
+        logits, teacher_logits = (
+            _logits(x[chunk], w[:rows], wide).to(wide) if x is not None and w is not None else None
+            for x, w in ((own, weight), (theirs, teacher_weight))
+        )
+        assert logits is not None, "the student has hidden states"
+        found.append(token_losses(logits, teacher_logits, flat[chunk], first, group))
     return torch.cat(found, 1).unflatten(1, (labels.shape[1], labels.shape[0])).transpose(1, 2)
 
 
@@ -209,6 +200,30 @@ def head_part(head: Tensor, group: dist.ProcessGroup) -> Tensor:
     share = padded_vocabulary(len(head), group.size()) // group.size()
     mine = head[group.rank() * share : (group.rank() + 1) * share]
     return torch.nn.functional.pad(mine, (0, 0, 0, share - len(mine)))
+
+
+def _head_inputs(
+    student: HyloModel, hidden: Tensor, teacher: Any, teacher_hidden: Tensor | None, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+    """Gather all tokens of student and teacher, with this rank's rows of their heads.
+
+    Returns:
+        (hidden states [N, H_s], head [V / TP, H_s], the teacher's hidden states and head or None, tokens that both know).
+    """
+    own, vocabulary = _full_tokens(hidden, student.config.sequence_parallel, group), student.config.hylo.vocab_size
+    if teacher is None:
+        return own.flatten(0, 1), student.head_weight(), None, None, vocabulary
+    assert teacher_hidden is not None, "a teacher comes with its hidden states"
+    with torch.no_grad():
+        theirs = _full_tokens(teacher_hidden, teacher.config.sequence_parallel, group).flatten(0, 1)
+    known = min(vocabulary, teacher.config.hylo.vocab_size)
+    return own.flatten(0, 1), student.head_weight(), theirs, teacher_rows(student, teacher, group), known
+
+
+def _rows_to_use(weight: Tensor, teacher_weight: Tensor | None, first: int, vocabulary: int) -> int:
+    """Number of this rank's rows, the first of which is number `first`, that are not padding of either head."""
+    rows = min(len(weight), max(vocabulary - first, 0))
+    return min(rows, len(teacher_weight)) if teacher_weight is not None else rows
 
 
 def _full_tokens(hidden: Tensor, sequence_parallel: bool, group: dist.ProcessGroup) -> Tensor:
@@ -316,10 +331,8 @@ class _LinearHeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if wants_weight else None
         first = group.rank() * weight.shape[0] if group is not None else 0
-        rows = min(len(weight), max(vocabulary - first, 0))  # all but padding
-        if teacher_weight is not None:
-            rows = min(rows, len(teacher_weight))
-            teacher_weight = teacher_weight[:rows]
+        rows = _rows_to_use(weight, teacher_weight, first, vocabulary)
+        teacher_weight = teacher_weight[:rows] if teacher_weight is not None else None
         weight, dtype = weight[:rows], weight.dtype
         # one divisor for all, so that as many labels as tokens are divided as one mean
         divisor = counts[0 if teacher_weight is not None else 1]
