@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.windows import Window, WindowSource
+from megatron_hylo.data.windows import Window, WindowSource, divide
 
 BLOCK = 4096  # windows in which each source has its share, to the nearest window
 
 
-class BlendedWindows:
+class BlendedWindows(WindowSource):
     """Windows of several sources; each source's own windows come in its own order, none twice in its epoch.
 
     Each block of 4,096 windows has the same number of a source's windows, spread evenly. Window i is a pure function of i.
@@ -48,9 +47,7 @@ class BlendedWindows:
 
     def place(self, index: int) -> tuple[int, int]:
         """(source, window of it) of window `index`."""
-        if index < 0:
-            raise IndexError(f"window {index}: the sequence is endless, count from 0")
-        block, at = divmod(index, BLOCK)
+        block, at = divide(index, BLOCK)
         source = int(self._source[at])
         return source, block * int(self.counts[source]) + int(self._before[source, at])
 
@@ -58,10 +55,6 @@ class BlendedWindows:
         """Window `index`."""
         source, number = self.place(index)
         return self.sources[source].window(number)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """Tokens of window `index`: [sequence_length + 1] int64."""
-        return torch.from_numpy(self.window(index).tokens)
 
     @property
     def long_share(self) -> float:

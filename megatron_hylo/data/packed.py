@@ -17,7 +17,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.windows import Window, WindowSource
+from megatron_hylo.data.windows import Window, WindowSource, divide
 from megatron_hylo.io import DamagedError, read_json, verify_manifest_if_any
 
 logger = logging.getLogger("megatron_hylo.data")
@@ -80,7 +80,7 @@ class _Epoch:
     windows: np.ndarray  # window numbers in this epoch's order
 
 
-class PackedDataset:
+class PackedDataset(WindowSource):
     """Endless sequence of training windows; see the module's description.
 
     Args:
@@ -126,17 +126,6 @@ class PackedDataset:
                 f"{sequence_length + 1}: give more text or a smaller sequence_length"
             )
         self._epochs: dict[int, _Epoch] = {}
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """Window `index` of the endless sequence.
-
-        Returns:
-            [sequence_length + 1] int64: inputs are all but the last token, labels all but the first.
-
-        Raises:
-            IndexError: a negative index; there is no last window to count from.
-        """
-        return torch.from_numpy(np.concatenate([self.store.read(*piece) for piece in self.pieces(index)]))
 
     def window(self, index: int) -> Window:
         """Window `index` with the places where documents begin."""
@@ -184,10 +173,9 @@ class PackedDataset:
 
     def _place(self, index: int) -> tuple["_Epoch", int]:
         """The epoch of a window and its first token in that epoch's stream."""
-        if index < 0:
-            raise IndexError(f"window {index}: the sequence is endless, count from 0")
-        epoch = self._epoch(index // self.windows_per_epoch)
-        return epoch, int(epoch.windows[index % self.windows_per_epoch]) * self.sequence_length
+        number, at = divide(index, self.windows_per_epoch)
+        epoch = self._epoch(number)
+        return epoch, int(epoch.windows[at]) * self.sequence_length
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tokenizers import Encoding, Tokenizer
 
 from megatron_hylo.config import ConfigError
@@ -40,7 +39,7 @@ class _Piece(NamedTuple):
     text: _Text
 
 
-class RecallWindows:
+class RecallWindows(WindowSource):
     """Windows of another source with exercises in them.
 
     Args:
@@ -79,10 +78,6 @@ class RecallWindows:
         self._prefix = first.ids[0] if len(first) > 1 and first.tokens[0] == "▁" else None  # SentencePiece's, of any text
         tokens = {number: token for token, number in encoder.get_vocab(with_added_tokens=True).items()}
         self._line_ends = np.array([tokens.get(i, "").endswith(("Ċ", "\n", "<0x0A>")) for i in range(max(tokens) + 2)])
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """Tokens of window `index`: [sequence_length + 1] int64."""
-        return torch.from_numpy(self.window(index).tokens)
 
     def window(self, index: int) -> Window:
         """Window `index` of the source with its exercises."""

@@ -8,6 +8,7 @@ import numpy as np
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.best_fit import pack_best_fit
 from megatron_hylo.data.packed import DOCUMENT_ORDER, EPOCHS_KEPT, WINDOW_ORDER, PackedDataset
+from megatron_hylo.data.windows import divide
 
 PIECE_ORDER = 2  # stream of random numbers of an epoch
 
@@ -44,9 +45,7 @@ class BestFitWindows(PackedDataset):
 
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
         """(document, first token, tokens) of what window `index` is made of, in order."""
-        if index < 0:
-            raise IndexError(f"window {index}: the sequence is endless, count from 0")
-        number, at = divmod(index, self.windows_per_epoch)
+        number, at = divide(index, self.windows_per_epoch)
         documents, windows, pieces = self._draw(number)
         window = windows[at]
         mine = pieces[self.packing.first[window] : self.packing.first[window + 1]]

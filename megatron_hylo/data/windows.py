@@ -23,6 +23,17 @@ class Window:
     answers: np.ndarray | None = None
 
 
+def divide(index: int, size: int) -> tuple[int, int]:
+    """Split a window's number into (epoch or block of `size` windows, place in it).
+
+    Raises:
+        IndexError: a negative number; there is no last window to count from.
+    """
+    if index < 0:
+        raise IndexError(f"window {index}: the sequence is endless, count from 0")
+    return divmod(index, size)
+
+
 class WindowSource(Protocol):
     """Endless sequence of windows, each a pure function of its number, so that a run resumes from a count."""
 
@@ -37,7 +48,8 @@ class WindowSource(Protocol):
         """Window `index`, from 0 on."""
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """Tokens of window `index`: [sequence_length + 1] int64."""
+        """Tokens of window `index`, [sequence_length + 1] int64: inputs are all but the last, labels all but the first."""
+        return torch.from_numpy(self.window(index).tokens)
 
     def describe(self, windows: int) -> str:
         """A sentence on what a run of so many windows trains on and leaves out."""
