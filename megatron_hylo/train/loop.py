@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.eval.perplexity import Quality
-from megatron_hylo.io import output_lock, read_json
+from megatron_hylo.io import on_main, output_lock, read_json
 from megatron_hylo.io.provenance import made_by
 from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.platform.distributed import is_timeout, session
@@ -101,11 +101,11 @@ def train(config: TrainConfig) -> Quality | None:
 
 
 def _provenances(config: TrainConfig) -> list[dict[str, Any]]:
-    """Describe what each student is made of, for its hylo.json; the main rank's are the ones that are written."""
+    """Describe what each student is made of, for its hylo.json; the main rank alone hashes the inputs."""
     sources = [config.model or config.scratch] + ([config.second_model] if config.second_model else [])
     teacher = config.teacher or config.teacher_store or config.teacher_address
     about: dict[str, Any] = dict(stage=config.stage, train_steps=config.train_steps, seed=config.seed)
-    return [made_by("train", {"model": m, "teacher": teacher, "data": config.data}, **about) for m in sources]
+    return on_main(lambda: [made_by("train", {"model": m, "teacher": teacher, "data": config.data}, **about) for m in sources])
 
 
 def _checked_teacher_signal(config: TrainConfig, resume: Resume) -> TeacherSignal | None:
