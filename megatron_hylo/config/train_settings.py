@@ -1,9 +1,17 @@
 """Groups of training settings: optimizer, losses, checkpoints, logging, profiler."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_hylo.config import ConfigError
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name nested settings as on the command line: {"optimizer": {"lr": 1}} becomes {"optimizer.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def at_least_one(settings: object, prefix: str, *names: str) -> None:

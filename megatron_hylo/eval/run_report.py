@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import short_names
+from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.eval.page import details, paragraph, section, table, write_page
 from megatron_hylo.eval.plots import Curve, draw_buckets, draw_curves, draw_svg, short_number
 from megatron_hylo.io import read_json
@@ -157,14 +158,6 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
-
-
-def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dictionary as one with dotted keys: {"optimizer": {"lr": 1}} becomes {"optimizer.lr": 1}."""
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}
-    return flat
 
 
 def differing(runs: Sequence[Run]) -> list[str]:

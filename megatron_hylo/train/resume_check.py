@@ -19,6 +19,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES, LAYOUTS
 from megatron_hylo.config.renamed import RENAMED, translate_settings
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.io import has_manifest, on_main, read_json, write_json
 from megatron_hylo.io.identity import content_identity, json_identity
 from megatron_hylo.models.checkpoint import read_description
@@ -176,7 +177,7 @@ def _compare(config: TrainConfig, run: Path) -> Resume:
         inputs[ADDRESS] = known[ADDRESS]
     # a setting that the run's version did not have yet had its default's effect
     defaults = asdict(TrainConfig(stage="pretrain", data="-", output="-", scratch="-"))
-    ours, theirs = _flat(settings), _flat(defaults) | _flat(saved)
+    ours, theirs = flatten(settings), flatten(defaults) | flatten(saved)
     for name in sorted(ours.keys() | theirs.keys()):
         value, former = ours.get(name), theirs.get(name)
         if not FREE.isdisjoint((name, name.split(".")[0])) or (name == ADDRESS and value and former):
@@ -262,11 +263,3 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
         return "unknown"
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optimizer": {"lr": 1}} -> {"optimizer.lr": 1}, as on the command line."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
