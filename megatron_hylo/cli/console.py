@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from megatron_hylo.io import is_launched_first
 from megatron_hylo.io.progress import show_progress as track  # noqa: F401  of every verb
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def set_up_logging(verbose: bool = False) -> None:
             stream.reconfigure(errors="backslashreplace")  # a model's text on a terminal that has not all characters
     logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     level = logging.DEBUG if verbose else logging.INFO
-    logging.getLogger("megatron_hylo").setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logging.getLogger("megatron_hylo").setLevel(level if is_launched_first() else logging.WARNING)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b.*")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,6 +1,5 @@
 """`hylo <verb>`: one thin function a verb; parser.py turns their signatures into options, boundary.py errors into sentences."""
 
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select
 from megatron_hylo.cli.verbs import convert, evaluate, export, fetch, generate, layouts, preprocess, scripts, verify
 from megatron_hylo.config.paths import expand_home
 from megatron_hylo.config.renamed import refuse_renamed
+from megatron_hylo.io import is_launched_first
 
 __all__ = ["EXIT_ERROR", "EXIT_STOPPED", "QUICK", "VERBS", "main"]
 
@@ -36,7 +36,7 @@ def main(command_line: list[str] | None = None) -> None:
         refuse_renamed(words)
         parsed = parser.parse_args(words)
     verb = {command(v): v for v in VERBS}[parsed.verb]
-    if verb not in QUICK and os.environ.get("RANK", "0") == "0":  # libraries take seconds to load
+    if verb not in QUICK and is_launched_first():  # libraries take seconds to load
         console.print(f"hylo {shlex.join(words)}", style="dim", highlight=False, markup=False, soft_wrap=True)
     with plain_errors(command(verb), parsed[parsed.verb].get("output")):
         values = parser.instantiate(parsed)[parsed.verb]

@@ -1,7 +1,6 @@
 """Mistakes of a command line or a recipe, in two lines: the mistake with what was probably meant, and where help is."""
 
 import difflib
-import os
 import re
 import sys
 import typing
@@ -13,6 +12,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from megatron_hylo.cli.types import NUMBERS
+from megatron_hylo.config.renamed import recipes
+from megatron_hylo.io import is_launched_first
 
 EXIT_USAGE = 2
 
@@ -44,7 +45,7 @@ class Parser(ArgumentParser):
         words, verbs = list(whole.args), whole._subcommands_action._name_parser_map
         verb = next((word for word in words if word in verbs), None)
         said = explain(message, verbs[verb] if verb else whole, verb, words, list(verbs))
-        if os.environ.get("RANK", "0") == "0":
+        if is_launched_first():
             sys.stderr.write(f"error: {said}\n`hylo {f'{verb} ' if verb else ''}--help` lists what there is\n")
         sys.exit(EXIT_USAGE)
 
@@ -59,8 +60,7 @@ def explain(message: str, parser: ArgumentParser, verb: str | None, words: list[
         words: the command line.
         verbs: names of all verbs.
     """
-    recipe = next((b for a, b in zip(words, [*words[1:], ""]) if a == "--config"), None)
-    recipe = next((w.removeprefix("--config=") for w in words if w.startswith("--config=")), recipe)
+    recipe = next(recipes(words), None)
     if found := re.match(r"unrecognized arguments: (.*)", message, re.S):
         return _unrecognised(found[1].split(), parser, verb, verbs)
     if found := re.match(r"argument verb: invalid choice: '(.*?)' ", message):
@@ -191,8 +191,7 @@ def _child(node: Any, key: str) -> tuple[yaml.Node, yaml.Node] | None:
 def _yaml_error(recipe: str | None, message: str) -> str:
     """FILE:LINE and the parser's complaint; lines and columns are from 1."""
     lines = re.findall(r"line (\d+), column (\d+)", message)
-    words = [
-        part.strip() for part in message.removeprefix("Problems parsing config:").splitlines() if "<unicode string>" not in part
-    ]
+    parts = message.removeprefix("Problems parsing config:").splitlines()
+    words = [part.strip() for part in parts if "<unicode string>" not in part]
     line, column = lines[-1] if lines else ("?", "?")
-    return f"{recipe}:{line}: not YAML: {', '.join(word for word in words if '<unicode string>' not in word)} (column {column})"
+    return f"{recipe}:{line}: not YAML: {', '.join(words)} (column {column})"

@@ -39,7 +39,7 @@ def refuse_renamed(command_line: Sequence[str]) -> None:
     options = [argument[2:].split("=")[0] for argument in command_line if argument.startswith("--")]
     if found := [(name, RENAMED[first] + name[len(first) :]) for name in options if (first := name.split(".")[0]) in RENAMED]:
         raise ConfigError(_sentence("the command line", [(f"--{old}", f"--{new}") for old, new in found]))
-    for recipe in _recipes(command_line):
+    for recipe in recipes(command_line):
         if old_keys := [name for name in _keys(recipe) if name in RENAMED]:
             raise ConfigError(_sentence(recipe, [(name, RENAMED[name]) for name in old_keys]))
 
@@ -60,8 +60,8 @@ def _sentence(where: str, names: Sequence[tuple[str, str]]) -> str:
     return f"{where} has settings of an earlier version: {changes}; write the new names (in a recipe, the key below its group)"
 
 
-def _recipes(command_line: Sequence[str]) -> Iterator[str]:
-    """Values of --config, in both spellings."""
+def recipes(command_line: Sequence[str]) -> Iterator[str]:
+    """Yield the values of --config of a command line, in both spellings."""
     for argument, following in zip(command_line, [*command_line[1:], ""]):
         if argument == "--config":
             yield following

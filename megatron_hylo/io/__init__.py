@@ -23,11 +23,12 @@ from megatron_hylo.io._manifests import (
     verify_manifest,
     verify_manifest_if_any,
 )
-from megatron_hylo.io._ranks import barrier, on_main
+from megatron_hylo.io._ranks import barrier, is_launched_first, on_main
 
 __all__ = [
     "MANIFEST", "DamagedError", "barrier", "cache_dir", "check_apart", "check_free", "hash_for_manifest",
-    "has_manifest", "on_main", "output_lock", "plain_os_errors", "read_json", "read_manifest", "read_verified_json",
+    "has_manifest", "is_launched_first",
+    "on_main", "output_lock", "plain_os_errors", "read_json", "read_manifest", "read_verified_json",
     "remove_atomic_directory", "atomic_directory", "sha256", "staging_directory", "verify_manifest_if_any", "verify_manifest",
     "write_json",
 ]  # fmt: skip

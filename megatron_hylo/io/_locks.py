@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.io._files import can_write, check_place, plain_os_errors
-from megatron_hylo.io._ranks import distributed, on_main
+from megatron_hylo.io._ranks import distributed, is_launched_first, on_main
 
 logger = logging.getLogger("megatron_hylo.io")
 HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
@@ -42,7 +42,7 @@ def output_lock(path: str | Path | None) -> Iterator[None]:
         return
     with contextlib.ExitStack() as held:
         alone = distributed() is None
-        if alone and os.environ.get("RANK", "0") == "0":  # before the process group is initialised
+        if alone and is_launched_first():  # before the process group is initialised
             held.enter_context(_locked(place))
         elif not alone:
             on_main(lambda: held.enter_context(_locked(place)) and None)

@@ -1,10 +1,16 @@
 """Collectives on small Python objects, so that all ranks of a run agree on the state of shared directories."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+def is_launched_first() -> bool:
+    """Return whether this process is torchrun's rank 0, or alone; known before a process group is initialised."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def distributed() -> Any | None:

@@ -4,11 +4,12 @@ Functions take a `track` argument and call `track(items, description)`; `show_pr
 refines the outer one's share and has no display of its own.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
+
+from megatron_hylo.io._ranks import is_launched_first
 
 Track = Callable[[Iterable, str], Iterable]  # (items, description) -> the same items
 LINE_SECONDS = 10.0
@@ -30,7 +31,7 @@ def show_progress(items: Iterable, description: str) -> Iterator[Any]:
     loop = _Loop(description, len(sized))
     _loops.append(loop)
     try:
-        if len(_loops) == 1 and os.environ.get("RANK", "0") == "0":
+        if len(_loops) == 1 and is_launched_first():
             loop.display = _Bar(loop) if sys.stderr.isatty() else _Lines(loop)
         for item in sized:
             yield item
