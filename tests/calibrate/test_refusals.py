@@ -1,4 +1,4 @@
-"""What `hylo evaluate` and `hylo calibrate` would once take silently: said in one sentence, before any work."""
+"""`hylo evaluate` and `hylo calibrate` refuse in one sentence, before any work, input that they once took silently."""
 
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""What users mistype, misplace and damage: one sentence on stderr, the right exit code, nothing left behind.
+"""Mistyped, misplaced and damaged input gives one sentence on stderr, the right exit code, and leaves nothing behind.
 
 To add a case, add a row to `CASES`: (command line, words of the sentence). It runs in a folder with the files of `material`. A
 third entry is the exit code where it is not 2.

@@ -32,7 +32,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def refused(parser, arguments: list[str]) -> str:
-    """What the parser says against a command; nothing where it accepts it."""
+    """Return the parser's error about a command; nothing where it accepts it."""
     if "..." in arguments or "--config" in arguments:  # the rest is the reader's
         return ""
     said = io.StringIO()

@@ -66,7 +66,7 @@ def installed(tmp_path_factory) -> Path:
 
 
 def copy_tree(target: Path) -> None:
-    """What the wheel is built from, at another place."""
+    """Copy the sources of the wheel to another place."""
     target.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target / name)

@@ -1,4 +1,4 @@
-"""What a mixer is stays in its description: nothing else branches on symbols, and no table or estimate misses one."""
+"""A mixer is described in one place: nothing else branches on symbols, and no table or estimate misses one."""
 
 import ast
 from pathlib import Path

@@ -42,7 +42,7 @@ class Launcher:
         return self.returncode
 
     def communicate(self, timeout: float) -> tuple[str, None]:
-        """What the ranks printed, once they have ended."""
+        """Return the output of the ranks, once they have ended."""
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:

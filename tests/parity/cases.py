@@ -1,4 +1,4 @@
-"""What the parity tests on CPUs and on GPUs share: stages, parallelisms, models and text that would show a fault."""
+"""Material that the parity tests on CPUs and on GPUs share: stages, parallelisms, models and text that would show a fault."""
 
 from pathlib import Path
 from typing import Any
