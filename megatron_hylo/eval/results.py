@@ -1,0 +1,149 @@
+"""Results of one evaluation: what was measured of which model, with the score of every example.
+
+A results folder holds results.json (model, run, scores) and samples.jsonl (one line an example). Two folders can be compared
+pair by pair, since an example has the same name in both.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.io import atomic_directory, read_json, write_json
+
+SCHEMA = 1
+RESULTS, SAMPLES = "results.json", "samples.jsonl"
+Suite = Literal["ppl", "recall", "ruler", "commonsense", "gsm8k"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over examples of one task.
+
+    Args:
+        suite: the suite that the task belongs to.
+        task: name of the task, as published where it is; "mean" for a suite's mean.
+        metric: "exact", "acc", "acc_norm", "perplexity", ...
+        value: a part of 1 for accuracies.
+        stderr: standard error of the value; None where it has none.
+        examples: how many were measured.
+        length: tokens of the context, where the task has lengths.
+        depth: place of the needed text in the context, 0 at its beginning, 1 at its end, where the task has depths.
+        higher_is_better: False for perplexities and losses.
+        note: how this differs from the published task, e.g. "subset"; empty if it does not.
+    """
+
+    suite: Suite
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    examples: int
+    length: int | None = None
+    depth: float | None = None
+    higher_is_better: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example.
+
+    Args:
+        suite, task, metric, length, depth: those of its `Score`.
+        example: its name, the same for every model.
+        score: of this example, e.g. 0.0 or 1.0.
+        prompt_end: last characters of the prompt.
+        expected: right answer.
+        output: the model's answer; for multiple choice the text of its choice.
+    """
+
+    suite: Suite
+    task: str
+    metric: str
+    example: str
+    score: float
+    length: int | None = None
+    depth: float | None = None
+    prompt_end: str = ""
+    expected: str = ""
+    output: str = ""
+
+
+@dataclass
+class EvalResult:
+    """Everything that one evaluation found.
+
+    Args:
+        model: {"name", "path", "kind", "hash", "parameters", "kv_percent"}; what is unknown is None.
+        run: {"command", "commit", "version", "libraries", "devices", "dtype", "seed", "time", "seconds", "settings"}.
+        scores: means.
+        samples: single examples, in the order of their measurement.
+    """
+
+    model: dict[str, Any]
+    run: dict[str, Any]
+    scores: list[Score] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what results.json holds; the samples are not in it."""
+        return {"schema": SCHEMA, "model": self.model, "run": self.run, "scores": [asdict(score) for score in self.scores]}
+
+    def select(self, suite: Suite, task: str | None = None) -> Iterator[Score]:
+        """Iterate over the scores of a suite, of one of its tasks if named."""
+        return (s for s in self.scores if s.suite == suite and task in (None, s.task))
+
+    def write(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write a results folder; it appears when it is complete."""
+        with atomic_directory(folder, overwrite) as made:
+            write_json(made / RESULTS, self.to_dict())
+            with open(made / SAMPLES, "w") as file:
+                file.writelines(json.dumps(asdict(sample)) + "\n" for sample in self.samples)
+
+
+def read_results(folder: str | Path) -> EvalResult:
+    """Read a results folder.
+
+    Raises:
+        ConfigError: the folder is not one, or was written by a version with another format.
+    """
+    file = Path(folder) / RESULTS
+    if not file.is_file():
+        raise ConfigError(f"{folder} is no results folder: it has no {RESULTS}; `hylo eval MODEL --output FOLDER` makes one")
+    try:
+        stored = read_json(file, needs=("schema", "model", "run", "scores"))
+        if stored["schema"] != SCHEMA:
+            raise ConfigError(f"{file} has format {stored['schema']}; this version reads {SCHEMA}: run `hylo eval` again")
+        lines = (file.parent / SAMPLES).read_text().splitlines()
+        scores = [_known(Score, values) for values in stored["scores"]]
+        samples = [_known(Sample, json.loads(line)) for line in lines]
+        return EvalResult(stored["model"], stored["run"], scores, samples)
+    except (TypeError, ValueError, OSError) as error:
+        raise ConfigError(f"{folder} cannot be read as a results folder: {error}; run `hylo eval` again") from error
+
+
+def _known(kind: Any, values: dict[str, Any]) -> Any:
+    return kind(**{name: values[name] for name in (f.name for f in fields(kind)) if name in values})
+
+
+def mean(scores: Iterable[Score], task: str = "mean") -> Score:
+    """Return the mean of scores of one suite and metric; its standard error takes them to be independent."""
+    chosen = list(scores)
+    errors = [score.stderr for score in chosen]
+    stderr = None if None in errors else sum((error or 0.0) ** 2 for error in errors) ** 0.5 / len(chosen)
+    first = chosen[0]
+    lengths = {score.length for score in chosen}
+    return Score(
+        first.suite,
+        task,
+        first.metric,
+        sum(score.value for score in chosen) / len(chosen),
+        stderr,
+        sum(score.examples for score in chosen),
+        length=lengths.pop() if len(lengths) == 1 else None,
+        higher_is_better=first.higher_is_better,
+        note="; ".join(sorted({score.note for score in chosen} - {""})),
+    )
