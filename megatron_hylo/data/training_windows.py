@@ -10,7 +10,7 @@ from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.data.blend import BlendedWindows
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.data.packed import DocumentStore, PackedDataset
-from megatron_hylo.data.preprocess import plain_encoder
+from megatron_hylo.data.encode import plain_encoder
 from megatron_hylo.data.recall import RecallWindows
 from megatron_hylo.data.tokenizer import check_dataset
 from megatron_hylo.data.whole_documents import BestFitWindows
