@@ -60,6 +60,9 @@ class TextField:
             return Unreadable("", f'"{self.key}" does not fit the chat template', f"{type(error).__name__}: {error}"[:200])
 
 
+TEXT = TextField()
+
+
 class NoAnswerError(ValueError):
     """A conversation of which the answers cannot be found."""
 

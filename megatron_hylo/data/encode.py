@@ -109,20 +109,20 @@ class DocumentEncoder:
                 if isinstance(encoding, str):
                     found[i] = encoding
                     continue
-                ids = encoding.ids
-                found[i] = np.array(ids, self.dtype).tobytes() if ids else "it makes no token of the text"
+                ids = np.array(encoding.ids, self.dtype).tobytes()
+                found[i] = ids or "it makes no token of the text"
                 if answers is not None and (spans := answers[i]) is not None:
                     marked[i] = answer_tokens(encoding, spans)
         lengths: list[int] = []
         errors: dict[int, str] = {}
         parts: list[bytes] = []
-        for i, ids in enumerate(found):
-            if isinstance(ids, str):
-                errors[i] = ids
+        for i, result in enumerate(found):
+            if isinstance(result, str):
+                errors[i] = result
                 lengths.append(0)
             else:
-                lengths.append(len(ids) // self.dtype.itemsize + 1)
-                parts += [ids, self.end]
+                lengths.append(len(result) // self.dtype.itemsize + 1)
+                parts += [result, self.end]
         return Encoded(b"".join(parts), lengths, errors, marked if answers is not None else [])
 
     def _encodings(self, texts: list[str], function: Callable[..., list[Encoding]]) -> Iterator[Encoding | str]:
@@ -166,7 +166,7 @@ class WordCache:
         self.dtype = dtype
         self.model = _plain(tokenizer, False)
         self.normalises = _normalizer(json.loads(tokenizer)) is not None
-        self.model.normalizer = None  # type: ignore[assignment]  # its stub has no None
+        self.model.normalizer = None
         self.model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.added = [t.content for t in self.model.get_added_tokens_decoder().values() if not t.special]
         classes = sorted(set(re.findall(r"\\p\{\w+\}|\\s", pattern)))

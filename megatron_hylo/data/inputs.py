@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.documents import Document, TextField, Unreadable, replace_half_pairs
+from megatron_hylo.data.documents import TEXT, Document, TextField, Unreadable, replace_half_pairs
 from megatron_hylo.data.text_files import read_lines, read_text_file, row_document
 
 logger = logging.getLogger("megatron_hylo.data")
@@ -52,12 +52,13 @@ class InputReader:
         ConfigError: there is no input, a pattern has no file, or a file is of another kind.
     """
 
-    def __init__(self, inputs: Sequence[str | Path], field: TextField = TextField()) -> None:
+    def __init__(self, inputs: Sequence[str | Path], field: TextField = TEXT) -> None:
         self.field = field
         self.files: list[InputFile | Unreadable] = [file for given in inputs for file in _files(Path(given))]
         self._sizes = [file.path.stat().st_size if isinstance(file, InputFile) and file.path.is_file() else 0
                        for file in self.files]  # fmt: skip
-        self._read, self._raw = 0, None
+        self._read = 0
+        self._raw: BinaryIO | None = None
         self.position = (0, 0)
 
     def items(self, position: tuple[int, int] = (0, 0)) -> Iterator[Document | Unreadable]:
@@ -79,8 +80,7 @@ class InputReader:
     @property
     def share(self) -> float:
         """Part of the bytes of all files that has been read."""
-        raw: BinaryIO | None = self._raw
-        inside = raw.tell() if raw is not None and not raw.closed else 0
+        inside = self._raw.tell() if self._raw is not None and not self._raw.closed else 0
         return (self._read + inside) / max(1, sum(self._sizes))
 
     def _items(self, file: InputFile | Unreadable, skip: int) -> Iterator[Document | Unreadable]:
@@ -93,18 +93,18 @@ class InputReader:
                 yield _text_document(file)
             return
         try:
-            self._raw = open(path, "rb")
+            self._raw = raw = open(path, "rb")
         except OSError as error:
             yield from [Unreadable(replace_half_pairs(str(path)), "file cannot be read", str(error))][skip:]
             return
-        with self._raw:
+        with raw:
             if name.endswith(PARQUET):
-                yield from read_parquet(path, self._raw, self.field, skip)
+                yield from read_parquet(path, raw, self.field, skip)
             else:
-                yield from read_lines(path, self._raw, self.field, skip)
+                yield from read_lines(path, raw, self.field, skip)
 
 
-def read_documents(path: str | Path, field: TextField = TextField()) -> Iterator[Document | Unreadable]:
+def read_documents(path: str | Path, field: TextField = TEXT) -> Iterator[Document | Unreadable]:
     """Documents of one input, and the places that give none; see `InputReader`."""
     yield from InputReader([path], field).items()
 

@@ -34,7 +34,7 @@ from megatron_hylo.config.paths import expand_home
 from megatron_hylo.data.chat import chat_field
 from megatron_hylo.data.dataset_files import DatasetFiles
 from megatron_hylo.data.documents import Document, OnBadText, TextCheck, TextField, Unreadable
-from megatron_hylo.data.encode import Encoded, EncoderSettings, Spans
+from megatron_hylo.data.encode import Encoded, EncoderSettings, Spans, plain_encoder
 from megatron_hylo.data.encode_pool import cores, encode_batches
 from megatron_hylo.data.inputs import InputFile, InputReader
 from megatron_hylo.data.lengths import length_table, plot_lengths
@@ -54,7 +54,7 @@ from megatron_hylo.io import (
 )
 from megatron_hylo.io.progress import Track, no_progress
 
-__all__ = ["DataDescription", "build_dataset", "end_of_document_token", "heldout_score", "preprocess"]
+__all__ = ["DataDescription", "build_dataset", "end_of_document_token", "heldout_score", "plain_encoder", "preprocess"]
 logger = logging.getLogger("megatron_hylo.data")
 SPLITS = ("train", "heldout")
 # Text that models were pretrained on ends in these; an instruct model's `eos_token` ends a chat turn instead.

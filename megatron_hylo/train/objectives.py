@@ -62,6 +62,8 @@ class Objective:
         taken = list(itertools.islice(batches, micro_batches))
         ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
         counts = mean_counts([batch["labels"] for batch in taken], ranks)
+        if all("loss_mask" in batch for batch in taken):  # the KL is of these tokens, too
+            counts = torch.stack([mean_counts([batch["loss_mask"].long() - 1 for batch in taken], ranks)[1], counts[1]])
         if all("answers" in batch for batch in taken):
             answers = [batch["labels"].masked_fill(batch["answers"] == 0, IGNORED) for batch in taken]
             for batch, labels in zip(taken, answers):
@@ -116,6 +118,7 @@ class Objective:
             teacher_hidden,
             c.distil,
             chunk_tokens=c.loss_chunk_tokens,
+            token_mask=batch.get("loss_mask"),
             counts=counts[:2],
         )
         loss, answers = head.loss, None
