@@ -13,7 +13,8 @@ from megatron_hylo.cli.quickstart import default_output
 from megatron_hylo.cli.quickstart_report import heldout_points, plot_quickstart, write_report
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.eval.run_report import differing, read_run, write_run_report
+from megatron_hylo.eval.run_report import write_run_report
+from megatron_hylo.eval.runs import differing, read_run
 from megatron_hylo.train.run_record import record_start
 
 SUMMARY = dict(
