@@ -88,9 +88,10 @@ def _add_arguments(
             p.name: get_args(p.annotation)[0] for p in given if get_origin(p.annotation) is list and p.default is p.empty
         }
         any_number = {p.name: get_args(p.annotation)[0] for p in given if get_origin(p.annotation) is tuple}
-    for kinds, count in ((several, "+"), (any_number, "*")):
-        for name, kind in kinds.items():
-            parser.add_argument(name, type=kind, nargs=count, help=documented[name])
+    for name, kind in several.items():
+        parser.add_argument(name, type=kind, nargs="+", help=documented[name])
+    for name, kind in any_number.items():
+        parser.add_argument(name, type=kind, nargs="*", default=[], help=documented[name])
     add(source, as_positional=as_positional, skip={*switches, *named, *several, *any_number, *besides})
     for name, kind in named.items():
         parser.add_argument(f"--{name}", type=kind, required=True, help=documented[name])
