@@ -6,6 +6,7 @@ a run does not have, such as the model of one that is not finished, is left out 
 
 import json
 import os
+import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import short_names
 from megatron_hylo.eval.page import details, paragraph, section, table, write_page
 from megatron_hylo.eval.plots import Curve, draw_buckets, draw_curves, draw_svg, short_number
-from megatron_hylo.eval.runs import Run, differing, read_run, run_folders
+from megatron_hylo.eval.runs import Run, differing, read_run, run_folders, run_state
 
 CHARTS = (  # metric, quantity and unit, whether single points are marked
     ("heldout_perplexity", "held-out perplexity", True),
@@ -58,7 +59,8 @@ def write_run_report(folders: Sequence[Path], output: Path | None = None) -> Pat
     output.parent.mkdir(parents=True, exist_ok=True)
     runs = [read_run(folder, name) for folder, name in zip(found, short_names(found))]
     parts = [
-        section("Runs", _summary(runs)),
+        paragraph(f"Written {time.strftime('%Y-%m-%d %H:%M:%S %z')} from {', '.join(os.path.abspath(run) for run in found)}."),
+        section("Runs" if len(runs) > 1 else "Run", _summary(runs)),
         *(section(title, chart) for title, chart in _charts(runs)),
         *(section(title, chart) for title, chart in _bucket_charts(runs)),
         section("Settings that differ" if len(runs) > 1 else "Settings", _settings(runs)),
@@ -66,22 +68,35 @@ def write_run_report(folders: Sequence[Path], output: Path | None = None) -> Pat
         *_environment(runs),
         *_provenance(runs),
     ]
-    return write_page(output, "Training run" if len(runs) == 1 else f"{len(runs)} training runs", parts)
+    names = ", ".join(run.name for run in runs)
+    return write_page(output, f"Training run{'s' if len(runs) > 1 else ''}: {names}", parts)
 
 
 def _summary(runs: Sequence[Run]) -> str:
-    head = ("run", "stage", "step", "tokens", "tokens/s", "held-out perplexity", "KL to teacher", "agreement", "peak GiB")
+    head = (
+        "run",
+        "stage",
+        "state",
+        "step",
+        "tokens",
+        "tokens/s",
+        "held-out perplexity",
+        "KL to teacher",
+        "agreement",
+        "peak GiB",
+    )
     rows = []
     for run in runs:
         step, total = run.step, run.total_steps
         rates = sorted(r["tokens_per_second"] for r in run.records if r.get("tokens_per_second"))
-        agreement = run.last("heldout_agreement")
+        agreement, peak = run.last("heldout_agreement"), run.last("peak_memory_gib")
         rows.append(
             (
-                run.name, str(run.config.get("stage", "")), f"{step:,} of {total:,}" if total else f"{step:,}",
-                short_number(step * run.tokens_per_step), _number(rates[len(rates) // 2] if rates else None),
-                _number(run.last("heldout_perplexity")), _number(run.last("heldout_kl")),
-                "" if agreement is None else f"{100 * agreement:.1f} %", _number(run.last("peak_memory_gib")),
+                run.name, str(run.config.get("stage", "")), run_state(run)[0],
+                f"{step:,} of {total:,}" if total else f"{step:,}", short_number(float(f"{step * run.tokens_per_step:.3g}")),
+                _number(rates[len(rates) // 2] if rates else None), _number(run.last("heldout_perplexity")),
+                _number(run.last("heldout_kl")), "" if agreement is None else f"{100 * agreement:.1f} %",
+                "" if peak is None else f"{peak:.1f}",
             )
         )  # fmt: skip
     return table(head, rows) + paragraph("Tokens/s is the median of the logged lines; held-out numbers are the newest.")
@@ -97,17 +112,34 @@ def _charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
         if key.startswith("heldout_recall_") and "/" not in key and key != "heldout_recall_tokens"
     )
     for metric, quantity, markers in (*CHARTS, *((key, key.replace("_", " "), True) for key in more if key not in known)):
-        curves = [curve for run in runs if (curve := _curve(run, metric, markers))]
-        if curves and not (metric == "kl" and _same_as_loss(runs)):
-            draw = partial(draw_curves, curves=curves, y_label=quantity)
-            ends = "; ".join(f"{c.label}: {c.y[0]:.4g} to {c.y[-1]:.4g}" for c in curves)
-            yield quantity[0].upper() + quantity[1:], draw_svg(draw, f"{quantity} by training tokens. {ends}", size=(8, 3.4))
+        if metric == "kl" and _same_as_loss(runs):
+            continue
+        for stage, members in _comparable(runs, metric):
+            curves = [curve for run in members if (curve := _curve(run, metric, markers, runs.index(run)))]
+            if curves:
+                title = quantity[0].upper() + quantity[1:] + (f", stage {stage}" if stage else "")
+                draw = partial(draw_curves, curves=curves, y_label=_unit(quantity))
+                ends = "; ".join(f"{c.label}: {c.y[0]:.4g} to {c.y[-1]:.4g}" for c in curves)
+                yield title, draw_svg(draw, f"{title} by training tokens. {ends}", size=(8, 3.4))
 
 
-def _curve(run: Run, metric: str, markers: bool) -> Curve | None:
+def _comparable(runs: Sequence[Run], metric: str) -> list[tuple[str, Sequence[Run]]]:
+    """Runs that share a chart: all of them, but the loss of each stage is another quantity. (stage or "", runs)."""
+    stages = list(dict.fromkeys(str(run.config.get("stage", "")) for run in runs))
+    if metric != "loss" or len(stages) == 1:
+        return [("", runs)]
+    return [(stage, [run for run in runs if run.config.get("stage") == stage]) for stage in stages]
+
+
+def _unit(quantity: str) -> str:
+    """The unit of "quantity, unit": a chart's heading says the quantity."""
+    return quantity.partition(", ")[2]
+
+
+def _curve(run: Run, metric: str, markers: bool, number: int) -> Curve | None:
     """A metric by training tokens; None where the run has no number of it."""
     points = run.points(metric)
-    return Curve(run.name, [x for x, _ in points], [y for _, y in points], markers) if points else None
+    return Curve(run.name, [x for x, _ in points], [y for _, y in points], markers, number) if points else None
 
 
 def _bucket_charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
@@ -120,8 +152,8 @@ def _bucket_charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
                 found[f"{run.name}, step {step:,}"] = values
         # buckets begin at ever later places, so that a longer run has them all in order
         buckets = sorted({bucket for values in found.values() for bucket in values}, key=_bucket_start)
-        if buckets:
-            draw = partial(draw_buckets, buckets=buckets, curves=found, y_label=quantity, x_label=x_label)
+        if len(buckets) > 1:
+            draw = partial(draw_buckets, buckets=buckets, curves=found, y_label=_unit(quantity), x_label=x_label)
             ends = "; ".join(
                 f"{label}: " + ", ".join(f"{bucket} {value:.4g}" for bucket, value in values.items())
                 for label, values in found.items()
