@@ -295,7 +295,7 @@ class HyloLM(TemplateLM):
         return results
 
     def _score(self, rows: Sequence[list[int]], counts: Sequence[int], description: str) -> list[tuple[Tensor, Tensor]]:
-        """(log-probabilities, whether the most likely) of the last counts[i] tokens of rows[i], [counts[i]] each, on the CPU."""
+        """(log-probabilities, whether the most likely) of the last counts[i] tokens of rows[i], on the CPU."""
         results: list[Any] = [None] * len(rows)
 
         def work(batch: list[int]) -> None:
