@@ -21,7 +21,7 @@ from megatron_hylo.eval.results import EvalResult, Sample, Score, Suite, mean
 Z95 = 1.959963984540054
 FEWEST = 5  # groups of examples without which an interval would say nothing
 SUITES: dict[Suite, str] = {
-    "ppl": "perplexity", "recall": "recall", "ruler": "RULER", "commonsense": "common sense", "gsm8k": "GSM8K",
+    "ppl": "Perplexity", "recall": "Recall", "ruler": "RULER", "commonsense": "Common sense", "gsm8k": "GSM8K",
 }  # fmt: skip
 
 
@@ -301,7 +301,7 @@ def _paired(
         values = [math.log(theirs_) - math.log(ours_) for ours_, theirs_ in pairs]
     else:
         values = [theirs_ - ours_ for ours_, theirs_ in pairs]
-    groups = [ours[key].group or f"{key}" for key in both]
+    groups = [ours[key].group or theirs[key].group or f"{key}" for key in both]
     value, error, count = mean_of_examples(values, groups)
     counts = {"examples": len(both), "only_baseline": len(ours) - len(both), "only_model": len(theirs) - len(both)}
     return _with_interval(value, error, count, counts, higher_is_better)
