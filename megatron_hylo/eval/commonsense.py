@@ -7,7 +7,7 @@ may be downloaded), else rows from PyPI (`fetch_questions`), which every score n
 import contextlib
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,18 @@ SHOWN = 200  # characters of a prompt's end that a sample keeps
 OFFLINE = "rows from PyPI"
 
 
+Tasks = Mapping[str, tuple[ConfigurableTask, str]]  # name: (task, how its data differs from lm-eval's)
+
+
 def run_commonsense(
-    lm: Any,
-    tasks: Sequence[str] = COMMONSENSE,
-    limit: int | None = None,
-    online: bool = False,
-    track: Track = no_progress,
+    lm: Any, tasks: Tasks | None = None, limit: int | None = None, track: Track = no_progress
 ) -> tuple[list[Score], list[Sample]]:
     """Measure zero-shot common sense.
 
     Args:
         lm: `HyloLM`, or another model of lm-eval.
-        tasks: names out of COMMONSENSE.
+        tasks: of `load_tasks`; all of COMMONSENSE by default.
         limit: examples of each task, the first ones.
-        online: download lm-eval's data sets where they are not in the cache of `datasets`.
         track: progress display over the tasks.
 
     Returns:
@@ -60,9 +58,9 @@ def run_commonsense(
         an example, of the metric in the mean. Nothing on other ranks than the first.
 
     Raises:
-        ConfigError: an unknown task, or no data for any.
+        ConfigError: no data for any task.
     """
-    loaded = load_tasks(tasks, online)
+    loaded = load_tasks(COMMONSENSE) if tasks is None else tasks
     scores: list[Score] = []
     samples: list[Sample] = []
     for name, (task, note) in track(loaded.items(), "common sense"):
@@ -73,12 +71,12 @@ def run_commonsense(
         scores += [_score("commonsense", name, metric, found, _noted(note, limit, task)) for metric in reversed(metrics)]
         samples += [_choice(task, metrics[0], example) for example in found]
     if scores:
-        scores.append(_mean(scores, tasks, limit))
+        scores.append(_mean(scores, limit))
     return scores, samples
 
 
 def run_gsm8k(
-    lm: Any, limit: int | None = None, online: bool = False, track: Track = no_progress
+    lm: Any, tasks: Tasks | None = None, limit: int | None = None, track: Track = no_progress
 ) -> tuple[list[Score], list[Sample]]:
     """Measure GSM8K zero-shot: exact_match of the last number written, and exact_match_strict of one after "####".
 
@@ -86,7 +84,8 @@ def run_gsm8k(
     """
     scores: list[Score] = []
     samples: list[Sample] = []
-    for task, note in track(list(load_tasks(["gsm8k"], online).values()), "GSM8K"):
+    loaded = load_tasks(["gsm8k"]) if tasks is None else tasks
+    for task, note in track(list(loaded.values()), "GSM8K"):
         found = _evaluate(lm, task, limit)
         if found is None:
             continue
@@ -100,8 +99,12 @@ def run_gsm8k(
     return scores, samples
 
 
-def load_tasks(names: Sequence[str], online: bool = False) -> dict[str, tuple[ConfigurableTask, str]]:
-    """Open tasks with their data: {name: (task, how its data differs from lm-eval's)}; those without data are left out.
+def load_tasks(names: Sequence[str], online: bool = False) -> Tasks:
+    """Open tasks with their data; those without data are left out.
+
+    Args:
+        names: out of COMMONSENSE and gsm8k.
+        online: download lm-eval's data sets where they are not in the cache of `datasets`.
 
     Raises:
         ConfigError: an unknown task, or no data for any.
@@ -169,12 +172,12 @@ def _noted(note: str, limit: int | None, task: ConfigurableTask) -> str:
     return "; ".join(filter(None, [cut, note]))
 
 
-def _mean(scores: Sequence[Score], asked: Sequence[str], limit: int | None) -> Score:
+def _mean(scores: Sequence[Score], limit: int | None) -> Score:
     by_task = {score.task: score for score in scores}  # acc_norm comes after acc
     found = replace(mean(by_task.values()), metric="acc_norm")
-    missing = [name for name in asked if name not in by_task]
+    missing = [name for name in COMMONSENSE if name not in by_task]
     notes = [
-        f"{len(by_task)} of {len(asked)} tasks, no data for {', '.join(missing)}" if missing else "",
+        f"{len(by_task)} of {len(COMMONSENSE)} tasks, without {', '.join(missing)}" if missing else "",
         f"subset: the first {limit:,} rows of each" if any("the first" in score.note for score in scores) else "",
         OFFLINE if OFFLINE in found.note else "",
     ]
