@@ -21,7 +21,7 @@ SCRIPTS = sorted([
 ])  # fmt: skip
 LAUNCH = r"python -m megatron_hylo\.train\.launch .*?-m megatron_hylo\.cli"
 SHOWN = re.compile(
-    rf"\b((?:[A-Z]\w*=\S+ +)*)((?:\.venv/bin/)?hylo|{LAUNCH}|(?:bash|sbatch) (?:slurm|examples)/\S+\.sh)(?= |$)(.*)"
+    rf"\b((?:[A-Z]\w*=\S+ +)*)((?:\.venv/bin/)?hylo|{LAUNCH}|(?:bash|sbatch)(?: --\S+)* (?:slurm|examples)/\S+\.sh)(?= |$)(.*)"
 )
 FOREIGN = {"--option", "--standalone", "--nproc-per-node", "--signals-to-handle", "--work"}  # torchrun's, a benchmark's
 FOREIGN |= {"--signal", "--time", "--export", "--wait", "--kill-on-invalid-dep"}  # Slurm's
@@ -64,7 +64,7 @@ def refused(parser, program: str, variables: list[str], arguments: list[str]) ->
     open_end = "..." in arguments
     words = ["1" if word == "N" else word for word in arguments if word != "..."]
     if program.startswith(("bash", "sbatch")):
-        script = ROOT / program.split()[1]
+        script = ROOT / program.split()[-1]
         if not script.exists():
             return f"there is no {script}"
         lines = [line for path in script.parent.glob("*.sh") for line in path.read_text().splitlines()]
@@ -154,7 +154,7 @@ def test_make_targets_are_real(parser):
         "python -m megatron_hylo.train.launch --standalone --nproc-per-node 2 -m megatron_hylo.cli trains ...",
         "HYLO_ROOTS=/shared bash slurm/stage1_ild.sh --train_tokens 1",
         "HYLO_ROOT=/shared sbatch slurm/stage1_ild.sh [--train_token N ...]",
-        "sbatch slurm/stage9.sh",
+        "sbatch --nodes=2 slurm/stage9.sh",
         "bash slurm/submit_chain.sh stage1_ild stage9",
         "OUTT=x bash examples/smollm2/run.sh",
     ],
