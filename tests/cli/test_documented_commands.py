@@ -23,8 +23,9 @@ LAUNCH = r"python -m megatron_hylo\.train\.launch .*?-m megatron_hylo\.cli"
 SHOWN = re.compile(
     rf"\b((?:[A-Z]\w*=\S+ +)*)((?:\.venv/bin/)?hylo|{LAUNCH}|(?:bash|sbatch)(?: --\S+)* (?:slurm|examples)/\S+\.sh)(?= |$)(.*)"
 )
-FOREIGN = {"--option", "--standalone", "--nproc-per-node", "--signals-to-handle", "--work"}  # torchrun's, a benchmark's
+FOREIGN = {"--option", "--standalone", "--nproc-per-node", "--signals-to-handle"}  # torchrun's
 FOREIGN |= {"--signal", "--time", "--export", "--wait", "--kill-on-invalid-dep"}  # Slurm's
+FOREIGN |= {"--work", "--append-eod"}  # a benchmark's, Megatron-LM's
 
 
 @pytest.fixture(scope="module")
