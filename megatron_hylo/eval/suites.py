@@ -111,7 +111,15 @@ def _plan_ruler(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
             raise ConfigError(f"{path} does not exist; RULER reads its questions and its haystack from local files")
     limit = {} if settings.limit is None else {"limit": settings.limit}
     return partial(
-        ruler.run_ruler, lm, lengths, seed=settings.seed, essays=settings.essays, qa=qa, chat=settings.chat, track=track, **limit
+        ruler.run_ruler,
+        lm,
+        lengths,
+        seed=settings.seed,
+        essays=settings.essays,
+        qa=qa,
+        chat=settings.chat,
+        track=track,
+        **limit,
     )
 
 
