@@ -10,6 +10,7 @@ from megatron_hylo.cli.boundary import EXIT_ERROR, EXIT_STOPPED, plain_errors
 from megatron_hylo.cli.compare import compare
 from megatron_hylo.cli.console import console, set_up_logging
 from megatron_hylo.cli.doctor import doctor
+from megatron_hylo.cli.evaluation import eval as eval_suites
 from megatron_hylo.cli.parser import build_parser, command, parameters, settings_of
 from megatron_hylo.cli.report import report
 from megatron_hylo.cli.runs import quickstart, train
@@ -25,7 +26,7 @@ __all__ = ["EXIT_ERROR", "EXIT_STOPPED", "QUICK", "VERBS", "main"]
 
 VERBS: tuple[Callable, ...] = (
     quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, serve_teacher,
-    train, runs, watch, report, compare, evaluate, export, generate, doctor, scripts,
+    train, runs, watch, report, evaluate, eval_suites, compare, export, generate, doctor, scripts,
 )  # fmt: skip
 QUICK = (layouts, fetch, scripts, runs, watch, report, compare)  # these start without PyTorch
 

@@ -107,7 +107,7 @@ def difference_rows(names: Sequence[str], rows: Sequence[Row]) -> list[list[str]
         for name, difference in list(zip(names, row.differences))[1:]:
             if difference is None:
                 if any(value is not None for value in row.values[1:]) and row.values[0] is not None:
-                    found.append([row_name(row), name, "-", "no example is the same", "", "0", ""])
+                    found.append([row_name(row), name, "-", "no example is known to be the same", "", "0", ""])
                 continue
             value, low, high = _in_points(row, difference)
             interval = "" if low is None or high is None else f"[{low:+.1f},\u00a0{high:+.1f}]"
