@@ -82,10 +82,10 @@ def eval(
     if not is_launched_first():
         return
     if output is not None:
-        from megatron_hylo.eval.report import write_report
+        from megatron_hylo.eval.report import REPORT, write_report
 
-        found.write(output, overwrite)
-        console.print(f"wrote {output}; open {write_report(output)}", soft_wrap=True)
+        found.write(output, overwrite, also=write_report)
+        console.print(f"wrote {output}; open {output}/{REPORT}", soft_wrap=True)
     if json:
         print_json(found.to_dict())
     else:

@@ -148,8 +148,10 @@ def test_intervals_of_values():
 
 
 def test_a_results_page_has_scores_errors_maps_and_examples(tmp_path):
-    (folder,) = write_results(tmp_path, hybrid=0.6)
-    page = write_report(folder).read_text()
+    folder = tmp_path / "hybrid"
+    for overwrite in (False, True):  # the page is part of the folder, which can be replaced
+        make_result("hybrid", 0.6).write(folder, overwrite, also=write_report)
+    page = (folder / "report.html").read_text()
     result = make_result("hybrid", 0.6)
     score = next(result.select("gsm8k"))
     for text in (
