@@ -31,7 +31,7 @@ th:first-child, td:first-child, .word { text-align: left; }
 th:first-child, td:first-child { padding-left: 0; } th { color: var(--muted); font-weight: 600; }
 th { vertical-align: bottom; white-space: normal; } td { vertical-align: top; }
 table.text th, table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }
-pre { background: var(--soft); padding: .6rem .8rem; overflow-x: auto; border-radius: 6px; }
+pre { background: var(--soft); padding: .6rem .8rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 blockquote { margin: 0; padding: .6rem 1rem; border-left: 3px solid var(--grid); white-space: pre-wrap; }
 .example { border-left: 3px solid var(--series-1); padding-left: .8rem; margin: 1rem 0; }
 .example.right { border-color: var(--series-2); } .example p { margin: .3rem 0; }
