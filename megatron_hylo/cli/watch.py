@@ -62,7 +62,8 @@ def watch(run: Path, interval: PositiveFloat = 2.0) -> int:
             if state != "running":
                 break
             time.sleep(interval)
-        print(f"{folder}: {state}{f', {message}' if message else ''}", flush=True)
+        said = message if message.startswith(state) else f"{state}: {message}" if message else state
+        print(f"{folder}: {said}", flush=True)
     return {"finished": 0, "stopped": EXIT_STOPPED}.get(state, EXIT_FAILURE)
 
 

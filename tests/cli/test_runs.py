@@ -196,7 +196,7 @@ def test_watching_prints_each_new_line_once_and_ends_with_the_run(run, capsys):
     assert watch(run) == 0
     thread.join()
     new = [line for number in range(3) for line in (f"new {number}", "half a line")]
-    last = f"{run}: failed, the disk is full"
+    last = f"{run}: failed: the disk is full"
     out = capsys.readouterr().out
     assert out[: out.index(last) + len(last)].splitlines() == [f"old {n}" for n in range(10, 20)] + new + [last]
 
