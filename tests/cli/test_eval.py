@@ -83,8 +83,8 @@ def test_results_of_a_model_and_of_its_export_are_those_of_evaluate(place, capsy
         (["--suite", "ppl", "--data", "{place}/data", "--sequence_length", "5000"], "the longest document"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_work(place, words, message, capsys, monkeypatch):
+def test_what_cannot_work_is_refused_before_the_work(place, words, message, capsys, caplog, monkeypatch):
     monkeypatch.setattr("megatron_hylo.eval.suites.fetch_essays", lambda: place)
     assert run(place, "hf", *(word.format(place=place) for word in words)) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert message in said and "suite ppl" not in said  # logged when it begins
+    assert message in said and "suite ppl" not in caplog.text  # logged when it begins
