@@ -9,6 +9,7 @@ from typing import Any
 from megatron_hylo.cli.boundary import EXIT_ERROR, EXIT_STOPPED, plain_errors
 from megatron_hylo.cli.console import console, set_up_logging
 from megatron_hylo.cli.doctor import doctor
+from megatron_hylo.cli.evaluation import eval as eval_suites
 from megatron_hylo.cli.parser import build_parser, command, parameters, settings_of
 from megatron_hylo.cli.report import report
 from megatron_hylo.cli.runs import quickstart, train
@@ -22,7 +23,7 @@ __all__ = ["EXIT_ERROR", "EXIT_STOPPED", "QUICK", "VERBS", "main"]
 
 VERBS: tuple[Callable, ...] = (
     quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, serve_teacher,
-    train, report, evaluate, export, generate, doctor, scripts,
+    train, report, evaluate, eval_suites, export, generate, doctor, scripts,
 )  # fmt: skip
 QUICK = (layouts, fetch, scripts)  # these start without PyTorch
 

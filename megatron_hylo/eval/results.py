@@ -8,14 +8,14 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.evaluation import Suite
 from megatron_hylo.io import atomic_directory, read_json, write_json
 
 SCHEMA = 1
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
-Suite = Literal["ppl", "recall", "ruler", "commonsense", "gsm8k"]
 
 
 @dataclass(frozen=True)
