@@ -1,7 +1,7 @@
 """Recall and perplexity by position of several models, through the suite of `hylo eval`, on one dataset's held-out text.
 
-    python benchmarks/recall.py "teacher=runs/teacher" "teacher, YaRN=runs/teacher:yarn8" "hybrid=runs/hybrid" --data runs/data
-    python benchmarks/recall.py "teacher=runs/teacher" --data runs/data --lengths "[512]" --trials 10      # CPU, a minute
+    python benchmarks/recall.py "[teacher=runs/teacher, YaRN by 8=runs/teacher:yarn8, hybrid=runs/hybrid]" runs/data
+    python benchmarks/recall.py "[teacher=runs/teacher]" runs/data --lengths "[512]" --trials 10      # CPU, a minute
 
 Examples are the same for all models. Lengths past a model's window are measured too. Prints the table and, last, one JSON
 line; writes RESULTS.md, and with --folders a results folder a model for `hylo compare`.

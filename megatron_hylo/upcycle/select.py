@@ -8,6 +8,7 @@ head a chunk of tokens at a time.
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -71,7 +72,7 @@ class Selection:
         if self.kl_by_layer is None:
             return None
         reference = SwapLoss(self.kl_all_linear, self.answers_all_linear)
-        answers = self.answers_by_layer or [None] * len(self.kl_by_layer)
+        answers: Sequence[float | None] = self.answers_by_layer or [None] * len(self.kl_by_layer)
         losses = [SwapLoss(kl, loss).by(self.by, reference) for kl, loss in zip(self.kl_by_layer, answers)]
         return losses if self.method == "backward" else [reference.by(self.by, reference) - loss for loss in losses]
 
