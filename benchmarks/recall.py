@@ -81,8 +81,8 @@ def measure(path: str, data: Path, lengths: list[int], trials: int, windows: int
     if windows:
         more = run_by_position(lm, lengths, windows, data=data, seed=seed, track=show_progress)
         scores, samples = scores + more[0], samples + more[1]
-    settings = dict(lengths=lengths, trials=trials, windows=windows, generated=generated, yarn=factor or None)
-    run = describe_run(lm, settings, started) | {"recall_seconds": seconds, "seed": seed}
+    settings = dict(lengths=lengths, trials=trials, windows=windows, generated=generated, seed=seed, yarn=factor or None)
+    run = describe_run(lm, settings, started) | {"recall_seconds": seconds}
     return EvalResult(describe_model(path, lm), run, scores, samples)
 
 
