@@ -58,6 +58,8 @@ class Sample:
         prompt_end: last characters of the prompt.
         expected: right answer.
         output: the model's answer; for multiple choice the text of its choice.
+        group: what examples share that are not independent of each other, such as the text that several questions are about;
+            empty for an example of its own.
     """
 
     suite: Suite
@@ -70,6 +72,7 @@ class Sample:
     prompt_end: str = ""
     expected: str = ""
     output: str = ""
+    group: str = ""
 
 
 @dataclass
