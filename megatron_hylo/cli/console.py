@@ -91,11 +91,15 @@ def show_selection(found: "Selection") -> None:
     """Show the losses of hybrids by layer, and of the chosen one, on stderr: stdout is for the pattern."""
     if found.kl_by_layer is not None:
         table = Table(title=f"hybrids with one layer {'linear' if found.method == 'backward' else 'MLA'}, nats a token")
-        for name in ("layer", "KL", *(["answers"] if found.answers_by_layer else []), "chosen"):
+        ratios = found.recall_per_kl()
+        for name in ("layer", "KL", *(["answers", "answers / KL"] if ratios else []), "chosen"):
             table.add_column(name, justify="right")
         for layer, kl in enumerate(found.kl_by_layer):
-            answers = [f"{found.answers_by_layer[layer]:.4f}"] if found.answers_by_layer else []
-            table.add_row(str(layer), f"{kl:.4f}", *answers, "MLA" if layer in found.mla_layers else "")
+            cells = [str(layer), f"{kl:.4f}"]
+            if ratios and found.answers_by_layer:
+                ratio = ratios[layer]
+                cells += [f"{found.answers_by_layer[layer]:.4f}", "" if ratio is None else f"{ratio:.2f}"]
+            table.add_row(*cells, "MLA" if layer in found.mla_layers else "")
         console.print(table)
     console.print(f"KL to the teacher: {found.kl_all_linear:.4f} all linear, {found.kl_selected:.4f} as chosen")
     if found.answers_selected is not None:

@@ -1,6 +1,5 @@
 """The verbs of `hylo` around a teacher and the hybrid made of it."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -246,6 +245,6 @@ def select(
     cost = f"{found.tokens:,} tokens, {found.layer_evaluations:,.0f} layers run over them, {found.seconds:.1f} s"
     console.print(cost, style="dim", highlight=False)
     if json:
-        print_json(asdict(found))
+        print_json(found.to_dict())
     else:
         print(found.pattern)

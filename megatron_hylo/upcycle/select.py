@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from megatron_hylo.upcycle.select_losses import By, SwapEvaluation, SwapLoss, se
 from megatron_hylo.upcycle.selection import backward_layers, check_count, greedy_layers, smart_layers
 
 logger = logging.getLogger("megatron_hylo.select")
+MOST_RATIO = 50.0  # HypeNet's cap
 Method = Literal["smart", "greedy", "backward", "uniform"]
 
 
@@ -41,10 +42,11 @@ class Selection:
         mla_layers: the chosen ones, ascending.
         order: as they were chosen (greedy) or the others as they were given up (backward), so that one run tells what fewer or
             more MLA layers would be; None for the other methods.
-        kl_all_linear, kl_selected: KL(teacher || model) in nats a token, of the text with exercises in it unless chosen by kl.
+        kl_all_linear, kl_all_mla, kl_selected: KL(teacher || model) in nats a token, of the text with exercises in it unless
+            chosen by kl; all MLA for backward alone.
         kl_by_layer: with that layer alone MLA (backward: alone linear); None for uniform, which does not ask.
-        answers_teacher, answers_all_linear, answers_selected, answers_by_layer: cross-entropy at the answers of recall
-            exercises, in nats a token; None where chosen by kl.
+        answers_teacher, answers_all_linear, answers_all_mla, answers_selected, answers_by_layer: cross-entropy at the answers
+            of recall exercises, in nats a token; None where chosen by kl.
         tokens, answer_tokens: of the text, and of the answers in it.
         layer_evaluations: layers run over all tokens, the teacher's included.
         seconds: of the whole.
@@ -56,10 +58,12 @@ class Selection:
     mla_layers: list[int]
     order: list[int] | None
     kl_all_linear: float
+    kl_all_mla: float | None
     kl_by_layer: list[float] | None
     kl_selected: float
     answers_teacher: float | None
     answers_all_linear: float | None
+    answers_all_mla: float | None
     answers_by_layer: list[float] | None
     answers_selected: float | None
     tokens: int
@@ -67,14 +71,36 @@ class Selection:
     layer_evaluations: float
     seconds: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and `recall_per_kl` for JSON."""
+        return asdict(self) | {"recall_per_kl": self.recall_per_kl()}
+
     def scores(self) -> list[float] | None:
-        """What the layers were compared by: the loss saved by each alone as MLA (backward: lost by each alone as linear)."""
+        """What the layers are compared by: the loss that each saves as the only MLA layer, or costs as the only linear one."""
         if self.kl_by_layer is None:
             return None
         reference = SwapLoss(self.kl_all_linear, self.answers_all_linear)
+        start = reference if self.kl_all_mla is None else SwapLoss(self.kl_all_mla, self.answers_all_mla)
         answers: Sequence[float | None] = self.answers_by_layer or [None] * len(self.kl_by_layer)
-        losses = [SwapLoss(kl, loss).by(self.by, reference) for kl, loss in zip(self.kl_by_layer, answers)]
-        return losses if self.method == "backward" else [reference.by(self.by, reference) - loss for loss in losses]
+        sign = 1 if self.kl_all_mla is None else -1
+        return [
+            sign * (start.by(self.by, reference) - SwapLoss(kl, loss).by(self.by, reference))
+            for kl, loss in zip(self.kl_by_layer, answers)
+        ]
+
+    def recall_per_kl(self) -> list[float | None] | None:
+        """Nats at the answers for each nat of KL that a layer makes, as HypeNet's recall-against-commonsense score.
+
+        At most MOST_RATIO; None for a layer that makes the KL no better. None without recall.
+        """
+        if self.kl_by_layer is None or self.answers_by_layer is None:
+            return None
+        alone_mla = self.kl_all_mla is None
+        kl, answers = (self.kl_all_linear, self.answers_all_linear) if alone_mla else (self.kl_all_mla, self.answers_all_mla)
+        assert kl is not None and answers is not None, "measured with the layers"
+        sign = 1 if alone_mla else -1
+        changes = [(sign * (kl - k), sign * (answers - a)) for k, a in zip(self.kl_by_layer, self.answers_by_layer)]
+        return [min(at_answers / of_kl, MOST_RATIO) if of_kl > 0 else None for of_kl, at_answers in changes]
 
 
 def select_folder(
@@ -133,6 +159,7 @@ def select_folder(
             allow_unaligned,
         )
     depth = evaluation.depth
+    all_mla = evaluation.loss(range(depth), "all MLA") if method == "backward" else None
     by_layer: dict[int, SwapLoss] | None = None
     order: list[int] | None = None
     if method == "uniform":
@@ -160,10 +187,12 @@ def select_folder(
         mla_layers=list(chosen),
         order=order,
         kl_all_linear=all_linear.kl,
+        kl_all_mla=all_mla.kl if all_mla else None,
         kl_by_layer=[loss.kl for loss in by_layer.values()] if by_layer else None,
         kl_selected=selected.kl,
         answers_teacher=evaluation.teacher_loss().answers,
         answers_all_linear=all_linear.answers,
+        answers_all_mla=all_mla.answers if all_mla else None,
         answers_by_layer=[loss.answers for loss in by_layer.values() if loss.answers is not None]
         if by_layer and answers is not None
         else None,
@@ -176,7 +205,7 @@ def select_folder(
     if output is not None:
         with atomic_directory(output, overwrite) as folder:
             if is_main():
-                write_json(folder / "selection.json", asdict(selection))
+                write_json(folder / "selection.json", selection.to_dict())
                 if by_layer is not None:
                     plot_selection(selection, folder / "selection.png")
     return selection
@@ -193,7 +222,7 @@ def plot_selection(selection: Selection, file: Path) -> None:
         "recall": "answers' loss, nats a token",
         "both": "KL + answers' loss, parts of all-linear",
     }
-    change = "with it alone linear" if selection.method == "backward" else "saved by it alone as MLA"
+    change = "lost by it alone as linear" if selection.method == "backward" else "saved by it alone as MLA"
 
     def draw(axes: Axes, theme: Theme) -> None:
         linear = selection.pattern.replace("+", "")[0]

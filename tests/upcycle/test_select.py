@@ -158,7 +158,9 @@ def test_backward_equals_brute_force_step_by_step(select, assembled_kl, tmp_path
     assert found.order == order and set(found.mla_layers) == left
     assert found.kl_selected == pytest.approx(assembled_kl(left), rel=KL)
     assert found.kl_by_layer == pytest.approx([assembled_kl({*range(LAYERS)} - {layer}) for layer in range(LAYERS)], rel=KL)
-    assert found.scores() == found.kl_by_layer  # what is lost without a layer
+    whole = assembled_kl(range(LAYERS))
+    assert found.kl_all_mla == pytest.approx(whole, rel=KL)
+    assert found.scores() == pytest.approx([kl - whole for kl in found.kl_by_layer], rel=1e-2, abs=1e-6)
     assert (tmp_path / "out" / "selection.png").is_file()
 
 
@@ -207,6 +209,9 @@ def test_recall_equals_assembled_models_losses_at_answers(select, material, reca
         assert found.order[0] == best and found.by == by
         assert found.scores() == pytest.approx([loss(none) - loss(pair) for pair in alone], rel=1e-3, abs=1e-6)
         assert (found.kl_selected, found.answers_selected) == pytest.approx(assembled(found.mla_layers), rel=KL)
+        for ratio, (kl, answers_loss) in zip(found.recall_per_kl(), alone, strict=True):
+            saved = none[0] - kl
+            assert ratio is None if saved <= 0 else ratio == pytest.approx(min((none[1] - answers_loss) / saved, 50), rel=1e-2)
     show_selection(found)
     shown = capsys.readouterr().err
     assert f"{found.answers_by_layer[3]:.4f}" in shown and f"{found.answers_teacher:.4f} teacher" in shown
