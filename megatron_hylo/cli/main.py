@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hylo.cli.boundary import EXIT_ERROR, EXIT_STOPPED, plain_errors
+from megatron_hylo.cli.compare import compare
 from megatron_hylo.cli.console import console, set_up_logging
 from megatron_hylo.cli.doctor import doctor
 from megatron_hylo.cli.evaluation import eval as eval_suites
@@ -25,9 +26,9 @@ __all__ = ["EXIT_ERROR", "EXIT_STOPPED", "QUICK", "VERBS", "main"]
 
 VERBS: tuple[Callable, ...] = (
     quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, serve_teacher,
-    train, runs, watch, report, evaluate, eval_suites, export, generate, doctor, scripts,
+    train, runs, watch, report, evaluate, eval_suites, compare, export, generate, doctor, scripts,
 )  # fmt: skip
-QUICK = (layouts, fetch, scripts, runs, watch, report)  # these start without PyTorch
+QUICK = (layouts, fetch, scripts, runs, watch, report, compare)  # these start without PyTorch
 
 
 def main(command_line: list[str] | None = None) -> None:

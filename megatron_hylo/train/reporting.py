@@ -101,7 +101,7 @@ class Reporter(Callback):
         self.step = progress.step
         if not self.stepped:
             self.stepped, self.first = True, (time.perf_counter(), progress.step)
-            logger.info("operations: %s", in_use())
+            logger.info("operations: %s", ", ".join(f"{name} {kernel}" for name, kernel in in_use().items()))
         if self.enabled:
             self._step(progress.step, progress.metrics)
         skipped = progress.skipped
