@@ -180,7 +180,8 @@ def _summary(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         step = int(run.last("step") or 0)
-        total = -(-run.config.get("train_tokens", 0) // run.tokens_per_step) if run.tokens_per_step else 0
+        tokens = run.config.get("train_tokens", 0) + run.config.get("extend_tokens", 0)
+        total = -(-tokens // run.tokens_per_step) if run.tokens_per_step else 0
         rates = sorted(r["tokens_per_second"] for r in run.records if r.get("tokens_per_second"))
         agreement = run.last("heldout_agreement")
         rows.append(

@@ -24,11 +24,18 @@ from megatron_hylo.teachers.remote import RemoteTeacher
 from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.train.callback import Callback, Progress
 from megatron_hylo.train.callbacks import Checkpoints, Evaluation, Export, Stopped
-from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint, set_unfinished_aside
+from megatron_hylo.train.checkpoint import (
+    CheckpointSaver,
+    latest_checkpoint,
+    load_checkpoint,
+    load_states,
+    set_unfinished_aside,
+)
 from megatron_hylo.train.cuda_graph import Captured, CapturedObjective, capturing
 from megatron_hylo.train.determinism import determinism
 from megatron_hylo.train.gradient_norms import gradient_norms
 from megatron_hylo.train.heldout import Heldout, open_heldout
+from megatron_hylo.train.kept_state import check_kept_state
 from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.objectives import Batches, Objective
 from megatron_hylo.train.optimizer import TrainingState
@@ -76,9 +83,11 @@ def train(config: TrainConfig) -> Quality | None:
         if not resume.goes_on(config, newest):
             if not resume.changes:
                 resume.record(config.train_steps)
-            logger.info("%s is already trained; remove it to train again, or raise train_tokens to train on", folder)
+            logger.info("%s is already trained; give --extend_tokens N to train on, or remove it to train again", folder)
             return _read_quality(folder)
         config.micro_batches(parallel_state.get_data_parallel_world_size())  # refused before anything is read
+        if newest is None:
+            check_kept_state(config)
         models = architectures(config)
         check_run_kernels(models, params_dtype(config), device, config.parallel.context_parallel_size > 1)
         check_run_tokens(config, models[0].vocab_size)
@@ -89,6 +98,8 @@ def train(config: TrainConfig) -> Quality | None:
         set_unfinished_aside(folder)
         if newest is not None:
             progress.step, progress.consumed = load_checkpoint(run.states, newest)
+        elif config.keep_optimizer_state and config.model:
+            load_states(run.states, Path(config.model))
         resume.record(progress.step)
         record_start(config, folder, device, progress.step)
         provenances = _provenances(config)
