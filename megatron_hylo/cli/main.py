@@ -30,9 +30,9 @@ QUICK = (layouts, fetch, scripts)  # these start without PyTorch
 def main(command_line: list[str] | None = None) -> None:
     """Run `hylo`: exits 0 on success, 1 on failure, 2 on bad input, 3 when stopped by a signal, 130 after Ctrl-C."""
     words = sys.argv[1:] if command_line is None else command_line
-    set_up_logging("-v" in words or "--verbose" in words)
-    parser = build_parser(VERBS)
     with plain_errors("hylo"):
+        set_up_logging("-v" in words or "--verbose" in words)
+        parser = build_parser(VERBS)
         refuse_renamed(words)
         parsed = parser.parse_args(words)
     verb = {command(v): v for v in VERBS}[parsed.verb]
