@@ -39,6 +39,7 @@ from megatron_hylo.train.kept_state import check_kept_state
 from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.objectives import Batches, Objective
 from megatron_hylo.train.optimizer import TrainingState
+from megatron_hylo.train.positions import PositionLosses
 from megatron_hylo.train.profiler import Profiler
 from megatron_hylo.train.reporting import Reporter, check_wandb
 from megatron_hylo.train.resume_check import Resume, check_resume
@@ -174,10 +175,14 @@ def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[C
                 callback.before_step(progress)
             # after a skipped step the layers are watched by hooks, which a captured step does not run
             objective = run.objective if progress.skipped.in_a_row else captured
+            logged = config.is_logged(progress.step + 1)
+            if logged and config.stage != "align" and not config.cuda_graphs:  # a captured step takes no other turn
+                run.objective.positions = PositionLosses(config, run.micro_batches, run.device)
             progress.metrics = training_step(
-                run.states, objective, batches, run.micro_batches, progress.step, progress.skipped,
-                norms_by_kind=config.is_logged(progress.step + 1),
-            )  # fmt: skip
+                run.states, objective, batches, run.micro_batches, progress.step, progress.skipped, norms_by_kind=logged
+            )
+            if (measured := run.objective.positions) is not None:
+                run.objective.positions, progress.metrics = None, progress.metrics | measured.means()
             progress.step, progress.consumed = progress.step + 1, progress.consumed + config.global_batch_size
             for callback in callbacks:
                 callback.after_step(progress)
