@@ -90,11 +90,9 @@ class Objective:
             answers: int32 [batch, sequence], distances from the facts at the answers' tokens, 0 elsewhere.
 
         Returns:
-            bool of the same shape, False at answers that the teacher cannot know; None: all tokens.
+            bool of the same shape, False at answers further from their fact than `recall.kl_within`; None: all tokens.
         """
         within = self.config.recall.kl_within
-        if within is None and self.teacher is not None and self.teacher.window is not None:
-            within = self.teacher.window // 2
         has_teacher = self.teacher is not None or self.teacher_signal is not None
         return answers <= within if answers is not None and within is not None and has_teacher else None
 
