@@ -80,7 +80,12 @@ def scripts(folder: Path, layout: str | None = None) -> None:
 
 
 def convert(
-    source: Path, output: Path, to: Literal["megatron", "hf"] = "megatron", overwrite: bool = False, no_verify: bool = False
+    source: Path,
+    output: Path,
+    to: Literal["megatron", "hf"] = "megatron",
+    overwrite: bool = False,
+    no_verify: bool = False,
+    json: bool = False,
 ) -> None:
     """Convert a Hugging Face folder or GGUF file to a Megatron model folder, or back.
 
@@ -93,15 +98,22 @@ def convert(
         to: the format to make.
         overwrite: replace what is there.
         no_verify: leave out the comparison.
+        json: print {output, format, mixers, parameters, verified}.
     """
+    from megatron_hylo.config.layouts import parameter_count
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
+    from megatron_hylo.models.checkpoint import read_description
     from megatron_hylo.platform.distributed import session
 
     with session():
         function = convert_hf_to_megatron if to == "megatron" else convert_megatron_to_hf
         function(source, output, overwrite, track, verify=not no_verify)
+        model = read_description(output if to == "megatron" else source)[0]
     console.print(f"wrote {output}")
+    if json:
+        about = {"mixers": model.mixers, "parameters": parameter_count(model), "verified": not no_verify}
+        print_json({"output": str(output), "format": to} | about)
 
 
 def verify(hf_dir: Path, megatron_dir: Path, tokens: PositiveInt = 128, tolerance: float = 1e-4, json: bool = False) -> int:
@@ -169,15 +181,16 @@ def preprocess(
         print_json({name: value for name, value in asdict(made).items() if name != "heldout_names"})
 
 
-def export(model: Path, output: Path, overwrite: bool = False) -> None:
+def export(model: Path, output: Path, overwrite: bool = False, json: bool = False) -> None:
     """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code.
 
     Args:
         model: model folder or training checkpoint.
         output: Hugging Face folder to make.
         overwrite: replace what is there.
+        json: print {output, format, mixers, parameters, verified}.
     """
-    convert(model, output, "hf", overwrite)
+    convert(model, output, "hf", overwrite, json=json)
 
 
 def generate(

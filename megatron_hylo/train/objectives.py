@@ -20,12 +20,14 @@ from torch import Tensor
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.data.packed import IGNORED
 from megatron_hylo.distill.alignment import AlignmentLoss, align_layers, check_alignable
-from megatron_hylo.distill.head_loss import check_vocabularies, mean_counts, model_head_loss
+from megatron_hylo.distill.head_loss import mean_counts, model_head_loss
+from megatron_hylo.distill.head_rows import check_vocabularies
 from megatron_hylo.models.frozen import FrozenModel, as_frozen
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.pipeline import apart, rank_shape, through_stages, together
 from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.train.optimizer import TrainingState
+from megatron_hylo.train.positions import PositionLosses
 
 Batches = Iterator[dict[str, Any]]
 
@@ -38,6 +40,7 @@ class Objective:
     ) -> None:
         self.config, self.teacher_signal = config, teacher_signal
         self.teacher = as_frozen(teacher) if teacher and teacher_signal is None else None
+        self.positions: PositionLosses | None = None  # what measures the present step's losses by position
 
     def check(self, student: HyloModel) -> None:
         """Refuse a student (one of its chunks will do) and teacher that do not fit, before training starts."""
@@ -134,6 +137,8 @@ class Objective:
             token_mask=batch["taught"],
             counts=counts[:2],
         )
+        if self.positions is not None:
+            self.positions.add(student, hidden, batch, teacher, teacher_hidden)
         loss, answers = head.loss, None
         if len(counts) > 2:  # tokens, labels, labels that are part of an answer
             mask, tokens = batch["answer_labels"] >= 0, counts[[2, 2]]
