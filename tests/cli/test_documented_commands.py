@@ -75,7 +75,8 @@ def refused(parser, program: str, variables: list[str], arguments: list[str]) ->
         if script.name == "submit_chain.sh":
             return "".join(f"there is no stage {word}" for word in words if not (script.parent / f"{word}.sh").exists())
         if script.parent.name != "slurm":
-            return "takes no arguments" if words else ""
+            code = [line for line in script.read_text().splitlines() if not line.lstrip().startswith("#")]
+            return "".join(f"takes no {word} " for word in words if not re.search(rf"\b{re.escape(word)}\b", "\n".join(code)))
         (recipe,) = re.findall(r"recipes/(\S+\.yaml)", script.read_text())
         words = ["train", "--config", recipe, *(f"--{name}=x" for name in ("model", "teacher", "data", "output")), *words]
     if "--config" in words:
