@@ -41,7 +41,7 @@ def _add_options(parser: ArgumentParser, verb: Verb) -> None:
     if settings := settings_of(verb):
         besides, kind = {settings[0]}, settings[1]
         parser.add_argument("--config", action="config", help="recipe (YAML); later options override it")
-        _add_arguments(parser, parser.add_class_arguments, kind, as_positional=kind is not TrainConfig)  # recipes hold training's
+        _add_arguments(parser, parser.add_class_arguments, kind, as_positional=kind is not TrainConfig)  # recipes hold it
     _add_arguments(parser, parser.add_function_arguments, verb, as_positional=True, besides=besides)
     parser.add_argument("-v", "--verbose", action="store_true", help="show details on stderr")
 
