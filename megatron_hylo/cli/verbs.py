@@ -181,16 +181,19 @@ def preprocess(
         print_json({name: value for name, value in asdict(made).items() if name != "heldout_names"})
 
 
-def export(model: Path, output: Path, overwrite: bool = False, json: bool = False) -> None:
+def export(model: Path, output: Path, overwrite: bool = False, no_verify: bool = False, json: bool = False) -> None:
     """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code.
+
+    Ends with a comparison of all tensors and of logits with transformers' loading of the folder.
 
     Args:
         model: model folder or training checkpoint.
         output: Hugging Face folder to make.
         overwrite: replace what is there.
+        no_verify: leave out the comparison.
         json: print {output, format, mixers, parameters, verified}.
     """
-    convert(model, output, "hf", overwrite, json=json)
+    convert(model, output, "hf", overwrite, no_verify, json=json)
 
 
 def generate(
