@@ -24,6 +24,7 @@ KEPT = {  # by verb, what Ctrl-C leaves and how to go on; others write their out
     "calibrate": "the layers that are done are kept beside {output}; the same command goes on",
     "cache-teacher": "what is done is kept beside {output}; the same command goes on",
     "fetch": "nothing unfinished is kept; run the same command again",
+    "watch": "only the watching ends; the run goes on",
     "serve-teacher": "students wait for their timeout; the same command serves them again",
 }
 

@@ -60,6 +60,7 @@ def set_up_logging(verbose: bool = False) -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b.*")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported; lm-eval has a bar for each task
 
 
 def show_upcycle(report: "UpcycleReport") -> None:

@@ -9,11 +9,14 @@ from typing import Any
 from megatron_hylo.cli.boundary import EXIT_ERROR, EXIT_STOPPED, plain_errors
 from megatron_hylo.cli.console import console, set_up_logging
 from megatron_hylo.cli.doctor import doctor
+from megatron_hylo.cli.evaluation import eval as eval_suites
 from megatron_hylo.cli.parser import build_parser, command, parameters, settings_of
 from megatron_hylo.cli.report import report
 from megatron_hylo.cli.runs import quickstart, train
+from megatron_hylo.cli.runs_list import runs
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
 from megatron_hylo.cli.verbs import convert, evaluate, export, fetch, generate, layouts, preprocess, scripts, verify
+from megatron_hylo.cli.watch import watch
 from megatron_hylo.config.paths import expand_home
 from megatron_hylo.config.renamed import refuse_renamed
 from megatron_hylo.io import is_launched_first
@@ -22,9 +25,9 @@ __all__ = ["EXIT_ERROR", "EXIT_STOPPED", "QUICK", "VERBS", "main"]
 
 VERBS: tuple[Callable, ...] = (
     quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, serve_teacher,
-    train, report, evaluate, export, generate, doctor, scripts,
+    train, runs, watch, report, evaluate, eval_suites, export, generate, doctor, scripts,
 )  # fmt: skip
-QUICK = (layouts, fetch, scripts)  # these start without PyTorch
+QUICK = (layouts, fetch, scripts, runs, watch, report)  # these start without PyTorch
 
 
 def main(command_line: list[str] | None = None) -> None:

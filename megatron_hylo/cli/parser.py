@@ -66,6 +66,8 @@ def _add_arguments(
 ) -> None:
     """Required parameters as positionals (lists: one or more), keyword-only ones as options, `bool = False` as switches.
 
+    A parameter of type `tuple[X, ...]` is a positional too: none, one or more.
+
     Args:
         parser: of one verb.
         add: its method for a function's or a class's arguments.
@@ -77,6 +79,7 @@ def _add_arguments(
     switches: list[str] = []
     named: dict[str, Any] = {}
     several: dict[str, Any] = {}
+    any_number: dict[str, Any] = {}
     if as_positional:
         given = [p for p in inspect.signature(source).parameters.values() if p.name not in besides]
         switches = [p.name for p in given if p.annotation is bool and p.default is False]
@@ -84,9 +87,12 @@ def _add_arguments(
         several = {
             p.name: get_args(p.annotation)[0] for p in given if get_origin(p.annotation) is list and p.default is p.empty
         }
+        any_number = {p.name: get_args(p.annotation)[0] for p in given if get_origin(p.annotation) is tuple}
     for name, kind in several.items():
         parser.add_argument(name, type=kind, nargs="+", help=documented[name])
-    add(source, as_positional=as_positional, skip={*switches, *named, *several, *besides})
+    for name, kind in any_number.items():
+        parser.add_argument(name, type=kind, nargs="*", default=[], help=documented[name])
+    add(source, as_positional=as_positional, skip={*switches, *named, *several, *any_number, *besides})
     for name, kind in named.items():
         parser.add_argument(f"--{name}", type=kind, required=True, help=documented[name])
     for name in switches:

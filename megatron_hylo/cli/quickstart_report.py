@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from megatron_hylo.eval.page import code, escape, paragraph, section, table, write_page
 from megatron_hylo.eval.plots import Curve, Theme, draw_curves, draw_png, draw_svg
-from megatron_hylo.eval.run_report import read_records
+from megatron_hylo.eval.runs import read_records
 
 
 def plot_quickstart(summary: dict[str, Any], output: Path) -> Path:

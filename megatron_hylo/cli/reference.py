@@ -98,7 +98,7 @@ def _default(action: Action) -> str:
     if _required(action):
         return "required"
     value = action.default
-    return "" if value in (None, "") else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    return "" if value in (None, "") or action.nargs == "*" else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def _dedented(text: str) -> str:

@@ -77,7 +77,7 @@ def cache_teacher(
     """Keep what a teacher says of a dataset, for any number of `hylo train --stage distil --teacher_store OUTPUT` runs.
 
     Stored are its last hidden states, so coarsely that its distribution over the vocabulary is off by --kl nats a token, and
-    its head. Runs may differ in batch size, seed, sequence length, packing and parallel layout. Under torchrun the ranks
+    its head. Runs may differ in batch size, seed, sequence length, packing and parallelism. Under torchrun the ranks
     share the text. Started again after an interruption, the same command keeps what is done.
 
     Args:
@@ -130,7 +130,7 @@ def serve_teacher(
 ) -> None:
     """Answer students of another job: `hylo train --stage distil --teacher_address ADDRESS`.
 
-    Under torchrun with a GPU or more; its parallel layout has nothing to do with the students'. Ranks beyond one copy of the
+    Under torchrun with a GPU or more; its parallelism has nothing to do with the students'. Ranks beyond one copy of the
     teacher are more copies, which share the students; they listen at the ports after the first one's. Serves until Ctrl-C.
     Other machines must share a secret: HYLO_TEACHER_SECRET, or a file in HYLO_TEACHER_SECRET_FILE, on both sides.
 

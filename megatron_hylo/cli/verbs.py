@@ -52,18 +52,30 @@ def fetch(what: Literal["teacher", "documents", "qwen3-tokenizer"]) -> None:
     print(functions[what]())
 
 
-def scripts(folder: Path) -> None:
-    """Write the Slurm scripts and the recipes of all stages to a folder, for those who have no checkout.
+def scripts(folder: Path, layout: str | None = None) -> None:
+    """Write the Slurm scripts and the recipes of all stages to a folder, for other layouts or where there is no checkout.
 
     Args:
         folder: to make; `sbatch FOLDER/slurm/stage1_ild.sh` then reads FOLDER/megatron_hylo/recipes.
+        layout: a named layout (`hylo layouts`) whose recipes are written, at 2K, 8K, 32K, 64K and 128K; by default those of
+            Llama-3.2-1B.
     """
+    from megatron_hylo.config.recipes import recipe_files, stage_scripts
     from megatron_hylo.io import atomic_directory
 
     package = Path(megatron_hylo.__path__[0])
+    recipes = None if layout is None else recipe_files(layout)  # refused before anything is made
     with atomic_directory(folder) as made:
         shutil.copytree(package / "slurm", made / "slurm")
-        shutil.copytree(package / "recipes", made / "megatron_hylo" / "recipes")
+        kept = made / "megatron_hylo" / "recipes"
+        if layout is None or recipes is None:
+            shutil.copytree(package / "recipes", kept)
+        else:
+            kept.mkdir(parents=True)
+            for name, text in recipes.items():
+                (kept / name).write_text(text)
+            for name, text in stage_scripts(layout, package / "slurm").items():
+                (made / "slurm" / name).write_text(text)
     console.print(f"wrote {folder}; set HYLO_PYTHON to the Python that this package is installed in")
 
 

@@ -127,7 +127,7 @@ def model_token_losses(
     return torch.cat(found, 1).unflatten(1, (labels.shape[1], labels.shape[0])).transpose(1, 2)
 
 
-def mean_counts(labels: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
+def mean_counts(labels: Sequence[Tensor], group: dist.ProcessGroup, masks: Sequence[Tensor | None] | None = None) -> Tensor:
     """Return the `counts` of `linear_head_loss` that make the mean over a step's calls the loss of its global batch.
 
     They are means over the calls of all ranks: Megatron-Core averages losses and gradients over micro-batches and ranks, and
@@ -137,13 +137,16 @@ def mean_counts(labels: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
     Args:
         labels: int64 of each of this rank's micro-batches, of any shape; negative ones are masked. As many on every rank.
         group: ranks that share the global batch, data- and context-parallel ones.
+        masks: of each micro-batch the tokens that count, bool in the labels' shape; None: all.
 
     Returns:
         float64 [2]: tokens, labels.
     """
-    found: Any = sum((x >= 0).sum() for x in labels)
+    kept = masks if masks is not None else [None] * len(labels)
+    tokens: Any = sum(x.numel() if mask is None else mask.sum() for x, mask in zip(labels, kept))
+    found: Any = sum(((x >= 0) if mask is None else (x >= 0) & mask).sum() for x, mask in zip(labels, kept))
     total = found.double()
-    total = torch.stack([torch.full_like(total, sum(x.numel() for x in labels)), total])
+    total = torch.stack([torch.zeros_like(total) + tokens, total])
     dist.all_reduce(total, group=group)
     return total / (len(labels) * group.size())
 

@@ -4,25 +4,35 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from megatron_hylo.eval.theme import DARK, LIGHT, Theme
+
 __all__ = ["code", "details", "escape", "paragraph", "section", "table", "write_page"]
 
-STYLE = """
-:root { --ink: #1f2328; --muted: #59636e; --line: #d8dee4; --ground: #ffffff; --soft: #f6f8fa; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --muted: #9198a1; --line: #30363d; --ground: #0d1117; --soft: #161b22; }
-}
-body { color: var(--ink); background: var(--ground); font: 16px/1.5 system-ui, sans-serif; max-width: 60rem;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .8rem; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } th { color: var(--muted); font-weight: 600; }
-table.text th, table.text td { text-align: left; overflow-wrap: anywhere; }
-pre { background: var(--soft); padding: .6rem .8rem; overflow-x: auto; border-radius: 6px; }
-blockquote { margin: 0; padding: .6rem 1rem; border-left: 3px solid var(--line); white-space: pre-wrap; }
-.muted { color: var(--muted); } .chart svg { width: 100%; height: auto; } .dark { display: none; }
-@media (prefers-color-scheme: dark) { .light { display: none; } .dark { display: block; } }
+
+def _variables(theme: Theme, soft: str) -> str:
+    return " ".join(f"{name}: {colour};" for name, colour in (theme.variables() | {"--soft": soft}).items())
+
+
+STYLE = (
+    f""":root {{ color-scheme: light dark; {_variables(LIGHT, "#f6f8fa")} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK, "#161b22")} }} }}
 """
+    + """
+body { color: var(--ink); background: var(--background); font: 16px/1.5 system-ui, sans-serif; max-width: 60rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; overflow-wrap: anywhere; } p { overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--grid); }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; white-space: nowrap; padding: .3rem .7rem; border-bottom: 1px solid var(--grid); }
+th:first-child, td:first-child { text-align: left; padding-left: 0; } th { color: var(--muted); font-weight: 600; }
+th { vertical-align: bottom; white-space: normal; } td { vertical-align: top; }
+table.text th, table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }
+pre { background: var(--soft); padding: .6rem .8rem; overflow-x: auto; border-radius: 6px; }
+blockquote { margin: 0; padding: .6rem 1rem; border-left: 3px solid var(--grid); white-space: pre-wrap; }
+.muted { color: var(--muted); } .chart svg { width: 100%; height: auto; } .narrow { display: none; }
+@media (max-width: 600px) { .wide { display: none; } .narrow { display: block; } }
+"""
+)
 
 
 def paragraph(text: str) -> str:

@@ -1,7 +1,7 @@
-"""Style and chart types of every picture: colour-blind safe colours, a light and a dark theme, PNG files and inline SVG.
+"""Chart types of every picture, as PNG files and inline SVG; colours are those of eval/theme.py.
 
-Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), brightened on dark ground; series also differ by dashes.
-Figures are made without pyplot, so no backend is chosen and no setting of the caller changes.
+Series differ by dashes as well as by colour. Figures are made without pyplot, so no backend is chosen and no setting of the
+caller changes.
 """
 
 import io
@@ -18,39 +18,33 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from megatron_hylo.eval.theme import LIGHT, Theme
+
+NARROW = 4.4  # width in inches of a chart on a phone
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 
 
 @dataclass(frozen=True)
-class Theme:
-    """Colours of one theme."""
-
-    name: str
-    background: str
-    ink: str
-    muted: str
-    grid: str
-    series: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "light", "#ffffff", "#1f2328", "#59636e", "#d8dee4",
-    ("#0072b2", "#d55e00", "#007a5a", "#b05a8c", "#b07d00", "#2f8fc4"),
-)  # fmt: skip
-DARK = Theme(
-    "dark", "#0d1117", "#e6edf3", "#9198a1", "#30363d",
-    ("#56b4e9", "#ff9350", "#2fc79b", "#e39cc5", "#e8b93c", "#a8d5f2"),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
 class Curve:
-    """One named series of points."""
+    """One named series of points.
+
+    Args:
+        label: name.
+        x, y: points.
+        markers: draw a dot at each.
+        number: decides colour and dashes, the same in every chart of a page; by default its place in the chart.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     markers: bool = False
+    number: int | None = None
+
+
+def style(theme: Theme, number: int) -> dict[str, Any]:
+    """Colour and dashes of a series, as arguments of `Axes.plot`."""
+    return {"color": theme.series[number % len(theme.series)], "linestyle": DASHES[number % len(DASHES)]}
 
 
 def rc(theme: Theme) -> Any:
@@ -83,23 +77,27 @@ def draw_png(file: Path, draw: Callable[[Axes, Theme], None], size: tuple[float,
 
 
 def draw_svg(draw: Callable[[Axes, Theme], None], description: str, size: tuple[float, float] = (8, 4.2)) -> str:
-    """Draw one chart as inline SVG, once a theme; the style sheet of `report` shows the one that the reader's system prefers.
+    """Draw one chart as inline SVG, once for wide screens and once for phones; the page's style sheet shows one of them.
+
+    Colours are variables of that style sheet, so that the chart follows the reader's light or dark theme.
 
     Args:
         draw: called with the axes and the theme.
         description: what a screen reader says.
-        size: width and height in inches.
+        size: width and height in inches on a wide screen.
     """
     drawn = []
-    for theme in (LIGHT, DARK):
+    for name, inches in (("wide", size), ("narrow", (NARROW, max(NARROW * 0.75, size[1] * 0.9)))):
         buffer = io.StringIO()
-        with matplotlib.rc_context(rc(theme) | {"svg.hashsalt": theme.name + description}):  # ids are unique in the page
-            figure = Figure(figsize=size, layout="constrained")
-            draw(figure.add_subplot(), theme)
+        with matplotlib.rc_context(rc(LIGHT) | {"svg.hashsalt": name + description}):  # ids are unique in the page
+            figure = Figure(figsize=inches, layout="constrained")
+            draw(figure.add_subplot(), LIGHT)
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         svg = buffer.getvalue()
+        for variable, colour in LIGHT.variables().items():
+            svg = svg.replace(f" {colour}", f" var({variable})")
         label = f'role="img" aria-label="{escape(description)}"'
-        drawn.append(f'<div class="chart {theme.name}" {label}>{svg[svg.index("<svg") :]}</div>')
+        drawn.append(f'<div class="chart {name}" {label}>{svg[svg.index("<svg") :]}</div>')
     return "\n".join(drawn)
 
 
@@ -132,8 +130,8 @@ def draw_curves(
     logarithmic = min(values) > 0 and max(values) / min(values) > 30
     for index, curve in enumerate(curves):
         axes.plot(
-            curve.x, curve.y, color=theme.series[index % len(theme.series)], label=curve.label,
-            linestyle=DASHES[index % len(DASHES)], marker="o" if curve.markers or len(curve.x) == 1 else None,
+            curve.x, curve.y, label=curve.label, marker="o" if curve.markers or len(curve.x) == 1 else None,
+            **style(theme, index if curve.number is None else curve.number),
         )  # fmt: skip
     if reference:
         draw_reference(axes, theme, *reference)
@@ -172,8 +170,7 @@ def draw_buckets(
     for index, (label, values) in enumerate(curves.items()):
         there = [place for place, bucket in enumerate(buckets) if bucket in values]
         axes.plot(
-            there, [values[buckets[place]] for place in there], color=theme.series[index % len(theme.series)], label=label,
-            linestyle=DASHES[index % len(DASHES)], marker="o",
+            there, [values[buckets[place]] for place in there], label=label, marker="o", **style(theme, index),
         )  # fmt: skip
     axes.set_xticks(range(len(buckets)), buckets)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))

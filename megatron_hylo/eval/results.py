@@ -8,14 +8,14 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.evaluation import Suite
 from megatron_hylo.io import atomic_directory, read_json, write_json
 
 SCHEMA = 1
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
-Suite = Literal["ppl", "recall", "ruler", "commonsense", "gsm8k"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Sample:
         prompt_end: last characters of the prompt.
         expected: right answer.
         output: the model's answer; for multiple choice the text of its choice.
+        group: what examples share that are not independent of each other, such as the text that several questions are about;
+            empty for an example of its own.
     """
 
     suite: Suite
@@ -70,6 +72,7 @@ class Sample:
     prompt_end: str = ""
     expected: str = ""
     output: str = ""
+    group: str = ""
 
 
 @dataclass

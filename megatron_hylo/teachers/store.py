@@ -1,7 +1,7 @@
 """A teacher's output distributions on disk, for any number of runs: `hylo cache-teacher` writes, `distil` reads.
 
 Kept are the last hidden states, in few bytes (hidden_codec.py), and the head. Entries are keyed by document and offset, so a
-store serves every batch size, seed, sequence length, packing and parallel layout. The teacher reads each document from its
+store serves every batch size, seed, sequence length, packing and parallelism. The teacher reads each document from its
 start in segments of `sequence_length`, of which all but the first `overlap` tokens are new. With `teacher_window.mode` windows
 a segment is a window, half of it overlap.
 

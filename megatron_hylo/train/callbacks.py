@@ -18,7 +18,7 @@ from megatron_hylo.io import write_json
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.train.callback import Callback, Progress
+from megatron_hylo.train.callback import Callback, Progress, Stopped
 from megatron_hylo.train.checkpoint import CheckpointSaver
 from megatron_hylo.train.heldout import Heldout
 from megatron_hylo.train.reporting import Reporter
@@ -26,10 +26,6 @@ from megatron_hylo.train.setup import Run
 
 logger = logging.getLogger("megatron_hylo.train")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-class Stopped(Exception):
-    """Training was asked to stop before its end and has saved; the message says how to resume."""
 
 
 class StopRequest:

@@ -22,8 +22,8 @@ from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.platform.distributed import is_timeout, session
 from megatron_hylo.teachers.remote import RemoteTeacher
 from megatron_hylo.teachers.signal import TeacherSignal
-from megatron_hylo.train.callback import Callback, Progress
-from megatron_hylo.train.callbacks import Checkpoints, Evaluation, Export, Stopped
+from megatron_hylo.train.callback import Callback, Progress, Stopped
+from megatron_hylo.train.callbacks import Checkpoints, Evaluation, Export
 from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint, set_unfinished_aside
 from megatron_hylo.train.cuda_graph import Captured, CapturedObjective, capturing
 from megatron_hylo.train.determinism import determinism
@@ -131,7 +131,7 @@ def _callbacks(
     config, step = run.config, progress.step
     tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
     reporter = Reporter(config, folder, run.device, run.flops_per_token, step)
-    closing.callback(reporter.close)
+    closing.push(lambda kind, error, trace: reporter.close(error))
     reporter.say(f"{config.stage}: {run.describe()}" + (f"; resumed at step {step}" if step else ""))
     assert run.dataset is not None
     reporter.say(f"{config.data}: {run.dataset.describe(config.train_steps * config.global_batch_size)}")

@@ -61,7 +61,9 @@ class Objective:
         state.config.variable_seq_lengths = self.teacher is not None and self.config.parallel.pipeline_stages > 1
         taken = list(itertools.islice(batches, micro_batches))
         ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        counts = mean_counts([batch["labels"] for batch in taken], ranks)
+        for batch in taken:
+            batch["taught"] = self._taught(batch.get("answers"))
+        counts = mean_counts([batch["labels"] for batch in taken], ranks, [batch["taught"] for batch in taken])
         if all("answers" in batch for batch in taken):
             answers = [batch["labels"].masked_fill(batch["answers"] == 0, IGNORED) for batch in taken]
             for batch, labels in zip(taken, answers):
@@ -77,6 +79,21 @@ class Objective:
             forward_only=False,
         )
         return {k: torch.stack([r[k] for r in results]).mean() for k in results[0]} if results else {}
+
+    def _taught(self, answers: Tensor | None) -> Tensor | None:
+        """Tokens that learn from the teacher, where those are not all of them.
+
+        Args:
+            answers: int32 [batch, sequence], distances from the facts at the answers' tokens, 0 elsewhere.
+
+        Returns:
+            bool of the same shape, False at answers that the teacher cannot know; None: all tokens.
+        """
+        within = self.config.recall.kl_within
+        if within is None and self.teacher is not None and self.teacher.window is not None:
+            within = self.teacher.window // 2
+        has_teacher = self.teacher is not None or self.teacher_signal is not None
+        return answers <= within if answers is not None and within is not None and has_teacher else None
 
     def _forward_step(self, counts: Tensor, batches: Batches, model: Any) -> tuple[Tensor, Any]:
         batch, student = next(batches), model.module
@@ -116,6 +133,7 @@ class Objective:
             teacher_hidden,
             c.distil,
             chunk_tokens=c.loss_chunk_tokens,
+            token_mask=batch["taught"],
             counts=counts[:2],
         )
         loss, answers = head.loss, None

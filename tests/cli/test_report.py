@@ -13,7 +13,8 @@ from megatron_hylo.cli.quickstart import default_output
 from megatron_hylo.cli.quickstart_report import heldout_points, plot_quickstart, write_report
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.eval.run_report import differing, read_run, write_run_report
+from megatron_hylo.eval.run_report import write_run_report
+from megatron_hylo.eval.runs import differing, read_run
 from megatron_hylo.train.run_record import record_start
 
 SUMMARY = dict(
@@ -63,7 +64,7 @@ def test_a_report_has_curves_quality_and_the_settings_that_differ(one_rank, runs
         "distil: 48 to 40",
     ):
         assert text in page
-    assert page.count("<svg") == 2 * 3  # a theme each: held-out perplexity, loss, tokens/s; no chart of what is nowhere
+    assert page.count("<svg") == 2 * 3  # for two widths each: held-out perplexity, loss, tokens/s; no chart of what is nowhere
     assert loaded(page) == [] and "<script" not in page
     identifiers = re.findall(r'\bid="([^"]+)"', page)
     clips = [i for i in identifiers if re.fullmatch(r"p[0-9a-f]{10}", i)]
