@@ -144,7 +144,7 @@ def make_text(
         ConfigError: facts and question take more than half of the length.
     """
     generator = random.Random(f"recall {seed} {task} {length} {number}")
-    facts = make_facts(task, number, generator)
+    facts = make_facts(task, generator)
     first = number * len(facts)  # of this text's questions
     at_depths = [depths[(first + i) % len(depths)] for i in range(len(facts))]
     inserted = [encoder.ids(f"\n\n{fact.text}\n\n") for fact in facts]
