@@ -193,7 +193,7 @@ def test_infinite_loss_stops_before_anything_is_saved(settings, tmp_path, materi
     assert not list(Path(config.output).glob("checkpoints/*"))
     assert metrics(Path(config.output), "skipped_steps") == {1: 1, 2: 2, 3: 3}
     state, message = run_state(read_run(Path(config.output), ""))
-    assert state == "failed" and "3 steps" in message
+    assert state == "failed" and "4 steps in a row" in message
     assert f"failed: {message}" in (Path(config.output) / "log.txt").read_text()
 
 
