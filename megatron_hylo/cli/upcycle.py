@@ -142,7 +142,7 @@ def serve_teacher(
     Args:
         teacher: model folder of the teacher.
         address: HOST:PORT to listen at, and nowhere else; PORT alone is of 127.0.0.1. Copies on several machines: one each,
-            parted by commas.
+            separated by commas.
         precision: bf16 on a GPU, fp32 on a CPU by default; hidden states travel in it.
         tensor_model_parallel_size: ranks that share each layer.
         context_parallel_size: ranks that share each sequence.
