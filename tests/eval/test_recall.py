@@ -170,7 +170,7 @@ def test_examples_are_the_same_whatever_else_is_asked_for(text, tokenizer):  # n
 
 
 def test_the_copier_gets_all_and_teacher_forcing_equals_generation(copier, text, data):
-    """What is in the oracle's memory is right, what is not is wrong, by both ways of asking, from text and from a dataset."""
+    """The oracle is right about facts in its memory alone, by both ways of asking, from text and from a dataset."""
     for source in (text, data):
         scores, _ = run_recall(copier(), (LENGTH,), trials=10, data=source)
         assert [s.value for s in scores] == [1.0] * len(scores)
