@@ -118,7 +118,9 @@ newest_checkpoint() {
     echo "$newest"
 }
 
-finished() { [[ -f "$OUTPUT/model/manifest.json" ]]; }
+# What tells one result of the run from another; nothing where there is none. A finished run that goes on (--extend_tokens)
+# keeps its result until it has the next.
+result() { if [[ -f "$OUTPUT/model/manifest.json" ]]; then cksum <"$OUTPUT/model/manifest.json"; fi; }
 
 launch=(bash "$slurm_dir/node.sh")
 job="${SLURM_JOB_ID:-${SLURM_JOBID:-}}"
@@ -130,7 +132,7 @@ fi
 mkdir -p "$OUTPUT" || fail "OUTPUT=$OUTPUT cannot be made; e.g. OUTPUT=/shared/hylo/run"
 export HYLO_STOP_FILE="$OUTPUT/stop_requested"
 rm -f "$HYLO_STOP_FILE"
-before="$(newest_checkpoint)"
+before="$(newest_checkpoint)" result_before="$(result)"
 asked=""
 trap 'asked=requeue; touch "$HYLO_STOP_FILE"' USR1
 trap 'asked=end; touch "$HYLO_STOP_FILE"' TERM INT HUP
@@ -143,8 +145,8 @@ code=0
 wait "$child" || code=$?
 rm -f "$HYLO_STOP_FILE"
 
-# torchrun's exit status is 1 whatever the workers' was, so what is on disk decides.
-if finished; then
+# The exit status may be that of a worker that ended badly after the result was written, so what is on disk decides as well.
+if [[ "$(result)" != "$result_before" || ($code -eq 0 && -n "$result_before") ]]; then
     exit 0
 elif [[ -z "$asked" ]]; then
     exit "$code"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from megatron_hylo.upcycle.run import UpcycleReport
     from megatron_hylo.upcycle.select import Selection
 
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"  # also of a run's own lines
 FILE_WIDTH = 128  # a table in a job's log is not cut to the 80 columns that a file seems to have
 
 
@@ -55,7 +56,8 @@ def set_up_logging(verbose: bool = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a model's text on a terminal that has not all characters
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    handler = RichHandler(console=console, show_path=False, log_time_format=TIME_FORMAT, omit_repeated_times=False)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
     level = logging.DEBUG if verbose else logging.INFO
     logging.getLogger("megatron_hylo").setLevel(level if is_launched_first() else logging.WARNING)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -28,6 +28,7 @@ def calibrate(
     tensor_model_parallel_size: PositiveInt = 1,
     seed: int = 1234,
     overwrite: bool = False,
+    json: bool = False,
 ) -> None:
     """Measure what the calibrated initialisation needs of a teacher, in one pass over some text, layer by layer.
 
@@ -44,19 +45,24 @@ def calibrate(
         tensor_model_parallel_size: ranks that share each layer.
         seed: of the choice of windows.
         overwrite: replace what is there.
+        json: print what OUTPUT/calibration.json holds: {tokens, sequence_length, layers, ...}.
     """
     import torch
 
     from megatron_hylo.calibrate.gather import calibrate as gather
     from megatron_hylo.config import ParallelConfig
-    from megatron_hylo.platform.distributed import session
+    from megatron_hylo.io import read_json
+    from megatron_hylo.platform.distributed import is_main, session
 
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     with session(parallel):
         gather(teacher, data, output, tokens, sequence_length, seed=seed, precision=dtype, parallel=parallel,
                overwrite=overwrite, track=track)  # fmt: skip
+        main = is_main()
     console.print(f"wrote {output}")
+    if json and main:
+        print_json({"output": str(output)} | read_json(output / "calibration.json"))
 
 
 def cache_teacher(
@@ -136,7 +142,7 @@ def serve_teacher(
     Args:
         teacher: model folder of the teacher.
         address: HOST:PORT to listen at, and nowhere else; PORT alone is of 127.0.0.1. Copies on several machines: one each,
-            parted by commas.
+            separated by commas.
         precision: bf16 on a GPU, fp32 on a CPU by default; hidden states travel in it.
         tensor_model_parallel_size: ranks that share each layer.
         context_parallel_size: ranks that share each sequence.

@@ -225,7 +225,8 @@ def _sample(lm: Any, text: Text, number: int, score: float, output: str) -> Samp
     prompt = text.ids[-SHOWN:] + question.ids[: -question.answer_length]
     end = lm.tokenizer.decode(prompt)[-SHOWN:]
     return Sample(
-        "recall", text.task, "exact", place.name, score, text.length, place.depth, end, question.answer, output
+        "recall", text.task, "exact", place.name, score, text.length, place.depth, end, question.answer, output,
+        group=f"{text.task}/{text.length}/{text.number}",
     )  # fmt: skip
 
 

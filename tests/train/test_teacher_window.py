@@ -10,7 +10,6 @@ import transformers
 
 from megatron_hylo.cli.main import evaluate
 from megatron_hylo.config import ConfigError, ModelConfig, RopeScaling, TeacherWindow
-from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.train import KLSettings, TrainConfig
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.packed import PackedDataset
@@ -202,16 +201,3 @@ def test_a_run_keeps_the_students_new_positions(settings, tmp_path):
     train(back)
     c = load_model(tmp_path / "next" / "model").config.hylo
     assert (c.rope_scaling.rope_type, c.mla_rope_scaling.rope_type, c.rotary_base) == ("nope", "nope", 5e4)
-
-
-def test_a_windowed_teacher_does_not_teach_answers_whose_fact_it_has_not_read(settings, one_rank):
-    """Half a window is what every token has before it; a longer limit given by name is kept."""
-    found = {}
-    for name, within in (("default", None), ("half", 80), ("all", 10**6)):
-        config = settings(
-            sequence_length=320, micro_batch_size=1, global_batch_size=1, recall=RecallSettings(0.7, kl_within=within),
-            teacher_window=TeacherWindow("windows", length=160),
-        )  # fmt: skip
-        run = build_run(config, one_rank)
-        found[name] = float(run.objective.forward_backward(run.states, run.batches(), run.micro_batches)["loss"])
-    assert found["default"] == found["half"] != found["all"]
