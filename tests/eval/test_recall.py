@@ -189,6 +189,19 @@ def test_the_copier_gets_all_and_teacher_forcing_equals_generation(copier, text,
         assert sample.prompt_end.endswith((" is", " stop", " card", "):"))
 
 
+def test_ranks_share_the_texts_and_the_first_has_all_results(copier, text, monkeypatch):
+    """Two ranks of a launch, one after the other, with what each gathers: the scores and samples of one process."""
+    alone = run_recall(copier(1500), (LENGTH,), trials=10, data=text)
+    parts: list[list] = []
+    for rank in (1, 0):
+        lm = copier(1500)
+        lm._rank, lm._world_size = rank, 2
+        monkeypatch.setattr(lm, "gather_object", lambda part, rank=rank: parts.append(part) or (None if rank else parts))
+        found = run_recall(lm, (LENGTH,), trials=10, data=text)
+        assert found == (([], []) if rank else alone)
+    assert all(parts) and len(parts[0]) + len(parts[1]) == 13  # texts
+
+
 def test_a_random_model_recalls_nothing_and_reads_a_text_for_all_its_questions(text, tokenizer):  # noqa: F811
     """Chance is 1 in 90,000; log-probabilities after a shared text are those of whole sequences."""
     model = tiny_hf_model("llama", vocab_size=len(tokenizer), max_position_embeddings=4096)
