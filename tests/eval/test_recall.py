@@ -16,10 +16,11 @@ from megatron_hylo.data import recall_text as training
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval import recall_text
 from megatron_hylo.eval.lm import HyloLM
-from megatron_hylo.eval.recall import DEPTHS, make_text, mean_by_text, run_recall
+from megatron_hylo.eval.recall import DEPTHS, make_text, run_recall
 from megatron_hylo.eval.recall_haystack import TextEncoder, load_haystack
 from megatron_hylo.eval.recall_positions import run_by_position
 from megatron_hylo.eval.recall_text import FACTS, RECALL_EVAL_TASKS
+from megatron_hylo.eval.results import mean_by_group
 from tests.conftest import tiny_hf_model
 from tests.data.conftest import WORDS, tokenizer  # noqa: F401  the fixture
 
@@ -240,10 +241,10 @@ def test_questions_after_a_shared_text_are_answered_as_after_a_text_of_their_own
 
 def test_standard_errors_count_texts():
     """Ten equal answers of each of two texts say no more than two answers; single questions give the usual error."""
-    assert mean_by_text([1.0] * 10 + [0.0] * 10, [0] * 10 + [1] * 10) == (0.5, pytest.approx(0.5))
+    assert mean_by_group([1.0] * 10 + [0.0] * 10, [0] * 10 + [1] * 10) == (0.5, pytest.approx(0.5))
     values = [1.0, 0.0, 0.0, 1.0, 1.0]
-    assert mean_by_text(values, range(5)) == (0.6, pytest.approx(np.std(values, ddof=1) / 5**0.5))
-    assert mean_by_text([1.0, 0.0], [4, 4]) == (0.5, None)
+    assert mean_by_group(values, range(5)) == (0.6, pytest.approx(np.std(values, ddof=1) / 5**0.5))
+    assert mean_by_group([1.0, 0.0], [4, 4]) == (0.5, None)
 
 
 def test_perplexity_by_position_matches_logits(text, data, tokenizer):  # noqa: F811
