@@ -82,8 +82,10 @@ def eval(
     if not is_launched_first():
         return
     if output is not None:
-        found.write(output, overwrite)
-        console.print(f"wrote {output}")
+        from megatron_hylo.eval.report import REPORT, write_report
+
+        found.write(output, overwrite, also=write_report)
+        console.print(f"wrote {output}; open {output}/{REPORT}", soft_wrap=True)
     if json:
         print_json(found.to_dict())
     else:

@@ -148,13 +148,15 @@ def preprocess(
     more_inputs: list[Path] | None = None,
     key: str | None = None,
     chat: bool = False,
+    loss: Literal["all", "answers"] = "all",
+    workers: PositiveInt | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
     """Tokenise text into a Megatron indexed dataset, with whole documents held out for evaluation.
 
     What cannot be used (lines that are not JSON or have no text, invalid bytes, binary files) is left out, said with its
-    file and line, and counted in OUTPUT/data.json.
+    file and line, and counted in OUTPUT/data.json. The same command goes on where a killed one was.
 
     Args:
         input: folder of .txt/.md/.rst files, such a file, a .jsonl file with a "text" field a line, a .parquet file, or a
@@ -167,6 +169,8 @@ def preprocess(
         more_inputs: others like input, read after it: a list, as [a.jsonl,b.parquet].
         key: field or column with the text; by default text, or with chat messages.
         chat: the field is a list of {"role", "content"}, which the tokenizer's chat template writes out.
+        loss: with chat, learn all tokens or the assistant's answers alone.
+        workers: processes that encode; one a core by default.
         overwrite: replace what is there.
         json: print what was made (OUTPUT/data.json without the names of held-out documents).
     """
@@ -174,23 +178,26 @@ def preprocess(
 
     made = preprocess_text(
         input, output, tokenizer, heldout_fraction, overwrite=overwrite, on_bad_text=on_bad_text,
-        more_inputs=more_inputs or (), key=key, chat=chat,
+        more_inputs=more_inputs or (), key=key, chat=chat, loss=loss, workers=workers, track=track,
     )  # fmt: skip
     console.print(f"wrote {output}")
     if json:
         print_json({name: value for name, value in asdict(made).items() if name != "heldout_names"})
 
 
-def export(model: Path, output: Path, overwrite: bool = False, json: bool = False) -> None:
+def export(model: Path, output: Path, overwrite: bool = False, no_verify: bool = False, json: bool = False) -> None:
     """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code.
+
+    Ends with a comparison of all tensors and of logits with transformers' loading of the folder.
 
     Args:
         model: model folder or training checkpoint.
         output: Hugging Face folder to make.
         overwrite: replace what is there.
+        no_verify: leave out the comparison.
         json: print {output, format, mixers, parameters, verified}.
     """
-    convert(model, output, "hf", overwrite, json=json)
+    convert(model, output, "hf", overwrite, no_verify, json=json)
 
 
 def generate(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
 from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, TeacherWindow, recomputed_layers
+from megatron_hylo.config.evaluation import SuiteSettings
 from megatron_hylo.config.paths import expand_home
 from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.renamed import RENAMED
@@ -12,6 +13,7 @@ from megatron_hylo.config.text import TextSettings
 from megatron_hylo.config.train_settings import (
     AlignSettings,
     CheckpointSettings,
+    EvaluationSettings,
     KLSettings,
     LoggingSettings,
     OptimizerSettings,
@@ -20,8 +22,8 @@ from megatron_hylo.config.train_settings import (
 )
 
 __all__ = [
-    "PATHS", "PREFIXES", "AlignSettings", "CheckpointSettings", "KLSettings", "LoggingSettings", "OptimizerSettings",
-    "ProfileSettings", "TrainConfig",
+    "PATHS", "PREFIXES", "AlignSettings", "CheckpointSettings", "EvaluationSettings", "KLSettings", "LoggingSettings",
+    "OptimizerSettings", "ProfileSettings", "TrainConfig",
 ]  # fmt: skip
 
 PREFIXES = ("", "second_")  # of a run's students: RUN/model and RUN/second_model, loss and second_loss
@@ -85,6 +87,7 @@ class TrainConfig:
         eval_interval: steps between held-out evaluations; 0: at the end only.
         eval_windows: held-out windows of sequence_length, of each text; with recall as many of recall exercises.
         eval_data: more dataset folders of the same tokenizer whose held-out text is measured too, [FOLDER, ...].
+        evaluation: suites of `hylo eval` that are run between steps.
         checkpoint: how often checkpoints are saved, and how.
         logging: what is recorded, and how often.
         profile: steps of which a torch.profiler trace is written.
@@ -135,6 +138,7 @@ class TrainConfig:
     eval_interval: int = 0
     eval_windows: int = 32
     eval_data: list[str] = field(default_factory=list)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     profile: ProfileSettings = field(default_factory=ProfileSettings)
@@ -230,6 +234,20 @@ class TrainConfig:
             raise ConfigError(
                 f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
             )
+
+        if self.suite_settings() is not None and parallel.model_parallel_size > 1:
+            raise ConfigError(
+                f"evaluation.suites needs the whole model on each rank, got parallel groups of {parallel.model_parallel_size} "
+                f"ranks; measure the run's checkpoints with `hylo eval` instead"
+            )
+
+    def suite_settings(self) -> SuiteSettings | None:
+        """Settings of the suites, on the run's own held-out text; None where none are run."""
+        chosen = self.evaluation
+        if not chosen.every:
+            return None
+        length = min(self.sequence_length, 2048)
+        return SuiteSettings(chosen.suites, self.data, chosen.limit, chosen.lengths, length)  # type: ignore[arg-type]
 
     @property
     def allowed_changes(self) -> set[str]:

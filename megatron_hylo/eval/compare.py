@@ -21,7 +21,7 @@ from megatron_hylo.eval.results import EvalResult, Sample, Score, Suite, mean
 Z95 = 1.959963984540054
 FEWEST = 5  # groups of examples without which an interval would say nothing
 SUITES: dict[Suite, str] = {
-    "ppl": "perplexity", "recall": "recall", "ruler": "RULER", "commonsense": "common sense", "gsm8k": "GSM8K",
+    "ppl": "Perplexity", "recall": "Recall", "ruler": "RULER", "commonsense": "Common sense", "gsm8k": "GSM8K",
 }  # fmt: skip
 
 
@@ -279,10 +279,14 @@ def _difference(quantity: Quantity, pair: Sequence[Found], higher_is_better: boo
 
 
 def _members(quantity: Quantity, scores: dict[Quantity, Score]) -> set[Quantity] | None:
-    """Tasks that a mean is of: those with its metric, or all, whichever have its value; None where neither has."""
+    """Tasks that a mean is of: those with its metric, with another one only where a task does not have it, or all.
+
+    The first of these whose mean has the value; None where none has.
+    """
     mean_score = scores.get(quantity)
     tasks = {q for q in scores if (q.suite, q.length) == (quantity.suite, quantity.length) and not q.is_mean}
-    for chosen in ({q for q in tasks if q.metric == quantity.metric}, tasks):
+    exact = {q for q in tasks if q.metric == quantity.metric}
+    for chosen in (exact, exact | {q for q in tasks if q.task not in {e.task for e in exact}}, tasks):
         if mean_score and chosen:
             value = sum(scores[q].value for q in chosen) / len(chosen)
             if math.isclose(value, mean_score.value, rel_tol=1e-9, abs_tol=1e-12):
@@ -301,7 +305,7 @@ def _paired(
         values = [math.log(theirs_) - math.log(ours_) for ours_, theirs_ in pairs]
     else:
         values = [theirs_ - ours_ for ours_, theirs_ in pairs]
-    groups = [ours[key].group or f"{key}" for key in both]
+    groups = [ours[key].group or theirs[key].group or f"{key}" for key in both]
     value, error, count = mean_of_examples(values, groups)
     counts = {"examples": len(both), "only_baseline": len(ours) - len(both), "only_model": len(theirs) - len(both)}
     return _with_interval(value, error, count, counts, higher_is_better)

@@ -144,7 +144,7 @@ def make_text(
         ConfigError: facts and question take more than half of the length.
     """
     generator = random.Random(f"recall {seed} {task} {length} {number}")
-    facts = make_facts(task, number, generator)
+    facts = make_facts(task, generator)
     first = number * len(facts)  # of this text's questions
     at_depths = [depths[(first + i) % len(depths)] for i in range(len(facts))]
     inserted = [encoder.ids(f"\n\n{fact.text}\n\n") for fact in facts]
@@ -225,7 +225,8 @@ def _sample(lm: Any, text: Text, number: int, score: float, output: str) -> Samp
     prompt = text.ids[-SHOWN:] + question.ids[: -question.answer_length]
     end = lm.tokenizer.decode(prompt)[-SHOWN:]
     return Sample(
-        "recall", text.task, "exact", place.name, score, text.length, place.depth, end, question.answer, output
+        "recall", text.task, "exact", place.name, score, text.length, place.depth, end, question.answer, output,
+        group=f"{text.task}/{text.length}/{text.number}",
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ pair by pair, since an example has the same name in both.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,20 @@ class EvalResult:
         """Iterate over the scores of a suite, of one of its tasks if named."""
         return (s for s in self.scores if s.suite == suite and task in (None, s.task))
 
-    def write(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Write a results folder; it appears when it is complete."""
+    def write(self, folder: str | Path, overwrite: bool = False, also: Callable[[Path], object] | None = None) -> None:
+        """Write a results folder; it appears when it is complete.
+
+        Args:
+            folder: to make.
+            overwrite: replace what is there.
+            also: adds files to it; called with the folder before it appears, e.g. `report.write_report`.
+        """
         with atomic_directory(folder, overwrite) as made:
             write_json(made / RESULTS, self.to_dict())
             with open(made / SAMPLES, "w") as file:
                 file.writelines(json.dumps(asdict(sample)) + "\n" for sample in self.samples)
+            if also is not None:
+                also(made)
 
 
 def read_results(folder: str | Path) -> EvalResult:

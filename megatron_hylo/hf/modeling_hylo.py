@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 
+from .attention_hylo import HyloLatentAttention, HyloRMSNorm, Rope
 from .cache_hylo import HyloCache
 from .configuration_hylo import HyloConfig
 from .inputs_hylo import sequence_inputs
-from .layers_hylo import HyloGatedDeltaNet, HyloLatentAttention, HyloLayer, HyloMamba2, HyloRMSNorm, Rope
+from .layers_hylo import HyloGatedDeltaNet, HyloLayer, HyloMamba2
 
 logger = logging.get_logger(__name__)
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # of transformers' loss functions
@@ -41,7 +43,6 @@ class HyloPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True  # one attention for "sdpa" and "eager": torch's scaled_dot_product_attention
-    _is_stateful = True  # refuses assisted generation: states cannot go back
     _no_split_modules = ["HyloLayer"]
     _skip_keys_device_placement = ["past_key_values"]
 
@@ -247,9 +248,9 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             kwargs["position_ids"] = None  # they are counted from the mask then
         return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
 
-    # transformers 4 and 5 hand over different arguments after the first two
+    # transformers 4 and 5 hand over different arguments after the first three
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *_: Any
     ) -> None:
         """Make a HyloCache; called by generate() before the first pass, in place of transformers' own cache."""
         _check_cache(model_kwargs.get("past_key_values"))
@@ -263,3 +264,6 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation {generation_config.cache_implementation!r} is not supported; leave it out")
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HyloCache()
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and (generation_config.is_assistant or mode == GenerationMode.ASSISTED_GENERATION):
+            cache.activate_past_recording()  # rejected tokens are taken out

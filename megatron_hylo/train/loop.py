@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.evaluation import SuiteSettings
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.eval.perplexity import Quality
 from megatron_hylo.io import on_main, output_lock, read_json
@@ -47,6 +48,7 @@ from megatron_hylo.train.run_folder import check_run_folder
 from megatron_hylo.train.run_record import record_start
 from megatron_hylo.train.setup import Run, architectures, build_run, open_teacher_signal, params_dtype
 from megatron_hylo.train.startup_check import check_run_kernels
+from megatron_hylo.train.suite_evaluation import prepare_suites, suite_callbacks
 from megatron_hylo.train.teacher_check import check_signal_window, check_teacher_window
 from megatron_hylo.train.token_check import check_run_tokens, check_teacher_tokens, remote_description
 
@@ -69,6 +71,7 @@ def train(config: TrainConfig) -> Quality | None:
         Stopped: a signal came; a checkpoint was saved.
     """
     folder = Path(config.output)
+    suites = prepare_suites(config)
     with (
         determinism(config.deterministic),
         session(config.parallel, config.seed) as device,
@@ -105,7 +108,7 @@ def train(config: TrainConfig) -> Quality | None:
         record_start(config, folder, device, progress.step)
         provenances = _provenances(config)
         with contextlib.ExitStack() as closing:
-            callbacks, evaluation = _callbacks(run, folder, heldout, progress, provenances, closing)
+            callbacks, evaluation = _callbacks(run, folder, heldout, suites, progress, provenances, closing)
             batches = run.batches(progress.consumed)
             closing.callback(batches.close)
             _train(run, batches, progress, callbacks)
@@ -135,6 +138,7 @@ def _callbacks(
     run: Run,
     folder: Path,
     heldout: Heldout,
+    suites: SuiteSettings | None,
     progress: Progress,
     provenances: list[dict[str, Any]],
     closing: contextlib.ExitStack,
@@ -155,7 +159,8 @@ def _callbacks(
     profiler = Profiler(config.profile, folder)
     closing.callback(profiler.close)
     export = Export(run, folder, provenances, tokenizer if tokenizer.is_dir() else None)
-    return [profiler, reporter, checkpoints, evaluation, export], evaluation
+    measured = suite_callbacks(run, suites, reporter, folder, provenances)
+    return [profiler, reporter, checkpoints, evaluation, *measured, export], evaluation
 
 
 def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[Callback]) -> None:

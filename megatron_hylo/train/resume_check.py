@@ -31,9 +31,9 @@ SETTINGS, HISTORY = "config.json", "history.json"
 INPUTS = ("model", "second_model", "scratch", "teacher", "teacher_store", "data")
 ADDRESS = "teacher_address"  # an input too, whose identity its server tells
 FREE = {
-    "checkpoint", "logging", "profile", "eval_interval", "eval_windows", "eval_data", "parallel", "micro_batch_size",
-    "recompute", "cuda_graphs", "backend", "deterministic", "loss_chunk_tokens", "output", "teacher_offload",
-    "optimizer.offload", "allow_change",
+    "checkpoint", "logging", "profile", "eval_interval", "eval_windows", "eval_data", "evaluation", "parallel",
+    "micro_batch_size", "recompute", "cuda_graphs", "backend", "deterministic", "loss_chunk_tokens", "output",
+    "teacher_offload", "optimizer.offload", "allow_change",
 }  # fmt: skip
 FIXED = {
     "stage": "its checkpoints are of that stage",

@@ -137,6 +137,20 @@ def test_verbs_and_options_in_running_text_are_real(parser):
     assert number > 200 and wrong == []
 
 
+def test_links_between_files_lead_somewhere():
+    """mkdocs checks the pages of the site, as they are there; these are all pages as they are in the repository."""
+    pages = [*PAGES, ROOT / "CHANGELOG.md", *ROOT.glob("tests/**/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())]
+    assert len(links) > 100
+    assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_results_page_is_listed():
+    listed = (ROOT / "docs" / "results.md").read_text()
+    names = [page.name for page in ROOT.glob("benchmarks/results/*.md")]
+    assert names and [name for name in names if f"](../benchmarks/results/{name})" not in listed] == []
+
+
 def test_make_targets_are_real(parser):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     text = "\n".join(page.read_text() for page in PAGES)

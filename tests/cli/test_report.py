@@ -80,7 +80,7 @@ def test_the_quickstarts_page_has_text_table_plot_and_commands(runs):
     assert heldout_points(SUMMARY, runs) == ([(0, 60.0), (512, 55.0), (768, 48.0), (1024, 40.0)], 512)
     assert plot_quickstart(SUMMARY, runs).stat().st_size > 10_000
     page = write_report(SUMMARY, "A & B", runs, ".venv/bin/hylo").read_text()
-    for text in ("A &amp; B", "&lt;/p&gt; is &lt;b&gt;bold", "11.0 %", "<td>after stage 2</td><td>40.00</td>"):
+    for text in ("A &amp; B", "&lt;/p&gt; is &lt;b&gt;bold", "11.0\u00a0%", "<td>after stage 2</td><td>40.00</td>"):
         assert text in page
     assert f".venv/bin/hylo report {runs}/align {runs}/distil" in page and page.count("<svg") == 2 and loaded(page) == []
 

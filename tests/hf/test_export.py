@@ -56,7 +56,10 @@ def test_all_files_that_are_imported_are_copied(tmp_path):
     kernels = {"attention.py", "attention_after_prefix.py", "causal_conv1d.py", "delta_rule_state_pass.py",
                "delta_rule_states.py", "gated_delta_rule.py", "kda.py", "norm.py", "registry.py", "rope.py", "ssd.py",
                "tuned.py"}  # fmt: skip
-    assert names == {f"{name}_hylo.py" for name in ("modeling", "layers", "inputs", "configuration", "cache")} | kernels
+    assert (
+        names
+        == {f"{name}_hylo.py" for name in ("modeling", "layers", "attention", "inputs", "configuration", "cache")} | kernels
+    )
 
 
 def test_the_models_file_names_every_other_as_transformers_4_wants(tmp_path):

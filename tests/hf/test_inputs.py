@@ -151,7 +151,6 @@ def test_generation_refuses_what_it_would_do_wrongly(three):
         (dict(attention_mask=mask), "pad on the left"),
         (dict(cache_implementation="static"), "cache_implementation 'static' is not supported"),
         (dict(past_key_values=transformers.DynamicCache()), "leave it out"),
-        (dict(prompt_lookup_num_tokens=2), "stateful models"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(tokens, max_new_tokens=2, **settings)
