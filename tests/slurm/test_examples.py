@@ -26,7 +26,7 @@ def run(folder: Path, gpu: bool, *stages: str) -> tuple[subprocess.CompletedProc
     fakes = {
         "hylo": """
             printf '%s\\0' "$@" >>"$RECORD"; printf '\\n' >>"$RECORD"
-            case "$1" in fetch) echo a; exit ;; evaluate | report) echo "{}"; exit ;; esac
+            case "$1" in fetch) echo a; exit ;; evaluate | report | compare) echo "{}"; exit ;; esac
             made="$3"
             [[ "$1" != calibrate ]] || made="$4"
             words=("$@")
@@ -66,7 +66,7 @@ def test_the_stages_are_commands_that_are_accepted(parser, tmp_path, gpu):
     stretched = [call for call in calls if call[0] == "evaluate" and "--teacher_window.mode" in call]
     assert len(stretched) == (2 if gpu else 0)
     again, calls = run(tmp_path, gpu)
-    assert again.returncode == 0 and [call[0] for call in calls] == ["report"]
+    assert again.returncode == 0 and [call[0] for call in calls] == ["compare", "report"]
 
 
 def test_stages_can_be_chosen(tmp_path):
