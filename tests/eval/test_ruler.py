@@ -15,7 +15,7 @@ from megatron_hylo.eval.ruler.words import Pairs
 from megatron_hylo.io import DamagedError
 
 LENGTH = 1024
-QUESTIONS = {"ruler_qa_squad": "squad", "ruler_qa_hotpot": "hotpot"}
+QUESTIONS = {"qa_1": "squad", "qa_2": "hotpot"}
 
 
 class Reads(LM):
@@ -126,8 +126,8 @@ def make(generator, tokenizer, task, number=3, length=LENGTH, seed=0):
 def by_lm_eval(task, tokenizer, files, monkeypatch):
     """Three examples by lm-eval's own function for a task, and the random state, number and size before each of its draws."""
     modules, calls = sources.generators(), []
-    module = {"niah": modules.niah_utils, "ruler_vt": modules.vt_utils, "ruler_cwe": modules.cwe_utils}.get(
-        task if task in ("ruler_vt", "ruler_cwe") else task[:4], modules.fwe_utils if task == "ruler_fwe" else modules.qa_utils
+    module = {"niah": modules.niah_utils, "vt": modules.vt_utils, "cwe": modules.cwe_utils}.get(
+        task if task in ("vt", "cwe") else task[:4], modules.fwe_utils if task == "fwe" else modules.qa_utils
     )
     drawing = modules.prepare_niah if task in texts.NIAH else module
     original = drawing.generate_input_output
@@ -135,9 +135,9 @@ def by_lm_eval(task, tokenizer, files, monkeypatch):
     def recorded(*args, **options):
         state = random.getstate(), np.random.get_state(), modules.cwe_utils.RNG.getstate()
         found = original(*args, **options)
-        qa, fwe = task in QUESTIONS, task == "ruler_fwe"
+        qa, fwe = task in QUESTIONS, task == "fwe"
         size = found[2] if fwe else args[1] if qa else args[0]
-        calls.append((state, args[0] if qa else 0, size, found[1] if task == "ruler_cwe" else found[0]))
+        calls.append((state, args[0] if qa else 0, size, found[1] if task == "cwe" else found[0]))
         return found
 
     monkeypatch.setattr(drawing, "generate_input_output", recorded)
@@ -159,8 +159,8 @@ def by_lm_eval(task, tokenizer, files, monkeypatch):
         for reader in (module.read_squad, module.read_hotpotqa):
             reader.cache_clear()
     entry = {
-        "ruler_vt": "get_vt_dataset", "ruler_cwe": "get_cw_dataset", "ruler_fwe": "fwe_download",
-        "ruler_qa_squad": "get_squad", "ruler_qa_hotpot": "get_hotpotqa",
+        "vt": "get_vt_dataset", "cwe": "get_cw_dataset", "fwe": "fwe_download",
+        "qa_1": "get_squad", "qa_2": "get_hotpotqa",
     }  # fmt: skip
     with sources.seeded(0, task, LENGTH, "shot"):
         return list(getattr(module, entry.get(task, task))(max_seq_lengths=[LENGTH], pretrained="any")["test"]), calls
@@ -198,11 +198,11 @@ def test_examples_hold_their_answers_and_fill_their_length(task, generator, toke
     if task in texts.NIAH:
         assert all(example["input"].count(f"is: {answer}.") == 1 for answer in example["outputs"])
         assert len(example["outputs"]) == (4 if task in ("niah_multivalue", "niah_multiquery") else 1)
-    if task == "ruler_vt":
+    if task == "vt":
         assert len(example["outputs"]) == 5 and all(f"VAR {name} = " in example["input"] for name in example["outputs"])
-    if task == "ruler_cwe":
+    if task == "cwe":
         assert len(example["outputs"]) == 10 and all(words.count(word) == 6 for word in example["outputs"])
-    if task == "ruler_fwe":
+    if task == "fwe":
         counts = sorted((words.count(word) for word in set(words) if len(word) == 6 and word.isalpha()), reverse=True)
         assert [words.count(word) for word in example["outputs"]] == counts[:3] and counts[2] > counts[3]
 
@@ -228,14 +228,12 @@ def test_the_right_answer_scores_one_and_another_none(tokenizer, files):
 
 def test_parts_of_an_answer_score_their_share(tokenizer):
     """One of four values is a quarter, as lm-eval's string_match_all counts."""
-    scores, _ = run.run_ruler(
-        Reads(tokenizer, lambda example: example["outputs"][2]), (800,), ["ruler_vt", "ruler_cwe"], limit=3
-    )
+    scores, _ = run.run_ruler(Reads(tokenizer, lambda example: example["outputs"][2]), (800,), ["vt", "cwe"], limit=3)
     assert [round(score.value, 6) for score in scores] == [0.2, 0.1, 0.15]
     assert scores[-1].note == "2 of 13 tasks" and scores[0].stderr == pytest.approx(0)
 
 
-@pytest.mark.parametrize("task", ["niah_single_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_qa_squad"])
+@pytest.mark.parametrize("task", ["niah_single_2", "niah_multikey_3", "vt", "cwe", "qa_1"])
 def test_examples_do_not_depend_on_what_else_is_made(task, generator, tokenizer):
     """Other tasks before, more examples or another global seed change none; another seed of their own changes all."""
     random.seed(1)
@@ -286,20 +284,20 @@ def test_a_short_text_is_refused_with_its_true_length(generator, tokenizer):
     with pytest.raises(ConfigError, match=r"niah_single_2 at 9,000 tokens: the essays \(essays.txt, .* words\) fill only 5,"):
         make(generator, tokenizer, "niah_single_2", length=9000)
     with pytest.raises(ConfigError, match="squad.json.*fill only"):
-        make(generator, tokenizer, "ruler_qa_squad", length=9000)
+        make(generator, tokenizer, "qa_1", length=9000)
 
 
 def test_lengths_beyond_the_window_are_refused_with_the_effective_one(tokenizer):
     """The message has the tokens that would be left of a prompt."""
     lm = Reads(tokenizer, str, max_length=2048)
     with pytest.raises(ConfigError, match="RULER at 4,096 tokens.*window of 2,048.*cut to 1,928 tokens"):
-        run.run_ruler(lm, (1024, 4096), ["ruler_cwe"])
-    with pytest.raises(ConfigError, match="no RULER task 'cwe'; choose out of niah_single_1"):
-        run.run_ruler(lm, (1024,), ["cwe"])
-    with pytest.raises(ConfigError, match="ruler_qa_squad.*published file as squad"):
-        run.run_ruler(lm, (1024,), ["ruler_qa_squad"])
-    with pytest.raises(ConfigError, match="ruler_vt does not fit 256 tokens"):
-        run.run_ruler(lm, (256,), ["ruler_vt"])
+        run.run_ruler(lm, (1024, 4096), ["cwe"])
+    with pytest.raises(ConfigError, match="no RULER task 'ruler_cwe'; choose out of niah_single_1"):
+        run.run_ruler(lm, (1024,), ["ruler_cwe"])
+    with pytest.raises(ConfigError, match="qa_1.*published file as squad"):
+        run.run_ruler(lm, (1024,), ["qa_1"])
+    with pytest.raises(ConfigError, match="vt does not fit 256 tokens"):
+        run.run_ruler(lm, (256,), ["vt"])
 
 
 def test_chat_templates_are_counted(tokenizer):
@@ -312,7 +310,7 @@ def test_chat_templates_are_counted(tokenizer):
         + "{% for m in messages %} {{ m.role }} : {{ m.content }}{% endfor %}{% if add_generation_prompt %} go{% endif %}"
     )
     lm = Reads(chatty, lambda example: example["outputs"][0])
-    scores, _ = run.run_ruler(lm, (1024,), ["niah_single_1", "ruler_fwe"], limit=2, chat=True)
+    scores, _ = run.run_ruler(lm, (1024,), ["niah_single_1", "fwe"], limit=2, chat=True)
     assert scores[0].value == 1.0 and len(lm.prompts) == 4
     for prompt, room in zip(lm.prompts, (128, 128, 50, 50)):
         assert prompt.startswith("word word") and 0.95 * 1024 <= len(chatty(prompt).input_ids) + room <= 1024
@@ -330,7 +328,7 @@ def test_missing_essays_leave_their_tasks_out(tokenizer, monkeypatch):
     scores, _ = run.run_ruler(lm, (800,), limit=1)
     assert scores[-1].note == "6 of 13 tasks"
     assert [s.task for s in scores] == [
-        "niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe", "mean",
+        "niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe", "mean",
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="pip failed"):
         run.run_ruler(lm, (800,), ["niah_single_2"], limit=1)
@@ -345,8 +343,10 @@ def test_lm_evals_generators_are_imported_without_a_download(monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("a download was started")
 
-    monkeypatch.setattr(nltk, "download", refuse)
     sources.generators()
+    monkeypatch.setattr(nltk, "download", refuse)
+    monkeypatch.setattr(nltk.data, "path", [])
+    sources.sentence_model.cache_clear()
     monkeypatch.delitem(sys.modules, "lm_eval.tasks.ruler.prepare_niah")
     modules = sources.generators.__wrapped__()
     assert nltk.sent_tokenize("Mr. Hale, e.g. a man of the U.S. army, left. He went home.")[1:] == ["He went home."]

@@ -58,7 +58,7 @@ def generators() -> SimpleNamespace:
 
         sentence_model()
         with without_pairs():
-            niah = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
+            niah: Any = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
         if not niah.WORDS:
             words = wonderwords.RandomWord()._categories
             niah.WORDS = Pairs(words["adjectives"], words["nouns"])

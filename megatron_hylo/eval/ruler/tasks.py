@@ -16,7 +16,7 @@ from megatron_hylo.eval.ruler.texts import Example
 METRIC = "string_match"
 TEXT, NUMBER = datasets.Value("large_string"), datasets.Value("int64")
 FIELDS = {"index": NUMBER, "input": TEXT, "outputs": datasets.Sequence(TEXT), "gen_prefix": TEXT, "max_length": NUMBER}
-FILES = {"ruler_vt": "vt", "ruler_cwe": "cwe", "ruler_fwe": "fwe", "ruler_qa_squad": "qa_squad", "ruler_qa_hotpot": "qa_hotpot"}
+FILES = {"qa_1": "qa_squad", "qa_2": "qa_hotpot"}  # of the others as the task
 
 
 @functools.cache
@@ -36,7 +36,7 @@ class RulerTask(ConfigurableTask):
     Unlike lm-eval's it has one metric, the score at this length, so that no example is counted as -1 at another one.
 
     Args:
-        task: lm-eval's name.
+        task: RULER's name.
         length: tokens of the context.
         examples: one or more; `set_examples` may replace them.
     """
