@@ -169,15 +169,26 @@ def preprocess(
         print_json({name: value for name, value in asdict(made).items() if name != "heldout_names"})
 
 
-def export(model: Path, output: Path, overwrite: bool = False) -> None:
-    """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code.
+def export(
+    model: Path, output: Path, results: list[Path] | None = None, license: str | None = None, overwrite: bool = False
+) -> None:
+    """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code, model card.
 
     Args:
         model: model folder or training checkpoint.
         output: Hugging Face folder to make.
+        results: results folders of `hylo eval` of this model, for its card.
+        license: of the model, as the Hugging Face Hub spells it (apache-2.0), for its card; the base model's terms bind it.
         overwrite: replace what is there.
     """
-    convert(model, output, "hf", overwrite)
+    from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+    from megatron_hylo.eval.results import read_results
+    from megatron_hylo.platform.distributed import session
+
+    measured = [read_results(folder).to_dict() for folder in results or ()]
+    with session():
+        convert_megatron_to_hf(model, output, overwrite, track, results=measured, license=license)
+    console.print(f"wrote {output}")
 
 
 def generate(
