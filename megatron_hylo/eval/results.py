@@ -134,6 +134,8 @@ def read_results(folder: str | Path) -> EvalResult:
         scores = [_known(Score, values) for values in stored["scores"]]
         samples = [_known(Sample, json.loads(line)) for line in lines]
         return EvalResult(stored["model"], stored["run"], scores, samples)
+    except ConfigError:
+        raise
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"{folder} cannot be read as a results folder: {error}; run `hylo eval` again") from error
 
