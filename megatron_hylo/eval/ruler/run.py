@@ -83,7 +83,8 @@ def run_ruler(
         assert name is not None
         found = evaluate(lm, {"tasks": {name: cell}, "groups": {}}, bootstrap_iters=0, apply_chat_template=chat)
         if found is not None:
-            measured = [_sample(task, length, seed, one) for one in found["samples"][name]]
+            ordered = sorted(found["samples"][name], key=lambda one: one["doc_id"])  # several ranks' come rank by rank
+            measured = [_sample(task, length, seed, one) for one in ordered]
             samples += measured
             scores.append(_score(task, length, measured, _note(task, haystack, questions)))
     return scores + _means(scores, chosen), samples
