@@ -16,7 +16,8 @@
 #   SIGUSR1  from Slurm before the time limit (#SBATCH --signal), and on preemption where the cluster has
 #            PreemptParameters=send_user_signal: save, and put the job back into the queue.
 #   SIGTERM, SIGINT, SIGHUP  from scancel, Ctrl-C, a closed terminal: save as far as time allows, and end.
-# A job that is started again goes on from OUTPUT's newest checkpoint, so submitting it anew by hand does as well.
+# A job that is started again goes on from OUTPUT's newest checkpoint, so submitting it anew by hand does as well. A finished
+# run is trained longer with the argument --extend_tokens N.
 set -euo pipefail
 
 # A mistake in what was given: what, and what to set instead.

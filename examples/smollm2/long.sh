@@ -64,4 +64,6 @@ for i in 0 1 2 3; do
     --output "$run/recall"
   MODEL="$run/model"
 done
+results=("$OUT"/long_*/recall)
+((${#results[@]} < 2)) || $hylo compare "${results[@]}" --output "$OUT/recall.html" # stage beside stage
 $hylo report "$OUT" # curves, loss by position and recall by distance of all stages, one page

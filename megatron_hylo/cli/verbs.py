@@ -11,7 +11,7 @@ from rich.table import Table
 import megatron_hylo
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveInt
-from megatron_hylo.config import TeacherWindow
+from megatron_hylo.config import ModelConfig, TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
 
 
@@ -100,7 +100,6 @@ def convert(
         no_verify: leave out the comparison.
         json: print {output, format, mixers, parameters, verified}.
     """
-    from megatron_hylo.config.layouts import parameter_count
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
     from megatron_hylo.models.checkpoint import read_description
@@ -109,11 +108,8 @@ def convert(
     with session():
         function = convert_hf_to_megatron if to == "megatron" else convert_megatron_to_hf
         function(source, output, overwrite, track, verify=not no_verify)
-        model = read_description(output if to == "megatron" else source)[0]
-    console.print(f"wrote {output}")
-    if json:
-        about = {"mixers": model.mixers, "parameters": parameter_count(model), "verified": not no_verify}
-        print_json({"output": str(output), "format": to} | about)
+        config = read_description(output if to == "megatron" else source)[0]
+    _wrote(output, to, config, not no_verify, json)
 
 
 def verify(hf_dir: Path, megatron_dir: Path, tokens: PositiveInt = 128, tolerance: float = 1e-4, json: bool = False) -> int:
@@ -185,19 +181,48 @@ def preprocess(
         print_json({name: value for name, value in asdict(made).items() if name != "heldout_names"})
 
 
-def export(model: Path, output: Path, overwrite: bool = False, no_verify: bool = False, json: bool = False) -> None:
-    """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code.
+def export(
+    model: Path,
+    output: Path,
+    results: list[Path] | None = None,
+    license: str | None = None,
+    overwrite: bool = False,
+    no_verify: bool = False,
+    json: bool = False,
+) -> None:
+    """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code, model card.
 
     Ends with a comparison of all tensors and of logits with transformers' loading of the folder.
 
     Args:
         model: model folder or training checkpoint.
         output: Hugging Face folder to make.
+        results: results folders of `hylo eval` of this model, for its card.
+        license: of the model, as the Hugging Face Hub spells it (apache-2.0), for its card; the base model's terms bind it.
         overwrite: replace what is there.
         no_verify: leave out the comparison.
         json: print {output, format, mixers, parameters, verified}.
     """
-    convert(model, output, "hf", overwrite, no_verify, json=json)
+    from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+    from megatron_hylo.eval.results import read_results
+    from megatron_hylo.models.checkpoint import read_description
+    from megatron_hylo.platform.distributed import session
+
+    measured = [read_results(folder).to_dict() for folder in results or ()]
+    with session():
+        convert_megatron_to_hf(model, output, overwrite, track, not no_verify, results=measured, license=license)
+        config = read_description(model)[0]
+    _wrote(output, "hf", config, not no_verify, json)
+
+
+def _wrote(output: Path, to: str, config: ModelConfig, verified: bool, json: bool) -> None:
+    """Say what a conversion made."""
+    from megatron_hylo.config.layouts import parameter_count
+
+    console.print(f"wrote {output}")
+    if json:
+        about = {"mixers": config.mixers, "parameters": parameter_count(config), "verified": verified}
+        print_json({"output": str(output), "format": to} | about)
 
 
 def generate(

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.eval.results import EvalResult, Sample, Score, Suite, mean
+from megatron_hylo.eval.results import EvalResult, Sample, Score, Suite, mean, mean_by_group
 
 Z95 = 1.959963984540054
 FEWEST = 5  # groups of examples without which an interval would say nothing
@@ -180,23 +180,6 @@ def t95(degrees: int) -> float:
     return z + sum(term / n**power for power, term in enumerate(terms, 1))
 
 
-def mean_of_examples(values: Sequence[float], groups: Sequence[str]) -> tuple[float, float | None, int]:
-    """Mean, its standard error (None of a single group) and the number of groups.
-
-    Args:
-        values: of each example.
-        groups: of each example; those of one group are not independent.
-    """
-    average = sum(values) / len(values)
-    sums: dict[str, float] = {}
-    for value, group in zip(values, groups, strict=True):
-        sums[group] = sums.get(group, 0.0) + value - average
-    if len(sums) < 2:
-        return average, None, len(sums)
-    squares = sum(total**2 for total in sums.values()) * len(sums) / (len(sums) - 1)
-    return average, math.sqrt(squares) / len(values), len(sums)
-
-
 def rows_to_json(names: Sequence[str], results: Sequence[EvalResult], rows: Sequence[Row]) -> dict[str, Any]:
     """What `hylo compare --json` prints."""
     models = [{"name": name, **{k: v for k, v in r.model.items() if k != "name"}} for name, r in zip(names, results)]
@@ -306,16 +289,16 @@ def _paired(
     else:
         values = [theirs_ - ours_ for ours_, theirs_ in pairs]
     groups = [ours[key].group or theirs[key].group or f"{key}" for key in both]
-    value, error, count = mean_of_examples(values, groups)
+    value, error = mean_by_group(values, groups)
     counts = {"examples": len(both), "only_baseline": len(ours) - len(both), "only_model": len(theirs) - len(both)}
-    return _with_interval(value, error, count, counts, higher_is_better)
+    return _with_interval(value, error, len(set(groups)), counts, higher_is_better)
 
 
 def _with_interval(
     value: float, error: float | None, groups: int, counts: dict[str, int], higher_is_better: bool
 ) -> Difference:
     if error is None or groups < FEWEST:
-        return Difference(value, error, None, None, **counts)
+        return Difference(value, error, None, None, counts["examples"], counts["only_baseline"], counts["only_model"])
     low, high = value - t95(groups - 1) * error, value + t95(groups - 1) * error
     better = (value > 0) == higher_is_better if low > 0 or high < 0 else None
-    return Difference(value, error, low, high, **counts, better=better)
+    return Difference(value, error, low, high, counts["examples"], counts["only_baseline"], counts["only_model"], better)

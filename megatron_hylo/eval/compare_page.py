@@ -170,7 +170,7 @@ def _length_charts(names: Sequence[str], rows: Sequence[Row]) -> Iterable[str]:
 def _differences(names: Sequence[str], rows: Sequence[Row]) -> str:
     body = table(DIFFERENCE_HEAD, difference_rows(names, rows), words=WORDS) + paragraph(PAIRED_NOTE, muted=True)
     chosen = [row for row in rows if (is_share(row) or row.quantity.is_ratio) and any(row.differences)]
-    if not chosen:
+    if len(chosen) < 2:
         return body
     drawn: dict[str, dict[str, Any]] = {}
     for row in chosen:
@@ -185,14 +185,15 @@ def _differences(names: Sequence[str], rows: Sequence[Row]) -> str:
 def _by_position(names: Sequence[str], rows: Sequence[Row]) -> Iterable[str]:
     chosen = [row for row in rows if row.quantity.task == BY_POSITION]
     if chosen:
-        chart = by_length_chart(chosen, names, "perplexity", "up to this token of the text")
+        chart = by_length_chart(chosen, names, "perplexity", "up to this token of the text") if len(chosen) > 1 else ""
         yield section("Perplexity by position", chart + table(["", *names], value_rows(chosen)))
 
 
 def _recall(names: Sequence[str], results: Sequence[EvalResult]) -> Iterable[str]:
     charts = [(f"{name}: {title}", chart) for name, result in zip(names, results) for title, chart in recall_charts(result)]
-    for title, chart in sorted(charts, key=lambda pair: pair[0].partition(": ")[2]):
-        yield section(title, chart)
+    charts.sort(key=lambda pair: pair[0].partition(": ")[2])  # the models' beside each other
+    if charts:
+        yield section("Recall by length and depth", "".join(details(title, chart) for title, chart in charts))
 
 
 def _tasks(names: Sequence[str], rows: Sequence[Row], shown: Sequence[Row]) -> Iterable[str]:

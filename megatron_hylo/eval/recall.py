@@ -30,7 +30,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.eval.recall_ask import Question, teacher_forced, written
 from megatron_hylo.eval.recall_haystack import Haystack, TextEncoder, load_haystack
 from megatron_hylo.eval.recall_text import FACTS, RECALL_EVAL_TASKS, RecallEvalTask, make_facts
-from megatron_hylo.eval.results import Sample, Score, mean
+from megatron_hylo.eval.results import Sample, Score, mean, mean_by_group
 from megatron_hylo.io.progress import Track, no_progress
 
 logger = logging.getLogger("megatron_hylo.eval")
@@ -165,21 +165,6 @@ def make_text(
     return Text(task, length, number, ids, asked[:count], places)
 
 
-def mean_by_text(values: Sequence[float], texts: Sequence[int]) -> tuple[float, float | None]:
-    """Return a mean and its standard error where values of one text are not independent; no error for a single text.
-
-    The error is the cluster-robust one: deviations are summed in each text before they are squared.
-    """
-    average = sum(values) / len(values)
-    sums: dict[int, float] = {}
-    for value, text in zip(values, texts, strict=True):
-        sums[text] = sums.get(text, 0.0) + value - average
-    if len(sums) < 2:
-        return average, None
-    squares = sum(deviation**2 for deviation in sums.values()) * len(sums) / (len(sums) - 1)
-    return average, squares**0.5 / len(values)
-
-
 def _calls(task: RecallEvalTask, length: int, trials: int, tokens: int) -> Iterator[range]:
     """Numbers of the texts that are made and asked about together."""
     texts, count = range(-(-trials // FACTS[task])), max(1, tokens // length)
@@ -241,7 +226,7 @@ def _scores(measured: list[tuple[RecallEvalTask, int, int, list[Sample]]], windo
             pairs: list[tuple[int, float]], metric: str = "exact", depth: float | None = None,
             task: RecallEvalTask = task, length: int = length, note: str = "; ".join(notes),
         ) -> None:  # fmt: skip
-            value, error = mean_by_text([value for _, value in pairs], [number for number, _ in pairs])
+            value, error = mean_by_group([value for _, value in pairs], [number for number, _ in pairs])
             scores.append(Score("recall", task, metric, value, error, len(pairs), length, depth, note=note))
 
         add([(number, sample.score) for number, sample in cell])

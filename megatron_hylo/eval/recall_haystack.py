@@ -11,9 +11,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Encoding, Tokenizer
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.documents import TextCheck, read_documents
+from megatron_hylo.data.documents import TextCheck
+from megatron_hylo.data.encode import plain_encoder
+from megatron_hylo.data.inputs import read_documents
 from megatron_hylo.data.packed import DocumentStore
-from megatron_hylo.data.preprocess import plain_encoder
 from megatron_hylo.data.tokenizer import USED_IDS, read_vocabulary, vocabulary_of
 from megatron_hylo.io import read_json
 

@@ -147,6 +147,8 @@ def recall_charts(result: EvalResult) -> Iterable[tuple[str, str]]:
         scores = [score for score in found if (score.task, score.metric) == (task, metric)]
         lengths, depths = sorted({s.length or 0 for s in scores}), sorted({s.depth or 0.0 for s in scores})
         cells = {(length_name(s.length or 0), f"{s.depth or 0.0:.0%}"): s.value for s in scores}
+        if len(cells) < 2:
+            continue
         draw = partial(
             draw_heat_map, columns=[length_name(n) for n in lengths], rows=[f"{d:.0%}" for d in depths], shares=cells,
             x_label="tokens of the text", y_label="depth of the fact",
@@ -178,7 +180,7 @@ def _ruler(result: EvalResult, rows: Sequence[Row]) -> Iterable[str]:
 
 def _by_position(rows: Sequence[Row]) -> Iterable[str]:
     chosen = [row for row in rows if row.quantity.task == BY_POSITION]
-    if chosen:
+    if len(chosen) > 1:
         yield section("Perplexity by position", by_length_chart(chosen, [""], "perplexity", "up to this token of the text"))
 
 
@@ -221,7 +223,7 @@ def _tasks(rows: Sequence[Row]) -> Iterable[str]:
                 interval, note = shown_interval(row, value), "; ".join(row.notes)
                 cells.append((row_name(row), shown_value(row, value), interval, count, note))
             body = table(("", "value", "95 % interval", "examples", "note"), cells, words=("note",))
-            yield section(f"Tasks of {name}", details(f"{len(rest)} rows", body))
+            yield section(f"Tasks of {name}", details(f"{len(rest)} values", body))
 
 
 def _examples(samples: Sequence[Sample]) -> Iterable[str]:

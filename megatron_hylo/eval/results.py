@@ -5,7 +5,7 @@ pair by pair, since an example has the same name in both.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -158,3 +158,22 @@ def mean(scores: Iterable[Score], task: str = "mean") -> Score:
         higher_is_better=first.higher_is_better,
         note="; ".join(sorted({score.note for score in chosen} - {""})),
     )
+
+
+def mean_by_group(values: Sequence[float], groups: Sequence[object]) -> tuple[float, float | None]:
+    """Return a mean and its standard error where values of one group are not independent; no error for a single group.
+
+    The error is the cluster-robust one: deviations are summed in each group before they are squared.
+
+    Args:
+        values: of each example.
+        groups: what each example belongs to, such as the text that it asks about.
+    """
+    average = sum(values) / len(values)
+    sums: dict[object, float] = {}
+    for value, group in zip(values, groups, strict=True):
+        sums[group] = sums.get(group, 0.0) + value - average
+    if len(sums) < 2:
+        return average, None
+    squares = sum(deviation**2 for deviation in sums.values()) * len(sums) / (len(sums) - 1)
+    return average, squares**0.5 / len(values)

@@ -31,6 +31,47 @@ class HyloRMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, reference)
 
 
+class HyloAlignedKeyNorm(HyloRMSNorm):
+    """RMSNorm of MLA keys by the mean squares that the base model's keys had."""
+
+    def __init__(self, channels: int, eps: float, groups: int, pairs: list[int]) -> None:
+        super().__init__(channels, eps)
+        self.rotary_mix = nn.Parameter(torch.ones(groups, len(pairs)))  # each head's share of the rotary key
+        self.pairs = pairs
+
+    def forward(self, key: Tensor, plain: int) -> Tensor:  # type: ignore[override]
+        """Normalise keys [batch, tokens, groups, plain | rotary], the rotary channels being those of all groups."""
+        pairs = torch.tensor(self.pairs, device=key.device)
+        return super().forward(key, unfold_rotary_key(key[..., :plain], key[..., 0, plain:], self.rotary_mix, pairs))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, inputs: SequenceInputs) -> Tensor:
+    """Causal attention by a fused kernel, or with its probabilities appended to `inputs.attentions`.
+
+    Args:
+        query, key, value: [batch, new or all tokens, heads or groups, channels].
+        scale: factor on the scores.
+        inputs: the pass's mask.
+
+    Returns:
+        [batch, new tokens, heads, value channels].
+    """
+    if inputs.attentions is None:
+        return attention(query, key, value, scale=scale, mask=inputs.attention_mask)
+    (b, t, heads, _), (s, groups) = query.shape, key.shape[1:3]
+    scores = torch.einsum("btgnd,bsgd->bgnts", query.unflatten(2, (groups, -1)), key) * scale
+    mask = inputs.attention_mask
+    visible = torch.ones(t, s, dtype=torch.bool, device=key.device).tril(s - t) if mask is None else mask[:, None]
+    probabilities = (
+        scores.to(torch.promote_types(scores.dtype, torch.float32))
+        .masked_fill(~visible, -torch.inf)
+        .softmax(-1)
+        .to(query.dtype)
+    )
+    inputs.attentions.append(probabilities.reshape(b, heads, t, s))
+    return torch.einsum("bgnts,bsgv->btgnv", probabilities, value).flatten(2, 3)
+
+
 class HyloAttention(nn.Module):
     """`*`: causal attention of Llama, Qwen2.5 and Qwen3: grouped queries, optional biases and q/k-norm, RoPE."""
 
@@ -55,7 +96,7 @@ class HyloAttention(nn.Module):
         key = apply_rope(self.k_norm(key), cos, sin, interleaved=False)
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
-        out = attention(query, key, value, scale=self.head_dim**-0.5, mask=inputs.attention_mask)
+        out = attend(query, key, value, self.head_dim**-0.5, inputs)
         return self.o_proj(out.reshape(b, t, -1))
 
 
@@ -83,7 +124,8 @@ class HyloLatentAttention(nn.Module):
         self.q_norm = HyloRMSNorm(self.qk, c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
         self.k_norm = HyloRMSNorm(self.qk, c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
         if self.aligned_norm:
-            self.k_norm.register_parameter("rotary_mix", nn.Parameter(torch.ones(self.groups, self.rotary // 2)))
+            pairs = list(range(self.rotary // 2)) if self.pairs is None else self.pairs
+            self.k_norm = HyloAlignedKeyNorm(self.qk, c.layernorm_epsilon, self.groups, pairs)
 
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: Rope, cache: HyloCache | None) -> Tensor:
         """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
@@ -96,7 +138,7 @@ class HyloLatentAttention(nn.Module):
             query, compressed = self._rotate(query, rope), self._rotate(compressed, rope)
         if cache is not None:
             (compressed,) = cache.append(self.layer, compressed)
-            if self._absorbs(t):
+            if self._absorbs(t) and inputs.attentions is None:
                 return self.o_proj(self._absorbed(query, compressed, inputs.attention_mask))
         latent, rotary_key = compressed.split([self.rank, self.rotary], dim=-1)
         key_value = self.kv_b_proj(latent).view(b, -1, self.groups, self.plain + self.value)
@@ -105,16 +147,13 @@ class HyloLatentAttention(nn.Module):
         if self.norms:
             query, key = self._normalised(query, key)
             query, key = self._rotate(query, rope), self._rotate(key, rope)
-        out = attention(query, key, value, scale=self.qk**-0.5, mask=inputs.attention_mask)
+        out = attend(query, key, value, self.qk**-0.5, inputs)
         return self.o_proj(out.reshape(b, t, -1))
 
     def _normalised(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         if not self.aligned_norm:
             return self.q_norm(query), self.k_norm(key)
-        plain_key, rotary_key = key[..., : self.plain], key[..., 0, self.plain :]
-        pairs = torch.tensor(self.pairs or range(self.rotary // 2), device=key.device)
-        base_key = unfold_rotary_key(plain_key, rotary_key, self.k_norm.get_parameter("rotary_mix"), pairs)
-        return self.q_norm(query, query[..., : self.plain]), self.k_norm(key, base_key)
+        return self.q_norm(query, query[..., : self.plain]), self.k_norm(key, self.plain)
 
     def _rotate(self, x: Tensor, rope: Rope) -> Tensor:
         """Rotate the last channels of x: [batch, tokens, (heads,) channels] -> the same shape."""

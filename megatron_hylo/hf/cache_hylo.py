@@ -13,6 +13,7 @@ from torch import Tensor
 States = tuple[Tensor | None, Tensor | None]  # convolution's inputs, recurrent state; None before the first token
 # inputs [batch, tokens, ...], padding mask or None, states before -> outputs [batch, tokens, ...], states after
 Step = Callable[[tuple[Tensor, ...], Tensor | None, States], tuple[Tensor, States]]
+SPARE_ROWS = 64  # at least, of buffers that tokens are written into one by one
 KEPT_INPUTS = 64  # tokens that `crop` can at least take out; assisted generation proposes about 20 at a time
 
 
@@ -42,6 +43,7 @@ class HyloCache:
 
     def __init__(self) -> None:
         self.tokens: dict[int, tuple[Tensor, ...]] = {}  # layer -> tensors [batch, sequence, ...], one row a token
+        self.buffers: dict[int, tuple[Tensor, ...]] = {}  # layer -> what `tokens` are the first rows of, after short pieces
         self.states: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (convolution's inputs, recurrent state)
         self.positions: Tensor | None = None  # int64 [batch or 1, sequence], for the rotary embedding
         self.attention_mask: Tensor | None = None  # bool [batch, sequence], False at padding; None: there is none
@@ -51,10 +53,27 @@ class HyloCache:
 
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Append the rows of new tokens, [batch, new tokens, ...] each, and return those of all tokens."""
-        if layer in self.tokens:
-            new = tuple(torch.cat(pair, dim=1) for pair in zip(self.tokens[layer], new))
-        self.tokens[layer] = new
-        return new
+        held = self.tokens.get(layer)
+        self.tokens[layer] = new if held is None else self._appended(layer, held, new)
+        return self.tokens[layer]
+
+    def _appended(self, layer: int, held: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return held and new rows; a few new ones are written into spare rows, so that not all are copied each time."""
+        length, count = held[0].shape[1], new[0].shape[1]
+        total = length + count
+        if count > SPARE_ROWS or torch.is_grad_enabled():
+            self.buffers.pop(layer, None)
+            return tuple(torch.cat(pair, dim=1) for pair in zip(held, new))
+        buffers = self.buffers.get(layer)
+        if buffers is None or buffers[0].shape[1] < total or buffers[0].is_inference() != torch.is_inference_mode_enabled():
+            rows = total + max(SPARE_ROWS, total // 16)
+            buffers = tuple(old.new_empty(old.shape[0], rows, *old.shape[2:]) for old in held)
+            for buffer, old in zip(buffers, held):
+                buffer[:, :length] = old
+            self.buffers[layer] = buffers
+        for buffer, added in zip(buffers, new):
+            buffer[:, length:total] = added
+        return tuple(buffer[:, :total] for buffer in buffers)
 
     def advance(self, layer: int, step: Step, parts: tuple[Tensor, ...], padding: Tensor | None) -> Tensor:
         """Take a linear layer's step over new tokens, from its states and into them.
@@ -132,6 +151,18 @@ class HyloCache:
         self.positions = None if self.positions is None or not kept else self.positions[:, :kept]
         self.attention_mask = None if self.attention_mask is None else self.attention_mask[:, :kept]
 
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """Return -1: the cache has no largest length."""
+        return -1
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence so many times, the copies of one beside each other."""
+        self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences with these numbers."""
+        self.reorder_cache(indices)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of cached tokens, padding included."""
         return 0 if self.positions is None else self.positions.shape[1]
@@ -158,5 +189,5 @@ class HyloCache:
             self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask.index_select(0, beam_idx.to(self.attention_mask.device))
-        self.recent = {}
+        self.recent, self.buffers = {}, {}
         self.batch_size = len(beam_idx)

@@ -25,8 +25,32 @@ from .inputs_hylo import SequenceInputs
 Recurrence = Callable[..., tuple[Tensor, Tensor | None]]
 
 
+class HyloConv1d(nn.Conv1d):
+    """Depthwise convolution that hands out its parameters, for one kernel that runs several.
+
+    They are read by a call, as those who keep weights elsewhere (device_map) bring them when a module is called.
+    """
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """Return the weight [channels, taps] and the bias [channels]."""
+        return self.weight.squeeze(1), self.bias
+
+
+class HyloGatedRMSNorm(nn.Module):
+    """RMSNorm with a SiLU gate, before it or after it."""
+
+    def __init__(self, channels: int, eps: float, group_size: int | None = None, norm_before_gate: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.settings = {"eps": eps, "group_size": group_size, "norm_before_gate": norm_before_gate}
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Normalise x and multiply by silu(gate): [..., channels] each -> the same shape."""
+        return gated_rms_norm(x, gate, self.weight, **self.settings)
+
+
 def convolve(
-    x: Tensor, convolutions: list[nn.Conv1d], state: Tensor | None, padding: Tensor | None, keep_state: bool
+    x: Tensor, convolutions: list[nn.Module], state: Tensor | None, padding: Tensor | None, keep_state: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Apply a short causal convolution with SiLU whose channels are split over several modules; no tap reads padding.
 
@@ -41,14 +65,13 @@ def convolve(
         ValueError: a convolution was replaced by another module (LoRA on conv1d), whose weights would not be used.
     """
     for module in convolutions:
-        if not isinstance(module, nn.Conv1d):
+        if not isinstance(module, HyloConv1d):
             raise ValueError(
                 f"a short convolution (conv1d) was replaced by {type(module).__name__}, but its weights are handed to a fused "
                 f"kernel, so an adapter there would have no effect; leave conv1d out of target_modules"
             )
-    weight = torch.cat([module.weight.squeeze(1) for module in convolutions])
-    biases = [module.bias for module in convolutions if module.bias is not None]
-    bias = torch.cat(biases) if biases else None
+    weights, biases = zip(*(module() for module in convolutions))
+    weight, bias = torch.cat(weights), None if biases[0] is None else torch.cat(biases)
     if padding is None:
         return causal_conv1d(x, weight, bias, "silu", state, output_final_state=keep_state)
     # Padding goes before everything, the state's tokens included, as zeros: then a token's neighbours are tokens.
@@ -68,16 +91,16 @@ class HyloMamba2(nn.Module):
         super().__init__()
         c = config.architecture()
         self.layer, self.heads, self.groups = layer, c.mamba_num_heads, c.num_query_groups
-        self.head_dim, self.state_dim, self.eps = c.mamba_head_dim, c.mamba_state_dim, c.layernorm_epsilon
+        self.head_dim, self.state_dim = c.mamba_head_dim, c.mamba_state_dim
         inner = self.heads * self.head_dim
         self.sections = [self.groups * self.head_dim, self.groups * self.state_dim, self.heads * self.state_dim]  # x, B, C
         channels = sum(self.sections)
         self.in_proj = nn.Linear(config.hidden_size, inner + channels + self.heads, bias=False)
-        self.conv1d = nn.Conv1d(channels, channels, c.linear_conv_kernel_dim, groups=channels)
+        self.conv1d = HyloConv1d(channels, channels, c.linear_conv_kernel_dim, groups=channels)
         self.A_log = nn.Parameter(torch.zeros(self.heads))
         self.dt_bias = nn.Parameter(torch.zeros(self.heads))
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = HyloRMSNorm(inner, self.eps)
+        self.norm = HyloGatedRMSNorm(inner, c.layernorm_epsilon, group_size=self.head_dim, norm_before_gate=False)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: None, cache: HyloCache | None) -> Tensor:
@@ -88,8 +111,7 @@ class HyloMamba2(nn.Module):
             y, _ = self.scan((xbc, dt), inputs.padding, (None, None), keep=False)
         else:
             y = cache.advance(self.layer, self.scan, (xbc, dt), inputs.padding)
-        norm = self.norm.weight
-        return self.out_proj(gated_rms_norm(y.flatten(2), z, norm, self.eps, group_size=self.head_dim, norm_before_gate=False))
+        return self.out_proj(self.norm(y.flatten(2), z))
 
     def scan(
         self, parts: tuple[Tensor, ...], padding: Tensor | None, states: States, keep: bool = True
@@ -119,26 +141,26 @@ class HyloGatedDeltaNet(nn.Module):
     v_proj: nn.Linear
     b_proj: nn.Linear
     g_proj: nn.Linear
-    q_conv1d: nn.Conv1d
-    k_conv1d: nn.Conv1d
-    v_conv1d: nn.Conv1d
+    q_conv1d: HyloConv1d
+    k_conv1d: HyloConv1d
+    v_conv1d: HyloConv1d
     # query, key, value, log decay, writing strength, state -> outputs, state
     recurrence: Recurrence = staticmethod(gated_delta_rule)
 
     def __init__(self, config: HyloConfig, layer: int) -> None:
         super().__init__()
         c = config.architecture()
-        self.layer, self.heads, self.eps = layer, c.linear_num_heads, c.layernorm_epsilon
+        self.layer, self.heads = layer, c.linear_num_heads
         keys, values = self.heads * c.linear_key_head_dim, self.heads * c.linear_value_head_dim
         for name, width in {"q": keys, "k": keys, "v": values, "g": values, "b": self.heads}.items():
             setattr(self, f"{name}_proj", nn.Linear(config.hidden_size, width, bias=False))
         self.build_decay(config)
         for name, width in {"q": keys, "k": keys, "v": values}.items():
-            conv = nn.Conv1d(width, width, c.linear_conv_kernel_dim, groups=width, bias=False)
+            conv = HyloConv1d(width, width, c.linear_conv_kernel_dim, groups=width, bias=False)
             setattr(self, f"{name}_conv1d", conv)
         self.sections = [keys, keys, values]
         self.A_log = nn.Parameter(torch.zeros(self.heads))
-        self.o_norm = HyloRMSNorm(c.linear_value_head_dim, self.eps)
+        self.o_norm = HyloGatedRMSNorm(c.linear_value_head_dim, c.layernorm_epsilon)
         self.o_proj = nn.Linear(values, config.hidden_size, bias=False)
 
     def build_decay(self, config: HyloConfig) -> None:
@@ -159,7 +181,7 @@ class HyloGatedDeltaNet(nn.Module):
         else:
             out = cache.advance(self.layer, self.scan, parts, inputs.padding)
         gate = self.g_proj(x).view(out.shape)
-        return self.o_proj(gated_rms_norm(out, gate, self.o_norm.weight, self.eps, norm_before_gate=True).flatten(2))
+        return self.o_proj(self.o_norm(out, gate).flatten(2))
 
     def scan(
         self, parts: tuple[Tensor, ...], padding: Tensor | None, states: States, keep: bool = True

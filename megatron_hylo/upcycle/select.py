@@ -76,7 +76,7 @@ class Selection:
         return asdict(self) | {"recall_per_kl": self.recall_per_kl()}
 
     def scores(self) -> list[float] | None:
-        """What the layers are compared by: the loss that each saves as the only MLA layer, or costs as the only linear one."""
+        """Return the loss that each layer saves as the only MLA layer, or costs as the only linear one (backward)."""
         if self.kl_by_layer is None:
             return None
         reference = SwapLoss(self.kl_all_linear, self.answers_all_linear)

@@ -1,4 +1,4 @@
-"""What hybrids of two aligned pure models lose: KL to their teacher and, on text with recall exercises, loss at the answers."""
+"""Losses of hybrids of two aligned pure models: KL to their teacher and, on text with recall exercises, that at the answers."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -29,7 +29,7 @@ RECALL_SEED = 1
 
 @dataclass(frozen=True)
 class SwapLoss:
-    """What one hybrid loses.
+    """Losses of one hybrid.
 
     Args:
         kl: KL(teacher || hybrid) in nats a token, of all tokens.

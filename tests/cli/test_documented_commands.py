@@ -115,6 +115,8 @@ def test_commands_in_comments_of_scripts_and_recipes_are_accepted(parser):
 def test_verbs_and_options_in_running_text_are_real(parser):
     verbs = parser._subcommands_action._name_parser_map
     options = {name: set(sub._option_string_actions) for name, sub in verbs.items()}
+    actions = [action for sub in verbs.values() for action in sub._actions if action.nargs != 0]
+    take_value = {option for action in actions for option in action.option_strings}
     anywhere = set.union(*options.values()) | FOREIGN
     wrong, number = [], 0
     for path in [*PAGES, *(script for script in SCRIPTS if script.suffix != ".py")]:
@@ -128,6 +130,8 @@ def test_verbs_and_options_in_running_text_are_real(parser):
             if verb and verb[1] not in options:
                 wrong.append(f"{path.name}: {code}")
             known = options[verb[1]] if verb and verb[1] in options else anywhere
+            if (switch := re.search(r"(--[a-z][\w.-]*) (true|false)\b", code)) and switch[1] not in take_value:
+                wrong.append(f"{path.name}: {switch[0]}")
             if code.startswith(("hylo", "--")):
                 wrong += [
                     f"{path.name}: {option}"

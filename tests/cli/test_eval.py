@@ -72,7 +72,10 @@ def test_results_of_a_model_and_of_its_export_are_those_of_evaluate(place, capsy
         (["--suite", "ppl"], "suite ppl needs --data"),
         (["--suite", "ppl", "--data", "{place}/hf"], "is no dataset folder"),
         (["--suite", "ruler", "--lengths", "[4096]"], "longer than this model's window of 256"),
-        (["--suite", "ppl,ruler", "--data", "{place}/data", "--lengths", "[512]"], "longer than this model's window of 256"),
+        (
+            ["--suite", "ppl,ruler", "--data", "{place}/data", "--sequence_length", "64", "--lengths", "[512]"],
+            "longer than this model's window of 256",
+        ),
         (["--suite", "recall", "--data", "{place}/nothing"], "nothing does not exist"),
         (
             ["--suite", "recall", "--data", "{place}/data", "--lengths", "[512]", "--generated"],

@@ -31,7 +31,9 @@ def make_run(folder: Path, stage: str, lr: float, heldout: dict[int, float]) -> 
     config = {"stage": stage, "output": str(folder), "global_batch_size": 2, "sequence_length": 64, "train_tokens": 512}
     (folder / "config.json").write_text(json.dumps(config | {"optimizer": {"lr": lr}}))
     lines = [{"step": s, "loss": 1 / s, "tokens": 128 * s, "tokens_per_second": 10.0 * s} for s in range(1, 5)]
-    lines += [{"step": step, "heldout_perplexity": value, "heldout_kl": None} for step, value in heldout.items()]
+    for step, value in heldout.items():
+        suites = {"eval/ruler/vt/match/4096": 0.5, "eval/ruler/mean/match/4096": 0.01 * value} if stage == "distil" else {}
+        lines.append({"step": step, "heldout_perplexity": value, "heldout_kl": None} | suites)
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "lo')
     return folder
 
@@ -62,9 +64,11 @@ def test_a_report_has_curves_quality_and_the_settings_that_differ(one_rank, runs
         f"<td>libraries.torch</td><td>{torch.__version__.split('+')[0]}",
         "<td>optimizer.lr</td><td>0.001</td><td>0.002</td>",
         "distil: 48 to 40",
+        "Ruler mean (match) at 4,096 tokens by training tokens. distil: 0.48 to 0.4",
     ):
         assert text in page
-    assert page.count("<svg") == 2 * 3  # for two widths each: held-out perplexity, loss, tokens/s; no chart of what is nowhere
+    # for two widths each: held-out perplexity, loss of each stage, tokens/s, RULER; no chart of what is nowhere
+    assert page.count("<svg") == 2 * 5
     assert loaded(page) == [] and "<script" not in page
     identifiers = re.findall(r'\bid="([^"]+)"', page)
     clips = [i for i in identifiers if re.fullmatch(r"p[0-9a-f]{10}", i)]

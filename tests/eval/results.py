@@ -3,8 +3,7 @@
 import random
 from pathlib import Path
 
-from megatron_hylo.eval.compare import mean_of_examples
-from megatron_hylo.eval.results import EvalResult, Sample, Score, Suite, mean
+from megatron_hylo.eval.results import EvalResult, Sample, Score, Suite, mean, mean_by_group
 
 LENGTHS, DEPTHS = (4096, 8192, 16384), (0.0, 0.25, 0.5, 0.75, 1.0)
 RULER = ("niah_single_1", "niah_multikey_2", "vt", "cwe", "fwe", "qa_1")
@@ -13,7 +12,7 @@ COMMONSENSE = ("arc_easy", "hellaswag", "piqa")
 
 def scored(samples: list[Sample], **more) -> Score:
     """Score of one task's samples."""
-    value, error, _ = mean_of_examples([s.score for s in samples], [s.group or f"{s.depth} {s.example}" for s in samples])
+    value, error = mean_by_group([s.score for s in samples], [s.group or f"{s.depth} {s.example}" for s in samples])
     first = samples[0]
     return Score(first.suite, first.task, first.metric, value, error, len(samples), first.length, **more)
 

@@ -12,9 +12,9 @@ import pytest
 
 from megatron_hylo.cli.compare import compare as compare_verb
 from megatron_hylo.config import ConfigError
-from megatron_hylo.eval.compare import Quantity, compare, estimate, mean_of_examples, t95, wilson
+from megatron_hylo.eval.compare import Quantity, compare, estimate, t95, wilson
 from megatron_hylo.eval.report import length_name, write_report
-from megatron_hylo.eval.results import EvalResult, Sample, Score, mean
+from megatron_hylo.eval.results import EvalResult, Sample, Score, mean, mean_by_group
 from tests.cli.test_report import loaded
 from tests.eval.results import make_result, scored, write_results
 
@@ -96,12 +96,12 @@ def test_two_examples_of_one_name_are_refused():
 def test_examples_of_one_text_are_not_independent():
     """Two texts of four questions, all alike in each: the error is that of two numbers, 0 and 1."""
     values, groups = [0.0] * 4 + [1.0] * 4, ["a"] * 4 + ["b"] * 4
-    assert mean_of_examples(values, groups) == (0.5, pytest.approx(0.5), 2)
-    assert mean_of_examples(values, list("abcdefgh"))[1] == pytest.approx(math.sqrt(0.25 * 8 / 7 / 8))
-    assert mean_of_examples([1.0, 0.0], ["a", "a"])[1] is None
+    assert mean_by_group(values, groups) == (0.5, pytest.approx(0.5))
+    assert mean_by_group(values, list("abcdefgh"))[1] == pytest.approx(math.sqrt(0.25 * 8 / 7 / 8))
+    assert mean_by_group([1.0, 0.0], ["a", "a"])[1] is None
     by_text = [replace(sample, group=f"text {i // 2}") for i, sample in enumerate(answers([0.0, 0.0, 1.0, 1.0] * 5))]
     found = row(compare([result(answers([1.0] * 20)), result(by_text)])).differences[1]
-    assert found.stderr == pytest.approx(mean_of_examples([-1.0, 0.0] * 5, list("abcdefghij"))[1])
+    assert found.stderr == pytest.approx(mean_by_group([-1.0, 0.0] * 5, list("abcdefghij"))[1])
 
 
 def test_a_means_difference_is_that_of_its_tasks():

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_hylo.config import RopeScaling
-from megatron_hylo.convert import modelling_code as export
-from megatron_hylo.convert.modelling_code import copy_modelling_code
 from megatron_hylo.convert.to_hf import write_hf_folder
 from megatron_hylo.hf import HyloForCausalLM
+from megatron_hylo.hf import code_files as export
+from megatron_hylo.hf.code_files import copy_modelling_code
 from tests.hf.conftest import ALIGNED, PAIRS, YARN, random_megatron_model, serve_config
 from tests.kernels.compare import relative_error
 

@@ -118,7 +118,6 @@ REFUSED = {
     "positions of another length": (dict(position_ids=torch.arange(4)[None]), r"must be \[3 or 1, 75\]"),
     "packed documents": (dict(position_ids=(torch.arange(WIDTH) % 40)[None]), r"0 follows 39 .*give each document a row"),
     "another model's cache": (dict(past_key_values=transformers.DynamicCache()), "is a DynamicCache, .* leave it out"),
-    "attention probabilities": (dict(output_attentions=True), "output_attentions is not supported"),
     "two inputs": (dict(inputs_embeds=torch.zeros(3, WIDTH, 48)), "either input_ids or inputs_embeds"),
 }
 

@@ -1,6 +1,7 @@
 """transformers' own tests of models and generation, run with a tiny hybrid; they need a checkout of transformers.
 
-HYLO_TRANSFORMERS_CHECKOUT names its folder (`git clone --branch v5.17.0 https://github.com/huggingface/transformers`); the package
+HYLO_TRANSFORMERS_CHECKOUT names it
+(`git clone --branch v5.17.0 https://github.com/huggingface/transformers`); the package
 parameterized is needed too. Without it everything here is skipped; the tests beside this file hold what these found.
 """
 

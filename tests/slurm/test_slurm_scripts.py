@@ -34,7 +34,7 @@ from megatron_hylo.models.hylo_model import build_model
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(ROOT.glob("slurm/*.sh")) + [ROOT / ".ci" / "run"]
+SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("examples/*/*.sh")]) + [ROOT / ".ci" / "run"]
 RECIPES = sorted(ROOT.glob("megatron_hylo/recipes/*.yaml"))
 STAGES = sorted(ROOT.glob("slurm/stage*.sh"))
 
