@@ -167,7 +167,7 @@ LINES = (
 def test_every_verb_says_what_it_does_before_it_loads_anything(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     parser = build_parser(VERBS)
-    monkeypatch.setattr("megatron_hylo.cli.main.build_parser", lambda verbs: parser)  # once, for time
+    monkeypatch.setattr("megatron_hylo.cli.main.build_parser", lambda verbs, chosen="": parser)  # once, for time
     assert {line.split()[0] for line in LINES} == {command(verb) for verb in VERBS if verb not in QUICK}
     for line in LINES:
         said = []
