@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from megatron_hylo.eval.lm import HyloLM
 from megatron_hylo.eval.ruler.run import run_ruler
 
-TASKS = ("niah_single_1", "niah_multikey_2", "ruler_vt", "ruler_cwe", "ruler_fwe")  # those without other data
+TASKS = ("niah_single_1", "niah_multikey_2", "vt", "cwe", "fwe")  # those without other data
 
 
 def measure(lm: Any, length: int, examples: int, tasks: list[str]) -> dict[str, float]:

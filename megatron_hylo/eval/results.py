@@ -125,6 +125,8 @@ def read_results(folder: str | Path) -> EvalResult:
     if not file.is_file():
         raise ConfigError(f"{folder} is no results folder: it has no {RESULTS}; `hylo eval MODEL --output FOLDER` makes one")
     try:
+        if "schema" not in read_json(file):  # that of a quickstart, say
+            raise ConfigError(f"{folder} is no results folder: its {RESULTS} is not of `hylo eval`")
         stored = read_json(file, needs=("schema", "model", "run", "scores"))
         if stored["schema"] != SCHEMA:
             raise ConfigError(f"{file} has format {stored['schema']}; this version reads {SCHEMA}: run `hylo eval` again")
@@ -132,6 +134,8 @@ def read_results(folder: str | Path) -> EvalResult:
         scores = [_known(Score, values) for values in stored["scores"]]
         samples = [_known(Sample, json.loads(line)) for line in lines]
         return EvalResult(stored["model"], stored["run"], scores, samples)
+    except ConfigError:
+        raise
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"{folder} cannot be read as a results folder: {error}; run `hylo eval` again") from error
 

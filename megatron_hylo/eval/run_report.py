@@ -111,7 +111,7 @@ def _charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
             continue
         for stage, members in _comparable(runs, metric):
             curves = [curve for run in members if (curve := _curve(run, metric, markers, runs.index(run)))]
-            if curves:
+            if any(len(curve.x) > 1 for curve in curves):  # a single evaluation is in the table
                 title = quantity[0].upper() + quantity[1:] + (f", stage {stage}" if stage else "")
                 draw = partial(draw_curves, curves=curves, y_label=_unit(quantity))
                 ends = "; ".join(f"{c.label}: {c.y[0]:.4g} to {c.y[-1]:.4g}" for c in curves)

@@ -197,17 +197,26 @@ def test_what_was_measured_otherwise_is_said(tmp_path, capsys):
     assert "measured differently: seed 0 (seed0), 1 (seed1)" in said.err and "no example is known to be the same" in said.out
 
 
-@pytest.mark.parametrize("wrong", ["one", "nowhere", "damaged", "other format", "output"])
+@pytest.mark.parametrize("wrong", ["one", "nowhere", "damaged", "other format", "other file", "output"])
 def test_bad_input_is_one_sentence(tmp_path, wrong, capsys):
     good, other = write_results(tmp_path, a=0.5, b=0.5)
     if wrong == "damaged":
         (other / "samples.jsonl").write_text('{"suite": "rul')
     if wrong == "other format":
         (other / "results.json").write_text('{"schema": 99, "model": {}, "run": {}, "scores": []}')
+    if wrong == "other file":
+        (other / "results.json").write_text('{"teacher_ppl": 20.0}')
     folders = {"one": [good], "nowhere": [good, tmp_path / "nowhere"]}.get(wrong, [good, other])
-    said = {"one": "at least two", "nowhere": "no results folder", "damaged": "cannot be read", "other format": "format 99"}
-    with pytest.raises(ConfigError, match=said.get(wrong, "is a folder")):
+    said = {
+        "one": "at least two",
+        "nowhere": "no results folder",
+        "other file": "not of .hylo eval",
+        "damaged": "cannot be read",
+        "other format": "format 99",
+    }
+    with pytest.raises(ConfigError, match=said.get(wrong, "is a folder")) as raised:
         compare_verb(folders, tmp_path if wrong == "output" else None)
+    assert ("cannot be read" in str(raised.value)) == (wrong == "damaged")
 
 
 def test_compare_starts_without_torch(tmp_path):
