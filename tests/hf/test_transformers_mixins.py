@@ -76,11 +76,20 @@ class Mixins(common.ModelTesterMixin, common.GenerationTesterMixin):
                 torch.testing.assert_close(tensors, expected[layer])
 
 
-class TestLatent(Mixins, unittest.TestCase):
+class TestAttention(Mixins, unittest.TestCase):
+    """An MLA layer and an attention layer, both of which have probabilities."""
+
+    tester = type("Tester", (Tester,), {"mixers": "+*"})
+
+
+class TestRecurrent(Mixins, unittest.TestCase):
     """A Gated DeltaNet layer and an MLA layer."""
 
+    has_attentions = False  # fewer than layers
 
-class TestAttention(Mixins, unittest.TestCase):
-    """A Mamba2 layer and an attention layer."""
 
-    tester = type("Tester", (Tester,), {"mixers": "M*"})
+class TestOtherRecurrent(Mixins, unittest.TestCase):
+    """A Mamba2 layer and a KDA layer."""
+
+    has_attentions = False
+    tester = type("Tester", (Tester,), {"mixers": "MK"})
