@@ -22,7 +22,10 @@ TEXT="${TEXT:-}"                     # own text (folder or .jsonl); by default D
 NPROC="${NPROC:-1}"                  # GPUs
 
 layout="smollm2-135m-8mla22$([[ $LINEAR == mamba2 ]] && echo m2 || echo gdn)-teacher"
-train() { if ((NPROC > 1)); then torchrun --nproc-per-node "$NPROC" -m megatron_hylo.cli train "$@"; else $hylo train "$@"; fi; }
+train() {
+  if ((NPROC == 1)); then $hylo train "$@"; return; fi
+  python -m megatron_hylo.train.launch --standalone --nproc-per-node "$NPROC" -m megatron_hylo.cli train "$@"
+}
 
 prepare() {
   mkdir -p "$OUT"

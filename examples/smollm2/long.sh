@@ -14,6 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usual LENGTH 2048 256                # tokens a window of the first stage
 usual TOKENS 4000000 8192            # training tokens of each stage
 usual EVAL_TOKENS 524288 4096        # held-out text of each evaluation
+usual TRIALS 128 2                   # recall questions of a task and length
 usual RECALL 0.1 0.25                # part of each window that is facts and questions
 usual MIXER_LR 7e-4 1.25e-4          # peak learning rate of mixers
 usual LR 1.5e-4 1e-4                 # of all else
@@ -57,6 +58,12 @@ for i in 0 1 2 3; do
     mv "$run/evaluation.json.partial" "$run/evaluation.json"
   fi
   cat "$run/evaluation.json"
+  lengths=512
+  for ((n = 1024; n <= length; n *= 2)); do lengths+=",$n"; done
+  [[ -d $run/recall ]] || $hylo eval "$run/model" --suite recall --data "$OUT/data" --lengths "[$lengths]" --limit "$TRIALS" \
+    --output "$run/recall"
   MODEL="$run/model"
 done
+results=("$OUT"/long_*/recall)
+((${#results[@]} < 2)) || $hylo compare "${results[@]}" --output "$OUT/recall.html" # stage beside stage
 $hylo report "$OUT" # curves, loss by position and recall by distance of all stages, one page

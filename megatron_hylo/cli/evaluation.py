@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
@@ -69,11 +69,12 @@ def eval(
     from megatron_hylo.io import check_free
 
     names = list(SUITES) if suite == "all" else [name.strip() for name in suite.split(",") if name.strip()]
+    known = [name for name in SUITES if name in names]
+    unknown: list[Any] = [name for name in names if name not in SUITES]  # SuiteSettings refuses them
+    text, haystack, first, second = (None if path is None else str(path) for path in (data, essays, squad, hotpot))
     settings = SuiteSettings(
-        [name for name in SUITES if name in names] + [name for name in names if name not in SUITES],  # type: ignore[misc]
-        *(None if path is None else str(path) for path in (data,)), limit, lengths, sequence_length, seed, online, generated,
-        chat, *(None if path is None else str(path) for path in (essays, squad, hotpot)),
-    )  # fmt: skip
+        known + unknown, text, limit, lengths, sequence_length, seed, online, generated, chat, haystack, first, second
+    )
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-eval is not installed; pip install 'megatron_hylo[eval]'")
     if output is not None:
@@ -82,8 +83,10 @@ def eval(
     if not is_launched_first():
         return
     if output is not None:
-        found.write(output, overwrite)
-        console.print(f"wrote {output}")
+        from megatron_hylo.eval.report import REPORT, write_report
+
+        found.write(output, overwrite, also=write_report)
+        console.print(f"wrote {output}; open {output}/{REPORT}", soft_wrap=True)
     if json:
         print_json(found.to_dict())
     else:

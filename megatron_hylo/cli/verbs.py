@@ -11,7 +11,7 @@ from rich.table import Table
 import megatron_hylo
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveInt
-from megatron_hylo.config import TeacherWindow
+from megatron_hylo.config import ModelConfig, TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
 
 
@@ -80,7 +80,12 @@ def scripts(folder: Path, layout: str | None = None) -> None:
 
 
 def convert(
-    source: Path, output: Path, to: Literal["megatron", "hf"] = "megatron", overwrite: bool = False, no_verify: bool = False
+    source: Path,
+    output: Path,
+    to: Literal["megatron", "hf"] = "megatron",
+    overwrite: bool = False,
+    no_verify: bool = False,
+    json: bool = False,
 ) -> None:
     """Convert a Hugging Face folder or GGUF file to a Megatron model folder, or back.
 
@@ -93,15 +98,18 @@ def convert(
         to: the format to make.
         overwrite: replace what is there.
         no_verify: leave out the comparison.
+        json: print {output, format, mixers, parameters, verified}.
     """
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
+    from megatron_hylo.models.checkpoint import read_description
     from megatron_hylo.platform.distributed import session
 
     with session():
         function = convert_hf_to_megatron if to == "megatron" else convert_megatron_to_hf
         function(source, output, overwrite, track, verify=not no_verify)
-    console.print(f"wrote {output}")
+        config = read_description(output if to == "megatron" else source)[0]
+    _wrote(output, to, config, not no_verify, json)
 
 
 def verify(hf_dir: Path, megatron_dir: Path, tokens: PositiveInt = 128, tolerance: float = 1e-4, json: bool = False) -> int:
@@ -136,13 +144,15 @@ def preprocess(
     more_inputs: list[Path] | None = None,
     key: str | None = None,
     chat: bool = False,
+    loss: Literal["all", "answers"] = "all",
+    workers: PositiveInt | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
     """Tokenise text into a Megatron indexed dataset, with whole documents held out for evaluation.
 
     What cannot be used (lines that are not JSON or have no text, invalid bytes, binary files) is left out, said with its
-    file and line, and counted in OUTPUT/data.json.
+    file and line, and counted in OUTPUT/data.json. The same command goes on where a killed one was.
 
     Args:
         input: folder of .txt/.md/.rst files, such a file, a .jsonl file with a "text" field a line, a .parquet file, or a
@@ -155,6 +165,8 @@ def preprocess(
         more_inputs: others like input, read after it: a list, as [a.jsonl,b.parquet].
         key: field or column with the text; by default text, or with chat messages.
         chat: the field is a list of {"role", "content"}, which the tokenizer's chat template writes out.
+        loss: with chat, learn all tokens or the assistant's answers alone.
+        workers: processes that encode; one a core by default.
         overwrite: replace what is there.
         json: print what was made (OUTPUT/data.json without the names of held-out documents).
     """
@@ -162,7 +174,7 @@ def preprocess(
 
     made = preprocess_text(
         input, output, tokenizer, heldout_fraction, overwrite=overwrite, on_bad_text=on_bad_text,
-        more_inputs=more_inputs or (), key=key, chat=chat,
+        more_inputs=more_inputs or (), key=key, chat=chat, loss=loss, workers=workers, track=track,
     )  # fmt: skip
     console.print(f"wrote {output}")
     if json:
@@ -170,9 +182,17 @@ def preprocess(
 
 
 def export(
-    model: Path, output: Path, results: list[Path] | None = None, license: str | None = None, overwrite: bool = False
+    model: Path,
+    output: Path,
+    results: list[Path] | None = None,
+    license: str | None = None,
+    overwrite: bool = False,
+    no_verify: bool = False,
+    json: bool = False,
 ) -> None:
     """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code, model card.
+
+    Ends with a comparison of all tensors and of logits with transformers' loading of the folder.
 
     Args:
         model: model folder or training checkpoint.
@@ -180,15 +200,29 @@ def export(
         results: results folders of `hylo eval` of this model, for its card.
         license: of the model, as the Hugging Face Hub spells it (apache-2.0), for its card; the base model's terms bind it.
         overwrite: replace what is there.
+        no_verify: leave out the comparison.
+        json: print {output, format, mixers, parameters, verified}.
     """
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.eval.results import read_results
+    from megatron_hylo.models.checkpoint import read_description
     from megatron_hylo.platform.distributed import session
 
     measured = [read_results(folder).to_dict() for folder in results or ()]
     with session():
-        convert_megatron_to_hf(model, output, overwrite, track, results=measured, license=license)
+        convert_megatron_to_hf(model, output, overwrite, track, not no_verify, results=measured, license=license)
+        config = read_description(model)[0]
+    _wrote(output, "hf", config, not no_verify, json)
+
+
+def _wrote(output: Path, to: str, config: ModelConfig, verified: bool, json: bool) -> None:
+    """Say what a conversion made."""
+    from megatron_hylo.config.layouts import parameter_count
+
     console.print(f"wrote {output}")
+    if json:
+        about = {"mixers": config.mixers, "parameters": parameter_count(config), "verified": verified}
+        print_json({"output": str(output), "format": to} | about)
 
 
 def generate(

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_hylo.cli.boundary import EXIT_FAILURE, EXIT_STOPPED
 from megatron_hylo.cli.console import results
 from megatron_hylo.cli.runs_list import STATE_STYLES
 from megatron_hylo.cli.types import PositiveFloat
@@ -28,8 +29,8 @@ def watch(run: Path, interval: PositiveFloat = 2.0) -> int:
     """Follow a training run until it ends: step, loss, learning rate, speed, memory, time left, evaluations, log lines.
 
     Reads the run folder's files, so it works on any machine that sees them, and writes nothing. Without a terminal it prints
-    each line of RUN/log.txt once, from the last ten on. Exits 0 when the run has finished or was stopped, 1 when it failed or
-    was killed.
+    each line of RUN/log.txt once, from the last ten on. Exits 0 when the run has finished, 3 when it was stopped, 1 when it
+    failed or was killed.
 
     Args:
         run: run folder of `hylo train`; of a folder with several, such as the quickstart's, the newest is followed.
@@ -61,8 +62,9 @@ def watch(run: Path, interval: PositiveFloat = 2.0) -> int:
             if state != "running":
                 break
             time.sleep(interval)
-        print(f"{folder}: {state}{f', {message}' if message else ''}", flush=True)
-    return 0 if state in ("finished", "stopped") else 1
+        said = message if message.startswith(state) else f"{state}: {message}" if message else state
+        print(f"{folder}: {said}", flush=True)
+    return {"finished": 0, "stopped": EXIT_STOPPED}.get(state, EXIT_FAILURE)
 
 
 class LogTail:
@@ -99,13 +101,14 @@ def panel(run: "Run", state: str, message: str, lines: "deque[str] | list[str]")
         state, message: of `eval.runs.run_state`.
         lines: newest lines of its log.
     """
-    from megatron_hylo.eval.runs import last_written
+    from megatron_hylo.eval.runs import last_written, seconds_of
 
-    started = run.starts[-1]["time"].replace("T", " ").rstrip("Z") if run.starts else "an unknown time"
+    begun = time.localtime(seconds_of(run.starts[-1]["time"])) if run.starts else None
+    started = time.strftime("%Y-%m-%d %H:%M:%S", begun) if begun else "an unknown time"
     host = run.environment.get("devices", ["?"])[0].split(":")[0]
     head = Text.assemble(
         (str(run.folder), "bold"), f"  {run.config.get('stage', '')}  ", (state, STATE_STYLES[state]),
-        (f"  start {len(run.starts)} on {host} at {started} UTC", "dim"),
+        (f"  start {len(run.starts)} on {host} at {started}", "dim"),
     )  # fmt: skip
     left = run.seconds_left() if state == "running" else None
     share = run.step / run.total_steps if run.total_steps else 0.0

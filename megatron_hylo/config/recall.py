@@ -21,15 +21,14 @@ class RecallSettings:
             text asks to remember; counting: how often something occurs.
         answer_weight: weight of cross-entropy at the answers' tokens, per token, beside the KL (distil) or the cross-entropy
             (pretrain) of all tokens; stage align ignores it.
-        kl_within: an answer's tokens have a KL only where the fact is at most so many tokens back, since a teacher that has not
-            read the fact teaches a guess. 0: no answer has one. null: half a window for a teacher that reads in windows
-            (teacher_window), which sees at least that; else all answers have it.
+        kl_within: an answer's tokens have a KL only where the fact is at most so many tokens back. 0: none has, since a teacher
+            that did not find the fact teaches a guess; null: all have.
     """
 
     share: float = 0.0
     tasks: list[RecallTask] = field(default_factory=lambda: list(RECALL_TASKS))
     answer_weight: float = 1.0
-    kl_within: int | None = None
+    kl_within: int | None = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 0.9:

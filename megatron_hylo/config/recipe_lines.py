@@ -196,7 +196,8 @@ class Recipe:
         if not self.align:
             yield row("recall:", "facts and questions inserted in the text")
             yield row("  share: 0.1", "part of a window's tokens, which brought recall back at 135M [recall]; HyLo: 0")
-            yield row("  answer_weight: 1.0", "weight of cross-entropy at answers, per token, beside the KL [recall]")
+            yield row("  answer_weight: 1.0", "weight of cross-entropy at answers, per token [recall]")
+            yield row("  kl_within: 0", "an answer has a KL where its fact is so near, in tokens; 0: none has, better [recall]")
         yield row("text:", "what a window is made of")
         if self.long:
             yield row("  packing: best_fit", "whole documents where they fit, so that few long ones are cut; our choice")

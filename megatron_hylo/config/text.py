@@ -5,6 +5,8 @@ from typing import Literal
 
 from megatron_hylo.config.errors import ConfigError
 
+LONG_WINDOW, LONG_SHARE = 65536, 0.6  # most windows that long are to be of documents as long
+
 
 @dataclass
 class TextPart:
@@ -34,9 +36,10 @@ class TextSettings:
     Args:
         blend: datasets to train on in place of `data`, which then only evaluates.
         packing: stream: documents laid end to end and cut; best_fit: whole documents where they fit, few are cut.
-        most_documents: best_fit: documents that are put in one window; what fills it up comes on top.
+        most_documents: best_fit: documents and parts of documents in one window; one that they do not fill ends in padding.
         long_share: part of the windows that is made of documents as long as a window, where there are any; the others are made
-            of the shorter ones. Leave it out (null) for the share that the text has.
+            of the shorter ones. 0 for the share that the text has; by default (null) 0.6 for windows of 64K and more, where the
+            text has less.
     """
 
     blend: list[TextPart] = field(default_factory=list)
@@ -50,7 +53,11 @@ class TextSettings:
                 f"text.most_documents {self.most_documents} with packing {self.packing}: give at least 1 and packing best_fit, "
                 f"or leave it out"
             )
-        if self.long_share is not None and not 0 < self.long_share < 1:
-            raise ConfigError(
-                f"text.long_share must be above 0 and below 1, got {self.long_share}; leave it out for the text's own"
-            )
+        if self.long_share is not None and not 0 <= self.long_share < 1:
+            raise ConfigError(f"text.long_share must be at least 0 and below 1, got {self.long_share}; 0 for the text's own")
+
+    def long_part(self, sequence_length: int, own: float) -> float | None:
+        """Part of the windows to make of documents as long as a window, of which the text has `own`; None: leave it so."""
+        if self.long_share is not None:
+            return self.long_share or None
+        return LONG_SHARE if sequence_length >= LONG_WINDOW and own < LONG_SHARE else None

@@ -1,7 +1,7 @@
 """Open any model as one of transformers: a model folder, training checkpoint, Hugging Face folder or GGUF file."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,6 +14,9 @@ from megatron_hylo.io import verify_manifest_if_any
 from megatron_hylo.io.foreign import load_foreign_model
 from megatron_hylo.io.gguf_file import gguf_file
 from megatron_hylo.platform.distributed import device, session
+
+if TYPE_CHECKING:
+    from megatron_hylo.models.hylo_model import HyloModel
 
 
 def open_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -55,12 +58,21 @@ def open_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Any,
 def model_from_megatron(path: str | Path) -> HyloForCausalLM:
     """The Hugging Face model of a model folder or training checkpoint, in the folder's dtype, on the CPU."""
     # Megatron-Core takes seconds to import, which exported folders need not wait for.
-    from megatron_hylo.convert.to_hf import hf_tensors
     from megatron_hylo.models.checkpoint import load_model
 
     with session():
-        source = load_model(path, backend="local")
-        tensors = dict(hf_tensors(source))
+        return hf_model(load_model(path, backend="local"))
+
+
+def hf_model(source: "HyloModel") -> HyloForCausalLM:
+    """The Hugging Face model of a whole Megatron model, in its dtype, on the CPU.
+
+    Raises:
+        ConfigError: a tensor holds NaN or infinite values.
+    """
+    from megatron_hylo.convert.to_hf import hf_tensors
+
+    tensors = dict(hf_tensors(source))
     with torch.device("meta"):
         model = HyloForCausalLM(HyloConfig(hylo=source.config.hylo.to_dict(), dtype=source.config.params_dtype))
     model.load_state_dict(tensors, strict=not model.config.tie_word_embeddings, assign=True)

@@ -10,6 +10,7 @@
 Each returns at once when its folder in the cache is whole (sizes and sha256 are checked every time).
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -162,6 +163,7 @@ def fetch_documents(packages: Sequence[str] = tuple(PACKAGES)) -> Path:
     return cached_folder("documents-" + "+".join(names), build) / "documents.jsonl"
 
 
+@functools.cache  # so that ranks, which must not fetch once they are joined, can ask for it again
 def fetch_questions() -> Path:
     """Folder with NAME.jsonl of each of QUESTION_SETS and README.md with their sources and licences, downloaded with pip once.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Packing(NamedTuple):
-    """Pieces of all windows, window by window; every window is full.
+    """Pieces of all windows, window by window; without a cap on pieces every window is full.
 
     Attributes:
         first: [windows + 1] int64, each window's first piece; last: all pieces.
@@ -22,6 +22,7 @@ class Packing(NamedTuple):
         length: [pieces] int64.
         fragments: pieces that are not a whole document.
         left_out: tokens at the end that fill no window.
+        padding: tokens that windows with as many pieces as they may have lack.
     """
 
     first: np.ndarray
@@ -30,6 +31,7 @@ class Packing(NamedTuple):
     length: np.ndarray
     fragments: int
     left_out: int
+    padding: int
 
 
 def pack_best_fit(lengths: np.ndarray, capacity: int, most_documents: int | None = None) -> Packing:
@@ -41,7 +43,8 @@ def pack_best_fit(lengths: np.ndarray, capacity: int, most_documents: int | None
     Args:
         lengths: tokens of each document, int64; those of 0 are in no window.
         capacity: tokens of a window, at least 2.
-        most_documents: pieces that best fit puts in one window; fragments that fill it up come on top.
+        most_documents: pieces of a window, fragments included; one that is not full with them stays so, and no token is left
+            out.
     """
     lengths = np.asarray(lengths, np.int64)
     step = capacity - 1
@@ -51,7 +54,8 @@ def pack_best_fit(lengths: np.ndarray, capacity: int, most_documents: int | None
     whole_start = (np.arange(len(whole_document)) - np.repeat(np.cumsum(full) - full, full)) * step
     loose = np.flatnonzero(np.where(full > 0, rest > 1, rest > 0))
     loose = loose[np.argsort(-rest[loose], kind="stable")]
-    window, filled = _best_fit(rest[loose], capacity, most_documents or len(lengths))
+    most = most_documents or len(lengths) + 1
+    window, filled = _best_fit(rest[loose], capacity, most)
     order = np.argsort(window, kind="stable")
     bins = np.argsort(-filled, kind="stable")  # the fullest first
     place = np.empty_like(bins)
@@ -59,7 +63,9 @@ def pack_best_fit(lengths: np.ndarray, capacity: int, most_documents: int | None
     loose, window = loose[order], place[window[order]]
     order = np.argsort(window, kind="stable")
     loose, window = loose[order], window[order]
-    pieces, kept, left_out = _close_gaps(loose, (full * step)[loose], rest[loose], window, filled[bins], capacity)
+    pieces, kept, left_out = _close_gaps(
+        loose, (full * step)[loose], rest[loose], window, filled[bins], capacity, most_documents
+    )
     document = np.concatenate([whole_document, pieces[1]])
     start = np.concatenate([whole_start, pieces[2]])
     length = np.concatenate([np.full(len(whole_document), capacity), pieces[3]])
@@ -67,7 +73,8 @@ def pack_best_fit(lengths: np.ndarray, capacity: int, most_documents: int | None
     order = np.argsort(window, kind="stable")
     first = np.searchsorted(window[order], np.arange(len(whole_document) + kept + 1))
     fragments = int((length != lengths[document]).sum())
-    return Packing(first, document[order], start[order], length[order], fragments, left_out)
+    padding = (len(whole_document) + kept) * capacity - int(length.sum())
+    return Packing(first, document[order], start[order], length[order], fragments, left_out, padding)
 
 
 def _best_fit(lengths: np.ndarray, capacity: int, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,22 +127,30 @@ def _keep(
 
 
 def _close_gaps(
-    document: np.ndarray, start: np.ndarray, length: np.ndarray, window: np.ndarray, filled: np.ndarray, capacity: int
+    document: np.ndarray,
+    start: np.ndarray,
+    length: np.ndarray,
+    window: np.ndarray,
+    filled: np.ndarray,
+    capacity: int,
+    most: int | None,
 ) -> tuple[tuple[np.ndarray, ...], int, int]:
     """Fill the gaps of the fuller windows with the pieces of the emptier ones, cut where they do not fit.
 
     Pieces are ordered by window and windows by descending fill.
 
     Returns:
-        ((window, document, start, length) of the pieces, full windows, tokens that are left).
+        ((window, document, start, length) of the pieces, windows that are kept, tokens that are left). Kept are the full
+        windows, and with `most` pieces for a window all others too.
     """
     edges = np.searchsorted(window, np.arange(len(filled) + 1))
+    counts = np.diff(edges)
     low, high = int(np.searchsorted(-filled, -capacity, side="right")), len(filled)
     given: list[tuple[int, int, int]] = []  # document, start, length; of windows that are taken apart, the next one last
     added: list[tuple[int, int, int, int]] = []
     while low < high:
-        gap = capacity - int(filled[low])
-        while gap and (given or high - 1 > low):
+        gap, room = capacity - int(filled[low]), len(window) if most is None else most - int(counts[low])
+        while gap and room and (given or high - 1 > low):
             if not given:
                 high -= 1
                 mine = slice(edges[high], edges[high + 1])
@@ -145,13 +160,18 @@ def _close_gaps(
             added.append((low, number, begin, take))
             if take < size:
                 given.append((number, begin + take - 1, size - take + 1))
-            gap -= take
-        if gap:
+            gap, room = gap - take, room - 1
+        if gap and room:
             break
         low += 1
     last = [size for *_, size in given] + [size for number, *_, size in added if number == low]
     left = sum(last) + (int(filled[low]) if low < high else 0)
+    if most is not None:  # the window that is being filled, and what is left of the one that was taken apart
+        low, left = low + (low < high), 0
     kept = slice(0, edges[low])
+    if most is not None and given:
+        added += [(low, *piece) for piece in given]
+        low += 1
     extra = np.array([piece for piece in added if piece[0] < low], np.int64).reshape(-1, 4).T
     columns = [np.concatenate([old[kept], new]) for old, new in zip((window, document, start, length), extra)]
     return tuple(columns), low, left

@@ -26,6 +26,7 @@ class BlendedWindows(WindowSource):
     def __init__(self, sources: Sequence[tuple[str, WindowSource]], weights: Sequence[float]) -> None:
         self.names, self.sources = [name for name, _ in sources], [source for _, source in sources]
         self.sequence_length = self.sources[0].sequence_length
+        self.masked = any(source.masked for source in self.sources)
         shares = np.array(weights) / sum(weights)
         self.counts = np.floor(shares * BLOCK).astype(np.int64)
         most_cut = np.argsort(-(shares * BLOCK - self.counts), kind="stable")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.documents import Unreadable, read_text_file, replace_half_pairs
+from megatron_hylo.data.documents import Unreadable, replace_half_pairs
+from megatron_hylo.data.text_files import read_text_file
 from megatron_hylo.io.cache import logger, run_tool, working
 
 OWN_TEXT = "check the network, or train on your own text with --text DIR"

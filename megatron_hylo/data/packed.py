@@ -3,7 +3,8 @@
 An epoch is all documents in a shuffled order, each with its end token, laid end to end and cut into windows of
 sequence_length + 1 tokens that overlap by one, so that every token is predicted once. The windows of an epoch are
 visited in a shuffled order too: a long document would fill a whole batch otherwise. Window i is a pure function of (seed,
-sequence_length, i), so a run resumes from its count of consumed samples. Loss is on all tokens, as in the paper.
+sequence_length, i), so a run resumes from its count of consumed samples. Loss is on all tokens, as in the paper, or on the
+answers that the dataset names.
 """
 
 import logging
@@ -17,6 +18,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.data.dataset_files import ANSWERS
 from megatron_hylo.data.windows import Window, WindowSource, divide
 from megatron_hylo.io import DamagedError, read_json, verify_manifest_if_any
 
@@ -52,13 +54,30 @@ class DocumentStore:
         first = self.sequences.document_indices
         self.first_sequence = first[:-1]
         self.lengths = ends[first[1:]] - ends[first[:-1]]  # tokens a document, int64
+        self._first_token = ends[first[:-1]]
         self.tokens = int(ends[-1])
         self._check_tokens(prefix)
+        self.answers: np.ndarray | None = None  # [2, answers] int64, first tokens and those behind the last ones
+        if Path(f"{prefix}{ANSWERS}").is_file():
+            verify_manifest_if_any(Path(prefix).parent, (f"{name}{ANSWERS}",))
+            self.answers = np.load(f"{prefix}{ANSWERS}", mmap_mode="r")
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length) of a document, int64; its sequences lie end to end on disk."""
         tokens = self.sequences.get(int(self.first_sequence[document]), offset=int(start), length=int(length))
         return tokens.astype(np.int64)  # a copy: Megatron's view would outlive the mapping and crash the process
+
+    def loss_mask(self, document: int, start: int, length: int) -> np.ndarray | None:
+        """Whether each of the tokens [start, start + length) of a document is learnt, bool; None where all are."""
+        if self.answers is None:
+            return None
+        first = int(self._first_token[document] + start)
+        low = int(np.searchsorted(self.answers[1], first, "right"))
+        high = int(np.searchsorted(self.answers[0], first + length, "left"))
+        mask = np.zeros(length, bool)
+        for begin, end in (self.answers[:, low:high].T - first).tolist():
+            mask[max(0, begin) : end] = True
+        return mask
 
     def _check_tokens(self, prefix: str) -> None:
         on_disk = Path(get_bin_path(prefix)).stat().st_size / self.sequences.index.dtype_size
@@ -68,7 +87,10 @@ class DocumentStore:
             )
         description = Path(prefix).parent / "data.json"
         if description.is_file():
-            expected = read_json(description).get(f"{Path(prefix).name}_tokens", self.tokens)
+            described = read_json(description)
+            expected = described.get(f"{Path(prefix).name}_tokens", self.tokens)
+            if described.get("loss") == "answers" and not Path(f"{prefix}{ANSWERS}").is_file():
+                raise DamagedError(f"{prefix}{ANSWERS} is missing, the places of the answers to learn: preprocess again")
             if expected != self.tokens:
                 raise DamagedError(f"{prefix} has {self.tokens} tokens, {description} says {expected}: files of two datasets")
 
@@ -109,6 +131,7 @@ class PackedDataset(WindowSource):
         if sequence_length < 1 or seed < 0:
             raise ConfigError(f"sequence_length must be at least 1 and seed at least 0, got {sequence_length} and {seed}")
         self.store = store or DocumentStore(path_prefix)
+        self.masked = self.store.answers is not None
         self.sequence_length, self.seed, self.shuffle = sequence_length, seed, shuffle
         lengths = self.store.lengths
         used = (lengths >= min_length) & (lengths <= (lengths.max(initial=0) if max_length is None else max_length))
@@ -128,8 +151,11 @@ class PackedDataset(WindowSource):
         self._epochs: dict[int, _Epoch] = {}
 
     def window(self, index: int) -> Window:
-        """Window `index` with the places where documents begin."""
-        return Window(np.concatenate([self.store.read(*piece) for piece in self.pieces(index)]), self.document_starts(index))
+        """Window `index` with the places where documents begin, and what of it is learnt."""
+        pieces = self.pieces(index)
+        masks = [mask for piece in pieces if (mask := self.store.loss_mask(*piece)) is not None]
+        tokens = np.concatenate([self.store.read(*piece) for piece in pieces])
+        return Window(tokens, self.document_starts(index), None, np.concatenate(masks) if masks else None, self._cuts(pieces))
 
     @property
     def long_share(self) -> float:
@@ -170,6 +196,10 @@ class PackedDataset(WindowSource):
         epoch, start = self._place(index)
         inside = (epoch.starts > start) & (epoch.starts <= start + self.sequence_length)
         return np.unique(np.concatenate([[0], epoch.starts[inside] - start]))
+
+    def _cuts(self, pieces: list[tuple[int, int, int]]) -> np.ndarray | None:
+        """Places in a window of such pieces where the document before was cut; an epoch's stream cuts none."""
+        return None
 
     def _place(self, index: int) -> tuple["_Epoch", int]:
         """The epoch of a window and its first token in that epoch's stream."""
@@ -220,7 +250,8 @@ def batches(
         dataset. With `packed_documents`
         [1, micro_batch_size * sequence_length], the label of a document's last token is IGNORED (it would be another
         document's), and "document_starts" is int64 [n]. With recall "answers", int32 of the labels' shape: at a label that
-        is part of an answer the distance to the fact, 0 elsewhere.
+        is part of an answer the distance to the fact, 0 elsewhere. Of data of which only answers are learnt "loss_mask", bool
+        of the labels' shape; the label of every other token is IGNORED, and so is one where a document was cut.
 
     Raises:
         ConfigError: a size below 1, a rank out of range, or a negative count.
@@ -245,6 +276,13 @@ def _batches(
         answers = [window.answers[1:] for window in windows if window.answers is not None]
         if answers:
             batch["answers"] = torch.from_numpy(np.stack(answers))
+        for row, window in enumerate(windows):
+            if window.cuts is not None:
+                batch["labels"][row, window.cuts - 1] = IGNORED
+        if dataset.masked:
+            masks = [np.ones(length + 1, bool) if window.loss_mask is None else window.loss_mask for window in windows]
+            batch["loss_mask"] = torch.from_numpy(np.stack(masks)[:, 1:].copy())
+            batch["labels"][~batch["loss_mask"]] = IGNORED
         if packed_documents:
             starts = [torch.from_numpy(window.document_starts) for window in windows]
             for row, places in enumerate(starts):

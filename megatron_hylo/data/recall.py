@@ -73,6 +73,7 @@ class RecallWindows(WindowSource):
         self.sequence_length, self.settings, self.seed = sequence_length, settings, seed
         self.within_documents = within_documents
         self.windows_per_epoch = self.source.windows_per_epoch
+        self.masked = self.source.masked
         self._encoder = encoder
         first = encoder.encode("\n", add_special_tokens=False)
         self._prefix = first.ids[0] if len(first) > 1 and first.tokens[0] == "▁" else None  # SentencePiece's, of any text
@@ -195,6 +196,16 @@ def _merge(base: Window, pieces: list[_Piece], filling: np.ndarray) -> Window:
             at = int(start) + np.flatnonzero(piece.text.answer)
             answers[at] = at - start_of[piece.fact]
     tokens = np.concatenate([*parts, base.tokens[done:], filling])
-    document_starts = base.document_starts + before[np.searchsorted(places, base.document_starts, side="right")]
+    document_starts = _moved(base.document_starts, places, before)
     document_starts[0] = 0
-    return Window(tokens, document_starts, answers)
+    cuts = None if base.cuts is None else _moved(base.cuts, places, before)
+    mask = None
+    if base.loss_mask is not None:  # of the exercises the answers alone are learnt, too
+        mask = answers > 0
+        mask[_moved(np.arange(len(base.tokens)), places, before)] |= base.loss_mask
+    return Window(tokens, document_starts, answers, mask, cuts)
+
+
+def _moved(at: np.ndarray, places: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Where tokens of the base window are once the pieces are before their places."""
+    return at + before[np.searchsorted(places, at, side="right")]

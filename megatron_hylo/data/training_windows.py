@@ -1,16 +1,19 @@
 """The windows that a run trains on, as its settings say."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.text import TextPart
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.data.blend import BlendedWindows
+from megatron_hylo.data.encode import plain_encoder
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.data.packed import DocumentStore, PackedDataset
-from megatron_hylo.data.preprocess import plain_encoder
 from megatron_hylo.data.recall import RecallWindows
 from megatron_hylo.data.tokenizer import check_dataset
 from megatron_hylo.data.whole_documents import BestFitWindows
@@ -24,8 +27,14 @@ def training_windows(config: TrainConfig) -> WindowSource:
         ConfigError: no dataset, one shorter than a window, a part of a blend that cannot be used, or, for recall, no tokenizer.
         DamagedError: the dataset's files contradict each other.
     """
+    windows = _text_windows(config, config.sequence_length)
+    if windows.masked and config.cuda_graphs:
+        raise ConfigError(
+            "cuda_graphs cannot capture a loss on answers alone, or on windows with padding: set cuda_graphs false, or make "
+            "the data with --loss all and leave text.most_documents out"
+        )
     if not config.recall.share:
-        return _text_windows(config, config.sequence_length)
+        return windows
     return recall_windows(config, lambda length: _text_windows(config, length), config.seed)
 
 
@@ -40,13 +49,18 @@ def recall_windows(config: TrainConfig, source: Callable[[int], WindowSource], s
     Raises:
         ConfigError: no tokenizer, or a share too small for an exercise.
     """
-    tokenizer = load_transformers_tokenizer(f"{config.data}/tokenizer")
-    if tokenizer is None:
-        raise ConfigError(
-            f"{config.data}/tokenizer holds no tokenizer, which recall.share needs; make it with `hylo preprocess`"
-        )
-    encoder = plain_encoder(tokenizer)
+    folder = Path(config.data) / "tokenizer"
+    encoder = _encoder(folder, tuple((f.name, f.stat().st_mtime_ns) for f in sorted(folder.glob("*"))))
     return RecallWindows(source, config.sequence_length, config.recall, encoder, seed, config.packed_documents)
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(folder: Path, files: tuple[tuple[str, int], ...]) -> Tokenizer:
+    """The tokenizer of a dataset, which training and held-out exercises share; `files` are names and times of its files."""
+    tokenizer = load_transformers_tokenizer(folder)
+    if tokenizer is None:
+        raise ConfigError(f"{folder} holds no tokenizer, which recall.share needs; make it with `hylo preprocess`")
+    return plain_encoder(tokenizer)
 
 
 def _text_windows(config: TrainConfig, sequence_length: int) -> WindowSource:
@@ -62,10 +76,12 @@ def _text_windows(config: TrainConfig, sequence_length: int) -> WindowSource:
     for part in parts:
         store = DocumentStore(f"{part.data}/train")
         ranges: list[tuple[int, int | None]] = [(part.min_length, None)]
-        share = text.long_share
         cut = max(sequence_length, part.min_length)
         shorter = store.lengths[(store.lengths >= part.min_length) & (store.lengths < cut)]
-        if share is not None and (store.lengths >= cut).any() and shorter.sum() > sequence_length:
+        longer = store.lengths[store.lengths >= cut]
+        own = float(longer.sum() / max(1, longer.sum() + shorter.sum()))
+        share = None if config.teacher_store else text.long_part(sequence_length, own)
+        if share is not None and longer.sum() > sequence_length and shorter.sum() > sequence_length:
             ranges = [(cut, None), (part.min_length, cut)]
         for least, below in ranges:
             name = part.data + (f", documents of {least:,} tokens and more" if least else "")

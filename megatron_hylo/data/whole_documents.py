@@ -1,5 +1,6 @@
 """Windows of whole documents, packed by best fit; a document is cut where none fits otherwise."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.best_fit import pack_best_fit
 from megatron_hylo.data.packed import DOCUMENT_ORDER, EPOCHS_KEPT, WINDOW_ORDER, PackedDataset
-from megatron_hylo.data.windows import divide
+from megatron_hylo.data.windows import Window, divide
 
 PIECE_ORDER = 2  # stream of random numbers of an epoch
 
@@ -20,7 +21,7 @@ class BestFitWindows(PackedDataset):
     order of the documents in a window are drawn anew.
 
     Args:
-        most_documents: documents put in one window before it is filled up.
+        most_documents: pieces of documents in one window; one that is not full with them ends in padding, which is no label.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class BestFitWindows(PackedDataset):
         lengths = self.store.lengths[self.documents]
         self._sorted = np.sort(lengths)[::-1]
         self.packing = pack_best_fit(self._sorted, sequence_length + 1, most_documents)
+        self.masked = self.masked or self.packing.padding > 0
         self.windows_per_epoch = len(self.packing.first) - 1
         if self.windows_per_epoch < 1:
             raise ConfigError(
@@ -52,10 +54,30 @@ class BestFitWindows(PackedDataset):
         found = zip(documents[self.packing.document[mine]], self.packing.start[mine], self.packing.length[mine])
         return [(int(document), int(start), int(length)) for document, start, length in found]
 
+    def window(self, index: int) -> Window:
+        """Window `index`; padding is the last document's end token, again and again."""
+        window = super().window(index)
+        missing = self.sequence_length + 1 - len(window.tokens)
+        if not missing:
+            return window
+        tokens = np.concatenate([window.tokens, np.full(missing, window.tokens[-1])])
+        mask = np.ones(len(window.tokens), bool) if window.loss_mask is None else window.loss_mask
+        starts = np.concatenate([window.document_starts, [len(window.tokens)]])
+        return replace(window, tokens=tokens, document_starts=starts, loss_mask=np.pad(mask, (0, missing)))
+
     def document_starts(self, index: int) -> np.ndarray:
         """Places in window `index` where its pieces begin, int64 ascending; 0 is the first."""
         lengths = [length for _, _, length in self.pieces(index)]
         return np.cumsum([0, *lengths[:-1]])
+
+    def _cuts(self, pieces: list[tuple[int, int, int]]) -> np.ndarray | None:
+        """Places where a piece follows one that does not reach its document's end, or does not begin its own."""
+        ends = np.cumsum([length for _, _, length in pieces])
+        cut = [
+            start + length < self.store.lengths[document] or after > 0
+            for (document, start, length), (_, after, _) in zip(pieces, pieces[1:])
+        ]
+        return ends[:-1][np.array(cut, bool)]
 
     def describe(self, windows: int) -> str:
         """A sentence on what a run of so many windows, from the first on, trains on and leaves out."""
@@ -63,8 +85,8 @@ class BestFitWindows(PackedDataset):
         return (
             f"{len(self.documents):,} documents, {self.tokens:,} tokens, {self.long_share:.1%} of them in documents as long "
             f"as a window; an epoch has {self.windows_per_epoch:,} windows of {self.sequence_length:,} with "
-            f"{self.packing.fragments:,} fragments and at most {most:,} documents in one, and leaves out "
-            f"{self.packing.left_out:,} tokens; the run reads {windows:,} windows, "
+            f"{self.packing.fragments:,} fragments and at most {most:,} documents in one, leaves out "
+            f"{self.packing.left_out:,} tokens and has {self.packing.padding:,} of padding; the run reads {windows:,} windows, "
             f"{windows / self.windows_per_epoch:.2f} epochs"
         )
 

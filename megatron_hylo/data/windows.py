@@ -16,11 +16,16 @@ class Window:
         document_starts: places where documents begin, int64 ascending, in [0, sequence_length]; 0 is always one.
         answers: [sequence_length + 1] int32: at a token of a recall answer the tokens between it and the first fact that it
             needs, 0 elsewhere; None where there are none.
+        loss_mask: [sequence_length + 1] bool: at a token whether it is learnt, as in data of which only answers are; None: all.
+        cuts: places of tokens that do not follow the one before, since a document was cut there, int64 ascending; they are no
+            labels.
     """
 
     tokens: np.ndarray
     document_starts: np.ndarray
     answers: np.ndarray | None = None
+    loss_mask: np.ndarray | None = None
+    cuts: np.ndarray | None = None
 
 
 def divide(index: int, size: int) -> tuple[int, int]:
@@ -39,6 +44,7 @@ class WindowSource(Protocol):
 
     sequence_length: int
     windows_per_epoch: int
+    masked: bool = False  # windows may have a loss mask
 
     @property
     def long_share(self) -> float:

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.eval.results import EvalResult, Sample, Score, Suite, mean
+from megatron_hylo.eval.results import EvalResult, Sample, Score, Suite, mean, mean_by_group
 
 Z95 = 1.959963984540054
 FEWEST = 5  # groups of examples without which an interval would say nothing
 SUITES: dict[Suite, str] = {
-    "ppl": "perplexity", "recall": "recall", "ruler": "RULER", "commonsense": "common sense", "gsm8k": "GSM8K",
+    "ppl": "Perplexity", "recall": "Recall", "ruler": "RULER", "commonsense": "Common sense", "gsm8k": "GSM8K",
 }  # fmt: skip
 
 
@@ -180,23 +180,6 @@ def t95(degrees: int) -> float:
     return z + sum(term / n**power for power, term in enumerate(terms, 1))
 
 
-def mean_of_examples(values: Sequence[float], groups: Sequence[str]) -> tuple[float, float | None, int]:
-    """Mean, its standard error (None of a single group) and the number of groups.
-
-    Args:
-        values: of each example.
-        groups: of each example; those of one group are not independent.
-    """
-    average = sum(values) / len(values)
-    sums: dict[str, float] = {}
-    for value, group in zip(values, groups, strict=True):
-        sums[group] = sums.get(group, 0.0) + value - average
-    if len(sums) < 2:
-        return average, None, len(sums)
-    squares = sum(total**2 for total in sums.values()) * len(sums) / (len(sums) - 1)
-    return average, math.sqrt(squares) / len(values), len(sums)
-
-
 def rows_to_json(names: Sequence[str], results: Sequence[EvalResult], rows: Sequence[Row]) -> dict[str, Any]:
     """What `hylo compare --json` prints."""
     models = [{"name": name, **{k: v for k, v in r.model.items() if k != "name"}} for name, r in zip(names, results)]
@@ -279,10 +262,14 @@ def _difference(quantity: Quantity, pair: Sequence[Found], higher_is_better: boo
 
 
 def _members(quantity: Quantity, scores: dict[Quantity, Score]) -> set[Quantity] | None:
-    """Tasks that a mean is of: those with its metric, or all, whichever have its value; None where neither has."""
+    """Tasks that a mean is of: those with its metric, with another one only where a task does not have it, or all.
+
+    The first of these whose mean has the value; None where none has.
+    """
     mean_score = scores.get(quantity)
     tasks = {q for q in scores if (q.suite, q.length) == (quantity.suite, quantity.length) and not q.is_mean}
-    for chosen in ({q for q in tasks if q.metric == quantity.metric}, tasks):
+    exact = {q for q in tasks if q.metric == quantity.metric}
+    for chosen in (exact, exact | {q for q in tasks if q.task not in {e.task for e in exact}}, tasks):
         if mean_score and chosen:
             value = sum(scores[q].value for q in chosen) / len(chosen)
             if math.isclose(value, mean_score.value, rel_tol=1e-9, abs_tol=1e-12):
@@ -301,17 +288,17 @@ def _paired(
         values = [math.log(theirs_) - math.log(ours_) for ours_, theirs_ in pairs]
     else:
         values = [theirs_ - ours_ for ours_, theirs_ in pairs]
-    groups = [ours[key].group or f"{key}" for key in both]
-    value, error, count = mean_of_examples(values, groups)
+    groups = [ours[key].group or theirs[key].group or f"{key}" for key in both]
+    value, error = mean_by_group(values, groups)
     counts = {"examples": len(both), "only_baseline": len(ours) - len(both), "only_model": len(theirs) - len(both)}
-    return _with_interval(value, error, count, counts, higher_is_better)
+    return _with_interval(value, error, len(set(groups)), counts, higher_is_better)
 
 
 def _with_interval(
     value: float, error: float | None, groups: int, counts: dict[str, int], higher_is_better: bool
 ) -> Difference:
     if error is None or groups < FEWEST:
-        return Difference(value, error, None, None, **counts)
+        return Difference(value, error, None, None, counts["examples"], counts["only_baseline"], counts["only_model"])
     low, high = value - t95(groups - 1) * error, value + t95(groups - 1) * error
     better = (value > 0) == higher_is_better if low > 0 or high < 0 else None
-    return Difference(value, error, low, high, **counts, better=better)
+    return Difference(value, error, low, high, counts["examples"], counts["only_baseline"], counts["only_model"], better)

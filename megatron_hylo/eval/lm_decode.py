@@ -15,14 +15,13 @@ class Stopper:
 
     Args:
         tokenizer: of transformers.
-        end: ids that end a text, the model's own; the tokenizer's by default.
+        end: ids that end a text for the model, if it has any; the tokenizer's end-of-sequence token ends it in any case.
         stop: texts that end a continuation.
     """
 
     def __init__(self, tokenizer: Any, end: int | list[int] | None, stop: Sequence[str]) -> None:
         self.tokenizer = tokenizer
-        found = tokenizer.eos_token_id if end is None else end
-        self.end = set(found if isinstance(found, list) else [found])
+        self.end = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
         # the text of a special token is decoded to nothing
         self.stop = [text for text in stop if text and text != tokenizer.decode(tokenizer.eos_token_id)]
         self.tail = max((len(text.encode()) for text in self.stop), default=0) + SPARE_TOKENS

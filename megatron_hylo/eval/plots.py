@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -156,6 +157,8 @@ def draw_buckets(
     *,
     y_label: str,
     x_label: str,
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> None:
     """Draw values by bucket, each bucket as wide as any other.
 
@@ -166,17 +169,96 @@ def draw_buckets(
         curves: {label: {bucket: value}}; a bucket may be missing.
         y_label: quantity and unit.
         x_label: what the buckets are of.
+        intervals: {label: {bucket: (low, high)}}, drawn as bars, side by side where there are several labels.
+        limits: of the y axis.
     """
     for index, (label, values) in enumerate(curves.items()):
         there = [place for place, bucket in enumerate(buckets) if bucket in values]
-        axes.plot(
-            there, [values[buckets[place]] for place in there], label=label, marker="o", **style(theme, index),
-        )  # fmt: skip
+        heights = [values[buckets[place]] for place in there]
+        shift = 0.06 * (index - (len(curves) - 1) / 2) if intervals else 0.0
+        axes.plot([place + shift for place in there], heights, label=label, marker="o", **style(theme, index))
+        for place in there:
+            if ends := (intervals or {}).get(label, {}).get(buckets[place]):
+                axes.plot([place + shift] * 2, ends, color=theme.series[index % len(theme.series)], linewidth=1.2)
     axes.set_xticks(range(len(buckets)), buckets)
+    axes.set_xlim(-0.3, len(buckets) - 0.7)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
     axes.set(xlabel=x_label, ylabel=y_label)
+    if limits:
+        axes.set_ylim(*limits)
     if len(curves) > 1:
         axes.legend(fontsize=9)
+
+
+def draw_heat_map(
+    axes: Axes,
+    theme: Theme,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    shares: Mapping[tuple[str, str], float],
+    *,
+    x_label: str,
+    y_label: str,
+) -> None:
+    """Draw parts of 1 as coloured cells with their percentages, from dark (0) to bright (1); cells without a value stay empty.
+
+    Args:
+        axes: to draw on.
+        theme: of the axes.
+        columns, rows: names, from left to right and from top to bottom.
+        shares: {(column, row): part}.
+        x_label, y_label: what columns and rows are.
+    """
+    cells = np.full((len(rows), len(columns)), np.nan)
+    for (column, row), share in shares.items():
+        cells[rows.index(row), columns.index(column)] = share
+    mesh = axes.pcolormesh(
+        np.ma.masked_invalid(cells), cmap="cividis", vmin=0, vmax=1, edgecolors=theme.background, linewidth=1
+    )
+    for (y, x), share in np.ndenumerate(cells):
+        if not math.isnan(share):
+            grey = float(np.dot(np.power(mesh.to_rgba(share)[:3], 2.2), (0.2126, 0.7152, 0.0722)))  # relative luminance
+            colour = "#0d1118" if grey > 0.18 else "#fffffe"  # of neither theme, so that they stay with their cell
+            axes.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set_xticks([x + 0.5 for x in range(len(columns))], columns)
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], rows)
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set(xlabel=x_label, ylabel=y_label)
+
+
+def draw_differences(
+    axes: Axes,
+    theme: Theme,
+    rows: Sequence[str],
+    differences: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]],
+    *,
+    x_label: str,
+) -> None:
+    """Draw differences from a baseline as dots with intervals beside a line at 0, one row a quantity.
+
+    Args:
+        axes: to draw on.
+        theme: of the axes.
+        rows: names of the quantities, from top to bottom.
+        differences: {label: {row: (value, low, high)}}; ends are None where there is no interval.
+        x_label: quantity and unit.
+    """
+    axes.axvline(0, color=theme.ink, linewidth=1.4)
+    for index, (label, found) in enumerate(differences.items()):
+        color, shift = theme.series[(index + 1) % len(theme.series)], 0.18 * (index - (len(differences) - 1) / 2)
+        heights = [place + shift for place, row in enumerate(rows) if row in found]
+        for height, (_, low, high) in zip(heights, (found[row] for row in rows if row in found)):
+            if low is not None and high is not None:
+                axes.plot((low, high), (height, height), color=color, linewidth=1.6)
+        axes.plot([found[row][0] for row in rows if row in found], heights, "o", color=color, label=label)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set(xlabel=x_label)
+    if len(differences) > 1:
+        axes.figure.legend(fontsize=9, loc="outside upper left")
 
 
 def draw_reference(axes: Axes, theme: Theme, name: str, value: float) -> None:

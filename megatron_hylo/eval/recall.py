@@ -30,7 +30,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.eval.recall_ask import Question, teacher_forced, written
 from megatron_hylo.eval.recall_haystack import Haystack, TextEncoder, load_haystack
 from megatron_hylo.eval.recall_text import FACTS, RECALL_EVAL_TASKS, RecallEvalTask, make_facts
-from megatron_hylo.eval.results import Sample, Score, mean
+from megatron_hylo.eval.results import Sample, Score, mean, mean_by_group
 from megatron_hylo.io.progress import Track, no_progress
 
 logger = logging.getLogger("megatron_hylo.eval")
@@ -144,7 +144,7 @@ def make_text(
         ConfigError: facts and question take more than half of the length.
     """
     generator = random.Random(f"recall {seed} {task} {length} {number}")
-    facts = make_facts(task, number, generator)
+    facts = make_facts(task, generator)
     first = number * len(facts)  # of this text's questions
     at_depths = [depths[(first + i) % len(depths)] for i in range(len(facts))]
     inserted = [encoder.ids(f"\n\n{fact.text}\n\n") for fact in facts]
@@ -163,21 +163,6 @@ def make_text(
     names = [f"{task}/{length}/{at_depths[i]:g}/{first + i}" for i in range(count)]
     places = [Place(name, at_depths[i], starts[i]) for i, name in enumerate(names)]
     return Text(task, length, number, ids, asked[:count], places)
-
-
-def mean_by_text(values: Sequence[float], texts: Sequence[int]) -> tuple[float, float | None]:
-    """Return a mean and its standard error where values of one text are not independent; no error for a single text.
-
-    The error is the cluster-robust one: deviations are summed in each text before they are squared.
-    """
-    average = sum(values) / len(values)
-    sums: dict[int, float] = {}
-    for value, text in zip(values, texts, strict=True):
-        sums[text] = sums.get(text, 0.0) + value - average
-    if len(sums) < 2:
-        return average, None
-    squares = sum(deviation**2 for deviation in sums.values()) * len(sums) / (len(sums) - 1)
-    return average, squares**0.5 / len(values)
 
 
 def _calls(task: RecallEvalTask, length: int, trials: int, tokens: int) -> Iterator[range]:
@@ -225,7 +210,8 @@ def _sample(lm: Any, text: Text, number: int, score: float, output: str) -> Samp
     prompt = text.ids[-SHOWN:] + question.ids[: -question.answer_length]
     end = lm.tokenizer.decode(prompt)[-SHOWN:]
     return Sample(
-        "recall", text.task, "exact", place.name, score, text.length, place.depth, end, question.answer, output
+        "recall", text.task, "exact", place.name, score, text.length, place.depth, end, question.answer, output,
+        group=f"{text.task}/{text.length}/{text.number}",
     )  # fmt: skip
 
 
@@ -240,7 +226,7 @@ def _scores(measured: list[tuple[RecallEvalTask, int, int, list[Sample]]], windo
             pairs: list[tuple[int, float]], metric: str = "exact", depth: float | None = None,
             task: RecallEvalTask = task, length: int = length, note: str = "; ".join(notes),
         ) -> None:  # fmt: skip
-            value, error = mean_by_text([value for _, value in pairs], [number for number, _ in pairs])
+            value, error = mean_by_group([value for _, value in pairs], [number for number, _ in pairs])
             scores.append(Score("recall", task, metric, value, error, len(pairs), length, depth, note=note))
 
         add([(number, sample.score) for number, sample in cell])

@@ -26,7 +26,7 @@ class Question:
 
 
 def teacher_forced(lm: Any, texts: Sequence[list[int]], questions: Sequence[Sequence[Question]]) -> list[list[bool]]:
-    """Whether each token of each answer is the most likely one after the right ones before it.
+    """Say whether each token of each answer is the most likely one after the right ones before it.
 
     A text of several questions is read once, and its cache copied for each of them: no question sees another one.
 

@@ -11,9 +11,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Encoding, Tokenizer
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.documents import TextCheck, read_documents
+from megatron_hylo.data.documents import TextCheck
+from megatron_hylo.data.encode import plain_encoder
+from megatron_hylo.data.inputs import read_documents
 from megatron_hylo.data.packed import DocumentStore
-from megatron_hylo.data.preprocess import plain_encoder
 from megatron_hylo.data.tokenizer import USED_IDS, read_vocabulary, vocabulary_of
 from megatron_hylo.io import read_json
 
@@ -117,19 +118,18 @@ def load_haystack(data: str | Path, encoder: TextEncoder, tokenizer: Any, longes
     Raises:
         ConfigError: no text there, or a dataset of another tokenizer.
     """
-    wanted, ids, edges = max(LEAST_TOKENS, 2 * longest), [], []
-    between = np.array(encoder.ids("\n\n"), np.int32)
+    wanted, between = max(LEAST_TOKENS, 2 * longest), np.array(encoder.ids("\n\n"), np.int32)
+    ids, edges = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
     count = 0
     for document in _dataset(data, tokenizer, seed) if is_dataset(data) else _files(data, encoder, seed):
         if len(document) == 0:
             continue
         ids += [document, between]
-        edges.append(encoder.edges(ids[-2]))
-        edges.append(np.zeros(len(between), bool))
+        edges += [encoder.edges(document), np.zeros(len(between), bool)]
         count += len(document) + len(between)
         if count >= wanted:
             break
-    return Haystack(*(np.concatenate(parts) if parts else np.zeros(0, np.int32) for parts in (ids, edges)), str(data))
+    return Haystack(np.concatenate(ids), np.concatenate(edges), str(data))
 
 
 def is_dataset(data: str | Path) -> bool:

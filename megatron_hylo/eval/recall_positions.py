@@ -9,9 +9,9 @@ import numpy as np
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.packed import DocumentStore
-from megatron_hylo.eval.recall import LENGTHS, mean_by_text
+from megatron_hylo.eval.recall import LENGTHS
 from megatron_hylo.eval.recall_haystack import TextEncoder, check_tokenizer, is_dataset, load_haystack
-from megatron_hylo.eval.results import Sample, Score
+from megatron_hylo.eval.results import Sample, Score, mean_by_group
 from megatron_hylo.io.progress import Track, no_progress
 
 WINDOWS = 8
@@ -61,7 +61,7 @@ def run_by_position(
     scores, samples = [], []
     for bucket, end in enumerate(ends):
         values = [losses[bucket] for _, losses in measured]
-        loss, error = mean_by_text(values, list(range(len(values))))
+        loss, error = mean_by_group(values, list(range(len(values))))
         value = math.exp(min(loss, 700.0))
         note = "; ".join(notes if end > lm.max_length else notes[: joined > 0])
         scores.append(

@@ -7,8 +7,9 @@ ends in the words that the fact has before its value, as in the usual passkey te
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
+T = TypeVar("T")
 RecallEvalTask = Literal["passkey", "several_needles", "key_value"]
 RECALL_EVAL_TASKS: tuple[RecallEvalTask, ...] = get_args(RecallEvalTask)
 FACTS: Mapping[RecallEvalTask, int] = {"passkey": 1, "several_needles": 5, "key_value": 10}  # in one text
@@ -45,6 +46,9 @@ PAIRS = (
     ("record({key}): {value}", "Look the record up again. record({key}):"),
 )
 TEMPLATES = frozenset(text for pair in (*PASSKEYS, *NEEDLES, *PAIRS) for text in pair)
+_TEMPLATES: Mapping[RecallEvalTask, tuple[tuple[str, str], ...]] = {
+    "passkey": PASSKEYS, "several_needles": NEEDLES, "key_value": PAIRS
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,9 @@ class Fact:
     answer: str
 
 
-def make_facts(task: RecallEvalTask, number: int, generator: random.Random) -> list[Fact]:
-    """Draw the facts of text `number` of a task: `FACTS[task]`, of one template, with keys and values all different.
-
-    Args:
-        task: decides templates and keys.
-        number: of the text; templates take turns.
-        generator: decides the rest.
-    """
-    templates = {"passkey": PASSKEYS, "several_needles": NEEDLES, "key_value": PAIRS}[task]
-    fact, question = templates[number % len(templates)]
+def make_facts(task: RecallEvalTask, generator: random.Random) -> list[Fact]:
+    """Draw the facts of a text: `FACTS[task]`, of one template, with keys and values all different."""
+    fact, question = _pick(_TEMPLATES[task], generator)
     keys, values = _different(_KEYS[task], FACTS[task], generator), _different(_value, FACTS[task], generator)
     return [Fact(fact.format(key=k, value=v), question.format(key=k), f" {v}") for k, v in zip(keys, values, strict=True)]
 
@@ -77,8 +74,8 @@ def _different(draw: Callable[[random.Random], str], count: int, generator: rand
     return list(found)
 
 
-def _pick(words: tuple[str, ...], generator: random.Random) -> str:
-    return words[int(generator.random() * len(words))]  # the same in all versions of Python, unlike `choice`
+def _pick(items: tuple[T, ...], generator: random.Random) -> T:
+    return items[int(generator.random() * len(items))]  # the same in all versions of Python, unlike `choice`
 
 
 def _value(generator: random.Random) -> str:

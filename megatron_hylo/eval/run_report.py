@@ -103,24 +103,28 @@ def _summary(runs: Sequence[Run]) -> str:
 
 
 def _charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
-    known = {metric for metric, _, _ in CHARTS}
-    more = dict.fromkeys(
-        key
-        for run in runs
-        for r in run.records
-        for key in r
-        if key.startswith("heldout_recall_") and "/" not in key and key != "heldout_recall_tokens"
-    )
-    for metric, quantity, markers in (*CHARTS, *((key, key.replace("_", " "), True) for key in more if key not in known)):
+    names = dict.fromkeys(key for run in runs for record in run.records for key in record)
+    recall = [n for n in names if n.startswith("heldout_recall_") and "/" not in n and n != "heldout_recall_tokens"]
+    more = [(name, name.replace("_", " "), True) for name in recall] + list(_suite_charts(names))
+    for metric, quantity, markers in (*CHARTS, *more):
         if metric == "kl" and _same_as_loss(runs):
             continue
         for stage, members in _comparable(runs, metric):
             curves = [curve for run in members if (curve := _curve(run, metric, markers, runs.index(run)))]
-            if curves:
+            if any(len(curve.x) > 1 for curve in curves):  # a single evaluation is in the table
                 title = quantity[0].upper() + quantity[1:] + (f", stage {stage}" if stage else "")
                 draw = partial(draw_curves, curves=curves, y_label=_unit(quantity))
                 ends = "; ".join(f"{c.label}: {c.y[0]:.4g} to {c.y[-1]:.4g}" for c in curves)
                 yield title, draw_svg(draw, f"{title} by training tokens. {ends}", size=(8, 3.4))
+
+
+def _suite_charts(names: Iterable[str]) -> Iterable[tuple[str, str, bool]]:
+    """Charts of suites that were run in training, eval/SUITE/TASK/METRIC[/LENGTH]: of their means where they have some."""
+    parts = [(name, name.split("/")) for name in names if name.startswith("eval/")]
+    with_mean = {part[1] for _, part in parts if part[2] == "mean"}
+    for name, (_, suite, task, metric, *length) in parts:
+        if suite not in with_mean or task == "mean":
+            yield name, f"{suite} {task} ({metric}){f' at {int(length[0]):,} tokens' if length else ''}", True
 
 
 def _comparable(runs: Sequence[Run], metric: str) -> list[tuple[str, Sequence[Run]]]:

@@ -53,7 +53,8 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Steps that the run takes in all; 0 where its settings do not say."""
-        return -(-self.config.get("train_tokens", 0) // self.tokens_per_step) if self.tokens_per_step else 0
+        tokens = self.config.get("train_tokens", 0) + self.config.get("extend_tokens", 0)
+        return -(-tokens // self.tokens_per_step) if self.tokens_per_step else 0
 
     @property
     def step(self) -> int:

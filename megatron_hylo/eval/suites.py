@@ -16,6 +16,7 @@ from megatron_hylo.eval.ruler import run as ruler
 from megatron_hylo.io.progress import Track, no_progress
 
 logger = logging.getLogger("megatron_hylo.eval")
+RULER_EXAMPLES = 500  # of a task and length, as published
 Found = tuple[list[Score], list[Sample]]
 Plan = Callable[[], Found]
 
@@ -66,16 +67,17 @@ def _lengths(lm: Any, settings: SuiteSettings, own: Sequence[int], most: int | N
 
 
 def _plan_ppl(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
-    assert settings.data is not None, "SuiteSettings refuses the suite without"
-    windows = suites_ppl.read_windows(lm, settings.data, settings.sequence_length, settings.limit)
-    longest = int(DocumentStore(Path(settings.data) / "heldout").lengths.max())
+    data = settings.data
+    assert data is not None, "SuiteSettings refuses the suite without"
+    windows = suites_ppl.read_windows(lm, data, settings.sequence_length, settings.limit)
+    longest = int(DocumentStore(Path(data) / "heldout").lengths.max())
     lengths = _lengths(lm, settings, recall.LENGTHS, longest)
     count = min(settings.limit or recall_positions.WINDOWS, recall_positions.WINDOWS)
 
     def run() -> Found:
         scores, samples = suites_ppl.run_heldout(lm, windows, track)
         if lengths:
-            more = recall_positions.run_by_position(lm, lengths, count, data=settings.data, seed=settings.seed, track=track)
+            more = recall_positions.run_by_position(lm, lengths, count, data=data, seed=settings.seed, track=track)
             scores, samples = scores + more[0], samples + more[1]
         return scores, samples
 
@@ -109,18 +111,10 @@ def _plan_ruler(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
     for path in (*qa.values(), *([settings.essays] if settings.essays else [])):
         if not Path(path).exists():
             raise ConfigError(f"{path} does not exist; RULER reads its questions and its haystack from local files")
-    limit = {} if settings.limit is None else {"limit": settings.limit}
     return partial(
-        ruler.run_ruler,
-        lm,
-        lengths,
-        seed=settings.seed,
-        essays=settings.essays,
-        qa=qa,
-        chat=settings.chat,
-        track=track,
-        **limit,
-    )
+        ruler.run_ruler, lm, lengths, limit=settings.limit or RULER_EXAMPLES, seed=settings.seed, essays=settings.essays, qa=qa,
+        chat=settings.chat, track=track,
+    )  # fmt: skip
 
 
 def _plan_commonsense(lm: Any, settings: SuiteSettings, track: Track) -> Plan:

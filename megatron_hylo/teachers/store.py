@@ -36,7 +36,7 @@ from megatron_hylo.data.packed import DocumentStore, PackedDataset
 from megatron_hylo.data.prefetch import ahead
 from megatron_hylo.data.tokenizer import check_dataset, copy_tokenizer
 from megatron_hylo.data.windows import WindowSource
-from megatron_hylo.distill.head_loss import head_part, whole_head
+from megatron_hylo.distill.head_rows import head_part, whole_head
 from megatron_hylo.io import (
     DamagedError,
     atomic_directory,

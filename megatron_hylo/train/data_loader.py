@@ -33,7 +33,8 @@ def rank_batches(
 
     Yields:
         {"input_ids", "labels"}: int64 [micro batch, sequence / context-parallel ranks], and with `packed_documents`
-        [1, micro batch * sequence / ranks] and "documents"; with recall "answers", int32 of the same shape; with such
+        [1, micro batch * sequence / ranks] and "documents"; with recall "answers", int32 of the same shape, and where answers
+        alone are learnt "loss_mask", bool; with such
         a teacher "teacher_hidden" [sequence / ranks, micro batch, H].
     """
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -60,7 +61,7 @@ def _rank_slices(found: Iterator[dict], device: torch.device) -> Iterator[dict]:
         torch.cuda.set_device(device)  # of the thread that reads ahead
     for batch in found:
         batch.pop("windows")
-        for name in {"input_ids", "labels", "answers"} & batch.keys():
+        for name in {"input_ids", "labels", "answers", "loss_mask"} & batch.keys():
             own = sequence_shard(batch[name])
             batch[name] = own.pin_memory() if device.type == "cuda" else own
         yield batch

@@ -18,7 +18,7 @@ from rich.progress import Progress as ProgressBar
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.kernels.registry import in_use
+from megatron_hylo.kernels.registry import in_words
 from megatron_hylo.plan.flops import peak_flops
 from megatron_hylo.plan.memory import GIB, Memory
 from megatron_hylo.platform.distributed import is_main
@@ -101,7 +101,7 @@ class Reporter(Callback):
         self.step = progress.step
         if not self.stepped:
             self.stepped, self.first = True, (time.perf_counter(), progress.step)
-            logger.info("operations: %s", in_use())
+            self.say(f"kernels by library: {in_words()} (reasons with -v)")
         if self.enabled:
             self._step(progress.step, progress.metrics)
         skipped = progress.skipped

@@ -115,6 +115,8 @@ def test_commands_in_comments_of_scripts_and_recipes_are_accepted(parser):
 def test_verbs_and_options_in_running_text_are_real(parser):
     verbs = parser._subcommands_action._name_parser_map
     options = {name: set(sub._option_string_actions) for name, sub in verbs.items()}
+    actions = [action for sub in verbs.values() for action in sub._actions if action.nargs != 0]
+    take_value = {option for action in actions for option in action.option_strings}
     anywhere = set.union(*options.values()) | FOREIGN
     wrong, number = [], 0
     for path in [*PAGES, *(script for script in SCRIPTS if script.suffix != ".py")]:
@@ -128,6 +130,8 @@ def test_verbs_and_options_in_running_text_are_real(parser):
             if verb and verb[1] not in options:
                 wrong.append(f"{path.name}: {code}")
             known = options[verb[1]] if verb and verb[1] in options else anywhere
+            if (switch := re.search(r"(--[a-z][\w.-]*) (true|false)\b", code)) and switch[1] not in take_value:
+                wrong.append(f"{path.name}: {switch[0]}")
             if code.startswith(("hylo", "--")):
                 wrong += [
                     f"{path.name}: {option}"
@@ -135,6 +139,20 @@ def test_verbs_and_options_in_running_text_are_real(parser):
                     if option not in known
                 ]
     assert number > 200 and wrong == []
+
+
+def test_links_between_files_lead_somewhere():
+    """mkdocs checks the pages of the site, as they are there; these are all pages as they are in the repository."""
+    pages = [*PAGES, ROOT / "CHANGELOG.md", *ROOT.glob("tests/**/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())]
+    assert len(links) > 100
+    assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_results_page_is_listed():
+    listed = (ROOT / "docs" / "results.md").read_text()
+    names = [page.name for page in ROOT.glob("benchmarks/results/*.md")]
+    assert names and [name for name in names if f"](../benchmarks/results/{name})" not in listed] == []
 
 
 def test_make_targets_are_real(parser):

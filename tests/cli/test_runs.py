@@ -190,10 +190,15 @@ def test_watching_prints_each_new_line_once_and_ends_with_the_run(run, capsys):
     thread.start()
     ready.wait()
     assert watch(run.parent, interval=0.02) == 1
+    end(run, "stopped")
+    assert watch(run) == 3
+    end(run, "finished")
+    assert watch(run) == 0
     thread.join()
     new = [line for number in range(3) for line in (f"new {number}", "half a line")]
-    last = f"{run}: failed, the disk is full"
-    assert capsys.readouterr().out.splitlines() == [f"old {number}" for number in range(10, 20)] + new + [last]
+    last = f"{run}: failed: the disk is full"
+    out = capsys.readouterr().out
+    assert out[: out.index(last) + len(last)].splitlines() == [f"old {n}" for n in range(10, 20)] + new + [last]
 
 
 def test_a_log_that_is_made_anew_is_read_from_its_beginning(tmp_path):
@@ -231,6 +236,7 @@ def test_a_sparkline_goes_from_the_least_to_the_largest_value():
 def test_verbs_about_runs_start_without_torch(run):
     """`report` needs matplotlib alone."""
     assert {verb.__name__ for verb in QUICK} >= {"runs", "watch", "report"}
+    end(run, "finished")
     program = (
         "import sys\nfrom megatron_hylo.cli.main import main\n"
         "for line in (['runs', '--json'], ['watch'], ['report']):\n"

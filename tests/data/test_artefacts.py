@@ -18,7 +18,7 @@ from megatron_hylo.data.artefacts import (
     fetch_teacher,
 )
 from megatron_hylo.data.debian import PACKAGES, read_texts
-from megatron_hylo.data.documents import read_documents
+from megatron_hylo.data.inputs import read_documents
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.io import cache_dir, sha256
 from megatron_hylo.io.cache import cached_folder, run_tool

@@ -52,7 +52,11 @@ def test_every_token_is_predicted_once_and_windows_are_full(seed, most):
     lengths = lengths[generator.permutation(len(lengths))]
     packing = pack_best_fit(lengths, capacity, most)
     sizes = np.add.reduceat(packing.length, packing.first[:-1])
-    assert sizes.tolist() == [capacity] * (len(packing.first) - 1)
+    if most is None:
+        assert sizes.tolist() == [capacity] * (len(packing.first) - 1) and packing.padding == 0
+    else:
+        assert np.diff(packing.first).max() <= most and packing.left_out == 0
+        assert packing.padding == (capacity - sizes).sum() and (sizes <= capacity).all()
     assert packing.length.min() > 0
     seen = [np.zeros(max(length - 1, 0), int) for length in lengths]  # tokens behind a document's first
     for document, start, length in zip(packing.document, packing.start, packing.length):

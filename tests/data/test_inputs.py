@@ -11,8 +11,9 @@ import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.documents import Document, TextField, Unreadable, read_documents
-from megatron_hylo.data.inputs import chat_field, read_inputs
+from megatron_hylo.data.chat import chat_field
+from megatron_hylo.data.documents import Document, TextField, Unreadable
+from megatron_hylo.data.inputs import InputReader, read_documents
 from megatron_hylo.data.lengths import BOUNDS, length_table, long_shares
 from megatron_hylo.data.preprocess import preprocess
 from tests.data.conftest import make_documents
@@ -43,10 +44,10 @@ def test_a_compressed_file_reads_as_the_plain_one(tmp_path, suffix):
 def test_patterns_and_several_inputs_are_read_in_order(tmp_path):
     for name, row in zip("bac", ROWS):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
-    found = list(read_inputs([tmp_path / "c.jsonl", tmp_path / "[ab].jsonl"], BODY))
+    found = list(InputReader([tmp_path / "c.jsonl", tmp_path / "[ab].jsonl"], BODY).items())
     assert [document.text for document in found] == [ROWS[i]["body"] for i in (2, 1, 0)]
     with pytest.raises(ConfigError, match="no file is named like"):
-        list(read_inputs([tmp_path / "*.zst"], BODY))
+        list(InputReader([tmp_path / "*.zst"], BODY).items())
 
 
 def test_a_key_that_is_not_there_is_counted_by_line(tmp_path):
@@ -62,14 +63,14 @@ def test_parquet_rows_are_the_documents_of_the_same_lines(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (tmp_path / "a.jsonl").write_bytes(LINES)
     parquet.write_table(pyarrow.Table.from_pylist([*ROWS, {"body": None}]), tmp_path / "a.parquet")
-    *found, last = read_inputs([tmp_path / "a.parquet"], BODY)
+    *found, last = InputReader([tmp_path / "a.parquet"], BODY).items()
     assert found == list(read_documents(tmp_path / "a.jsonl", BODY))
     assert last.where.endswith("row 301") and last.reason == '"body" is not a string'
     with pytest.raises(ConfigError, match="no column 'text'; its columns are body, name"):
-        list(read_inputs([tmp_path / "a.parquet"], TextField()))
+        list(InputReader([tmp_path / "a.parquet"], TextField()).items())
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:1000])
-    with pytest.raises(ConfigError, match="is not a readable Parquet file"):
-        list(read_inputs([tmp_path / "b.parquet"], BODY))
+    (bad,) = InputReader([tmp_path / "b.parquet"], BODY).items()
+    assert bad.where == str(tmp_path / "b.parquet") and bad.reason == "file cannot be read"
 
 
 def test_chats_are_written_by_the_template_and_its_special_tokens_are_tokens(tmp_path, tokenizer):

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -120,34 +119,6 @@ def test_an_exception_in_the_middle_leaves_nothing(tmp_path, tokenizer):
     with pytest.raises(OSError, match="pulled out"):
         build_dataset(broken(), tokenizer, tmp_path / "data")
     assert list(tmp_path.iterdir()) == []
-
-
-KILLED_IN_THE_MIDDLE = """
-import signal, sys
-from transformers import PreTrainedTokenizerFast
-from megatron_hylo.data.preprocess import build_dataset
-from tests.data.conftest import make_documents
-
-def endless():
-    yield from make_documents(3000)
-    print("reached", flush=True)
-    signal.pause()
-
-build_dataset(endless(), PreTrainedTokenizerFast.from_pretrained(sys.argv[1]), sys.argv[2])
-"""
-
-
-def test_a_kill_in_the_middle_leaves_nothing_at_the_final_place(tmp_path, tokenizer):
-    tokenizer.save_pretrained(tmp_path / "hf")
-    out = tmp_path / "made" / "data"
-    command = [sys.executable, "-c", KILLED_IN_THE_MIDDLE, tmp_path / "hf", out]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout.readline() == "reached\n"
-        child.kill()
-    assert child.returncode == -signal.SIGKILL
-    assert sorted(path.name for path in out.parent.iterdir()) == [".data.lock", ".data.partial"]
-    assert build_dataset(make_documents(4), tokenizer, out).train_documents == 3
-    assert [path.name for path in out.parent.iterdir()] == ["data"]
 
 
 def test_preprocess_tool_makes_the_dataset_of_a_folder(tmp_path, tokenizer):

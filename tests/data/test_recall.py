@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.recall import RECALL_TASKS, RecallSettings
 from megatron_hylo.data import recall_text
+from megatron_hylo.data.encode import plain_encoder
 from megatron_hylo.data.packed import PackedDataset, batches
-from megatron_hylo.data.preprocess import plain_encoder
 from megatron_hylo.data.recall import RecallWindows
 from tests.data.test_packed import write
 

@@ -11,9 +11,10 @@ from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.text import TextPart, TextSettings
 from megatron_hylo.data.blend import BLOCK, BlendedWindows
 from megatron_hylo.data.packed import IGNORED, PackedDataset, batches
+from megatron_hylo.data.prefetch import ahead
 from megatron_hylo.data.training_windows import training_windows
 from megatron_hylo.data.whole_documents import BestFitWindows
-from tests.data.test_packed import LENGTH, LENGTHS, write
+from tests.data.test_packed import LENGTH, LENGTHS, STARTS, write
 
 EMPTY = [0, 5, 0, 0, 5, 33, 0, 1, 1, 17, 64, 0]  # zero-length documents are duplicated boundaries
 
@@ -27,6 +28,7 @@ def prefix(tmp_path):
 def config(*parts, length=LENGTH, **text):
     return SimpleNamespace(
         data=str(parts[0].data), sequence_length=length, seed=5, recall=RecallSettings(), packed_documents=False,
+        cuda_graphs=False, teacher_store=None,
         text=TextSettings(blend=list(parts), **text),
     )  # fmt: skip
 
@@ -123,7 +125,67 @@ def test_what_a_blend_cannot_be_is_said(prefix, tmp_path):
         training_windows(config(TextPart(folder, min_length=1000)))
     with pytest.raises(ConfigError, match="less than one window in 4,096"):
         training_windows(config(TextPart(folder), TextPart(folder, 1e-6)))
-    with pytest.raises(ConfigError, match="long_share must be above 0 and below 1, got 1"):
+    with pytest.raises(ConfigError, match="long_share must be at least 0 and below 1, got 1"):
         TextSettings(long_share=1.0)
     with pytest.raises(ConfigError, match="most_documents 4 with packing stream"):
         TextSettings(most_documents=4)
+
+
+@pytest.mark.parametrize("most", [None, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_label_is_the_beginning_of_another_piece_where_a_document_was_cut(tmp_path, packed, most):
+    """Tokens of this dataset are their places in it; with a cap, what is not full ends in padding without a label."""
+    lengths = LENGTHS * 4
+    dataset = BestFitWindows(write(tmp_path / "train", lengths), LENGTH, seed=5, most_documents=most)
+    ends = set(np.cumsum(lengths).tolist())
+    cut, labels = 0, []
+    for batch in itertools.islice(batches(dataset, 0, 1, packed_documents=packed), dataset.windows_per_epoch):
+        for token, label in zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()):
+            if label == IGNORED:
+                cut += token + 1 not in ends
+                continue
+            labels += [label] * (label not in ends)  # a document's first token may begin two pieces
+            assert label == token + 1 or (token + 1 in ends and label in ends | {0} and not packed)
+    assert cut > 0 and len(labels) == len(set(labels))
+    missing = set(range(sum(lengths))) - {0} - ends - set(labels)
+    assert len(missing) <= dataset.packing.left_out and "of padding" in dataset.describe(1)
+    assert (dataset.packing.padding > 0) == (most is not None)
+    pieces = [len(dataset.pieces(i)) for i in range(dataset.windows_per_epoch)]
+    assert max(pieces) <= (most or len(lengths))
+
+
+@pytest.mark.parametrize("packing", ["stream", "best_fit"])
+def test_an_epoch_has_every_document_once_whatever_divides_it(tmp_path, prefix, packing):
+    """Ranks, micro-batches and threads that read ahead; the tokens of an epoch are the same set, none twice, none dropped."""
+    settings = config(TextPart(str(tmp_path / "a")), packing=packing)
+    epoch = training_windows(settings).windows_per_epoch
+    wanted = None
+    for ranks, size, threads in ((1, 1, False), (2, 3, True), (3, 2, False), (4, 1, True), (5, 4, True)):
+        found = {}
+        for rank in range(ranks):
+            feed = batches(training_windows(settings), 0, size, rank, ranks)
+            feed = ahead(feed, 2) if threads else feed
+            for batch in itertools.islice(feed, -(-epoch // (ranks * size))):
+                found |= dict(zip(batch["windows"].tolist(), batch["labels"].tolist()))
+            feed.close()
+        labels = [label for i in range(epoch) for label in found[i] if label != IGNORED]
+        labels = sorted(label for label in labels if label not in STARTS)  # a document's first token may begin two pieces
+        assert len(labels) == len(set(labels))
+        assert wanted is None or labels == wanted
+        wanted = labels
+        documents = np.bincount(np.searchsorted(np.cumsum(LENGTHS), labels, side="right"), minlength=len(LENGTHS))
+        missing = np.array(LENGTHS) - documents
+        assert missing.min() >= 1 and missing.sum() <= LENGTH + 1 + len(LENGTHS)
+
+
+def test_windows_of_64k_are_mostly_of_documents_as_long_and_say_so(tmp_path):
+    """Where the text has some, and not enough; 0 leaves the text's own share."""
+    (tmp_path / "long").mkdir()
+    write(tmp_path / "long" / "train", [150_000] + [5_000] * 100)
+    part, folder = TextPart(str(tmp_path / "long")), str(tmp_path / "long")
+    windows = training_windows(config(part, length=65536))
+    assert windows.long_share == pytest.approx(0.6, abs=1e-3)
+    assert f"{folder}, documents of 65,536 tokens and more (60.0% of the windows)" in windows.describe(10)
+    assert "100.0% of them in documents as long as a window" in windows.describe(10)
+    for settings in (config(part, length=65536, long_share=0.0), config(part, length=16384)):
+        assert training_windows(settings).long_share == pytest.approx(150 / 650)

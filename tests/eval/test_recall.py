@@ -16,10 +16,11 @@ from megatron_hylo.data import recall_text as training
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval import recall_text
 from megatron_hylo.eval.lm import HyloLM
-from megatron_hylo.eval.recall import DEPTHS, make_text, mean_by_text, run_recall
+from megatron_hylo.eval.recall import DEPTHS, make_text, run_recall
 from megatron_hylo.eval.recall_haystack import TextEncoder, load_haystack
 from megatron_hylo.eval.recall_positions import run_by_position
 from megatron_hylo.eval.recall_text import FACTS, RECALL_EVAL_TASKS
+from megatron_hylo.eval.results import mean_by_group
 from tests.conftest import tiny_hf_model
 from tests.data.conftest import WORDS, tokenizer  # noqa: F401  the fixture
 
@@ -170,7 +171,7 @@ def test_examples_are_the_same_whatever_else_is_asked_for(text, tokenizer):  # n
 
 
 def test_the_copier_gets_all_and_teacher_forcing_equals_generation(copier, text, data):
-    """What is in the oracle's memory is right, what is not is wrong, by both ways of asking, from text and from a dataset."""
+    """The oracle is right about facts in its memory alone, by both ways of asking, from text and from a dataset."""
     for source in (text, data):
         scores, _ = run_recall(copier(), (LENGTH,), trials=10, data=source)
         assert [s.value for s in scores] == [1.0] * len(scores)
@@ -187,6 +188,19 @@ def test_the_copier_gets_all_and_teacher_forcing_equals_generation(copier, text,
     for sample in other:
         assert (sample.output == sample.expected) == bool(sample.score)
         assert sample.prompt_end.endswith((" is", " stop", " card", "):"))
+
+
+def test_ranks_share_the_texts_and_the_first_has_all_results(copier, text, monkeypatch):
+    """Two ranks of a launch, one after the other, with what each gathers: the scores and samples of one process."""
+    alone = run_recall(copier(1500), (LENGTH,), trials=10, data=text)
+    parts: list[list] = []
+    for rank in (1, 0):
+        lm = copier(1500)
+        lm._rank, lm._world_size = rank, 2
+        monkeypatch.setattr(lm, "gather_object", lambda part, rank=rank: parts.append(part) or (None if rank else parts))
+        found = run_recall(lm, (LENGTH,), trials=10, data=text)
+        assert found == (([], []) if rank else alone)
+    assert all(parts) and len(parts[0]) + len(parts[1]) == 13  # texts
 
 
 def test_a_random_model_recalls_nothing_and_reads_a_text_for_all_its_questions(text, tokenizer):  # noqa: F811
@@ -227,10 +241,10 @@ def test_questions_after_a_shared_text_are_answered_as_after_a_text_of_their_own
 
 def test_standard_errors_count_texts():
     """Ten equal answers of each of two texts say no more than two answers; single questions give the usual error."""
-    assert mean_by_text([1.0] * 10 + [0.0] * 10, [0] * 10 + [1] * 10) == (0.5, pytest.approx(0.5))
+    assert mean_by_group([1.0] * 10 + [0.0] * 10, [0] * 10 + [1] * 10) == (0.5, pytest.approx(0.5))
     values = [1.0, 0.0, 0.0, 1.0, 1.0]
-    assert mean_by_text(values, range(5)) == (0.6, pytest.approx(np.std(values, ddof=1) / 5**0.5))
-    assert mean_by_text([1.0, 0.0], [4, 4]) == (0.5, None)
+    assert mean_by_group(values, range(5)) == (0.6, pytest.approx(np.std(values, ddof=1) / 5**0.5))
+    assert mean_by_group([1.0, 0.0], [4, 4]) == (0.5, None)
 
 
 def test_perplexity_by_position_matches_logits(text, data, tokenizer):  # noqa: F811

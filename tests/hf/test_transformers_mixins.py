@@ -1,6 +1,7 @@
 """transformers' own tests of models and generation, run with a tiny hybrid; they need a checkout of transformers.
 
-HYLO_TRANSFORMERS_CHECKOUT names it (`git clone --branch v5.17.0 https://github.com/huggingface/transformers`); the package
+HYLO_TRANSFORMERS_CHECKOUT names it
+(`git clone --branch v5.17.0 https://github.com/huggingface/transformers`); the package
 parameterized is needed too. Without it everything here is skipped; the tests beside this file hold what these found.
 """
 
@@ -66,8 +67,9 @@ class Mixins(common.ModelTesterMixin, common.GenerationTesterMixin):
     def setUp(self) -> None:
         self.model_tester = self.tester()
 
-    def _check_past_key_values_for_generate(self, batch_size, cache, seq_length, config) -> None:
-        assert isinstance(cache, HyloCache) and (cache.batch_size, cache.get_seq_length()) == (batch_size, seq_length)
+    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config) -> None:
+        assert isinstance(past_key_values, HyloCache)
+        assert (past_key_values.batch_size, past_key_values.get_seq_length()) == (batch_size, seq_length)
 
     def _check_caches_are_equal(self, one, other) -> None:
         for held, expected in ((one.tokens, other.tokens), (one.states, other.states)):

@@ -34,7 +34,7 @@ from megatron_hylo.models.hylo_model import build_model
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(ROOT.glob("slurm/*.sh")) + [ROOT / ".ci" / "run"]
+SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("examples/*/*.sh")]) + [ROOT / ".ci" / "run"]
 RECIPES = sorted(ROOT.glob("megatron_hylo/recipes/*.yaml"))
 STAGES = sorted(ROOT.glob("slurm/stage*.sh"))
 
@@ -186,6 +186,10 @@ def test_stage3_script_trains_on_two_ranks_without_slurm(hylo_root):
     run = hylo_root / "stage3_ctx128k"
     assert logged_steps(run) == [1, 2, 3]
     verify_manifest(run / "model")
+    steps = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+    for line in steps:  # one bucket holds all tokens, of tensor and sequence parallelism too
+        assert line["by_position/kl_0-1K"] == pytest.approx(line["kl"], rel=1e-4)
+        assert line["by_position/cross_entropy_0-1K"] == pytest.approx(line["cross_entropy"], rel=1e-5)
     scaling = json.loads((run / "model" / "hylo.json").read_text())["model"]["mla_rope_scaling"]
     assert (scaling["rope_type"], scaling["factor"]) == ("yarn", 64.0)
 

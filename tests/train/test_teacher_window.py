@@ -10,7 +10,6 @@ import transformers
 
 from megatron_hylo.cli.main import evaluate
 from megatron_hylo.config import ConfigError, ModelConfig, RopeScaling, TeacherWindow
-from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.train import KLSettings, TrainConfig
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.packed import PackedDataset
@@ -20,7 +19,7 @@ from megatron_hylo.models.frozen import freeze
 from megatron_hylo.teachers.store import StoredTeacher, TeacherStore, write_store
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.setup import build_run
-from tests.conftest import tiny_config, tiny_hf_model
+from tests.conftest import tiny_config, tiny_hf_model, uneven_model
 from tests.models.test_windows import by_hand
 from tests.train.runs import metrics, relative_difference
 
@@ -193,6 +192,31 @@ def test_evaluation_reads_the_teacher_as_asked(material, capsys, tmp_path):
         evaluate(material.student, material.data, tmp_path / "short", 40, 4)
 
 
+@pytest.mark.parametrize("stage", ["align", "distil", "distil from a store"])
+def test_a_stretched_teacher_is_one_that_was_saved_so(settings, material, tmp_path, one_rank, stage):
+    """Losses of a step past its window, and far from those of positions as they are; a store's hidden states are rounded."""
+    own, ways = tmp_path / "own", TeacherWindow("rope", RopeScaling("yarn", factor=2.0, original_max_position_embeddings=128))
+    save_model(uneven_model("*-*-*-*-", vocab_size=304).float(), own, material.teacher / "tokenizer")
+    for name, changes in (("saved", ways.changes()), ("longer", {"max_position_embeddings": 256})):
+        save_model(load_model(own, **changes), tmp_path / name, material.teacher / "tokenizer")
+    found = {}
+    for name, window in (("own", ways), ("saved", TeacherWindow()), ("longer", TeacherWindow())):
+        where: dict = dict(teacher=str(tmp_path / name), teacher_window=window)
+        if stage.endswith("store") and name == "own":
+            store = tmp_path / "store"
+            write_store(own, material.data, store, 1e-8, 192, 0, precision=torch.float32, teacher_window=window)
+            where = dict(teacher=None, teacher_store=str(store))
+        config = settings(
+            stage.split()[0], sequence_length=192, global_batch_size=1, micro_batch_size=1,
+            packed_documents=stage.endswith("store"), **where,  # a store read each document by itself
+        )  # fmt: skip
+        run = build_run(config, one_rank)
+        found[name] = float(run.objective.forward_backward(run.states, run.batches(), run.micro_batches)["loss"])
+    near = 1e-3 if stage.endswith("store") else 1e-6
+    assert found["own"] == pytest.approx(found["saved"], rel=near)
+    assert found["own"] != pytest.approx(found["longer"], rel=3 * near)
+
+
 def test_a_run_keeps_the_students_new_positions(settings, tmp_path):
     config: TrainConfig = settings(steps=1, rope_scaling=YARN, rotary_base=5e4)
     train(config)
@@ -202,16 +226,3 @@ def test_a_run_keeps_the_students_new_positions(settings, tmp_path):
     train(back)
     c = load_model(tmp_path / "next" / "model").config.hylo
     assert (c.rope_scaling.rope_type, c.mla_rope_scaling.rope_type, c.rotary_base) == ("nope", "nope", 5e4)
-
-
-def test_a_windowed_teacher_does_not_teach_answers_whose_fact_it_has_not_read(settings, one_rank):
-    """Half a window is what every token has before it; a longer limit given by name is kept."""
-    found = {}
-    for name, within in (("default", None), ("half", 80), ("all", 10**6)):
-        config = settings(
-            sequence_length=320, micro_batch_size=1, global_batch_size=1, recall=RecallSettings(0.7, kl_within=within),
-            teacher_window=TeacherWindow("windows", length=160),
-        )  # fmt: skip
-        run = build_run(config, one_rank)
-        found[name] = float(run.objective.forward_backward(run.states, run.batches(), run.micro_batches)["loss"])
-    assert found["default"] == found["half"] != found["all"]

