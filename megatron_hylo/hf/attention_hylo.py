@@ -58,18 +58,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, inputs: Sequ
     """
     if inputs.attentions is None:
         return attention(query, key, value, scale=scale, mask=inputs.attention_mask)
-    (b, t, heads, _), (s, groups) = query.shape, key.shape[1:3]
+    t, (s, groups) = query.shape[1], key.shape[1:3]
     scores = torch.einsum("btgnd,bsgd->bgnts", query.unflatten(2, (groups, -1)), key) * scale
     mask = inputs.attention_mask
     visible = torch.ones(t, s, dtype=torch.bool, device=key.device).tril(s - t) if mask is None else mask[:, None]
-    probabilities = (
-        scores.to(torch.promote_types(scores.dtype, torch.float32))
-        .masked_fill(~visible, -torch.inf)
-        .softmax(-1)
-        .to(query.dtype)
-    )
-    inputs.attentions.append(probabilities.reshape(b, heads, t, s))
-    return torch.einsum("bgnts,bsgv->btgnv", probabilities, value).flatten(2, 3)
+    probabilities = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~visible, -torch.inf).softmax(-1)
+    probabilities = probabilities.to(query.dtype).flatten(1, 2)
+    inputs.attentions.append(probabilities)  # the tensor that the outputs come from, so that gradients reach it
+    return torch.einsum("bgnts,bsgv->btgnv", probabilities.unflatten(1, (groups, -1)), value).flatten(2, 3)
 
 
 class HyloAttention(nn.Module):

@@ -293,7 +293,7 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
                 "a prompt ends in padding, but generate() continues after the last position; pad on the left "
                 "(tokenizer.padding_side = 'left'), and give an attention_mask where a prompt itself ends in the padding token"
             )
-        if generation_config.cache_implementation is not None:
+        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise ValueError(f"cache_implementation {generation_config.cache_implementation!r} is not supported; leave it out")
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HyloCache()

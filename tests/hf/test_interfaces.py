@@ -62,6 +62,9 @@ def test_attention_probabilities_match_transformers(model, ids):
         hybrid.logits[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()], rtol=0, atol=1e-4
     )
     assert model(ids).attentions is None
+    with torch.enable_grad():
+        outputs = model(ids, output_attentions=True)
+        assert all(gradient.any() for gradient in torch.autograd.grad(outputs.logits.square().sum(), outputs.attentions))
 
 
 @torch.no_grad()

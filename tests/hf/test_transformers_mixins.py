@@ -67,8 +67,9 @@ class Mixins(common.ModelTesterMixin, common.GenerationTesterMixin):
     def setUp(self) -> None:
         self.model_tester = self.tester()
 
-    def _check_past_key_values_for_generate(self, batch_size, cache, seq_length, config) -> None:
-        assert isinstance(cache, HyloCache) and (cache.batch_size, cache.get_seq_length()) == (batch_size, seq_length)
+    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config) -> None:
+        assert isinstance(past_key_values, HyloCache)
+        assert (past_key_values.batch_size, past_key_values.get_seq_length()) == (batch_size, seq_length)
 
     def _check_caches_are_equal(self, one, other) -> None:
         for held, expected in ((one.tokens, other.tokens), (one.states, other.states)):
@@ -77,11 +78,20 @@ class Mixins(common.ModelTesterMixin, common.GenerationTesterMixin):
                 torch.testing.assert_close(tensors, expected[layer])
 
 
-class TestLatent(Mixins, unittest.TestCase):
+class TestAttention(Mixins, unittest.TestCase):
+    """An MLA layer and an attention layer, both of which have probabilities."""
+
+    tester = type("Tester", (Tester,), {"mixers": "+*"})
+
+
+class TestRecurrent(Mixins, unittest.TestCase):
     """A Gated DeltaNet layer and an MLA layer."""
 
+    has_attentions = False  # fewer than layers
 
-class TestAttention(Mixins, unittest.TestCase):
-    """A Mamba2 layer and an attention layer."""
 
-    tester = type("Tester", (Tester,), {"mixers": "M*"})
+class TestOtherRecurrent(Mixins, unittest.TestCase):
+    """A Mamba2 layer and a KDA layer."""
+
+    has_attentions = False
+    tester = type("Tester", (Tester,), {"mixers": "MK"})
