@@ -27,7 +27,7 @@ test: lint ## lint, and all tests that need no network and little time (GPU test
 test-all: lint ## all tests; those that this machine cannot run are skipped, with the reason
 	$(TEST) $(ARGS)
 
-test-parity: .venv/installed ## every parallel layout against one rank, with a table of errors and of the planted faults
+test-parity: .venv/installed ## every kind of parallelism against one rank, with a table of errors and of the planted faults
 	$(TEST) tests/parity -q -s $(ARGS)
 
 test-parity-gpu: .venv/installed ## the same over NCCL, on all GPUs there are (two at least)

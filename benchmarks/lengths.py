@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from hf_peer import build_peer
 from jsonargparse import auto_cli
-from report import architecture, device_name, free_memory, report, seconds
+from matplotlib.axes import Axes
+from report import architecture, device_name, draw_panels, free_memory, line, report, seconds
 
 from megatron_hylo.config import ParallelConfig
 from megatron_hylo.config.layouts import BASES
@@ -135,25 +136,20 @@ def _show(rows: list[dict[str, Any]], names: tuple[str, str, str], results: Path
 
 
 def _plot(rows: list[dict[str, Any]], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for name in dict.fromkeys(r["model"] for r in rows):
-        mine = [r for r in rows if r["model"] == name]
-        tokens = [r["tokens"] for r in mine]
-        speed.plot(tokens, [r["tokens"] / r["seconds"] for r in mine], "o-", label=name)
-        memory.plot(tokens, [r["peak_gib"] for r in mine], "o-", label=name)
-    speed.set(xlabel="tokens of a sequence", ylabel="tokens/s", ylim=(0, None))
-    memory.set(xlabel="tokens of a sequence", ylabel="peak GiB", ylim=(0, None))
-    for axes in (speed, memory):
+    def curves(axes: Axes, label: str, value: Callable[[dict[str, Any]], float]) -> None:
+        for number, name in enumerate(dict.fromkeys(r["model"] for r in rows)):
+            mine = [r for r in rows if r["model"] == name]
+            axes.plot([r["tokens"] for r in mine], [value(r) for r in mine], label=name, **line(number))
+        axes.set(xlabel="tokens of a sequence", ylabel=label, ylim=(0, None))
         axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.3)
-    speed.legend()
-    figure.savefig(file, dpi=140)
-    pyplot.close(figure)
+        lengths = sorted({r["tokens"] for r in rows})
+        axes.set_xticks(lengths, [f"{tokens / 1024:g}K" for tokens in lengths])
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.legend(fontsize=9)
+
+    speed = partial(curves, label="tokens/s", value=lambda r: r["tokens"] / r["seconds"])
+    memory = partial(curves, label="peak GiB", value=lambda r: r["peak_gib"])
+    draw_panels(file, speed, memory, size=(9, 3.6))
 
 
 if __name__ == "__main__":

@@ -76,17 +76,24 @@ def main(
     print(json.dumps({"benchmark": "recurrences", "device": device_name(), "tokens": tokens, "rows": rows}))
 
 
-def delta_rules(b: int, t: int, h: int, dk: int, dv: int) -> dict[str, tuple[Run, Run, float, float]]:
-    """Ours as layers call it, with states kept and without; fla's own; bytes; FLOPs."""
-    q, k, v, upstream = (torch.randn(b, t, h, d, device="cuda", dtype=torch.bfloat16) for d in (dk, dk, dv, dv))
-    g, beta = -torch.rand(b, t, h, device="cuda") / 10, torch.rand(b, t, h, device="cuda", dtype=torch.bfloat16)
-    inputs = [x.requires_grad_() for x in (q, k, v, g, beta)]
-    fla = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+def fla_rule(module: str, name: str, inputs: list[Tensor], upstream: Tensor) -> Run:
+    """Return fla's own function, forward and backward, as its layers call it."""
+    fla = getattr(importlib.import_module(module), name)
 
     def peer() -> tuple[Tensor, ...]:
         with override("delta_rule_state_pass", "fla"):
             out, _ = fla(*inputs, use_qk_l2norm_in_kernel=True)
             return out, *torch.autograd.grad(out, inputs, upstream)
+
+    return peer
+
+
+def delta_rules(b: int, t: int, h: int, dk: int, dv: int) -> dict[str, tuple[Run, Run, float, float]]:
+    """Ours as layers call it, with states kept and without; fla's own; bytes; FLOPs."""
+    q, k, v, upstream = (torch.randn(b, t, h, d, device="cuda", dtype=torch.bfloat16) for d in (dk, dk, dv, dv))
+    g, beta = -torch.rand(b, t, h, device="cuda") / 10, torch.rand(b, t, h, device="cuda", dtype=torch.bfloat16)
+    inputs = [x.requires_grad_() for x in (q, k, v, g, beta)]
+    peer = fla_rule("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", inputs, upstream)
 
     def ours(keep_states: bool) -> tuple[Tensor, ...]:
         out, _ = gated_delta_rule(*inputs, keep_states=keep_states)
@@ -107,12 +114,7 @@ def kda_rule(b: int, t: int, h: int, dk: int, dv: int) -> tuple[Run, Run, float,
     q, k, v, upstream = (torch.randn(b, t, h, d, device="cuda", dtype=torch.bfloat16) for d in (dk, dk, dv, dv))
     g, beta = -torch.rand(b, t, h, dk, device="cuda") / 10, torch.rand(b, t, h, device="cuda", dtype=torch.bfloat16)
     inputs = [x.requires_grad_() for x in (q, k, v, g, beta)]
-    fla = importlib.import_module("fla.ops.kda").chunk_kda
-
-    def peer() -> tuple[Tensor, ...]:
-        with override("delta_rule_state_pass", "fla"):
-            out, _ = fla(*inputs, use_qk_l2norm_in_kernel=True)
-            return out, *torch.autograd.grad(out, inputs, upstream)
+    peer = fla_rule("fla.ops.kda", "chunk_kda", inputs, upstream)
 
     def ours() -> tuple[Tensor, ...]:
         out, _ = kda(*inputs)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: table and results file, random text, time and memory, names of devices and models."""
+"""Helpers of all benchmarks: table and results file, charts, random text, time and memory, names of devices and models."""
 
 import gc
 import json
@@ -8,14 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from rich.console import Console
 from rich.table import Table
 
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.layouts import BASES, get_layout
+from megatron_hylo.eval.plots import DASHES, LIGHT, rc
 
 
 def device_name() -> str:
@@ -68,6 +72,27 @@ def report(
         f"`{' '.join(sys.argv)}`, torch {torch.__version__}, {how}", "",
         "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(row) + " |" for row in rows), "",
     ]))  # fmt: skip
+
+
+def draw_panels(file: Path, *panels: Callable[[Axes], None], size: tuple[float, float]) -> None:
+    """Draw charts side by side into a PNG file, in the style of all pictures of the project.
+
+    Args:
+        file: to write.
+        panels: called with the axes of a chart each.
+        size: width and height of the picture in inches.
+    """
+    with matplotlib.rc_context(rc(LIGHT)):
+        figure = Figure(figsize=size, layout="constrained")
+        for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
+            panel(axes)
+        figure.savefig(file, dpi=120)
+
+
+def line(number: int) -> dict[str, Any]:
+    """Style of a chart's line by its number, for `Axes.plot`: six colours, then the same ones with other dashes and markers."""
+    cycle, colour = divmod(number, len(LIGHT.series))
+    return {"color": LIGHT.series[colour], "linestyle": DASHES[cycle % len(DASHES)], "marker": "os^D"[cycle % 4]}
 
 
 def random_text(folder: Path, vocabulary: int, documents: dict[str, tuple[int, int]]) -> None:

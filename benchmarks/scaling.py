@@ -18,13 +18,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
-from report import architecture, device_name, free_memory, random_text, report
+from matplotlib.axes import Axes
+from report import architecture, device_name, draw_panels, free_memory, line, random_text, report
 
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.layouts import BASES
@@ -242,31 +244,35 @@ def show(rows: list[dict[str, Any]], teacher: str, results: Path, commit: str) -
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Left: tokens/s a GPU at each length, over GPUs (strong scaling). Right: MFU where every GPU has as many tokens (weak)."""
-    import matplotlib
+    """Draw tokens/s a GPU at each length (strong scaling), and MFU where every GPU has as many tokens (weak scaling)."""
+    groups = sorted({(r["layout"], r["mode"]) for r in rows})
+    by_group = [(group, [r for r in rows if (r["layout"], r["mode"]) == group]) for group in groups]
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def strong(axes: Axes) -> None:
+        for (layout, mode), mine in by_group:
+            for tokens in sorted({r["tokens"] for r in mine}):
+                points = [(r["gpus"], r["tokens_per_second"]) for r in mine if r["tokens"] == tokens]
+                axes.plot(*zip(*points), label=f"{layout} {tokens // 1024}K {mode}", **line(len(axes.lines)))
+        axes.set(xlabel="GPUs", ylabel="tokens/s a GPU", yscale="log")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter("{x:,.0f}")
 
-    figure, (strong, weak) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for layout, mode in sorted({(r["layout"], r["mode"]) for r in rows}):
-        mine = [r for r in rows if (r["layout"], r["mode"]) == (layout, mode)]
-        for tokens in sorted({r["tokens"] for r in mine}):
-            points = [(r["gpus"], r["tokens_per_second"]) for r in mine if r["tokens"] == tokens]
-            strong.plot(*zip(*points), "o-", label=f"{layout} {tokens // 1024}K {mode}")
-        for share in sorted({r["tokens"] // r["gpus"] for r in mine if mode.startswith("CP")}):
-            points = [(r["gpus"], 100 * r["mfu"]) for r in mine if r["tokens"] // r["gpus"] == share]
-            if len(points) > 1:
-                weak.plot(*zip(*points), "o-", label=f"{layout} {share // 1024}K a GPU, {mode}")
-    strong.set(xlabel="GPUs", ylabel="tokens/s a GPU", yscale="log")
-    weak.set(xlabel="GPUs", ylabel="MFU, %", ylim=(0, None))
-    for axes in (strong, weak):
+    def weak(axes: Axes) -> None:
+        for (layout, mode), mine in by_group:
+            for share in sorted({r["tokens"] // r["gpus"] for r in mine if mode.startswith("CP")}):
+                points = [(r["gpus"], 100 * r["mfu"]) for r in mine if r["tokens"] // r["gpus"] == share]
+                if len(points) > 1:
+                    axes.plot(*zip(*points), label=f"{layout} {share // 1024}K a GPU, {mode}", **line(len(axes.lines)))
+        axes.set(xlabel="GPUs", ylabel="MFU, %", ylim=(0, None))
+
+    def finished(panel: Callable[[Axes], None], axes: Axes) -> None:
+        panel(axes)
         axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if axes.lines:
-            axes.legend(fontsize=5)
-    figure.savefig(file, dpi=140)
-    pyplot.close(figure)
+            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+
+    draw_panels(file, partial(finished, strong), partial(finished, weak), size=(10, 7))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import json
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,9 +21,8 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from report import free_memory
-from rich.console import Console
-from rich.table import Table
+from matplotlib.axes import Axes
+from report import device_name, draw_panels, free_memory, line, report
 
 from megatron_hylo.calibrate.gather import calibrate
 from megatron_hylo.cli.quickstart import BUDGETS, stage_config
@@ -34,6 +32,7 @@ from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.preprocess import preprocess
+from megatron_hylo.eval.plots import short_number
 from megatron_hylo.io import has_manifest, write_json
 from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.platform.distributed import session
@@ -45,14 +44,14 @@ GDN, MAMBA2 = "smollm2-135m-8mla22gdn", "smollm2-135m-8mla22m2"
 EVEN, EVEN_MAMBA2 = (dict(pattern=get_layout(name).config.mixers) for name in (GDN, MAMBA2))
 STARTS: dict[str, dict[str, Any]] = {  # name: settings of its UpcycleConfig
     "paper": dict(layout=GDN, init="paper"),
-    "one-shot": dict(layout=f"{GDN}-aligned"),
+    "one-shot": dict(layout=f"{GDN}-teacher"),
     "one-shot, evenly spread layers": EVEN,
     "sequential, mixers alone": EVEN | dict(sequential=True, mlps=False),
-    "sequential": dict(layout=f"{GDN}-aligned", sequential=True),
+    "sequential": dict(layout=f"{GDN}-teacher", sequential=True),
     "sequential, evenly spread layers": EVEN | dict(sequential=True),
     "sequential, paper's shapes": dict(layout=GDN, sequential=True),
     "Mamba2 paper": dict(layout=MAMBA2, init="paper"),
-    "Mamba2 one-shot": dict(layout=f"{MAMBA2}-aligned"),
+    "Mamba2 one-shot": dict(layout=f"{MAMBA2}-teacher"),
     "Mamba2 one-shot, evenly spread layers": EVEN_MAMBA2,
     "Mamba2 sequential, evenly spread layers": EVEN_MAMBA2 | dict(sequential=True),
     "all MLA one-shot": ALL_MLA,
@@ -191,8 +190,7 @@ def cell_file(work: Path, name: str, tokens: int, seed: int) -> Path:
 def save_cell(file: Path, values: dict[str, Any]) -> None:
     """Write a measurement with the device it was made on."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    cuda = torch.cuda.is_available()
-    write_json(file, values | {"device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"})
+    write_json(file, values | {"device": device_name()})
 
 
 def cells(work: Path) -> Iterator[dict[str, Any]]:
@@ -214,49 +212,44 @@ def show(found: list[dict[str, Any]], results: Path, commit: str | None) -> None
         ratio = f"{c['kl'] / base:.3f}" if base else ""
         numbers = (f"{c['perplexity']:,.2f}", f"{c['kl']:.4f}", ratio, f"{100 * c['agreement']:.1f}", f"{c['kv_percent']:.1f}")
         rows.append((c["name"], f"{c['train_tokens']:,}", str(c["seed"]), *numbers, f"{c['seconds']:.0f}"))
-    console, table = Console(width=120), Table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    lines = [
-        "# Quality of a hybrid by its start and training", "",
+    intro = [
         "SmolLM2-135M-Instruct dequantised from 4 bits"
-        + (f" (held-out perplexity {teacher:.2f} in fp32)" if teacher else "") + f", {found[0]['tokens']:,} held-out tokens of",
-        "whole documents in windows of 2,048. KL(teacher || hybrid) in nats a token. Tokens: of both stages, 10% stage 1.", "",
-        f"`python {' '.join(sys.argv)}`, commit {commit or git_commit()}, {', '.join(sorted({c['device'] for c in found}))}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}", "",
-        "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(row) + " |" for row in rows), "",
-        "![KL by training tokens](upcycle_quality.png)", "",
-    ]  # fmt: skip
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.with_suffix(".md").write_text("\n".join(lines))
+        + (f" (held-out perplexity {teacher:.2f} in fp32)" if teacher else "")
+        + f", {found[0]['tokens']:,} held-out tokens of\nwhole documents in windows of 2,048. KL(teacher || hybrid) in nats a "
+        "token. Tokens: of both stages, 10% stage 1.",
+        "![KL by training tokens](upcycle_quality.png)",
+    ]
+    devices = ", ".join(sorted({c["device"] for c in found}))
+    how = f"Python {platform.python_version()}, {devices}, commit {commit or git_commit()}"
+    report(results, "Quality of a hybrid by its start and training", intro, columns, rows, how)
     plot(found, results.with_suffix(".png"))
     print(json.dumps({"benchmark": "upcycle_quality", "teacher_perplexity": teacher, "cells": found}))
 
 
 def plot(found: list[dict[str, Any]], file: Path) -> None:
-    """KL against training tokens, a line a start, its seeds as points."""
-    import matplotlib
+    """Draw KL against training tokens: a line through the mean of each start, its seeds as points."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def curves(axes: Axes) -> None:
+        for name in TRAINING:
+            points = [(c["train_tokens"], c["kl"]) for c in found if c["name"] == name]
+            if not points:
+                continue
+            counts = sorted({count for count, _ in points})
+            means = [sum(kl for c, kl in points if c == count) / sum(c == count for c, _ in points) for count in counts]
+            style = line(len(axes.lines) // 2)
+            axes.plot(counts, means, label=name, **(style | {"marker": None}))
+            axes.plot(*zip(*points), linestyle="none", marker="o", markersize=4, color=style["color"])
+        axes.set(xlabel="training tokens", ylabel="KL to the teacher, nats a token", yscale="log")
+        axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
+        axes.minorticks_off()
+        axes.set_xscale("symlog", linthresh=1e6)
+        counts = sorted({c["train_tokens"] for c in found})
+        axes.set_xticks(counts, [short_number(count) for count in counts])
+        axes.set(xlim=(-1e5, None), ylim=(min(c["kl"] for c in found) / 1.2, None))
+        if axes.lines:
+            axes.legend(fontsize=8, loc="upper right")
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for name in TRAINING:
-        points = [(c["train_tokens"], c["kl"]) for c in found if c["name"] == name]
-        if not points:
-            continue
-        counts = sorted({count for count, _ in points})
-        means = [sum(kl for c, kl in points if c == count) / sum(c == count for c, _ in points) for count in counts]
-        (line,) = axes.plot(counts, means, label=name)
-        axes.plot(*zip(*points), "o", color=line.get_color(), markersize=4)
-    axes.set(xlabel="training tokens", ylabel="KL to the teacher, nats a token", yscale="log")
-    axes.set_xscale("symlog", linthresh=1e6)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    draw_panels(file, curves, size=(7, 4.4))
 
 
 def git_commit() -> str:

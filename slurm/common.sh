@@ -16,7 +16,8 @@
 #   SIGUSR1  from Slurm before the time limit (#SBATCH --signal), and on preemption where the cluster has
 #            PreemptParameters=send_user_signal: save, and put the job back into the queue.
 #   SIGTERM, SIGINT, SIGHUP  from scancel, Ctrl-C, a closed terminal: save as far as time allows, and end.
-# A job that is started again goes on from OUTPUT's newest checkpoint, so submitting it anew by hand does as well.
+# A job that is started again goes on from OUTPUT's newest checkpoint, so submitting it anew by hand does as well. A finished
+# run is trained longer with the argument --extend_tokens N.
 set -euo pipefail
 
 # A mistake in what was given: what, and what to set instead.
@@ -118,7 +119,9 @@ newest_checkpoint() {
     echo "$newest"
 }
 
-finished() { [[ -f "$OUTPUT/model/manifest.json" ]]; }
+# What tells one result of the run from another; nothing where there is none. A finished run that goes on (--extend_tokens)
+# keeps its result until it has the next.
+result() { if [[ -f "$OUTPUT/model/manifest.json" ]]; then cksum <"$OUTPUT/model/manifest.json"; fi; }
 
 launch=(bash "$slurm_dir/node.sh")
 job="${SLURM_JOB_ID:-${SLURM_JOBID:-}}"
@@ -130,7 +133,7 @@ fi
 mkdir -p "$OUTPUT" || fail "OUTPUT=$OUTPUT cannot be made; e.g. OUTPUT=/shared/hylo/run"
 export HYLO_STOP_FILE="$OUTPUT/stop_requested"
 rm -f "$HYLO_STOP_FILE"
-before="$(newest_checkpoint)"
+before="$(newest_checkpoint)" result_before="$(result)"
 asked=""
 trap 'asked=requeue; touch "$HYLO_STOP_FILE"' USR1
 trap 'asked=end; touch "$HYLO_STOP_FILE"' TERM INT HUP
@@ -143,8 +146,8 @@ code=0
 wait "$child" || code=$?
 rm -f "$HYLO_STOP_FILE"
 
-# torchrun's exit status is 1 whatever the workers' was, so what is on disk decides.
-if finished; then
+# The exit status may be that of a worker that ended badly after the result was written, so what is on disk decides as well.
+if [[ "$(result)" != "$result_before" || ($code -eq 0 && -n "$result_before") ]]; then
     exit 0
 elif [[ -z "$asked" ]]; then
     exit "$code"

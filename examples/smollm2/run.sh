@@ -4,50 +4,25 @@
 #     TOKENS=10000000 ALIGN_TOKENS=1000000 WINDOWS=2 MIXER_LR=7e-4 LR=1.5e-4 BETA2=0.98 OUT=runs/smollm2_10m bash examples/smollm2/run.sh
 # Without a GPU the sizes are the quickstart's: about a quarter of an hour on two CPU cores.
 # Every step is a command of its own that leaves a finished folder; run again, the script goes on where it was.
-set -euo pipefail
+# shellcheck source=examples/smollm2/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-beside="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." >/dev/null && pwd)/.venv/bin" # `make install`
-command -v hylo >/dev/null || PATH="$beside:$PATH"
-hylo="${HYLO:-hylo}"
-if ! command -v "${hylo%% *}" >/dev/null; then
-  echo "error: there is no ${hylo%% *} here or in $beside; make install, or HYLO=/path/to/hylo" >&2
-  exit 2
-fi
-
-# usual KEY GPU CPU: the default of a variable on this machine
-device=cpu
-if [[ "${CUDA_VISIBLE_DEVICES-all}" != "" ]] && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU '; then device=gpu; fi
-usual() { [[ -n "${!1:-}" ]] || printf -v "$1" %s "$([[ $device == gpu ]] && echo "$2" || echo "$3")"; }
 usual LENGTH 2048 256                # tokens a window
 usual TOKENS 30000000 22528          # training tokens of both stages together
 usual ALIGN_TOKENS "$((TOKENS / 50))" "$((TOKENS * 2 / 11))" # of them, stage 1
-usual CALIBRATION_TOKENS 262144 16384 # text that the initialisation sees
 usual WINDOWS 8 2                    # windows a step: fewer use text better, more use the device better
 usual EVAL_WINDOWS 128 8             # held-out windows
 usual ALIGN_MIXER_LR 1e-3 1.25e-4    # stage 1, peak learning rate of mixers
 usual MIXER_LR 1e-3 1.25e-4          # stage 2, of mixers
 usual LR 2e-4 1e-4                   # stage 2, of all else
 usual PRECISION bf16 fp32
-LINEAR="${LINEAR:-gdn}"              # gdn or mamba2
 BETA2="${BETA2:-0.95}"               # stage 2, AdamW
-OUT="${OUT:-runs/smollm2_$LINEAR}"   # folder of everything made
-TEXT="${TEXT:-}"                     # own text (folder or .jsonl); by default Debian documentation packages
-NPROC="${NPROC:-1}"                  # GPUs, data parallel
 if [[ $device == cpu ]]; then
   echo "no GPU here: $TOKENS training tokens in windows of $LENGTH, fp32 (on a GPU 30,000,000 in windows of 2,048, bf16)" >&2
 fi
-
-layout="smollm2-135m-8mla22$([[ $LINEAR == mamba2 ]] && echo m2 || echo gdn)-teacher"
-train() { if ((NPROC > 1)); then torchrun --nproc-per-node "$NPROC" -m megatron_hylo.cli train "$@"; else $hylo train "$@"; fi; }
 graphs=$([[ $device == gpu && $NPROC == 1 ]] && echo true || echo false) # not tried with several ranks
 
-mkdir -p "$OUT"
-[[ -d $OUT/teacher ]] || $hylo convert "$($hylo fetch teacher)" "$OUT/teacher"
-[[ -d $OUT/data ]] || $hylo preprocess "${TEXT:-$($hylo fetch documents)}" "$OUT/data" --tokenizer "$OUT/teacher"
-[[ -d $OUT/calibration ]] || $hylo calibrate "$OUT/teacher" "$OUT/data" "$OUT/calibration" --tokens "$CALIBRATION_TOKENS" \
-  --sequence_length "$((LENGTH < 512 ? 512 : LENGTH))"
-[[ -d $OUT/hybrid ]] || $hylo upcycle "$OUT/teacher" "$OUT/hybrid" --layout "$layout" --calibration "$OUT/calibration"
-
+prepare
 shared=(--data "$OUT/data" --teacher "$OUT/teacher" --sequence_length "$LENGTH" --global_batch_size "$WINDOWS"
   --micro_batch_size "$((WINDOWS / NPROC))" --eval_windows "$EVAL_WINDOWS" --precision "$PRECISION" --cuda_graphs "$graphs"
   --optimizer.warmup_ratio 0.05 --optimizer.min_lr_ratio 0.05)

@@ -19,11 +19,12 @@ EXIT_FAILURE, EXIT_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 FIRST_RANK_SECONDS = 5.0  # torchrun ends the other ranks within these when the first one fails
 
 KEPT = {  # by verb, what Ctrl-C leaves and how to go on; others write their output whole or not at all
-    "train": "checkpoints in {output}/checkpoints are kept; the same command goes on from the newest",
+    "train": "finished checkpoints in {output}/checkpoints are kept; the same command goes on from the newest, or begins",
     "quickstart": "the steps that are done are kept in {output}; the same command goes on",
     "calibrate": "the layers that are done are kept beside {output}; the same command goes on",
     "cache-teacher": "what is done is kept beside {output}; the same command goes on",
     "fetch": "nothing unfinished is kept; run the same command again",
+    "watch": "only the watching ends; the run goes on",
     "serve-teacher": "students wait for their timeout; the same command serves them again",
 }
 
@@ -90,7 +91,8 @@ def fail(message: str, code: int, word: str = "error: ") -> None:
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        time.sleep(FIRST_RANK_SECONDS)
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(FIRST_RANK_SECONDS)
         word = f"rank {rank}: {word}"
     console.print(f"[bold red]{word}[/]{escape(message)}" if word else escape(message), highlight=False, soft_wrap=True)
     sys.exit(code)

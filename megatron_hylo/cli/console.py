@@ -19,7 +19,9 @@ from megatron_hylo.io.progress import show_progress as track  # noqa: F401  of e
 
 if TYPE_CHECKING:
     from megatron_hylo.upcycle.run import UpcycleReport
+    from megatron_hylo.upcycle.select import Selection
 
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"  # also of a run's own lines
 FILE_WIDTH = 128  # a table in a job's log is not cut to the 80 columns that a file seems to have
 
 
@@ -54,12 +56,14 @@ def set_up_logging(verbose: bool = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a model's text on a terminal that has not all characters
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    handler = RichHandler(console=console, show_path=False, log_time_format=TIME_FORMAT, omit_repeated_times=False)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
     level = logging.DEBUG if verbose else logging.INFO
     logging.getLogger("megatron_hylo").setLevel(level if is_launched_first() else logging.WARNING)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b.*")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported; lm-eval has a bar for each task
 
 
 def show_upcycle(report: "UpcycleReport") -> None:
@@ -83,3 +87,25 @@ def show_upcycle(report: "UpcycleReport") -> None:
         f"before training: perplexity {q.perplexity:,.2f} (teacher {t.perplexity:,.2f}), KL {q.kl:.3f}, "
         f"top-1 agreement {100 * q.agreement:.1f}%, {kv}"
     )
+
+
+def show_selection(found: "Selection") -> None:
+    """Show the losses of hybrids by layer, and of the chosen one, on stderr: stdout is for the pattern."""
+    if found.kl_by_layer is not None:
+        table = Table(title=f"hybrids with one layer {'linear' if found.method == 'backward' else 'MLA'}, nats a token")
+        ratios = found.recall_per_kl()
+        for name in ("layer", "KL", *(["answers", "answers / KL"] if ratios else []), "chosen"):
+            table.add_column(name, justify="right")
+        for layer, kl in enumerate(found.kl_by_layer):
+            cells = [str(layer), f"{kl:.4f}"]
+            if ratios and found.answers_by_layer:
+                ratio = ratios[layer]
+                cells += [f"{found.answers_by_layer[layer]:.4f}", "" if ratio is None else f"{ratio:.2f}"]
+            table.add_row(*cells, "MLA" if layer in found.mla_layers else "")
+        console.print(table)
+    console.print(f"KL to the teacher: {found.kl_all_linear:.4f} all linear, {found.kl_selected:.4f} as chosen")
+    if found.answers_selected is not None:
+        console.print(
+            f"loss at {found.answer_tokens:,} tokens of recall answers: {found.answers_teacher:.4f} teacher, "
+            f"{found.answers_all_linear:.4f} all linear, {found.answers_selected:.4f} as chosen"
+        )

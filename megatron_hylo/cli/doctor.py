@@ -3,7 +3,6 @@
 import platform
 import shutil
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from rich.table import Table
@@ -78,6 +77,8 @@ def _third_party_changes() -> None:
 
 
 def _environment(where) -> None:
+    from importlib.metadata import PackageNotFoundError, version  # slow: it imports email
+
     import torch
 
     from megatron_hylo.io import cache_dir

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hylo.cli.boundary import EXIT_ERROR, EXIT_STOPPED, plain_errors
+from megatron_hylo.cli.compare import compare
 from megatron_hylo.cli.console import console, set_up_logging
 from megatron_hylo.cli.doctor import doctor
+from megatron_hylo.cli.evaluation import eval as eval_suites
 from megatron_hylo.cli.parser import build_parser, command, parameters, settings_of
 from megatron_hylo.cli.report import report
 from megatron_hylo.cli.runs import quickstart, train
+from megatron_hylo.cli.runs_list import runs
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
 from megatron_hylo.cli.verbs import convert, evaluate, export, fetch, generate, layouts, preprocess, scripts, verify
+from megatron_hylo.cli.watch import watch
 from megatron_hylo.config.paths import expand_home
 from megatron_hylo.config.renamed import refuse_renamed
 from megatron_hylo.io import is_launched_first
@@ -22,21 +26,22 @@ __all__ = ["EXIT_ERROR", "EXIT_STOPPED", "QUICK", "VERBS", "main"]
 
 VERBS: tuple[Callable, ...] = (
     quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, serve_teacher,
-    train, report, evaluate, export, generate, doctor, scripts,
+    train, runs, watch, report, evaluate, eval_suites, compare, export, generate, doctor, scripts,
 )  # fmt: skip
-QUICK = (layouts, fetch, scripts)  # these start without PyTorch
+QUICK = (layouts, scripts, runs, watch, report, compare)  # these start without PyTorch and print their result at once
 
 
 def main(command_line: list[str] | None = None) -> None:
     """Run `hylo`: exits 0 on success, 1 on failure, 2 on bad input, 3 when stopped by a signal, 130 after Ctrl-C."""
     words = sys.argv[1:] if command_line is None else command_line
-    set_up_logging("-v" in words or "--verbose" in words)
-    parser = build_parser(VERBS)
+    by_name = {command(verb): verb for verb in VERBS}
     with plain_errors("hylo"):
+        set_up_logging("-v" in words or "--verbose" in words)
+        parser = build_parser(VERBS, chosen=next((word for word in words if word in by_name), ""))
         refuse_renamed(words)
         parsed = parser.parse_args(words)
-    verb = {command(v): v for v in VERBS}[parsed.verb]
-    if verb not in QUICK and is_launched_first():  # libraries take seconds to load
+    verb = by_name[parsed.verb]
+    if verb not in QUICK and is_launched_first():  # libraries take seconds to load, or a download does
         console.print(f"hylo {shlex.join(words)}", style="dim", highlight=False, markup=False, soft_wrap=True)
     with plain_errors(command(verb), parsed[parsed.verb].get("output")):
         values = parser.instantiate(parsed)[parsed.verb]

@@ -15,11 +15,12 @@ from megatron_hylo.config.train import TrainConfig
 Verb = Callable[..., Any]
 
 
-def build_parser(verbs: Iterable[Verb]) -> ArgumentParser:
+def build_parser(verbs: Iterable[Verb], chosen: str | None = None) -> ArgumentParser:
     """Build the parser of the whole command line.
 
     Args:
         verbs: one function a verb; the fields of a parameter that is a dataclass are options and keys of --config's YAML.
+        chosen: name of the verb whose options are needed, which saves the time to build those of all; None: of every verb.
     """
     parser = Parser(prog="hylo", description="Long-context upcycling: a pretrained Transformer in, a hybrid out.")
     parser.add_argument(
@@ -29,16 +30,20 @@ def build_parser(verbs: Iterable[Verb]) -> ArgumentParser:
     for verb in verbs:
         sub = Parser(description=(verb.__doc__ or "").split("Args:")[0].strip())
         sub.whole = parser
-        if settings := settings_of(verb):
-            name, kind = settings
-            sub.add_argument("--config", action="config", help="recipe (YAML); later options override it")
-            _add_arguments(sub, sub.add_class_arguments, kind, as_positional=kind is not TrainConfig)  # recipes hold training's
-            _add_arguments(sub, sub.add_function_arguments, verb, as_positional=True, besides={name})
-        else:
-            _add_arguments(sub, sub.add_function_arguments, verb, as_positional=True)
-        sub.add_argument("-v", "--verbose", action="store_true", help="show details on stderr")
+        if chosen in (None, command(verb)):
+            _add_options(sub, verb)
         commands.add_subcommand(command(verb), sub, help=(verb.__doc__ or "").split("\n\n")[0])
     return parser
+
+
+def _add_options(parser: ArgumentParser, verb: Verb) -> None:
+    besides: Set[str] = frozenset()
+    if settings := settings_of(verb):
+        besides, kind = {settings[0]}, settings[1]
+        parser.add_argument("--config", action="config", help="recipe (YAML); later options override it")
+        _add_arguments(parser, parser.add_class_arguments, kind, as_positional=kind is not TrainConfig)  # recipes hold it
+    _add_arguments(parser, parser.add_function_arguments, verb, as_positional=True, besides=besides)
+    parser.add_argument("-v", "--verbose", action="store_true", help="show details on stderr")
 
 
 def command(verb: Verb) -> str:
@@ -66,6 +71,8 @@ def _add_arguments(
 ) -> None:
     """Required parameters as positionals (lists: one or more), keyword-only ones as options, `bool = False` as switches.
 
+    A parameter of type `tuple[X, ...]` is a positional too: none, one or more.
+
     Args:
         parser: of one verb.
         add: its method for a function's or a class's arguments.
@@ -77,6 +84,7 @@ def _add_arguments(
     switches: list[str] = []
     named: dict[str, Any] = {}
     several: dict[str, Any] = {}
+    any_number: dict[str, Any] = {}
     if as_positional:
         given = [p for p in inspect.signature(source).parameters.values() if p.name not in besides]
         switches = [p.name for p in given if p.annotation is bool and p.default is False]
@@ -84,9 +92,12 @@ def _add_arguments(
         several = {
             p.name: get_args(p.annotation)[0] for p in given if get_origin(p.annotation) is list and p.default is p.empty
         }
+        any_number = {p.name: get_args(p.annotation)[0] for p in given if get_origin(p.annotation) is tuple}
     for name, kind in several.items():
         parser.add_argument(name, type=kind, nargs="+", help=documented[name])
-    add(source, as_positional=as_positional, skip={*switches, *named, *several, *besides})
+    for name, kind in any_number.items():
+        parser.add_argument(name, type=kind, nargs="*", default=[], help=documented[name])
+    add(source, as_positional=as_positional, skip={*switches, *named, *several, *any_number, *besides})
     for name, kind in named.items():
         parser.add_argument(f"--{name}", type=kind, required=True, help=documented[name])
     for name in switches:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from megatron_hylo.eval.page import code, escape, paragraph, section, table, write_page
 from megatron_hylo.eval.plots import Curve, Theme, draw_curves, draw_png, draw_svg
-from megatron_hylo.eval.run_report import read_records
+from megatron_hylo.eval.runs import read_records
 
 
 def plot_quickstart(summary: dict[str, Any], output: Path) -> Path:
@@ -18,36 +18,40 @@ def plot_quickstart(summary: dict[str, Any], output: Path) -> Path:
         summary: content of summary.json.
         output: the quickstart's run folder.
     """
-    return draw_png(output / "quickstart.png", lambda axes, theme: draw_quickstart(axes, theme, summary, output))
+    title = (
+        f"Perplexity {summary['init_ppl']:,.1f} to {summary['distilled_ppl']:,.1f}; "
+        f"KV cache {summary['kv_percent']:.0f} % of the teacher's"
+    )
+    return draw_png(output / "quickstart.png", lambda axes, theme: draw_quickstart(axes, theme, summary, output, title))
 
 
-def draw_quickstart(axes: Axes, theme: Theme, summary: dict[str, Any], output: Path) -> None:
-    """Draw held-out perplexity by training tokens, the teacher's as a line, and the KV cache as a sentence.
+def draw_quickstart(axes: Axes, theme: Theme, summary: dict[str, Any], output: Path, title: str = "") -> None:
+    """Draw held-out perplexity by training tokens, and the teacher's as a line.
 
     Args:
         axes, theme: to draw on.
         summary: content of summary.json.
         output: the quickstart's run folder.
+        title: above the chart.
     """
     points, aligned = heldout_points(summary, output)
     tokens, values = [tokens for tokens, _ in points], [value for _, value in points]
     draw_curves(
         axes, theme, [Curve("hybrid", tokens, values, markers=True)], y_label="held-out perplexity (lower is better)",
-        title=f"Perplexity {values[0]:,.1f} to {values[-1]:,.1f}; KV cache {summary['kv_percent']:.0f} % of the teacher's",
-        reference=("teacher", summary["teacher_ppl"]), zero=True,
+        title=title, reference=("teacher", summary["teacher_ppl"]), zero=True,
     )  # fmt: skip
     for index, where in ((0, "left"), (-1, "right")):
         axes.annotate(
             f"{values[index]:,.1f}", points[index], xytext=(0, 8), textcoords="offset points", ha=where, color=theme.series[0],
             fontweight="bold",
         )  # fmt: skip
-    axes.axvspan(0, aligned, color=theme.grid, alpha=0.5, linewidth=0)
+    axes.axvspan(-0.02 * tokens[-1], aligned, color=theme.grid, alpha=0.5, linewidth=0)
     for text, start, side in (("stage 1", 0, "left"), ("stage 2", aligned, "left")):
         axes.annotate(
             text, (start, 0), xycoords=("data", "axes fraction"), xytext=(4, 5), textcoords="offset points", ha=side,
             color=theme.muted,
         )  # fmt: skip
-    axes.set_xlim(0, tokens[-1] * 1.02)
+    axes.set_xlim(-0.02 * tokens[-1], tokens[-1] * 1.02)  # the first dot is whole
 
 
 def heldout_points(summary: dict[str, Any], output: Path) -> tuple[list[tuple[int, float]], int]:
@@ -111,9 +115,9 @@ def write_report(summary: dict[str, Any], prompt: str, output: Path, program: st
     """
     kv, teacher_kv = summary["kv_bytes_per_token"], summary["teacher_kv_bytes_per_token"]
     intro = paragraph(
-        f"{summary['teacher']} became {summary['layout']}: {summary['train_tokens']:,} training tokens on {summary['device']}, "
-        f"{summary['seconds'] / 60:.1f} minutes in all. A token takes {kv:,} bytes of KV cache in bf16 instead of "
-        f"{teacher_kv:,} ({summary['kv_percent']:.1f} %)."
+        f"The teacher, {summary['teacher']}, became the hybrid {summary['layout']}: {summary['train_tokens']:,} training "
+        f"tokens on {summary['device']}, {summary['seconds'] / 60:.1f} minutes in all. A token takes {kv:,} bytes of KV cache "
+        f"in bf16 instead of {teacher_kv:,} ({summary['kv_percent']:.1f}\u00a0%)."
     )
     chart = draw_svg(
         lambda axes, theme: draw_quickstart(axes, theme, summary, output),

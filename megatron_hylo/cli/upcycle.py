@@ -1,10 +1,9 @@
 """The verbs of `hylo` around a teacher and the hybrid made of it."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from megatron_hylo.cli.console import console, print_json, results, show_upcycle, track
+from megatron_hylo.cli.console import console, print_json, results, show_selection, show_upcycle, track
 from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
@@ -29,6 +28,7 @@ def calibrate(
     tensor_model_parallel_size: PositiveInt = 1,
     seed: int = 1234,
     overwrite: bool = False,
+    json: bool = False,
 ) -> None:
     """Measure what the calibrated initialisation needs of a teacher, in one pass over some text, layer by layer.
 
@@ -45,19 +45,24 @@ def calibrate(
         tensor_model_parallel_size: ranks that share each layer.
         seed: of the choice of windows.
         overwrite: replace what is there.
+        json: print what OUTPUT/calibration.json holds: {tokens, sequence_length, layers, ...}.
     """
     import torch
 
     from megatron_hylo.calibrate.gather import calibrate as gather
     from megatron_hylo.config import ParallelConfig
-    from megatron_hylo.platform.distributed import session
+    from megatron_hylo.io import read_json
+    from megatron_hylo.platform.distributed import is_main, session
 
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     with session(parallel):
         gather(teacher, data, output, tokens, sequence_length, seed=seed, precision=dtype, parallel=parallel,
                overwrite=overwrite, track=track)  # fmt: skip
+        main = is_main()
     console.print(f"wrote {output}")
+    if json and main:
+        print_json({"output": str(output)} | read_json(output / "calibration.json"))
 
 
 def cache_teacher(
@@ -77,7 +82,7 @@ def cache_teacher(
     """Keep what a teacher says of a dataset, for any number of `hylo train --stage distil --teacher_store OUTPUT` runs.
 
     Stored are its last hidden states, so coarsely that its distribution over the vocabulary is off by --kl nats a token, and
-    its head. Runs may differ in batch size, seed, sequence length, packing and parallel layout. Under torchrun the ranks
+    its head. Runs may differ in batch size, seed, sequence length, packing and parallelism. Under torchrun the ranks
     share the text. Started again after an interruption, the same command keeps what is done.
 
     Args:
@@ -130,14 +135,14 @@ def serve_teacher(
 ) -> None:
     """Answer students of another job: `hylo train --stage distil --teacher_address ADDRESS`.
 
-    Under torchrun with a GPU or more; its parallel layout has nothing to do with the students'. Ranks beyond one copy of the
+    Under torchrun with a GPU or more; its parallelism has nothing to do with the students'. Ranks beyond one copy of the
     teacher are more copies, which share the students; they listen at the ports after the first one's. Serves until Ctrl-C.
     Other machines must share a secret: HYLO_TEACHER_SECRET, or a file in HYLO_TEACHER_SECRET_FILE, on both sides.
 
     Args:
         teacher: model folder of the teacher.
         address: HOST:PORT to listen at, and nowhere else; PORT alone is of 127.0.0.1. Copies on several machines: one each,
-            parted by commas.
+            separated by commas.
         precision: bf16 on a GPU, fp32 on a CPU by default; hidden states travel in it.
         tensor_model_parallel_size: ranks that share each layer.
         context_parallel_size: ranks that share each sequence.
@@ -207,7 +212,8 @@ def select(
     linear: Path,
     data: Path,
     count: PositiveInt,
-    method: Literal["smart", "greedy", "uniform"] = "smart",
+    method: Literal["smart", "greedy", "backward", "uniform"] = "smart",
+    by: Literal["kl", "recall", "both"] = "kl",
     tokens: PositiveInt = 65_536,
     sequence_length: PositiveInt = 2048,
     output: Path | None = None,
@@ -215,7 +221,7 @@ def select(
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
-    """Choose which layers of a hybrid are MLA by the KL to the teacher of hybrids of two aligned pure models.
+    """Choose which layers of a hybrid are MLA, by KL to the teacher or by recall, from hybrids of two aligned pure models.
 
     Args:
         teacher: model folder both were aligned with.
@@ -223,8 +229,10 @@ def select(
         linear: model folder, aligned, the same linear mixer in all layers.
         data: dataset folder made by `hylo preprocess`; its training text is used.
         count: number of MLA layers.
-        method: smart (sensitivity of each layer, spaced as in Zebra-Llama), greedy (the best one more, count times) or
-            uniform (evenly spread).
+        method: smart (sensitivity of each layer, spaced as in Zebra-Llama), greedy (from all linear, the best one more, count
+            times), backward (from all MLA, the least needed one less until count are left) or uniform (evenly spread).
+        by: kl (to the teacher, on plain text), recall (loss at the answers of key-value exercises in the text) or both (their
+            sum, each as a part of the all-linear model's).
         tokens: text to measure on.
         sequence_length: tokens a window.
         output: folder to make, with selection.json and selection.png.
@@ -237,12 +245,12 @@ def select(
 
     with session():
         found = select_folder(
-            teacher, mla, linear, data, count, method, tokens, sequence_length, output, allow_unaligned, overwrite, track
+            teacher, mla, linear, data, count, method, by, tokens, sequence_length, output, allow_unaligned, overwrite, track
         )
-    console.print(f"KL to the teacher: {found.kl_all_linear:.4f} all linear, {found.kl_selected:.4f} as chosen")
+    show_selection(found)
     cost = f"{found.tokens:,} tokens, {found.layer_evaluations:,.0f} layers run over them, {found.seconds:.1f} s"
     console.print(cost, style="dim", highlight=False)
     if json:
-        print_json(asdict(found))
+        print_json(found.to_dict())
     else:
         print(found.pattern)

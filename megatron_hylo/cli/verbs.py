@@ -11,7 +11,7 @@ from rich.table import Table
 import megatron_hylo
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveInt
-from megatron_hylo.config import TeacherWindow
+from megatron_hylo.config import ModelConfig, TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
 
 
@@ -55,23 +55,40 @@ def fetch(what: Literal["teacher", "documents", "library", "unseen", "qwen3-toke
     print(functions[what]())
 
 
-def scripts(folder: Path) -> None:
-    """Write the Slurm scripts and the recipes of all stages to a folder, for those who have no checkout.
+def scripts(folder: Path, layout: str | None = None) -> None:
+    """Write the Slurm scripts and the recipes of all stages to a folder, for other layouts or where there is no checkout.
 
     Args:
         folder: to make; `sbatch FOLDER/slurm/stage1_ild.sh` then reads FOLDER/megatron_hylo/recipes.
+        layout: a named layout (`hylo layouts`) whose recipes are written, at 2K, 8K, 32K, 64K and 128K; by default those of
+            Llama-3.2-1B.
     """
+    from megatron_hylo.config.recipes import recipe_files, stage_scripts
     from megatron_hylo.io import atomic_directory
 
     package = Path(megatron_hylo.__path__[0])
+    recipes = None if layout is None else recipe_files(layout)  # refused before anything is made
     with atomic_directory(folder) as made:
         shutil.copytree(package / "slurm", made / "slurm")
-        shutil.copytree(package / "recipes", made / "megatron_hylo" / "recipes")
+        kept = made / "megatron_hylo" / "recipes"
+        if layout is None or recipes is None:
+            shutil.copytree(package / "recipes", kept)
+        else:
+            kept.mkdir(parents=True)
+            for name, text in recipes.items():
+                (kept / name).write_text(text)
+            for name, text in stage_scripts(layout, package / "slurm").items():
+                (made / "slurm" / name).write_text(text)
     console.print(f"wrote {folder}; set HYLO_PYTHON to the Python that this package is installed in")
 
 
 def convert(
-    source: Path, output: Path, to: Literal["megatron", "hf"] = "megatron", overwrite: bool = False, no_verify: bool = False
+    source: Path,
+    output: Path,
+    to: Literal["megatron", "hf"] = "megatron",
+    overwrite: bool = False,
+    no_verify: bool = False,
+    json: bool = False,
 ) -> None:
     """Convert a Hugging Face folder or GGUF file to a Megatron model folder, or back.
 
@@ -84,15 +101,18 @@ def convert(
         to: the format to make.
         overwrite: replace what is there.
         no_verify: leave out the comparison.
+        json: print {output, format, mixers, parameters, verified}.
     """
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
+    from megatron_hylo.models.checkpoint import read_description
     from megatron_hylo.platform.distributed import session
 
     with session():
         function = convert_hf_to_megatron if to == "megatron" else convert_megatron_to_hf
         function(source, output, overwrite, track, verify=not no_verify)
-    console.print(f"wrote {output}")
+        config = read_description(output if to == "megatron" else source)[0]
+    _wrote(output, to, config, not no_verify, json)
 
 
 def verify(hf_dir: Path, megatron_dir: Path, tokens: PositiveInt = 128, tolerance: float = 1e-4, json: bool = False) -> int:
@@ -164,15 +184,48 @@ def preprocess(
         print_json({name: value for name, value in asdict(made).items() if name != "heldout_names"})
 
 
-def export(model: Path, output: Path, overwrite: bool = False) -> None:
-    """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code.
+def export(
+    model: Path,
+    output: Path,
+    results: list[Path] | None = None,
+    license: str | None = None,
+    overwrite: bool = False,
+    no_verify: bool = False,
+    json: bool = False,
+) -> None:
+    """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code, model card.
+
+    Ends with a comparison of all tensors and of logits with transformers' loading of the folder.
 
     Args:
         model: model folder or training checkpoint.
         output: Hugging Face folder to make.
+        results: results folders of `hylo eval` of this model, for its card.
+        license: of the model, as the Hugging Face Hub spells it (apache-2.0), for its card; the base model's terms bind it.
         overwrite: replace what is there.
+        no_verify: leave out the comparison.
+        json: print {output, format, mixers, parameters, verified}.
     """
-    convert(model, output, "hf", overwrite)
+    from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+    from megatron_hylo.eval.results import read_results
+    from megatron_hylo.models.checkpoint import read_description
+    from megatron_hylo.platform.distributed import session
+
+    measured = [read_results(folder).to_dict() for folder in results or ()]
+    with session():
+        convert_megatron_to_hf(model, output, overwrite, track, not no_verify, results=measured, license=license)
+        config = read_description(model)[0]
+    _wrote(output, "hf", config, not no_verify, json)
+
+
+def _wrote(output: Path, to: str, config: ModelConfig, verified: bool, json: bool) -> None:
+    """Say what a conversion made."""
+    from megatron_hylo.config.layouts import parameter_count
+
+    console.print(f"wrote {output}")
+    if json:
+        about = {"mixers": config.mixers, "parameters": parameter_count(config), "verified": verified}
+        print_json({"output": str(output), "format": to} | about)
 
 
 def generate(

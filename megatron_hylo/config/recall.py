@@ -21,17 +21,22 @@ class RecallSettings:
             text asks to remember; counting: how often something occurs.
         answer_weight: weight of cross-entropy at the answers' tokens, per token, beside the KL (distil) or the cross-entropy
             (pretrain) of all tokens; stage align ignores it.
+        kl_within: an answer's tokens have a KL only where the fact is at most so many tokens back. 0: none has, since a teacher
+            that did not find the fact teaches a guess; null: all have.
     """
 
     share: float = 0.0
     tasks: list[RecallTask] = field(default_factory=lambda: list(RECALL_TASKS))
     answer_weight: float = 1.0
+    kl_within: int | None = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 0.9:
             raise ConfigError(f"recall.share must be at least 0 and at most 0.9, got {self.share}")
         if self.answer_weight < 0:
             raise ConfigError(f"recall.answer_weight must be at least 0, got {self.answer_weight}")
+        if self.kl_within is not None and self.kl_within < 0:
+            raise ConfigError(f"recall.kl_within must be at least 0 tokens, or null, got {self.kl_within}")
         unknown = sorted(set(self.tasks) - set(RECALL_TASKS))
         if unknown or not self.tasks:
             raise ConfigError(f"recall.tasks has {unknown or 'no task'}; give some of {', '.join(RECALL_TASKS)}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Literal
 
 from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, TeacherWindow, recomputed_layers
+from megatron_hylo.config.evaluation import SuiteSettings
 from megatron_hylo.config.paths import expand_home
 from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.renamed import RENAMED
@@ -12,6 +13,7 @@ from megatron_hylo.config.text import TextSettings
 from megatron_hylo.config.train_settings import (
     AlignSettings,
     CheckpointSettings,
+    EvaluationSettings,
     KLSettings,
     LoggingSettings,
     OptimizerSettings,
@@ -20,8 +22,8 @@ from megatron_hylo.config.train_settings import (
 )
 
 __all__ = [
-    "PATHS", "PREFIXES", "AlignSettings", "CheckpointSettings", "KLSettings", "LoggingSettings", "OptimizerSettings",
-    "ProfileSettings", "TrainConfig",
+    "PATHS", "PREFIXES", "AlignSettings", "CheckpointSettings", "EvaluationSettings", "KLSettings", "LoggingSettings",
+    "OptimizerSettings", "ProfileSettings", "TrainConfig",
 ]  # fmt: skip
 
 PREFIXES = ("", "second_")  # of a run's students: RUN/model and RUN/second_model, loss and second_loss
@@ -37,7 +39,7 @@ class TrainConfig:
         stage: pretrain: cross-entropy on text; align: stage 1, layer by layer; distil: stages 2 and 3, KL to a teacher.
         data: dataset folder made by `hylo preprocess` (train and heldout).
         output: run folder: checkpoints/, logs, final model/ (and second_model/).
-        model: model folder to start from; pretrain may give `scratch` instead.
+        model: model folder or training checkpoint to start from; pretrain may give `scratch` instead.
         scratch: pretrain from random weights: a named layout, a base model, or a model folder's shape.
         second_model: align: another student (all linear beside all MLA, say) of the same teacher pass.
         teacher: model folder of the frozen teacher (align, distil).
@@ -51,10 +53,13 @@ class TrainConfig:
             separated by their end token only.
         global_batch_size: samples a step, over all ranks.
         micro_batch_size: samples a forward pass of one rank.
-        train_tokens: tokens in all; rounded up to whole steps. A run started again with more goes on, finished or not, with
-            its optimizer's state, on the learning-rate schedule of the longer run.
+        train_tokens: tokens in all; rounded up to whole steps.
+        extend_tokens: tokens beyond train_tokens, by which a run goes on, finished or not, with its optimizer's state. The
+            learning rate is that of a run of both together from there on: it jumps up, and the log says from what to what.
         trainable: all, or the token mixers alone; align never trains embedding and head, and anything but mixers only with ild.
         optimizer: learning rates and the rest of AdamW.
+        keep_optimizer_state: begin with the optimizer's state of model too, a checkpoint of another run
+            (RUN/checkpoints/step_N); schedule and place in the text begin anew. false: with its weights alone.
         precision: dtype of weights and activations; the optimizer's copies are fp32 in both.
         linear_precision: precision of the student's linear maps, forward and backward; fp8 needs a GPU that has it.
         teacher_precision: precision of the teacher's linear maps, the student's or fp8; held-out KL is to that teacher too.
@@ -82,6 +87,7 @@ class TrainConfig:
         eval_interval: steps between held-out evaluations; 0: at the end only.
         eval_windows: held-out windows of sequence_length, of each text; with recall as many of recall exercises.
         eval_data: more dataset folders of the same tokenizer whose held-out text is measured too, [FOLDER, ...].
+        evaluation: suites of `hylo eval` that are run between steps.
         checkpoint: how often checkpoints are saved, and how.
         logging: what is recorded, and how often.
         profile: steps of which a torch.profiler trace is written.
@@ -104,9 +110,11 @@ class TrainConfig:
     global_batch_size: int = 32
     micro_batch_size: int = 1
     train_tokens: int = 10_000_000
+    extend_tokens: int = 0
     # what is trained
     trainable: Literal["all", "mixers"] = "all"
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    keep_optimizer_state: bool = False
     precision: Literal["bf16", "fp32"] = "bf16"
     linear_precision: Literal["same", "fp8"] = "same"
     teacher_precision: Literal["same", "fp8"] = "same"
@@ -130,6 +138,7 @@ class TrainConfig:
     eval_interval: int = 0
     eval_windows: int = 32
     eval_data: list[str] = field(default_factory=list)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     profile: ProfileSettings = field(default_factory=ProfileSettings)
@@ -140,6 +149,13 @@ class TrainConfig:
                 setattr(self, name, str(expand_home(getattr(self, name))))
         self.eval_data = [str(expand_home(folder)) if folder.startswith("~") else folder for folder in self.eval_data]
         at_least_one(self, "", "sequence_length", "global_batch_size", "micro_batch_size", "train_tokens", "loss_chunk_tokens")
+        if self.extend_tokens < 0:
+            raise ConfigError(f"extend_tokens must be at least 0, got {self.extend_tokens}")
+        if self.keep_optimizer_state and (self.model is None or self.second_model):
+            raise ConfigError(
+                f"keep_optimizer_state is for one model that is a checkpoint of another run (RUN/checkpoints/step_N), got "
+                f"model {self.model} and second_model {self.second_model}; leave it out, or give that"
+            )
         self._check_allowed_changes()
         recomputed_layers(self.recompute)
         elsewhere = {name: getattr(self, name) for name in ("teacher_store", "teacher_address") if getattr(self, name)}
@@ -219,6 +235,20 @@ class TrainConfig:
                 f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
             )
 
+        if self.suite_settings() is not None and parallel.model_parallel_size > 1:
+            raise ConfigError(
+                f"evaluation.suites needs the whole model on each rank, got parallel groups of {parallel.model_parallel_size} "
+                f"ranks; measure the run's checkpoints with `hylo eval` instead"
+            )
+
+    def suite_settings(self) -> SuiteSettings | None:
+        """Settings of the suites, on the run's own held-out text; None where none are run."""
+        chosen = self.evaluation
+        if not chosen.every:
+            return None
+        length = min(self.sequence_length, 2048)
+        return SuiteSettings(chosen.suites, self.data, chosen.limit, chosen.lengths, length)  # type: ignore[arg-type]
+
     @property
     def allowed_changes(self) -> set[str]:
         """Keys of allow_change, as they are written on the command line."""
@@ -266,7 +296,12 @@ class TrainConfig:
     @property
     def train_steps(self) -> int:
         """Number of optimizer steps of the run."""
-        return -(-self.train_tokens // (self.global_batch_size * self.sequence_length))
+        return -(-self.total_tokens // (self.global_batch_size * self.sequence_length))
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the run, extensions included."""
+        return self.train_tokens + self.extend_tokens
 
     def is_logged(self, step: int) -> bool:
         """Whether a step, counted from 1, is recorded: the first, the last, and every `logging.log_interval`."""

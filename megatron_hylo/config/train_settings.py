@@ -1,6 +1,6 @@
-"""Groups of training settings: optimizer, losses, checkpoints, logging, profiler."""
+"""Groups of training settings: optimizer, losses, checkpoints, evaluation, logging, profiler."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_hylo.config import ConfigError
@@ -110,6 +110,38 @@ class CheckpointSettings:
 
     def __post_init__(self) -> None:
         at_least_one(self, "checkpoint.", "save_interval", "keep")
+
+
+@dataclass
+class EvaluationSettings:
+    """Suites of an evaluation that a run takes between its steps (eval/suites.py); results are metrics eval/SUITE/TASK/METRIC.
+
+    Args:
+        every: steps between evaluations, which come at the end as well; 0: none.
+        suites: some of ppl, recall, ruler, commonsense, gsm8k.
+        limit: examples of each task, and of each length where it has lengths.
+        lengths: tokens of a context; null: the suites' own up to what the model was trained for.
+        keep_best: metric (recall/mean/exact/4096) whose best student is kept in OUTPUT/best_model; null: none.
+    """
+
+    every: int = 0
+    suites: list[str] = field(default_factory=list)
+    limit: int = 20
+    lengths: list[int] | None = None
+    keep_best: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(f"evaluation.every must be 0 (no evaluation) or more, got {self.every}")
+        if bool(self.every) != bool(self.suites):
+            raise ConfigError(
+                f"evaluation needs both every and suites, or neither, got every {self.every} and suites {self.suites}"
+            )
+        if self.keep_best and self.keep_best.split("/")[0] not in self.suites:
+            raise ConfigError(
+                f"evaluation.keep_best {self.keep_best!r} is not of evaluation.suites {self.suites}; give SUITE/TASK/METRIC, "
+                f"with /LENGTH where the task has lengths"
+            )
 
 
 @dataclass

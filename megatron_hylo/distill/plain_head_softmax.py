@@ -19,28 +19,25 @@ from torch import Tensor
 
 def plain_head_softmax(
     logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None, first: int, weights: tuple[float, float | Tensor],
-    reverse: bool, temperature: float, group: dist.ProcessGroup | None, wants_grad: bool, measure_agreement: bool,
-    top_k: int | None = None,
+    reverse: bool, temperature: float, group: dist.ProcessGroup | None, wants_grad: bool, top_k: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Compute (sums of KL, cross-entropy and agreement over tokens, [3]; their weighted gradient): oracle of `head_softmax`.
+    """Compute (sums of KL and cross-entropy over tokens, [2]; their weighted gradient): oracle of `head_softmax`.
 
     Args:
         logits: the student's, [n, V / TP], fp32 or wider; may be used up.
         teacher_logits: [n, V / TP] or None.
-        labels, first, weights, reverse, temperature, group, wants_grad, measure_agreement: as in head_loss.py; `first`
-            is the number of this rank's first row.
+        labels, first, weights, reverse, temperature, group, wants_grad: as in head_loss.py; `first` is the number of this
+            rank's first row.
         top_k: smaller than the vocabulary, or None.
     """
     kl_weight, ce_weight = weights
-    sums, grad = logits.new_zeros(3), None
+    sums, grad = logits.new_zeros(2), None
     log_p = _log_softmax(logits, group)
     if labels is not None:
         picked, grad = _cross_entropy(log_p, labels, first, ce_weight if wants_grad else 0.0)
         sums[1] -= _all_reduce(picked, group)
     if teacher_logits is not None:
         teacher_logits = teacher_logits.to(logits.dtype)
-        if measure_agreement:
-            sums[2] += (_argmax(log_p, first, group) == _argmax(teacher_logits, first, group)).sum()
         if temperature != 1.0:  # log p up to a constant a token is as good as the logits
             log_p, teacher_logits = _log_softmax(log_p / temperature, group), teacher_logits / temperature
         log_q = _log_softmax(teacher_logits, group)

@@ -1,7 +1,7 @@
-"""Style and chart types of every picture: colour-blind safe colours, a light and a dark theme, PNG files and inline SVG.
+"""Chart types of every picture, as PNG files and inline SVG; colours are those of eval/theme.py.
 
-Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), brightened on dark ground; series also differ by dashes.
-Figures are made without pyplot, so no backend is chosen and no setting of the caller changes.
+Series differ by dashes as well as by colour. Figures are made without pyplot, so no backend is chosen and no setting of the
+caller changes.
 """
 
 import io
@@ -13,44 +13,39 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from megatron_hylo.eval.theme import LIGHT, Theme
+
+NARROW = 4.4  # width in inches of a chart on a phone
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 
 
 @dataclass(frozen=True)
-class Theme:
-    """Colours of one theme."""
-
-    name: str
-    background: str
-    ink: str
-    muted: str
-    grid: str
-    series: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "light", "#ffffff", "#1f2328", "#59636e", "#d8dee4",
-    ("#0072b2", "#d55e00", "#007a5a", "#b05a8c", "#b07d00", "#2f8fc4"),
-)  # fmt: skip
-DARK = Theme(
-    "dark", "#0d1117", "#e6edf3", "#9198a1", "#30363d",
-    ("#56b4e9", "#ff9350", "#2fc79b", "#e39cc5", "#e8b93c", "#a8d5f2"),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
 class Curve:
-    """One named series of points."""
+    """One named series of points.
+
+    Args:
+        label: name.
+        x, y: points.
+        markers: draw a dot at each.
+        number: decides colour and dashes, the same in every chart of a page; by default its place in the chart.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     markers: bool = False
+    number: int | None = None
+
+
+def style(theme: Theme, number: int) -> dict[str, Any]:
+    """Colour and dashes of a series, as arguments of `Axes.plot`."""
+    return {"color": theme.series[number % len(theme.series)], "linestyle": DASHES[number % len(DASHES)]}
 
 
 def rc(theme: Theme) -> Any:
@@ -83,23 +78,27 @@ def draw_png(file: Path, draw: Callable[[Axes, Theme], None], size: tuple[float,
 
 
 def draw_svg(draw: Callable[[Axes, Theme], None], description: str, size: tuple[float, float] = (8, 4.2)) -> str:
-    """Draw one chart as inline SVG, once a theme; the style sheet of `report` shows the one that the reader's system prefers.
+    """Draw one chart as inline SVG, once for wide screens and once for phones; the page's style sheet shows one of them.
+
+    Colours are variables of that style sheet, so that the chart follows the reader's light or dark theme.
 
     Args:
         draw: called with the axes and the theme.
         description: what a screen reader says.
-        size: width and height in inches.
+        size: width and height in inches on a wide screen.
     """
     drawn = []
-    for theme in (LIGHT, DARK):
+    for name, inches in (("wide", size), ("narrow", (NARROW, max(NARROW * 0.75, size[1] * 0.9)))):
         buffer = io.StringIO()
-        with matplotlib.rc_context(rc(theme) | {"svg.hashsalt": theme.name + description}):  # ids are unique in the page
-            figure = Figure(figsize=size, layout="constrained")
-            draw(figure.add_subplot(), theme)
+        with matplotlib.rc_context(rc(LIGHT) | {"svg.hashsalt": name + description}):  # ids are unique in the page
+            figure = Figure(figsize=inches, layout="constrained")
+            draw(figure.add_subplot(), LIGHT)
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         svg = buffer.getvalue()
+        for variable, colour in LIGHT.variables().items():
+            svg = svg.replace(f" {colour}", f" var({variable})")
         label = f'role="img" aria-label="{escape(description)}"'
-        drawn.append(f'<div class="chart {theme.name}" {label}>{svg[svg.index("<svg") :]}</div>')
+        drawn.append(f'<div class="chart {name}" {label}>{svg[svg.index("<svg") :]}</div>')
     return "\n".join(drawn)
 
 
@@ -132,8 +131,8 @@ def draw_curves(
     logarithmic = min(values) > 0 and max(values) / min(values) > 30
     for index, curve in enumerate(curves):
         axes.plot(
-            curve.x, curve.y, color=theme.series[index % len(theme.series)], label=curve.label,
-            linestyle=DASHES[index % len(DASHES)], marker="o" if curve.markers or len(curve.x) == 1 else None,
+            curve.x, curve.y, label=curve.label, marker="o" if curve.markers or len(curve.x) == 1 else None,
+            **style(theme, index if curve.number is None else curve.number),
         )  # fmt: skip
     if reference:
         draw_reference(axes, theme, *reference)
@@ -158,6 +157,8 @@ def draw_buckets(
     *,
     y_label: str,
     x_label: str,
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> None:
     """Draw values by bucket, each bucket as wide as any other.
 
@@ -168,18 +169,96 @@ def draw_buckets(
         curves: {label: {bucket: value}}; a bucket may be missing.
         y_label: quantity and unit.
         x_label: what the buckets are of.
+        intervals: {label: {bucket: (low, high)}}, drawn as bars, side by side where there are several labels.
+        limits: of the y axis.
     """
     for index, (label, values) in enumerate(curves.items()):
         there = [place for place, bucket in enumerate(buckets) if bucket in values]
-        axes.plot(
-            there, [values[buckets[place]] for place in there], color=theme.series[index % len(theme.series)], label=label,
-            linestyle=DASHES[index % len(DASHES)], marker="o",
-        )  # fmt: skip
+        heights = [values[buckets[place]] for place in there]
+        shift = 0.06 * (index - (len(curves) - 1) / 2) if intervals else 0.0
+        axes.plot([place + shift for place in there], heights, label=label, marker="o", **style(theme, index))
+        for place in there:
+            if ends := (intervals or {}).get(label, {}).get(buckets[place]):
+                axes.plot([place + shift] * 2, ends, color=theme.series[index % len(theme.series)], linewidth=1.2)
     axes.set_xticks(range(len(buckets)), buckets)
+    axes.set_xlim(-0.3, len(buckets) - 0.7)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
     axes.set(xlabel=x_label, ylabel=y_label)
+    if limits:
+        axes.set_ylim(*limits)
     if len(curves) > 1:
         axes.legend(fontsize=9)
+
+
+def draw_heat_map(
+    axes: Axes,
+    theme: Theme,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    shares: Mapping[tuple[str, str], float],
+    *,
+    x_label: str,
+    y_label: str,
+) -> None:
+    """Draw parts of 1 as coloured cells with their percentages, from dark (0) to bright (1); cells without a value stay empty.
+
+    Args:
+        axes: to draw on.
+        theme: of the axes.
+        columns, rows: names, from left to right and from top to bottom.
+        shares: {(column, row): part}.
+        x_label, y_label: what columns and rows are.
+    """
+    cells = np.full((len(rows), len(columns)), np.nan)
+    for (column, row), share in shares.items():
+        cells[rows.index(row), columns.index(column)] = share
+    mesh = axes.pcolormesh(
+        np.ma.masked_invalid(cells), cmap="cividis", vmin=0, vmax=1, edgecolors=theme.background, linewidth=1
+    )
+    for (y, x), share in np.ndenumerate(cells):
+        if not math.isnan(share):
+            grey = float(np.dot(np.power(mesh.to_rgba(share)[:3], 2.2), (0.2126, 0.7152, 0.0722)))  # relative luminance
+            colour = "#0d1118" if grey > 0.18 else "#fffffe"  # of neither theme, so that they stay with their cell
+            axes.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set_xticks([x + 0.5 for x in range(len(columns))], columns)
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], rows)
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set(xlabel=x_label, ylabel=y_label)
+
+
+def draw_differences(
+    axes: Axes,
+    theme: Theme,
+    rows: Sequence[str],
+    differences: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]],
+    *,
+    x_label: str,
+) -> None:
+    """Draw differences from a baseline as dots with intervals beside a line at 0, one row a quantity.
+
+    Args:
+        axes: to draw on.
+        theme: of the axes.
+        rows: names of the quantities, from top to bottom.
+        differences: {label: {row: (value, low, high)}}; ends are None where there is no interval.
+        x_label: quantity and unit.
+    """
+    axes.axvline(0, color=theme.ink, linewidth=1.4)
+    for index, (label, found) in enumerate(differences.items()):
+        color, shift = theme.series[(index + 1) % len(theme.series)], 0.18 * (index - (len(differences) - 1) / 2)
+        heights = [place + shift for place, row in enumerate(rows) if row in found]
+        for height, (_, low, high) in zip(heights, (found[row] for row in rows if row in found)):
+            if low is not None and high is not None:
+                axes.plot((low, high), (height, height), color=color, linewidth=1.6)
+        axes.plot([found[row][0] for row in rows if row in found], heights, "o", color=color, label=label)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set(xlabel=x_label)
+    if len(differences) > 1:
+        axes.figure.legend(fontsize=9, loc="outside upper left")
 
 
 def draw_reference(axes: Axes, theme: Theme, name: str, value: float) -> None:

@@ -5,17 +5,17 @@ pair by pair, since an example has the same name in both.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.evaluation import Suite
 from megatron_hylo.io import atomic_directory, read_json, write_json
 
 SCHEMA = 1
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
-Suite = Literal["ppl", "recall", "ruler", "commonsense", "gsm8k"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Sample:
         prompt_end: last characters of the prompt.
         expected: right answer.
         output: the model's answer; for multiple choice the text of its choice.
+        group: what examples share that are not independent of each other, such as the text that several questions are about;
+            empty for an example of its own.
     """
 
     suite: Suite
@@ -70,6 +72,7 @@ class Sample:
     prompt_end: str = ""
     expected: str = ""
     output: str = ""
+    group: str = ""
 
 
 @dataclass
@@ -96,12 +99,20 @@ class EvalResult:
         """Iterate over the scores of a suite, of one of its tasks if named."""
         return (s for s in self.scores if s.suite == suite and task in (None, s.task))
 
-    def write(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Write a results folder; it appears when it is complete."""
+    def write(self, folder: str | Path, overwrite: bool = False, also: Callable[[Path], object] | None = None) -> None:
+        """Write a results folder; it appears when it is complete.
+
+        Args:
+            folder: to make.
+            overwrite: replace what is there.
+            also: adds files to it; called with the folder before it appears, e.g. `report.write_report`.
+        """
         with atomic_directory(folder, overwrite) as made:
             write_json(made / RESULTS, self.to_dict())
             with open(made / SAMPLES, "w") as file:
                 file.writelines(json.dumps(asdict(sample)) + "\n" for sample in self.samples)
+            if also is not None:
+                also(made)
 
 
 def read_results(folder: str | Path) -> EvalResult:
@@ -114,6 +125,8 @@ def read_results(folder: str | Path) -> EvalResult:
     if not file.is_file():
         raise ConfigError(f"{folder} is no results folder: it has no {RESULTS}; `hylo eval MODEL --output FOLDER` makes one")
     try:
+        if "schema" not in read_json(file):  # that of a quickstart, say
+            raise ConfigError(f"{folder} is no results folder: its {RESULTS} is not of `hylo eval`")
         stored = read_json(file, needs=("schema", "model", "run", "scores"))
         if stored["schema"] != SCHEMA:
             raise ConfigError(f"{file} has format {stored['schema']}; this version reads {SCHEMA}: run `hylo eval` again")
@@ -121,6 +134,8 @@ def read_results(folder: str | Path) -> EvalResult:
         scores = [_known(Score, values) for values in stored["scores"]]
         samples = [_known(Sample, json.loads(line)) for line in lines]
         return EvalResult(stored["model"], stored["run"], scores, samples)
+    except ConfigError:
+        raise
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"{folder} cannot be read as a results folder: {error}; run `hylo eval` again") from error
 
@@ -147,3 +162,22 @@ def mean(scores: Iterable[Score], task: str = "mean") -> Score:
         higher_is_better=first.higher_is_better,
         note="; ".join(sorted({score.note for score in chosen} - {""})),
     )
+
+
+def mean_by_group(values: Sequence[float], groups: Sequence[object]) -> tuple[float, float | None]:
+    """Return a mean and its standard error where values of one group are not independent; no error for a single group.
+
+    The error is the cluster-robust one: deviations are summed in each group before they are squared.
+
+    Args:
+        values: of each example.
+        groups: what each example belongs to, such as the text that it asks about.
+    """
+    average = sum(values) / len(values)
+    sums: dict[object, float] = {}
+    for value, group in zip(values, groups, strict=True):
+        sums[group] = sums.get(group, 0.0) + value - average
+    if len(sums) < 2:
+        return average, None
+    squares = sum(deviation**2 for deviation in sums.values()) * len(sums) / (len(sums) - 1)
+    return average, squares**0.5 / len(values)

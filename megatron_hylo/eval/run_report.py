@@ -5,20 +5,18 @@ a run does not have, such as the model of one that is not finished, is left out 
 """
 
 import json
-import math
 import os
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import short_names
-from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.eval.page import details, paragraph, section, table, write_page
 from megatron_hylo.eval.plots import Curve, draw_buckets, draw_curves, draw_svg, short_number
-from megatron_hylo.io import read_json
+from megatron_hylo.eval.runs import Run, differing, read_run, run_folders, run_state
 
 CHARTS = (  # metric, quantity and unit, whether single points are marked
     ("heldout_perplexity", "held-out perplexity", True),
@@ -38,38 +36,6 @@ BUCKET_CHARTS = (  # start of the metrics' names, quantity and unit, what the bu
     ),
     ("heldout_recall_by_distance/accuracy_", "accuracy of recall answers' tokens", "tokens between fact and answer"),
 )  # fmt: skip
-SKIPPED_SETTINGS = ("output", "allow_change")  # differ between any two runs
-
-
-@dataclass
-class Run:
-    """Content of the files of one run folder."""
-
-    name: str
-    folder: Path
-    config: dict[str, Any]  # flat: "optimizer.lr"
-    records: list[dict[str, Any]]
-    changes: list[dict[str, Any]] = field(default_factory=list)
-    environment: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Training tokens of one optimizer step."""
-        return self.config.get("global_batch_size", 0) * self.config.get("sequence_length", 0)
-
-    def curve(self, metric: str, markers: bool) -> Curve | None:
-        """A metric by training tokens; None where the run has no number of it."""
-        points = [
-            (r.get("tokens", r["step"] * self.tokens_per_step), r[metric])
-            for r in self.records
-            if isinstance(r.get(metric), (int, float)) and math.isfinite(r[metric])
-        ]
-        return Curve(self.name, [x for x, _ in points], [y for _, y in points], markers) if points else None
-
-    def last(self, metric: str) -> float | None:
-        """The newest value of a metric."""
-        return next((r[metric] for r in reversed(self.records) if r.get(metric) is not None), None)
 
 
 def write_run_report(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -93,7 +59,8 @@ def write_run_report(folders: Sequence[Path], output: Path | None = None) -> Pat
     output.parent.mkdir(parents=True, exist_ok=True)
     runs = [read_run(folder, name) for folder, name in zip(found, short_names(found))]
     parts = [
-        section("Runs", _summary(runs)),
+        paragraph(f"Written {time.strftime('%Y-%m-%d %H:%M:%S %z')} from {', '.join(os.path.abspath(run) for run in found)}."),
+        section("Runs" if len(runs) > 1 else "Run", _summary(runs)),
         *(section(title, chart) for title, chart in _charts(runs)),
         *(section(title, chart) for title, chart in _bucket_charts(runs)),
         section("Settings that differ" if len(runs) > 1 else "Settings", _settings(runs)),
@@ -101,114 +68,82 @@ def write_run_report(folders: Sequence[Path], output: Path | None = None) -> Pat
         *_environment(runs),
         *_provenance(runs),
     ]
-    return write_page(output, "Training run" if len(runs) == 1 else f"{len(runs)} training runs", parts)
-
-
-def run_folders(folder: Path) -> list[Path]:
-    """The folder itself if it is a run's, else the runs inside it in the order in which they were started.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if _is_run(folder):
-        return [folder]
-    inside = [path for path in folder.iterdir() if _is_run(path)] if folder.is_dir() else []
-    if not inside:
-        raise ConfigError(
-            f"{folder} is not the output of a training run: it has no config.json with metrics.jsonl, nor has a folder in it"
-        )
-    return sorted(inside, key=lambda path: (path / "config.json").stat().st_mtime)
-
-
-def read_run(folder: Path, name: str) -> Run:
-    """Read what there is of one run.
-
-    Args:
-        folder: output of `hylo train`.
-        name: to show.
-    """
-    model = _read(folder / "model" / "hylo.json")
-    starts = read_lines(folder / "starts.jsonl")
-    newest = {key: value for key, value in starts[-1].items() if key != "config"} if starts else {}
-    environment = {"starts": len(starts), **newest} if starts else {}
-    return Run(
-        name=name,
-        folder=folder,
-        config=flatten(read_json(folder / "config.json")),
-        records=read_records(folder),
-        changes=_read(folder / "history.json").get("changes", []),
-        environment=flatten(environment),
-        provenance=flatten(model.get("provenance", {})),
-    )
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Records of a run's metrics.jsonl."""
-    return [record for record in read_lines(folder / "metrics.jsonl") if "step" in record]
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Objects of a file with one JSON object a line, without one that is half written; none where there is no file."""
-    records = []
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:  # left by a crash, or the run goes on
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
-
-
-def differing(runs: Sequence[Run]) -> list[str]:
-    """Names of the settings that are not the same in all runs."""
-    names = dict.fromkeys(name for run in runs for name in run.config)
-    values = {name: {json.dumps(run.config.get(name)) for run in runs} for name in names}
-    return [name for name in names if len(values[name]) > 1 and name not in SKIPPED_SETTINGS]
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
+    names = ", ".join(run.name for run in runs)
+    return write_page(output, f"Training run{'s' if len(runs) > 1 else ''}: {names}", parts)
 
 
 def _summary(runs: Sequence[Run]) -> str:
-    head = ("run", "stage", "step", "tokens", "tokens/s", "held-out perplexity", "KL to teacher", "agreement", "peak GiB")
+    head = (
+        "run",
+        "stage",
+        "state",
+        "step",
+        "tokens",
+        "tokens/s",
+        "held-out perplexity",
+        "KL to teacher",
+        "agreement",
+        "peak GiB",
+    )
     rows = []
     for run in runs:
-        step = int(run.last("step") or 0)
-        total = -(-run.config.get("train_tokens", 0) // run.tokens_per_step) if run.tokens_per_step else 0
+        step, total = run.step, run.total_steps
         rates = sorted(r["tokens_per_second"] for r in run.records if r.get("tokens_per_second"))
-        agreement = run.last("heldout_agreement")
+        agreement, peak = run.last("heldout_agreement"), run.last("peak_memory_gib")
         rows.append(
             (
-                run.name, str(run.config.get("stage", "")), f"{step:,} of {total:,}" if total else f"{step:,}",
-                short_number(step * run.tokens_per_step), _number(rates[len(rates) // 2] if rates else None),
-                _number(run.last("heldout_perplexity")), _number(run.last("heldout_kl")),
-                "" if agreement is None else f"{100 * agreement:.1f} %", _number(run.last("peak_memory_gib")),
+                run.name, str(run.config.get("stage", "")), run_state(run)[0],
+                f"{step:,} of {total:,}" if total else f"{step:,}", short_number(float(f"{step * run.tokens_per_step:.3g}")),
+                _number(rates[len(rates) // 2] if rates else None), _number(run.last("heldout_perplexity")),
+                _number(run.last("heldout_kl")), "" if agreement is None else f"{100 * agreement:.1f} %",
+                "" if peak is None else f"{peak:.1f}",
             )
         )  # fmt: skip
     return table(head, rows) + paragraph("Tokens/s is the median of the logged lines; held-out numbers are the newest.")
 
 
 def _charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
-    known = {metric for metric, _, _ in CHARTS}
-    more = dict.fromkeys(
-        key
-        for run in runs
-        for r in run.records
-        for key in r
-        if key.startswith("heldout_recall_") and "/" not in key and key != "heldout_recall_tokens"
-    )
-    for metric, quantity, markers in (*CHARTS, *((key, key.replace("_", " "), True) for key in more if key not in known)):
-        curves = [curve for run in runs if (curve := run.curve(metric, markers))]
-        if curves and not (metric == "kl" and _same_as_loss(runs)):
-            draw = partial(draw_curves, curves=curves, y_label=quantity)
-            ends = "; ".join(f"{c.label}: {c.y[0]:.4g} to {c.y[-1]:.4g}" for c in curves)
-            yield quantity[0].upper() + quantity[1:], draw_svg(draw, f"{quantity} by training tokens. {ends}", size=(8, 3.4))
+    names = dict.fromkeys(key for run in runs for record in run.records for key in record)
+    recall = [n for n in names if n.startswith("heldout_recall_") and "/" not in n and n != "heldout_recall_tokens"]
+    more = [(name, name.replace("_", " "), True) for name in recall] + list(_suite_charts(names))
+    for metric, quantity, markers in (*CHARTS, *more):
+        if metric == "kl" and _same_as_loss(runs):
+            continue
+        for stage, members in _comparable(runs, metric):
+            curves = [curve for run in members if (curve := _curve(run, metric, markers, runs.index(run)))]
+            if any(len(curve.x) > 1 for curve in curves):  # a single evaluation is in the table
+                title = quantity[0].upper() + quantity[1:] + (f", stage {stage}" if stage else "")
+                draw = partial(draw_curves, curves=curves, y_label=_unit(quantity))
+                ends = "; ".join(f"{c.label}: {c.y[0]:.4g} to {c.y[-1]:.4g}" for c in curves)
+                yield title, draw_svg(draw, f"{title} by training tokens. {ends}", size=(8, 3.4))
+
+
+def _suite_charts(names: Iterable[str]) -> Iterable[tuple[str, str, bool]]:
+    """Charts of suites that were run in training, eval/SUITE/TASK/METRIC[/LENGTH]: of their means where they have some."""
+    parts = [(name, name.split("/")) for name in names if name.startswith("eval/")]
+    with_mean = {part[1] for _, part in parts if part[2] == "mean"}
+    for name, (_, suite, task, metric, *length) in parts:
+        if suite not in with_mean or task == "mean":
+            yield name, f"{suite} {task} ({metric}){f' at {int(length[0]):,} tokens' if length else ''}", True
+
+
+def _comparable(runs: Sequence[Run], metric: str) -> list[tuple[str, Sequence[Run]]]:
+    """Runs that share a chart: all of them, but the loss of each stage is another quantity. (stage or "", runs)."""
+    stages = list(dict.fromkeys(str(run.config.get("stage", "")) for run in runs))
+    if metric != "loss" or len(stages) == 1:
+        return [("", runs)]
+    return [(stage, [run for run in runs if run.config.get("stage") == stage]) for stage in stages]
+
+
+def _unit(quantity: str) -> str:
+    """The unit of "quantity, unit": a chart's heading says the quantity."""
+    return quantity.partition(", ")[2]
+
+
+def _curve(run: Run, metric: str, markers: bool, number: int) -> Curve | None:
+    """A metric by training tokens; None where the run has no number of it."""
+    points = run.points(metric)
+    return Curve(run.name, [x for x, _ in points], [y for _, y in points], markers, number) if points else None
 
 
 def _bucket_charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
@@ -221,8 +156,8 @@ def _bucket_charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
                 found[f"{run.name}, step {step:,}"] = values
         # buckets begin at ever later places, so that a longer run has them all in order
         buckets = sorted({bucket for values in found.values() for bucket in values}, key=_bucket_start)
-        if buckets:
-            draw = partial(draw_buckets, buckets=buckets, curves=found, y_label=quantity, x_label=x_label)
+        if len(buckets) > 1:
+            draw = partial(draw_buckets, buckets=buckets, curves=found, y_label=_unit(quantity), x_label=x_label)
             ends = "; ".join(
                 f"{label}: " + ", ".join(f"{bucket} {value:.4g}" for bucket, value in values.items())
                 for label, values in found.items()

@@ -1,13 +1,20 @@
 """Hugging Face classes of HyLo models, registered with transformers' Auto classes when this package is imported."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megatron_hylo.config.mixers import MIXERS as DESCRIPTIONS
 from megatron_hylo.config.mixers import complete
 from megatron_hylo.hf.cache_hylo import HyloCache
+from megatron_hylo.hf.code_files import copy_modelling_code
 from megatron_hylo.hf.configuration_hylo import HyloConfig
 from megatron_hylo.hf.layers_hylo import MIXERS
-from megatron_hylo.hf.modeling_hylo import FP32_PARAMETERS, HyloForCausalLM, HyloModel, HyloPreTrainedModel
+from megatron_hylo.hf.modeling_hylo import (
+    FP32_PARAMETERS,
+    HyloForCausalLM,
+    HyloForSequenceClassification,
+    HyloModel,
+    HyloPreTrainedModel,
+)
 
 complete(MIXERS, "hf/layers_hylo.py: MIXERS")
 complete(FP32_PARAMETERS, "hf/modeling_hylo.py: FP32_PARAMETERS")
@@ -16,5 +23,14 @@ if wrong := [symbol for symbol, names in FP32_PARAMETERS.items() if set(names) !
 AutoConfig.register(HyloConfig.model_type, HyloConfig, exist_ok=True)
 AutoModel.register(HyloConfig, HyloModel, exist_ok=True)
 AutoModelForCausalLM.register(HyloConfig, HyloForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(HyloConfig, HyloForSequenceClassification, exist_ok=True)
+HyloPreTrainedModel.write_code = staticmethod(copy_modelling_code)
 
-__all__ = ["HyloCache", "HyloConfig", "HyloForCausalLM", "HyloModel", "HyloPreTrainedModel"]
+__all__ = [
+    "HyloCache",
+    "HyloConfig",
+    "HyloForCausalLM",
+    "HyloForSequenceClassification",
+    "HyloModel",
+    "HyloPreTrainedModel",
+]

@@ -16,6 +16,13 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 TRANSFORMERS_VERSIONS = ("4.57.1", "5.17.0")  # oldest and newest that tests run with
 
+OTHERS_NAMES = {  # sizes that other libraries read (PEFT, estimates of memory), and the fields of `hylo` that hold them
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "intermediate_size": "ffn_hidden_size",
+}
+
 
 def check_transformers(version: str) -> None:
     """Refuse a transformers that this code does not work with; a warning where it is newer than any it was tested with.
@@ -93,6 +100,7 @@ class HyloConfig(transformers.PretrainedConfig):
         # transformers 4 takes these as arguments with defaults of its own; 5 sets what it does not know
         tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         standard: dict[str, Any] = {"tie_word_embeddings": bool(tie_word_embeddings), **tokens, **kwargs}
+        standard |= {name: hylo[field] for name, field in OTHERS_NAMES.items()} if hylo is not None else {}
         super().__init__(**standard)
 
     @property

@@ -14,6 +14,7 @@ class SequenceInputs(NamedTuple):
     positions: Tensor  # int64 [batch or 1, cached + new tokens]
     padding: Tensor | None  # bool [batch, new tokens], False at padding; None where no new token is padding
     attention_mask: Tensor | None  # bool [batch, 1, new tokens, cached + new tokens]; None where there is no padding
+    attentions: list[Tensor] | None = None  # attention layers append their probabilities; None where they are not asked for
 
 
 def sequence_inputs(

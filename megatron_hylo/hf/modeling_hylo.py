@@ -6,23 +6,35 @@ kernels' files beside its weights; it needs transformers and torch only.
 
 import functools
 import math
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 
+from .attention_hylo import HyloLatentAttention, HyloRMSNorm, Rope
 from .cache_hylo import HyloCache
 from .configuration_hylo import HyloConfig
 from .inputs_hylo import sequence_inputs
-from .layers_hylo import HyloGatedDeltaNet, HyloLatentAttention, HyloLayer, HyloMamba2, HyloRMSNorm, Rope
+from .layers_hylo import HyloGatedDeltaNet, HyloLayer, HyloMamba2
 
 logger = logging.get_logger(__name__)
+AUTO_MAP = {
+    "AutoConfig": "configuration_hylo.HyloConfig",
+    "AutoModel": "modeling_hylo.HyloModel",
+    "AutoModelForCausalLM": "modeling_hylo.HyloForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_hylo.HyloForSequenceClassification",
+}
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # of transformers' loss functions
 UNUSED_ARGUMENTS = ("cache_position",)  # transformers 4 gives it in generate(); the cache knows its own length
 FP32_PARAMETERS = {
@@ -41,15 +53,30 @@ class HyloPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True  # one attention for "sdpa" and "eager": torch's scaled_dot_product_attention
-    _is_stateful = True  # refuses assisted generation: states cannot go back
     _no_split_modules = ["HyloLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+
+    write_code: Callable[[Path], Any] | None = None  # set where the code is part of a package, which a saved folder lacks
 
     def __init__(self, config: HyloConfig) -> None:
         super().__init__(config)
         # transformers 4 refuses names that a model does not have
         kept = {name for mixer in set(config.mixers) for name in FP32_PARAMETERS[mixer]}
         self._keep_in_fp32_modules_strict = sorted(kept)
+
+    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as other models do, with the modelling code beside the weights, so that the folder loads anywhere."""
+        if self.write_code is not None:
+            self.config.auto_map = AUTO_MAP
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.write_code is not None and Path(save_directory).is_dir():
+            self.write_code(Path(save_directory))
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize as other models do, in the description too."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.hylo = self.config.hylo | {"vocab_size": embeddings.num_embeddings}
+        return embeddings
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -104,6 +131,7 @@ class HyloModel(HyloPreTrainedModel):
         latent = c.kv_channels if c.mla_rotary_pairs else c.qk_pos_emb_head_dim  # layers choose out of the base model's table
         self.rotations = {"*": (c.kv_channels, c.rope_scaling), "+": (latent, c.mla_rope_scaling)}
         self.rotary_base = c.rotary_base
+        self.rotates_anew = {"+"} if c.qk_layernorm else set()  # layers whose cached keys are rotated in every pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HyloLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = HyloRMSNorm(config.hidden_size, c.layernorm_epsilon)
@@ -127,21 +155,18 @@ class HyloModel(HyloPreTrainedModel):
 
         Returns:
             last_hidden_state [batch, new tokens, hidden], past_key_values, and with output_hidden_states the embeddings, what
-            each layer but the last gives, and last_hidden_state.
+            each layer but the last gives, and last_hidden_state; with output_attentions the probabilities of the attention and
+            MLA layers, [batch, heads, new tokens, all tokens] each (recurrent layers have none).
         """
         _check_keyword_arguments(kwargs)
         _check_cache(past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if self.config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError(
-                "output_attentions is not supported: fused attention keeps no probabilities, and recurrent layers have none; "
-                "leave it out"
-            )
+        attends = self.config.output_attentions if output_attentions is None else output_attentions
         cache = self._choose_cache(past_key_values, self.config.use_cache if use_cache is None else use_cache)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        inputs = sequence_inputs(x, attention_mask, position_ids, cache)
-        ropes = {symbol: self._rope(symbol, inputs.positions) for symbol in set(self.mixers) & set(self.rotations)}
+        inputs = sequence_inputs(x, attention_mask, position_ids, cache)._replace(attentions=[] if attends else None)
+        ropes = {symbol: self._rope(symbol, inputs.positions, x.shape[1]) for symbol in set(self.mixers) & set(self.rotations)}
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states: tuple[Tensor, ...] = (x,)
         for symbol, layer in zip(self.mixers, self.layers):
@@ -149,8 +174,11 @@ class HyloModel(HyloPreTrainedModel):
             hidden_states = (*hidden_states, x) if collect else ()
         x = self.norm(x)
         collected: Any = (*hidden_states[:-1], x) if collect else None
+        attentions: Any = None if inputs.attentions is None else tuple(inputs.attentions)
         past: Any = cache  # no subclass of transformers' Cache
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past, hidden_states=collected)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x, past_key_values=past, hidden_states=collected, attentions=attentions
+        )
 
     def _choose_cache(self, given: HyloCache | None, use_cache: bool) -> HyloCache | None:
         if self.gradient_checkpointing and self.training:
@@ -163,8 +191,9 @@ class HyloModel(HyloPreTrainedModel):
             return None
         return HyloCache() if given is None and use_cache else given
 
-    def _rope(self, symbol: str, positions: Tensor) -> Rope:
+    def _rope(self, symbol: str, positions: Tensor, new: int) -> Rope:
         channels, scaling = self.rotations[symbol]
+        positions = positions if symbol in self.rotates_anew else positions[:, -new:]
         frequencies = rope_frequencies(channels, self.rotary_base, scaling, positions.device)
         return rope_cos_sin(positions, frequencies, scaling.cos_sin_multiplier)
 
@@ -206,16 +235,17 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             inputs_embeds: [batch, new tokens, hidden], in place of input_ids.
             labels: int64 [batch, new tokens], -100 where ignored; asks for the loss of predicting them, shifted by one.
             use_cache: make and return a cache where none is given; the configuration's by default.
-            output_attentions: not supported.
+            output_attentions: return the probabilities of the attention and MLA layers, computed without a fused kernel.
             output_hidden_states: return the hidden states of all layers.
             logits_to_keep: only the last so many tokens' logits, 0 for all; or their indices.
             kwargs: `return_dict`, and what transformers' loss function takes (`num_items_in_batch`).
 
         Returns:
-            logits [batch, kept tokens, vocabulary], past_key_values, loss, hidden_states. At padding they mean nothing.
+            logits [batch, kept tokens, vocabulary], past_key_values, loss, hidden_states, attentions. At padding they mean
+            nothing.
 
         Raises:
-            ValueError: what `sequence_inputs` refuses; a cache of another kind; output_attentions.
+            ValueError: what `sequence_inputs` refuses; a cache of another kind.
             TypeError: an unknown argument.
         """
         loss_arguments = _check_keyword_arguments(kwargs, LOSS_ARGUMENTS)
@@ -236,7 +266,11 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() looks at its parameters
@@ -247,9 +281,9 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             kwargs["position_ids"] = None  # they are counted from the mask then
         return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
 
-    # transformers 4 and 5 hand over different arguments after the first two
+    # transformers 4 and 5 hand over different arguments after the first three
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *_: Any
     ) -> None:
         """Make a HyloCache; called by generate() before the first pass, in place of transformers' own cache."""
         _check_cache(model_kwargs.get("past_key_values"))
@@ -259,7 +293,21 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
                 "a prompt ends in padding, but generate() continues after the last position; pad on the left "
                 "(tokenizer.padding_side = 'left'), and give an attention_mask where a prompt itself ends in the padding token"
             )
-        if generation_config.cache_implementation is not None:
+        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise ValueError(f"cache_implementation {generation_config.cache_implementation!r} is not supported; leave it out")
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = HyloCache()
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and (generation_config.is_assistant or mode == GenerationMode.ASSISTED_GENERATION):
+            cache.activate_past_recording()  # rejected tokens are taken out
+
+
+class HyloForSequenceClassification(GenericForSequenceClassification, HyloPreTrainedModel):
+    """A HyLo model with scores of each sequence, from its last token that is no padding (reward models, classifiers)."""
+
+    def __init__(self, config: HyloConfig) -> None:
+        HyloPreTrainedModel.__init__(self, config)  # transformers' own would look for the backbone by an Auto class
+        self.num_labels: int = config.num_labels or 1
+        self.model = HyloModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()

@@ -14,7 +14,7 @@ from megatron_hylo.io._folders import (
     remove_atomic_directory,
     staging_directory,
 )
-from megatron_hylo.io._locks import output_lock
+from megatron_hylo.io._locks import LockState, output_lock, read_lock
 from megatron_hylo.io._manifests import (
     MANIFEST,
     has_manifest,
@@ -26,9 +26,9 @@ from megatron_hylo.io._manifests import (
 from megatron_hylo.io._ranks import barrier, is_launched_first, on_main
 
 __all__ = [
-    "MANIFEST", "DamagedError", "barrier", "cache_dir", "check_apart", "check_free", "hash_for_manifest",
+    "MANIFEST", "DamagedError", "LockState", "barrier", "cache_dir", "check_apart", "check_free", "hash_for_manifest",
     "has_manifest", "is_launched_first",
-    "on_main", "output_lock", "plain_os_errors", "read_json", "read_manifest", "read_verified_json",
+    "on_main", "output_lock", "plain_os_errors", "read_json", "read_lock", "read_manifest", "read_verified_json",
     "remove_atomic_directory", "atomic_directory", "sha256", "staging_directory", "verify_manifest_if_any", "verify_manifest",
     "write_json",
 ]  # fmt: skip

@@ -8,9 +8,12 @@ import logging
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.io._files import can_write, check_place, plain_os_errors
@@ -19,6 +22,7 @@ from megatron_hylo.io._ranks import distributed, is_launched_first, on_main
 logger = logging.getLogger("megatron_hylo.io")
 HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # from file systems without locks
+GLANCE_SECONDS = 0.05  # for how long `read_lock` of another process may be in the way, with much to spare
 _held: set[Path] = set()  # outputs locked by this process or, with several ranks, by rank 0
 
 
@@ -51,6 +55,53 @@ def output_lock(path: str | Path | None) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class LockState:
+    """Lock of an output as another process sees it.
+
+    Args:
+        held: whether a process holds it; None where the file system cannot tell. A lock that is not held, but whose file is
+            there, was left by a process that was killed.
+        own: whether it is of the output itself; otherwise of a folder that holds it.
+        about: {"host", "pid", "since", "command"} of the process that wrote the file.
+    """
+
+    held: bool | None
+    own: bool
+    about: dict[str, Any]
+
+
+def read_lock(path: str | Path) -> LockState | None:
+    """Look whether a process writes an output or a folder that holds it; nothing is written.
+
+    Args:
+        path: the output.
+
+    Returns:
+        State of the lock; None where there is no lock file.
+    """
+    place = Path(os.path.realpath(path))
+    for output in (place, *place.parents[:-1]):
+        for file in (output.parent / f".{output.name}.lock", output / ".lock"):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    if "pid" in (about := _about(descriptor)):  # else it is another program's
+                        return LockState(_is_held(descriptor), output == place, about)
+                finally:
+                    os.close(descriptor)
+    return None
+
+
+def _is_held(descriptor: int) -> bool | None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return True if error.errno in HELD_ELSEWHERE else None
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return False
+
+
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[None]:
     """Context in which the lock file exists and is locked; created parent directories are removed again if empty."""
@@ -78,6 +129,7 @@ def _locked(place: Path) -> Iterator[None]:
 
 def _acquire(file: Path, place: Path) -> int | None:
     """Lock a file and return its descriptor; None where the file system does not support locks."""
+    refusals = 0
     while True:
         descriptor, writable = _open(file)
         try:
@@ -86,6 +138,10 @@ def _acquire(file: Path, place: Path) -> int | None:
             holder = _holder(descriptor)
             os.close(descriptor)
             if error.errno in HELD_ELSEWHERE:
+                refusals += 1
+                if refusals == 1:  # it may be another process in `read_lock`
+                    time.sleep(GLANCE_SECONDS)
+                    continue
                 raise ConfigError(
                     f"{place} is being written by {holder}; wait for it or stop it, or choose another output"
                 ) from error
@@ -116,9 +172,17 @@ def _open(file: Path) -> tuple[int, bool]:
         return os.open(file, flags | os.O_RDONLY), False
 
 
-def _holder(descriptor: int) -> str:
+def _about(descriptor: int) -> dict[str, Any]:
     try:
         about = json.loads(os.pread(descriptor, 2**16, 0))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _holder(descriptor: int) -> str:
+    about = _about(descriptor)
+    try:
         return f"process {about['pid']} on {about['host']} since {about['since']} ({about['command']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except KeyError:
         return "another process"

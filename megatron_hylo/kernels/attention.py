@@ -60,7 +60,8 @@ def attention(
         raise ValueError(f"causal attention needs at least as many keys as queries, got {s} keys and {t} queries")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, heads, tokens, channels]
     if mask is not None:  # torch chooses; with repeated heads its memory-efficient kernel can run, which has no grouped ones
-        k, v = (x.repeat_interleave(hq // hkv, 1) for x in (k, v))
+        if hq != hkv:
+            k, v = (x.repeat_interleave(hq // hkv, 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
     is_causal, is_lower_right = causal and t == s and t > 1, causal and 1 < t < s
     backend = _backend(q, k, v, is_causal)

@@ -65,7 +65,7 @@ def register() -> None:
 def _takes(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, **others) -> tuple[bool, str | None]:
     """Tell fla whether these kernels take a call, and why not. Tensors are [b, t, h, d]."""
     reason = _unsupported(k, tensors, g, **others)
-    level = logging.WARNING if reason and overridden(OPERATION) == "gluon" else logging.INFO  # fla would swallow an error
+    level = logging.WARNING if reason and overridden(OPERATION) == "gluon" else logging.DEBUG  # fla would swallow an error
     use(OPERATION, "fla" if reason else "gluon", reason or "available", level)
     return reason is None, reason
 

@@ -63,7 +63,7 @@ def check(op: str, implementation: str) -> None:
         raise ValueError(f"{op} has no implementation {implementation!r}; use one of {', '.join(IMPLEMENTATIONS[op])}")
 
 
-def use(op: str, implementation: str, reason: str, level: int = logging.INFO) -> None:
+def use(op: str, implementation: str, reason: str, level: int = logging.DEBUG) -> None:
     """Record that `implementation` runs `op`; logged once per pair.
 
     Args:
@@ -80,6 +80,14 @@ def use(op: str, implementation: str, reason: str, level: int = logging.INFO) ->
     if (op, implementation) not in _logged:
         _logged.add((op, implementation))
         logger.log(level, "%s: %s (%s)", op, implementation, reason)
+
+
+def in_words() -> str:
+    """Operations that have run by their implementation, in one line: "torch: attention, rms_norm; triton: concatenate"."""
+    by_implementation: dict[str, list[str]] = {}
+    for op, implementation in sorted(_chosen.items()):
+        by_implementation.setdefault(implementation, []).append(op)
+    return "; ".join(f"{implementation}: {', '.join(ops)}" for implementation, ops in sorted(by_implementation.items()))
 
 
 def in_use() -> dict[str, str]:

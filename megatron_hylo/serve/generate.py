@@ -8,16 +8,11 @@ from typing import Any, Callable
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.hf_reader import load_transformers_model, read_hf_config
-from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
-from megatron_hylo.hf import HyloCache, HyloConfig, HyloForCausalLM
-from megatron_hylo.io import verify_manifest_if_any
-from megatron_hylo.io.foreign import load_foreign_model
-from megatron_hylo.io.gguf_file import gguf_file
-from megatron_hylo.platform.distributed import device, session
+from megatron_hylo.convert.open_model import open_model
+from megatron_hylo.hf import HyloCache
 
 logger = logging.getLogger("megatron_hylo.serve")
 PREFILL_TOKENS = 8192  # longer prompts are read in pieces of so many, to bound the memory of activations
@@ -55,49 +50,6 @@ class _Streamer(TextStreamer):
         self.on_text(text)
 
 
-def load_for_generation(path: str | Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a model folder, training checkpoint, Hugging Face folder or GGUF file, on this rank's device.
-
-    Raises:
-        ConfigError: nothing that can be loaded is there, or it has no tokenizer.
-        DamagedError: the folder was made here and is not what its manifest says.
-    """
-    path = Path(path)
-    is_megatron = (path / "hylo.json").is_file()
-    if not is_megatron:
-        verify_manifest_if_any(path)
-    source = path / "tokenizer" if is_megatron else path
-    if is_megatron:
-        model = model_from_megatron(path)
-    elif gguf_file(path) is not None:
-        model = load_transformers_model(path)
-    elif read_hf_config(path).get("model_type") == HyloConfig.model_type:
-        model = load_foreign_model(HyloForCausalLM, path, dtype="auto")
-    else:
-        model = load_foreign_model(AutoModelForCausalLM, path, dtype="auto")
-    tokenizer = load_transformers_tokenizer(source)
-    if tokenizer is None:
-        raise ConfigError(f"{source} holds no tokenizer; copy the base model's tokenizer files there")
-    torch.nn.Module.to(model, device())  # transformers' own is typed for its classes alone
-    return model.eval(), tokenizer
-
-
-def model_from_megatron(path: str | Path) -> HyloForCausalLM:
-    """The Hugging Face model of a model folder or training checkpoint, in the folder's dtype, on the CPU."""
-    # Megatron-Core takes seconds to import, which exported folders need not wait for.
-    from megatron_hylo.convert.to_hf import hf_tensors
-    from megatron_hylo.models.checkpoint import load_model
-
-    with session():
-        source = load_model(path, backend="local")
-        tensors = dict(hf_tensors(source))
-    with torch.device("meta"):
-        model = HyloForCausalLM(HyloConfig(hylo=source.config.hylo.to_dict(), dtype=source.config.params_dtype))
-    model.load_state_dict(tensors, strict=not model.config.tie_word_embeddings, assign=True)
-    model.tie_weights()
-    return model
-
-
 def generate_text(
     path: str | Path,
     prompt: str,
@@ -133,7 +85,7 @@ def generate_text(
             f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0, got {max_new_tokens}, "
             f"{temperature}, {top_p} and {repetition_penalty}"
         )
-    model, tokenizer = load_for_generation(path)
+    model, tokenizer = open_model(path)
     ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)
     if (largest := int(ids.max())) >= (rows := model.get_input_embeddings().num_embeddings):
         raise ConfigError(

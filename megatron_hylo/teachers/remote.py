@@ -1,6 +1,6 @@
 """Student side of a teacher that runs in another job (`--teacher_address HOST:PORT`); server.py is the teacher's side.
 
-Teacher and students are two torchrun worlds with parallel layouts of their own; no rank of the student holds the teacher, but
+Teacher and students are two torchrun worlds with a parallelism of their own each; no rank of the student holds the teacher, but
 its head. Each data-parallel replica of the student has one link, from its leader: first tensor- and context-parallel rank of
 the last pipeline stage. The leader asks for a micro-batch's hidden states before the one before it has come, so that the
 teacher works while the student does; then every context-parallel rank gets its part, and tensor-parallel ranks the same.
@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.prefetch import ahead
 from megatron_hylo.data.windows import WindowSource
-from megatron_hylo.distill.head_loss import head_part
+from megatron_hylo.distill.head_rows import head_part
 from megatron_hylo.platform.distributed import device, rank
 from megatron_hylo.teachers.remote_access import ADVICE, introduce, is_loopback, read_secret, replica_address
 from megatron_hylo.teachers.remote_link import (

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError, ParallelConfig, TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.data.tokenizer import read_vocabulary
-from megatron_hylo.distill.head_loss import whole_head
+from megatron_hylo.distill.head_rows import whole_head
 from megatron_hylo.io import on_main
 from megatron_hylo.io.identity import content_identity, json_identity
 from megatron_hylo.models.checkpoint import load_model, read_description

@@ -1,7 +1,7 @@
 """A teacher's output distributions on disk, for any number of runs: `hylo cache-teacher` writes, `distil` reads.
 
 Kept are the last hidden states, in few bytes (hidden_codec.py), and the head. Entries are keyed by document and offset, so a
-store serves every batch size, seed, sequence length, packing and parallel layout. The teacher reads each document from its
+store serves every batch size, seed, sequence length, packing and parallelism. The teacher reads each document from its
 start in segments of `sequence_length`, of which all but the first `overlap` tokens are new. With `teacher_window.mode` windows
 a segment is a window, half of it overlap.
 
@@ -36,7 +36,7 @@ from megatron_hylo.data.packed import DocumentStore, PackedDataset
 from megatron_hylo.data.prefetch import ahead
 from megatron_hylo.data.tokenizer import check_dataset, copy_tokenizer
 from megatron_hylo.data.windows import WindowSource
-from megatron_hylo.distill.head_loss import head_part, whole_head
+from megatron_hylo.distill.head_rows import head_part, whole_head
 from megatron_hylo.io import (
     DamagedError,
     atomic_directory,

@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 from megatron_hylo.train.nan_guard import SkippedSteps
 
 
+class Stopped(Exception):
+    """Training was asked to stop before its end and has saved; the message says how to resume."""
+
+
 @dataclass
 class Progress:
     """Position of a run.

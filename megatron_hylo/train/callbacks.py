@@ -5,6 +5,7 @@ that a signal is not kept waiting for it.
 """
 
 import logging
+import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,11 @@ import torch
 
 from megatron_hylo.config.train import PREFIXES
 from megatron_hylo.eval.perplexity import HeldoutText, Quality, evaluate, evaluate_recall
-from megatron_hylo.io import write_json
+from megatron_hylo.io import is_launched_first, write_json
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.train.callback import Callback, Progress
+from megatron_hylo.train.callback import Callback, Progress, Stopped
 from megatron_hylo.train.checkpoint import CheckpointSaver
 from megatron_hylo.train.heldout import Heldout
 from megatron_hylo.train.reporting import Reporter
@@ -28,18 +29,20 @@ logger = logging.getLogger("megatron_hylo.train")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-class Stopped(Exception):
-    """Training was asked to stop before its end and has saved; the message says how to resume."""
-
-
 class StopRequest:
-    """Remembers a stop signal; ranks agree on it, so that all stop after the same step."""
+    """Remembers a stop signal; ranks agree on it, so that all stop after the same step. A second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.seen: int | None = None
+        self.what_follows = "stopping after this step, with a checkpoint"
         self.previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
 
     def _remember(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.seen == number:
+            raise KeyboardInterrupt
+        if self.seen is None and is_launched_first():  # not by print, which may be under way
+            again = "; Ctrl-C once more ends at once" if number == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(number).name}: {self.what_follows}{again}\n".encode())
         self.seen = number
 
     def agreed(self, device: torch.device) -> bool:
@@ -82,6 +85,7 @@ class Checkpoints(Callback):
 
     def at_end(self, progress: Progress) -> None:
         """Save the last step: for a longer run later, and in case what follows fails."""
+        self.stop.what_follows = "all steps are done; the last evaluation and the model are finished first"
         self.saver.finish()
         if self.saved < progress.step and not progress.skipped.in_a_row:
             self.saver.start(self.run.states, progress.step, progress.consumed)

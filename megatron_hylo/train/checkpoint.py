@@ -39,6 +39,7 @@ from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.train.optimizer import TrainingState, allocate_optimizer_state, load_optimizer_state, load_schedule
 
 logger = logging.getLogger("megatron_hylo.train")
+POSITION = "train_state.json"  # file of a checkpoint that a model folder does not have
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -125,7 +126,7 @@ class CheckpointSaver:
                 if is_main():
                     write_json(part / "hylo.json", describe(state.config.hylo, state.config.params_dtype, provenance))
             if is_main():
-                write_json(folder / "train_state.json", {"step": step, "consumed_samples": consumed_samples})
+                write_json(folder / POSITION, {"step": step, "consumed_samples": consumed_samples})
                 if self.tokenizer is not None and self.tokenizer.is_dir():
                     shutil.copytree(self.tokenizer, folder / "tokenizer")
             self.writes, self.directory = writes, directory.pop_all()
@@ -165,7 +166,23 @@ def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, i
     Raises:
         DamagedError: the files are not what the manifest says.
     """
+    for state, schedule in zip(states, load_states(states, path)):
+        load_schedule(state.scheduler, schedule)
+    position = read_verified_json(path, POSITION, ("step", "consumed_samples"))
+    return position["step"], position["consumed_samples"]
+
+
+def load_states(states: Sequence[TrainingState], path: Path) -> list[dict[str, Any]]:
+    """Restore weights and optimizer of every student; returns their schedules, which stay as they are.
+
+    Args:
+        states, path: see `load_checkpoint`.
+
+    Raises:
+        DamagedError: the files are not what the manifest says.
+    """
     verify_manifest(path)
+    schedules = []
     for state, part in _folders(states, path):
         read_description(part)
         with state.portable():
@@ -173,6 +190,5 @@ def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, i
             loaded = load_weights(_sharded_state(state, loading=True), part / "weights")
             put_chunks(state.chunks, loaded)
             load_optimizer_state(state.optimizer, loaded["optimizer"])
-        load_schedule(state.scheduler, loaded["scheduler"])
-    position = read_verified_json(path, "train_state.json", ("step", "consumed_samples"))
-    return position["step"], position["consumed_samples"]
+        schedules.append(loaded["scheduler"])
+    return schedules

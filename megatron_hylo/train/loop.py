@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.evaluation import SuiteSettings
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.eval.perplexity import Quality
 from megatron_hylo.io import on_main, output_lock, read_json
@@ -22,16 +23,24 @@ from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.platform.distributed import is_timeout, session
 from megatron_hylo.teachers.remote import RemoteTeacher
 from megatron_hylo.teachers.signal import TeacherSignal
-from megatron_hylo.train.callback import Callback, Progress
-from megatron_hylo.train.callbacks import Checkpoints, Evaluation, Export, Stopped
-from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint, load_checkpoint, set_unfinished_aside
+from megatron_hylo.train.callback import Callback, Progress, Stopped
+from megatron_hylo.train.callbacks import Checkpoints, Evaluation, Export
+from megatron_hylo.train.checkpoint import (
+    CheckpointSaver,
+    latest_checkpoint,
+    load_checkpoint,
+    load_states,
+    set_unfinished_aside,
+)
 from megatron_hylo.train.cuda_graph import Captured, CapturedObjective, capturing
 from megatron_hylo.train.determinism import determinism
 from megatron_hylo.train.gradient_norms import gradient_norms
 from megatron_hylo.train.heldout import Heldout, open_heldout
+from megatron_hylo.train.kept_state import check_kept_state
 from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.objectives import Batches, Objective
 from megatron_hylo.train.optimizer import TrainingState
+from megatron_hylo.train.positions import PositionLosses
 from megatron_hylo.train.profiler import Profiler
 from megatron_hylo.train.reporting import Reporter, check_wandb
 from megatron_hylo.train.resume_check import Resume, check_resume
@@ -39,6 +48,7 @@ from megatron_hylo.train.run_folder import check_run_folder
 from megatron_hylo.train.run_record import record_start
 from megatron_hylo.train.setup import Run, architectures, build_run, open_teacher_signal, params_dtype
 from megatron_hylo.train.startup_check import check_run_kernels
+from megatron_hylo.train.suite_evaluation import prepare_suites, suite_callbacks
 from megatron_hylo.train.teacher_check import check_signal_window, check_teacher_window
 from megatron_hylo.train.token_check import check_run_tokens, check_teacher_tokens, remote_description
 
@@ -61,6 +71,7 @@ def train(config: TrainConfig) -> Quality | None:
         Stopped: a signal came; a checkpoint was saved.
     """
     folder = Path(config.output)
+    suites = prepare_suites(config)
     with (
         determinism(config.deterministic),
         session(config.parallel, config.seed) as device,
@@ -76,9 +87,11 @@ def train(config: TrainConfig) -> Quality | None:
         if not resume.goes_on(config, newest):
             if not resume.changes:
                 resume.record(config.train_steps)
-            logger.info("%s is already trained; remove it to train again, or raise train_tokens to train on", folder)
+            logger.info("%s is already trained; give --extend_tokens N to train on, or remove it to train again", folder)
             return _read_quality(folder)
         config.micro_batches(parallel_state.get_data_parallel_world_size())  # refused before anything is read
+        if newest is None:
+            check_kept_state(config)
         models = architectures(config)
         check_run_kernels(models, params_dtype(config), device, config.parallel.context_parallel_size > 1)
         check_run_tokens(config, models[0].vocab_size)
@@ -89,11 +102,13 @@ def train(config: TrainConfig) -> Quality | None:
         set_unfinished_aside(folder)
         if newest is not None:
             progress.step, progress.consumed = load_checkpoint(run.states, newest)
+        elif config.keep_optimizer_state and config.model:
+            load_states(run.states, Path(config.model))
         resume.record(progress.step)
         record_start(config, folder, device, progress.step)
         provenances = _provenances(config)
         with contextlib.ExitStack() as closing:
-            callbacks, evaluation = _callbacks(run, folder, heldout, progress, provenances, closing)
+            callbacks, evaluation = _callbacks(run, folder, heldout, suites, progress, provenances, closing)
             batches = run.batches(progress.consumed)
             closing.callback(batches.close)
             _train(run, batches, progress, callbacks)
@@ -123,6 +138,7 @@ def _callbacks(
     run: Run,
     folder: Path,
     heldout: Heldout,
+    suites: SuiteSettings | None,
     progress: Progress,
     provenances: list[dict[str, Any]],
     closing: contextlib.ExitStack,
@@ -131,7 +147,7 @@ def _callbacks(
     config, step = run.config, progress.step
     tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
     reporter = Reporter(config, folder, run.device, run.flops_per_token, step)
-    closing.callback(reporter.close)
+    closing.push(lambda kind, error, trace: reporter.close(error))
     reporter.say(f"{config.stage}: {run.describe()}" + (f"; resumed at step {step}" if step else ""))
     assert run.dataset is not None
     reporter.say(f"{config.data}: {run.dataset.describe(config.train_steps * config.global_batch_size)}")
@@ -143,7 +159,8 @@ def _callbacks(
     profiler = Profiler(config.profile, folder)
     closing.callback(profiler.close)
     export = Export(run, folder, provenances, tokenizer if tokenizer.is_dir() else None)
-    return [profiler, reporter, checkpoints, evaluation, export], evaluation
+    measured = suite_callbacks(run, suites, reporter, folder, provenances)
+    return [profiler, reporter, checkpoints, evaluation, *measured, export], evaluation
 
 
 def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[Callback]) -> None:
@@ -163,10 +180,14 @@ def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[C
                 callback.before_step(progress)
             # after a skipped step the layers are watched by hooks, which a captured step does not run
             objective = run.objective if progress.skipped.in_a_row else captured
+            logged = config.is_logged(progress.step + 1)
+            if logged and config.stage != "align" and not config.cuda_graphs:  # a captured step takes no other turn
+                run.objective.positions = PositionLosses(config, run.micro_batches, run.device)
             progress.metrics = training_step(
-                run.states, objective, batches, run.micro_batches, progress.step, progress.skipped,
-                norms_by_kind=config.is_logged(progress.step + 1),
-            )  # fmt: skip
+                run.states, objective, batches, run.micro_batches, progress.step, progress.skipped, norms_by_kind=logged
+            )
+            if (measured := run.objective.positions) is not None:
+                run.objective.positions, progress.metrics = None, progress.metrics | measured.means()
             progress.step, progress.consumed = progress.step + 1, progress.consumed + config.global_batch_size
             for callback in callbacks:
                 callback.after_step(progress)

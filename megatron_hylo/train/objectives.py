@@ -20,12 +20,14 @@ from torch import Tensor
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.data.packed import IGNORED
 from megatron_hylo.distill.alignment import AlignmentLoss, align_layers, check_alignable
-from megatron_hylo.distill.head_loss import check_vocabularies, mean_counts, model_head_loss
+from megatron_hylo.distill.head_loss import mean_counts, model_head_loss
+from megatron_hylo.distill.head_rows import check_vocabularies
 from megatron_hylo.models.frozen import FrozenModel, as_frozen
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.pipeline import apart, rank_shape, through_stages, together
 from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.train.optimizer import TrainingState
+from megatron_hylo.train.positions import PositionLosses
 
 Batches = Iterator[dict[str, Any]]
 
@@ -38,6 +40,7 @@ class Objective:
     ) -> None:
         self.config, self.teacher_signal = config, teacher_signal
         self.teacher = as_frozen(teacher) if teacher and teacher_signal is None else None
+        self.positions: PositionLosses | None = None  # what measures the present step's losses by position
 
     def check(self, student: HyloModel) -> None:
         """Refuse a student (one of its chunks will do) and teacher that do not fit, before training starts."""
@@ -61,9 +64,9 @@ class Objective:
         state.config.variable_seq_lengths = self.teacher is not None and self.config.parallel.pipeline_stages > 1
         taken = list(itertools.islice(batches, micro_batches))
         ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        counts = mean_counts([batch["labels"] for batch in taken], ranks)
-        if all("loss_mask" in batch for batch in taken):  # the KL is of these tokens, too
-            counts = torch.stack([mean_counts([batch["loss_mask"].long() - 1 for batch in taken], ranks)[1], counts[1]])
+        for batch in taken:
+            batch["counted"] = self._counted(batch)
+        counts = mean_counts([batch["labels"] for batch in taken], ranks, [batch["counted"] for batch in taken])
         if all("answers" in batch for batch in taken):
             answers = [batch["labels"].masked_fill(batch["answers"] == 0, IGNORED) for batch in taken]
             for batch, labels in zip(taken, answers):
@@ -79,6 +82,19 @@ class Objective:
             forward_only=False,
         )
         return {k: torch.stack([r[k] for r in results]).mean() for k in results[0]} if results else {}
+
+    def _counted(self, batch: dict[str, Any]) -> Tensor | None:
+        """Tokens that the loss of the heads counts: not those without a loss, nor answers that the teacher does not teach.
+
+        Returns:
+            bool [batch, sequence], False at tokens outside `loss_mask` and, with a teacher, at recall's answers further from
+            their fact than `recall.kl_within`; None: all tokens.
+        """
+        mask, within = batch.get("loss_mask"), self.config.recall.kl_within
+        if "answers" in batch and within is not None and (self.teacher is not None or self.teacher_signal is not None):
+            near = batch["answers"] <= within
+            mask = near if mask is None else mask & near
+        return mask
 
     def _forward_step(self, counts: Tensor, batches: Batches, model: Any) -> tuple[Tensor, Any]:
         batch, student = next(batches), model.module
@@ -118,9 +134,11 @@ class Objective:
             teacher_hidden,
             c.distil,
             chunk_tokens=c.loss_chunk_tokens,
-            token_mask=batch.get("loss_mask"),
+            token_mask=batch["counted"],
             counts=counts[:2],
         )
+        if self.positions is not None:
+            self.positions.add(student, hidden, batch, teacher, teacher_hidden)
         loss, answers = head.loss, None
         if len(counts) > 2:  # tokens, labels, labels that are part of an answer
             mask, tokens = batch["answer_labels"] >= 0, counts[[2, 2]]

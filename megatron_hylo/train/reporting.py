@@ -18,13 +18,14 @@ from rich.progress import Progress as ProgressBar
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.kernels.registry import in_use
+from megatron_hylo.kernels.registry import in_words
 from megatron_hylo.plan.flops import peak_flops
 from megatron_hylo.plan.memory import GIB, Memory
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.train.callback import Callback, Progress
+from megatron_hylo.train.callback import Callback, Progress, Stopped
 
 logger = logging.getLogger("megatron_hylo.train")
+MESSAGE_LENGTH = 1000  # of an error in metrics.jsonl, in characters
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -56,6 +57,7 @@ class Reporter(Callback):
         self.writer = self.wandb = self.bar = None
         self.memory: Memory | None = None
         self.first = self.last = (time.perf_counter(), start_step)
+        self.step = start_step
         self.stepped, self.enabled = False, is_main()
         if not self.enabled:
             return
@@ -96,9 +98,10 @@ class Reporter(Callback):
 
     def after_step(self, progress: Progress) -> None:
         """Move the bar; every `log_interval` steps (and the first and last) record; say so where a step was skipped."""
+        self.step = progress.step
         if not self.stepped:
             self.stepped, self.first = True, (time.perf_counter(), progress.step)
-            logger.info("operations: %s", in_use())
+            self.say(f"kernels by library: {in_words()} (reasons with -v)")
         if self.enabled:
             self._step(progress.step, progress.metrics)
         skipped = progress.skipped
@@ -143,12 +146,15 @@ class Reporter(Callback):
         """Write metrics of one step everywhere; in metrics.jsonl with "time", seconds since 1970."""
         if not self.enabled:
             return
-        self.metrics_file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+        self._append(step, metrics)
         for name, value in metrics.items():
             if self.writer is not None and value is not None:
                 self.writer.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
+
+    def _append(self, step: int, values: dict[str, Any]) -> None:
+        self.metrics_file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
 
     def say(self, message: str) -> None:
         """Print a line on stderr, above a progress bar, and into RUN/log.txt."""
@@ -163,14 +169,22 @@ class Reporter(Callback):
         elif shown:
             print(line, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """Flush and stop."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Record how this start ended (finished, stopped or failed), flush and stop.
+
+        Args:
+            error: what the training loop was left with; None at the run's end.
+        """
         if not self.enabled:
             return
+        ended = "finished" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
+        message = "" if error is None else " ".join(str(error).split())[:MESSAGE_LENGTH] or type(error).__name__
+        self._append(self.step, {"ended": ended, "message": message})
         if self.memory is not None:
             self.say(f"peak memory {peak_memory_gib(self.device):.1f} GiB, predicted {self.memory.total / GIB:.1f}")
         if self.bar is not None:
             self.bar.stop()
+        self._write(f"failed: {message}" if ended == "failed" else message or ended, shown=False)
         self.metrics_file.close()
         if self.writer is not None:
             self.writer.close()

@@ -31,9 +31,9 @@ SETTINGS, HISTORY = "config.json", "history.json"
 INPUTS = ("model", "second_model", "scratch", "teacher", "teacher_store", "data")
 ADDRESS = "teacher_address"  # an input too, whose identity its server tells
 FREE = {
-    "checkpoint", "logging", "profile", "eval_interval", "eval_windows", "eval_data", "parallel", "micro_batch_size",
-    "recompute", "cuda_graphs", "backend", "deterministic", "loss_chunk_tokens", "output", "teacher_offload",
-    "optimizer.offload", "allow_change",
+    "checkpoint", "logging", "profile", "eval_interval", "eval_windows", "eval_data", "evaluation", "parallel",
+    "micro_batch_size", "recompute", "cuda_graphs", "backend", "deterministic", "loss_chunk_tokens", "output",
+    "teacher_offload", "optimizer.offload", "allow_change",
 }  # fmt: skip
 FIXED = {
     "stage": "its checkpoints are of that stage",
@@ -46,6 +46,7 @@ FIXED = {
     "optimizer.use_distributed_optimizer": "its optimizer's state is of that kind",
     "sequence_length": "its position in the data counts windows of that length",
     "global_batch_size": "its position in the data counts batches of that size",
+    "keep_optimizer_state": "its optimizer has gone on from there",
 }
 
 
@@ -65,12 +66,12 @@ class Resume:
 
     @property
     def first_train_tokens(self) -> int:
-        """Number of train_tokens of the run's first start."""
+        """Tokens that the run was to have at its first start."""
         changed = [c["from"] for c in [*self.history, *self.changes] if c["key"] == "train_tokens"]
-        return changed[0] if changed else self.settings["train_tokens"]
+        return changed[0] if changed else _total_tokens(self.settings)
 
     def goes_on(self, config: TrainConfig, newest: Path | None) -> bool:
-        """Return whether there are steps left: also of a finished run, where train_tokens was raised.
+        """Return whether there are steps left: also of a finished run that is extended.
 
         Args:
             config: settings of this start.
@@ -82,12 +83,12 @@ class Resume:
         finished, wanted, at = has_manifest(self.run / "model"), config.train_steps, checkpoint_step(newest)
         done = at
         if finished:
-            first = replace(config, train_tokens=self.first_train_tokens).train_steps
+            first = replace(config, train_tokens=self.first_train_tokens, extend_tokens=0).train_steps
             done = read_description(self.run / "model")[1]["provenance"].get("train_steps", first)
         if wanted < done:
             raise ConfigError(
-                f"{self.run} has done {done} steps, train_tokens {config.train_tokens} asks for {wanted}; raise it, or use "
-                f"another output"
+                f"{self.run} has done {done} steps, {config.total_tokens} tokens are {wanted}; give --extend_tokens N for more "
+                f"than train_tokens, or use another output"
             )
         if not finished or wanted == done:
             return not finished
@@ -178,6 +179,9 @@ def _compare(config: TrainConfig, run: Path) -> Resume:
     # a setting that the run's version did not have yet had its default's effect
     defaults = asdict(TrainConfig(stage="pretrain", data="-", output="-", scratch="-"))
     ours, theirs = flatten(settings), flatten(defaults) | flatten(saved)
+    for flat in (ours, theirs):  # by its total alone, however it is made up
+        flat["train_tokens"] = _total_tokens(flat)
+        flat.pop("extend_tokens", None)
     for name in sorted(ours.keys() | theirs.keys()):
         value, former = ours.get(name), theirs.get(name)
         if not FREE.isdisjoint((name, name.split(".")[0])) or (name == ADDRESS and value and former):
@@ -207,6 +211,11 @@ def _change(resume: Resume, config: TrainConfig, name: str, former: Any, value: 
     said = f"{resume.run} was started with {name} = {former}, now {value}"
     if name in FIXED:
         raise ConfigError(f"{said}; use another output to change it: {FIXED[name]}{_other_way(resume.run)}")
+    if name == "train_tokens" and not longer and name not in config.allowed_changes:
+        raise ConfigError(
+            f"{said}; give --extend_tokens {former - config.train_tokens} as well to go on with it, --allow_change {name} to "
+            f"end it earlier, or use another output{_other_way(resume.run)}"
+        )
     if not longer and config.allowed_changes.isdisjoint((name, name.split(".")[0])):
         raise ConfigError(
             f"{said}; use another output to change it, or go on with the new value by --allow_change {name}"
@@ -220,7 +229,12 @@ def _change(resume: Resume, config: TrainConfig, name: str, former: Any, value: 
 def _other_way(run: Path) -> str:
     """How to change anything: another run from the newest checkpoint; empty where there is none."""
     newest = latest_checkpoint(run)
-    return f". --model {newest} with another output starts from these weights, with a new optimizer state" if newest else ""
+    if newest is None:
+        return ""
+    return (
+        f". --model {newest} with another output starts another run from these weights, with --keep_optimizer_state true also "
+        f"from the optimizer's state"
+    )
 
 
 def _check_groups(resume: Resume, config: TrainConfig) -> None:
@@ -256,6 +270,11 @@ def _known_identity(name: str, former: str, value: str, known: dict[str, dict[st
         f"{run} was started with {name} = {former}, which is not there any more, and kept no record of what it held, so that "
         f"{value} cannot be compared with it; put it back at its place, or use another output"
     )
+
+
+def _total_tokens(settings: dict[str, Any]) -> int:
+    """Tokens of a run by its settings; an earlier version knew no extensions."""
+    return settings["train_tokens"] + settings.get("extend_tokens", 0)
 
 
 def _user() -> str:

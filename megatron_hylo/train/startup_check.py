@@ -48,7 +48,12 @@ def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device
         found |= {(c.operation, c.shape): c for c in check_kernels(config, dtype, device, found, parts)}
     checks = list(found.values())
     refuse_wrong(checks)
-    logger.info("kernels checked: %s", ", ".join(f"{c.operation} by {c.implementation} {c.error:.1e}" for c in checks))
+    worst = max(checks, key=lambda check: check.error / check.limit)
+    logger.info(
+        "%d kernels agree with plain torch; nearest to its limit: %s by %s, error %.1e of %.1e",
+        len(checks), worst.operation, worst.implementation, worst.error, worst.limit,
+    )  # fmt: skip
+    logger.debug("kernels checked: %s", ", ".join(f"{c.operation} by {c.implementation} {c.error:.1e}" for c in checks))
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"device": torch.cuda.get_device_name(device), "checks": [asdict(c) for c in checks]})
 

@@ -8,121 +8,99 @@ head a chunk of tokens at a time.
 import logging
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import uniform_mixers
 from megatron_hylo.config.mixers import LINEAR_SYMBOLS, MLA_SYMBOL
-from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.tokenizer import check_dataset, check_ids
-from megatron_hylo.distill.alignment import mixer_output, mlp_layer
-from megatron_hylo.distill.head_loss import linear_head_loss
 from megatron_hylo.io import atomic_directory, check_free, write_json
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
-from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.platform.distributed import device, is_main
+from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.upcycle.assemble import Source, assemble_state
-from megatron_hylo.upcycle.selection import check_count, greedy_layers, smart_layers
+from megatron_hylo.upcycle.select_losses import By, SwapEvaluation, SwapLoss, selection_windows
+from megatron_hylo.upcycle.selection import backward_layers, check_count, greedy_layers, smart_layers
 
 logger = logging.getLogger("megatron_hylo.select")
-Method = Literal["smart", "greedy", "uniform"]
+MOST_RATIO = 50.0  # HypeNet's cap
+Method = Literal["smart", "greedy", "backward", "uniform"]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Chosen layers and the reason. KL is KL(teacher || model) in nats a token."""
-
-    method: str
-    pattern: str  # one mixer a layer, for `hylo assemble --pattern`
-    mla_layers: list[int]
-    kl_all_linear: float
-    kl_by_layer: list[float] | None  # with that layer alone MLA; None for uniform, which does not ask
-    kl_selected: float
-    tokens: int
-    layer_evaluations: float  # layers run over all tokens, the teacher's included
-    seconds: float
-
-
-class SwapEvaluation:
-    """KL to the teacher of the hybrids that two pure models can make, over fixed text.
+    """Chosen layers and the reason.
 
     Args:
-        teacher: gives embedding, final norm and head; runs once, its final hidden states are kept.
-        mla, linear: layers to choose from; the same dtype as the teacher.
-        windows: int64 [n, sequence].
-        track: progress display over an iterable.
+        method, by: how they were chosen, and by which loss.
+        pattern: one mixer a layer, for `hylo assemble --pattern`.
+        mla_layers: the chosen ones, ascending.
+        order: as they were chosen (greedy) or the others as they were given up (backward), so that one run tells what fewer or
+            more MLA layers would be; None for the other methods.
+        kl_all_linear, kl_all_mla, kl_selected: KL(teacher || model) in nats a token, of the text with exercises in it unless
+            chosen by kl; all MLA for backward alone.
+        kl_by_layer: with that layer alone MLA (backward: alone linear); None for uniform, which does not ask.
+        answers_teacher, answers_all_linear, answers_all_mla, answers_selected, answers_by_layer: cross-entropy at the answers
+            of recall exercises, in nats a token; None where chosen by kl.
+        tokens, answer_tokens: of the text, and of the answers in it.
+        layer_evaluations: layers run over all tokens, the teacher's included.
+        seconds: of the whole.
     """
 
-    @torch.no_grad()
-    def __init__(
-        self, teacher: HyloModel, mla: HyloModel, linear: HyloModel, windows: Tensor, track: Track = no_progress
-    ) -> None:
-        self.teacher, self.track = teacher, track
-        self.mla, self.linear = mla.mixer_layers(), linear.mixer_layers()
-        self.depth = len(self.linear)
-        self.windows = [window.unsqueeze(0).to(device()) for window in windows]
-        self.targets = [teacher(window) for window in track(self.windows, "teacher")]
-        self.layers_run = self.depth * len(self.windows)
+    method: str
+    by: By
+    pattern: str
+    mla_layers: list[int]
+    order: list[int] | None
+    kl_all_linear: float
+    kl_all_mla: float | None
+    kl_by_layer: list[float] | None
+    kl_selected: float
+    answers_teacher: float | None
+    answers_all_linear: float | None
+    answers_all_mla: float | None
+    answers_by_layer: list[float] | None
+    answers_selected: float | None
+    tokens: int
+    answer_tokens: int
+    layer_evaluations: float
+    seconds: float
 
-    @property
-    def layer_evaluations(self) -> float:
-        """Layers run so far, each over all tokens."""
-        return self.layers_run / len(self.windows)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and `recall_per_kl` for JSON."""
+        return asdict(self) | {"recall_per_kl": self.recall_per_kl()}
 
-    @torch.no_grad()
-    def kl(self, chosen: Collection[int], description: str) -> float:
-        """KL with the layers of `chosen` MLA and all others linear."""
-        pairs = list(zip(self.windows, self.targets))
-        return sum(
-            self._kl(self._run(self._embed(window), chosen, 0, self.depth), target)
-            for window, target in self.track(pairs, description)
-        ) / len(pairs)
+    def scores(self) -> list[float] | None:
+        """Return the loss that each layer saves as the only MLA layer, or costs as the only linear one (backward)."""
+        if self.kl_by_layer is None:
+            return None
+        reference = SwapLoss(self.kl_all_linear, self.answers_all_linear)
+        start = reference if self.kl_all_mla is None else SwapLoss(self.kl_all_mla, self.answers_all_mla)
+        answers: Sequence[float | None] = self.answers_by_layer or [None] * len(self.kl_by_layer)
+        sign = 1 if self.kl_all_mla is None else -1
+        return [
+            sign * (start.by(self.by, reference) - SwapLoss(kl, loss).by(self.by, reference))
+            for kl, loss in zip(self.kl_by_layer, answers)
+        ]
 
-    @torch.no_grad()
-    def kl_with(self, chosen: Collection[int], candidates: Sequence[int], description: str) -> dict[int, float]:
-        """KL with each candidate MLA beside `chosen`; layers before the candidate run once for all.
+    def recall_per_kl(self) -> list[float | None] | None:
+        """Nats at the answers for each nat of KL that a layer makes, as HypeNet's recall-against-commonsense score.
 
-        Args:
-            chosen: layers that are MLA in any case.
-            candidates: layer indices, ascending.
-            description: of the progress display.
+        At most MOST_RATIO; None for a layer that makes the KL no better. None without recall.
         """
-        sums, place, hidden = dict.fromkeys(candidates, 0.0), 0, torch.empty(0)
-        work = [(number, candidate) for number in range(len(self.windows)) for candidate in candidates]
-        for number, candidate in self.track(work, description):
-            if candidate == candidates[0]:
-                place, hidden = 0, self._embed(self.windows[number])
-            hidden, place = self._run(hidden, chosen, place, candidate), candidate
-            final = self._run(hidden, {*chosen, candidate}, candidate, self.depth)
-            sums[candidate] += self._kl(final, self.targets[number])
-        return {candidate: total / len(self.windows) for candidate, total in sums.items()}
-
-    def _embed(self, window: Tensor) -> Tensor:
-        return self.teacher.embedding(input_ids=window, position_ids=None)
-
-    def _run(self, hidden: Tensor, chosen: Collection[int], start: int, stop: int) -> Tensor:
-        """Layers start..stop - 1: [sequence, 1, hidden] -> the same."""
-        for index in range(start, stop):
-            mixer, mlp = (self.mla if index in chosen else self.linear)[index]
-            hidden = mlp_layer(mlp, hidden + mixer_output(mixer, hidden))
-        self.layers_run += stop - start
-        return hidden
-
-    def _kl(self, hidden: Tensor, target: Tensor) -> float:
-        weight = self.teacher.head_weight()
-        final = self.teacher.decoder.final_norm(hidden).flatten(0, 1)
-        kl = linear_head_loss(final, weight, teacher_hidden=target.flatten(0, 1), teacher_weight=weight).kl
-        assert kl is not None, "there is a teacher"
-        if not math.isfinite(kl.item()):
-            raise ConfigError("KL to the teacher is not finite: weights are broken, align the models again")
-        return kl.item()
+        if self.kl_by_layer is None or self.answers_by_layer is None:
+            return None
+        alone_mla = self.kl_all_mla is None
+        kl, answers = (self.kl_all_linear, self.answers_all_linear) if alone_mla else (self.kl_all_mla, self.answers_all_mla)
+        assert kl is not None and answers is not None, "measured with the layers"
+        sign = 1 if alone_mla else -1
+        changes = [(sign * (kl - k), sign * (answers - a)) for k, a in zip(self.kl_by_layer, self.answers_by_layer)]
+        return [min(at_answers / of_kl, MOST_RATIO) if of_kl > 0 else None for of_kl, at_answers in changes]
 
 
 def select_folder(
@@ -132,6 +110,7 @@ def select_folder(
     data: str | Path,
     count: int,
     method: Method = "smart",
+    by: By = "kl",
     tokens: int = 65_536,
     sequence_length: int = 2048,
     output: str | Path | None = None,
@@ -147,7 +126,10 @@ def select_folder(
         linear: aligned model folder, the same linear mixer in all layers.
         data: dataset folder; the text is the training set's, so that held-out text stays unseen.
         count: number of MLA layers.
-        method: `smart` (Zebra-Llama's SMART), `greedy` or `uniform` (evenly spread, nothing asked).
+        method: `smart` (Zebra-Llama's SMART), `greedy` (from all linear, the best one more), `backward` (from all MLA, the
+            least needed one less) or `uniform` (evenly spread, nothing asked).
+        by: `kl` (to the teacher), `recall` (loss at the answers of key-value exercises in the text) or `both` (the sum of the
+            two, each as a part of the all-linear model's).
         tokens: text to measure on; rounded down to whole windows, and to what there is.
         sequence_length: tokens a window.
         output: folder to make, with selection.json and (but for uniform) selection.png.
@@ -163,53 +145,68 @@ def select_folder(
     if output is not None:
         check_free(output, overwrite, [teacher, mla, linear, data])
     symbol, vocabulary = _check_models(teacher, mla, linear, count, allow_unaligned)
-    windows = _windows(data, tokens, sequence_length)
+    windows, answers = selection_windows(data, tokens, sequence_length, by)
     check_ids(windows, vocabulary, data, teacher)
     for folder in (teacher, mla, linear):
         check_dataset(data, folder)
     base = load_model(teacher).eval()
     pure_mla, pure_linear = (load_model(folder, params_dtype=base.config.params_dtype).eval() for folder in (mla, linear))
-    evaluation = SwapEvaluation(base, pure_mla, pure_linear, windows, track)
-    kl_all_linear = evaluation.kl((), "all linear")
-    if kl_all_linear > math.log(vocabulary) / 2:
+    evaluation = SwapEvaluation(base, pure_mla, pure_linear, windows, answers, track)
+    all_linear = evaluation.loss((), "all linear")
+    if all_linear.kl > math.log(vocabulary) / 2:
         _doubt(
-            f"{linear} is {kl_all_linear:.2f} nats from its teacher, more than half of ln({vocabulary}), a blind guess's",
+            f"{linear} is {all_linear.kl:.2f} nats from its teacher, more than half of ln({vocabulary}), a blind guess's",
             allow_unaligned,
         )
-    depth, kl_by_layer = evaluation.depth, None
+    depth = evaluation.depth
+    all_mla = evaluation.loss(range(depth), "all MLA") if method == "backward" else None
+    by_layer: dict[int, SwapLoss] | None = None
+    order: list[int] | None = None
     if method == "uniform":
         chosen = tuple(layer for layer, mixer in enumerate(uniform_mixers(depth, count)) if mixer == MLA_SYMBOL)
     elif method == "smart":
-        kl = evaluation.kl_with((), range(depth), "one layer MLA")
-        kl_by_layer = list(kl.values())
-        chosen = smart_layers([kl_all_linear - value for value in kl_by_layer], count)
+        by_layer = evaluation.losses_with_change((), range(depth), "one layer MLA")
+        whole = all_linear.by(by, all_linear)
+        chosen = smart_layers([whole - loss.by(by, all_linear) for loss in by_layer.values()], count)
     else:
-        rounds: list[dict[int, float]] = []
+        rounds: list[dict[int, SwapLoss]] = []
 
-        def measure(so_far: tuple[int, ...], candidates: list[int]) -> dict[int, float]:
-            rounds.append(evaluation.kl_with(so_far, candidates, f"MLA layer {len(so_far) + 1} of {count}"))
-            return rounds[-1]
+        def measure(mla_layers: tuple[int, ...], candidates: list[int]) -> dict[int, float]:
+            step = f"step {len(rounds) + 1} of {count if method == 'greedy' else depth - count}"
+            rounds.append(evaluation.losses_with_change(mla_layers, candidates, step))
+            return {layer: loss.by(by, all_linear) for layer, loss in rounds[-1].items()}
 
-        path = greedy_layers(depth, count, measure)
-        kl_by_layer, chosen, kl_selected = list(rounds[0].values()), tuple(sorted(layer for layer, _ in path)), path[-1][1]
-    if method != "greedy":
-        kl_selected = evaluation.kl(chosen, "chosen")
+        order = (greedy_layers if method == "greedy" else backward_layers)(depth, count, measure)
+        by_layer = rounds[0]
+        chosen = tuple(sorted(order if method == "greedy" else set(range(depth)) - set(order)))
+    selected = rounds[-1][order[-1]] if order is not None else evaluation.loss(chosen, "chosen")
     selection = Selection(
         method=method,
+        by=by,
         pattern="".join(MLA_SYMBOL if layer in chosen else symbol for layer in range(depth)),
         mla_layers=list(chosen),
-        kl_all_linear=kl_all_linear,
-        kl_by_layer=kl_by_layer,
-        kl_selected=kl_selected,
-        tokens=windows.numel(),
+        order=order,
+        kl_all_linear=all_linear.kl,
+        kl_all_mla=all_mla.kl if all_mla else None,
+        kl_by_layer=[loss.kl for loss in by_layer.values()] if by_layer else None,
+        kl_selected=selected.kl,
+        answers_teacher=evaluation.teacher_loss().answers,
+        answers_all_linear=all_linear.answers,
+        answers_all_mla=all_mla.answers if all_mla else None,
+        answers_by_layer=[loss.answers for loss in by_layer.values() if loss.answers is not None]
+        if by_layer and answers is not None
+        else None,
+        answers_selected=selected.answers,
+        tokens=windows[:, 1:].numel(),
+        answer_tokens=evaluation.answer_tokens,
         layer_evaluations=evaluation.layer_evaluations,
         seconds=time.perf_counter() - start,
     )
     if output is not None:
         with atomic_directory(output, overwrite) as folder:
             if is_main():
-                write_json(folder / "selection.json", asdict(selection))
-                if kl_by_layer is not None:
+                write_json(folder / "selection.json", selection.to_dict())
+                if by_layer is not None:
                     plot_selection(selection, folder / "selection.png")
     return selection
 
@@ -218,8 +215,14 @@ def plot_selection(selection: Selection, file: Path) -> None:
     """Bars of each layer's sensitivity, the chosen ones marked, as PNG."""
     from megatron_hylo.eval.plots import Axes, Theme, draw_png
 
-    assert selection.kl_by_layer is not None, "every method but uniform measures the layers one by one"
-    gains = [selection.kl_all_linear - kl for kl in selection.kl_by_layer]
+    gains = selection.scores()
+    assert gains is not None, "every method but uniform measures the layers one by one"
+    loss = {
+        "kl": "KL, nats a token",
+        "recall": "answers' loss, nats a token",
+        "both": "KL + answers' loss, parts of all-linear",
+    }
+    change = "lost by it alone as linear" if selection.method == "backward" else "saved by it alone as MLA"
 
     def draw(axes: Axes, theme: Theme) -> None:
         linear = selection.pattern.replace("+", "")[0]
@@ -227,7 +230,7 @@ def plot_selection(selection: Selection, file: Path) -> None:
             layers = [layer for layer in range(len(gains)) if (layer in selection.mla_layers) == wanted]
             axes.bar(layers, [gains[layer] for layer in layers], color=color, label=label)
         axes.axhline(0, color=theme.ink, linewidth=0.8)
-        axes.set(xlabel="layer", ylabel="KL lost when it alone is MLA, nats a token", xticks=range(len(gains)))
+        axes.set(xlabel="layer", ylabel=f"{loss[selection.by]}, {change}", xticks=range(len(gains)))
         axes.set_title(
             f"{selection.method}, {selection.tokens:,} tokens: KL {selection.kl_all_linear:.3f} all linear, "
             f"{selection.kl_selected:.3f} with {len(selection.mla_layers)} MLA layers"
@@ -269,11 +272,3 @@ def _doubt(reason: str, allow_unaligned: bool) -> None:
     if not allow_unaligned:
         raise ConfigError(f"{message}: run `hylo train` with stage align first, or give --allow_unaligned")
     logger.warning(message)
-
-
-def _windows(data: str | Path, tokens: int, sequence_length: int) -> Tensor:
-    """Inputs, int64 [n, sequence_length], of the first windows of the training set in a shuffled order."""
-    if tokens < sequence_length:
-        raise ConfigError(f"tokens {tokens} is less than one window of sequence_length {sequence_length}; give more, or less")
-    dataset = PackedDataset(f"{data}/train", sequence_length, seed=0)
-    return torch.stack([dataset[i][:-1] for i in range(min(tokens // sequence_length, dataset.windows_per_epoch))])

@@ -1,7 +1,7 @@
-"""Which layers of a hybrid keep a per-token cache (MLA) and which become linear: rules over measured KL divergences.
+"""Which layers of a hybrid keep a per-token cache (MLA) and which become linear: rules over measured losses.
 
-Given is KL(teacher || model) of the all-linear model, and of models with some of its layers swapped for their aligned
-MLA twins; `convert.select_folder` measures it. Nothing here knows of models.
+Given is the loss of models with some layers MLA and the others their aligned linear twins: KL(teacher || model), loss at recall
+answers, or both; `upcycle.select_folder` measures it. Nothing here knows of models.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,28 +64,49 @@ def smart_layers(gains: Sequence[float], count: int) -> tuple[int, ...]:
     return best[last][1]
 
 
-def greedy_layers(
-    num_layers: int, count: int, measure: Callable[[tuple[int, ...], list[int]], dict[int, float]]
-) -> list[tuple[int, float]]:
-    """One MLA layer after another, each the one that lowers KL most beside those chosen before.
+def greedy_layers(num_layers: int, count: int, measure: Callable[[tuple[int, ...], list[int]], dict[int, float]]) -> list[int]:
+    """One MLA layer after another, each the one that lowers the loss most beside those chosen before.
 
     Args:
         num_layers: L.
         count: layers to choose.
-        measure: (layers chosen so far, candidates) -> KL with each candidate added.
+        measure: (MLA layers so far, candidates) -> loss with each candidate added.
 
     Returns:
-        (layer, KL with it and all before it) in the order chosen; the lower index where two are as good.
+        Layers in the order chosen; the lower index where two are as good.
 
     Raises:
         ConfigError: count is not between 1 and L - 1.
     """
     check_count(count, num_layers)
-    path: list[tuple[int, float]] = []
+    chosen: list[int] = []
     for _ in range(count):
-        chosen = tuple(layer for layer, _ in path)
-        candidates = [layer for layer in range(num_layers) if layer not in chosen]
-        kl = measure(chosen, candidates)
-        best = min(candidates, key=kl.__getitem__)
-        path.append((best, kl[best]))
-    return path
+        losses = measure(tuple(chosen), [layer for layer in range(num_layers) if layer not in chosen])
+        chosen.append(min(losses, key=losses.__getitem__))
+    return chosen
+
+
+def backward_layers(
+    num_layers: int, count: int, measure: Callable[[tuple[int, ...], list[int]], dict[int, float]]
+) -> list[int]:
+    """Backward elimination: from MLA everywhere, one layer after another becomes linear, each the one that costs least.
+
+    Args:
+        num_layers: L.
+        count: layers that stay MLA.
+        measure: (MLA layers so far, candidates) -> loss with each candidate linear.
+
+    Returns:
+        Layers in the order given up; the lower index where two are as good.
+
+    Raises:
+        ConfigError: count is not between 1 and L - 1.
+    """
+    check_count(count, num_layers)
+    left = list(range(num_layers))
+    given_up: list[int] = []
+    while len(left) > count:
+        losses = measure(tuple(left), list(left))
+        given_up.append(min(losses, key=losses.__getitem__))
+        left.remove(given_up[-1])
+    return given_up

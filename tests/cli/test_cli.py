@@ -2,20 +2,27 @@
 
 import dataclasses
 import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from docstring_parser import parse as parse_docstring
 from safetensors.torch import load_file, save_file
 
 from megatron_hylo import __version__
-from megatron_hylo.cli.main import VERBS, main
+from megatron_hylo.cli.main import QUICK, VERBS, main
 from megatron_hylo.cli.parser import command
 from megatron_hylo.config import ParallelConfig, RopeScaling
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.models.checkpoint import load_model, read_description
 from tests.conftest import tiny_hf_model
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(capsys, *arguments: str) -> tuple[int, str]:
@@ -57,8 +64,12 @@ def test_upcycling_directly_equals_assembling_pure_models(teacher, tmp_path, cap
 
 def test_export_and_back_keeps_every_weight(teacher, tmp_path, capsys):
     assert run(capsys, "upcycle", teacher, tmp_path / "hybrid", "--pattern", "M+G", "--init", "paper")[0] == 0
-    assert run(capsys, "export", tmp_path / "hybrid", tmp_path / "exported")[0] == 0
-    assert run(capsys, "convert", tmp_path / "exported", tmp_path / "back")[0] == 0
+    parameters = sum(p.numel() for p in load_model(tmp_path / "hybrid").parameters())
+    for verb, source, output, form in (("export", "hybrid", "exported", "hf"), ("convert", "exported", "back", "megatron")):
+        with pytest.raises(SystemExit):
+            main([verb, str(tmp_path / source), str(tmp_path / output), "--json"])
+        about = {"format": form, "mixers": "M+G", "parameters": parameters, "verified": True}
+        assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path / output)} | about
     code, text = run(capsys, "verify", tmp_path / "exported", tmp_path / "hybrid")
     assert code == 0, text
     before, after = (load_model(tmp_path / n).state_dict() for n in ("hybrid", "back"))
@@ -141,6 +152,37 @@ def test_an_upcycled_model_can_be_made_again_from_its_provenance(teacher, tmp_pa
     assert run(capsys, "upcycle", "--config", recipe, "--seed", "5")[0] == 0
     first, second = (load_model(folder).state_dict() for folder in (tmp_path / "first", again))
     assert all(torch.equal(first[name], second[name]) for name in first if isinstance(first[name], torch.Tensor))
+
+
+# a command line of each verb that does something, up to its own code
+LINES = (
+    "quickstart", "fetch teacher", "convert hf new", "verify hf model", "preprocess text new --tokenizer hf",
+    "calibrate teacher data new", "upcycle teacher new --pattern GG", "select teacher --mla m --linear l --data d --count 1",
+    "assemble m l b new --pattern GG", "cache-teacher teacher data new", "serve-teacher teacher 29600",
+    "train --stage pretrain --data d --model m --output new", "evaluate m d", "eval m", "export m new", "generate m hello",
+    "doctor",
+)  # fmt: skip
+
+
+def test_every_verb_says_what_it_does_before_it_loads_anything(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert {line.split()[0] for line in LINES} == {command(verb) for verb in VERBS if verb not in QUICK}
+    for line in LINES:
+        said = []
+        monkeypatch.setattr("megatron_hylo.cli.main._run", lambda *_, said=said: said.append(capsys.readouterr().err))
+        with pytest.raises(SystemExit):
+            main(shlex.split(line))
+        assert said == [f"hylo {line}\n"]
+
+
+def test_the_first_line_takes_less_than_two_seconds_of_a_processor():
+    """A process of its own, for what is imported on the way; verbs differ in nothing before it (the test above)."""
+    command_line = [sys.executable, "-m", "megatron_hylo.cli", "evaluate", "/nowhere", "/nowhere"]
+    with subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr.readline() == "hylo evaluate /nowhere /nowhere\n"
+        used = psutil.Process(process.pid).cpu_times()
+        process.kill()
+    assert used.user + used.system < 2
 
 
 def test_the_version_is_the_packages(capsys):

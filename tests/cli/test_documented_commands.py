@@ -1,4 +1,4 @@
-"""Commands that documents, examples and scripts show are accepted by the real parser."""
+"""Commands that documents, examples, recipes and scripts show are accepted by the real parser."""
 
 import contextlib
 import io
@@ -15,7 +15,17 @@ from megatron_hylo.cli.parser import build_parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")])
-COMMAND = re.compile(r"^\s*(\S+=\S+\s+)*((\.venv/bin/)?hylo|torchrun .*-m megatron_hylo\.cli) ")
+SCRIPTS = sorted([
+    *ROOT.glob("slurm/*.sh"), *ROOT.glob("examples/*/*.sh"), *ROOT.glob("megatron_hylo/recipes/*.yaml"),
+    *ROOT.glob("megatron_hylo/**/*.py"),
+])  # fmt: skip
+LAUNCH = r"python -m megatron_hylo\.train\.launch .*?-m megatron_hylo\.cli"
+SHOWN = re.compile(
+    rf"\b((?:[A-Z]\w*=\S+ +)*)((?:\.venv/bin/)?hylo|{LAUNCH}|(?:bash|sbatch)(?: --\S+)* (?:slurm|examples)/\S+\.sh)(?= |$)(.*)"
+)
+FOREIGN = {"--option", "--standalone", "--nproc-per-node", "--signals-to-handle"}  # torchrun's
+FOREIGN |= {"--signal", "--time", "--export", "--wait", "--kill-on-invalid-dep"}  # Slurm's
+FOREIGN |= {"--work", "--append-eod"}  # a benchmark's, Megatron-LM's
 
 
 @pytest.fixture(scope="module")
@@ -23,45 +33,155 @@ def parser():
     return build_parser(VERBS)
 
 
-def commands(text: str) -> list[list[str]]:
-    """Arguments of every `hylo` command in the shell blocks of a page."""
-    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if COMMAND.match(line)]
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [line[next(i for i, w in enumerate(line) if w.endswith(("hylo", "megatron_hylo.cli"))) + 1 :] for line in words]
+def commands(text: str) -> list[tuple[str, list[str], list[str]]]:
+    """Commands of the shell blocks of a page or the comments of a script: program, names of its variables, its arguments."""
+    found = [SHOWN.match(line.strip()) for line in text.replace("\\\n", " ").splitlines()]
+    return [
+        (m[2].split("/")[-1] if m[2].endswith("hylo") else m[2], re.findall(r"(\w+)=", m[1]), shlex.split(m[3], comments=True))
+        for m in found
+        if m
+    ]
 
 
-def refused(parser, arguments: list[str]) -> str:
-    """Return the parser's error about a command; nothing where it accepts it."""
-    if "..." in arguments or "--config" in arguments:  # the rest is the reader's
-        return ""
+def blocks(page: Path) -> str:
+    """Everything in the shell blocks of a page."""
+    return "\n".join(re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.S))
+
+
+def comments(script: Path) -> str:
+    """Comments of a shell script or recipe without their `#` and a label before a command; a Python file's docstring."""
+    if script.suffix == ".py":
+        return script.read_text().split('"""')[1] if script.read_text().startswith('"""') else ""
+    lines = [line[1:].strip() for line in script.read_text().splitlines() if line.startswith("#") and line[1:2] not in "!S"]
+    return "\n".join(re.sub(r"^[\w ]+: +(?=[A-Z_]+=|hylo|bash|sbatch)", "", line) for line in lines)
+
+
+def refused(parser, program: str, variables: list[str], arguments: list[str]) -> str:
+    """Return what is wrong with a command; nothing where it is accepted.
+
+    RECIPE.yaml stands for a recipe and N for a number; after `...` the reader adds what is needed.
+    """
+    arguments = [word for word in (re.sub(r"^\[(?=[-.])|(?<=\.\.)\]$", "", word) for word in arguments) if word]
+    open_end = "..." in arguments
+    words = ["1" if word == "N" else word for word in arguments if word != "..."]
+    if program.startswith(("bash", "sbatch")):
+        script = ROOT / program.split()[-1]
+        if not script.exists():
+            return f"there is no {script}"
+        lines = [line for path in script.parent.glob("*.sh") for line in path.read_text().splitlines()]
+        known = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+        if unknown := [name for name in variables if not re.search(rf"\b{re.sub(r'_[0-9]+$', '', name)}\b", known)]:
+            return f"{script.name} does not read {unknown}"
+        if script.name == "submit_chain.sh":
+            return "".join(f"there is no stage {word}" for word in words if not (script.parent / f"{word}.sh").exists())
+        if script.parent.name != "slurm":
+            code = [line for line in script.read_text().splitlines() if not line.lstrip().startswith("#")]
+            return "".join(f"takes no {word} " for word in words if not re.search(rf"\b{re.escape(word)}\b", "\n".join(code)))
+        (recipe,) = re.findall(r"recipes/(\S+\.yaml)", script.read_text())
+        words = ["train", "--config", recipe, *(f"--{name}=x" for name in ("model", "teacher", "data", "output")), *words]
+    if "--config" in words:
+        place = words.index("--config") + 1
+        recipe = words[place] if words[place] != "RECIPE.yaml" else "stage3_ctx64k_llama3.2-1b.yaml"
+        words[place] = str(ROOT / "megatron_hylo" / "recipes" / recipe)
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
-            parser.parse_args(arguments)
+            parser.parse_args(words)
         except SystemExit as end:
-            return said.getvalue() if end.code else ""
-        except Exception as error:
-            return str(error)
+            lacks = open_end and re.match(r"error: hylo [\w-]+ needs [A-Z-]", said.getvalue())
+            return said.getvalue() if end.code and not lacks else ""
     return ""
 
 
+def all_refused(parser, texts: dict[Path, str]) -> tuple[int, dict[str, str]]:
+    """Return the number of commands in some texts, and what is wrong with each that is not accepted."""
+    found = [(path, command) for path, text in texts.items() for command in commands(text)]
+    answers = {
+        f"{path.relative_to(ROOT)}: {command[0]} {shlex.join(command[2])}": refused(parser, *command) for path, command in found
+    }
+    return len(found), {command: said for command, said in answers.items() if said}
+
+
 def test_commands_of_the_documents_are_accepted(parser):
-    found = {page.relative_to(ROOT): commands(page.read_text()) for page in PAGES}
-    assert sum(map(len, found.values())) > 20
-    assert {f"{page}: {shlex.join(c)}": said for page, cs in found.items() for c in cs if (said := refused(parser, c))} == {}
+    number, wrong = all_refused(parser, {page: blocks(page) for page in PAGES})
+    assert number > 25 and wrong == {}
 
 
-def test_options_in_running_text_are_in_the_reference():
-    known = set(re.findall(r"--[\w.]+", (ROOT / "docs" / "cli.md").read_text()))
-    inline = {page.name: re.findall(r"`hylo [^`]*`", re.sub(r"```.*?```", "", page.read_text(), flags=re.S)) for page in PAGES}
-    used = {(name, option) for name, codes in inline.items() for code in codes for option in re.findall(r"--[\w.]+", code)}
-    assert len(used) > 8 and {(name, option) for name, option in used if option not in known} == set()
+def test_commands_in_comments_of_scripts_and_recipes_are_accepted(parser):
+    number, wrong = all_refused(parser, {script: comments(script) for script in SCRIPTS})
+    assert number > 8 and wrong == {}
 
 
-def test_a_wrong_command_is_found(parser):
-    (wrong,) = commands("```sh\nA=b hylo generate model --prompt \\\n  text   # comment\n```")
-    assert wrong == ["generate", "model", "--prompt", "text"] and refused(parser, wrong)
+def test_verbs_and_options_in_running_text_are_real(parser):
+    verbs = parser._subcommands_action._name_parser_map
+    options = {name: set(sub._option_string_actions) for name, sub in verbs.items()}
+    actions = [action for sub in verbs.values() for action in sub._actions if action.nargs != 0]
+    take_value = {option for action in actions for option in action.option_strings}
+    anywhere = set.union(*options.values()) | FOREIGN
+    wrong, number = [], 0
+    for path in [*PAGES, *(script for script in SCRIPTS if script.suffix != ".py")]:
+        if path.parent.name == "results":  # their commands are those of their commits
+            continue
+        page = path.suffix == ".md"
+        text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S) if page else comments(path)
+        for code in re.findall(r"`([^`\n]+)`", text) + ([] if page else re.findall(r"--[a-z]\S+", text)):
+            verb = re.match(r"hylo ([a-z][\w-]*)", code)
+            number += 1
+            if verb and verb[1] not in options:
+                wrong.append(f"{path.name}: {code}")
+            known = options[verb[1]] if verb and verb[1] in options else anywhere
+            if (switch := re.search(r"(--[a-z][\w.-]*) (true|false)\b", code)) and switch[1] not in take_value:
+                wrong.append(f"{path.name}: {switch[0]}")
+            if code.startswith(("hylo", "--")):
+                wrong += [
+                    f"{path.name}: {option}"
+                    for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", code)
+                    if option not in known
+                ]
+    assert number > 200 and wrong == []
+
+
+def test_links_between_files_lead_somewhere():
+    """mkdocs checks the pages of the site, as they are there; these are all pages as they are in the repository."""
+    pages = [*PAGES, ROOT / "CHANGELOG.md", *ROOT.glob("tests/**/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())]
+    assert len(links) > 100
+    assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_results_page_is_listed():
+    listed = (ROOT / "docs" / "results.md").read_text()
+    names = [page.name for page in ROOT.glob("benchmarks/results/*.md")]
+    assert names and [name for name in names if f"](../benchmarks/results/{name})" not in listed] == []
+
+
+def test_make_targets_are_real(parser):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    text = "\n".join(page.read_text() for page in PAGES)
+    named = re.findall(r"(?:`|^)make ([a-z-]+)(?: ARGS=\"(.*?)\")?", text, flags=re.M)
+    assert len(named) > 20 and {name for name, _ in named} - targets == set()
+    quickstarts = [shlex.split(given) for name, given in named if name == "quickstart" and given]
+    assert (
+        quickstarts and [said for words in quickstarts if (said := refused(parser, "hylo", [], ["quickstart", *words]))] == []
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "A=b hylo generate model --prompt \\\n  text   # comment",
+        "hylo train --config RECIPE.yaml --learning_rate 1 ...",
+        "python -m megatron_hylo.train.launch --standalone --nproc-per-node 2 -m megatron_hylo.cli trains ...",
+        "HYLO_ROOTS=/shared bash slurm/stage1_ild.sh --train_tokens 1",
+        "HYLO_ROOT=/shared sbatch slurm/stage1_ild.sh [--train_token N ...]",
+        "sbatch --nodes=2 slurm/stage9.sh",
+        "bash slurm/submit_chain.sh stage1_ild stage9",
+        "OUTT=x bash examples/smollm2/run.sh",
+    ],
+)
+def test_a_wrong_command_is_found(parser, wrong):
+    (command,) = commands(wrong)
+    assert refused(parser, *command)
 
 
 @pytest.mark.parametrize(("linear", "gpu"), [("gdn", False), ("mamba2", True)])
@@ -78,6 +198,6 @@ def test_the_example_runs_commands_that_are_accepted(parser, tmp_path, linear, g
     ran = [line.split("\0")[:-1] for line in (tmp_path / "record").read_text().split("\n")[:-1]]
     verbs = "convert preprocess calibrate upcycle train train export evaluate evaluate generate report"
     assert " ".join(c[0] for c in ran if c[0] != "fetch") == verbs
-    assert {shlex.join(c): said for c in ran if (said := refused(parser, c))} == {}
+    assert {shlex.join(c): said for c in ran if (said := refused(parser, "hylo", [], c))} == {}
     tokens = sum(int(c[c.index("--train_tokens") + 1]) for c in ran if c[0] == "train")
     assert tokens == (30_000_000 if gpu else 22_528)

@@ -13,7 +13,8 @@ from megatron_hylo.cli.quickstart import default_output
 from megatron_hylo.cli.quickstart_report import heldout_points, plot_quickstart, write_report
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.eval.run_report import differing, read_run, write_run_report
+from megatron_hylo.eval.run_report import write_run_report
+from megatron_hylo.eval.runs import differing, read_run
 from megatron_hylo.train.run_record import record_start
 
 SUMMARY = dict(
@@ -30,7 +31,9 @@ def make_run(folder: Path, stage: str, lr: float, heldout: dict[int, float]) -> 
     config = {"stage": stage, "output": str(folder), "global_batch_size": 2, "sequence_length": 64, "train_tokens": 512}
     (folder / "config.json").write_text(json.dumps(config | {"optimizer": {"lr": lr}}))
     lines = [{"step": s, "loss": 1 / s, "tokens": 128 * s, "tokens_per_second": 10.0 * s} for s in range(1, 5)]
-    lines += [{"step": step, "heldout_perplexity": value, "heldout_kl": None} for step, value in heldout.items()]
+    for step, value in heldout.items():
+        suites = {"eval/ruler/vt/match/4096": 0.5, "eval/ruler/mean/match/4096": 0.01 * value} if stage == "distil" else {}
+        lines.append({"step": step, "heldout_perplexity": value, "heldout_kl": None} | suites)
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "lo')
     return folder
 
@@ -61,9 +64,11 @@ def test_a_report_has_curves_quality_and_the_settings_that_differ(one_rank, runs
         f"<td>libraries.torch</td><td>{torch.__version__.split('+')[0]}",
         "<td>optimizer.lr</td><td>0.001</td><td>0.002</td>",
         "distil: 48 to 40",
+        "Ruler mean (match) at 4,096 tokens by training tokens. distil: 0.48 to 0.4",
     ):
         assert text in page
-    assert page.count("<svg") == 2 * 3  # a theme each: held-out perplexity, loss, tokens/s; no chart of what is nowhere
+    # for two widths each: held-out perplexity, loss of each stage, tokens/s, RULER; no chart of what is nowhere
+    assert page.count("<svg") == 2 * 5
     assert loaded(page) == [] and "<script" not in page
     identifiers = re.findall(r'\bid="([^"]+)"', page)
     clips = [i for i in identifiers if re.fullmatch(r"p[0-9a-f]{10}", i)]
@@ -79,7 +84,7 @@ def test_the_quickstarts_page_has_text_table_plot_and_commands(runs):
     assert heldout_points(SUMMARY, runs) == ([(0, 60.0), (512, 55.0), (768, 48.0), (1024, 40.0)], 512)
     assert plot_quickstart(SUMMARY, runs).stat().st_size > 10_000
     page = write_report(SUMMARY, "A & B", runs, ".venv/bin/hylo").read_text()
-    for text in ("A &amp; B", "&lt;/p&gt; is &lt;b&gt;bold", "11.0 %", "<td>after stage 2</td><td>40.00</td>"):
+    for text in ("A &amp; B", "&lt;/p&gt; is &lt;b&gt;bold", "11.0\u00a0%", "<td>after stage 2</td><td>40.00</td>"):
         assert text in page
     assert f".venv/bin/hylo report {runs}/align {runs}/distil" in page and page.count("<svg") == 2 and loaded(page) == []
 

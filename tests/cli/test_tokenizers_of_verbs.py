@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_hylo.calibrate.gather import calibrate
+from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.preprocess import build_dataset
@@ -74,7 +74,11 @@ def test_an_id_beyond_the_vocabulary_is_a_sentence(material, tmp_path, capsys, m
 
 
 def test_a_calibration_of_another_tokenizer_is_refused(material, tmp_path, capsys):
-    calibrate(material.root / "teacher_ours", material.data, tmp_path / "calibration", 960, 40, heldout=2)
+    words = ["calibrate", material.root / "teacher_ours", material.data, tmp_path / "calibration", "--tokens", 960]
+    with pytest.raises(SystemExit):
+        main([str(word) for word in [*words, "--sequence_length", 40, "--json"]])
+    made = json.loads(capsys.readouterr().out)
+    assert (made["output"], made["tokens"], made["layers"]) == (str(tmp_path / "calibration"), 960, 3)
     arguments = [tmp_path / "out", "--pattern", "G+G", "--calibration", tmp_path / "calibration"]
     code, text = run(capsys, "upcycle", material.root / "teacher_theirs", *arguments)
     assert code == 2 and "calibration was made with another tokenizer" in text, text

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_hylo.config.train import KLSettings
-from megatron_hylo.distill.head_loss import head_part, linear_head_loss, teacher_rows, whole_head
-from megatron_hylo.distill.plain_head_softmax import top_k_mask
+from megatron_hylo.distill.head_loss import linear_head_loss
+from megatron_hylo.distill.head_rows import head_part, teacher_rows, whole_head
+from megatron_hylo.distill.plain_head_softmax import token_losses, top_k_mask
 from tests.distill.test_head_loss import N, make_inputs, reference
 from tests.kernels.compare import relative_error
 
@@ -96,15 +97,21 @@ def undivided_error(student_size: int, teacher_size: int, top_k: int | None) -> 
         chunk_tokens=20,
         group=group,
         vocabulary=common,
-        measure_agreement=top_k is None,
         settings=KLSettings(kl_weight=0.7, ce_weight=0.4, kl_top_k=top_k),
     )
     result.loss.backward()
     dist.all_reduce(inputs["hidden"].grad)
     expected = torch.zeros(2 * len(weight), weight.shape[1], dtype=torch.float64)
     expected[:common] = truth["weight"]
-    names = ("loss", "kl", "cross_entropy", *(("agreement",) if top_k is None else ()))
-    pairs = [(getattr(result, name), truth[name]) for name in names]
+    pairs = [(getattr(result, name), truth[name]) for name in ("loss", "kl", "cross_entropy")]
+    if top_k is None:
+        first = group.rank() * len(weight)
+        kept = min(len(weight), len(rows), max(common - first, 0))
+        logits, theirs = (
+            inputs[f"{who}hidden"].detach() @ head[:kept].detach().T for who, head in (("", weight), ("teacher_", rows))
+        )
+        cross_entropy, _, kl, agreement = token_losses(logits, theirs, inputs["labels"], first, group).mean(1)
+        pairs += [(kl, truth["kl"]), (cross_entropy, truth["cross_entropy"]), (agreement, truth["agreement"])]
     pairs += [(inputs["hidden"].grad, truth["hidden"]), (weight.grad, expected.chunk(2)[group.rank()])]
     return max(relative_error(ours, theirs) for ours, theirs in pairs)
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_hylo.config import ConfigError, from_dict
 from megatron_hylo.config.train import KLSettings, TrainConfig
 from megatron_hylo.distill.head_loss import linear_head_loss, mean_counts, model_head_loss
+from megatron_hylo.distill.plain_head_softmax import token_losses
 from tests.conftest import uneven_model
 from tests.forked import run_ranks
 from tests.kernels.compare import relative_error
@@ -70,7 +71,6 @@ def errors(
     result = linear_head_loss(
         **given,
         chunk_tokens=chunk,
-        measure_agreement=measure,
         token_mask=mask,
         settings=KLSettings(
             kl_weight=kl_weight, ce_weight=ce_weight, kl_direction=direction, kl_temperature=temperature, kl_top_k=top_k
@@ -79,9 +79,9 @@ def errors(
     weights = (kl_weight, ce_weight) if measure else (0.0, 1.0)
     truth = reference(inputs, *weights, direction, temperature, top_k, mask)
     found = {}
-    for name in ("loss", "kl", "cross_entropy", "agreement"):
+    for name in ("loss", "kl", "cross_entropy"):
         value = getattr(result, name)
-        missing = (name in ("kl", "agreement") and not measure) or (name == "cross_entropy" and "labels" in drop)
+        missing = (name == "kl" and not measure) or (name == "cross_entropy" and "labels" in drop)
         assert (value is None) == missing, name
         if value is not None:
             found[name] = relative_error(value, truth[name])
@@ -148,11 +148,10 @@ def test_all_tokens_masked(top_k):
     result = linear_head_loss(
         **inputs,
         token_mask=torch.zeros(N, dtype=torch.bool),
-        measure_agreement=True,
         settings=KLSettings(ce_weight=0.4, kl_top_k=top_k),
     )
     result.loss.backward()
-    assert [result.loss.item(), result.kl.item(), result.cross_entropy.item(), result.agreement.item()] == [0.0] * 4
+    assert [result.loss.item(), result.kl.item(), result.cross_entropy.item()] == [0.0] * 3
     for name in ("hidden", "weight"):
         assert inputs[name].grad.shape == inputs[name].shape and inputs[name].grad.count_nonzero() == 0
 
@@ -285,9 +284,7 @@ def test_whole_logits_never_exist():
     n, vocab, chunk = 4096, 1024, 256
     inputs = make_inputs(n=n, vocab=vocab)
     with LargestTensor() as seen:
-        linear_head_loss(
-            **inputs, chunk_tokens=chunk, measure_agreement=True, settings=KLSettings(kl_weight=1.0, ce_weight=0.5)
-        ).loss.backward()
+        linear_head_loss(**inputs, chunk_tokens=chunk, settings=KLSettings(kl_weight=1.0, ce_weight=0.5)).loss.backward()
     assert inputs["hidden"].grad is not None
     assert seen.numel == chunk * vocab  # and neither hidden [n, 40] nor head is larger
     with LargestTensor() as seen:
@@ -295,12 +292,12 @@ def test_whole_logits_never_exist():
     assert seen.numel == n * vocab  # the counter counts
 
 
-def test_a_student_equal_to_its_teacher_has_no_loss_and_full_agreement():
+def test_a_student_equal_to_its_teacher_has_no_loss():
     inputs = make_inputs()
     inputs |= {"teacher_hidden": inputs["hidden"].detach(), "teacher_weight": inputs["weight"].detach()}
-    result = linear_head_loss(**inputs, chunk_tokens=10, measure_agreement=True)
+    result = linear_head_loss(**inputs, chunk_tokens=10)
     result.loss.backward()
-    assert abs(result.loss.item()) < 1e-7 and result.agreement.item() == 1.0
+    assert abs(result.loss.item()) < 1e-7
     assert max(inputs[name].grad.abs().max().item() for name in ("hidden", "weight")) < 1e-8
 
 
@@ -308,11 +305,11 @@ def test_agreement_counts_tokens():
     """One-hot hidden states and heads: the most likely tokens are known."""
     weight = torch.eye(5)
     student, teacher = torch.eye(5)[[0, 1, 2, 3, 4, 0]], torch.eye(5)[[0, 1, 4, 3, 2, 1]]
-    for chunk in (1, 4, 6):
-        result = linear_head_loss(student, weight, None, teacher, weight, chunk_tokens=chunk, measure_agreement=True)
-        assert result.agreement.item() == 0.5
-        assert result.cross_entropy is None
-    assert linear_head_loss(student, weight, None, teacher, weight).agreement is None
+    labels = torch.tensor([0, 1, 2, 0, -1, 0])
+    cross_entropy, correct, kl, agreement = token_losses(student @ weight, teacher @ weight, labels, 0, None)
+    assert agreement.tolist() == [1, 1, 0, 1, 0, 0] and correct.tolist() == [1, 1, 1, 0, 0, 1] and cross_entropy[4] == 0
+    assert (kl > 0).tolist() == [False, False, True, False, True, True]
+    assert linear_head_loss(student, weight, None, teacher, weight).cross_entropy is None
 
 
 def test_refusals():

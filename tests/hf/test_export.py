@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_hylo.config import RopeScaling
-from megatron_hylo.convert import modelling_code as export
-from megatron_hylo.convert.modelling_code import copy_modelling_code
 from megatron_hylo.convert.to_hf import write_hf_folder
 from megatron_hylo.hf import HyloForCausalLM
+from megatron_hylo.hf import code_files as export
+from megatron_hylo.hf.code_files import copy_modelling_code
 from tests.hf.conftest import ALIGNED, PAIRS, YARN, random_megatron_model, serve_config
 from tests.kernels.compare import relative_error
 
@@ -56,7 +56,10 @@ def test_all_files_that_are_imported_are_copied(tmp_path):
     kernels = {"attention.py", "attention_after_prefix.py", "causal_conv1d.py", "delta_rule_state_pass.py",
                "delta_rule_states.py", "gated_delta_rule.py", "kda.py", "norm.py", "registry.py", "rope.py", "ssd.py",
                "tuned.py"}  # fmt: skip
-    assert names == {f"{name}_hylo.py" for name in ("modeling", "layers", "inputs", "configuration", "cache")} | kernels
+    assert (
+        names
+        == {f"{name}_hylo.py" for name in ("modeling", "layers", "attention", "inputs", "configuration", "cache")} | kernels
+    )
 
 
 def test_the_models_file_names_every_other_as_transformers_4_wants(tmp_path):

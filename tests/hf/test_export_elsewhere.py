@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from megatron_hylo.convert.hf_config import TRANSFORMERS_VERSIONS
-from megatron_hylo.convert.modelling_code import make_tokenizer_portable
+from megatron_hylo.convert.portable_tokenizer import make_tokenizer_portable
 from megatron_hylo.convert.to_hf import write_hf_folder
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.hf import HyloForCausalLM, configuration_hylo
@@ -57,6 +57,11 @@ with torch.no_grad():
     for name, settings in {"greedy": {}, "cut": {"prefill_chunk_size": 4}, "beams": {"num_beams": 3}}.items():
         found[name] = model.generate(**batch, **greedy, **settings)
     torch.manual_seed(0)
+    assistant = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.model.layers[0].mlp.up_proj.weight.mul_(0.9)
+    one = dict(input_ids=ids[:1, :20], **greedy)
+    found["assisted"] = model.generate(**one, assistant_model=assistant), model.generate(**one)
     found["sampled"] = model.generate(**batch, max_new_tokens=6, do_sample=True, num_return_sequences=2)
     half = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
 found["fp32"] = sorted(name for name, p in half.named_parameters() if p.dtype == torch.float32)
@@ -68,7 +73,7 @@ found["ids"] = {key: value.tolist() for key, value in batch.items()}
 model.train().gradient_checkpointing_enable()
 found["loss"] = model(ids, labels=ids).loss.detach()
 found["messages"] = []
-for call in (lambda: model(ids, attention_mask=torch.ones(2, 1, 75, 75)), lambda: model(ids, output_attentions=True),
+for call in (lambda: model(ids, attention_mask=torch.ones(2, 1, 75, 75)),
              lambda: model.eval().generate(torch.tensor([[5, 1]]), attention_mask=torch.tensor([[1, 0]]))):
     try:
         call()
@@ -135,9 +140,10 @@ def test_a_stranger_gets_the_megatron_models_logits_and_the_full_forwards_text(o
         assert found["cut"][row, width:].tolist()[: len(text)] == text
         beams = model.generate(prompt, num_beams=3, **settings)[0, prompt.shape[1] :].tolist()
         assert found["beams"][row, width:].tolist()[: len(beams)] == beams
+    assert torch.equal(*found["assisted"])
     assert torch.equal(found["text of embeddings"], model.generate(ids, **settings)[:, 75:])
     assert len(found["sampled"]) == 6 and not torch.equal(found["sampled"][0], found["sampled"][1])
-    refusals = ("4 dimensions", "output_attentions is not supported", "pad on the left")
+    refusals = ("4 dimensions", "pad on the left")
     for words, message in zip(refusals, found["messages"], strict=True):
         assert words in message
 

@@ -118,7 +118,6 @@ REFUSED = {
     "positions of another length": (dict(position_ids=torch.arange(4)[None]), r"must be \[3 or 1, 75\]"),
     "packed documents": (dict(position_ids=(torch.arange(WIDTH) % 40)[None]), r"0 follows 39 .*give each document a row"),
     "another model's cache": (dict(past_key_values=transformers.DynamicCache()), "is a DynamicCache, .* leave it out"),
-    "attention probabilities": (dict(output_attentions=True), "output_attentions is not supported"),
     "two inputs": (dict(inputs_embeds=torch.zeros(3, WIDTH, 48)), "either input_ids or inputs_embeds"),
 }
 
@@ -151,7 +150,6 @@ def test_generation_refuses_what_it_would_do_wrongly(three):
         (dict(attention_mask=mask), "pad on the left"),
         (dict(cache_implementation="static"), "cache_implementation 'static' is not supported"),
         (dict(past_key_values=transformers.DynamicCache()), "leave it out"),
-        (dict(prompt_lookup_num_tokens=2), "stateful models"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(tokens, max_new_tokens=2, **settings)

@@ -44,6 +44,30 @@ def test_hidden_states_match_transformers(ids):
 
 
 @torch.no_grad()
+def test_attention_probabilities_match_transformers(model, ids):
+    oracle = tiny_hf_model("llama")
+    oracle.set_attn_implementation("eager")
+    dense = HyloForCausalLM(HyloConfig(hylo=model_config_from_hf(oracle.config.to_dict()).to_dict())).eval()
+    dense.load_state_dict(oracle.state_dict())
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    found, expected = (m(ids, attention_mask=mask, output_attentions=True) for m in (dense, oracle))
+    torch.testing.assert_close(found.logits[mask.bool()], expected.logits[mask.bool()], rtol=0, atol=1e-5)
+    for mine, theirs in zip(found.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(mine[1], theirs[1], rtol=0, atol=5e-6)
+        torch.testing.assert_close(mine[0, :, 9:], theirs[0, :, 9:], rtol=0, atol=5e-6)
+    hybrid = model(ids, attention_mask=mask, output_attentions=True)  # G+M*: the second and the last layer have some
+    assert [tuple(layer.shape) for layer in hybrid.attentions] == [(2, 4, 75, 75)] * 2
+    torch.testing.assert_close(
+        hybrid.logits[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()], rtol=0, atol=1e-4
+    )
+    assert model(ids).attentions is None
+    with torch.enable_grad():
+        outputs = model(ids, output_attentions=True)
+        assert all(gradient.any() for gradient in torch.autograd.grad(outputs.logits.square().sum(), outputs.attentions))
+
+
+@torch.no_grad()
 def test_base_model_gives_what_the_head_reads(model, ids, tmp_path):
     model.save_pretrained(tmp_path)
     base = transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float32)

@@ -19,11 +19,14 @@ def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_choice_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     x, dt, A = torch.randn(1, 3, 2, 4), torch.rand(1, 3, 2), -torch.rand(2)
-    with caplog.at_level(logging.INFO, logger="megatron_hylo.kernels"):
+    with caplog.at_level(logging.DEBUG, logger="megatron_hylo.kernels"):
         ssd(x, dt, A, x, x)
         ssd(x, dt, A, x, x)
     assert [record.getMessage() for record in caplog.records] == ["ssd: torch (mamba_ssm needs a CUDA device)"]
-    assert registry.in_use() == {"ssd": "torch"}
+    assert registry.in_use() == {"ssd": "torch"} and caplog.records[0].levelno == logging.DEBUG
+    registry.use("concatenate", "triton", "available")
+    registry.use("attention", "torch", "a CPU")
+    assert registry.in_words() == "torch: attention, ssd; triton: concatenate"
 
 
 def test_missing_library_is_a_warning_that_says_what_to_install(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,6 @@
 """One rank of a test that needs several: runs a list of jobs, each under its own parallelism.
 
-Started by `launch` through `python -m torch.distributed.run --standalone --nproc-per-node N tests/parity/worker.py JOBS`,
+Started by `launch` through `python -m megatron_hylo.train.launch --standalone --nproc-per-node N tests/parity/worker.py JOBS`,
 so that one start-up of Python and Megatron-Core serves many cases. A job is {"kind", "config", "file"}:
   measure   gradients, weights and metrics of two steps of that configuration, as whole tensors, and an evaluation, to FILE
   copy      the model, loaded and saved under that parallelism, to the configuration's output
@@ -48,7 +48,7 @@ def launch(jobs: list[dict[str, Any]], ranks: int, scratch: Path, gpus: bool = F
     if not gpus:
         run_ranks("tests.parity.worker", [str(file)], ranks, scratch, {"HYLO_KERNELS": kernels}, timeout=1500)
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, "-m", "megatron_hylo.train.launch", "--standalone", "--nproc-per-node", str(ranks)]
     command += [__file__, str(file)]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HYLO_KERNELS": kernels}

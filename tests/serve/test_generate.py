@@ -11,12 +11,13 @@ import transformers
 from megatron_hylo.cli import main as cli
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import kv_bytes_per_token
+from megatron_hylo.convert.open_model import open_model
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.serve import generate
-from megatron_hylo.serve.generate import generate_text, load_for_generation
+from megatron_hylo.serve.generate import generate_text
 from tests.conftest import tiny_hf_model
 from tests.hf.conftest import serve_config
 
@@ -67,7 +68,7 @@ def test_megatron_and_exported_folder_give_the_same_text_and_numbers(folders):
 
 
 def test_text_is_the_argmax_of_full_forwards(folders):
-    model, tokenizer = load_for_generation(folders[0])
+    model, tokenizer = open_model(folders[0])
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     with torch.no_grad():
         for _ in range(10):
@@ -99,7 +100,7 @@ def test_sampling_depends_on_the_seed_alone(folders):
 
 
 def test_a_penalty_on_repetition_leaves_no_token_twice(folders):
-    model, tokenizer = load_for_generation(folders[1])
+    model, tokenizer = open_model(folders[1])
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     plain = model.generate(ids, max_new_tokens=60, do_sample=False)[0].tolist()
     found = model.generate(ids, max_new_tokens=60, do_sample=False, repetition_penalty=1e9)[0, len(PROMPT) :].tolist()
@@ -109,7 +110,7 @@ def test_a_penalty_on_repetition_leaves_no_token_twice(folders):
 
 
 def test_generation_ends_with_the_end_of_sequence_token(folders):
-    model, tokenizer = load_for_generation(folders[1])
+    model, tokenizer = open_model(folders[1])
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     continuation = model.generate(ids, max_new_tokens=10, do_sample=False)[0, len(PROMPT) :].tolist()
     (folders[1] / "manifest.json").unlink()  # the export is changed on purpose

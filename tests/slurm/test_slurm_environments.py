@@ -34,7 +34,9 @@ FAKES = {
         [[ -n "${UNTIL_ASKED:-}" ]] || exit 0
         while [[ ! -e "$HYLO_STOP_FILE" ]]; do sleep 1; done
         mkdir -p "$(dirname "$HYLO_STOP_FILE")/checkpoints/step_00000001"
-        echo {} >"$_/manifest.json" """,
+        echo {} >"$_/manifest.json"
+        [[ -z "${WRITES:-}" ]] || { mkdir -p "$WRITES" && echo "$$" >"$WRITES/manifest.json"; }
+        exit 3 """,
 }
 JOB = {
     "SLURM_JOB_ID": "1234", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_ON_NODE": "64",
@@ -283,6 +285,24 @@ def test_each_array_task_has_an_output_of_its_own_and_is_requeued_alone(cluster)
         (cluster.folder / "record" / "torchrun").unlink()
         for file in (cluster.root / "stage2_ctx8k_3").rglob("manifest.json"):
             file.unlink()
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_finished_run_that_is_extended_is_requeued_until_its_next_result(cluster, writes):
+    model = cluster.root / "stage2_ctx8k" / "model"
+    model.mkdir(parents=True)
+    (model / "manifest.json").write_text("of the shorter run")
+    changes = JOB | {"SLURM_NNODES": "1", "UNTIL_ASKED": "yes"} | ({"WRITES": str(model)} if writes else {})
+    with subprocess.Popen(
+        ["bash", str(STAGE), "--extend_tokens", "9"], env=cluster.environment(**changes), stdout=subprocess.PIPE, text=True
+    ) as script:
+        deadline = time.monotonic() + 30
+        while "torchrun" not in cluster.recorded() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        script.send_signal(signal.SIGUSR1)
+        output, _ = script.communicate(timeout=30)
+    assert script.returncode == 0
+    assert ("scontrol" in cluster.recorded(), "back into the queue" in output) == (not writes, not writes)
 
 
 def test_a_job_without_srun_runs_on_one_node_and_says_so(cluster):

@@ -1,5 +1,6 @@
 """The cluster's face: scripts that shellcheck accepts, recipes that load, a stage run, stopped and resumed without Slurm."""
 
+import functools
 import json
 import os
 import re
@@ -11,12 +12,20 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_hylo.cli.main import VERBS
 from megatron_hylo.cli.parser import build_parser
+from megatron_hylo.cli.runs import train
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.layouts import BASES, LAYOUTS
+from megatron_hylo.config.mixers import MIXERS
+from megatron_hylo.config.recipe_lines import FAMILIES
+from megatron_hylo.config.recipe_lines import STAGES as TRAINING_STAGES
+from megatron_hylo.config.recipes import default_files, recipe, recipe_files, stage_scripts
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.data.documents import Document
 from megatron_hylo.data.preprocess import build_dataset
 from megatron_hylo.io import verify_manifest
@@ -25,7 +34,7 @@ from megatron_hylo.models.hylo_model import build_model
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(ROOT.glob("slurm/*.sh")) + [ROOT / ".ci" / "run"]
+SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("examples/*/*.sh")]) + [ROOT / ".ci" / "run"]
 RECIPES = sorted(ROOT.glob("megatron_hylo/recipes/*.yaml"))
 STAGES = sorted(ROOT.glob("slurm/stage*.sh"))
 
@@ -39,9 +48,14 @@ HYLO = {
 PATHS = ["--model", "m", "--teacher", "t", "--data", "d", "--output", "o"]
 
 
+@functools.cache
+def train_parser():
+    return build_parser((train,))
+
+
 def load_recipe(file: Path) -> TrainConfig:
     """A recipe as `hylo train` reads it, with the four paths that recipes leave out."""
-    parser = build_parser(VERBS)
+    parser = train_parser()
     values = parser.instantiate(parser.parse_args(["train", "--config", str(file), *PATHS]))["train"]
     return TrainConfig(**{name: value for name, value in values.items() if name in TrainConfig.__dataclass_fields__})
 
@@ -73,6 +87,55 @@ def test_every_key_of_a_recipe_is_commented(file):
     assert [line for line in keys if not re.search(r"\s# \S", line)] == []
 
 
+def test_recipe_files_are_what_the_generator_writes():
+    assert {file.name: file.read_text() for file in RECIPES} == default_files()
+
+
+def test_recipes_of_all_layouts_and_stages_are_commented_and_refuse_others():
+    keys = set(flatten(yaml.safe_load(recipe("llama3.2-1b-4mla12gdn", "stage3_ctx64k"))))
+    for layout in LAYOUTS:
+        for stage in TRAINING_STAGES:
+            text = recipe(layout, stage)
+            lines = [line for line in text.splitlines() if re.match(r"\s*\w+:", line)]
+            assert [line for line in lines if not re.search(r"\s# \S", line)] == []
+            assert {"seed", "sequence_length", "text.packing", "parallel.context_parallel_size"} <= set(
+                flatten(yaml.safe_load(text))
+            ) & keys
+    with pytest.raises(ConfigError, match="no recipe of stage 'stage4'; choose one of stage1_ild, "):
+        recipe("llama3.2-1b-4mla12gdn", "stage4")
+    with pytest.raises(ConfigError, match="unknown layout"):
+        recipe("llama", "stage1_ild")
+
+
+@pytest.mark.parametrize("layout", ["llama3.2-3b-14mla14gdn", "qwen3-1.7b-14mla14m2", "smollm2-135m-8mla22gdn-teacher"])
+def test_recipes_of_other_layouts_load_and_fit_model_and_teacher(layout, tmp_path):
+    shape, family = LAYOUTS[layout].config, FAMILIES[LAYOUTS[layout].base]
+    for name, text in recipe_files(layout).items():
+        (tmp_path / name).write_text(text)
+        config = load_recipe(tmp_path / name)
+        assert config.sequence_length == TRAINING_STAGES[name.removesuffix(f"_{layout}.yaml")]
+        ranks = config.parallel
+        counts = [n for m in set(shape.mixers) for n in MIXERS[m].tensor_parallel_counts(shape).values()]
+        assert not any(n % ranks.tensor_model_parallel_size for n in counts)
+        assert config.micro_batches(family.gpus // ranks.model_parallel_size) >= 1
+        teacher = BASES[family.teacher[1]] if config.stage == "distil" else BASES[LAYOUTS[layout].base]
+        config.teacher_window.check(teacher, config.sequence_length, "the teacher")
+        stretched = config.teacher_window.mode == "rope"
+        assert stretched == (config.sequence_length > teacher.max_position_embeddings)
+        assert bool(config.recall.share) == (config.stage == "distil")
+
+
+def test_scripts_of_another_layout_name_its_recipes_models_and_gpus():
+    layout = "smollm2-135m-8mla22gdn-teacher"
+    made = stage_scripts(layout, ROOT / "slurm")
+    assert sorted(made) == sorted(f"{stage}.sh" for stage in TRAINING_STAGES)
+    for stage in TRAINING_STAGES:
+        text = made[f"{stage}.sh"]
+        assert f"recipes/{stage}_{layout}.yaml" in text and f"stage={stage}\n" in text and "--gpus-per-node=1\n" in text
+        assert "llama" not in text and '/models/smollm2-135m"' in text
+    assert f'/models/{layout}"' in made["stage1_ild.sh"] and "64" not in made["stage3_ctx32k.sh"].split("MODEL, the")[0]
+
+
 def test_every_recipe_has_a_script_and_every_script_a_recipe():
     used = [re.search(r"recipes/(\S+)\.yaml", script.read_text()).group(1) for script in STAGES]
     assert sorted(used) == sorted(HYLO) == [file.stem for file in RECIPES]
@@ -101,7 +164,7 @@ def script(hylo_root: Path, steps: int) -> tuple[list[str], dict[str, str]]:
     """Command and environment of the 128K stage, made tiny: `steps` steps of 2 x 64 tokens in fp32 on 2 ranks."""
     overrides = {
         "sequence_length": 64, "global_batch_size": 2, "train_tokens": steps * 128, "precision": "fp32",
-        "logging.log_interval": 1, "eval_windows": 2, "optimizer.lr": 1e-3,
+        "logging.log_interval": 1, "eval_windows": 2, "optimizer.lr": 1e-3, "recall.share": 0,
     }  # fmt: skip
     command = ["bash", str(ROOT / "slurm" / "stage3_ctx128k.sh"), *(f"--{key}={value}" for key, value in overrides.items())]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k not in ("RANK", "WORLD_SIZE")}
@@ -123,6 +186,10 @@ def test_stage3_script_trains_on_two_ranks_without_slurm(hylo_root):
     run = hylo_root / "stage3_ctx128k"
     assert logged_steps(run) == [1, 2, 3]
     verify_manifest(run / "model")
+    steps = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+    for line in steps:  # one bucket holds all tokens, of tensor and sequence parallelism too
+        assert line["by_position/kl_0-1K"] == pytest.approx(line["kl"], rel=1e-4)
+        assert line["by_position/cross_entropy_0-1K"] == pytest.approx(line["cross_entropy"], rel=1e-5)
     scaling = json.loads((run / "model" / "hylo.json").read_text())["model"]["mla_rope_scaling"]
     assert (scaling["rope_type"], scaling["factor"]) == ("yarn", 64.0)
 

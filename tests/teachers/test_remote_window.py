@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_hylo.config import ConfigError, ParallelConfig, TeacherWindow
+from megatron_hylo.config import ConfigError, ParallelConfig, RopeScaling, TeacherWindow
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.teachers.remote import Connection
@@ -55,6 +55,18 @@ def test_windows_are_served_as_read_by_hand(teacher):
     hidden, about = served(teacher, TeacherWindow("windows"), ids)
     torch.testing.assert_close(hidden, by_hand(load_model(teacher).eval(), ids, 16), rtol=0, atol=1e-5)
     assert about["reach"] is None and about["identity"] != content_identity(teacher)
+
+
+@torch.no_grad()
+def test_stretched_positions_are_served(teacher):
+    ways = TeacherWindow("rope", RopeScaling("yarn", factor=4.0, original_max_position_embeddings=16))
+    ids = torch.randint(160, (2, 50))
+    hidden, about = served(teacher, ways, ids)
+    torch.testing.assert_close(hidden, load_model(teacher, **ways.changes()).eval()(ids), rtol=0, atol=1e-5)
+    assert (hidden - load_model(teacher).eval()(ids)).norm() > 0.05 * hidden.norm()
+    assert about["reach"] == 64 and about["identity"] != content_identity(teacher)
+    refusal, _ = served(teacher, ways, torch.zeros(1, 65, dtype=torch.int64))
+    assert "65 tokens is more than the 64 that this teacher reads" in refusal
 
 
 def test_longer_than_its_window_is_refused_where_nothing_is_set(teacher):

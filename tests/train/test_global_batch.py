@@ -15,14 +15,16 @@ from tests.conftest import gradients
 from tests.train.runs import relative_difference
 
 
-@pytest.mark.parametrize("labels", ["some", "none", "recall", "recall without answers"])
+@pytest.mark.parametrize("labels", ["some", "none", "recall", "recall without answers", "recall within", "recall all"])
 @pytest.mark.parametrize("stage", ["pretrain", "distil"])
 def test_unequal_numbers_of_labels_make_the_loss_of_plain_torch_on_the_global_batch(settings, one_rank, stage, labels):
     """Four packed micro-batches; cross-entropy is a mean over all their labels, the KL over all their tokens.
 
-    With recall, the answers' cross-entropy is added token by token; one micro-batch has no answer.
+    With recall, the answers' cross-entropy is added token by token; one micro-batch has no answer. Answers far from their fact
+    can be left to that alone.
     """
-    weight, recall = 0.3 if stage == "distil" else 0.0, RecallSettings(0.8 if "recall" in labels else 0.0, answer_weight=2.5)
+    weight, within = 0.3 if stage == "distil" else 0.0, {"recall within": 40, "recall all": None}.get(labels, 0)
+    recall = RecallSettings(0.8 if "recall" in labels else 0.0, answer_weight=2.5, kl_within=within)
     length = 192 if recall.share else 96
     config = settings(
         stage, packed_documents=True, micro_batch_size=1, sequence_length=length, distil=dict(ce_weight=weight), recall=recall
@@ -53,19 +55,23 @@ def test_unequal_numbers_of_labels_make_the_loss_of_plain_torch_on_the_global_ba
                 found.append(model.logits(model(batch["input_ids"][:, start:stop]))[0])
     ours, *theirs = (torch.cat(found) for found in logits)
     wanted = torch.cat([batch["labels"][0] for batch in batches])
+    far = torch.zeros_like(wanted).bool()
+    if recall.share and theirs and within is not None:
+        far = torch.cat([batch["answers"][0] for batch in batches]) > within
+        assert bool(far.any()) == (labels != "recall without answers")
     # of no labels torch's own mean is NaN
-    cross_entropy = F.cross_entropy(ours, wanted) if labels != "none" else 0 * ours.sum()
+    cross_entropy = F.cross_entropy(ours[~far], wanted[~far]) if labels != "none" else 0 * ours.sum()
     truth = {"loss": cross_entropy, "cross_entropy": cross_entropy}
     if theirs:
         log_q = theirs[0].detach().log_softmax(-1)
-        truth["kl"] = F.kl_div(ours.log_softmax(-1), log_q, log_target=True, reduction="batchmean")
+        truth["kl"] = F.kl_div(ours[~far].log_softmax(-1), log_q[~far], log_target=True, reduction="batchmean")
         truth["loss"] = truth["kl"] + weight * cross_entropy
     if recall.share:
         answers = torch.cat([batch["answers"][0] for batch in batches]) * (wanted >= 0)
-        assert bool(answers.any()) == (labels == "recall")
+        assert bool(answers.any()) == (labels != "recall without answers")
         answer_sum = F.cross_entropy(ours[answers > 0], wanted[answers > 0], reduction="sum")
         truth["answer_cross_entropy"] = answer_sum / max(1, int((answers > 0).sum()))
-        truth["loss"] = truth["loss"] + 2.5 * answer_sum / (len(wanted) if theirs else sum(counts))
+        truth["loss"] = truth["loss"] + 2.5 * answer_sum / (int((~far).sum()) if theirs else sum(counts))
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
         {name: float(value) for name, value in truth.items()}, rel=1e-6
     )

@@ -1,8 +1,10 @@
 """Ranks that end with an exit code of their own, under torchrun without its reports."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,26 @@ def test_a_launch_ends_with_the_code_of_a_rank_and_without_a_traceback(tmp_path,
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == code, result.stderr
     assert result.stderr.startswith(said) and result.stderr.count("\n") == said.count("\n") + (code == 1), result.stderr
+
+
+@pytest.mark.multirank
+def test_ctrl_c_reaches_ranks_that_work_or_wait_and_leaves_one_sentence(tmp_path):
+    """The first rank sleeps, the other one waits for it in a collective; no folder of torchrun's is left."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import os, time\nimport torch.distributed as dist\nfrom megatron_hylo.cli.boundary import plain_errors\n"
+        "dist.init_process_group('gloo')\n"
+        "open(os.environ['RANK'] + '.ready', 'w').close()\n"
+        "with plain_errors('train', 'RUN'):\n"
+        "    time.sleep(60) if os.environ['RANK'] == '0' else dist.barrier()\n"
+    )
+    command = [sys.executable, "-m", "megatron_hylo.train.launch", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as started:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("*.ready"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        started.send_signal(signal.SIGINT)
+        _, said = started.communicate(timeout=60)
+    assert started.returncode == 130 and said.count("\n") == 1 and said.startswith("interrupted: "), said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.ready", "1.ready", "worker.py"]

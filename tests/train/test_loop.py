@@ -20,6 +20,7 @@ from megatron_hylo.cli.main import EXIT_STOPPED, main
 from megatron_hylo.config import ConfigError, RopeScaling, TeacherWindow
 from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+from megatron_hylo.eval.runs import read_run, run_state
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import build_model
@@ -137,7 +138,9 @@ def test_interrupt_saves_and_the_same_command_resumes_bit_for_bit(settings, tmp_
     assert 3 <= steps_done < 40
     assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == [f"step_{steps_done:08d}"]
 
+    assert run_state(read_run(tmp_path / "stopped", ""))[0] == "stopped"
     train(stopped)
+    assert run_state(read_run(tmp_path / "stopped", ""))[0] == "finished"
     starts = [json.loads(line) for line in (tmp_path / "stopped" / "starts.jsonl").read_text().splitlines()]
     assert [start["step"] for start in starts] == [0, steps_done]
     assert starts[0]["command"][-2:] == ["--config", f"{stopped.output}.yaml"] and starts[0]["config"] == asdict(stopped)
@@ -189,6 +192,9 @@ def test_infinite_loss_stops_before_anything_is_saved(settings, tmp_path, materi
         train(config)
     assert not list(Path(config.output).glob("checkpoints/*"))
     assert metrics(Path(config.output), "skipped_steps") == {1: 1, 2: 2, 3: 3}
+    state, message = run_state(read_run(Path(config.output), ""))
+    assert state == "failed" and "4 steps in a row" in message
+    assert f"failed: {message}" in (Path(config.output) / "log.txt").read_text()
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(settings, monkeypatch):

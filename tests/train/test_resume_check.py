@@ -151,7 +151,7 @@ def test_another_teacher_behind_the_same_address_is_refused(settings, tmp_path):
 
 
 @pytest.mark.parametrize("distributed", [True, False])
-def test_training_longer_equals_a_run_that_was_long_from_the_start(settings, tmp_path, distributed):
+def test_training_longer_equals_a_run_that_was_long_from_the_start(settings, tmp_path, distributed, caplog):
     """With a constant learning rate, bit for bit: the optimizer's state is kept, though the shorter run had ended."""
     optimizer = replace(CONSTANT, use_distributed_optimizer=distributed)
     whole = settings("pretrain", steps=6, output=tmp_path / "whole", optimizer=optimizer)
@@ -159,17 +159,23 @@ def test_training_longer_equals_a_run_that_was_long_from_the_start(settings, tmp
     train(whole)
     train(grown)
     assert latest_checkpoint(tmp_path / "grown").name == "step_00000003"
-    train(replace(grown, train_tokens=whole.train_tokens))
+    more = whole.train_tokens - grown.train_tokens
+    longer = replace(grown, train_tokens=whole.train_tokens) if distributed else replace(grown, extend_tokens=more)
+    train(longer)
     assert metrics(tmp_path / "grown") == metrics(tmp_path / "whole")
     mine, theirs = weights(tmp_path / "grown" / "model"), weights(tmp_path / "whole" / "model")
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     (change,) = json.loads((tmp_path / "grown" / "history.json").read_text())["changes"]
     assert (change["key"], change["step"], change["to"]) == ("train_tokens", 3, whole.train_tokens)
     written = (tmp_path / "grown" / "model" / "manifest.json").stat().st_mtime_ns
-    train(replace(grown, train_tokens=whole.train_tokens))  # finished now
+    with caplog.at_level(logging.INFO):
+        train(longer)  # finished now, as a job that is put back into the queue finds it
+    assert "is already trained; give --extend_tokens N to train on" in caplog.text
     assert (tmp_path / "grown" / "model" / "manifest.json").stat().st_mtime_ns == written
-    with pytest.raises(ConfigError, match="train_tokens = 384, now 192"):
+    with pytest.raises(ConfigError, match="train_tokens = 384, now 192; give --extend_tokens 192 as well .* --model .*step_0"):
         train(grown)
+    with pytest.raises(ConfigError, match="extend_tokens must be at least 0"):
+        replace(grown, extend_tokens=-1)
 
 
 @pytest.mark.parametrize("distributed", [True, False])

@@ -19,7 +19,7 @@ from megatron_hylo.models.frozen import freeze
 from megatron_hylo.teachers.store import StoredTeacher, TeacherStore, write_store
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.setup import build_run
-from tests.conftest import tiny_config, tiny_hf_model
+from tests.conftest import tiny_config, tiny_hf_model, uneven_model
 from tests.models.test_windows import by_hand
 from tests.train.runs import metrics, relative_difference
 
@@ -190,6 +190,31 @@ def test_evaluation_reads_the_teacher_as_asked(material, capsys, tmp_path):
     save_model(short, tmp_path / "short", material.teacher / "tokenizer")
     with pytest.raises(ConfigError, match="more than the window of 32 tokens"):
         evaluate(material.student, material.data, tmp_path / "short", 40, 4)
+
+
+@pytest.mark.parametrize("stage", ["align", "distil", "distil from a store"])
+def test_a_stretched_teacher_is_one_that_was_saved_so(settings, material, tmp_path, one_rank, stage):
+    """Losses of a step past its window, and far from those of positions as they are; a store's hidden states are rounded."""
+    own, ways = tmp_path / "own", TeacherWindow("rope", RopeScaling("yarn", factor=2.0, original_max_position_embeddings=128))
+    save_model(uneven_model("*-*-*-*-", vocab_size=304).float(), own, material.teacher / "tokenizer")
+    for name, changes in (("saved", ways.changes()), ("longer", {"max_position_embeddings": 256})):
+        save_model(load_model(own, **changes), tmp_path / name, material.teacher / "tokenizer")
+    found = {}
+    for name, window in (("own", ways), ("saved", TeacherWindow()), ("longer", TeacherWindow())):
+        where: dict = dict(teacher=str(tmp_path / name), teacher_window=window)
+        if stage.endswith("store") and name == "own":
+            store = tmp_path / "store"
+            write_store(own, material.data, store, 1e-8, 192, 0, precision=torch.float32, teacher_window=window)
+            where = dict(teacher=None, teacher_store=str(store))
+        config = settings(
+            stage.split()[0], sequence_length=192, global_batch_size=1, micro_batch_size=1,
+            packed_documents=stage.endswith("store"), **where,  # a store read each document by itself
+        )  # fmt: skip
+        run = build_run(config, one_rank)
+        found[name] = float(run.objective.forward_backward(run.states, run.batches(), run.micro_batches)["loss"])
+    near = 1e-3 if stage.endswith("store") else 1e-6
+    assert found["own"] == pytest.approx(found["saved"], rel=near)
+    assert found["own"] != pytest.approx(found["longer"], rel=3 * near)
 
 
 def test_a_run_keeps_the_students_new_positions(settings, tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.recall import RecallSettings
+from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.data.preprocess import build_dataset
 from megatron_hylo.eval.buckets import Buckets
 from megatron_hylo.eval.perplexity import HeldoutText, Quality, evaluate, evaluate_recall
@@ -17,6 +18,7 @@ from megatron_hylo.eval.run_report import write_run_report
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.train.heldout import open_heldout
 from megatron_hylo.train.loop import train
+from megatron_hylo.train.positions import PositionLosses
 from tests.conftest import uneven_model
 from tests.data.conftest import make_documents
 
@@ -88,6 +90,23 @@ def test_losses_by_position_equal_plain_torch_document_by_document(models, text,
     assert Quality.from_dict(json.loads(json.dumps(quality.to_dict()))) == quality
 
 
+@pytest.mark.parametrize("stride", [1, 4])
+def test_losses_by_position_of_a_training_step_are_those_of_an_evaluation(models, text, stride):
+    """Two micro-batches of two windows; of a sample they are those of its positions."""
+    student, teacher = models
+    config = TrainConfig("distil", "-", "-", model="-", teacher="-", sequence_length=40, precision="fp32")
+    found = PositionLosses(config, 2, text.windows.device, first_bucket=4, sample=160 // stride)
+    for rows in (text.windows[:2], text.windows[2:]):
+        ids, labels = rows[:, :-1], rows[:, 1:]
+        found.add(student, student(ids), {"labels": labels}, teacher, teacher(ids))
+    truth = plain(models, text)
+    sampled = truth["position"] % stride == 0
+    kl = F.kl_div(truth["student"], truth["teacher"], log_target=True, reduction="none").sum(-1)
+    cross_entropy = F.nll_loss(truth["student"], truth["label"], reduction="none")
+    expected = means("cross_entropy", cross_entropy, truth["position"], sampled) | means("kl", kl, truth["position"], sampled)
+    assert found.means() == pytest.approx({f"by_position/{name}": value for name, value in expected.items()}, rel=1e-5)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_recall_by_distance_equals_plain_torch(models, text, packed):
     """Two of the answers are made what the model says, so that accuracies are between 0 and 1."""
@@ -134,6 +153,9 @@ def test_a_run_records_and_reports_them(settings, material, tmp_path, tokenizer)
                  "heldout_by_position/cross_entropy_0-1K/other", "heldout_recall_accuracy"):  # fmt: skip
         assert steps(name) == [1, 2, 3], name
     assert steps("gradient_norm/gated_deltanet") == steps("loss") == [1, 3]
+    for record in records:  # all tokens are in one bucket, and few enough to be measured all
+        if "loss" in record:
+            assert record["by_position/cross_entropy_0-1K"] == pytest.approx(record["cross_entropy"], rel=1e-5)
     assert any(name.startswith("heldout_recall_by_distance/cross_entropy_0-128") for record in records for name in record)
     model, heldout = load_model(tmp_path / "run" / "model"), open_heldout(config)
     again = evaluate(model, heldout.texts[0])
@@ -142,7 +164,7 @@ def test_a_run_records_and_reports_them(settings, material, tmp_path, tokenizer)
     last = [record for record in records if "heldout_perplexity/other" in record][-1]
     assert evaluate(model, heldout.texts[1]).perplexity == pytest.approx(last["heldout_perplexity/other"], rel=1e-5)
     page = write_run_report([tmp_path / "run"]).read_text()
-    for title in ("Held-out cross-entropy by position", "Cross-entropy of recall answers", "Accuracy of recall answers"):
+    for title in ("Cross-entropy of recall answers", "Accuracy of recall answers"):  # positions are in one bucket
         assert title in page
     with pytest.raises(ConfigError, match="no dataset"):
         open_heldout(replace(config, eval_data=[str(tmp_path / "nowhere")]))

@@ -10,18 +10,22 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from megatron_hylo.cli.console import show_selection
 from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import uniform_mixers
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.data.packed import PackedDataset
-from megatron_hylo.eval.perplexity import evaluate
+from megatron_hylo.eval.perplexity import HeldoutText, evaluate, evaluate_recall
 from megatron_hylo.io import verify_manifest
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.upcycle.run import assemble_folder, upcycle_folder
-from megatron_hylo.upcycle.select import SwapEvaluation, select_folder
+from megatron_hylo.upcycle.select import select_folder
+from megatron_hylo.upcycle.select_losses import SwapEvaluation, SwapLoss, selection_windows
 from megatron_hylo.upcycle.selection import smart_layers
 from tests.conftest import tiny_config
 
@@ -98,18 +102,18 @@ def select(material):
 
 def test_shared_prefixes_change_nothing_and_cost_only_the_layers_after(material, assembled_kl):
     dataset = PackedDataset(material.data / "train", LENGTH, seed=0)
-    windows = torch.stack([dataset[i][:-1] for i in range(TOKENS // LENGTH)])
+    windows = torch.stack([dataset[i] for i in range(TOKENS // LENGTH)])
     evaluation = SwapEvaluation(*(load_model(f) for f in (material.teacher, material.mla, material.linear)), windows)
     assert evaluation.layer_evaluations == LAYERS
-    for chosen, candidates in (((), range(LAYERS)), ((3,), [0, 1, 2, 4]), ((1, 4), [0, 2]), ((0,), [3])):
+    for chosen, candidates in (((), range(LAYERS)), ((3,), [0, 1, 2, 4]), ((1, 4), [0, 1, 2]), ((0,), [3])):
         before = evaluation.layer_evaluations
-        found = evaluation.kl_with(chosen, candidates, "")
+        found = evaluation.losses_with_change(chosen, candidates, "")
         run = evaluation.layer_evaluations - before
         assert run == candidates[-1] + sum(LAYERS - layer for layer in candidates)
         for layer in candidates:
-            assert found[layer] == evaluation.kl({*chosen, layer}, ""), (chosen, layer)  # bit for bit
-            assert found[layer] == pytest.approx(assembled_kl({*chosen, layer}), rel=KL)
-    assert evaluation.kl((), "") == pytest.approx(assembled_kl(()), rel=KL)
+            assert found[layer] == evaluation.loss({*chosen} ^ {layer}, ""), (chosen, layer)  # bit for bit
+            assert found[layer].kl == pytest.approx(assembled_kl({*chosen} ^ {layer}), rel=KL)
+    assert evaluation.loss((), "") == SwapLoss(pytest.approx(assembled_kl(()), rel=KL), None)
 
 
 def test_smart_equals_assembled_models(select, assembled_kl, material, tmp_path):
@@ -126,7 +130,7 @@ def test_smart_equals_assembled_models(select, assembled_kl, material, tmp_path)
     verify_manifest(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "selection.json").read_text())
     assert written["pattern"] == found.pattern and written["kl_by_layer"] == found.kl_by_layer
-    assert set(written) >= {"method", "mla_layers", "kl_all_linear", "kl_selected", "tokens", "seconds"}
+    assert set(written) >= {"method", "by", "order", "mla_layers", "kl_all_linear", "kl_selected", "tokens", "seconds"}
     assert (tmp_path / "out" / "selection.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -137,10 +141,84 @@ def test_greedy_equals_brute_force_step_by_step(select, assembled_kl):
         rest = [layer for layer in range(LAYERS) if layer not in chosen]
         chosen.add(min(rest, key=lambda layer: assembled_kl({*chosen, layer})))
     assert set(found.mla_layers) == chosen and found.mla_layers == sorted(chosen)
+    assert set(found.order) == chosen and found.order[0] == min(range(LAYERS), key=lambda layer: assembled_kl({layer}))
     assert found.kl_selected == pytest.approx(assembled_kl(chosen), rel=KL)
     assert found.kl_by_layer == pytest.approx([assembled_kl({layer}) for layer in range(LAYERS)], rel=KL)
     one = select(1, method="greedy")
     assert one.mla_layers == [min(range(LAYERS), key=lambda layer: assembled_kl({layer}))] == select(1).mla_layers
+
+
+def test_backward_equals_brute_force_step_by_step(select, assembled_kl, tmp_path):
+    """From all MLA, each step makes linear the layer without which the KL stays smallest."""
+    found = select(3, method="backward", output=tmp_path / "out")
+    left, order = set(range(LAYERS)), []
+    while len(left) > 3:
+        order.append(min(sorted(left), key=lambda layer: assembled_kl(left - {layer})))
+        left.remove(order[-1])
+    assert found.order == order and set(found.mla_layers) == left
+    assert found.kl_selected == pytest.approx(assembled_kl(left), rel=KL)
+    assert found.kl_by_layer == pytest.approx([assembled_kl({*range(LAYERS)} - {layer}) for layer in range(LAYERS)], rel=KL)
+    whole = assembled_kl(range(LAYERS))
+    assert found.kl_all_mla == pytest.approx(whole, rel=KL)
+    assert found.scores() == pytest.approx([kl - whole for kl in found.kl_by_layer], rel=1e-2, abs=1e-6)
+    assert (tmp_path / "out" / "selection.png").is_file()
+
+
+@pytest.fixture(scope="module")
+def recall_data(tmp_path_factory):
+    """A dataset with a tokenizer of characters, inside the tiny models' vocabulary."""
+    folder = tmp_path_factory.mktemp("recall_data")
+    characters = {"<unk>": 0} | {chr(c): i for i, c in enumerate((10, *range(32, 127)), 1)}
+    tokenizer = Tokenizer(models.WordLevel(characters, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / "tokenizer")
+    builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
+    builder.add_document(np.random.default_rng(0).integers(1, 97, 2000).tolist(), [2000])
+    builder.finalize(str(folder / "train.idx"))
+    return folder
+
+
+def test_recall_equals_assembled_models_losses_at_answers(select, material, recall_data, tmp_path, capsys):
+    """Layer by layer, and as chosen; the answers' loss decides, or its sum with the KL, each as a part of the all-linear's."""
+    tokens, length = 1800, 900
+    windows, answers = selection_windows(recall_data, tokens, length, "recall")
+    assert answers.sum() > 20 and windows.shape == answers.shape == (2, length + 1)
+    text, teacher = HeldoutText(windows, None, answers.int()), load_model(material.teacher)
+
+    def losses(model) -> tuple[float, float]:
+        return evaluate(model, windows, teacher).kl, evaluate_recall(model, text)["cross_entropy"]
+
+    def assembled(chosen) -> tuple[float, float]:
+        where = tmp_path / "assembled" / ("_".join(map(str, sorted(chosen))) or "none")
+        if not where.exists():
+            assemble_folder(
+                material.mla, material.linear, material.teacher, where, "".join("+G"[i not in chosen] for i in range(LAYERS))
+            )
+        return losses(load_model(where))
+
+    alone = [assembled({layer}) for layer in range(LAYERS)]
+    none, answers_teacher = assembled(()), losses(teacher)[1]
+    for by, loss in (("recall", lambda pair: pair[1]), ("both", lambda pair: pair[0] / none[0] + pair[1] / none[1])):
+        found = select(1, by=by, data=recall_data, tokens=tokens, sequence_length=length, method="greedy")
+        assert found.answers_by_layer == pytest.approx([pair[1] for pair in alone], rel=KL)
+        assert found.kl_by_layer == pytest.approx([pair[0] for pair in alone], rel=KL)
+        assert (found.kl_all_linear, found.answers_all_linear) == pytest.approx(none, rel=KL)
+        assert found.answers_teacher == pytest.approx(answers_teacher, rel=KL)
+        assert found.answer_tokens == answers[:, 1:].sum()
+        best = min(range(LAYERS), key=lambda layer: loss(alone[layer]))
+        assert found.order[0] == best and found.by == by
+        assert found.scores() == pytest.approx([loss(none) - loss(pair) for pair in alone], rel=1e-3, abs=1e-6)
+        assert (found.kl_selected, found.answers_selected) == pytest.approx(assembled(found.mla_layers), rel=KL)
+        for ratio, (kl, answers_loss) in zip(found.recall_per_kl(), alone, strict=True):
+            saved = none[0] - kl
+            assert ratio is None if saved <= 0 else ratio == pytest.approx(min((none[1] - answers_loss) / saved, 50), rel=1e-2)
+    show_selection(found)
+    shown = capsys.readouterr().err
+    assert f"{found.answers_by_layer[3]:.4f}" in shown and f"{found.answers_teacher:.4f} teacher" in shown
+    with pytest.raises(ConfigError, match="holds no tokenizer, which --by recall needs"):
+        select(2, by="recall")
+    with pytest.raises(ConfigError, match="a fact and its question need 64"):
+        select(2, by="recall", data=recall_data, tokens=200, sequence_length=100)
 
 
 def test_uniform_asks_nothing_but_is_measured(select, assembled_kl, material, tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import LAYOUTS
-from megatron_hylo.upcycle.selection import greedy_layers, smart_layers
+from megatron_hylo.upcycle.selection import backward_layers, greedy_layers, smart_layers
 
 # MLA layers of Zebra-Llama's models (arXiv:2505.17272, code and model cards): (layers, indices)
 ZEBRA = [
@@ -99,10 +99,23 @@ def test_greedy_adds_the_best_beside_those_before_and_reports_the_way():
         asked.append((chosen, candidates))
         return {layer: kl({*chosen, layer}) for layer in candidates}
 
-    path = greedy_layers(5, 3, measure)
-    assert [layer for layer, _ in path] == [2, 4, 0]
-    assert [value for _, value in path] == pytest.approx([kl({2}), kl({2, 4}), kl({0, 2, 4})])
+    assert greedy_layers(5, 3, measure) == [2, 4, 0]
     assert asked == [((), [0, 1, 2, 3, 4]), ((2,), [0, 1, 3, 4]), ((2, 4), [0, 1, 3])]
+
+
+def test_backward_gives_up_the_layer_that_costs_least_beside_those_left():
+    """Two layers that stand in for each other: one of them goes early, the other stays to the end."""
+    asked = []
+
+    def loss(left: set[int]) -> float:
+        return 5.0 - 2.0 * bool(left & {1, 2}) - 0.1 * (2 in left) - 0.7 * (4 in left) - 0.01 * (3 in left)
+
+    def measure(left: tuple[int, ...], candidates: list[int]) -> dict[int, float]:
+        asked.append((left, candidates))
+        return {layer: loss({*left} - {layer}) for layer in candidates}
+
+    assert backward_layers(5, 1, measure) == [0, 1, 3, 4]
+    assert asked[:2] == [((0, 1, 2, 3, 4), [0, 1, 2, 3, 4]), ((1, 2, 3, 4), [1, 2, 3, 4])] and len(asked) == 4
 
 
 @pytest.mark.parametrize("count", [-1, 0, 6, 7])
@@ -111,3 +124,5 @@ def test_a_count_that_leaves_nothing_to_choose_is_refused(count):
         smart_layers([0.0] * 6, count)
     with pytest.raises(ConfigError, match=f"must lie between 1 and 5, got {count}"):
         greedy_layers(6, count, lambda *_: {})
+    with pytest.raises(ConfigError, match=f"must lie between 1 and 5, got {count}"):
+        backward_layers(6, count, lambda *_: {})

@@ -1,0 +1,133 @@
+"""`hylo eval`: the suites of an evaluation through lm-eval, on any model of any stage."""
+
+import contextlib
+import importlib.util
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.table import Table
+
+from megatron_hylo.cli.console import console, print_json, results, track
+from megatron_hylo.cli.types import PositiveInt
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.evaluation import SUITES, SuiteSettings
+from megatron_hylo.io import is_launched_first
+
+if TYPE_CHECKING:
+    from megatron_hylo.eval.results import EvalResult
+
+
+def eval(
+    model: Path,
+    suite: str = "all",
+    data: Path | None = None,
+    output: Path | None = None,
+    limit: PositiveInt | None = None,
+    lengths: list[PositiveInt] | None = None,
+    sequence_length: PositiveInt = 2048,
+    seed: int = 1234,
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    max_length: PositiveInt | None = None,
+    batch_size: str = "auto",
+    online: bool = False,
+    generated: bool = False,
+    chat: bool = False,
+    essays: Path | None = None,
+    squad: Path | None = None,
+    hotpot: Path | None = None,
+    json: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Measure a model by suites, through lm-eval: perplexity, recall, RULER, common sense, GSM8K.
+
+    Takes a model of any stage without an export. Under torchrun each rank has the whole model and a part of the examples.
+
+    Args:
+        model: Hugging Face folder, exported hybrid, .gguf file, model folder, or checkpoint of a run that still trains.
+        suite: ppl, recall, ruler, commonsense, gsm8k, several with commas, or all.
+        data: dataset folder of `hylo preprocess`, whose held-out text ppl and recall need.
+        output: results folder to make, which `hylo compare` reads; without, results are only shown.
+        limit: examples of each task, and of each length where it has lengths.
+        lengths: tokens of a context of ppl, recall and ruler, as [4096,8192]; by default the suites' own up to max_length.
+        sequence_length: tokens of a window of ppl.
+        seed: of examples that are drawn.
+        dtype: of weights and activations; auto: bf16 on GPUs, fp32 on the CPU.
+        max_length: longest prompt with its answer; by default what the model was trained for.
+        batch_size: sequences of a batch; auto: by the memory.
+        online: download lm-eval's data where it is not in the cache, in place of rows from PyPI.
+        generated: the model writes recall's answers, instead of being asked for each token after the right ones.
+        chat: wrap RULER's prompts in the chat template.
+        essays: text of RULER's haystacks, in place of essays from PyPI.
+        squad: dev-v2.0.json, for RULER's qa_1.
+        hotpot: hotpot_dev_distractor_v1.json, for RULER's qa_2.
+        json: print what results.json holds.
+        overwrite: replace a results folder.
+    """
+    from megatron_hylo.io import check_free
+
+    names = list(SUITES) if suite == "all" else [name.strip() for name in suite.split(",") if name.strip()]
+    known = [name for name in SUITES if name in names]
+    unknown: list[Any] = [name for name in names if name not in SUITES]  # SuiteSettings refuses them
+    text, haystack, first, second = (None if path is None else str(path) for path in (data, essays, squad, hotpot))
+    settings = SuiteSettings(
+        known + unknown, text, limit, lengths, sequence_length, seed, online, generated, chat, haystack, first, second
+    )
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("lm-eval is not installed; pip install 'megatron_hylo[eval]'")
+    if output is not None:
+        check_free(output, overwrite, [model, data])
+    found = _measure(model, settings, dtype, max_length, batch_size)
+    if not is_launched_first():
+        return
+    if output is not None:
+        from megatron_hylo.eval.report import REPORT, write_report
+
+        found.write(output, overwrite, also=write_report)
+        console.print(f"wrote {output}; open {output}/{REPORT}", soft_wrap=True)
+    if json:
+        print_json(found.to_dict())
+    else:
+        _show(found)
+
+
+def _measure(model: Path, settings: SuiteSettings, dtype: str, max_length: int | None, batch_size: str) -> "EvalResult":
+    """Open the model and run the suites, on all ranks of a torchrun; complete on the first."""
+    from megatron_hylo.eval.lm import HyloLM
+    from megatron_hylo.eval.lm_facts import describe_model, describe_run
+    from megatron_hylo.eval.results import EvalResult
+    from megatron_hylo.eval.suites import fetch_inputs, run_suites
+    from megatron_hylo.models.checks import require_finite
+    from megatron_hylo.platform.distributed import session
+
+    started = time.time()
+    fetch_inputs(settings)
+    with session() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else contextlib.nullcontext():
+        lm = HyloLM(model, dtype=dtype, max_length=max_length, batch_size=batch_size, seed=settings.seed, track=track)
+        require_finite(lm.model, model)
+        scores, samples = run_suites(lm, settings, track)
+        about = describe_model(model, lm, track) if lm.rank == 0 else {}
+        return EvalResult(about, describe_run(lm, asdict(settings), started), scores, samples)
+
+
+def _show(found: "EvalResult") -> None:
+    """Print the scores over all depths as a table."""
+    about = found.model
+    kv = "" if about["kv_percent"] is None else f", KV {about['kv_percent']:.1f} %"
+    table = Table(title=f"{about['name']} ({about['kind']}): {about['parameters']:,} parameters{kv}")
+    for name in ("suite", "task", "metric"):
+        table.add_column(name, no_wrap=True)
+    for name in ("length", "value", "± s.e.", "examples"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("note")
+    for score in found.scores:
+        if score.depth is None:
+            digits = 2 if score.metric == "perplexity" else 3
+            table.add_row(
+                score.suite, score.task, score.metric, "" if score.length is None else f"{score.length:,}",
+                f"{score.value:,.{digits}f}", "" if score.stderr is None else f"{score.stderr:,.{digits}f}",
+                f"{score.examples:,}", score.note,
+            )  # fmt: skip
+    results.print(table)

@@ -1,0 +1,98 @@
+"""Description of the model and of the run for a results folder."""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron_hylo
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.layouts import kv_percent
+from megatron_hylo.convert.hf_config import model_config_from_hf
+from megatron_hylo.io.environment import commit, device_name, library_versions
+from megatron_hylo.io.gguf_file import gguf_file
+from megatron_hylo.io.identity import content_identity, json_identity
+from megatron_hylo.io.progress import Track, no_progress
+from megatron_hylo.io.provenance import describe_input
+
+
+def model_kind(path: str | Path) -> str:
+    """Kind of a model's folder or file, in words."""
+    path = Path(path)
+    if (path / "train_state.json").is_file():
+        return "training checkpoint"
+    if (path / "hylo.json").is_file():
+        return "model folder"
+    if gguf_file(path) is not None:
+        return "GGUF file"
+    return "exported hybrid" if (path / "hylo_provenance.json").is_file() else "Hugging Face folder"
+
+
+def describe_model(path: str | Path, lm: Any, track: Track = no_progress) -> dict[str, Any]:
+    """Describe a model: {"name", "path", "kind", "hash", "parameters", "kv_percent", "max_length"}.
+
+    Args:
+        path: its folder or file.
+        lm: `HyloLM` that holds it.
+        track: progress display over files that have to be hashed.
+
+    Returns:
+        hash: of the weights, the same wherever the folder lies; kv_percent: KV cache a token, of the all-attention model's,
+        None for a family that is not converted.
+    """
+    path = Path(os.path.abspath(path))
+    parameters = {id(p): p.numel() for p in lm.model.parameters()}  # tied ones once
+    try:
+        percent = kv_percent(model_config_from_hf(lm.model.config.to_dict()))
+    except (ConfigError, KeyError):
+        percent = None
+    return {
+        "name": _name(path),
+        "path": str(path),
+        "kind": model_kind(path),
+        "hash": _identity(path, track),
+        "parameters": sum(parameters.values()),
+        "kv_percent": percent,
+        "max_length": lm.max_length,
+    }
+
+
+def describe_run(lm: Any, settings: Mapping[str, Any], started: float) -> dict[str, Any]:
+    """Describe a run: {"command", "commit", "version", "libraries", "devices", "dtype", "seed", "time", "seconds", "settings"}.
+
+    Args:
+        lm: `HyloLM`.
+        settings: of the suites.
+        started: time.time() at its beginning.
+    """
+    gpu = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else None
+    return {
+        "command": shlex.join(["hylo", *sys.argv[1:]]),
+        "commit": commit(),
+        "version": megatron_hylo.__version__,
+        "libraries": library_versions(),
+        "devices": [device_name(gpu)] * lm.world_size,
+        "dtype": str(next(lm.model.parameters()).dtype).removeprefix("torch."),
+        "seed": settings["seed"],
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 1),
+        "settings": dict(settings),
+    }
+
+
+def _name(path: Path) -> str:
+    """The folder's name, with its run's where it is RUN/model or RUN/checkpoints/STEP."""
+    if path.parent.name == "checkpoints":
+        return f"{path.parent.parent.name}/{path.name}"
+    return f"{path.parent.name}/{path.name}" if path.name in ("model", "second_model") else path.name
+
+
+def _identity(path: Path, track: Track) -> str:
+    if (path / "hylo.json").is_file():
+        return content_identity(path)
+    return json_identity(describe_input(gguf_file(path) or path, track).get("files", {}))

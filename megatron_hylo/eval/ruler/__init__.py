@@ -1,0 +1,1 @@
+"""RULER, offline: see `run.run_ruler`."""

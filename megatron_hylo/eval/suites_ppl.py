@@ -1,0 +1,63 @@
+"""Perplexity on the held-out windows of a dataset folder: those of `hylo evaluate`, by the model class of all suites.
+
+Each window is read by itself, in one pass, and its first token is not predicted; `recall_positions` adds values by position.
+"""
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.data.packed import heldout_windows
+from megatron_hylo.data.tokenizer import check_ids
+from megatron_hylo.eval.recall_haystack import check_tokenizer
+from megatron_hylo.eval.results import Sample, Score
+from megatron_hylo.io.progress import Track, no_progress
+
+WINDOWS = 32
+
+
+def read_windows(lm: Any, data: str | Path, sequence_length: int, limit: int | None = None) -> Tensor:
+    """Windows of held-out text, int64 [at most limit or WINDOWS, sequence_length + 1].
+
+    Raises:
+        ConfigError: no dataset folder, one of another tokenizer, or no document as long as a window.
+    """
+    if not (Path(data) / "heldout.bin").is_file():
+        raise ConfigError(f"{data} is no dataset folder (it has no heldout.bin); `hylo preprocess` makes one")
+    windows = heldout_windows(f"{data}/heldout", sequence_length, limit or WINDOWS)
+    check_tokenizer(data, lm.tokenizer)
+    check_ids(windows, lm.model.config.vocab_size, data, "the model")
+    return windows
+
+
+def run_heldout(lm: Any, windows: Tensor, track: Track = no_progress) -> tuple[list[Score], list[Sample]]:
+    """Perplexity over all windows' tokens; its standard error is that of the windows' mean losses times the perplexity.
+
+    Args:
+        lm: `HyloLM`; ranks share the windows.
+        windows: int64 [n, tokens + 1].
+        track: progress display.
+    """
+    mine = list(range(len(windows)))[lm.rank :: lm.world_size]
+    size = max(1, lm.runner.tokens // windows.shape[1])
+    found: list[tuple[int, float]] = []
+    for start in track(range(0, len(mine), size), "perplexity"):
+        numbers = mine[start : start + size]
+        log_probs = lm.token_log_probs([windows[number].tolist() for number in numbers])
+        found += [(number, -float(values.double().mean())) for number, values in zip(numbers, log_probs)]
+    parts = lm.gather_object(found)
+    if parts is None:
+        return [], []
+    losses = [loss for _, loss in sorted(pair for part in parts for pair in part)]
+    value = math.exp(min(statistics.fmean(losses), 700.0))
+    error = value * statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
+    length = windows.shape[1] - 1
+    score = Score("ppl", "heldout", "perplexity", value, error, len(losses), length, higher_is_better=False)
+    return [score], [
+        Sample("ppl", "heldout", "perplexity", f"heldout/{length}/{number}", math.exp(min(loss, 700.0)), length)
+        for number, loss in enumerate(losses)
+    ]

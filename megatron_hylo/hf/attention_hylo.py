@@ -1,0 +1,204 @@
+"""Attention layers of HyLo models: attention `*` and MLA `+`.
+
+The cache holds keys and values for `*`, and one latent and one rotary key a token for `+`, unrotated where a norm comes first.
+Few new tokens after many cached ones attend to the latents themselves. Source: HyLo (arXiv:2604.24715).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from megatron_hylo.kernels.attention import attention
+from megatron_hylo.kernels.norm import rms_norm
+from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
+
+from .cache_hylo import HyloCache
+from .configuration_hylo import HyloConfig
+from .inputs_hylo import SequenceInputs
+
+Rope = tuple[Tensor, Tensor]  # cos and sin of all positions, cached ones first, fp32 [batch or 1, s, rotated channels / 2]
+
+
+class HyloRMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, statistics in fp32."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor, reference: Tensor | None = None) -> Tensor:
+        """Normalise x: [..., channels] -> the same shape; `reference` [..., any] gives the mean square in place of x."""
+        return rms_norm(x, self.weight, self.eps, reference)
+
+
+class HyloAlignedKeyNorm(HyloRMSNorm):
+    """RMSNorm of MLA keys by the mean squares that the base model's keys had."""
+
+    def __init__(self, channels: int, eps: float, groups: int, pairs: list[int]) -> None:
+        super().__init__(channels, eps)
+        self.rotary_mix = nn.Parameter(torch.ones(groups, len(pairs)))  # each head's share of the rotary key
+        self.pairs = pairs
+
+    def forward(self, key: Tensor, plain: int) -> Tensor:  # type: ignore[override]
+        """Normalise keys [batch, tokens, groups, plain | rotary], the rotary channels being those of all groups."""
+        pairs = torch.tensor(self.pairs, device=key.device)
+        return super().forward(key, unfold_rotary_key(key[..., :plain], key[..., 0, plain:], self.rotary_mix, pairs))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, inputs: SequenceInputs) -> Tensor:
+    """Causal attention by a fused kernel, or with its probabilities appended to `inputs.attentions`.
+
+    Args:
+        query, key, value: [batch, new or all tokens, heads or groups, channels].
+        scale: factor on the scores.
+        inputs: the pass's mask.
+
+    Returns:
+        [batch, new tokens, heads, value channels].
+    """
+    if inputs.attentions is None:
+        return attention(query, key, value, scale=scale, mask=inputs.attention_mask)
+    t, (s, groups) = query.shape[1], key.shape[1:3]
+    scores = torch.einsum("btgnd,bsgd->bgnts", query.unflatten(2, (groups, -1)), key) * scale
+    mask = inputs.attention_mask
+    visible = torch.ones(t, s, dtype=torch.bool, device=key.device).tril(s - t) if mask is None else mask[:, None]
+    probabilities = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~visible, -torch.inf).softmax(-1)
+    probabilities = probabilities.to(query.dtype).flatten(1, 2)
+    inputs.attentions.append(probabilities)  # the tensor that the outputs come from, so that gradients reach it
+    return torch.einsum("bgnts,bsgv->btgnv", probabilities.unflatten(1, (groups, -1)), value).flatten(2, 3)
+
+
+class HyloAttention(nn.Module):
+    """`*`: causal attention of Llama, Qwen2.5 and Qwen3: grouped queries, optional biases and q/k-norm, RoPE."""
+
+    def __init__(self, config: HyloConfig, layer: int) -> None:
+        super().__init__()
+        c = config.architecture()
+        self.layer, self.head_dim = layer, c.kv_channels
+        queries, keys = c.num_attention_heads * c.kv_channels, c.num_query_groups * c.kv_channels
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=c.add_qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=c.add_qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=c.add_qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = HyloRMSNorm(c.kv_channels, c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
+        self.k_norm = HyloRMSNorm(c.kv_channels, c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
+
+    def forward(self, x: Tensor, inputs: SequenceInputs, rope: Rope, cache: HyloCache | None) -> Tensor:
+        """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
+        b, t, _ = x.shape
+        cos, sin = (table[:, -t:] for table in rope)
+        query, key, value = (p(x).view(b, t, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query = apply_rope(self.q_norm(query), cos, sin, interleaved=False)
+        key = apply_rope(self.k_norm(key), cos, sin, interleaved=False)
+        if cache is not None:
+            key, value = cache.append(self.layer, key, value)
+        out = attend(query, key, value, self.head_dim**-0.5, inputs)
+        return self.o_proj(out.reshape(b, t, -1))
+
+
+class HyloLatentAttention(nn.Module):
+    """`+`: HyLo's MLA; heads are [unrotated | rotary], the rotary key is shared, q/k-norm comes before the rotation.
+
+    With `aligned_norm` (qk_head_dim = kv_channels) mean squares are those of the base model's heads: of a query the
+    unrotated channels, of a key those plus the head's share of the rotary key. `hylo.mla_rotary_pairs`, where given, holds
+    each layer's frequencies as numbers in the base model's table.
+    """
+
+    def __init__(self, config: HyloConfig, layer: int) -> None:
+        super().__init__()
+        c = config.architecture()
+        self.layer, self.rank, self.rotary = layer, c.kv_lora_rank, c.qk_pos_emb_head_dim
+        self.plain, self.value, self.groups = c.qk_head_dim, c.v_head_dim, c.num_query_groups
+        self.qk = c.qk_head_dim + c.qk_pos_emb_head_dim
+        self.norms, self.aligned_norm = c.qk_layernorm, c.mla_whole_head_norm
+        self.pairs = list(c.mla_rotary_pairs[layer]) if c.mla_rotary_pairs else None
+        self.q_a_proj = nn.Linear(config.hidden_size, c.q_lora_rank, bias=False)
+        self.q_b_proj = nn.Linear(c.q_lora_rank, c.num_attention_heads * self.qk, bias=c.mla_bias)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.rank + self.rotary, bias=c.mla_bias)
+        self.kv_b_proj = nn.Linear(self.rank, self.groups * (self.plain + self.value), bias=c.mla_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * self.value, config.hidden_size, bias=False)
+        self.q_norm = HyloRMSNorm(self.qk, c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
+        self.k_norm = HyloRMSNorm(self.qk, c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
+        if self.aligned_norm:
+            pairs = list(range(self.rotary // 2)) if self.pairs is None else self.pairs
+            self.k_norm = HyloAlignedKeyNorm(self.qk, c.layernorm_epsilon, self.groups, pairs)
+
+    def forward(self, x: Tensor, inputs: SequenceInputs, rope: Rope, cache: HyloCache | None) -> Tensor:
+        """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
+        b, t, _ = x.shape
+        if self.pairs is not None:
+            rope = (rope[0][..., self.pairs], rope[1][..., self.pairs])
+        query = self.q_b_proj(self.q_a_proj(x)).view(b, t, -1, self.qk)
+        compressed = self.kv_a_proj_with_mqa(x)
+        if not self.norms:  # nothing stands between the shared key and its rotation
+            query, compressed = self._rotate(query, rope), self._rotate(compressed, rope)
+        if cache is not None:
+            (compressed,) = cache.append(self.layer, compressed)
+            if self._absorbs(t) and inputs.attentions is None:
+                return self.o_proj(self._absorbed(query, compressed, inputs.attention_mask))
+        latent, rotary_key = compressed.split([self.rank, self.rotary], dim=-1)
+        key_value = self.kv_b_proj(latent).view(b, -1, self.groups, self.plain + self.value)
+        plain_key, value = key_value.split([self.plain, self.value], dim=-1)
+        key = torch.cat([plain_key, rotary_key.unsqueeze(2).expand(-1, -1, self.groups, -1)], dim=-1)
+        if self.norms:
+            query, key = self._normalised(query, key)
+            query, key = self._rotate(query, rope), self._rotate(key, rope)
+        out = attend(query, key, value, self.qk**-0.5, inputs)
+        return self.o_proj(out.reshape(b, t, -1))
+
+    def _normalised(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.aligned_norm:
+            return self.q_norm(query), self.k_norm(key)
+        return self.q_norm(query, query[..., : self.plain]), self.k_norm(key, self.plain)
+
+    def _rotate(self, x: Tensor, rope: Rope) -> Tensor:
+        """Rotate the last channels of x: [batch, tokens, (heads,) channels] -> the same shape."""
+        plain, rotary = x.split([x.shape[-1] - self.rotary, self.rotary], dim=-1)
+        cos, sin = (table[:, -x.shape[1] :] for table in rope)
+        return torch.cat([plain, apply_rope(rotary, cos, sin, interleaved=True)], dim=-1)
+
+    def _absorbs(self, tokens: int) -> bool:
+        """Whether attention to latents needs fewer products than making all keys and values anew.
+
+        A norm between the two forbids it; so does a kv_b_proj that is more than its weight (an adapter, a quantised or
+        offloaded one).
+        """
+        if self.norms or type(self.kv_b_proj) is not nn.Linear:
+            return False
+        weight = self.kv_b_proj.weight
+        if type(weight) is not nn.Parameter or weight.is_meta:
+            return False
+        heads, width = self.q_b_proj.out_features // self.qk, self.plain + self.value
+        return tokens * heads * (2 * self.rank - width) < self.rank * self.groups * width
+
+    def _absorbed(self, query: Tensor, compressed: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend to the latents themselves, with kv_b_proj absorbed by the queries and the outputs (DeepSeek-V2, 2.1.2).
+
+        Its bias adds the same to all scores of a query, which a softmax does not see, and itself to the output.
+
+        Args:
+            query: [batch, new tokens, heads, unrotated | rotated].
+            compressed: [batch, all tokens, latent | rotated key].
+            mask: bool [batch, 1, new tokens, all tokens].
+
+        Returns:
+            [batch, new tokens, heads * value channels].
+        """
+        b, t, heads, _ = query.shape
+        s = compressed.shape[1]
+        weight = self.kv_b_proj.weight.view(self.groups, self.plain + self.value, self.rank)
+        key_weight, value_weight = weight.split([self.plain, self.value], dim=1)
+        plain, rotary = query.split([self.plain, self.rotary], dim=-1)
+        absorbed = torch.einsum("btgnp,gpr->btgnr", plain.unflatten(2, (self.groups, -1)), key_weight).flatten(2, 3)
+        if mask is None and t > 1:
+            mask = torch.ones(t, s, dtype=torch.bool, device=query.device).tril(s - t)[None, None]
+        if mask is not None:
+            mask = mask.repeat_interleave(heads, dim=2)
+        # the keys are the same for all heads, which so stand side by side as queries of one head
+        queries = torch.cat([absorbed, rotary], dim=-1).flatten(1, 2)[:, :, None]
+        keys = compressed[:, :, None]  # the values are their first channels; a slice would be copied
+        out = attention(queries, keys, keys, self.qk**-0.5, causal=False, mask=mask)[..., : self.rank]
+        out = torch.einsum("btgnr,gvr->btgnv", out.reshape(b, t, self.groups, -1, self.rank), value_weight)
+        if self.kv_b_proj.bias is not None:
+            out = out + self.kv_b_proj.bias.view(self.groups, -1)[:, None, self.plain :]
+        return out.reshape(b, t, -1)

@@ -1,0 +1,58 @@
+"""Check that a run can begin with the optimizer's state of another run's checkpoint (`keep_optimizer_state`)."""
+
+from pathlib import Path
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.renamed import translate_settings
+from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.config.train_settings import flatten
+from megatron_hylo.io import read_json
+from megatron_hylo.train.checkpoint import POSITION
+from megatron_hylo.train.resume_check import SETTINGS
+
+
+def check_kept_state(config: TrainConfig) -> None:
+    """Refuse a start with the state of an optimizer that trained something else, before models are read.
+
+    Args:
+        config: settings of the new run; nothing is checked unless `keep_optimizer_state`.
+
+    Raises:
+        ConfigError: `model` is no checkpoint of a run folder, or that run's optimizer has other parameters, groups of
+            parameters or dtypes.
+    """
+    if not config.keep_optimizer_state or config.model is None:
+        return
+    checkpoint = Path(config.model)
+    settings = checkpoint.resolve().parents[1] / SETTINGS
+    if not (checkpoint / POSITION).is_file() or not settings.is_file():
+        raise ConfigError(
+            f"keep_optimizer_state needs a model that is RUN/checkpoints/step_N of a run folder, got {checkpoint}; give "
+            f"that, or leave keep_optimizer_state out to start from the weights alone"
+        )
+    theirs = flatten(translate_settings(read_json(settings)))
+    ours = {
+        "trained": _trained(config.stage, config.align.loss, config.trainable),
+        "precision": config.precision,
+        "optimizer.use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
+        "a learning rate of the mixers' own": config.optimizer.mixer_lr not in (None, config.optimizer.lr),
+    }
+    former = {
+        "trained": _trained(theirs["stage"], theirs["align.loss"], theirs["trainable"]),
+        "precision": theirs["precision"],
+        "optimizer.use_distributed_optimizer": theirs["optimizer.use_distributed_optimizer"],
+        "a learning rate of the mixers' own": theirs["optimizer.mixer_lr"] not in (None, theirs["optimizer.lr"]),
+    }
+    for name, value in ours.items():
+        if former[name] != value:
+            raise ConfigError(
+                f"the optimizer's state of {checkpoint} is of a run with {name}: {former[name]}, this one has {value}; choose "
+                f"the same, or leave keep_optimizer_state out to start from the weights alone"
+            )
+
+
+def _trained(stage: str, align_loss: str, trainable: str) -> str:
+    """Parameters that a run trains, as `choose_trainable` chooses them."""
+    if trainable == "mixers" or (stage == "align" and align_loss != "ild"):
+        return "the mixers"
+    return "all but embedding and head" if stage == "align" else "all"

@@ -1,0 +1,93 @@
+"""`hylo eval` from the command line to its results folder, on a tiny model of every stage and on what it must refuse."""
+
+import random
+
+import pytest
+import torch
+
+from megatron_hylo.cli import main as cli
+from megatron_hylo.config.layouts import kv_percent, parameter_count
+from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+from megatron_hylo.data.preprocess import preprocess
+from megatron_hylo.eval.folders import evaluate_folder
+from megatron_hylo.eval.results import read_results
+from megatron_hylo.models.checkpoint import save_model
+from megatron_hylo.models.hylo_model import build_model
+from tests.hf.conftest import serve_config
+from tests.serve.test_generate import save_tokenizer
+
+CONFIG = serve_config("G+M*", max_position_embeddings=256)
+
+
+@pytest.fixture(scope="module")
+def place(one_rank, tmp_path_factory):
+    """Folder with `model`, its export `hf`, and `data` of letters."""
+    folder = tmp_path_factory.mktemp("eval")
+    torch.manual_seed(0)
+    model = build_model(CONFIG, backend="local")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.2)
+    save_tokenizer(folder / "tokenizer")
+    save_model(model, folder / "model", tokenizer=folder / "tokenizer")
+    convert_megatron_to_hf(folder / "model", folder / "hf")
+    (folder / "text").mkdir()
+    generator = random.Random(0)
+    for number in range(8):
+        words = ("".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=5)) for _ in range(200))
+        (folder / "text" / f"{number}.txt").write_text(" ".join(words))
+    preprocess(folder / "text", folder / "data", folder / "tokenizer", 0.5)
+    return folder
+
+
+def run(place, *words: object) -> int:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["eval", *(str(place / word) if word in ("model", "hf") else str(word) for word in words)])
+    return int(exit.value.code or 0)
+
+
+def test_results_of_a_model_and_of_its_export_are_those_of_evaluate(place, capsys):
+    options = ["--suite", "ppl", "--data", place / "data", "--sequence_length", 64, "--lengths", "[128,200]", "--limit", 5]
+    assert run(place, "model", *options, "--output", place / "a") == 0
+    shown = capsys.readouterr().out
+    assert run(place, "hf", *options, "--output", place / "b") == 0
+    one, other = read_results(place / "a"), read_results(place / "b")
+    assert [(s.task, s.length) for s in one.scores] == [("heldout", 64), ("by_position", 128), ("by_position", 200)]
+    assert [s.value for s in one.scores] == pytest.approx([s.value for s in other.scores], rel=1e-5)
+    quality = evaluate_folder(place / "model", place / "data", sequence_length=64, windows=5)
+    assert one.scores[0].value == pytest.approx(quality.perplexity, rel=1e-5)
+    assert (one.model["kind"], other.model["kind"]) == ("model folder", "exported hybrid")
+    assert one.model["parameters"] == other.model["parameters"] == parameter_count(CONFIG)
+    assert one.model["kv_percent"] == other.model["kv_percent"] == kv_percent(CONFIG)
+    assert len(one.model["hash"]) == len(other.model["hash"]) == 64 and one.run["settings"]["limit"] == 5
+    assert len(one.samples) == 5 + 2 * len({s.example.split("/")[-1] for s in one.samples if s.task == "by_position"})
+    assert "by_position" in shown and "model folder" in shown
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--suite", "rulers"], "no suite 'rulers'; choose out of ppl, recall, ruler, commonsense, gsm8k"),
+        (["--suite", "ppl"], "suite ppl needs --data"),
+        (["--suite", "ppl", "--data", "{place}/hf"], "is no dataset folder"),
+        (["--suite", "ruler", "--lengths", "[4096]"], "longer than this model's window of 256"),
+        (
+            ["--suite", "ppl,ruler", "--data", "{place}/data", "--sequence_length", "64", "--lengths", "[512]"],
+            "longer than this model's window of 256",
+        ),
+        (["--suite", "recall", "--data", "{place}/nothing"], "nothing does not exist"),
+        (
+            ["--suite", "recall", "--data", "{place}/data", "--lengths", "[512]", "--generated"],
+            "past the model's window of 256",
+        ),
+        (["--suite", "ppl", "--data", "{place}/data", "--output", "{place}/data"], "already exists"),
+        (["--suite", "ppl", "--data", "{place}/data", "--batch_size", "many"], "a number of at least 1 or auto"),
+        (["--suite", "ppl", "--data", "{place}/data", "--sequence_length", "5000"], "the longest document"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_work(place, words, message, capsys, caplog, monkeypatch):
+    monkeypatch.setattr("megatron_hylo.eval.suites.fetch_essays", lambda: place)
+    assert run(place, "hf", *(word.format(place=place) for word in words)) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said and "suite ppl" not in caplog.text  # logged when it begins

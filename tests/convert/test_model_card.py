@@ -1,0 +1,44 @@
+"""Model cards: parsed by huggingface_hub, against the folders that they describe."""
+
+from huggingface_hub import ModelCard
+
+from megatron_hylo.convert.model_card import model_card
+from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+from megatron_hylo.eval.results import EvalResult, Score
+from megatron_hylo.models.checkpoint import save_model
+from megatron_hylo.models.hylo_model import build_model
+from tests.hf.conftest import serve_config
+
+SCORE = Score("ruler", "niah|1", "exact", 0.75, 0.05, 40, length=4096)
+
+
+def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tmp_path):
+    config = serve_config("G+M*")
+    model = build_model(config, backend="local")
+    inputs = {
+        "teacher": {"path": "/secret/teacher", "provenance": {"verb": "convert", "converted_from": "org/base", "inputs": {}}}
+    }
+    trained = {"verb": "train", "stage": "distil", "train_steps": 36, "seed": 7}
+    trained["inputs"] = inputs | {"data": {"path": "/secret/corpus", "content_sha256": "abc"}}
+    save_model(model, tmp_path / "model", None, trained)
+    measured = EvalResult({"name": "model"}, {"command": "hylo eval model", "commit": "1234567"}, [SCORE]).to_dict()
+    convert_megatron_to_hf(tmp_path / "model", tmp_path / "out", verify=False, results=[measured], license="apache-2.0")
+    text = (tmp_path / "out" / "README.md").read_text()
+    data = ModelCard(text).data
+    assert (data.library_name, data.license, data.pipeline_tag) == ("transformers", "apache-2.0", "text-generation")
+    assert data.eval_results[0].metric_value == 0.75 and data.eval_results[0].dataset_name == "ruler niah|1 4096"
+    assert "| ruler | niah\\|1 | 4,096 | exact | 0.75 ± 0.05 | 40 |" in text and "`hylo eval model`, commit 1234567" in text
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters, 4 layers: 1 " in text and "(`G+M*`)" in text
+    # a latent of 24 and a rotary key of 6, keys and values of 2 x 16, 2 bytes each; attention alone 4 x 2 x 32 x 2
+    assert "grows by 188 bytes a token in bf16, 36.7% of the 512" in text
+    steps = [line for line in text.splitlines() if line.startswith(("| convert", "| train", "| export"))]
+    assert [line.split(" |")[0] for line in steps] == ["| convert", "| train", "| export"]
+    assert "stage distil; train_steps 36; seed 7; teacher `teacher`; data `corpus`" in steps[1]
+    assert "- `corpus` (SHA-256 of its tokens `abc`)" in text and "- 36 training steps followed" in text
+    assert "trust_remote_code=True" in text and "/secret" not in text and str(tmp_path) not in text
+
+
+def test_a_card_says_what_it_does_not_know():
+    text = model_card("base", serve_config("**"), 1000, {})
+    assert ModelCard(text).data.license is None and "None were given. `hylo eval`" in text
+    assert "No training data is recorded" in text and "trust_remote_code=True" not in text and "Not stated." in text

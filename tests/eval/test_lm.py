@@ -1,0 +1,165 @@
+"""The model class of lm-eval against lm-eval's own for Hugging Face models, on the same weights."""
+
+import random
+
+import pytest
+import torch
+import transformers
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from megatron_hylo.config import ConfigError
+from megatron_hylo.convert.open_model import cast_weights
+from megatron_hylo.eval.lm import HyloLM
+from megatron_hylo.eval.lm_batches import BatchRunner, plan_batches
+from megatron_hylo.io.progress import no_progress
+from tests.conftest import tiny_hf_model
+from tests.hf.conftest import random_model, serve_config
+from tests.serve.test_generate import save_tokenizer
+
+MODELS = {
+    "llama": lambda: tiny_hf_model("llama"),
+    "hybrid": lambda: random_model(serve_config("G+M*K"), torch.float32),
+}
+WINDOW = 48
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(params=MODELS)
+def both(request, tokenizer):
+    """(lm-eval's class, which reads every request whole and alone; ours over the same model, with settings)."""
+    model = MODELS[request.param]()
+    theirs = HFLM(model, tokenizer=tokenizer, batch_size=1, max_length=WINDOW)
+    return theirs, lambda **settings: HyloLM(model, tokenizer, **({"max_length": WINDOW} | settings))
+
+
+def text(generator: random.Random, letters: int) -> str:
+    """Random letters, one token each, that begin and end with none of the spaces."""
+    return "".join(["a", *(generator.choice("abcdefghijkl mn") for _ in range(letters - 2)), "b"])
+
+
+def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=given, idx=number) for number, given in enumerate(arguments)]
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Prompts with one answer and prompts that several share, of many lengths, two of them longer than the window."""
+    generator = random.Random(0)
+    prompts = [text(generator, letters) for letters in (3, 9, 9, 21, 35, 44, 70)]
+    found = [
+        (prompt, f" {text(generator, letters)}") for prompt in prompts for letters in (2, 2, 9)[: 1 + 2 * (len(prompt) % 2)]
+    ]
+    return [*found, ("", text(generator, 8)), (text(generator, 60), " " + text(generator, 5)), ("ab ", "c")]
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill_tokens": 7}, {"batch_size": 2}], ids=["plain", "pieces", "batches of 2"])
+def test_log_likelihoods_match_lm_evals_class(both, settings):
+    theirs, ours = both
+    asked = requests("loglikelihood", pairs())
+    expected = theirs.loglikelihood(asked, disable_tqdm=True)
+    found = ours(**settings).loglikelihood(asked)
+    assert [most for _, most in found] == [most for _, most in expected]
+    torch.testing.assert_close([value for value, _ in found], [value for value, _ in expected], rtol=0, atol=1e-4)
+    assert max(value for value, _ in found) - min(value for value, _ in found) > 1
+
+
+def test_log_likelihoods_of_whole_texts_match_lm_evals_class(both):
+    theirs, ours = both
+    generator = random.Random(1)
+    asked = requests("loglikelihood_rolling", [(text(generator, letters),) for letters in (130, 12, 48)])
+    expected = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
+    torch.testing.assert_close(ours().loglikelihood_rolling(asked), expected, rtol=1e-6, atol=1e-4)
+    logits = ours()
+    logits.logits_at_once = 3 * 160  # three columns of the vocabulary at a time
+    torch.testing.assert_close(logits.loglikelihood_rolling(asked), expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill_tokens": 7}], ids=["plain", "pieces"])
+def test_generations_match_lm_evals_class(both, settings):
+    theirs, ours = both
+    generator = random.Random(2)
+    prompts = [text(generator, letters) for letters in (4, 6, 6, 15, 30, 60)]
+    for until in ([], ["a", "be"]):
+        asked = requests("generate_until", [(prompt, {"until": list(until), "max_gen_toks": 12}) for prompt in prompts])
+        expected = theirs.generate_until(asked, disable_tqdm=True)
+        assert ours(**settings).generate_until(asked) == expected
+        assert len(set(expected)) > 1
+
+
+def test_a_stop_string_ends_a_sequence_and_its_text(both, tokenizer):
+    _, ours = both
+    lm = ours()
+    prompts = [tokenizer("abc").input_ids, tokenizer("abcdefg").input_ids]
+    whole = lm.continuations(prompts, 12, [])
+    assert all(len(one) > 3 for one in whole)
+    stop = whole[0][2:4]  # two letters that the first continuation is known to hold
+    assert lm.continuations(prompts, 12, [stop]) == [one.split(stop)[0] for one in whole]
+
+
+def test_answers_are_right_where_the_model_would_write_them(both, tokenizer):
+    theirs, ours = both
+    lm = ours()
+    prompt = tokenizer("abcdefgh").input_ids
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(4):
+            ids = torch.cat([ids, theirs.model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    right = ids[0].tolist()
+    wrong = [*right[:-1], (right[-1] + 1) % 160]
+    first, second = lm.answers_correct([right, wrong], [4, 4])
+    assert first.exact and first.correct == (True,) * 4
+    assert not second.exact and second.correct == (True, True, True, False)
+    assert second.log_probs[:3] == pytest.approx(first.log_probs[:3], abs=1e-5) and second.log_prob < first.log_prob
+    (all_of_it,) = lm.token_log_probs([right])
+    assert len(all_of_it) == len(right) - 1 and all_of_it[-4:].tolist() == pytest.approx(first.log_probs, abs=1e-5)
+
+
+def test_what_cannot_work_is_refused(both):
+    _, ours = both
+    with pytest.raises(ConfigError, match="16 new tokens leave no room for a prompt in 16"):
+        ours(max_length=16).continuations([[1]], 16, [])
+    with pytest.raises(ConfigError, match="asks for sampling"):
+        ours().generate_until(requests("generate_until", [("ab", {"do_sample": True, "temperature": 1.0})]))
+    with pytest.raises(ConfigError, match="batch_size must be a number of at least 1 or auto, got 'many'"):
+        ours(batch_size="many")
+
+
+def test_weights_are_cast_but_the_decays():
+    model = random_model(serve_config("G+M*K"), torch.float32)
+    cast_weights(model, torch.bfloat16)
+    kinds = {name.rsplit(".", 1)[-1]: parameter.dtype for name, parameter in model.named_parameters()}
+    kept = {"A_log", "dt_bias", "D"}
+    assert kept < set(kinds) and all((kind == torch.float32) == (name in kept) for name, kind in kinds.items())
+
+
+def test_batches_hold_all_sequences_within_their_limits():
+    generator = random.Random(3)
+    lengths = [generator.randint(1, 3000) for _ in range(300)]
+    batches = plan_batches(lengths, tokens=8000, rows=16)
+    assert sorted(index for batch in batches for index in batch) == list(range(300))
+    for batch in batches:
+        longest, shortest = (pick(lengths[index] for index in batch) for pick in (max, min))
+        assert len(batch) <= 16 and len(batch) * longest <= 8000 and longest - shortest <= max(32, longest // 4)
+    assert len(batches) < 100
+
+
+def test_batches_that_do_not_fit_are_halved_and_later_ones_cut():
+    tried, done = [], []
+
+    def work(batch: list[int]) -> None:
+        tried.append(len(batch))
+        if len(batch) > 5:
+            raise torch.OutOfMemoryError
+        done.extend(batch)
+
+    runner = BatchRunner(tokens=800, rows=16)
+    runner.run([50] * 40, work, no_progress, "")
+    assert sorted(done) == list(range(40)) and tried[:3] == [16, 8, 4] and tried.count(16) == 1 and tried.count(8) == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.run([50], lambda batch: work([0] * 6), no_progress, "")

@@ -1,0 +1,116 @@
+"""What other parts of transformers and other libraries do with the models: offloading, classifiers, prompts that are learnt."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+
+from megatron_hylo.hf import HyloForCausalLM, HyloForSequenceClassification
+from megatron_hylo.hf.code_files import copy_modelling_code
+from tests.hf.conftest import ALIGNED, random_model, serve_config
+
+GREEDY = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+
+@torch.no_grad()
+def test_weights_offloaded_to_disk_give_the_same_text(tmp_path, ids):
+    model = random_model(serve_config("GMK+*+", **(ALIGNED["G+*+ pairs, bias"] | {"mla_rotary_pairs": ()})), torch.float32)
+    model.save_pretrained(tmp_path)
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.layers.5": "cpu"}
+    places |= {f"model.layers.{layer}": "disk" for layer in range(5)}
+    offloaded = HyloForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map=places, offload_folder=tmp_path / "o")
+    assert offloaded.model.layers[0].mlp.up_proj.weight.is_meta
+    torch.testing.assert_close(offloaded(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
+    assert torch.equal(offloaded.generate(ids[:, :20], **GREEDY), model.generate(ids[:, :20], **GREEDY))
+
+
+@torch.no_grad()
+def test_a_classifier_scores_the_last_token_of_each_sequence(tmp_path, ids):
+    base = random_model(serve_config("G+M*"), torch.float32)
+    base.config.pad_token_id = 0
+    base.save_pretrained(tmp_path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3, dtype=torch.float32).eval()
+    assert type(model) is HyloForSequenceClassification
+    model.score.weight.normal_()
+    ids = ids.clamp(min=1)
+    ids[1, 60:] = 0
+    found = model(ids, attention_mask=(ids != 0).long(), labels=torch.tensor([0, 2]))
+    for row, length in enumerate((75, 60)):
+        expected = model.score(base.model(ids[row : row + 1, :length]).last_hidden_state[0, -1])
+        torch.testing.assert_close(found.logits[row], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.loss, torch.nn.functional.cross_entropy(found.logits, torch.tensor([0, 2])))
+
+
+@torch.no_grad()
+def test_a_cache_of_one_prompt_is_continued_by_several(ids):
+    model = random_model(serve_config("G+M*"))
+    cache = model(ids[:, :70]).past_key_values
+    cache.batch_repeat_interleave(2)
+    ends = torch.randint(160, (4, 5))
+    found = model(ends, past_key_values=cache).logits
+    whole = model(torch.cat([ids[:, :70].repeat_interleave(2, 0), ends], 1)).logits[:, 70:]
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-10)
+    cache.batch_select_indices(torch.tensor([3, 1]))
+    more = model(ends[[3, 1]], past_key_values=cache).logits
+    again = model(torch.cat([ids[[1, 0], :70], ends[[3, 1]], ends[[3, 1]]], 1)).logits[:, 75:]
+    torch.testing.assert_close(more, again, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_a_longer_vocabulary_is_saved_and_described(tied, tmp_path, ids):
+    model = random_model(serve_config("G+", untie_embeddings_and_output_weights=not tied), torch.float32)
+    before = model(ids).logits
+    model.resize_token_embeddings(170)
+    model.save_pretrained(tmp_path)
+    again = HyloForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert again.config.vocab_size == again.config.hylo["vocab_size"] == 170
+    torch.testing.assert_close(again(ids).logits[..., :160], before, rtol=0, atol=1e-5)
+
+
+def test_prompt_tuning_trains_and_generates(ids):
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(random_model(serve_config("G+"), torch.float32), settings)
+    mask = torch.ones_like(ids)
+    model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    assert model.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
+    assert model.generate(input_ids=ids, attention_mask=mask, **GREEDY).shape == (2, 78)
+
+
+def test_a_saved_model_has_its_code_beside_it(tmp_path):
+    random_model(serve_config("G+"), torch.float32).save_pretrained(tmp_path / "saved")
+    (tmp_path / "code").mkdir()
+    for file in copy_modelling_code(tmp_path / "code"):
+        assert (tmp_path / "saved" / file.name).read_text() == file.read_text()
+    config = transformers.PreTrainedConfig.get_config_dict(tmp_path / "saved")[0]
+    for place in config["auto_map"].values():
+        module, name = place.split(".")
+        assert f"class {name}(" in (tmp_path / "saved" / f"{module}.py").read_text()
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mixers", ["*", "+", "M", "G", "K"])
+@torch.no_grad()
+def test_all_ways_to_read_a_sequence_give_the_full_forwards_logits(mixers, dtype, bound, ids):
+    """Whole = in pieces = token by token = in a padded batch, each within the dtype's rounding of the fp64 model."""
+    model = random_model(serve_config(mixers), torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.rsplit(".")[-1] not in model._keep_in_fp32_modules_strict:
+            parameter.data = parameter.data.to(dtype)
+    ids = ids[:, :40]
+    expected = copy.deepcopy(model).double()(ids, use_cache=False).logits
+    mask = torch.ones(2, 47, dtype=torch.long)
+    mask[:, :7] = 0
+    padded = torch.cat([torch.full((2, 7), 5), ids], 1)
+    ways = {"whole": model(ids).logits, "padded": model(padded, attention_mask=mask).logits[:, 7:]}
+    for name, pieces in {"pieces": [13, 1, 26], "tokens": [1] * 40}.items():
+        cache, logits = None, []
+        for piece in ids.split(pieces, dim=1):
+            outputs = model(piece, past_key_values=cache)
+            cache = outputs.past_key_values
+            logits.append(outputs.logits)
+        ways[name] = torch.cat(logits, 1)
+    errors = {name: float((logits - expected).norm() / expected.norm()) for name, logits in ways.items()}
+    assert max(errors.values()) < bound, errors
