@@ -4,13 +4,15 @@
 
 CHECKOUT is a copy of github.com/NVIDIA/Megatron-LM, whose tools/preprocess_data.py is run as it is, with this environment's
 Megatron-Core. Each runs as a process of its own; CPU seconds are those of the process and its children, start-up included, and
-"tokenising" leaves out the CPU seconds of a run on one document. The two .bin files are compared byte by byte.
+"tokenising" leaves out the CPU seconds of a run on one document. The shorter of two runs counts. The two .bin files are compared
+byte by byte.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -51,8 +53,11 @@ def main() -> None:
     options = parser.parse_args()
     lines = fetch_documents().read_text(encoding="utf-8").splitlines(keepends=True)
     random.Random(0).shuffle(lines)
-    lines = [line for line in lines if len(json.loads(line)["text"]) < 10**6][: options.documents]
     tokenizer = load_transformers_tokenizer(fetch_teacher())
+    # the script makes a special token of text that looks like one, and keeps byte order marks
+    added = [token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()]
+    special = re.compile("|".join(map(re.escape, [*added, "\ufeff"])))
+    lines = [line for line in lines if not special.search(json.loads(line)["text"])][: options.documents]
     tokenizer.eos_token = "<|endoftext|>"  # with which Megatron-LM ends documents
     root = Path(__file__).parents[1]
     environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
@@ -71,7 +76,8 @@ def main() -> None:
             ours = [sys.executable, "-c", OURS, work / f"{name}.jsonl", work / f"ours_{name}", work / "tokenizer"]
             ours.append(options.workers)
             for who, command in (("megatron_hylo", ours), ("Megatron-LM", theirs)):
-                used, wall[who] = run(command, environment | ({"RAYON_NUM_THREADS": "1"} if options.workers == 1 else {}))
+                environment |= {"RAYON_NUM_THREADS": "1"} if options.workers == 1 else {}
+                used, wall[who] = min(run(command, environment) for _ in range(2))
                 seconds[who].append(used)
         found = (work / "ours_all" / "train.bin").read_bytes()
         equal = found == (work / "theirs_all_text_document.bin").read_bytes()
