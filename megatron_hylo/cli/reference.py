@@ -3,6 +3,7 @@
 python -m megatron_hylo.cli.reference > docs/cli.md
 """
 
+import argparse
 import sys
 import types
 import typing
@@ -98,7 +99,11 @@ def _default(action: Action) -> str:
     if _required(action):
         return "required"
     value = action.default
-    return "" if value in (None, "") or action.nargs == "*" else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    return (
+        ""
+        if value in (None, "") or action.nargs == argparse.ZERO_OR_MORE
+        else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    )
 
 
 def _dedented(text: str) -> str:

@@ -49,13 +49,14 @@ def _marked_answers(tokenizer: Any, messages: Any) -> tuple[str, Spans]:
     """Text and what the template marks in it."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    (text,), (spans,) = render_jinja_template(
+    rendered: Any = render_jinja_template(
         conversations=[messages],
         chat_template=tokenizer.get_chat_template(),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    return text, tuple((int(start), int(stop)) for start, stop in spans if stop > start)
+    texts, marked = rendered
+    return texts[0], tuple((int(start), int(stop)) for start, stop in marked[0] if stop > start)
 
 
 def _answers_by_difference(tokenizer: Any, messages: Any) -> tuple[str, Spans]:

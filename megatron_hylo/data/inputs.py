@@ -29,13 +29,13 @@ class InputFile:
     folder: Path | None = None  # that was given, by which its documents are named
 
     @property
-    def identity(self) -> list[str | int]:
+    def identity(self) -> tuple[str, int, int]:
         """Path, size and time of change: another file has another."""
         try:
             found = os.stat(self.path)
         except OSError:
-            return [str(self.path), -1, -1]
-        return [replace_half_pairs(str(self.path.absolute())), found.st_size, found.st_mtime_ns]
+            return str(self.path), -1, -1
+        return replace_half_pairs(str(self.path.absolute())), found.st_size, found.st_mtime_ns
 
 
 class InputReader:

@@ -234,11 +234,11 @@ def preprocess(
     field = chat_field(found, key or "messages", loss == "answers") if chat else TextField(key or "text")
     settings = _settings(found, heldout_fraction, None, max_documents, vocab_size, on_bad_text, chat, loss)
     reader = InputReader(inputs, field)
-    identities = [f.identity if isinstance(f, InputFile) else [f.where, 0, 0] for f in reader.files]
+    identities = [f.identity if isinstance(f, InputFile) else (f.where, 0, 0) for f in reader.files]
     description = {
         "format": FORMAT,
         "key": field.key,
-        "inputs": identities,
+        "inputs": [list(identity) for identity in identities],
         "tokenizer": hashlib.sha256(found.backend_tokenizer.to_str().encode()).hexdigest(),
         "chat_template": found.get_chat_template() if chat else None,
         **asdict(settings),

@@ -127,9 +127,9 @@ def load_tasks(names: Sequence[str], online: bool = False) -> Tasks:
                 continue
             loaded[name] = (_offline_task(name, settings), NOTES.get(name, OFFLINE))
     if absent:
-        logger.warning("no data for %s; `--online true` downloads lm-eval's", ", ".join(absent))
+        logger.warning("no data for %s; `--online` downloads lm-eval's", ", ".join(absent))
     if not loaded:
-        raise ConfigError(f"there is no data for {', '.join(names)} here; --online true downloads lm-eval's")
+        raise ConfigError(f"there is no data for {', '.join(names)} here; --online downloads lm-eval's")
     return loaded
 
 

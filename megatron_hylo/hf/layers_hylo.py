@@ -4,7 +4,8 @@ The cache holds states of fixed size for `M`, `G` and `K`; attention_hylo.py say
 nothing into a state and is seen by no token. Sources: HyLo (arXiv:2604.24715), and the papers the kernels name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class HyloGatedRMSNorm(nn.Module):
     def __init__(self, channels: int, eps: float, group_size: int | None = None, norm_before_gate: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
-        self.settings = {"eps": eps, "group_size": group_size, "norm_before_gate": norm_before_gate}
+        self.settings: dict[str, Any] = {"eps": eps, "group_size": group_size, "norm_before_gate": norm_before_gate}
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Normalise x and multiply by silu(gate): [..., channels] each -> the same shape."""
@@ -50,7 +51,7 @@ class HyloGatedRMSNorm(nn.Module):
 
 
 def convolve(
-    x: Tensor, convolutions: list[nn.Module], state: Tensor | None, padding: Tensor | None, keep_state: bool
+    x: Tensor, convolutions: Sequence[nn.Module], state: Tensor | None, padding: Tensor | None, keep_state: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Apply a short causal convolution with SiLU whose channels are split over several modules; no tap reads padding.
 

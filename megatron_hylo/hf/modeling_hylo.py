@@ -307,7 +307,7 @@ class HyloForSequenceClassification(GenericForSequenceClassification, HyloPreTra
 
     def __init__(self, config: HyloConfig) -> None:
         HyloPreTrainedModel.__init__(self, config)  # transformers' own would look for the backbone by an Auto class
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels or 1
         self.model = HyloModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
