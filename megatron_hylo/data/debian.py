@@ -22,7 +22,7 @@ class TextPackage:
     """A package's folder of text, and the .deb that published numbers were measured with."""
 
     folder: str  # inside the package
-    suffixes: tuple[str, ...]  # of text files, apart from a .gz
+    suffixes: tuple[str, ...]  # of text files, apart from a .gz; "" of those without any
     measured_version: str
     measured_sha256: str
 
@@ -46,7 +46,97 @@ PACKAGES = {
         "3.11.2-6+deb12u9",
         "5b3594189d6ef9a6963ce0347fd307a1cc67620ad697e144db366070e2e146be",
     ),
+    "perl-doc": TextPackage(
+        "usr/share/perl",
+        (".pod",),
+        "5.36.0-7+deb12u4",
+        "f4269cff4576d6f02a6756df842988e58451c7e945b08517dd235531b24e48f8",
+    ),
+    "vim-runtime": TextPackage(
+        "usr/share/vim/vim90/doc",
+        (".txt",),
+        "2:9.0.1378-2+deb12u2",
+        "6a3dd2317a593742cb247f3494d986b3127887dbe1449253b8efa6112289854e",
+    ),
+    "libpython3.11-stdlib": TextPackage(
+        "usr/lib/python3.11",
+        (".py",),
+        "3.11.2-6+deb12u9",
+        "10f13e000ee757f5f2d2d3569f9e30546214a0c850acd78695feae373bfa3e53",
+    ),
+    "python3-sympy": TextPackage(
+        "usr/lib/python3/dist-packages/sympy",
+        (".py",),
+        "1.11.1-1",
+        "b437232be31819aafd267ddf2132c16293ef75e02fd58b4ad31eee3ef1d5b49e",
+    ),
+    "fortunes": TextPackage(
+        "usr/share/games/fortunes",
+        ("",),
+        "1:1.99.1-7.3",
+        "41d0551dc0ff52f875a2ecef7c39da2f672ab468c37e170119f7e0245a9d63c5",
+    ),
+    "git-doc": TextPackage(
+        "usr/share/doc/git-doc",
+        (".txt",),
+        "1:2.39.5-0+deb12u3",
+        "3c89668a11053a6bafade3de1f611f4613db31e082af63f43d8c5b69ad8795ec",
+    ),
+    "debian-reference-en": TextPackage(
+        "usr/share/debian-reference",
+        (".txt",),
+        "2.100",
+        "9f31d3a17df505de09689ca255512ea58c1fc47c59bb1b0c7bf1c23362e9743f",
+    ),
+    "developers-reference": TextPackage(
+        "usr/share/developers-reference/_sources",
+        (".txt",),
+        "12.18",
+        "0dba82f6fa16e373f2a84ad07e7971aa9264ad2e7d2ae46b37edbc9c5fd57e2e",
+    ),
+    "debian-policy": TextPackage(
+        "usr/share/doc/debian-policy/policy.html/_sources",
+        (".txt",),
+        "4.6.2.0",
+        "ef9d01b625c3b87c3a845c2cd1b66f1a16e9240b2b9e5bee53472a00e8457a39",
+    ),
+    "jargon": TextPackage(
+        "usr/share/info",
+        (".info",),
+        "4.0.0-5.3",
+        "6f4db0f1a4f2b658d8a09e89fdb1814ad1487854463f01dc9158267811d4650f",
+    ),
+    "doc-debian": TextPackage(
+        "usr/share/doc/debian",
+        (".txt",),
+        "11.3+nmu1",
+        "b9bff49f22b334cb6fedc071d81669e72cc2fa0dcd65e110785f69d9941f2773",
+    ),
+    "python3-django": TextPackage(
+        "usr/lib/python3/dist-packages/django",
+        (".py",),
+        "3:3.2.25-0+deb12u7",
+        "9ad8ed29d9026207970777e194f658c39b3a7a96a932967f043503fc25bdc319",
+    ),
 }
+DOCUMENTS = ("anarchism", "linux-doc-6.1", "python3.11-doc")  # a book and two manuals
+LIBRARY = (
+    *DOCUMENTS,
+    "perl-doc",
+    "vim-runtime",
+    "libpython3.11-stdlib",
+    "python3-sympy",
+    "fortunes",
+)  # with two manuals, source code and dialogues
+UNSEEN = (
+    "git-doc",
+    "debian-reference-en",
+    "developers-reference",
+    "debian-policy",
+    "jargon",
+    "doc-debian",
+    "python3-django",
+)  # for evaluation alone
 
 # Hooks of the system's apt (cleaning its caches, telling its desktop) must not run for our private state; the user
 # that apt would drop to cannot write into a home folder.
@@ -121,7 +211,7 @@ def read_texts(name: str, deb: Path, scratch: Path) -> Iterator[tuple[str, str]]
     files = {str(file.relative_to(folder)).removesuffix(".gz"): file for file in folder.rglob("*") if not file.is_symlink()}
     for path in sorted(files):
         file = files[path]
-        if file.is_file() and path.endswith(package.suffixes):
+        if file.is_file() and Path(path).suffix in package.suffixes:
             text = read_text_file(file)
             if isinstance(text, Unreadable):
                 logger.warning("%s: %s is left out: %s (%s)", name, path, text.reason, text.detail)
