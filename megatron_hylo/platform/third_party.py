@@ -224,7 +224,7 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
     ),
     ThirdPartyChange(
         "model class in transformers",
-        "AutoConfig, AutoModel and AutoModelForCausalLM know the model type of exported models",
+        "AutoConfig, AutoModel and its causal LM and classifier know the model type of exported models",
         "exported models load by their type, without code from their folder",
         "process",
         lambda: _loaded("megatron_hylo.hf.modeling_hylo") is not None,
@@ -233,6 +233,7 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
             "transformers.AutoConfig.register",
             "transformers.AutoModel.register",
             "transformers.AutoModelForCausalLM.register",
+            "transformers.AutoModelForSequenceClassification.register",
         ),  # fmt: skip
     ),
     ThirdPartyChange(
@@ -247,13 +248,14 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
     ),
     ThirdPartyChange(
         "quiet libraries",
-        "root logger, log level of torch.utils.cpp_extension, warning filters, HF_HUB_DISABLE_PROGRESS_BARS=1",
+        "root logger, log level of torch.utils.cpp_extension, warning filters, HF_HUB_DISABLE_PROGRESS_BARS=1, TQDM_DISABLE=1",
         "the command line shows only errors of other packages, and no progress bars of theirs",
         "process",
         _is_set("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("cli/console.py",),
         (
             "os.environ[HF_HUB_DISABLE_PROGRESS_BARS]",
+            "os.environ[TQDM_DISABLE]",
             "logging.getLogger().setLevel",
             "logging.basicConfig",
             "warnings.filterwarnings",
@@ -267,5 +269,23 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         lambda: _loaded("transformers.utils.logging", "_tqdm_active") is False,
         ("io/foreign.py",),
         ("transformers.utils.logging.disable_progress_bar",),
+    ),
+    ThirdPartyChange(
+        "words of RULER's keys",
+        "WORDS of lm_eval.tasks.ruler.prepare_niah; nltk.data.path, where nltk has no sentence model",
+        "lm-eval joins every adjective and noun: 6.2 million texts, 11 s and 0.7 GB a process; a model is not downloaded",
+        "process",
+        lambda: type(_loaded("lm_eval.tasks.ruler.prepare_niah", "WORDS")).__module__.startswith("megatron_hylo."),
+        ("eval/ruler/sources.py",),
+        ("importlib.import_module().WORDS",),
+    ),
+    ThirdPartyChange(
+        "no words for RULER's import",
+        "wonderwords.RandomWord, while lm_eval.tasks.ruler.prepare_niah is imported",
+        "that module joins all words when it is imported",
+        "one call",
+        lambda: getattr(_loaded("wonderwords", "RandomWord"), "__module__", "").startswith("megatron_hylo."),
+        ("eval/ruler/words.py",),
+        ("wonderwords.RandomWord",),
     ),
 )

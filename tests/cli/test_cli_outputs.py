@@ -29,6 +29,7 @@ COMMANDS = {
     "upcycle": "SOURCE OUTPUT --pattern G --overwrite",
     "assemble": "SOURCE SOURCE SOURCE OUTPUT --pattern G --overwrite",
     "select": "SOURCE --mla SOURCE --linear SOURCE --data SOURCE --count 1 --output OUTPUT --overwrite",
+    "eval": "SOURCE --suite gsm8k --output OUTPUT --overwrite",
     "train": "--stage pretrain --data SOURCE --model SOURCE --output RUN",
 }
 
@@ -41,7 +42,7 @@ def start(capsys, verb: str, source: Path, output: Path) -> tuple[int, str]:
 
 def test_these_are_all_verbs_that_make_a_folder():
     makes = [v for v in VERBS if "output" in parameters(v)]
-    assert {v.__name__.replace("_", "-") for v in makes} == COMMANDS.keys() | {"quickstart", "report"}
+    assert {v.__name__.replace("_", "-") for v in makes} == COMMANDS.keys() | {"quickstart", "report", "compare"}
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
@@ -119,7 +120,9 @@ def test_a_damaged_export_is_refused_by_all_that_read_it(one_rank, tmp_path, cap
     assert run(capsys, "generate", *verbs["generate"])[0] == 0
 
 
-NOT_PATHS = {"address", "key", "layout", "pattern", "init", "prompt"}  # parameters of verbs that are text
+NOT_PATHS = {  # parameters of verbs that are text
+    "address", "batch_size", "init", "keep_best", "key", "layout", "license", "pattern", "prompt", "suite",
+}  # fmt: skip
 
 
 def test_every_parameter_that_is_text_is_known_to_be_no_path():

@@ -37,7 +37,7 @@ def errors(
         ids[2] = -100
     weights = (WEIGHTS[0] if teacher else 0.0, WEIGHTS[1] if labels else 0.0)
     sums, gradient = plain_head_softmax(
-        x.double(), y.double() if teacher else None, ids, 0, weights, reverse, temperature, None, True, False
+        x.double(), y.double() if teacher else None, ids, 0, weights, reverse, temperature, None, True
     )
     share = VOCABULARY // group.size() if group else VOCABULARY
     first = group.rank() * share if group else 0

@@ -199,8 +199,9 @@ def _decays_of_the_next_head() -> contextlib.AbstractContextManager:
 def _labels_counted_by_each_rank() -> contextlib.AbstractContextManager:
     from megatron_hylo.train import objectives
 
-    def own(labels: list[Tensor], group: Any) -> Tensor:
-        total = torch.tensor([sum(x.numel() for x in labels), sum(int((x >= 0).sum()) for x in labels)])
+    def own(labels: list[Tensor], group: Any, masks: list[Tensor | None] | None = None) -> Tensor:
+        kept = [torch.ones_like(x).bool() if mask is None else mask for x, mask in zip(labels, masks or [None] * len(labels))]
+        total = torch.tensor([sum(int(x.sum()) for x in kept), sum(int(((x >= 0) & m).sum()) for x, m in zip(labels, kept))])
         return total.double() / len(labels)
 
     return _replaced(objectives, "mean_counts", own)
