@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data import preprocess as module
+from megatron_hylo.data import make_dataset as module
 from megatron_hylo.data.packed import DocumentStore
 from megatron_hylo.io import DamagedError
 from tests.data.test_resume_preprocess import content, inputs, made

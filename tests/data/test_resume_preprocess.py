@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data import preprocess as module
+from megatron_hylo.data import make_dataset as module
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.io.progress import show_progress
 from tests.data.conftest import make_documents
@@ -21,11 +21,12 @@ from tests.data.conftest import make_documents
 ROOT = Path(__file__).parents[2]
 SLOW = """
 import sys, time
-from megatron_hylo.data import preprocess as module
+from megatron_hylo.data import make_dataset as module
 module.SAVE_SECONDS, module.BATCH_DOCUMENTS = 0.0, 64
+from megatron_hylo.data.preprocess import preprocess
 write = module._write
 module._write = lambda *arguments: (time.sleep(0.02), write(*arguments))
-module.preprocess(sys.argv[1], sys.argv[2], sys.argv[3], 0.1, more_inputs=sys.argv[4:], workers=2)
+preprocess(sys.argv[1], sys.argv[2], sys.argv[3], 0.1, more_inputs=sys.argv[4:], workers=2)
 """
 
 
