@@ -4,8 +4,8 @@
 
 CHECKOUT is a copy of github.com/NVIDIA/Megatron-LM, whose tools/preprocess_data.py is run as it is, with this environment's
 Megatron-Core. Each runs as a process of its own; CPU seconds are those of the process and its children, start-up included, and
-"tokenising" leaves out the CPU seconds of a run on one document. The shorter of two runs counts. The two .bin files are compared
-byte by byte.
+"tokenising" leaves out the CPU seconds of a run on one document. The shorter of two runs counts. The two .bin files are
+compared byte by byte.
 """
 
 import argparse
