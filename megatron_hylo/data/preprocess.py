@@ -27,7 +27,6 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import expand_home
 from megatron_hylo.data.chat import chat_field
 from megatron_hylo.data.documents import Document, OnBadText, TextField, Unreadable
-from megatron_hylo.data.encode import plain_encoder
 from megatron_hylo.data.encode_pool import cores
 from megatron_hylo.data.inputs import InputFile, InputReader
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
@@ -35,8 +34,6 @@ from megatron_hylo.data.make_dataset import (
     DataDescription,
     Loss,
     dataset_settings,
-    end_of_document_token,
-    heldout_score,
     make_dataset,
 )
 from megatron_hylo.io import (
@@ -51,7 +48,6 @@ from megatron_hylo.io import (
 )
 from megatron_hylo.io.progress import Track, no_progress
 
-__all__ = ["DataDescription", "build_dataset", "end_of_document_token", "heldout_score", "plain_encoder", "preprocess"]
 logger = logging.getLogger("megatron_hylo.data")
 PARALLEL_BYTES = 2**24  # of input, from which on processes are worth their start
 FORMAT = 1  # of the parts

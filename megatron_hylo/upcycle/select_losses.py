@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.recall import RecallSettings
+from megatron_hylo.data.encode import plain_encoder
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.data.packed import PackedDataset
-from megatron_hylo.data.preprocess import plain_encoder
 from megatron_hylo.data.recall import RecallWindows
 from megatron_hylo.data.windows import WindowSource
 from megatron_hylo.distill.alignment import mixer_output, mlp_layer

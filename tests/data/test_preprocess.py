@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.documents import Document
-from megatron_hylo.data.preprocess import build_dataset, heldout_score, preprocess
+from megatron_hylo.data.make_dataset import heldout_score
+from megatron_hylo.data.preprocess import build_dataset, preprocess
 from megatron_hylo.io import verify_manifest
 from tests.data.conftest import END, make_documents
 
