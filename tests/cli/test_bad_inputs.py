@@ -38,7 +38,7 @@ CASES: list[tuple] = [
     ("convert hf new --overwrite=true", "--overwrite is a switch and takes no value"),
     ("convert hf new --overwrit", "did you mean --overwrite?"),
     ("fetch", "hylo fetch needs WHAT"),
-    ("fetch techer", "WHAT must be one of teacher, documents, qwen3-tokenizer, got techer; did you mean teacher?"),
+    ("fetch techer", "unseen, qwen3-tokenizer, got techer; did you mean teacher?"),
     ("evaluate model", "hylo evaluate needs DATA"),
     ("evaluate model data --windows many", "--windows must be an integer above 0, got many"),
     ("evaluate model data --windows", "--windows needs a value: an integer"),

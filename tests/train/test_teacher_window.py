@@ -196,6 +196,7 @@ def test_evaluation_reads_the_teacher_as_asked(material, capsys, tmp_path):
 def test_a_stretched_teacher_is_one_that_was_saved_so(settings, material, tmp_path, one_rank, stage):
     """Losses of a step past its window, and far from those of positions as they are; a store's hidden states are rounded."""
     own, ways = tmp_path / "own", TeacherWindow("rope", RopeScaling("yarn", factor=2.0, original_max_position_embeddings=128))
+    torch.manual_seed(0)  # of most weights, not of all, positions change a loss by more than rounding does
     save_model(uneven_model("*-*-*-*-", vocab_size=304).float(), own, material.teacher / "tokenizer")
     for name, changes in (("saved", ways.changes()), ("longer", {"max_position_embeddings": 256})):
         save_model(load_model(own, **changes), tmp_path / name, material.teacher / "tokenizer")
