@@ -39,7 +39,7 @@ def measure_peer(layout: str, teacher: str | None, length: int, batch: int, step
 
 
 def build_peer(layout: str, teacher: str | None, recompute: bool) -> Callable[[int, int], None]:
-    """What takes a step with (batch, length) of random tokens.
+    """Return a function that takes a step with (batch, length) of random tokens.
 
     Args:
         layout: the student, random weights.

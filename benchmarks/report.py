@@ -36,7 +36,7 @@ def free_memory() -> None:
 
 
 def seconds(step: Callable[[], Any]) -> float:
-    """Of one call, the GPU's work done."""
+    """Seconds of one call, until the GPU's work is done."""
     start = time.perf_counter()
     step()
     if torch.cuda.is_available():
@@ -45,7 +45,7 @@ def seconds(step: Callable[[], Any]) -> float:
 
 
 def architecture(name: str) -> ModelConfig:
-    """Of a named layout, or of a base model, the dense one; "LAYOUT:GGMM..." has these mixers in place of the layout's."""
+    """Configuration of a named layout or dense base model; "LAYOUT:GGMM..." has these mixers in place of the layout's."""
     name, _, mixers = name.partition(":")
     config = BASES[name] if name in BASES else get_layout(name).config
     return config.replace(hybrid_layer_pattern="".join(f"{mixer}-" for mixer in mixers)) if mixers else config

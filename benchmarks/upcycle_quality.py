@@ -1,4 +1,4 @@
-"""What an initialiser is worth: a hybrid's quality before any training, and after the same training from each start.
+"""The worth of an initialiser: a hybrid's quality before any training, and after the same training from each start.
 
     python benchmarks/upcycle_quality.py                                    # all of it: about 25 minutes on one H100
     python benchmarks/upcycle_quality.py --tokens []                        # before training only; also on a CPU
@@ -183,7 +183,7 @@ def slug(name: str) -> str:
 
 
 def cell_file(work: Path, name: str, tokens: int, seed: int) -> Path:
-    """Where a measurement is kept."""
+    """Path of a measurement."""
     return work / "cells" / f"{slug(name)}-{tokens}-{seed}.json"
 
 

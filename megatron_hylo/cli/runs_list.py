@@ -43,7 +43,7 @@ def runs(folders: tuple[Path, ...] = (), json: bool = False) -> None:
 
 
 def describe(run: Any) -> dict[str, Any]:
-    """What is listed of one run; figures that it does not have are None.
+    """One run of the list; figures that it does not have are None.
 
     Args:
         run: as `eval.runs.read_run` gives it.

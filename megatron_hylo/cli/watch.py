@@ -94,7 +94,7 @@ class LogTail:
 
 
 def panel(run: "Run", state: str, message: str, lines: "deque[str] | list[str]") -> Group:
-    """What is shown of a run on a terminal.
+    """The view of a run on a terminal.
 
     Args:
         run: as `eval.runs.read_run` gives it.

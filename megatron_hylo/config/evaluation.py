@@ -12,7 +12,7 @@ NEEDS_TEXT = ("ppl", "recall")
 
 @dataclass(frozen=True)
 class SuiteSettings:
-    """What the suites of an evaluation measure.
+    """Settings of the suites of an evaluation.
 
     Args:
         suites: in the order in which they run.

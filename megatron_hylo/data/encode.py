@@ -126,7 +126,7 @@ class DocumentEncoder:
         return Encoded(b"".join(parts), lengths, errors, marked if answers is not None else [])
 
     def _encodings(self, texts: list[str], function: Callable[..., list[Encoding]]) -> Iterator[Encoding | str]:
-        """Of each text; why it has none where the tokenizer fails."""
+        """Token ids of each text, or the reason why the tokenizer fails on it."""
         if not texts:
             return
         try:

@@ -207,5 +207,5 @@ def _merge(base: Window, pieces: list[_Piece], filling: np.ndarray) -> Window:
 
 
 def _moved(at: np.ndarray, places: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """Where tokens of the base window are once the pieces are before their places."""
+    """Places of the base window's tokens after the pieces are inserted."""
     return at + before[np.searchsorted(places, at, side="right")]

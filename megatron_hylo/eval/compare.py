@@ -27,7 +27,7 @@ SUITES: dict[Suite, str] = {
 
 @dataclass(frozen=True, order=True)
 class Quantity:
-    """What a row of a comparison is about.
+    """The key of a row of a comparison.
 
     Args:
         suite, task, metric, length: those of its scores; over all depths.
@@ -181,7 +181,7 @@ def t95(degrees: int) -> float:
 
 
 def rows_to_json(names: Sequence[str], results: Sequence[EvalResult], rows: Sequence[Row]) -> dict[str, Any]:
-    """What `hylo compare --json` prints."""
+    """Return the comparison as `hylo compare --json` prints it."""
     models = [{"name": name, **{k: v for k, v in r.model.items() if k != "name"}} for name, r in zip(names, results)]
     return {
         "models": models,

@@ -37,7 +37,7 @@ LOGITS = {"cuda": 2**28, "cpu": 2**25}  # elements in memory at a time
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """What a model says of a right answer when it has read the prompt and the answer's tokens before each.
+    """A model's score of a right answer, each token predicted from the prompt and the answer's tokens before it.
 
     Args:
         exact: every token is the most likely one, so that greedy decoding would give the answer.

@@ -37,7 +37,7 @@ def uneven_input(config: ModelConfig, tokens: int = 96, batch: int = 8, seed: in
 
 
 def attention_layer(model: HyloModel, layer: int = 0) -> dict[str, Tensor]:
-    """What initialisers take: one attention layer's tensors without prefix."""
+    """Input of initialisers: one attention layer's tensors without prefix."""
     prefix = f"model.layers.{layer}.self_attn."
     return {n.removeprefix(prefix): t.detach().clone() for n, t in hf_tensors(model) if n.startswith(prefix)}
 

@@ -119,7 +119,7 @@ def test_a_lock_file_of_another_program_is_none(run):
 
 
 def listed(capsys, *folders: Path, json: bool = False) -> str:
-    """What `hylo runs` prints on a wide terminal."""
+    """Output of `hylo runs` on a wide terminal."""
     output = io.StringIO()
     console, runs_list.results = runs_list.results, Console(file=output, width=180)
     try:

@@ -29,7 +29,7 @@ def texts(path: Path) -> list[str]:
 
 
 def dataset_texts(folder: Path, tokenizer) -> list[str]:
-    """What the training documents say, decoded by transformers' tokenizer."""
+    """Texts of the training documents, decoded by transformers' tokenizer."""
     dataset = IndexedDataset(str(folder / "train"))
     return [tokenizer.decode(dataset[i][:-1]) for i in range(len(dataset))]
 

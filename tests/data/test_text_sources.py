@@ -179,7 +179,7 @@ def test_an_epoch_has_every_document_once_whatever_divides_it(tmp_path, prefix, 
 
 
 def test_windows_of_64k_are_mostly_of_documents_as_long_and_say_so(tmp_path):
-    """Where the text has some, and not enough; 0 leaves the text's own share."""
+    """A text with too few long documents gives more of them; 0 leaves the text's own share."""
     (tmp_path / "long").mkdir()
     write(tmp_path / "long" / "train", [150_000] + [5_000] * 100)
     part, folder = TextPart(str(tmp_path / "long")), str(tmp_path / "long")

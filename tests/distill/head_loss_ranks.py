@@ -24,7 +24,7 @@ CASES = itertools.product(
 
 
 def worst_error(direction: str, temperature: float, top_k: int | None, masked: bool, weights: tuple[float, float]) -> float:
-    """Of this rank's values and of its part of the gradients."""
+    """Errors of this rank's values and of its part of the gradients."""
     torch.manual_seed(0)
     inputs, group = make_inputs(torch.float64, vocab=VOCABULARY), dist.group.WORLD
     mask = torch.randint(2, (N,)) if masked else None

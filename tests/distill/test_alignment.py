@@ -195,7 +195,7 @@ def test_two_students_share_a_pass_and_learn_as_each_would_alone(loss, one_rank,
 @pytest.mark.parametrize("loss", ["mse", "ild"])
 @pytest.mark.parametrize("symbol", ["G", "M", "+"])
 def test_a_layer_learns_the_same_in_a_hybrid_as_in_a_pure_model(symbol, loss, one_rank, ids):
-    """What lets stage 1 align the pure models once and assemble any hybrid from them."""
+    """Independence of layers lets stage 1 align the pure models once and assemble any hybrid from them."""
     teacher = uneven_model("*-*-*-*-")
     hybrid = uneven_model("G-+-M-+-")
     pure = uneven_model(f"{symbol}-" * 4)

@@ -72,7 +72,7 @@ def test_quantiles_and_proportions_equal_scipys(degrees):
 
 
 def test_examples_that_are_not_the_same_are_counted_and_not_paired():
-    """Of six, one is missing, one has another right answer, and the other model has one more."""
+    """One of six is missing, one has another right answer, and the other model has one more."""
     ours, theirs = answers([1, 0, 1, 1, 0, 0]), answers([0, 0, 0, 0, 0, 0, 1])[1:]
     theirs[0] = replace(theirs[0], expected="another")
     found = row(compare([result(ours), result(theirs)])).differences[1]

@@ -1,4 +1,4 @@
-"""What other parts of transformers and other libraries do with the models: offloading, classifiers, prompts that are learnt."""
+"""Models in other parts of transformers and in other libraries: offloading, classifiers, prompts that are learnt."""
 
 import copy
 

@@ -90,7 +90,7 @@ SLOW = RopeScaling("llama3", 1e9, 1)  # all angles next to 0: rotated or not mak
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_out_components_are_kept_without_rotation(family, case):
-    """What is not rotary must be whole in the latent, and rotary and unrotated scores must add up."""
+    """Unrotated components must be whole in the latent, and rotary and unrotated scores must add up."""
     made = case(**(FAMILIES[family] | dict(rope_scaling=SLOW)))
     config = made.student(kv_lora_rank=48, qk_pos_emb_head_dim=10, mla_rotary_pairs=[[0, 0, 3, 5, 7]])
     assert made.error(config) < ROUNDING

@@ -70,7 +70,7 @@ def test_a_folder_that_is_replaced_is_there_at_any_moment(file_system_swaps, tmp
 
 
 def outputs(tmp_path) -> dict[str, tuple[Path, list[Path]]]:
-    """What must not be replaced: words of the refusal -> (output, sources)."""
+    """Outputs that must not be replaced: words of the refusal -> (output, sources)."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")

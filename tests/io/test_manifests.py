@@ -13,7 +13,7 @@ from tests.io.conftest import make
 
 
 def damage(file: Path, kind: str) -> None:
-    """Of a file that holds "content"."""
+    """Damage a file that holds "content"."""
     if kind == "missing":
         file.unlink()
     else:

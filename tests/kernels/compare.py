@@ -1,4 +1,4 @@
-"""What the kernel tests share: relative errors by norm, of outputs and of every gradient; Triton's interpreter."""
+"""Shared parts of the kernel tests: relative errors by norm, of outputs and of every gradient; Triton's interpreter."""
 
 import math
 import os
@@ -40,7 +40,7 @@ def worst_error(kernel: Kernel, oracle: Kernel, inputs: Sequence[torch.Tensor]) 
 
 
 def interpreted(module: str) -> str:
-    """What a module of tests.kernels, run as a script on the CPU with Triton's interpreter, prints."""
+    """Output of a module of tests.kernels, run as a script on the CPU with Triton's interpreter."""
     settings = {"TRITON_INTERPRET": "1", "HYLO_AUTOTUNE": "never", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
         [sys.executable, "-m", f"tests.kernels.{module}"], capture_output=True, text=True, timeout=300,
@@ -51,6 +51,6 @@ def interpreted(module: str) -> str:
 
 
 def interpreted_errors(module: str) -> dict[str, float]:
-    """Of a module that prints, among other things, a line "ERROR name number" for each."""
+    """Errors by name, out of the lines "ERROR name number" that a module prints."""
     found = [line.split() for line in interpreted(module).splitlines() if line.startswith("ERROR ")]
     return {name: float(error) for _, name, error in found}

@@ -51,7 +51,7 @@ def errors(
 
 
 def masked_errors(reverse: bool, group: dist.ProcessGroup | None) -> list[float]:
-    """Of the head loss over five tokens, of which two are masked, against whole logits in float64."""
+    """Errors of the head loss over five tokens, of which two are masked, against whole logits in float64."""
     torch.manual_seed(0)
     inputs, mask = make_inputs(n=5, vocab=VOCABULARY), torch.tensor([1, 0, 1, 1, 0])
     direction, first, share = "reverse" if reverse else "forward", 0, VOCABULARY

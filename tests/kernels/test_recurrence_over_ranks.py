@@ -17,7 +17,7 @@ class Alone:
     rank = 0
 
     def gather_affine_maps(self, transition: Tensor, increment: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
-        """Of itself."""
+        """The maps of one rank: its own."""
         return [(transition, increment)]
 
 

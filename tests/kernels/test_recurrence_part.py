@@ -16,7 +16,7 @@ from tests.kernels.compare import interpreted_errors, relative_error
 
 
 def delta_rule_errors(inputs: list[Tensor]) -> dict[str, float]:
-    """Of a part of Gated DeltaNet; inputs: q, k, v, g, beta and the state before. The oracle computes in float64."""
+    """Errors of a part of Gated DeltaNet; inputs: q, k, v, g, beta and the state before. The oracle computes in float64."""
     *values, state = (x.detach() for x in inputs)
     leaves = [x.double().requires_grad_() for x in inputs]
     with override("gated_delta_rule", "torch"):
@@ -25,7 +25,7 @@ def delta_rule_errors(inputs: list[Tensor]) -> dict[str, float]:
 
 
 def kda_errors(inputs: list[Tensor]) -> dict[str, float]:
-    """Of a part of KDA; inputs as those of `delta_rule_errors`."""
+    """Errors of a part of KDA; inputs as those of `delta_rule_errors`."""
     *values, state = (x.detach() for x in inputs)
     leaves = [x.double().requires_grad_() for x in inputs]
     with override("kda", "torch"):
@@ -34,7 +34,7 @@ def kda_errors(inputs: list[Tensor]) -> dict[str, float]:
 
 
 def ssd_errors(inputs: list[Tensor], reset_mask: Tensor | None) -> dict[str, float]:
-    """Of a part of Mamba2; inputs: x, dt, A, B, C, D and the state before, [b, h, p, n]. The oracle computes in float64."""
+    """Errors of a part of Mamba2; inputs: x, dt, A, B, C, D and the state before, [b, h, p, n]. The oracle is in float64."""
     *values, state = (x.detach() for x in inputs)
     leaves = [x.double().requires_grad_() for x in inputs]
     with override("ssd", "torch"):

@@ -128,7 +128,7 @@ def test_mamba_ssm_matches_recurrence_on_gpu(t: int, p: int, n: int) -> None:
 @pytest.mark.parametrize("used", ["both", "output", "state"])
 @pytest.mark.parametrize("skip", [True, False])
 def test_mamba_ssm_s_own_function_gives_the_same(skip: bool, used: str) -> None:
-    """Of whose backward pass copies are left out; with documents."""
+    """mamba_ssm's scan, with copies left out of its backward pass, equals its own; with documents."""
     if error := import_error(MAMBA_MODULE):
         pytest.skip(f"needs mamba_ssm: {error}")
     values = inputs(600, torch.bfloat16, p=64, n=64, device="cuda")

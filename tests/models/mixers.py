@@ -1,4 +1,4 @@
-"""What the mixer tests share: a random mixer, and its errors against an oracle with the same weights."""
+"""Shared parts of the mixer tests: a random mixer, and its errors against an oracle with the same weights."""
 
 from collections.abc import Callable
 

@@ -14,7 +14,7 @@ TOKENS = 48
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_every_rank_scores_as_many_pairs(ranks, monkeypatch):
-    """Of query and key; and all together as many as a rank alone."""
+    """Ranks score equally many pairs of query and key, and all together as many as a rank alone."""
     monkeypatch.setattr(ContextGroup, "_trade", lambda self, x: x)  # what a rank gets is as large as what it gives
     pairs = [0] * ranks
     for rank in range(ranks):

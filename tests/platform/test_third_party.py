@@ -110,7 +110,7 @@ def found_in_package() -> dict[str, set[str]]:
 
 
 def test_every_change_is_in_the_table():
-    """What the files do and what the table says of them are the same."""
+    """The table lists exactly the changes that the files make."""
     listed: dict[str, set[str]] = {}
     for change in CHANGES:
         assert change.reason and change.changes and all((PACKAGE / file).is_file() for file in change.files), change.name

@@ -14,7 +14,7 @@ from tests.train.runs import metrics, weights
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """What a user's shell has: nothing set."""
+    """A user's shell has nothing set."""
     for name in ENVIRONMENT:
         monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)

@@ -83,7 +83,7 @@ def test_unequal_numbers_of_labels_make_the_loss_of_plain_torch_on_the_global_ba
 
 @pytest.mark.parametrize("stage", ["pretrain", "distil"])
 def test_a_temperature_top_k_and_direction_leave_the_cross_entropy_alone(settings, one_rank, stage):
-    """What is reported is the same mean over labels whatever the KL is."""
+    """The reported mean over labels is the same whatever the KL is."""
     if stage == "pretrain":
         changes: list[dict] = [{}, {"loss_chunk_tokens": 5}]
     else:

@@ -27,7 +27,7 @@ def wait_for(program: Program, condition) -> None:
 
 
 def printed(program: Program) -> str:
-    """What a program has printed so far."""
+    """The text that a program has printed so far."""
     return program.log.read_text() if program.log.is_file() else ""
 
 

@@ -269,7 +269,7 @@ def test_parameter_groups(settings, material, mixer_lr):
 
 
 def test_a_run_of_a_version_with_fewer_settings_goes_on(settings):
-    """What its config.json does not know had its default's effect; another value is another run."""
+    """A key that config.json does not have counts as its default; another value is another run."""
     config = settings(steps=2)
     train(config)
     file = Path(config.output) / "config.json"

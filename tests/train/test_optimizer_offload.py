@@ -62,7 +62,7 @@ def test_where_it_is(settings, one_rank, device):
 
 
 def test_the_prediction_knows(settings, one_rank):
-    """Of two moments of a step the fuller one."""
+    """The predicted peak is that of the fuller of two moments of a step."""
     student = build_model(tiny_config("G-+-M-*-"))
     short, long = (settings("distil", sequence_length=tokens) for tokens in (8, 65_536))
     for config, passes in ((short, False), (long, True)):

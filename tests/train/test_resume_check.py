@@ -1,4 +1,4 @@
-"""What goes on with a run: the same content wherever it lies; other content and settings are refused, or asked for.
+"""A run is resumed with the same content wherever it lies; other content and settings are refused, or asked for.
 
 Oracles: the manifest of a copy, a run that was never interrupted, the formula of the learning rate.
 """

@@ -77,7 +77,7 @@ def test_a_teacher_teaches_the_same(settings, tmp_path, stage):
 
 
 def test_the_prediction_knows(settings, one_rank):
-    """Of the teacher's weights what stays and two buffers."""
+    """The predicted bytes are those of the weights that stay and of two buffers."""
     config, teacher = settings("distil", teacher_offload=True), _model("cpu", torch.float32)
     student = build_model(tiny_config("G-+-M-*-"))
     layers = OffloadedLayers(teacher)

@@ -21,7 +21,7 @@ FILES = {"qa_1": "qa_squad", "qa_2": "qa_hotpot"}  # of the others as the task
 
 @functools.cache
 def published_settings(task: str) -> dict[str, Any]:
-    """What lm-eval's YAML file of a task says; functions stay names."""
+    """Read lm-eval's YAML file of a task; functions stay names."""
     return load_yaml(Path(ruler.__path__[0]) / f"{FILES.get(task, task)}.yaml", resolve_func=False)
 
 
