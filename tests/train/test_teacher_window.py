@@ -195,7 +195,7 @@ def test_evaluation_reads_the_teacher_as_asked(material, capsys, tmp_path):
 @pytest.mark.parametrize("stage", ["align", "distil", "distil from a store"])
 def test_a_stretched_teacher_is_one_that_was_saved_so(settings, material, tmp_path, one_rank, stage):
     """Losses of a step past its window, and far from those of positions as they are; a store's hidden states are rounded."""
-    own, ways = tmp_path / "own", TeacherWindow("rope", RopeScaling("yarn", factor=2.0, original_max_position_embeddings=128))
+    own, ways = tmp_path / "own", TeacherWindow("rope", RopeScaling("yarn", factor=8.0, original_max_position_embeddings=24))
     torch.manual_seed(0)  # of most weights, not of all, positions change a loss by more than rounding does
     save_model(uneven_model("*-*-*-*-", vocab_size=304).float(), own, material.teacher / "tokenizer")
     for name, changes in (("saved", ways.changes()), ("longer", {"max_position_embeddings": 256})):
@@ -213,7 +213,7 @@ def test_a_stretched_teacher_is_one_that_was_saved_so(settings, material, tmp_pa
         )  # fmt: skip
         run = build_run(config, one_rank)
         found[name] = float(run.objective.forward_backward(run.states, run.batches(), run.micro_batches)["loss"])
-    near = 1e-3 if stage.endswith("store") else 1e-6
+    near = 3e-3 if stage.endswith("store") else 1e-6
     assert found["own"] == pytest.approx(found["saved"], rel=near)
     assert found["own"] != pytest.approx(found["longer"], rel=3 * near)
 
