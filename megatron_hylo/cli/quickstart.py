@@ -6,7 +6,6 @@ Every step leaves a finished folder or a line in results.json; started again, th
 training resumes from its newest checkpoint.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -34,6 +33,7 @@ from megatron_hylo.data.inputs import read_documents
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
+from megatron_hylo.eval.runs import read_records
 from megatron_hylo.io import check_free, has_manifest, output_lock, read_json, write_json
 from megatron_hylo.io.identity import text_identity
 from megatron_hylo.io.progress import Track, no_progress
@@ -373,8 +373,7 @@ def _record(output: Path, **values: Any) -> None:
 
 
 def _trained_tokens(run: Path) -> int:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return max(json.loads(line).get("tokens", 0) for line in lines)
+    return max(record.get("tokens", 0) for record in read_records(run))
 
 
 def _show(summary: dict[str, Any], console: Console) -> None:

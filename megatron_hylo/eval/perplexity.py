@@ -96,7 +96,7 @@ def evaluate(
     for found in _passes(chunks, text, compared, batch_size, chunk_tokens, track):
         cross_entropy, _, kl, agreement = found.losses
         buckets.add(found.positions, [cross_entropy, found.labels >= 0, kl, agreement, torch.ones_like(kl)])
-    _share(buckets.sums)
+    sum_over_ranks(buckets.sums)
     by_position: dict[str, float] = {}
     for name, (cross_entropy, labels, kl, _, tokens) in zip(buckets.names, buckets.sums.t().tolist()):
         if labels:
@@ -144,7 +144,7 @@ def evaluate_recall(
         cross_entropy, correct = found.losses[:2].double()
         # where nothing is asked the distance is 0, and so are the values added there
         buckets.add(found.answers, [cross_entropy * asked, correct * asked, asked])
-    _share(buckets.sums)
+    sum_over_ranks(buckets.sums)
     values: dict[str, float] = {}
     for name, (cross_entropy, correct, tokens) in zip(
         ("", *buckets.names), [buckets.sums.sum(1).tolist(), *buckets.sums.t().tolist()]
@@ -210,7 +210,7 @@ def _passes(
         chunk.train(training)
 
 
-def _share(sums: Tensor) -> None:
+def sum_over_ranks(sums: Tensor) -> None:
     """Sum over the data- and context-parallel ranks of the last pipeline stage, and give all stages the result, in place."""
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     share_last_stages(sums)

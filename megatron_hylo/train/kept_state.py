@@ -1,6 +1,8 @@
 """Check that a run can begin with the optimizer's state of another run's checkpoint (`keep_optimizer_state`)."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.renamed import translate_settings
@@ -30,25 +32,23 @@ def check_kept_state(config: TrainConfig) -> None:
             f"keep_optimizer_state needs a model that is RUN/checkpoints/step_N of a run folder, got {checkpoint}; give "
             f"that, or leave keep_optimizer_state out to start from the weights alone"
         )
-    theirs = flatten(translate_settings(read_json(settings)))
-    ours = {
-        "trained": _trained(config.stage, config.align.loss, config.trainable),
-        "precision": config.precision,
-        "optimizer.use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
-        "a learning rate of the mixers' own": config.optimizer.mixer_lr not in (None, config.optimizer.lr),
-    }
-    former = {
-        "trained": _trained(theirs["stage"], theirs["align.loss"], theirs["trainable"]),
-        "precision": theirs["precision"],
-        "optimizer.use_distributed_optimizer": theirs["optimizer.use_distributed_optimizer"],
-        "a learning rate of the mixers' own": theirs["optimizer.mixer_lr"] not in (None, theirs["optimizer.lr"]),
-    }
-    for name, value in ours.items():
+    former = _state_of(flatten(translate_settings(read_json(settings))))
+    for name, value in _state_of(flatten(asdict(config))).items():
         if former[name] != value:
             raise ConfigError(
                 f"the optimizer's state of {checkpoint} is of a run with {name}: {former[name]}, this one has {value}; choose "
                 f"the same, or leave keep_optimizer_state out to start from the weights alone"
             )
+
+
+def _state_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that decide which parameters, groups and dtypes an optimizer's state has, out of a run's flattened ones."""
+    return {
+        "trained": _trained(settings["stage"], settings["align.loss"], settings["trainable"]),
+        "precision": settings["precision"],
+        "optimizer.use_distributed_optimizer": settings["optimizer.use_distributed_optimizer"],
+        "a learning rate of the mixers' own": settings["optimizer.mixer_lr"] not in (None, settings["optimizer.lr"]),
+    }
 
 
 def _trained(stage: str, align_loss: str, trainable: str) -> str:

@@ -3,15 +3,14 @@
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.distill.head_loss import model_token_losses
 from megatron_hylo.eval.buckets import FIRST_POSITION, Buckets
+from megatron_hylo.eval.perplexity import sum_over_ranks
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.context import sequence_slice
-from megatron_hylo.parallel.pipeline import share_last_stages
 
 SAMPLE = 2048  # tokens of a rank's step: so few cost less than a thousandth of it at the usual log_interval
 
@@ -69,8 +68,7 @@ class PositionLosses:
     def means(self) -> dict[str, float]:
         """Return {"by_position/cross_entropy_1K-2K": ..., "by_position/kl_1K-2K": ...} of all ranks' tokens; collective."""
         sums = self.buckets.sums
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        share_last_stages(sums)
+        sum_over_ranks(sums)
         found = {}
         for name, (cross_entropy, labels, kl, tokens) in zip(self.buckets.names, sums.t().tolist()):
             if labels:
