@@ -203,11 +203,11 @@ class TrainConfig:
             raise ConfigError(
                 f"teacher_store {self.teacher_store} is of the documents of data, end to end; leave text as it is"
             )
-        if self.recall.share and (self.teacher_store or self.cuda_graphs):
+        if self.recall.share and self.teacher_store and self.recall.kl_within != 0:
             raise ConfigError(
-                f"recall.share {self.recall.share} makes text that a teacher_store does not know, and losses whose shapes "
-                f"cuda_graphs cannot capture; got teacher_store {self.teacher_store} and cuda_graphs {self.cuda_graphs}: leave "
-                f"these out, or set recall.share 0"
+                f"recall.kl_within {self.recall.kl_within} asks for a KL at answers, which the teacher of teacher_store "
+                f"{self.teacher_store} never read: exercises are made while training. Set recall.kl_within 0, or learn from a "
+                f"teacher folder or a teacher_address"
             )
         parallel, parts = self.parallel, self.parallel.context_parallel_size
         if parallel.sequence_parallel:

@@ -63,6 +63,9 @@ class PositionLosses:
         )
         cross_entropy, _, kl, _ = losses.flatten(1)
         compared = torch.full_like(kl, float(teacher is not None))
+        if (taught := batch.get("taught")) is not None:
+            compared = taught[:, ::stride].flatten().to(kl.dtype)
+            kl = kl * compared
         self.buckets.add(positions, [cross_entropy, labels.flatten() >= 0, kl, compared])
 
     def means(self) -> dict[str, float]:

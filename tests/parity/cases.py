@@ -33,6 +33,17 @@ STAGES = {
     ),
     "packed_mse": dict(stage="align", packed_documents=True, align=dict(loss="mse")),
     "recall": dict(stage="distil", packed_documents=True, sequence_length=256, recall=RecallSettings(0.7, ["key_value"], 3.0)),
+    # chat data, of which only answers are learnt
+    "answers": dict(stage="distil", data="chat", distil=dict(ce_weight=0.3)),
+    "packed_answers_recall_stored": dict(
+        stage="distil",
+        data="chat",
+        teacher_store="store",
+        packed_documents=True,
+        distil=dict(ce_weight=0.3),
+        sequence_length=256,
+        recall=RecallSettings(0.7, ["key_value"], 3.0),
+    ),
     "mse_pairs": dict(stage="align", micro_batch_size=2, align=dict(loss="mse")),
     "packed_mse_pairs": dict(stage="align", micro_batch_size=2, packed_documents=True, align=dict(loss="mse")),
 }
@@ -88,7 +99,7 @@ def case_config(
 ) -> TrainConfig:
     """Settings of two steps of a stage under a parallelism.
 
-    ROOT has the folders data, teacher, store and MODEL; a MODEL "odd..." has odd_teacher and odd_store.
+    ROOT has the folders data, chat, teacher, store and MODEL; a MODEL "odd..." has odd_teacher and odd_store.
     bf16 needs the distributed optimizer, also on one rank.
     """
     _, groups, distributed = PARALLELISMS[parallelism]
@@ -99,7 +110,7 @@ def case_config(
         settings["teacher_store"], teacher = str(root / f"{kind}{settings['teacher_store']}"), None
     sequence_length = settings.pop("sequence_length", sequence_length)
     fields = dict(
-        data=str(root / "data"), output="unused", model=str(root / model),
+        data=str(root / settings.pop("data", "data")), output="unused", model=str(root / model),
         teacher=teacher and str(root / teacher),
         sequence_length=sequence_length, global_batch_size=4, train_tokens=4 * sequence_length * 10, precision=precision,
         parallel=ParallelConfig(**groups), loss_chunk_tokens=7, **settings,
@@ -133,8 +144,13 @@ def make_model(config: ModelConfig, folder: Path, seed: int) -> None:
     save_model(model, folder)
 
 
-def make_dataset(folder: Path) -> None:
-    """Random tokens, in documents of several lengths, and a tokenizer of single characters."""
+def make_dataset(folder: Path, answers: bool = False) -> None:
+    """Random tokens, in documents of several lengths, and a tokenizer of single characters.
+
+    Args:
+        folder: to make.
+        answers: let only 5 of every 7 tokens be learnt, as those of answers.
+    """
     folder.mkdir()
     builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
     generator = np.random.default_rng(0)
@@ -142,6 +158,9 @@ def make_dataset(folder: Path) -> None:
         builder.add_document(generator.integers(0, 160, length).tolist(), [length])
     builder.finalize(str(folder / "train.idx"))
     (folder / "data.json").write_text('{"vocab_size": 160}')
+    if answers:
+        starts = np.arange(0, 600, 7)
+        np.save(folder / "train.answers.npy", np.stack([starts, starts + 5]))
     characters = Tokenizer(models.WordLevel({chr(code): code for code in (10, *range(32, 127))}, unk_token=" "))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     PreTrainedTokenizerFast(tokenizer_object=characters).save_pretrained(folder / "tokenizer")

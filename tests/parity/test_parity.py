@@ -53,8 +53,9 @@ TEACHER = tiny_config("*-*-*-*-", add_qkv_bias=True)
 ODD_TEACHER = TEACHER.replace(vocab_size=161, num_attention_heads=8, num_query_groups=4)
 HEADS = ["stored", "packed_stored", "reverse"]  # what the head loss reads; few parallelisms will do
 WINDOWS = ["windows", "packed_windows"]  # what the teacher reads
-PACKED = [stage for stage in STAGES if stage.startswith("packed") and stage not in HEADS + WINDOWS]
-WHOLE = [stage for stage in STAGES if stage not in (*PACKED, *HEADS, *WINDOWS, "top_k", "recall")]
+COUNTED = ["recall", "answers", "packed_answers_recall_stored"]  # which tokens count
+PACKED = [stage for stage in STAGES if stage.startswith("packed") and stage not in HEADS + WINDOWS + COUNTED]
+WHOLE = [stage for stage in STAGES if stage not in (*PACKED, *HEADS, *WINDOWS, *COUNTED, "top_k")]
 CASES = [
     *(
         (model, stage, parallelism)
@@ -72,7 +73,7 @@ CASES = [
     ),
     *(("normed", stage, "tp2_sp_cp2") for stage in HEADS),
     ("mixed", "top_k", "tp2"),
-    ("mixed", "recall", "cp2_gather"),
+    *(("mixed", stage, "cp2_gather") for stage in COUNTED),
     *(
         ("mixed", stage, parallelism)
         for parallelism in ("cp2_gather", "tp2_sp", "pp2_vp2", "tp2_sp_cp2", "pp2_cp2")
@@ -127,6 +128,7 @@ def measured(request, tmp_path_factory, one_rank) -> Path:
     cases, faults = selected(request)
     root = tmp_path_factory.mktemp("parity")
     make_dataset(root / "data")
+    make_dataset(root / "chat", answers=True)
     make_model(TEACHER, root / "teacher", seed=1)
     make_model(ODD_TEACHER, root / "odd_teacher", seed=1)
     for name, config in (MODELS | ALIGNED | WIDE | KDA | ODD).items():
