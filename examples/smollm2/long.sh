@@ -20,7 +20,6 @@ usual MIXER_LR 7e-4 1.25e-4          # peak learning rate of mixers
 usual LR 1.5e-4 1e-4                 # of all else
 usual PRECISION bf16 fp32
 MODEL="${MODEL:-$OUT/hybrid}"        # where the first stage begins
-READS="${READS:-8192}"               # tokens that the teacher reads as it is
 names=(2k 8k 32k 64k)
 recipes=(stage2_ctx8k stage2_ctx8k stage3_ctx32k stage3_ctx64k) # 2K is stage 2 on shorter windows
 times=("1 4 16 32" "1 2 4 8")        # lengths over LENGTH, on a GPU and on a CPU
@@ -40,12 +39,6 @@ for i in 0 1 2 3; do
   [[ $# -eq 0 || " $* " == *" ${names[i]} "* ]] || { [[ ! -d $run/model ]] || MODEL="$run/model"; continue; }
   windows=$((LENGTH * times[2] / length)) # as many tokens a step as one window of 32K
   ((windows > 0)) || windows=1
-  teacher=()
-  if ((length > READS)); then
-    teacher=(--teacher_window.mode rope --teacher_window.rope_scaling.rope_type yarn
-      --teacher_window.rope_scaling.factor "$((length / READS))"
-      --teacher_window.rope_scaling.original_max_position_embeddings "$READS")
-  fi
   # several GPUs share each sequence
   [[ -d $run/model ]] || train --config "$OUT/recipes/megatron_hylo/recipes/${recipes[i]}_$layout.yaml" \
     --data "$OUT/data" --teacher "$OUT/teacher" --model "$MODEL" --output "$run" --train_tokens "$TOKENS" \
@@ -54,7 +47,7 @@ for i in 0 1 2 3; do
     --eval_windows "$((EVAL_TOKENS / length + 1))"
   if [[ ! -f $run/evaluation.json ]]; then
     $hylo evaluate "$run/model" "$OUT/data" --teacher "$OUT/teacher" --windows "$((EVAL_TOKENS / length + 1))" \
-      --sequence_length "$length" "${teacher[@]}" >"$run/evaluation.json.partial"
+      --sequence_length "$length" --teacher_window.mode rope >"$run/evaluation.json.partial"
     mv "$run/evaluation.json.partial" "$run/evaluation.json"
   fi
   cat "$run/evaluation.json"

@@ -264,7 +264,8 @@ def _kept_tokens(
     that their KL and its gradient are 0.
     """
     if capacity is None:
-        return hidden[kept], *(x if x is None else x[kept] for x in (labels, teacher_hidden))
+        labels, teacher_hidden = (x if x is None else x[kept] for x in (labels, teacher_hidden))
+        return hidden[kept], labels, teacher_hidden
     if capacity < len(kept):
         # the n-th that counts goes to place n, all others behind the last place
         places = torch.where(kept, kept.cumsum(0) - 1, capacity).clamp(max=capacity)

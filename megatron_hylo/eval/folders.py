@@ -50,9 +50,10 @@ def evaluate_folder(
     compared = None
     if teacher is not None:
         teacher_window.check(configs[1], sequence_length, f"teacher {teacher}")
-        loaded = load_model(teacher, **teacher_window.changes())
+        reading = teacher_window.resolve(configs[1], sequence_length)
+        loaded = load_model(teacher, **reading.changes())
         require_finite(loaded, teacher)
-        compared = freeze([loaded], window=teacher_window.window(configs[1], sequence_length))
+        compared = freeze([loaded], window=reading.window(configs[1], sequence_length))
     student = load_model(model)
     require_finite(student, model)
     return evaluate(student, batch, compared, track=track)

@@ -108,6 +108,7 @@ def write_store(
     ways, architecture = teacher_window or OWN_WINDOW, read_description(teacher)[0]
     check_dataset(data, teacher, architecture.vocab_size)
     ways.check(architecture, sequence_length, f"teacher {teacher}")
+    ways = ways.resolve(architecture, sequence_length)
     if (window := ways.window(architecture, sequence_length)) is not None:
         if overlap is not None:
             raise ConfigError(f"overlap {overlap}: windows of {window} tokens overlap by half; leave it out")

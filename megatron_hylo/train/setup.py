@@ -153,10 +153,12 @@ def build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], FrozenMode
         students = [build_chunks(architecture.replace(**changes, max_position_embeddings=trained[0]), **how, **shared)]
     teacher = None
     if config.teacher:
-        window = config.teacher_window.window(read_description(config.teacher)[0], config.sequence_length)
+        shape = read_description(config.teacher)[0]
+        reading = config.teacher_window.resolve(shape, config.sequence_length)
+        window = reading.window(shape, config.sequence_length)
         if window is not None:  # each context-parallel rank reads windows of its own
             shared["parallel"] = replace(shared["parallel"], context_parallel_size=1)
-        chunks = _load_chunks(config.teacher, fp8=config.teacher_fp8, **shared, **config.teacher_window.changes())
+        chunks = _load_chunks(config.teacher, fp8=config.teacher_fp8, **shared, **reading.changes())
         teacher = freeze(chunks, config.teacher_offload, window)
     return [[chunk.train() for chunk in student] for student in students], teacher
 
