@@ -56,4 +56,6 @@ def evaluate_folder(
         compared = freeze([loaded], window=reading.window(configs[1], sequence_length))
     student = load_model(model)
     require_finite(student, model)
-    return evaluate(student, batch, compared, track=track)
+    against = f" against {Path(teacher).name}" if teacher is not None else ""
+    description = f"evaluate {Path(model).name}{against} on {len(batch)} windows of {sequence_length} tokens"
+    return evaluate(student, batch, compared, track=track, description=description)

@@ -182,10 +182,10 @@ def draw_buckets(
             if ends := (intervals or {}).get(label, {}).get(buckets[place]):
                 axes.plot([place + shift] * 2, ends, color=theme.series[index % len(theme.series)], linewidth=1.2)
     axes.set_xticks(range(len(buckets)), buckets)
-    figure = axes.get_figure()
+    figure = axes.get_figure(root=True)
     if figure is not None and sum(len(bucket) + 2 for bucket in buckets) * CHARACTER > 0.8 * figure.get_figwidth():
-        for label in axes.get_xticklabels():  # side by side they would overlap
-            label.set(rotation=45, ha="right", rotation_mode="anchor")
+        for tick in axes.get_xticklabels():  # side by side they would overlap
+            tick.set(rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.3, len(buckets) - 0.7)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _whole_or_short(value)))
     axes.set(xlabel=x_label, ylabel=y_label)

@@ -88,9 +88,10 @@ class Run:
         """Name the students, the amount of work, the precision and the ranks."""
         config, shapes = self.config, [chunks[0].config.hylo for chunks in self.students]
         models = [f"{c.mixers} ({parameter_count(c) / 1e6:,.0f} M parameters)" for c in shapes]
+        ranks = torch.distributed.get_world_size()
         return (
             f"{' and '.join(models)}, {config.train_steps} steps of {config.global_batch_size} x {config.sequence_length} "
-            f"tokens, {config.precision}, {torch.distributed.get_world_size()} ranks"
+            f"tokens, {config.precision}, {ranks} rank{'s' if ranks > 1 else ''}"
         )
 
     def predict_memory(self) -> Memory:
