@@ -66,8 +66,10 @@ def test_resuming_under_another_parallelism_equals_one_rank_uninterrupted(settin
         shutil.copytree(saved[d], tmp_path / f"one_{d}" / "checkpoints" / saved[d].name)
         train(config(f"one_{d}", d, {}))
 
-    measured = {name for name in last_record(tmp_path / "whole", "eval/") if name.startswith("eval/")}
-    assert measured == {"eval/ppl/heldout/perplexity/16", *(f"eval/ppl/by_position/perplexity/{n}" for n in (16, 48))}
+    assert set(last_record(tmp_path / "whole", "eval/")) == {
+        "eval/ppl/heldout/perplexity/16",
+        *(f"eval/ppl/by_position/perplexity/{n}" for n in (16, 48)),
+    }
     for name in ("saved", *CONTINUED):
         mine, theirs = (last_record(tmp_path / run, "eval/") for run in (f"{name}_True", "whole"))
         assert mine == pytest.approx(theirs, rel=1e-5), name
