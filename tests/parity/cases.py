@@ -137,7 +137,8 @@ def case_config(
 ) -> TrainConfig:
     """Settings of two steps of `batch` windows of a stage under a parallelism.
 
-    ROOT has the folders data, chat, MODEL, its teacher and {teacher}_store. bf16 needs the distributed optimizer, also on one rank.
+    ROOT has the folders data, chat, MODEL, its teacher and {teacher}_store. bf16 needs the distributed optimizer, also on one
+    rank.
     """
     _, groups, distributed = PARALLELISMS[parallelism]
     settings, teacher = dict(STAGES[stage]), teacher_of(model, stage)

@@ -24,6 +24,7 @@ from megatron_hylo.platform.distributed import initialize
 from megatron_hylo.teachers import store as teacher_store
 from megatron_hylo.teachers.store import TeacherStore, write_store
 from megatron_hylo.train.loop import train
+from megatron_hylo.train.positions import PositionLosses
 from megatron_hylo.train.setup import build_run
 from tests.conftest import gradients, tiny_config
 from tests.parity.cases import make_dataset
@@ -224,7 +225,9 @@ def test_recall_beside_a_stored_teacher_is_plain_torchs_on_what_the_teacher_read
     run = build_run(settings(material, tmp_path / "run", recall=recall, **fields), initialize())
     for wrapper in run.states[0].wrapped:
         wrapper.zero_grad_buffer()
+    run.objective.positions = PositionLosses(run.config, run.micro_batches, torch.device("cpu"), sample=10**6)  # all tokens
     found = run.objective.forward_backward(run.states, run.batches(), run.micro_batches)
+    by_position = run.objective.positions.means()
     mine = {name: p.main_grad.clone() for name, p in run.students[0][0].named_parameters()}
 
     student, teacher = load_model(run.config.model).train(), load_model(material.teacher)
@@ -246,6 +249,7 @@ def test_recall_beside_a_stored_teacher_is_plain_torchs_on_what_the_teacher_read
         answers.append(F.cross_entropy(log_p[at], tokens[1:][at], reduction="none"))
         taught += int((places >= 0).sum())
     truth = {"kl": sum(kl) / taught, "answer_cross_entropy": torch.cat(answers).mean()}
+    assert by_position["by_position/kl_0-1K"] == pytest.approx(float(truth["kl"]), rel=1e-4)
     truth["loss"] = truth["kl"] + 3.0 * torch.cat(answers).sum() / taught
     assert {name: float(found[name]) for name in truth} == pytest.approx({n: float(x) for n, x in truth.items()}, rel=1e-4)
     truth["loss"].backward()
