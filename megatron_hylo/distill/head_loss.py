@@ -268,17 +268,18 @@ def _kept_tokens(
         return hidden[kept], labels, teacher_hidden
     if capacity < len(kept):
         # the n-th that counts goes to place n, all others behind the last place
-        places = torch.where(kept, kept.cumsum(0) - 1, capacity).clamp(max=capacity)
+        places = (kept.cumsum(0) - 1).masked_fill(~kept, capacity).clamp(max=capacity)
         numbers = torch.arange(len(kept), device=kept.device)
         chosen = torch.zeros(capacity + 1, dtype=torch.int64, device=kept.device).scatter_(0, places, numbers)[:capacity]
         kept = torch.arange(capacity, device=kept.device) < kept.sum()
         hidden = hidden.index_select(0, chosen)
         labels, teacher_hidden = (x if x is None else x.index_select(0, chosen) for x in (labels, teacher_hidden))
-    column = kept.unsqueeze(1)
+    left_out = ~kept
+    column = left_out.unsqueeze(1)
     return (
-        hidden.where(column, 0),
-        labels if labels is None else labels.where(kept, IGNORED),
-        teacher_hidden if teacher_hidden is None else teacher_hidden.where(column, 0),
+        hidden.masked_fill(column, 0),
+        labels if labels is None else labels.masked_fill(left_out, IGNORED),
+        teacher_hidden if teacher_hidden is None else teacher_hidden.masked_fill(column, 0),
     )
 
 
