@@ -7,6 +7,7 @@ from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.config.model import ModelConfig
 from megatron_hylo.config.rope import RopeScaling
 
+FAR = 4.0  # times its window: stretched further a teacher teaches little, and windows are better (benchmarks/results/recall.md)
 QWEN3_WINDOW, QWEN3_TRAINED = 40960, 32768  # its max_position_embeddings, and what its published YaRN stretches
 
 
@@ -15,9 +16,9 @@ class TeacherWindow:
     """How a teacher reads sequences longer than its window (`max_position_embeddings`); see docs/long_context.md.
 
     Args:
-        mode: none: it reads nothing longer; rope: other rotary positions stretch its window, which teaches recall better;
-            windows: it reads overlapping windows of its own length, and every token but those at a sequence's start has half a
-            window or more before it.
+        mode: none: it reads nothing longer; rope: other rotary positions stretch its window, which teaches recall better up to
+            4 times its length; windows: it reads overlapping windows of its own length, and every token but those at a
+            sequence's start has half a window or more before it; better for longer sequences.
         rope_scaling: rope: takes the place of the teacher's own scaling. With neither it nor rotary_base: YaRN, by the smallest
             factor that reaches the sequence's length.
         rotary_base: rope: takes the place of the teacher's theta; null: its own.
@@ -137,11 +138,15 @@ def check_reach(reach: int | None, sequence_length: int, name: str, mode: str = 
             f"factor, leave rope_scaling out to have it derived, or use --teacher_window.mode windows"
         )
     derived = "with --teacher_window.rope_scaling" if factor is None else f"YaRN by {factor:g}"
+    ways = {
+        "rope": f"--teacher_window.mode rope ({derived}: its positions are stretched)",
+        "windows": "--teacher_window.mode windows (it reads overlapping windows of its own length)",
+    }
+    better, other = ("rope", "windows") if sequence_length <= FAR * reach else ("windows", "rope")
     raise ConfigError(
         f"sequence_length {sequence_length} is more than the window of {reach} tokens that {name} was trained for, beyond "
-        f"which it predicts noise. Add --teacher_window.mode rope ({derived}: its positions are stretched, which teaches "
-        f"recall best) or --teacher_window.mode windows (it reads overlapping windows of its own length: a lower loss, little "
-        f"recall); or take --sequence_length {reach}, or a teacher with a longer window"
+        f"which it predicts noise. Add {ways[better]}, the better way for recall at this length, or {ways[other]}; or take "
+        f"--sequence_length {reach}, or a teacher with a longer window"
     )
 
 

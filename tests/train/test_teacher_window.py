@@ -95,7 +95,7 @@ def test_loss_and_gradients_are_those_of_windows_read_by_hand(packed, settings, 
 
 def test_a_sequence_longer_than_the_window_is_refused_with_the_ways_out(settings, material, tmp_path):
     ways = (
-        "window of 128 tokens.*Add --teacher_window.mode rope .YaRN by 1.125.*--teacher_window.mode windows.*"
+        "window of 128 tokens.*Add --teacher_window.mode rope .YaRN by 1.125.*the better way.*--teacher_window.mode windows.*"
         "--sequence_length 128.*a longer window"
     )
     with pytest.raises(ConfigError, match=f"sequence_length 144.*{ways}"):
@@ -157,6 +157,8 @@ def test_a_factor_that_is_left_out_is_derived():
     llama3 = plain.replace(rope_scaling=RopeScaling("llama3", 8.0, 16))
     with pytest.raises(ConfigError, match="this one has llama3: give teacher_window.rope_scaling"):
         rope.check(llama3, 64, "it")
+    with pytest.raises(ConfigError, match="Add --teacher_window.mode windows .*the better way.*mode rope .YaRN by 5: its"):
+        TeacherWindow().check(plain, 160, "it")
     with pytest.raises(ConfigError, match="mode rope .with --teacher_window.rope_scaling: its positions"):
         TeacherWindow().check(llama3, 64, "it")
 
