@@ -20,12 +20,13 @@ from megatron_hylo.io import atomic_directory, write_json
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.io.provenance import EXPORTED, made_by
 from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.gather import GatheredModel
 from megatron_hylo.models.hylo_model import HyloModel
 
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-def hf_tensors(model: HyloModel, track: Track = no_progress) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(model: HyloModel | GatheredModel, track: Track = no_progress) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) of a whole Megatron model, on the CPU.
 
     Raises:

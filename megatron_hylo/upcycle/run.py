@@ -108,7 +108,10 @@ def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> Upcyc
         with untuned():
             if calibrated:
                 report.errors = solve_outputs(student, model, windows, settings.sequential, settings.mlps, track)
-            report.quality, report.teacher_quality = (evaluate(m, heldout, model, size, track=track) for m in (student, model))
+            report.quality, report.teacher_quality = (
+                evaluate(m, heldout, model, size, track=track, description=f"evaluate the {name}")
+                for m, name in ((student, "hybrid"), (model, "teacher"))
+            )
     provenance = made_by("upcycle", {"teacher": teacher, "calibration": calibration}, **asdict(settings))
     if calibrated:
         assert statistics is not None
