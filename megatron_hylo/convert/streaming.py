@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +60,11 @@ class Shard:
     sha256: str
     tensors: dict[str, dict[str, Any]]  # Hugging Face name -> {"dtype", "shape", "sha256"}
     pieces: list[Piece]  # of Megatron's format
+
+    @property
+    def manifest_entry(self) -> dict[str, int | str]:
+        """Size and hash of the file."""
+        return {"bytes": self.bytes, "sha256": self.sha256}
 
     @property
     def tensor_bytes(self) -> int:
@@ -229,8 +235,8 @@ def _write_own(work: Path, shards: Sequence[tuple[int, list[Group]]], read: Read
                 write = form.prepare(group, values)
                 overlap.add(
                     group.bytes,
-                    write=lambda file=file, pieces=pieces, write=write: pieces.extend(write(file)),
-                    hash=lambda tensors=tensors, group=group, values=values: tensors.update(_hashes(group, values)),
+                    write=partial(_append, file, write, pieces),
+                    hash=partial(_hash, group, values, tensors),
                 )
                 del values, write
             overlap.drain()
@@ -240,8 +246,12 @@ def _write_own(work: Path, shards: Sequence[tuple[int, list[Group]]], read: Read
     next(todo, None)  # ends the display
 
 
-def _hashes(group: Group, values: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
-    return {name: tensor_entry(value) for name, value in zip(group.entry.hugging_face, values)}
+def _append(file: HashedFile, write: Callable[[HashedFile], list[Piece]], pieces: list[Piece]) -> None:
+    pieces += write(file)
+
+
+def _hash(group: Group, values: Sequence[Tensor], tensors: dict[str, dict[str, Any]]) -> None:
+    tensors |= {name: tensor_entry(value) for name, value in zip(group.entry.hugging_face, values)}
 
 
 def tensor_entry(value: Tensor) -> dict[str, Any]:

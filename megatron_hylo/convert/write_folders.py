@@ -86,6 +86,6 @@ def place_safetensors(folder: Path, shards: list[Shard]) -> None:
 
 
 def _record(folder: Path, placed: list[Path], shards: list[Shard]) -> None:
-    entries = {str(file.relative_to(folder)): {"bytes": s.bytes, "sha256": s.sha256} for file, s in zip(placed, shards)}
-    record_for_manifest(folder, entries)
-    write_json(folder / TENSORS, {"tensors": {name: entry for shard in shards for name, entry in shard.tensors.items()}})
+    record_for_manifest(folder, {str(file.relative_to(folder)): s.manifest_entry for file, s in zip(placed, shards)})
+    tensors = {name: entry for shard in shards for name, entry in shard.tensors.items()}
+    write_json(folder / TENSORS, {"tensors": dict(sorted(tensors.items()))})
