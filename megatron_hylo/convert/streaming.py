@@ -78,6 +78,10 @@ class Format(Protocol):
 
     name: str
 
+    def arrange(self, groups: Sequence[Group]) -> list[Group]:
+        """Order the groups of a shard."""
+        ...
+
     def begin(self, file: HashedFile, groups: Sequence[Group]) -> None:
         """Write what comes before the first group."""
         ...
@@ -98,6 +102,10 @@ class Megatron:
 
     def __init__(self, layout: StoredLayout) -> None:
         self.layout = layout
+
+    def arrange(self, groups: Sequence[Group]) -> list[Group]:
+        """Keep the order of the layers."""
+        return list(groups)
 
     def begin(self, file: HashedFile, groups: Sequence[Group]) -> None:
         """Write nothing."""
@@ -120,6 +128,10 @@ class Safetensors:
     """Files of a Hugging Face folder."""
 
     name = "safetensors"
+
+    def arrange(self, groups: Sequence[Group]) -> list[Group]:
+        """Put wider dtypes first, so that every tensor is aligned."""
+        return sorted(groups, key=lambda group: -group.dtype.itemsize)
 
     def begin(self, file: HashedFile, groups: Sequence[Group]) -> None:
         """Write the header: all shapes are known beforehand."""
@@ -147,10 +159,7 @@ def model_groups(config: ModelConfig, layout: StoredLayout) -> list[Group]:
 
 
 def divide(groups: Sequence[Group], shard_bytes: int) -> list[list[Group]]:
-    """Divide groups into shards of at most `shard_bytes`; a larger group is a shard of its own.
-
-    Wider dtypes come first in a shard, so that every tensor is aligned.
-    """
+    """Divide groups into shards of at most `shard_bytes`; a larger group is a shard of its own."""
     shards: list[list[Group]] = []
     size = 0
     for group in groups:
@@ -159,7 +168,7 @@ def divide(groups: Sequence[Group], shard_bytes: int) -> list[list[Group]]:
             size = 0
         shards[-1].append(group)
         size += group.bytes
-    return [sorted(shard, key=lambda group: -group.dtype.itemsize) for shard in shards]
+    return shards
 
 
 @contextmanager
@@ -189,7 +198,7 @@ def shards_of(
     Raises:
         ConfigError: there is too little space for them, or what `read` and `form` raise.
     """
-    planned = divide(groups, shard_bytes)
+    planned = [form.arrange(shard) for shard in divide(groups, shard_bytes)]
     described = {"format": form.name, "source": source, "shards": [[g.entry.megatron for g in shard] for shard in planned]}
     work = staging_directory(output, "shards", "shards", described)
     try:
