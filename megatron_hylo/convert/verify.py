@@ -21,7 +21,8 @@ from megatron_hylo.convert.oracle import Oracle, open_oracle
 from megatron_hylo.data.tokenizer import vocabulary_difference
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.kernels.registry import untuned
-from megatron_hylo.models.streamed import streamed
+from megatron_hylo.models.streamed import ModelParts
+from megatron_hylo.models.weights_files import skeleton
 from megatron_hylo.platform.distributed import device
 
 TOKENS, TOLERANCE = 128, 1e-4
@@ -136,7 +137,8 @@ def compare(
     Raises:
         ConfigError: transformers cannot load the folder as a whole.
     """
-    config, model = weights.config, weights.model
+    config = weights.config
+    model = skeleton(config, torch.float32)
     tokens = min(tokens, config.max_position_embeddings)
     ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
     with open_oracle(source, path) as oracle, torch.no_grad(), untuned():  # fast kernels round fp32 products
@@ -148,7 +150,7 @@ def compare(
         logger.info("comparing hidden states and logits of %s tokens in float32", tokens)
         with _outputs(oracle.model.model.layers) as theirs:
             their_logits = oracle.model(ids, use_cache=False).logits[0].cpu()
-        widened = streamed(model, weights.parameter, torch.float32)
+        widened = ModelParts(model, weights.parameter).streaming(keep_ends=False)
         with _outputs([mlp for _, mlp in model.mixer_layers()]) as ours, widened:
             our_logits = _logits(weights, model.eval()(ids.to(device())))
     # ours: [sequence, 1, hidden], theirs: [1, sequence, hidden]

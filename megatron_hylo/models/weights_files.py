@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.io import DamagedError, place_file
 from megatron_hylo.models.checkpoint import BackgroundWrite, sharded_weights
 from megatron_hylo.models.hylo_model import HyloModel, build_model
@@ -37,10 +37,10 @@ from megatron_hylo.platform.safe_loading import ADVICE, install_safe_loading, un
 METADATA = ".metadata"
 
 
-def skeleton(config: ModelConfig, params_dtype: torch.dtype) -> HyloModel:
-    """Build a whole model without memory: every parameter on the meta device."""
+def skeleton(config: ModelConfig, params_dtype: torch.dtype, parallel: ParallelConfig | None = None) -> HyloModel:
+    """Build this rank's part of a model without memory: every parameter on the meta device."""
     with without_memory():
-        return build_model(config, params_dtype=params_dtype, backend="local")
+        return build_model(config, parallel, params_dtype=params_dtype, backend="local")
 
 
 @dataclass(frozen=True)

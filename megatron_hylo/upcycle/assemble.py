@@ -19,7 +19,7 @@ from megatron_hylo.config.tensor_names import Shape, tensor_names
 from megatron_hylo.initialise.registry import CalibrationStatistics, get_initialiser
 
 Read = Callable[[str], Tensor]  # canonical name -> CPU tensor
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 
 _BACKBONE = ("hidden_size", "ffn_hidden_size", "num_hidden_layers", "vocab_size")
 _ATTENTION = ("num_attention_heads", "num_query_groups", "kv_channels", "add_qkv_bias", "qk_layernorm")
@@ -88,7 +88,7 @@ def upcycled(
         return last[layer]
 
     def read(name: str) -> Tensor:
-        if (found := _LAYER.match(name)) is None:
+        if (found := LAYER.match(name)) is None:
             return _end_tensor(Source(teacher_config, read_teacher), name, shapes[name])
         layer, own = int(found[1]), found[2]
         symbol = student_config.mixers[layer]
@@ -155,7 +155,7 @@ def assembled(mla: Source, linear: Source, base: Source, target_config: ModelCon
     shapes = tensor_names(target_config)
 
     def read(name: str) -> Tensor:
-        if (found := _LAYER.match(name)) is None:
+        if (found := LAYER.match(name)) is None:
             return _end_tensor(base, name, shapes[name])
         return _checked(sources[target_config.mixers[int(found[1])]].read, name, shapes[name])
 

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_hylo.calibrate.gather import micro_batch
 from megatron_hylo.calibrate.solve import LayerError, solve_outputs
 from megatron_hylo.calibrate.statistics import CalibrationFolder
@@ -14,20 +16,21 @@ from megatron_hylo.config.layouts import expand_pattern, get_layout, hybrid_conf
 from megatron_hylo.config.mixers import LINEAR_SYMBOLS, MLA_SYMBOL
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.folder_source import FolderSource
-from megatron_hylo.convert.to_hf import hf_tensors
-from megatron_hylo.convert.to_megatron import fill_model
+from megatron_hylo.convert.mapping import parameter_reader
 from megatron_hylo.convert.write_folders import write_model_folder
 from megatron_hylo.data.tokenizer import check_dataset, check_same_vocabulary
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.initialise.calibrated_mla import choose_rotary_pairs
-from megatron_hylo.io import check_free
+from megatron_hylo.io import check_free, output_lock
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.io.provenance import made_by
 from megatron_hylo.kernels.registry import untuned
-from megatron_hylo.models.checkpoint import load_model, read_description
-from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.platform.distributed import device
+from megatron_hylo.models.checkpoint import read_description
+from megatron_hylo.models.streamed import ModelParts
+from megatron_hylo.models.weights_files import skeleton
+from megatron_hylo.platform.distributed import device, is_main
 from megatron_hylo.upcycle.assemble import Read, Source, assembled, attention_tensors, upcycled
+from megatron_hylo.upcycle.solved import SolvedLayers
 
 
 @dataclass
@@ -100,33 +103,40 @@ def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> Upcyc
     read = upcycled(source.read, teacher_config, config, settings.init, settings.seed, statistics if calibrated else None)
     report = UpcycleReport(config, None, None, None)
     provenance = made_by("upcycle", {"teacher": teacher, "calibration": calibration}, **asdict(settings))
-    if statistics is not None:
-        read = _measured(report, settings, read, source, statistics, track)
+    with output_lock(settings.output):
+        if statistics is None:
+            _write(settings.output, config, read, [source], provenance, settings.overwrite, track)
+            return report
         if calibrated:
             provenance["calibration_tokens"] = statistics.description["tokens"]
-    _write(settings.output, config, read, [source], provenance, Path(teacher), settings.overwrite, track)
+        identity = {"teacher": source.state(), "made": provenance, "model": config.to_dict()}
+        solved = SolvedLayers(Path(settings.output).absolute(), config, identity, read)
+        _solve_and_measure(report, settings, solved, source, statistics, track)
+        _write(settings.output, config, solved.read, [source], provenance, settings.overwrite, track)
+        if is_main():
+            shutil.rmtree(solved.work)
     return report
 
 
-def _measured(
+def _solve_and_measure(
     report: UpcycleReport,
     settings: UpcycleConfig,
-    read: Read,
+    solved: SolvedLayers,
     source: FolderSource,
     statistics: CalibrationFolder,
     track: Track,
-) -> Read:
-    """Solve the student's output projections where they are calibrated, measure it, and return the reader of the result."""
-    model = load_model(settings.teacher, backend="local", verify_hashes=False)
-    student = build_model(report.config, params_dtype=model.config.params_dtype, backend="local")
-    fill_model(student, report.config, read)
-    windows, heldout = statistics.windows()
-    size = micro_batch(heldout.shape[1] - 1)
+) -> None:
+    """Solve the student's output projections where they are calibrated, then measure it and its teacher; layer by layer."""
+    dtype, windows = source.dtype(), statistics.windows()
+    teacher = ModelParts(source.model, source.parameter)
+    student = ModelParts(skeleton(report.config, dtype), parameter_reader(report.config, solved.read))
     with untuned():
         if settings.init == "calibrated":
-            report.errors = solve_outputs(student, model, windows, settings.sequential, settings.mlps, track)
-        report.quality, report.teacher_quality = (evaluate(m, heldout, model, size, track=track) for m in (student, model))
-    return dict(hf_tensors(student)).__getitem__
+            report.errors = solve_outputs(student, teacher, windows[0], settings.sequential, settings.mlps, track, solved)
+        size = micro_batch(windows[1].shape[1] - 1)
+        with student.streaming() as of_student, teacher.streaming() as of_teacher:
+            report.quality = evaluate(of_student, windows[1], of_teacher, size, track=track)
+            report.teacher_quality = evaluate(of_teacher, windows[1], of_teacher, size, track=track)
 
 
 def assemble_folder(
@@ -169,7 +179,7 @@ def assemble_folder(
     config = mla_config.with_mixers(mixers)
     read = assembled(*(Source(folder.config, folder.read) for folder in (of_mla, of_linear, of_base)), config)
     provenance = made_by("assemble", {"mla": mla, "linear": linear, "base": base}, pattern=pattern)
-    _write(output, config, read, [of_mla, of_linear, of_base], provenance, Path(base), overwrite, track)
+    _write(output, config, read, [of_base, of_mla, of_linear], provenance, overwrite, track, of_mla.dtype())
     return config
 
 
@@ -179,15 +189,16 @@ def _write(
     read: Read,
     sources: Sequence[FolderSource],
     provenance: dict[str, Any],
-    base: Path,
     overwrite: bool,
     track: Track,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model folder with the dtype of the first source and the tokenizer of `base`, a layer in memory at a time."""
+    """Write a model folder with the dtype (by default) and the tokenizer of the first source, a layer in memory at a time."""
+    tokenizer = sources[0].path / "tokenizer"
 
     def add_tokenizer(folder: Path) -> None:
-        if (base / "tokenizer").is_dir():
-            shutil.copytree(base / "tokenizer", folder / "tokenizer")
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, folder / "tokenizer")
 
     def check(_: Path) -> None:
         for source in sources:
@@ -195,6 +206,6 @@ def _write(
 
     made_of = [[source.state() for source in sources], {name: v for name, v in provenance.items() if name != "inputs"}]
     write_model_folder(
-        output, config, sources[0].dtype(), read, made_of, lambda: provenance, add_tokenizer, check, overwrite,
+        output, config, dtype or sources[0].dtype(), read, made_of, lambda: provenance, add_tokenizer, check, overwrite,
         tuple(source.path for source in sources), track=track,
     )  # fmt: skip
