@@ -48,7 +48,7 @@ class SafetensorsFile:
         self.path = path
         try:
             self.state = file_state(path)
-            with safe_open(path, framework="pt", device="cpu"):  # checks the header, and that the data is all there
+            with safe_open(path, framework="np"):  # checks the header, and that the data is all there; maps the file meanwhile
                 pass
             self.file = open(path, "rb", buffering=0)
             (size,) = struct.unpack("<Q", self._bytes(0, 8))

@@ -29,6 +29,7 @@ CASES = {
     "qwen2-bias": ("qwen2", True, {}),
     "qwen3-qk-norm": ("qwen3", False, {}),
     "qwen3-yarn": ("qwen3", True, {"rope_parameters": YARN}),
+    "mistral": ("mistral", False, {"sliding_window": None}),
     "llama-one-kv-head": ("llama", True, {"num_key_value_heads": 1}),
 }
 
@@ -138,7 +139,7 @@ def test_corrupt_shard(one_rank, hf_folder, tmp_path):
 def test_unknown_architecture(one_rank, hf_folder, tmp_path):
     config = json.loads((hf_folder / "config.json").read_text())
     (hf_folder / "config.json").write_text(json.dumps(config | {"model_type": "gemma9"}))
-    refused(hf_folder, "unknown architecture: model_type 'gemma9'.*supported: hylo, llama, qwen2, qwen3", tmp_path)
+    refused(hf_folder, "unknown architecture: model_type 'gemma9'.*supported: hylo, llama, mistral, qwen2, qwen3", tmp_path)
 
 
 def test_shape_that_config_does_not_ask_for(one_rank, hf_folder, tmp_path):
