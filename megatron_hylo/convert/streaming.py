@@ -243,7 +243,7 @@ def _write_own(work: Path, shards: Sequence[tuple[int, list[Group]]], read: Read
                         )
                 write = form.prepare(group, values)
                 overlap.add(
-                    group.bytes,
+                    group.bytes * min(2, len(values)),  # fused tensors are there twice
                     write=partial(_append, file, write, pieces),
                     hash=partial(_hash, group, values, tensors),
                 )

@@ -9,18 +9,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-WAITING_BYTES = 2**28  # read but not yet written; one tensor larger than this waits alone
+WAITING_BYTES = 2**28  # read but not yet written; a group of tensors larger than this waits alone
 
 
 class Overlap:
     """Two lanes beside the calling thread, one that writes and one that hashes; each keeps the order of its tasks.
 
     Args:
-        limit: bytes that may wait. `add` blocks above it until the oldest are done.
+        limit: bytes that may wait, by default WAITING_BYTES. `add` blocks above it until the oldest are done.
     """
 
-    def __init__(self, limit: int = WAITING_BYTES) -> None:
-        self.limit, self.waiting = limit, 0
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit, self.waiting = WAITING_BYTES if limit is None else limit, 0
         self.lanes = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("write", "hash")}
         self.tasks: deque[tuple[int, list[Future[Any]]]] = deque()
 

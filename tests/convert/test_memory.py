@@ -15,13 +15,14 @@ from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify_hashes import verify_hashes
+from megatron_hylo.io import overlap
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.upcycle.run import upcycle_folder
 
 def status(name):
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
 
-folder = sys.argv[1]
+folder, overlap.WAITING_BYTES = sys.argv[1], 2**24
 with session():
     resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + int(sys.argv[2]),) * 2)
     convert_hf_to_megatron(f"{folder}/source", f"{folder}/teacher", verify=False)
