@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
@@ -14,7 +15,7 @@ from megatron_hylo.convert.hf_config import HYLO_MODEL_TYPE, hf_config_from_mode
 from megatron_hylo.convert.hf_reader import open_source
 from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.model_card import model_card
-from megatron_hylo.convert.safetensors_reader import is_finite
+from megatron_hylo.convert.safetensors_reader import SINGLE, is_finite
 from megatron_hylo.convert.streaming import SHARD_BYTES, Safetensors, model_groups, shards_of
 from megatron_hylo.convert.token_ids import stored_token_ids
 from megatron_hylo.convert.verify import require_equal
@@ -42,7 +43,13 @@ def hf_tensors(model: HyloModel, track: Track = no_progress) -> Iterator[tuple[s
             yield name, tensor.cpu().contiguous()
 
 
-def _add_files(config: ModelConfig, dtype: torch.dtype, folder: Path, tokenizer: Path) -> None:
+def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, track: Track = no_progress) -> None:
+    """Write a whole model that is in memory, with all of its files, into an existing folder; its weights are one file."""
+    save_file(dict(hf_tensors(model, track)), folder / SINGLE, metadata={"format": "pt"})
+    _add_files(model.config.hylo, model.config.params_dtype, folder, tokenizer)
+
+
+def _add_files(config: ModelConfig, dtype: torch.dtype, folder: Path, tokenizer: Path | None) -> None:
     """Write config.json, the tokenizer and, for a hybrid, its modelling code into a folder."""
     from megatron_hylo.convert.portable_tokenizer import make_tokenizer_portable
     from megatron_hylo.hf.code_files import copy_modelling_code
@@ -51,7 +58,7 @@ def _add_files(config: ModelConfig, dtype: torch.dtype, folder: Path, tokenizer:
     write_json(folder / "config.json", values)
     if values["model_type"] == HYLO_MODEL_TYPE:
         copy_modelling_code(folder)
-    if tokenizer.is_dir():
+    if tokenizer is not None and tokenizer.is_dir():
         shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
         make_tokenizer_portable(folder)
 

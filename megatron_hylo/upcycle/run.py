@@ -177,7 +177,8 @@ def assemble_folder(
             f"pattern {pattern} asks for mixers that neither model has: {mla_config.mixers[0]}, {linear_config.mixers[0]}"
         )
     config = mla_config.with_mixers(mixers)
-    read = assembled(*(Source(folder.config, folder.read) for folder in (of_mla, of_linear, of_base)), config)
+    parts = [Source(folder.config, folder.read) for folder in (of_mla, of_linear, of_base)]
+    read = assembled(parts[0], parts[1], parts[2], config)
     provenance = made_by("assemble", {"mla": mla, "linear": linear, "base": base}, pattern=pattern)
     _write(output, config, read, [of_base, of_mla, of_linear], provenance, overwrite, track, of_mla.dtype())
     return config
