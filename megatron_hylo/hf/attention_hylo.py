@@ -57,10 +57,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, inputs: Sequ
         [batch, new tokens, heads, value channels].
     """
     if inputs.attentions is None:
-        return attention(query, key, value, scale=scale, mask=inputs.attention_mask)
+        return attention(query, key, value, scale=scale, mask=inputs.visible(query.shape[1]))
     t, (s, groups) = query.shape[1], key.shape[1:3]
     scores = torch.einsum("btgnd,bsgd->bgnts", query.unflatten(2, (groups, -1)), key) * scale
-    mask = inputs.attention_mask
+    mask = inputs.visible(t)
     visible = torch.ones(t, s, dtype=torch.bool, device=key.device).tril(s - t) if mask is None else mask[:, None]
     probabilities = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~visible, -torch.inf).softmax(-1)
     probabilities = probabilities.to(query.dtype).flatten(1, 2)
@@ -135,7 +135,7 @@ class HyloLatentAttention(nn.Module):
         if cache is not None:
             (compressed,) = cache.append(self.layer, compressed)
             if self._absorbs(t) and inputs.attentions is None:
-                return self.o_proj(self._absorbed(query, compressed, inputs.attention_mask))
+                return self.o_proj(self._absorbed(query, compressed, inputs.visible(t)))
         latent, rotary_key = compressed.split([self.rank, self.rotary], dim=-1)
         key_value = self.kv_b_proj(latent).view(b, -1, self.groups, self.plain + self.value)
         plain_key, value = key_value.split([self.plain, self.value], dim=-1)

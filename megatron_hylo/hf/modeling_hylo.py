@@ -165,7 +165,8 @@ class HyloModel(HyloPreTrainedModel):
         attends = self.config.output_attentions if output_attentions is None else output_attentions
         cache = self._choose_cache(past_key_values, self.config.use_cache if use_cache is None else use_cache)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        inputs = sequence_inputs(x, attention_mask, position_ids, cache)._replace(attentions=[] if attends else None)
+        inputs = sequence_inputs(x, attention_mask, position_ids, cache, every=bool(self.rotates_anew & set(self.mixers)))
+        inputs.attentions = [] if attends else None
         ropes = {symbol: self._rope(symbol, inputs.positions, x.shape[1]) for symbol in set(self.mixers) & set(self.rotations)}
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states: tuple[Tensor, ...] = (x,)
