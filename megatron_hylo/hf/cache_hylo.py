@@ -15,7 +15,7 @@ from megatron_hylo.kernels.quantised_latents import FORMATS
 
 States = tuple[Tensor | None, Tensor | None]  # convolution's inputs, recurrent state; None before the first token
 # inputs [batch, tokens, ...], padding mask or None, states before -> outputs [batch, tokens, ...], states after
-Step = Callable[[tuple[Tensor, ...], Tensor | None, States], tuple[Tensor, States]]
+Step = Callable[..., tuple[Tensor, States]]
 SPARE_ROWS = 64  # at least, of buffers that tokens are written into one by one
 KEPT_INPUTS = 64  # tokens that `crop` can at least take out; assisted generation proposes about 20 at a time
 
@@ -145,6 +145,10 @@ class HyloCache:
             The outputs [batch, new tokens, ...].
         """
         states: States = self.states.get(layer, (None, None))
+        if self.row is not None:  # states lie where a captured graph reads and writes them
+            outputs, states = step(parts, padding, states, in_place=True)
+            self._keep(layer, states)
+            return outputs
         if not self.records_past:
             outputs, states = step(parts, padding, states)
             self._keep(layer, states)

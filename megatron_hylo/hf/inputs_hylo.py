@@ -74,7 +74,9 @@ def sequence_inputs(
         if own or cache.positions is not None:
             cache.positions = everything if before is not None or not cached else _side_by_side(cache.positions, positions)
         cache.padding, cache.batch_size, cache.length = real, batch, cached + new
-        cache.last_position = (positions if real is None else torch.where(real[:, cached:], positions, last)).amax(1, keepdim=True)
+        cache.last_position = (positions if real is None else torch.where(real[:, cached:], positions, last)).amax(
+            1, keepdim=True
+        )
     added = None if real is None or real[:, cached:].all() else real[:, cached:]
     return SequenceInputs(everything if every else positions, added, real)
 

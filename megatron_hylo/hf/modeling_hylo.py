@@ -25,7 +25,8 @@ from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 from .attention_hylo import HyloLatentAttention, HyloRMSNorm, Rope
 from .cache_hylo import HyloCache
 from .configuration_hylo import HyloConfig
-from .inputs_hylo import sequence_inputs
+from .fused_hylo import fused
+from .inputs_hylo import SequenceInputs, sequence_inputs
 from .layers_hylo import HyloGatedDeltaNet, HyloLayer, HyloMamba2
 
 logger = logging.get_logger(__name__)
@@ -36,6 +37,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_hylo.HyloForSequenceClassification",
 }
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # of transformers' loss functions
+fused_rope_cos_sin = fused(rope_cos_sin)
 UNUSED_ARGUMENTS = ("cache_position",)  # transformers 4 gives it in generate(); the cache knows its own length
 FP32_PARAMETERS = {
     "*": (),
@@ -136,6 +138,7 @@ class HyloModel(HyloPreTrainedModel):
         self.layers = nn.ModuleList(HyloLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = HyloRMSNorm(config.hidden_size, c.layernorm_epsilon)
         self.gradient_checkpointing = False
+        self.frequencies: dict[tuple[str, torch.device], Tensor] = {}  # of rotations, by layer symbol and device
         self.post_init()
 
     @can_return_tuple
@@ -167,19 +170,36 @@ class HyloModel(HyloPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         inputs = sequence_inputs(x, attention_mask, position_ids, cache, every=bool(self.rotates_anew & set(self.mixers)))
         inputs.attentions = [] if attends else None
-        ropes = {symbol: self._rope(symbol, inputs.positions, x.shape[1]) for symbol in set(self.mixers) & set(self.rotations)}
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden_states: tuple[Tensor, ...] = (x,)
-        for symbol, layer in zip(self.mixers, self.layers):
-            x = layer(x, inputs, position_embeddings=ropes.get(symbol), past_key_values=cache)
-            hidden_states = (*hidden_states, x) if collect else ()
-        x = self.norm(x)
-        collected: Any = (*hidden_states[:-1], x) if collect else None
+        hidden_states: list[Tensor] | None = [] if collect else None
+        x = self.read(x, inputs, cache, hidden_states)
+        collected: Any = None if hidden_states is None else tuple(hidden_states)
         attentions: Any = None if inputs.attentions is None else tuple(inputs.attentions)
         past: Any = cache  # no subclass of transformers' Cache
         return BaseModelOutputWithPast(
             last_hidden_state=x, past_key_values=past, hidden_states=collected, attentions=attentions
         )
+
+    def read(
+        self, x: Tensor, inputs: SequenceInputs, cache: HyloCache | None, hidden_states: list[Tensor] | None = None
+    ) -> Tensor:
+        """Apply all layers and the final norm to embeddings x: [batch, new tokens, hidden] -> the same shape.
+
+        Args:
+            x: embeddings.
+            inputs: positions and padding; layers append attention probabilities where they are asked for.
+            cache: continued.
+            hidden_states: gets the embeddings, what each layer but the last gives, and the result.
+        """
+        ropes = {symbol: self._rope(symbol, inputs.positions, x.shape[1]) for symbol in set(self.mixers) & set(self.rotations)}
+        for symbol, layer in zip(self.mixers, self.layers):
+            if hidden_states is not None:
+                hidden_states.append(x)
+            x = layer(x, inputs, position_embeddings=ropes.get(symbol), past_key_values=cache)
+        x = self.norm(x)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        return x
 
     def _choose_cache(self, given: HyloCache | None, use_cache: bool) -> HyloCache | None:
         if self.gradient_checkpointing and self.training:
@@ -195,8 +215,14 @@ class HyloModel(HyloPreTrainedModel):
     def _rope(self, symbol: str, positions: Tensor, new: int) -> Rope:
         channels, scaling = self.rotations[symbol]
         positions = positions if symbol in self.rotates_anew else positions[:, -new:]
-        frequencies = rope_frequencies(channels, self.rotary_base, scaling, positions.device)
-        return rope_cos_sin(positions, frequencies, scaling.cos_sin_multiplier)
+        where = positions.device
+        frequencies = self.frequencies.get((symbol, where))
+        if frequencies is None:
+            with torch.inference_mode(False):
+                frequencies = rope_frequencies(channels, self.rotary_base, scaling, where)
+            if where.type == "cuda" and not torch.compiler.is_compiling():
+                self.frequencies[symbol, where] = frequencies  # a captured graph cannot copy them from the host
+        return fused_rope_cos_sin(positions, frequencies, scaling.cos_sin_multiplier)
 
 
 class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
