@@ -240,28 +240,29 @@ class HyloLatentAttention(nn.Module):
             )
 
         def make(rows: slice, tokens: slice | Tensor) -> tuple[Tensor, Tensor]:
-            return self._keys_and_values(tuple(part[rows][:, tokens] for part in stored), rope, tokens, x.dtype)
+            turns: Rope = (rope[0], rope[1])
+            if self.norms:  # cached keys are rotated
+                turns = tuple((table[rows] if len(table) > 1 else table)[:, tokens] for table in rope)  # type: ignore[assignment]
+            return self._keys_and_values(tuple(part[rows][:, tokens] for part in stored), turns, x.dtype)
 
         if in_blocks(query, total, inputs, makes_keys=True):
             out = attend_in_blocks(query, total, inputs, self.qk**-0.5, make)
         elif inputs.length is not None:
-            key, value = make(slice(None), slice(None))
+            key, value = make(slice(None), slice(0, total))  # the last position is the query's
             out = decode_attention(query[:, 0], key, value, self.qk**-0.5, inputs.length, inputs.real)
         else:
             out = attend(query, *make(slice(None), slice(None)), self.qk**-0.5, inputs)
         return self.o_proj(out.reshape(b, t, -1))
 
-    def _keys_and_values(
-        self, stored: tuple[Tensor, ...], rope: Rope, tokens: slice | Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Make keys and values [batch, tokens, groups, ...] of these tokens' latents."""
+    def _keys_and_values(self, stored: tuple[Tensor, ...], rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Make keys and values [batch, tokens, groups, ...] of these tokens' latents; `rope` turns those behind a norm."""
         latent, rotary_key = self._loaded(stored, dtype).split([self.rank, self.rotary], dim=-1)
         key_value = self.kv_b_proj(latent).unflatten(-1, (self.groups, self.plain + self.value))
         plain_key, value = key_value.split([self.plain, self.value], dim=-1)
         key = torch.cat([plain_key, rotary_key.unsqueeze(2).expand(-1, -1, self.groups, -1)], dim=-1)
         if self.norms:
             key = self.k_norm(key, self.plain) if self.aligned_norm else self.k_norm(key)
-            key = self._rotate(key, (rope[0][:, tokens], rope[1][:, tokens]))
+            key = self._rotate(key, rope)
         return key, value
 
     def _loaded(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:

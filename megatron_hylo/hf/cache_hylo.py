@@ -39,7 +39,7 @@ def run(step: Step, inputs: tuple[Tensor, ...], states: States) -> tuple[Tensor,
 
 
 class HyloCache:
-    """Cached tensors of all layers, for all sequences of a batch; it grows, or with `max_cache_len` has its size from the start.
+    """Cached tensors of all layers, for all sequences of a batch; it grows, or has its size from the start.
 
     Args:
         max_cache_len: rows that every layer with one row a token gets when the first tokens come; later ones are written in
@@ -79,6 +79,8 @@ class HyloCache:
         """
         if self.row is not None:
             for held, added in zip(self.rows[layer], new):
+                if held.element_size() == 1:  # float8 has no such kernel on a CPU
+                    held, added = held.view(torch.uint8), added.view(torch.uint8)
                 held.index_copy_(1, self.row, added)
             return self.rows[layer]
         total, count = self.length, new[0].shape[1]
@@ -93,7 +95,8 @@ class HyloCache:
             wider = tuple(added.new_empty(added.shape[0], capacity, *added.shape[2:]) for added in new)
             for wide, held in zip(wider, rows or ()):
                 wide[:, :before] = held[:, :before]
-            self.rows[layer] = rows = wider
+            self.rows[layer], self.graph = wider, None
+            rows = wider
         for held, added in zip(rows, new):
             held[:, before:total] = added
         return tuple(held[:, :total] for held in rows)
@@ -179,11 +182,9 @@ class HyloCache:
         conv, state = states
         assert conv is not None and state is not None, "a step returns both"
         held = self.states.get(layer)
-        if self.max_cache_len is None or held is None or self.records_past or torch.is_grad_enabled():
-            self.states[layer] = (conv, state)
-            return
-        if held[0].is_inference() != torch.is_inference_mode_enabled():
-            self.states[layer] = (conv, state)
+        moves = self.max_cache_len is None or self.records_past or torch.is_grad_enabled()
+        if held is None or moves or held[0].is_inference() != torch.is_inference_mode_enabled():
+            self.states[layer], self.graph = (conv, state), None
             return
         for old, new in zip(held, (conv, state)):
             if old is not new:  # a decode step may have written in place
@@ -241,7 +242,7 @@ class HyloCache:
         return self.length
 
     def token_nbytes(self) -> int:
-        """Return the bytes that grow with the sequence: the KV cache in the narrow sense, without rows that are not used yet."""
+        """Return the bytes that grow with the sequence: the KV cache in the narrow sense, without spare rows."""
         return sum(t.numel() * t.element_size() for tensors in self.tokens.values() for t in tensors)
 
     def nbytes(self) -> int:

@@ -20,7 +20,7 @@ class SequenceInputs:
     mask: Tensor | None = None  # what `visible` found
 
     def visible(self, new: int) -> Tensor | None:
-        """Return the keys that each of the new tokens sees, bool [batch, 1, new, cached + new]; None where there is no padding."""
+        """Return the keys that each new token sees, bool [batch, 1, new, cached + new]; None where there is no padding."""
         if self.real is not None and self.mask is None:
             places = torch.arange(self.real.shape[1], device=self.real.device)
             queries = places[len(places) - new :, None]
@@ -123,6 +123,8 @@ def _check_rising(last: Tensor, positions: Tensor, real: Tensor | None) -> None:
     wrong = positions <= highest if real is None else (positions <= highest) & real
     if wrong.any():
         row, place = wrong.nonzero()[0].tolist()
+        if positions[row, place] < 0:
+            raise ValueError(f"positions start at 0, but position_ids holds {int(positions[row, place])} (sequence {row})")
         raise ValueError(
             f"position_ids must rise along each sequence, but {int(positions[row, place])} follows {int(highest[row, place])} "
             f"(sequence {row}, new token {place}). Documents packed into one sequence are not supported, recurrent states "

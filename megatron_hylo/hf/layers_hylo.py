@@ -42,7 +42,7 @@ def scalar_gates(raw: Tensor, strength: Tensor, rate: Tensor, bias: Tensor) -> t
 
 @fused
 def channel_gates(raw: Tensor, strength: Tensor, rate: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute log decays [batch, tokens, heads, key channels] and writing strengths; `raw` and `bias` are [..., all channels]."""
+    """Compute log decays [batch, tokens, heads, key channels] and writing strengths; `raw` and `bias` have all channels."""
     step = F.softplus(raw.float() + bias)
     return -rate.exp()[:, None] * step.unflatten(-1, (len(rate), -1)), strength.sigmoid()
 

@@ -1,6 +1,6 @@
 """Causal attention of a piece's queries to keys and values that are made block by block, as prefill of a long prompt needs.
 
-Only one block of keys and values is there at a time. Each block's softmax sums to one; with l_i the logarithms of what they were
+Only one block of keys and values is there at a time. Each block's softmax sums to one; with the logarithms of what they were
 divided by, outputs are combined as in attention_after_prefix.py. No gradients.
 """
 

@@ -95,20 +95,21 @@ def split_attention(
     out = torch.empty(b, hq, width, dtype=q.dtype, device=q.device)
     value = k if isinstance(v, int) else v
     heads = hq // hkv
-    kernels.attend_part[(b * hkv, splits)](
-        q, k, value, length if length is not None else q, real if real is not None else q, scales if scales is not None else q,
-        partial, sums, scale * 1.4426950408889634, rows, hkv,
-        k.stride(0), k.stride(1), k.stride(2), value.stride(0), value.stride(1), value.stride(2),
-        real.stride(0) if real is not None else 0,
-        scales.stride(0) if scales is not None else 0, scales.stride(1) if scales is not None else 0,
-        HEADS=heads, HEAD_ROWS=max(16, _power(heads)), FIRST=first, FIRST_COLUMNS=max(16, _power(first)),
-        REST=d - first, REST_COLUMNS=max(16, _power(d - first)), WIDTH=width, WIDTH_COLUMNS=max(16, _power(width)),
-        SHARED=shared, LENGTH=length is not None, MASKED=real is not None, QUANTISED=scales is not None, SPLITS=splits,
-        BLOCK=BLOCK, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    kernels.combine_parts[(b * hq,)](
-        partial, sums, out, SPLITS=splits, WIDTH=width, COLUMNS=_power(width), TILE=min(splits, 32), num_warps=4
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        kernels.attend_part[(b * hkv, splits)](
+            q, k, value, *(q if x is None else x for x in (length, real, scales)),
+            partial, sums, scale * 1.4426950408889634, rows, hkv,
+            k.stride(0), k.stride(1), k.stride(2), value.stride(0), value.stride(1), value.stride(2),
+            real.stride(0) if real is not None else 0,
+            scales.stride(0) if scales is not None else 0, scales.stride(1) if scales is not None else 0,
+            HEADS=heads, HEAD_ROWS=max(16, _power(heads)), FIRST=first, FIRST_COLUMNS=max(16, _power(first)),
+            REST=d - first, REST_COLUMNS=max(16, _power(d - first)), WIDTH=width, WIDTH_COLUMNS=max(16, _power(width)),
+            SHARED=shared, LENGTH=length is not None, MASKED=real is not None, QUANTISED=scales is not None, SPLITS=splits,
+            BLOCK=BLOCK, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        kernels.combine_parts[(b * hq,)](
+            partial, sums, out, SPLITS=splits, WIDTH=width, COLUMNS=_power(width), TILE=min(splits, 32), num_warps=4
+        )  # fmt: skip
     return out
 
 

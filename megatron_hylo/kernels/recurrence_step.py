@@ -1,7 +1,7 @@
 """One token of a recurrence, its state changed in place: the decode step of Gated DeltaNet, KDA and Mamba2.
 
-A step reads and writes the state once and does little else, so it is bound by bandwidth. On CUDA fla's fused_recurrent kernel and
-mamba_ssm's selective_state_update run; both load a block of the state before they store it, so they may store it in its place.
+A step reads and writes the state once and does little else, so it is bound by bandwidth. On CUDA fla's fused_recurrent kernel
+and mamba_ssm's selective_state_update run; both load a block of the state before they store it, so it may go to the same place.
 """
 
 import importlib
@@ -48,12 +48,13 @@ def _fla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
     out, block = torch.empty_like(v), min(VALUES, 1 << (values - 1).bit_length())
     by_channel = g.dim() == 4
     kernel = importlib.import_module(FLA_MODULE).fused_recurrent_gated_delta_rule_fwd_kernel
-    kernel[(-(-values // block) * b * heads,)](
-        q=q, k=k, v=v, g=None if by_channel else g, gk=g if by_channel else None, gv=None, beta=beta, A_log=None, dt_bias=None,
-        o=out, h0=state, ht=state, cu_seqlens=None, scale=keys**-0.5, T=t, H=heads, HV=heads, K=keys, V=values,
-        BK=1 << (keys - 1).bit_length(), BV=block, IS_BETA_HEADWISE=True, USE_QK_L2NORM_IN_KERNEL=True,
-        APPLY_BETA_SIGMOID=False, ALLOW_NEG_EIGVAL=False, STATE_V_FIRST=False, num_warps=1, num_stages=3,
-    )  # fmt: skip
+    with torch.cuda.device_of(v):
+        kernel[(-(-values // block) * b * heads,)](
+            q=q, k=k, v=v, g=None if by_channel else g, gk=g if by_channel else None, gv=None, beta=beta, A_log=None,
+            dt_bias=None, o=out, h0=state, ht=state, cu_seqlens=None, scale=keys**-0.5, T=t, H=heads, HV=heads, K=keys,
+            V=values, BK=1 << (keys - 1).bit_length(), BV=block, IS_BETA_HEADWISE=True, USE_QK_L2NORM_IN_KERNEL=True,
+            APPLY_BETA_SIGMOID=False, ALLOW_NEG_EIGVAL=False, STATE_V_FIRST=False, num_warps=1, num_stages=3,
+        )  # fmt: skip
     return out
 
 

@@ -84,8 +84,8 @@ def rope_cos_sin(positions: torch.Tensor, inv_freq: torch.Tensor, multiplier: fl
         multiplier: factor on both (YaRN's attention scaling, `RopeScaling.cos_sin_multiplier`).
 
     Returns:
-        cos, sin: float32 [..., dim / 2]. Angles below position 32768 are rounded to float32 as transformers rounds them (at most
-        0.002 wrong); at 2M tokens that would be 0.1, so from there on they are float64.
+        cos, sin: float32 [..., dim / 2]. Angles below position 32768 are rounded to float32 as transformers rounds them (at
+        most 0.002 wrong); at 2M tokens that would be 0.1, so from there on they are float64.
     """
     positions = positions.to(inv_freq.device)[..., None]
     near = positions < FLOAT32_POSITIONS

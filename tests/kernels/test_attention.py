@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_hylo.kernels import attention_after_prefix as after_prefix
-from megatron_hylo.kernels.attention import readable, attention
+from megatron_hylo.kernels.attention import attention, readable
 from megatron_hylo.kernels.registry import in_use, override
 from tests.kernels.compare import relative_error
 

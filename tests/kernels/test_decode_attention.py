@@ -36,7 +36,8 @@ def test_plain_form_equals_sdpa_over_the_rows_in_use(groups):
 def test_kernels_equal_the_plain_form_in_triton_s_interpreter() -> None:
     """On the CPU: widths that are no powers of two, unwritten rows, padding, 8-bit latents."""
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("decode_attention_cases.py"))], capture_output=True, text=True, timeout=300,
+        [sys.executable, str(Path(__file__).with_name("decode_attention_cases.py"))],
+        capture_output=True, text=True, timeout=300,
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
@@ -64,8 +65,8 @@ def test_kernels_compile_for_hopper(latents, shared) -> None:
         if shared
         else dict(HEADS=3, HEAD_ROWS=16, REST=0, REST_COLUMNS=16)
     )
-    constants = sizes | dict(FIRST=128, FIRST_COLUMNS=128, WIDTH=128, WIDTH_COLUMNS=128, SHARED=shared, LENGTH=True, MASKED=True,
-                             QUANTISED=latents is not None, SPLITS=512, BLOCK=module.BLOCK)  # fmt: skip
+    constants = sizes | dict(FIRST=128, FIRST_COLUMNS=128, WIDTH=128, WIDTH_COLUMNS=128, SHARED=shared, LENGTH=True,
+                             MASKED=True, QUANTISED=latents is not None, SPLITS=512, BLOCK=module.BLOCK)  # fmt: skip
     strides = "k_batch k_row k_group v_batch v_row v_group real_batch scales_batch scales_row".split()
     arguments = dict(q="*bf16", k=key, v=key, length="*i32", real="*i1", scales="*bf16", partial="*fp32", sums="*fp32",
                      scale="fp32", rows="i32", groups="i32") | dict.fromkeys(strides, "i64")  # fmt: skip
