@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.blockwise_attention import blockwise_attention
 from megatron_hylo.kernels.decode_attention import decode_attention
+from megatron_hylo.kernels.elementwise import on_request
 from megatron_hylo.kernels.norm import rms_norm
 from megatron_hylo.kernels.quantised_latents import dequantise_latents, quantise_latents
 from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
 
 from .cache_hylo import HyloCache
 from .configuration_hylo import HyloConfig
-from .fused_hylo import fused, project
+from .fused_hylo import project
 from .inputs_hylo import SequenceInputs
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of all positions, cached ones first, fp32 [batch or 1, s, rotated channels / 2]
@@ -70,7 +71,7 @@ def rotate_last(x: Tensor, cos: Tensor, sin: Tensor, rotary: int) -> Tensor:
     return torch.cat([plain, apply_rope(turned, cos, sin, interleaved=True)], dim=-1)
 
 
-fused_rotate_last, fused_apply_rope = fused(rotate_last), fused(apply_rope)
+fused_rotate_last, fused_apply_rope = on_request(rotate_last), on_request(apply_rope)
 
 
 def in_blocks(query: Tensor, total: int, inputs: SequenceInputs, makes_keys: bool) -> bool:
@@ -231,7 +232,8 @@ class HyloLatentAttention(nn.Module):
             if cache.latents is not None:
                 stored = quantise_latents(compressed, self.rank, cache.latents)
             stored = cache.append(self.layer, *stored)
-            if self._absorbs(t) and inputs.attentions is None:
+            blockwise = in_blocks(query, stored[0].shape[1], inputs, makes_keys=True)
+            if self._absorbs(t) and inputs.attentions is None and not blockwise:
                 return self.o_proj(self._absorbed(query, stored, inputs))
         total = stored[0].shape[1]
         if self.norms:

@@ -5,11 +5,14 @@ launches are one. What changes from step to step lies on the device: the tokens,
 On a CPU the same pass runs eagerly.
 """
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from megatron_hylo.kernels.elementwise import compile_on_request
 
 from .cache_hylo import HyloCache
 from .fused_hylo import plain_weights, put_side_by_side
@@ -18,6 +21,7 @@ from .inputs_hylo import SequenceInputs
 if TYPE_CHECKING:
     from .modeling_hylo import HyloForCausalLM
 
+COMPILED_STEPS = 512
 EXPANDED_ROWS = (
     32768  # of a cache whose keys are made anew in each step (MLA behind a q/k-norm): a graph makes those of all rows
 )
@@ -29,11 +33,15 @@ class DecodeGraph:
     Args:
         model: in eval mode, all on one device.
         cache: of fixed size, holding a prompt; its tensors are used in place.
+        compiles: whether elementwise functions are compiled, which takes up to a minute the first time and makes a step about
+            twice as fast; by default where the cache has room for `COMPILED_STEPS` tokens.
     """
 
-    def __init__(self, model: "HyloForCausalLM", cache: HyloCache) -> None:
+    def __init__(self, model: "HyloForCausalLM", cache: HyloCache, compiles: bool | None = None) -> None:
         assert cache.last_position is not None, "the cache holds a prompt"
         self.model, self.cache = model, cache
+        room = (cache.max_cache_len or 0) - cache.length
+        self.compiles = room >= COMPILED_STEPS if compiles is None else compiles
         self.ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=cache.last_position.device)
         self.row = torch.zeros(1, dtype=torch.int64, device=self.ids.device)  # where the token goes: the number of cached ones
         self.last = cache.last_position.clone()
@@ -104,7 +112,8 @@ class DecodeGraph:
         inputs = SequenceInputs(positions, None, self.real, length=(self.row + 1).int())
         cache.row = self.row
         try:
-            hidden = model.read(model.embed_tokens(self.ids), inputs, cache)
+            with compile_on_request() if self.compiles else contextlib.nullcontext():
+                hidden = model.read(model.embed_tokens(self.ids), inputs, cache)
         finally:
             cache.row = None
         logits = self.model.lm_head(hidden)

@@ -1,41 +1,18 @@
-"""Fewer and larger kernels for inference on a GPU: projections of one tensor in one product, elementwise functions compiled.
+"""Fewer and larger kernels for decoding on a GPU: all projections of one tensor in one product.
 
 A decode step at batch 1 reads every weight once; what small kernels between the products take comes on top of that.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_hylo.kernels.elementwise import elementwise
-
-LONG = 8192  # tokens of a piece of a prompt for which a function is compiled, if they are a multiple of 1024
+from megatron_hylo.kernels.elementwise import on_request
 
 
-def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, compiled where its first argument [batch, tokens, ...] is one token or a long piece on a GPU."""
-    compiled = elementwise(function)
-
-    @functools.wraps(function)
-    def run(x: Tensor, *args: Any, **settings: Any) -> Any:
-        tokens = x.shape[1]
-        if (
-            x.is_cuda
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and (tokens == 1 or (tokens >= LONG and tokens % 1024 == 0))
-        ):
-            return compiled(x, *args, **settings)
-        return function(x, *args, **settings)
-
-    return run
-
-
-@fused
+@on_request
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Compute silu(gate) * up."""
     return F.silu(gate) * up

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
+from megatron_hylo.kernels.elementwise import on_request
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.kernels.kda import kda
 from megatron_hylo.kernels.norm import gated_rms_norm
@@ -22,11 +23,11 @@ from megatron_hylo.kernels.ssd import ssd
 from .attention_hylo import HyloAttention, HyloLatentAttention, HyloRMSNorm, Rope
 from .cache_hylo import HyloCache, States
 from .configuration_hylo import HyloConfig
-from .fused_hylo import fused, project, side_by_side, swiglu
+from .fused_hylo import project, side_by_side, swiglu
 from .inputs_hylo import SequenceInputs
 
 Recurrence = Callable[..., tuple[Tensor, Tensor | None]]
-fused_gated_rms_norm = fused(gated_rms_norm)
+fused_gated_rms_norm = on_request(gated_rms_norm)
 
 
 def _one_step(tokens: int, state: Tensor | None, padding: Tensor | None) -> bool:
@@ -34,13 +35,19 @@ def _one_step(tokens: int, state: Tensor | None, padding: Tensor | None) -> bool
     return tokens == 1 and state is not None and padding is None and not torch.is_grad_enabled()
 
 
-@fused
+@on_request
+def step_sizes(raw: Tensor, bias: Tensor) -> Tensor:
+    """Compute Mamba2's step sizes [batch, tokens, heads], fp32, from their projection."""
+    return F.softplus(raw.float() + bias)
+
+
+@on_request
 def scalar_gates(raw: Tensor, strength: Tensor, rate: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Compute log decays [batch, tokens, heads] and writing strengths from their projections; `rate` is A_log [heads]."""
     return -rate.exp() * F.softplus(raw.float() + bias), strength.sigmoid()
 
 
-@fused
+@on_request
 def channel_gates(raw: Tensor, strength: Tensor, rate: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Compute log decays [batch, tokens, heads, key channels] and writing strengths; `raw` and `bias` have all channels."""
     step = F.softplus(raw.float() + bias)
@@ -129,7 +136,7 @@ class HyloMamba2(nn.Module):
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: None, cache: HyloCache | None) -> Tensor:
         """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
         z, xbc, dt = self.in_proj(x).split([self.heads * self.head_dim, sum(self.sections), self.heads], dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias)
+        dt = step_sizes(dt, self.dt_bias)
         if cache is None:
             y, _ = self.scan((xbc, dt), inputs.padding, (None, None), keep=False)
         else:

@@ -20,13 +20,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from megatron_hylo.kernels.elementwise import on_request
 from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 
 from .attention_hylo import HyloLatentAttention, HyloRMSNorm, Rope
 from .cache_hylo import HyloCache
 from .configuration_hylo import HyloConfig
 from .decode_hylo import DecodeGraph, unsupported
-from .fused_hylo import fused
 from .inputs_hylo import SequenceInputs, sequence_inputs
 from .layers_hylo import HyloGatedDeltaNet, HyloLayer, HyloMamba2
 
@@ -38,7 +38,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_hylo.HyloForSequenceClassification",
 }
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # of transformers' loss functions
-fused_rope_cos_sin = fused(rope_cos_sin)
+fused_rope_cos_sin = on_request(rope_cos_sin)
 UNUSED_ARGUMENTS = ("cache_position",)  # transformers 4 gives it in generate(); the cache knows its own length
 FP32_PARAMETERS = {
     "*": (),

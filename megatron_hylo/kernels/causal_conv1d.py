@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hylo.kernels.elementwise import elementwise
+from megatron_hylo.kernels.elementwise import on_request
 from megatron_hylo.kernels.registry import import_error, library_unsupported, overridden, select
 
 FLA_MODULE = "fla.modules.causal_conv1d"
@@ -68,7 +68,7 @@ def causal_conv1d(
     return y, _last(before, x, k - 1) if output_final_state else None
 
 
-@elementwise
+@on_request
 def _one_token(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor]:
     """Outputs [b, 1, c] and state [b, c, k - 1] after one token."""
     wide = torch.promote_types(x.dtype, torch.float32)

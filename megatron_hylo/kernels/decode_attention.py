@@ -6,15 +6,12 @@ on the device, so that a captured CUDA graph stays valid as the sequence grows. 
 latents, which is read once then, and may be 8 bits wide, with scales (quantised_latents.py).
 """
 
-import importlib
-
 import torch
 from torch import Tensor
 
 from megatron_hylo.kernels.quantised_latents import dequantise_latents
 from megatron_hylo.kernels.registry import library_unsupported, select
 
-MODULE = "megatron_hylo.kernels.triton_decode_attention"
 BLOCK = 64  # keys that a program reads at a time
 PROGRAMS = 512  # at least as many, about four a multiprocessor of a large GPU, where there are keys for them
 
@@ -53,7 +50,7 @@ def decode_attention(
         )
     if scales is not None and (not isinstance(v, int) or hkv != 1 or scales.shape != (b, rows, 2)):
         raise ValueError(f"scales {tuple(scales.shape)} must be {[b, rows, 2]}, and values the first channels of one key head")
-    unsupported = library_unsupported("triton", MODULE, q, "pip install triton")
+    unsupported = library_unsupported("triton", "triton", q, "pip install triton")
     if select("decode_attention", "triton", unsupported) == "torch":
         return _torch(q, k, v, scale, length, real, scales)
     return split_attention(q, k, v, scale, length, real, scales)
@@ -83,7 +80,8 @@ def split_attention(
     q: Tensor, k: Tensor, v: Tensor | int, scale: float, length: Tensor | None, real: Tensor | None, scales: Tensor | None
 ) -> Tensor:
     """`decode_attention` by the Triton kernels."""
-    kernels = importlib.import_module(MODULE)
+    from megatron_hylo.kernels.triton_decode_attention import attend_part, combine_parts
+
     (b, hq, d), (rows, hkv) = q.shape, k.shape[1:3]
     shared = isinstance(v, int)
     width = v if isinstance(v, int) else v.shape[-1]
@@ -96,7 +94,7 @@ def split_attention(
     value = k if isinstance(v, int) else v
     heads = hq // hkv
     with torch.cuda.device_of(q):
-        kernels.attend_part[(b * hkv, splits)](
+        attend_part[(b * hkv, splits)](
             q, k, value, *(q if x is None else x for x in (length, real, scales)),
             partial, sums, scale * 1.4426950408889634, rows, hkv,
             k.stride(0), k.stride(1), k.stride(2), value.stride(0), value.stride(1), value.stride(2),
@@ -107,7 +105,7 @@ def split_attention(
             SHARED=shared, LENGTH=length is not None, MASKED=real is not None, QUANTISED=scales is not None, SPLITS=splits,
             BLOCK=BLOCK, num_warps=4, num_stages=3,
         )  # fmt: skip
-        kernels.combine_parts[(b * hq,)](
+        combine_parts[(b * hq,)](
             partial, sums, out, SPLITS=splits, WIDTH=width, COLUMNS=_power(width), TILE=min(splits, 32), num_warps=4
         )  # fmt: skip
     return out

@@ -1,7 +1,10 @@
 """Triton kernels of decode_attention.py: partial attention over a part of the keys, and the parts' combination."""
 
-import triton
-import triton.language as tl
+try:  # transformers refuses files of a model whose imports fail, unless they are tried
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the kernels of decode_attention.py need Triton") from error
 
 
 @triton.jit(do_not_specialize=["rows", "groups"])
