@@ -3,12 +3,12 @@
     HYLO_AUTOTUNE=never python benchmarks/long_decode.py                            # hybrids and dense, decode at all lengths
     HYLO_AUTOTUNE=never python benchmarks/long_decode.py --models [llama3.2-3b-6mla22gdn] --prefill 2097152 --lengths []
 
-Random weights at real shapes, made on the device. A model's name may end in +fp8 or +int8: its latents are 8 bits wide. Prefill
-reads random tokens in pieces with a carried cache, once up to --prefill, and has a row at every length on the way; the dense
-model reads each length in one pass of transformers (SDPA), as its users do. Decode takes one token a sequence by a captured CUDA
-graph, for the dense model by transformers' forward with its DynamicCache; its cache is as long as the length says and holds
-zeros, but for rows with "prefilled" after the prefill itself. Bytes of a step: all weights but the embedding, the cache, states
-twice. Every row is appended to WORK as it comes; rows that are there are not measured again, so that a run can be cut and
+Random weights at real shapes, made on the device. A model's name may end in +fp8 or +int8: its latents are 8 bits wide.
+Prefill reads random tokens in pieces with a carried cache, once up to --prefill, with a row at each power of two;
+the dense model reads each length in one pass of transformers (SDPA), as its users do. Decode takes one token a sequence by a
+captured CUDA graph, for the dense model by transformers' forward with its DynamicCache; the cache is as long as the row says
+and holds zeros, but in rows "prefilled", which follow the prefill. Bytes of a step: all weights but the embedding, the cache,
+states twice. Every row is appended to WORK as it comes; rows that are there are not measured again, so that a run can be cut and
 repeated, or its models and lengths be measured one after the other. Prints a table and, last, one JSON line; writes RESULTS.md
 and RESULTS.png.
 """
@@ -30,6 +30,7 @@ from megatron_hylo.convert.hf_config import hf_config_from_model
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
 from megatron_hylo.hf.cache_hylo import HyloCache
 from megatron_hylo.hf.decode_hylo import DecodeGraph
+from megatron_hylo.kernels.elementwise import compile_on_request
 from megatron_hylo.kernels.registry import in_use
 
 Row = dict[str, Any]
@@ -114,6 +115,7 @@ def measure(
     for tokens in batch_lengths:
         if (name, "batch", tokens) in seen:
             continue
+        free_memory()
         batch = min(largest_batch, model.fitting(tokens))
         rows: list[Row] = []
         while batch and not rows:
@@ -153,7 +155,7 @@ class Hybrid:
 
     def decode(self, cache: HyloCache, batch: int, steps: int) -> tuple[float, Row]:
         """Seconds of a step, and what it reads."""
-        graph = DecodeGraph(self.model, cache)
+        graph = DecodeGraph(self.model, cache, compiles=True)
         ids = torch.zeros(batch, 1, dtype=torch.int64, device=self.model.device)
         for _ in range(4):
             ids = graph(ids).argmax(-1)
@@ -167,14 +169,19 @@ class Hybrid:
 
     def prefill(self, tokens: int, piece: int, steps: int, deadline: float) -> Iterator[Row]:
         """Read a prompt in pieces; a row at each power of two from 8 pieces' quarter on, then decode after it."""
-        self.model(self.ids(piece), past_key_values=self.model.new_cache(1, 2 * piece, self.latents), logits_to_keep=1)
+        with compile_on_request():  # kernels are compiled and tuned
+            cache = self.model.new_cache(1, 2 * piece, self.latents)
+            for _ in range(2):
+                self.model(self.ids(piece), past_key_values=cache, logits_to_keep=1)
+        del cache
         free_memory()
         cache = self.model.new_cache(1, tokens + SPARE, self.latents)
         synchronise()
         start = begun = time.perf_counter()
         for first in range(0, tokens, piece):
             ids = self.ids(min(piece, tokens - first))
-            logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits
+            with compile_on_request():
+                logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits
             done = cache.length
             if done & (done - 1) == 0 or done == tokens:
                 logits.argmax(-1)
@@ -347,7 +354,8 @@ def show(rows: list[Row], results: Path, commit: str) -> None:
         if "seconds" in r:
             numbers = (
                 f"{r['seconds']:.4g}", f"{r['tokens_per_second']:,.1f}", f"{r['gb_a_step']:.2f}" if "gb_a_step" in r else "",
-                f"{r['bandwidth_share']:.0%}" if "gb_a_step" in r else "", f"{r['peak_gib']:.1f}", f"{r['kv_bytes_per_token']:,.0f}",
+                f"{r['bandwidth_share']:.0%}" if "gb_a_step" in r else "",
+                f"{r['peak_gib']:.1f}", f"{r['kv_bytes_per_token']:,.0f}",
             )  # fmt: skip
         cells.append((r["model"], r["what"], f"{r['tokens']:,}", str(r.get("batch", "")), *numbers))
     intro = [
