@@ -1,21 +1,23 @@
 # shellcheck shell=bash
 # Sourced by the stage scripts after they have set slurm_dir, HYLO_ROOT, DATA, OUTPUT, RECIPE, default_model and
 # default_teacher; MODEL and TEACHER are the caller's. Runs `hylo train` on the nodes of the Slurm allocation, or on this
-# machine where there is none, and ends well when it has to stop early.
-#
-# Variables, all optional: HYLO_ROOT, MODEL, TEACHER, DATA, OUTPUT, RECIPE (paths; a relative one starts at the folder of
-# submission), HYLO_PYTHON, NPROC_PER_NODE (processes on each node), HYLO_REPOSITORY (where sbatch does not find it).
+# machine where there is none, and ends well when it has to stop early. Variables: docs/cluster.md.
 # No default teacher is given to a run that learns from --teacher_store or --teacher_address, or pretrains; no default model
 # to one with --scratch. Each task of a job array has an OUTPUT of its own, which ends in the task's number.
 #
-# Stopping. `hylo train` answers SIGUSR1 by finishing its step and saving a checkpoint, on all ranks once one is asked.
-# Only the workers may get that signal. torchrun dies of SIGUSR1, and answers SIGTERM, SIGINT and SIGHUP by killing the
-# workers after 30 s at most; srun and scancel signal every process of a step, with it the one in which Megatron-Core
-# collects a checkpoint that is being written. So this script asks by making a file, and node.sh, on each node, signals
-# the workers there.
+# Stopping. `hylo train` answers SIGUSR1 by finishing its step and saving a checkpoint, on all ranks once one is asked; before
+# its first step it ends at once. Only the workers may get that signal. torchrun dies of SIGUSR1, and answers SIGTERM, SIGINT
+# and SIGHUP by killing the workers after 30 s at most; srun and scancel signal every process of a step, with it the one in
+# which Megatron-Core collects a checkpoint that is being written. So this script asks by making a file, and node.sh, on each
+# node, signals the workers there.
 #   SIGUSR1  from Slurm before the time limit (#SBATCH --signal), and on preemption where the cluster has
-#            PreemptParameters=send_user_signal: save, and put the job back into the queue.
-#   SIGTERM, SIGINT, SIGHUP  from scancel, Ctrl-C, a closed terminal: save as far as time allows, and end.
+#            PreemptParameters=send_user_signal: save, and put the job back into the queue. A run that has not ended after
+#            STOP_SECONDS is killed first; it goes on from the checkpoint before.
+#   SIGTERM, SIGINT, SIGHUP  from scancel, Ctrl-C, a closed terminal: save as far as time allows, and end. A job that Slurm
+#            preempts by SIGTERM goes back into the queue.
+# Failing. After exit status 2, bad input, the job ends. After any other failure the run is started again, in the same
+# allocation or, where a node of it is down, by the queue. MAX_RETRIES bounds failures, and MAX_REQUEUES stops, that follow one
+# another without a new checkpoint between them.
 # A job that is started again goes on from OUTPUT's newest checkpoint, so submitting it anew by hand does as well. A finished
 # run is trained longer with the argument --extend_tokens N.
 set -euo pipefail
@@ -99,6 +101,11 @@ fi
 command -v "$HYLO_PYTHON" >/dev/null ||
     fail "HYLO_PYTHON=$HYLO_PYTHON cannot be run; make install, or e.g. HYLO_PYTHON=/shared/venv/bin/python"
 export HYLO_PYTHON
+for name in MAX_REQUEUES:5 MAX_RETRIES:2 STOP_SECONDS:240 RETRY_SECONDS:10; do
+    value="${name#*:}" name="${name%:*}"
+    declare "$name=${!name:-$value}"
+    [[ "${!name}" =~ ^[0-9]+$ ]] || fail "$name=${!name} is not a number, e.g. $name=$value"
+done
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron-Core relies on one queue to overlap tensor-parallel communication
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$HYLO_ROOT/cache/triton}" # shared: a requeued job may land on other nodes
@@ -110,21 +117,9 @@ if [[ -n "${HYLO_CHECK_ONLY:-}" ]]; then # asked by submit_chain.sh, which wants
     exit 0
 fi
 
-# Folder of the newest finished checkpoint; nothing where there is none.
-newest_checkpoint() {
-    local manifest newest=""
-    for manifest in "$OUTPUT"/checkpoints/step_*/manifest.json; do
-        [[ ! -f "$manifest" ]] || newest="$(dirname "$manifest")"
-    done
-    echo "$newest"
-}
-
-# What tells one result of the run from another; nothing where there is none. A finished run that goes on (--extend_tokens)
-# keeps its result until it has the next.
-result() { if [[ -f "$OUTPUT/model/manifest.json" ]]; then cksum <"$OUTPUT/model/manifest.json"; fi; }
-
 launch=(bash "$slurm_dir/node.sh")
 job="${SLURM_JOB_ID:-${SLURM_JOBID:-}}"
+job_name="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$job}" # an array's number is the whole array's
 if [[ -n "$job" ]]; then
     # shellcheck source=slurm/nodes.sh
     source "$slurm_dir/nodes.sh"
@@ -132,35 +127,6 @@ fi
 
 mkdir -p "$OUTPUT" || fail "OUTPUT=$OUTPUT cannot be made; e.g. OUTPUT=/shared/hylo/run"
 export HYLO_STOP_FILE="$OUTPUT/stop_requested"
-rm -f "$HYLO_STOP_FILE"
-before="$(newest_checkpoint)" result_before="$(result)"
-asked=""
-trap 'asked=requeue; touch "$HYLO_STOP_FILE"' USR1
-trap 'asked=end; touch "$HYLO_STOP_FILE"' TERM INT HUP
-"${launch[@]}" "${train[@]}" "$@" &
-child=$!
-while kill -0 "$child" 2>/dev/null; do
-    wait "$child" || true # returns early each time a signal came
-done
-code=0
-wait "$child" || code=$?
-rm -f "$HYLO_STOP_FILE"
-
-# The exit status may be that of a worker that ended badly after the result was written, so what is on disk decides as well.
-if [[ "$(result)" != "$result_before" || ($code -eq 0 && -n "$result_before") ]]; then
-    exit 0
-elif [[ -z "$asked" ]]; then
-    exit "$code"
-elif [[ "$(newest_checkpoint)" == "$before" ]]; then
-    echo "error: stopped before a checkpoint was saved; allow more time (--time, or --signal=B:USR1@SECONDS earlier)" >&2
-    exit 1 # not requeued: it would stop at the same place for ever
-elif [[ "$asked" == requeue && -n "$job" ]]; then
-    echo "stopped at $(newest_checkpoint): back into the queue"
-    # the plain number of an array's last task is the whole array's
-    scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$job}" && exit 0
-    echo "error: the job could not be put back into the queue: submit it again, it resumes" >&2
-    exit 3
-else
-    echo "stopped at $(newest_checkpoint): run the same command to resume"
-    exit 3
-fi
+# shellcheck source=slurm/supervise.sh
+source "$slurm_dir/supervise.sh"
+supervise "${train[@]}" "$@"

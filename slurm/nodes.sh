@@ -14,6 +14,10 @@ if [[ "$nodes" != 1 ]]; then
     [[ -n "$hosts" ]] || fail "scontrol show hostnames does not understand SLURM_JOB_NODELIST=$list, e.g. node[01-02]"
     host="${hosts%%$'\n'*}"
     [[ -n "$nodes" ]] || nodes="$(wc -l <<<"$hosts")"
+    if ((nodes > 1)) && ! getent hosts "$host" >/dev/null; then # a name of Slurm's alone, as in clouds
+        address="$(scontrol show node "$host" 2>/dev/null | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
+        host="${address:-$host}"
+    fi
 fi
 if ((nodes > 1)); then
     # A requeued job keeps its id; its restart count tells its rendezvous from the earlier one.
