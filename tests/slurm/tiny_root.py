@@ -34,4 +34,6 @@ def make_root(folder: Path) -> Path:
 def make_stage1(folder: Path) -> None:
     """Write what stage 1 begins with, a base model and a hybrid of its shapes, for a chain of stages."""
     save_model(build_model(tiny_config("*-*-", **WIDER)), folder / "models" / "llama3.2-1b")
-    save_model(build_model(tiny_config("G-+-", **WIDER, q_lora_rank=24, kv_lora_rank=16)), folder / "models" / "llama3.2-1b-4mla12gdn")
+    save_model(
+        build_model(tiny_config("G-+-", **WIDER, q_lora_rank=24, kv_lora_rank=16)), folder / "models" / "llama3.2-1b-4mla12gdn"
+    )

@@ -7,6 +7,7 @@ Prints a table of drills; exits 1 where one has failed, 0 where all is well or n
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="folder that logs and runs are kept in")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no daemon stays
     if (reason := missing()) is not None:
         print(f"skipped: {reason}")
         return 0

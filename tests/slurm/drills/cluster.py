@@ -109,7 +109,9 @@ class Cluster:
             self._program("slurmctld", "-c")
             for node in NODES:
                 self.start_node(node)
-            self.wait(lambda: set(self.call("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == {*NODES}, 120, "idle nodes")
+            self.wait(
+                lambda: set(self.call("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == {*NODES}, 120, "idle nodes"
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -117,9 +119,7 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         if (self.folder / "slurmctld.pid").is_file():
-            subprocess.run(
-                ["scancel", f"--user={os.geteuid()}"], env=self.environment, timeout=30
-            )
+            subprocess.run(["scancel", f"--user={os.geteuid()}"], env=self.environment, timeout=30)
         for pid in (*(f"slurmd-{node}.pid" for node in NODES), "slurmctld.pid", "munge/pid"):
             self._end(self.folder / pid)
 

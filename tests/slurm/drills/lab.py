@@ -18,11 +18,11 @@ from tests.slurm.drills.cluster import ENDED, Cluster, kill, processes
 ROOT = Path(__file__).parents[3]
 STEPS, SAVE_INTERVAL = 120, 25
 OVERRIDES = {
-    "sequence_length": 256, "global_batch_size": 4, "train_tokens": STEPS * 1024, "precision": "fp32", "optimizer.lr": 1e-3,
+    "sequence_length": 128, "global_batch_size": 8, "train_tokens": STEPS * 1024, "precision": "fp32", "optimizer.lr": 1e-3,
     "logging.log_interval": 1, "logging.tensorboard": "false", "eval_windows": 4, "eval_interval": 40, "recall.share": 0,
-    "checkpoint.save_interval": SAVE_INTERVAL, "parallel.distributed_timeout_minutes": 1,
+    "checkpoint.save_interval": SAVE_INTERVAL, "parallel.distributed_timeout_minutes": 5,
 }  # fmt: skip
-PATIENCE = 900.0  # seconds for a job, its requeues included
+PATIENCE = 1500.0  # seconds for a job, its requeues included
 
 
 @dataclass
@@ -215,7 +215,7 @@ class Lab:
                     raise RuntimeError(f"the job ended {state} before {what}; see {job.run}.out")
             return False
 
-        self.cluster.wait(holds, 300, f"{what} of {job.run.name}")
+        self.cluster.wait(holds, 900, f"{what} of {job.run.name}")
 
     def ranks(self, job: Job) -> list[int]:
         """Processes that train a job's run, in no order."""
