@@ -117,6 +117,12 @@ if [[ -n "${HYLO_CHECK_ONLY:-}" ]]; then # asked by submit_chain.sh, which wants
     exit 0
 fi
 
+if [[ -n "${DRY_RUN:-}" ]]; then # settings, plan and checks, without a job: DRY_RUN=1 bash slurm/STAGE.sh
+    asked_for() { sed -n "s/^#SBATCH --$1=//p" "$slurm_dir/${stage:?}.sh"; }
+    nodes="${SLURM_NNODES:-${NODES:-$(asked_for nodes)}}" gpus="${NPROC_PER_NODE:-$(asked_for gpus-per-node)}"
+    exec "$HYLO_PYTHON" -m megatron_hylo.cli "${train[@]}" "$@" --dry_run --ranks=$((nodes * gpus))
+fi
+
 launch=(bash "$slurm_dir/node.sh")
 job="${SLURM_JOB_ID:-${SLURM_JOBID:-}}"
 job_name="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$job}" # an array's number is the whole array's

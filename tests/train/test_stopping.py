@@ -1,4 +1,4 @@
-"""A stop signal at any moment: in start-up, in an evaluation, while saving; and the save switch. Losses are an undisturbed run's."""
+"""A stop signal in start-up, in an evaluation or while saving leaves the losses of an undisturbed run; the save switch."""
 
 import os
 import signal
