@@ -53,6 +53,19 @@ setting() {
     [[ "$value" == null ]] || printf '%s\n' "$value"
 }
 
+# Load MODULES; login shells define the function, others read it from the profile.
+load_modules() {
+    local file
+    [[ -n "$MODULES" ]] || return 0
+    for file in /etc/profile.d/{lmod,z00_lmod,modules}.sh; do
+        # shellcheck disable=SC1090
+        command -v module >/dev/null || [[ ! -f "$file" ]] || source "$file"
+    done
+    command -v module >/dev/null || fail "MODULES=$MODULES: there is no module command on $(uname -n); leave MODULES empty"
+    # shellcheck disable=SC2086
+    module load $MODULES || fail "MODULES=$MODULES cannot be loaded on $(uname -n); \`module avail\` lists what there is"
+}
+
 # The file $3 in the folder $2 that the variable $1 names; $4 is a verb that makes such folders. While a chain is checked,
 # the result of the run HYLO_CHECK_ONLY is taken to be there: the stage before will write it.
 check_folder() {
@@ -60,6 +73,8 @@ check_folder() {
     [[ -f "$2/$3" ]] || fail "there is no $2/$3: set HYLO_ROOT, or $1 to a folder made by hylo $4, e.g. $1=/shared/hylo/$5"
 }
 
+# shellcheck source=slurm/site.sh
+source "${slurm_dir:?}/site.sh"
 for argument in "$@"; do
     case "${argument%%=*}" in
         --model | --teacher | --data | --output)
@@ -93,14 +108,19 @@ if [[ -n "${TEACHER:-}" ]]; then
 fi
 
 repository="$(dirname "${slurm_dir:?}")"
-if [[ -z "${HYLO_PYTHON:-}" ]]; then
+if [[ -z "$HYLO_PYTHON" ]]; then
     HYLO_PYTHON=python
-    [[ ! -x "$repository/.venv/bin/python" ]] || HYLO_PYTHON="$repository/.venv/bin/python" # `make install`
+    made="$repository/.venv/bin/python" # by `make install`
+    [[ -n "$CONTAINER_IMAGE" || ! -x "$made" ]] || HYLO_PYTHON="$made"
 fi
 [[ "$HYLO_PYTHON" != */* ]] || HYLO_PYTHON="$(absolute HYLO_PYTHON "$HYLO_PYTHON")"
-command -v "$HYLO_PYTHON" >/dev/null ||
+load_modules
+[[ -n "$CONTAINER_IMAGE" ]] || command -v "$HYLO_PYTHON" >/dev/null ||
     fail "HYLO_PYTHON=$HYLO_PYTHON cannot be run; make install, or e.g. HYLO_PYTHON=/shared/venv/bin/python"
-export HYLO_PYTHON
+export HYLO_PYTHON MODULES
+if [[ -n "$NETWORK_INTERFACE" ]]; then
+    export NCCL_SOCKET_IFNAME="$NETWORK_INTERFACE" GLOO_SOCKET_IFNAME="$NETWORK_INTERFACE"
+fi
 for name in MAX_REQUEUES:5 MAX_RETRIES:2 STOP_SECONDS:240 RETRY_SECONDS:10; do
     value="${name#*:}" name="${name%:*}"
     declare "$name=${!name:-$value}"
@@ -117,13 +137,21 @@ if [[ -n "${HYLO_CHECK_ONLY:-}" ]]; then # asked by submit_chain.sh, which wants
     exit 0
 fi
 
+inside=() container=()
+mounts="$HYLO_ROOT:$HYLO_ROOT,$OUTPUT:$OUTPUT,$repository:$repository${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+if [[ "$CONTAINER_IMAGE" == *.sif ]]; then
+    inside=(apptainer exec --nv --bind "$mounts" "$CONTAINER_IMAGE")
+elif [[ -n "$CONTAINER_IMAGE" ]]; then
+    container=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --no-container-remap-root)
+    [[ -z "${DRY_RUN:-}" ]] || fail "DRY_RUN=1 needs an interpreter outside of $CONTAINER_IMAGE; set CONTAINER_IMAGE= for it"
+fi
 if [[ -n "${DRY_RUN:-}" ]]; then # settings, plan and checks, without a job: DRY_RUN=1 bash slurm/STAGE.sh
     asked_for() { sed -n "s/^#SBATCH --$1=//p" "$slurm_dir/${stage:?}.sh"; }
     nodes="${SLURM_NNODES:-${NODES:-$(asked_for nodes)}}" gpus="${NPROC_PER_NODE:-$(asked_for gpus-per-node)}"
-    exec "$HYLO_PYTHON" -m megatron_hylo.cli "${train[@]}" "$@" --dry_run --ranks=$((nodes * gpus))
+    exec "${inside[@]}" "$HYLO_PYTHON" -m megatron_hylo.cli "${train[@]}" "$@" --dry_run --ranks=$((nodes * gpus))
 fi
 
-launch=(bash "$slurm_dir/node.sh")
+launch=("${inside[@]}" bash "$slurm_dir/node.sh")
 job="${SLURM_JOB_ID:-${SLURM_JOBID:-}}"
 job_name="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$job}" # an array's number is the whole array's
 if [[ -n "$job" ]]; then
@@ -131,8 +159,12 @@ if [[ -n "$job" ]]; then
     source "$slurm_dir/nodes.sh"
 fi
 
+((${#container[@]} == 0)) || [[ "${launch[0]}" == srun ]] ||
+    fail "CONTAINER_IMAGE=$CONTAINER_IMAGE needs srun with pyxis; submit with sbatch, or give a .sif for apptainer"
 mkdir -p "$OUTPUT" || fail "OUTPUT=$OUTPUT cannot be made; e.g. OUTPUT=/shared/hylo/run"
 export HYLO_STOP_FILE="$OUTPUT/stop_requested"
 # shellcheck source=slurm/supervise.sh
 source "$slurm_dir/supervise.sh"
+# shellcheck source=slurm/submit_script.sh
+source "$slurm_dir/submit_script.sh"
 supervise "${train[@]}" "$@"

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
 # Sourced by common.sh inside a Slurm job: `launch` becomes an srun over the job's nodes, which meet at the first of them.
+# shellcheck disable=SC2154  # container and launch are of common.sh
 # What Slurm sets differs by version, site and container, so each variable has a second source or a sentence.
 [[ "${job:?}" =~ ^[0-9]+$ ]] || fail "SLURM_JOB_ID=$job is not a number, e.g. SLURM_JOB_ID=1234"
 list="${SLURM_JOB_NODELIST:-${SLURM_NODELIST:-}}"
@@ -28,7 +29,7 @@ if command -v srun >/dev/null; then
     # --export: a job submitted without its environment still hands this one on. --wait: should one node fail, the others
     # would sit in a collective until it times out.
     launch=(srun --nodes="$nodes" --ntasks-per-node=1 ${cpus:+--cpus-per-task="${cpus%%(*}"} --export=ALL --wait=60
-        "${launch[@]}")
+        "${container[@]}" "${launch[@]}")
 elif ((nodes > 1)); then
     fail "job $job has $nodes nodes and there is no srun here to start on them; inside a container, bring Slurm's commands in"
 else

@@ -100,6 +100,11 @@ supervise() {
     asked="" result_before="$(result)"
     trap 'asked=requeue; touch "$HYLO_STOP_FILE"' USR1
     trap 'asked="${asked:-end}"; touch "$HYLO_STOP_FILE"' TERM INT HUP
+    if [[ -n "$NODE_CHECK" ]] && ! "${launch[@]}" doctor --node; then # it names the rank
+        nodes_are_up || requeue retried 1
+        record failed 1
+        exit 1
+    fi
     while :; do
         before="$(newest_checkpoint)"
         record started

@@ -21,7 +21,7 @@ FAKES = {
             "show hostnames")
                 [[ "$3" == node* ]] || { echo "Invalid hostlist: $3" >&2; exit 1; }
                 seq -f "node%.0f" 1 ${HOSTS:-50000} ;;
-            "show job") printf 'JobId=%s\\n Command=%s --x /b/c.sh\\n WorkDir=/w\\n' "$3" "${COMMAND:-(null)}" ;;
+            "show job") printf 'JobId=%s\\n Command=%s --x /b/c.sh\\n WorkDir=/w\\n Partition=gpu\\n' "$3" "${COMMAND:-(null)}" ;;
             "show node") printf 'NodeName=%s\\n   NodeAddr=%s State=%s\\n' "$3" "$3" "${STATE:-IDLE}" ;;
             *) printf '%s\\0' "$@" >"$RECORD/scontrol"; exit "${REQUEUE_EXIT:-0}" ;;
         esac""",
@@ -353,6 +353,43 @@ def test_a_job_without_srun_runs_on_one_node_and_says_so(cluster):
     assert ran.code == 0 and "no srun here" in ran.error and ran.option("nproc-per-node") == "8"
     ran = cluster.run(STAGE, **(JOB | {"PATH": path}))
     assert ran.code == 2 and "there is no srun here to start on them" in ran.error
+
+
+@pytest.mark.parametrize("image", ["nvcr.io#nvidia/hylo:1", "/shared/hylo.sif"])
+def test_a_container_has_the_folders_of_the_run_and_the_interpreter(cluster, image):
+    apptainer = cluster.folder / "bin" / "apptainer"
+    body = 'printf "%s\\0" "$@" >"$RECORD/apptainer"; while [[ "$1" != bash ]]; do shift; done; exec "$@"'
+    apptainer.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    apptainer.chmod(0o755)
+    ran = cluster.run(
+        STAGE, **(JOB | {"CONTAINER_IMAGE": image, "CONTAINER_MOUNTS": "/data:/data", "NETWORK_INTERFACE": "ib0"})
+    )
+    assert (ran.code, ran.error) == (0, "")
+    own = f"{cluster.root}:{cluster.root},{cluster.root}/stage2_ctx8k:{cluster.root}/stage2_ctx8k,{ROOT}:{ROOT},/data:/data"
+    if image.endswith(".sif"):
+        assert ran.arguments["apptainer"][:5] == ["exec", "--nv", "--bind", own, image]
+    else:
+        assert ran.option("container-image", "srun") == image and ran.option("container-mounts", "srun") == own
+    assert ran.option("output") == str(cluster.root / "stage2_ctx8k")
+
+
+def test_the_run_folder_has_a_script_that_submits_it_again(cluster):
+    ran = cluster.run(STAGE, "--optimizer.lr=1e-4", **(JOB | {"TEACHER": "models/llama3.1-8b"}), cwd=cluster.root)
+    run = cluster.root / "stage2_ctx8k"
+    script = run / "submit.slurm"
+    recipe = ROOT / "megatron_hylo" / "recipes" / "stage2_ctx8k_llama3.2-1b.yaml"
+    assert ran.code == 0 and (run / "recipe.yaml").read_text() == recipe.read_text()
+    lines = script.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash" and "#SBATCH --nodes=2" in lines and "#SBATCH --partition=gpu" in lines
+    assert "#SBATCH --signal=B:USR1@300" in lines and "#SBATCH --gpus-per-node=8" not in lines
+    again = cluster.run(script, cwd=cluster.folder, HYLO_ROOT=None, **JOB)
+    assert again.code == 0 and again.arguments["torchrun"][-1] == "--optimizer.lr=1e-4"
+    for name in ("data", "model", "teacher", "output"):
+        assert again.option(name) == ran.option(name)
+    assert again.option("config") == str(run / "recipe.yaml")
+    elsewhere = cluster.run(script, OUTPUT=str(cluster.folder / "other"), **JOB)
+    assert elsewhere.option("output") == str(cluster.folder / "other")
+    assert (cluster.folder / "other" / "submit.slurm").is_file()
 
 
 def test_a_chain_is_submitted_whole_or_not_at_all(cluster):

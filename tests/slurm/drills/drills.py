@@ -203,8 +203,30 @@ def chain_and_array(lab: Lab, only: list[str]) -> Iterator[Outcome]:
     """Drills of several jobs: stages one after the other, and a job array of which a task is stopped."""
     if any(text in (name := "chain of two stages, the first stopped once") for text in only):
         yield _chain(lab, name)
+    if any(text in (name := "teacher and student, one heterogeneous job") for text in only):
+        yield _remote(lab, name)
     if any(text in (name := "array of two tasks, one stopped once") for text in only):
         yield _array(lab, name)
+
+
+def _remote(lab: Lab, name: str) -> Outcome:
+    """The heterogeneous job: student and teacher on a node each."""
+    begun = time.monotonic()
+    job = Job("", lab.root / "runs" / "remote", 1)
+    words = [f"--{key}={value}" for key, value in OVERRIDES.items()]
+    group = ["--nodes=1", "--gpus-per-node=1", "--time=10", f"--output={job.run}.out"]
+    job.id = lab.sbatch(
+        ["--parsable", *group, ":", *group, str(ROOT / "slurm" / "remote_teacher.sh"), *words],
+        {"OUTPUT": str(job.run), "TEACHER_OPTIONS": "--timeout_minutes 5", "HYLO_REPOSITORY": str(ROOT)},
+    ).split(";")[0]
+    state = lab.cluster.wait_for_end(job.id, PATIENCE)
+    problems = [] if state.startswith("COMPLETED") else [f"Slurm says {state}"]
+    losses, reference = read_losses(job.run), lab.reference(1)
+    if losses.keys() != reference.keys():
+        problems.append(f"{len(losses)} steps")
+    elif worst := max(abs(losses[step] - reference[step]) for step in reference) > 1e-4:
+        problems.append(f"losses differ by {worst}")
+    return Outcome(name, problems, time.monotonic() - begun, job.events("started"), 0, 0, 0)
 
 
 def _chain(lab: Lab, name: str) -> Outcome:
