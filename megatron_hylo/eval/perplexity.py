@@ -124,6 +124,7 @@ def evaluate_recall(
     batch_size: int = 1,
     chunk_tokens: int = 1024,
     first_bucket: int = FIRST_DISTANCE,
+    track: Track = no_progress,
 ) -> dict[str, float]:
     """Cross-entropy and accuracy at the tokens of recall answers, each predicted from the right tokens before it.
 
@@ -131,6 +132,7 @@ def evaluate_recall(
         model, batch_size, chunk_tokens: see `evaluate`.
         text: windows with answers.
         first_bucket: distances in the first bucket.
+        track: progress display over the forward passes.
 
     Returns:
         "cross_entropy" and "accuracy" of all answers' tokens and, by distance from the first fact that the answer needs,
@@ -141,7 +143,7 @@ def evaluate_recall(
     chunks = [model] if isinstance(model, HyloModel) else list(model)
     device = next(chunks[0].parameters()).device
     buckets = Buckets(text.windows.shape[1], first_bucket, 3, device)
-    for found in _passes(chunks, text, None, batch_size, chunk_tokens):
+    for found in _passes(chunks, text, None, batch_size, chunk_tokens, track, "ask for what was said before"):
         asked = ((found.answers > 0) & (found.labels >= 0)).double()
         cross_entropy, correct = found.losses[:2].double()
         # where nothing is asked the distance is 0, and so are the values added there
