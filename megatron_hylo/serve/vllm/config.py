@@ -2,19 +2,23 @@
 
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 from vllm import ModelRegistry
+from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from megatron_hylo.config.errors import ConfigError
-from megatron_hylo.config.mixers import LINEAR_SYMBOLS
+from megatron_hylo.config.mixers import LINEAR_SYMBOLS, check_tensor_parallel
 from megatron_hylo.hf.configuration_hylo import HyloConfig
 from megatron_hylo.serve.vllm import ARCHITECTURE
 
 logger = init_logger("vllm.hylo")
-REFERENCE = "hylo_kernels"  # additional_config's key: "reference" for this project's torch kernels, "fast" for vLLM's and Triton
+REFERENCE = (
+    "hylo_kernels"  # additional_config's key: "reference" for this project's torch kernels, "fast" for vLLM's and Triton
+)
 
 
 def latent_row(c: Any) -> int:
@@ -41,8 +45,6 @@ class HyloVllmConfig(HyloConfig):
 
 def uses_reference(vllm_config: Any) -> bool:
     """Whether this project's torch kernels run: on CPUs, in fp32, which vLLM's do not take, or where asked for."""
-    import torch
-
     asked = (vllm_config.additional_config or {}).get(REFERENCE)
     if asked not in (None, "reference", "fast"):
         raise ConfigError(f"additional_config {REFERENCE} is 'reference' or 'fast', got {asked!r}")
@@ -58,12 +60,8 @@ class HyloVllmUpdate(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         """Change `vllm_config` in place, and say which kernels run."""
-        from vllm.config import CUDAGraphMode
-
-        from megatron_hylo.serve.vllm.model import check_parallel
-
         config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
-        check_parallel(config, vllm_config.parallel_config)
+        check_tensor_parallel(config.architecture(), vllm_config.parallel_config.tensor_parallel_size, "tensor_parallel_size")
         if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
             raise ConfigError(f"kv_cache_dtype {cache.cache_dtype!r} is not supported for HyLo models; leave it out")
         if cache.mamba_ssm_cache_dtype == "auto":

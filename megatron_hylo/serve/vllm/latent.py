@@ -21,6 +21,7 @@ from megatron_hylo.serve.vllm.attention import Rope
 from megatron_hylo.serve.vllm.config import REFERENCE, latent_row
 from megatron_hylo.serve.vllm.latent_backend import LatentBackend, LatentMetadata, Prefill
 from megatron_hylo.serve.vllm.latent_kernels import decode_torch, key_scales, split_scales
+from megatron_hylo.serve.vllm.versions import known
 
 logger = init_logger("vllm.hylo")
 
@@ -107,7 +108,7 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
         """Describe pages of rows; padded pages are fine, so other layers may have larger ones."""
         return FullAttentionSpec(
             block_size=vllm_config.cache_config.block_size, num_kv_heads=1, head_size=self.row // 2,
-            dtype=vllm_config.model_config.dtype, indexes_kv_by_block_stride=True,
+            dtype=vllm_config.model_config.dtype, **known(FullAttentionSpec, indexes_kv_by_block_stride=True),
         )  # fmt: skip
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
@@ -173,7 +174,14 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
             if bias is not None:
                 offset = torch.einsum("tgnp,gp->tgn", plain.float(), bias[:, : self.plain].float()).flatten(1)
         out = self.decode_kernel(
-            torch.cat([absorbed, rotary], dim=-1), offset, cache, m.block_table, m.lengths, self.rank, self.groups, self.qk**-0.5
+            torch.cat([absorbed, rotary], dim=-1),
+            offset,
+            cache,
+            m.block_table,
+            m.lengths,
+            self.rank,
+            self.groups,
+            self.qk**-0.5,
         )
         out = torch.einsum("tgnr,gvr->tgnv", out.unflatten(1, (self.groups, -1)), up[:, self.plain :])
         return (out if bias is None else out + bias[:, None, self.plain :]).flatten(1, 2)

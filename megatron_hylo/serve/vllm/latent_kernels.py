@@ -10,7 +10,14 @@ from torch import Tensor
 
 
 def decode_torch(
-    query: Tensor, offset: Tensor | None, cache: Tensor, block_table: Tensor, lengths: Tensor, rank: int, groups: int, scale: float
+    query: Tensor,
+    offset: Tensor | None,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    rank: int,
+    groups: int,
+    scale: float,
 ) -> Tensor:
     """Attend to latents, request by request.
 

@@ -7,7 +7,14 @@ from torch import Tensor
 
 
 def decode_triton(
-    query: Tensor, offset: Tensor | None, cache: Tensor, block_table: Tensor, lengths: Tensor, rank: int, groups: int, scale: float
+    query: Tensor,
+    offset: Tensor | None,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    rank: int,
+    groups: int,
+    scale: float,
 ) -> Tensor:
     """Attend to latents as `decode_torch`, on a GPU; the number of programs follows from shapes alone, so it can be captured."""
     requests, heads, width = query.shape

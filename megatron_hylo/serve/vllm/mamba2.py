@@ -1,5 +1,6 @@
 """`M`: vLLM's own Mamba2 layer with a group a head, with the project's torch kernels where vLLM's do not run."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.serve.vllm.config import uses_reference
 from megatron_hylo.serve.vllm.recurrence import StateBackend, fp32_parameter, run_reference
+from megatron_hylo.serve.vllm.versions import known
 
 
 class HyloMamba2(MambaMixer2):
@@ -35,7 +37,8 @@ class HyloMamba2(MambaMixer2):
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
         """Describe the states; the reference has none within a prefill to checkpoint."""
         spec = super().get_kv_cache_spec(vllm_config)
-        return without_checkpoints(spec) if self.reference else spec
+        off = known(spec, num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None)
+        return replace(spec, **off) if self.reference else spec
 
     def step(self, x: Tensor, dt: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Run the recurrence on convolved x, B, C [1, tokens, channels] and steps [1, tokens, heads]."""
@@ -51,12 +54,3 @@ class HyloMamba2(MambaMixer2):
         dt = F.softplus(dt.float() + self.dt_bias)
         out = run_reference(self, xbc, (dt,), self.conv1d.weight.squeeze(1), self.conv1d.bias, self.step)
         return self.out_proj(self.norm(out.flatten(1), z))[0]
-
-
-def without_checkpoints(spec: Any) -> Any:
-    """Description of states whose prefill keeps no states inside; vLLM before 0.30 has no such setting."""
-    from dataclasses import fields, replace
-
-    given = {field.name for field in fields(spec)}
-    off = {"num_prefill_checkpoint_blocks": 0, "prefill_checkpoint_alignment": None}
-    return replace(spec, **{name: value for name, value in off.items() if name in given})

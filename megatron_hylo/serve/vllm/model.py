@@ -1,7 +1,7 @@
 """HyloForCausalLM for vLLM: layers with any mixers, their states as vLLM asks for them, and the loading of exported weights."""
 
 from collections.abc import Iterable
-from math import gcd, prod
+from math import prod
 from typing import Any
 
 import torch
@@ -107,34 +107,6 @@ class HyloModel(nn.Module):
         return self.norm(x, residual)[0]
 
 
-def tensor_parallel_counts(config: Any) -> dict[str, int]:
-    """Counts that tensor parallelism divides, by the fields' names."""
-    from megatron_hylo.config.mixers import get_mixer
-
-    c = config.architecture()
-    counts: dict[str, int] = {"ffn_hidden_size": c.ffn_hidden_size}
-    for symbol in set(config.mixers):
-        counts |= get_mixer(symbol).tensor_parallel_counts(c)
-    return counts
-
-
-def check_parallel(config: Any, parallel: Any) -> None:
-    """Refuse a tensor-parallel size that does not divide heads.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    from megatron_hylo.config.errors import ConfigError
-
-    counts, size = tensor_parallel_counts(config), parallel.tensor_parallel_size
-    if odd := {name: count for name, count in counts.items() if count % size}:
-        most = gcd(*counts.values())
-        raise ConfigError(
-            f"tensor_parallel_size {size} must divide {odd}; this model can have "
-            f"{', '.join(str(n) for n in range(1, most + 1) if most % n == 0)}"
-        )
-
-
 class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
     """A HyLo model with its output head."""
 
@@ -151,9 +123,7 @@ class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
             )  # fmt: skip
             return shapes, MambaStateDtypeCalculator.mamba2_state_dtype(*types)
         heads, keys, values = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
-        shapes = MambaStateShapeCalculator.gated_delta_net_state_shape(
-            tp, heads, heads, keys, values, c.linear_conv_kernel_dim
-        )
+        shapes = MambaStateShapeCalculator.gated_delta_net_state_shape(tp, heads, heads, keys, values, c.linear_conv_kernel_dim)
         return shapes, MambaStateDtypeCalculator.gated_delta_net_state_dtype(*types)
 
     @classmethod

@@ -101,7 +101,9 @@ def run_reference(layer: Any, x: Tensor, others: tuple[Tensor, ...], weight: Ten
     return out
 
 
-def fp32_parameter(like: Tensor, loader: Callable[[Tensor, Tensor], None], shape: tuple[int, ...] | None = None) -> torch.nn.Parameter:
+def fp32_parameter(
+    like: Tensor, loader: Callable[[Tensor, Tensor], None], shape: tuple[int, ...] | None = None
+) -> torch.nn.Parameter:
     """Parameter kept in fp32 as the exported tensor is, in place of one of the model's dtype.
 
     Args:
@@ -109,6 +111,8 @@ def fp32_parameter(like: Tensor, loader: Callable[[Tensor, Tensor], None], shape
         loader: of its rank's part.
         shape: where it differs.
     """
-    parameter = torch.nn.Parameter(torch.empty(shape or like.shape, dtype=torch.float32, device=like.device), requires_grad=False)
+    parameter = torch.nn.Parameter(
+        torch.empty(shape or like.shape, dtype=torch.float32, device=like.device), requires_grad=False
+    )
     parameter.weight_loader = loader  # type: ignore[attr-defined]
     return parameter

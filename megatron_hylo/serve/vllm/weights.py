@@ -31,7 +31,9 @@ MLP: Table = {"mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.w
 MIXERS: dict[str, Table] = {
     "*": {"self_attn.qkv_proj.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv")}
     | _same("self_attn", "o_proj.weight"),
-    "+": _same("self_attn", *(f"{name}.weight" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"))),
+    "+": _same(
+        "self_attn", *(f"{name}.weight" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"))
+    ),
     "M": _same("mamba", "in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "D", "norm.weight", "out_proj.weight")
     | {"mamba.A": ("mamba.A_log",)},
     "G": _delta_rule() | {"linear_attn.in_proj_ba.weight": ("linear_attn.b_proj.weight", "linear_attn.a_proj.weight")},
