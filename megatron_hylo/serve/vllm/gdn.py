@@ -6,11 +6,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
-from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.serve.vllm.config import uses_reference
-from megatron_hylo.serve.vllm.recurrence import StateBackend, fp32_parameter, run_reference
+from megatron_hylo.serve.vllm.recurrence import StateBackend, fp32_rows, run_reference
 
 
 class HyloGatedDeltaNet(QwenGatedDeltaNetAttention):
@@ -25,7 +24,7 @@ class HyloGatedDeltaNet(QwenGatedDeltaNetAttention):
             linear_conv_kernel_dim=c.linear_conv_kernel_dim,
         )  # fmt: skip
         super().__init__(sizes, vllm_config, prefix)
-        self.dt_bias = fp32_parameter(self.dt_bias, sharded_weight_loader(0))
+        self.dt_bias = fp32_rows(self.dt_bias)
         self.reference = uses_reference(vllm_config)
         if self.reference:
             self._forward_method = self.forward_reference

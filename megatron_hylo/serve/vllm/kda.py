@@ -9,11 +9,10 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 
 from megatron_hylo.kernels.kda import kda
 from megatron_hylo.serve.vllm.gdn import HyloGatedDeltaNet
-from megatron_hylo.serve.vllm.recurrence import fp32_parameter
+from megatron_hylo.serve.vllm.recurrence import fp32_rows
 
 
 class HyloKimiDeltaAttention(HyloGatedDeltaNet):
@@ -26,7 +25,7 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
         self.b_proj = ColumnParallelLinear(config.hidden_size, self.num_v_heads, bias=False, prefix=f"{prefix}.b_proj")
         self.f_a_proj = ReplicatedLinear(config.hidden_size, rank, bias=False, prefix=f"{prefix}.f_a_proj")
         self.f_b_proj = ColumnParallelLinear(rank, self.key_dim, bias=False, prefix=f"{prefix}.f_b_proj")
-        self.dt_bias = fp32_parameter(self.dt_bias, sharded_weight_loader(0), (self.key_dim // self.tp_size,))
+        self.dt_bias = fp32_rows(self.dt_bias, self.key_dim // self.tp_size)
         if not self.reference:
             self._forward_method = self.forward_fast
 

@@ -20,7 +20,7 @@ from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
 from megatron_hylo.serve.vllm.attention import Rope
 from megatron_hylo.serve.vllm.config import REFERENCE, latent_row
 from megatron_hylo.serve.vllm.latent_backend import LatentBackend, LatentMetadata, Prefill
-from megatron_hylo.serve.vllm.latent_kernels import decode_torch, key_scales, split_scales
+from megatron_hylo.serve.vllm.latent_kernels import Cached, decode_torch, key_scales, split_scales
 from megatron_hylo.serve.vllm.versions import known
 
 logger = init_logger("vllm.hylo")
@@ -142,7 +142,7 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
         return torch.cat([plain, apply_rope(rotary[None], *rope, interleaved=True)[0]], dim=-1)
 
     def make_rows(self, compressed: Tensor, rope: Rope) -> Tensor:
-        """Turn latents and rotary keys [tokens, rank + rotary] into what is cached: rotated, weighted and with the keys' scales."""
+        """Turn latents and rotary keys [tokens, rank + rotary] into cached rows: rotated, weighted, with the keys' scales."""
         if not self.norms:
             return self.rotate(compressed, rope)
         latent, rotary = compressed.split([self.rank, self.rotary], dim=-1)
@@ -173,16 +173,8 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
             offset = query.new_zeros(query.shape[:2], dtype=torch.float32)
             if bias is not None:
                 offset = torch.einsum("tgnp,gp->tgn", plain.float(), bias[:, : self.plain].float()).flatten(1)
-        out = self.decode_kernel(
-            torch.cat([absorbed, rotary], dim=-1),
-            offset,
-            cache,
-            m.block_table,
-            m.lengths,
-            self.rank,
-            self.groups,
-            self.qk**-0.5,
-        )
+        cached = Cached(cache, m.block_table, m.lengths, self.rank, self.groups)
+        out = self.decode_kernel(torch.cat([absorbed, rotary], dim=-1), offset, cached, self.qk**-0.5)
         out = torch.einsum("tgnr,gvr->tgnv", out.unflatten(1, (self.groups, -1)), up[:, self.plain :])
         return (out if bias is None else out + bias[:, None, self.plain :]).flatten(1, 2)
 

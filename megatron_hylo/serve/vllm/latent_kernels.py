@@ -1,46 +1,46 @@
 """Attention of one new token a request to cached latents, in torch; latent_triton.py has it for GPUs.
 
-All heads read the same keys, rows [latent | rotated key | scales]; the values are the latents. With q/k-norm a key of KV head g
-is s_g times what it would be without, so its scores are s_g times those. s_g is kept as two numbers of the cache's dtype, whose sum
-has twice its digits.
+All heads read the same keys, rows [latent | rotated key | scales], whose latents are the values. With q/k-norm a key of KV head
+g is s_g times what it would be without, so its scores are s_g times those. s_g is kept as two numbers of the cache's dtype,
+whose sum has twice its digits.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def decode_torch(
-    query: Tensor,
-    offset: Tensor | None,
-    cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    rank: int,
-    groups: int,
-    scale: float,
-) -> Tensor:
+class Cached(NamedTuple):
+    """Cached rows of the requests that decode, and how to read them."""
+
+    pages: Tensor  # [pages, tokens a page, row], rows [latent | rotated key | scales]
+    table: Tensor  # int32 [requests, pages], pages of each request
+    lengths: Tensor  # int32 [requests], tokens with the new one; 0 for padding
+    rank: int  # width of a latent
+    groups: int  # KV heads with scales on this rank
+
+
+def decode_torch(query: Tensor, offset: Tensor | None, cached: Cached, scale: float) -> Tensor:
     """Attend to latents, request by request.
 
     Args:
         query: [requests, heads, rank + rotary], absorbed.
-        offset: [requests, heads], added to scores before a key's scale; None where keys have no scales.
-        cache: [blocks, tokens a block, row].
-        block_table: int32 [requests, blocks].
-        lengths: int32 [requests].
-        rank: width of a latent.
-        groups: KV heads with scales on this rank.
+        offset: fp32 [requests, heads], added to scores before a key's scale; None where keys have no scales.
+        cached: what is attended to.
         scale: factor on the scores.
 
     Returns:
-        [requests, heads, rank] in the query's dtype.
+        [requests, heads, rank] in the query's dtype; zeros for padding.
     """
+    pages, _, _, rank, groups = cached
     heads, width = query.shape[1:]
     out = query.new_zeros(len(query), heads, rank)
-    for i, length in enumerate(lengths.tolist()):
+    for i, length in enumerate(cached.lengths.tolist()):
         if not length:
             continue  # padding
-        blocks = block_table[i, : -(-length // cache.shape[1])].long()
-        rows = cache[blocks].flatten(0, 1)[:length].to(query.dtype)
+        blocks = cached.table[i, : -(-length // pages.shape[1])].long()
+        rows = pages[blocks].flatten(0, 1)[:length].to(query.dtype)
         scores = (query[i] @ rows[:, :width].T).float()
         if offset is not None:
             scales = key_scales(rows[:, width:], groups).T.repeat_interleave(heads // groups, 0)

@@ -5,30 +5,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_hylo.serve.vllm.latent_kernels import Cached
 
-def decode_triton(
-    query: Tensor,
-    offset: Tensor | None,
-    cache: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    rank: int,
-    groups: int,
-    scale: float,
-) -> Tensor:
-    """Attend to latents as `decode_torch`, on a GPU; the number of programs follows from shapes alone, so it can be captured."""
-    requests, heads, width = query.shape
-    head_blocks = triton.cdiv(heads, 16)
+
+def decode_triton(query: Tensor, offset: Tensor | None, cached: Cached, scale: float) -> Tensor:
+    """Attend to latents as `decode_torch`, on a GPU; the grid follows from shapes alone, so it can be captured."""
+    (requests, heads, width), (pages, table, lengths, rank, groups) = query.shape, cached
+    query, head_blocks = query.contiguous(), triton.cdiv(heads, 16)
     splits = min(64, max(1, triton.next_power_of_2(528 // max(1, requests * head_blocks))))  # 4 programs a multiprocessor
     partial = query.new_empty(requests, heads, splits, rank, dtype=torch.float32)
     weights = query.new_empty(requests, heads, splits, dtype=torch.float32)
-    given = weights if offset is None else offset
     _decode[(requests, head_blocks, splits)](
-        query, given, cache, block_table, lengths, partial, weights, scale,
-        query.stride(0), query.stride(1), cache.stride(0), cache.stride(1), block_table.stride(0), heads,
-        RANK=rank, ROTARY=width - rank, PADDED_RANK=max(16, triton.next_power_of_2(rank)),
-        PADDED_ROTARY=max(16, triton.next_power_of_2(width - rank)), PAGE=cache.shape[1], GROUPS=groups,
-        HEADS_A_GROUP=heads // groups, SPLITS=splits, SCALED=offset is not None, TOKENS=32, num_warps=4,
+        query, weights if offset is None else offset, pages, table, lengths, partial, weights, scale,
+        pages.stride(0), pages.stride(1), table.stride(0), heads, RANK=rank, ROTARY=width - rank,
+        PADDED_RANK=max(16, triton.next_power_of_2(rank)), PADDED_ROTARY=max(16, triton.next_power_of_2(width - rank)),
+        PAGE=pages.shape[1], GROUPS=groups, HEADS_A_GROUP=heads // groups, SPLITS=splits, SCALED=offset is not None,
+        TOKENS=32, num_warps=4,
     )  # fmt: skip
     shares = weights.softmax(-1).nan_to_num()  # rows of padding have no keys
     return torch.einsum("bhs,bhsr->bhr", shares, partial).to(query.dtype)
@@ -36,10 +28,9 @@ def decode_triton(
 
 @triton.jit
 def _decode(
-    query, offset, cache, block_table, lengths, partial, weights, scale,
-    query_stride, head_stride, block_stride, row_stride, table_stride, heads,
-    RANK: tl.constexpr, ROTARY: tl.constexpr, PADDED_RANK: tl.constexpr, PADDED_ROTARY: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr, HEADS_A_GROUP: tl.constexpr, SPLITS: tl.constexpr,
-    SCALED: tl.constexpr, TOKENS: tl.constexpr,
+    query, offset, pages, table, lengths, partial, weights, scale, page_stride, row_stride, table_stride, heads,
+    RANK: tl.constexpr, ROTARY: tl.constexpr, PADDED_RANK: tl.constexpr, PADDED_ROTARY: tl.constexpr, PAGE: tl.constexpr,
+    GROUPS: tl.constexpr, HEADS_A_GROUP: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     request, split = tl.program_id(0), tl.program_id(2)
     head = tl.program_id(1) * 16 + tl.arange(0, 16)
@@ -51,7 +42,7 @@ def _decode(
     begin = split * share
     end = tl.minimum(begin + share, length)
 
-    here = query + request * query_stride + head[:, None] * head_stride
+    here = query + (request * heads + head[:, None]) * (RANK + ROTARY)
     query_latent = tl.load(here + latent[None, :], mask=is_head[:, None] & is_latent[None, :], other=0.0)
     query_rotary = tl.load(here + RANK + rotary[None, :], mask=is_head[:, None] & is_rotary[None, :], other=0.0)
     highest = tl.full([16], -float("inf"), tl.float32)
@@ -60,8 +51,8 @@ def _decode(
     for first in range(begin, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
         is_token = token < end
-        block = tl.load(block_table + request * table_stride + token // PAGE, mask=is_token, other=0).to(tl.int64)
-        row = cache + block * block_stride + (token % PAGE) * row_stride
+        block = tl.load(table + request * table_stride + token // PAGE, mask=is_token, other=0).to(tl.int64)
+        row = pages + block * page_stride + (token % PAGE) * row_stride
         key = tl.load(row[:, None] + latent[None, :], mask=is_token[:, None] & is_latent[None, :], other=0.0)
         rotated = tl.load(row[:, None] + RANK + rotary[None, :], mask=is_token[:, None] & is_rotary[None, :], other=0.0)
         scores = tl.dot(query_latent, tl.trans(key), input_precision="ieee")

@@ -6,11 +6,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
-from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 
 from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.serve.vllm.config import uses_reference
-from megatron_hylo.serve.vllm.recurrence import StateBackend, fp32_parameter, run_reference
+from megatron_hylo.serve.vllm.recurrence import StateBackend, fp32_rows, run_reference
 from megatron_hylo.serve.vllm.versions import known
 
 
@@ -26,8 +25,8 @@ class HyloMamba2(MambaMixer2):
             rms_norm_eps=c.layernorm_epsilon, activation="silu", model_config=vllm_config.model_config,
             cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config, prefix=prefix,
         )  # fmt: skip
-        self.dt_bias = fp32_parameter(self.dt_bias, sharded_weight_loader(0))
-        self.D = fp32_parameter(self.D, sharded_weight_loader(0))
+        self.dt_bias = fp32_rows(self.dt_bias)
+        self.D = fp32_rows(self.D)
         self.reference = uses_reference(vllm_config)
 
     def get_attn_backend(self) -> Any:

@@ -69,7 +69,7 @@ class HyloLayer(nn.Module):
         self.mlp = HyloMLP(config.hidden_size, c.ffn_hidden_size, f"{prefix}.mlp")
 
     def forward(self, x: Tensor, residual: Tensor | None, ropes: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Add x to the residual and apply mixer and MLP: [tokens, hidden] each -> what is to be added next, and the residual."""
+        """Add x to the residual and apply mixer and MLP: [tokens, hidden] each -> what to add next, and the residual."""
         mixer, rope = getattr(self, self.mixer_name), ropes.get(self.symbol)
         x, residual = (self.input_layernorm(x), x) if residual is None else self.input_layernorm(x, residual)
         x = mixer(x) if rope is None else mixer(x, rope)

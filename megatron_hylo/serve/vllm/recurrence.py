@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 
-# convolved inputs [1, tokens, channels], the other inputs, a state or None -> outputs [1, tokens, heads, channels], the state after
+# convolved inputs [1, tokens, channels], other inputs, a state or None -> outputs [1, tokens, heads, channels], the state after
 Step = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -101,18 +102,9 @@ def run_reference(layer: Any, x: Tensor, others: tuple[Tensor, ...], weight: Ten
     return out
 
 
-def fp32_parameter(
-    like: Tensor, loader: Callable[[Tensor, Tensor], None], shape: tuple[int, ...] | None = None
-) -> torch.nn.Parameter:
-    """Parameter kept in fp32 as the exported tensor is, in place of one of the model's dtype.
-
-    Args:
-        like: gives the device, and the shape where none is given.
-        loader: of its rank's part.
-        shape: where it differs.
-    """
-    parameter = torch.nn.Parameter(
-        torch.empty(shape or like.shape, dtype=torch.float32, device=like.device), requires_grad=False
-    )
-    parameter.weight_loader = loader  # type: ignore[attr-defined]
+def fp32_rows(like: Tensor, rows: int | None = None) -> torch.nn.Parameter:
+    """Make a parameter [rows or as many as `like` has] that stays in fp32, as the exported tensor; each rank loads its part."""
+    values = torch.empty(len(like) if rows is None else rows, dtype=torch.float32, device=like.device)
+    parameter = torch.nn.Parameter(values, requires_grad=False)
+    parameter.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
     return parameter

@@ -27,13 +27,12 @@ def _delta_rule(*decay: str) -> Table:
     return table | _same("linear_attn", "A_log", "dt_bias", *decay)
 
 
+BIASED = ("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # of MLA, with mla_bias
 MLP: Table = {"mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight")} | _same("mlp", "down_proj.weight")
 MIXERS: dict[str, Table] = {
     "*": {"self_attn.qkv_proj.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv")}
     | _same("self_attn", "o_proj.weight"),
-    "+": _same(
-        "self_attn", *(f"{name}.weight" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"))
-    ),
+    "+": _same("self_attn", "q_a_proj.weight", "o_proj.weight", *(f"{name}.weight" for name in BIASED)),
     "M": _same("mamba", "in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "D", "norm.weight", "out_proj.weight")
     | {"mamba.A": ("mamba.A_log",)},
     "G": _delta_rule() | {"linear_attn.in_proj_ba.weight": ("linear_attn.b_proj.weight", "linear_attn.a_proj.weight")},
@@ -47,7 +46,7 @@ def _mixer_table(symbol: str, c: Any) -> Table:
     if symbol == "*" and c.add_qkv_bias:
         table["self_attn.qkv_proj.bias"] = tuple(f"self_attn.{part}_proj.bias" for part in "qkv")
     if symbol == "+" and c.mla_bias:
-        table |= _same("self_attn", *(f"{name}.bias" for name in ("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")))
+        table |= _same("self_attn", *(f"{name}.bias" for name in BIASED))
     if symbol in "*+" and c.qk_layernorm:
         table |= _same("self_attn", "q_norm.weight", "k_norm.weight")
     if symbol == "+" and c.mla_whole_head_norm:

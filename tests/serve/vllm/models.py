@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 PLAIN = {
-    "rope_type": "none", "factor": 1.0, "original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None,
+    "rope_type": "none", "factor": 1.0, "original_max_position_embeddings": 8192, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None,
 }  # fmt: skip
 YARN = PLAIN | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 BASE = {

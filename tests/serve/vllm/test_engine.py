@@ -1,4 +1,4 @@
-"""Greedy tokens of vLLM equal transformers': every mixer and variant, batched and alone, prompts cut, prefixes reused, preempted."""
+"""Greedy tokens of vLLM equal transformers', for every mixer and variant, however requests are batched, cut and cached."""
 
 import os
 import subprocess

@@ -11,7 +11,7 @@ from megatron_hylo.config.mixers import tensor_parallel_sizes
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
 from megatron_hylo.hf.layers_hylo import HyloMamba2
 from megatron_hylo.serve.vllm import check_version
-from megatron_hylo.serve.vllm.latent_kernels import decode_torch, key_scales, split_scales
+from megatron_hylo.serve.vllm.latent_kernels import Cached, decode_torch, key_scales, split_scales
 from megatron_hylo.serve.vllm.weights import load_tensors, repeat_mamba_groups, tensor_table
 from tests.serve.vllm.models import BASE, MODELS
 
@@ -102,7 +102,8 @@ def test_attention_to_pages_of_latents_equals_softmax_over_whole_keys(scaled):
     cache[..., rank + rotary :] = split_scales(scales.flatten(0, 1), torch.float32).unflatten(0, (9, page))
     table = torch.tensor([[3, 0, 0], [1, 0, 0], [7, 2, 5], [0, 0, 0]], dtype=torch.int32)
     query, offset = torch.randn(4, heads, rank + rotary, dtype=torch.float64), torch.randn(4, heads)
-    out = decode_torch(query, offset if scaled else None, cache, table, torch.tensor(lengths), rank, groups, scale)
+    cached = Cached(cache, table, torch.tensor(lengths), rank, groups)
+    out = decode_torch(query, offset if scaled else None, cached, scale)
     for i, length in enumerate(lengths[:3]):
         rows = torch.stack([cache[table[i, t // page], t % page] for t in range(length)])
         for head in range(heads):
