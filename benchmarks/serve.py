@@ -61,9 +61,10 @@ def measure(folder: Path, length: int, new: int, most: int, repeats: int, settin
     first = median(run(1, 1) for _ in range(repeats))
     requests = max(1, min(most, int(held)))
     read, whole = run(requests, 1), run(requests, new)
+    size = sum(tensor.size for tensor in cache.kv_cache_tensors)
     return {
-        "model": folder.name, "first_token_s": first, "held": held, "requests": requests, "output_tokens_s": requests * new / whole,
-        "decode_tokens_s": requests * (new - 1) / (whole - read), "cache_mib": sum(t.size for t in cache.kv_cache_tensors) / held / 2**20,
+        "model": folder.name, "first_token_s": first, "held": held, "cache_mib": size / held / 2**20, "requests": requests,
+        "output_tokens_s": requests * new / whole, "decode_tokens_s": requests * (new - 1) / (whole - read),
     }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Plugin that serves exported hybrids with stock vLLM, which finds it by the entry point `vllm.general_plugins`.
 
-vLLM calls `register` in each of its processes, whatever model they serve. So this module imports no torch; `register` may be called
-again and never raises: where HyLo models cannot be served, those alone fail when they are loaded, with the reason.
+vLLM calls `register` in each of its processes, whatever model they serve. So this module imports no torch, and `register` never
+raises and may be called again: where HyLo models cannot be served, those alone fail when they are loaded, with the reason.
 """
 
 import logging

@@ -9,8 +9,6 @@ from torch import Tensor
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
-    AttentionImpl,
-    AttentionMetadata,
     AttentionMetadataBuilder,
     MultipleOf,
 )
@@ -33,7 +31,7 @@ class Prefill:
 
 
 @dataclass
-class LatentMetadata(AttentionMetadata):
+class LatentMetadata:
     """Requests of one step: first those with one token each, then the others."""
 
     slots: Tensor  # int64 [tokens], page * tokens a page + place; padding writes to page 0, which vLLM leaves empty
@@ -82,17 +80,6 @@ class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
         return Prefill(slice(starts[0], starts[-1]), queries, keys, sums(queries), sums(keys), blocks, positions % size)
 
 
-class LatentImpl(AttentionImpl):
-    """Asked for by vLLM, never made: the layer computes by itself."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Not called."""
-        raise NotImplementedError
-
-
 class LatentBackend(AttentionBackend):
     """Pages of one head whose K and V side by side are a token's row of latents, so half of it is the head's size."""
 
@@ -102,11 +89,6 @@ class LatentBackend(AttentionBackend):
     def get_name() -> str:
         """A name outside vLLM's own."""
         return "CUSTOM"
-
-    @staticmethod
-    def get_impl_cls() -> type[LatentImpl]:
-        """Class that vLLM asks about features."""
-        return LatentImpl
 
     @staticmethod
     def get_builder_cls() -> type[LatentBuilder]:

@@ -52,11 +52,6 @@ class StateBackend(AttentionBackend):
         return "CUSTOM"
 
     @staticmethod
-    def get_impl_cls() -> Any:
-        """The layers compute by themselves."""
-        raise NotImplementedError
-
-    @staticmethod
     def get_builder_cls() -> type[StateBuilder]:
         """Class of the builder."""
         return StateBuilder
