@@ -10,7 +10,9 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLi
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 
+from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.kernels.kda import kda
+from megatron_hylo.serve.vllm.config import REFERENCE
 from megatron_hylo.serve.vllm.gdn import HyloGatedDeltaNet
 from megatron_hylo.serve.vllm.recurrence import fp32_rows
 
@@ -28,6 +30,11 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
         self.dt_bias = fp32_rows(self.dt_bias, self.key_dim // self.tp_size)
         if not self.reference:
             self._forward_method = self.forward_fast
+            if self.head_v_dim % self.head_k_dim:
+                raise ConfigError(
+                    f"vLLM's KDA kernel needs linear_value_head_dim, here {self.head_v_dim}, to be a multiple of "
+                    f"linear_key_head_dim, here {self.head_k_dim}; additional_config {{'{REFERENCE}': 'reference'}} needs not"
+                )
 
     def recurrence(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None) -> Any:
         """Outputs and the state [1, heads, key channels, value channels] after them."""
@@ -67,16 +74,20 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
         widths = (self.head_k_dim, self.head_k_dim, self.head_v_dim)
         q, k, v = (p.unflatten(-1, (-1, w))[None].contiguous() for p, w in zip(x.split(sections, dim=-1), widths))
         if m.num_prefills:
-            before = states[slots].float() * m.has_initial_state.view(-1, 1, 1, 1)
+            before = states[slots] * m.has_initial_state.view(-1, 1, 1, 1)
             y, after = chunk_kda(
-                q=q, k=k, v=v, g=decay, beta=beta, initial_state=before.transpose(-1, -2).contiguous(),
-                output_final_state=True, use_qk_l2norm_in_kernel=True, cu_seqlens=starts,
+                q=q, k=k, v=v, g=decay, beta=beta, initial_state=before.contiguous(), output_final_state=True,
+                use_qk_l2norm_in_kernel=True, cu_seqlens=starts,
             )  # fmt: skip
-            states[slots] = after.transpose(-1, -2).to(states.dtype)
+            states[slots] = after.to(states.dtype)
         else:
+            # the kernel wants values as wide as keys: a head of wider ones is as many heads that share its key
+            parts = self.head_v_dim // self.head_k_dim
+            q, k, g, beta = (part.repeat_interleave(parts, 2) for part in (q, k, decay, beta))
             y, _ = fused_recurrent_kda(
-                q=q, k=k, v=v, g=decay, beta=beta, initial_state=states, use_qk_l2norm_in_kernel=True,
+                q=q, k=k, v=v.view(k.shape), g=g, beta=beta, initial_state=states, use_qk_l2norm_in_kernel=True,
                 cu_seqlens=starts[: m.num_decodes + 1], ssm_state_indices=slots,
             )  # fmt: skip
+            y = y.reshape(v.shape)
         out[:n] = y[0]
         return self._output_projection(out, z)
