@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from megatron_hylo.config import ConfigError, Fp8, ModelConfig, ParallelConfig
-from megatron_hylo.config.mixers import MIXERS
+from megatron_hylo.config import Fp8, ModelConfig, ParallelConfig
+from megatron_hylo.config.mixers import check_tensor_parallel
 from megatron_hylo.models.placement import weights_device
 
 
@@ -17,24 +17,6 @@ class HyloTransformerConfig(TransformerConfig):
 
     hylo: ModelConfig = field(kw_only=True)
     recompute: str = ""  # symbols of layers, see recompute.py
-
-
-def check_tensor_parallel(config: ModelConfig, size: int) -> None:
-    """Refuse a tensor-parallel size that does not divide the heads. The vocabulary is padded (padded_vocabulary.py).
-
-    Raises:
-        ConfigError: naming the head count and the sizes that work.
-    """
-    counts = {"ffn_hidden_size": config.ffn_hidden_size}
-    for symbol in dict.fromkeys(config.mixers):
-        counts |= MIXERS[symbol].tensor_parallel_counts(config)
-    for name, count in counts.items():
-        if count % size:
-            good = [n for n in range(1, 65) if all(c % n == 0 for c in counts.values())]
-            raise ConfigError(
-                f"tensor_model_parallel_size {size} does not divide {name} {count}; sizes that work for this model: "
-                f"{', '.join(map(str, good))}"
-            )
 
 
 def build_transformer_config(
