@@ -114,7 +114,10 @@ def tiny_hf_model(family: str, tied: bool = True, **changes):
         num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=tied, rms_norm_eps=1e-5,
         initializer_range=0.2,
     )  # fmt: skip
-    configs = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}
+    configs = {
+        "llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }  # fmt: skip
     config = configs[family](**(shared | changes))
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():  # norms of all ones and biases of zeros would hide a missing one

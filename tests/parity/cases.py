@@ -34,6 +34,17 @@ STAGES = {
     ),
     "packed_mse": dict(stage="align", packed_documents=True, align=dict(loss="mse")),
     "recall": dict(stage="distil", packed_documents=True, sequence_length=256, recall=RecallSettings(0.7, ["key_value"], 3.0)),
+    # chat data, of which only answers are learnt
+    "answers": dict(stage="distil", data="chat", distil=dict(ce_weight=0.3)),
+    "packed_answers_recall_stored": dict(
+        stage="distil",
+        data="chat",
+        teacher_store="store",
+        packed_documents=True,
+        distil=dict(ce_weight=0.3),
+        sequence_length=256,
+        recall=RecallSettings(0.7, ["key_value"], 3.0),
+    ),
     "mse_pairs": dict(stage="align", micro_batch_size=2, align=dict(loss="mse")),
     "packed_mse_pairs": dict(stage="align", micro_batch_size=2, packed_documents=True, align=dict(loss="mse")),
 }
@@ -126,7 +137,8 @@ def case_config(
 ) -> TrainConfig:
     """Settings of two steps of `batch` windows of a stage under a parallelism.
 
-    ROOT has the folders data, MODEL, its teacher and {teacher}_store. bf16 needs the distributed optimizer, also on one rank.
+    ROOT has the folders data, chat, MODEL, its teacher and {teacher}_store. bf16 needs the distributed optimizer, also on one
+    rank.
     """
     _, groups, distributed = PARALLELISMS[parallelism]
     settings, teacher = dict(STAGES[stage]), teacher_of(model, stage)
@@ -134,7 +146,7 @@ def case_config(
         settings["teacher_store"], teacher = str(root / f"{teacher}_store"), None
     sequence_length = settings.pop("sequence_length", sequence_length)
     fields = dict(
-        data=str(root / "data"), output="unused", model=str(root / model),
+        data=str(root / settings.pop("data", "data")), output="unused", model=str(root / model),
         teacher=teacher and str(root / teacher),
         sequence_length=sequence_length, global_batch_size=batch, train_tokens=batch * sequence_length * 10,
         precision=precision, parallel=ParallelConfig(**groups), loss_chunk_tokens=7, **settings,
@@ -169,8 +181,13 @@ def make_model(config: ModelConfig, folder: Path, seed: int) -> None:
     save_model(model, folder)
 
 
-def make_dataset(folder: Path) -> None:
-    """Random tokens, in documents of several lengths, and a tokenizer of single characters."""
+def make_dataset(folder: Path, answers: bool = False) -> None:
+    """Random tokens, in documents of several lengths, and a tokenizer of single characters.
+
+    Args:
+        folder: to make.
+        answers: let only 5 of every 7 tokens be learnt, as those of answers.
+    """
     folder.mkdir()
     builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
     generator = np.random.default_rng(0)
@@ -178,6 +195,9 @@ def make_dataset(folder: Path) -> None:
         builder.add_document(generator.integers(0, 160, length).tolist(), [length])
     builder.finalize(str(folder / "train.idx"))
     (folder / "data.json").write_text('{"vocab_size": 160}')
+    if answers:
+        starts = np.arange(0, 600, 7)
+        np.save(folder / "train.answers.npy", np.stack([starts, starts + 5]))
     characters = Tokenizer(models.WordLevel({chr(code): code for code in (10, *range(32, 127))}, unk_token=" "))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     PreTrainedTokenizerFast(tokenizer_object=characters).save_pretrained(folder / "tokenizer")

@@ -40,6 +40,7 @@ def selected(request: pytest.FixtureRequest) -> tuple[list[Case], list[str]]:
 def make_folders(root: Path, cases: list[Case]) -> None:
     """Text, the models of the cases, their teachers and those teachers' stores."""
     make_dataset(root / "data")
+    make_dataset(root / "chat", answers=True)
     teachers = dict.fromkeys(teacher_of(model, stage) for model, stage, _ in cases)
     for name in dict.fromkeys([*(model for model, _, _ in cases), *filter(None, teachers)]):
         make_model(MODELS[name], root / name, seed=1 if name.endswith("teacher") else 2)

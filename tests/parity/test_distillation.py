@@ -23,7 +23,7 @@ CASES = [
     *cases("mixed", "windows", "tp2_sp dp2 cp2_gather cp3 pp2_vp2 pp2_cp2"),
     *cases("mixed", "packed_windows", "cp2_gather pp2_vp2 tp2_sp_cp2"),
     *cases("mixed", "top_k", "tp2"),
-    *cases("mixed", "recall", "cp2_gather"),
+    *cases("mixed", "recall answers packed_answers_recall_stored", "cp2_gather"),
     *cases("tied", "distil", "tp2 tp2_sp pp2 pp4"),
     *cases("kda", "distil", "tp2_sp"),
     *cases("odd", "distil", "tp4"),
