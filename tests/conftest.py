@@ -30,8 +30,12 @@ LONGEST = (
     "faults/test_fault_drill.py",
     "teachers/test_remote.py",
     "models/test_padded_vocabulary.py",
+    "upcycle/test_select.py",
+    "train/test_resume_check.py",
+    "train/test_interrupts.py",
     "kernels/test_head_softmax.py",
     "kernels/test_recurrence_part.py",
+    "data/test_resume_preprocess.py",
 )
 
 
