@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-parity test-parity-gpu serve-test lint docs format quickstart clean
+.PHONY: help install test tests style types test-all test-parity test-parity-gpu serve-test lint docs format quickstart clean
 
 EXTRAS ?= dev
 ARGS ?=
@@ -22,7 +22,10 @@ install: .venv/installed ## make .venv (PYTHON=... to choose the interpreter, EX
 	@echo "  make quickstart                # a real 135M teacher becomes a hybrid: about 13 minutes on two CPU cores"
 	@echo "Your own model and text: docs/tutorial.md"
 
-test: lint ## lint, and all tests that need no network and little time (GPU tests are skipped, and said so); what CI runs
+test: style ## lint, and all tests that need no network and little time (GPU tests are skipped, and said so); what CI runs
+	@$(MAKE) --no-print-directory --jobs=2 types tests
+
+tests: .venv/installed
 	$(TEST) -m "not network and not slow" $(ARGS)
 
 test-all: lint ## all tests; those that this machine cannot run are skipped, with the reason
@@ -38,11 +41,15 @@ SERVE_PYTHON ?= .venv-serve/bin/python
 serve-test: $(if $(filter .venv-serve/%,$(SERVE_PYTHON)),.venv-serve/installed) ## vLLM's CPU build with our plugin against transformers, and a server under load (HYLO_SERVE_MODEL=FOLDER serves an exported model)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(SERVE_PYTHON) -m pytest tests/serve/vllm -m vllm --noconftest -q -s -W ignore $(ARGS)
 
-lint: .venv/installed ## ruff check, ruff format --check, mypy, shellcheck
+lint: style types ## ruff check, ruff format --check, mypy, shellcheck
+
+style: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/shellcheck -x $(SCRIPTS)
+
+types: .venv/installed # half a minute of a core, beside the tests
+	$(BIN)/mypy
 
 docs: .venv/installed ## the documentation as a site in site/; a dead link is an error
 	@test -x $(BIN)/mkdocs || $(PIP) --editable ".[docs]"

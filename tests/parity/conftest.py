@@ -26,6 +26,8 @@ from tests.parity.worker import job, launch
 pytest.register_assert_rewrite("tests.parity.measured")
 from tests.parity.measured import Case, file_of, oracle_of  # noqa: E402
 
+# A second step, from what the first one wrote and with the next batch, is taken once for each objective.
+TWO_STEPS = ("pretrain", "distil", "mse", "ild", "sequential")
 # Stages whose evaluation differs; another evaluates as one of these does (without or with a teacher, whole or packed).
 EVALUATED = ("pretrain", "packed", "distil", "packed_distil", "windows", "packed_windows", "recall")
 
@@ -60,7 +62,7 @@ def measured(request, tmp_path_factory, one_rank) -> Path:
     def measure(case: Case, parallelism: str, file: Path, fault: str | None = None) -> tuple[int, dict]:
         model, stage, _ = case
         config = case_config(root, model, stage, parallelism, global_batch_size(*case[1:]))
-        steps = 1 if fault else 2  # a fault has to show in the gradients of the first
+        steps = 2 if stage in TWO_STEPS and not fault else 1  # a fault has to show in the gradients of the first
         return PARALLELISMS[parallelism][0], job("measure", config, file, fault, steps, stage in EVALUATED)
 
     whole = [(model, "distil", parallelism) for model, stage, parallelism in cases if stage == "top_k"]  # compared with it

@@ -131,28 +131,20 @@ def _reduced_gradients(state: Any) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def _packed_quality(chunks: Any, windows: torch.Tensor, teacher: Any) -> list[dict[str, Any]]:
-    """Quality and recall on three windows of several documents, by position and by distance."""
-    from megatron_hylo.eval.perplexity import HeldoutText, evaluate, evaluate_recall
-
-    length = windows.shape[1] - 1
-    starts = [torch.tensor(places) for places in ([0], [0, 5, length // 2 + 1], [0, length - 1, length])]
-    answers = torch.arange(3 * (length + 1), dtype=torch.int32).view(3, -1) % 7
-    text = HeldoutText(windows, starts, answers * answers)
-    recall = evaluate_recall(chunks, text, batch_size=2, first_bucket=8)
-    return [evaluate(chunks, text, teacher, batch_size=2, first_bucket=8).to_dict(), recall]
-
-
 def _quality(run: Any) -> list[dict[str, Any]]:
-    """Evaluations of a student: in batches that are not all full, of fewer windows than data-parallel ranks, packed."""
-    from megatron_hylo.eval.perplexity import evaluate
+    """Evaluations of a student: in batches that are not all full, and of fewer windows than data-parallel ranks; or packed."""
+    from megatron_hylo.eval.perplexity import HeldoutText, evaluate, evaluate_recall
 
     length, generator = run.config.sequence_length, torch.Generator().manual_seed(0)
     windows = torch.randint(160, (3, length + 1), generator=generator)
-    (chunks,) = run.students
-    found = [evaluate(chunks, some, run.teacher, batch_size=2, first_bucket=8).to_dict() for some in (windows, windows[:1])]
-    if run.config.packed_documents:
-        found += _packed_quality(chunks, windows, run.teacher)
+    (chunks,), how = run.students, dict(batch_size=2, first_bucket=8)
+    if run.config.packed_documents:  # windows of several documents: quality and recall by position and by distance
+        starts = [torch.tensor(places) for places in ([0], [0, 5, length // 2 + 1], [0, length - 1, length])]
+        answers = torch.arange(3 * (length + 1), dtype=torch.int32).view(3, -1) % 7
+        text = HeldoutText(windows, starts, answers * answers)
+        found = [evaluate(chunks, text, run.teacher, **how).to_dict(), evaluate_recall(chunks, text, **how)]
+    else:
+        found = [evaluate(chunks, some, run.teacher, **how).to_dict() for some in (windows, windows[:1])]
     return [{name: value for name, value in measures.items() if value is not None} for measures in found]
 
 
