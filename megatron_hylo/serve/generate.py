@@ -148,10 +148,8 @@ def _cache(model: Any, path: str | Path, tokens: int, new_tokens: int, latents: 
     """
     if not isinstance(model, HyloForCausalLM):
         if latents is not None:
-            raise ConfigError(
-                f"{path} is a model of transformers' own, which has no latents to keep in {latents}; leave it out"
-            )
-        return None, "a model of transformers' own"
+            raise ConfigError(f"{path} is a model of transformers, which has no latents to keep in {latents}; leave it out")
+        return None, "a model of transformers"
     if latents is not None and "+" not in model.config.mixers:
         raise ConfigError(f"{path} has no MLA layers, so no latents to keep in {latents}; leave it out")
     reason = "no GPU" if model.device.type != "cuda" else "few new tokens" if new_tokens < CAPTURED_TOKENS else None
