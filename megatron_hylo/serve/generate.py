@@ -136,8 +136,12 @@ def generate_text(
         tokens_per_second=(len(new) - 1) / (last - first) if len(new) > 1 else 1 / (first - start),
         cache_bytes=total,
         kv_bytes_per_token=growing // result.past_key_values.get_seq_length(),
-        decoded_by="a CUDA graph" if getattr(cache, "graph", None) is not None else f"single kernels ({reason})",
+        decoded_by="a CUDA graph" if _captured(cache) else f"single kernels ({reason})",
     )
+
+
+def _captured(cache: HyloCache | None) -> bool:
+    return cache is not None and cache.graph is not None and cache.graph.graph is not None
 
 
 def _cache(model: Any, path: str | Path, tokens: int, new_tokens: int, latents: str | None) -> tuple[HyloCache | None, str]:
