@@ -2,14 +2,15 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-parity test-parity-gpu slurm-test lint docs format quickstart clean
+.PHONY: help install test test-all test-parity test-parity-gpu slurm-test serve-test lint docs format quickstart clean
 
 EXTRAS ?= dev
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 SCRIPTS := slurm/*.sh examples/*/*.sh .ci/run
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# two processes, which take files in the order of tests/conftest.py: the longest first
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +37,10 @@ test-parity-gpu: .venv/installed ## the same over NCCL, on all GPUs there are (t
 slurm-test: .venv/installed ## slurm/*.sh under a real Slurm of two nodes here: preempted, requeued, nodes killed (an hour on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.slurm.drills $(ARGS)
 
+SERVE_PYTHON ?= .venv-serve/bin/python
+serve-test: $(if $(filter .venv-serve/%,$(SERVE_PYTHON)),.venv-serve/installed) ## vLLM's CPU build with our plugin against transformers, and a server under load (HYLO_SERVE_MODEL=FOLDER serves an exported model)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(SERVE_PYTHON) -m pytest tests/serve/vllm -m vllm --noconftest -q -s -W ignore $(ARGS)
+
 lint: .venv/installed ## ruff check, ruff format --check, mypy, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,8 +59,8 @@ format: .venv/installed ## fix what ruff can fix
 quickstart: .venv/installed ## teacher to evaluated hybrid; options in ARGS="--linear mamba2"
 	$(BIN)/hylo quickstart $(ARGS)
 
-clean: ## remove .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build dist site ./*.egg-info
+clean: ## remove .venv, .venv-serve and caches; runs/ stays
+	rm -rf .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache build dist site ./*.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 # Made again when the requirements change: a fresh environment, so that nothing of the old one is left.
@@ -80,4 +85,14 @@ clean: ## remove .venv and caches; runs/ stays
 	$(PIP) --editable ".[$(EXTRAS)]"
 	@# an older transformers in a folder of its own, for the tests of what it makes of the files that we write
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target .venv/transformers4 --requirement tests/transformers4.txt
+	@touch $@
+
+# vLLM 0.26 pins .venv's torch and transformers, so its environment sees those packages and has only its own beside them.
+.venv-serve/installed: .venv/installed tests/serve/vllm/requirements.txt
+	rm -rf .venv-serve
+	.venv/bin/python -m venv .venv-serve
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .venv-serve/base
+	cp .venv-serve/base "$$(.venv-serve/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	.venv-serve/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement tests/serve/vllm/requirements.txt
+	.venv-serve/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -16,6 +16,28 @@ from megatron_hylo.config import ModelConfig
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.platform.distributed import session
 
+# Files that take longest. Workers of xdist take files in this order, so that neither begins a long one when the other is done.
+LONGEST = (
+    "parity/test_pretraining.py",
+    "parity/test_distillation.py",
+    "parity/test_alignment.py",
+    "slurm/test_slurm_scripts.py",
+    "train/test_loop.py",
+    "train/test_pair.py",
+    "train/test_checkpoint.py",
+    "faults/test_fault_drill.py",
+    "teachers/test_remote.py",
+    "models/test_padded_vocabulary.py",
+    "kernels/test_head_softmax.py",
+    "kernels/test_recurrence_part.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    order = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
 
 @pytest.fixture(scope="session", autouse=False)
 def one_rank():
@@ -60,7 +82,10 @@ def tiny_hf_model(family: str, tied: bool = True, **changes):
         num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=tied, rms_norm_eps=1e-5,
         initializer_range=0.2,
     )  # fmt: skip
-    configs = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}
+    configs = {
+        "llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }  # fmt: skip
     config = configs[family](**(shared | changes))
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():  # norms of all ones and biases of zeros would hide a missing one

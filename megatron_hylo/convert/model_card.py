@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.layouts import kv_bytes_per_token
-from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mixers import get_mixer, tensor_parallel_sizes
 
 SETTINGS = ("stage", "train_steps", "layout", "pattern", "init", "calibration_tokens", "sequential", "seed", "converted_from")
 ROWS = 40  # of the table of results; results.json has all
@@ -47,7 +47,7 @@ def model_card(
         f"# {name}",
         _architecture(config, parameters),
         "## Use",
-        _use(is_hybrid),
+        _use(is_hybrid, tensor_parallel_sizes(config)),
         "## Method",
         "Oldest step first; `hylo_provenance.json` has every setting, with the SHA-256 of every input.",
         *_table(("step", "settings"), [(about["verb"], _settings(about)) for about in _steps(provenance)]),
@@ -77,9 +77,11 @@ def _architecture(config: ModelConfig, parameters: int) -> str:
     )
 
 
-def _use(is_hybrid: bool) -> str:
+def _use(is_hybrid: bool, sizes: Sequence[int]) -> str:
     trust = ", trust_remote_code=True" if is_hybrid else ""
     code = "The modelling code is part of this folder and needs transformers and torch alone. " if is_hybrid else ""
+    plugin = "`pip install megatron-hylo[serve]`, then " if is_hybrid else ""
+    served = f"With vLLM: {plugin}`vllm serve FOLDER`; tensor-parallel sizes that work: {', '.join(map(str, sizes))}."
     return f"""{code}FOLDER is this folder or its name on the Hub.
 
 ```python
@@ -89,7 +91,9 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER, padding_side="left", trust_rem
 model = AutoModelForCausalLM.from_pretrained(FOLDER{trust}, dtype="auto")
 inputs = tokenizer(["The sea is"], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=40))[0])
-```"""
+```
+
+{served}"""
 
 
 def _steps(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -176,6 +176,16 @@ def parse_line(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def learning_rates(record: dict[str, Any]) -> str:
+    """Learning rates of a record in words: "lr mixers 0.0007, other 0.00015", "lr 0.001" where all are one; "" without any."""
+    start = "learning_rate_"
+    rates = {name.removeprefix(start): f"{value:.3g}" for name, value in record.items() if name.startswith(start)}
+    if not rates:
+        return ""
+    alike = len(set(rates.values())) == 1
+    return "lr " + (next(iter(rates.values())) if alike else ", ".join(f"{name} {rate}" for name, rate in rates.items()))
+
+
 def differing(runs: Sequence[Run]) -> list[str]:
     """Names of the settings that are not the same in all runs."""
     names = dict.fromkeys(name for run in runs for name in run.config)

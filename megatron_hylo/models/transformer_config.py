@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from megatron_hylo.config import ConfigError, Fp8, ModelConfig, ParallelConfig
-from megatron_hylo.config.mixers import MIXERS
+from megatron_hylo.config import Fp8, ModelConfig, ParallelConfig
+from megatron_hylo.config.mixers import check_tensor_parallel
+from megatron_hylo.models.placement import weights_device
 
 
 @dataclass
@@ -16,24 +17,6 @@ class HyloTransformerConfig(TransformerConfig):
 
     hylo: ModelConfig = field(kw_only=True)
     recompute: str = ""  # symbols of layers, see recompute.py
-
-
-def check_tensor_parallel(config: ModelConfig, size: int) -> None:
-    """Refuse a tensor-parallel size that does not divide the heads. The vocabulary is padded (padded_vocabulary.py).
-
-    Raises:
-        ConfigError: naming the head count and the sizes that work.
-    """
-    counts = {"ffn_hidden_size": config.ffn_hidden_size}
-    for symbol in dict.fromkeys(config.mixers):
-        counts |= MIXERS[symbol].tensor_parallel_counts(config)
-    for name, count in counts.items():
-        if count % size:
-            good = [n for n in range(1, 65) if all(c % n == 0 for c in counts.values())]
-            raise ConfigError(
-                f"tensor_model_parallel_size {size} does not divide {name} {count}; sizes that work for this model: "
-                f"{', '.join(map(str, good))}"
-            )
 
 
 def build_transformer_config(
@@ -84,7 +67,7 @@ def build_transformer_config(
         context_parallel_size=parallel.context_parallel_size,
         cp_comm_type=parallel.cp_comm_type,
         sequence_parallel=parallel.sequence_parallel,
-        use_cpu_initialization=not cuda,
+        use_cpu_initialization=not cuda or weights_device().type == "meta",
         gradient_accumulation_fusion=False,
         bias_activation_fusion=cuda and not activation_module,
         use_te_activation_func=activation_module,

@@ -150,6 +150,8 @@ class Evaluation(Callback):
     def _measure(self, step: int) -> list[Quality]:
         """Quality of each student on the run's own held-out text; the other texts' and recall are recorded alone."""
         measured = []
+        size = " and ".join(f"{n:,} windows" + (f" of {name}" if name else "") for n, name in self._sizes())
+        self.reporter.say(f"step {step}: measuring held-out quality on {size} of {self.run.config.sequence_length:,} tokens")
         for prefix, state in zip(PREFIXES, self.run.states):
             which = f"{prefix}model: " if len(self.run.states) > 1 else ""
             own, *_ = [self._measure_text(step, prefix, which, state.chunks, text) for text in self.heldout.texts]
@@ -157,6 +159,11 @@ class Evaluation(Callback):
             if self.heldout.recall is not None:
                 self._measure_recall(step, prefix, which, state.chunks, self.heldout.recall)
         return measured
+
+    def _sizes(self) -> list[tuple[int, str]]:
+        """Number of windows and name of each held-out text."""
+        recall = [(len(self.heldout.recall.windows), "recall")] if self.heldout.recall is not None else []
+        return [(len(text.windows), text.name) for text in self.heldout.texts] + recall
 
     def _measure_text(self, step: int, prefix: str, which: str, chunks: Sequence[HyloModel], text: HeldoutText) -> Quality:
         config = self.run.config

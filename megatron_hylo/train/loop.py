@@ -155,6 +155,7 @@ def _callbacks(
     reporter = Reporter(config, folder, run.device, run.flops_per_token, step)
     closing.push(lambda kind, error, trace: reporter.close(error))
     reporter.say(f"{config.stage}: {run.describe()}" + (f"; resumed at step {step}" if step else ""))
+    reporter.say(f"loss: {config.loss_in_words}")
     assert run.dataset is not None
     reporter.say(f"{config.data}: {run.dataset.describe(config.train_steps * config.global_batch_size)}")
     if run.device.type == "cuda":

@@ -20,8 +20,7 @@ from megatron_hylo.config.layouts import (
     pipeline_pattern,
     uniform_mixers,
 )
-from megatron_hylo.config.mixers import get_mixer
-from megatron_hylo.models.transformer_config import check_tensor_parallel
+from megatron_hylo.config.mixers import check_tensor_parallel, get_mixer
 
 # parameters, KV % of the base, KV bytes a token: the seven released layouts, then their Mamba2 or GDN twins
 RELEASED = {

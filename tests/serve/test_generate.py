@@ -63,8 +63,14 @@ def test_megatron_and_exported_folder_give_the_same_text_and_numbers(folders):
         results.append(result)
     one, other = results
     assert (one.text, one.new_tokens, one.cache_bytes) == (other.text, other.new_tokens, other.cache_bytes)
-    assert one.prompt_tokens == len(PROMPT)
+    assert one.prompt_tokens == len(PROMPT) and one.decoded_by == "single kernels (no GPU)"
     assert one.kv_bytes_per_token == kv_bytes_per_token(config, bytes_per_element=4)
+
+
+def test_8_bit_latents_take_a_byte_a_number_and_two_scales(folders):
+    found = generate_text(folders[1], PROMPT, max_new_tokens=3, latents="fp8")
+    whole = generate_text(folders[1], PROMPT, max_new_tokens=3)
+    assert whole.kv_bytes_per_token - found.kv_bytes_per_token == (24 + 6) * 4 - (24 + 6 + 4)  # one MLA layer, fp32
 
 
 def test_text_is_the_argmax_of_full_forwards(folders):
@@ -151,6 +157,8 @@ def test_teacher_folders(one_rank, tmp_path):
     one, other = (generate_text(tmp_path / name, PROMPT, max_new_tokens=12) for name in ("hf", "megatron"))
     assert (one.text, one.kv_bytes_per_token, one.cache_bytes) == (other.text, other.kv_bytes_per_token, other.cache_bytes)
     assert one.kv_bytes_per_token == 3 * 2 * 2 * 16 * 4  # layers, key and value, KV heads, head size, fp32
+    with pytest.raises(ConfigError, match="has no latents to keep in fp8"):
+        generate_text(tmp_path / "hf", PROMPT, latents="fp8")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +169,7 @@ def test_teacher_folders(one_rank, tmp_path):
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty > 0"),
         ({"prompt": ""}, "prompt is empty"),
+        ({"latents": "int4"}, "latents 'int4' is no format of a cache"),
         ({"prompt": "caf\udce9"}, "prompt is not text.*at character 3"),
     ],
 )

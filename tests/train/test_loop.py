@@ -131,8 +131,12 @@ def test_interrupt_saves_and_the_same_command_resumes_bit_for_bit(settings, tmp_
     assert "run the same command to resume" in output
     steps_done = len(metrics(tmp_path / "stopped"))
     line = re.search(
-        r"[-\d]+ [:\d]+ step 2/40  loss [\d.]+  lr [\d.e-]+, [\d.e-]+  [\d,]+ tokens/s .* GiB  ETA \d+:\d\d:\d\d\n", output
+        r"[-\d]+ [:\d]+ step 2/40  loss [\d.]+  lr rest [\d.e-]+, mixers [\d.e-]+  [\d,]+ tokens/s  peak memory [\d.]+ GiB  "
+        r"ETA \d+:\d\d:\d\d\n",
+        output,
     )
+    assert "loss: 1 x KL, nats a token\n" in output and "tokens, bf16, 1 rank\n" in output
+    assert re.search(r"about [\de.+-]+ s a step: \d+:\d\d:\d\d for the 38 steps left, until [-\d]+ [:\d]+; evaluations", output)
     assert line is not None, output
     assert line.group() in (tmp_path / "stopped" / "log.txt").read_text()
     assert 3 <= steps_done < 40

@@ -72,6 +72,8 @@ def test_a_pair_equals_two_runs_bit_for_bit_with_clipping(settings, students, tm
     if loss == "mse":
         per_layer = metrics(pair, "second_loss_per_layer")
         assert per_layer == pytest.approx({step: value / 4 for step, value in metrics(pair, "second_loss").items()}, rel=1e-6)
+        log = (pair / "log.txt").read_text()
+        assert "loss: squared error of a layer's mixer output / the teacher's energy" in log and " a layer)  lr " in log
 
 
 def test_interrupt_saves_both_and_the_same_command_resumes_bit_for_bit(settings, students, tmp_path):

@@ -5,6 +5,7 @@ To add a mixer, add its file here and its row in `MIXERS`. Every table elsewhere
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.config.mixers.attention import Attention
@@ -22,8 +23,10 @@ __all__ = [
     "Fields",
     "MixerDescription",
     "Shape",
+    "check_tensor_parallel",
     "complete",
     "get_mixer",
+    "tensor_parallel_sizes",
 ]
 
 MIXERS: dict[str, MixerDescription] = {
@@ -63,3 +66,36 @@ def complete(symbols: Iterable[str], where: str, besides: str = "") -> None:
             f"has no entry for mixer {min(missing)!r}" if missing else f"has an entry for {min(unknown)!r}, which is no mixer"
         )
         raise RuntimeError(f'{where} {problem}; see "Add a mixer" in CONTRIBUTING.md')
+
+
+def tensor_parallel_counts(config: Any) -> dict[str, int]:
+    """Counts of a model that a tensor-parallel size must divide, by field; the vocabulary is padded."""
+    counts = {"ffn_hidden_size": config.ffn_hidden_size}
+    for symbol in dict.fromkeys(config.hybrid_layer_pattern.replace("|", "")[0::2]):
+        counts |= MIXERS[symbol].tensor_parallel_counts(config)
+    return counts
+
+
+def tensor_parallel_sizes(config: Any) -> list[int]:
+    """Tensor-parallel sizes up to 64 that work for a model."""
+    counts = tensor_parallel_counts(config).values()
+    return [n for n in range(1, 65) if all(count % n == 0 for count in counts)]
+
+
+def check_tensor_parallel(config: Any, size: int, setting: str = "tensor_model_parallel_size") -> None:
+    """Refuse a tensor-parallel size that does not divide the heads.
+
+    Args:
+        config: ModelConfig, or the description in an exported folder.
+        size: ranks.
+        setting: what the size is called where it was given.
+
+    Raises:
+        ConfigError: naming the head count and the sizes that work.
+    """
+    for name, count in tensor_parallel_counts(config).items():
+        if count % size:
+            raise ConfigError(
+                f"{setting} {size} does not divide {name} {count}; sizes that work for this model: "
+                f"{', '.join(map(str, tensor_parallel_sizes(config)))}"
+            )

@@ -1,0 +1,89 @@
+"""HyloConfig with the fields that vLLM reads, and vLLM's hook that runs before the layers are made."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+from vllm import ModelRegistry
+from vllm.config import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+from megatron_hylo.config.errors import ConfigError
+from megatron_hylo.config.mixers import LINEAR_SYMBOLS, check_tensor_parallel
+from megatron_hylo.hf.configuration_hylo import HyloConfig
+from megatron_hylo.serve.vllm import ARCHITECTURE
+
+logger = init_logger("vllm.hylo")
+REFERENCE = (
+    "hylo_kernels"  # additional_config's key: "reference" for this project's torch kernels, "fast" for vLLM's and Triton
+)
+
+
+def latent_row(c: Any) -> int:
+    """Numbers that an MLA layer caches a token: latent, rotated key, and with q/k-norm each KV head's scale in two parts."""
+    return c.kv_lora_rank + c.qk_pos_emb_head_dim + (2 * c.num_query_groups if c.qk_layernorm else 0)
+
+
+class HyloVllmConfig(HyloConfig):
+    """HyloConfig whose num_key_value_heads and head_dim tell vLLM a token's page: K and V of one head are a row of latents."""
+
+    def __init__(self, hylo: dict | None = None, **kwargs: Any) -> None:
+        super().__init__(hylo, **kwargs)
+        if hylo is None:
+            return
+        c = self.architecture()
+        self.num_attention_heads, self.num_key_value_heads, self.head_dim = (
+            c.num_attention_heads, c.num_query_groups, c.kv_channels,
+        )  # fmt: skip
+        row = latent_row(c) if "+" in self.mixers else 0
+        if row > ("*" in self.mixers) * 2 * c.num_query_groups * c.kv_channels:  # the larger page counts
+            self.num_key_value_heads, self.head_dim = 1, row // 2
+        self.layer_types = ["linear_attention" if m in LINEAR_SYMBOLS else "full_attention" for m in self.mixers]
+
+
+def uses_reference(vllm_config: Any) -> bool:
+    """Whether this project's torch kernels run: on CPUs, in fp32, which vLLM's do not take, or where asked for."""
+    asked = (vllm_config.additional_config or {}).get(REFERENCE)
+    if asked not in (None, "reference", "fast"):
+        raise ConfigError(f"additional_config {REFERENCE} is 'reference' or 'fast', got {asked!r}")
+    slow = current_platform.is_cpu() or vllm_config.model_config.dtype == torch.float32
+    if slow and asked == "fast":
+        raise ConfigError(f"{REFERENCE} 'fast' needs a GPU and bfloat16 or float16; leave it out")
+    return slow or asked == "reference"
+
+
+class HyloVllmUpdate(VerifyAndUpdateConfig):
+    """Settings that HyLo models need: states in fp32, kernels by name, CUDA graphs of decode steps."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Change `vllm_config` in place, and say which kernels run."""
+        config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
+        check_tensor_parallel(config.architecture(), vllm_config.parallel_config.tensor_parallel_size, "tensor_parallel_size")
+        if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+            raise ConfigError(f"kv_cache_dtype {cache.cache_dtype!r} is not supported for HyLo models; leave it out")
+        if cache.mamba_ssm_cache_dtype == "auto":
+            cache.mamba_ssm_cache_dtype = "float32"  # as HyloCache keeps states
+        linear = set(config.mixers) & set(LINEAR_SYMBOLS)
+        if not linear:
+            cache.mamba_cache_mode = "none"
+        reference = uses_reference(vllm_config)
+        logger.info("HyLo %s: kernels of linear layers: %s", config.mixers, "reference (torch)" if reference else "vLLM's")
+        if not isinstance(vllm_config.additional_config, dict):
+            vllm_config.additional_config = {}
+        # FlashInfer, the default on Hopper, looks at no head size
+        vllm_config.additional_config.setdefault("gdn_prefill_backend", "triton")
+        compilation = vllm_config.compilation_config
+        if reference or current_platform.is_cpu():
+            compilation.cudagraph_mode = CUDAGraphMode.NONE
+        elif compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
+            compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY  # the model is not compiled, so there are no pieces
+
+
+def register_config() -> None:
+    """Register configuration, model class (imported when one is served) and hook; may be called again."""
+    AutoConfig.register(HyloConfig.model_type, HyloVllmConfig, exist_ok=True)
+    ModelRegistry.register_model(ARCHITECTURE, f"megatron_hylo.serve.vllm.model:{ARCHITECTURE}")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = HyloVllmUpdate

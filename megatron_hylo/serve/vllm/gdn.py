@@ -1,0 +1,61 @@
+"""`G`: vLLM's own Gated DeltaNet layer, with the project's torch kernels where vLLM's do not run."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
+
+from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
+from megatron_hylo.serve.vllm.config import uses_reference
+from megatron_hylo.serve.vllm.recurrence import StateBackend, fp32_rows, run_reference
+
+
+class HyloGatedDeltaNet(QwenGatedDeltaNetAttention):
+    """Gated DeltaNet in Qwen3.5's layout of weights; states are [heads, value channels, key channels]."""
+
+    def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
+        c = config.architecture()
+        sizes = SimpleNamespace(
+            hidden_size=config.hidden_size, hidden_act="silu", rms_norm_eps=c.layernorm_epsilon,
+            linear_num_key_heads=c.linear_num_heads, linear_num_value_heads=c.linear_num_heads,
+            linear_key_head_dim=c.linear_key_head_dim, linear_value_head_dim=c.linear_value_head_dim,
+            linear_conv_kernel_dim=c.linear_conv_kernel_dim,
+        )  # fmt: skip
+        super().__init__(sizes, vllm_config, prefix)
+        self.dt_bias = fp32_rows(self.dt_bias)
+        self.reference = uses_reference(vllm_config)
+        if self.reference:
+            self._forward_method = self.forward_reference
+
+    def get_attn_backend(self) -> Any:
+        """Backend whose metadata the kernels read."""
+        return StateBackend if self.reference else super().get_attn_backend()
+
+    def step(self, x: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Run the recurrence on convolved q, k, v [1, tokens, channels]."""
+        sections = [self.key_dim // self.tp_size, self.key_dim // self.tp_size, self.value_dim // self.tp_size]
+        widths = (self.head_k_dim, self.head_k_dim, self.head_v_dim)
+        q, k, v = (part.unflatten(-1, (-1, width)) for part, width in zip(x.split(sections, dim=-1), widths))
+        state = None if state is None else state.transpose(-1, -2).float()
+        y, state = self.recurrence(q, k, v, decay, beta, state)
+        assert state is not None, "asked for"
+        return y, state.transpose(-1, -2)
+
+    def recurrence(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None) -> Any:
+        """Outputs and the state [1, heads, key channels, value channels] after them."""
+        return gated_delta_rule(q, k, v, decay, beta, state, output_final_state=True)
+
+    def decay_and_strength(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decays and writing strengths of tokens [tokens, hidden]: [tokens, heads] each."""
+        b, a = self.in_proj_ba(x)[0].chunk(2, dim=-1)
+        return -self.A_log.exp() * F.softplus(a.float() + self.dt_bias), b.sigmoid()
+
+    def forward_reference(self, hidden_states: Tensor) -> Tensor:
+        """Apply the layer to [tokens, hidden] by torch kernels."""
+        qkvz = self.in_proj_qkvz(hidden_states)[0]
+        values = self.value_dim // self.tp_size
+        qkv, z = qkvz.split([qkvz.shape[-1] - values, values], dim=-1)
+        out = run_reference(self, qkv, self.decay_and_strength(hidden_states), self.conv1d.weight.squeeze(1), None, self.step)
+        return self._output_projection(out, z.reshape(out.shape))

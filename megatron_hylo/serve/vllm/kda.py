@@ -1,0 +1,93 @@
+"""`K`: KDA, Gated DeltaNet with a decay for each key channel, by vLLM's kernels of Kimi Linear or the project's."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
+from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+
+from megatron_hylo.config.errors import ConfigError
+from megatron_hylo.kernels.kda import kda
+from megatron_hylo.serve.vllm.config import REFERENCE
+from megatron_hylo.serve.vllm.gdn import HyloGatedDeltaNet
+from megatron_hylo.serve.vllm.recurrence import fp32_rows
+
+
+class HyloKimiDeltaAttention(HyloGatedDeltaNet):
+    """Gated DeltaNet's layer and states with another decay; gate and norm are Gated DeltaNet's, not Kimi Linear's."""
+
+    def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
+        super().__init__(config, vllm_config, prefix)
+        rank = config.architecture().kda_decay_rank
+        del self.in_proj_ba
+        self.b_proj = ColumnParallelLinear(config.hidden_size, self.num_v_heads, bias=False, prefix=f"{prefix}.b_proj")
+        self.f_a_proj = ReplicatedLinear(config.hidden_size, rank, bias=False, prefix=f"{prefix}.f_a_proj")
+        self.f_b_proj = ColumnParallelLinear(rank, self.key_dim, bias=False, prefix=f"{prefix}.f_b_proj")
+        self.dt_bias = fp32_rows(self.dt_bias, self.key_dim // self.tp_size)
+        if not self.reference:
+            self._forward_method = self.forward_fast
+            if self.head_v_dim % self.head_k_dim:
+                raise ConfigError(
+                    f"vLLM's KDA kernel needs linear_value_head_dim, here {self.head_v_dim}, to be a multiple of "
+                    f"linear_key_head_dim, here {self.head_k_dim}; additional_config {{'{REFERENCE}': 'reference'}} needs not"
+                )
+
+    def recurrence(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None) -> Any:
+        """Outputs and the state [1, heads, key channels, value channels] after them."""
+        return kda(q, k, v, decay, beta, state, output_final_state=True)
+
+    def decay_and_strength(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decays [tokens, heads, key channels] and writing strengths [tokens, heads] of tokens [tokens, hidden]."""
+        step = F.softplus(self.f_b_proj(self.f_a_proj(x)[0])[0].float() + self.dt_bias)
+        return -self.A_log.exp()[:, None] * step.unflatten(-1, (-1, self.head_k_dim)), self.b_proj(x)[0].float().sigmoid()
+
+    def forward_fast(self, hidden_states: Tensor) -> Tensor:
+        """Apply the layer to [tokens, hidden] by vLLM's Triton kernels."""
+        from vllm.third_party.flash_linear_attention.ops.kda import chunk_kda, fused_recurrent_kda
+
+        values = self.value_dim // self.tp_size
+        qkvz = self.in_proj_qkvz(hidden_states)[0]
+        qkv, z = qkvz.split([qkvz.shape[-1] - values, values], dim=-1)
+        z = z.unflatten(-1, (-1, self.head_v_dim))
+        out = torch.zeros_like(z)
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:
+            return self._output_projection(out, z)
+        m = metadata[self.prefix]
+        n, slots, starts = m.num_actual_tokens, m.non_spec_state_indices_tensor, m.non_spec_query_start_loc
+        decay, beta = (part[None, :n] for part in self.decay_and_strength(hidden_states))
+        conv_states, states = self.kv_cache[:2]
+        conv_states = conv_states if is_conv_state_dim_first() else conv_states.transpose(-1, -2)
+        weight = self.conv1d.weight.squeeze(1)
+        if m.num_prefills:
+            x = causal_conv1d_fn(
+                qkv[:n].transpose(0, 1), weight, None, activation="silu", conv_states=conv_states, cache_indices=slots,
+                has_initial_state=m.has_initial_state, query_start_loc=starts, metadata=m,
+            ).transpose(0, 1)  # fmt: skip
+        else:
+            x = causal_conv1d_update(qkv[:n], conv_states, weight, None, activation="silu", conv_state_indices=slots[:n])
+        sections = [(qkv.shape[-1] - values) // 2] * 2 + [values]
+        widths = (self.head_k_dim, self.head_k_dim, self.head_v_dim)
+        q, k, v = (p.unflatten(-1, (-1, w))[None].contiguous() for p, w in zip(x.split(sections, dim=-1), widths))
+        if m.num_prefills:
+            before = states[slots] * m.has_initial_state.view(-1, 1, 1, 1)
+            y, after = chunk_kda(
+                q=q, k=k, v=v, g=decay, beta=beta, initial_state=before.contiguous(), output_final_state=True,
+                use_qk_l2norm_in_kernel=True, cu_seqlens=starts,
+            )  # fmt: skip
+            states[slots] = after.to(states.dtype)
+        else:
+            # the kernel wants values as wide as keys: a head of wider ones is as many heads that share its key
+            parts = self.head_v_dim // self.head_k_dim
+            q, k, g, beta = (part.repeat_interleave(parts, 2) for part in (q, k, decay, beta))
+            y, _ = fused_recurrent_kda(
+                q=q, k=k, v=v.view(k.shape), g=g, beta=beta, initial_state=states, use_qk_l2norm_in_kernel=True,
+                cu_seqlens=starts[: m.num_decodes + 1], ssm_state_indices=slots,
+            )  # fmt: skip
+            y = y.reshape(v.shape)
+        out[:n] = y[0]
+        return self._output_projection(out, z)

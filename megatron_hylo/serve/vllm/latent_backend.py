@@ -1,0 +1,108 @@
+"""Pages of latents for vLLM: what a page holds, and where the tokens of a step's requests are."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+CACHED_TOKENS = 131_072  # whose keys and values are made anew at a time while prompts are read; one request may have more
+
+
+@dataclass
+class Prefill:
+    """Some of the requests that read several tokens: queries that lie side by side, and all tokens that they see."""
+
+    tokens: slice  # of the batch
+    queries: list[int]  # tokens a request
+    keys: list[int]  # tokens a request, cached ones included
+    query_starts: Tensor  # int32 [requests + 1]
+    key_starts: Tensor
+    blocks: Tensor  # int64 [all keys], pages
+    places: Tensor  # in them
+
+
+@dataclass
+class LatentMetadata:
+    """Requests of one step: first those with one token each, then the others."""
+
+    slots: Tensor  # int64 [tokens], page * tokens a page + place; padding writes to page 0, which vLLM leaves empty
+    decodes: int
+    block_table: Tensor  # int32 [decodes, pages]
+    lengths: Tensor  # int32 [decodes], with the new token
+    prefills: list[Prefill]
+
+
+class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
+    """Makes LatentMetadata once a step; a step of decodes alone needs nothing from the device and can be captured."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    reorder_batch_threshold: int = 1
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
+        """Divide the requests, and find the pages of all tokens that prefills see."""
+        m = common_attn_metadata
+        decodes = split_decodes_and_prefills(m, decode_threshold=1)[0]
+        starts = m.query_start_loc_cpu.tolist()
+        lengths = m.seq_lens[decodes:].tolist() if decodes < m.num_reqs else []
+        prefills, first = [], decodes
+        while first < m.num_reqs:
+            last = first + 1
+            while last < m.num_reqs and sum(lengths[first - decodes : last + 1 - decodes]) <= CACHED_TOKENS:
+                last += 1
+            keys = lengths[first - decodes : last - decodes]
+            prefills.append(self._prefill(starts[first : last + 1], keys, m.block_table_tensor[first:last]))
+            first = last
+        slots = m.slot_mapping[: m.num_actual_tokens].long().clamp(min=0)
+        return LatentMetadata(slots, decodes, m.block_table_tensor[:decodes], m.seq_lens[:decodes], prefills)
+
+    def _prefill(self, starts: list[int], keys: list[int], block_table: Tensor) -> Prefill:
+        size, device = self.kv_cache_spec.block_size, block_table.device
+        queries = [end - begin for begin, end in zip(starts, starts[1:])]
+        positions = torch.cat([torch.arange(length) for length in keys]).to(device)
+        requests = torch.repeat_interleave(torch.arange(len(keys)), torch.tensor(keys)).to(device)
+
+        def sums(counts: list[int]) -> Tensor:
+            return torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
+
+        blocks = block_table[requests, positions // size].long()
+        return Prefill(slice(starts[0], starts[-1]), queries, keys, sums(queries), sums(keys), blocks, positions % size)
+
+
+class LatentBackend(AttentionBackend):
+    """Pages of one head whose K and V side by side are a token's row of latents, so half of it is the head's size."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        """A name outside vLLM's own."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_builder_cls() -> type[LatentBuilder]:
+        """Class of the builder."""
+        return LatentBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(*_: Any) -> list[int | MultipleOf]:
+        """Any multiple of 16 tokens."""
+        return [MultipleOf(16)]
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+    ) -> tuple[int, ...]:
+        """[blocks, 1, tokens a block, row]; blocks may be padded."""
+        return num_blocks, num_kv_heads, block_size, 2 * head_size

@@ -1,0 +1,105 @@
+"""Recurrences of linear layers by this project's torch kernels, request by request: on CPUs, in fp32, and as a reference."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
+from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
+
+from megatron_hylo.kernels.causal_conv1d import causal_conv1d
+
+# convolved inputs [1, tokens, channels], other inputs, a state or None -> outputs [1, tokens, heads, channels], the state after
+Step = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class StateMetadata:
+    """Where each request's tokens and its state are."""
+
+    starts: list[int]  # of each request's tokens in the batch, and the end
+    slots: list[int]  # block of each request's states
+    continued: list[bool]  # whether its state holds earlier tokens
+
+
+class StateBuilder(AttentionMetadataBuilder[StateMetadata]):
+    """Makes StateMetadata once a step."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StateMetadata:
+        """Read the blocks of states for the cache mode that is set."""
+        m = common_attn_metadata
+        mode = self.vllm_config.cache_config.mamba_cache_mode
+        table = mamba_get_block_table_tensor(m.block_table_tensor, m.seq_lens, self.kv_cache_spec, mode)
+        starts = m.query_start_loc_cpu.tolist()
+        continued = [length > end - begin for length, begin, end in zip(m.seq_lens.tolist(), starts, starts[1:])]
+        return StateMetadata(starts, table[:, 0].tolist(), continued)
+
+
+class StateBackend(AttentionBackend):
+    """Backend of linear layers, as far as vLLM asks."""
+
+    @staticmethod
+    def get_name() -> str:
+        """A name outside vLLM's own."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_builder_cls() -> type[StateBuilder]:
+        """Class of the builder."""
+        return StateBuilder
+
+    @classmethod
+    def is_ssm(cls) -> bool:
+        """Whether pages hold states of fixed size."""
+        return True
+
+
+def run_reference(layer: Any, x: Tensor, others: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None, step: Step) -> Tensor:
+    """Convolve and run a recurrence over all requests of the batch, from their states and into them.
+
+    Args:
+        layer: has `prefix` and `kv_cache`, (convolution's inputs, recurrent states), one row a block.
+        x: [tokens, channels], before the convolution.
+        others: [tokens, ...] each, inputs of the step that are not convolved.
+        weight, bias: of the convolution, [channels, taps] and [channels].
+        step: the recurrence.
+
+    Returns:
+        [tokens, heads, channels]; zeros where vLLM only profiles, and for padding.
+    """
+    metadata = get_forward_context().attn_metadata
+    m = StateMetadata([0, len(x)], [], [False]) if metadata is None else metadata[layer.prefix]
+    out = None
+    for i, (begin, end) in enumerate(zip(m.starts, m.starts[1:])):
+        here, conv, state = slice(begin, end), None, None
+        if begin == end:
+            continue
+        if m.continued[i]:
+            conv, state = (part[m.slots[i]][None].clone() for part in layer.kv_cache[:2])
+            conv = conv if is_conv_state_dim_first() else conv.transpose(1, 2)
+        y, conv = causal_conv1d(x[None, here], weight, bias, "silu", conv, output_final_state=True)
+        y, state = step(y, *(part[None, here] for part in others), state)
+        out = y.new_zeros(len(x), *y.shape[2:]) if out is None else out
+        out[here] = y[0]
+        if metadata is not None:
+            conv = conv if is_conv_state_dim_first() else conv.transpose(1, 2)
+            for kept, new in zip(layer.kv_cache, (conv, state)):
+                kept[m.slots[i]] = new[0].to(kept.dtype)
+    assert out is not None, "a batch has tokens"
+    return out
+
+
+def fp32_rows(like: Tensor, rows: int | None = None) -> torch.nn.Parameter:
+    """Make a parameter [rows or as many as `like` has] that stays in fp32, as the exported tensor; each rank loads its part."""
+    values = torch.empty(len(like) if rows is None else rows, dtype=torch.float32, device=like.device)
+    parameter = torch.nn.Parameter(values, requires_grad=False)
+    parameter.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
+    return parameter

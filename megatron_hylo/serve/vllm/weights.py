@@ -1,0 +1,137 @@
+"""Exported tensors and the parameters of the served model that they are loaded into: a table, checked from both sides."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hylo.config.errors import ConfigError
+from megatron_hylo.config.mixers import complete
+
+Table = dict[str, tuple[str, ...]]  # parameter -> the exported tensors whose rows it holds, one after the other
+
+
+def _same(mixer: str, *names: str) -> Table:
+    return {f"{mixer}.{name}": (f"{mixer}.{name}",) for name in names}
+
+
+def _delta_rule(*decay: str) -> Table:
+    joined = {"in_proj_qkvz": "qkvg", "conv1d": "qkv"}
+    table = {
+        "linear_attn.in_proj_qkvz.weight": tuple(f"linear_attn.{part}_proj.weight" for part in joined["in_proj_qkvz"]),
+        "linear_attn.conv1d.weight": tuple(f"linear_attn.{part}_conv1d.weight" for part in joined["conv1d"]),
+        "linear_attn.norm.weight": ("linear_attn.o_norm.weight",),
+        "linear_attn.out_proj.weight": ("linear_attn.o_proj.weight",),
+    }
+    return table | _same("linear_attn", "A_log", "dt_bias", *decay)
+
+
+BIASED = ("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # of MLA, with mla_bias
+MLP: Table = {"mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight")} | _same("mlp", "down_proj.weight")
+MIXERS: dict[str, Table] = {
+    "*": {"self_attn.qkv_proj.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv")}
+    | _same("self_attn", "o_proj.weight"),
+    "+": _same("self_attn", "q_a_proj.weight", "o_proj.weight", *(f"{name}.weight" for name in BIASED)),
+    "M": _same("mamba", "in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "D", "norm.weight", "out_proj.weight")
+    | {"mamba.A": ("mamba.A_log",)},
+    "G": _delta_rule() | {"linear_attn.in_proj_ba.weight": ("linear_attn.b_proj.weight", "linear_attn.a_proj.weight")},
+    "K": _delta_rule("b_proj.weight", "f_a_proj.weight", "f_b_proj.weight"),
+}
+complete(MIXERS, "serve/vllm/weights.py: MIXERS")
+
+
+def _mixer_table(symbol: str, c: Any) -> Table:
+    table = dict(MIXERS[symbol])
+    if symbol == "*" and c.add_qkv_bias:
+        table["self_attn.qkv_proj.bias"] = tuple(f"self_attn.{part}_proj.bias" for part in "qkv")
+    if symbol == "+" and c.mla_bias:
+        table |= _same("self_attn", *(f"{name}.bias" for name in BIASED))
+    if symbol in "*+" and c.qk_layernorm:
+        table |= _same("self_attn", "q_norm.weight", "k_norm.weight")
+    if symbol == "+" and c.mla_whole_head_norm:
+        table |= _same("self_attn", "k_norm.rotary_mix")
+    return table
+
+
+def tensor_table(config: Any) -> Table:
+    """List every parameter of the served model with the exported tensors it is made of.
+
+    Args:
+        config: HyloConfig.
+    """
+    c = config.architecture()
+    table = {name: (name,) for name in ("model.embed_tokens.weight", "model.norm.weight")}
+    if not config.tie_word_embeddings:
+        table["lm_head.weight"] = ("lm_head.weight",)
+    norms = {name: (name,) for name in ("input_layernorm.weight", "post_attention_layernorm.weight")}
+    for i, symbol in enumerate(config.mixers):
+        for name, sources in (norms | MLP | _mixer_table(symbol, c)).items():
+            table[f"model.layers.{i}.{name}"] = tuple(f"model.layers.{i}.{source}" for source in sources)
+    return table
+
+
+def repeat_mamba_groups(tensor: Tensor, name: str, c: Any) -> Tensor:
+    """Repeat rows of x and B, which have the base model's KV heads, for all heads that share them, as vLLM's Mamba2 wants them.
+
+    Args:
+        tensor: exported in_proj.weight [z | x | B | C | dt, hidden], conv1d.weight or conv1d.bias [x | B | C, ...].
+        name: parameter, of which in_proj has z before and dt after.
+        c: sizes, as of HyloConfig.architecture().
+
+    Returns:
+        The rows of x as many as of z, those of B as many as of C.
+    """
+    heads, groups, width, state = c.mamba_num_heads, c.num_query_groups, c.mamba_head_dim, c.mamba_state_dim
+    before, after = (heads * width, heads) if "in_proj" in name else (0, 0)
+    z, x, b, rest = tensor.split([before, groups * width, groups * state, heads * state + after])
+    x, b = (part.unflatten(0, (groups, -1)).repeat_interleave(heads // groups, 0).flatten(0, 1) for part in (x, b))
+    return torch.cat([z, x, b, rest])
+
+
+def load_tensors(
+    config: Any, parameters: dict[str, Any], weights: Iterable[tuple[str, Tensor]], default: Callable[[Any, Tensor], None]
+) -> set[str]:
+    """Load exported tensors into parameters as they come, and check that all were there and none is left.
+
+    Args:
+        config: HyloConfig.
+        parameters: the served model's, by name; their own `weight_loader` takes this rank's part.
+        weights: exported tensors by name, in any order.
+        default: loads a parameter that has no loader of its own.
+
+    Returns:
+        Names of the parameters, all loaded.
+
+    Raises:
+        ConfigError: a tensor missing or unknown, or a parameter that no tensor is for.
+    """
+    c, table = config.architecture(), tensor_table(config)
+    if wrong := set(table) ^ set(parameters):
+        raise ConfigError(f"the served model and its table of tensors differ in {sorted(wrong)[:3]}, {len(wrong)} in all")
+    target = {source: name for name, sources in table.items() for source in sources}
+    waiting: dict[str, dict[str, Tensor]] = {}
+    loaded: set[str] = set()
+    seen: set[str] = set()
+    for source, tensor in weights:
+        if source == "lm_head.weight" and config.tie_word_embeddings:
+            continue  # the embedding's
+        if source not in target or source in seen:
+            raise ConfigError(f"the folder holds a tensor {source}, which is {'there twice' if source in seen else 'unknown'}")
+        seen.add(source)
+        name = target[source]
+        parts = waiting.setdefault(name, {})
+        parts[source] = tensor
+        if len(parts) < len(table[name]):
+            continue
+        del waiting[name]
+        value = torch.cat([parts[part] for part in table[name]]) if len(parts) > 1 else tensor
+        if ".mamba." in name and name.split(".mamba.")[1] in ("in_proj.weight", "conv1d.weight", "conv1d.bias"):
+            value = repeat_mamba_groups(value, name, c)
+        getattr(parameters[name], "weight_loader", default)(parameters[name], value)
+        loaded.add(name)
+    if missing := sorted(set(target) - seen):
+        raise ConfigError(
+            f"the folder lacks {len(missing)} of {len(target)} tensors, the first is {missing[0]}; export the model again"
+        )
+    return loaded

@@ -1,0 +1,49 @@
+"""vLLM in this process, one engine after another, and the comparison of its tokens with transformers'."""
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}  # fmt: skip
+os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
+
+
+@contextlib.contextmanager
+def engine(folder: Path, **settings: Any) -> Iterator[Any]:
+    """Start an engine on a folder in fp32, and free it."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults = {"skip_tokenizer_init": True, "max_model_len": 256, "dtype": "float32", "max_num_seqs": 8}
+    llm = LLM(model=str(folder), **(defaults | settings))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def complete(llm: Any, prompts: list[list[int]], new: int) -> list[Any]:
+    """Complete prompts of token ids greedily, all at once; vLLM's outputs."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
+
+
+def tokens(outputs: list[Any]) -> list[list[int]]:
+    """Completions as lists of token ids."""
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def preemptions(llm: Any) -> int:
+    """Number of requests that were put back to wait; the engine was started with disable_log_stats=False."""
+    return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")

@@ -1,0 +1,98 @@
+"""Greedy tokens of vLLM equal transformers', for every mixer and variant, however requests are batched, cut and cached."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.serve.vllm.models import MODELS, greedy_tokens, make_model
+
+pytest.importorskip("vllm", reason="needs vLLM: make serve-test")
+from tests.serve.vllm.engine import complete, engine, preemptions, tokens
+
+pytestmark = pytest.mark.vllm
+NEW = 16
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 250, (length,), generator=generator).tolist() for length in (3, 17, 40, 65, 130)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, prompts):
+    """Makes a model once: its folder and transformers' tokens."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = make_model(name, tmp_path_factory.mktemp(name))
+            expected, gaps = greedy_tokens(folder, prompts, NEW)
+            assert min(gaps) > 1e-4, "a tie decides nothing"
+            made[name] = folder, expected
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_equal_transformers(name, model, prompts):
+    """Batched with mixed lengths, then one by one, the longest of which finds its prefix cached."""
+    folder, expected = model(name)
+    with engine(folder) as llm:
+        assert tokens(complete(llm, prompts, NEW)) == expected
+        alone = [complete(llm, [prompt], NEW)[0] for prompt in prompts]
+    assert tokens(alone) == expected
+    if not llm_without_prefixes(name):
+        assert alone[-1].num_cached_tokens >= 64
+
+
+def llm_without_prefixes(name: str) -> bool:
+    """Whether prefixes are not cached: several kinds of linear layers before vLLM 0.30."""
+    import vllm
+
+    kinds = set(MODELS[name]["hybrid_layer_pattern"]) & set("GMK")
+    return len(kinds) > 1 and tuple(map(int, vllm.__version__.split(".")[:2])) < (0, 30)
+
+
+@pytest.mark.parametrize("name", ["mla_gdn", "mla_mamba2", "mla_kda", "aligned_bias_gdn"])
+def test_prompts_cut_into_pieces_and_requests_that_wait(name, model, prompts):
+    folder, expected = model(name)
+    with engine(folder, max_num_batched_tokens=32, max_num_seqs=2, enable_prefix_caching=False) as llm:
+        assert tokens(complete(llm, prompts, NEW)) == expected
+
+
+def test_preempted_requests_continue_with_the_same_tokens(model, prompts):
+    folder, expected = model("mla_gdn")
+    blocks = int(os.environ.get("HYLO_TEST_BLOCKS", "14"))
+    with engine(folder, num_gpu_blocks_override=blocks, disable_log_stats=False, enable_prefix_caching=False) as llm:
+        assert tokens(complete(llm, prompts, NEW)) == expected
+        assert preemptions(llm) > 0
+
+
+def test_two_tensor_parallel_ranks(model, prompts, tmp_path):
+    """With q/k-norm, whose heads' scales lie in pages that both ranks have."""
+    folder, expected = model("aligned_bias_gdn")
+    code = (
+        "from tests.serve.vllm.engine import *\n"
+        "if __name__ == '__main__':\n"
+        f"    with engine({str(folder)!r}, tensor_parallel_size=2) as llm:\n"
+        f"        print(tokens(complete(llm, {prompts}, {NEW})) == {expected})\n"
+    )
+    script = tmp_path / "two.py"
+    script.write_text(code)
+    root = str(Path(__file__).parents[3])
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "PYTHONPATH": root}
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=os.environ | settings)
+    assert run.returncode == 0 and run.stdout.strip().endswith("True"), run.stdout[-2000:] + run.stderr[-4000:]
+
+
+def test_a_tensor_parallel_size_that_divides_no_heads_is_refused(model):
+    folder, _ = model("gdn_wide_heads")
+    with pytest.raises(Exception, match="tensor_parallel_size 2 does not divide linear_num_heads 1"):
+        with engine(folder, tensor_parallel_size=2):
+            pass
