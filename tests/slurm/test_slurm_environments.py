@@ -21,7 +21,7 @@ FAKES = {
             "show hostnames")
                 [[ "$3" == node* ]] || { echo "Invalid hostlist: $3" >&2; exit 1; }
                 seq -f "node%.0f" 1 ${HOSTS:-50000} ;;
-            "show job") printf 'JobId=%s\\n Command=%s --x /b/c.sh\\n WorkDir=/w\\n Partition=gpu\\n' "$3" "${COMMAND:-(null)}" ;;
+            "show job") printf 'JobId=%s\\n Command=%s --x /b/c.sh\\n  Partition=gpu\\n' "$3" "${COMMAND:-(null)}" ;;
             "show node") printf 'NodeName=%s\\n   NodeAddr=%s State=%s\\n' "$3" "$3" "${STATE:-IDLE}" ;;
             *) printf '%s\\0' "$@" >"$RECORD/scontrol"; exit "${REQUEUE_EXIT:-0}" ;;
         esac""",

@@ -78,7 +78,7 @@ def cancelled_and_submitted_again(lab: Lab, job: Job) -> str:
     lab.cluster.wait_for_end(job.id, 60)
     words = [f"--{key}={value}" for key, value in OVERRIDES.items()]
     job.id = lab.sbatch(
-        ["--parsable", f"--nodes={job.nodes}", "--gpus-per-node=1", "--time=10", f"--output={job.run}.out",
+        ["--parsable", f"--nodes={job.nodes}", "--gpus-per-node=1", "--time=60", f"--output={job.run}.out",
          str(ROOT / "slurm" / "stage2_ctx8k.sh"), *words], {"OUTPUT": str(job.run)},
     )  # fmt: skip
     return ""
@@ -214,7 +214,7 @@ def _remote(lab: Lab, name: str) -> Outcome:
     begun = time.monotonic()
     job = Job("", lab.root / "runs" / "remote", 1)
     words = [f"--{key}={value}" for key, value in OVERRIDES.items()]
-    group = ["--nodes=1", "--gpus-per-node=1", "--time=10", f"--output={job.run}.out"]
+    group = ["--nodes=1", "--gpus-per-node=1", "--time=60", f"--output={job.run}.out"]
     job.id = lab.sbatch(
         ["--parsable", *group, ":", *group, str(ROOT / "slurm" / "remote_teacher.sh"), *words],
         {"OUTPUT": str(job.run), "TEACHER_OPTIONS": "--timeout_minutes 5", "HYLO_REPOSITORY": str(ROOT)},
@@ -234,7 +234,7 @@ def _chain(lab: Lab, name: str) -> Outcome:
     stage2, stage1 = lab.root / "runs" / "chain2", lab.root / "runs" / "chain1"
     lab.cluster.environment |= {
         "HYLO_ROOT": str(lab.root), "OUTPUT_1": str(stage1), "OUTPUT_2": str(stage2), "SBATCH_GPUS_PER_NODE": "1",
-        "RECIPE": "", "MODEL": "", "SBATCH_OUTPUT": f"{lab.root}/runs/chain-%j.out", "SBATCH_TIMELIMIT": "10",
+        "RECIPE": "", "MODEL": "", "SBATCH_OUTPUT": f"{lab.root}/runs/chain-%j.out", "SBATCH_TIMELIMIT": "60",
     }  # fmt: skip
     for number, recipe in ((1, "stage1_ild"), (2, "stage2_ctx8k")):
         lab.cluster.environment[f"RECIPE_{number}"] = str(_own_recipe(lab, recipe))

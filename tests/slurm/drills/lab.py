@@ -105,7 +105,7 @@ class Lab:
         self.submitted += 1
         run = self.root / "runs" / f"{self.submitted:02d}-{re.sub(r'[^a-z0-9]+', '-', drill.name.lower())[:40]}"
         words = [f"--{key}={value}" for key, value in (OVERRIDES | drill.arguments).items()]
-        shared = ["--parsable", f"--nodes={drill.nodes}", "--gpus-per-node=1", "--time=10", f"--output={run}.out"]
+        shared = ["--parsable", f"--nodes={drill.nodes}", "--gpus-per-node=1", "--time=60", f"--output={run}.out"]
         job = self.sbatch(
             [*shared, *drill.options, *options, str(ROOT / "slurm" / f"{stage}.sh"), *words],
             {"OUTPUT": str(run)} | drill.environment,
