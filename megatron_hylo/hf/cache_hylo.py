@@ -250,25 +250,24 @@ class HyloCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace sequence i by a copy of sequence beam_idx[i] (beam search)."""
-        same = len(beam_idx) == self.batch_size and self.max_cache_len is not None
-        for held, count in ((self.rows, self.length), (self.states, None)):
-            for layer, tensors in held.items():
-                tensors = tuple(_bytes_of_8_bits(t) for t in tensors)
-                chosen = tuple(t[:, :count].index_select(0, beam_idx.to(t.device)) for t in tensors)
-                types = [t.dtype for t in held[layer]]
-                if same:  # in place
-                    for old, new in zip(tensors, chosen):
-                        old[:, :count] = new
-                elif count is not None and self.max_cache_len is not None:
-                    wider = tuple(new.new_empty(len(new), *old.shape[1:]) for old, new in zip(tensors, chosen))
-                    for old, new in zip(wider, chosen):
-                        old[:, :count] = new
-                    held[layer] = tuple(t.view(dtype) for t, dtype in zip(wider, types))
-                else:
-                    held[layer] = tuple(t.view(dtype) for t, dtype in zip(chosen, types))
+        fixed = self.max_cache_len is not None
+        same = fixed and len(beam_idx) == self.batch_size
+        stores: list[tuple[dict[int, Any], int | None]] = [(self.rows, self.length), (self.states, None)]
+        for store, count in stores:
+            for layer, tensors in store.items():
+                old = [_bytes_of_8_bits(t) for t in tensors]
+                new = [t[:, :count].index_select(0, beam_idx.to(t.device)) for t in old]
+                if fixed and count is not None and not same:  # rows for another number of sequences
+                    old = [t.new_empty(len(beam_idx), *t.shape[1:]) for t in old]
+                if same or (fixed and count is not None):
+                    for place, chosen in zip(old, new):
+                        place[:, :count] = chosen
+                    new = old
+                if not same:
+                    store[layer] = tuple(chosen.view(t.dtype) for t, chosen in zip(tensors, new))
         for name in ("last_position", "positions", "padding"):
-            if (held := getattr(self, name)) is not None and len(held) > 1:
-                setattr(self, name, held.index_select(0, beam_idx.to(held.device)))
+            if (kept := getattr(self, name)) is not None and len(kept) > 1:
+                setattr(self, name, kept.index_select(0, beam_idx.to(kept.device)))
         self.recent, self.graph = {}, self.graph if same else None
         self.batch_size = len(beam_idx)
 

@@ -54,7 +54,8 @@ def project(x: Tensor, groups: Sequence[Sequence[nn.Module]]) -> list[Tensor]:
     """
     modules = [module for group in groups for module in group]
     if x.shape[1] == 1 and (plain := plain_weights(modules)) and (weight := side_by_side(plain)) is not None:
-        return list(F.linear(x, weight).split([sum(m.weight.shape[0] for m in group) for group in groups], -1))  # type: ignore[index, union-attr]
+        widths = [sum(len(module.get_parameter("weight")) for module in group) for group in groups]
+        return list(F.linear(x, weight).split(widths, -1))
     return [torch.cat([m(x) for m in group], -1) if len(group) > 1 else group[0](x) for group in groups]
 
 

@@ -72,7 +72,8 @@ def sequence_inputs(
     everything = positions if before is None else _side_by_side(before, positions)
     if cache is not None:
         if own or cache.positions is not None:
-            cache.positions = everything if before is not None or not cached else _side_by_side(cache.positions, positions)
+            known = cache.positions if before is None else before
+            cache.positions = positions if known is None or not cached else _side_by_side(known, positions)
         cache.padding, cache.batch_size, cache.length = real, batch, cached + new
         cache.last_position = (positions if real is None else torch.where(real[:, cached:], positions, last)).amax(
             1, keepdim=True

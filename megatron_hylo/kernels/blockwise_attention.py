@@ -30,7 +30,8 @@ def blockwise_attention(
         [b, t, hq, dv] in query's dtype.
     """
     q = query.transpose(1, 2)
-    out, log_sum = attend_block(q, *(x.transpose(1, 2) for x in own), scale, causal=query.shape[1] > 1)
+    key, value = own
+    out, log_sum = attend_block(q, key.transpose(1, 2), value.transpose(1, 2), scale, causal=query.shape[1] > 1)
     for key, value in blocks:
         added, log_added = attend_block(q, key.transpose(1, 2), value.transpose(1, 2), scale, causal=False)
         total = torch.logaddexp(log_sum, log_added)

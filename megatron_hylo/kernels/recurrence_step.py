@@ -32,7 +32,7 @@ def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, st
     """
     op = "kda" if g.dim() == 4 else "gated_delta_rule"
     if select(op, "fla", library_unsupported("fla", FLA_MODULE, v, "pip install flash-linear-attention")) == "fla":
-        return _fla(*(x.contiguous() for x in (q, k, v, g, beta)), state)
+        return _fla(q.contiguous(), k.contiguous(), v.contiguous(), g.contiguous(), beta.contiguous(), state)
     wide = state.dtype
     queries, keys = normalised(q[:, 0].to(wide)) * q.shape[-1] ** -0.5, normalised(k[:, 0].to(wide))
     decay = g[:, 0].to(wide).exp()
