@@ -75,8 +75,9 @@ def main(
         rows.append(dict(latents=latents, bytes_per_token=cache.token_nbytes() / length, perplexity=math.exp(loss), kl=kl,
                          passkey=right, passkey_log_probability=log_probability))  # fmt: skip
         print(rows[-1], flush=True)
-    cells = [(r["latents"] or str(hybrid.dtype).removeprefix("torch."), f"{r['bytes_per_token']:,.0f}", f"{r['perplexity']:.3f}",
-              f"{r['kl']:.2e}", f"{r['passkey']:.2f}", f"{r['passkey_log_probability']:.3f}") for r in rows]  # fmt: skip
+    own_dtype = str(hybrid.dtype).removeprefix("torch.")
+    cells = [(r["latents"] or own_dtype, f"{r['bytes_per_token']:,.0f}", f"{r['perplexity']:.3f}", f"{r['kl']:.2e}",
+              f"{r['passkey']:.2f}", f"{r['passkey_log_probability']:.3f}") for r in rows]  # fmt: skip
     intro = [f"{windows} held-out windows of {length:,} tokens; {trials} passkeys."]
     report(results, "Latents in 8 bits", intro, COLUMNS, cells, f"{device_name()}, commit {commit or 'not given'}")
     print(json.dumps({"benchmark": "latents", "rows": rows}))

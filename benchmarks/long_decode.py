@@ -9,8 +9,8 @@ the dense model reads each length in one pass of transformers (SDPA), as its use
 captured CUDA graph, for the dense model by transformers' forward with its DynamicCache; the cache is as long as the row says
 and holds zeros, but in rows "prefilled", which follow the prefill. Bytes of a step: all weights but the embedding, the cache,
 states twice. Every row is appended to WORK as it comes; rows that are there are not measured again, so that a run can be cut
-and repeated, or its models and lengths be measured one after the other. Prints a table and, last, one JSON line; writes RESULTS.md
-and RESULTS.png.
+and repeated, or its models and lengths be measured one after the other. Prints a table and, last, one JSON line; writes
+RESULTS.md and RESULTS.png.
 """
 
 import json

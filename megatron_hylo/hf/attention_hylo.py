@@ -74,12 +74,19 @@ def rotate_last(x: Tensor, cos: Tensor, sin: Tensor, rotary: int) -> Tensor:
 fused_rotate_last, fused_apply_rope = on_request(rotate_last), on_request(apply_rope)
 
 
+def choose_tokens(stored: Tensor, rows: slice, tokens: slice | Tensor) -> Tensor:
+    """Return these rows' tokens of a cached tensor [batch, tokens, ...]; not every device has an index kernel for float8."""
+    if isinstance(tokens, slice) or stored.element_size() > 1:
+        return stored[rows][:, tokens]
+    return stored.view(torch.uint8)[rows][:, tokens].view(stored.dtype)
+
+
 def in_blocks(query: Tensor, total: int, inputs: SequenceInputs, makes_keys: bool) -> bool:
-    """Whether a piece of a prompt attends block by block: too many keys to make at once, or too large a mask."""
+    """Whether new tokens attend block by block: too many keys to make at once, or too large a mask."""
     b, t = query.shape[:2]
-    if inputs.attentions is not None or torch.is_grad_enabled() or t == 1:
+    if inputs.attentions is not None or inputs.length is not None or torch.is_grad_enabled():
         return False
-    masked = inputs.real is not None and b * t * total > MASK_ELEMENTS
+    masked = inputs.real is not None and t > 1 and b * t * total > MASK_ELEMENTS
     return masked or (makes_keys and t < total and b * total > KEYS_AT_ONCE)
 
 
@@ -233,7 +240,7 @@ class HyloLatentAttention(nn.Module):
                 stored = quantise_latents(compressed, self.rank, cache.latents)
             stored = cache.append(self.layer, *stored)
             blockwise = in_blocks(query, stored[0].shape[1], inputs, makes_keys=True)
-            if self._absorbs(t) and inputs.attentions is None and not blockwise:
+            if self._absorbs(t) and inputs.attentions is None and (t == 1 or not blockwise):
                 return self.o_proj(self._absorbed(query, stored, inputs))
         total = stored[0].shape[1]
         if self.norms:
@@ -245,7 +252,7 @@ class HyloLatentAttention(nn.Module):
             turns: Rope = (rope[0], rope[1])
             if self.norms:  # cached keys are rotated
                 turns = tuple((table[rows] if len(table) > 1 else table)[:, tokens] for table in rope)  # type: ignore[assignment]
-            return self._keys_and_values(tuple(part[rows][:, tokens] for part in stored), turns, x.dtype)
+            return self._keys_and_values(tuple(choose_tokens(part, rows, tokens) for part in stored), turns, x.dtype)
 
         if in_blocks(query, total, inputs, makes_keys=True):
             out = attend_in_blocks(query, total, inputs, self.qk**-0.5, make)

@@ -79,9 +79,7 @@ class HyloCache:
         """
         if self.row is not None:
             for held, added in zip(self.rows[layer], new):
-                if held.element_size() == 1:  # float8 has no such kernel on a CPU
-                    held, added = held.view(torch.uint8), added.view(torch.uint8)
-                held.index_copy_(1, self.row, added)
+                _bytes_of_8_bits(held).index_copy_(1, self.row, _bytes_of_8_bits(added))
             return self.rows[layer]
         total, count = self.length, new[0].shape[1]
         rows, before = self.rows.get(layer), total - count
@@ -255,18 +253,26 @@ class HyloCache:
         same = len(beam_idx) == self.batch_size and self.max_cache_len is not None
         for held, count in ((self.rows, self.length), (self.states, None)):
             for layer, tensors in held.items():
+                tensors = tuple(_bytes_of_8_bits(t) for t in tensors)
                 chosen = tuple(t[:, :count].index_select(0, beam_idx.to(t.device)) for t in tensors)
+                types = [t.dtype for t in held[layer]]
                 if same:  # in place
                     for old, new in zip(tensors, chosen):
                         old[:, :count] = new
                 elif count is not None and self.max_cache_len is not None:
-                    held[layer] = tuple(new.new_empty(len(new), *old.shape[1:]) for old, new in zip(tensors, chosen))
-                    for old, new in zip(held[layer], chosen):
+                    wider = tuple(new.new_empty(len(new), *old.shape[1:]) for old, new in zip(tensors, chosen))
+                    for old, new in zip(wider, chosen):
                         old[:, :count] = new
+                    held[layer] = tuple(t.view(dtype) for t, dtype in zip(wider, types))
                 else:
-                    held[layer] = chosen
+                    held[layer] = tuple(t.view(dtype) for t, dtype in zip(chosen, types))
         for name in ("last_position", "positions", "padding"):
             if (held := getattr(self, name)) is not None and len(held) > 1:
                 setattr(self, name, held.index_select(0, beam_idx.to(held.device)))
         self.recent, self.graph = {}, self.graph if same else None
         self.batch_size = len(beam_idx)
+
+
+def _bytes_of_8_bits(x: Tensor) -> Tensor:
+    """View a float8 tensor as bytes, for which every device has kernels; others stay."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from megatron_hylo.kernels.elementwise import compile_on_request
 
@@ -21,6 +22,7 @@ from .inputs_hylo import SequenceInputs
 if TYPE_CHECKING:
     from .modeling_hylo import HyloForCausalLM
 
+logger = logging.get_logger(__name__)
 COMPILED_STEPS = 512
 EXPANDED_ROWS = (
     32768  # of a cache whose keys are made anew in each step (MLA behind a q/k-norm): a graph makes those of all rows
@@ -48,6 +50,7 @@ class DecodeGraph:
         self.real: Tensor | None = None  # bool [batch, rows], where a prompt has padding
         self.logits: Tensor | None = None  # [batch, 1, vocabulary]
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.failure = ""  # why the pass could not be captured
         self.passes = 0
         self.expected = -1  # the cache's length after the last pass; another one: the cache was changed elsewhere
         self.capture_seconds = 0.0
@@ -71,7 +74,7 @@ class DecodeGraph:
         self.ids.copy_(ids)
         if self.graph is not None:
             self.graph.replay()
-        elif self.ids.is_cuda and self.passes:  # kernels are compiled by now
+        elif self.ids.is_cuda and self.passes and not self.failure:  # kernels are compiled by now
             self._capture()
         else:
             self._run()
@@ -124,10 +127,17 @@ class DecodeGraph:
         self.row += 1
 
     def _capture(self) -> None:
+        """Capture the pass, which runs nothing, and replay it; where that fails, run by single kernels from here on."""
         start = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._run()
+        except RuntimeError as error:
+            self.failure = str(error).partition("\n")[0]
+            logger.warning("the decode step could not be captured as a CUDA graph, it runs by single kernels: %s", self.failure)
             self._run()
+            return
         self.graph = graph
         self.capture_seconds = time.perf_counter() - start
         graph.replay()

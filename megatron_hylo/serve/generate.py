@@ -136,8 +136,12 @@ def generate_text(
         tokens_per_second=(len(new) - 1) / (last - first) if len(new) > 1 else 1 / (first - start),
         cache_bytes=total,
         kv_bytes_per_token=growing // result.past_key_values.get_seq_length(),
-        decoded_by="a CUDA graph" if getattr(cache, "graph", None) is not None else f"single kernels ({reason})",
+        decoded_by="a CUDA graph" if _captured(cache) else f"single kernels ({reason})",
     )
+
+
+def _captured(cache: HyloCache | None) -> bool:
+    return cache is not None and cache.graph is not None and cache.graph.graph is not None
 
 
 def _cache(model: Any, path: str | Path, tokens: int, new_tokens: int, latents: str | None) -> tuple[HyloCache | None, str]:
@@ -148,10 +152,8 @@ def _cache(model: Any, path: str | Path, tokens: int, new_tokens: int, latents: 
     """
     if not isinstance(model, HyloForCausalLM):
         if latents is not None:
-            raise ConfigError(
-                f"{path} is a model of transformers' own, which has no latents to keep in {latents}; leave it out"
-            )
-        return None, "a model of transformers' own"
+            raise ConfigError(f"{path} is a model of transformers, which has no latents to keep in {latents}; leave it out")
+        return None, "a model of transformers"
     if latents is not None and "+" not in model.config.mixers:
         raise ConfigError(f"{path} has no MLA layers, so no latents to keep in {latents}; leave it out")
     reason = "no GPU" if model.device.type != "cuda" else "few new tokens" if new_tokens < CAPTURED_TOKENS else None

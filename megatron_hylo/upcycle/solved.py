@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_hylo.calibrate.solve import LayerError
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.convert.mapping import layer_entries
-from megatron_hylo.io import read_json, staging_directory, write_json
+from megatron_hylo.io import barrier, read_json, staging_directory, write_json
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.upcycle.assemble import LAYER, Read
 
@@ -54,6 +54,7 @@ class SolvedLayers:
         if is_main():
             save_file(tensors, self._file(layer))
             write_json(self._error(layer), asdict(error))
+        barrier()  # before any rank reads it
         self.done.add(layer)
 
     def read(self, name: str) -> Tensor:

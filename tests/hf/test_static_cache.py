@@ -114,6 +114,15 @@ def test_8_bit_latents_change_logits_by_their_rounding(latents, bound, ids, monk
             logits.append(model(piece, past_key_values=cache).logits)
         results.append(torch.cat(logits, 1))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-9)
+    beams = dict(max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[0, :5] = 0
+    monkeypatch.setattr(attention_hylo, "MASK_ELEMENTS", 100)
+    texts = [
+        model.generate(ids[:, :30].clamp(min=1), attention_mask=mask, past_key_values=HyloCache(length, latents), **beams)
+        for length in (None, 40)
+    ]
+    assert torch.equal(*texts)
     error = float((results[0] - whole).norm() / whole.norm())
     assert 1e-4 < error < bound
 

@@ -150,7 +150,7 @@ def case_config(
         teacher=teacher and str(root / teacher),
         sequence_length=sequence_length, global_batch_size=batch, train_tokens=batch * sequence_length * 10,
         precision=precision, parallel=ParallelConfig(**groups), loss_chunk_tokens=7, **settings,
-        seed=1,  # its first windows are none in which a head's gradient of A_log nearly cancels
+        seed=2,  # documents begin in each of its first windows, also at a cut, and no gradient of A_log or D nearly cancels
         optimizer=OptimizerSettings(
             lr=1e-3, mixer_lr=2e-3, weight_decay=0.1, warmup_ratio=0,
             use_distributed_optimizer=distributed or precision == "bf16",
