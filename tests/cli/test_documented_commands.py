@@ -24,7 +24,7 @@ SHOWN = re.compile(
     rf"\b((?:[A-Z]\w*=\S+ +)*)((?:\.venv/bin/)?hylo|{LAUNCH}|(?:bash|sbatch)(?: --\S+)* (?:slurm|examples)/\S+\.sh)(?= |$)(.*)"
 )
 FOREIGN = {"--option", "--standalone", "--nproc-per-node", "--signals-to-handle"}  # torchrun's
-FOREIGN |= {"--signal", "--time", "--export", "--wait", "--kill-on-invalid-dep"}  # Slurm's
+FOREIGN |= {"--signal", "--time", "--export", "--wait", "--kill-on-invalid-dep", "--nodes", "--exclude", "--output"}  # Slurm's
 FOREIGN |= {"--work", "--append-eod"}  # a benchmark's, Megatron-LM's
 
 
@@ -77,6 +77,8 @@ def refused(parser, program: str, variables: list[str], arguments: list[str]) ->
         if script.parent.name != "slurm":
             code = [line for line in script.read_text().splitlines() if not line.lstrip().startswith("#")]
             return "".join(f"takes no {word} " for word in words if not re.search(rf"\b{re.escape(word)}\b", "\n".join(code)))
+        if script.name == "remote_teacher.sh":  # takes the arguments of the stage that it starts
+            script = script.with_name("stage2_ctx8k.sh")
         (recipe,) = re.findall(r"recipes/(\S+\.yaml)", script.read_text())
         words = ["train", "--config", recipe, *(f"--{name}=x" for name in ("model", "teacher", "data", "output")), *words]
     if "--config" in words:
