@@ -2,14 +2,15 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-parity test-parity-gpu serve-test lint docs format quickstart clean
+.PHONY: help install test test-all test-parity test-parity-gpu slurm-test serve-test lint docs format quickstart clean
 
 EXTRAS ?= dev
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 SCRIPTS := slurm/*.sh examples/*/*.sh .ci/run
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# two processes, which take files in the order of tests/conftest.py: the longest first
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ test-parity: .venv/installed ## every kind of parallelism against one rank, with
 
 test-parity-gpu: .venv/installed ## the same over NCCL, on all GPUs there are (two at least)
 	$(BIN)/python -m pytest tests/parity/test_gpu_parity.py -q -s $(ARGS)
+
+slurm-test: .venv/installed ## slurm/*.sh under a real Slurm of two nodes here: preempted, requeued, nodes killed (an hour on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.slurm.drills $(ARGS)
 
 SERVE_PYTHON ?= .venv-serve/bin/python
 serve-test: $(if $(filter .venv-serve/%,$(SERVE_PYTHON)),.venv-serve/installed) ## vLLM's CPU build with our plugin against transformers, and a server under load (HYLO_SERVE_MODEL=FOLDER serves an exported model)

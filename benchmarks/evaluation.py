@@ -63,9 +63,12 @@ def main() -> None:
             ours.model, tokenizer=ours.tokenizer, batch_size=size, max_length=ours.max_length
         )
     measure(ours, given.length, 1, tasks)  # compiles kernels
-    found = {name: measure(lm, given.length, given.examples, tasks) for name, lm in named.items()}
-    for name, v in found.items():
-        print(f"{name:24}  {v['examples_per_second']:8.3f} examples/s  {v['seconds']:8.1f} s  score {v['score']:.3f}")
+    found = {}
+    for name, lm in named.items():  # a row as soon as it is known: the peer takes minutes
+        v = found[name] = measure(lm, given.length, given.examples, tasks)
+        print(
+            f"{name:24}  {v['examples_per_second']:8.3f} examples/s  {v['seconds']:8.1f} s  score {v['score']:.3f}", flush=True
+        )
     ratios = {f"times {name}": found["ours"]["examples_per_second"] / v["examples_per_second"] for name, v in found.items()}
     device = torch.cuda.get_device_name() if ours.device.type == "cuda" else "CPU"
     print(json.dumps({"device": device, "length": given.length, "tasks": tasks} | ratios | found))

@@ -4,18 +4,21 @@
     python benchmarks/recall.py "[teacher=runs/teacher]" runs/data --lengths "[512]" --trials 10      # CPU, a minute
 
 Examples are the same for all models. Lengths past a model's window are measured too. Prints the table and, last, one JSON
-line; writes RESULTS.md, and with --folders a results folder a model for `hylo compare`.
+line; writes RESULTS.md and RESULTS.png, and with --folders a results folder a model for `hylo compare`.
 """
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
-from report import device_name, free_memory, report
+from matplotlib.axes import Axes
+from report import device_name, draw_panels, free_memory, line, report
 
+from megatron_hylo.config.evaluation import Suite
 from megatron_hylo.eval.lm import HyloLM
 from megatron_hylo.eval.lm_facts import describe_model, describe_run
 from megatron_hylo.eval.recall import LENGTHS, TRIALS, run_recall
@@ -50,7 +53,7 @@ def main(
         windows: texts for perplexity by position; 0: not measured.
         generated: let the models write their answers.
         seed: of the examples.
-        results: path without suffix of the .md to write.
+        results: path without suffix of the .md and .png to write.
         folders: folder for results folders of the models.
         commit: of the code; asked of git by default.
     """
@@ -134,10 +137,39 @@ def show(found: list[EvalResult], lengths: list[int], trials: int, results: Path
     ]
     how = f"commit {commit}, {device_name()}, {first.run['dtype']}, seed {first.run['seed']}"
     report(results, "Recall by length", intro, columns, rows, how)
+    draw(found, results.with_suffix(".png"))
     measured = [
         {"model": r.model, "recall_seconds": r.run["recall_seconds"], "scores": [asdict(s) for s in r.scores]} for r in found
     ]
     print(json.dumps({"benchmark": "recall", "device": device_name(), "commit": commit, "models": measured}))
+
+
+def draw(found: list[EvalResult], file: Path) -> None:
+    """Passkey by length with standard errors, and perplexity by position where it was measured, a line a model."""
+
+    def panel(suite: Suite, task: str, metric: str, title: str) -> Callable[[Axes], None]:
+        def plot(axes: Axes) -> None:
+            for number, result in enumerate(found):
+                scores = [s for s in result.select(suite, task) if s.metric == metric and s.depth is None and s.length]
+                scores.sort(key=lambda score: score.length or 0)
+                if scores:
+                    errors = [score.stderr or 0.0 for score in scores] if suite == "recall" else None
+                    axes.errorbar(
+                        [score.length or 0 for score in scores], [score.value for score in scores], errors, capsize=2,
+                        label=result.model["name"], **line(number),
+                    )  # fmt: skip
+            lengths = sorted({score.length for r in found for score in r.scores if score.length})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in lengths], minor=False)
+            axes.set(title=title, xlabel="tokens")
+            axes.legend()
+
+        return plot
+
+    panels = [panel("recall", "passkey", "exact", "passkey: part that comes back whole")]
+    if any(score for result in found for score in result.select("ppl", "by_position")):
+        panels.append(panel("ppl", "by_position", "perplexity", "perplexity of the tokens up to there"))
+    draw_panels(file, *panels, size=(5.5 * len(panels), 4))
 
 
 def cell(score: Score | None) -> str:

@@ -1,21 +1,23 @@
 # shellcheck shell=bash
 # Sourced by the stage scripts after they have set slurm_dir, HYLO_ROOT, DATA, OUTPUT, RECIPE, default_model and
 # default_teacher; MODEL and TEACHER are the caller's. Runs `hylo train` on the nodes of the Slurm allocation, or on this
-# machine where there is none, and ends well when it has to stop early.
-#
-# Variables, all optional: HYLO_ROOT, MODEL, TEACHER, DATA, OUTPUT, RECIPE (paths; a relative one starts at the folder of
-# submission), HYLO_PYTHON, NPROC_PER_NODE (processes on each node), HYLO_REPOSITORY (where sbatch does not find it).
+# machine where there is none, and ends well when it has to stop early. Variables: docs/cluster.md.
 # No default teacher is given to a run that learns from --teacher_store or --teacher_address, or pretrains; no default model
 # to one with --scratch. Each task of a job array has an OUTPUT of its own, which ends in the task's number.
 #
-# Stopping. `hylo train` answers SIGUSR1 by finishing its step and saving a checkpoint, on all ranks once one is asked.
-# Only the workers may get that signal. torchrun dies of SIGUSR1, and answers SIGTERM, SIGINT and SIGHUP by killing the
-# workers after 30 s at most; srun and scancel signal every process of a step, with it the one in which Megatron-Core
-# collects a checkpoint that is being written. So this script asks by making a file, and node.sh, on each node, signals
-# the workers there.
+# Stopping. `hylo train` answers SIGUSR1 by finishing its step and saving a checkpoint, on all ranks once one is asked; before
+# its first step it ends at once. Only the workers may get that signal. torchrun dies of SIGUSR1, and answers SIGTERM, SIGINT
+# and SIGHUP by killing the workers after 30 s at most; srun and scancel signal every process of a step, with it the one in
+# which Megatron-Core collects a checkpoint that is being written. So this script asks by making a file, and node.sh, on each
+# node, signals the workers there.
 #   SIGUSR1  from Slurm before the time limit (#SBATCH --signal), and on preemption where the cluster has
-#            PreemptParameters=send_user_signal: save, and put the job back into the queue.
-#   SIGTERM, SIGINT, SIGHUP  from scancel, Ctrl-C, a closed terminal: save as far as time allows, and end.
+#            PreemptParameters=send_user_signal: save, and put the job back into the queue. A run that has not ended after
+#            STOP_SECONDS is killed first; it goes on from the checkpoint before.
+#   SIGTERM, SIGINT, SIGHUP  from scancel, Ctrl-C, a closed terminal: save as far as time allows, and end. A job that Slurm
+#            preempts by SIGTERM goes back into the queue.
+# Failing. After exit status 2, bad input, the job ends. After any other failure the run is started again, in the same
+# allocation or, where a node of it is down, by the queue. MAX_RETRIES bounds failures, and MAX_REQUEUES stops, that follow one
+# another without a new checkpoint between them.
 # A job that is started again goes on from OUTPUT's newest checkpoint, so submitting it anew by hand does as well. A finished
 # run is trained longer with the argument --extend_tokens N.
 set -euo pipefail
@@ -51,6 +53,19 @@ setting() {
     [[ "$value" == null ]] || printf '%s\n' "$value"
 }
 
+# Load MODULES; login shells define the function, others read it from the profile.
+load_modules() {
+    local file
+    [[ -n "$MODULES" ]] || return 0
+    for file in /etc/profile.d/{lmod,z00_lmod,modules}.sh; do
+        # shellcheck disable=SC1090
+        command -v module >/dev/null || [[ ! -f "$file" ]] || source "$file"
+    done
+    command -v module >/dev/null || fail "MODULES=$MODULES: there is no module command on $(uname -n); leave MODULES empty"
+    # shellcheck disable=SC2086
+    module load $MODULES || fail "MODULES=$MODULES cannot be loaded on $(uname -n); \`module avail\` lists what there is"
+}
+
 # The file $3 in the folder $2 that the variable $1 names; $4 is a verb that makes such folders. While a chain is checked,
 # the result of the run HYLO_CHECK_ONLY is taken to be there: the stage before will write it.
 check_folder() {
@@ -58,6 +73,8 @@ check_folder() {
     [[ -f "$2/$3" ]] || fail "there is no $2/$3: set HYLO_ROOT, or $1 to a folder made by hylo $4, e.g. $1=/shared/hylo/$5"
 }
 
+# shellcheck source=slurm/site.sh
+source "${slurm_dir:?}/site.sh"
 for argument in "$@"; do
     case "${argument%%=*}" in
         --model | --teacher | --data | --output)
@@ -91,14 +108,24 @@ if [[ -n "${TEACHER:-}" ]]; then
 fi
 
 repository="$(dirname "${slurm_dir:?}")"
-if [[ -z "${HYLO_PYTHON:-}" ]]; then
+if [[ -z "$HYLO_PYTHON" ]]; then
     HYLO_PYTHON=python
-    [[ ! -x "$repository/.venv/bin/python" ]] || HYLO_PYTHON="$repository/.venv/bin/python" # `make install`
+    made="$repository/.venv/bin/python" # by `make install`
+    [[ -n "$CONTAINER_IMAGE" || ! -x "$made" ]] || HYLO_PYTHON="$made"
 fi
 [[ "$HYLO_PYTHON" != */* ]] || HYLO_PYTHON="$(absolute HYLO_PYTHON "$HYLO_PYTHON")"
-command -v "$HYLO_PYTHON" >/dev/null ||
+load_modules
+[[ -n "$CONTAINER_IMAGE" ]] || command -v "$HYLO_PYTHON" >/dev/null ||
     fail "HYLO_PYTHON=$HYLO_PYTHON cannot be run; make install, or e.g. HYLO_PYTHON=/shared/venv/bin/python"
-export HYLO_PYTHON
+export HYLO_PYTHON MODULES
+if [[ -n "$NETWORK_INTERFACE" ]]; then
+    export NCCL_SOCKET_IFNAME="$NETWORK_INTERFACE" GLOO_SOCKET_IFNAME="$NETWORK_INTERFACE"
+fi
+for name in MAX_REQUEUES:5 MAX_RETRIES:2 STOP_SECONDS:240 RETRY_SECONDS:10; do
+    value="${name#*:}" name="${name%:*}"
+    declare "$name=${!name:-$value}"
+    [[ "${!name}" =~ ^[0-9]+$ ]] || fail "$name=${!name} is not a number, e.g. $name=$value"
+done
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron-Core relies on one queue to overlap tensor-parallel communication
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$HYLO_ROOT/cache/triton}" # shared: a requeued job may land on other nodes
@@ -110,57 +137,34 @@ if [[ -n "${HYLO_CHECK_ONLY:-}" ]]; then # asked by submit_chain.sh, which wants
     exit 0
 fi
 
-# Folder of the newest finished checkpoint; nothing where there is none.
-newest_checkpoint() {
-    local manifest newest=""
-    for manifest in "$OUTPUT"/checkpoints/step_*/manifest.json; do
-        [[ ! -f "$manifest" ]] || newest="$(dirname "$manifest")"
-    done
-    echo "$newest"
-}
+inside=() container=()
+mounts="$HYLO_ROOT:$HYLO_ROOT,$OUTPUT:$OUTPUT,$repository:$repository${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+if [[ "$CONTAINER_IMAGE" == *.sif ]]; then
+    inside=(apptainer exec --nv --bind "$mounts" "$CONTAINER_IMAGE")
+elif [[ -n "$CONTAINER_IMAGE" ]]; then
+    container=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --no-container-remap-root)
+    [[ -z "${DRY_RUN:-}" ]] || fail "DRY_RUN=1 needs an interpreter outside of $CONTAINER_IMAGE; set CONTAINER_IMAGE= for it"
+fi
+if [[ -n "${DRY_RUN:-}" ]]; then # settings, plan and checks, without a job: DRY_RUN=1 bash slurm/STAGE.sh
+    asked_for() { sed -n "s/^#SBATCH --$1=//p" "$slurm_dir/${stage:?}.sh"; }
+    nodes="${SLURM_NNODES:-${NODES:-$(asked_for nodes)}}" gpus="${NPROC_PER_NODE:-$(asked_for gpus-per-node)}"
+    exec "${inside[@]}" "$HYLO_PYTHON" -m megatron_hylo.cli "${train[@]}" "$@" --dry_run --ranks=$((nodes * gpus))
+fi
 
-# What tells one result of the run from another; nothing where there is none. A finished run that goes on (--extend_tokens)
-# keeps its result until it has the next.
-result() { if [[ -f "$OUTPUT/model/manifest.json" ]]; then cksum <"$OUTPUT/model/manifest.json"; fi; }
-
-launch=(bash "$slurm_dir/node.sh")
+launch=("${inside[@]}" bash "$slurm_dir/node.sh")
 job="${SLURM_JOB_ID:-${SLURM_JOBID:-}}"
+job_name="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$job}" # an array's number is the whole array's
 if [[ -n "$job" ]]; then
     # shellcheck source=slurm/nodes.sh
     source "$slurm_dir/nodes.sh"
 fi
 
+((${#container[@]} == 0)) || [[ "${launch[0]}" == srun ]] ||
+    fail "CONTAINER_IMAGE=$CONTAINER_IMAGE needs srun with pyxis; submit with sbatch, or give a .sif for apptainer"
 mkdir -p "$OUTPUT" || fail "OUTPUT=$OUTPUT cannot be made; e.g. OUTPUT=/shared/hylo/run"
 export HYLO_STOP_FILE="$OUTPUT/stop_requested"
-rm -f "$HYLO_STOP_FILE"
-before="$(newest_checkpoint)" result_before="$(result)"
-asked=""
-trap 'asked=requeue; touch "$HYLO_STOP_FILE"' USR1
-trap 'asked=end; touch "$HYLO_STOP_FILE"' TERM INT HUP
-"${launch[@]}" "${train[@]}" "$@" &
-child=$!
-while kill -0 "$child" 2>/dev/null; do
-    wait "$child" || true # returns early each time a signal came
-done
-code=0
-wait "$child" || code=$?
-rm -f "$HYLO_STOP_FILE"
-
-# The exit status may be that of a worker that ended badly after the result was written, so what is on disk decides as well.
-if [[ "$(result)" != "$result_before" || ($code -eq 0 && -n "$result_before") ]]; then
-    exit 0
-elif [[ -z "$asked" ]]; then
-    exit "$code"
-elif [[ "$(newest_checkpoint)" == "$before" ]]; then
-    echo "error: stopped before a checkpoint was saved; allow more time (--time, or --signal=B:USR1@SECONDS earlier)" >&2
-    exit 1 # not requeued: it would stop at the same place for ever
-elif [[ "$asked" == requeue && -n "$job" ]]; then
-    echo "stopped at $(newest_checkpoint): back into the queue"
-    # the plain number of an array's last task is the whole array's
-    scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$job}" && exit 0
-    echo "error: the job could not be put back into the queue: submit it again, it resumes" >&2
-    exit 3
-else
-    echo "stopped at $(newest_checkpoint): run the same command to resume"
-    exit 3
-fi
+# shellcheck source=slurm/supervise.sh
+source "$slurm_dir/supervise.sh"
+# shellcheck source=slurm/submit_script.sh
+source "$slurm_dir/submit_script.sh"
+supervise "${train[@]}" "$@"

@@ -8,6 +8,15 @@ fail() {
     exit 2
 }
 
+if [[ -n "${MODULES:-}" ]] && ! command -v "${HYLO_PYTHON:?}" >/dev/null; then # a node's shell may not have them yet
+    for file in /etc/profile.d/{lmod,z00_lmod,modules}.sh; do
+        # shellcheck disable=SC1090
+        command -v module >/dev/null || [[ ! -f "$file" ]] || source "$file"
+    done
+    # shellcheck disable=SC2086
+    module load $MODULES || fail "MODULES=$MODULES cannot be loaded on $(uname -n)"
+fi
+
 # Number of GPUs in a value of Slurm's: 8, gpu:8, h100:8, gpu:h100:8(IDX:0-7), a sum such as a100:4,h100:4, or a list such
 # as 0,1,2 or 0-7.
 slurm_gpus() {
@@ -70,7 +79,7 @@ asked="" seconds=0
 trap 'asked=yes' USR1 TERM INT HUP
 while kill -0 "$torchrun" 2>/dev/null; do
     if [[ -n "$asked" || -e "$HYLO_STOP_FILE" ]]; then
-        ((seconds++ % 10)) || pkill -USR1 -P "$torchrun" || true
+        ((seconds++ % 3)) || pkill -USR1 -P "$torchrun" || true
     fi
     sleep 1 || true
 done

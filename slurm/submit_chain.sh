@@ -25,6 +25,12 @@ for name in MODEL TEACHER DATA OUTPUT RECIPE; do
     numbered="${name}_$(($# + 1))"
     [[ -z "${!numbered:-}" ]] || fail "$numbered=${!numbered} is of no stage: there are $#"
 done
+# shellcheck source=slurm/site.sh
+source "$slurm_dir/site.sh"
+for name in MODULES HYLO_PYTHON CONTAINER_IMAGE CONTAINER_MOUNTS NETWORK_INTERFACE NODE_CHECK SBATCH_{ACCOUNT,PARTITION,QOS}; do
+    [[ -z "${!name}" ]] || export "${name?}" # an empty SBATCH_* would be a wrong one
+    [[ "$name" != SBATCH_* || -n "${!name}" ]] || unset "$name"
+done
 command -v sbatch >/dev/null || fail "there is no sbatch here; submit from a login node of the cluster"
 export HYLO_REPOSITORY="${HYLO_REPOSITORY:-$(dirname "$slurm_dir")}"
 
@@ -55,8 +61,10 @@ for stage in "$@"; do
     # --kill-on-invalid-dep: should a stage fail, those behind it do not wait for ever.
     eval "words=(${settings[number]})"
     number=$((number + 1))
+    dependency="${previous:+afterok:$previous}"
+    [[ -z "$SINGLETON" ]] || dependency+="${dependency:+,}singleton"
     previous="$(env "${words[@]}" sbatch --parsable --kill-on-invalid-dep=yes \
-        ${previous:+--dependency=afterok:"$previous"} "$slurm_dir/${stage%.sh}.sh")"
+        ${dependency:+--dependency="$dependency"} "$slurm_dir/${stage%.sh}.sh")"
     previous="${previous%%;*}" # "job;cluster" where there are several clusters
     echo "${stage%.sh}: job $previous"
 done

@@ -1,9 +1,11 @@
 """Shared fixtures: one process group of a single rank for the whole session, tiny models, a tiny dataset."""
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,62 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.platform.distributed import session
+
+# Files that take longest. Workers of xdist take files in this order, so that neither begins a long one when the other is done.
+LONGEST = (
+    "parity/test_pretraining.py",
+    "parity/test_distillation.py",
+    "parity/test_alignment.py",
+    "slurm/test_slurm_scripts.py",
+    "train/test_loop.py",
+    "train/test_pair.py",
+    "train/test_checkpoint.py",
+    "faults/test_fault_drill.py",
+    "teachers/test_remote.py",
+    "models/test_padded_vocabulary.py",
+    "upcycle/test_select.py",
+    "train/test_resume_check.py",
+    "train/test_interrupts.py",
+    "kernels/test_head_softmax.py",
+    "kernels/test_recurrence_part.py",
+    "data/test_resume_preprocess.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    order = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def starts_workers(config: pytest.Config) -> bool:
+    """Whether this process has xdist's workers run the tests."""
+    return bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give a run of several processes a temporary folder of its own, where what tests leave behind shows at its end."""
+    if starts_workers(config):
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path of failed tests stays where it was
+        os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="hylo_tests_")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """Fail where the temporary folder holds torchelastic_*, pymp-* or others when the workers have ended."""
+    yield
+    if starts_workers(session.config):
+        folder = Path(os.environ["TMPDIR"])
+        if left := [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]:
+            session.config.get_terminal_writer().line(f"tests left in {folder}: {', '.join(left)}", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        else:
+            shutil.rmtree(folder)
+
+
+def pytest_collection_finish() -> None:
+    """Freeze what the imports of all tests made; a checkpoint's gc.collect() would go through it each time."""
+    from tests import frozen  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=False)
@@ -60,7 +118,10 @@ def tiny_hf_model(family: str, tied: bool = True, **changes):
         num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=tied, rms_norm_eps=1e-5,
         initializer_range=0.2,
     )  # fmt: skip
-    configs = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}
+    configs = {
+        "llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }  # fmt: skip
     config = configs[family](**(shared | changes))
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():  # norms of all ones and biases of zeros would hide a missing one

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 # NVML's check of CUDA leaves nothing behind that forked processes could trip over
 QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": str(ROOT)}
 PRELOADED = ["megatron_hylo.train.loop", "megatron_hylo.calibrate.gather", "megatron_hylo.cli.main", "tests.parity.faults"]
+PRELOADED += ["tests.frozen"]  # last
 _context = multiprocessing.get_context("forkserver")
 
 

@@ -3,9 +3,9 @@
 #     bash examples/smollm2/long.sh                     # all stages; LINEAR=mamba2 for Mamba2
 #     bash examples/smollm2/long.sh 2k 8k               # these alone; each begins with the model of the one before
 #     MODEL=runs/smollm2_gdn/distil/model bash examples/smollm2/long.sh 8k 32k   # from the result of run.sh
-# Each stage is one `hylo train` with a recipe of `hylo scripts --layout`. The teacher reads 8,192 tokens; beyond, its positions
-# are stretched by YaRN, which teaches recall better than overlapping windows (benchmarks/results/recall.md, where 4,000,000
-# tokens of a stage took about three minutes beside three other runs on one H200; a teacher stretched to 64K hardly teaches).
+# Each stage is one `hylo train` with a recipe of `hylo scripts --layout`. The teacher reads 8,192 tokens; up to 32K its positions
+# are stretched by YaRN, beyond it reads overlapping windows: the better for recall (benchmarks/results/recall.md, where 4,000,000
+# tokens of a stage took about three minutes beside three other runs on one H200).
 # Without a GPU the lengths are 256, 512, 1,024 and 2,048 tokens, a few steps each. Every step leaves a finished folder; run
 # again, the script goes on where it was, inside a stage too.
 # shellcheck source=examples/smollm2/common.sh
@@ -20,7 +20,6 @@ usual MIXER_LR 7e-4 1.25e-4          # peak learning rate of mixers
 usual LR 1.5e-4 1e-4                 # of all else
 usual PRECISION bf16 fp32
 MODEL="${MODEL:-$OUT/hybrid}"        # where the first stage begins
-READS="${READS:-8192}"               # tokens that the teacher reads as it is
 names=(2k 8k 32k 64k)
 recipes=(stage2_ctx8k stage2_ctx8k stage3_ctx32k stage3_ctx64k) # 2K is stage 2 on shorter windows
 times=("1 4 16 32" "1 2 4 8")        # lengths over LENGTH, on a GPU and on a CPU
@@ -40,12 +39,6 @@ for i in 0 1 2 3; do
   [[ $# -eq 0 || " $* " == *" ${names[i]} "* ]] || { [[ ! -d $run/model ]] || MODEL="$run/model"; continue; }
   windows=$((LENGTH * times[2] / length)) # as many tokens a step as one window of 32K
   ((windows > 0)) || windows=1
-  teacher=()
-  if ((length > READS)); then
-    teacher=(--teacher_window.mode rope --teacher_window.rope_scaling.rope_type yarn
-      --teacher_window.rope_scaling.factor "$((length / READS))"
-      --teacher_window.rope_scaling.original_max_position_embeddings "$READS")
-  fi
   # several GPUs share each sequence
   [[ -d $run/model ]] || train --config "$OUT/recipes/megatron_hylo/recipes/${recipes[i]}_$layout.yaml" \
     --data "$OUT/data" --teacher "$OUT/teacher" --model "$MODEL" --output "$run" --train_tokens "$TOKENS" \
@@ -54,7 +47,7 @@ for i in 0 1 2 3; do
     --eval_windows "$((EVAL_TOKENS / length + 1))"
   if [[ ! -f $run/evaluation.json ]]; then
     $hylo evaluate "$run/model" "$OUT/data" --teacher "$OUT/teacher" --windows "$((EVAL_TOKENS / length + 1))" \
-      --sequence_length "$length" "${teacher[@]}" >"$run/evaluation.json.partial"
+      --sequence_length "$length" --teacher_window.mode "$( ((length > 32768)) && echo windows || echo rope)" >"$run/evaluation.json.partial"
     mv "$run/evaluation.json.partial" "$run/evaluation.json"
   fi
   cat "$run/evaluation.json"

@@ -1,13 +1,14 @@
 """`hylo calibrate`: one pass of the teacher over some text, layer by layer, all tokens through one layer at a time.
 
-So one layer's statistics exist at a time, and what is held of the text is its hidden states. Ranks share the work:
-data-parallel ranks the windows, tensor-parallel ranks the heads and the rows of the input moment. Each finished layer
-is written; started again, the pass runs through the layers that are there without measuring.
+So one layer's weights and statistics exist at a time, and what is held of the text is its hidden states, in the CPU's
+memory. Ranks share the work: data-parallel ranks the windows, tensor-parallel ranks the heads and the rows of the input
+moment. Each finished layer is written; started again, the pass runs through the layers that are there without measuring.
 """
 
 import hashlib
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ from megatron_hylo.distill.alignment import mlp_layer
 from megatron_hylo.io import atomic_directory, check_free, staging_directory, write_json
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.io.progress import Track, no_progress
-from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.models.checks import require_finite, warn_beyond_context
-from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.models.streamed import ModelParts, open_parts
 from megatron_hylo.platform.distributed import device, is_main
 
 
@@ -91,9 +92,7 @@ def calibrate(
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "precision": str(precision).split(".")[1],
     }  # fmt: skip
     work = staging_directory(Path(output), "layers", "calibration", description)
-    model = load_model(teacher, parallel, params_dtype=precision)
-    require_finite(model, teacher)
-    _gather_layers(model, windows[:, :-1], work, track)
+    _gather_layers(open_parts(teacher, parallel, precision), teacher, windows[:, :-1], work, track)
     with atomic_directory(output, overwrite) as folder:
         if is_main():
             save_file({"calibration": windows.int(), "heldout": kept.int()}, folder / "windows.safetensors")
@@ -105,12 +104,11 @@ def calibrate(
         shutil.rmtree(work)
 
 
-def embed(model: HyloModel, windows: Tensor, micro_batch_size: int) -> list[Tensor]:
-    """Embed windows int64 [n, sequence]: one [sequence, batch, hidden] tensor a micro-batch."""
-    where = next(model.parameters()).device
-    parts = windows.split(micro_batch_size) if len(windows) else ()
-    with torch.no_grad():
-        return [model.embedding(input_ids=ids.to(where), position_ids=None) for ids in parts]
+@torch.no_grad()
+def embed(parts: ModelParts, micro_batches: Sequence[Tensor]) -> list[Tensor]:
+    """Embed micro-batches int64 [n, sequence]: a [sequence, n, hidden] tensor each, in the CPU's memory."""
+    with parts.loaded("embedding"):
+        return [parts.model.embedding(input_ids=ids.to(device()), position_ids=None).cpu() for ids in micro_batches]
 
 
 def micro_batch(sequence_length: int, tokens: int = 8192) -> int:
@@ -130,19 +128,25 @@ def _calibration_windows(data: str | Path, tokens: int, sequence_length: int, se
 
 
 @torch.no_grad()
-def _gather_layers(model: HyloModel, windows: Tensor, work: Path, track: Track) -> None:
+def _gather_layers(model: ModelParts, teacher: str | Path, windows: Tensor, work: Path, track: Track) -> None:
+    """Run all windows through one layer at a time; hidden states wait in the CPU's memory."""
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    states = embed(model, windows[rank::ranks], micro_batch(windows.shape[1]))
-    for layer, (mixer, mlp) in enumerate(track(model.mixer_layers(), "calibrate")):
+    own = windows[rank::ranks]
+    states = embed(model, own.split(micro_batch(windows.shape[1])) if len(own) else ())
+    for layer in track(range(model.config.hylo.num_hidden_layers), "calibrate"):
         file = work / layer_file(layer)
-        sums = None if file.is_file() else LayerSums(mixer.self_attention)
-        for i, hidden in enumerate(track(states, f"layer {layer}")):
-            x = mixer.input_layernorm(hidden)[0]
-            query, key, value = mixer.self_attention.query_key_value(x)
-            out = mixer.self_attention.attend(query, key, value)[0]
-            if sums is not None:
-                sums.add(x, query, key, value, out)
-            states[i] = mlp_layer(mlp, hidden + out)
+        with model.layer(layer) as (mixer, mlp):
+            for part in (mixer, mlp):
+                require_finite(part, teacher)
+            sums = None if file.is_file() else LayerSums(mixer.self_attention)
+            for i, state in enumerate(track(states, f"layer {layer}")):
+                hidden = state.to(device())
+                x = mixer.input_layernorm(hidden)[0]
+                query, key, value = mixer.self_attention.query_key_value(x)
+                out = mixer.self_attention.attend(query, key, value)[0]
+                if sums is not None:
+                    sums.add(x, query, key, value, out)
+                states[i] = mlp_layer(mlp, hidden + out).cpu()
         if sums is not None:
             statistics = sums.means(layer)
             check_statistics(statistics)

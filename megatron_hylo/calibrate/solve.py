@@ -16,7 +16,7 @@ the first token, which all heads attend to, as exact as its size makes it, and t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from megatron_hylo.distill.alignment import mixer_output, relative_distance
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.mamba2 import Mamba2
+from megatron_hylo.models.streamed import ModelParts, as_parts
+from megatron_hylo.platform.distributed import device
 
 DAMPING = 1e-2  # of the mean diagonal of F^T F
 CORRECTION_DAMPING = (1e-2, 1e-1, 1.0)
@@ -87,24 +89,40 @@ class NormalEquations:
         return float((w * (gram @ w - 2 * (own + residual))).sum()) + self.energy
 
 
+class Finished(Protocol):
+    """Layers that an earlier run solved, and what is done with each that is solved now."""
+
+    def error(self, layer: int) -> LayerError | None:
+        """Return the errors of a layer whose solved weights the student already has."""
+        ...
+
+    def keep(self, error: LayerError, mixer: nn.Module, mlp: nn.Module) -> None:
+        """Keep a layer that was solved."""
+        ...
+
+
 @torch.no_grad()
 def solve_outputs(
-    student: HyloModel,
-    teacher: HyloModel,
+    student: HyloModel | ModelParts,
+    teacher: HyloModel | ModelParts,
     windows: Tensor,
     sequential: bool = False,
     mlps: bool = True,
     track: Track = no_progress,
+    finished: Finished | None = None,
 ) -> list[LayerError]:
     """Re-solve the output projection of every `+`, `M` and `G` layer, and of MLPs, in place.
 
+    One layer of a streamed student or teacher is loaded at a time; hidden states and features wait in the CPU's memory.
+
     Args:
-        student: initialised, whole on this rank.
+        student: initialised, whole on this rank; what is solved of a streamed one is given to `finished` alone.
         teacher: attention in every layer, same depth, hidden size and embedding.
         windows: int64 [n, sequence + 1], n >= 2.
         sequential: on the student's own hidden states instead of the teacher's.
         mlps: with `sequential`, let MLPs correct as well; else they stay the teacher's.
         track: progress display over the layers.
+        finished: layers that need not be solved again.
 
     Returns:
         The error of each layer, `*` layers too.
@@ -114,47 +132,50 @@ def solve_outputs(
     """
     if len(windows) < 2:
         raise ConfigError(f"solving output projections needs at least 2 windows, got {len(windows)}; calibrate on more tokens")
+    student, teacher = as_parts(student), as_parts(teacher)
     period = min(VALIDATION, len(windows))
     held = torch.arange(len(windows)) % period == period - 1
     size = micro_batch(windows.shape[1] - 1)
     ids = windows[:, :-1]
     parts = [(part, False) for part in ids[~held].split(size)] + [(part, True) for part in ids[held].split(size)]
-    taught = [embed(teacher, part, size)[0] for part, _ in parts]
+    taught = embed(teacher, [part for part, _ in parts])
     studied = list(taught)
     validation = [is_held for _, is_held in parts]
     errors = []
-    layers = zip(student.config.hylo.mixers, student.mixer_layers(), teacher.mixer_layers())
-    for layer, (symbol, (mixer, mlp), (teacher_mixer, teacher_mlp)) in enumerate(track(list(layers), "solve")):
-        description = get_mixer(symbol)
-        if description.norm_after_gate:
-            _match_norm(mixer.self_attention, mixer.input_layernorm(studied[0])[0])
-        own = [mixer_output(teacher_mixer, h) for h in taught]
-        projection = output_projection(mixer.self_attention)
-        features = [_features(projection, mixer_output, mixer, h) for h in studied]
-        initial = solved = _relative_error(features, own, projection.weight, validation)
-        if description.output_fit != "keep":
-            known = description.output_fit == "from_initial"
-            prior = projection.weight.clone() if known else torch.zeros_like(projection.weight)
-            fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
-            weight = fit.solve(prior, DAMPING)
-            solved = _relative_error(features, own, weight, validation)
-            _set(projection, _corrected(weight, fit, check) if sequential else weight, layer, symbol)
-        _advance(taught, own)
-        _advance(studied, _outputs(features, projection.weight))
-        errors.append(LayerError(layer, symbol, initial, solved, _distance(taught, studied, validation)))
-
-        own = [_mlp_output(teacher_mlp, h) for h in taught]
-        projection = mlp.mlp.linear_fc2
-        features = [_features(projection, _mlp_output, mlp, h) for h in studied if sequential]
-        if sequential and mlps:
-            fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
-            weight = fit.solve(projection.weight, DAMPING)
-            _set(projection, _corrected(weight, fit, check), layer, "-")
-        _advance(taught, own)
-        if sequential:
+    for layer, symbol in enumerate(track(student.config.hylo.mixers, "solve")):
+        description, done = get_mixer(symbol), finished.error(layer) if finished is not None else None
+        with student.layer(layer) as (mixer, mlp), teacher.layer(layer) as (teacher_mixer, teacher_mlp):
+            if description.norm_after_gate and done is None:
+                _match_norm(mixer.self_attention, mixer.input_layernorm(studied[0].to(device()))[0])
+            own = [mixer_output(teacher_mixer, h.to(device())).cpu() for h in taught]
+            projection = output_projection(mixer.self_attention)
+            features = [_features(projection, mixer_output, mixer, h) for h in studied]
+            initial = solved = _relative_error(features, own, projection.weight, validation) if done is None else 0.0
+            if description.output_fit != "keep" and done is None:
+                known = description.output_fit == "from_initial"
+                prior = projection.weight.clone() if known else torch.zeros_like(projection.weight)
+                fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
+                weight = fit.solve(prior, DAMPING)
+                solved = _relative_error(features, own, weight, validation)
+                _set(projection, _corrected(weight, fit, check) if sequential else weight, layer, symbol)
+            _advance(taught, own)
             _advance(studied, _outputs(features, projection.weight))
-        else:
-            studied = list(taught)
+            errors.append(done or LayerError(layer, symbol, initial, solved, _distance(taught, studied, validation)))
+
+            own = [_mlp_output(teacher_mlp, h.to(device())).cpu() for h in taught]
+            projection = mlp.mlp.linear_fc2
+            features = [_features(projection, _mlp_output, mlp, h) for h in studied if sequential]
+            if sequential and mlps and done is None:
+                fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
+                weight = fit.solve(projection.weight, DAMPING)
+                _set(projection, _corrected(weight, fit, check), layer, "-")
+            _advance(taught, own)
+            if sequential:
+                _advance(studied, _outputs(features, projection.weight))
+            else:
+                studied = list(taught)
+            if finished is not None and done is None:
+                finished.keep(errors[-1], mixer, mlp)
     return errors
 
 
@@ -172,10 +193,10 @@ def _features(projection: nn.Module, run: Callable[[nn.Module, Tensor], Tensor],
     seen = []
     hook = projection.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     try:
-        run(layer, hidden)
+        run(layer, hidden.to(device()))
     finally:
         hook.remove()
-    return seen[0]
+    return seen[0].cpu()
 
 
 def _normal_equations(
@@ -189,6 +210,7 @@ def _normal_equations(
     """Normal equations over the micro-batches solved on, and over the held-out ones; `relative` to hidden states' sizes."""
     fit, check = NormalEquations(), NormalEquations()
     for f, a, t, s, is_held in zip(features, own, taught, studied, validation):
+        f, a, t, s = (part.to(device()) for part in (f, a, t, s))
         weight = _weight(t, s) if relative else torch.ones_like(t[..., 0], dtype=torch.float32)
         (check if is_held else fit).add(f, a, t - s, weight)
     return fit, check
@@ -206,7 +228,7 @@ def _set(projection: Any, weight: Tensor, layer: int, symbol: str) -> None:
 
 
 def _outputs(features: list[Tensor], weight: Tensor) -> list[Tensor]:
-    return [f @ weight.T.to(f) for f in features]
+    return [(f.to(device()) @ weight.T.to(f.dtype)).cpu() for f in features]
 
 
 def _advance(hidden: list[Tensor], outputs: list[Tensor]) -> None:
@@ -219,7 +241,8 @@ def _weight(taught: Tensor, studied: Tensor) -> Tensor:
 
 
 def _relative_error(features: list[Tensor], targets: list[Tensor], weight: Tensor, validation: list[bool]) -> float:
-    rows = [(f @ weight.T.to(f) - y, y) for f, y, is_held in zip(features, targets, validation) if is_held]
+    held = [(f.to(device()), y.to(device())) for f, y, is_held in zip(features, targets, validation) if is_held]
+    rows = [(f @ weight.T.to(f) - y, y) for f, y in held]
     lost, energy = (sum(part.float().square().sum() for part in parts) for parts in zip(*rows))
     return float(lost / energy)
 

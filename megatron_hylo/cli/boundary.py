@@ -13,7 +13,7 @@ from typing import Any
 from rich.markup import escape
 
 from megatron_hylo.cli.console import console
-from megatron_hylo.config import ConfigError
+from megatron_hylo.config import ConfigError, RunFailure
 
 EXIT_FAILURE, EXIT_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 FIRST_RANK_SECONDS = 5.0  # torchrun ends the other ranks within these when the first one fails
@@ -63,6 +63,8 @@ def sentence(error: Exception) -> tuple[str, int] | None:
 
     if isinstance(error, (ConfigError, DamagedError)):
         return str(error), EXIT_ERROR
+    if isinstance(error, RunFailure):
+        return str(error), EXIT_FAILURE
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8: {error}; save the file as UTF-8", EXIT_ERROR
     if isinstance(error, _class("safetensors", "SafetensorError")):

@@ -18,17 +18,23 @@ PACKAGES = (  # distribution, what it is for; None: needed
 )  # fmt: skip
 
 
-def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None, json: bool = False) -> int:
+def doctor(
+    layout: str = "all", precision: Literal["bf16", "fp32"] | None = None, json: bool = False, node: bool = False
+) -> int:
     """Show the environment, then compare every kernel's output and gradients with its definition at a layout's shapes.
 
+    With --node, under torchrun on all nodes of a job: half a minute that names the slow or broken rank before a long run.
     Exits 1 where a kernel is wrong. Training makes the same comparison before its first run with new shapes or libraries.
 
     Args:
         layout: a named layout (see `hylo layouts`); all: one of each linear layer at the sizes of the quickstart, and on a
             GPU the 1B hybrid's.
         precision: bf16 on a GPU and fp32 on a CPU by default.
-        json: print the comparisons of kernels alone, as JSON.
+        json: print the comparisons of kernels alone, or with --node all ranks, as JSON.
+        node: compare ranks instead of kernels: GPUs, clock, a matrix product, all-reduce inside each node and over all.
     """
+    if node:
+        return _compare_ranks(json)
     from megatron_hylo.config.layouts import get_layout
     from megatron_hylo.models.kernel_check import Check, check_kernels
     from megatron_hylo.platform.distributed import device
@@ -62,6 +68,35 @@ def doctor(layout: str = "all", precision: Literal["bf16", "fp32"] | None = None
     if wrong:
         console.print(f"wrong on this machine: {', '.join(wrong)}; install other versions, or HYLO_KERNELS={wrong[0]}=torch")
     return 1 if wrong else 0
+
+
+def _compare_ranks(as_json: bool) -> int:
+    """Print what each rank measured and what is wrong with some; exit code 1 where there is such a one."""
+    from megatron_hylo.config import ParallelConfig
+    from megatron_hylo.platform.distributed import is_main, session
+    from megatron_hylo.platform.node_check import check_nodes
+
+    with session(ParallelConfig(distributed_timeout_minutes=2.0)):
+        ranks, problems = check_nodes()
+        if is_main():
+            _print_ranks([asdict(rank) for rank in ranks], problems, as_json)
+    return 1 if problems else 0
+
+
+def _print_ranks(ranks: list[dict], problems: list[str], as_json: bool) -> None:
+    if as_json:
+        print_json({"ranks": ranks, "problems": problems})
+        return
+    table = Table(title="ranks")
+    for column in ("rank", "host", "device", "GPUs", "product, ms", "all-reduce in the node, ms", "over all, ms"):
+        table.add_column(column, justify="left" if column in ("host", "device") else "right")
+    for rank in ranks:
+        times = [f"{1e3 * rank[name]:.1f}" for name in ("product", "node_reduce", "reduce")]
+        table.add_row(str(rank["rank"]), rank["host"], rank["device"], str(rank["devices"]), *times)
+    results.print(table)
+    for problem in problems:
+        results.print(problem, style="bold red", markup=False, highlight=False)
+    results.print("some ranks should not be used" if problems else "all ranks agree", highlight=False)
 
 
 def _third_party_changes() -> None:

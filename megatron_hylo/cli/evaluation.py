@@ -1,7 +1,6 @@
 """`hylo eval`: the suites of an evaluation through lm-eval, on any model of any stage."""
 
 import contextlib
-import importlib.util
 import os
 import time
 from dataclasses import asdict
@@ -12,8 +11,8 @@ from rich.table import Table
 
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveInt
-from megatron_hylo.config import ConfigError
 from megatron_hylo.config.evaluation import SUITES, SuiteSettings
+from megatron_hylo.eval.installed import require_lm_eval
 from megatron_hylo.io import is_launched_first
 
 if TYPE_CHECKING:
@@ -75,8 +74,7 @@ def eval(
     settings = SuiteSettings(
         known + unknown, text, limit, lengths, sequence_length, seed, online, generated, chat, haystack, first, second
     )
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("lm-eval is not installed; pip install 'megatron_hylo[eval]'")
+    require_lm_eval("hylo eval")
     if output is not None:
         check_free(output, overwrite, [model, data])
     found = _measure(model, settings, dtype, max_length, batch_size)

@@ -31,7 +31,7 @@ def quickstart(
     run_quickstart(linear, init, prompt, None if text is None else str(text), output, train_tokens, results, track=track)
 
 
-def train(config: TrainConfig, json: bool = False) -> int:
+def train(config: TrainConfig, json: bool = False, dry_run: bool = False, ranks: int = 1) -> int:
     """Train: pretrain (cross-entropy), align (stage 1, layer by layer) or distil (stages 2 and 3, KL to the teacher).
 
     Give a recipe by --config and override any key, e.g. --optimizer.lr 1e-4; under torchrun for several ranks.
@@ -39,8 +39,16 @@ def train(config: TrainConfig, json: bool = False) -> int:
 
     Args:
         config: settings of the run.
-        json: print {model, perplexity, ...} at the end.
+        json: print {model, perplexity, ...} at the end; of a dry run {settings, plan, checks}.
+        dry_run: only check settings, paths, data, vocabulary, disk and parallel sizes, and print them with memory, steps and
+            hours: no GPU is needed, no ranks are started and nothing is written. Exits 2 where the run would not start.
+        ranks: processes that a dry run plans for, over all nodes.
     """
+    if dry_run:
+        from megatron_hylo.cli.dry_run import print_dry_run
+        from megatron_hylo.train.dry_run import dry_run as check
+
+        return print_dry_run(check(config, ranks), json)
     from megatron_hylo.platform.distributed import is_main
     from megatron_hylo.train.loop import Stopped
     from megatron_hylo.train.loop import train as run

@@ -11,7 +11,16 @@ from rich.text import Text
 from megatron_hylo.cli.console import print_json, results
 
 STATE_STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red", "killed": "red"}
-LEAST_IMPORTANT = ("commit", "teacher", "model", "host", "started", "tokens", "stage")  # left out first where there is no room
+LEAST_IMPORTANT = (
+    "commit",
+    "teacher",
+    "model",
+    "host",
+    "job",
+    "started",
+    "tokens",
+    "stage",
+)  # left out first where there is no room
 
 
 def runs(folders: tuple[Path, ...] = (), json: bool = False) -> None:
@@ -73,6 +82,10 @@ def describe(run: Any) -> dict[str, Any]:
         "seconds_left": None if left is None else round(left),
         "started": run.starts[0]["time"] if run.starts else None,
         "starts": len(run.starts),
+        "job": run.jobs[-1]["job"] if run.jobs else None,
+        "jobs": len({event["job"] for event in run.jobs}),
+        "requeues": sum(event["event"] == "requeued" for event in run.jobs),
+        "retries": sum(event["event"] == "retried" for event in run.jobs),
         "last_written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(last_written(run.folder))),
         "hosts": hosts,
         "devices": len(newest.get("devices", [])),
@@ -102,6 +115,13 @@ def _host(row: dict[str, Any]) -> str:
     return f"{hosts[0]}{others}{f' x{devices}' if devices > 1 else ''}" if hosts else "-"
 
 
+def _job(row: dict[str, Any]) -> str:
+    """Newest job of a run, and how often its jobs were put back into the queue and tried again."""
+    one = {"requeues": "requeue", "retries": "retry"}
+    again = [f"{row[name]} {one[name] if row[name] == 1 else name}" for name in one if row[name]]
+    return (row["job"] or "-") + (f" ({', '.join(again)})" if again else "")
+
+
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "run": lambda row: row["name"],
     "stage": lambda row: row["stage"] or "-",
@@ -113,6 +133,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "KL": lambda row: _number(row["heldout_kl"], ".3f"),
     "started": _started,
     "host": _host,
+    "job": _job,
     "model": lambda row: Path(row["model"]).name if row["model"] else "-",
     "teacher": lambda row: Path(row["teacher"]).name if row["teacher"] else "-",
     "commit": lambda row: _short_commit(row["commit"]),

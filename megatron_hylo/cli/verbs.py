@@ -10,7 +10,7 @@ from rich.table import Table
 
 import megatron_hylo
 from megatron_hylo.cli.console import console, print_json, results, track
-from megatron_hylo.cli.types import PositiveInt
+from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import ModelConfig, TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
 
@@ -88,12 +88,14 @@ def convert(
     to: Literal["megatron", "hf"] = "megatron",
     overwrite: bool = False,
     no_verify: bool = False,
+    shard_gb: PositiveFloat = 2.0,
     json: bool = False,
 ) -> None:
     """Convert a Hugging Face folder or GGUF file to a Megatron model folder, or back.
 
     No weight is rounded: FP8 and int8 ones are dequantised to float32. Ends with a comparison of all tensors and of fp32 logits
-    with transformers' own loading, layer by layer above 1B parameters; a model that differs is not written.
+    with transformers' own loading, layer by layer above 1B parameters; a model that differs is not written. One tensor is in
+    memory at a time. The same command goes on at the shard where a killed one was.
 
     Args:
         source: Hugging Face folder (Llama, Qwen2.5, Qwen3 or an exported hybrid), .gguf file, or model folder.
@@ -101,6 +103,7 @@ def convert(
         to: the format to make.
         overwrite: replace what is there.
         no_verify: leave out the comparison.
+        shard_gb: largest size of a file of weights, GB.
         json: print {output, format, mixers, parameters, verified}.
     """
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
@@ -110,26 +113,41 @@ def convert(
 
     with session():
         function = convert_hf_to_megatron if to == "megatron" else convert_megatron_to_hf
-        function(source, output, overwrite, track, verify=not no_verify)
+        function(source, output, overwrite, track, verify=not no_verify, shard_bytes=int(shard_gb * 1e9))
         config = read_description(output if to == "megatron" else source)[0]
     _wrote(output, to, config, not no_verify, json)
 
 
-def verify(hf_dir: Path, megatron_dir: Path, tokens: PositiveInt = 128, tolerance: float = 1e-4, json: bool = False) -> int:
+def verify(
+    hf_dir: Path,
+    megatron_dir: Path,
+    quick: bool = False,
+    tokens: PositiveInt = 128,
+    tolerance: float = 1e-4,
+    json: bool = False,
+) -> int:
     """Compare a Hugging Face checkpoint with its conversion: every tensor bit for bit, and the logits.
+
+    Both models run layer by layer where they are larger than a billion parameters.
 
     Args:
         hf_dir: Hugging Face folder or .gguf file.
-        megatron_dir: the model folder made from it.
+        megatron_dir: the model folder made from it, or that it was exported from.
+        quick: compare names and hashes of tensors and files alone, and compute nothing.
         tokens: length of the random input that logits are compared on.
         tolerance: largest |delta logit| that passes, fp32; relative to the largest logit where that is above 1.
         json: print the comparison as JSON.
     """
-    from megatron_hylo.convert.verify import verify_conversion
+    from megatron_hylo.convert.verify import Verification, verify_conversion
+    from megatron_hylo.convert.verify_hashes import HashVerification, verify_hashes
     from megatron_hylo.platform.distributed import session
 
+    result: HashVerification | Verification
     with session():
-        result = verify_conversion(hf_dir, megatron_dir, tokens, tolerance, track=track)
+        if quick:
+            result = verify_hashes(hf_dir, megatron_dir, track)
+        else:
+            result = verify_conversion(hf_dir, megatron_dir, tokens, tolerance, track=track)
     if json:
         print_json(asdict(result) | {"ok": result.ok})
     else:
@@ -191,11 +209,13 @@ def export(
     license: str | None = None,
     overwrite: bool = False,
     no_verify: bool = False,
+    shard_gb: PositiveFloat = 2.0,
     json: bool = False,
 ) -> None:
     """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code, model card.
 
-    Ends with a comparison of all tensors and of logits with transformers' loading of the folder.
+    Ends with a comparison of all tensors and of logits with transformers' loading of the folder. The same command goes on at
+    the shard where a killed one was.
 
     Args:
         model: model folder or training checkpoint.
@@ -204,6 +224,7 @@ def export(
         license: of the model, as the Hugging Face Hub spells it (apache-2.0), for its card; the base model's terms bind it.
         overwrite: replace what is there.
         no_verify: leave out the comparison.
+        shard_gb: largest size of a file of weights, GB.
         json: print {output, format, mixers, parameters, verified}.
     """
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
@@ -213,7 +234,9 @@ def export(
 
     measured = [read_results(folder).to_dict() for folder in results or ()]
     with session():
-        convert_megatron_to_hf(model, output, overwrite, track, not no_verify, results=measured, license=license)
+        convert_megatron_to_hf(
+            model, output, overwrite, track, not no_verify, measured, license, shard_bytes=int(shard_gb * 1e9)
+        )
         config = read_description(model)[0]
     _wrote(output, "hf", config, not no_verify, json)
 
@@ -237,6 +260,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     chat: bool = False,
+    latents: Literal["int8", "fp8"] | None = None,
     json: bool = False,
 ) -> None:
     """Continue a prompt with a carried cache: latents for MLA, states for linear layers.
@@ -250,6 +274,7 @@ def generate(
         repetition_penalty: > 1 makes tokens that are there already less likely; small models want about 1.2.
         seed: of the sampling.
         chat: wrap the prompt in the tokenizer's chat template.
+        latents: keep MLA's latents in 8 bits, half of bf16's memory.
         json: print text, tokens, speed and cache as JSON instead.
     """
     from megatron_hylo.serve.generate import check_prompt, generate_text
@@ -268,7 +293,7 @@ def generate(
 
     result = generate_text(
         model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        repetition_penalty=repetition_penalty, seed=seed, chat=chat, **({} if json else {"on_text": show}),
+        repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, **({} if json else {"on_text": show}),
     )  # fmt: skip
     if json:
         print_json({"prompt": prompt} | asdict(result))
@@ -276,7 +301,7 @@ def generate(
     results.print()
     console.print(
         f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s; cache {result.cache_bytes / 1e6:.2f} MB, "
-        f"KV {result.kv_bytes_per_token} bytes/token",
+        f"KV {result.kv_bytes_per_token} bytes/token; decoded by {result.decoded_by}",
         style="dim",
     )
 

@@ -128,11 +128,12 @@ def panel(run: "Run", state: str, message: str, lines: "deque[str] | list[str]")
 
 
 def _numbers(run: "Run", age: float, state: str) -> str:
+    from megatron_hylo.eval.runs import learning_rates
+
     newest: dict[str, Any] = next((r for r in reversed(run.records) if "tokens_per_second" in r), {})
-    rates = ", ".join(f"{value:.3g}" for name, value in newest.items() if name.startswith("learning_rate_"))
     parts = [
         f"loss {newest['loss']:.4f}" if newest.get("loss") is not None else "",
-        f"lr {rates}" if rates else "",
+        learning_rates(newest),
         f"{newest['tokens_per_second']:,.0f} tokens/s" if newest else "no step recorded yet",
         f"MFU {100 * newest['mfu']:.1f} %" if newest.get("mfu") is not None else "",
         f"peak memory {newest['peak_memory_gib']:.1f} GiB" if newest.get("peak_memory_gib") is not None else "",

@@ -1,6 +1,6 @@
 """Configuration in numbers: models and their mixers, parallelism, training settings, layouts; imports no torch."""
 
-from megatron_hylo.config.errors import ConfigError, from_dict
+from megatron_hylo.config.errors import ConfigError, RunFailure, from_dict
 from megatron_hylo.config.model import LAYERS, MIXER_SYMBOLS, Fp8, ModelConfig, recomputed_layers
 from megatron_hylo.config.parallel import ParallelConfig
 from megatron_hylo.config.rope import RopeScaling
@@ -10,6 +10,7 @@ __all__ = [
     "LAYERS",
     "MIXER_SYMBOLS",
     "ConfigError",
+    "RunFailure",
     "Fp8",
     "ModelConfig",
     "ParallelConfig",

@@ -1,4 +1,4 @@
-"""The error of a setting that cannot work, and dataclasses out of mappings."""
+"""Errors of a setting that cannot work and of a run that failed, and dataclasses out of mappings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,6 +7,10 @@ from typing import Any
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message names the value and what to do."""
+
+
+class RunFailure(RuntimeError):
+    """A failure of a run that the same command may not meet again: a rank that died, a machine that is slow."""
 
 
 def from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:

@@ -46,7 +46,7 @@ class ModelConfig:
     num_query_groups: int  # key/value heads; MLA's kv_b_proj produces this many too
     kv_channels: int  # attention head dimension
     vocab_size: int
-    model_family: Literal["llama", "qwen2", "qwen3"] = "llama"  # of the base model
+    model_family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"  # of the base model
     max_position_embeddings: int = 8192
     layernorm_epsilon: float = 1e-5
     untie_embeddings_and_output_weights: bool = True

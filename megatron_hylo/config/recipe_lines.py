@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.layouts import BASES, NamedLayout
 from megatron_hylo.config.mixers import MIXERS
-from megatron_hylo.config.teacher_window import own_window
+from megatron_hylo.config.teacher_window import FAR, own_window, yarn_origin
 
 STAGES = {"stage1_ild": 2048, "stage2_ctx8k": 8192, "stage3_ctx32k": 32768, "stage3_ctx64k": 65536, "stage3_ctx128k": 131072}
 SCRIPTED = ("stage1_ild", "stage2_ctx8k", "stage3_ctx64k", "stage3_ctx128k")  # stages with a Slurm script
@@ -311,16 +311,21 @@ class Recipe:
             return
         if self.length <= teacher:
             yield row("teacher_window:", f"how the teacher reads what is longer than its window of {teacher} tokens")
-            yield row("  mode: none", "no sequence is longer; else rope (better for recall) or windows (lower loss) [recall]")
+            yield row("  mode: none", "no sequence is longer; else rope up to 4 times as long, windows beyond [recall]")
             return
-        # Qwen3's published YaRN is by 4 from 32,768 tokens, below its max_position_embeddings
-        reach = 32768 if self.layout.base == "qwen3-1.7b" else teacher
-        weak = "; by 8 a 135M teacher hardly teaches" if self.small and self.length > 32768 else ""
+        reach = yarn_origin(BASES[self.family.teacher[1]])
         yield row("teacher_window:", f"how the teacher reads more than its window of {teacher} tokens")
-        yield row("  mode: rope", f"stretched positions; better for recall than windows [recall]{weak}")
+        if self.length > FAR * reach:
+            yield row("  mode: windows", f"overlapping ones; stretched by more than {FAR:g} a teacher teaches little [recall]")
+            yield row("  length: null", "tokens of one; null: the teacher's window")
+            return
+        yield row("  mode: rope", "stretched positions; better for recall than windows, up to 4 times the window [recall]")
         yield row("  rope_scaling:", "of the teacher's attention")
         yield row("    rope_type: yarn", "teaches past the window without training [recall]")
-        yield row(f"    factor: {self.length / reach:.1f}", f"{self.length} / {reach}: the smallest that reaches")
+        yield row(
+            f"    factor: {self.length / reach:.1f}",
+            f"{self.length} / {reach}: the smallest that reaches, as without rope_scaling",
+        )
         yield row(f"    original_max_position_embeddings: {reach}", "tokens")
 
     def _where(self) -> Iterator[str]:

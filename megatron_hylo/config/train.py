@@ -203,11 +203,11 @@ class TrainConfig:
             raise ConfigError(
                 f"teacher_store {self.teacher_store} is of the documents of data, end to end; leave text as it is"
             )
-        if self.recall.share and (self.teacher_store or self.cuda_graphs):
+        if self.recall.share and self.teacher_store and self.recall.kl_within != 0:
             raise ConfigError(
-                f"recall.share {self.recall.share} makes text that a teacher_store does not know, and losses whose shapes "
-                f"cuda_graphs cannot capture; got teacher_store {self.teacher_store} and cuda_graphs {self.cuda_graphs}: leave "
-                f"these out, or set recall.share 0"
+                f"recall.kl_within {self.recall.kl_within} asks for a KL at answers, which the teacher of teacher_store "
+                f"{self.teacher_store} never read: exercises are made while training. Set recall.kl_within 0, or learn from a "
+                f"teacher folder or a teacher_address"
             )
         parallel, parts = self.parallel, self.parallel.context_parallel_size
         if parallel.sequence_parallel:
@@ -235,11 +235,7 @@ class TrainConfig:
                 f"global_batch_size {self.global_batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
             )
 
-        if self.suite_settings() is not None and parallel.model_parallel_size > 1:
-            raise ConfigError(
-                f"evaluation.suites needs the whole model on each rank, got parallel groups of {parallel.model_parallel_size} "
-                f"ranks; measure the run's checkpoints with `hylo eval` instead"
-            )
+        self.suite_settings()  # refuses what cannot be measured
 
     def suite_settings(self) -> SuiteSettings | None:
         """Settings of the suites, on the run's own held-out text; None where none are run."""
@@ -282,6 +278,23 @@ class TrainConfig:
         ):
             if wrong:
                 raise ConfigError(f"{name} fp8 needs {needed}; change that, or set {name} same")
+
+    @property
+    def loss_in_words(self) -> str:
+        """Quantity and unit of the loss that a run logs."""
+        recall = " + answer_weight x cross-entropy of recall answers" if self.recall.share else ""
+        if self.stage == "pretrain":
+            return f"cross-entropy{recall}, nats a token"
+        if self.stage == "distil":
+            c = self.distil
+            weights = [f"{w:g} x {name}" for w, name in ((c.kl_weight, "KL"), (c.ce_weight, "cross-entropy")) if w]
+            return f"{' + '.join(weights)}{recall}, nats a token"
+        return {
+            "mse": "squared error of a layer's mixer output / the teacher's energy, summed over layers; 1 a layer for output 0",
+            "ild": "L2 distances of a layer's output and its mixer's from the teacher's, means over tokens, summed over layers",
+            "sequential": "squared distance of the hidden state after a mixer from the teacher's / their energies, summed over "
+            "layers",
+        }[self.align.loss]
 
     @property
     def student_fp8(self) -> Fp8 | None:

@@ -116,6 +116,9 @@ class CheckpointSettings:
 class EvaluationSettings:
     """Suites of an evaluation that a run takes between its steps (eval/suites.py); results are metrics eval/SUITE/TASK/METRIC.
 
+    Every rank measures a part of the examples. With tensor or pipeline parallelism it needs memory for the whole model
+    meanwhile; where that is too much, measure checkpoints with `hylo eval` in another job.
+
     Args:
         every: steps between evaluations, which come at the end as well; 0: none.
         suites: some of ppl, recall, ruler, commonsense, gsm8k.

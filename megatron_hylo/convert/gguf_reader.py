@@ -6,6 +6,7 @@ so it serves as the oracle for the weights only (`hf_reader.load_transformers_mo
 """
 
 import math
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.convert.gguf_rope import gguf_frequencies, rope_from_gguf
 from megatron_hylo.convert.hf_config import model_config_from_hf
 from megatron_hylo.convert.hf_rope import rope_to_hf
+from megatron_hylo.convert.safetensors_files import file_state, require_unchanged
 from megatron_hylo.convert.safetensors_reader import checked
 from megatron_hylo.io.gguf_file import gguf_token_ids, open_gguf
 
@@ -67,7 +69,9 @@ class GgufSource:
         self.file = Path(file)
         if not self.file.is_file():
             raise ConfigError(f"{self.file} does not exist; give a Hugging Face folder or a .gguf file")
+        self._state = file_state(self.file)
         reader = open_gguf(self.file)
+        self._mapped: Any = reader.data
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.architecture, model = self._model_keys(reader.fields)
         self.hf_config = self._hf_config(model)
@@ -165,8 +169,14 @@ class GgufSource:
     def _read(self, stored: str) -> Tensor:
         from gguf import dequantize
 
+        require_unchanged(self.file, self._state)  # a file that was cut short would end this process
         tensor = self._tensors[stored]
-        return torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        made = dequantize(tensor.data, tensor.tensor_type)
+        if made.dtype != np.float32 or np.may_share_memory(made, tensor.data):
+            made = np.array(made, dtype=np.float32)
+        if (mapped := getattr(self._mapped, "_mmap", None)) is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)  # what was read of the file counts as this process's memory
+        return torch.from_numpy(made)
 
     def read(self, name: str) -> Tensor:
         """Read the tensor of a Hugging Face name, fp32.
@@ -182,6 +192,14 @@ class GgufSource:
     def dtype(self) -> torch.dtype:
         """Return float32: dequantised weights fit no narrower dtype."""
         return torch.float32
+
+    def require_unchanged(self) -> None:
+        """Refuse a file that was changed since it was opened, by a ConfigError."""
+        require_unchanged(self.file, self._state)
+
+    def state(self) -> list[Any]:
+        """Describe the file, as JSON: its path, size and time of change."""
+        return [str(self.file.resolve()), list(self._state)]
 
     def frequencies(self) -> Tensor:
         """Inverse RoPE frequencies from the file's own data, fp32 [head_dim / 2]."""

@@ -13,6 +13,7 @@ from megatron_hylo.convert.hf_rope import rope_from_hf, rope_to_hf
 
 logger = logging.getLogger("megatron_hylo.convert")
 HYLO_MODEL_TYPE = "hylo"
+MISTRAL_POSITIONS = 131072  # where config.json does not say
 TRANSFORMERS_VERSIONS = ("4.57.1", "5.17.0")  # oldest and newest that tests run; 4.51 to 4.56 ignore the factor of YaRN
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TO_MODEL_CONFIG: dict[str, Callable[[dict[str, Any]], ModelConfig]] = {}
@@ -50,6 +51,19 @@ _NEUTRAL: dict[str, Any] = {
     "attn_temperature_tuning": False, "no_rope_layers": [], "use_qk_norm": False, "num_nextn_predict_layers": 0,
     "num_experts": 0, "num_local_experts": 0, "n_routed_experts": 0,
 }  # fmt: skip
+# Families close to those that are converted, and what they compute that a converted model would not.
+_OTHERWISE = {
+    "smollm3": "every fourth of its layers has no rotary positions (no_rope_layers)",
+    "ministral": "most of its layers attend to a sliding window",
+    "ministral3": "it scales queries by their position (llama_4_scaling_beta)",
+    "gemma3": "five of six of its layers attend to a sliding window, and its norms and embedding are scaled",
+    "gemma3_text": "five of six of its layers attend to a sliding window, and its norms and embedding are scaled",
+    "gemma2": "every second of its layers attends to a sliding window, and its logits are capped",
+    "mixtral": "its MLPs are experts",
+    "qwen2_moe": "its MLPs are experts",
+    "qwen3_moe": "its MLPs are experts",
+    "phi3": "its projections are fused, and some of its channels do not turn",
+}
 
 
 def register_family(model_type: str) -> Callable:
@@ -73,11 +87,13 @@ def model_config_from_hf(values: dict[str, Any]) -> ModelConfig:
     """
     model_type = values.get("model_type")
     if model_type not in _TO_MODEL_CONFIG:
-        architectures = ", ".join(values.get("architectures") or ["no architectures"])
-        raise ConfigError(
-            f"unknown architecture: model_type {model_type!r} ({architectures}); "
-            f"supported: {', '.join(sorted(_TO_MODEL_CONFIG))}"
+        architectures, supported = (
+            ", ".join(values.get("architectures") or ["no architectures"]),
+            ", ".join(sorted(_TO_MODEL_CONFIG)),
         )
+        if why := _OTHERWISE.get(str(model_type)):
+            raise ConfigError(f"model_type {model_type!r} ({architectures}) is not converted: {why}; supported: {supported}")
+        raise ConfigError(f"unknown architecture: model_type {model_type!r} ({architectures}); supported: {supported}")
     return _TO_MODEL_CONFIG[model_type](values)
 
 
@@ -116,10 +132,22 @@ def _flag(values: Mapping[str, Any], key: str) -> bool:
 
 
 def _check_windows(values: Mapping[str, Any], layers: int) -> None:
-    """Refuse sliding-window attention where a layer has it; Qwen's rule: layers from max_window_layers on, or layer_types."""
+    """Refuse sliding-window attention where a layer has it.
+
+    Qwen's rule: layers from max_window_layers on, or layer_types. Mistral's: all layers, by default a window of 4096 tokens.
+    """
     kinds = values.get("layer_types")
+    if values["model_type"] == "mistral":
+        window = values.get("sliding_window", 4096)
+        if window is not None and window < values.get("max_position_embeddings", MISTRAL_POSITIONS):
+            raise ConfigError(
+                f"config.json: sliding_window is {window} (4096 where it is not given); only full attention is supported, as "
+                "of Mistral 7B v0.2 and later: their sliding_window is null"
+            )
     if kinds is None:
-        if values["model_type"] == "llama":  # has no windows: with one, the weights are Mistral's
+        if values["model_type"] == "mistral":
+            window, first = None, 0
+        elif values["model_type"] == "llama":  # has no windows: with one, the weights are Mistral's
             window, first = values.get("sliding_window"), 0
         else:
             window = values.get("sliding_window", 4096) if _flag(values, "use_sliding_window") else None
@@ -183,6 +211,12 @@ def _llama(values: dict[str, Any]) -> ModelConfig:
     return _backbone(values, (), {"max_position_embeddings": 2048}, model_family="llama")
 
 
+@register_family("mistral")
+def _mistral(values: dict[str, Any]) -> ModelConfig:
+    defaults = {"max_position_embeddings": MISTRAL_POSITIONS, "num_key_value_heads": 8}
+    return _backbone(values, (), defaults, model_family="mistral")
+
+
 @register_family("qwen2")
 def _qwen2(values: dict[str, Any]) -> ModelConfig:
     defaults = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
@@ -240,10 +274,15 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
             **shared,
             "hylo": config.to_dict(),
         }
-    names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    names = {
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+    }
     return {
         "model_type": config.model_family,
-        "architectures": [names[config.model_family]],
+        "architectures": [f"{names[config.model_family]}ForCausalLM"],
         **shared,
         "intermediate_size": config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads,
@@ -251,5 +290,6 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
         "head_dim": config.kv_channels,
         "hidden_act": "silu",
         "rms_norm_eps": config.layernorm_epsilon,
+        **({"sliding_window": None} if config.model_family == "mistral" else {}),
         **rope_to_hf(config.rotary_base, config.rope_scaling),
     }

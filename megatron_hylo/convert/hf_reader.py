@@ -27,6 +27,14 @@ class TensorSource(Protocol):
         """Return bfloat16 where every weight is stored in it, else float32."""
         ...
 
+    def require_unchanged(self) -> None:
+        """Refuse a source that was changed since it was opened, by a ConfigError."""
+        ...
+
+    def state(self) -> list[Any]:
+        """Describe the files that are read, as JSON: names, sizes and times of change."""
+        ...
+
 
 def load_transformers_model(path: str | Path, **settings: Any) -> Any:
     """Load `path` (Hugging Face folder or GGUF) through transformers, fp32, eval mode: the oracle.

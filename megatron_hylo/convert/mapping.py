@@ -141,3 +141,14 @@ def model_entries(config: ModelConfig) -> list[Entry]:
     if config.untie_embeddings_and_output_weights:
         entries.append(_same("output_layer.weight", "lm_head.weight"))
     return entries
+
+
+def parameter_reader(config: ModelConfig, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    """Turn a reader of Hugging Face tensors into one of Megatron parameters, by their names."""
+    entries = {entry.megatron: entry for entry in model_entries(config)}
+
+    def read_parameter(name: str) -> Tensor:
+        entry = entries[name]
+        return entry.merge([read(part) for part in entry.hugging_face])
+
+    return read_parameter

@@ -16,6 +16,7 @@ from megatron_hylo.io.gguf_file import gguf_file
 from megatron_hylo.platform.distributed import device, session
 
 if TYPE_CHECKING:
+    from megatron_hylo.models.gather import GatheredModel
     from megatron_hylo.models.hylo_model import HyloModel
 
 
@@ -64,8 +65,8 @@ def model_from_megatron(path: str | Path) -> HyloForCausalLM:
         return hf_model(load_model(path, backend="local"))
 
 
-def hf_model(source: "HyloModel") -> HyloForCausalLM:
-    """The Hugging Face model of a whole Megatron model, in its dtype, on the CPU.
+def hf_model(source: "HyloModel | GatheredModel") -> HyloForCausalLM:
+    """The Hugging Face model of a whole Megatron model, or of one gathered from its ranks, in its dtype, on the CPU.
 
     Raises:
         ConfigError: a tensor holds NaN or infinite values.

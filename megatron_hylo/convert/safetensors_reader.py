@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
@@ -20,6 +19,7 @@ from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.convert.hf_config import model_config_from_hf
 from megatron_hylo.convert.quantised import HARMLESS as HARMLESS_IF_QUANTISED
 from megatron_hylo.convert.quantised import find_scaled, read_quantisation
+from megatron_hylo.convert.safetensors_files import SafetensorsFile, file_state, require_unchanged
 from megatron_hylo.convert.source_names import HARMLESS, refuse_adapter, refuse_unused
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -31,7 +31,7 @@ logger = logging.getLogger("megatron_hylo.convert")
 
 
 class SafetensorsSource:
-    """A Hugging Face folder; one shard is open at a time.
+    """A Hugging Face folder, read tensor by tensor.
 
     Which file is read, what is tied and which tensors may be passed over follows transformers 5, except that what it
     drops with a warning is refused here.
@@ -47,7 +47,8 @@ class SafetensorsSource:
                 f"{self.folder}: config.json names other weights in transformers_weights; read are {SINGLE} or {INDEX}"
             )
         self.quantisation = read_quantisation(self.folder, values)
-        self._open_shard: tuple[str, Any] | None = None
+        self._config_state = file_state(self.folder / "config.json")
+        self._files: dict[str, SafetensorsFile] = {}
         self.shard_of: dict[str, str] = {}
         self.stored: dict[str, tuple[str, tuple[int, ...]]] = {}  # name -> (safetensors dtype, shape)
         self._alias: dict[str, str] = {}  # asked for -> stored, of tied embeddings
@@ -79,7 +80,8 @@ class SafetensorsSource:
         for shard, placed in sorted(self._shards().items()):
             if not (self.folder / shard).is_file():
                 raise ConfigError(f"{self.folder / shard} is missing, though the index names it; download the checkpoint again")
-            present = set(self._shard(shard).keys())
+            file = self._files[shard] = SafetensorsFile(self.folder / shard)
+            present = set(file.stored)
             wanted = tensor_names(self.config)
             if lost := [name for name in placed if name in wanted and name not in present]:
                 raise ConfigError(f"{self.folder / shard} lacks tensor {lost[0]}, though the index places it there")
@@ -88,18 +90,23 @@ class SafetensorsSource:
                     f"{self.folder}: tensor {twice[0]} is in both {self.shard_of[twice[0]]} and {shard}; only one can count, "
                     "so download the checkpoint again"
                 )
-            for name in sorted(present):
-                part = self._shard(shard).get_slice(name)
-                self.shard_of[name], self.stored[name] = shard, (part.get_dtype(), tuple(part.get_shape()))
+            self.shard_of |= dict.fromkeys(sorted(present), shard)
+            self.stored |= file.stored
 
-    def _shard(self, name: str) -> Any:
-        if self._open_shard is None or self._open_shard[0] != name:
-            try:
-                self._open_shard = (name, safe_open(self.folder / name, framework="pt", device="cpu"))
-            except (SafetensorError, OSError) as error:
-                message = f"{self.folder / name} is corrupt or cut short ({error}); download the checkpoint again"
-                raise ConfigError(message) from error
-        return self._open_shard[1]
+    def require_unchanged(self) -> None:
+        """Refuse a folder of which a file was changed since it was opened.
+
+        Raises:
+            ConfigError: it names the file.
+        """
+        require_unchanged(self.folder / "config.json", self._config_state)
+        for file in self._files.values():
+            file.require_unchanged()
+
+    def state(self) -> list[Any]:
+        """Describe the files that are read, as JSON: names, sizes and times of change."""
+        files = {name: list(file.state) for name, file in self._files.items()}
+        return [str(self.folder.resolve()), {"config.json": list(self._config_state)} | files]
 
     def _tie(self) -> None:
         """Tie embeddings as transformers 5 does: not where both are stored and differ, by either where one is."""
@@ -138,7 +145,7 @@ class SafetensorsSource:
         refuse_unused(self.folder, set(self.stored) - used - known, self.config)
 
     def _read_stored(self, name: str) -> Tensor:
-        return self._shard(self.shard_of[name]).get_tensor(name)
+        return self._files[self.shard_of[name]].read(name)
 
     def read(self, name: str) -> Tensor:
         """Read the tensor of that name, dequantised.
@@ -159,6 +166,14 @@ class SafetensorsSource:
         return torch.bfloat16 if {self.stored[name][0] for name in names} == {"BF16"} else torch.float32
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has no NaN and no infinite values; in one pass, without a mask as large as the tensor."""
+    if not tensor.numel():
+        return True
+    ends = torch.stack(torch.aminmax(tensor))
+    return bool(torch.isfinite(ends).all())
+
+
 def checked(name: str, tensor: Tensor, where: Path) -> Tensor:
     """Check a weight and return it in bfloat16 or float32, unrounded.
 
@@ -170,7 +185,7 @@ def checked(name: str, tensor: Tensor, where: Path) -> Tensor:
     Raises:
         ConfigError: values that are no numbers, or float64 values that float32 does not hold.
     """
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         raise ConfigError(f"{where}: tensor {name} holds NaN or infinite values; the checkpoint is damaged, download it again")
     if tensor.dtype == torch.bfloat16:
         return tensor

@@ -1,23 +1,25 @@
 """Conversion of a Hugging Face folder or GGUF file to a Megatron model folder."""
 
-import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.convert.folder_source import FolderSource
 from megatron_hylo.convert.hf_reader import open_source
 from megatron_hylo.convert.mapping import model_entries
+from megatron_hylo.convert.streaming import SHARD_BYTES
 from megatron_hylo.convert.token_ids import GENERATION_CONFIG, generation_settings
 from megatron_hylo.convert.verify import require_equal
+from megatron_hylo.convert.write_folders import write_model_folder
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.io import check_free, write_json
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.io.provenance import made_by
-from megatron_hylo.models.checkpoint import save_model
-from megatron_hylo.models.hylo_model import HyloModel, build_model
+from megatron_hylo.models.hylo_model import HyloModel
 
 
 def fill_model(model: HyloModel, config: ModelConfig, read: Callable[[str], Tensor], track: Track = no_progress) -> None:
@@ -47,45 +49,57 @@ def fill_model(model: HyloModel, config: ModelConfig, read: Callable[[str], Tens
 
 
 def convert_hf_to_megatron(
-    source: str | Path, output: str | Path, overwrite: bool = False, track: Track = no_progress, verify: bool = True
+    source: str | Path,
+    output: str | Path,
+    overwrite: bool = False,
+    track: Track = no_progress,
+    verify: bool = True,
+    shard_bytes: int = SHARD_BYTES,
 ) -> ModelConfig:
     """Convert a Hugging Face folder or GGUF file to a model folder; `platform.initialize` must have run.
 
-    No weight is rounded: all are bfloat16 where all are stored so, else all float32. Quantised weights are dequantised.
+    No weight is rounded: all are bfloat16 where all are stored so, else all float32. Quantised weights are dequantised. One
+    tensor, or the parts of one fused tensor, is in memory at a time; a killed conversion goes on at the shard where it was.
 
     Args:
         source: folder with config.json and safetensors, or a .gguf file, or a folder with one.
         output: the model folder to make.
         overwrite: replace what is there.
         track: progress display over an iterable.
-        verify: compare tensors and logits with transformers' loading of the source, before anything is written.
+        verify: compare tensors and logits with transformers' loading of the source, before the folder appears.
+        shard_bytes: largest size of a file of weights.
 
     Returns:
         The model's configuration.
 
     Raises:
-        ConfigError: the source cannot be converted, or what was made of it is another model; nothing is left at `output`.
+        ConfigError: the source cannot be converted or changes meanwhile, the disk is full, or what was made is another model;
+            nothing is left at `output`.
     """
     check_free(output, overwrite, [source])
     opened = open_source(source)
-    dtype = opened.dtype()
-    model = build_model(opened.config, params_dtype=dtype, backend="local")
-    fill_model(model, opened.config, opened.read, track)
-    if verify:
-        require_equal(model, opened, source, track)
-    with tempfile.TemporaryDirectory() as scratch:
-        has_tokenizer = _save_tokenizer(Path(source), Path(scratch))
-        provenance = made_by("convert", {"source": source}, track, converted_from=Path(source).name)
-        save_model(model, output, scratch if has_tokenizer else None, provenance, overwrite)
+    with ThreadPoolExecutor(1) as beside:  # the source is hashed while it is read
+        provenance = beside.submit(made_by, "convert", {"source": source}, converted_from=Path(source).name)
+
+        def check(folder: Path) -> None:
+            opened.require_unchanged()
+            if verify:
+                require_equal(FolderSource(folder, verify_hashes=False), opened, source, track)
+
+        write_model_folder(
+            output, opened.config, opened.dtype(), opened.read, opened.state(), provenance.result,
+            lambda folder: _save_tokenizer(Path(source), folder / "tokenizer"), check, overwrite, (source,), shard_bytes, track,
+        )  # fmt: skip
     return opened.config
 
 
-def _save_tokenizer(source: Path, folder: Path) -> bool:
-    """Save tokenizer files and generation_config.json (for the ids that end generation); False where there are none."""
+def _save_tokenizer(source: Path, folder: Path) -> None:
+    """Save tokenizer files and generation_config.json (for the ids that end generation), those that there are."""
     tokenizer = load_transformers_tokenizer(source)
+    settings = generation_settings(source, tokenizer)
+    if tokenizer is not None or settings:
+        folder.mkdir()
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    settings = generation_settings(source, tokenizer)
     if settings:
         write_json(folder / GENERATION_CONFIG, settings)
-    return tokenizer is not None or bool(settings)

@@ -14,16 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.convert.folder_source import FolderSource
 from megatron_hylo.convert.hf_reader import TensorSource, open_source
 from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.oracle import Oracle, open_oracle
 from megatron_hylo.data.tokenizer import vocabulary_difference
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.kernels.registry import untuned
-from megatron_hylo.models.checkpoint import load_model
-from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.models.streamed import ModelParts
+from megatron_hylo.models.weights_files import skeleton
+from megatron_hylo.platform.distributed import device
 
 TOKENS, TOLERANCE = 128, 1e-4
+COMPARED = 2**24  # numbers of a tensor that are widened at a time
 HEAD_ROWS = 8192  # of the output head at a time, in float32
 logger = logging.getLogger("megatron_hylo.convert")
 
@@ -88,18 +91,18 @@ def verify_conversion(
     if tokens < 1 or not tolerance >= 0:
         raise ConfigError(f"--tokens must be at least 1 and --tolerance at least 0, got {tokens} and {tolerance}")
     source = open_source(hugging_face)
-    result = compare(load_model(megatron, backend="local"), source, hugging_face, tokens, tolerance, seed, track)
+    result = compare(FolderSource(megatron), source, hugging_face, tokens, tolerance, seed, track)
     result.tokenizer_difference = vocabulary_difference(hugging_face, megatron)
     return result
 
 
-def require_equal(model: HyloModel, source: TensorSource, path: str | Path, track: Track = no_progress) -> None:
+def require_equal(weights: FolderSource, source: TensorSource, path: str | Path, track: Track = no_progress) -> None:
     """Run `compare` at the end of a conversion and refuse a difference.
 
     Raises:
         ConfigError: the two differ.
     """
-    result = compare(model, source, path, track=track)
+    result = compare(weights, source, path, track=track)
     if not result.ok:
         shown = result.lines()
         shown = [*shown[:6], f"  ... {len(shown) - 7} more", shown[-1]] if len(shown) > 8 else shown
@@ -112,7 +115,7 @@ def require_equal(model: HyloModel, source: TensorSource, path: str | Path, trac
 
 
 def compare(
-    model: HyloModel,
+    weights: FolderSource,
     source: TensorSource,
     path: str | Path,
     tokens: int = TOKENS,
@@ -123,7 +126,7 @@ def compare(
     """Compare every tensor bit for bit, then hidden states and logits of random tokens, in float32.
 
     Args:
-        model: whole (every parallel size 1), float32 or bfloat16.
+        weights: the model folder, opened; each part is widened to float32 while it computes.
         source: what `path` holds, opened.
         path: the Hugging Face folder or GGUF file that transformers loads.
         tokens: length of the random input, [1, tokens]; no more than the model has positions.
@@ -134,21 +137,22 @@ def compare(
     Raises:
         ConfigError: transformers cannot load the folder as a whole.
     """
-    config = model.config.hylo
+    config = weights.config
+    model = skeleton(config, torch.float32)
     tokens = min(tokens, config.max_position_embeddings)
     ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
     with open_oracle(source, path) as oracle, torch.no_grad(), untuned():  # fast kernels round fp32 products
         result = Verification(oracle.description, tokens, tolerance)
-        _compare_tensors(model, oracle, result, track)
+        _compare_tensors(weights, oracle, result, track)
         if oracle.model.config.vocab_size != config.vocab_size:
             result.differing.append(f"vocabulary: {config.vocab_size} tokens against {oracle.model.config.vocab_size}")
             return result
         logger.info("comparing hidden states and logits of %s tokens in float32", tokens)
         with _outputs(oracle.model.model.layers) as theirs:
             their_logits = oracle.model(ids, use_cache=False).logits[0].cpu()
-        with _outputs([mlp for _, mlp in model.mixer_layers()]) as ours, _widened(model):
-            hidden = model.eval()(ids.to(next(model.parameters()).device))
-            our_logits = _logits(model, hidden)
+        widened = ModelParts(model, weights.parameter).streaming(keep_ends=False)
+        with _outputs([mlp for _, mlp in model.mixer_layers()]) as ours, widened:
+            our_logits = _logits(weights, model.eval()(ids.to(device())))
     # ours: [sequence, 1, hidden], theirs: [1, sequence, hidden]
     pairs = [(x.flatten(0, 1), y.flatten(0, 1)) for x, y in zip(ours, theirs)]
     result.layer_differences = [((x - y).norm() / y.norm()).item() for x, y in pairs]
@@ -157,22 +161,29 @@ def compare(
     return result
 
 
-def _compare_tensors(model: HyloModel, oracle: Oracle, result: Verification, track: Track) -> None:
-    parameters, config = dict(model.named_parameters()), model.config.hylo
+def _compare_tensors(weights: FolderSource, oracle: Oracle, result: Verification, track: Track) -> None:
+    config = weights.config
     unseen = oracle.names() - (set() if config.untie_embeddings_and_output_weights else {"lm_head.weight"})
     for entry in track(model_entries(config), "compare tensors"):
-        for name, ours in zip(entry.hugging_face, entry.split(parameters[entry.megatron].detach())):
+        for name in entry.hugging_face:
+            ours = weights.read(name)
             if name not in unseen:
                 result.differing.append(f"{name}: missing in the other model")
                 continue
             unseen.discard(name)
-            ours, theirs = ours.float().cpu(), oracle.tensor(name).float().cpu()
+            theirs = oracle.tensor(name).cpu()
             result.tensors += 1
             if ours.shape != theirs.shape:
                 result.differing.append(f"{name}: shape {list(ours.shape)} against {list(theirs.shape)}")
-            elif not torch.equal(ours, theirs):
-                result.differing.append(f"{name}: max |delta| {(ours - theirs).abs().max().item():.3e}")
+            elif not _equal(ours, theirs):
+                result.differing.append(f"{name}: max |delta| {(ours.float() - theirs.float()).abs().max().item():.3e}")
     result.differing += [f"{name}: missing in the converted model" for name in sorted(unseen)]
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether all values are equal, a part at a time in float32."""
+    parts = zip(ours.reshape(-1).split(COMPARED), theirs.reshape(-1).split(COMPARED))
+    return all(torch.equal(a.float(), b.float()) for a, b in parts)
 
 
 @contextmanager
@@ -191,33 +202,8 @@ def _outputs(layers: list[nn.Module] | nn.ModuleList) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-@contextmanager
-def _widened(model: HyloModel) -> Iterator[None]:
-    """Widen each part's weights to float32 while it computes, and restore them afterwards."""
-    narrow: dict[nn.Parameter, Tensor] = {}
-
-    def widen(module: nn.Module, _inputs: object) -> None:
-        narrow.update((p, p.data) for p in module.parameters())
-        for p in module.parameters():
-            p.data = p.data.float()
-
-    def restore(module: nn.Module, *_: object) -> None:
-        for p in module.parameters():
-            p.data = narrow.pop(p)
-
-    parts = [model.embedding, *model.decoder.layers, model.decoder.final_norm]
-    handles = [part.register_forward_pre_hook(widen) for part in parts]
-    handles += [part.register_forward_hook(restore) for part in parts]
-    try:
-        yield
-    finally:
-        for p, data in narrow.items():  # of a part that failed
-            p.data = data
-        for handle in handles:
-            handle.remove()
-
-
-def _logits(model: HyloModel, hidden: Tensor) -> Tensor:
+def _logits(weights: FolderSource, hidden: Tensor) -> Tensor:
     """Compute logits, [sequence, 1, hidden] -> [sequence, vocab], in float32 on the CPU."""
-    rows = model.head_weight().split(HEAD_ROWS)
-    return torch.cat([(hidden[:, 0] @ part.float().T).cpu() for part in rows], dim=1)
+    tied = not weights.config.untie_embeddings_and_output_weights
+    head = weights.read("model.embed_tokens.weight" if tied else "lm_head.weight")
+    return torch.cat([(hidden[:, 0] @ part.to(hidden.device).float().T).cpu() for part in head.split(HEAD_ROWS)], dim=1)

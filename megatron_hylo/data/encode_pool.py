@@ -25,10 +25,12 @@ class Batch(Protocol):
     """Texts to encode."""
 
     @property
-    def texts(self) -> list[str]: ...
+    def texts(self) -> list[str]:
+        """Texts, one a document."""
 
     @property
-    def answers(self) -> list[Spans | None] | None: ...
+    def answers(self) -> list[Spans | None] | None:
+        """Places of the answers in each text, in characters; None: all of it is learnt."""
 
 
 B = TypeVar("B", bound=Batch)

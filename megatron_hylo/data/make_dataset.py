@@ -72,6 +72,7 @@ class DatasetSettings:
 
     @property
     def splits(self) -> tuple[str, ...]:
+        """Names of the parts that are written: "train" and, where any is held out, "heldout"."""
         return SPLITS if self.heldout_fraction else SPLITS[:1]
 
 

@@ -247,11 +247,12 @@ def batches(
 
     Yields:
         {"input_ids", "labels"}, each [micro_batch_size, sequence_length] int64 on the CPU, and "windows", their numbers in the
-        dataset. With `packed_documents`
-        [1, micro_batch_size * sequence_length], the label of a document's last token is IGNORED (it would be another
-        document's), and "document_starts" is int64 [n]. With recall "answers", int32 of the labels' shape: at a label that
-        is part of an answer the distance to the fact, 0 elsewhere. Of data of which only answers are learnt "loss_mask", bool
-        of the labels' shape; the label of every other token is IGNORED, and so is one where a document was cut.
+        dataset. With `packed_documents` [1, micro_batch_size * sequence_length], the label of a document's last token is
+        IGNORED (it would be another document's), and "document_starts" is int64 [n]. The label of a token where a document was
+        cut is IGNORED. With recall two more of the labels' shape: "answers", int32, at a label that is part of an answer the
+        distance to the fact, 0 elsewhere; "source_places", int64, of each input token the place in the window that the
+        exercises were inserted in, -1 at theirs. Of data of which only answers are learnt "loss_mask", bool of the labels'
+        shape; the label of every other token is IGNORED.
 
     Raises:
         ConfigError: a size below 1, a rank out of range, or a negative count.
@@ -276,6 +277,9 @@ def _batches(
         answers = [window.answers[1:] for window in windows if window.answers is not None]
         if answers:
             batch["answers"] = torch.from_numpy(np.stack(answers))
+        inserted = [window.source_places[:-1] for window in windows if window.source_places is not None]
+        if inserted:
+            batch["source_places"] = torch.from_numpy(np.stack(inserted))
         for row, window in enumerate(windows):
             if window.cuts is not None:
                 batch["labels"][row, window.cuts - 1] = IGNORED

@@ -39,6 +39,11 @@ class _Piece(NamedTuple):
     text: _Text
 
 
+def exercise_tokens(settings: RecallSettings, sequence_length: int) -> int:
+    """Tokens of a window of `sequence_length` that are of exercises."""
+    return round(settings.share * sequence_length)
+
+
 class RecallWindows(WindowSource):
     """Windows of another source with exercises in them.
 
@@ -63,7 +68,7 @@ class RecallWindows(WindowSource):
         seed: int,
         within_documents: bool = False,
     ) -> None:
-        self.room = round(settings.share * sequence_length)
+        self.room = exercise_tokens(settings, sequence_length)
         if self.room < LEAST_ROOM:
             raise ConfigError(
                 f"recall.share {settings.share} of sequence_length {sequence_length} is {self.room} tokens, a fact and its "
@@ -199,11 +204,14 @@ def _merge(base: Window, pieces: list[_Piece], filling: np.ndarray) -> Window:
     document_starts = _moved(base.document_starts, places, before)
     document_starts[0] = 0
     cuts = None if base.cuts is None else _moved(base.cuts, places, before)
+    moved = _moved(np.arange(len(base.tokens)), places, before)
     mask = None
     if base.loss_mask is not None:  # of the exercises the answers alone are learnt, too
         mask = answers > 0
-        mask[_moved(np.arange(len(base.tokens)), places, before)] |= base.loss_mask
-    return Window(tokens, document_starts, answers, mask, cuts)
+        mask[moved] |= base.loss_mask
+    source_places = np.full(len(tokens), -1, np.int64)
+    source_places[moved] = np.arange(len(base.tokens))
+    return Window(tokens, document_starts, answers, mask, cuts, source_places)
 
 
 def _moved(at: np.ndarray, places: np.ndarray, before: np.ndarray) -> np.ndarray:

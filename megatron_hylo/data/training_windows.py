@@ -28,11 +28,6 @@ def training_windows(config: TrainConfig) -> WindowSource:
         DamagedError: the dataset's files contradict each other.
     """
     windows = _text_windows(config, config.sequence_length)
-    if windows.masked and config.cuda_graphs:
-        raise ConfigError(
-            "cuda_graphs cannot capture a loss on answers alone, or on windows with padding: set cuda_graphs false, or make "
-            "the data with --loss all and leave text.most_documents out"
-        )
     if not config.recall.share:
         return windows
     return recall_windows(config, lambda length: _text_windows(config, length), config.seed)

@@ -19,6 +19,8 @@ class Window:
         loss_mask: [sequence_length + 1] bool: at a token whether it is learnt, as in data of which only answers are; None: all.
         cuts: places of tokens that do not follow the one before, since a document was cut there, int64 ascending; they are no
             labels.
+        source_places: [sequence_length + 1] int64, where exercises were inserted in a window of another source: each token's
+            place in that window, -1 at an inserted one; None: nothing was.
     """
 
     tokens: np.ndarray
@@ -26,6 +28,7 @@ class Window:
     answers: np.ndarray | None = None
     loss_mask: np.ndarray | None = None
     cuts: np.ndarray | None = None
+    source_places: np.ndarray | None = None
 
 
 def divide(index: int, size: int) -> tuple[int, int]:

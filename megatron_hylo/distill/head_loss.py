@@ -29,6 +29,7 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train_settings import KLSettings
+from megatron_hylo.data.packed import IGNORED
 from megatron_hylo.distill.head_rows import rows_to_use, teacher_rows
 from megatron_hylo.distill.plain_head_softmax import plain_head_softmax, token_losses
 from megatron_hylo.kernels.head_softmax import head_softmax, unsupported
@@ -61,6 +62,7 @@ def model_head_loss(
     chunk_tokens: int = 1024,
     token_mask: Tensor | None = None,
     counts: Tensor | None = None,
+    capacity: int | None = None,
 ) -> HeadLoss:
     """Compute `linear_head_loss` of a model's hidden states under any tensor and sequence parallelism.
 
@@ -69,7 +71,7 @@ def model_head_loss(
         hidden: the student's output, [sequence (/ TP), batch, H_s].
         labels: int64 [batch, sequence]; needed where cross-entropy is wanted.
         teacher, teacher_hidden: the frozen teacher (a model, or a `StoredTeacher`) and its output; both or neither.
-        settings, chunk_tokens, counts: see `linear_head_loss`.
+        settings, chunk_tokens, counts, capacity: see `linear_head_loss`.
         token_mask: [batch, sequence]; see `linear_head_loss`.
     """
     group = parallel_state.get_tensor_model_parallel_group()
@@ -86,6 +88,7 @@ def model_head_loss(
         token_mask=token_mask.transpose(0, 1).flatten() if token_mask is not None else None,
         counts=counts,
         vocabulary=vocabulary,
+        capacity=capacity,
     )
 
 
@@ -185,6 +188,7 @@ def linear_head_loss(
     token_mask: Tensor | None = None,
     counts: Tensor | None = None,
     vocabulary: int | None = None,
+    capacity: int | None = None,
 ) -> HeadLoss:
     """Compute KL and cross-entropy of a linear head (formulas above), with the soft-max in fp32 whatever the inputs' dtype.
 
@@ -202,11 +206,13 @@ def linear_head_loss(
         group: ranks that share the vocabulary; gradients with respect to `hidden` are this rank's partial sums.
         token_mask: bool or 0/1 [N], the same on all ranks of `group`: 1 where a token counts. The others are left out before
             there are logits: they cost nothing and have neither loss nor gradient, whatever they hold, and are not counted.
-            Shapes depend on the mask: it waits for the GPU, and no CUDA graph records it.
+            Shapes depend on the mask, which waits for the GPU, unless there is a `capacity`.
         counts: float64 [2], what sums are divided by: those of the KL, and that of the cross-entropy. None:
             by the unmasked tokens and by the labels of this call. Where one is 0 so is the sum, and the mean with it.
         vocabulary: tokens of the whole vocabulary where the ranks' rows are more: those after the first `vocabulary` of all
             ranks are padding, which no soft-max has, and which gets no gradient.
+        capacity: number of tokens that are computed whatever the mask says, so that a CUDA graph can capture it; at least as
+            many as count. None: as many as count.
 
     Raises:
         ConfigError: the heads' vocabularies differ, or there is neither teacher nor label.
@@ -230,9 +236,13 @@ def linear_head_loss(
         top_k = None
     settings = replace(settings, kl_weight=kl_weight, ce_weight=ce_weight, kl_top_k=top_k)
     if token_mask is not None:
-        kept = token_mask.bool()
-        hidden = hidden[kept]
-        labels, teacher_hidden = (x if x is None else x[kept] for x in (labels, teacher_hidden))
+        if token_mask.shape != hidden.shape[:1]:
+            raise IndexError(f"the shape of the mask {tuple(token_mask.shape)} is not that of {len(hidden)} tokens")
+        if counts is None:
+            counts = token_mask.sum().double().expand(2).clone()
+            if labels is not None:
+                counts[1] = ((labels >= 0) & token_mask.bool()).sum()
+        hidden, labels, teacher_hidden = _kept_tokens(token_mask.bool(), capacity, hidden, labels, teacher_hidden)
     if counts is None:
         counts = torch.full((2,), len(hidden), dtype=torch.float64, device=hidden.device)
         if labels is not None:
@@ -243,6 +253,34 @@ def linear_head_loss(
     )
     kl, cross_entropy = sums / counts.to(sums.dtype)
     return HeadLoss(loss, kl if teacher_weight is not None else None, cross_entropy if labels is not None else None)
+
+
+def _kept_tokens(
+    kept: Tensor, capacity: int | None, hidden: Tensor, labels: Tensor | None, teacher_hidden: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Hidden states, labels and the teacher's hidden states of the tokens that count, in their order.
+
+    With a capacity there are that many: those that do not count have no label and zeros as hidden states of both models, so
+    that their KL and its gradient are 0.
+    """
+    if capacity is None:
+        labels, teacher_hidden = (x if x is None else x[kept] for x in (labels, teacher_hidden))
+        return hidden[kept], labels, teacher_hidden
+    if capacity < len(kept):
+        # the n-th that counts goes to place n, all others behind the last place
+        places = (kept.cumsum(0) - 1).masked_fill(~kept, capacity).clamp(max=capacity)
+        numbers = torch.arange(len(kept), device=kept.device)
+        chosen = torch.zeros(capacity + 1, dtype=torch.int64, device=kept.device).scatter_(0, places, numbers)[:capacity]
+        kept = torch.arange(capacity, device=kept.device) < kept.sum()
+        hidden = hidden.index_select(0, chosen)
+        labels, teacher_hidden = (x if x is None else x.index_select(0, chosen) for x in (labels, teacher_hidden))
+    left_out = ~kept
+    column = left_out.unsqueeze(1)
+    return (
+        hidden.masked_fill(column, 0),
+        labels if labels is None else labels.masked_fill(left_out, IGNORED),
+        teacher_hidden if teacher_hidden is None else teacher_hidden.masked_fill(column, 0),
+    )
 
 
 class _LinearHeadLoss(torch.autograd.Function):

@@ -50,9 +50,12 @@ def evaluate_folder(
     compared = None
     if teacher is not None:
         teacher_window.check(configs[1], sequence_length, f"teacher {teacher}")
-        loaded = load_model(teacher, **teacher_window.changes())
+        reading = teacher_window.resolve(configs[1], sequence_length)
+        loaded = load_model(teacher, **reading.changes())
         require_finite(loaded, teacher)
-        compared = freeze([loaded], window=teacher_window.window(configs[1], sequence_length))
+        compared = freeze([loaded], window=reading.window(configs[1], sequence_length))
     student = load_model(model)
     require_finite(student, model)
-    return evaluate(student, batch, compared, track=track)
+    against = f" against {Path(teacher).name}" if teacher is not None else ""
+    description = f"evaluate {Path(model).name}{against} on {len(batch)} windows of {sequence_length} tokens"
+    return evaluate(student, batch, compared, track=track, description=description)

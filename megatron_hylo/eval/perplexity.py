@@ -15,7 +15,7 @@ from megatron_hylo.eval.buckets import FIRST_DISTANCE, FIRST_POSITION, Buckets
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.frozen import FrozenModel, as_frozen
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.parallel.context import sequence_shard, sequence_slice
+from megatron_hylo.parallel.context import sequence_shard, sequence_slice, token_positions
 from megatron_hylo.parallel.documents import PackedDocuments
 from megatron_hylo.parallel.pipeline import share_last_stages
 
@@ -72,6 +72,7 @@ def evaluate(
     chunk_tokens: int = 1024,
     track: Track = no_progress,
     first_bucket: int = FIRST_POSITION,
+    description: str = "evaluate",
 ) -> Quality:
     """Evaluate on held-out windows, shared out over the data- and context-parallel ranks; some may have none.
 
@@ -84,6 +85,7 @@ def evaluate(
         track: progress display over the forward passes.
         first_bucket: positions in the first bucket of the losses by position; a position is a token's in its document, or in
             the window where documents are not kept apart.
+        description: of the progress display; says which model.
 
     Returns:
         The same on every rank.
@@ -93,7 +95,7 @@ def evaluate(
     text = windows if isinstance(windows, HeldoutText) else HeldoutText(windows)
     device = next(chunks[0].parameters()).device
     buckets = Buckets(text.windows.shape[1] - 1, first_bucket, 5, device)
-    for found in _passes(chunks, text, compared, batch_size, chunk_tokens, track):
+    for found in _passes(chunks, text, compared, batch_size, chunk_tokens, track, description):
         cross_entropy, _, kl, agreement = found.losses
         buckets.add(found.positions, [cross_entropy, found.labels >= 0, kl, agreement, torch.ones_like(kl)])
     sum_over_ranks(buckets.sums)
@@ -122,6 +124,7 @@ def evaluate_recall(
     batch_size: int = 1,
     chunk_tokens: int = 1024,
     first_bucket: int = FIRST_DISTANCE,
+    track: Track = no_progress,
 ) -> dict[str, float]:
     """Cross-entropy and accuracy at the tokens of recall answers, each predicted from the right tokens before it.
 
@@ -129,6 +132,7 @@ def evaluate_recall(
         model, batch_size, chunk_tokens: see `evaluate`.
         text: windows with answers.
         first_bucket: distances in the first bucket.
+        track: progress display over the forward passes.
 
     Returns:
         "cross_entropy" and "accuracy" of all answers' tokens and, by distance from the first fact that the answer needs,
@@ -139,7 +143,7 @@ def evaluate_recall(
     chunks = [model] if isinstance(model, HyloModel) else list(model)
     device = next(chunks[0].parameters()).device
     buckets = Buckets(text.windows.shape[1], first_bucket, 3, device)
-    for found in _passes(chunks, text, None, batch_size, chunk_tokens, no_progress):
+    for found in _passes(chunks, text, None, batch_size, chunk_tokens, track, "ask for what was said before"):
         asked = ((found.answers > 0) & (found.labels >= 0)).double()
         cross_entropy, correct = found.losses[:2].double()
         # where nothing is asked the distance is 0, and so are the values added there
@@ -173,7 +177,8 @@ def _passes(
     compared: FrozenModel | None,
     batch_size: int,
     chunk_tokens: int,
-    track: Track,
+    track: Track = no_progress,
+    description: str = "evaluate",
 ) -> Iterator[_Pass]:
     """Run this data-parallel rank's windows; in other pipeline stages than the last nothing is yielded."""
     model, training, device = as_frozen(chunks), chunks[0].training, next(chunks[0].parameters()).device
@@ -182,7 +187,7 @@ def _passes(
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     own = range(rank, len(text.windows), ranks)
     length = text.windows.shape[1] - 1
-    for start in track(range(0, len(own), batch_size), "evaluate"):
+    for start in track(range(0, len(own), batch_size), description):
         taken = list(own[start : start + batch_size])
         windows = text.windows[taken]
         answers = text.answers[taken][:, 1:] if text.answers is not None else torch.zeros_like(windows[:, 1:])
@@ -195,11 +200,7 @@ def _passes(
             places = torch.cat([row * length + s[s < length] for row, s in enumerate(starts)])
             documents = PackedDocuments(places.to(device), total, sequence_slice(total))
         inputs, labels, distances = (sequence_shard(x).to(device) for x in tensors)
-        if documents is None:
-            here = sequence_slice(length)
-            positions = torch.arange(here.start, here.stop, device=device).repeat(len(taken))
-        else:
-            positions = documents.own_positions
+        positions = token_positions(length, len(taken), documents, device).flatten()
         hidden = model.hidden_states(inputs, documents)
         teacher_hidden = compared.hidden_states(inputs, documents) if compared is not None else None
         if hidden is None:

@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from megatron_hylo.eval.theme import LIGHT, Theme
 
 NARROW = 4.4  # width in inches of a chart on a phone
+CHARACTER = 0.085  # mean width in inches of a character of an axis
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 
 
@@ -142,7 +143,7 @@ def draw_curves(
         axes.set_ylim(0, 1.12 * max(values))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _whole_or_short(value)))
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.set_title(title)
     if len(curves) > 1:
@@ -181,8 +182,12 @@ def draw_buckets(
             if ends := (intervals or {}).get(label, {}).get(buckets[place]):
                 axes.plot([place + shift] * 2, ends, color=theme.series[index % len(theme.series)], linewidth=1.2)
     axes.set_xticks(range(len(buckets)), buckets)
+    figure = axes.get_figure(root=True)
+    if figure is not None and sum(len(bucket) + 2 for bucket in buckets) * CHARACTER > 0.8 * figure.get_figwidth():
+        for tick in axes.get_xticklabels():  # side by side they would overlap
+            tick.set(rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.3, len(buckets) - 0.7)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _whole_or_short(value)))
     axes.set(xlabel=x_label, ylabel=y_label)
     if limits:
         axes.set_ylim(*limits)
@@ -268,6 +273,11 @@ def draw_reference(axes: Axes, theme: Theme, name: str, value: float) -> None:
         f"{name} {value:,.4g}", (1, value), xycoords=("axes fraction", "data"), xytext=(0, 4), textcoords="offset points",
         ha="right", va="bottom", color=theme.ink, fontsize=10,
     )  # fmt: skip
+
+
+def _whole_or_short(value: float) -> str:
+    """A number on a y axis: 0.125, 12, 315,000."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:,.4g}"
 
 
 def short_number(value: float) -> str:

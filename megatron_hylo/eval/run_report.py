@@ -24,6 +24,9 @@ CHARTS = (  # metric, quantity and unit, whether single points are marked
     ("loss", "training loss", False),
     ("kl", "KL to the teacher in training, nats a token", False),
     ("cross_entropy", "cross-entropy in training, nats a token", False),
+    ("heldout_recall_accuracy", "accuracy of held-out recall answers' tokens", True),
+    ("heldout_recall_cross_entropy", "cross-entropy of held-out recall answers, nats a token", True),
+    ("answer_cross_entropy", "cross-entropy of recall answers in training, nats a token", False),
     ("gradient_norm", "gradient norm", False),
     ("tokens_per_second", "tokens/s", False),
 )
@@ -31,11 +34,17 @@ BUCKET_CHARTS = (  # start of the metrics' names, quantity and unit, what the bu
     ("heldout_by_position/cross_entropy_", "held-out cross-entropy by position, nats a token", "position in the sequence"),
     ("heldout_by_position/kl_", "held-out KL to the teacher by position, nats a token", "position in the sequence"),
     (
-        "heldout_recall_by_distance/cross_entropy_", "cross-entropy of recall answers, nats a token",
+        "heldout_recall_by_distance/cross_entropy_", "cross-entropy of held-out recall answers by distance, nats a token",
         "tokens between fact and answer",
     ),
-    ("heldout_recall_by_distance/accuracy_", "accuracy of recall answers' tokens", "tokens between fact and answer"),
+    (
+        "heldout_recall_by_distance/accuracy_", "accuracy of held-out recall answers' tokens by distance",
+        "tokens between fact and answer",
+    ),
+    ("by_position/cross_entropy_", "cross-entropy in training by position, nats a token", "position in the sequence"),
+    ("by_position/kl_", "KL to the teacher in training by position, nats a token", "position in the sequence"),
 )  # fmt: skip
+AVERAGED = 20  # logged steps of training that a point is the mean of: one has about 2,048 tokens a rank
 
 
 def write_run_report(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -104,9 +113,7 @@ def _summary(runs: Sequence[Run]) -> str:
 
 def _charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
     names = dict.fromkeys(key for run in runs for record in run.records for key in record)
-    recall = [n for n in names if n.startswith("heldout_recall_") and "/" not in n and n != "heldout_recall_tokens"]
-    more = [(name, name.replace("_", " "), True) for name in recall] + list(_suite_charts(names))
-    for metric, quantity, markers in (*CHARTS, *more):
+    for metric, quantity, markers in (*CHARTS, *_suite_charts(names)):
         if metric == "kl" and _same_as_loss(runs):
             continue
         for stage, members in _comparable(runs, metric):
@@ -147,13 +154,14 @@ def _curve(run: Run, metric: str, markers: bool, number: int) -> Curve | None:
 
 
 def _bucket_charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
-    """Charts over buckets: the newest evaluation of each run, of a single run the first beside it."""
+    """Charts over buckets: the newest evaluation, or logged steps, of each run, of a single run the first beside it."""
     for start, quantity, x_label in BUCKET_CHARTS:
         found: dict[str, dict[str, float]] = {}  # label of a curve: bucket: value
         for run in runs:
             records = [(r["step"], values) for r in run.records if (values := _by_bucket(r, start))]
-            for step, values in records[-1:] if len(runs) > 1 else dict(records[:1] + records[-1:]).items():
-                found[f"{run.name}, step {step:,}"] = values
+            size = 1 if start.startswith("heldout") else min(AVERAGED, max(1, len(records) // 2))
+            parts = [records[-size:]] if len(runs) > 1 else [records[:size], records[-size:]]
+            found |= {f"{run.name}, {_steps(part)}": _means(values for _, values in part) for part in parts if part}
         # buckets begin at ever later places, so that a longer run has them all in order
         buckets = sorted({bucket for values in found.values() for bucket in values}, key=_bucket_start)
         if len(buckets) > 1:
@@ -163,6 +171,21 @@ def _bucket_charts(runs: Sequence[Run]) -> Iterable[tuple[str, str]]:
                 for label, values in found.items()
             )
             yield quantity[0].upper() + quantity[1:], draw_svg(draw, f"{quantity}. {ends}", size=(8, 3.4))
+
+
+def _steps(records: Sequence[tuple[int, Any]]) -> str:
+    """The steps of records in words: step 5, steps 5-100."""
+    first, last = records[0][0], records[-1][0]
+    return f"step {last:,}" if first == last else f"steps {first:,}-{last:,}"
+
+
+def _means(records: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Mean of each bucket over the records that have it."""
+    found: dict[str, list[float]] = {}
+    for values in records:
+        for bucket, value in values.items():
+            found.setdefault(bucket, []).append(value)
+    return {bucket: sum(values) / len(values) for bucket, values in found.items()}
 
 
 def _by_bucket(record: dict[str, Any], start: str) -> dict[str, float]:

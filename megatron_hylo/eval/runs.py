@@ -26,7 +26,7 @@ STATES: dict[State, str] = {
     "failed": "an error ended it",
     "killed": "its process is gone without a word: killed, out of memory, or its machine went down",
 }
-METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
+METRICS, STARTS, JOBS = "metrics.jsonl", "starts.jsonl", "jobs.jsonl"
 SKIPPED_SETTINGS = ("output", "allow_change")  # differ between any two runs
 DEPTH = 4  # folders below the one that is searched for runs
 SILENT_SECONDS, SILENT_INTERVALS = 120.0, 10  # so long without a word, a run that cannot be asked is taken for killed
@@ -44,6 +44,7 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)  # flat: of the newest start
     provenance: dict[str, Any] = field(default_factory=dict)
     starts: list[dict[str, Any]] = field(default_factory=list)
+    jobs: list[dict[str, Any]] = field(default_factory=list)  # what the scripts of slurm/ did, oldest first
 
     @property
     def tokens_per_step(self) -> int:
@@ -151,6 +152,7 @@ def read_run(folder: Path, name: str) -> Run:
         environment=flatten(environment),
         provenance=flatten(model.get("provenance", {})),
         starts=starts,
+        jobs=read_lines(folder / JOBS),
     )
 
 
@@ -172,6 +174,16 @@ def parse_line(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def learning_rates(record: dict[str, Any]) -> str:
+    """Learning rates of a record in words: "lr mixers 0.0007, other 0.00015", "lr 0.001" where all are one; "" without any."""
+    start = "learning_rate_"
+    rates = {name.removeprefix(start): f"{value:.3g}" for name, value in record.items() if name.startswith(start)}
+    if not rates:
+        return ""
+    alike = len(set(rates.values())) == 1
+    return "lr " + (next(iter(rates.values())) if alike else ", ".join(f"{name} {rate}" for name, rate in rates.items()))
 
 
 def differing(runs: Sequence[Run]) -> list[str]:

@@ -1,21 +1,34 @@
 """Attention layers of HyLo models: attention `*` and MLA `+`.
 
 The cache holds keys and values for `*`, and one latent and one rotary key a token for `+`, unrotated where a norm comes first.
-Few new tokens after many cached ones attend to the latents themselves. Source: HyLo (arXiv:2604.24715).
+Few new tokens after many cached ones attend to the latents themselves; a piece of a long prompt makes keys and values of the
+cached latents block by block. Source: HyLo (arXiv:2604.24715).
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from megatron_hylo.kernels.attention import attention
+from megatron_hylo.kernels.blockwise_attention import blockwise_attention
+from megatron_hylo.kernels.decode_attention import decode_attention
+from megatron_hylo.kernels.elementwise import on_request
 from megatron_hylo.kernels.norm import rms_norm
+from megatron_hylo.kernels.quantised_latents import dequantise_latents, quantise_latents
 from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
 
 from .cache_hylo import HyloCache
 from .configuration_hylo import HyloConfig
+from .fused_hylo import project
 from .inputs_hylo import SequenceInputs
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of all positions, cached ones first, fp32 [batch or 1, s, rotated channels / 2]
+
+
+KEYS_AT_ONCE = 65536  # cached tokens of all sequences that a piece of a prompt makes keys and values of at a time
+MASK_ELEMENTS = 2**28  # of a mask of queries and keys; with more, each sequence attends to its own tokens, without a mask
 
 
 class HyloRMSNorm(nn.Module):
@@ -41,8 +54,80 @@ class HyloAlignedKeyNorm(HyloRMSNorm):
 
     def forward(self, key: Tensor, plain: int) -> Tensor:  # type: ignore[override]
         """Normalise keys [batch, tokens, groups, plain | rotary], the rotary channels being those of all groups."""
-        pairs = torch.tensor(self.pairs, device=key.device)
+        pairs = index_tensor(tuple(self.pairs), key.device)
         return super().forward(key, unfold_rotary_key(key[..., :plain], key[..., 0, plain:], self.rotary_mix, pairs))
+
+
+@functools.lru_cache(maxsize=256)
+def index_tensor(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return numbers as int64 on the device, copied there once: a captured graph cannot copy from the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
+
+
+def rotate_last(x: Tensor, cos: Tensor, sin: Tensor, rotary: int) -> Tensor:
+    """Rotate the last `rotary` channels of x: [batch, tokens, (heads,) channels] -> the same shape."""
+    plain, turned = x.split([x.shape[-1] - rotary, rotary], dim=-1)
+    return torch.cat([plain, apply_rope(turned, cos, sin, interleaved=True)], dim=-1)
+
+
+fused_rotate_last, fused_apply_rope = on_request(rotate_last), on_request(apply_rope)
+
+
+def choose_tokens(stored: Tensor, rows: slice, tokens: slice | Tensor) -> Tensor:
+    """Return these rows' tokens of a cached tensor [batch, tokens, ...]; not every device has an index kernel for float8."""
+    if isinstance(tokens, slice) or stored.element_size() > 1:
+        return stored[rows][:, tokens]
+    return stored.view(torch.uint8)[rows][:, tokens].view(stored.dtype)
+
+
+def in_blocks(query: Tensor, total: int, inputs: SequenceInputs, makes_keys: bool) -> bool:
+    """Whether new tokens attend block by block: too many keys to make at once, or too large a mask."""
+    b, t = query.shape[:2]
+    if inputs.attentions is not None or inputs.length is not None or torch.is_grad_enabled():
+        return False
+    masked = inputs.real is not None and t > 1 and b * t * total > MASK_ELEMENTS
+    return masked or (makes_keys and t < total and b * total > KEYS_AT_ONCE)
+
+
+def attend_in_blocks(
+    query: Tensor,
+    total: int,
+    inputs: SequenceInputs,
+    scale: float,
+    make: Callable[[slice, slice | Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Causal attention of a piece to all tokens, with no more keys and values at a time than `KEYS_AT_ONCE`, without a mask.
+
+    Args:
+        query: [batch, new tokens, heads, channels].
+        total: cached and new tokens.
+        inputs: the pass's padding. With padding each sequence attends by itself, to its real tokens.
+        scale: factor on the scores.
+        make: keys and values [rows, tokens, groups, ...] of these sequences and tokens, a slice or indices.
+
+    Returns:
+        [batch, new tokens, heads, value channels]; zeros at padding.
+    """
+    b, t = query.shape[:2]
+    before = total - t
+    if inputs.real is None:
+        step, every = max(1, KEYS_AT_ONCE // b), slice(None)
+        blocks = (make(every, slice(first, min(first + step, before))) for first in range(0, before, step))
+        return blockwise_attention(query, blocks, make(every, slice(before, total)), scale)
+    out = None
+    for number in range(b):
+        row, places = slice(number, number + 1), inputs.real[number].nonzero()[:, 0]
+        cached, new = places[places < before], places[places >= before]
+        if len(new):
+            blocks = (make(row, part) for part in cached.split(KEYS_AT_ONCE) if len(part))
+            found = blockwise_attention(query[row][:, new - before], blocks, make(row, new), scale)
+            out = found.new_zeros(b, t, *found.shape[2:]) if out is None else out
+            out[number, new - before] = found[0]
+    if out is None:  # all padding
+        value = make(slice(0, 1), slice(0, 1))[1]
+        return value.new_zeros(b, t, query.shape[2], value.shape[-1])
+    return out
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, inputs: SequenceInputs) -> Tensor:
@@ -57,10 +142,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, inputs: Sequ
         [batch, new tokens, heads, value channels].
     """
     if inputs.attentions is None:
-        return attention(query, key, value, scale=scale, mask=inputs.attention_mask)
+        return attention(query, key, value, scale=scale, mask=inputs.visible(query.shape[1]))
     t, (s, groups) = query.shape[1], key.shape[1:3]
     scores = torch.einsum("btgnd,bsgd->bgnts", query.unflatten(2, (groups, -1)), key) * scale
-    mask = inputs.attention_mask
+    mask = inputs.visible(t)
     visible = torch.ones(t, s, dtype=torch.bool, device=key.device).tril(s - t) if mask is None else mask[:, None]
     probabilities = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~visible, -torch.inf).softmax(-1)
     probabilities = probabilities.to(query.dtype).flatten(1, 2)
@@ -88,12 +173,28 @@ class HyloAttention(nn.Module):
         b, t, _ = x.shape
         cos, sin = (table[:, -t:] for table in rope)
         query, key, value = (p(x).view(b, t, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        query = apply_rope(self.q_norm(query), cos, sin, interleaved=False)
-        key = apply_rope(self.k_norm(key), cos, sin, interleaved=False)
+        query = fused_apply_rope(self.q_norm(query), cos, sin, interleaved=False)
+        key = fused_apply_rope(self.k_norm(key), cos, sin, interleaved=False)
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
-        out = attend(query, key, value, self.head_dim**-0.5, inputs)
+        scale = self.head_dim**-0.5
+        if decodes(query, inputs):
+            out = decode_attention(query[:, 0], key, value, scale, inputs.length, inputs.real)
+        elif in_blocks(query, key.shape[1], inputs, makes_keys=False):
+            out = attend_in_blocks(
+                query, key.shape[1], inputs, scale, lambda rows, tokens: (key[rows][:, tokens], value[rows][:, tokens])
+            )
+        else:
+            out = attend(query, key, value, scale, inputs)
         return self.o_proj(out.reshape(b, t, -1))
+
+
+def decodes(query: Tensor, inputs: SequenceInputs) -> bool:
+    """Whether one token attends by the kernel of decoding: on a GPU, and where keys are more rows than are written."""
+    if inputs.length is not None:
+        return True
+    plain = query.is_cuda and query.shape[1] == 1 and inputs.attentions is None
+    return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class HyloLatentAttention(nn.Module):
@@ -127,35 +228,60 @@ class HyloLatentAttention(nn.Module):
         """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
         b, t, _ = x.shape
         if self.pairs is not None:
-            rope = (rope[0][..., self.pairs], rope[1][..., self.pairs])
-        query = self.q_b_proj(self.q_a_proj(x)).view(b, t, -1, self.qk)
-        compressed = self.kv_a_proj_with_mqa(x)
+            chosen = index_tensor(tuple(self.pairs), x.device)
+            rope = (rope[0][..., chosen], rope[1][..., chosen])
+        low, compressed = project(x, [[self.q_a_proj], [self.kv_a_proj_with_mqa]])
+        query = self.q_b_proj(low).view(b, t, -1, self.qk)
         if not self.norms:  # nothing stands between the shared key and its rotation
             query, compressed = self._rotate(query, rope), self._rotate(compressed, rope)
+        stored: tuple[Tensor, ...] = (compressed,)
         if cache is not None:
-            (compressed,) = cache.append(self.layer, compressed)
-            if self._absorbs(t) and inputs.attentions is None:
-                return self.o_proj(self._absorbed(query, compressed, inputs.attention_mask))
-        latent, rotary_key = compressed.split([self.rank, self.rotary], dim=-1)
-        key_value = self.kv_b_proj(latent).view(b, -1, self.groups, self.plain + self.value)
+            if cache.latents is not None:
+                stored = quantise_latents(compressed, self.rank, cache.latents)
+            stored = cache.append(self.layer, *stored)
+            blockwise = in_blocks(query, stored[0].shape[1], inputs, makes_keys=True)
+            if self._absorbs(t) and inputs.attentions is None and (t == 1 or not blockwise):
+                return self.o_proj(self._absorbed(query, stored, inputs))
+        total = stored[0].shape[1]
+        if self.norms:
+            query = self._rotate(
+                self.q_norm(query, query[..., : self.plain]) if self.aligned_norm else self.q_norm(query), rope
+            )
+
+        def make(rows: slice, tokens: slice | Tensor) -> tuple[Tensor, Tensor]:
+            turns: Rope = (rope[0], rope[1])
+            if self.norms:  # cached keys are rotated
+                turns = tuple((table[rows] if len(table) > 1 else table)[:, tokens] for table in rope)  # type: ignore[assignment]
+            return self._keys_and_values(tuple(choose_tokens(part, rows, tokens) for part in stored), turns, x.dtype)
+
+        if in_blocks(query, total, inputs, makes_keys=True):
+            out = attend_in_blocks(query, total, inputs, self.qk**-0.5, make)
+        elif inputs.length is not None:
+            key, value = make(slice(None), slice(0, total))  # the last position is the query's
+            out = decode_attention(query[:, 0], key, value, self.qk**-0.5, inputs.length, inputs.real)
+        else:
+            out = attend(query, *make(slice(None), slice(None)), self.qk**-0.5, inputs)
+        return self.o_proj(out.reshape(b, t, -1))
+
+    def _keys_and_values(self, stored: tuple[Tensor, ...], rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Make keys and values [batch, tokens, groups, ...] of these tokens' latents; `rope` turns those behind a norm."""
+        latent, rotary_key = self._loaded(stored, dtype).split([self.rank, self.rotary], dim=-1)
+        key_value = self.kv_b_proj(latent).unflatten(-1, (self.groups, self.plain + self.value))
         plain_key, value = key_value.split([self.plain, self.value], dim=-1)
         key = torch.cat([plain_key, rotary_key.unsqueeze(2).expand(-1, -1, self.groups, -1)], dim=-1)
         if self.norms:
-            query, key = self._normalised(query, key)
-            query, key = self._rotate(query, rope), self._rotate(key, rope)
-        out = attend(query, key, value, self.qk**-0.5, inputs)
-        return self.o_proj(out.reshape(b, t, -1))
+            key = self.k_norm(key, self.plain) if self.aligned_norm else self.k_norm(key)
+            key = self._rotate(key, rope)
+        return key, value
 
-    def _normalised(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.aligned_norm:
-            return self.q_norm(query), self.k_norm(key)
-        return self.q_norm(query, query[..., : self.plain]), self.k_norm(key, self.plain)
+    def _loaded(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """Return latents and rotary keys [batch, tokens, rank + rotary] of what the cache holds."""
+        return stored[0] if len(stored) == 1 else dequantise_latents(stored[0], stored[1], self.rank, dtype)
 
     def _rotate(self, x: Tensor, rope: Rope) -> Tensor:
         """Rotate the last channels of x: [batch, tokens, (heads,) channels] -> the same shape."""
-        plain, rotary = x.split([x.shape[-1] - self.rotary, self.rotary], dim=-1)
         cos, sin = (table[:, -x.shape[1] :] for table in rope)
-        return torch.cat([plain, apply_rope(rotary, cos, sin, interleaved=True)], dim=-1)
+        return fused_rotate_last(x, cos, sin, self.rotary)
 
     def _absorbs(self, tokens: int) -> bool:
         """Whether attention to latents needs fewer products than making all keys and values anew.
@@ -171,33 +297,40 @@ class HyloLatentAttention(nn.Module):
         heads, width = self.q_b_proj.out_features // self.qk, self.plain + self.value
         return tokens * heads * (2 * self.rank - width) < self.rank * self.groups * width
 
-    def _absorbed(self, query: Tensor, compressed: Tensor, mask: Tensor | None) -> Tensor:
+    def _absorbed(self, query: Tensor, stored: tuple[Tensor, ...], inputs: SequenceInputs) -> Tensor:
         """Attend to the latents themselves, with kv_b_proj absorbed by the queries and the outputs (DeepSeek-V2, 2.1.2).
 
         Its bias adds the same to all scores of a query, which a softmax does not see, and itself to the output.
 
         Args:
             query: [batch, new tokens, heads, unrotated | rotated].
-            compressed: [batch, all tokens, latent | rotated key].
-            mask: bool [batch, 1, new tokens, all tokens].
+            stored: the cache's rows, latent | rotated key.
+            inputs: the pass's padding.
 
         Returns:
             [batch, new tokens, heads * value channels].
         """
         b, t, heads, _ = query.shape
-        s = compressed.shape[1]
         weight = self.kv_b_proj.weight.view(self.groups, self.plain + self.value, self.rank)
         key_weight, value_weight = weight.split([self.plain, self.value], dim=1)
         plain, rotary = query.split([self.plain, self.rotary], dim=-1)
         absorbed = torch.einsum("btgnp,gpr->btgnr", plain.unflatten(2, (self.groups, -1)), key_weight).flatten(2, 3)
-        if mask is None and t > 1:
-            mask = torch.ones(t, s, dtype=torch.bool, device=query.device).tril(s - t)[None, None]
-        if mask is not None:
-            mask = mask.repeat_interleave(heads, dim=2)
-        # the keys are the same for all heads, which so stand side by side as queries of one head
-        queries = torch.cat([absorbed, rotary], dim=-1).flatten(1, 2)[:, :, None]
-        keys = compressed[:, :, None]  # the values are their first channels; a slice would be copied
-        out = attention(queries, keys, keys, self.qk**-0.5, causal=False, mask=mask)[..., : self.rank]
+        queries = torch.cat([absorbed, rotary], dim=-1)
+        if decodes(query, inputs):
+            scales = stored[1] if len(stored) == 2 else None
+            keys, rows = stored[0][:, :, None], inputs.real
+            out = decode_attention(queries[:, 0], keys, self.rank, self.qk**-0.5, inputs.length, rows, scales)
+        else:
+            compressed = self._loaded(stored, query.dtype)
+            s, mask = compressed.shape[1], inputs.visible(t)
+            if mask is None and t > 1:
+                mask = torch.ones(t, s, dtype=torch.bool, device=query.device).tril(s - t)[None, None]
+            if mask is not None:
+                mask = mask.repeat_interleave(heads, dim=2)
+            # the keys are the same for all heads, which so stand side by side as queries of one head
+            keys = compressed[:, :, None]  # the values are their first channels; a slice would be copied
+            out = attention(queries.flatten(1, 2)[:, :, None], keys, keys, self.qk**-0.5, causal=False, mask=mask)
+            out = out[..., : self.rank]
         out = torch.einsum("btgnr,gvr->btgnv", out.reshape(b, t, self.groups, -1, self.rank), value_weight)
         if self.kv_b_proj.bias is not None:
             out = out + self.kv_b_proj.bias.view(self.groups, -1)[:, None, self.plain :]

@@ -1,18 +1,21 @@
-"""Cache of a HyLo model: latents or keys and values that grow with the sequence, and states of fixed size.
+"""Cache of a HyLo model: latents or keys and values, one row a token, and states of fixed size.
 
 A recurrent state holds no earlier one. So that the cache can go back (assisted generation takes rejected tokens out), it keeps,
 once asked to, an earlier state and the recurrence's inputs since then: `crop` runs the recurrence over those that stay.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_hylo.kernels.quantised_latents import FORMATS
 
 States = tuple[Tensor | None, Tensor | None]  # convolution's inputs, recurrent state; None before the first token
 # inputs [batch, tokens, ...], padding mask or None, states before -> outputs [batch, tokens, ...], states after
-Step = Callable[[tuple[Tensor, ...], Tensor | None, States], tuple[Tensor, States]]
+Step = Callable[..., tuple[Tensor, States]]
 SPARE_ROWS = 64  # at least, of buffers that tokens are written into one by one
 KEPT_INPUTS = 64  # tokens that `crop` can at least take out; assisted generation proposes about 20 at a time
 
@@ -36,44 +39,99 @@ def run(step: Step, inputs: tuple[Tensor, ...], states: States) -> tuple[Tensor,
 
 
 class HyloCache:
-    """Cached tensors of all layers, for all sequences of a batch."""
+    """Cached tensors of all layers, for all sequences of a batch; it grows, or has its size from the start.
 
-    is_compileable = False  # asked by generate(): tensors grow, so nothing to compile for
+    Args:
+        max_cache_len: rows that every layer with one row a token gets when the first tokens come; later ones are written in
+            their place and nothing moves. None: rows are added as tokens come.
+        latents: "int8" or "fp8" keeps MLA's latents and rotary keys in 8 bits, with two bf16 scales a token; None: the
+            model's dtype.
+
+    Raises:
+        ValueError: no positive length, or an unknown format.
+    """
+
+    is_compileable = False  # asked by generate(), which would compile the whole model; decode_hylo.py captures a graph instead
     is_croppable = False  # not by itself: recurrent states go back only while the past is recorded
 
-    def __init__(self) -> None:
-        self.tokens: dict[int, tuple[Tensor, ...]] = {}  # layer -> tensors [batch, sequence, ...], one row a token
-        self.buffers: dict[int, tuple[Tensor, ...]] = {}  # layer -> what `tokens` are the first rows of, after short pieces
+    def __init__(self, max_cache_len: int | None = None, latents: str | None = None) -> None:
+        if max_cache_len is not None and max_cache_len < 1:
+            raise ValueError(f"max_cache_len must be at least 1, got {max_cache_len}")
+        if latents is not None and latents not in FORMATS:
+            raise ValueError(f"latents {latents!r} is no format of a cache; use {', '.join(map(repr, FORMATS))} or None")
+        self.max_cache_len, self.latents = max_cache_len, latents
+        self.length = 0  # tokens, padding included
+        self.rows: dict[int, tuple[Tensor, ...]] = {}  # layer -> [batch, rows, ...], one a token, perhaps spare ones at the end
         self.states: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (convolution's inputs, recurrent state)
-        self.positions: Tensor | None = None  # int64 [batch or 1, sequence], for the rotary embedding
-        self.attention_mask: Tensor | None = None  # bool [batch, sequence], False at padding; None: there is none
+        self.last_position: Tensor | None = None  # int64 [batch or 1, 1], of the last token; None before the first
+        self.positions: Tensor | None = None  # int64 [batch or 1, sequence], where a caller gave others than counted ones
+        self.padding: Tensor | None = None  # bool [batch, first tokens], False at padding; None: there is none
         self.batch_size = 0  # 0 before the first token
         self.records_past = False
         self.recent: dict[int, Recent] = {}  # linear layers, where the past is recorded
+        self.row: Tensor | None = None  # int64 [1], where the one new token goes, while decode_hylo.py runs or captures a pass
+        self.graph: Any = None  # decode_hylo.DecodeGraph of the model that last decoded with this cache
 
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
-        """Append the rows of new tokens, [batch, new tokens, ...] each, and return those of all tokens."""
-        held = self.tokens.get(layer)
-        self.tokens[layer] = new if held is None else self._appended(layer, held, new)
-        return self.tokens[layer]
+        """Append the rows of new tokens, [batch, new tokens, ...] each, and return those of all `length` tokens.
 
-    def _appended(self, layer: int, held: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return held and new rows; a few new ones are written into spare rows, so that not all are copied each time."""
-        length, count = held[0].shape[1], new[0].shape[1]
-        total = length + count
-        if count > SPARE_ROWS or torch.is_grad_enabled():
-            self.buffers.pop(layer, None)
-            return tuple(torch.cat(pair, dim=1) for pair in zip(held, new))
-        buffers = self.buffers.get(layer)
-        if buffers is None or buffers[0].shape[1] < total or buffers[0].is_inference() != torch.is_inference_mode_enabled():
-            rows = total + max(SPARE_ROWS, total // 16)
-            buffers = tuple(old.new_empty(old.shape[0], rows, *old.shape[2:]) for old in held)
-            for buffer, old in zip(buffers, held):
-                buffer[:, :length] = old
-            self.buffers[layer] = buffers
-        for buffer, added in zip(buffers, new):
-            buffer[:, length:total] = added
-        return tuple(buffer[:, :total] for buffer in buffers)
+        In a pass of decode_hylo.py all rows there are returned, those that are not written yet too.
+        """
+        if self.row is not None:
+            for held, added in zip(self.rows[layer], new):
+                _bytes_of_8_bits(held).index_copy_(1, self.row, _bytes_of_8_bits(added))
+            return self.rows[layer]
+        total, count = self.length, new[0].shape[1]
+        rows, before = self.rows.get(layer), total - count
+        if self.max_cache_len is None and (count > SPARE_ROWS or torch.is_grad_enabled() or not before or rows is None):
+            grown = new if rows is None else tuple(torch.cat([r[:, :before], a], dim=1) for r, a in zip(rows, new))
+            self.rows[layer] = grown
+            return grown
+        outdated = rows is not None and rows[0].is_inference() != torch.is_inference_mode_enabled()
+        if rows is None or rows[0].shape[1] < total or outdated:  # a few new tokens do not copy all of them each time
+            capacity = self.max_cache_len or total + max(SPARE_ROWS, total // 16)
+            wider = tuple(added.new_empty(added.shape[0], capacity, *added.shape[2:]) for added in new)
+            for wide, held in zip(wider, rows or ()):
+                wide[:, :before] = held[:, :before]
+            self.rows[layer], self.graph = wider, None
+            rows = wider
+        for held, added in zip(rows, new):
+            held[:, before:total] = added
+        return tuple(held[:, :total] for held in rows)
+
+    @property
+    def tokens(self) -> dict[int, tuple[Tensor, ...]]:
+        """Layer -> tensors [batch, cached tokens, ...]."""
+        return {layer: tuple(held[:, : self.length] for held in rows) for layer, rows in self.rows.items()}
+
+    def known_padding(self) -> Tensor | None:
+        """Return bool [batch, all cached tokens], False at padding; None where there is no padding."""
+        if self.padding is None:
+            return None
+        return F.pad(self.padding, (0, self.length - self.padding.shape[1]), value=True)
+
+    def all_positions(self) -> Tensor:
+        """Return the positions of all cached tokens, int64 [batch or 1, tokens]; those of padding mean nothing."""
+        if self.positions is not None:
+            return self.positions
+        real = self.known_padding()
+        if real is not None:
+            return (real.cumsum(1) - 1).clamp(min=0)
+        return torch.arange(self.length, device=None if self.last_position is None else self.last_position.device)[None]
+
+    def check_room(self, batch: int, tokens: int) -> None:
+        """Refuse tokens that the cache has no rows for.
+
+        Raises:
+            ValueError: they would be more than `max_cache_len`, or the sequences are others than those it holds.
+        """
+        if self.length and batch != self.batch_size:
+            raise ValueError(f"past_key_values holds {self.batch_size} sequences, but {batch} are given; give as many")
+        if self.max_cache_len is not None and self.length + tokens > self.max_cache_len:
+            raise ValueError(
+                f"past_key_values has room for {self.max_cache_len:,} tokens (max_cache_len), holds {self.length:,} and is "
+                f"given {tokens:,} more; make it larger, or leave max_cache_len out for a cache that grows"
+            )
 
     def advance(self, layer: int, step: Step, parts: tuple[Tensor, ...], padding: Tensor | None) -> Tensor:
         """Take a linear layer's step over new tokens, from its states and into them.
@@ -88,6 +146,10 @@ class HyloCache:
             The outputs [batch, new tokens, ...].
         """
         states: States = self.states.get(layer, (None, None))
+        if self.row is not None:  # states lie where a captured graph reads and writes them
+            outputs, states = step(parts, padding, states, in_place=True)
+            self._keep(layer, states)
+            return outputs
         if not self.records_past:
             outputs, states = step(parts, padding, states)
             self._keep(layer, states)
@@ -114,9 +176,17 @@ class HyloCache:
         return torch.cat([*begun, outputs], dim=1)
 
     def _keep(self, layer: int, states: States) -> None:
+        """Hold states; a cache of fixed size keeps its tensors, whose addresses a captured graph has."""
         conv, state = states
         assert conv is not None and state is not None, "a step returns both"
-        self.states[layer] = (conv, state)
+        held = self.states.get(layer)
+        moves = self.max_cache_len is None or self.records_past or torch.is_grad_enabled()
+        if held is None or moves or held[0].is_inference() != torch.is_inference_mode_enabled():
+            self.states[layer], self.graph = (conv, state), None
+            return
+        for old, new in zip(held, (conv, state)):
+            if old is not new:  # a decode step may have written in place
+                old.copy_(new)
 
     def activate_past_recording(self) -> None:
         """Keep what `crop` needs from now on; called by assisted generation."""
@@ -139,7 +209,6 @@ class HyloCache:
                 f"{length - kept} of {length} cached tokens are to be taken out, but the recurrent layers can go back {known}: "
                 f"call activate_past_recording() before reading tokens that may be taken out, or read the prompt again"
             )
-        self.tokens = {layer: tuple(t[:, :kept] for t in held) for layer, held in self.tokens.items()}
         for layer, recent in self.recent.items():
             count = recent.inputs[0].shape[1] - (length - kept)
             states: States = recent.after(count) if kept < length else self.states[layer]
@@ -148,12 +217,15 @@ class HyloCache:
             else:
                 self._keep(layer, states)
             self.recent[layer] = Recent(recent.step, states, tuple(part[:, :0] for part in recent.inputs))
-        self.positions = None if self.positions is None or not kept else self.positions[:, :kept]
-        self.attention_mask = None if self.attention_mask is None else self.attention_mask[:, :kept]
+        places, real = self.all_positions()[:, :kept], self.known_padding()
+        self.padding = real = None if real is None else real[:, :kept]
+        self.positions = None if self.positions is None else places
+        self.last_position = (places if real is None else torch.where(real, places, -1)).amax(1, keepdim=True) if kept else None
+        self.length = kept
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """Return -1: the cache has no largest length."""
-        return -1
+        """Return `max_cache_len`, -1 where the cache has no largest length."""
+        return -1 if self.max_cache_len is None else self.max_cache_len
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence so many times, the copies of one beside each other."""
@@ -165,10 +237,10 @@ class HyloCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of cached tokens, padding included."""
-        return 0 if self.positions is None else self.positions.shape[1]
+        return self.length
 
     def token_nbytes(self) -> int:
-        """Return the bytes that grow with the sequence: the KV cache in the narrow sense."""
+        """Return the bytes that grow with the sequence: the KV cache in the narrow sense, without spare rows."""
         return sum(t.numel() * t.element_size() for tensors in self.tokens.values() for t in tensors)
 
     def nbytes(self) -> int:
@@ -178,16 +250,29 @@ class HyloCache:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace sequence i by a copy of sequence beam_idx[i] (beam search)."""
-        for layer, tokens in self.tokens.items():
-            self.tokens[layer] = tuple(t.index_select(0, beam_idx.to(t.device)) for t in tokens)
-        for layer, (conv, state) in self.states.items():
-            self.states[layer] = (
-                conv.index_select(0, beam_idx.to(conv.device)),
-                state.index_select(0, beam_idx.to(state.device)),
-            )
-        if self.positions is not None and len(self.positions) > 1:
-            self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
-        if self.attention_mask is not None:
-            self.attention_mask = self.attention_mask.index_select(0, beam_idx.to(self.attention_mask.device))
-        self.recent, self.buffers = {}, {}
+        same = len(beam_idx) == self.batch_size and self.max_cache_len is not None
+        for held, count in ((self.rows, self.length), (self.states, None)):
+            for layer, tensors in held.items():
+                tensors = tuple(_bytes_of_8_bits(t) for t in tensors)
+                chosen = tuple(t[:, :count].index_select(0, beam_idx.to(t.device)) for t in tensors)
+                types = [t.dtype for t in held[layer]]
+                if same:  # in place
+                    for old, new in zip(tensors, chosen):
+                        old[:, :count] = new
+                elif count is not None and self.max_cache_len is not None:
+                    wider = tuple(new.new_empty(len(new), *old.shape[1:]) for old, new in zip(tensors, chosen))
+                    for old, new in zip(wider, chosen):
+                        old[:, :count] = new
+                    held[layer] = tuple(t.view(dtype) for t, dtype in zip(wider, types))
+                else:
+                    held[layer] = tuple(t.view(dtype) for t, dtype in zip(chosen, types))
+        for name in ("last_position", "positions", "padding"):
+            if (held := getattr(self, name)) is not None and len(held) > 1:
+                setattr(self, name, held.index_select(0, beam_idx.to(held.device)))
+        self.recent, self.graph = {}, self.graph if same else None
         self.batch_size = len(beam_idx)
+
+
+def _bytes_of_8_bits(x: Tensor) -> Tensor:
+    """View a float8 tensor as bytes, for which every device has kernels; others stay."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x

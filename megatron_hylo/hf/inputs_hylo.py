@@ -1,6 +1,6 @@
 """Positions and masks of a HyLo model's tokens, checked and derived from the caller's inputs and the cache."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,67 +8,87 @@ from torch import Tensor
 from .cache_hylo import HyloCache
 
 
-class SequenceInputs(NamedTuple):
+@dataclass
+class SequenceInputs:
     """Positions and masks that the layers of one forward pass share."""
 
-    positions: Tensor  # int64 [batch or 1, cached + new tokens]
+    positions: Tensor  # int64 [batch or 1, new tokens], or of all tokens where cached keys are rotated anew
     padding: Tensor | None  # bool [batch, new tokens], False at padding; None where no new token is padding
-    attention_mask: Tensor | None  # bool [batch, 1, new tokens, cached + new tokens]; None where there is no padding
+    real: Tensor | None  # bool [batch, cached + new tokens], False at padding; None where there is no padding
+    length: Tensor | None = None  # int32 [1], cached + new tokens, in a pass of decode_hylo.py, whose keys are all rows
     attentions: list[Tensor] | None = None  # attention layers append their probabilities; None where they are not asked for
+    mask: Tensor | None = None  # what `visible` found
+
+    def visible(self, new: int) -> Tensor | None:
+        """Return the keys that each new token sees, bool [batch, 1, new, cached + new]; None where there is no padding."""
+        if self.real is not None and self.mask is None:
+            places = torch.arange(self.real.shape[1], device=self.real.device)
+            queries = places[len(places) - new :, None]
+            # a token sees itself even if it is padding: a row without any key has no softmax
+            self.mask = (places <= queries) & self.real[:, None, None] | (places == queries)
+        return self.mask
 
 
 def sequence_inputs(
-    tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: HyloCache | None
+    tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: HyloCache | None, every: bool = False
 ) -> SequenceInputs:
-    """Check the inputs of a forward pass and add them to the cache's positions and mask.
+    """Check the inputs of a forward pass and add them to the cache's positions and padding.
 
     Args:
         tokens: [batch, new tokens, ...], ids or embeddings; only the shape and the device are used.
         attention_mask: [batch, cached + new tokens], 1 at tokens and 0 at padding, which may stand anywhere; None: the new
             tokens have no padding.
         position_ids: int64 [batch or 1, new tokens], rising along a sequence; None: counted, padding left out.
-        cache: its `positions`, `attention_mask` and `batch_size` are extended in place.
+        cache: its length, positions, padding and batch size are changed in place.
+        every: return the positions of cached tokens too.
 
     Raises:
-        ValueError: shapes that disagree, a 4-d or additive mask, positions that start again, another padding of cached tokens.
+        ValueError: shapes that disagree, a 4-d or additive mask, positions that start again or are below 0, another padding of
+            cached tokens, more tokens than a cache of fixed size has room for.
     """
     batch, new = tokens.shape[:2]
     cached = 0 if cache is None else cache.get_seq_length()
-    if cache is not None and cached and batch != cache.batch_size:
-        raise ValueError(f"past_key_values holds {cache.batch_size} sequences, but {batch} are given; give as many")
-    real = _padding_mask(attention_mask, batch, cached, new, cache)
-    before = None if cache is None else cache.positions
-    last = torch.full((1, 1), -1, device=tokens.device)  # position of each sequence's last cached token
-    if before is not None:
-        last = (before if real is None else torch.where(real[:, :cached], before, -1)).amax(1, keepdim=True)
-    if position_ids is None:
-        counted = torch.arange(new, device=tokens.device)[None] if real is None else real[:, cached:].cumsum(1) - 1
-        positions = last + 1 + counted.clamp(min=0)
-    else:
-        positions = position_ids.to(tokens.device)
-        if positions.dim() != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != new:
-            raise ValueError(f"position_ids must be [{batch} or 1, {new}], got {list(positions.shape)}")
-        if len(positions) > 1 and (positions == positions[:1]).all():
-            positions = positions[:1]
-        _check_rising(last, positions, None if real is None else real[:, cached:])
-    if before is not None:
-        rows = max(len(before), len(positions))
-        positions = torch.cat([before.expand(rows, -1), positions.expand(rows, -1)], dim=1)
     if cache is not None:
-        cache.positions, cache.attention_mask, cache.batch_size = positions, real, batch
-    if real is None:
-        return SequenceInputs(positions, None, None)
-    padding = real[:, cached:]
-    places = torch.arange(cached + new, device=real.device)
-    queries = places[cached:, None]
-    # a token sees itself even if it is padding: a row without any key has no softmax
-    visible = (places <= queries) & real[:, None, None] | (places == queries)
-    return SequenceInputs(positions, None if padding.all() else padding, visible)
+        cache.check_room(batch, new)
+    real = _padding_mask(attention_mask, batch, cached, new, cache)
+    last = None if cache is None else cache.last_position
+    if last is None:
+        last = torch.full((1, 1), -1, device=tokens.device)
+    counted = torch.arange(new, device=tokens.device)[None] if real is None else real[:, cached:].cumsum(1) - 1
+    positions = last + 1 + counted.clamp(min=0)
+    before = cache.all_positions() if cache is not None and cached and (every or position_ids is not None) else None
+    own = False  # whether positions are others than counted ones
+    if position_ids is not None:
+        given = position_ids.to(tokens.device)
+        if given.dim() != 2 or given.shape[0] not in (1, batch) or given.shape[1] != new:
+            raise ValueError(f"position_ids must be [{batch} or 1, {new}], got {list(given.shape)}")
+        if len(given) > 1 and (given == given[:1]).all():
+            given = given[:1]
+        added = None if real is None else real[:, cached:]
+        _check_rising(last, given, added)
+        different = given != positions if added is None else (given != positions) & added
+        own = bool(different.any())
+        positions = given if own else positions
+    everything = positions if before is None else _side_by_side(before, positions)
+    if cache is not None:
+        if own or cache.positions is not None:
+            cache.positions = everything if before is not None or not cached else _side_by_side(cache.positions, positions)
+        cache.padding, cache.batch_size, cache.length = real, batch, cached + new
+        cache.last_position = (positions if real is None else torch.where(real[:, cached:], positions, last)).amax(
+            1, keepdim=True
+        )
+    added = None if real is None or real[:, cached:].all() else real[:, cached:]
+    return SequenceInputs(everything if every else positions, added, real)
+
+
+def _side_by_side(before: Tensor, new: Tensor) -> Tensor:
+    rows = max(len(before), len(new))
+    return torch.cat([before.expand(rows, -1), new.expand(rows, -1)], dim=1)
 
 
 def _padding_mask(mask: Tensor | None, batch: int, cached: int, new: int, cache: HyloCache | None) -> Tensor | None:
     """Return the padding mask, bool [batch, cached + new], False at padding; None where there is no padding."""
-    known = None if cache is None else cache.attention_mask
+    known = None if cache is None else cache.known_padding()
     if mask is None:
         return None if known is None else torch.cat([known, known.new_ones(batch, new)], dim=1)
     if mask.dim() != 2:
@@ -103,6 +123,8 @@ def _check_rising(last: Tensor, positions: Tensor, real: Tensor | None) -> None:
     wrong = positions <= highest if real is None else (positions <= highest) & real
     if wrong.any():
         row, place = wrong.nonzero()[0].tolist()
+        if positions[row, place] < 0:
+            raise ValueError(f"positions start at 0, but position_ids holds {int(positions[row, place])} (sequence {row})")
         raise ValueError(
             f"position_ids must rise along each sequence, but {int(positions[row, place])} follows {int(highest[row, place])} "
             f"(sequence {row}, new token {place}). Documents packed into one sequence are not supported, recurrent states "

@@ -13,17 +13,45 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
+from megatron_hylo.kernels.elementwise import on_request
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.kernels.kda import kda
 from megatron_hylo.kernels.norm import gated_rms_norm
+from megatron_hylo.kernels.recurrence_step import delta_rule_step, ssd_step
 from megatron_hylo.kernels.ssd import ssd
 
 from .attention_hylo import HyloAttention, HyloLatentAttention, HyloRMSNorm, Rope
 from .cache_hylo import HyloCache, States
 from .configuration_hylo import HyloConfig
+from .fused_hylo import project, side_by_side, swiglu
 from .inputs_hylo import SequenceInputs
 
 Recurrence = Callable[..., tuple[Tensor, Tensor | None]]
+fused_gated_rms_norm = on_request(gated_rms_norm)
+
+
+def _one_step(tokens: int, state: Tensor | None, padding: Tensor | None) -> bool:
+    """Whether a recurrence is one step from a state, without gradients."""
+    return tokens == 1 and state is not None and padding is None and not torch.is_grad_enabled()
+
+
+@on_request
+def step_sizes(raw: Tensor, bias: Tensor) -> Tensor:
+    """Compute Mamba2's step sizes [batch, tokens, heads], fp32, from their projection."""
+    return F.softplus(raw.float() + bias)
+
+
+@on_request
+def scalar_gates(raw: Tensor, strength: Tensor, rate: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute log decays [batch, tokens, heads] and writing strengths from their projections; `rate` is A_log [heads]."""
+    return -rate.exp() * F.softplus(raw.float() + bias), strength.sigmoid()
+
+
+@on_request
+def channel_gates(raw: Tensor, strength: Tensor, rate: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute log decays [batch, tokens, heads, key channels] and writing strengths; `raw` and `bias` have all channels."""
+    step = F.softplus(raw.float() + bias)
+    return -rate.exp()[:, None] * step.unflatten(-1, (len(rate), -1)), strength.sigmoid()
 
 
 class HyloConv1d(nn.Conv1d):
@@ -47,7 +75,7 @@ class HyloGatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Normalise x and multiply by silu(gate): [..., channels] each -> the same shape."""
-        return gated_rms_norm(x, gate, self.weight, **self.settings)
+        return fused_gated_rms_norm(x, gate, self.weight, **self.settings)
 
 
 def convolve(
@@ -72,7 +100,8 @@ def convolve(
                 f"kernel, so an adapter there would have no effect; leave conv1d out of target_modules"
             )
     weights, biases = zip(*(module() for module in convolutions))
-    weight, bias = torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+    joined = side_by_side(weights)
+    weight, bias = torch.cat(weights) if joined is None else joined, None if biases[0] is None else torch.cat(biases)
     if padding is None:
         return causal_conv1d(x, weight, bias, "silu", state, output_final_state=keep_state)
     # Padding goes before everything, the state's tokens included, as zeros: then a token's neighbours are tokens.
@@ -107,7 +136,7 @@ class HyloMamba2(nn.Module):
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: None, cache: HyloCache | None) -> Tensor:
         """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
         z, xbc, dt = self.in_proj(x).split([self.heads * self.head_dim, sum(self.sections), self.heads], dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias)
+        dt = step_sizes(dt, self.dt_bias)
         if cache is None:
             y, _ = self.scan((xbc, dt), inputs.padding, (None, None), keep=False)
         else:
@@ -115,12 +144,13 @@ class HyloMamba2(nn.Module):
         return self.out_proj(self.norm(y.flatten(2), z))
 
     def scan(
-        self, parts: tuple[Tensor, ...], padding: Tensor | None, states: States, keep: bool = True
+        self, parts: tuple[Tensor, ...], padding: Tensor | None, states: States, keep: bool = True, in_place: bool = False
     ) -> tuple[Tensor, States]:
         """Convolve and run the recurrence over x, B and C [batch, tokens, channels] and steps dt [batch, tokens, heads].
 
         Returns:
-            [batch, tokens, heads, head_dim], and the states after them, None without `keep`.
+            [batch, tokens, heads, head_dim], and the states after them, None without `keep`. `in_place`: the recurrent state
+            may be the one given, changed.
         """
         xbc, dt = parts
         xbc, conv_state = convolve(xbc, [self.conv1d], states[0], padding, keep)
@@ -130,7 +160,11 @@ class HyloMamba2(nn.Module):
         state_out = state_out.unflatten(-1, (self.heads, -1))
         if padding is not None:
             dt = dt.masked_fill(~padding[..., None], 0.0)  # no decay, nothing written
-        y, state = ssd(value, dt, -self.A_log.exp(), state_in, state_out, self.D, states[1], output_final_state=keep)
+        rate, state = -self.A_log.exp(), states[1]
+        if state is not None and _one_step(xbc.shape[1], state, padding):
+            state = state if in_place else state.clone()
+            return ssd_step(value, dt, rate, state_in, state_out, self.D, state), (conv_state, state)
+        y, state = ssd(value, dt, rate, state_in, state_out, self.D, state, output_final_state=keep)
         return y, (conv_state, state)
 
 
@@ -169,28 +203,32 @@ class HyloGatedDeltaNet(nn.Module):
         self.a_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
         self.dt_bias = nn.Parameter(torch.zeros(self.heads))
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        """Compute log decays: [batch, new tokens, hidden] -> [batch, new tokens, heads], fp32."""
-        return -self.A_log.exp() * F.softplus(self.a_proj(x).float() + self.dt_bias)
+    def projections(self) -> list[list[nn.Module]]:
+        """Maps of the input to q, k and v together, the gate, the writing strength and the decay."""
+        return [[self.q_proj, self.k_proj, self.v_proj], [self.g_proj], [self.b_proj], [self.a_proj]]
+
+    def gates(self, raw: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute log decays [batch, new tokens, heads], fp32, and writing strengths from their projections."""
+        return scalar_gates(raw, strength, self.A_log, self.dt_bias)
 
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: None, cache: HyloCache | None) -> Tensor:
         """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        parts = (qkv, self.log_decay(x), self.b_proj(x).sigmoid())
+        qkv, gate, strength, raw = project(x, self.projections())
+        parts = (qkv, *self.gates(raw, strength))
         if cache is None:
             out, _ = self.scan(parts, inputs.padding, (None, None), keep=False)
         else:
             out = cache.advance(self.layer, self.scan, parts, inputs.padding)
-        gate = self.g_proj(x).view(out.shape)
-        return self.o_proj(self.o_norm(out, gate).flatten(2))
+        return self.o_proj(self.o_norm(out, gate.reshape(out.shape)).flatten(2))
 
     def scan(
-        self, parts: tuple[Tensor, ...], padding: Tensor | None, states: States, keep: bool = True
+        self, parts: tuple[Tensor, ...], padding: Tensor | None, states: States, keep: bool = True, in_place: bool = False
     ) -> tuple[Tensor, States]:
         """Convolve and run the recurrence over q, k and v [batch, tokens, channels], log decays and writing strengths.
 
         Returns:
-            [batch, tokens, heads, value channels], and the states after them, None without `keep`.
+            [batch, tokens, heads, value channels], and the states after them, None without `keep`. `in_place`: the recurrent
+            state may be the one given, changed.
         """
         qkv, decay, beta = parts
         convolutions = [self.q_conv1d, self.k_conv1d, self.v_conv1d]
@@ -200,7 +238,11 @@ class HyloGatedDeltaNet(nn.Module):
             absent = ~padding
             decay = decay.masked_fill(absent.view(*absent.shape, *[1] * (decay.dim() - 2)), 0.0)
             beta = beta.masked_fill(absent[..., None], 0.0)
-        out, state = self.recurrence(query, key, value, decay, beta, states[1], output_final_state=keep)
+        state = states[1]
+        if state is not None and _one_step(query.shape[1], state, padding):
+            state = state if in_place else state.clone()
+            return delta_rule_step(query, key, value, decay, beta, state), (conv_state, state)
+        out, state = self.recurrence(query, key, value, decay, beta, state, output_final_state=keep)
         return out, (conv_state, state)
 
 
@@ -217,10 +259,13 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
         self.f_b_proj = nn.Linear(c.kda_decay_rank, keys, bias=False)
         self.dt_bias = nn.Parameter(torch.zeros(keys))
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        """Compute log decays: [batch, new tokens, hidden] -> [batch, new tokens, heads, key channels], fp32."""
-        step = F.softplus(self.f_b_proj(self.f_a_proj(x)).float() + self.dt_bias)
-        return -self.A_log.exp()[:, None] * step.unflatten(-1, (self.heads, -1))
+    def projections(self) -> list[list[nn.Module]]:
+        """Maps of the input to q, k and v together, the gate, the writing strength and the first of the decay's two."""
+        return [[self.q_proj, self.k_proj, self.v_proj], [self.g_proj], [self.b_proj], [self.f_a_proj]]
+
+    def gates(self, raw: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute log decays [batch, new tokens, heads, key channels], fp32, and writing strengths."""
+        return channel_gates(self.f_b_proj(raw), strength, self.A_log, self.dt_bias)
 
 
 MIXERS: dict[str, tuple[str, type[nn.Module]]] = {  # symbol -> (name in the layer, class)
@@ -243,7 +288,8 @@ class HyloMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the MLP to x: [..., hidden] -> the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, [[self.gate_proj], [self.up_proj]])
+        return self.down_proj(swiglu(gate, up))
 
 
 class HyloLayer(GradientCheckpointingLayer):

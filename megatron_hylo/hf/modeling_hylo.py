@@ -20,12 +20,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from megatron_hylo.kernels.elementwise import on_request
 from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 
 from .attention_hylo import HyloLatentAttention, HyloRMSNorm, Rope
 from .cache_hylo import HyloCache
 from .configuration_hylo import HyloConfig
-from .inputs_hylo import sequence_inputs
+from .decode_hylo import DecodeGraph, unsupported
+from .inputs_hylo import SequenceInputs, sequence_inputs
 from .layers_hylo import HyloGatedDeltaNet, HyloLayer, HyloMamba2
 
 logger = logging.get_logger(__name__)
@@ -36,6 +38,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_hylo.HyloForSequenceClassification",
 }
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # of transformers' loss functions
+fused_rope_cos_sin = on_request(rope_cos_sin)
 UNUSED_ARGUMENTS = ("cache_position",)  # transformers 4 gives it in generate(); the cache knows its own length
 FP32_PARAMETERS = {
     "*": (),
@@ -136,6 +139,7 @@ class HyloModel(HyloPreTrainedModel):
         self.layers = nn.ModuleList(HyloLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = HyloRMSNorm(config.hidden_size, c.layernorm_epsilon)
         self.gradient_checkpointing = False
+        self.frequencies: dict[tuple[str, torch.device], Tensor] = {}  # of rotations, by layer symbol and device
         self.post_init()
 
     @can_return_tuple
@@ -165,20 +169,38 @@ class HyloModel(HyloPreTrainedModel):
         attends = self.config.output_attentions if output_attentions is None else output_attentions
         cache = self._choose_cache(past_key_values, self.config.use_cache if use_cache is None else use_cache)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        inputs = sequence_inputs(x, attention_mask, position_ids, cache)._replace(attentions=[] if attends else None)
-        ropes = {symbol: self._rope(symbol, inputs.positions, x.shape[1]) for symbol in set(self.mixers) & set(self.rotations)}
+        inputs = sequence_inputs(x, attention_mask, position_ids, cache, every=bool(self.rotates_anew & set(self.mixers)))
+        inputs.attentions = [] if attends else None
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden_states: tuple[Tensor, ...] = (x,)
-        for symbol, layer in zip(self.mixers, self.layers):
-            x = layer(x, inputs, position_embeddings=ropes.get(symbol), past_key_values=cache)
-            hidden_states = (*hidden_states, x) if collect else ()
-        x = self.norm(x)
-        collected: Any = (*hidden_states[:-1], x) if collect else None
+        hidden_states: list[Tensor] | None = [] if collect else None
+        x = self.read(x, inputs, cache, hidden_states)
+        collected: Any = None if hidden_states is None else tuple(hidden_states)
         attentions: Any = None if inputs.attentions is None else tuple(inputs.attentions)
         past: Any = cache  # no subclass of transformers' Cache
         return BaseModelOutputWithPast(
             last_hidden_state=x, past_key_values=past, hidden_states=collected, attentions=attentions
         )
+
+    def read(
+        self, x: Tensor, inputs: SequenceInputs, cache: HyloCache | None, hidden_states: list[Tensor] | None = None
+    ) -> Tensor:
+        """Apply all layers and the final norm to embeddings x: [batch, new tokens, hidden] -> the same shape.
+
+        Args:
+            x: embeddings.
+            inputs: positions and padding; layers append attention probabilities where they are asked for.
+            cache: continued.
+            hidden_states: gets the embeddings, what each layer but the last gives, and the result.
+        """
+        ropes = {symbol: self._rope(symbol, inputs.positions, x.shape[1]) for symbol in set(self.mixers) & set(self.rotations)}
+        for symbol, layer in zip(self.mixers, self.layers):
+            if hidden_states is not None:
+                hidden_states.append(x)
+            x = layer(x, inputs, position_embeddings=ropes.get(symbol), past_key_values=cache)
+        x = self.norm(x)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        return x
 
     def _choose_cache(self, given: HyloCache | None, use_cache: bool) -> HyloCache | None:
         if self.gradient_checkpointing and self.training:
@@ -194,8 +216,14 @@ class HyloModel(HyloPreTrainedModel):
     def _rope(self, symbol: str, positions: Tensor, new: int) -> Rope:
         channels, scaling = self.rotations[symbol]
         positions = positions if symbol in self.rotates_anew else positions[:, -new:]
-        frequencies = rope_frequencies(channels, self.rotary_base, scaling, positions.device)
-        return rope_cos_sin(positions, frequencies, scaling.cos_sin_multiplier)
+        where = positions.device
+        frequencies = self.frequencies.get((symbol, where))
+        if frequencies is None:
+            with torch.inference_mode(False):
+                frequencies = rope_frequencies(channels, self.rotary_base, scaling, where)
+            if where.type == "cuda" and not torch.compiler.is_compiling():
+                self.frequencies[symbol, where] = frequencies  # a captured graph cannot copy them from the host
+        return fused_rope_cos_sin(positions, frequencies, scaling.cos_sin_multiplier)
 
 
 class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
@@ -207,6 +235,7 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = HyloModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decodes_with_fixed_shapes = False  # on a CPU too, where nothing is captured: for tests
         self.post_init()
 
     @can_return_tuple
@@ -249,6 +278,16 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             TypeError: an unknown argument.
         """
         loss_arguments = _check_keyword_arguments(kwargs, LOSS_ARGUMENTS)
+        if (
+            labels is None
+            and inputs_embeds is None
+            and input_ids is not None
+            and not output_attentions
+            and not output_hidden_states
+        ):
+            graph = self._decode_graph(input_ids, attention_mask, position_ids, past_key_values)
+            if graph is not None:
+                return CausalLMOutputWithPast(logits=graph(input_ids).clone(), past_key_values=past_key_values)  # type: ignore[arg-type]
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -273,6 +312,51 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def new_cache(self, batch_size: int = 1, max_cache_len: int | None = None, latents: str | None = None) -> HyloCache:
+        """Make a cache for `past_key_values`, checked against the memory that is free.
+
+        Args:
+            batch_size: sequences that will use it.
+            max_cache_len: tokens of a sequence; None for a cache that grows.
+            latents: "int8" or "fp8" keeps MLA's latents in 8 bits; None: the model's dtype.
+
+        Raises:
+            ValueError: it would be larger than the GPU's free memory, or as for `HyloCache`.
+        """
+        cache = HyloCache(max_cache_len, latents)
+        if max_cache_len is not None and self.device.type == "cuda":
+            wanted = batch_size * self.config.cache_nbytes(max_cache_len, self.dtype.itemsize, latents)
+            kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            free = torch.cuda.mem_get_info(self.device)[0] + kept
+            if wanted > free:
+                raise ValueError(
+                    f"a cache of {max_cache_len:,} tokens for {batch_size:,} sequences takes {wanted / 2**30:.1f} GiB, but "
+                    f"{free / 2**30:.1f} GiB of the GPU's memory are free; use fewer sequences or tokens"
+                    + ("" if latents else ", or latents='fp8'")
+                )
+        return cache
+
+    def _decode_graph(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: HyloCache | None
+    ) -> DecodeGraph | None:
+        """Return the graph that can read these tokens: one a sequence, after a prompt, on a GPU with a cache of fixed size."""
+        if not isinstance(cache, HyloCache) or cache.max_cache_len is None or not cache.length or ids.shape[1] != 1:
+            return None
+        settled = not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if not settled or not (ids.is_cuda or self.decodes_with_fixed_shapes) or unsupported(self, cache) is not None:
+            return None
+        if self.config.output_attentions or self.config.output_hidden_states or (mask is not None and mask.dim() != 2):
+            return None
+        if mask is not None and (mask.shape[1] != cache.length + 1 or not mask[:, -1].all()):  # padding within an answer
+            return None
+        if positions is not None and bool((positions != cache.last_position + 1).any()):  # type: ignore[operator]
+            return None
+        if next(iter(cache.rows.values()), (ids,))[0].is_inference() != torch.is_inference_mode_enabled():
+            return None
+        if cache.graph is None or cache.graph.model is not self or not cache.graph.fits(cache):
+            cache.graph = DecodeGraph(self, cache)
+        return cache.graph
+
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() looks at its parameters
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Drop positions that transformers 4 counts over padding; called by generate() before each pass."""
@@ -283,7 +367,7 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
 
     # transformers 4 and 5 hand over different arguments after the first three
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *_: Any
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int, *_: Any
     ) -> None:
         """Make a HyloCache; called by generate() before the first pass, in place of transformers' own cache."""
         _check_cache(model_kwargs.get("past_key_values"))
@@ -293,10 +377,15 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
                 "a prompt ends in padding, but generate() continues after the last position; pad on the left "
                 "(tokenizer.padding_side = 'left'), and give an attention_mask where a prompt itself ends in the padding token"
             )
-        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
-            raise ValueError(f"cache_implementation {generation_config.cache_implementation!r} is not supported; leave it out")
+        wanted = generation_config.cache_implementation
+        if wanted not in (None, "dynamic", "dynamic_full", "static"):
+            raise ValueError(
+                f"cache_implementation {wanted!r} is not supported; use 'static', or leave it out for a cache that grows"
+            )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HyloCache()
+            sequences = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs["past_key_values"] = self.new_cache(sequences, longest) if wanted == "static" else HyloCache()
         cache = model_kwargs.get("past_key_values")
         if cache is not None and (generation_config.is_assistant or mode == GenerationMode.ASSISTED_GENERATION):
             cache.activate_past_recording()  # rejected tokens are taken out

@@ -2,15 +2,16 @@
 
 Everything this project writes for later use (converted models, checkpoints, datasets, exports) goes through
 `atomic_directory`, and is checked by `verify_manifest` when it is opened. The names below are imported from this package; its
-modules without a leading underscore (cache, foreign, gguf_file, identity, progress, provenance) are imported directly.
+modules without a leading underscore (cache, foreign, gguf_file, identity, overlap, progress, provenance) are imported directly.
 """
 
-from megatron_hylo.io._files import DamagedError, cache_dir, plain_os_errors, read_json, sha256, write_json
+from megatron_hylo.io._files import DamagedError, cache_dir, place_file, plain_os_errors, read_json, sha256, write_json
 from megatron_hylo.io._folders import (
     atomic_directory,
     check_apart,
     check_free,
     hash_for_manifest,
+    record_for_manifest,
     remove_atomic_directory,
     staging_directory,
 )
@@ -23,12 +24,11 @@ from megatron_hylo.io._manifests import (
     verify_manifest,
     verify_manifest_if_any,
 )
-from megatron_hylo.io._ranks import barrier, is_launched_first, on_main
+from megatron_hylo.io._ranks import barrier, gather, is_launched_first, on_main, rank, world_size
 
 __all__ = [
-    "MANIFEST", "DamagedError", "LockState", "barrier", "cache_dir", "check_apart", "check_free", "hash_for_manifest",
-    "has_manifest", "is_launched_first",
-    "on_main", "output_lock", "plain_os_errors", "read_json", "read_lock", "read_manifest", "read_verified_json",
-    "remove_atomic_directory", "atomic_directory", "sha256", "staging_directory", "verify_manifest_if_any", "verify_manifest",
-    "write_json",
+    "MANIFEST", "DamagedError", "LockState", "atomic_directory", "barrier", "cache_dir", "check_apart", "check_free", "gather",
+    "has_manifest", "hash_for_manifest", "is_launched_first", "on_main", "output_lock", "place_file", "plain_os_errors", "rank",
+    "read_json", "read_lock", "read_manifest", "read_verified_json", "record_for_manifest", "remove_atomic_directory", "sha256",
+    "staging_directory", "verify_manifest", "verify_manifest_if_any", "world_size", "write_json",
 ]  # fmt: skip

@@ -154,3 +154,12 @@ def sha256(file: Path, count: Callable[[int], None] = lambda _: None) -> str:
             digest.update(buffer[:read])
             count(read)
     return digest.hexdigest()
+
+
+def place_file(file: Path, target: Path) -> Path:
+    """Give a finished file its name in a new directory on the same disk; the former name stays where links are possible."""
+    try:
+        os.link(file, target)
+    except OSError:
+        file.rename(target)
+    return target

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +207,17 @@ def hash_for_manifest(folder: Path, files: Iterable[Path]) -> None:
         folder: the directory that `atomic_directory` yielded.
         files: files inside it, which must not change any more.
     """
-    write_json(
-        folder / f"{PARTIAL_MANIFEST}{rank()}_{threading.get_ident()}", {str(f.relative_to(folder)): _entry(f) for f in files}
-    )
+    record_for_manifest(folder, {str(file.relative_to(folder)): _entry(file) for file in files})
+
+
+def record_for_manifest(folder: Path, entries: Mapping[str, Mapping[str, int | str]]) -> None:
+    """Record manifest entries, {"bytes", "sha256"} by name, of files that were hashed while they were written.
+
+    Args:
+        folder: the directory that `atomic_directory` yielded.
+        entries: by path inside it; each thread of a rank may record once.
+    """
+    write_json(folder / f"{PARTIAL_MANIFEST}{rank()}_{threading.get_ident()}", entries)
 
 
 def _write_manifest(folder: Path) -> None:

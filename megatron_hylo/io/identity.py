@@ -8,6 +8,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.io import has_manifest, read_json, read_manifest, sha256
 
 READ = ("weights/", "shards/", "codec.safetensors", "train.", "heldout.")  # files whose bytes enter a run's computation
+TENSORS = "tensors.json"  # hashes of all tensors, which stand for the files: those depend on how weights are divided
 NOT_CONTENT = "weights/.metadata"  # Megatron-Core writes a new random id into it each time
 ARCHITECTURE = ("model", "params_dtype")  # of hylo.json; its provenance names paths
 
@@ -28,7 +29,8 @@ def content_identity(folder: str | Path) -> str:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give a model, dataset or teacher-store folder")
     if has_manifest(folder):
-        files = {name: entry["sha256"] for name, entry in read_manifest(folder).items() if _is_content(name)}
+        files = {name: entry["sha256"] for name, entry in read_manifest(folder).items()}
+        files = {name: digest for name, digest in files.items() if (name == TENSORS if TENSORS in files else _is_content(name))}
     else:
         names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
         files = {name: sha256(folder / name) for name in names if _is_content(name)}

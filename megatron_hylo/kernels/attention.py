@@ -64,9 +64,9 @@ def attention(
             k, v = (x.repeat_interleave(hq // hkv, 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
     is_causal, is_lower_right = causal and t == s and t > 1, causal and 1 < t < s
-    backend = _backend(q, k, v, is_causal)
+    backend = choose_backend(q, k, v, is_causal)
     if backend in ("cudnn", "flash", "efficient"):
-        q, k, v = (_readable(x) for x in (q, k, v))
+        q, k, v = (readable(x) for x in (q, k, v))
     if is_lower_right and backend == "cudnn":
         return attention_after_prefix(q, k, v, scale).transpose(1, 2)
     mask = None
@@ -75,7 +75,7 @@ def attention(
             causal_lower_right(t, s) if backend == "flash" else torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
         )
     if backend in ("torch", "flash"):
-        q, k, v = _same_width(q, k, v)
+        q, k, v = same_width(q, k, v)
     if backend == "efficient" and hq != hkv:  # the one that has no grouped heads
         k, v = (x.repeat_interleave(hq // hkv, 1) for x in (k, v))
     with sdpa_kernel(BACKENDS[backend]) if backend in BACKENDS else contextlib.nullcontext():
@@ -85,13 +85,13 @@ def attention(
     return out.transpose(1, 2)
 
 
-def _readable(x: torch.Tensor) -> torch.Tensor:
+def readable(x: torch.Tensor) -> torch.Tensor:
     """Copy x where it is not aligned to the 16 bytes that fused kernels read at a time (a section of odd width)."""
     places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
     return x.contiguous() if any(place % 16 for place in places) else x
 
 
-def _same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Pad with zero channels, which change nothing: flash kernels want queries, keys and values equally wide."""
     width = max(x.shape[-1] for x in tensors)
     return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)
@@ -102,7 +102,7 @@ def _asked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, g
     return torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, causal, grouped)
 
 
-def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool) -> str:
+def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool) -> str:
     """Name of the first usable backend; "torch" off CUDA, where torch itself chooses."""
     name = overridden("attention")
     if name is not None:
@@ -116,7 +116,7 @@ def _backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool)
     cudnn = not torch.are_deterministic_algorithms_enabled()  # its backward pass is not
     if cudnn and cuda.can_use_cudnn_attention(_asked(q, k, v, causal=is_causal, grouped=grouped), False):
         name = "cudnn"
-    elif cuda.can_use_flash_attention(_asked(*_same_width(q, k, v), causal=is_causal, grouped=grouped), False):
+    elif cuda.can_use_flash_attention(_asked(*same_width(q, k, v), causal=is_causal, grouped=grouped), False):
         name = "flash"
     else:
         repeated = (x[:, :1].expand(-1, heads, -1, -1) for x in (k, v))  # shapes are all that is asked about

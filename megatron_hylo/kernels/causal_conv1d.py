@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_hylo.kernels.elementwise import on_request
 from megatron_hylo.kernels.registry import import_error, library_unsupported, overridden, select
 
 FLA_MODULE = "fla.modules.causal_conv1d"
@@ -55,6 +56,9 @@ def causal_conv1d(
     if initial_state is not None and initial_state.shape != (b, c, k - 1):
         raise ValueError(f"initial_state must be {[b, c, k - 1]}, got {list(initial_state.shape)}")
 
+    if initial_state is not None and t == 1 and positions is None and not torch.is_grad_enabled():
+        y, state = _one_token(x, initial_state, weight, bias, activation)
+        return y, state if output_final_state else None
     before = None if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)
     # while decoding so little is copied in no time
     if before is not None and t < k and positions is None and _choose(x, k) != "torch":
@@ -62,6 +66,17 @@ def causal_conv1d(
     else:
         (y,) = causal_conv1d_sections([x], weight, bias, activation, initial_state, positions)
     return y, _last(before, x, k - 1) if output_final_state else None
+
+
+@on_request
+def _one_token(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor]:
+    """Outputs [b, 1, c] and state [b, c, k - 1] after one token."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    window = torch.cat([state.to(x.dtype), x.transpose(1, 2)], 2)
+    y = (window.to(wide) * weight.to(wide)).sum(2)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)[:, None], window[:, :, 1:].clone()
 
 
 def causal_conv1d_sections(

@@ -5,8 +5,9 @@ For training, where shapes stay: a new shape is compiled anew, which takes secon
 whose teacher's outputs are stored) those after the first ones share a kernel for any shape, which takes up to twice as long.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,33 @@ def elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
         if len(own) < OWN_SHAPES:
             own.add(x.shape)
         return _compiled(function, x.shape not in own)(x, *args, **settings)
+
+    return run
+
+
+_requested = False
+
+
+@contextlib.contextmanager
+def compile_on_request() -> Iterator[None]:
+    """Compile the functions of `on_request` in this block: worth its seconds where the same shapes come hundreds of times."""
+    global _requested
+    before, _requested = _requested, True
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def on_request(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, compiled on a GPU inside `compile_on_request` where no gradients are asked for."""
+    compiled = elementwise(function)
+
+    @functools.wraps(function)
+    def run(x: torch.Tensor, *args: Any, **settings: Any) -> Any:
+        if not _requested or not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return function(x, *args, **settings)
+        return compiled(x, *args, **settings)
 
     return run
 

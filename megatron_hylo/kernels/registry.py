@@ -27,6 +27,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "cudnn", "flash", "efficient", "math"),
     "causal_conv1d": ("torch", "fla", "gluon"),
     "concatenate": ("torch", "triton"),
+    "decode_attention": ("torch", "triton"),
     "delta_rule_state_pass": ("fla", "gluon"),
     "elementwise": ("torch", "inductor"),
     "gated_delta_rule": ("torch", "fla"),

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+FLOAT32_POSITIONS = 32768  # positions before it have float32 angles
+
 
 def rope_frequencies(dim: int, base: float, scaling: Any = None, device: torch.device | str | None = None) -> torch.Tensor:
     """Angular frequencies in radians per token.
@@ -82,10 +84,14 @@ def rope_cos_sin(positions: torch.Tensor, inv_freq: torch.Tensor, multiplier: fl
         multiplier: factor on both (YaRN's attention scaling, `RopeScaling.cos_sin_multiplier`).
 
     Returns:
-        cos, sin: float32 [..., dim / 2].
+        cos, sin: float32 [..., dim / 2]. Angles below position 32768 are rounded to float32 as transformers rounds them (at
+        most 0.002 wrong); at 2M tokens that would be 0.1, so from there on they are float64.
     """
-    angles = positions.to(inv_freq.device, torch.float32)[..., None] * inv_freq.float()
-    return angles.cos() * multiplier, angles.sin() * multiplier
+    positions = positions.to(inv_freq.device)[..., None]
+    near = positions < FLOAT32_POSITIONS
+    rounded, exact = positions.float() * inv_freq.float(), positions.double() * inv_freq.double()
+    cos, sin = (torch.where(near, f(rounded), f(exact).float()) * multiplier for f in (torch.cos, torch.sin))
+    return cos, sin
 
 
 def unfold_rotary_key(plain: torch.Tensor, rotary: torch.Tensor, mix: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:

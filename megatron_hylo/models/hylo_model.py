@@ -13,6 +13,7 @@ from megatron_hylo.config import Fp8, ModelConfig, ParallelConfig, recomputed_la
 from megatron_hylo.config.layouts import pipeline_pattern
 from megatron_hylo.models.fp8 import check_fp8, check_fp8_widths
 from megatron_hylo.models.padded_vocabulary import clear_padding, padded_vocabulary, without_padding
+from megatron_hylo.models.placement import weights_device
 from megatron_hylo.models.recompute import FeedForwardLayer, MixerLayer
 from megatron_hylo.models.specs import BackendName, get_backend, hybrid_stack_spec, megatron_pattern
 from megatron_hylo.models.transformer_config import build_transformer_config
@@ -146,7 +147,7 @@ def build_chunks(
             vp_stage=stage,
         )
         clear_padding([p for name, p in chunk.named_parameters() if name in VOCABULARY_PARAMETERS], config.vocab_size)
-        chunks.append(chunk.cuda() if torch.cuda.is_available() else chunk)
+        chunks.append(chunk.cuda() if torch.cuda.is_available() and weights_device().type == "cuda" else chunk)
         if fp8:
             check_fp8_widths(chunk, fp8)
     return chunks

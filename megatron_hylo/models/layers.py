@@ -26,7 +26,7 @@ from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.norm import gated_rms_norm, rms_norm
 from megatron_hylo.kernels.residual_norm import rms_norm_and_residual
 from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
-from megatron_hylo.platform.distributed import device
+from megatron_hylo.models.placement import weights_device
 
 fused_gated_rms_norm = elementwise(gated_rms_norm)
 
@@ -43,7 +43,7 @@ class _HiddenNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device()))
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=weights_device()))
         set_attributes(self.weight, sequence_parallel=config.sequence_parallel)
 
 
@@ -69,7 +69,7 @@ class HeadNorm(nn.Module):
     def __init__(self, config: TransformerConfig, head_dim: int) -> None:
         super().__init__()
         self.eps = config.layernorm_epsilon
-        self.weight = nn.Parameter(torch.ones(head_dim, dtype=config.params_dtype, device=device()))
+        self.weight = nn.Parameter(torch.ones(head_dim, dtype=config.params_dtype, device=weights_device()))
 
     def forward(self, x: Tensor, gate: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
         """Normalise x, then gate it (Gated DeltaNet's order); x, gate: [batch, sequence, heads ..., head_dim].
@@ -91,7 +91,9 @@ class WholeHeadKeyNorm(HeadNorm):
     def __init__(self, config: TransformerConfig, head_dim: int, groups: int, pairs: int, tp_group: object) -> None:
         super().__init__(config, head_dim)
         self.tp_group = tp_group
-        self.rotary_mix = tensor_parallel_parameter(torch.ones(groups, pairs, device=device()), dtype=config.params_dtype)
+        self.rotary_mix = tensor_parallel_parameter(
+            torch.ones(groups, pairs, device=weights_device()), dtype=config.params_dtype
+        )
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Sharded state dict; only `rotary_mix` is split over the tensor-parallel ranks."""
@@ -107,10 +109,10 @@ class ReplicatedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, config: TransformerConfig, bias: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=config.params_dtype, device=device()))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=config.params_dtype, device=weights_device()))
         with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):  # equal on all tensor-parallel ranks
             config.init_method(self.weight)
-        zeros = torch.zeros(out_features, dtype=config.params_dtype, device=device()) if bias else None
+        zeros = torch.zeros(out_features, dtype=config.params_dtype, device=weights_device()) if bias else None
         self.bias = nn.Parameter(zeros) if zeros is not None else None
         for parameter in self.parameters():
             set_attributes(parameter, sequence_parallel=config.sequence_parallel)

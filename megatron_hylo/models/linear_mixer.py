@@ -12,8 +12,8 @@ from megatron_hylo.config.mixers import MIXERS
 from megatron_hylo.initialise.defaults import inverse_softplus_step, log_decay_rate
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d_sections
 from megatron_hylo.models.layers import sharded_mixer_state, tensor_parallel_parameter
+from megatron_hylo.models.placement import weights_device
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
-from megatron_hylo.platform.distributed import device
 
 
 def decay_parameters(symbol: str, heads: int, steps: int | None = None) -> tuple[nn.Parameter, nn.Parameter]:
@@ -30,8 +30,8 @@ def decay_parameters(symbol: str, heads: int, steps: int | None = None) -> tuple
     bounds = MIXERS[symbol].decay_range
     assert bounds is not None, f"mixer {symbol} has no decay"
     with get_cuda_rng_tracker().fork():
-        decay = log_decay_rate(heads, bounds, device=device())
-        step = inverse_softplus_step(steps or heads, device=device())
+        decay = log_decay_rate(heads, bounds, device=weights_device())
+        step = inverse_softplus_step(steps or heads, device=weights_device())
     return tensor_parallel_parameter(decay, keep_fp32=True), tensor_parallel_parameter(step, keep_fp32=True)
 
 
@@ -40,7 +40,7 @@ class ShortConvolution(MegatronModule):
 
     def __init__(self, config: HyloTransformerConfig, channels: int, bias: bool) -> None:
         super().__init__(config=config)
-        kernel, where = config.hylo.linear_conv_kernel_dim, device()
+        kernel, where = config.hylo.linear_conv_kernel_dim, weights_device()
         bound = 1 / math.sqrt(kernel)  # nn.Conv1d's default for one input channel a group
         with get_cuda_rng_tracker().fork():
             weight = torch.empty(channels, 1, kernel, device=where).uniform_(-bound, bound)

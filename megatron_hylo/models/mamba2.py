@@ -16,10 +16,10 @@ from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.models.layers import fused_gated_rms_norm, sharded_mixer_state, tensor_parallel_parameter
 from megatron_hylo.models.linear_mixer import ShortConvolution, decay_parameters
 from megatron_hylo.models.mixer import Mixer, MixerSubmodules, fused_column_linear, row_linear
+from megatron_hylo.models.placement import weights_device
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.parallel.documents import Packed, batch_first, sequence_first
 from megatron_hylo.parallel.recurrence import ssd_over_ranks
-from megatron_hylo.platform.distributed import device
 
 
 class GatedGroupNorm(MegatronModule):
@@ -28,7 +28,7 @@ class GatedGroupNorm(MegatronModule):
     def __init__(self, config: HyloTransformerConfig, channels: int, group_size: int) -> None:
         super().__init__(config=config)
         self.group_size = group_size
-        self.weight = tensor_parallel_parameter(torch.ones(channels, device=device()), dtype=config.params_dtype)
+        self.weight = tensor_parallel_parameter(torch.ones(channels, device=weights_device()), dtype=config.params_dtype)
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """Gate y by silu(z) and normalise it by groups: [batch, sequence, channels] each, and out."""
@@ -63,7 +63,7 @@ class Mamba2(Mixer):
         self.norm = GatedGroupNorm(config, inner, c.mamba_head_dim)
         self.conv1d.tp_group = self.norm.tp_group = self.tp_group
         self.A_log, self.dt_bias = decay_parameters(self.symbol, self.heads)
-        self.D = tensor_parallel_parameter(torch.ones(self.heads, device=device()), keep_fp32=True)
+        self.D = tensor_parallel_parameter(torch.ones(self.heads, device=weights_device()), keep_fp32=True)
         self.out_proj = row_linear(submodules, config, tp * inner, c.hidden_size, self.tp_group)
 
     def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:

@@ -92,6 +92,7 @@ class PatternMixer:
     """
 
     def __new__(cls, config: HyloTransformerConfig, layer_number: int = 1, **kwargs: Any) -> Mixer:
+        """Return the mixer itself, of the class of layer `layer_number`, counted from 1 with the MLPs between."""
         mixer = MIXER_CLASSES[config.hylo.mixers[(layer_number - 1) // 2]]
         return mixer(config=config, layer_number=layer_number, **kwargs)
 

@@ -8,6 +8,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_hylo.config import Fp8, ModelConfig, ParallelConfig
 from megatron_hylo.config.mixers import check_tensor_parallel
+from megatron_hylo.models.placement import weights_device
 
 
 @dataclass
@@ -66,7 +67,7 @@ def build_transformer_config(
         context_parallel_size=parallel.context_parallel_size,
         cp_comm_type=parallel.cp_comm_type,
         sequence_parallel=parallel.sequence_parallel,
-        use_cpu_initialization=not cuda,
+        use_cpu_initialization=not cuda or weights_device().type == "meta",
         gradient_accumulation_fusion=False,
         bias_activation_fusion=cuda and not activation_module,
         use_te_activation_func=activation_module,

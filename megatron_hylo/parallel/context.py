@@ -41,6 +41,24 @@ def sequence_slice(length: int) -> slice:
     return slice(rank * length // ranks, (rank + 1) * length // ranks)
 
 
+def token_positions(length: int, batch: int, documents: PackedDocuments | None, device: torch.device) -> Tensor:
+    """Positions of this rank's tokens in the sequence, or in their documents where these do not see each other.
+
+    Args:
+        length: tokens of a whole sequence.
+        batch: sequences.
+        documents: of one sequence, that all are packed in.
+        device: of the result without documents.
+
+    Returns:
+        int64 [batch, sequence / context-parallel ranks]; [1, ...] with documents.
+    """
+    if documents is not None:
+        return documents.own_positions.unsqueeze(0)
+    here = sequence_slice(length)
+    return torch.arange(here.start, here.stop, device=device).repeat(batch, 1)
+
+
 def sequence_shard(x: Tensor) -> Tensor:
     """Take this rank's part of whole sequences: [batch, sequence] -> [batch, sequence / context-parallel ranks]."""
     return x[:, sequence_slice(x.shape[1])].contiguous()

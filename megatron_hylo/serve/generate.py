@@ -4,7 +4,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Literal
 
 import torch
 from jinja2 import TemplateError
@@ -12,10 +12,12 @@ from transformers import GenerationConfig, TextStreamer
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.open_model import open_model
-from megatron_hylo.hf import HyloCache
+from megatron_hylo.hf import HyloCache, HyloForCausalLM
+from megatron_hylo.hf.decode_hylo import unsupported
 
 logger = logging.getLogger("megatron_hylo.serve")
 PREFILL_TOKENS = 8192  # longer prompts are read in pieces of so many, to bound the memory of activations
+CAPTURED_TOKENS = 32  # new tokens from which capturing the decode step on a GPU pays
 DECODE = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)  # cleaning up would drop spaces
 
 
@@ -30,6 +32,7 @@ class Generation:
     tokens_per_second: float  # of the tokens after the first; of the first one where there is no other
     cache_bytes: int  # at the end, everything that is carried
     kv_bytes_per_token: int  # of that, what each token adds; 0 without attention layers
+    decoded_by: str  # "a CUDA graph", or "single kernels" and why
 
 
 class _Streamer(TextStreamer):
@@ -59,6 +62,7 @@ def generate_text(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     chat: bool = False,
+    latents: Literal["int8", "fp8"] | None = None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generation:
     """Continue a prompt until the end-of-sequence token or `max_new_tokens`.
@@ -73,11 +77,12 @@ def generate_text(
             themselves without.
         seed: of the sampling.
         chat: wrap the prompt in the tokenizer's chat template as the user's turn.
+        latents: keep MLA's latents in 8 bits in the cache; a hybrid's alone.
         on_text: called with each piece of text as it is finished.
 
     Raises:
         ConfigError: a setting outside its range, a prompt that is empty or no text, no chat template or one that refuses the
-            prompt, nothing loadable at `path`.
+            prompt, nothing loadable at `path`, a cache larger than the GPU's free memory.
     """
     check_prompt(prompt)
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
@@ -95,7 +100,8 @@ def generate_text(
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and ids.shape[1] + max_new_tokens > longest:
         logger.warning(
-            "%s was trained for %s tokens; the prompt's %s and %s new ones go past it, where quality may drop",
+            "%s was trained for %s tokens; the prompt's %s and %s new ones go past it: nothing is cut off, positions count on, "
+            "but what the model says there may be poor (docs/long_context.md)",
             path, f"{longest:,}", f"{ids.shape[1]:,}", f"{max_new_tokens:,}",
         )  # fmt: skip
     streamer = _Streamer(tokenizer, on_text)
@@ -112,9 +118,13 @@ def generate_text(
         **sampling,
     )
     model.generation_config = settings  # else a folder's own defaults (a top_k, say) fill what is not set here
+    cache, reason = _cache(model, path, ids.shape[1] + max_new_tokens, max_new_tokens, latents)
     torch.manual_seed(seed)
     start = time.perf_counter()
-    result = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
+    result = model.generate(
+        ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer,
+        **({} if cache is None else {"past_key_values": cache}),
+    )  # fmt: skip
     first, last = streamer.times[1], streamer.times[-1]
     new = result.sequences[0, ids.shape[1] :]
     total, growing = _cache_bytes(result.past_key_values)
@@ -126,7 +136,32 @@ def generate_text(
         tokens_per_second=(len(new) - 1) / (last - first) if len(new) > 1 else 1 / (first - start),
         cache_bytes=total,
         kv_bytes_per_token=growing // result.past_key_values.get_seq_length(),
+        decoded_by="a CUDA graph" if _captured(cache) else f"single kernels ({reason})",
     )
+
+
+def _captured(cache: HyloCache | None) -> bool:
+    return cache is not None and cache.graph is not None and cache.graph.graph is not None
+
+
+def _cache(model: Any, path: str | Path, tokens: int, new_tokens: int, latents: str | None) -> tuple[HyloCache | None, str]:
+    """A hybrid's cache, of fixed size where its decode steps are to be captured, and why they are not.
+
+    Raises:
+        ConfigError: it would not fit in memory, or the model has no latents.
+    """
+    if not isinstance(model, HyloForCausalLM):
+        if latents is not None:
+            raise ConfigError(f"{path} is a model of transformers, which has no latents to keep in {latents}; leave it out")
+        return None, "a model of transformers"
+    if latents is not None and "+" not in model.config.mixers:
+        raise ConfigError(f"{path} has no MLA layers, so no latents to keep in {latents}; leave it out")
+    reason = "no GPU" if model.device.type != "cuda" else "few new tokens" if new_tokens < CAPTURED_TOKENS else None
+    try:
+        cache = model.new_cache(1, None if reason else tokens, latents)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return cache, reason or unsupported(model, cache) or "it ended before"
 
 
 def check_prompt(prompt: str) -> None:

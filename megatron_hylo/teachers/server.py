@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ParallelConfig, TeacherWindow
-from megatron_hylo.config.teacher_window import OWN_WINDOW
+from megatron_hylo.config.teacher_window import OWN_WINDOW, yarn_origin
 from megatron_hylo.data.tokenizer import read_vocabulary
 from megatron_hylo.distill.head_rows import whole_head
 from megatron_hylo.io import on_main
@@ -77,6 +77,12 @@ def serve_teacher(
     resolve(*replica_address(address, 0), read_secret())  # before weights are read
     with session(parallel):
         ways, architecture = teacher_window or OWN_WINDOW, read_description(teacher)[0]
+        if ways.is_derived:
+            raise ConfigError(
+                f"a server is not told how long sequences will be: give teacher_window.rope_scaling too, YaRN with factor = "
+                f"longest sequence / {yarn_origin(architecture)} and original_max_position_embeddings "
+                f"{yarn_origin(architecture)}"
+            )
         window = ways.window(architecture, max_tokens)
         if window is not None:  # each rank reads windows of its own
             parallel = replace(parallel, context_parallel_size=1)

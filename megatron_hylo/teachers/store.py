@@ -34,6 +34,7 @@ from megatron_hylo.config import ConfigError, ParallelConfig, TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.data.packed import DocumentStore, PackedDataset
 from megatron_hylo.data.prefetch import ahead
+from megatron_hylo.data.recall import RecallWindows
 from megatron_hylo.data.tokenizer import check_dataset, copy_tokenizer
 from megatron_hylo.data.windows import WindowSource
 from megatron_hylo.distill.head_rows import head_part, whole_head
@@ -107,6 +108,7 @@ def write_store(
     ways, architecture = teacher_window or OWN_WINDOW, read_description(teacher)[0]
     check_dataset(data, teacher, architecture.vocab_size)
     ways.check(architecture, sequence_length, f"teacher {teacher}")
+    ways = ways.resolve(architecture, sequence_length)
     if (window := ways.window(architecture, sequence_length)) is not None:
         if overlap is not None:
             raise ConfigError(f"overlap {overlap}: windows of {window} tokens overlap by half; leave it out")
@@ -340,9 +342,14 @@ class StoredTeacher:
         return self.weight
 
     def with_hidden(self, batches: Iterator[dict], dataset: WindowSource) -> Iterator[dict]:
-        """Implement `TeacherSignal.with_hidden`; a thread reads the store some micro-batches ahead."""
-        assert isinstance(dataset, PackedDataset)  # the settings refuse a store with other windows
-        for batch in ahead(self._with_codes(batches, dataset)):
+        """Implement `TeacherSignal.with_hidden`; a thread reads the store some micro-batches ahead.
+
+        With recall exercises, which the teacher did not read, a batch has "taught" as well, bool [windows, sequence]: True at
+        tokens of the text, whose hidden states are those of the text without exercises.
+        """
+        text = dataset.source if isinstance(dataset, RecallWindows) else dataset
+        assert isinstance(text, PackedDataset)  # the settings refuse a store with other windows
+        for batch in ahead(self._with_codes(batches, text)):
             codes = batch.pop("codes").reshape(*batch["input_ids"].shape, -1)
             yield batch | {"teacher_hidden": functools.partial(self._hidden, codes)}
 
@@ -351,11 +358,15 @@ class StoredTeacher:
         for batch in batches:
             rows = []
             for window in batch["windows"].tolist():
-                pieces = dataset.pieces(window)
-                document, first, count = pieces[-1]
-                pieces[-1] = (document, first, count - 1)  # the last token is a label alone
-                rows.append(np.concatenate([self.store.read(*piece) for piece in pieces if piece[2]]))
-            yield batch | {"codes": torch.from_numpy(np.stack(rows))}
+                rows.append(np.concatenate([self.store.read(*piece) for piece in dataset.pieces(window)]))
+            codes = torch.from_numpy(np.stack(rows))
+            places = batch.get("source_places")
+            if places is None:
+                yield batch | {"codes": codes[:, :-1]}  # the last token is a label alone
+                continue
+            taught = places >= 0
+            of_text = places.view(len(codes), -1).clamp(min=0)
+            yield batch | {"codes": codes.gather(1, of_text.unsqueeze(2).expand(-1, -1, codes.shape[2])), "taught": taught}
 
     def _hidden(self, codes: Tensor) -> Tensor:
         decoded = self.store.codec.decode(sequence_shard(codes).to(self.weight.device), self.dtype)

@@ -4,18 +4,18 @@ The loop calls them in the order of its list. A checkpoint is saved before a sto
 that a signal is not kept waiting for it.
 """
 
+import json
 import logging
-import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from megatron.core import parallel_state
 
 from megatron_hylo.config.train import PREFIXES
 from megatron_hylo.eval.perplexity import HeldoutText, Quality, evaluate, evaluate_recall
-from megatron_hylo.io import is_launched_first, write_json
+from megatron_hylo.io import on_main, write_json
+from megatron_hylo.io.progress import Track
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import is_main
@@ -24,76 +24,67 @@ from megatron_hylo.train.checkpoint import CheckpointSaver
 from megatron_hylo.train.heldout import Heldout
 from megatron_hylo.train.reporting import Reporter
 from megatron_hylo.train.setup import Run
+from megatron_hylo.train.stopping import STOP, EvaluationStopped, StopRequest, stopping_track
 
 logger = logging.getLogger("megatron_hylo.train")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-class StopRequest:
-    """Remembers a stop signal; ranks agree on it, so that all stop after the same step. A second Ctrl-C ends at once."""
-
-    def __init__(self) -> None:
-        self.seen: int | None = None
-        self.what_follows = "stopping after this step, with a checkpoint"
-        self.previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
-
-    def _remember(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self.seen == number:
-            raise KeyboardInterrupt
-        if self.seen is None and is_launched_first():  # not by print, which may be under way
-            again = "; Ctrl-C once more ends at once" if number == signal.SIGINT else ""
-            os.write(2, f"\n{signal.Signals(number).name}: {self.what_follows}{again}\n".encode())
-        self.seen = number
-
-    def agreed(self, device: torch.device) -> bool:
-        """Return True on all ranks once any of them was signalled."""
-        flag = torch.tensor([int(self.seen is not None)], device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
-
-    def restore(self) -> None:
-        """Put the earlier handlers back."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 class Checkpoints(Callback):
-    """Saves checkpoints at intervals, at the end and on a stop signal, after which it raises `Stopped`.
+    """Saves checkpoints at intervals, at the end, on request and on a stop signal, after which it raises `Stopped`.
 
     Args:
         run: whose states are saved.
         saver: writes them.
         saved: step of the checkpoint that the run goes on from; 0 without one.
+        stop: stop signals and save switch of the run.
     """
 
-    def __init__(self, run: Run, saver: CheckpointSaver, saved: int) -> None:
-        self.run, self.saver, self.saved = run, saver, saved
-        self.stop = StopRequest()
+    def __init__(self, run: Run, saver: CheckpointSaver, saved: int, stop: StopRequest) -> None:
+        self.run, self.saver, self.saved, self.stop = run, saver, saved, stop
 
     def after_step(self, progress: Progress) -> None:
         """Save, then obey a stop signal; the order is what makes a stopped run resumable."""
         config, step = self.run.config, progress.step
+        self.stop.starting = False  # from the first step on there is something to save
         unfinished, skipping = step < config.train_steps, progress.skipped.in_a_row
-        stopping = self.stop.agreed(self.run.device)
-        if unfinished and (stopping or (step % config.checkpoint.save_interval == 0 and not skipping)):
-            self.saver.start(self.run.states, step, progress.consumed)
-        if stopping or not config.checkpoint.async_save:
+        asked = self.stop.agreed(self.run.device)
+        if unfinished and (asked or (step % config.checkpoint.save_interval == 0 and not skipping)):
+            self._save(progress)
+            if not asked and not config.checkpoint.async_save:
+                self.saver.finish()
+                asked = self.stop.agreed(self.run.device)  # in the time that saving took
+        if asked or not config.checkpoint.async_save:
             self.saver.finish()
+        if asked:
+            self.stop.saved()
         self.saver.finish_if_written(self.run.device)
-        if stopping and unfinished:
-            raise Stopped(f"stopped at step {step} of {config.train_steps} and saved; run the same command to resume")
+        if asked == STOP and unfinished:
+            raise self._stopped(progress)
+
+    def stop_now(self, progress: Progress) -> Stopped:
+        """Save what is not saved yet, between two steps; returns the exception that ends the run. All ranks call it."""
+        if self.saved < progress.step:
+            self._save(progress)
+        self.saver.finish()
+        return self._stopped(progress)
+
+    def _stopped(self, progress: Progress) -> Stopped:
+        return Stopped(
+            f"stopped at step {progress.step} of {self.run.config.train_steps} and saved; run the same command to resume"
+        )
+
+    def _save(self, progress: Progress) -> None:
+        self.saver.start(self.run.states, progress.step, progress.consumed)
+        self.saved = progress.step
 
     def at_end(self, progress: Progress) -> None:
         """Save the last step: for a longer run later, and in case what follows fails."""
-        self.stop.what_follows = "all steps are done; the last evaluation and the model are finished first"
+        self.stop.starting = False
+        self.stop.what_follows = "all steps are done and saved; the evaluation and the model are made when it resumes"
         self.saver.finish()
         if self.saved < progress.step and not progress.skipped.in_a_row:
-            self.saver.start(self.run.states, progress.step, progress.consumed)
+            self._save(progress)
             self.saver.finish()
-
-    def close(self) -> None:
-        """Put the earlier signal handlers back."""
-        self.stop.restore()
 
 
 class Evaluation(Callback):
@@ -104,29 +95,63 @@ class Evaluation(Callback):
         heldout: texts and recall windows to measure on.
         reporter: records and shows what was measured.
         folder: run folder; quality.json, and second_quality.json, of the last step are written there.
+        checkpoints: saves where a stop signal ends an evaluation.
     """
 
-    def __init__(self, run: Run, heldout: Heldout, reporter: Reporter, folder: Path) -> None:
-        self.run, self.heldout, self.reporter, self.folder = run, heldout, reporter, folder
+    def __init__(self, run: Run, heldout: Heldout, reporter: Reporter, folder: Path, checkpoints: Checkpoints) -> None:
+        self.run, self.heldout, self.reporter, self.folder, self.checkpoints = run, heldout, reporter, folder, checkpoints
         self.quality: Quality | None = None  # the first student's, at the end
+        self.interrupted = checkpoints.saved  # step whose evaluation an earlier start may have left undone
+
+    def before_step(self, progress: Progress) -> None:
+        """Make up for the evaluation that a stop signal ended, before the first step of a start."""
+        step, self.interrupted = self.interrupted, 0
+        interval = self.run.config.eval_interval
+        if step and interval and step % interval == 0 and not on_main(lambda: self._recorded(step)):
+            self._evaluate(progress)
 
     def after_step(self, progress: Progress) -> None:
         """Evaluate every `eval_interval` steps."""
         config, step = self.run.config, progress.step
         if config.eval_interval and step % config.eval_interval == 0 and step < config.train_steps:
-            self._evaluate(step)
+            self._evaluate(progress)
 
     def at_end(self, progress: Progress) -> None:
         """Evaluate the trained students and write their quality files."""
-        measured = self._evaluate(progress.step)
+        measured = self._evaluate(progress)
         self.quality = measured[0]
         for prefix, quality in zip(PREFIXES, measured):
             if is_main():
                 write_json(self.folder / f"{prefix}quality.json", quality.to_dict())
 
-    def _evaluate(self, step: int) -> list[Quality]:
+    def _recorded(self, step: int) -> bool:
+        """Whether metrics.jsonl has the last figures of an evaluation."""
+        last = f"{PREFIXES[len(self.run.states) - 1]}heldout_"
+        last += "recall_" if self.heldout.recall is not None else "perplexity"
+        if self.heldout.recall is None and self.heldout.texts[-1].name:
+            last += f"/{self.heldout.texts[-1].name}"
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+        return any(f'"{last}' in line and json.loads(line)["step"] == step for line in lines)
+
+    def _evaluate(self, progress: Progress) -> list[Quality]:
+        """Evaluate all students; on a stop signal save and raise `Stopped` instead."""
+        try:
+            return self._measure(progress.step)
+        except EvaluationStopped:
+            raise self.checkpoints.stop_now(progress) from None
+
+    def _track(self, text: HeldoutText) -> Track:
+        """Look for a stop signal between the batches that every data-parallel rank has."""
+        ranks = parallel_state.get_data_parallel_world_size()
+        shared = -(-(len(text.windows) // ranks) // self.run.config.micro_batch_size)
+        return stopping_track(self.checkpoints.stop, self.run.device, shared)
+
+    def _measure(self, step: int) -> list[Quality]:
         """Quality of each student on the run's own held-out text; the other texts' and recall are recorded alone."""
         measured = []
+        size = " and ".join(f"{n:,} windows" + (f" of {name}" if name else "") for n, name in self._sizes())
+        self.reporter.say(f"step {step}: measuring held-out quality on {size} of {self.run.config.sequence_length:,} tokens")
         for prefix, state in zip(PREFIXES, self.run.states):
             which = f"{prefix}model: " if len(self.run.states) > 1 else ""
             own, *_ = [self._measure_text(step, prefix, which, state.chunks, text) for text in self.heldout.texts]
@@ -135,9 +160,15 @@ class Evaluation(Callback):
                 self._measure_recall(step, prefix, which, state.chunks, self.heldout.recall)
         return measured
 
+    def _sizes(self) -> list[tuple[int, str]]:
+        """Number of windows and name of each held-out text."""
+        recall = [(len(self.heldout.recall.windows), "recall")] if self.heldout.recall is not None else []
+        return [(len(text.windows), text.name) for text in self.heldout.texts] + recall
+
     def _measure_text(self, step: int, prefix: str, which: str, chunks: Sequence[HyloModel], text: HeldoutText) -> Quality:
         config = self.run.config
-        quality = evaluate(chunks, text, self.run.teacher, config.micro_batch_size, config.loss_chunk_tokens)
+        size = config.micro_batch_size
+        quality = evaluate(chunks, text, self.run.teacher, size, config.loss_chunk_tokens, self._track(text))
         end = f"/{text.name}" if text.name else ""
         self.reporter.record(step, {f"{prefix}heldout_{name}{end}": value for name, value in quality.to_dict().items()})
         kl = f", KL {quality.kl:.3f}" if quality.kl is not None else ""
@@ -146,7 +177,8 @@ class Evaluation(Callback):
         return quality
 
     def _measure_recall(self, step: int, prefix: str, which: str, chunks: Sequence[HyloModel], text: HeldoutText) -> None:
-        found = evaluate_recall(chunks, text, self.run.config.micro_batch_size, self.run.config.loss_chunk_tokens)
+        config = self.run.config
+        found = evaluate_recall(chunks, text, config.micro_batch_size, config.loss_chunk_tokens, track=self._track(text))
         self.reporter.record(step, {f"{prefix}heldout_recall_{name}": value for name, value in found.items()})
         if found:
             self.reporter.say(

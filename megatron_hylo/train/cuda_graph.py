@@ -59,6 +59,7 @@ class Captured:
         self.result: Any = None
 
     def __call__(self) -> Any:
+        """Run, capture or replay the function; returns its result."""
         self.calls += 1
         if self.calls <= WARM_UP:
             return self.function()

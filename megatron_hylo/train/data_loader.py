@@ -34,8 +34,8 @@ def rank_batches(
     Yields:
         {"input_ids", "labels"}: int64 [micro batch, sequence / context-parallel ranks], and with `packed_documents`
         [1, micro batch * sequence / ranks] and "documents"; with recall "answers", int32 of the same shape, and where answers
-        alone are learnt "loss_mask", bool; with such
-        a teacher "teacher_hidden" [sequence / ranks, micro batch, H].
+        alone are learnt "loss_mask", bool; with such a teacher "teacher_hidden" [sequence / ranks, micro batch, H], and where a
+        stored one did not read the recall exercises "taught", bool, True at the tokens that it read.
     """
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     found = batches(dataset, consumed_samples, config.micro_batch_size, rank, ranks, config.packed_documents)
@@ -60,8 +60,9 @@ def _rank_slices(found: Iterator[dict], device: torch.device) -> Iterator[dict]:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of the thread that reads ahead
     for batch in found:
-        batch.pop("windows")
-        for name in {"input_ids", "labels", "answers", "loss_mask"} & batch.keys():
+        for name in {"windows", "source_places"} & batch.keys():
+            del batch[name]
+        for name in {"input_ids", "labels", "answers", "loss_mask", "taught"} & batch.keys():
             own = sequence_shard(batch[name])
             batch[name] = own.pin_memory() if device.type == "cuda" else own
         yield batch

@@ -7,13 +7,14 @@ reporting.py, profiler.py) do what happens around its steps.
 import contextlib
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
-from megatron_hylo.config import ConfigError
+from megatron_hylo.config import RunFailure
 from megatron_hylo.config.evaluation import SuiteSettings
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.eval.perplexity import Quality
@@ -23,6 +24,7 @@ from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.platform.distributed import is_timeout, session
 from megatron_hylo.teachers.remote import RemoteTeacher
 from megatron_hylo.teachers.signal import TeacherSignal
+from megatron_hylo.train.alarms import Alarms, window_texts
 from megatron_hylo.train.callback import Callback, Progress, Stopped
 from megatron_hylo.train.callbacks import Checkpoints, Evaluation, Export
 from megatron_hylo.train.checkpoint import (
@@ -35,6 +37,7 @@ from megatron_hylo.train.checkpoint import (
 from megatron_hylo.train.cuda_graph import Captured, CapturedObjective, capturing
 from megatron_hylo.train.determinism import determinism
 from megatron_hylo.train.gradient_norms import gradient_norms
+from megatron_hylo.train.hang_watch import HangWatch, hosts
 from megatron_hylo.train.heldout import Heldout, open_heldout
 from megatron_hylo.train.kept_state import check_kept_state
 from megatron_hylo.train.nan_guard import SkippedSteps
@@ -48,6 +51,7 @@ from megatron_hylo.train.run_folder import check_run_folder
 from megatron_hylo.train.run_record import record_start
 from megatron_hylo.train.setup import Run, architectures, build_run, open_teacher_signal, params_dtype
 from megatron_hylo.train.startup_check import check_run_kernels
+from megatron_hylo.train.stopping import StopRequest, stop_request
 from megatron_hylo.train.suite_evaluation import prepare_suites, suite_callbacks
 from megatron_hylo.train.teacher_check import check_signal_window, check_teacher_window
 from megatron_hylo.train.token_check import check_run_tokens, check_teacher_tokens, remote_description
@@ -73,6 +77,7 @@ def train(config: TrainConfig) -> Quality | None:
     folder = Path(config.output)
     suites = prepare_suites(config)
     with (
+        stop_request(folder) as stop,
         determinism(config.deterministic),
         session(config.parallel, config.seed) as device,
         capturing(config.cuda_graphs, device),
@@ -108,7 +113,7 @@ def train(config: TrainConfig) -> Quality | None:
         record_start(config, folder, device, progress.step)
         provenances = _provenances(config)
         with contextlib.ExitStack() as closing:
-            callbacks, evaluation = _callbacks(run, folder, heldout, suites, progress, provenances, closing)
+            callbacks, evaluation = _callbacks(run, folder, heldout, suites, progress, provenances, stop, closing)
             batches = run.batches(progress.consumed)
             closing.callback(batches.close)
             _train(run, batches, progress, callbacks)
@@ -141,6 +146,7 @@ def _callbacks(
     suites: SuiteSettings | None,
     progress: Progress,
     provenances: list[dict[str, Any]],
+    stop: StopRequest,
     closing: contextlib.ExitStack,
 ) -> tuple[list[Callback], Evaluation]:
     """Make the callbacks of a run in the order in which they act, each closed by `closing`; the evaluation also by itself."""
@@ -149,18 +155,22 @@ def _callbacks(
     reporter = Reporter(config, folder, run.device, run.flops_per_token, step)
     closing.push(lambda kind, error, trace: reporter.close(error))
     reporter.say(f"{config.stage}: {run.describe()}" + (f"; resumed at step {step}" if step else ""))
+    reporter.say(f"loss: {config.loss_in_words}")
     assert run.dataset is not None
     reporter.say(f"{config.data}: {run.dataset.describe(config.train_steps * config.global_batch_size)}")
     if run.device.type == "cuda":
         reporter.predict(run.predict_memory())
-    checkpoints = Checkpoints(run, CheckpointSaver(folder, provenances, tokenizer, config.checkpoint.keep), step)
-    closing.callback(checkpoints.close)
-    evaluation = Evaluation(run, heldout, reporter, folder)
+    checkpoints = Checkpoints(run, CheckpointSaver(folder, provenances, tokenizer, config.checkpoint.keep), step, stop)
+    hang_watch = HangWatch(folder, 30 * config.parallel.distributed_timeout_minutes, hosts())
+    closing.callback(hang_watch.close)
+    stop.beat = hang_watch.beat
+    alarms = Alarms(folder, reporter, partial(window_texts, run.dataset, config.data), config.global_batch_size)
+    evaluation = Evaluation(run, heldout, reporter, folder, checkpoints)
     profiler = Profiler(config.profile, folder)
     closing.callback(profiler.close)
     export = Export(run, folder, provenances, tokenizer if tokenizer.is_dir() else None)
     measured = suite_callbacks(run, suites, reporter, folder, provenances)
-    return [profiler, reporter, checkpoints, evaluation, *measured, export], evaluation
+    return [profiler, reporter, hang_watch, alarms, checkpoints, evaluation, *measured, export], evaluation
 
 
 def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[Callback]) -> None:
@@ -168,7 +178,8 @@ def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[C
 
     Raises:
         Stopped: a signal came; a checkpoint was saved.
-        ConfigError: too many steps without an update, a full disk, or a rank that did not answer.
+        ConfigError: too many steps without an update, or a full disk.
+        RunFailure: a rank did not answer.
     """
     config = run.config
     captured = CapturedObjective(run.objective) if config.cuda_graphs else run.objective
@@ -196,7 +207,7 @@ def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[C
     except RuntimeError as error:
         if not is_timeout(error):
             raise
-        raise ConfigError(
+        raise RunFailure(
             f"rank {torch.distributed.get_rank()}, step {progress.step + 1}: another rank did not answer for "
             f"{config.parallel.distributed_timeout_minutes:g} minutes (parallel.distributed_timeout_minutes); see what it "
             f"printed last, and run the same command to go on from the newest checkpoint"

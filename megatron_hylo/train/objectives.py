@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.data.packed import IGNORED
+from megatron_hylo.data.recall import exercise_tokens
 from megatron_hylo.distill.alignment import AlignmentLoss, align_layers, check_alignable
 from megatron_hylo.distill.head_loss import mean_counts, model_head_loss
 from megatron_hylo.distill.head_rows import check_vocabularies
@@ -87,10 +88,12 @@ class Objective:
         """Tokens that the loss of the heads counts: not those without a loss, nor answers that the teacher does not teach.
 
         Returns:
-            bool [batch, sequence], False at tokens outside `loss_mask` and, with a teacher, at recall's answers further from
-            their fact than `recall.kl_within`; None: all tokens.
+            bool [batch, sequence], False at tokens outside `loss_mask`, at those of exercises that a stored teacher did not
+            read and, with a teacher, at recall's answers further from their fact than `recall.kl_within`; None: all tokens.
         """
         mask, within = batch.get("loss_mask"), self.config.recall.kl_within
+        if (taught := batch.get("taught")) is not None:
+            mask = taught if mask is None else mask & taught
         if "answers" in batch and within is not None and (self.teacher is not None or self.teacher_signal is not None):
             near = batch["answers"] <= within
             mask = near if mask is None else mask & near
@@ -136,14 +139,21 @@ class Objective:
             chunk_tokens=c.loss_chunk_tokens,
             token_mask=batch["counted"],
             counts=counts[:2],
+            capacity=batch["labels"].numel() if c.cuda_graphs else None,
         )
         if self.positions is not None:
             self.positions.add(student, hidden, batch, teacher, teacher_hidden)
         loss, answers = head.loss, None
         if len(counts) > 2:  # tokens, labels, labels that are part of an answer
-            mask, tokens = batch["answer_labels"] >= 0, counts[[2, 2]]
+            mask, room = batch["answer_labels"] >= 0, exercise_tokens(c.recall, c.sequence_length) * c.micro_batch_size
             answers = model_head_loss(
-                student, hidden, batch["answer_labels"], chunk_tokens=c.loss_chunk_tokens, token_mask=mask, counts=tokens
+                student,
+                hidden,
+                batch["answer_labels"],
+                chunk_tokens=c.loss_chunk_tokens,
+                token_mask=mask,
+                counts=counts[2:].expand(2),
+                capacity=min(room, mask.numel()) if c.cuda_graphs else None,
             ).loss  # the mean over answers; `answer_weight` is of a token
             loss = (
                 loss + (c.recall.answer_weight * counts[2] / counts[0 if head.kl is not None else 1]).to(loss.dtype) * answers

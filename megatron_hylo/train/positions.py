@@ -10,7 +10,7 @@ from megatron_hylo.distill.head_loss import model_token_losses
 from megatron_hylo.eval.buckets import FIRST_POSITION, Buckets
 from megatron_hylo.eval.perplexity import sum_over_ranks
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.parallel.context import sequence_slice
+from megatron_hylo.parallel.context import token_positions
 
 SAMPLE = 2048  # tokens of a rank's step: so few cost less than a thousandth of it at the usual log_interval
 
@@ -51,11 +51,7 @@ class PositionLosses:
         stride = max(1, min(len(hidden), labels.numel() * self.micro_batches // self.sample))
         while len(hidden) % stride:  # so that the shards of sequence parallelism have every n-th token too
             stride -= 1
-        if documents is None:
-            here = sequence_slice(self.config.sequence_length)
-            positions = torch.arange(here.start, here.stop, device=labels.device).repeat(len(labels), 1)
-        else:
-            positions = documents.own_positions.unsqueeze(0)
+        positions = token_positions(self.config.sequence_length, len(labels), documents, labels.device)
         positions, labels = positions[:, ::stride].flatten(), labels[:, ::stride].contiguous()
         taught = teacher_hidden[::stride].contiguous() if teacher_hidden is not None else None
         losses = model_token_losses(
@@ -63,6 +59,9 @@ class PositionLosses:
         )
         cross_entropy, _, kl, _ = losses.flatten(1)
         compared = torch.full_like(kl, float(teacher is not None))
+        if (taught := batch.get("taught")) is not None:
+            compared = taught[:, ::stride].flatten().to(kl.dtype)
+            kl = kl * compared
         self.buckets.add(positions, [cross_entropy, labels.flatten() >= 0, kl, compared])
 
     def means(self) -> dict[str, float]:

@@ -18,11 +18,13 @@ from rich.progress import Progress as ProgressBar
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.eval.runs import learning_rates
 from megatron_hylo.kernels.registry import in_words
 from megatron_hylo.plan.flops import peak_flops
 from megatron_hylo.plan.memory import GIB, Memory
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.train.callback import Callback, Progress, Stopped
+from megatron_hylo.train.cuda_graph import WARM_UP
 
 logger = logging.getLogger("megatron_hylo.train")
 MESSAGE_LENGTH = 1000  # of an error in metrics.jsonl, in characters
@@ -58,6 +60,7 @@ class Reporter(Callback):
         self.memory: Memory | None = None
         self.first = self.last = (time.perf_counter(), start_step)
         self.step = start_step
+        self.timed = 1 + (WARM_UP + 1 if config.cuda_graphs else 0)  # steps behind the first one when the estimate is made
         self.stepped, self.enabled = False, is_main()
         if not self.enabled:
             return
@@ -66,8 +69,10 @@ class Reporter(Callback):
         self.log_handler = logging.StreamHandler(self.log_file)
         self.log_handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logging.getLogger("megatron_hylo").addHandler(self.log_handler)
-        self.peak, source = peak_flops(device)
-        logger.info("peak of one %s for MFU: %.3g FLOP/s (%s)", device.type, self.peak, source)
+        self.peak: float | None = None
+        if device.type == "cuda":  # a CPU has no peak that anybody compares with
+            self.peak, source = peak_flops(device)
+            logger.info("peak of one GPU for MFU: %.3g FLOP/s (%s)", self.peak, source)
         self.metrics_file = _open_metrics(run / "metrics.jsonl", start_step)
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -102,18 +107,33 @@ class Reporter(Callback):
         if not self.stepped:
             self.stepped, self.first = True, (time.perf_counter(), progress.step)
             self.say(f"kernels by library: {in_words()} (reasons with -v)")
+        elif progress.step == self.first[1] + self.timed:
+            self._estimate(progress.step)
         if self.enabled:
             self._step(progress.step, progress.metrics)
         skipped = progress.skipped
         if skipped.in_a_row:
             self.say(f"step {progress.step} skipped: NaN or infinity in loss or gradients ({skipped.total} such steps)")
 
-    def _remaining(self, step: int, now: float) -> str:
-        """Time to the last step, H:MM:SS, at the mean speed of this start since its first step, which compiles kernels."""
+    def _estimate(self, step: int) -> None:
+        """Say how long all steps of this start will take, once the first ones that are not slowed by compiling are timed."""
+        now, left = time.perf_counter(), self.config.train_steps - step
+        if left > 0:
+            seconds = self._seconds(step, now)
+            ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
+            self.say(
+                f"about {seconds / left:.2g} s a step: {self._remaining(step, now)} for the {left:,} steps left, until {ends}; "
+                f"evaluations and checkpoints come on top"
+            )
+
+    def _seconds(self, step: int, now: float) -> float:
+        """Seconds to the last step at the mean speed of this start since its first step, which compiles kernels."""
         then, first = self.first
-        if step == first:
-            return "-"
-        return str(timedelta(seconds=round((now - then) / (step - first) * (self.config.train_steps - step))))
+        return (now - then) / (step - first) * (self.config.train_steps - step)
+
+    def _remaining(self, step: int, now: float) -> str:
+        """Time to the last step, H:MM:SS."""
+        return "-" if step == self.first[1] else str(timedelta(seconds=round(self._seconds(step, now))))
 
     def _step(self, step: int, metrics: dict[str, float]) -> None:
         if self.bar is not None:
@@ -127,17 +147,20 @@ class Reporter(Callback):
         record = metrics | {
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": rate,
-            "mfu": rate * self.flops_per_token / (self.peak * world),
             "peak_memory_gib": peak_memory_gib(self.device),
         }
+        speed = f"{rate:,.0f} tokens/s"
+        if self.peak is not None:
+            record["mfu"] = rate * self.flops_per_token / (self.peak * world)
+            speed += f"  MFU {100 * record['mfu']:.1f}%"
         self.record(step, record)
-        loss, mfu = record.get("loss", float("nan")), 100 * record["mfu"]
-        numbers = f"loss {loss:.4f}  {rate:,.0f} tokens/s  MFU {mfu:.1f}%"
+        loss = f"loss {record.get('loss', float('nan')):.4f}"
+        if "loss_per_layer" in record:
+            loss += f" ({record['loss_per_layer']:.3f} a layer)"
         if self.bar is not None:
-            self.bar.update(self.task, numbers=numbers)
-        rates = ", ".join(f"{value:.3g}" for name, value in metrics.items() if name.startswith("learning_rate_"))
+            self.bar.update(self.task, numbers=f"{loss}  {speed}")
         line = (
-            f"step {step}/{self.config.train_steps}  loss {loss:.4f}  lr {rates}  {rate:,.0f} tokens/s  MFU {mfu:.1f}%  "
+            f"step {step}/{self.config.train_steps}  {loss}  {learning_rates(metrics)}  {speed}  "
             f"peak memory {record['peak_memory_gib']:.1f} GiB  ETA {self._remaining(step, now)}"
         )
         self._write(line, shown=self.bar is None)

@@ -88,9 +88,10 @@ class Run:
         """Name the students, the amount of work, the precision and the ranks."""
         config, shapes = self.config, [chunks[0].config.hylo for chunks in self.students]
         models = [f"{c.mixers} ({parameter_count(c) / 1e6:,.0f} M parameters)" for c in shapes]
+        ranks = torch.distributed.get_world_size()
         return (
             f"{' and '.join(models)}, {config.train_steps} steps of {config.global_batch_size} x {config.sequence_length} "
-            f"tokens, {config.precision}, {torch.distributed.get_world_size()} ranks"
+            f"tokens, {config.precision}, {ranks} rank{'s' if ranks > 1 else ''}"
         )
 
     def predict_memory(self) -> Memory:
@@ -153,10 +154,12 @@ def build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], FrozenMode
         students = [build_chunks(architecture.replace(**changes, max_position_embeddings=trained[0]), **how, **shared)]
     teacher = None
     if config.teacher:
-        window = config.teacher_window.window(read_description(config.teacher)[0], config.sequence_length)
+        shape = read_description(config.teacher)[0]
+        reading = config.teacher_window.resolve(shape, config.sequence_length)
+        window = reading.window(shape, config.sequence_length)
         if window is not None:  # each context-parallel rank reads windows of its own
             shared["parallel"] = replace(shared["parallel"], context_parallel_size=1)
-        chunks = _load_chunks(config.teacher, fp8=config.teacher_fp8, **shared, **config.teacher_window.changes())
+        chunks = _load_chunks(config.teacher, fp8=config.teacher_fp8, **shared, **reading.changes())
         teacher = freeze(chunks, config.teacher_offload, window)
     return [[chunk.train() for chunk in student] for student in students], teacher
 

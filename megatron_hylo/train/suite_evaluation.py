@@ -1,18 +1,23 @@
 """Callback that runs suites of an evaluation on a run's students, and keeps the best one."""
 
-import importlib.util
 import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.evaluation import SuiteSettings
+from megatron_hylo.config.layouts import parameter_count
 from megatron_hylo.config.train import PREFIXES, TrainConfig
+from megatron_hylo.eval.installed import require_lm_eval
 from megatron_hylo.eval.results import Score
 from megatron_hylo.io import on_main, read_json, write_json
 from megatron_hylo.models.checkpoint import save_model
+from megatron_hylo.models.gather import gather_model
+from megatron_hylo.plan.memory import GIB
 from megatron_hylo.train.callback import Callback, Progress
 from megatron_hylo.train.reporting import Reporter
 from megatron_hylo.train.setup import Run
@@ -30,8 +35,7 @@ def prepare_suites(config: TrainConfig) -> SuiteSettings | None:
     settings = config.suite_settings()
     if settings is None:
         return None
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("evaluation.suites needs lm-eval, which is not installed; pip install 'megatron_hylo[eval]'")
+    require_lm_eval("evaluation.suites")
     tokenizer_folder(config)
     from megatron_hylo.eval.suites import fetch_inputs
 
@@ -56,7 +60,8 @@ class SuiteEvaluation(Callback):
     """Runs suites every `evaluation.every` steps and at the end; RUN/best_model is the best student by `evaluation.keep_best`.
 
     Args:
-        run: whose students are measured; each rank has the whole model, and measures a part of the examples.
+        run: whose students are measured. Each rank measures a part of the examples with a copy of the whole model, gathered
+            for that where tensor or pipeline parallelism divides it; afterwards the copy's memory is free again.
         settings: of the suites.
         reporter: records metrics eval/SUITE/TASK/METRIC, of a length with /LENGTH behind it.
         folder: run folder.
@@ -68,6 +73,11 @@ class SuiteEvaluation(Callback):
 
         self.run, self.settings, self.reporter, self.folder, self.provenance = run, settings, reporter, folder, provenance
         self.tokenizer = load_transformers_tokenizer(tokenizer_folder(run.config))
+        self.divided = run.config.parallel.tensor_model_parallel_size * run.config.parallel.pipeline_stages > 1
+        if self.divided:
+            shape = run.students[0][0].config
+            gib = parameter_count(shape.hylo) * shape.params_dtype.itemsize / GIB
+            reporter.say(f"evaluation.suites: every rank has the whole model for them, {gib:.1f} GiB beside its part")
 
     def after_step(self, progress: Progress) -> None:
         """Run the suites at their interval."""
@@ -85,9 +95,10 @@ class SuiteEvaluation(Callback):
         from megatron_hylo.eval.suites import run_suites
 
         for prefix, state in zip(PREFIXES, self.run.states):
-            (chunk,) = state.chunks
-            lm = HyloLM(hf_model(chunk).to(self.run.device).eval(), self.tokenizer, seed=self.settings.seed)  # type: ignore
+            model = hf_model(gather_model(state.chunks) if self.divided else state.chunks[0])
+            lm = HyloLM(torch.nn.Module.to(model, self.run.device).eval(), self.tokenizer, seed=self.settings.seed)
             scores, _ = run_suites(lm, self.settings)
+            del model, lm
             metrics = {metric_name(score): score for score in scores if score.depth is None}
             self.reporter.record(step, {f"{prefix}eval/{name}": score.value for name, score in metrics.items()})
             means = [
@@ -97,7 +108,9 @@ class SuiteEvaluation(Callback):
             if self.run.config.evaluation.keep_best and not prefix:
                 if on_main(partial(self._is_best, step, metrics)):
                     tokenizer = tokenizer_folder(self.run.config)
-                    save_model(chunk, self.folder / BEST_MODEL, tokenizer, self.provenance | {"step": step}, overwrite=True)
+                    save_model(
+                        state.chunks, self.folder / BEST_MODEL, tokenizer, self.provenance | {"step": step}, overwrite=True
+                    )
 
     def _is_best(self, step: int, metrics: dict[str, Score]) -> bool:
         """Compare with the best so far and remember it; on the main rank.

@@ -40,7 +40,9 @@ def check_signal_window(config: TrainConfig, teacher_signal: TeacherSignal, abou
             raise ConfigError(f"{error} (teacher_window is an option of `hylo serve-teacher`)") from error
     if isinstance(teacher_signal, StoredTeacher) and config.teacher_window.mode != "none":
         theirs, ours = teacher_signal.store.description.get("teacher_window"), asdict(config.teacher_window)
-        if theirs != ours:
+        # a run that leaves YaRN's factor open takes the store's, which was made with segments of another length
+        derived = config.teacher_window.is_derived and (theirs or {}).get("rope_scaling", {}).get("rope_type") == "yarn"
+        if theirs != ours and not derived:
             raise ConfigError(
                 f"{config.teacher_store} was made with teacher_window {theirs or 'none'}, the run says {ours}; give it "
                 f"what the store was made with, or cache the teacher again"

@@ -1,11 +1,12 @@
 """Whole models out of whole models, one layer in memory at a time.
 
-`upcycle_state` makes an untrained hybrid from a Transformer: its backbone verbatim, its mixers by an initialiser.
-`assemble_state` makes the hybrid of stage 2 from the two aligned pure models of stage 1. Both yield tensors by
-canonical name in the order of `tensor_names`, so that a writer can stream.
+`upcycled` makes an untrained hybrid from a Transformer: its backbone verbatim, its mixers by an initialiser. `assembled`
+makes the hybrid of stage 2 from the two aligned pure models of stage 1. Both are readers of tensors by canonical name, each
+computed when it is asked for, so that a writer can stream.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, get_mixer
-from megatron_hylo.config.tensor_names import Shape, layer_tensor_names, tensor_names
+from megatron_hylo.config.tensor_names import Shape, tensor_names
 from megatron_hylo.initialise.registry import CalibrationStatistics, get_initialiser
 
 Read = Callable[[str], Tensor]  # canonical name -> CPU tensor
-Track = Callable[[Iterable, str], Iterable]  # progress display: (items, description) -> the same items
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 
 _BACKBONE = ("hidden_size", "ffn_hidden_size", "num_hidden_layers", "vocab_size")
 _ATTENTION = ("num_attention_heads", "num_query_groups", "kv_channels", "add_qkv_bias", "qk_layernorm")
@@ -31,20 +32,19 @@ class Source(NamedTuple):
     read: Read
 
 
-def upcycle_state(
+def upcycled(
     read_teacher: Read,
     teacher_config: ModelConfig,
     student_config: ModelConfig,
     initialiser: str = "paper",
     seed: int = 0,
     statistics: Mapping[int, CalibrationStatistics] | None = None,
-    track: Track = lambda items, _: items,
-) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a student made from a teacher.
+) -> Read:
+    """Reader of the tensors of a student made from a teacher, which are computed when they are asked for.
 
     Embedding, norms, MLPs and output head are the teacher's, untouched (an untied student of a tied teacher gets a copy
     of the embedding as its head); so are layers that stay attention. A mixer depends on the teacher's layer, the seed
-    and the layer's index alone, not on what the other layers become.
+    and the layer's index alone, not on what the other layers become. The last mixer asked for is kept.
 
     Args:
         read_teacher: gives a tensor of the teacher by its canonical name.
@@ -53,14 +53,12 @@ def upcycle_state(
         initialiser: a name out of `initialiser_names()`.
         seed: of everything random.
         statistics: calibration statistics by layer index, for initialisers that use them.
-        track: progress display over the layers.
 
     Returns:
-        Iterator of (name, CPU tensor) in the order of `tensor_names(student_config)`; new mixers are fp32, what is
-        copied keeps the teacher's dtype.
+        Canonical name -> CPU tensor; new mixers are fp32, what is copied keeps the teacher's dtype.
 
     Raises:
-        ConfigError: at once, if teacher and student do not fit or the initialiser is unknown; while iterating, if a
+        ConfigError: at once, if teacher and student do not fit or the initialiser is unknown; when reading, if a
             tensor has another shape than its configuration says or a mixer's dimensions do not suit the initialiser.
     """
     if not teacher_config.is_transformer:
@@ -75,30 +73,47 @@ def upcycle_state(
         symbol: get_initialiser(initialiser, symbol) for symbol in sorted(set(student_config.mixers) - {ATTENTION_SYMBOL})
     }
 
-    def layer_tensors(layer: int) -> Iterator[tuple[str, Tensor]]:
-        symbol, prefix = student_config.mixers[layer], f"model.layers.{layer}."
-        mixer: dict[str, Tensor] = {}
-        if symbol in initialisers:
+    shapes = tensor_names(student_config)
+    last: dict[int, dict[str, Tensor]] = {}
+
+    def mixer_of(layer: int) -> dict[str, Tensor]:
+        if layer not in last:
+            last.clear()
             attention = attention_tensors(read_teacher, teacher_config, layer)
-            layer_statistics = statistics.get(layer) if statistics is not None else None
-            mixer = initialisers[symbol](
-                attention, student_config, teacher_config, layer_generator(seed, layer), layer_statistics
-            )
+            layer_statistics, symbol = statistics.get(layer) if statistics is not None else None, student_config.mixers[layer]
+            generator = layer_generator(seed, layer)
+            mixer = initialisers[symbol](attention, student_config, teacher_config, generator, layer_statistics)
             _check_mixer(mixer, get_mixer(symbol).tensors(student_config), initialiser, symbol)
-        for name, shape in layer_tensor_names(student_config, symbol).items():
-            yield prefix + name, mixer.pop(name) if name in mixer else _checked(read_teacher, prefix + name, shape)
+            last[layer] = dict(mixer)
+        return last[layer]
 
-    return _model_tensors(Source(teacher_config, read_teacher), student_config, layer_tensors, track, "upcycle")
+    def read(name: str) -> Tensor:
+        if (found := LAYER.match(name)) is None:
+            return _end_tensor(Source(teacher_config, read_teacher), name, shapes[name])
+        layer, own = int(found[1]), found[2]
+        symbol = student_config.mixers[layer]
+        if symbol in initialisers and own in get_mixer(symbol).tensors(student_config):
+            return mixer_of(layer)[own]
+        return _checked(read_teacher, name, shapes[name])
+
+    return read
 
 
-def assemble_state(
-    mla: Source,
-    linear: Source,
-    base: Source,
-    target_config: ModelConfig,
-    track: Track = lambda items, _: items,
+def upcycle_state(
+    read_teacher: Read,
+    teacher_config: ModelConfig,
+    student_config: ModelConfig,
+    initialiser: str = "paper",
+    seed: int = 0,
+    statistics: Mapping[int, CalibrationStatistics] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a hybrid picked layer by layer from two aligned models (HyLo: pure models first, then the hybrid).
+    """Yield (name, tensor) of all that `upcycled` reads, in the order of `tensor_names(student_config)`; same arguments."""
+    read = upcycled(read_teacher, teacher_config, student_config, initialiser, seed, statistics)
+    return ((name, read(name)) for name in tensor_names(student_config))
+
+
+def assembled(mla: Source, linear: Source, base: Source, target_config: ModelConfig) -> Read:
+    """Reader of the tensors of a hybrid picked layer by layer from two aligned models (HyLo trains pure models first).
 
     A layer is taken whole, mixer, MLP and norms: from the MLA model where the target has `+`, from the linear model
     where it has a linear mixer. Embedding, final norm and output head are the base model's.
@@ -108,14 +123,13 @@ def assemble_state(
         linear: the aligned model whose layers are linear.
         base: the model both were made from.
         target_config: the hybrid.
-        track: progress display over the layers.
 
     Returns:
-        Iterator of (name, CPU tensor) in the order of `tensor_names(target_config)`, dtypes as read.
+        Canonical name -> CPU tensor, dtypes as read.
 
     Raises:
         ConfigError: at once, if one of the models does not fit the target or the target has an attention layer `*`;
-            while iterating, if a tensor has another shape than its configuration says.
+            when reading, if a tensor has another shape than its configuration says.
     """
     sources = {MLA_SYMBOL: mla} | {symbol: linear for symbol in LINEAR_SYMBOLS}
     if ATTENTION_SYMBOL in target_config.mixers:
@@ -138,12 +152,14 @@ def assemble_state(
                 f"{wanted.get(name, 'absent')} in the target; give the target the dimensions of the models it is made of"
             )
 
-    def layer_tensors(layer: int) -> Iterator[tuple[str, Tensor]]:
-        symbol, prefix = target_config.mixers[layer], f"model.layers.{layer}."
-        for name, shape in layer_tensor_names(target_config, symbol).items():
-            yield prefix + name, _checked(sources[symbol].read, prefix + name, shape)
+    shapes = tensor_names(target_config)
 
-    return _model_tensors(base, target_config, layer_tensors, track, "assemble")
+    def read(name: str) -> Tensor:
+        if (found := LAYER.match(name)) is None:
+            return _end_tensor(base, name, shapes[name])
+        return _checked(sources[target_config.mixers[int(found[1])]].read, name, shapes[name])
+
+    return read
 
 
 def attention_tensors(read: Read, config: ModelConfig, layer: int) -> dict[str, Tensor]:
@@ -164,24 +180,11 @@ def layer_generator(seed: int, layer: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))  # torch's CPU generator uses 32 bits of it
 
 
-def _model_tensors(
-    base: Source,
-    config: ModelConfig,
-    layer_tensors: Callable[[int], Iterator[tuple[str, Tensor]]],
-    track: Track,
-    description: str,
-) -> Iterator[tuple[str, Tensor]]:
-    """Embedding, layers, final norm, output head; all but the layers from `base`."""
-    shapes = tensor_names(config)
-    yield "model.embed_tokens.weight", _checked(base.read, "model.embed_tokens.weight", shapes["model.embed_tokens.weight"])
-    for layer in track(range(config.num_hidden_layers), description):
-        yield from layer_tensors(layer)
-    yield "model.norm.weight", _checked(base.read, "model.norm.weight", shapes["model.norm.weight"])
-    if "lm_head.weight" in shapes:
-        untied = base.config.untie_embeddings_and_output_weights
-        head = _checked(base.read, "lm_head.weight" if untied else "model.embed_tokens.weight", shapes["lm_head.weight"])
-        # a file may hold no two names for one piece of memory
-        yield "lm_head.weight", head if untied else head.clone()
+def _end_tensor(base: Source, name: str, shape: Shape) -> Tensor:
+    """Read embedding, final norm or output head; the head of a tied model is its embedding."""
+    if name != "lm_head.weight" or base.config.untie_embeddings_and_output_weights:
+        return _checked(base.read, name, shape)
+    return _checked(base.read, "model.embed_tokens.weight", shape).clone()  # a file may hold no two names for one memory
 
 
 def _checked(read: Read, name: str, shape: Shape) -> Tensor:

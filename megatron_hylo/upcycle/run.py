@@ -1,11 +1,12 @@
 """Upcycling and assembling at the level of model folders: read a teacher, make every student tensor, write a folder."""
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_hylo.calibrate.gather import micro_batch
 from megatron_hylo.calibrate.solve import LayerError, solve_outputs
@@ -14,19 +15,22 @@ from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.layouts import expand_pattern, get_layout, hybrid_config
 from megatron_hylo.config.mixers import LINEAR_SYMBOLS, MLA_SYMBOL
 from megatron_hylo.config.upcycle import UpcycleConfig
-from megatron_hylo.convert.to_hf import hf_tensors
-from megatron_hylo.convert.to_megatron import fill_model
+from megatron_hylo.convert.folder_source import FolderSource
+from megatron_hylo.convert.mapping import parameter_reader
+from megatron_hylo.convert.write_folders import write_model_folder
 from megatron_hylo.data.tokenizer import check_dataset, check_same_vocabulary
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.initialise.calibrated_mla import choose_rotary_pairs
-from megatron_hylo.io import check_free
+from megatron_hylo.io import check_free, output_lock
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.io.provenance import made_by
 from megatron_hylo.kernels.registry import untuned
-from megatron_hylo.models.checkpoint import load_model, read_description, save_model
-from megatron_hylo.models.hylo_model import HyloModel, build_model
-from megatron_hylo.platform.distributed import device
-from megatron_hylo.upcycle.assemble import Source, assemble_state, attention_tensors, upcycle_state
+from megatron_hylo.models.checkpoint import read_description
+from megatron_hylo.models.streamed import ModelParts
+from megatron_hylo.models.weights_files import skeleton
+from megatron_hylo.platform.distributed import device, is_main
+from megatron_hylo.upcycle.assemble import Read, Source, assembled, attention_tensors, upcycled
+from megatron_hylo.upcycle.solved import SolvedLayers
 
 
 @dataclass
@@ -87,34 +91,54 @@ def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> Upcyc
     statistics = CalibrationFolder(calibration, teacher, device()) if calibration is not None else None
     if calibration is not None:
         check_dataset(calibration, teacher)
-    model = load_model(teacher, backend="local")
-    source = dict(hf_tensors(model))
+    source = FolderSource(teacher)
     if calibrated and settings.rotary != "table" and MLA_SYMBOL in config.mixers:
         assert statistics is not None
         span = statistics.description["sequence_length"]
         pairs: list[tuple[int, ...]] = [()] * config.num_hidden_layers
         for layer in (i for i, symbol in enumerate(config.mixers) if symbol == MLA_SYMBOL):
-            attention = attention_tensors(source.__getitem__, teacher_config, layer)
+            attention = attention_tensors(source.read, teacher_config, layer)
             pairs[layer] = choose_rotary_pairs(attention, config, teacher_config, statistics[layer], settings.rotary, span)
         config = config.replace(mla_rotary_pairs=pairs)
-    used = statistics if calibrated else None
-    state = dict(upcycle_state(source.__getitem__, teacher_config, config, settings.init, settings.seed, used, track))
-    student = build_model(config, params_dtype=model.config.params_dtype, backend="local")
-    _fill(student, state)
+    read = upcycled(source.read, teacher_config, config, settings.init, settings.seed, statistics if calibrated else None)
     report = UpcycleReport(config, None, None, None)
-    if statistics is not None:
-        windows, heldout = statistics.windows()
-        size = micro_batch(heldout.shape[1] - 1)
-        with untuned():
-            if calibrated:
-                report.errors = solve_outputs(student, model, windows, settings.sequential, settings.mlps, track)
-            report.quality, report.teacher_quality = (evaluate(m, heldout, model, size, track=track) for m in (student, model))
     provenance = made_by("upcycle", {"teacher": teacher, "calibration": calibration}, **asdict(settings))
-    if calibrated:
-        assert statistics is not None
-        provenance["calibration_tokens"] = statistics.description["tokens"]
-    _save(student, settings.output, Path(teacher), provenance, settings.overwrite)
+    with output_lock(settings.output):
+        if statistics is None:
+            _write(settings.output, config, read, [source], provenance, settings.overwrite, track)
+            return report
+        if calibrated:
+            provenance["calibration_tokens"] = statistics.description["tokens"]
+        identity = {"teacher": source.state(), "made": provenance, "model": config.to_dict()}
+        solved = SolvedLayers(Path(settings.output).absolute(), config, identity, read)
+        _solve_and_measure(report, settings, solved, source, statistics, track)
+        _write(settings.output, config, solved.read, [source], provenance, settings.overwrite, track)
+        if is_main():
+            shutil.rmtree(solved.work)
     return report
+
+
+def _solve_and_measure(
+    report: UpcycleReport,
+    settings: UpcycleConfig,
+    solved: SolvedLayers,
+    source: FolderSource,
+    statistics: CalibrationFolder,
+    track: Track,
+) -> None:
+    """Solve the student's output projections where they are calibrated, then measure it and its teacher; layer by layer."""
+    dtype, windows = source.dtype(), statistics.windows()
+    teacher = ModelParts(source.model, source.parameter)
+    student = ModelParts(skeleton(report.config, dtype), parameter_reader(report.config, solved.read))
+    with untuned():
+        if settings.init == "calibrated":
+            report.errors = solve_outputs(student, teacher, windows[0], settings.sequential, settings.mlps, track, solved)
+        size = micro_batch(windows[1].shape[1] - 1)
+        with student.streaming() as of_student, teacher.streaming() as of_teacher:
+            report.quality, report.teacher_quality = (
+                evaluate(model, windows[1], of_teacher, size, track=track, description=f"evaluate the {name}")
+                for model, name in ((of_student, "hybrid"), (of_teacher, "teacher"))
+            )
 
 
 def assemble_folder(
@@ -143,8 +167,8 @@ def assemble_folder(
     check_free(output, overwrite, [mla, linear, base])
     for folder in (mla, linear):
         check_same_vocabulary(folder, base)
-    mla_model, linear_model, base_model = (load_model(p, backend="local") for p in (mla, linear, base))
-    mla_config, linear_config = mla_model.config.hylo, linear_model.config.hylo
+    of_mla, of_linear, of_base = (FolderSource(folder) for folder in (mla, linear, base))
+    mla_config, linear_config = of_mla.config, of_linear.config
     if set(mla_config.mixers) != {MLA_SYMBOL} or set(linear_config.mixers) not in map(set, LINEAR_SYMBOLS):
         raise ConfigError(
             f"assemble needs a pure-MLA and a pure-linear model, got {mla_config.mixers} and {linear_config.mixers}"
@@ -155,22 +179,36 @@ def assemble_folder(
             f"pattern {pattern} asks for mixers that neither model has: {mla_config.mixers[0]}, {linear_config.mixers[0]}"
         )
     config = mla_config.with_mixers(mixers)
-    of_mla, of_linear, of_base = (
-        Source(m.config.hylo, dict(hf_tensors(m)).__getitem__) for m in (mla_model, linear_model, base_model)
-    )
-    state = dict(assemble_state(of_mla, of_linear, of_base, config, track))
-    student = build_model(config, params_dtype=mla_model.config.params_dtype, backend="local")
-    _fill(student, state)
+    parts = [Source(folder.config, folder.read) for folder in (of_mla, of_linear, of_base)]
+    read = assembled(parts[0], parts[1], parts[2], config)
     provenance = made_by("assemble", {"mla": mla, "linear": linear, "base": base}, pattern=pattern)
-    _save(student, output, Path(base), provenance, overwrite)
+    _write(output, config, read, [of_base, of_mla, of_linear], provenance, overwrite, track, of_mla.dtype())
     return config
 
 
-def _fill(student: HyloModel, state: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        fill_model(student, student.config.hylo, state.__getitem__)
+def _write(
+    output: str | Path,
+    config: ModelConfig,
+    read: Read,
+    sources: Sequence[FolderSource],
+    provenance: dict[str, Any],
+    overwrite: bool,
+    track: Track,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model folder with the dtype (by default) and the tokenizer of the first source, a layer in memory at a time."""
+    tokenizer = sources[0].path / "tokenizer"
 
+    def add_tokenizer(folder: Path) -> None:
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, folder / "tokenizer")
 
-def _save(student: HyloModel, output: str | Path, base: Path, provenance: dict[str, Any], overwrite: bool) -> None:
-    tokenizer = base / "tokenizer"
-    save_model(student, output, tokenizer if tokenizer.is_dir() else None, provenance, overwrite)
+    def check(_: Path) -> None:
+        for source in sources:
+            source.require_unchanged()
+
+    made_of = [[source.state() for source in sources], {name: v for name, v in provenance.items() if name != "inputs"}]
+    write_model_folder(
+        output, config, dtype or sources[0].dtype(), read, made_of, lambda: provenance, add_tokenizer, check, overwrite,
+        tuple(source.path for source in sources), track=track,
+    )  # fmt: skip

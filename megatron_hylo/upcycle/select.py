@@ -23,7 +23,7 @@ from megatron_hylo.io import atomic_directory, check_free, write_json
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.platform.distributed import is_main
-from megatron_hylo.upcycle.assemble import Source, assemble_state
+from megatron_hylo.upcycle.assemble import Source, assembled
 from megatron_hylo.upcycle.select_losses import By, SwapEvaluation, SwapLoss, selection_windows
 from megatron_hylo.upcycle.selection import backward_layers, check_count, greedy_layers, smart_layers
 
@@ -256,7 +256,7 @@ def _check_models(
     target = mla_config.with_mixers(MLA_SYMBOL + symbol * (mla_config.num_hidden_layers - 1))
     # its checks are made at once; no tensor is asked for
     of_mla, of_linear, of_teacher = (Source(config, _unread) for config in (mla_config, linear_config, teacher_config))
-    assemble_state(of_mla, of_linear, of_teacher, target)
+    assembled(of_mla, of_linear, of_teacher, target)
     for folder, description in ((mla, mla_from), (linear, linear_from)):
         if "stage" not in description["provenance"]:
             _doubt(f"{folder} names no training stage in its hylo.json", allow_unaligned)

@@ -7,31 +7,20 @@ import torch
 
 from megatron_hylo.cli import main as cli
 from megatron_hylo.config.layouts import kv_percent, parameter_count
-from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.folders import evaluate_folder
 from megatron_hylo.eval.results import read_results
-from megatron_hylo.models.checkpoint import save_model
-from megatron_hylo.models.hylo_model import build_model
 from tests.hf.conftest import serve_config
-from tests.serve.test_generate import save_tokenizer
 
 CONFIG = serve_config("G+M*", max_position_embeddings=256)
 
 
 @pytest.fixture(scope="module")
-def place(one_rank, tmp_path_factory):
+def place(save_hybrid, tmp_path_factory):
     """Folder with `model`, its export `hf`, and `data` of letters."""
     folder = tmp_path_factory.mktemp("eval")
     torch.manual_seed(0)
-    model = build_model(CONFIG, backend="local")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, 0.2)
-    save_tokenizer(folder / "tokenizer")
-    save_model(model, folder / "model", tokenizer=folder / "tokenizer")
-    convert_megatron_to_hf(folder / "model", folder / "hf")
+    save_hybrid(folder, CONFIG)
     (folder / "text").mkdir()
     generator = random.Random(0)
     for number in range(8):

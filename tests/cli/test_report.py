@@ -1,6 +1,7 @@
 """`hylo report` and the quickstart's page: what is in the files is on the page, which needs nothing else."""
 
 import json
+import os
 import re
 import socket
 from pathlib import Path
@@ -54,6 +55,7 @@ def test_a_report_has_curves_quality_and_the_settings_that_differ(one_rank, runs
     record_start(
         TrainConfig(stage="align", data="d", output="o", model="m", teacher="t"), runs / "align", torch.device("cpu"), 0
     )
+    os.utime(runs / "distil" / "config.json")  # the later of the two, however busy the machine is
     before = dict(matplotlib.rcParams)
     page = write_run_report([runs]).read_text()
     assert dict(matplotlib.rcParams) == before
@@ -73,6 +75,24 @@ def test_a_report_has_curves_quality_and_the_settings_that_differ(one_rank, runs
     identifiers = re.findall(r'\bid="([^"]+)"', page)
     clips = [i for i in identifiers if re.fullmatch(r"p[0-9a-f]{10}", i)]
     assert clips and len(clips) == len(set(clips))  # a chart does not take another's clip path
+
+
+def test_training_by_position_is_drawn_as_means_of_many_steps(tmp_path):
+    """Of one run its first and its newest logged steps, each bucket from the records that have it; of several the newest."""
+    run = make_run(tmp_path / "run", "distil", 1e-3, {})
+    names = [f"by_position/cross_entropy_{bucket}" for bucket in ("0-1K", "1K-2K", "2K-4K")]
+    lines = [{"step": 5 * n, names[0]: 3.0 + n, names[1]: 5.0 - n / 50} for n in range(1, 101)]
+    lines[-1][names[2]] = 2.0
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    newest = "steps 405-500: 0-1K 93.5, 1K-2K 3.19, 2K-4K 2"
+    page = write_run_report([run]).read_text()
+    assert (
+        f"cross-entropy in training by position, nats a token. run, steps 5-100: 0-1K 13.5, 1K-2K 4.79; run, {newest}" in page
+    )
+    other = make_run(tmp_path / "other", "distil", 1e-3, {})
+    (other / "metrics.jsonl").write_text(json.dumps(lines[0]))
+    page = write_run_report([run, other]).read_text()
+    assert f"nats a token. run, {newest}; other, step 5: 0-1K 4, 1K-2K 4.98" in page
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

@@ -165,6 +165,10 @@ def test_sizes_and_defaults_are_those_of_transformers(family: str, changes: dict
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, "layer 1 is 'chunked_attention'"),
         ("qwen3", {"layer_types": ["full_attention"]}, "1 entries, num_hidden_layers is 2"),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "layer 1 is 'sliding_attention'"),
+        ("mistral", {}, r"sliding_window is 4096 \(4096 where it is not given\)"),
+        ("mistral", {"sliding_window": 4096, "layer_types": ["full_attention"] * 2}, "sliding_window is 4096"),
+        ("smollm3", {}, "every fourth of its layers has no rotary positions"),
+        ("gemma3_text", {}, "five of six of its layers attend to a sliding window"),
         ("llama", {"logits_scaling": 8.0}, "logits_scaling 8.0"),
         ("llama", {"per_layer_config": {"0": {"num_key_value_heads": 3}}}, "per_layer_config"),
         ("llama", {"num_local_experts": 8}, "num_local_experts 8"),
@@ -178,6 +182,14 @@ def test_sizes_and_defaults_are_those_of_transformers(family: str, changes: dict
 def test_what_would_change_the_model_is_refused_by_name(family: str, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         model_config_from_hf(SIZES | {"model_type": family} | changes)
+
+
+def test_a_mistral_without_a_window_is_a_llama_with_another_name() -> None:
+    values = SIZES | {"model_type": "mistral", "sliding_window": None}
+    config = model_config_from_hf(values)
+    assert config.replace(model_family="llama") == model_config_from_hf(SIZES | {"model_type": "llama", "rms_norm_eps": 1e-6})
+    assert model_config_from_hf(values | {"sliding_window": 8192}) == config  # as long as all positions
+    assert hf_config_from_model(config, "float32")["sliding_window"] is None
 
 
 def test_a_missing_size_is_named() -> None:

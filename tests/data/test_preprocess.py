@@ -1,9 +1,8 @@
 """Tokenised datasets: the same ids as transformers, whole documents held out, nothing half-written."""
 
 import json
-import os
 import random
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -122,21 +121,23 @@ def test_an_exception_in_the_middle_leaves_nothing(tmp_path, tokenizer):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_preprocess_tool_makes_the_dataset_of_a_folder(tmp_path, tokenizer):
+def test_preprocess_tool_makes_the_dataset_of_a_folder(tmp_path, tokenizer, monkeypatch, capsys):
     for document in make_documents(6):
         (tmp_path / "text").mkdir(exist_ok=True)
         (tmp_path / "text" / document.name).write_text(document.text)
     tokenizer.save_pretrained(tmp_path / "hf")
-    arguments = [tmp_path / "text", tmp_path / "data", "--tokenizer", tmp_path / "hf", "--json"]
-    command = [sys.executable, ROOT / "tools" / "preprocess_data.py", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["train_documents"] == 5
+    tool, folders = ROOT / "tools" / "preprocess_data.py", (tmp_path / "text", tmp_path / "data")
+    monkeypatch.setattr(sys, "argv", [str(tool), *map(str, folders), "--tokenizer", str(tmp_path / "hf"), "--json"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(tool), run_name="__main__")
+    assert json.loads(capsys.readouterr().out)["train_documents"] == 5
     mine = build_dataset(make_documents(6), tokenizer, tmp_path / "mine")
     assert (tmp_path / "mine" / "train.bin").read_bytes() == (tmp_path / "data" / "train.bin").read_bytes()
     assert mine.heldout_documents == 1
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and "already exists" in done.stderr
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(tool), run_name="__main__")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "already exists" in error
 
 
 def test_preprocess_without_a_tokenizer_is_refused(tmp_path):

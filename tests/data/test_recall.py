@@ -44,6 +44,8 @@ def test_a_window_is_the_sources_with_texts_between(source, tokenizer, within):
         kept = np.flatnonzero(mine.tokens >= TEXT)
         assert len(mine.tokens) == LENGTH + 1
         assert mine.tokens[kept].tolist() == base.tokens.tolist()
+        assert np.flatnonzero(mine.source_places >= 0).tolist() == kept.tolist()
+        assert mine.source_places[kept].tolist() == list(range(len(base.tokens)))
         if within:
             assert mine.document_starts.tolist() == kept[base.document_starts].tolist()
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_hylo.config import ConfigError, from_dict
 from megatron_hylo.config.train import KLSettings, TrainConfig
+from megatron_hylo.distill import head_loss
 from megatron_hylo.distill.head_loss import linear_head_loss, mean_counts, model_head_loss
 from megatron_hylo.distill.plain_head_softmax import token_losses
 from tests.conftest import uneven_model
@@ -64,6 +65,7 @@ def classes(log_p: Tensor, kept: Tensor) -> Tensor:
 def errors(
     inputs: dict[str, Tensor], kl_weight: float, ce_weight: float, chunk: int, drop: tuple[str, ...] = (),
     direction: str = "forward", temperature: float = 1.0, top_k: int | None = None, mask: Tensor | None = None,
+    capacity: int | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Relative errors of everything the loss returns and of both gradients; `drop` names arguments left out."""
     given = {name: value for name, value in inputs.items() if name not in drop}
@@ -72,6 +74,7 @@ def errors(
         **given,
         chunk_tokens=chunk,
         token_mask=mask,
+        capacity=capacity,
         settings=KLSettings(
             kl_weight=kl_weight, ce_weight=ce_weight, kl_direction=direction, kl_temperature=temperature, kl_top_k=top_k
         ),
@@ -129,25 +132,43 @@ def test_masked_tokens_equal_float64_torch(case, dtype):
     assert max(found.values()) < 2e-6, found
 
 
-def test_masked_tokens_may_hold_anything():
+@pytest.mark.parametrize("capacity", [25, 30, N])
+@pytest.mark.parametrize(("direction", "temperature", "top_k"), [("forward", 1, None), ("reverse", 2, None), ("forward", 1, 5)])
+@pytest.mark.parametrize("drop", [(), ("teacher_hidden", "teacher_weight")])
+def test_a_capacity_makes_shapes_that_no_mask_changes_and_equals_float64_torch(
+    monkeypatch, capacity, direction, temperature, top_k, drop
+):
+    mask, rows = torch.randperm(N) < 25, []
+    compute = head_loss._LinearHeadLoss.apply
+    monkeypatch.setattr(head_loss._LinearHeadLoss, "apply", lambda hidden, *a: rows.append(len(hidden)) or compute(hidden, *a))
+    found = errors(make_inputs(), 0.7, 0.4, 7, drop, direction, temperature, top_k, mask, capacity)
+    assert max(found.values()) < 5e-6 and rows == [capacity]
+
+
+@pytest.mark.parametrize("capacity", [None, N - 1, N])
+def test_masked_tokens_may_hold_anything(capacity):
     inputs, mask = make_inputs(), torch.arange(N) % 4 > 0
     truth = reference(inputs, 0.7, 0.4, mask=mask)
     for name in ("hidden", "teacher_hidden"):
         inputs[name].data[~mask] = torch.nan
     inputs["labels"][~mask] = 10**6
-    result = linear_head_loss(**inputs, chunk_tokens=7, token_mask=mask, settings=KLSettings(kl_weight=0.7, ce_weight=0.4))
+    result = linear_head_loss(
+        **inputs, chunk_tokens=7, token_mask=mask, settings=KLSettings(kl_weight=0.7, ce_weight=0.4), capacity=capacity
+    )
     result.loss.backward()
     assert relative_error(result.loss, truth["loss"]) < 2e-6
     assert inputs["hidden"].grad[~mask].count_nonzero() == 0
     assert max(relative_error(inputs[name].grad, truth[name]) for name in ("hidden", "weight")) < 2e-6
 
 
+@pytest.mark.parametrize("capacity", [None, 4, N])
 @pytest.mark.parametrize("top_k", [None, 5])
-def test_all_tokens_masked(top_k):
+def test_all_tokens_masked(top_k, capacity):
     inputs = make_inputs()
     result = linear_head_loss(
         **inputs,
         token_mask=torch.zeros(N, dtype=torch.bool),
+        capacity=capacity,
         settings=KLSettings(ce_weight=0.4, kl_top_k=top_k),
     )
     result.loss.backward()

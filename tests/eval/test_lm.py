@@ -14,8 +14,7 @@ from megatron_hylo.eval.lm import HyloLM
 from megatron_hylo.eval.lm_batches import BatchRunner, plan_batches
 from megatron_hylo.io.progress import no_progress
 from tests.conftest import tiny_hf_model
-from tests.hf.conftest import random_model, serve_config
-from tests.serve.test_generate import save_tokenizer
+from tests.hf.conftest import random_model, save_tokenizer, serve_config
 
 MODELS = {
     "llama": lambda: tiny_hf_model("llama"),

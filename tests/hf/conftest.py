@@ -1,9 +1,17 @@
 """Tiny random HyLo models for transformers."""
 
-import pytest
-import torch
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from megatron_hylo.config import ModelConfig
+from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
+from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from tests.conftest import tiny_config
 
@@ -50,6 +58,31 @@ def random_megatron_model(config) -> HyloModel:
             elif parameter.dim() == 2:
                 parameter.normal_(0, 0.2)
     return model
+
+
+def save_tokenizer(folder):
+    """One token a letter; the other ids up to the tiny vocabulary's 160 stand for characters that no prompt holds."""
+    letters = "abcdefghijklmnopqrstuvwxyzĠ"
+    vocabulary = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(letters)}
+    vocabulary |= {chr(0x100 + i): i for i in range(len(vocabulary), 160) if chr(0x100 + i) != "Ġ"}
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %} answer"
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def save_hybrid(one_rank) -> Callable[[Path, ModelConfig], None]:
+    """save(folder, config): a random hybrid as FOLDER/model, its export FOLDER/hf, and their tokenizer FOLDER/tokenizer."""
+
+    def save(folder: Path, config: ModelConfig) -> None:
+        save_tokenizer(folder / "tokenizer")
+        save_model(random_megatron_model(config), folder / "model", tokenizer=folder / "tokenizer")
+        convert_megatron_to_hf(folder / "model", folder / "hf")
+
+    return save
 
 
 @pytest.fixture

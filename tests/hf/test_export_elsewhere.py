@@ -14,9 +14,8 @@ from megatron_hylo.convert.portable_tokenizer import make_tokenizer_portable
 from megatron_hylo.convert.to_hf import write_hf_folder
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.hf import HyloForCausalLM, configuration_hylo
-from tests.hf.conftest import random_megatron_model, serve_config
+from tests.hf.conftest import random_megatron_model, save_tokenizer, serve_config
 from tests.hf.test_export import CASES
-from tests.serve.test_generate import save_tokenizer
 
 PROMPTS = ["the quick brown fox", "a", "jumps over"]
 ELSEWHERE = """

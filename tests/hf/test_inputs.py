@@ -148,7 +148,7 @@ def test_generation_refuses_what_it_would_do_wrongly(three):
     tokens, mask = padded(three, "right")
     for settings, message in (
         (dict(attention_mask=mask), "pad on the left"),
-        (dict(cache_implementation="static"), "cache_implementation 'static' is not supported"),
+        (dict(cache_implementation="quantized"), "cache_implementation 'quantized' is not supported; use 'static'"),
         (dict(past_key_values=transformers.DynamicCache()), "leave it out"),
     ):
         with pytest.raises(ValueError, match=message):

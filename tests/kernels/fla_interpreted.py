@@ -3,38 +3,19 @@
 Started by test_recurrence_part.py. Prints a line a tensor: "ERROR name relative-error".
 """
 
-import builtins
 import importlib
 import itertools
 
-import numpy as np
 import torch
-import triton.language as tl
 from fla.ops.common import chunk_delta_h
-from triton.runtime import interpreter
 
 from megatron_hylo.kernels import causal_conv1d, delta_rule_states, recurrence_part, tuned
 from megatron_hylo.kernels.gated_delta_rule import recurrent_gated_delta_rule
 from tests.kernels.compare import worst_error
+from tests.kernels.interpreter import mend_interpreter
 from tests.kernels.test_causal_conv1d import document_errors
 from tests.kernels.test_gated_delta_rule import inputs
 from tests.kernels.test_recurrence_part import delta_rule_errors
-
-
-def mend_interpreter() -> None:
-    """Its scalars are arrays of one number, which numpy no longer takes for an index; and loops count in Python's numbers."""
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_mend(tensor, scope) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    def kernel_range(*limits):
-        for i in builtins.range(*map(int, limits)):
-            yield tl.core.tensor(interpreter.TensorHandle(np.array([i], dtype=np.int32), tl.int32), tl.int32)
-
-    interpreter._patch_lang_tensor = patch_and_mend
-    chunk_delta_h.range = kernel_range
 
 
 def kept_states(*arguments: torch.Tensor, output_final_state: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -42,7 +23,7 @@ def kept_states(*arguments: torch.Tensor, output_final_state: bool) -> tuple[tor
 
 
 if __name__ == "__main__":
-    mend_interpreter()
+    mend_interpreter(chunk_delta_h)
     torch.set_num_threads(1)
     for module in (delta_rule_states.FLA_CHUNK, delta_rule_states.FLA_NORM, causal_conv1d.FLA_MODULE):
         importlib.import_module(module)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_hylo.kernels import attention_after_prefix as after_prefix
-from megatron_hylo.kernels.attention import _readable, attention
+from megatron_hylo.kernels.attention import attention, readable
 from megatron_hylo.kernels.registry import in_use, override
 from tests.kernels.compare import relative_error
 
@@ -130,10 +130,10 @@ def test_only_what_does_not_lie_on_16_bytes_is_copied() -> None:
     """An allocation begins on 16 bytes; a section of it may not, nor its rows."""
     whole = torch.zeros(2, 4, 3, 40, dtype=torch.bfloat16)
     for x, copied in ((whole, False), (whole[..., 8:24], False), (whole[..., 10:26], True), (whole[..., :26], False)):
-        found = _readable(x.transpose(1, 2))
+        found = readable(x.transpose(1, 2))
         assert (found.data_ptr() != x.data_ptr()) == copied and torch.equal(found, x.transpose(1, 2))
     rows = torch.zeros(2, 4, 3, 26, dtype=torch.bfloat16)[..., :16]
-    assert _readable(rows).is_contiguous() and not rows.is_contiguous()
+    assert readable(rows).is_contiguous() and not rows.is_contiguous()
 
 
 @pytest.mark.gpu

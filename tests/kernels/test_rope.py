@@ -115,3 +115,14 @@ def test_unfolded_key_is_the_sum_slot_by_slot() -> None:
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-6)
     narrow = unfold_rotary_key(plain.bfloat16(), rotary.bfloat16(), mix.bfloat16(), torch.tensor(pairs))
     assert narrow.dtype == torch.float32
+
+
+def test_tables_are_exact_at_two_million_tokens_and_transformers_at_the_start() -> None:
+    frequencies = rope_frequencies(64, 5e5)
+    positions = torch.tensor([32_768, 1_000_003, 2**21 - 1])
+    angles = positions.double()[:, None] * frequencies.double()
+    for found, exact in zip(rope_cos_sin(positions, frequencies), (angles.cos(), angles.sin())):
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-7)
+    start = torch.arange(32_768)
+    rounded = start.float()[:, None] * frequencies
+    assert torch.equal(torch.stack(rope_cos_sin(start, frequencies)), torch.stack([rounded.cos(), rounded.sin()]))

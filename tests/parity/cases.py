@@ -1,4 +1,4 @@
-"""Material that the parity tests on CPUs and on GPUs share: stages, parallelisms, models and text that would show a fault."""
+"""Material that the parity tests share: stages, parallelisms, models and text that would show a fault."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
+from tests.conftest import tiny_config
 
 STAGES = {
     "pretrain": dict(stage="pretrain"),
@@ -33,6 +34,17 @@ STAGES = {
     ),
     "packed_mse": dict(stage="align", packed_documents=True, align=dict(loss="mse")),
     "recall": dict(stage="distil", packed_documents=True, sequence_length=256, recall=RecallSettings(0.7, ["key_value"], 3.0)),
+    # chat data, of which only answers are learnt
+    "answers": dict(stage="distil", data="chat", distil=dict(ce_weight=0.3)),
+    "packed_answers_recall_stored": dict(
+        stage="distil",
+        data="chat",
+        teacher_store="store",
+        packed_documents=True,
+        distil=dict(ce_weight=0.3),
+        sequence_length=256,
+        recall=RecallSettings(0.7, ["key_value"], 3.0),
+    ),
     "mse_pairs": dict(stage="align", micro_batch_size=2, align=dict(loss="mse")),
     "packed_mse_pairs": dict(stage="align", micro_batch_size=2, packed_documents=True, align=dict(loss="mse")),
 }
@@ -83,26 +95,62 @@ PARALLELISMS: dict[str, tuple[int, dict[str, Any], bool]] = {
 }
 
 
-def case_config(
-    root: Path, model: str, stage: str, parallelism: str, precision: str = "fp32", sequence_length: int = 24
-) -> TrainConfig:
-    """Settings of two steps of a stage under a parallelism.
+MODELS = {
+    "mixed": tiny_config("G-+-M-*-"),
+    "normed": tiny_config("G-+-M-*-", qk_layernorm=True, add_qkv_bias=True, model_family="qwen3"),
+    "tied": tiny_config("*-*-*-*-", untie_embeddings_and_output_weights=False),
+    # MLA's aligned form: biases, q/k-norm by whole heads, and pairs that differ between the two pipeline stages
+    "aligned": tiny_config(
+        "+-*-*-+-", qk_layernorm=True, qk_head_dim=16, mla_bias=True, mla_rotary_pairs=[[0, 3, 3], [], [], [7, 1, 2]]
+    ),
+    # heads that two tensor-parallel x two context-parallel ranks share
+    "wide": tiny_config(
+        "G-+-M-*-", qk_layernorm=True, num_attention_heads=8, num_query_groups=4, mamba_num_heads=8, linear_num_heads=4,
+        linear_key_head_dim=12, linear_value_head_dim=20,
+    ),
+    "kda": tiny_config("K-+-K-*-"),
+    "teacher": tiny_config("*-*-*-*-", add_qkv_bias=True),
+}  # fmt: skip
+MODELS |= {  # a vocabulary that neither two nor four ranks divide
+    "odd": MODELS["wide"].replace(vocab_size=161),
+    "odd_tied": MODELS["wide"].replace(vocab_size=161, untie_embeddings_and_output_weights=False),
+    "odd_teacher": MODELS["teacher"].replace(vocab_size=161, num_attention_heads=8, num_query_groups=4),
+}
 
-    ROOT has the folders data, teacher, store and MODEL; a MODEL "odd..." has odd_teacher and odd_store.
-    bf16 needs the distributed optimizer, also on one rank.
+
+def teacher_of(model: str, stage: str) -> str | None:
+    """Name of the teacher of a model in a stage; None in one without."""
+    kind = "odd_" if model.startswith("odd") else ""
+    return None if STAGES[stage]["stage"] == "pretrain" else f"{kind}teacher"
+
+
+def global_batch_size(stage: str, parallelism: str) -> int:
+    """Windows of a step of a case: two passes, which show that gradients accumulate, but more where they are shared out."""
+    ranks, groups, _ = PARALLELISMS[parallelism]
+    pipeline = groups.get("pipeline_model_parallel_size", 1)
+    alike = pipeline * groups.get("tensor_model_parallel_size", 1) * groups.get("context_parallel_size", 1)
+    return 4 if ranks > alike or pipeline > 1 or STAGES[stage].get("micro_batch_size", 1) > 1 else 2
+
+
+def case_config(
+    root: Path, model: str, stage: str, parallelism: str, batch: int, precision: str = "fp32", sequence_length: int = 24
+) -> TrainConfig:
+    """Settings of two steps of `batch` windows of a stage under a parallelism.
+
+    ROOT has the folders data, chat, MODEL, its teacher and {teacher}_store. bf16 needs the distributed optimizer, also on one
+    rank.
     """
     _, groups, distributed = PARALLELISMS[parallelism]
-    settings = dict(STAGES[stage])
-    kind = "odd_" if model.startswith("odd") else ""
-    teacher = None if settings["stage"] == "pretrain" else f"{kind}teacher"
+    settings, teacher = dict(STAGES[stage]), teacher_of(model, stage)
     if "teacher_store" in settings:
-        settings["teacher_store"], teacher = str(root / f"{kind}{settings['teacher_store']}"), None
+        settings["teacher_store"], teacher = str(root / f"{teacher}_store"), None
     sequence_length = settings.pop("sequence_length", sequence_length)
     fields = dict(
-        data=str(root / "data"), output="unused", model=str(root / model),
+        data=str(root / settings.pop("data", "data")), output="unused", model=str(root / model),
         teacher=teacher and str(root / teacher),
-        sequence_length=sequence_length, global_batch_size=4, train_tokens=4 * sequence_length * 10, precision=precision,
-        parallel=ParallelConfig(**groups), loss_chunk_tokens=7, **settings,
+        sequence_length=sequence_length, global_batch_size=batch, train_tokens=batch * sequence_length * 10,
+        precision=precision, parallel=ParallelConfig(**groups), loss_chunk_tokens=7, **settings,
+        seed=2,  # documents begin in each of its first windows, also at a cut, and no gradient of A_log or D nearly cancels
         optimizer=OptimizerSettings(
             lr=1e-3, mixer_lr=2e-3, weight_decay=0.1, warmup_ratio=0,
             use_distributed_optimizer=distributed or precision == "bf16",
@@ -133,8 +181,13 @@ def make_model(config: ModelConfig, folder: Path, seed: int) -> None:
     save_model(model, folder)
 
 
-def make_dataset(folder: Path) -> None:
-    """Random tokens, in documents of several lengths, and a tokenizer of single characters."""
+def make_dataset(folder: Path, answers: bool = False) -> None:
+    """Random tokens, in documents of several lengths, and a tokenizer of single characters.
+
+    Args:
+        folder: to make.
+        answers: let only 5 of every 7 tokens be learnt, as those of answers.
+    """
     folder.mkdir()
     builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
     generator = np.random.default_rng(0)
@@ -142,6 +195,9 @@ def make_dataset(folder: Path) -> None:
         builder.add_document(generator.integers(0, 160, length).tolist(), [length])
     builder.finalize(str(folder / "train.idx"))
     (folder / "data.json").write_text('{"vocab_size": 160}')
+    if answers:
+        starts = np.arange(0, 600, 7)
+        np.save(folder / "train.answers.npy", np.stack([starts, starts + 5]))
     characters = Tokenizer(models.WordLevel({chr(code): code for code in (10, *range(32, 127))}, unk_token=" "))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
     PreTrainedTokenizerFast(tokenizer_object=characters).save_pretrained(folder / "tokenizer")

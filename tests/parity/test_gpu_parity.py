@@ -57,7 +57,7 @@ def measured(request, tmp_path_factory, one_rank) -> tuple[str, Path]:
         folder.mkdir()
         for ranks in (1, 2, 4, 8) if name == precision else (1,):
             jobs = [
-                job("measure", case_config(root, *case, name, 256), folder / f"{'-'.join(case)}.pt")
+                job("measure", case_config(root, *case, 4, name, 256), folder / f"{'-'.join(case)}.pt")
                 for case in (*ones, *cases)
                 if PARALLELISMS[case[2]][0] == ranks <= GPUS
             ]

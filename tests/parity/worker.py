@@ -1,7 +1,7 @@
 """One rank of a test that needs several: runs a list of jobs, each under its own parallelism.
 
 Started by `launch` through `python -m megatron_hylo.train.launch --standalone --nproc-per-node N tests/parity/worker.py JOBS`,
-so that one start-up of Python and Megatron-Core serves many cases. A job is {"kind", "config", "file"}:
+so that one start-up of Python and Megatron-Core serves many cases. A job is made by `job`; its kinds:
   measure   gradients, weights and metrics of two steps of that configuration, as whole tensors, and an evaluation, to FILE
   copy      the model, loaded and saved under that parallelism, to the configuration's output
   store     a teacher store of the model and the data, to the configuration's output
@@ -28,9 +28,21 @@ from tests.forked import run_ranks
 ROOT = Path(__file__).parents[2]
 
 
-def job(kind: str, config: Any, file: Path | None = None, fault: str | None = None) -> dict[str, Any]:
-    """One entry of the list that `launch` takes; `config` is a TrainConfig, `fault` one of faults.FAULTS to plant."""
-    return {"kind": kind, "config": asdict(config), "file": file and str(file), "fault": fault}
+def job(
+    kind: str, config: Any, file: Path | None = None, fault: str | None = None, steps: int = 2, evaluated: bool = True
+) -> dict[str, Any]:
+    """One entry of the list that `launch` takes.
+
+    Args:
+        kind: see above.
+        config: a TrainConfig.
+        file: what is measured goes there.
+        fault: one of faults.FAULTS to plant.
+        steps: optimizer steps to measure.
+        evaluated: measure an evaluation too.
+    """
+    common = {"kind": kind, "config": asdict(config), "file": file and str(file)}
+    return common | {"fault": fault, "steps": steps, "evaluated": evaluated}
 
 
 def launch(jobs: list[dict[str, Any]], ranks: int, scratch: Path, gpus: bool = False, kernels: str = "") -> None:
@@ -131,9 +143,21 @@ def _packed_quality(chunks: Any, windows: torch.Tensor, teacher: Any) -> list[di
     return [evaluate(chunks, text, teacher, batch_size=2, first_bucket=8).to_dict(), recall]
 
 
-def measure(config: Any, file: Path) -> None:
-    """Gradients of one global batch, then two optimizer steps from the start, as the training loop makes them."""
+def _quality(run: Any) -> list[dict[str, Any]]:
+    """Evaluations of a student: in batches that are not all full, of fewer windows than data-parallel ranks, packed."""
     from megatron_hylo.eval.perplexity import evaluate
+
+    length, generator = run.config.sequence_length, torch.Generator().manual_seed(0)
+    windows = torch.randint(160, (3, length + 1), generator=generator)
+    (chunks,) = run.students
+    found = [evaluate(chunks, some, run.teacher, batch_size=2, first_bucket=8).to_dict() for some in (windows, windows[:1])]
+    if run.config.packed_documents:
+        found += _packed_quality(chunks, windows, run.teacher)
+    return [{name: value for name, value in measures.items() if value is not None} for measures in found]
+
+
+def measure(config: Any, file: Path, count: int, evaluated: bool) -> None:
+    """An evaluation, then `count` steps from the start, as the training loop makes them, and the gradients of the first."""
     from megatron_hylo.platform.distributed import initialize, is_main
     from megatron_hylo.train.loop import training_step
     from megatron_hylo.train.nan_guard import SkippedSteps
@@ -141,25 +165,27 @@ def measure(config: Any, file: Path) -> None:
 
     run = build_run(config, initialize(config.parallel, config.seed))
     (chunks,), (state,) = run.students, run.states
-    # in batches that are not all full, and fewer windows than data-parallel ranks
-    windows = torch.randint(160, (3, config.sequence_length + 1), generator=torch.Generator().manual_seed(0))
-    found = [evaluate(chunks, some, run.teacher, batch_size=2, first_bucket=8).to_dict() for some in (windows, windows[:1])]
-    if config.packed_documents:
-        found += _packed_quality(chunks, windows, run.teacher)
-    quality = [{name: value for name, value in measures.items() if value is not None} for measures in found]
-    for wrapper in state.wrapped:
-        wrapper.zero_grad_buffer()
+    quality = _quality(run) if evaluated else []
     contexts = [mixer.self_attention.context for chunk in chunks for mixer, _ in chunk.mixer_layers()]
     before = [context.received_bytes for context in contexts]  # by the evaluation
-    run.objective.forward_backward(run.states, run.batches(), run.micro_batches)
-    received = [context.received_bytes - earlier for context, earlier in zip(contexts, before, strict=True)]
-    gradients = _reduced_gradients(state)
-    take = partial(training_step, run.states, run.objective, run.batches(), run.micro_batches, norms_by_kind=True)
-    steps = [take(step, SkippedSteps(0)) for step in range(2)]
-    weights = whole_tensors(chunks, [{name: p.data for name, p in chunk.named_parameters()} for chunk in chunks])
-    gradients = whole_tensors(chunks, gradients)  # last: fp32 data in a bf16 parameter takes its gradient hooks away
+    forward_backward, found = run.objective.forward_backward, {}
+
+    def recorded(*arguments: Any) -> Any:
+        losses = forward_backward(*arguments)
+        if not found:
+            found["received"] = [c.received_bytes - earlier for c, earlier in zip(contexts, before, strict=True)]
+            found["gradients"] = _reduced_gradients(state)
+        return losses
+
+    run.objective.forward_backward = recorded
+    batches = run.batches()
+    take = partial(training_step, run.states, run.objective, batches, run.micro_batches, norms_by_kind=True)
+    found["steps"] = [take(step, SkippedSteps(0)) for step in range(count)]
+    found["weights"] = whole_tensors(chunks, [{name: p.data for name, p in chunk.named_parameters()} for chunk in chunks])
+    # last: fp32 data in a bf16 parameter takes its gradient hooks away
+    found["gradients"] = whole_tensors(chunks, found["gradients"])
     if is_main():
-        torch.save({"steps": steps, "gradients": gradients, "weights": weights, "received": received, "quality": quality}, file)
+        torch.save(found | {"quality": quality}, file)
 
 
 def main(file: str) -> None:
@@ -184,7 +210,7 @@ def main(file: str) -> None:
         for entry, config in group:
             if entry["kind"] == "measure":
                 with FAULTS[entry["fault"]][0]() if entry["fault"] else contextlib.nullcontext():
-                    measure(config, Path(entry["file"]))
+                    measure(config, Path(entry["file"]), entry["steps"], entry["evaluated"])
                 continue
             if entry["kind"] in ("copy", "store"):
                 initialize(config.parallel, config.seed)

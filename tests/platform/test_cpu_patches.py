@@ -1,7 +1,7 @@
 """Every patch of platform/cpu.py is needed: a training step that works with all of them fails without that one.
 
-This file is also the program that makes the steps, so that one start-up of Megatron-Core serves many: it forks
-the ranks of every case, which are told apart by the patch they leave out.
+This file is also the program that makes the steps: it forks the ranks of every case, which are told apart by the patch they
+leave out.
 """
 
 import json
@@ -9,14 +9,13 @@ import multiprocessing.connection
 import os
 import re
 import socket
-import subprocess
 import sys
 import traceback
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import Program
 
 
 def train_and_resume(folder: Path, stages: int) -> None:
@@ -100,23 +99,18 @@ def run_case(ranks: int, skip: str, folder: Path) -> list[str]:
 
 def main(ranks: int, folder: Path, names: list[str]) -> None:
     """Leave out one patch after another; FOLDER/outcomes.json is name -> tracebacks."""
-    import megatron_hylo.train.loop  # noqa: F401  imported once, for all forks
-    import tests.conftest  # noqa: F401
+    import tests.conftest  # noqa: F401  imported once, for all forks
+    from megatron_hylo.platform.cpu import is_installed
 
+    assert not any(map(is_installed, names))
     outcomes = {name: run_case(ranks, name, folder / name) for name in names}
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
 
 def launch(ranks: int, names: tuple[str, ...], folder: Path) -> dict[str, list[str]]:
-    """`main` in a process that has imported nothing yet and sees no GPU."""
-    # NVML's check of CUDA leaves nothing behind that forked processes could trip over
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-    command = [sys.executable, "-W", "ignore", __file__, str(ranks), str(folder), *names]
-    with (folder / "log").open("w") as log:  # a pipe would stay open as long as the ranks' own processes
-        result = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=300)
-    assert result.returncode == 0, (folder / "log").read_text()[-4000:]
+    """`main` in a process in which no patch is in force yet and that sees no GPU."""
+    program = Program("tests.platform.test_cpu_patches", [ranks, folder, *names], folder / "log")
+    assert program.wait(timeout=300) == 0, (folder / "log").read_text()[-4000:]
     return json.loads((folder / "outcomes.json").read_text())
 
 

@@ -1,3 +1,3 @@
 """The tiny models of tests/hf."""
 
-from tests.hf.conftest import ids  # noqa: F401  the fixture
+from tests.hf.conftest import ids, save_hybrid  # noqa: F401  the fixtures

@@ -4,52 +4,27 @@ import io
 import json
 
 import pytest
-import tokenizers
 import torch
-import transformers
 
 from megatron_hylo.cli import main as cli
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import kv_bytes_per_token
 from megatron_hylo.convert.open_model import open_model
-from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
-from megatron_hylo.models.checkpoint import save_model
-from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.serve import generate
 from megatron_hylo.serve.generate import generate_text
 from tests.conftest import tiny_hf_model
-from tests.hf.conftest import serve_config
+from tests.hf.conftest import save_tokenizer, serve_config
 
 PROMPT = "the quick brown fox"
 
 
-def save_tokenizer(folder):
-    """One token a letter; the other ids up to the tiny vocabulary's 160 stand for characters that no prompt holds."""
-    letters = "abcdefghijklmnopqrstuvwxyzĠ"
-    vocabulary = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(letters)}
-    vocabulary |= {chr(0x100 + i): i for i in range(len(vocabulary), 160) if chr(0x100 + i) != "Ġ"}
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = tokenizers.decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %} answer"
-    fast.save_pretrained(folder)
-
-
 @pytest.fixture
-def folders(one_rank, tmp_path):
-    """One hybrid as a Megatron folder and as an exported one."""
+def folders(save_hybrid, tmp_path):
+    """One hybrid as a Megatron folder and as an exported one, and its configuration."""
     config = serve_config("G+M*")
-    model = build_model(config, backend="local")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, 0.2)
-    save_tokenizer(tmp_path / "tokenizer")
-    save_model(model, tmp_path / "megatron", tokenizer=tmp_path / "tokenizer")
-    convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    return tmp_path / "megatron", tmp_path / "hf", config
+    save_hybrid(tmp_path, config)
+    return tmp_path / "model", tmp_path / "hf", config
 
 
 def test_megatron_and_exported_folder_give_the_same_text_and_numbers(folders):
@@ -63,8 +38,14 @@ def test_megatron_and_exported_folder_give_the_same_text_and_numbers(folders):
         results.append(result)
     one, other = results
     assert (one.text, one.new_tokens, one.cache_bytes) == (other.text, other.new_tokens, other.cache_bytes)
-    assert one.prompt_tokens == len(PROMPT)
+    assert one.prompt_tokens == len(PROMPT) and one.decoded_by == "single kernels (no GPU)"
     assert one.kv_bytes_per_token == kv_bytes_per_token(config, bytes_per_element=4)
+
+
+def test_8_bit_latents_take_a_byte_a_number_and_two_scales(folders):
+    found = generate_text(folders[1], PROMPT, max_new_tokens=3, latents="fp8")
+    whole = generate_text(folders[1], PROMPT, max_new_tokens=3)
+    assert whole.kv_bytes_per_token - found.kv_bytes_per_token == (24 + 6) * 4 - (24 + 6 + 4)  # one MLA layer, fp32
 
 
 def test_text_is_the_argmax_of_full_forwards(folders):
@@ -151,6 +132,8 @@ def test_teacher_folders(one_rank, tmp_path):
     one, other = (generate_text(tmp_path / name, PROMPT, max_new_tokens=12) for name in ("hf", "megatron"))
     assert (one.text, one.kv_bytes_per_token, one.cache_bytes) == (other.text, other.kv_bytes_per_token, other.cache_bytes)
     assert one.kv_bytes_per_token == 3 * 2 * 2 * 16 * 4  # layers, key and value, KV heads, head size, fp32
+    with pytest.raises(ConfigError, match="has no latents to keep in fp8"):
+        generate_text(tmp_path / "hf", PROMPT, latents="fp8")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +144,7 @@ def test_teacher_folders(one_rank, tmp_path):
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty > 0"),
         ({"prompt": ""}, "prompt is empty"),
+        ({"latents": "int4"}, "latents 'int4' is no format of a cache"),
         ({"prompt": "caf\udce9"}, "prompt is not text.*at character 3"),
     ],
 )

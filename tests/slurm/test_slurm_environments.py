@@ -1,5 +1,6 @@
 """The scripts under the environments that clusters make: the real scripts, with fake Slurm commands and a fake torchrun."""
 
+import json
 import os
 import re
 import shutil
@@ -20,7 +21,8 @@ FAKES = {
             "show hostnames")
                 [[ "$3" == node* ]] || { echo "Invalid hostlist: $3" >&2; exit 1; }
                 seq -f "node%.0f" 1 ${HOSTS:-50000} ;;
-            "show job") printf 'JobId=%s\\n Command=%s --x /b/c.sh\\n WorkDir=/w\\n' "$3" "${COMMAND:-(null)}" ;;
+            "show job") printf 'JobId=%s\\n Command=%s --x /b/c.sh\\n  Partition=gpu\\n' "$3" "${COMMAND:-(null)}" ;;
+            "show node") printf 'NodeName=%s\\n   NodeAddr=%s State=%s\\n' "$3" "$3" "${STATE:-IDLE}" ;;
             *) printf '%s\\0' "$@" >"$RECORD/scontrol"; exit "${REQUEUE_EXIT:-0}" ;;
         esac""",
     "srun": 'printf "%s\\0" "$@" >"$RECORD/srun"; while [[ "$1" == --* ]]; do shift; done; exec "$@"',
@@ -31,8 +33,10 @@ FAKES = {
     "nvidia-smi": 'for i in 0 1 2 3; do echo "GPU $i: made"; done',
     "torchrun": """
         printf '%s\\0' "$@" >"$RECORD/torchrun"; pwd >"$RECORD/pwd"
+        [[ -z "${FAILS:-}" ]] || { echo start >>"$RECORD/starts.txt"; exit "$FAILS"; }
         [[ -n "${UNTIL_ASKED:-}" ]] || exit 0
         while [[ ! -e "$HYLO_STOP_FILE" ]]; do sleep 1; done
+        [[ "$UNTIL_ASKED" == yes ]] || exit 3
         mkdir -p "$(dirname "$HYLO_STOP_FILE")/checkpoints/step_00000001"
         echo {} >"$_/manifest.json"
         [[ -z "${WRITES:-}" ]] || { mkdir -p "$WRITES" && echo "$$" >"$WRITES/manifest.json"; }
@@ -101,7 +105,7 @@ class Cluster:
     def recorded(self) -> dict[str, list[str]]:
         """Arguments that each fake was started with."""
         files = (self.folder / "record").iterdir()
-        return {file.name: file.read_text().split("\0")[:-1] for file in files if file.name != "pwd"}
+        return {file.name: file.read_text().split("\0")[:-1] for file in files if file.name not in ("pwd", "starts.txt")}
 
 
 @pytest.fixture
@@ -305,12 +309,87 @@ def test_a_finished_run_that_is_extended_is_requeued_until_its_next_result(clust
     assert ("scontrol" in cluster.recorded(), "back into the queue" in output) == (not writes, not writes)
 
 
+@pytest.mark.parametrize(
+    ("code", "starts", "state"), [(1, 3, "IDLE"), (137, 3, "IDLE"), (1, 1, "DOWN*"), (2, 1, "IDLE"), (3, 1, "IDLE")]
+)
+def test_a_failure_is_tried_again_a_few_times_and_bad_input_never(cluster, code, starts, state):
+    ran = cluster.run(STAGE, **(JOB | {"FAILS": str(code), "STATE": state, "MAX_RETRIES": "2"}))
+    requeued = state != "IDLE"
+    assert ran.code == (0 if requeued else code) and ("scontrol" in ran.arguments) == requeued
+    assert (cluster.folder / "record" / "starts.txt").read_text().count("start") == starts
+    events = [json.loads(line) for line in (cluster.root / "stage2_ctx8k" / "jobs.jsonl").read_text().splitlines()]
+    last = "retried" if requeued else {2: "failed", 3: "stopped"}.get(code, "failed")
+    assert [e["event"] for e in events] == ["started", *["retried", "started"] * (starts - 1), last]
+    assert (events[-1]["job"], events[-1]["code"], events[-1]["nodes"]) == ("1234", code, "node[1-2]")
+
+
+def test_a_job_stopped_before_its_first_checkpoint_is_requeued_until_max_requeues(cluster):
+    changes = JOB | {"SLURM_NNODES": "1", "UNTIL_ASKED": "without a checkpoint", "MAX_REQUEUES": "2"}
+    codes = []
+    for _ in range(3):
+        with subprocess.Popen(
+            ["bash", str(STAGE)], env=cluster.environment(**changes), cwd=ROOT, stderr=subprocess.PIPE, text=True
+        ) as script:
+            deadline = time.monotonic() + 30
+            while "torchrun" not in cluster.recorded() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            script.send_signal(signal.SIGUSR1)
+            _, error = script.communicate(timeout=30)
+        codes.append(script.returncode)
+        (cluster.folder / "record" / "torchrun").unlink()
+    assert codes == [0, 0, 1] and "stopped 3 times before a checkpoint was saved (MAX_REQUEUES=2)" in error
+
+
 def test_a_job_without_srun_runs_on_one_node_and_says_so(cluster):
     (cluster.folder / "bin" / "srun").unlink()
-    ran = cluster.run(STAGE, **(JOB | {"SLURM_NNODES": "1"}))
+    system = cluster.folder / "system"  # this machine's commands without its Slurm's, if it has one
+    system.mkdir()
+    for place in ("/usr/bin", "/bin"):
+        for file in Path(place).iterdir():
+            if file.name != "srun" and not (system / file.name).exists():
+                (system / file.name).symlink_to(file)
+    path = f"{cluster.folder / 'bin'}{os.pathsep}{system}"
+    ran = cluster.run(STAGE, **(JOB | {"SLURM_NNODES": "1", "PATH": path}))
     assert ran.code == 0 and "no srun here" in ran.error and ran.option("nproc-per-node") == "8"
-    ran = cluster.run(STAGE, **JOB)
+    ran = cluster.run(STAGE, **(JOB | {"PATH": path}))
     assert ran.code == 2 and "there is no srun here to start on them" in ran.error
+
+
+@pytest.mark.parametrize("image", ["nvcr.io#nvidia/hylo:1", "/shared/hylo.sif"])
+def test_a_container_has_the_folders_of_the_run_and_the_interpreter(cluster, image):
+    apptainer = cluster.folder / "bin" / "apptainer"
+    body = 'printf "%s\\0" "$@" >"$RECORD/apptainer"; while [[ "$1" != bash ]]; do shift; done; exec "$@"'
+    apptainer.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    apptainer.chmod(0o755)
+    ran = cluster.run(
+        STAGE, **(JOB | {"CONTAINER_IMAGE": image, "CONTAINER_MOUNTS": "/data:/data", "NETWORK_INTERFACE": "ib0"})
+    )
+    assert (ran.code, ran.error) == (0, "")
+    own = f"{cluster.root}:{cluster.root},{cluster.root}/stage2_ctx8k:{cluster.root}/stage2_ctx8k,{ROOT}:{ROOT},/data:/data"
+    if image.endswith(".sif"):
+        assert ran.arguments["apptainer"][:5] == ["exec", "--nv", "--bind", own, image]
+    else:
+        assert ran.option("container-image", "srun") == image and ran.option("container-mounts", "srun") == own
+    assert ran.option("output") == str(cluster.root / "stage2_ctx8k")
+
+
+def test_the_run_folder_has_a_script_that_submits_it_again(cluster):
+    ran = cluster.run(STAGE, "--optimizer.lr=1e-4", **(JOB | {"TEACHER": "models/llama3.1-8b"}), cwd=cluster.root)
+    run = cluster.root / "stage2_ctx8k"
+    script = run / "submit.slurm"
+    recipe = ROOT / "megatron_hylo" / "recipes" / "stage2_ctx8k_llama3.2-1b.yaml"
+    assert ran.code == 0 and (run / "recipe.yaml").read_text() == recipe.read_text()
+    lines = script.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash" and "#SBATCH --nodes=2" in lines and "#SBATCH --partition=gpu" in lines
+    assert "#SBATCH --signal=B:USR1@300" in lines and "#SBATCH --gpus-per-node=8" not in lines
+    again = cluster.run(script, cwd=cluster.folder, HYLO_ROOT=None, **JOB)
+    assert again.code == 0 and again.arguments["torchrun"][-1] == "--optimizer.lr=1e-4"
+    for name in ("data", "model", "teacher", "output"):
+        assert again.option(name) == ran.option(name)
+    assert again.option("config") == str(run / "recipe.yaml")
+    elsewhere = cluster.run(script, OUTPUT=str(cluster.folder / "other"), **JOB)
+    assert elsewhere.option("output") == str(cluster.folder / "other")
+    assert (cluster.folder / "other" / "submit.slurm").is_file()
 
 
 def test_a_chain_is_submitted_whole_or_not_at_all(cluster):

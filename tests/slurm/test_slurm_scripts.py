@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from megatron_hylo.cli.parser import build_parser
 from megatron_hylo.cli.runs import train
@@ -26,12 +24,8 @@ from megatron_hylo.config.recipe_lines import STAGES as TRAINING_STAGES
 from megatron_hylo.config.recipes import default_files, recipe, recipe_files, stage_scripts
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import flatten
-from megatron_hylo.data.documents import Document
-from megatron_hylo.data.preprocess import build_dataset
 from megatron_hylo.io import verify_manifest
-from megatron_hylo.models.checkpoint import save_model
-from megatron_hylo.models.hylo_model import build_model
-from tests.conftest import tiny_config
+from tests.slurm.tiny_root import make_root
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("examples/*/*.sh")]) + [ROOT / ".ci" / "run"]
@@ -120,8 +114,8 @@ def test_recipes_of_other_layouts_load_and_fit_model_and_teacher(layout, tmp_pat
         assert config.micro_batches(family.gpus // ranks.model_parallel_size) >= 1
         teacher = BASES[family.teacher[1]] if config.stage == "distil" else BASES[LAYOUTS[layout].base]
         config.teacher_window.check(teacher, config.sequence_length, "the teacher")
-        stretched = config.teacher_window.mode == "rope"
-        assert stretched == (config.sequence_length > teacher.max_position_embeddings)
+        times = config.sequence_length / teacher.max_position_embeddings
+        assert config.teacher_window.mode == ("none" if times <= 1 else "rope" if times <= 4 else "windows")
         assert bool(config.recall.share) == (config.stage == "distil")
 
 
@@ -141,23 +135,10 @@ def test_every_recipe_has_a_script_and_every_script_a_recipe():
     assert sorted(used) == sorted(HYLO) == [file.stem for file in RECIPES]
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a byte, and the end of a document: 257 ids."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
-
-
 @pytest.fixture
 def hylo_root(one_rank, tmp_path) -> Path:
     """A folder laid out as the scripts expect it: a teacher, an aligned student wider than it, and text."""
-    sizes = dict(vocab_size=258, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, kv_channels=8)
-    save_model(build_model(tiny_config("*-*-", **sizes)), tmp_path / "models" / "llama3.1-8b")
-    save_model(build_model(tiny_config("G-+-M-", vocab_size=258)), tmp_path / "stage1_ild" / "model")
-    texts = [Document("made", f"{i}.txt", " ".join(f"{i} times {j} is {i * j};" for j in range(60))) for i in range(20)]
-    build_dataset(texts, byte_tokenizer(), tmp_path / "data" / "mix", vocab_size=258)
-    return tmp_path
+    return make_root(tmp_path)
 
 
 def script(hylo_root: Path, steps: int) -> tuple[list[str], dict[str, str]]:

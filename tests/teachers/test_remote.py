@@ -61,18 +61,18 @@ def measured(request, tmp_path_factory, one_rank) -> Path:
     make_model(tiny_config("*-*-*-*-", add_qkv_bias=True, vocab_size=161), root / "teacher", seed=1)
     student = tiny_config("G-+-M-*-", qk_layernorm=True, add_qkv_bias=True, model_family="qwen3", vocab_size=161)
     make_model(student, root / "mixed", seed=2)  # a vocabulary that two ranks do not divide
-    online = [job("measure", case_config(root, "mixed", stage, "one"), root / f"online-{stage}-one.pt")
+    online = [job("measure", case_config(root, "mixed", stage, "one", 4), root / f"online-{stage}-one.pt", evaluated=False)
               for stage in ("distil", "packed_distil")]  # fmt: skip
     with contextlib.ExitStack() as stack:
         addresses = {server: stack.enter_context(serving(root, server)) for server in dict.fromkeys(case[0] for case in cases)}
         for ranks in (1, 2):
             jobs = online if ranks == 1 else []
             for server, stage, parallelism in cases:
-                config = case_config(root, "mixed", stage, parallelism)
+                config = case_config(root, "mixed", stage, parallelism, 4)
                 parallel = replace(config.parallel, distributed_timeout_minutes=1.5)
                 config = replace(config, teacher=None, teacher_address=addresses[server], parallel=parallel)
                 if PARALLELISMS[parallelism][0] == ranks:
-                    jobs.append(job("measure", config, root / f"{server}-{stage}-{parallelism}.pt"))
+                    jobs.append(job("measure", config, root / f"{server}-{stage}-{parallelism}.pt", evaluated=False))
             launch(jobs, ranks, root)
         time.sleep(1)
     return root

@@ -65,6 +65,11 @@ def test_stretched_positions_are_served(teacher):
     torch.testing.assert_close(hidden, load_model(teacher, **ways.changes()).eval()(ids), rtol=0, atol=1e-5)
     assert (hidden - load_model(teacher).eval()(ids)).norm() > 0.05 * hidden.norm()
     assert about["reach"] == 64 and about["identity"] != content_identity(teacher)
+    with pytest.raises(ConfigError, match="factor = longest sequence / 16 and original_max_position_embeddings 16"):
+        minute = timedelta(minutes=1)
+        serve_teacher(
+            str(teacher), "localhost:9", ParallelConfig(), torch.float32, minute, 1, teacher_window=TeacherWindow("rope")
+        )
     refusal, _ = served(teacher, ways, torch.zeros(1, 65, dtype=torch.int64))
     assert "65 tokens is more than the 64 that this teacher reads" in refusal
 

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_hylo.config import ConfigError
+from megatron_hylo.config import ConfigError, TeacherWindow
+from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.train import LoggingSettings, OptimizerSettings, TrainConfig
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.prefetch import ahead
@@ -22,8 +24,11 @@ from megatron_hylo.platform.distributed import initialize
 from megatron_hylo.teachers import store as teacher_store
 from megatron_hylo.teachers.store import TeacherStore, write_store
 from megatron_hylo.train.loop import train
-from tests.conftest import tiny_config
-from tests.train.runs import metrics
+from megatron_hylo.train.positions import PositionLosses
+from megatron_hylo.train.setup import build_run
+from tests.conftest import gradients, tiny_config
+from tests.parity.cases import make_dataset
+from tests.train.runs import metrics, relative_difference
 
 LENGTHS = (16, 40, 3, 1, 64, 100, 7, 200, 33)
 
@@ -172,6 +177,8 @@ def test_strangers_are_refused(material, store, tmp_path, monkeypatch):
         TeacherStore(store.path, material.data)
     with pytest.raises(ConfigError, match="overlap 48 must be at least 0 and below sequence_length 48"):
         write(material, tmp_path / "x", overlap=48)
+    with pytest.raises(ConfigError, match="kl_within None asks for a KL at answers, which the teacher .* never read"):
+        settings(material, tmp_path, teacher_store=str(store.path), recall=RecallSettings(0.5, kl_within=None))
     with pytest.raises(ConfigError, match="teacher_store is for stage distil"):
         settings(material, tmp_path, "align", teacher_store=str(store.path))
 
@@ -204,6 +211,50 @@ def test_training_from_a_store_is_training_with_the_teacher(material, tmp_path, 
     alone = train(settings(material, tmp_path / "alone", data=tmp_path / "data", teacher_store=str(tmp_path / "store"),
                            packed_documents=packed))  # fmt: skip
     assert metrics(tmp_path / "alone") == stored and alone.kl is None
+
+
+def test_recall_beside_a_stored_teacher_is_plain_torchs_on_what_the_teacher_read(material, tmp_path):
+    """KL at the text's tokens, to the teacher that read their documents without exercises; cross-entropy at the answers."""
+    make_dataset(tmp_path / "data")
+    whole = TeacherWindow("rope", rotary_base=10000.0)  # its own, so that nothing changes but the window
+    write_store(material.teacher, tmp_path / "data", tmp_path / "store", 1e-8, 400, 0, 4, torch.float32, teacher_window=whole)
+    recall = RecallSettings(0.7, ["key_value"], answer_weight=3.0)
+    fields = dict(
+        data=tmp_path / "data", teacher_store=str(tmp_path / "store"), sequence_length=256, packed_documents=False
+    )  # fmt: skip
+    run = build_run(settings(material, tmp_path / "run", recall=recall, **fields), initialize())
+    for wrapper in run.states[0].wrapped:
+        wrapper.zero_grad_buffer()
+    run.objective.positions = PositionLosses(run.config, run.micro_batches, torch.device("cpu"), sample=10**6)  # all tokens
+    found = run.objective.forward_backward(run.states, run.batches(), run.micro_batches)
+    by_position = run.objective.positions.means()
+    mine = {name: p.main_grad.clone() for name, p in run.students[0][0].named_parameters()}
+
+    student, teacher = load_model(run.config.model).train(), load_model(material.teacher)
+    kl, answers, taught = [], [], 0
+    for index in range(run.config.global_batch_size):
+        window = run.dataset.window(index)
+        tokens, places = (torch.from_numpy(x) for x in (window.tokens, window.source_places[:-1]))
+        log_p = student.logits(student(tokens[None, :-1]))[0].log_softmax(-1)
+        with torch.no_grad():
+            read = [
+                teacher.logits(teacher(torch.from_numpy(run.dataset.source.store.read(document, 0, start + count))[None]))[0][
+                    start:
+                ]
+                for document, start, count in run.dataset.source.pieces(index)
+            ]
+        log_q = torch.cat(read).log_softmax(-1)[places[places >= 0]]
+        kl.append(F.kl_div(log_p[places >= 0], log_q, log_target=True, reduction="sum"))
+        at = torch.from_numpy(window.answers[1:] > 0)
+        answers.append(F.cross_entropy(log_p[at], tokens[1:][at], reduction="none"))
+        taught += int((places >= 0).sum())
+    truth = {"kl": sum(kl) / taught, "answer_cross_entropy": torch.cat(answers).mean()}
+    assert by_position["by_position/kl_0-1K"] == pytest.approx(float(truth["kl"]), rel=1e-4)
+    truth["loss"] = truth["kl"] + 3.0 * torch.cat(answers).sum() / taught
+    assert {name: float(found[name]) for name in truth} == pytest.approx({n: float(x) for n, x in truth.items()}, rel=1e-4)
+    truth["loss"].backward()
+    difference, name = relative_difference(mine, gradients(student))
+    assert difference < 1e-3, name
 
 
 def test_micro_batches_do_not_matter_to_a_stored_teacher(material, store, tmp_path):

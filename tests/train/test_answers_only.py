@@ -13,11 +13,14 @@ from tests.conftest import gradients
 from tests.train.runs import relative_difference
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("stage", ["pretrain", "distil"])
-def test_the_loss_is_plain_torchs_on_the_tokens_that_count(settings, one_rank, stage):
-    """Cross-entropy and KL are means over the unmasked tokens of all micro-batches, one of which has none."""
+def test_the_loss_is_plain_torchs_on_the_tokens_that_count(settings, one_rank, stage, graphs):
+    """Cross-entropy and KL are means over the unmasked tokens of all micro-batches, one of which has none; so they are in the
+    fixed shapes that a CUDA graph captures."""
     weight = 0.3 if stage == "distil" else 0.0
-    run = build_run(settings(stage, micro_batch_size=1, sequence_length=48, distil=dict(ce_weight=weight)), one_rank)
+    fields = dict(micro_batch_size=1, sequence_length=48, distil=dict(ce_weight=weight), cuda_graphs=graphs)
+    run = build_run(settings(stage, **fields), one_rank)
     (chunks,), (state,) = run.students, run.states
     batches = list(itertools.islice(run.batches(), run.micro_batches))
     generator = torch.Generator().manual_seed(0)

@@ -23,6 +23,7 @@ from megatron_hylo.train.loop import train
 from tests.parity.worker import job, launch
 from tests.train.runs import metrics, relative_difference, start_train, weights
 
+SUITES = dict(every=5, suites=["ppl"], limit=4, lengths=[16, 48])
 CONTINUED = {
     "tp2_sp": dict(tensor_model_parallel_size=2, sequence_parallel=True),
     "pp2": dict(pipeline_model_parallel_size=2),
@@ -35,8 +36,16 @@ def quality(run: Path) -> dict:
     return {name: value for name, value in json.loads((run / "quality.json").read_text()).items() if value is not None}
 
 
+def last_record(run: Path, start: str) -> dict[str, float]:
+    """Metrics of the newest record that has some whose names begin so, by name."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [found for r in records if (found := {name: r[name] for name in r if name.startswith(start)})][-1]
+
+
 @pytest.mark.multirank
 def test_resuming_under_another_parallelism_equals_one_rank_uninterrupted(settings, tmp_path):
+    """So do suites at the end, whose examples the ranks divide, with weights gathered from all of them."""
+
     def config(name: str, distributed: bool, groups: dict):
         # adam_eps above rounding errors: Adam's first steps are signs of gradients otherwise
         optimizer = OptimizerSettings(
@@ -44,7 +53,8 @@ def test_resuming_under_another_parallelism_equals_one_rank_uninterrupted(settin
         )
         return settings(
             "pretrain", steps=5, output=tmp_path / name, micro_batch_size=1, optimizer=optimizer,
-            parallel=ParallelConfig(**groups), checkpoint=dict(save_interval=3))  # fmt: skip
+            parallel=ParallelConfig(**groups), checkpoint=dict(save_interval=3),
+            evaluation=SUITES if distributed else {})  # fmt: skip
 
     train(config("whole", True, {}))
     saved = {d: tmp_path / f"saved_{d}" / "checkpoints" / "step_00000003" for d in (True, False)}
@@ -56,6 +66,13 @@ def test_resuming_under_another_parallelism_equals_one_rank_uninterrupted(settin
         shutil.copytree(saved[d], tmp_path / f"one_{d}" / "checkpoints" / saved[d].name)
         train(config(f"one_{d}", d, {}))
 
+    assert set(last_record(tmp_path / "whole", "eval/")) == {
+        "eval/ppl/heldout/perplexity/16",
+        *(f"eval/ppl/by_position/perplexity/{n}" for n in (16, 48)),
+    }
+    for name in ("saved", *CONTINUED):
+        mine, theirs = (last_record(tmp_path / run, "eval/") for run in (f"{name}_True", "whole"))
+        assert mine == pytest.approx(theirs, rel=1e-5), name
     whole = metrics(tmp_path / "whole")
     for d in (True, False):
         assert list(metrics(tmp_path / f"saved_{d}")) == [1, 2, 3, 4, 5]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train import cuda_graph, setup
 from megatron_hylo.train.loop import train
@@ -29,10 +30,18 @@ def test_what_cannot_be_recorded_is_refused(settings, changes):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(
-    ("stage", "align_loss"),
-    [("pretrain", "mse"), ("distil", "mse"), ("align", "mse"), ("align", "ild"), ("align", "sequential")],
+    ("stage", "align_loss", "share"),
+    [
+        ("pretrain", "mse", 0.0),
+        ("distil", "mse", 0.0),
+        ("align", "mse", 0.0),
+        ("align", "ild", 0.0),
+        ("align", "sequential", 0.0),
+        ("pretrain", "mse", 0.6),
+        ("distil", "mse", 0.6),
+    ],
 )
-def test_recorded_steps_equal_others(settings, tmp_path, monkeypatch, stage, align_loss):
+def test_recorded_steps_equal_others(settings, tmp_path, monkeypatch, stage, align_loss, share):
     """In fp32 and plain torch, where steps are all but reproducible; then a recorded run is resumed half-way by an eager one,
     and the other way round.
 
@@ -57,6 +66,9 @@ def test_recorded_steps_equal_others(settings, tmp_path, monkeypatch, stage, ali
                 output=output,
                 cuda_graphs=graphs,
                 align=dict(loss=align_loss),
+                recall=RecallSettings(share),
+                sequence_length=160 if share else 16,
+                train_tokens=12 * 4 * (160 if share else 16),
                 checkpoint=dict(save_interval=6),
             )
         )

@@ -120,7 +120,7 @@ def test_a_teacher_whose_head_is_padded_further_teaches_the_same(settings, mater
 
 
 def test_interrupt_saves_and_the_same_command_resumes_bit_for_bit(settings, tmp_path):
-    stopped = settings(steps=40, output=tmp_path / "stopped", precision="bf16")
+    stopped = settings(steps=24, output=tmp_path / "stopped", precision="bf16")
     process = start_train(stopped)
     written = tmp_path / "stopped" / "metrics.jsonl"
     while process.poll() is None and not (written.is_file() and written.read_text().count("\n") >= 3):
@@ -131,11 +131,15 @@ def test_interrupt_saves_and_the_same_command_resumes_bit_for_bit(settings, tmp_
     assert "run the same command to resume" in output
     steps_done = len(metrics(tmp_path / "stopped"))
     line = re.search(
-        r"[-\d]+ [:\d]+ step 2/40  loss [\d.]+  lr [\d.e-]+, [\d.e-]+  [\d,]+ tokens/s .* GiB  ETA \d+:\d\d:\d\d\n", output
+        r"[-\d]+ [:\d]+ step 2/24  loss [\d.]+  lr rest [\d.e-]+, mixers [\d.e-]+  [\d,]+ tokens/s  peak memory [\d.]+ GiB  "
+        r"ETA \d+:\d\d:\d\d\n",
+        output,
     )
+    assert "loss: 1 x KL, nats a token\n" in output and "tokens, bf16, 1 rank\n" in output
+    assert re.search(r"about [\de.+-]+ s a step: \d+:\d\d:\d\d for the 22 steps left, until [-\d]+ [:\d]+; evaluations", output)
     assert line is not None, output
     assert line.group() in (tmp_path / "stopped" / "log.txt").read_text()
-    assert 3 <= steps_done < 40
+    assert 3 <= steps_done < 24
     assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == [f"step_{steps_done:08d}"]
 
     assert run_state(read_run(tmp_path / "stopped", ""))[0] == "stopped"
@@ -148,7 +152,7 @@ def test_interrupt_saves_and_the_same_command_resumes_bit_for_bit(settings, tmp_
     provenance = read_description(tmp_path / "stopped" / "model")[1]["provenance"]
     assert provenance["inputs"]["model"]["content_sha256"] == content_identity(stopped.model)
     assert set(provenance["inputs"]) == {"model", "teacher", "data"}
-    whole = settings(steps=40, output=tmp_path / "whole", precision="bf16")
+    whole = settings(steps=24, output=tmp_path / "whole", precision="bf16")
     train(whole)
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     mine, theirs = weights(tmp_path / "stopped" / "model"), weights(tmp_path / "whole" / "model")

@@ -72,11 +72,13 @@ def test_a_pair_equals_two_runs_bit_for_bit_with_clipping(settings, students, tm
     if loss == "mse":
         per_layer = metrics(pair, "second_loss_per_layer")
         assert per_layer == pytest.approx({step: value / 4 for step, value in metrics(pair, "second_loss").items()}, rel=1e-6)
+        log = (pair / "log.txt").read_text()
+        assert "loss: squared error of a layer's mixer output / the teacher's energy" in log and " a layer)  lr " in log
 
 
 def test_interrupt_saves_both_and_the_same_command_resumes_bit_for_bit(settings, students, tmp_path):
     models = dict(model=students[0], second_model=students[1], precision="bf16")
-    stopped = settings("align", steps=40, output=tmp_path / "stopped", **models)
+    stopped = settings("align", steps=24, output=tmp_path / "stopped", **models)
     process = start_train(stopped)
     written = tmp_path / "stopped" / "metrics.jsonl"
     while process.poll() is None and not (written.is_file() and written.read_text().count("\n") >= 3):
@@ -89,7 +91,7 @@ def test_interrupt_saves_both_and_the_same_command_resumes_bit_for_bit(settings,
     assert not (tmp_path / "stopped" / "model").exists() and not (tmp_path / "stopped" / "second_model").exists()
 
     train(stopped)
-    whole = settings("align", steps=40, output=tmp_path / "whole", **models)
+    whole = settings("align", steps=24, output=tmp_path / "whole", **models)
     train(whole)
     for name in ("loss", "second_loss", "second_gradient_norm"):
         assert metrics(tmp_path / "stopped", name) == metrics(tmp_path / "whole", name)

@@ -40,8 +40,3 @@ def test_suites_measure_what_the_run_does_and_the_best_student_is_kept(settings,
 def test_settings_that_cannot_work_are_refused(settings, evaluation, message):
     with pytest.raises(ConfigError, match=message):
         settings(evaluation=evaluation)
-
-
-def test_a_split_model_is_refused(settings):
-    with pytest.raises(ConfigError, match="needs the whole model on each rank"):
-        settings(evaluation=dict(every=2, suites=["ppl"]), parallel=dict(tensor_model_parallel_size=2))

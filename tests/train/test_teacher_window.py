@@ -94,7 +94,10 @@ def test_loss_and_gradients_are_those_of_windows_read_by_hand(packed, settings, 
 
 
 def test_a_sequence_longer_than_the_window_is_refused_with_the_ways_out(settings, material, tmp_path):
-    ways = "window of 128 tokens.*shorter sequences.*teacher_window.mode rope.*teacher_window.mode windows.*a longer window"
+    ways = (
+        "window of 128 tokens.*Add --teacher_window.mode rope .YaRN by 1.125.*the better way.*--teacher_window.mode windows.*"
+        "--sequence_length 128.*a longer window"
+    )
     with pytest.raises(ConfigError, match=f"sequence_length 144.*{ways}"):
         train(settings(sequence_length=144))
     with pytest.raises(ConfigError, match=ways):
@@ -109,9 +112,8 @@ def test_a_sequence_longer_than_the_window_is_refused_with_the_ways_out(settings
     ("fields", "message"),
     [
         (dict(mode="window"), "'window' is not supported; use none, rope or windows"),
-        (dict(mode="rope"), "mode rope goes with teacher_window.rope_scaling, teacher_window.rotary_base or both"),
-        (dict(mode="windows", rope_scaling=YARN), "other modes with neither"),
-        (dict(rotary_base=1e6), "other modes with neither"),
+        (dict(mode="windows", rope_scaling=YARN), "are for teacher_window.mode rope, got mode windows"),
+        (dict(rotary_base=1e6), "are for teacher_window.mode rope, got mode none"),
         (dict(mode="rope", rotary_base=1e6, length=8), "length 8 .* is for teacher_window.mode windows"),
         (dict(mode="windows", length=1), "length 1 must be at least 2"),
         (dict(mode="rope", rotary_base=-1.0), "rotary_base must be positive"),
@@ -136,6 +138,41 @@ def test_the_own_window_of_a_teacher():
     assert [TeacherWindow().reach(c) for c in own] == [128, 256, 32]
     assert TeacherWindow("windows").reach(yarn) is None
     assert [TeacherWindow("windows").window(own[2], n) for n in (32, 33)] == [None, 32]
+
+
+def test_a_factor_that_is_left_out_is_derived():
+    """YaRN by the smallest factor that reaches, from what the teacher's frequencies were trained for."""
+    rope = TeacherWindow("rope")
+    plain, yarn = (
+        tiny_config("*-", max_position_embeddings=32),
+        tiny_config("*-", rope_scaling=YARN, max_position_embeddings=32),
+    )
+    qwen = plain.replace(model_family="qwen3", max_position_embeddings=40960)
+    for config, length, factor, origin in ((plain, 80, 2.5, 32), (yarn, 160, 5.0, 32), (qwen, 65536, 2.0, 32768)):
+        found = rope.resolve(config, length)
+        assert found == TeacherWindow("rope", RopeScaling("yarn", factor=factor, original_max_position_embeddings=origin))
+        assert found.reach(config) == length
+        rope.check(config, length, "it")
+    assert rope.resolve(plain, 32) == rope.resolve(yarn, 128) == TeacherWindow()
+    llama3 = plain.replace(rope_scaling=RopeScaling("llama3", 8.0, 16))
+    with pytest.raises(ConfigError, match="this one has llama3: give teacher_window.rope_scaling"):
+        rope.check(llama3, 64, "it")
+    with pytest.raises(ConfigError, match="Add --teacher_window.mode windows .*the better way.*mode rope .YaRN by 5: its"):
+        TeacherWindow().check(plain, 160, "it")
+    with pytest.raises(ConfigError, match="mode rope .with --teacher_window.rope_scaling: its positions"):
+        TeacherWindow().check(llama3, 64, "it")
+
+
+def test_a_run_a_store_and_an_evaluation_derive_what_they_would_be_told(settings, material, one_rank, tmp_path):
+    told = TeacherWindow("rope", RopeScaling("yarn", factor=1.25, original_max_position_embeddings=128))
+    fields: dict = dict(steps=1, sequence_length=160, global_batch_size=1, micro_batch_size=1, train_tokens=160, eval_windows=1)
+    for name, ways in (("derived", TeacherWindow("rope")), ("told", told)):
+        train(settings(output=tmp_path / name, teacher_window=ways, **fields))
+        write_store(material.teacher, material.data, tmp_path / f"{name}_store", 1e-3, 160, teacher_window=ways)
+    assert metrics(tmp_path / "derived", "kl") == metrics(tmp_path / "told", "kl")
+    assert metrics(tmp_path / "derived", "heldout_kl") == metrics(tmp_path / "told", "heldout_kl")
+    described = [json.loads((tmp_path / f"{name}_store" / "store.json").read_text()) for name in ("derived", "told")]
+    assert described[0] == described[1] and described[0]["teacher_window"]["rope_scaling"]["factor"] == 1.25
 
 
 def test_a_store_is_of_windows_and_says_so(settings, material, one_rank, tmp_path, monkeypatch):

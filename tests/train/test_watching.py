@@ -164,7 +164,10 @@ def test_a_run_records_and_reports_them(settings, material, tmp_path, tokenizer)
     last = [record for record in records if "heldout_perplexity/other" in record][-1]
     assert evaluate(model, heldout.texts[1]).perplexity == pytest.approx(last["heldout_perplexity/other"], rel=1e-5)
     page = write_run_report([tmp_path / "run"]).read_text()
-    for title in ("Cross-entropy of recall answers", "Accuracy of recall answers"):  # positions are in one bucket
+    for title in (
+        "Cross-entropy of held-out recall answers",
+        "Accuracy of held-out recall answers",
+    ):  # positions are in one bucket
         assert title in page
     with pytest.raises(ConfigError, match="no dataset"):
         open_heldout(replace(config, eval_data=[str(tmp_path / "nowhere")]))

@@ -11,7 +11,7 @@ from megatron_hylo.config.layouts import BASES, LAYOUTS, hybrid_config
 from megatron_hylo.config.mixers import LINEAR_SYMBOLS, get_mixer
 from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.initialise.registry import get_initialiser
-from megatron_hylo.upcycle.assemble import Source, assemble_state, layer_generator, upcycle_state
+from megatron_hylo.upcycle.assemble import Source, assembled, layer_generator, upcycle_state
 
 
 def _upcycle(state, teacher_config, pattern, **arguments):
@@ -139,17 +139,6 @@ def test_initialiser_that_makes_a_wrong_shape_is_named(teacher_config, make_stat
         _upcycle(make_state(teacher_config), teacher_config, "GGGG", initialiser="broken")
 
 
-def test_progress_covers_the_layers(teacher_config, make_state):
-    calls = []
-
-    def track(items, description):
-        calls.append((list(items), description))
-        return items
-
-    _upcycle(make_state(teacher_config), teacher_config, "GGGG", track=track)
-    assert calls == [([0, 1, 2, 3], "upcycle")]
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -197,7 +186,8 @@ def _source(config, value):
 def test_assembled_layers_come_whole_from_their_model_and_the_rest_from_the_base(teacher_config, linear):
     mla, pure = hybrid_config(teacher_config, "++++"), hybrid_config(teacher_config, linear * 4)
     target = hybrid_config(teacher_config, f"{linear}+{linear}+")
-    made = dict(assemble_state(_source(mla, 1.0), _source(pure, 2.0), _source(teacher_config, 3.0), target))
+    read = assembled(_source(mla, 1.0), _source(pure, 2.0), _source(teacher_config, 3.0), target)
+    made = {name: read(name) for name in tensor_names(target)}
     assert list(_shapes(made).items()) == list(tensor_names(target).items())
     for name, tensor in made.items():
         layer = int(name.split(".")[2]) if name.startswith("model.layers.") else None
@@ -211,7 +201,8 @@ def test_assembled_upcycled_models_equal_directly_upcycled_hybrid(teacher_config
     for pattern in ("++++", "GGGG"):
         pure[pattern] = Source(hybrid_config(teacher_config, pattern), _upcycle(state, teacher_config, pattern).__getitem__)
     base, target = Source(teacher_config, state.__getitem__), hybrid_config(teacher_config, "G++G")
-    made = dict(assemble_state(pure["++++"], pure["GGGG"], base, target))
+    read = assembled(pure["++++"], pure["GGGG"], base, target)
+    made = {name: read(name) for name in tensor_names(target)}
     wanted = _upcycle(state, teacher_config, "G++G")
     assert list(made) == list(wanted) and all(torch.equal(made[name], wanted[name]) for name in wanted)
 
@@ -220,10 +211,10 @@ def test_assemble_refuses_models_that_do_not_fit(teacher_config):
     mla, gdn, base = (hybrid_config(teacher_config, p) for p in ("++++", "GGGG", "G+*G"))
     sources = [_source(c, 0.0) for c in (mla, gdn, teacher_config)]
     with pytest.raises(ConfigError, match=r"layer 2 of the target is attention"):
-        assemble_state(*sources, base)
+        assembled(*sources, base)
     with pytest.raises(ConfigError, match="layer 1 of the target is `M`, but of the linear model it is `G`"):
-        assemble_state(*sources, hybrid_config(teacher_config, "GM++"))
+        assembled(*sources, hybrid_config(teacher_config, "GM++"))
     with pytest.raises(ConfigError, match=r"q_a_proj.weight is \(24, 24\) in the MLA model, \(16, 24\) in the target"):
-        assemble_state(*sources, hybrid_config(teacher_config, "G+++", q_lora_rank=16))
+        assembled(*sources, hybrid_config(teacher_config, "G+++", q_lora_rank=16))
     with pytest.raises(ConfigError, match="vocab_size is 50 .* 64"):
-        assemble_state(*sources, hybrid_config(teacher_config, "G+++", vocab_size=64))
+        assembled(*sources, hybrid_config(teacher_config, "G+++", vocab_size=64))

@@ -9,8 +9,10 @@ from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.eval.perplexity import evaluate
+from megatron_hylo.io.identity import content_identity
 from megatron_hylo.models.checkpoint import load_model, read_description
 from megatron_hylo.upcycle.run import upcycle_folder
+from megatron_hylo.upcycle.solved import SolvedLayers
 
 SIZES = dict(
     kv_lora_rank=20, q_lora_rank=48, qk_pos_emb_head_dim=12, linear_num_heads=6, linear_key_head_dim=16,
@@ -68,3 +70,22 @@ def test_what_cannot_be_calibrated_is_refused(upcycle, material, tmp_path):
     with pytest.raises(ConfigError, match="another checkpoint"):
         upcycle_folder(UpcycleConfig(material.other, tmp_path / "out", pattern="+GM", calibration=material.done))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_upcycling_goes_on_at_its_layer(upcycle, monkeypatch, tmp_path):
+    """Layers that were solved are not solved again, and the model is the same."""
+    report, folder = upcycle()
+    wanted, keep, solved = content_identity(folder), SolvedLayers.keep, []
+
+    def counted(self, error, mixer, mlp):
+        keep(self, error, mixer, mlp)
+        solved.append(error.layer)
+        if solved == [0, 1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SolvedLayers, "keep", counted)
+    with pytest.raises(KeyboardInterrupt):
+        upcycle()
+    again, folder = upcycle()
+    assert solved == [0, 1, 2] and content_identity(folder) == wanted
+    assert again.to_dict() == report.to_dict() and not (tmp_path / ".out.layers").exists()

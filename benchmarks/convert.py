@@ -1,0 +1,162 @@
+"""Time and peak memory of conversion, upcycling and export by size of the model, with `cp` of the same folder in the same run.
+
+    python benchmarks/convert.py [--sizes 135m,1b,3b,8b] [--scratch FOLDER] [--plot FILE.png] [--verify]
+
+Folders have the shapes of released Llamas (135m: SmolLM2) and random bf16 weights, made on the spot. Every step is a process of
+its own; CPU seconds and peak resident memory are that process's, start-up included. Twice the size of a model must be free on
+the disk; each folder is removed when no later step reads it. `--verify` adds `hylo verify`, which computes logits.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+
+from megatron_hylo.config.layouts import BASES, parameter_count
+from megatron_hylo.config.tensor_names import tensor_names
+from megatron_hylo.convert.hf_config import hf_config_from_model
+from megatron_hylo.convert.safetensors_files import header_bytes, tensor_bytes
+
+SIZES = {"135m": "smollm2-135m", "1b": "llama3.2-1b", "3b": "llama3.2-3b", "8b": "llama3.1-8b"}
+PATTERN = "+GGG"  # repeated over the layers
+SHARD_BYTES = 1_600_000_000
+STEPS = ("cp", "convert", "verify --quick", "verify", "upcycle", "export")
+
+
+def write_source(folder: Path, name: str) -> int:
+    """Write a random Hugging Face folder with the shapes of a base model; returns its bytes."""
+    config = BASES[name]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf_config_from_model(config, "bfloat16")))
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    shapes = {n: (torch.bfloat16, shape) for n, shape in tensor_names(config).items()}
+    for tensor, (_, shape) in shapes.items():
+        bytes_ = 2 * torch.Size(shape).numel()
+        if shards[-1] and size + bytes_ > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size, total = size + bytes_, total + bytes_
+    noise = (0.02 * torch.randn(2**22)).bfloat16()
+    index = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        index |= dict.fromkeys(names, file)
+        with open(folder / file, "wb") as out:
+            out.write(header_bytes({n: shapes[n] for n in names}))
+            for tensor in names:
+                left = torch.Size(shapes[tensor][1]).numel()
+                if len(shapes[tensor][1]) == 1:
+                    out.write(tensor_bytes(torch.ones(left, dtype=torch.bfloat16)))
+                    continue
+                while left:
+                    part = noise.roll(int(torch.randint(len(noise), ())))[:left]
+                    out.write(tensor_bytes(part))
+                    left -= len(part)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return total
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    """Run a command; wall-clock seconds, CPU seconds and peak resident memory in GiB of its process."""
+    start = time.perf_counter()
+    root = Path(__file__).parents[1]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}, stdout=log, stderr=log
+        )
+        _, status, used = os.wait4(process.pid, 0)
+        if status:
+            log.seek(0)
+            sys.exit(f"{' '.join(command)} failed:\n{log.read().decode()[-3000:]}")
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "peak_gib": used.ru_maxrss / 2**20,
+    }
+
+
+def measure_size(name: str, work: Path, verify: bool) -> dict[str, dict[str, float]]:
+    """Run all steps on one model."""
+    layers = BASES[name].num_hidden_layers
+    hylo = [sys.executable, "-W", "ignore", "-m", "megatron_hylo.cli"]
+    source, teacher, hybrid, export = (work / part for part in ("source", "teacher", "hybrid", "export"))
+    size = write_source(source, name)
+    found = {"folder": {"gb": size / 1e9}}
+    os.sync()
+    found["cp"] = measure(["cp", "-r", str(source), str(work / "copy")])
+    shutil.rmtree(work / "copy")
+    found["convert"] = measure([*hylo, "convert", str(source), str(teacher), "--no_verify"])
+    found["verify --quick"] = measure([*hylo, "verify", str(source), str(teacher), "--quick"])
+    if verify:
+        found["verify"] = measure([*hylo, "verify", str(source), str(teacher)])
+    shutil.rmtree(source)
+    pattern = "".join(islice(cycle(PATTERN), layers))
+    found["upcycle"] = measure([*hylo, "upcycle", str(teacher), str(hybrid), "--pattern", pattern, "--init", "paper"])
+    shutil.rmtree(teacher)
+    found["export"] = measure([*hylo, "export", str(hybrid), str(export), "--no_verify"])
+    return found
+
+
+def plot(found: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
+    """Plot peak memory by size of the folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    gb = [steps["folder"]["gb"] for steps in found.values()]
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for step in STEPS[1:]:
+        if all(step in steps for steps in found.values()):
+            axes.plot(gb, [steps[step]["peak_gib"] for steps in found.values()], marker="o", label=step)
+    axes.plot(gb, [size * 1e9 / 2**30 for size in gb], "--", color="grey", label="the folder itself")
+    axes.set(xscale="log", yscale="log", xlabel="bf16 folder, GB", ylabel="peak resident memory, GiB")
+    axes.set_xticks(gb, [f"{name}\n{size:.1f}" for name, size in zip(found, gb)])
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """Measure all sizes and print the table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", default="135m,1b,3b,8b")
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--verify", action="store_true")
+    options = parser.parse_args()
+    found = {}
+    print(
+        "| model | step | seconds | share of cp's speed | CPU seconds | peak memory, GiB |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
+    for size in options.sizes.split(","):
+        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+            steps = found[size] = measure_size(SIZES[size], Path(scratch), options.verify)
+        for step in (name for name in STEPS if name in steps):
+            row = steps[step]
+            share = f"{steps['cp']['seconds'] / row['seconds']:.2f}" if step == "convert" else ""
+            figures = f"{row['seconds']:.1f} | {share} | {row['cpu_seconds']:.1f} | {row['peak_gib']:.2f}"
+            about = f"{size} ({parameter_count(BASES[SIZES[size]]) / 1e9:.2f}B, {steps['folder']['gb']:.1f} GB)"
+            print(f"| {about} | {step} | {figures} |", flush=True)
+    if options.plot:
+        plot(found, options.plot)
+    print(
+        json.dumps(
+            {size: {s: {k: round(v, 2) for k, v in r.items()} for s, r in steps.items()} for size, steps in found.items()}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Time and peak GPU memory of calibrating and upcycling a model of a given size, one layer in memory at a time.
+
+    python benchmarks/upcycle_memory.py --size 8b --tokens 262144 [--sequential] [--scratch FOLDER]
+
+A random bf16 model with the shapes of a released Llama (135m: SmolLM2) is made on the spot; three times its size must be free
+on the disk. Prints a table and, last, one JSON line.
+"""
+
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+from convert import PATTERN, SIZES, write_source
+from jsonargparse import auto_cli
+from report import device_name, random_text
+
+from megatron_hylo.calibrate.gather import calibrate
+from megatron_hylo.config.layouts import BASES
+from megatron_hylo.config.upcycle import UpcycleConfig
+from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
+from megatron_hylo.io.progress import show_progress
+from megatron_hylo.platform.distributed import session
+from megatron_hylo.upcycle.run import upcycle_folder
+
+
+def main(
+    size: str = "8b", tokens: int = 262_144, sequence_length: int = 2048, sequential: bool = False, scratch: Path | None = None
+) -> None:
+    """Convert, calibrate and upcycle a random model.
+
+    Args:
+        size: 135m, 1b, 3b or 8b.
+        tokens: of calibration.
+        sequence_length: tokens of a window.
+        sequential: let each layer correct those before it.
+        scratch: folder for the models.
+    """
+    config, rows = BASES[SIZES[size]], []
+
+    def step(name: str, run: Callable[[], object]) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        run()
+        gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        rows.append((name, time.perf_counter() - start, gpu, host))
+        print(f"| {name} | {rows[-1][1]:.1f} | {gpu:.2f} | {host:.2f} |", flush=True)
+
+    with tempfile.TemporaryDirectory(dir=scratch) as place, session():
+        folder, windows = Path(place), sequence_length + 1
+        print("| step | seconds | peak GPU memory, GiB | peak host memory so far, GiB |\n|---|---|---|---|")
+        random_text(
+            folder / "data", config.vocab_size, {"train": (tokens // sequence_length + 1, windows), "heldout": (4, windows)}
+        )
+        step("make the model", lambda: write_source(folder / "source", SIZES[size]))
+        step("convert", lambda: convert_hf_to_megatron(folder / "source", folder / "teacher", verify=False))
+        step("calibrate", lambda: calibrate(
+            folder / "teacher", folder / "data", folder / "calibration", tokens, sequence_length, heldout=4,
+            precision=torch.bfloat16 if torch.cuda.is_available() else torch.float32, track=show_progress,
+        ))  # fmt: skip
+        settings = UpcycleConfig(
+            f"{folder}/teacher", f"{folder}/student", pattern="".join(islice(cycle(PATTERN), config.num_hidden_layers)),
+            calibration=f"{folder}/calibration", sequential=sequential,
+        )  # fmt: skip
+        step("upcycle, calibrated", lambda: upcycle_folder(settings, show_progress))
+    names = ("seconds", "gpu_gib", "host_gib")
+    found = {name: dict(zip(names, (round(value, 2) for value in values))) for name, *values in rows}
+    print(json.dumps({"benchmark": "upcycle_memory", "device": device_name(), "size": size, "tokens": tokens, "steps": found}))
+
+
+if __name__ == "__main__":
+    auto_cli(main)

@@ -1,0 +1,214 @@
+"""Weights of a model folder (torch.distributed.checkpoint's format), read and written one parameter at a time.
+
+Readers and writers need a model without memory (`skeleton`), which says how each parameter is stored: under which keys, and
+as which part of a global tensor. A file of weights is finished with a record of its content beside it, so that a folder can be
+made file by file and by several processes; `finish_weights` then makes the `.metadata` of all of them.
+"""
+
+import contextlib
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
+from megatron_hylo.io import DamagedError, place_file
+from megatron_hylo.models.checkpoint import BackgroundWrite, sharded_weights
+from megatron_hylo.models.hylo_model import HyloModel, build_model
+from megatron_hylo.models.placement import without_memory
+from megatron_hylo.platform.distributed import is_main
+from megatron_hylo.platform.safe_loading import ADVICE, install_safe_loading, unpickling_reason
+
+METADATA = ".metadata"
+
+
+def skeleton(config: ModelConfig, params_dtype: torch.dtype, parallel: ParallelConfig | None = None) -> HyloModel:
+    """Build this rank's part of a model without memory: every parameter on the meta device."""
+    with without_memory():
+        return build_model(config, parallel, params_dtype=params_dtype, backend="local")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a global tensor, and where its bytes are in a file."""
+
+    key: str
+    dtype: str
+    shape: list[int]  # of the global tensor
+    offsets: list[int]
+    sizes: list[int]
+    start: int
+    length: int
+
+
+class StoredLayout:
+    """How the parameters of a model are stored, by their name in the model.
+
+    Args:
+        model: whole, with or without memory.
+    """
+
+    def __init__(self, model: HyloModel) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.sharded = sharded_weights(model)
+
+    def parts(self, name: str, value: Tensor) -> list[ShardedTensor]:
+        """Divide the value of a parameter into the parts it is stored in."""
+        described = self.sharded[name]
+        if isinstance(described, ShardedTensorFactory):
+            built = described.build_fn(described.key, value, described.replica_id, None)
+            return list(_leaves(built))
+        return [described.without_data() if value.device.type == "meta" else _with_data(described, value)]
+
+    def merge(self, name: str, reader: "WeightsReader") -> Tensor:
+        """Read a parameter: the inverse of `parts`."""
+        described = self.sharded[name]
+        if not isinstance(described, ShardedTensorFactory):
+            return reader.read(described.key, described.global_offset, described.local_shape)
+        built = described.build_fn(described.key, self.parameters[name].data, described.replica_id, None)
+        return described.merge_fn(_replace(built, lambda part: reader.read(part.key, part.global_offset, part.local_shape)))
+
+
+def _with_data(described: ShardedTensor, value: Tensor) -> ShardedTensor:
+    copy = described.without_data()
+    copy.data = value
+    return copy
+
+
+def _leaves(built: Any) -> Iterator[ShardedTensor]:
+    if isinstance(built, ShardedTensor):
+        yield built
+    else:
+        for part in built.values() if isinstance(built, dict) else built:
+            yield from _leaves(part)
+
+
+def _replace(built: Any, read: Any) -> Any:
+    if isinstance(built, ShardedTensor):
+        return read(built)
+    if isinstance(built, dict):
+        return {name: _replace(part, read) for name, part in built.items()}
+    return [_replace(part, read) for part in built]
+
+
+def write_parts(file: Any, parts: list[ShardedTensor]) -> list[Piece]:
+    """Append the parts of a parameter to a file of weights.
+
+    Args:
+        file: a stream with `write` and `tell`.
+        parts: made by `StoredLayout.parts`.
+
+    Returns:
+        Where each part is.
+    """
+    pieces = []
+    for part in parts:
+        start, value = file.tell(), part.data
+        whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        torch.save(value.detach() if whole else value.detach().clone(memory_format=torch.contiguous_format), file)
+        shape, offsets, sizes = (list(map(int, x)) for x in (part.global_shape, part.global_offset, part.local_shape))
+        pieces.append(Piece(part.key, str(part.dtype).split(".")[1], shape, offsets, sizes, start, file.tell() - start))
+    return pieces
+
+
+def finish_weights(folder: Path, files: Sequence[tuple[Path, list[Piece]]]) -> list[Path]:
+    """Put files of weights into a new folder and write what Megatron-Core needs beside them; all ranks call it.
+
+    Args:
+        folder: weights/ of an atomic directory; created.
+        files: each file with its content, in the order of the model.
+
+    Returns:
+        The files' new places; empty on other ranks than the first.
+    """
+    BackgroundWrite({}, folder, folder.parent).finish()  # the entries and files that every checkpoint of Megatron-Core has
+    if not is_main():
+        return []
+    install_safe_loading()
+    metadata = FileSystemReader(folder).read_metadata()
+    tensors, places = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
+    moved = []
+    for number, (file, pieces) in enumerate(files):
+        name = f"weights_{number:05d}.distcp"
+        moved.append(place_file(file, folder / name))
+        for piece in pieces:
+            kind = TensorProperties(getattr(torch, piece.dtype))
+            entry = tensors.setdefault(piece.key, TensorStorageMetadata(kind, torch.Size(piece.shape), []))
+            offsets = torch.Size(piece.offsets)
+            cast(TensorStorageMetadata, entry).chunks.append(ChunkStorageMetadata(offsets, torch.Size(piece.sizes)))
+            places[MetadataIndex(piece.key, offsets)] = _StorageInfo(name, piece.start, piece.length)
+    with open(folder / METADATA, "wb") as out:
+        pickle.dump(Metadata(tensors, None, places, metadata.storage_meta, metadata.version), out)
+    return moved
+
+
+class WeightsReader:
+    """Reader of a weights/ folder, whichever ranks wrote it; nothing in it is run.
+
+    Args:
+        folder: the weights/ folder of a model folder or training checkpoint.
+
+    Raises:
+        ConfigError: the folder holds what could run code, or what this project does not write.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        install_safe_loading()
+        if (folder / "common.pt").exists():
+            raise ConfigError(f"{folder} is refused: it holds common.pt, a pickle of older Megatron-Core; {ADVICE}")
+        try:
+            metadata = FileSystemReader(folder).read_metadata()
+        except OSError as error:
+            raise DamagedError(f"{folder} cannot be read: {error}; {ADVICE}") from error
+        self.tensors, self.places = metadata.state_dict_metadata, metadata.storage_data
+
+    def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """Read a part of a global tensor, on the CPU.
+
+        Raises:
+            ConfigError: the folder has no such tensor.
+            DamagedError: it cannot be read.
+        """
+        entry = self.tensors.get(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ConfigError(f"{self.folder} has no tensor {key}, which hylo.json asks for")
+        chunks = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
+        if chunks.get(tuple(offsets)) == tuple(sizes):
+            return self._read_chunk(key, tuple(offsets))
+        out, filled = torch.empty(tuple(sizes), dtype=entry.properties.dtype), 0
+        for start, extent in chunks.items():
+            low = [max(a, b) for a, b in zip(start, offsets)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(start, extent, offsets, sizes)]
+            if all(last > first for first, last in zip(low, high)):
+                there = tuple(slice(first - b, last - b) for first, last, b in zip(low, high, offsets))
+                here = tuple(slice(first - a, last - a) for first, last, a in zip(low, high, start))
+                out[there] = self._read_chunk(key, start)[here]
+                filled += out[there].numel()
+        if filled != out.numel():
+            raise ConfigError(f"{self.folder}: {key} is {list(entry.size)}, hylo.json asks for {list(sizes)} of it")
+        return out
+
+    def _read_chunk(self, key: str, start: tuple[int, ...]) -> Tensor:
+        place = self.places[MetadataIndex(key, torch.Size(start))]
+        file = self.folder / place.relative_path
+        try:
+            with contextlib.closing(_create_file_view(open(file, "rb"), place.offset, place.length)) as view:
+                return torch.load(cast(Any, view), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise DamagedError(f"{file} cannot be read: {unpickling_reason(error)}; {ADVICE}") from error

@@ -1,0 +1,70 @@
+"""The Triton kernels of decode_attention.py against its plain form in float64; prints a line a case: name|relative error.
+
+Started by test_decode_attention.py in Triton's interpreter on the CPU, imported by its GPU test.
+"""
+
+import itertools
+
+import torch
+
+from megatron_hylo.kernels import decode_attention
+from megatron_hylo.kernels.quantised_latents import quantise_latents
+
+LATENT = dict(groups=1, heads=6, d=40 + 12, v=40)  # widths that are no powers of two
+GROUPED = dict(groups=2, heads=6, d=20, v=24)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def make_case(
+    groups: int, heads: int, d: int, v: int, dtype: torch.dtype, rows: int, used: int | None, padded: bool, latents: str | None,
+    device: str,
+) -> tuple[dict, torch.Tensor]:  # fmt: skip
+    """Arguments of `split_attention` and what the plain form makes of them; rows after the used ones hold NaN."""
+    generator = torch.Generator().manual_seed(0)
+    b, shared = 3, groups == 1
+    q = torch.randn(b, heads, d, generator=generator).to(device, dtype)
+    k = 2 * torch.randn(b, rows, groups, d, generator=generator).to(device, dtype)
+    value = v if shared else torch.randn(b, rows, groups, v, generator=generator).to(device, dtype)
+    real, scales = None, None
+    if padded:
+        real = torch.arange(rows, device=device)[None] >= torch.tensor([0, 100, 3], device=device)[:, None]
+    if latents:
+        values, scales = quantise_latents(k[:, :, 0], v, latents)
+        k = values[:, :, None]
+    if used is not None:
+        for unused in (scales,) if latents else (k, value):
+            if isinstance(unused, torch.Tensor):
+                unused[:, used:] = torch.nan
+    length = None if used is None else torch.tensor([used], dtype=torch.int32, device=device)
+    arguments = dict(q=q, k=k, v=value, scale=d**-0.5, length=length, real=real, scales=scales)
+    wide = {name: x.double() if isinstance(x, torch.Tensor) and x.dtype == dtype else x for name, x in arguments.items()}
+    return arguments, decode_attention._torch(**wide)
+
+
+def errors(device: str, rows: int, dtypes: tuple[torch.dtype, ...]) -> dict[str, tuple[float, torch.dtype]]:
+    """Relative error of each case."""
+    found = {}
+    for dtype, shape in itertools.product(dtypes, ({"latent": LATENT}, {"grouped": GROUPED})):
+        ((name, sizes),) = shape.items()
+        for used, padded, latents in ((None, False, None), (rows - 75, True, None), (rows // 2, False, "fp8"), (1, False, None),
+                                      (rows - 1, True, "int8")):  # fmt: skip
+            if latents and name == "grouped":
+                continue
+            arguments, expected = make_case(
+                **sizes, dtype=dtype, rows=rows, used=used, padded=padded, latents=latents, device=device
+            )
+            out = decode_attention.split_attention(**arguments)
+            found[f"{name} {dtype} {used} {padded} {latents}"] = relative_error(out, expected), dtype
+    return found
+
+
+if __name__ == "__main__":
+    from tests.kernels.interpreter import mend_interpreter
+
+    mend_interpreter("megatron_hylo.kernels.triton_decode_attention")
+    torch.set_num_threads(1)
+    for name, (error, _) in errors("cpu", 700, (torch.float32, torch.float16)).items():  # its products know no bf16
+        print(f"CASE {name}|{error}")
