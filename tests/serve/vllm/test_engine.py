@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.serve.vllm.engine import complete, engine, preemptions, tokens
 from tests.serve.vllm.models import MODELS, greedy_tokens, make_model
 
 vllm = pytest.importorskip("vllm", reason="needs vLLM: make serve-test")
-from tests.serve.vllm.engine import complete, engine, preemptions, tokens
 
 pytestmark = pytest.mark.vllm
 NEW = 16
