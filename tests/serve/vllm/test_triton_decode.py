@@ -1,4 +1,4 @@
-"""The Triton decode kernel, on a CPU by Triton's interpreter, equals the torch one; test_without_vllm.py holds that to whole keys."""
+"""The Triton decode kernel, by Triton's interpreter on a CPU, equals the torch one (held to whole keys elsewhere)."""
 
 import os
 import subprocess
