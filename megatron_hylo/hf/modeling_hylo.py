@@ -177,8 +177,9 @@ class HyloModel(HyloPreTrainedModel):
         collected: Any = None if hidden_states is None else tuple(hidden_states)
         attentions: Any = None if inputs.attentions is None else tuple(inputs.attentions)
         past: Any = cache  # no subclass of transformers' Cache
+        last: Any = x
         return BaseModelOutputWithPast(
-            last_hidden_state=x, past_key_values=past, hidden_states=collected, attentions=attentions
+            last_hidden_state=last, past_key_values=past, hidden_states=collected, attentions=attentions
         )
 
     def read(
@@ -349,7 +350,8 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             return None
         if mask is not None and (mask.shape[1] != cache.length + 1 or not mask[:, -1].all()):  # padding within an answer
             return None
-        if positions is not None and bool((positions != cache.last_position + 1).any()):  # type: ignore[operator]
+        last = cache.last_position
+        if positions is not None and (last is None or torch.ne(positions, last + 1).any()):
             return None
         if next(iter(cache.rows.values()), (ids,))[0].is_inference() != torch.is_inference_mode_enabled():
             return None

@@ -24,7 +24,7 @@ class HyloGatedDeltaNet(QwenGatedDeltaNetAttention):
             linear_conv_kernel_dim=c.linear_conv_kernel_dim,
         )  # fmt: skip
         super().__init__(sizes, vllm_config, prefix)
-        self.dt_bias = fp32_rows(self.dt_bias)
+        self.dt_bias: Tensor = fp32_rows(self.dt_bias)
         self.reference = uses_reference(vllm_config)
         if self.reference:
             self._forward_method = self.forward_reference

@@ -25,8 +25,8 @@ class HyloMamba2(MambaMixer2):
             rms_norm_eps=c.layernorm_epsilon, activation="silu", model_config=vllm_config.model_config,
             cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config, prefix=prefix,
         )  # fmt: skip
-        self.dt_bias = fp32_rows(self.dt_bias)
-        self.D = fp32_rows(self.D)
+        self.dt_bias: Tensor = fp32_rows(self.dt_bias)
+        self.D: Tensor = fp32_rows(self.D)
         self.reference = uses_reference(vllm_config)
 
     def get_attn_backend(self) -> Any:

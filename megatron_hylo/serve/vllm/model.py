@@ -100,7 +100,7 @@ class HyloModel(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
         """Compute hidden states [tokens, hidden] of all requests' tokens."""
         x, residual = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds, None
-        tables = {"*": self.frequencies, "+": self.latent_frequencies}
+        tables: dict[str, Any] = {"*": self.frequencies, "+": self.latent_frequencies}
         ropes = {s: rope_cos_sin(positions, tables[s], self.rotations[s][1].cos_sin_multiplier) for s in self.attends}
         for layer in self.layers:
             x, residual = layer(x, residual, ropes)
