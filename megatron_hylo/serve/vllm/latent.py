@@ -58,6 +58,8 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
     cached beside the latent c: so attention to latents needs no key made anew, with a norm as without.
     """
 
+    pairs: Tensor
+
     def __init__(self, config: Any, layer: int, vllm_config: Any, prefix: str) -> None:
         super().__init__()
         c = config.architecture()
