@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
@@ -14,6 +14,8 @@ from megatron_hylo.serve.vllm.recurrence import StateBackend, fp32_rows, run_ref
 
 class HyloGatedDeltaNet(QwenGatedDeltaNetAttention):
     """Gated DeltaNet in Qwen3.5's layout of weights; states are [heads, value channels, key channels]."""
+
+    dt_bias: nn.Parameter
 
     def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
         c = config.architecture()

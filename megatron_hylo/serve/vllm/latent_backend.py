@@ -100,6 +100,11 @@ class LatentBackend(AttentionBackend):
         """Any multiple of 16 tokens."""
         return [MultipleOf(16)]
 
+    @classmethod
+    def indexes_kv_by_block_stride(cls) -> bool:
+        """Whether pages may be padded; asked by vLLM before 0.30."""
+        return True
+
     @staticmethod
     def get_kv_cache_shape(
         num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"

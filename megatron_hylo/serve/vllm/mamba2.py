@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
 from megatron_hylo.kernels.ssd import ssd
@@ -15,6 +15,9 @@ from megatron_hylo.serve.vllm.versions import known
 
 class HyloMamba2(MambaMixer2):
     """Mamba2 whose x and B, which share the base model's KV heads, are repeated in the weights (weights.py)."""
+
+    dt_bias: nn.Parameter
+    D: nn.Parameter
 
     def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
         c = config.architecture()

@@ -80,6 +80,9 @@ class HyloLayer(nn.Module):
 class HyloModel(nn.Module):
     """Backbone: embedding, layers, final norm."""
 
+    frequencies: Tensor
+    latent_frequencies: Tensor
+
     def __init__(self, vllm_config: Any, prefix: str) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
