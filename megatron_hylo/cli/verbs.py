@@ -261,6 +261,7 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     latents: Literal["int8", "fp8"] | None = None,
+    cuda_graphs: bool = False,
     json: bool = False,
 ) -> None:
     """Continue a prompt with a carried cache: latents for MLA, states for linear layers.
@@ -275,6 +276,7 @@ def generate(
         seed: of the sampling.
         chat: wrap the prompt in the tokenizer's chat template.
         latents: keep MLA's latents in 8 bits, half of bf16's memory.
+        cuda_graphs: on a GPU capture the decode step as one CUDA graph, from 32 new tokens on.
         json: print text, tokens, speed and cache as JSON instead.
     """
     from megatron_hylo.serve.generate import check_prompt, generate_text
@@ -293,7 +295,8 @@ def generate(
 
     result = generate_text(
         model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, **({} if json else {"on_text": show}),
+        repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, cuda_graphs=cuda_graphs,
+        **({} if json else {"on_text": show}),
     )  # fmt: skip
     if json:
         print_json({"prompt": prompt} | asdict(result))

@@ -63,6 +63,7 @@ def generate_text(
     seed: int = 0,
     chat: bool = False,
     latents: Literal["int8", "fp8"] | None = None,
+    cuda_graphs: bool = False,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generation:
     """Continue a prompt until the end-of-sequence token or `max_new_tokens`.
@@ -78,6 +79,7 @@ def generate_text(
         seed: of the sampling.
         chat: wrap the prompt in the tokenizer's chat template as the user's turn.
         latents: keep MLA's latents in 8 bits in the cache; a hybrid's alone.
+        cuda_graphs: on a GPU capture the decode step as a CUDA graph, from `CAPTURED_TOKENS` new tokens on; a hybrid's alone.
         on_text: called with each piece of text as it is finished.
 
     Raises:
@@ -118,7 +120,7 @@ def generate_text(
         **sampling,
     )
     model.generation_config = settings  # else a folder's own defaults (a top_k, say) fill what is not set here
-    cache, reason = _cache(model, path, ids.shape[1] + max_new_tokens, max_new_tokens, latents)
+    cache, reason = _cache(model, path, ids.shape[1] + max_new_tokens, max_new_tokens if cuda_graphs else 0, latents)
     torch.manual_seed(seed)
     start = time.perf_counter()
     result = model.generate(
@@ -156,7 +158,9 @@ def _cache(model: Any, path: str | Path, tokens: int, new_tokens: int, latents: 
         return None, "a model of transformers"
     if latents is not None and "+" not in model.config.mixers:
         raise ConfigError(f"{path} has no MLA layers, so no latents to keep in {latents}; leave it out")
-    reason = "no GPU" if model.device.type != "cuda" else "few new tokens" if new_tokens < CAPTURED_TOKENS else None
+    reason = "no GPU" if model.device.type != "cuda" else None
+    if reason is None and new_tokens < CAPTURED_TOKENS:
+        reason = "few new tokens" if new_tokens else "cuda_graphs is false"
     try:
         cache = model.new_cache(1, None if reason else tokens, latents)
     except ValueError as error:
