@@ -113,7 +113,7 @@ supervise() {
         if [[ "$(result)" != "$result_before" || ($code -eq 0 && (-n "$result_before" || -z "$asked")) ]]; then
             record finished "$code"
             exit 0
-        elif [[ -n "$asked" ]]; then
+        elif [[ -n "$asked" ]] || { [[ -n "$job" && $code -ne 2 ]] && preempted; }; then # its SIGTERM reaches the steps alone
             stop_here "$before"
         elif [[ $code -eq 2 || $code -eq 3 || $code -eq 130 ]]; then # bad input; asked to stop by someone else
             record "$([[ $code -eq 2 ]] && echo failed || echo stopped)" "$code"

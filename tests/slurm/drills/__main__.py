@@ -40,7 +40,8 @@ def main() -> int:
         with session():
             make_root(folder / "root")
             make_stage1(folder / "root")
-    shutil.rmtree(folder / "cluster", ignore_errors=True)
+    for made in (folder / "cluster", folder / "root" / "runs"):  # of an earlier call
+        shutil.rmtree(made, ignore_errors=True)
     outcomes: list[Outcome] = []
     with Cluster(folder / "cluster") as cluster, open(folder / "drills.txt", "w", buffering=1) as log:
         lab = Lab(cluster, folder / "root", given.seed)

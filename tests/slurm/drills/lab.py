@@ -139,7 +139,7 @@ class Lab:
             if drill.starts == 1 and drill.finished and "undisturbed" in drill.name:
                 self.keep_reference(job, state)
             problems = self.judge(drill, job, state)
-        except (TimeoutError, RuntimeError, OSError) as error:
+        except (TimeoutError, RuntimeError, OSError, AssertionError) as error:
             job, note, problems = Job("", self.root, 1), "", [str(error)]
         log = read_lines(job.run / "jobs.jsonl")
         events = Counter(e["event"] for e in log)
