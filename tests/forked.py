@@ -4,6 +4,7 @@
 with its own environment, its output goes to a file, and its exit status is the process's own.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -75,12 +76,14 @@ class Program:
     def send_signal(self, number: int) -> None:
         """Send it a signal if it still runs."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Kill it and all that it has started in its session."""
         if self.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self, timeout: float | None = None) -> int:
         """Exit status once it has ended.

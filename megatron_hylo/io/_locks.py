@@ -113,8 +113,10 @@ def _locked(place: Path) -> Iterator[None]:
     try:
         with plain_os_errors():
             file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = _acquire(file, place)
+        descriptor = None
         try:
+            with plain_os_errors():
+                descriptor = _acquire(file, place)
             yield
         finally:
             if descriptor is not None:
@@ -157,9 +159,15 @@ def _acquire(file: Path, place: Path) -> int | None:
         os.close(descriptor)
     about = {"host": platform.node(), "pid": os.getpid(), "since": f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
              "command": " ".join(sys.argv)}  # fmt: skip
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, json.dumps(about).encode())
-    os.fsync(descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(about).encode())
+        os.fsync(descriptor)
+    except BaseException:  # an interrupt: nobody else would remove the file
+        with contextlib.suppress(OSError):
+            os.unlink(file)
+        os.close(descriptor)
+        raise
     return descriptor
 
 

@@ -78,6 +78,12 @@ def _is_elastic_quiet() -> bool:
     return logging.getLogger("torch.distributed.elastic.multiprocessing.api").level == logging.CRITICAL
 
 
+def _is_vllm_config_registered() -> bool:
+    mapping = _loaded("transformers.models.auto.configuration_auto", "CONFIG_MAPPING")
+    config = None if mapping is None else mapping._extra_content.get("hylo")
+    return getattr(config, "__module__", "").startswith("megatron_hylo.serve.vllm")
+
+
 def _is_results_queue_replaced() -> bool:
     found = _loaded("megatron.core.dist_checkpointing.strategies.filesystem_async", "_results_queue")
     return type(found) is queue.Queue
@@ -287,5 +293,14 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         lambda: getattr(_loaded("wonderwords", "RandomWord"), "__module__", "").startswith("megatron_hylo."),
         ("eval/ruler/words.py",),
         ("wonderwords.RandomWord",),
+    ),
+    ThirdPartyChange(
+        "vLLM's configuration of HyLo models",
+        "model type hylo of transformers.AutoConfig, in processes of vLLM",
+        "vLLM reads sizes of a cached row from the configuration; a model that the plugin cannot serve is refused, with the reason",
+        "process",
+        _is_vllm_config_registered,
+        ("serve/vllm/__init__.py", "serve/vllm/config.py"),
+        ("transformers.AutoConfig.register",),
     ),
 )

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, TextStreamer
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.mixers import MLA_SYMBOL
 from megatron_hylo.convert.open_model import open_model
 from megatron_hylo.hf import HyloCache, HyloForCausalLM
 from megatron_hylo.hf.decode_hylo import unsupported
@@ -156,7 +157,7 @@ def _cache(model: Any, path: str | Path, tokens: int, new_tokens: int, latents: 
         if latents is not None:
             raise ConfigError(f"{path} is a model of transformers, which has no latents to keep in {latents}; leave it out")
         return None, "a model of transformers"
-    if latents is not None and "+" not in model.config.mixers:
+    if latents is not None and MLA_SYMBOL not in model.config.mixers:
         raise ConfigError(f"{path} has no MLA layers, so no latents to keep in {latents}; leave it out")
     reason = "no GPU" if model.device.type != "cuda" else None
     if reason is None and new_tokens < CAPTURED_TOKENS:

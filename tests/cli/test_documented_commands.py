@@ -25,7 +25,7 @@ SHOWN = re.compile(
 )
 FOREIGN = {"--option", "--standalone", "--nproc-per-node", "--signals-to-handle"}  # torchrun's
 FOREIGN |= {"--signal", "--time", "--export", "--wait", "--kill-on-invalid-dep", "--nodes", "--exclude", "--output"}  # Slurm's
-FOREIGN |= {"--work", "--append-eod"}  # a benchmark's, Megatron-LM's
+FOREIGN |= {"--work", "--append-eod", "--additional-config", "--tensor-parallel-size"}  # a benchmark's, Megatron-LM's, vLLM's
 
 
 @pytest.fixture(scope="module")

@@ -167,7 +167,7 @@ def test_a_finished_folder_with_somebody_elses_file_is_not_removed(tmp_path, cap
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_place_of_another_user_is_refused_before_the_work():
-    place = Path(tempfile.mkdtemp())  # pytest's own folders cannot be entered by others
+    place = Path(tempfile.mkdtemp(dir="/tmp"))  # others cannot enter the folders of a run of tests
     place.chmod(0o755)
     (place / "closed").mkdir(mode=0o700)
     (place / "run").mkdir()

@@ -11,7 +11,8 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 
 from megatron_hylo.config.errors import ConfigError
-from megatron_hylo.config.mixers import LINEAR_SYMBOLS, check_tensor_parallel
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, check_tensor_parallel
+from megatron_hylo.config.mixers.mamba2 import Mamba2
 from megatron_hylo.hf.configuration_hylo import HyloConfig
 from megatron_hylo.serve.vllm import ARCHITECTURE
 from megatron_hylo.serve.vllm.versions import caches_unlike_states
@@ -38,8 +39,8 @@ class HyloVllmConfig(HyloConfig):
         self.num_attention_heads, self.num_key_value_heads, self.head_dim = (
             c.num_attention_heads, c.num_query_groups, c.kv_channels,
         )  # fmt: skip
-        row = latent_row(c) if "+" in self.mixers else 0
-        if row > ("*" in self.mixers) * 2 * c.num_query_groups * c.kv_channels:  # the larger page counts
+        row = latent_row(c) if MLA_SYMBOL in self.mixers else 0
+        if row > (ATTENTION_SYMBOL in self.mixers) * 2 * c.num_query_groups * c.kv_channels:  # the larger page counts
             self.num_key_value_heads, self.head_dim = 1, row // 2
         self.layer_types = ["linear_attention" if m in LINEAR_SYMBOLS else "full_attention" for m in self.mixers]
 
@@ -68,7 +69,7 @@ class HyloVllmUpdate(VerifyAndUpdateConfig):
         if cache.mamba_ssm_cache_dtype == "auto":
             cache.mamba_ssm_cache_dtype = "float32"  # as HyloCache keeps states
         linear = set(config.mixers) & set(LINEAR_SYMBOLS)
-        if not linear or ("M" in linear and len(linear) > 1 and not caches_unlike_states()):
+        if not linear or (Mamba2.symbol in linear and len(linear) > 1 and not caches_unlike_states()):
             cache.enable_prefix_caching = cache.enable_prefix_caching and not linear
             cache.mamba_cache_mode = "none"
         reference = uses_reference(vllm_config)

@@ -20,7 +20,8 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from megatron_hylo.config.mixers import LINEAR_SYMBOLS, complete
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, complete
+from megatron_hylo.config.mixers.mamba2 import Mamba2
 from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 from megatron_hylo.serve.vllm.attention import HyloAttention
 from megatron_hylo.serve.vllm.gdn import HyloGatedDeltaNet
@@ -93,8 +94,8 @@ class HyloModel(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, eps=c.layernorm_epsilon)
         latent = c.kv_channels if c.mla_rotary_pairs else c.qk_pos_emb_head_dim  # layers choose out of the base model's table
-        self.rotations = {"*": (c.kv_channels, c.rope_scaling), "+": (latent, c.mla_rope_scaling)}
-        for symbol, name in (("*", "frequencies"), ("+", "latent_frequencies")):
+        self.rotations = {ATTENTION_SYMBOL: (c.kv_channels, c.rope_scaling), MLA_SYMBOL: (latent, c.mla_rope_scaling)}
+        for symbol, name in ((ATTENTION_SYMBOL, "frequencies"), (MLA_SYMBOL, "latent_frequencies")):
             channels, scaling = self.rotations[symbol]
             table = rope_frequencies(channels, c.rotary_base, scaling, torch.get_default_device())
             self.register_buffer(name, table, persistent=False)
@@ -103,7 +104,7 @@ class HyloModel(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
         """Compute hidden states [tokens, hidden] of all requests' tokens."""
         x, residual = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds, None
-        tables: dict[str, Any] = {"*": self.frequencies, "+": self.latent_frequencies}
+        tables: dict[str, Any] = {ATTENTION_SYMBOL: self.frequencies, MLA_SYMBOL: self.latent_frequencies}
         ropes = {s: rope_cos_sin(positions, tables[s], self.rotations[s][1].cos_sin_multiplier) for s in self.attends}
         for layer in self.layers:
             x, residual = layer(x, residual, ropes)
@@ -118,7 +119,7 @@ class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
         c = vllm_config.model_config.hf_config.architecture()
         tp, cache = vllm_config.parallel_config.tensor_parallel_size, vllm_config.cache_config
         types = (vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype)
-        if symbol == "M":
+        if symbol == Mamba2.symbol:
             shapes = MambaStateShapeCalculator.mamba2_state_shape(
                 tp_world_size=tp, intermediate_size=c.mamba_num_heads * c.mamba_head_dim, n_groups=c.mamba_num_heads,
                 num_heads=c.mamba_num_heads, head_dim=c.mamba_head_dim, state_size=c.mamba_state_dim,

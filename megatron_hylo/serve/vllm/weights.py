@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config.errors import ConfigError
-from megatron_hylo.config.mixers import complete
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MLA_SYMBOL, complete
 
 Table = dict[str, tuple[str, ...]]  # parameter -> the exported tensors whose rows it holds, one after the other
 
@@ -43,13 +43,13 @@ complete(MIXERS, "serve/vllm/weights.py: MIXERS")
 
 def _mixer_table(symbol: str, c: Any) -> Table:
     table = dict(MIXERS[symbol])
-    if symbol == "*" and c.add_qkv_bias:
+    if symbol == ATTENTION_SYMBOL and c.add_qkv_bias:
         table["self_attn.qkv_proj.bias"] = tuple(f"self_attn.{part}_proj.bias" for part in "qkv")
-    if symbol == "+" and c.mla_bias:
+    if symbol == MLA_SYMBOL and c.mla_bias:
         table |= _same("self_attn", *(f"{name}.bias" for name in BIASED))
-    if symbol in "*+" and c.qk_layernorm:
+    if symbol in (ATTENTION_SYMBOL, MLA_SYMBOL) and c.qk_layernorm:
         table |= _same("self_attn", "q_norm.weight", "k_norm.weight")
-    if symbol == "+" and c.mla_whole_head_norm:
+    if symbol == MLA_SYMBOL and c.mla_whole_head_norm:
         table |= _same("self_attn", "k_norm.rotary_mix")
     return table
 

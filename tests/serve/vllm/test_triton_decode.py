@@ -13,6 +13,10 @@ from megatron_hylo.serve.vllm.latent_kernels import Cached, decode_torch, split_
 from megatron_hylo.serve.vllm.latent_triton import decode_triton
 
 device = {device!r}
+if device == 'cpu':
+    from megatron_hylo.serve.vllm import latent_triton
+    from tests.kernels.interpreter import mend_interpreter
+    mend_interpreter(latent_triton)
 half = torch.float16 if device == 'cpu' else torch.bfloat16  # which the interpreter cannot multiply
 CASES = ((4, 2, 24, 8, torch.float32), (9, 3, 112, 48, torch.float32), (24, 8, 128, 64, half))
 for heads, groups, rank, rotary, dtype in CASES:
