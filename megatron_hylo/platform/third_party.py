@@ -297,7 +297,7 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
     ThirdPartyChange(
         "vLLM's configuration of HyLo models",
         "model type hylo of transformers.AutoConfig, in processes of vLLM",
-        "vLLM reads sizes of a cached row from the configuration; a model that the plugin cannot serve is refused, with the reason",
+        "vLLM reads sizes of a cached row from the configuration; a model that it cannot serve is refused, with the reason",
         "process",
         _is_vllm_config_registered,
         ("serve/vllm/__init__.py", "serve/vllm/config.py"),
