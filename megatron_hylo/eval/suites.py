@@ -111,8 +111,8 @@ def _plan_ruler(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
     for path in (*qa.values(), *([settings.essays] if settings.essays else [])):
         if not Path(path).exists():
             raise ConfigError(f"{path} does not exist; RULER reads its questions and its haystack from local files")
-    return partial(
-        ruler.run_ruler, lm, lengths, limit=settings.limit or RULER_EXAMPLES, seed=settings.seed, essays=settings.essays, qa=qa,
+    return ruler.plan_ruler(
+        lm, lengths, limit=settings.limit or RULER_EXAMPLES, seed=settings.seed, essays=settings.essays, qa=qa,
         chat=settings.chat, track=track,
     )  # fmt: skip
 

@@ -10,6 +10,8 @@ from lm_eval.api.model import LM
 from transformers import PreTrainedTokenizerFast
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.evaluation import SuiteSettings
+from megatron_hylo.eval import suites
 from megatron_hylo.eval.ruler import fit, run, sources, tasks, texts
 from megatron_hylo.eval.ruler.words import Pairs
 from megatron_hylo.io import DamagedError
@@ -298,6 +300,16 @@ def test_lengths_beyond_the_window_are_refused_with_the_effective_one(tokenizer)
         run.run_ruler(lm, (1024,), ["qa_1"])
     with pytest.raises(ConfigError, match="vt does not fit 256 tokens"):
         run.run_ruler(lm, (256,), ["vt"])
+
+
+def test_a_length_too_short_for_a_task_is_refused_before_any_suite_runs(tokenizer, monkeypatch):
+    """The plan of recall comes first; its work must not be done and lost."""
+    began = []
+    monkeypatch.setitem(suites._PLANS, "recall", lambda *arguments: lambda: began.append("recall") or ([], []))
+    settings = SuiteSettings(suites=["recall", "ruler"], data="text", lengths=[256], limit=1)
+    with pytest.raises(ConfigError, match="does not fit 256 tokens|fill only"):
+        suites.run_suites(Reads(tokenizer, str, max_length=2048), settings)
+    assert began == []
 
 
 def test_chat_templates_are_counted(tokenizer):

@@ -24,7 +24,7 @@ LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 SHOWN = 300  # characters of a prompt's end that a sample keeps
 
 
-def run_ruler(
+def plan_ruler(
     lm: Any,
     lengths: Sequence[int] = LENGTHS,
     tasks: Sequence[str] | None = None,
@@ -35,11 +35,8 @@ def run_ruler(
     chat: bool = False,
     cache: Path | None = None,
     track: Track = no_progress,
-) -> tuple[list[Score], list[Sample]]:
-    """Measure RULER.
-
-    The sizes of all examples are found, or read from the cache, before the first is answered: what cannot be run is refused at
-    once.
+) -> Callable[[], tuple[list[Score], list[Sample]]]:
+    """Find the sizes of all examples of RULER, or read them from the cache; what cannot be run is refused here.
 
     Args:
         lm: lm-eval model with `tokenizer` and `max_length` (`HyloLM`, or lm-eval's `HFLM`).
@@ -55,7 +52,8 @@ def run_ruler(
         track: shows progress.
 
     Returns:
-        Scores of each task at each length and, as task "mean", of each length; and every example. Empty on ranks but the first.
+        A function that answers the examples; it returns the scores of each task at each length and, as task "mean", of each
+        length; and every example. Empty on ranks but the first.
 
     Raises:
         ConfigError: unknown task; missing data of a named task; a text too short for a length; a length beyond the window.
@@ -74,20 +72,29 @@ def run_ruler(
         source = haystack.words if task in NEEDS_ESSAYS and haystack else questions[QA[task]].documents if task in QA else []
         key = [*made_with, count([next(iter(cell.dataset["test"]))])[0] if chat else 0, _hash(source)]
         ready[length, task] = cell, texts, cached_sizes(texts, task, length, limit, seed, count, key, cache, track)
-    scores: list[Score] = []
-    samples: list[Sample] = []
-    for length, task in track(cells, "RULER: answers"):
-        cell, texts, sizes = ready.pop((length, task))
-        cell.set_examples(sized_examples(texts, task, length, seed, sizes))
-        name = cell.config.task
-        assert name is not None
-        found = evaluate(lm, {"tasks": {name: cell}, "groups": {}}, bootstrap_iters=0, apply_chat_template=chat)
-        if found is not None:
-            ordered = sorted(found["samples"][name], key=lambda one: one["doc_id"])  # several ranks' come rank by rank
-            measured = [_sample(task, length, seed, one) for one in ordered]
-            samples += measured
-            scores.append(_score(task, length, measured, _note(task, haystack, questions)))
-    return scores + _means(scores, chosen), samples
+
+    def answer() -> tuple[list[Score], list[Sample]]:
+        scores: list[Score] = []
+        samples: list[Sample] = []
+        for length, task in track(cells, "RULER: answers"):
+            cell, texts, sizes = ready.pop((length, task))
+            cell.set_examples(sized_examples(texts, task, length, seed, sizes))
+            name = cell.config.task
+            assert name is not None
+            found = evaluate(lm, {"tasks": {name: cell}, "groups": {}}, bootstrap_iters=0, apply_chat_template=chat)
+            if found is not None:
+                ordered = sorted(found["samples"][name], key=lambda one: one["doc_id"])  # several ranks' come rank by rank
+                measured = [_sample(task, length, seed, one) for one in ordered]
+                samples += measured
+                scores.append(_score(task, length, measured, _note(task, haystack, questions)))
+        return scores + _means(scores, chosen), samples
+
+    return answer
+
+
+def run_ruler(lm: Any, *arguments: Any, **named: Any) -> tuple[list[Score], list[Sample]]:
+    """Measure RULER at once: arguments, scores and examples of `plan_ruler`."""
+    return plan_ruler(lm, *arguments, **named)()
 
 
 def counter(lm: Any, task: RulerTask, answer: int, template: Callable | None) -> Callable[[Sequence[Example]], list[int]]:
