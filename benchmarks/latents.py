@@ -1,4 +1,4 @@
-"""What 8-bit latents do to a hybrid: perplexity, KL to the model's own latents, and recall, on real text.
+"""Measure 8-bit latents in a hybrid: perplexity, KL to the model's own latents, and recall, on real text.
 
     python benchmarks/latents.py runs/quickstart/export runs/quickstart/data
 

@@ -30,6 +30,7 @@ from megatron_hylo.convert.hf_config import hf_config_from_model
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
 from megatron_hylo.hf.cache_hylo import HyloCache
 from megatron_hylo.hf.decode_hylo import DecodeGraph
+from megatron_hylo.hf.layers_hylo import cache_nbytes
 from megatron_hylo.kernels.elementwise import compile_on_request
 from megatron_hylo.kernels.registry import in_use
 
@@ -141,7 +142,7 @@ class Hybrid:
     def fitting(self, tokens: int) -> int:
         """Sequences that fit in the memory that is free."""
         free = torch.cuda.mem_get_info()[0] - MARGIN if torch.cuda.is_available() else 2**27
-        return max(int(free // self.model.config.cache_nbytes(tokens + SPARE, self.model.dtype.itemsize, self.latents)), 0)
+        return max(int(free // cache_nbytes(self.model.config, tokens + SPARE, self.model.dtype.itemsize, self.latents)), 0)
 
     def cache(self, tokens: int, batch: int) -> HyloCache:
         """A cache that holds so many tokens of zeros, but for its first ones."""

@@ -108,32 +108,6 @@ class HyloConfig(transformers.PretrainedConfig):
         """The mixer symbols, one a layer, e.g. "G+GG" for "G-+-G-G-"."""
         return self.hylo["hybrid_layer_pattern"].replace("|", "")[0::2]
 
-    def cache_nbytes(self, tokens: int, element_size: int, latents: str | None = None) -> int:
-        """Return the bytes of one sequence's cache of so many tokens, states included, in elements of `element_size` bytes.
-
-        Args:
-            tokens: of the sequence.
-            element_size: bytes of the model's dtype; recurrent states are fp32.
-            latents: not None: MLA's rows are 8 bits wide with two bf16 scales.
-        """
-        c = self.architecture()
-        row = c.kv_lora_rank + c.qk_pos_emb_head_dim if "+" in self.mixers else 0
-        a_token = {"+": row * element_size if latents is None else row + 4,
-                   "*": 2 * c.num_query_groups * c.kv_channels * element_size}  # fmt: skip
-        keys, values = c.linear_num_heads * c.linear_key_head_dim, c.linear_num_heads * c.linear_value_head_dim
-        mamba = c.mamba_num_heads * c.mamba_head_dim * c.mamba_state_dim
-        inputs = c.num_query_groups * (c.mamba_head_dim + c.mamba_state_dim) + c.mamba_num_heads * c.mamba_state_dim
-        delta = 4 * keys * c.linear_value_head_dim, 2 * keys + values
-        states = {"M": (4 * mamba, inputs), "G": delta, "K": delta}  # recurrent state's bytes, the convolution's channels
-        total = 0
-        for symbol in self.mixers:
-            if symbol in a_token:
-                total += tokens * a_token[symbol]
-            else:
-                state, channels = states[symbol]
-                total += state + channels * (c.linear_conv_kernel_dim - 1) * element_size
-        return total
-
     def architecture(self) -> SimpleNamespace:
         """Return `hylo` with attribute access, with `mla_whole_head_norm` and its RoPE scalings' `cos_sin_multiplier`.
 

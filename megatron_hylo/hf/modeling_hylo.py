@@ -28,7 +28,7 @@ from .cache_hylo import HyloCache
 from .configuration_hylo import HyloConfig
 from .decode_hylo import DecodeGraph, unsupported
 from .inputs_hylo import SequenceInputs, sequence_inputs
-from .layers_hylo import HyloGatedDeltaNet, HyloLayer, HyloMamba2
+from .layers_hylo import HyloGatedDeltaNet, HyloLayer, HyloMamba2, cache_nbytes
 
 logger = logging.get_logger(__name__)
 AUTO_MAP = {
@@ -326,7 +326,7 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         """
         cache = HyloCache(max_cache_len, latents)
         if max_cache_len is not None and self.device.type == "cuda":
-            wanted = batch_size * self.config.cache_nbytes(max_cache_len, self.dtype.itemsize, latents)
+            wanted = batch_size * cache_nbytes(self.config, max_cache_len, self.dtype.itemsize, latents)
             kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             free = torch.cuda.mem_get_info(self.device)[0] + kept
             if wanted > free:

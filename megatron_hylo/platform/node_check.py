@@ -26,7 +26,7 @@ MEBIBYTES = {"cuda": 256, "cpu": 1}
 
 @dataclass
 class RankCheck:
-    """What one rank found; seconds of one product and of one all-reduce."""
+    """Measurements of one rank: seconds of one product and of one all-reduce."""
 
     rank: int
     host: str

@@ -57,7 +57,7 @@ class StopRequest:
             raise _stopped_in_startup()
 
     def agreed(self, device: torch.device, look: bool = True) -> int:
-        """What all ranks do next, the same on each: NOTHING, SAVE or STOP, once any of them was asked.
+        """Agree on what all ranks do next, the same on each: NOTHING, SAVE or STOP, once any of them was asked.
 
         Args:
             device: of this rank.

@@ -78,7 +78,7 @@ def test_a_report_has_curves_quality_and_the_settings_that_differ(one_rank, runs
 
 
 def test_training_by_position_is_drawn_as_means_of_many_steps(tmp_path):
-    """Of one run its first and its newest logged steps, each bucket from the records that have it; of several the newest."""
+    """One run is drawn at its first and newest logged steps, a bucket from the records that have it; several at the newest."""
     run = make_run(tmp_path / "run", "distil", 1e-3, {})
     names = [f"by_position/cross_entropy_{bucket}" for bucket in ("0-1K", "1K-2K", "2K-4K")]
     lines = [{"step": 5 * n, names[0]: 3.0 + n, names[1]: 5.0 - n / 50} for n in range(1, 101)]

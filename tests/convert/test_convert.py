@@ -165,7 +165,7 @@ def test_damaged_model_folder_is_named(one_rank, hf_folder, tmp_path):
 
 
 def test_a_source_is_not_mapped_into_memory(hf_folder):
-    """What is read of a mapped file counts as memory of the process."""
+    """Pages read of a mapped file count as memory of the process."""
     source = SafetensorsSource(hf_folder)
     kept = [source.read(name) for name in source.shard_of]
     assert kept and str(hf_folder) not in Path("/proc/self/maps").read_text()

@@ -9,6 +9,7 @@ from megatron_hylo.config import RopeScaling
 from megatron_hylo.config.layouts import kv_bytes_per_token
 from megatron_hylo.hf import HyloCache, attention_hylo
 from megatron_hylo.hf.decode_hylo import DecodeGraph, unsupported
+from megatron_hylo.hf.layers_hylo import cache_nbytes
 from tests.hf.conftest import ALIGNED, YARN, random_model, serve_config
 
 CASES = {
@@ -86,7 +87,7 @@ def test_rows_are_rank_plus_rope_numbers_in_the_models_dtype_and_nothing_else(id
         model(token, past_key_values=cache)
     held = [t for tensors in cache.rows.values() for t in tensors]
     assert sum(t.untyped_storage().nbytes() for t in held) == 2 * 60 * kv_bytes_per_token(config) == cache.token_nbytes()
-    assert cache.nbytes() == 2 * model.config.cache_nbytes(60, 2)
+    assert cache.nbytes() == 2 * cache_nbytes(model.config, 60, 2)
     assert places == [t.data_ptr() for tensors in (*cache.rows.values(), *cache.states.values()) for t in tensors]
     everything = {name: t for name, t in vars(cache).items() if isinstance(t, torch.Tensor)}
     everything |= {
@@ -98,7 +99,7 @@ def test_rows_are_rank_plus_rope_numbers_in_the_models_dtype_and_nothing_else(id
         model(ids[:, :60], past_key_values=cache)
         expected = 2 * 60 * sum((24 + 6) + 4 if m == "+" else 2 * 2 * 16 * 2 for m in "+*+")
         assert sum(t.untyped_storage().nbytes() for tensors in cache.rows.values() for t in tensors) == expected
-        assert cache.nbytes() == 2 * model.config.cache_nbytes(60, 2, name)
+        assert cache.nbytes() == 2 * cache_nbytes(model.config, 60, 2, name)
 
 
 @pytest.mark.parametrize("latents, bound", [("int8", 0.03), ("fp8", 0.12)])
@@ -129,7 +130,7 @@ def test_8_bit_latents_change_logits_by_their_rounding(latents, bound, ids, monk
 
 @torch.no_grad()
 def test_a_pass_of_fixed_shapes_neither_waits_nor_allocates_on_the_host(ids):
-    """What a capture would refuse: a number read from the device, a tensor made of Python's numbers, a copy between devices."""
+    """Refused by a capture: a number read from the device, a tensor of Python numbers, a copy between devices."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Refuse(TorchDispatchMode):

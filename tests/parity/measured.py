@@ -1,4 +1,4 @@
-"""What the tests of tests/parity assert of files that worker.py wrote."""
+"""Assertions of the tests of tests/parity about files that worker.py wrote."""
 
 import math
 from collections.abc import Callable

@@ -20,7 +20,7 @@ Step = Callable[..., tuple[Tensor, Tensor | None]]
 
 @dataclass
 class StateMetadata:
-    """Where each request's tokens and its state are."""
+    """Places of each request's tokens and of its state."""
 
     starts: list[int]  # of each request's tokens in the batch, and the end
     slots: list[int]  # block of each request's states

@@ -1,4 +1,4 @@
-"""What the plugin does before there is a vLLM: its table of tensors, refused versions, latents as one head's keys."""
+"""The plugin without vLLM: its table of tensors, refused versions, latents as one head's keys."""
 
 import subprocess
 import sys

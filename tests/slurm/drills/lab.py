@@ -58,7 +58,7 @@ class Outcome:
 
 @dataclass
 class Drill:
-    """What happens to a job.
+    """One thing that happens to a job.
 
     Args:
         name: for the table.
@@ -113,7 +113,7 @@ class Lab:
         return Job(job, run, drill.nodes)
 
     def submit_chain(self, *stages: str) -> str:
-        """What submit_chain.sh prints; the variables are in the cluster's environment."""
+        """Run submit_chain.sh and return what it prints; the variables are in the cluster's environment."""
         return self.cluster.call("env", f"HYLO_PYTHON={sys.executable}", "OMP_NUM_THREADS=1", "bash",
                                  str(ROOT / "slurm" / "submit_chain.sh"), *stages)  # fmt: skip
 
@@ -152,7 +152,7 @@ class Lab:
         return outcome
 
     def judge(self, drill: Drill, job: Job, state: str) -> list[str]:
-        """What is wrong with a job that has ended; nothing where all is well."""
+        """Find what is wrong with a job that has ended; nothing where all is well."""
         problems = [] if state == drill.state else [f"Slurm says {state}, not {drill.state}"]
         if drill.finished:
             problems += self.compare(job.run, self.reference(drill.nodes))
