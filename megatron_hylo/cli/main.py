@@ -12,6 +12,7 @@ from megatron_hylo.cli.console import console, set_up_logging
 from megatron_hylo.cli.doctor import doctor
 from megatron_hylo.cli.evaluation import eval as eval_suites
 from megatron_hylo.cli.parser import build_parser, command, parameters, settings_of
+from megatron_hylo.cli.plan import plan
 from megatron_hylo.cli.report import report
 from megatron_hylo.cli.runs import quickstart, train
 from megatron_hylo.cli.runs_list import runs
@@ -26,9 +27,9 @@ __all__ = ["EXIT_ERROR", "EXIT_STOPPED", "QUICK", "VERBS", "main"]
 
 VERBS: tuple[Callable, ...] = (
     quickstart, layouts, fetch, convert, verify, preprocess, calibrate, upcycle, select, assemble, cache_teacher, serve_teacher,
-    train, runs, watch, report, evaluate, eval_suites, compare, export, generate, doctor, scripts,
+    plan, train, runs, watch, report, evaluate, eval_suites, compare, export, generate, doctor, scripts,
 )  # fmt: skip
-QUICK = (layouts, scripts, runs, watch, report, compare)  # these start without PyTorch and print their result at once
+QUICK = (layouts, plan, scripts, runs, watch, report, compare)  # these start without PyTorch and print their result at once
 
 
 def main(command_line: list[str] | None = None) -> None:

@@ -1,0 +1,207 @@
+"""Search over parallelism, recomputation, offloading and FP8 for the fastest settings of a run that fit into the GPUs."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.config.mixers import LINEAR_SYMBOLS, check_tensor_parallel
+from megatron_hylo.config.train import OptimizerSettings, TrainConfig
+from megatron_hylo.plan.hardware import Hardware
+from megatron_hylo.plan.job import Job
+from megatron_hylo.plan.memory import GIB, Memory, estimate_memory
+from megatron_hylo.plan.step import StepTime, step_time
+
+MARGIN = 0.94  # of a GPU's memory: predictions were within 8 % of measured peaks, most above them; the allocator's own needs
+VIRTUAL, MICRO = (1, 2, 4), (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings that were tried, with what is predicted of them.
+
+    Args:
+        config: of the run.
+        memory: of the fullest rank.
+        time: of a step.
+    """
+
+    config: TrainConfig
+    memory: Memory
+    time: StepTime
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second of all GPUs."""
+        return self.config.global_batch_size * self.config.sequence_length / self.time.seconds
+
+    def settings(self) -> dict[str, Any]:
+        """Keys of a recipe that the search chose, by name."""
+        return settings_of(self.config)
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Keys of a recipe among which the search chooses, by name."""
+    p = config.parallel
+    return {
+        "parallel.tensor_model_parallel_size": p.tensor_model_parallel_size,
+        "parallel.pipeline_model_parallel_size": p.pipeline_model_parallel_size,
+        "parallel.virtual_pipeline_model_parallel_size": p.virtual_pipeline_model_parallel_size,
+        "parallel.pipeline_layers": p.pipeline_layers,
+        "parallel.context_parallel_size": p.context_parallel_size,
+        "parallel.cp_comm_type": p.cp_comm_type,
+        "parallel.sequence_parallel": p.sequence_parallel,
+        "micro_batch_size": config.micro_batch_size,
+        "recompute": config.recompute,
+        "teacher_offload": config.teacher_offload,
+        "optimizer.offload": config.optimizer.offload,
+        "teacher_precision": config.teacher_precision,
+        "linear_precision": config.linear_precision,
+    }
+
+
+@dataclass
+class Found:
+    """Result of a search.
+
+    Args:
+        best: settings that fit, fastest first.
+        tried: combinations whose memory was predicted.
+        fitting: of these, how many fit.
+        refused: reason -> number of combinations that cannot run.
+        nearest: least memory of those that do not fit, GiB.
+    """
+
+    best: list[Candidate] = field(default_factory=list)
+    tried: int = 0
+    fitting: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    nearest: float | None = None
+
+
+def predict(job: Job, config: TrainConfig, gpus: int, hardware: Hardware) -> Candidate:
+    """Predict memory and time of one configuration of a run.
+
+    Raises:
+        ConfigError: settings that do not divide the GPUs, the batch or the heads.
+    """
+    p = config.parallel
+    if gpus % p.model_parallel_size:
+        raise ConfigError(
+            f"{gpus} GPUs do not divide into groups of tensor {p.tensor_model_parallel_size} x pipeline "
+            f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} = {p.model_parallel_size}"
+        )
+    for model in (job.student, job.teacher):
+        if model:
+            check_tensor_parallel(model, p.tensor_model_parallel_size)
+    teachers = [job.teacher] if job.teacher else []
+    time = step_time(config, gpus, job.student, job.teacher, hardware)
+    return Candidate(config, estimate_memory(config, gpus, [job.student], teachers), time)
+
+
+def search(job: Job, gpus: int, hardware: Hardware, keep: int = 10, fp8: bool = True) -> Found:
+    """Try all combinations; what costs time and saves memory is tried only where less of it does not fit.
+
+    Args:
+        job: the run; its batch, length and losses stay.
+        gpus: number of GPUs.
+        hardware: their kind.
+        keep: fastest ones to return, one of each division of the GPUs and precision.
+        fp8: also compute linear maps in FP8, where the GPU has it.
+    """
+    found, fits = Found(), []
+    room = MARGIN * hardware.memory_gib * GIB
+    for parallel, micro in _divisions(job, gpus, hardware, found):
+        for precision in _precisions(job, hardware, fp8):
+            for recompute in _recomputations(job):
+                chosen = None
+                for offload in _offloads(job, precision):
+                    try:
+                        config = replace(
+                            job.config, parallel=parallel, micro_batch_size=micro, recompute=recompute, cuda_graphs=False,
+                            **precision, **offload,
+                        )  # fmt: skip
+                    except ConfigError as error:
+                        found.refused[_reason(error)] += 1
+                        continue
+                    found.tried += 1
+                    memory = estimate_memory(config, gpus, [job.student], [job.teacher] if job.teacher else [])
+                    if memory.total <= room:
+                        chosen = (config, memory)
+                        break
+                    found.nearest = min(found.nearest or memory.total / GIB, memory.total / GIB)
+                if chosen:
+                    found.fitting += 1
+                    fits.append(Candidate(*chosen, step_time(chosen[0], gpus, job.student, job.teacher, hardware)))
+                    if not (chosen[0].optimizer.offload or chosen[0].teacher_offload):
+                        break  # more recomputation is slower
+    fits.sort(key=lambda one: (round(one.time.seconds, 4), one.memory.total))
+    divided: dict[Any, Candidate] = {}  # the fastest of each division and precision
+    for one in fits:
+        c = one.config
+        divided.setdefault((str(replace(c.parallel, cp_comm_type="auto")), c.teacher_precision, c.linear_precision), one)
+    found.best = list(divided.values())[:keep]
+    return found
+
+
+def _divisions(job: Job, gpus: int, hardware: Hardware, found: Found) -> Iterator[tuple[ParallelConfig, int]]:
+    """Ways to divide the GPUs, with sequences of a micro-batch; what cannot be is counted by its reason."""
+    sizes = [n for n in range(1, gpus + 1) if gpus % n == 0]
+    layers, batch = job.student.num_hidden_layers, job.config.global_batch_size
+    for tensor, pipeline, context in itertools.product(sizes, sizes, sizes):
+        if gpus % (tensor * pipeline * context) or tensor > hardware.gpus_per_node:
+            continue
+        try:
+            for model in (job.student, job.teacher):
+                if model:
+                    check_tensor_parallel(model, tensor)
+        except ConfigError as error:
+            found.refused[_reason(error)] += 1
+            continue
+        replicas = gpus // (tensor * pipeline * context)
+        micros = sorted({n for n in (*MICRO, job.config.micro_batch_size) if batch % (n * replicas) == 0})
+        if not micros:
+            found.refused[f"global_batch_size {batch} is not divisible by {replicas} data-parallel ranks"] += 1
+            continue
+        if pipeline > layers:
+            found.refused[f"{pipeline} pipeline stages are more than {layers} layers"] += 1
+            continue
+        for virtual, micro in itertools.product(VIRTUAL if pipeline > 1 else (1,), micros):
+            passes = batch // (micro * replicas)
+            if pipeline * virtual > layers or (virtual > 1 and passes % pipeline):
+                continue
+            for method in ("auto", "all_gather") if context > 1 else ("auto",):
+                minutes = job.config.parallel.distributed_timeout_minutes
+                yield ParallelConfig(tensor, pipeline, virtual, None, context, method, tensor > 1, minutes), micro
+
+
+def _precisions(job: Job, hardware: Hardware, fp8: bool) -> list[dict[str, Any]]:
+    kept: dict[str, Any] = dict(teacher_precision=job.config.teacher_precision, linear_precision=job.config.linear_precision)
+    options = [kept]
+    if fp8 and hardware.fp8_tflops and job.config.precision == "bf16" and job.config.backend != "local":
+        options += [kept | {"teacher_precision": "fp8"}] if job.teacher else []
+        options += [{"teacher_precision": "fp8" if job.teacher else "same", "linear_precision": "fp8"}]
+    return [one for i, one in enumerate(options) if one not in options[:i]]
+
+
+def _recomputations(job: Job) -> list[bool | str]:
+    """Least first: nothing, MLPs, linear layers too, everything."""
+    if job.config.stage == "align":
+        return [False]  # a layer has its backward pass before the next
+    linear = "".join(sorted(set(job.student.mixers) & set(LINEAR_SYMBOLS)))
+    return [False, "-", *([f"{linear}-"] if linear else []), True]
+
+
+def _offloads(job: Job, precision: dict[str, Any]) -> list[dict[str, Any]]:
+    """Nothing first, then what costs time."""
+    plain, moved = job.config.optimizer, replace(job.config.optimizer, offload=True)
+    teacher = [False, True] if job.teacher and precision["teacher_precision"] == "same" else [False]
+    options: list[tuple[bool, OptimizerSettings]] = [(t, o) for o in (replace(plain, offload=False), moved) for t in teacher]
+    return [dict(teacher_offload=offload, optimizer=optimizer) for offload, optimizer in options]
+
+
+def _reason(error: ConfigError) -> str:
+    """What was refused, without the sentence's advice."""
+    return str(error).split(";")[0].split(", got")[0]
