@@ -60,7 +60,7 @@ def read_job(
     if not isinstance(values, dict):
         raise ConfigError(f"{what} holds no settings; write keys as megatron_hylo/recipes has them")
     values |= changes
-    config, named = _settings(values, what), _named(name)
+    config, named = read_settings(values, what), _named(name)
     student = student or _given(values, "model", "scratch") or named
     if student is None:
         raise ConfigError(f"{what} names no student: give --student LAYOUT (or a model folder)")
@@ -116,7 +116,7 @@ def shape(name: str) -> ModelConfig:
     return replace(found, hybrid_layer_pattern="".join(f"{mixer}-" for mixer in mixers)) if mixers else found
 
 
-def _settings(values: dict[str, Any], what: str) -> TrainConfig:
+def read_settings(values: dict[str, Any], what: str) -> TrainConfig:
     """Settings of a recipe; paths that it leaves out are filled in, since a plan reads none of them."""
     paths = {"data": GIVEN_LATER, "output": GIVEN_LATER}
     if values.get("stage") == "pretrain":

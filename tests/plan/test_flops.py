@@ -28,7 +28,7 @@ def model_of(symbol: str) -> ModelConfig:
 
 @pytest.mark.parametrize("symbol", list(MIXERS))
 def test_products_and_attention_are_what_the_counter_finds(symbol, one_rank):
-    """Equal: two for each weight of a matrix product, and attention's scores and sums, which the counter takes as not causal."""
+    """Two FLOPs a weight of each product, and attention's scores and sums, which the counter takes as not causal."""
     config, mixer = model_of(symbol), get_mixer(symbol)
     model = build_model(config, params_dtype=torch.float32).eval()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
