@@ -2,17 +2,17 @@
 
     python benchmarks/plan_accuracy.py                 # no GPU: reads the results files of this folder
 
-Three constants of megatron_hylo/plan/rates.yaml were fitted to steps (`elementwise`, `elementwise_frozen`, `link`) and one pair to short ones
-(`launch`): to the rows of `FITTED`, newest code on one H200, and two of several GPUs. Constants of memory were chosen beside
-the rows that plan/memory.py lists. All other rows are predicted; they include older code, which was slower. Prints a table
-and, last, one JSON line; writes RESULTS.md and RESULTS.png.
+Three constants of megatron_hylo/plan/rates.yaml were fitted to steps (`elementwise`, `elementwise_frozen`, `link`) and one
+pair to short ones (`launch`): to the rows of `FITTED`, newest code on H200s, two of them on four GPUs. Constants of memory
+were chosen beside the rows that plan/memory.py lists. Every configuration that is none of these is held out, whatever the
+commit; older code was slower. Prints a table and, last, one JSON line; writes RESULTS.md and RESULTS.png.
 """
 
 import json
 import re
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,13 @@ FITTED = {  # (name of `Row`), of step times
 MEMORY_KNOWN = {  # peaks beside which plan/memory.py's constants were chosen, of the rows below
     (HYBRID, 65_536, 1, 59.8), (HYBRID, 65_536, 1, 59.9), (HYBRID, 65_536, 1, 53.3), (HYBRID, 131_072, 2, 50.1),
     (HYBRID, 131_072, 4, 40.6), (HYBRID, 131_072, 8, 36.0), (HYBRID, 65_536, 1, 43.2), (HYBRID, 262_144, 4, 49.5),
-    (HYBRID, 131_072, 1, 70.0), ("llama3.2-3b-6mla22gdn", 131_072, 4, 70.8), (HYBRID, 65_536, 1, 64.6), (HYBRID, 65_536, 1, 64.2),
+    (HYBRID, 131_072, 1, 70.0), ("llama3.2-3b-6mla22gdn", 131_072, 4, 70.8), (HYBRID, 65_536, 1, 64.6),
     (HYBRID, 131_072, 4, 43.4), (HYBRID, 131_072, 8, 37.4), ("llama3.2-1b-4mla12m2", 65_536, 1, 62.0),
     ("llama3.2-1b-4mla12m2", 131_072, 4, 42.4), (SMALL, 2048, 1, 17.0), (SMALL, 2048, 1, 52.1), (HYBRID, 65_536, 1, 49.6),
     (HYBRID, 65_536, 1, 81.9), (HYBRID, 65_536, 1, 57.7), ("llama3.2-3b-6mla22gdn", 131_072, 4, 75.6),
     (f"{HYBRID}:{'G' * 16}", 262_144, 1, 51.2), (f"llama3.2-1b-4mla12m2:{'M' * 16}", 262_144, 1, 48.0),
 }  # fmt: skip
-COLUMNS = ("configuration", "s / step", "predicted", "off %", "peak GiB", "predicted", "off %", "part")
+COLUMNS = ("configuration", "s / step", "predicted", "off %", "peak GiB", "predicted", "off %", "fitted")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,11 @@ class Row:
     hardware: str
     seconds: float
     peak: float
-    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Configuration, whatever the commit and the kind of GPU."""
+        return f"{self.layout} {self.teacher} {self.gpus} {self.config}"
 
 
 def main(results: Path = HERE / "plan_accuracy") -> None:
@@ -88,23 +92,29 @@ def main(results: Path = HERE / "plan_accuracy") -> None:
     Args:
         results: path without suffix of the .md and .png to write.
     """
-    rows = [compare(row) for row in measured_rows()]
+    measured = measured_rows()
+    timed = {row.key for row in measured if row.name in FITTED}
+    weighed = {row.key for row in measured if (row.layout, row.config.sequence_length, row.gpus, row.peak) in MEMORY_KNOWN}
+    rows = [compare(row, row.key in timed, row.key in weighed) for row in measured]
     cells = [
         (r["name"], f"{r['seconds']:.3g}", f"{r['predicted']:.3g}", f"{r['time_off']:+.1f}", f"{r['peak']:.1f}",
-         f"{r['predicted_peak']:.1f}", f"{r['memory_off']:+.1f}", " ".join(name for name in ("time", "memory") if r[f"{name}_fitted"]) or "held out")
+         f"{r['predicted_peak']:.1f}", f"{r['memory_off']:+.1f}",
+         " and ".join(name for name in ("time", "memory") if r[f"{name}_fitted"]) or "none")
         for r in rows
     ]  # fmt: skip
     found = {name: summary(rows, name) for name in ("time", "memory")}
     lines = [describe(name, found[name]) for name in found]
     intro = [
-        "`hylo plan`'s predictions beside the measured steps of scaling.md, lengths.md and train_throughput.md. A row is *held "
-        "out* where none of its figures had a part in the constants; else the last column says which had. Rows of older code "
-        "(ec05ff4, e528ec7, 70d43e4, H100) are predicted as newer ones.",
+        "`hylo plan`'s predictions beside the measured steps of scaling.md, lengths.md and train_throughput.md. The last "
+        "column says which figure of a configuration had a part in the constants, at whatever commit; what it does not name is "
+        "held out. Rows of older code (ec05ff4, e528ec7, H100) are predicted as newer ones.",
         *lines,
         "![predicted against measured](plan_accuracy.png)",
     ]
     report(results, "Predicted and measured", intro, COLUMNS, cells, "no GPU")
     draw(rows, results.with_suffix(".png"))
+    for row in rows:
+        del row["configuration"]
     print(json.dumps({"benchmark": "plan_accuracy", **found, "rows": rows}))
 
 
@@ -114,8 +124,10 @@ def summary(rows: list[dict[str, Any]], what: str) -> dict[str, Any]:
     held = [row for row in rows if not row[f"{what}_fitted"]]
     errors = [abs(row[f"{what}_off"]) for row in held]
     misses = [row["name"] for row, error in zip(held, errors) if error > bound]
-    return dict(rows=len(held), median=round(statistics.median(errors), 1), largest=round(max(errors), 1), bound=bound,
-                within=len(held) - len(misses), misses=misses)  # fmt: skip
+    return dict(
+        rows=len(held), configurations=len({row["configuration"] for row in held}), median=round(statistics.median(errors), 1),
+        largest=round(max(errors), 1), bound=bound, within=len(held) - len(misses), misses=misses,
+    )  # fmt: skip
 
 
 def describe(what: str, found: dict[str, Any]) -> str:
@@ -123,21 +135,21 @@ def describe(what: str, found: dict[str, Any]) -> str:
     name = {"time": "Time of a step", "memory": "Peak memory"}[what]
     missed = f" Misses: {'; '.join(found['misses'])}." if found["misses"] else ""
     return (
-        f"{name}: {found['within']} of {found['rows']} held-out rows within {found['bound']:g} %, median {found['median']} %, "
+        f"{name}: {found['within']} of {found['rows']} held-out rows ({found['configurations']} configurations) "
+        f"within {found['bound']:g} %, median {found['median']} %, "
         f"largest {found['largest']} %.{missed}"
     )
 
 
-def compare(row: Row) -> dict[str, Any]:
-    """Predict one row."""
+def compare(row: Row, time_fitted: bool, memory_fitted: bool) -> dict[str, Any]:
+    """Predict one row; the flags say whether constants were fitted to its configuration."""
     ours, theirs = architecture(row.layout), BASES[row.teacher] if row.teacher else None
     time = step_time(row.config, row.gpus, ours, theirs, get_hardware(row.hardware))
     memory = estimate_memory(row.config, row.gpus, [ours], [theirs] if theirs else []).total / GIB
-    known = (row.layout, row.config.sequence_length, row.gpus, row.peak) in MEMORY_KNOWN
     return dict(
         name=row.name, seconds=row.seconds, predicted=time.seconds, time_off=100 * (time.seconds / row.seconds - 1),
         peak=row.peak, predicted_peak=memory, memory_off=100 * (memory / row.peak - 1),
-        time_fitted=row.name in FITTED, memory_fitted=known, terms=time.terms,
+        time_fitted=time_fitted, memory_fitted=memory_fitted, terms=time.terms, configuration=row.key,
     )  # fmt: skip
 
 
@@ -185,7 +197,7 @@ def _scaling() -> Iterator[Row]:
         if about is None:
             continue
         recompute, gpu = about
-        commits = re.findall(r"commit ([0-9a-f]{7})", before, re.IGNORECASE)
+        commits = re.findall(r"^Commit (\w{7})", before, re.MULTILINE) or re.findall(r"commit (\w{7})", before)
         for row in rows:
             mode, n, length = row["mode"], int(row["GPUs"]), int(_number(row["tokens"]))
             batch = {"DP": n, "PP2 x CP": 4}.get(mode, 1)

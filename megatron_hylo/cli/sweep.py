@@ -47,7 +47,7 @@ def sweep(
         what: SPEC.yaml (docs/scaling.md), or report and SPEC.yaml.
         cell: run this one cell alone, by its number, in this process.
         prepare: with cell, only make its student.
-        slurm: write OUTPUT/slurm/array.sh, one task a cell, instead of running; submit it with sbatch.
+        slurm: write OUTPUT/slurm/sweep.sh, one task a cell, instead of running; submit it with sbatch.
         dry_run: check all cells and list them; run nothing.
         at_once: cells side by side, instead of the specification's.
         samples: of the bootstrap, of a report.
@@ -130,7 +130,7 @@ def run_all(sweep: "Sweep", at_once: int) -> None:
                 children.add(child)
                 code = child.wait()
                 children.discard(child)
-            message = _last_line(cell.folder / "log.txt") if code else ""
+            message = f"killed by signal {-code}" if code < 0 else _last_line(cell.folder / "log.txt") if code else ""
             with open(cell.folder / "attempts.jsonl", "a") as file:
                 line = {"time": started, "seconds": round(time.time() - started, 1), "code": code, "message": message}
                 print(json_module.dumps(line), file=file)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,10 @@ def _draw(rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]], file: 
     return file
 
 
+def _figure(value: Any) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
 def _page(sweep: Sweep, rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]]) -> str:
     """Markdown: fits, plots, all cells."""
     metrics = [fit["metric"] for fit in fits] or [name for name in LOSSES if any(name in row for row in rows)]
@@ -223,11 +227,8 @@ def _page(sweep: Sweep, rows: Sequence[dict[str, Any]], fits: Sequence[dict[str,
     lines += ["![fits](report.png)", ""] if fits else ["Too few finished cells for a fit.", ""]
     lines += ["Shaded: 95 % of the bootstrap over cells, which says nothing of other seeds of one cell.", ""] if fits else []
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    form: Callable[[Any], str] = lambda value: (
-        "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-    )  # noqa: E731
     for cell, row in zip(sweep.cells, rows):
-        figures = [form(row.get(name)) for name in ("tokens", "kv_bytes_per_token", *metrics)]
+        figures = [_figure(row.get(name)) for name in ("tokens", "kv_bytes_per_token", *metrics)]
         cells = [str(row["cell"]), *(str(cell.varied.get(name, "")) for name in varied), row["state"], str(row["attempts"])]
         lines.append("| " + " | ".join([*cells, *figures, f"{row['seconds'] / 60:.1f}"]) + " |")
     failed = [row for row in rows if row["message"]]

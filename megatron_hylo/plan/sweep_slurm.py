@@ -1,6 +1,7 @@
 """A sweep as a Slurm array: one task a cell, with the stopping, requeueing and retrying of slurm/common.sh."""
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ source "$slurm_dir/common.sh" "$@"
 
 
 def write_array(sweep: Sweep, at_once: int) -> Path:
-    """Write OUTPUT/slurm/array.sh and a recipe in each cell's folder.
+    """Write OUTPUT/slurm/sweep.sh and a recipe in each cell's folder.
 
     Args:
         sweep: the cells; those that are finished have no task.
@@ -64,13 +65,16 @@ def write_array(sweep: Sweep, at_once: int) -> Path:
         words = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items())
         cases.append(f"    {cell.number}) {words} ;; # {' '.join(f'{k}={v}' for k, v in cell.varied.items())}")
     folder = output / "slurm"
-    folder.mkdir(parents=True, exist_ok=True)
-    script = folder / "array.sh"
+    common = Path(megatron_hylo.__path__[0]) / "slurm"
+    shutil.copytree(
+        common, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("stage*", "submit_chain.sh", "Dockerfile")
+    )
+    script = folder / "sweep.sh"
     numbers = ",".join(str(cell.number) for cell in left) or "0"
     script.write_text(HEAD.format(
         name=sweep.file.stem, spec=shlex.quote(str(sweep.file.absolute())), script=script, numbers=numbers, at_once=at_once,
         output=output,
-        slurm=shlex.quote(str(Path(megatron_hylo.__path__[0]) / "slurm")), python=sys.executable, root=shlex.quote(str(root)),
+        slurm=shlex.quote(str(folder)), python=sys.executable, root=shlex.quote(str(root)),
         cases="\n".join(cases),
     ))  # fmt: skip
     return script
