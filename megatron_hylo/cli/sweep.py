@@ -3,6 +3,7 @@
 import contextlib
 import json as json_module
 import os
+import queue
 import shlex
 import signal
 import subprocess
@@ -115,9 +116,18 @@ def make_student(cell: "Cell") -> None:
 def run_all(sweep: "Sweep", at_once: int) -> None:
     """Run the cells that are not finished, `at_once` side by side, each as `hylo sweep SPEC --cell N`."""
     left = [cell for cell in sweep.cells if cell.state()[0] != "finished"]
-    stopping, children = threading.Event(), set[subprocess.Popen]()
+    stopping, children, slots = threading.Event(), set[subprocess.Popen](), queue.SimpleQueue[int]()
+    for slot in range(at_once):
+        slots.put(slot)
 
     def one(cell: "Cell") -> None:
+        slot = slots.get()
+        try:
+            start(cell, {"CUDA_VISIBLE_DEVICES": str(slot % sweep.gpus)} if sweep.gpus > 1 else {})
+        finally:
+            slots.put(slot)
+
+    def start(cell: "Cell", environment: dict[str, str]) -> None:
         for _ in range(sweep.retries + 1):
             if stopping.is_set():
                 return
@@ -126,7 +136,9 @@ def run_all(sweep: "Sweep", at_once: int) -> None:
             command = [sys.executable, "-m", "megatron_hylo.cli", "sweep", str(sweep.file), "--cell", str(cell.number)]
             with open(cell.folder / "log.txt", "a") as log:
                 print(f"$ {shlex.join(command)}", file=log, flush=True)
-                child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                child = subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | environment
+                )
                 children.add(child)
                 code = child.wait()
                 children.discard(child)
@@ -149,8 +161,8 @@ def run_all(sweep: "Sweep", at_once: int) -> None:
     kept = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         with ThreadPoolExecutor(at_once) as pool:
-            for _ in track([pool.submit(one, cell) for cell in left], f"{len(left)} of {len(sweep.cells)} cells"):
-                _.result()
+            for cell in track([pool.submit(one, cell) for cell in left], f"{len(left)} of {len(sweep.cells)} cells"):
+                cell.result()
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)

@@ -14,6 +14,7 @@ SPEC.yaml:
       - {student.overrides.kv_lora_rank: 64, train.recall.share: 0.2}
     retries: 1                      # times that a failed cell is started again
     at_once: 4                      # cells that run side by side on this machine, or tasks of the Slurm array
+    gpus: 2                         # GPUs of this machine over which those are spread
 
 `student` may be left out where `train` has a model or a scratch. A cell's name has a hash of its settings: what is done stays
 done when the grid grows.
@@ -39,7 +40,7 @@ from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.eval.runs import read_run, run_state
 from megatron_hylo.plan.job import read_settings, shape
 
-SPEC_KEYS = ("output", "recipe", "teacher", "student", "train", "grid", "cells", "retries", "at_once")
+SPEC_KEYS = ("output", "recipe", "teacher", "student", "train", "grid", "cells", "retries", "at_once", "gpus")
 CELL_GROUPS = ("teacher", "student", "train")
 State = Literal["waiting", "running", "finished", "stopped", "failed", "killed"]
 
@@ -92,6 +93,7 @@ class Sweep:
         cells: in the order of the grid, then those of the list.
         retries: times that a failed cell is started again.
         at_once: cells side by side.
+        gpus: GPUs of this machine that they are spread over.
     """
 
     file: Path
@@ -99,6 +101,7 @@ class Sweep:
     cells: list[Cell]
     retries: int
     at_once: int
+    gpus: int = 1
 
 
 def read_sweep(file: Path) -> Sweep:
@@ -122,12 +125,15 @@ def read_sweep(file: Path) -> Sweep:
     output = Path(spec["output"]).expanduser()
     cells, known = [], set()
     for number, varied in enumerate(points):
-        cell = _cell(number, base, varied, output, file)
+        try:
+            cell = _cell(number, base, varied, output)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: cell {number} {varied}: {error}") from error
         if cell.name in known:
             raise ConfigError(f"{file}: cell {number} {varied} is there twice; leave one out")
         known.add(cell.name)
         cells.append(cell)
-    return Sweep(file, output, cells, retries, at_once)
+    return Sweep(file, output, cells, retries, at_once, _count(spec, "gpus", 1, 1))
 
 
 def _base(spec: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -164,13 +170,12 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _cell(number: int, base: dict[str, Any], varied: dict[str, Any], output: Path, file: Path) -> Cell:
-    where = f"{file}: cell {number} {varied}"
+def _cell(number: int, base: dict[str, Any], varied: dict[str, Any], output: Path) -> Cell:
     settings = base
     for name, value in varied.items():
         first, *rest = name.split(".")
         if first not in CELL_GROUPS or (first == "teacher") == bool(rest):
-            raise ConfigError(f"{where}: {name!r} must be teacher, student.SETTING (of `hylo upcycle`) or train.SETTING")
+            raise ConfigError(f"{name!r} must be teacher, student.SETTING (of `hylo upcycle`) or train.SETTING")
         for key in reversed(rest):
             value = {key: value}
         settings = _merged(settings, {first: value})
@@ -179,33 +184,33 @@ def _cell(number: int, base: dict[str, Any], varied: dict[str, Any], output: Pat
     train = dict(settings["train"]) | {"output": str(folder / "run")}
     upcycle = None
     if settings["student"] is not None:
-        upcycle = _student(settings, output, where)
+        upcycle = _student(settings, output)
         train["model"] = upcycle.output
     if settings["teacher"] and train.get("stage") != "pretrain":
         train.setdefault("teacher", settings["teacher"])
     for key in ("data", "stage"):
         if key not in train:
-            raise ConfigError(f"{where}: train.{key} is missing")
+            raise ConfigError(f"train.{key} is missing")
     if train["stage"] != "pretrain" and not train.get("model"):
-        raise ConfigError(f"{where}: give student (settings of `hylo upcycle`), or train.model")
-    return Cell(number, name, folder, varied, read_settings(train, where), upcycle)
+        raise ConfigError("give student (settings of `hylo upcycle`), or train.model")
+    return Cell(number, name, folder, varied, read_settings(train, "train"), upcycle)
 
 
-def _student(settings: dict[str, Any], output: Path, where: str) -> UpcycleConfig:
+def _student(settings: dict[str, Any], output: Path) -> UpcycleConfig:
     """Settings of `hylo upcycle`; `mla` and `linear` become its pattern. Cells of equal settings share a student."""
     chosen = dict(settings["student"])
     if not settings["teacher"]:
-        raise ConfigError(f"{where}: student needs a teacher, a model folder")
+        raise ConfigError("student needs a teacher, a model folder")
     linear, mla = chosen.pop("linear", "G"), chosen.pop("mla", None)
     if mla is not None:
         if chosen.get("pattern") or chosen.get("layout"):
-            raise ConfigError(f"{where}: give student.mla, student.pattern or student.layout, not two of them")
+            raise ConfigError("give student.mla, student.pattern or student.layout, not two of them")
         layers = shape(settings["teacher"]).num_hidden_layers
         if isinstance(mla, int):
             chosen["pattern"] = uniform_mixers(layers, mla, linear)
         else:
             if outside := [one for one in mla if not 0 <= one < layers]:
-                raise ConfigError(f"{where}: student.mla {outside[0]} is no layer; the teacher has {layers}, counted from 0")
+                raise ConfigError(f"student.mla {outside[0]} is no layer; the teacher has {layers}, counted from 0")
             chosen["pattern"] = "".join(MLA_SYMBOL if layer in mla else linear for layer in range(layers))
     identity = json.dumps(chosen | {"teacher": settings["teacher"]}, sort_keys=True, default=str)
     name = hashlib.sha256(identity.encode()).hexdigest()[:10]
@@ -215,7 +220,7 @@ def _student(settings: dict[str, Any], output: Path, where: str) -> UpcycleConfi
     try:
         made = UpcycleConfig(**vars(parser.instantiate(parser.parse_object(values))))
     except (ArgumentError, TypeError) as error:
-        raise ConfigError(f"{where}: student: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"student: {' '.join(str(error).split())}") from error
     student_shape(made)
     return made
 
@@ -232,7 +237,8 @@ def student_shape(settings: UpcycleConfig) -> ModelConfig:
     if settings.pattern is None:
         raise ConfigError("a student needs layout, pattern or mla")
     pattern = expand_pattern(settings.pattern, teacher.num_hidden_layers)
-    return hybrid_config(teacher, pattern, shapes=settings.mixer_shapes, **(settings.overrides or {}))
+    sizes: dict[str, Any] = dict(settings.overrides or {})
+    return hybrid_config(teacher, pattern, shapes=settings.mixer_shapes, **sizes)
 
 
 def recipe_of(cell: Cell) -> str:

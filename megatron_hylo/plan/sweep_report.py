@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_hylo.config import ConfigError, ModelConfig, from_dict
 from megatron_hylo.config.layouts import kv_bytes_per_token, kv_percent, parameter_count
-from megatron_hylo.eval.runs import Run, read_run
+from megatron_hylo.eval.runs import Run, read_run, seconds_of
 from megatron_hylo.plan.job import shape
 from megatron_hylo.plan.sweep import Cell, Sweep, settings_of, student_shape
 
@@ -40,6 +40,7 @@ def row_of(cell: Cell) -> dict[str, Any]:
     if (cell.run / "config.json").is_file():
         run = read_run(cell.run, cell.name)
         row |= {"tokens": run.step * run.tokens_per_step, "steps": run.step} | _last(run)
+        row |= {"attempts": max(len(attempts), len(run.starts)), "seconds": _seconds(run)}
     return row
 
 
@@ -52,6 +53,14 @@ def _model(cell: Cell) -> ModelConfig | None:
     if cell.upcycle:
         return student_shape(cell.upcycle)
     return shape(start) if start else None
+
+
+def _seconds(run: Run) -> float:
+    """Seconds of training over all starts of a run, each to its last record."""
+    starts = [seconds_of(start["time"]) for start in run.starts]
+    times = [record["time"] for record in run.records if "time" in record]
+    spans = zip(starts, [*starts[1:], math.inf])
+    return sum(max(0.0, max((t for t in times if begun <= t < end), default=begun) - begun) for begun, end in spans)
 
 
 def _last(run: Run) -> dict[str, float]:
@@ -149,7 +158,7 @@ def fit_metric(rows: Sequence[dict[str, Any]], metric: str, words: str, power: b
     y = np.array([row[metric] for row in chosen])
     target = np.log(y) if power else y
     best = np.linalg.lstsq(x, target, rcond=None)[0]
-    generator, drawn = np.random.default_rng(0), []
+    generator, drawn = np.random.default_rng(0), list[Floats]()
     while len(drawn) < samples:
         index = generator.integers(0, len(y), len(y))
         if np.linalg.matrix_rank(x[index]) == x.shape[1]:  # a draw without one of the levels says nothing of its slope
@@ -167,7 +176,7 @@ def fit_metric(rows: Sequence[dict[str, Any]], metric: str, words: str, power: b
         inputs = np.column_stack([np.ones(len(points)), np.log(points)])
         bands = np.percentile(inputs @ spread.T, [2.5, 97.5], axis=1)
         found = (inputs @ best, bands[0], bands[1])
-        return tuple(np.exp(one) for one in found) if power else found  # type: ignore[return-value]
+        return (np.exp(found[0]), np.exp(found[1]), np.exp(found[2])) if power else found
 
     said = ", ".join(
         f"{'exponent' if power else 'slope'} by {_words(name)} {c['value']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]"
