@@ -49,6 +49,8 @@ MEMORY_KNOWN = {  # peaks beside which plan/memory.py's constants were chosen, o
     (HYBRID, 65_536, 1, 59.8), (HYBRID, 65_536, 1, 59.9), (HYBRID, 65_536, 1, 53.3), (HYBRID, 131_072, 2, 50.1),
     (HYBRID, 131_072, 4, 40.6), (HYBRID, 131_072, 8, 36.0), (HYBRID, 65_536, 1, 43.2), (HYBRID, 262_144, 4, 49.5),
     (HYBRID, 131_072, 1, 70.0), ("llama3.2-3b-6mla22gdn", 131_072, 4, 70.8), (HYBRID, 65_536, 1, 64.6),
+    (HYBRID, 65_536, 1, 59.5), (HYBRID, 65_536, 1, 55.0),  # what FP8 copies take
+    (HYBRID, 131_072, 4, 27.4), (HYBRID, 131_072, 4, 28.9),  # after which sequence parallelism was counted
     (HYBRID, 131_072, 4, 43.4), (HYBRID, 131_072, 8, 37.4), ("llama3.2-1b-4mla12m2", 65_536, 1, 62.0),
     ("llama3.2-1b-4mla12m2", 131_072, 4, 42.4), (SMALL, 2048, 1, 17.0), (SMALL, 2048, 1, 52.1), (HYBRID, 65_536, 1, 49.6),
     (HYBRID, 65_536, 1, 81.9), (HYBRID, 65_536, 1, 57.7), ("llama3.2-3b-6mla22gdn", 131_072, 4, 75.6),
@@ -108,6 +110,9 @@ def main(results: Path = HERE / "plan_accuracy") -> None:
         "`hylo plan`'s predictions beside the measured steps of scaling.md, lengths.md and train_throughput.md. The last "
         "column says which figure of a configuration had a part in the constants, at whatever commit; what it does not name is "
         "held out. Rows of older code (ec05ff4, e528ec7, H100) are predicted as newer ones.",
+        "What is held out had no part in a number, but was in view when the form was chosen: a constant of its own for a "
+        "teacher's layers came after the rows without a teacher and of 135M were seen to fit without it. `latents and states` "
+        "of ec05ff4 and e528ec7 left ranks waiting for the last one (scaling.md), which newer code does not.",
         *lines,
         "![predicted against measured](plan_accuracy.png)",
     ]
@@ -124,9 +129,10 @@ def summary(rows: list[dict[str, Any]], what: str) -> dict[str, Any]:
     held = [row for row in rows if not row[f"{what}_fitted"]]
     errors = [abs(row[f"{what}_off"]) for row in held]
     misses = [row["name"] for row, error in zip(held, errors) if error > bound]
+    others = [row["name"] for row in rows if row[f"{what}_fitted"] and abs(row[f"{what}_off"]) > bound]
     return dict(
         rows=len(held), configurations=len({row["configuration"] for row in held}), median=round(statistics.median(errors), 1),
-        largest=round(max(errors), 1), bound=bound, within=len(held) - len(misses), misses=misses,
+        largest=round(max(errors), 1), bound=bound, within=len(held) - len(misses), misses=misses, fitted_misses=others,
     )  # fmt: skip
 
 
@@ -134,6 +140,7 @@ def describe(what: str, found: dict[str, Any]) -> str:
     """Say a summary in a sentence."""
     name = {"time": "Time of a step", "memory": "Peak memory"}[what]
     missed = f" Misses: {'; '.join(found['misses'])}." if found["misses"] else ""
+    missed += f" Fitted and still missed: {'; '.join(found['fitted_misses'])}." if found["fitted_misses"] else ""
     return (
         f"{name}: {found['within']} of {found['rows']} held-out rows ({found['configurations']} configurations) "
         f"within {found['bound']:g} %, median {found['median']} %, "

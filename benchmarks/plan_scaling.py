@@ -146,7 +146,9 @@ def plot_bytes(file: Path, length: int = 1_048_576) -> None:
     sizes = [2, 4, 8, 16, 32, 64]
 
     def received(config: ModelConfig, symbol: str, ranks: int, method: Any) -> float:
-        return context_bytes(config, symbol, length / ranks, 1, ParallelConfig(context_parallel_size=ranks, cp_comm_type=method))
+        return context_bytes(
+            config, symbol, length / ranks, 1, ParallelConfig(context_parallel_size=ranks, cp_comm_type=method)
+        )
 
     def panel(axes: Axes) -> None:
         curves = {
@@ -159,7 +161,9 @@ def plot_bytes(file: Path, length: int = 1_048_576) -> None:
         }
         for number, (name, curve) in enumerate(curves.items()):
             axes.plot(sizes, [curve(n) / 1e6 for n in sizes], label=name, **line(number))
-        axes.set(xscale="log", yscale="log", xlabel=f"context-parallel ranks of {length:,} tokens", ylabel="MB a layer, forward")
+        axes.set(
+            xscale="log", yscale="log", xlabel=f"context-parallel ranks of {length:,} tokens", ylabel="MB a layer, forward"
+        )
         axes.legend(fontsize=8)
 
     draw_panels(file, panel, size=(7, 4.6))

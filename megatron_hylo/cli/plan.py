@@ -211,7 +211,7 @@ def _show_search(found: dict[str, Any]) -> None:
         least = found["smallest_too_large_gib"]
         reasons.append(f"{found['too_large']:,} do not fit the memory (the smallest of them has {least:.1f} GiB)")
     if found["slower"]:
-        reasons.append(f"{found['slower']:,} fit and take longer than {found['slower_than_seconds']:.3f} s a step")
+        reasons.append(f"{found['slower']:,} take longer than {found['slower_than_seconds']:.3f} s a step")
     reasons += [f"{count:,} ways to divide: {why}" for why, count in found["refused"].items()]
     results.print(f"of {found['tried']:,} settings tried:", style="dim")
     for reason in reasons:

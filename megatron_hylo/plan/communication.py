@@ -1,12 +1,12 @@
 """Bytes that a rank receives in a training step, by kind of communication (docs/parallelism.md has the formulas)."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_hylo.config import ModelConfig, ParallelConfig, recomputed_layers
 from megatron_hylo.config.mixers import complete, get_mixer
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.plan.memory import mixer_counts
 
 STATE_BYTES = 4  # states and their transitions travel in fp32
 
@@ -136,7 +136,7 @@ def traffic(config: TrainConfig, ranks: int, ours: ModelConfig, theirs: ModelCon
         """Tensor-parallel bytes, context-parallel ones, and those of the latter in forward passes, of a micro-batch."""
         hidden = (tensor - 1) / tensor * tokens * shape.hidden_size * 2
         by_tensor = by_context = forward = 0.0
-        for symbol, count in Counter(shape.mixers).items():
+        for symbol, count in mixer_counts(shape).items():
             twice = [trained and symbol in again, trained and "-" in again]  # mixer, MLP
             received = context_bytes(shape, symbol, tokens, sequences, p)
             forward += count * received * (1 + twice[0])

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -134,9 +135,7 @@ def estimate_memory(
     p, number = config.parallel, 2 if config.precision == "bf16" else 4
     tensor, pipeline = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     shards = max(ranks // (tensor * pipeline), 1)
-    count = sum(
-        rank_parameters(c, p.pipeline_layers, tensor, pipeline, p.virtual_pipeline_model_parallel_size) for c in students
-    )
+    count = sum(rank_parameters(c, _given(config), tensor, pipeline, p.virtual_pipeline_model_parallel_size) for c in students)
     share = count / sum(map(_count, students))
     trained = share * sum(trained_parameters(config, c) for c in students)
     optimizer = (MOMENTS + (MASTER if number == 2 else 0)) * trained
@@ -169,10 +168,24 @@ def layer_parameters(shape: ModelConfig, symbol: str) -> int:
     return get_mixer(symbol).parameters(shape) + 3 * shape.hidden_size * shape.ffn_hidden_size
 
 
+def _given(config: TrainConfig) -> tuple[int, ...] | None:
+    """Layers of each pipeline stage, where the run sets them."""
+    return tuple(config.parallel.pipeline_layers) if config.parallel.pipeline_layers else None
+
+
 @functools.lru_cache(256)
-def stage_layers(shape: ModelConfig, stages: int, given: tuple[int, ...] | None = None) -> list[int]:
-    """Layers of each pipeline stage, see `config.layouts.pipeline_layers`."""
-    return pipeline_layers(shape, stages, given)
+def stage_layers(shape: ModelConfig, stages: int, given: tuple[int, ...] | None = None) -> list[dict[str, int]]:
+    """Number of layers of each kind of every pipeline stage, "-" MLPs; see `config.layouts.pipeline_layers`."""
+    mixers, found = iter(shape.mixers), list[dict[str, int]]()
+    for count in pipeline_layers(shape, stages, given):
+        found.append(dict(Counter(itertools.islice(mixers, count))) | {"-": count})
+    return found
+
+
+@functools.lru_cache(256)
+def mixer_counts(shape: ModelConfig) -> dict[str, int]:
+    """Number of layers of each mixer."""
+    return dict(Counter(shape.mixers))
 
 
 @functools.lru_cache(256)
@@ -189,7 +202,8 @@ def trained_parameters(config: TrainConfig, shape: ModelConfig) -> int:
     return _count(shape) - (heads * shape.vocab_size * shape.hidden_size if config.stage == "align" else 0)
 
 
-def rank_parameters(shape: ModelConfig, given: Sequence[int] | None, tensor: int, pipeline: int, virtual: int = 1) -> float:
+@functools.lru_cache(1024)
+def rank_parameters(shape: ModelConfig, given: tuple[int, ...] | None, tensor: int, pipeline: int, virtual: int = 1) -> float:
     """Parameters of the pipeline rank that has most.
 
     Args:
@@ -199,9 +213,10 @@ def rank_parameters(shape: ModelConfig, given: Sequence[int] | None, tensor: int
     """
     if pipeline == 1:
         return _count(shape) / tensor
-    sizes = [layer_parameters(shape, m) for m in shape.mixers]
-    edges = [0, *itertools.accumulate(stage_layers(shape, pipeline * virtual, tuple(given) if given else None))]
-    stages = [float(sum(sizes[start:end])) for start, end in itertools.pairwise(edges)]
+    stages = [
+        float(sum(count * layer_parameters(shape, symbol) for symbol, count in layers.items() if symbol != "-"))
+        for layers in stage_layers(shape, pipeline * virtual, given)
+    ]
     for end in (0, -1):  # embedding; head, a copy of the embedding where they are tied
         stages[end] += shape.vocab_size * shape.hidden_size
     return max(sum(stages[rank::pipeline]) for rank in range(pipeline)) / tensor
@@ -232,8 +247,7 @@ def activations(
     p, number = config.parallel, 2 if config.precision == "bf16" else 4
     tokens = config.micro_batch_size * config.sequence_length / p.context_parallel_size
     ranks, h = p.tensor_model_parallel_size, ours.hidden_size
-    symbols = dict.fromkeys(ours.mixers + "-")
-    times = {symbol: ours.mixers.count(symbol) for symbol in symbols} | {"-": ours.num_hidden_layers}
+    symbols = times = mixer_counts(ours) | {"-": sum(mixer_counts(ours).values())}
     forward = tokens * number * (3 * theirs.ffn_hidden_size / ranks + 5 * theirs.hidden_size) if theirs else 0.0
     residual = h / ranks if p.sequence_parallel else h  # of hidden states and norms, which sequence parallelism divides
     saved = {symbol: kept_numbers(ours, symbol, ranks) - h + residual for symbol in symbols}

@@ -114,9 +114,9 @@ def describe_search(found: Found, gpus: int, job: Job) -> dict[str, Any]:
             for one in found.best
         ],
         "tried": found.tried,
-        "too_large": found.tried - found.fitting,
+        "too_large": found.too_large,
         "smallest_too_large_gib": found.nearest,
-        "slower": found.fitting - len(found.best),
+        "slower": found.slower,
         "slower_than_seconds": slowest,
         "refused": dict(found.refused.most_common()),
     }

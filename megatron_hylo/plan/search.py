@@ -1,6 +1,7 @@
 """Search over parallelism, recomputation, offloading and FP8 for the fastest settings of a run that fit into the GPUs."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from megatron_hylo.plan.step import StepTime, step_time
 
 MARGIN = 0.94  # of a GPU's memory: predictions were within 8 % of measured peaks, most above them; the allocator's own needs
 VIRTUAL, MICRO = (1, 2, 4), (1, 2, 4, 8, 16)
+PASS_TOKENS = 65_536  # of a rank's micro-batch, at which kernels are as fast as they get
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,16 @@ class Found:
 
     Args:
         best: settings that fit, fastest first.
-        tried: combinations whose memory was predicted.
-        fitting: of these, how many fit.
+        tried: combinations that were predicted.
+        too_large, slower: of these, how many do not fit, and how many are not among the best.
         refused: reason -> number of combinations that cannot run.
         nearest: least memory of those that do not fit, GiB.
     """
 
     best: list[Candidate] = field(default_factory=list)
     tried: int = 0
-    fitting: int = 0
+    too_large: int = 0
+    slower: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     nearest: float | None = None
 
@@ -111,39 +114,58 @@ def search(job: Job, gpus: int, hardware: Hardware, keep: int = 10, fp8: bool = 
         keep: fastest ones to return, one of each division of the GPUs and precision.
         fp8: also compute linear maps in FP8, where the GPU has it.
     """
-    found, fits = Found(), []
-    room = MARGIN * hardware.memory_gib * GIB
+    found, divided = Found(), dict[Any, Candidate]()  # the fastest of each division and precision
+    fitting = 0
     for parallel, micro in _divisions(job, gpus, hardware, found):
         for precision in _precisions(job, hardware, fp8):
-            for recompute in _recomputations(job):
-                chosen = None
-                for offload in _offloads(job, precision):
-                    try:
-                        config = replace(
-                            job.config, parallel=parallel, micro_batch_size=micro, recompute=recompute, cuda_graphs=False,
-                            **precision, **offload,
-                        )  # fmt: skip
-                    except ConfigError as error:
-                        found.refused[_reason(error)] += 1
-                        continue
-                    found.tried += 1
-                    memory = estimate_memory(config, gpus, [job.student], [job.teacher] if job.teacher else [])
-                    if memory.total <= room:
-                        chosen = (config, memory)
-                        break
-                    found.nearest = min(found.nearest or memory.total / GIB, memory.total / GIB)
-                if chosen:
-                    found.fitting += 1
-                    fits.append(Candidate(*chosen, step_time(chosen[0], gpus, job.student, job.teacher, hardware)))
-                    if not (chosen[0].optimizer.offload or chosen[0].teacher_offload):
-                        break  # more recomputation is slower
-    fits.sort(key=lambda one: (round(one.time.seconds, 4), one.memory.total))
-    divided: dict[Any, Candidate] = {}  # the fastest of each division and precision
-    for one in fits:
-        c = one.config
-        divided.setdefault((str(replace(c.parallel, cp_comm_type="auto")), c.teacher_precision, c.linear_precision), one)
-    found.best = list(divided.values())[:keep]
+            fastest = sorted(one.time.seconds for one in divided.values())
+            limit = fastest[keep - 1] if len(fastest) >= keep else math.inf
+            settings = dict(parallel=parallel, micro_batch_size=micro, cuda_graphs=False, **precision)
+            if best := _fastest_fit(job, gpus, hardware, settings, limit, found):
+                fitting += 1
+                name = (str(replace(parallel, cp_comm_type="auto")), *precision.values())
+                divided[name] = min(divided.get(name, best), best, key=_rank)
+    found.best = sorted(divided.values(), key=_rank)[:keep]
+    found.slower += fitting - len(found.best)
     return found
+
+
+def _rank(one: Candidate) -> tuple[float, float]:
+    """Fastest first; of equals the one that needs less memory."""
+    return round(one.time.seconds, 4), one.memory.total
+
+
+def _fastest_fit(
+    job: Job, gpus: int, hardware: Hardware, settings: dict[str, Any], limit: float, found: Found
+) -> Candidate | None:
+    """Fastest recomputation and offloading with which a division fits, if a step takes less than `limit` seconds.
+
+    Both lists begin with what is fastest, so the first that is too slow ends its list.
+    """
+    room, teachers = MARGIN * hardware.memory_gib * GIB, [job.teacher] if job.teacher else []
+    best: Candidate | None = None
+    for recompute in _recomputations(job):
+        for number, offload in enumerate(_offloads(job, settings["teacher_precision"])):
+            try:
+                config = replace(job.config, recompute=recompute, **settings, **offload)
+            except ConfigError as error:
+                found.refused[_reason(error)] += 1
+                continue
+            found.tried += 1
+            time = step_time(config, gpus, job.student, job.teacher, hardware)
+            if time.seconds >= min(limit, best.time.seconds if best else math.inf):
+                found.slower += 1
+                if number == 0:
+                    return best
+                break
+            memory = estimate_memory(config, gpus, [job.student], teachers)
+            if memory.total <= room:
+                found.slower += best is not None
+                best = Candidate(config, memory, time)
+                break
+            found.too_large += 1
+            found.nearest = min(found.nearest or memory.total / GIB, memory.total / GIB)
+    return best
 
 
 def _divisions(job: Job, gpus: int, hardware: Hardware, found: Found) -> Iterator[tuple[ParallelConfig, int]]:
@@ -161,7 +183,9 @@ def _divisions(job: Job, gpus: int, hardware: Hardware, found: Found) -> Iterato
             found.refused[_reason(error)] += 1
             continue
         replicas = gpus // (tensor * pipeline * context)
-        micros = sorted({n for n in (*MICRO, job.config.micro_batch_size) if batch % (n * replicas) == 0})
+        enough = max(PASS_TOKENS * context // job.config.sequence_length, 1)  # sequences of a pass; more are no faster
+        options = {*(n for n in MICRO if n <= enough), job.config.micro_batch_size}
+        micros = sorted(n for n in options if batch % (n * replicas) == 0)
         if not micros:
             found.refused[f"global_batch_size {batch} is not divisible by {replicas} data-parallel ranks"] += 1
             continue
@@ -194,10 +218,10 @@ def _recomputations(job: Job) -> list[bool | str]:
     return [False, "-", *([f"{linear}-"] if linear else []), True]
 
 
-def _offloads(job: Job, precision: dict[str, Any]) -> list[dict[str, Any]]:
+def _offloads(job: Job, precision: str) -> list[dict[str, Any]]:
     """Nothing first, then what costs time."""
     plain, moved = job.config.optimizer, replace(job.config.optimizer, offload=True)
-    teacher = [False, True] if job.teacher and precision["teacher_precision"] == "same" else [False]
+    teacher = [False, True] if job.teacher and precision == "same" else [False]
     options: list[tuple[bool, OptimizerSettings]] = [(t, o) for o in (replace(plain, offload=False), moved) for t in teacher]
     return [dict(teacher_offload=offload, optimizer=optimizer) for offload, optimizer in options]
 

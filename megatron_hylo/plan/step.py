@@ -5,7 +5,6 @@ follow one another and collectives inside a layer wait for its numbers. benchmar
 measured steps.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +18,7 @@ from megatron_hylo.plan.memory import (
     kept_numbers,
     layer_parameters,
     linear_parameters,
+    mixer_counts,
     rank_parameters,
     stage_layers,
     trained_parameters,
@@ -144,9 +144,9 @@ def step_time(
     align, again = config.stage == "align", recomputed_layers(config.recompute)
     student = _Layers(ours, config, hardware, rates, config.linear_precision == "fp8", False)
     teacher = _Layers(theirs, config, hardware, rates, config.teacher_precision == "fp8", True) if theirs else None
-    times = {"student": {s: student.passes(s) for s in {*ours.mixers, "-"}}}
+    times = {"student": {s: student.passes(s) for s in (*mixer_counts(ours), "-")}}
     if teacher and theirs:
-        times["teacher"] = {s: teacher.passes(s) for s in {*theirs.mixers, "-"}}
+        times["teacher"] = {s: teacher.passes(s) for s in (*mixer_counts(theirs), "-")}
 
     def one(model: str, symbol: str, trained: bool) -> dict[str, float]:
         """Seconds of a layer's passes in a step, by kind."""
@@ -156,19 +156,16 @@ def step_time(
 
     pipeline, virtual = p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
     stages = [dict.fromkeys(COMPUTE, 0.0) for _ in range(pipeline)]
-    host = 0.0
+    host, given = 0.0, tuple(p.pipeline_layers) if p.pipeline_layers else None
     models = [("student", ours, True)] + ([("teacher", theirs, False)] if theirs else [])
     for model, shape, trained in models:
         has_mlp = not (align and trained) or config.align.loss == "ild"
         costs = {symbol: one(model, symbol, trained) for symbol in times[model]}
-        given, start = tuple(p.pipeline_layers) if trained and p.pipeline_layers else None, 0
-        for stage, layers in enumerate(stage_layers(shape, pipeline * virtual, given)):
-            mixers = shape.mixers[start : start + layers]
-            for symbol, count in [*Counter(mixers).items(), *([("-", layers)] if has_mlp else [])]:
-                for kind, seconds in costs[symbol].items():
+        for stage, layers in enumerate(stage_layers(shape, pipeline * virtual, given if trained else None)):
+            for symbol, count in layers.items():
+                for kind, seconds in costs[symbol].items() if has_mlp or symbol != "-" else ():
                     stages[stage % pipeline][kind] += count * seconds
-            start += layers
-        for mixer, count in Counter(shape.mixers).items():
+        for mixer, count in mixer_counts(shape).items():
             host += count * rates.launch_seconds(mixer) * ((3 + (mixer in again)) if trained else 1) / pipeline
     if not align:
         stages[-1]["products"] += 3 * student.head() + (teacher.head() if teacher else 0.0)
@@ -182,7 +179,7 @@ def step_time(
         terms["launch"] = passes * max(0.0, host - busy)
     rest = sum(sum(stage.values()) for stage in stages) - busy
     terms["bubble"] = rest / virtual if pipeline > 1 else 0.0
-    parameters = rank_parameters(ours, p.pipeline_layers, p.tensor_model_parallel_size, pipeline, virtual)
+    parameters = rank_parameters(ours, given, p.tensor_model_parallel_size, pipeline, virtual)
     parameters *= trained_parameters(config, ours) / _total(ours)
     moved = traffic(config, ranks, ours, theirs, parameters)
     terms |= _communication(moved, config, ranks, hardware, rates)
@@ -228,10 +225,9 @@ def _offload(
     if config.teacher_offload and theirs and teacher:
         p = config.parallel
         each = linear_parameters(theirs) * 2 / (p.tensor_model_parallel_size * p.pipeline_model_parallel_size) / link
-        computed = (
-            sum(sum(vars(teacher[symbol][0]).values()) for mixer in theirs.mixers for symbol in (mixer, "-"))
-            / p.pipeline_model_parallel_size
-        )
+        counts = mixer_counts(theirs) | {"-": theirs.num_hidden_layers}
+        computed = sum(count * sum(vars(teacher[symbol][0]).values()) for symbol, count in counts.items())
+        computed /= p.pipeline_model_parallel_size
         seconds += passes * max(0.0, each - computed)
     return seconds
 

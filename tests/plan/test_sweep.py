@@ -30,7 +30,7 @@ def spec(material, tmp_path):  # noqa: F811
                 stage="distil", data=str(material.data), sequence_length=16, global_batch_size=4, micro_batch_size=4,
                 precision="fp32", eval_windows=4, logging=dict(log_interval=1, tensorboard=False),
             ),
-            grid={"student.mla": [1, [0, 3]], "train.train_tokens": [64, 256]},
+            grid={"student.mla": [1], "train.train_tokens": [64, 128, 256]},
         )  # fmt: skip
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values | changes))
         return tmp_path / "tiny.yaml"
@@ -47,27 +47,27 @@ def run(*words: object) -> int:
 def test_cells_run_each_by_itself_and_are_reported(spec, one_rank, capsys):
     file = spec()
     assert run(file, "--dry_run") == 0 and {cell.state()[0] for cell in read_sweep(file).cells} == {"waiting"}
-    for number in range(4):
+    for number in range(3):
         assert run(file, "--cell", number) == 0
     assert run(file) == 0, "nothing is left to run"
     cells = read_sweep(file).cells
-    patterns = [json.loads((Path(c.upcycle.output) / "hylo.json").read_text())["model"]["hybrid_layer_pattern"] for c in cells]
-    assert patterns == ["G-G-+-G-"] * 2 + ["+-G-G-+-"] * 2 and cells[0].upcycle.output == cells[1].upcycle.output
+    assert len({cell.upcycle.output for cell in cells}) == 1, "cells of equal students share one"
+    assert json.loads((Path(cells[0].upcycle.output) / "hylo.json").read_text())["model"]["hybrid_layer_pattern"] == "G-G-+-G-"
     capsys.readouterr()
     assert run("report", file, "--json", "--samples", 50) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["finished"] == 4 and {fit["metric"] for fit in report["fits"]} == {"heldout_kl"}
+    assert report["finished"] == 3 and {fit["metric"] for fit in report["fits"]} == {"heldout_kl"}
     table = pyarrow.parquet.read_table(cells[0].folder.parents[1] / "results.parquet").to_pylist()
-    assert [(row["tokens"], row["train.train_tokens"]) for row in table] == [(64, 64), (256, 256)] * 2
-    last = [json.loads(line) for line in (cells[3].run / "metrics.jsonl").read_text().splitlines()]
-    assert table[3]["heldout_kl"] == [line["heldout_kl"] for line in last if "heldout_kl" in line][-1]
-    assert table[0]["kv_bytes_per_token"] * 2 == table[3]["kv_bytes_per_token"] and table[0]["mixers"] == "GG+G"
+    assert [(row["tokens"], row["train.train_tokens"]) for row in table] == [(64, 64), (128, 128), (256, 256)]
+    last = [json.loads(line) for line in (cells[2].run / "metrics.jsonl").read_text().splitlines()]
+    assert table[2]["heldout_kl"] == [line["heldout_kl"] for line in last if "heldout_kl" in line][-1]
+    assert table[0]["mixers"] == "GG+G"
     page = (cells[0].folder.parents[1] / "report.md").read_text()
-    assert "| 3 | [0, 3] | 256 | finished | 1 | 256 |" in page and "exponent by tokens" in page
-    grown = spec(
-        grid={"student.mla": [1, [0, 3], 2], "train.train_tokens": [64, 256]}, cells=[{"student.mla": 1, "train.seed": 5}]
-    )
-    assert [cell.state()[0] for cell in read_sweep(grown).cells] == ["finished"] * 4 + ["waiting"] * 3
+    assert "| 2 | 1 | 256 | finished | 1 | 256 |" in page and "exponent by tokens" in page
+    more = {"student.mla": [1, [0, 3]], "train.train_tokens": [64, 128, 256]}
+    grown = read_sweep(spec(grid=more, cells=[{"student.mla": 1, "train.seed": 5}])).cells
+    assert [cell.state()[0] for cell in grown] == ["finished"] * 3 + ["waiting"] * 4
+    assert grown[3].upcycle.pattern == "+GG+" and grown[6].upcycle == grown[0].upcycle
 
 
 @pytest.mark.slow
