@@ -161,7 +161,8 @@ def _callbacks(
     reporter.say(f"{config.data}: {run.dataset.describe(config.train_steps * config.global_batch_size)}")
     if run.device.type == "cuda":
         reporter.predict(run.predict_memory())
-    checkpoints = Checkpoints(run, CheckpointSaver(folder, provenances, tokenizer, config.checkpoint.keep), step, stop)
+    saver = CheckpointSaver(folder, provenances, tokenizer, config.checkpoint.keep, config.checkpoint.async_save)
+    checkpoints = Checkpoints(run, saver, step, stop)
     hang_watch = HangWatch(folder, 30 * config.parallel.distributed_timeout_minutes, hosts())
     closing.callback(hang_watch.close)
     stop.beat = hang_watch.beat
