@@ -160,5 +160,6 @@ def repetition(ids: list[int]) -> float:
     """Part of a text's 8-grams that came before in it: 0 for one without repetition, nearly 1 for a loop."""
     if len(ids) <= REPEATED_NGRAM:
         return 0.0
-    grams = np.lib.stride_tricks.sliding_window_view(np.asarray(ids, np.int64), REPEATED_NGRAM)
-    return 1 - len(np.unique(grams, axis=0)) / len(grams)
+    grams = np.lib.stride_tricks.sliding_window_view(np.asarray(ids, np.uint64), REPEATED_NGRAM)
+    hashes = grams @ np.random.default_rng(0).integers(2**64, size=REPEATED_NGRAM, dtype=np.uint64)  # modulo 2^64
+    return 1 - len(np.unique(hashes)) / len(hashes)
