@@ -1,6 +1,7 @@
 """Datasets that a model writes: tokens equal transformers' generation, a killed start goes on, a blend with one trains."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ from transformers import GenerationConfig
 import megatron_hylo as mh
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.open_model import hf_model, open_as_hybrid
-from megatron_hylo.data.packed import DocumentStore
+from megatron_hylo.data.packed import DocumentStore, batches
 from megatron_hylo.data.preprocess import build_dataset
 from megatron_hylo.serve import sample_text as module
 from megatron_hylo.serve.sample_text import sample_text
 from megatron_hylo.serve.text_prompts import Prompts
 from megatron_hylo.serve.text_sampler import choose_tokens, repetition, sample_documents
+from megatron_hylo.train import data_loader
 from tests.conftest import tiny_hf_model, uneven_model
 from tests.data.conftest import END, make_documents, tokenizer  # noqa: F401
 
@@ -124,17 +126,28 @@ def test_a_stopped_start_goes_on_and_makes_the_same_bytes(teacher, starts, tmp_p
     assert DocumentStore(tmp_path / "whole" / "train").read(0, 0, 1)[0] < 300, "an id that the tokenizer has"
 
 
-def test_a_blend_with_sampled_text_trains(teacher, starts, tmp_path, one_rank):
-    """A run reads it beside other text, and refuses it for a model of another tokenizer as any dataset."""
+def test_a_blend_with_sampled_text_trains(teacher, starts, tmp_path, one_rank, monkeypatch):
+    """A run reads it beside other text; a loader that takes .1 s a batch is seen in the share of time waited for input."""
+
+    def slow(*arguments):
+        for batch in batches(*arguments):
+            time.sleep(0.1)
+            yield batch
+
+    monkeypatch.setattr(data_loader, "batches", slow)
     mh.convert(teacher, tmp_path / "model")
     sample_text(tmp_path / "model", tmp_path / "own", tokens=700, length=64, batch_size=4, heldout_fraction=0.2)
     blend = [{"data": str(tmp_path / "own"), "weight": 0.5}, {"data": str(starts), "weight": 0.5}]
     mh.train(
         stage="pretrain", model=str(tmp_path / "model"), data=str(starts), text={"blend": blend}, output=str(tmp_path / "run"),
-        sequence_length=32, micro_batch_size=2, global_batch_size=2, train_tokens=192, eval_windows=2,
+        sequence_length=32, micro_batch_size=2, global_batch_size=2, train_tokens=1280, eval_windows=2,
         logging={"tensorboard": False},
     )  # fmt: skip
-    assert "own" in (tmp_path / "run" / "log.txt").read_text() and (tmp_path / "run" / "model").is_dir()
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "own" in log and "input wait" in log and (tmp_path / "run" / "model").is_dir()
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    shares = [record["input_wait_share"] for record in records if "input_wait_share" in record]
+    assert len(shares) == 3 and 0.2 < shares[-1] <= 1
 
 
 def test_text_that_repeats_itself_is_left_out_and_counted(teacher, tmp_path):
