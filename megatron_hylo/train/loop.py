@@ -117,6 +117,8 @@ def train(config: TrainConfig) -> Quality | None:
             callbacks, evaluation = _callbacks(run, folder, heldout, suites, progress, provenances, stop, closing)
             batches = run.batches(progress.consumed)
             closing.callback(batches.close)
+            for reporter in (callback for callback in callbacks if isinstance(callback, Reporter)):
+                reporter.batches = batches
             _train(run, batches, progress, callbacks)
         return evaluation.quality
 
