@@ -141,9 +141,9 @@ def test_a_pass_of_fixed_shapes_neither_waits_nor_allocates_on_the_host(ids):
             ), name
             return func(*args, **(kwargs or {}))
 
-    for config in (serve_config("G+M*K+"), CASES["aligned"]):
+    for config, latents in ((serve_config("G+M*K+"), None), (CASES["aligned"], None), (CASES["aligned"], "fp8")):
         model = random_model(config, torch.bfloat16)
-        cache = HyloCache(40)
+        cache = HyloCache(40, latents)
         mask = torch.ones(2, 20, dtype=torch.long)
         mask[0, :4] = 0
         model(ids[:, :20], attention_mask=mask, past_key_values=cache)
@@ -186,9 +186,13 @@ def test_a_cropped_or_eagerly_continued_cache_decodes_on(ids):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("config", [*CASES.values(), serve_config("G+M*K")], ids=[*CASES, "G+M*K"])
+@pytest.mark.parametrize(
+    "config, latents",
+    [*((config, None) for config in CASES.values()), (serve_config("G+M*K"), None), (CASES["+"], "fp8"), (CASES["aligned"], "int8")],
+    ids=[*CASES, "G+M*K", "+ fp8", "aligned int8"],
+)
 @torch.no_grad()
-def test_a_replayed_graph_gives_the_eager_tokens(config, ids):
+def test_a_replayed_graph_gives_the_eager_tokens(config, latents, ids):
     ids = ids.cuda()
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
@@ -201,8 +205,8 @@ def test_a_replayed_graph_gives_the_eager_tokens(config, ids):
             settings |= dict(
                 max_new_tokens=24, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True
             )
-            eager = model.generate(ids, **settings)
-            static = model.generate(ids, cache_implementation="static", **settings)
+            eager = model.generate(ids, past_key_values=HyloCache(latents=latents), **settings)
+            static = model.generate(ids, past_key_values=model.new_cache(2, ids.shape[1] + 24, latents), **settings)
             graph = static.past_key_values.graph
             assert graph.graph is not None and graph.passes == 23
             first, second = (torch.stack(found.logits).float() for found in (eager, static))
