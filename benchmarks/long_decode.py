@@ -8,9 +8,9 @@ Prefill reads random tokens in pieces with a carried cache, once up to --prefill
 the dense model reads each length in one pass of transformers (SDPA), as its users do. Decode takes one token a sequence by a
 captured CUDA graph, for the dense model by transformers' forward with its DynamicCache; the cache is as long as the row says
 and holds zeros, but in rows "prefilled", which follow the prefill. Bytes of a step: all weights but the embedding, the cache,
-states twice. Every row is appended to WORK as it comes; rows that are there are not measured again, so that a run can be cut and
-repeated, or its models and lengths be measured one after the other. Prints a table and, last, one JSON line; writes RESULTS.md and
-RESULTS.png, also out of rows alone, on any machine: `--models [] --work ROWS`.
+states twice. Every row is appended to WORK as it comes; rows that are there are not measured again, so that a run can be
+cut and repeated, or its models and lengths be measured one after the other. Prints a table and, last, one JSON line; writes
+RESULTS.md and RESULTS.png, also out of rows alone, on any machine: `--models [] --work ROWS`.
 """
 
 import json
@@ -161,7 +161,8 @@ def show(rows: list[Row], results: Path) -> None:
     made = dict.fromkeys(f"{r['device']}, commit {r['commit']}" for r in rows)
     report(results, "Prefill and decode by length", intro, COLUMNS, cells, f"{'; '.join(made)}; {rows[0]['kernels']}")
     plot([r for r in rows if "seconds" in r], results.with_suffix(".png"))
-    print(json.dumps({"benchmark": "long_decode", "device": rows[0]["device"], "rows": rows}))
+    short = [{key: value for key, value in r.items() if key not in ("device", "commit", "kernels")} for r in rows]
+    print(json.dumps({"benchmark": "long_decode", "device": rows[0]["device"], "rows": short}))
 
 
 def ratios(rows: list[Row]) -> list[str]:
