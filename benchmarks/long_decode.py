@@ -2,6 +2,8 @@
 
     HYLO_AUTOTUNE=never python benchmarks/long_decode.py                            # hybrids and dense, decode at all lengths
     HYLO_AUTOTUNE=never python benchmarks/long_decode.py --models [llama3.2-3b-6mla22gdn] --prefill 2097152 --lengths []
+    HYLO_AUTOTUNE=never NCCL_MAX_P2P_NCHANNELS=2 torchrun --nproc-per-node 8 benchmarks/long_decode.py \\
+        --models [llama3.2-3b-6mla22gdn] --prefill 2097152 --lengths [] --batch_lengths []      # the prompt split over GPUs
 
 Random weights at real shapes, made on the device. A model's name may end in +fp8 or +int8: its latents are 8 bits wide.
 Prefill reads random tokens in pieces with a carried cache, once up to --prefill, with a row at each power of two;
@@ -13,7 +15,9 @@ cut and repeated, or its models and lengths be measured one after the other. Pri
 RESULTS.md and RESULTS.png, also out of rows alone, on any machine: `--models [] --work ROWS`.
 """
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +31,7 @@ from report import device_name, draw_panels, free_memory, line, report
 
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.kernels.registry import in_words
+from megatron_hylo.platform.distributed import is_main, session
 
 COLUMNS = (
     "model",
@@ -73,17 +78,20 @@ def main(
     deadline = time.monotonic() + 60 * minutes
     found = [json.loads(text) for text in work.read_text().splitlines()] if work.is_file() else []
     seen = {_key(row) for row in found}
-    with torch.no_grad():
+    with torch.no_grad(), session() if "RANK" in os.environ else contextlib.nullcontext():
         for name in models:
             measured = measure(name, lengths, prefill, batch_lengths, piece, steps, largest_batch, deadline, seen)
             for row in measured:
+                if not is_main():
+                    continue
                 print(row, flush=True)
                 row |= dict(device=device_name(), bandwidth=bandwidth(), commit=commit, kernels=in_words())
                 found.append(row)
                 with work.open("a") as file:
                     file.write(json.dumps(row) + "\n")
             free_memory()
-    show(found, results)
+    if is_main():
+        show(found, results)
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -96,7 +104,9 @@ def measure(
 ) -> Iterator[Row]:  # fmt: skip
     """Rows of one model; a length that does not fit in memory is a row with `out_of_memory`."""
     wanted = [(name, "decode", n) for n in lengths] + [(name, "batch", n) for n in batch_lengths]
-    wanted += [(name, "prefill", prefill)] if prefill else []
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    reads = "prefill" if ranks == 1 else f"prefill, {ranks} GPUs"
+    wanted += [(name, reads, prefill)] if prefill else []
     if all(key in seen for key in wanted):
         return
     free_memory()
@@ -116,7 +126,7 @@ def measure(
             rows = [r for r in decode_row(model, "batch", tokens, batch, steps // 2, deadline) if "seconds" in r or batch == 1]
             batch = batch * 3 // 4
         yield from rows or [dict(model=name, what="batch", tokens=tokens, out_of_memory=True)]
-    if prefill and (name, "prefill", prefill) not in seen:
+    if prefill and (name, reads, prefill) not in seen:
         yield from model.prefill(prefill, piece, steps, deadline)
 
 
@@ -193,7 +203,8 @@ def plot(rows: list[Row], file: Path) -> None:
         lengths = sorted({r["tokens"] for r in rows})
         axes.set_xticks(lengths, [f"{n / 1024:g}K" if n < 2**20 else f"{n / 2**20:g}M" for n in lengths])
         axes.minorticks_off()
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
 
     draw_panels(
         file,

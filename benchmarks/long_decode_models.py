@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from report import architecture, device_name, free_memory
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -15,6 +16,7 @@ from megatron_hylo.hf.cache_hylo import HyloCache
 from megatron_hylo.hf.decode_hylo import DecodeGraph
 from megatron_hylo.hf.layers_hylo import cache_nbytes
 from megatron_hylo.kernels.elementwise import compile_on_request
+from megatron_hylo.serve.split_prefill import Ring, split_prefill
 
 Row = dict[str, Any]
 BANDWIDTHS = {"H200": 4.8e12, "H100": 3.35e12}  # bytes a second, by NVIDIA's data sheets
@@ -73,6 +75,35 @@ class Hybrid:
         del cache
         free_memory()
         cache = self.model.new_cache(1, tokens + SPARE, self.latents)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            yield self.split_prefill(cache, tokens, piece)
+        else:
+            yield from self.read(cache, tokens, piece, deadline)
+        if cache.length == tokens:
+            seconds, about = self.decode(cache, 1, min(steps, SPARE - 8))
+            yield decode_result(self, "decode, prefilled", tokens, 1, seconds, about)
+
+    def split_prefill(self, cache: HyloCache, tokens: int, piece: int) -> Row:
+        """Read a prompt on all ranks together."""
+        ring, ids = Ring(self.model.device), self.ids(tokens)
+        dist.broadcast(ids, 0)
+        synchronise()
+        dist.barrier()
+        start = begun = time.perf_counter()
+        with compile_on_request():
+            for done in split_prefill(self.model, ids, cache, piece, ring):
+                if time.perf_counter() - begun > 20 and ring.rank == 0:
+                    begun = time.perf_counter()
+                    print(f"{done:,} of {tokens:,} tokens, {begun - start:.0f} s", flush=True)
+        synchronise()
+        spent = time.perf_counter() - start
+        ring.close()
+        return dict(model=self.name, what=f"prefill, {ring.size} GPUs", tokens=tokens, batch=1, seconds=spent, piece=piece,
+                    tokens_per_second=tokens / spent, peak_gib=peak_gib(),
+                    kv_bytes_per_token=cache.token_nbytes() / tokens)  # fmt: skip
+
+    def read(self, cache: HyloCache, tokens: int, piece: int, deadline: float) -> Iterator[Row]:
+        """Read a prompt; a row at each power of two of tokens."""
         synchronise()
         start = begun = time.perf_counter()
         for first in range(0, tokens, piece):
@@ -94,8 +125,6 @@ class Hybrid:
             if time.monotonic() > deadline:
                 print(f"--minutes are over after {done:,} tokens", flush=True)
                 return
-        seconds, about = self.decode(cache, 1, min(steps, SPARE - 8))
-        yield decode_result(self, "decode, prefilled", tokens, 1, seconds, about)
 
     def ids(self, count: int) -> torch.Tensor:
         """Random tokens [1, count]."""

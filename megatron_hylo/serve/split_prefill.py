@@ -1,7 +1,7 @@
 """Prefill of one long prompt on several GPUs: ranks read different pieces of it at the same time, each through the whole model.
 
-A layer needs of earlier pieces what it has cached of them and nothing else: rows (latents, keys and values) or a recurrent state.
-So rank r of n reads pieces r, r + n, r + 2n, ..., and hands each layer's cache on to the rank of the next piece as soon as it is
+A layer needs of earlier pieces what it has cached of them and nothing else: rows (latents, keys and values) or a state. So
+rank r of n reads pieces r, r + n, r + 2n, ..., and hands each layer's cache on to the rank of the next piece as soon as it is
 there. A rank lags behind the one before it by the time of a layer or less, and computes what one GPU does that reads the same
 pieces. Messages go one way around a ring: a state, or the rows of the last n - 1 pieces, which the next rank does not have.
 """
