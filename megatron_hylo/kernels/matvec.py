@@ -1,7 +1,7 @@
 """Product of a matrix with one vector: the linear maps of a decode step at batch 1, bound by the bandwidth of the weights.
 
 On CUDA one kernel reads each weight once and does what else the step needs of the outputs: SwiGLU of two halves, or the sum
-with the residual. Libraries' matrix products are made for many rows, and a small kernel after one takes as long as reading 8 MB.
+with the residual. Libraries' matrix products are made for many rows, and a small kernel takes as long as reading 8 MB.
 """
 
 import torch
