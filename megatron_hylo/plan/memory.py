@@ -244,26 +244,43 @@ def activations(
         theirs: a teacher on the same ranks.
         data_parallel: ranks that share the batch.
     """
+    kept, passing = activation_parts(config, ours, theirs, data_parallel)
+    if config.stage == "align":  # a layer has its backward pass before the next
+        return kept, max(passing.values())
+    busy = max(passing["layer"], passing["loss"])
+    return (kept, busy) if kept + busy > passing["teacher"] else (0.0, passing["teacher"])
+
+
+def activation_parts(
+    config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | None, data_parallel: int = 1
+) -> tuple[float, dict[str, float]]:
+    """Bytes kept for the backward pass, and bytes that computations need one after the other.
+
+    Args:
+        config, ours, theirs, data_parallel: see `activations`.
+
+    Returns:
+        Kept bytes; those of a layer in its backward pass, of the loss over a chunk of logits, of the teacher's forward pass.
+    """
     p, number = config.parallel, 2 if config.precision == "bf16" else 4
     tokens = config.micro_batch_size * config.sequence_length / p.context_parallel_size
     ranks, h = p.tensor_model_parallel_size, ours.hidden_size
-    symbols = times = mixer_counts(ours) | {"-": sum(mixer_counts(ours).values())}
+    times = mixer_counts(ours) | {"-": ours.num_hidden_layers}
     forward = tokens * number * (3 * theirs.ffn_hidden_size / ranks + 5 * theirs.hidden_size) if theirs else 0.0
     residual = h / ranks if p.sequence_parallel else h  # of hidden states and norms, which sequence parallelism divides
-    saved = {symbol: kept_numbers(ours, symbol, ranks) - h + residual for symbol in symbols}
-    busy = max(2 * saved[symbol] + _scratch_numbers(ours, symbol, ranks) for symbol in symbols)
+    saved = {symbol: kept_numbers(ours, symbol, ranks) - h + residual for symbol in times}
+    busy = max(2 * saved[symbol] + _scratch_numbers(ours, symbol, ranks) for symbol in times)
     layer = tokens * number * (busy + AROUND * residual)
-    if config.stage == "align":  # a layer has its backward pass before the next
-        return 2 * tokens * number * residual, max(layer, forward)
+    if config.stage == "align":
+        return 2 * tokens * number * residual, {"layer": layer, "loss": 0.0, "teacher": forward}
     again = recomputed_layers(config.recompute)
-    numbers = [times[s] * (residual if s in again else saved[s] + residual) for s in symbols]
+    numbers = [times[s] * (residual if s in again else saved[s] + residual) for s in times]
     passes = max(config.global_batch_size // (config.micro_batch_size * data_parallel), 1)
     waiting = in_flight(p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size, passes)
-    kept = tokens * number * sum(numbers) * waiting
     models, vocabulary = 1 if config.stage == "pretrain" else 2, ours.vocab_size / ranks
     head = min(config.loss_chunk_tokens, tokens) * vocabulary * (4 * models + number)  # logits in fp32, their gradient
     head += 4 * vocabulary * h + models * tokens * number * residual  # the head's gradient; hidden states
-    return (kept, max(layer, head)) if kept + max(layer, head) > forward else (0.0, forward)
+    return tokens * number * sum(numbers) * waiting, {"layer": layer, "loss": head, "teacher": forward}
 
 
 def kept_numbers(c: ModelConfig, symbol: str, ranks: int = 1) -> float:

@@ -9,7 +9,7 @@ from megatron_hylo.plan.flops import flops_by_layer, forward_flops_per_token
 from megatron_hylo.plan.hardware import Hardware
 from megatron_hylo.plan.inference import dense_base, longest_context, serving, state_bytes
 from megatron_hylo.plan.job import Job
-from megatron_hylo.plan.memory import GIB
+from megatron_hylo.plan.memory import GIB, activation_parts
 from megatron_hylo.plan.search import MARGIN, Candidate, Found
 from megatron_hylo.plan.step import Source
 
@@ -61,6 +61,7 @@ def describe(one: Candidate, job: Job, gpus: int, hardware: Hardware, price: flo
     tokens, steps = job.config.total_tokens, job.config.train_steps
     seconds, moved = one.time.seconds, asdict(one.time.traffic)
     hours = steps * seconds / 3600
+    _, workspace = activation_parts(one.config, job.student, job.teacher, gpus // one.config.parallel.model_parallel_size)
     known = "MEASURED" if hardware.measured else "ESTIMATED"
 
     def source(term: str) -> Source:
@@ -81,6 +82,9 @@ def describe(one: Candidate, job: Job, gpus: int, hardware: Hardware, price: flo
             for term, value in asdict(one.memory).items()
         },
         "peak_gib": one.memory.total / GIB,
+        "workspace_gib": {
+            part: value / GIB for part, value in workspace.items()
+        },  # one after the other: `passing` is the largest
         "received_gb": {
             term: {"value": value / 1e9, "source": "COUNTED"} for term, value in moved.items() if term != "context_forward"
         },
