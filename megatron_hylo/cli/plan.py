@@ -1,7 +1,7 @@
 """`hylo plan`: what a run takes in memory, time and money, and the fastest settings that fit."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -9,6 +9,9 @@ from rich.text import Text
 from megatron_hylo.cli.boundary import EXIT_FAILURE
 from megatron_hylo.cli.console import console, print_json, results
 from megatron_hylo.cli.types import PositiveFloat, PositiveInt
+
+if TYPE_CHECKING:
+    from megatron_hylo.plan.hardware import Hardware
 
 
 def plan(
@@ -24,6 +27,8 @@ def plan(
     price: PositiveFloat | None = None,
     keep_precision: bool = False,
     no_search: bool = False,
+    rates: Path | None = None,
+    calibrate: bool = False,
     write: Path | None = None,
     json: bool = False,
 ) -> int:
@@ -47,6 +52,8 @@ def plan(
         price: of one GPU for an hour, in any currency.
         keep_precision: search no FP8 that the recipe does not have.
         no_search: only predict the recipe as it is.
+        rates: YAML file of measured rates, in place of those that are assumed for the GPU.
+        calibrate: measure this machine's matrix products, attention and copies first (a minute), into the file of --rates.
         write: recipe file to make (or replace) with the fastest settings.
         json: print all figures instead of tables.
     """
@@ -54,6 +61,7 @@ def plan(
     from megatron_hylo.plan.hardware import get_hardware
     from megatron_hylo.plan.job import read_job, recipe_text
     from megatron_hylo.plan.plan import assumptions, describe, describe_inference, describe_job, describe_search
+    from megatron_hylo.plan.rates import get_rates
     from megatron_hylo.plan.search import predict, search, settings_of
     from megatron_hylo.plan.write import with_settings, write_recipe
 
@@ -62,14 +70,17 @@ def plan(
     if write and no_search:
         raise ConfigError("write needs the search's settings; leave no_search out")
     hardware, job = get_hardware(gpu), read_job(recipe, stage, student, teacher, **changes)
-    found: dict[str, Any] = {"run": describe_job(job), "assumptions": assumptions(job, hardware)}
+    if calibrate:
+        _calibrate(hardware, rates)
+    reached = get_rates(rates)
+    found: dict[str, Any] = {"run": describe_job(job), "assumptions": assumptions(job, hardware, rates)}
     try:
-        found["as_given"] = describe(predict(job, job.config, gpus, hardware), job, gpus, hardware, price)
+        found["as_given"] = describe(predict(job, job.config, gpus, hardware, reached), job, gpus, hardware, price)
     except ConfigError as error:
         found["as_given_refused"] = str(error)
     best = None
     if not no_search:
-        tried = search(job, gpus, hardware, fp8=not keep_precision)
+        tried = search(job, gpus, hardware, fp8=not keep_precision, rates=reached)
         found["search"] = describe_search(tried, gpus, job)
         if tried.best:
             best = tried.best[0]
@@ -89,6 +100,25 @@ def plan(
         show(found)
     fits = found.get("as_given", {}).get("fits", False)
     return 0 if best or (no_search and fits) else EXIT_FAILURE
+
+
+def _calibrate(hardware: "Hardware", file: Path | None) -> None:
+    """Measure the machine's rates into a file."""
+    import torch
+
+    from megatron_hylo.config import ConfigError
+    from megatron_hylo.plan.calibrate import measure_rates, write_rates
+    from megatron_hylo.plan.hardware import of_device
+
+    if file is None:
+        raise ConfigError("calibrate needs --rates FILE, where what it measures is kept")
+    if not torch.cuda.is_available():
+        raise ConfigError("calibrate measures a GPU, and there is none here; run it on a node of the machine that you plan for")
+    name = torch.cuda.get_device_name()
+    if (known := of_device(name)) is not None and known.words != hardware.words:
+        raise ConfigError(f"this GPU is a {name}, the plan is for {hardware.name}; give --gpu {known.name}")
+    write_rates(file, measure_rates(hardware, torch.device("cuda")), name)
+    console.print(f"wrote {file}")
 
 
 def show(found: dict[str, Any]) -> None:

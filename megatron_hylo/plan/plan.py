@@ -1,6 +1,7 @@
 """Plan of a run as plain numbers: what `hylo plan` prints, each term with where it comes from."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megatron_hylo.config.layouts import kv_bytes_per_token, kv_percent, parameter_count
@@ -137,11 +138,12 @@ def describe_inference(job: Job, hardware: Hardware) -> dict[str, Any]:
     }
 
 
-def assumptions(job: Job, hardware: Hardware) -> list[str]:
+def assumptions(job: Job, hardware: Hardware, rates: Path | None = None) -> list[str]:
     """Sentences on what the figures rest on."""
     where = (
         "H100 and H200" if hardware.measured else f"H100 and H200, their shares of the data sheet assumed for {hardware.name}"
     )
+    told = [f"of these rates {rates} replaces some with this machine's"] if rates else []
     told = [
         f"rates are shares of the data sheet, measured on {where} (plan/rates.yaml); how far predictions were from "
         "measured steps and peaks: benchmarks/results/plan_accuracy.md",
@@ -150,6 +152,7 @@ def assumptions(job: Job, hardware: Hardware) -> list[str]:
         f"a configuration fits where its peak is below {100 * MARGIN:.0f} % of {hardware.memory_gib:g} GiB",
         "hours are of steps alone: no start, compilation, evaluation, checkpoints or failures",
         f"energy is the GPUs' power limit ({hardware.watts:g} W) for all of that time",
+        *told,
     ]
     if job.remote_teacher:
         told.append("the teacher's outputs come from elsewhere as fast as they are needed")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from megatron_hylo.config import ConfigError
 from megatron_hylo.config.mixers import LINEAR_SYMBOLS, complete
 
 
@@ -46,6 +47,21 @@ class Rates:
 
 
 @functools.cache
-def get_rates() -> Rates:
-    """Read rates.yaml."""
-    return Rates(**yaml.safe_load((Path(__file__).parent / "rates.yaml").read_text()))
+def get_rates(file: Path | None = None) -> Rates:
+    """Read rates.yaml.
+
+    Args:
+        file: other values of some of its keys, as `hylo plan --calibrate` writes them.
+
+    Raises:
+        ConfigError: no such file, or keys that are none.
+    """
+    values = yaml.safe_load((Path(__file__).parent / "rates.yaml").read_text())
+    if file is None:
+        return Rates(**values)
+    if not file.is_file():
+        raise ConfigError(f"there are no rates in {file}; hylo plan --calibrate --rates {file} measures them")
+    others = yaml.safe_load(file.read_text()) or {}
+    if unknown := sorted(set(others) - set(values)):
+        raise ConfigError(f"{file}: unknown key {unknown[0]!r}; known keys: {', '.join(values)}")
+    return Rates(**values | others)

@@ -13,6 +13,7 @@ from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.plan.hardware import Hardware
 from megatron_hylo.plan.job import Job
 from megatron_hylo.plan.memory import GIB, Memory, estimate_memory
+from megatron_hylo.plan.rates import Rates
 from megatron_hylo.plan.step import StepTime, step_time
 
 MARGIN = 0.94  # of a GPU's memory: predictions were within 8 % of measured peaks, most above them; the allocator's own needs
@@ -84,7 +85,7 @@ class Found:
     nearest: float | None = None
 
 
-def predict(job: Job, config: TrainConfig, gpus: int, hardware: Hardware) -> Candidate:
+def predict(job: Job, config: TrainConfig, gpus: int, hardware: Hardware, rates: Rates | None = None) -> Candidate:
     """Predict memory and time of one configuration of a run.
 
     Raises:
@@ -100,11 +101,11 @@ def predict(job: Job, config: TrainConfig, gpus: int, hardware: Hardware) -> Can
         if model:
             check_tensor_parallel(model, p.tensor_model_parallel_size)
     teachers = [job.teacher] if job.teacher else []
-    time = step_time(config, gpus, job.student, job.teacher, hardware)
+    time = step_time(config, gpus, job.student, job.teacher, hardware, rates)
     return Candidate(config, estimate_memory(config, gpus, [job.student], teachers), time)
 
 
-def search(job: Job, gpus: int, hardware: Hardware, keep: int = 10, fp8: bool = True) -> Found:
+def search(job: Job, gpus: int, hardware: Hardware, keep: int = 10, fp8: bool = True, rates: Rates | None = None) -> Found:
     """Try all combinations; what costs time and saves memory is tried only where less of it does not fit.
 
     Args:
@@ -113,6 +114,7 @@ def search(job: Job, gpus: int, hardware: Hardware, keep: int = 10, fp8: bool = 
         hardware: their kind.
         keep: fastest ones to return, one of each division of the GPUs and precision.
         fp8: also compute linear maps in FP8, where the GPU has it.
+        rates: those of rates.yaml by default.
     """
     found, divided = Found(), dict[Any, Candidate]()  # the fastest of each division and precision
     fitting = 0
@@ -121,7 +123,7 @@ def search(job: Job, gpus: int, hardware: Hardware, keep: int = 10, fp8: bool = 
             fastest = sorted(one.time.seconds for one in divided.values())
             limit = fastest[keep - 1] if len(fastest) >= keep else math.inf
             settings = dict(parallel=parallel, micro_batch_size=micro, cuda_graphs=False, **precision)
-            if best := _fastest_fit(job, gpus, hardware, settings, limit, found):
+            if best := _fastest_fit(job, gpus, hardware, settings, limit, found, rates):
                 fitting += 1
                 name = (str(replace(parallel, cp_comm_type="auto")), *precision.values())
                 divided[name] = min(divided.get(name, best), best, key=_rank)
@@ -136,7 +138,7 @@ def _rank(one: Candidate) -> tuple[float, float]:
 
 
 def _fastest_fit(
-    job: Job, gpus: int, hardware: Hardware, settings: dict[str, Any], limit: float, found: Found
+    job: Job, gpus: int, hardware: Hardware, settings: dict[str, Any], limit: float, found: Found, rates: Rates | None
 ) -> Candidate | None:
     """Fastest recomputation and offloading with which a division fits, if a step takes less than `limit` seconds.
 
@@ -152,7 +154,7 @@ def _fastest_fit(
                 found.refused[_reason(error)] += 1
                 continue
             found.tried += 1
-            time = step_time(config, gpus, job.student, job.teacher, hardware)
+            time = step_time(config, gpus, job.student, job.teacher, hardware, rates)
             if time.seconds >= min(limit, best.time.seconds if best else math.inf):
                 found.slower += 1
                 if number == 0:

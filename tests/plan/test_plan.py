@@ -7,16 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.layouts import BASES, get_layout
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.plan.calibrate import measure_rates, write_rates
 from megatron_hylo.plan.communication import traffic
 from megatron_hylo.plan.hardware import get_hardware, names, of_device
 from megatron_hylo.plan.inference import dense_base, longest_context, serving
 from megatron_hylo.plan.job import read_job
 from megatron_hylo.plan.memory import GIB, in_flight
+from megatron_hylo.plan.rates import get_rates
 from megatron_hylo.plan.search import MARGIN, predict, search, settings_of
 from megatron_hylo.plan.write import with_settings
 
@@ -136,3 +139,18 @@ def test_inference_of_a_hybrid_beside_its_dense_base():
     for ours, dense in zip(serving(shape, gpu)[2:], serving(dense_base(shape), gpu)[2:]):
         assert ours.batch > dense.batch and ours.all > dense.all and ours.prefill_seconds < dense.prefill_seconds
     assert longest_context(shape.replace(hybrid_layer_pattern="G-" * 16), gpu) is None
+
+
+def test_measured_rates_replace_those_of_the_file(tmp_path):
+    """Rates of this CPU as shares of an invented data sheet; a plan with them takes as long as they say."""
+    gpu = replace(get_hardware("h100-80gb"), bf16_tflops=0.1)
+    measured = measure_rates(gpu, torch.device("cpu"), size=64, tokens=64)
+    assert set(measured) == {"products", "attention_forward", "attention_backward"} and measured["products"] > 0
+    write_rates(tmp_path / "rates.yaml", {"products": get_rates().products / 2}, "a machine")
+    job, slower = read_job(HYBRID), get_rates(tmp_path / "rates.yaml")
+    here, there = (predict(job, job.config, 8, get_hardware("h100-80gb"), rates).time.terms for rates in (None, slower))
+    assert there["products"] == pytest.approx(2 * here["products"]) and there["attention"] == here["attention"]
+    (tmp_path / "rates.yaml").write_text("speed: 1")
+    get_rates.cache_clear()
+    with pytest.raises(ConfigError, match="unknown key 'speed'; known keys: products"):
+        get_rates(tmp_path / "rates.yaml")
