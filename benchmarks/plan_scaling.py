@@ -1,6 +1,6 @@
 """Scaling of stage 3 on paper: `hylo plan`'s search at 8 to 8,192 GPUs, and the bytes of context parallelism.
 
-    python benchmarks/plan_scaling.py                             # no GPU; about ten minutes of one core
+    python benchmarks/plan_scaling.py                             # no GPU; about ten minutes of one core; goes on where it was
     python benchmarks/plan_scaling.py --models [1B] --lengths [131072] --gpus [8,64,512]
 
 Weak scaling: as many tokens a GPU and step at every size. Strong scaling: 4 Mi tokens a step, on more and more GPUs. Each point
@@ -20,6 +20,7 @@ from report import draw_panels, line, report
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.config.layouts import BASES, LAYOUTS, hybrid_config, uniform_mixers
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.io import write_json
 from megatron_hylo.plan.communication import context_bytes
 from megatron_hylo.plan.hardware import get_hardware
 from megatron_hylo.plan.job import Job
@@ -52,6 +53,7 @@ def main(
     lengths: list[int] = [8_192, 131_072, 1_048_576],  # noqa: B006
     gpus: list[int] = [8, 64, 512, 2_048, 8_192],  # noqa: B006
     gpu: str = "h100-80gb",
+    work: Path = Path("runs/plan_scaling"),
     results: Path = Path(__file__).parent / "results" / "plan_scaling",
 ) -> None:
     """Search at every point.
@@ -61,18 +63,22 @@ def main(
         lengths: tokens a sequence.
         gpus: numbers of GPUs.
         gpu: their kind.
+        work: folder of points; what is there is not searched again.
         results: path without suffix of the files to write.
     """
     rows = []
+    work.mkdir(parents=True, exist_ok=True)
     for kind in ("weak", "strong"):
         for model in models:
             for length in lengths:
                 for number in gpus:
-                    tokens = STRONG_TOKENS if kind == "strong" else WEAK_TOKENS * number
-                    row = point(model, length, number, max(tokens // length, 1), gpu)
-                    if row:
-                        rows.append(dict(kind=kind) | row)
-                        print(rows[-1], flush=True)
+                    file = work / f"{gpu}-{kind}-{model}-{length}-{number}.json"
+                    if not file.is_file():
+                        tokens = STRONG_TOKENS if kind == "strong" else WEAK_TOKENS * number
+                        write_json(file, dict(kind=kind) | (point(model, length, number, max(tokens // length, 1), gpu) or {}))
+                    row = json.loads(file.read_text())
+                    print(row, flush=True)
+                    rows += [row] if "seconds" in row else []
     cells = [
         (r["model"], f"{r['length']:,}", f"{r['gpus']:,}", r["kind"], r["settings"], f"{r['seconds']:.2f}",
          f"{r['rate']:,.0f}", f"{r['mfu']:.1f}", f"{r['peak']:.1f}")

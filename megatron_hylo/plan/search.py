@@ -18,6 +18,7 @@ from megatron_hylo.plan.step import StepTime, step_time
 
 MARGIN = 0.94  # of a GPU's memory: predictions were within 8 % of measured peaks, most above them; the allocator's own needs
 VIRTUAL, MICRO = (1, 2, 4), (1, 2, 4, 8, 16)
+FULL_TOKENS = 16_384  # of a micro-batch; with fewer, kernels leave parts of a GPU idle, which is not predicted
 PASS_TOKENS = 65_536  # of a rank's micro-batch, at which kernels are as fast as they get
 
 
@@ -58,6 +59,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
         "parallel.sequence_parallel": p.sequence_parallel,
         "micro_batch_size": config.micro_batch_size,
         "recompute": config.recompute,
+        "cuda_graphs": config.cuda_graphs,
         "teacher_offload": config.teacher_offload,
         "optimizer.offload": config.optimizer.offload,
         "teacher_precision": config.teacher_precision,
@@ -122,7 +124,7 @@ def search(job: Job, gpus: int, hardware: Hardware, keep: int = 10, fp8: bool = 
         for precision in _precisions(job, hardware, fp8):
             fastest = sorted(one.time.seconds for one in divided.values())
             limit = fastest[keep - 1] if len(fastest) >= keep else math.inf
-            settings = dict(parallel=parallel, micro_batch_size=micro, cuda_graphs=False, **precision)
+            settings = dict(parallel=parallel, micro_batch_size=micro, **precision)
             if best := _fastest_fit(job, gpus, hardware, settings, limit, found, rates):
                 fitting += 1
                 name = (str(replace(parallel, cp_comm_type="auto")), *precision.values())
@@ -132,9 +134,11 @@ def search(job: Job, gpus: int, hardware: Hardware, keep: int = 10, fp8: bool = 
     return found
 
 
-def _rank(one: Candidate) -> tuple[float, float]:
-    """Fastest first; of equals the one that needs less memory."""
-    return round(one.time.seconds, 4), one.memory.total
+def _rank(one: Candidate) -> tuple[float, float, float]:
+    """Fastest first; of equals the one whose passes fill a GPU, then the one that needs less memory."""
+    c = one.config
+    tokens = c.micro_batch_size * c.sequence_length / c.parallel.context_parallel_size
+    return round(one.time.seconds, 4), -min(tokens, FULL_TOKENS), one.memory.total
 
 
 def _fastest_fit(
@@ -148,14 +152,16 @@ def _fastest_fit(
     best: Candidate | None = None
     for recompute in _recomputations(job):
         for number, offload in enumerate(_offloads(job, settings["teacher_precision"])):
+            graphs = job.config.cuda_graphs and gpus == 1 and not recompute and not offload["teacher_offload"]
+            graphs = graphs and settings["linear_precision"] == "same"
             try:
-                config = replace(job.config, recompute=recompute, **settings, **offload)
+                config = replace(job.config, recompute=recompute, cuda_graphs=graphs, **settings, **offload)
             except ConfigError as error:
                 found.refused[_reason(error)] += 1
                 continue
             found.tried += 1
             time = step_time(config, gpus, job.student, job.teacher, hardware, rates)
-            if time.seconds >= min(limit, best.time.seconds if best else math.inf):
+            if time.seconds > limit or (best and time.seconds >= best.time.seconds):
                 found.slower += 1
                 if number == 0:
                     return best
