@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_hylo.config import ModelConfig, ParallelConfig, recomputed_layers
+from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig, recomputed_layers
 from megatron_hylo.config.mixers import complete, get_mixer
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.memory import mixer_counts
@@ -38,9 +38,15 @@ def uses_all_to_all(config: ModelConfig, symbol: str, method: str, ranks: int, t
         symbol: the mixer.
         method: `cp_comm_type`.
         ranks, tensor: context- and tensor-parallel sizes.
+
+    Raises:
+        ConfigError: `a2a` does not divide the heads.
     """
     mixer = get_mixer(symbol)
-    divides = all(count // tensor % ranks == 0 for count in mixer.tensor_parallel_counts(config).values())
+    counts = {name: count // tensor for name, count in mixer.tensor_parallel_counts(config).items()}
+    divides = all(count % ranks == 0 for count in counts.values())
+    if method == "a2a" and not divides:
+        raise ConfigError(f"cp_comm_type a2a needs heads that context_parallel_size {ranks} divides, {mixer.name} has {counts}")
     return ranks > 1 and divides and (method == "a2a" or (method == "auto" and not mixer.recurrent))
 
 
