@@ -88,8 +88,8 @@ def main(
     intro = [
         f"Fastest settings that `hylo plan` finds for stage 3 (a hybrid with one MLA layer in four, or as the paper's; teacher "
         f"Llama-3.1-8B, of 70B its base) on {gpu}, bf16. ESTIMATED: nothing beyond eight GPUs was measured, and bytes take "
-        f"time by bandwidth alone: no latency, no congestion, no slow nodes. So weak scaling stays level past the first nodes, and "
-        f"strong scaling is a bound from above. Weak: {WEAK_TOKENS:,} tokens a GPU and step, or one sequence; strong: "
+        f"time by bandwidth alone: no latency, no congestion, no slow nodes. So weak scaling stays level past the first nodes, "
+        f"and strong scaling is a bound from above. Weak: {WEAK_TOKENS:,} tokens a GPU and step, or one sequence; strong: "
         f"{STRONG_TOKENS:,} tokens a step. Missing rows: nothing fits, or more GPUs than the batch can be divided over.",
         "![MFU by GPUs](plan_scaling.png)",
         "Bytes that a rank receives from context-parallel ranks in the forward pass of one layer of the 8B hybrid:",
