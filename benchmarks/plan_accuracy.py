@@ -25,6 +25,7 @@ from megatron_hylo.config.layouts import BASES
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.eval.theme import LIGHT
 from megatron_hylo.plan.hardware import get_hardware
+from megatron_hylo.plan.inference import serving
 from megatron_hylo.plan.memory import GIB, estimate_memory
 from megatron_hylo.plan.step import step_time
 
@@ -106,6 +107,7 @@ def main(results: Path = HERE / "plan_accuracy") -> None:
     ]  # fmt: skip
     found = {name: summary(rows, name) for name in ("time", "memory")}
     lines = [describe(name, found[name]) for name in found]
+    inference = inference_rows()
     intro = [
         "`hylo plan`'s predictions beside the measured steps of scaling.md, lengths.md and train_throughput.md. The last "
         "column says which figure of a configuration had a part in the constants, at whatever commit; what it does not name is "
@@ -114,13 +116,46 @@ def main(results: Path = HERE / "plan_accuracy") -> None:
         "teacher's layers came after the rows without a teacher and of 135M were seen to fit without it. `latents and states` "
         "of ec05ff4 and e528ec7 left ranks waiting for the last one (scaling.md), which newer code does not.",
         *lines,
+        "Inference of the 3B hybrid on one H200 (long_decode.md; `dense` is transformers' model). No number was fitted to it; that a "
+        "prefill is more than products and attention was seen here first.",
+        "\n".join(
+            [
+                "| what | tokens | measured | predicted | off % |",
+                "|---|---|---|---|---|",
+                *(
+                    f"| {r['what']} | {r['tokens']:,} | {r['measured']:,.4g} | {r['predicted']:,.4g} | {r['off']:+.1f} |"
+                    for r in inference
+                ),
+            ]
+        ),
         "![predicted against measured](plan_accuracy.png)",
     ]
     report(results, "Predicted and measured", intro, COLUMNS, cells, "no GPU")
     draw(rows, results.with_suffix(".png"))
     for row in rows:
         del row["configuration"]
-    print(json.dumps({"benchmark": "plan_accuracy", **found, "rows": rows}))
+    print(json.dumps({"benchmark": "plan_accuracy", **found, "rows": rows, "inference": inference}))
+
+
+def inference_rows() -> list[dict[str, Any]]:
+    """Prefill and decoding of long_decode.md, seconds, and its largest batch, beside their predictions."""
+    (_, measured), gpu = next(tables(HERE / "long_decode.md")), get_hardware("h200-141gb")
+    rows = []
+    for row in measured:
+        dense, length = row["model"] in BASES, int(_number(row["tokens"]))
+        if (
+            row["what"] not in ("decode", "prefill", "batch")
+            or "memory" in row["seconds"]
+            or (dense and row["what"] == "decode")
+        ):
+            continue
+        (found,) = serving(architecture(row["model"]), gpu, [length])
+        predicted = {"decode": 1 / max(found.one, 1e-9), "prefill": found.prefill_seconds, "batch": found.batch}[row["what"]]
+        value = _number(row["batch" if row["what"] == "batch" else "seconds"])
+        what = {"decode": "a token, s", "prefill": "prefill, s", "batch": "largest batch"}[row["what"]]
+        rows.append(dict(what=f"{'dense' if dense else 'hybrid'}, {what}", tokens=length, measured=value, predicted=predicted,
+                         off=100 * (predicted / value - 1)))  # fmt: skip
+    return rows
 
 
 def summary(rows: list[dict[str, Any]], what: str) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.layouts import kv_bytes_per_token, parameter_count
 from megatron_hylo.config.mixers import ATTENTION_SYMBOL, get_mixer
+from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.plan.hardware import GB, Hardware
-from megatron_hylo.plan.memory import GIB
+from megatron_hylo.plan.memory import GIB, mixer_counts
 from megatron_hylo.plan.rates import get_rates
+from megatron_hylo.plan.step import LayerTimes
 
 LENGTHS = (8_192, 32_768, 131_072, 524_288, 1_048_576)
 WORKSPACE = 2 * GIB  # of a prefill in chunks, logits and the libraries; assumed
@@ -74,12 +76,23 @@ def serving(shape: ModelConfig, hardware: Hardware, lengths: Sequence[int] = LEN
             memory = (weights + sequences * moved) / (hardware.memory_gb_s * GB * rates.decode)
             return sequences / max(memory, sequences * flops / (hardware.peak() * rates.products))
 
-        attention = sum(get_mixer(s).sequence_flops(shape, length) for s in shape.mixers if not get_mixer(s).recurrent)
-        rest = forward_flops_per_token(shape, length, with_head=False) - attention
-        peak = hardware.peak()
-        prefill = length * (rest / (peak * rates.products) + attention / (peak * rates.attention(shape.kv_channels)))
-        rows.append(Serving(length, batch, rate(1) if batch else 0.0, rate(batch) if batch else 0.0, prefill))
+        rows.append(
+            Serving(
+                length,
+                batch,
+                rate(1) if batch else 0.0,
+                rate(batch) if batch else 0.0,
+                prefill_seconds(shape, hardware, length),
+            )
+        )
     return rows
+
+
+def prefill_seconds(shape: ModelConfig, hardware: Hardware, length: int) -> float:
+    """Seconds to read one sequence: forward passes of all layers, as in training."""
+    config = TrainConfig("pretrain", "-", "-", scratch="-", sequence_length=length)
+    layers, counts = LayerTimes(shape, config, hardware, get_rates()), mixer_counts(shape) | {"-": shape.num_hidden_layers}
+    return sum(count * sum(vars(layers.passes(symbol)[0]).values()) for symbol, count in counts.items())
 
 
 def _room(shape: ModelConfig, hardware: Hardware) -> float:

@@ -61,7 +61,7 @@ class _Pass:
     elementwise: float = 0.0
 
 
-class _Layers:
+class LayerTimes:
     """Times of one model's layers on one rank.
 
     Args:
@@ -73,7 +73,7 @@ class _Layers:
     """
 
     def __init__(
-        self, shape: ModelConfig, config: TrainConfig, hardware: Hardware, rates: Rates, fp8: bool, frozen: bool
+        self, shape: ModelConfig, config: TrainConfig, hardware: Hardware, rates: Rates, fp8: bool = False, frozen: bool = False
     ) -> None:
         p = config.parallel
         self.shape, self.hardware, self.rates = shape, hardware, rates
@@ -142,8 +142,8 @@ def step_time(
     replicas = max(ranks // p.model_parallel_size, 1)
     passes = config.micro_batches(replicas)
     align, again = config.stage == "align", recomputed_layers(config.recompute)
-    student = _Layers(ours, config, hardware, rates, config.linear_precision == "fp8", False)
-    teacher = _Layers(theirs, config, hardware, rates, config.teacher_precision == "fp8", True) if theirs else None
+    student = LayerTimes(ours, config, hardware, rates, config.linear_precision == "fp8", False)
+    teacher = LayerTimes(theirs, config, hardware, rates, config.teacher_precision == "fp8", True) if theirs else None
     times = {"student": {s: student.passes(s) for s in (*mixer_counts(ours), "-")}}
     if teacher and theirs:
         times["teacher"] = {s: teacher.passes(s) for s in (*mixer_counts(theirs), "-")}
