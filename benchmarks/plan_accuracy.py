@@ -116,8 +116,8 @@ def main(results: Path = HERE / "plan_accuracy") -> None:
         "teacher's layers came after the rows without a teacher and of 135M were seen to fit without it. `latents and states` "
         "of ec05ff4 and e528ec7 left ranks waiting for the last one (scaling.md), which newer code does not.",
         *lines,
-        "Inference of the 3B hybrid on one H200 (long_decode.md; `dense` is transformers' model). No number was fitted to it; that "
-        "a prefill is more than products and attention was seen here first.",
+        "Inference of the 3B hybrid on one H200 (long_decode.md; `dense` is transformers' model). No number was fitted to it; "
+        "that a prefill is more than products and attention was seen here first.",
         "\n".join(
             [
                 "| what | tokens | measured | predicted | off % |",
