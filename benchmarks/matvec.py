@@ -5,6 +5,7 @@
 Shapes of the 3B hybrid. For each block of rows and columns and number of warps; kernels/matvec.py holds the choice.
 """
 
+import functools
 import itertools
 import json
 
@@ -28,22 +29,26 @@ def main() -> None:
     """Print a line a shape: torch's TB/s, then ours, the fastest blocks first; last, one JSON line."""
     found = {}
     for name, (rows, columns, swiglu) in SHAPES.items():
-        weight = torch.randn(rows * (1 + swiglu), columns, device="cuda", dtype=torch.bfloat16)
-        x = torch.randn(1, 1, columns, device="cuda", dtype=torch.bfloat16)
-        out, terabytes = x.new_empty(1, 1, rows), weight.nbytes / 1e12
-        speeds = {"torch": terabytes / do_bench(lambda: F.linear(x, weight), warmup=5, rep=20) * 1e3}
-        for tile, width, warps in itertools.product((2, 4, 8), (512, 1024), (4, 8)):
-            sizes = dict(WIDTH=columns, ROWS=tile, COLUMNS=width, EVEN=columns % width == 0 and rows % tile == 0)
-
-            def run() -> None:
-                multiply[(-(-rows // tile),)](
-                    x, weight, x, out, rows, columns, **sizes, SWIGLU=swiglu, RESIDUAL=False, num_warps=warps
-                )
-
-            speeds[f"{tile} x {width}, {warps} warps"] = terabytes / do_bench(run, warmup=5, rep=20) * 1e3
-        found[name] = dict(sorted(speeds.items(), key=lambda pair: pair[0] != "torch" and -pair[1]))
+        found[name] = speeds(rows, columns, swiglu)
         print(name, [rows, columns], {key: round(value, 2) for key, value in found[name].items()}, flush=True)
     print(json.dumps({"benchmark": "matvec", "device": device_name(), "terabytes_per_second": found}))
+
+
+def speeds(rows: int, columns: int, swiglu: bool) -> dict[str, float]:
+    """TB/s of one shape, by implementation."""
+    weight = torch.randn(rows * (1 + swiglu), columns, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1, 1, columns, device="cuda", dtype=torch.bfloat16)
+    out, terabytes = x.new_empty(1, 1, rows), weight.nbytes / 1e12
+    ours = {}
+    for tile, width, warps in itertools.product((2, 4, 8), (512, 1024), (4, 8)):
+        run = functools.partial(
+            multiply[(-(-rows // tile),)], x, weight, x, out, rows, columns,
+            WIDTH=columns, ROWS=tile, COLUMNS=width, EVEN=columns % width == 0 and rows % tile == 0, SWIGLU=swiglu,
+            RESIDUAL=False, num_warps=warps,
+        )  # fmt: skip
+        ours[f"{tile} x {width}, {warps} warps"] = terabytes / do_bench(run, warmup=5, rep=20) * 1e3
+    torchs = terabytes / do_bench(lambda: F.linear(x, weight), warmup=5, rep=20) * 1e3
+    return {"torch": torchs} | dict(sorted(ours.items(), key=lambda pair: -pair[1]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import itertools
 
 import torch
 
-from megatron_hylo.kernels import decode_attention, matvec
+from megatron_hylo.kernels import causal_conv1d, decode_attention, matvec
 from megatron_hylo.kernels.quantised_latents import quantise_latents
 from megatron_hylo.kernels.registry import override
 
@@ -79,6 +79,22 @@ def matvec_errors(device: str, sizes: tuple[tuple[int, int], ...], dtypes: tuple
     return found
 
 
+def convolution_errors(device: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, float]:
+    """Relative error of the outputs and of the state after a step, with and without bias and SiLU."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for dtype, taps, biased in itertools.product(dtypes, (2, 4), (False, True)):
+        sizes = (2, 1, 300), (2, 300, taps - 1), (300, taps), (300,)
+        x, state, weight, bias = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
+        x = torch.cat([x, x], -1)[..., 300:]  # a section of a larger tensor
+        given = (weight, bias if biased else None, "silu" if biased else None)
+        expected, after = causal_conv1d._one_token(
+            x.double(), state.double(), *(g.double() if torch.is_tensor(g) else g for g in given)
+        )
+        out = causal_conv1d.convolve_one_token(x, state, *given)
+        found[f"convolution {dtype} {taps} {biased}"] = max(relative_error(out, expected), relative_error(state, after))
+    return found
+
+
 if __name__ == "__main__":
     from tests.kernels.interpreter import mend_interpreter
 
@@ -87,4 +103,6 @@ if __name__ == "__main__":
     for name, (error, _) in errors("cpu", 700, (torch.float32, torch.float16)).items():  # its products know no bf16
         print(f"CASE {name}|{error}")
     for name, error in matvec_errors("cpu", ((24, 1024), (22, 700)), (torch.float32, torch.bfloat16)).items():
+        print(f"CASE {name}|{error}")
+    for name, error in convolution_errors("cpu", (torch.float32, torch.bfloat16)).items():
         print(f"CASE {name}|{error}")
