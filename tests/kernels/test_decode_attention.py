@@ -13,7 +13,7 @@ from megatron_hylo.kernels import decode_attention as module
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.decode_attention import decode_attention, number_of_splits
 from megatron_hylo.kernels.quantised_latents import FORMATS, dequantise_latents, quantise_latents
-from tests.kernels.decode_attention_cases import convolution_errors, errors, matvec_errors
+from tests.kernels.decode_attention_cases import convolution_errors, errors, matvec_errors, recurrence_errors
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -123,7 +123,10 @@ def test_kernels_equal_the_plain_form_on_the_gpu() -> None:
         assert error < (1e-5 if dtype == torch.float32 else 6e-3), (name, error)
     for name, error in matvec_errors("cuda", ((13842, 3072), (8192, 4608), (30, 700)), (torch.float32, torch.bfloat16)).items():
         assert error < (1e-5 if "float32" in name else 6e-3), (name, error)
-    for name, error in convolution_errors("cuda", (torch.float32, torch.bfloat16)).items():
+    others = convolution_errors("cuda", (torch.float32, torch.bfloat16))
+    for dtype in (torch.float32, torch.bfloat16):
+        others |= recurrence_errors("cuda", dtype)
+    for name, error in others.items():
         assert error < (1e-5 if "float32" in name else 6e-3), (name, error)
 
 
