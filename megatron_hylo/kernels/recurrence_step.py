@@ -36,7 +36,8 @@ def delta_rule_step(
     """
     op = "kda" if g.dim() == 4 else "gated_delta_rule"
     if select(op, "fla", library_unsupported("fla", FLA_MODULE, v, "pip install flash-linear-attention")) == "fla":
-        return _fla(*(x.contiguous() for x in (q, k, v, g, beta)), state, gates)
+        q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
+        return _fla(q, k, v, g, beta, state, gates)
     wide = state.dtype
     if gates is not None:
         g, beta = -gates[0].exp() * F.softplus(g.float() + gates[1]), beta.sigmoid()

@@ -55,9 +55,10 @@ def test_all_files_that_are_imported_are_copied(tmp_path):
     assert names == {path.name for path in tmp_path.iterdir()}
     kernels = {"attention.py", "attention_after_prefix.py", "blockwise_attention.py", "causal_conv1d.py",
                "decode_attention.py", "delta_rule_state_pass.py", "delta_rule_states.py", "elementwise.py",
-               "gated_delta_rule.py", "kda.py", "norm.py", "quantised_latents.py", "recurrence_step.py", "registry.py",
-               "rope.py", "ssd.py", "triton_decode_attention.py", "tuned.py"}  # fmt: skip
-    parts = ("modeling", "layers", "attention", "inputs", "configuration", "cache", "decode", "fused")
+               "gated_delta_rule.py", "kda.py", "matvec.py", "norm.py", "quantised_latents.py", "recurrence_step.py", "registry.py",
+               "rope.py", "ssd.py", "triton_causal_conv1d_step.py", "triton_decode_attention.py", "triton_matvec.py",
+               "tuned.py"}  # fmt: skip
+    parts = ("modeling", "layers", "attention", "inputs", "configuration", "cache", "decode", "fused", "pretrained")
     assert names == {f"{name}_hylo.py" for name in parts} | kernels
 
 
