@@ -1,6 +1,6 @@
 """Products of one vector with the matrices of a decode step, by our kernel and by torch's: bytes of weights a second.
 
-    python benchmarks/matvec.py
+    python tools/tune_matvec.py
 
 Shapes of the 3B hybrid. For each block of rows and columns and number of warps; kernels/matvec.py holds the choice.
 """
@@ -11,7 +11,6 @@ import json
 
 import torch
 import torch.nn.functional as F
-from report import device_name
 from triton.testing import do_bench
 
 from megatron_hylo.kernels.triton_matvec import multiply
@@ -31,7 +30,7 @@ def main() -> None:
     for name, (rows, columns, swiglu) in SHAPES.items():
         found[name] = speeds(rows, columns, swiglu)
         print(name, [rows, columns], {key: round(value, 2) for key, value in found[name].items()}, flush=True)
-    print(json.dumps({"benchmark": "matvec", "device": device_name(), "terabytes_per_second": found}))
+    print(json.dumps({"benchmark": "matvec", "device": torch.cuda.get_device_name(), "terabytes_per_second": found}))
 
 
 def speeds(rows: int, columns: int, swiglu: bool) -> dict[str, float]:
