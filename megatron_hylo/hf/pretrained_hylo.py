@@ -43,6 +43,12 @@ class HyloPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: HyloConfig) -> None:
         super().__init__(config)
+        quantised: Any = getattr(config, "quantization_config", None) or {}
+        if isinstance(quantised, dict) and quantised.get("quant_method") == "modelopt":
+            raise ValueError(
+                "the folder's weights are quantised by nvidia-modelopt, whose scales transformers does not read: the numbers "
+                "alone would give nonsense. Export the model without it, or quantise it as it is loaded (quantization_config)"
+            )
         # transformers 4 refuses names that a model does not have
         kept = {name for mixer in set(config.mixers) for name in FP32_PARAMETERS[mixer]}
         self._keep_in_fp32_modules_strict = sorted(kept)
