@@ -283,12 +283,11 @@ def generate(
         cuda_graphs: on a GPU capture the decode step as one CUDA graph, from 32 new tokens on.
         json: print text, tokens, speed and cache as JSON instead.
     """
+    import torch
+
     from megatron_hylo.platform.distributed import is_main, session
     from megatron_hylo.serve.generate import check_prompt, generate_text
 
-    if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape")
-    check_prompt(prompt)
     begun = False
 
     def show(text: str) -> None:
@@ -298,7 +297,14 @@ def generate(
             begun = True
         results.print(text, end="", highlight=False, markup=False, soft_wrap=True)
 
-    with session() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else contextlib.nullcontext():
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    with session() if several else contextlib.nullcontext():
+        if prompt == "-":  # the ranks of a machine share its standard input
+            said = [sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape") if is_main() else ""]
+            if several:
+                torch.distributed.broadcast_object_list(said)
+            prompt = said[0]
+        check_prompt(prompt)
         result = generate_text(
             model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
             repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, cuda_graphs=cuda_graphs,
