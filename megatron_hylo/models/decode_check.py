@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.config.mixers import LINEAR_SYMBOLS
+from megatron_hylo.config.mixers import LINEAR_SYMBOLS, complete
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 from megatron_hylo.kernels.decode_attention import decode_attention
 from megatron_hylo.kernels.matvec import matvec
@@ -49,21 +49,8 @@ def check_decode_kernels(
 
 
 def _cases(c: ModelConfig, draw: Callable[..., Tensor]) -> Iterator[Case]:
-    heads, groups = c.num_attention_heads, c.num_query_groups
-    if "+" in c.mixers:
-        rank, width = c.kv_lora_rank, c.kv_lora_rank + c.qk_pos_emb_head_dim
-        yield (
-            "decode_attention", f"{heads} heads on latents of {rank} + {width - rank}",
-            lambda q, k: decode_attention(q, k, rank, width**-0.5),
-            {"q": draw(BATCH, heads, width), "k": draw(BATCH, CACHED, 1, width)},
-        )  # fmt: skip
-    if "*" in c.mixers:
-        width = c.kv_channels
-        yield (
-            "decode_attention", f"{heads}/{groups} heads, {width} wide",
-            lambda q, k, v: decode_attention(q, k, v, width**-0.5),
-            {"q": draw(BATCH, heads, width), "k": draw(BATCH, CACHED, groups, width), "v": draw(BATCH, CACHED, groups, width)},
-        )  # fmt: skip
+    for symbol in dict.fromkeys(c.mixers):
+        yield MIXER_CASES[symbol](c, draw)
     yield (
         "matvec", f"{ROWS:,} x {c.hidden_size:,}, SwiGLU",
         lambda x, weight, residual: matvec(x, weight, residual, swiglu=True),
@@ -75,8 +62,24 @@ def _cases(c: ModelConfig, draw: Callable[..., Tensor]) -> Iterator[Case]:
             "causal_conv1d_step", f"{channels:,} channels", _convolve,
             {"x": draw(BATCH, 1, channels), "before": draw(BATCH, channels, taps - 1), "weight": draw(channels, taps)},
         )  # fmt: skip
-    for symbol in [symbol for symbol in dict.fromkeys(c.mixers) if symbol in STEPS]:
-        yield STEPS[symbol](c, draw)
+
+
+def _latents(c: ModelConfig, draw: Callable[..., Tensor]) -> Case:
+    heads, rank, width = c.num_attention_heads, c.kv_lora_rank, c.kv_lora_rank + c.qk_pos_emb_head_dim
+    return (
+        "decode_attention", f"{heads} heads on latents of {rank} + {width - rank}",
+        lambda q, k: decode_attention(q, k, rank, width**-0.5),
+        {"q": draw(BATCH, heads, width), "k": draw(BATCH, CACHED, 1, width)},
+    )  # fmt: skip
+
+
+def _attention(c: ModelConfig, draw: Callable[..., Tensor]) -> Case:
+    heads, groups, width = c.num_attention_heads, c.num_query_groups, c.kv_channels
+    return (
+        "decode_attention", f"{heads}/{groups} heads, {width} wide",
+        lambda q, k, v: decode_attention(q, k, v, width**-0.5),
+        {"q": draw(BATCH, heads, width), "k": draw(BATCH, CACHED, groups, width), "v": draw(BATCH, CACHED, groups, width)},
+    )  # fmt: skip
 
 
 def _convolve(x: Tensor, before: Tensor, weight: Tensor) -> Tensor:
@@ -111,8 +114,11 @@ def _mamba2(c: ModelConfig, draw: Callable[..., Tensor]) -> Case:
     return "ssd", f"{heads} heads, {width} x {size}, one token", run, inputs
 
 
-STEPS: dict[str, Callable[[ModelConfig, Callable[..., Tensor]], Case]] = {
+MIXER_CASES: dict[str, Callable[[ModelConfig, Callable[..., Tensor]], Case]] = {
+    "*": _attention,
+    "+": _latents,
+    "M": _mamba2,
     "G": lambda c, draw: _delta_rule(c, draw, "gated_delta_rule"),
     "K": lambda c, draw: _delta_rule(c, draw, "kda", c.linear_key_head_dim),
-    "M": _mamba2,
 }
+complete(MIXER_CASES, "models/decode_check.py: MIXER_CASES")
