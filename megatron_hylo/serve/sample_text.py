@@ -29,7 +29,7 @@ from megatron_hylo.data.packed import DocumentStore
 from megatron_hylo.data.tokenizer import check_dataset
 from megatron_hylo.eval.lm_facts import model_identity
 from megatron_hylo.hf import HyloForCausalLM
-from megatron_hylo.hf.layers_hylo import cache_nbytes
+from megatron_hylo.hf.cache_hylo import cache_nbytes
 from megatron_hylo.io import check_free, output_lock, plain_os_errors, staging_directory, write_json
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checks import require_finite
