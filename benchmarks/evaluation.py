@@ -17,6 +17,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.eval.lm import HyloLM
 from megatron_hylo.eval.ruler.run import run_ruler
 
@@ -75,4 +76,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors("benchmark"):
+        main()

@@ -25,6 +25,7 @@ from matplotlib.axes import Axes
 from report import architecture, device_name, draw_panels, free_memory, line, report
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.convert.hf_config import hf_config_from_model
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
@@ -410,4 +411,5 @@ def plot(rows: list[Row], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)
