@@ -71,19 +71,29 @@ def test_greedy_documents_match_transformers_generate(pattern, teacher, starts, 
 
 
 def test_chats_are_written_turn_by_turn(teacher, one_rank, tokenizer):  # noqa: F811
-    """The template's pieces stand around what was sampled, and nothing is sampled twice."""
+    """The template's pieces stand around what was sampled, and were read: the answer is the greedy one to all before it."""
     tokenizer.chat_template = TEMPLATE
     try:
         model, _ = open_as_hybrid(teacher)
-        ends = [1, *range(2, 40)]
-        drafts = list(sample_documents(model, Prompts(tokenizer, ends, 0, chat_share=1.0), 4, 120, 1.0, 1.0, 300, (3,)))
+        ends = [1, *range(2, 310, 29)]
+        prompts = Prompts(tokenizer, ends, 0, chat_share=1.0)
+        drafts = list(sample_documents(model, prompts, 4, 120, 1.0, 1.0, 300, (3,)))
+        greedy = list(sample_documents(model, prompts, 1, 120, 0.0, 1.0, 310, (3,)))[0]
     finally:
         tokenizer.chat_template = None
     texts = [tokenizer.decode(draft.ids) for draft in drafts if draft.ended]
     assert texts and len(set(texts)) == len(texts)
+    middle = "<|im_end|>\n<|im_start|>assistant\n"
     for text in texts:
-        assert text.startswith("<|im_start|>user\n") and text.count("<|im_end|>\n<|im_start|>assistant\n") == 1
+        assert text.startswith("<|im_start|>user\n") and text.count(middle) == 1
         assert text.endswith("<|im_end|>\n") and text.count("<|im_end|>") == 2
+    assert greedy.ended and prompts.chat is not None
+    between = prompts.chat.middle
+    answer = next(i for i in range(len(greedy.ids)) if greedy.ids[i - len(between) : i] == between)
+    ids = torch.tensor([[0, *greedy.ids[:answer]]])
+    settings = GenerationConfig(max_new_tokens=60, do_sample=False, eos_token_id=ends, pad_token_id=0)
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)[0].tolist()
+    assert found[1:-1] == greedy.ids[: -len(prompts.chat.tail)] and len(found) > answer + 2, (answer, len(found))
 
 
 def test_sampling_matches_the_nucleus_by_hand():
