@@ -8,7 +8,7 @@ from megatron_hylo.config.errors import ConfigError
 Suite = Literal["ppl", "recall", "ruler", "commonsense", "gsm8k"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 NEEDS_TEXT = ("ppl", "recall")
-SMOKE: dict[str, Any] = {"limit": 2, "lengths": [1024], "sequence_length": 1024}  # of `--suite smoke`: every suite, on little
+SMOKE: dict[str, Any] = {"limit": 1, "lengths": [1024], "sequence_length": 1024}  # of `--suite smoke`: every suite, on little
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def test_smoke_is_every_suite_on_little(place, monkeypatch):
     for more in ([], ["--limit", 5, "--sequence_length", 64]):
         assert run(place, "hf", "--suite", "smoke", "--data", place / "data", *more) == 0
     assert [(s.suites, s.limit, s.lengths, s.sequence_length) for s in asked] == [
-        (list(SUITES), 2, [1024], 1024),
+        (list(SUITES), 1, [1024], 1024),
         (list(SUITES), 5, [1024], 64),
     ]
 
