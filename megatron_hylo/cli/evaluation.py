@@ -47,7 +47,7 @@ def eval(
     Args:
         model: Hugging Face folder, exported hybrid, .gguf file, model folder, or checkpoint of a run that still trains.
         suite: ppl, recall, ruler, commonsense, gsm8k, several with commas, all, or smoke (all, with one example of 1,024 tokens
-            of each task, unless told otherwise: whether a model can be measured, in two minutes of a CPU).
+            of each task, unless told otherwise: whether a model can be measured, in minutes).
         data: dataset folder of `hylo preprocess`, whose held-out text ppl and recall need.
         output: results folder to make, which `hylo compare` reads; without, results are only shown.
         limit: examples of each task, and of each length where it has lengths.

@@ -176,6 +176,8 @@ def draw_buckets(
         limits: of the y axis.
     """
     for index, (label, values) in enumerate(curves.items()):
+        if not values:  # it has a colour, and no curve here
+            continue
         there = [place for place, bucket in enumerate(buckets) if bucket in values]
         heights = [values[buckets[place]] for place in there]
         shift = 0.06 * (index - (len(curves) - 1) / 2) if intervals else 0.0

@@ -195,19 +195,21 @@ def by_length_chart(rows: Sequence[Row], names: Sequence[str], y_label: str, x_l
     rows = sorted(rows, key=lambda row: row.quantity.length)
     scale = 100 if all(map(is_share, rows)) else 1
     buckets = [length_name(row.quantity.length) for row in rows]
-    curves: dict[str, dict[str, float]] = {}
+    curves: dict[str, dict[str, float]] = {name: {} for name in names}  # a model without values keeps its colour
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
     for index, name in enumerate(names):
         for bucket, row in zip(buckets, rows):
             if value := row.values[index]:
-                curves.setdefault(name, {})[bucket] = scale * value.value
+                curves[name][bucket] = scale * value.value
                 if value.low is not None and value.high is not None:
                     intervals.setdefault(name, {})[bucket] = (scale * value.low, scale * value.high)
     draw = partial(
         draw_buckets, buckets=buckets, curves=curves, y_label=y_label, x_label=x_label, intervals=intervals,
         limits=(-3, 103) if scale == 100 else None,
     )  # fmt: skip
-    said = "; ".join(f"{name} " + ", ".join(f"{b}: {v:.4g}" for b, v in values.items()) for name, values in curves.items())
+    said = "; ".join(
+        f"{name} " + ", ".join(f"{b}: {v:.4g}" for b, v in values.items()) for name, values in curves.items() if values
+    )
     return draw_svg(draw, f"{y_label}, {said}", size=(8, 3.4))
 
 
