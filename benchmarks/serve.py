@@ -19,6 +19,8 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from megatron_hylo.cli.boundary import plain_errors
+
 
 def write_folders(layout: str, length: int, folder: Path) -> list[Path]:
     """Write config.json of the dense base model and of the hybrid, without weights."""
@@ -120,4 +122,5 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)
