@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 from vllm import ModelRegistry
-from vllm.config import CUDAGraphMode
+from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -79,10 +79,11 @@ class HyloVllmUpdate(VerifyAndUpdateConfig):
         # FlashInfer, the default on Hopper, looks at no head size
         vllm_config.additional_config.setdefault("gdn_prefill_backend", "triton")
         compilation = vllm_config.compilation_config
+        compilation.mode = CompilationMode.NONE  # vLLM's own kernels of norms and activations, where inductor would make some
         if reference or current_platform.is_cpu():
             compilation.cudagraph_mode = CUDAGraphMode.NONE
         elif compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
-            compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY  # the model is not compiled, so there are no pieces
+            compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY  # what is not compiled has no pieces
 
 
 def register_config() -> None:

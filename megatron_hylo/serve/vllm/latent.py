@@ -129,7 +129,7 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
             return self.o_proj(out.flatten(1))[0]
         m: LatentMetadata = metadata[self.prefix]
         cache = self.kv_cache[:, 0]  # [blocks, tokens a block, row], perhaps with padding between blocks
-        slots, size = m.slots, cache.shape[1]
+        slots, size = m.slots.clamp(min=0), cache.shape[1]  # padding goes to page 0, which vLLM leaves empty
         cache[slots // size, slots % size, : rows.shape[-1]] = rows[: len(slots)].to(cache.dtype)
         if m.decodes:
             out[: m.decodes] = self.attend_to_latents(query[: m.decodes], cache, m)
@@ -196,8 +196,10 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
         if self.flash:
             from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
+            width = max(self.qk, self.value)
+            query, key, value = (F.pad(part, (0, width - part.shape[-1])) for part in (query, key, value))
             return flash_attn_varlen_func(
-                q=query.contiguous(), k=key, v=F.pad(value, (0, self.qk - self.value)).contiguous(),
+                q=query, k=key, v=value,
                 max_seqlen_q=max(prefill.queries), cu_seqlens_q=prefill.query_starts, max_seqlen_k=max(prefill.keys),
                 cu_seqlens_k=prefill.key_starts, softmax_scale=self.qk**-0.5, causal=True, fa_version=get_flash_attn_version(),
             )[..., : self.value]  # fmt: skip

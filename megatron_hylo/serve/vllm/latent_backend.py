@@ -34,7 +34,7 @@ class Prefill:
 class LatentMetadata:
     """Requests of one step: first those with one token each, then the others."""
 
-    slots: Tensor  # int64 [tokens], page * tokens a page + place; padding writes to page 0, which vLLM leaves empty
+    slots: Tensor  # int64 [tokens], page * tokens a page + place, -1 for padding; vLLM's own tensor, which CUDA graphs read
     decodes: int
     block_table: Tensor  # int32 [decodes, pages]
     lengths: Tensor  # int32 [decodes], with the new token
@@ -42,7 +42,7 @@ class LatentMetadata:
 
 
 class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
-    """Makes LatentMetadata once a step; a step of decodes alone needs nothing from the device and can be captured."""
+    """Makes LatentMetadata once a step; for decodes alone it holds vLLM's own tensors, so the step can be captured."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold: int = 1
@@ -64,7 +64,7 @@ class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
             keys = lengths[first - decodes : last - decodes]
             prefills.append(self._prefill(starts[first : last + 1], keys, m.block_table_tensor[first:last]))
             first = last
-        slots = m.slot_mapping[: m.num_actual_tokens].long().clamp(min=0)
+        slots = m.slot_mapping[: m.num_actual_tokens]
         return LatentMetadata(slots, decodes, m.block_table_tensor[:decodes], m.seq_lens[:decodes], prefills)
 
     def _prefill(self, starts: list[int], keys: list[int], block_table: Tensor) -> Prefill:
