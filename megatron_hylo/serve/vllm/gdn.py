@@ -3,13 +3,14 @@
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.serve.vllm.config import uses_reference
-from megatron_hylo.serve.vllm.recurrence import StateBackend, fp32_rows, run_reference
+from megatron_hylo.serve.vllm.recurrence import StateBackend, run_reference, sharded
 
 
 class HyloGatedDeltaNet(QwenGatedDeltaNetAttention):
@@ -26,7 +27,7 @@ class HyloGatedDeltaNet(QwenGatedDeltaNetAttention):
             linear_conv_kernel_dim=c.linear_conv_kernel_dim,
         )  # fmt: skip
         super().__init__(sizes, vllm_config, prefix)
-        self.dt_bias: Tensor = fp32_rows(self.dt_bias)
+        self.dt_bias: Tensor = sharded(len(self.dt_bias), dtype=torch.float32)  # as the exported tensor
         self.reference = uses_reference(vllm_config)
         if self.reference:
             self._forward_method = self.forward_reference

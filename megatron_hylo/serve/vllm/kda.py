@@ -14,7 +14,7 @@ from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.kernels.kda import kda
 from megatron_hylo.serve.vllm.config import REFERENCE
 from megatron_hylo.serve.vllm.gdn import HyloGatedDeltaNet
-from megatron_hylo.serve.vllm.recurrence import fp32_rows
+from megatron_hylo.serve.vllm.recurrence import sharded
 
 
 class HyloKimiDeltaAttention(HyloGatedDeltaNet):
@@ -27,7 +27,7 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
         self.b_proj = ColumnParallelLinear(config.hidden_size, self.num_v_heads, bias=False, prefix=f"{prefix}.b_proj")
         self.f_a_proj = ReplicatedLinear(config.hidden_size, rank, bias=False, prefix=f"{prefix}.f_a_proj")
         self.f_b_proj = ColumnParallelLinear(rank, self.key_dim, bias=False, prefix=f"{prefix}.f_b_proj")
-        self.dt_bias = fp32_rows(self.dt_bias, self.key_dim // self.tp_size)
+        self.dt_bias = sharded(self.key_dim // self.tp_size, dtype=torch.float32)
         if not self.reference:
             self._forward_method = self.forward_fast
             if self.head_v_dim % self.head_k_dim:

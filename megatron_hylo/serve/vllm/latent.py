@@ -10,7 +10,6 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
-from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -21,6 +20,7 @@ from megatron_hylo.serve.vllm.attention import Rope
 from megatron_hylo.serve.vllm.config import REFERENCE, latent_row
 from megatron_hylo.serve.vllm.latent_backend import LatentBackend, LatentMetadata, Prefill
 from megatron_hylo.serve.vllm.latent_kernels import Cached, decode_torch, key_scales, split_scales
+from megatron_hylo.serve.vllm.recurrence import sharded
 from megatron_hylo.serve.vllm.versions import known
 
 logger = init_logger("vllm.hylo")
@@ -29,15 +29,9 @@ logger = init_logger("vllm.hylo")
 class RowShards(nn.Module):
     """Weight and bias of which each rank has some rows; kept as they are, where vLLM packs those of its layers on CPUs."""
 
-    def __init__(self, rows: int, columns: int | None = None, bias: bool = False) -> None:
+    def __init__(self, rows: int, columns: int, bias: bool) -> None:
         super().__init__()
-        shape = (rows,) if columns is None else (rows, columns)
-        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
-        self.weight.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
-        self.bias: nn.Parameter | None = None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(rows), requires_grad=False)
-            self.bias.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
+        self.weight, self.bias = sharded(rows, columns), sharded(rows) if bias else None
 
 
 class Norm(nn.Module):
@@ -47,8 +41,7 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels), requires_grad=False)
         if mix is not None:
-            self.rotary_mix = nn.Parameter(torch.empty(mix), requires_grad=False)
-            self.rotary_mix.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
+            self.rotary_mix = sharded(*mix)
 
 
 class HyloLatentAttention(nn.Module, AttentionLayerBase):

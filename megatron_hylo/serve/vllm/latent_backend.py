@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionMetadataBuilder,
-    MultipleOf,
-)
+from vllm.v1.attention.backend import AttentionCGSupport, MultipleOf
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from megatron_hylo.serve.vllm.backend import Backend, Builder
 
 CACHED_TOKENS = 131_072  # whose keys and values are made anew at a time while prompts are read; one request may have more
 
@@ -41,14 +38,11 @@ class LatentMetadata:
     prefills: list[Prefill]
 
 
-class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
+class LatentBuilder(Builder):
     """Makes LatentMetadata once a step; for decodes alone it holds vLLM's own tensors, so the step can be captured."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold: int = 1
-
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
         """Divide the requests, and find the pages of all tokens that prefills see."""
@@ -80,20 +74,11 @@ class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
         return Prefill(slice(starts[0], starts[-1]), queries, keys, sums(queries), sums(keys), blocks, positions % size)
 
 
-class LatentBackend(AttentionBackend):
+class LatentBackend(Backend):
     """Pages of one head whose K and V side by side are a token's row of latents, so half of it is the head's size."""
 
+    builder = LatentBuilder
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
-
-    @staticmethod
-    def get_name() -> str:
-        """A name outside vLLM's own."""
-        return "CUSTOM"
-
-    @staticmethod
-    def get_builder_cls() -> type[LatentBuilder]:
-        """Class of the builder."""
-        return LatentBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(*_: Any) -> list[int | MultipleOf]:

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
 from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.serve.vllm.config import uses_reference
-from megatron_hylo.serve.vllm.recurrence import StateBackend, fp32_rows, run_reference
+from megatron_hylo.serve.vllm.recurrence import StateBackend, run_reference, sharded
 from megatron_hylo.serve.vllm.versions import known
 
 
@@ -28,8 +29,8 @@ class HyloMamba2(MambaMixer2):
             rms_norm_eps=c.layernorm_epsilon, activation="silu", model_config=vllm_config.model_config,
             cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config, prefix=prefix,
         )  # fmt: skip
-        self.dt_bias: Tensor = fp32_rows(self.dt_bias)
-        self.D: Tensor = fp32_rows(self.D)
+        self.dt_bias: Tensor = sharded(len(self.dt_bias), dtype=torch.float32)
+        self.D: Tensor = sharded(len(self.D), dtype=torch.float32)
         self.reference = uses_reference(vllm_config)
 
     def get_attn_backend(self) -> Any:

@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateCopyFuncCalculator,
@@ -18,6 +16,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+from vllm.model_executor.models.llama import LlamaMLP
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, complete
@@ -41,20 +40,6 @@ complete(MIXERS, "serve/vllm/model.py: MIXERS")
 States = tuple[tuple[tuple[int, ...], ...], tuple[torch.dtype, ...]]  # shapes and dtypes of a layer's states
 
 
-class HyloMLP(nn.Module):
-    """SwiGLU MLP without biases."""
-
-    def __init__(self, hidden: int, ffn: int, prefix: str) -> None:
-        super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(hidden, [ffn, ffn], bias=False, prefix=f"{prefix}.gate_up_proj")
-        self.down_proj = RowParallelLinear(ffn, hidden, bias=False, prefix=f"{prefix}.down_proj")
-        self.act = SiluAndMul()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the MLP to x: [tokens, hidden] -> the same shape."""
-        return self.down_proj(self.act(self.gate_up_proj(x)[0]))[0]
-
-
 class HyloLayer(nn.Module):
     """A token mixer and an MLP, each behind a norm and with a residual."""
 
@@ -67,7 +52,7 @@ class HyloLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=c.layernorm_epsilon)
         self.add_module(self.mixer_name, mixer(*arguments, f"{prefix}.{self.mixer_name}"))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=c.layernorm_epsilon)
-        self.mlp = HyloMLP(config.hidden_size, c.ffn_hidden_size, f"{prefix}.mlp")
+        self.mlp = LlamaMLP(config.hidden_size, c.ffn_hidden_size, "silu", prefix=f"{prefix}.mlp")
 
     def forward(self, x: Tensor, residual: Tensor | None, ropes: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Add x to the residual and apply mixer and MLP: [tokens, hidden] each -> what to add next, and the residual."""
@@ -176,12 +161,7 @@ class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
         return self.model.embed_tokens(input_ids)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        intermediate_tensors: None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, positions: Tensor, intermediate_tensors: None = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
         """Compute hidden states [tokens, hidden] of all requests' tokens, from their pages and into them."""
         return self.model(input_ids, positions, inputs_embeds)
