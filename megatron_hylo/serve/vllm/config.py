@@ -18,9 +18,7 @@ from megatron_hylo.serve.vllm import ARCHITECTURE
 from megatron_hylo.serve.vllm.versions import caches_unlike_states
 
 logger = init_logger("vllm.hylo")
-REFERENCE = (
-    "hylo_kernels"  # additional_config's key: "reference" for this project's torch kernels, "fast" for vLLM's and Triton
-)
+REFERENCE = "hylo_kernels"  # in additional_config: "reference" for this project's torch kernels, "fast" for vLLM's
 
 
 def latent_row(c: Any) -> int:
@@ -37,8 +35,10 @@ class HyloVllmConfig(HyloConfig):
             return
         c = self.architecture()
         self.num_attention_heads, self.num_key_value_heads, self.head_dim = (
-            c.num_attention_heads, c.num_query_groups, c.kv_channels,
-        )  # fmt: skip
+            c.num_attention_heads,
+            c.num_query_groups,
+            c.kv_channels,
+        )
         row = latent_row(c) if MLA_SYMBOL in self.mixers else 0
         if row > (ATTENTION_SYMBOL in self.mixers) * 2 * c.num_query_groups * c.kv_channels:  # the larger page counts
             self.num_key_value_heads, self.head_dim = 1, row // 2
@@ -69,9 +69,8 @@ class HyloVllmUpdate(VerifyAndUpdateConfig):
         if cache.mamba_ssm_cache_dtype == "auto":
             cache.mamba_ssm_cache_dtype = "float32"  # as HyloCache keeps states
         linear = set(config.mixers) & set(LINEAR_SYMBOLS)
-        if not linear or (Mamba2.symbol in linear and len(linear) > 1 and not caches_unlike_states()):
-            cache.enable_prefix_caching = cache.enable_prefix_caching and not linear
-            cache.mamba_cache_mode = "none"
+        if (not linear or (Mamba2.symbol in linear and len(linear) > 1)) and not caches_unlike_states():
+            cache.enable_prefix_caching, cache.mamba_cache_mode = False, "none"
         reference = uses_reference(vllm_config)
         logger.info("HyLo %s: kernels of linear layers: %s", config.mixers, "reference (torch)" if reference else "vLLM's")
         if not isinstance(vllm_config.additional_config, dict):

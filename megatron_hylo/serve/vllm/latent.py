@@ -26,22 +26,13 @@ from megatron_hylo.serve.vllm.versions import known
 logger = init_logger("vllm.hylo")
 
 
-class RowShards(nn.Module):
-    """Weight and bias of which each rank has some rows; kept as they are, where vLLM packs those of its layers on CPUs."""
+class Weights(nn.Module):
+    """Parameters by name, kept as they are, where vLLM packs those of its linear layers on CPUs."""
 
-    def __init__(self, rows: int, columns: int, bias: bool) -> None:
+    def __init__(self, **parameters: nn.Parameter | None) -> None:
         super().__init__()
-        self.weight, self.bias = sharded(rows, columns), sharded(rows) if bias else None
-
-
-class Norm(nn.Module):
-    """Weight of a q/k-norm, and with `mix` [KV heads of this rank, rotary pairs] the heads' shares of the rotary key."""
-
-    def __init__(self, channels: int, mix: tuple[int, int] | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels), requires_grad=False)
-        if mix is not None:
-            self.rotary_mix = sharded(*mix)
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
 
 
 class HyloLatentAttention(nn.Module, AttentionLayerBase):
@@ -67,14 +58,16 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
         self.kv_a_proj_with_mqa = ReplicatedLinear(
             hidden, self.rank + self.rotary, bias=c.mla_bias, prefix=f"{prefix}.kv_a_proj_with_mqa"
         )
-        self.kv_b_proj = RowShards(self.groups * (self.plain + self.value), self.rank, c.mla_bias)
+        rows = self.groups * (self.plain + self.value)
+        self.kv_b_proj: Any = Weights(weight=sharded(rows, self.rank), bias=sharded(rows) if c.mla_bias else None)
         self.o_proj = RowParallelLinear(queries * self.value, hidden, bias=False, prefix=f"{prefix}.o_proj")
         pairs = c.mla_rotary_pairs[layer] if c.mla_rotary_pairs else range(self.rotary // 2)
         self.chosen = bool(c.mla_rotary_pairs)  # out of the base model's frequencies
         self.register_buffer("pairs", torch.tensor(list(pairs)), persistent=False)
         if self.norms:
-            self.q_norm = Norm(self.qk)
-            self.k_norm = Norm(self.qk, (self.groups, self.rotary // 2) if self.whole_head else None)
+            mix = {"rotary_mix": sharded(self.groups, self.rotary // 2)} if self.whole_head else {}  # of the shared rotary key
+            self.q_norm: Any = Weights(weight=nn.Parameter(torch.empty(self.qk), requires_grad=False))
+            self.k_norm: Any = Weights(weight=nn.Parameter(torch.empty(self.qk), requires_grad=False), **mix)
         self.choose_kernels(vllm_config)
         self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[prefix] = self
@@ -82,18 +75,14 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
     def choose_kernels(self, vllm_config: Any) -> None:
         """Choose kernels by device, dtype and sizes, and say which."""
         dtype, asked = vllm_config.model_config.dtype, (vllm_config.additional_config or {}).get(REFERENCE)
-        on_gpu = current_platform.is_cuda() and asked != "reference"
-        self.decode_kernel, self.flash = decode_torch, False
-        why = "torch"
-        if on_gpu:
+        self.decode_kernel, self.flash, names = decode_torch, False, ("torch", "torch")
+        if current_platform.is_cuda() and asked != "reference":
             from megatron_hylo.serve.vllm.latent_triton import decode_triton
 
             self.decode_kernel = decode_triton
             self.flash = dtype != torch.float32 and self.qk % 8 == 0 and max(self.qk, self.value) <= 256
-            why = "FlashAttention" if self.flash else f"torch (FlashAttention takes no {dtype} heads of {self.qk})"
-        logger.info_once(
-            "HyLo MLA: %d numbers a token, decode absorbed by %s, prefill by %s", self.row, "Triton" if on_gpu else "torch", why
-        )
+            names = "Triton", "FlashAttention" if self.flash else f"torch (no FlashAttention for {dtype} heads of {self.qk})"
+        logger.info_once("HyLo MLA: %d numbers a token, decode absorbed by %s, prefill by %s", self.row, *names)
 
     def get_attn_backend(self) -> type[LatentBackend]:
         """Backend whose metadata this layer reads."""

@@ -51,18 +51,22 @@ class StateBackend(Backend):
         return True
 
 
+class Referable:
+    """A linear layer of vLLM that this project's torch kernels may compute in place of its own."""
+
+    reference: bool
+
+    def get_attn_backend(self) -> Any:
+        """Backend whose metadata the kernels read."""
+        return StateBackend if self.reference else super().get_attn_backend()  # type: ignore[misc]
+
+
 def run_reference(layer: Any, x: Tensor, others: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None, step: Step) -> Tensor:
-    """Convolve and run a recurrence over all requests of the batch, from their states and into them.
+    """Convolve x [tokens, channels] and run a recurrence, request by request, from their states and into them.
 
-    Args:
-        layer: has `prefix` and `kv_cache`, (convolution's inputs, recurrent states), one row a block.
-        x: [tokens, channels], before the convolution.
-        others: [tokens, ...] each, inputs of the step that are not convolved.
-        weight, bias: of the convolution, [channels, taps] and [channels].
-        step: the recurrence.
-
-    Returns:
-        [tokens, heads, channels]; zeros where vLLM only profiles, and for padding.
+    `layer.kv_cache` is (convolution's inputs, recurrent states), a row a block; `others` [tokens, ...] are inputs of the step
+    that are not convolved; weight and bias are the convolution's, [channels, taps] and [channels].
+    Returns [tokens, heads, channels], with zeros for padding.
     """
     metadata = get_forward_context().attn_metadata
     m = StateMetadata([0, len(x)], [], [False]) if metadata is None else metadata[layer.prefix]
