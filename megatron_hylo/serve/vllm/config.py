@@ -34,11 +34,8 @@ class HyloVllmConfig(HyloConfig):
         if hylo is None:
             return
         c = self.architecture()
-        self.num_attention_heads, self.num_key_value_heads, self.head_dim = (
-            c.num_attention_heads,
-            c.num_query_groups,
-            c.kv_channels,
-        )
+        self.num_attention_heads = c.num_attention_heads
+        self.num_key_value_heads, self.head_dim = c.num_query_groups, c.kv_channels
         row = latent_row(c) if MLA_SYMBOL in self.mixers else 0
         if row > (ATTENTION_SYMBOL in self.mixers) * 2 * c.num_query_groups * c.kv_channels:  # the larger page counts
             self.num_key_value_heads, self.head_dim = 1, row // 2
@@ -73,10 +70,8 @@ class HyloVllmUpdate(VerifyAndUpdateConfig):
             cache.enable_prefix_caching, cache.mamba_cache_mode = False, "none"
         reference = uses_reference(vllm_config)
         logger.info("HyLo %s: kernels of linear layers: %s", config.mixers, "reference (torch)" if reference else "vLLM's")
-        if not isinstance(vllm_config.additional_config, dict):
-            vllm_config.additional_config = {}
-        # FlashInfer, the default on Hopper, looks at no head size
-        vllm_config.additional_config.setdefault("gdn_prefill_backend", "triton")
+        if isinstance(vllm_config.additional_config, dict):  # FlashInfer, the default on Hopper, looks at no head size
+            vllm_config.additional_config.setdefault("gdn_prefill_backend", "triton")
         compilation = vllm_config.compilation_config
         compilation.mode = CompilationMode.NONE  # vLLM's own kernels of norms and activations, where inductor would make some
         if reference or current_platform.is_cpu():

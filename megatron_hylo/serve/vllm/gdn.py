@@ -16,7 +16,7 @@ from megatron_hylo.serve.vllm.recurrence import Referable, run_reference, sharde
 class HyloGatedDeltaNet(Referable, QwenGatedDeltaNetAttention):
     """Gated DeltaNet in Qwen3.5's layout of weights; states are [heads, value channels, key channels]."""
 
-    def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
+    def __init__(self, config: Any, layer: int, vllm_config: Any, prefix: str) -> None:
         c = config.architecture()
         sizes = SimpleNamespace(
             hidden_size=config.hidden_size, hidden_act="silu", rms_norm_eps=c.layernorm_epsilon,

@@ -20,8 +20,8 @@ from megatron_hylo.serve.vllm.recurrence import sharded
 class HyloKimiDeltaAttention(HyloGatedDeltaNet):
     """Gated DeltaNet's layer and states with another decay; gate and norm are Gated DeltaNet's, not Kimi Linear's."""
 
-    def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
-        super().__init__(config, vllm_config, prefix)
+    def __init__(self, config: Any, layer: int, vllm_config: Any, prefix: str) -> None:
+        super().__init__(config, layer, vllm_config, prefix)
         rank = config.architecture().kda_decay_rank
         del self.in_proj_ba
         self.b_proj = ColumnParallelLinear(config.hidden_size, self.num_v_heads, bias=False, prefix=f"{prefix}.b_proj")

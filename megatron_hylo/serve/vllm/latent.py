@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.platforms import current_platform
@@ -17,13 +16,11 @@ from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.norm import rms_norm
 from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
 from megatron_hylo.serve.vllm.attention import Rope
-from megatron_hylo.serve.vllm.config import REFERENCE, latent_row
+from megatron_hylo.serve.vllm.config import REFERENCE, latent_row, logger
 from megatron_hylo.serve.vllm.latent_backend import LatentBackend, LatentMetadata, Prefill
 from megatron_hylo.serve.vllm.latent_kernels import Cached, decode_torch, key_scales, split_scales
 from megatron_hylo.serve.vllm.recurrence import sharded
 from megatron_hylo.serve.vllm.versions import known
-
-logger = init_logger("vllm.hylo")
 
 
 class Weights(nn.Module):

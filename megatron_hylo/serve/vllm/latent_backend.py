@@ -66,12 +66,9 @@ class LatentBuilder(Builder):
         queries = [end - begin for begin, end in zip(starts, starts[1:])]
         positions = torch.cat([torch.arange(length) for length in keys]).to(device)
         requests = torch.repeat_interleave(torch.arange(len(keys)), torch.tensor(keys)).to(device)
-
-        def sums(counts: list[int]) -> Tensor:
-            return torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
-
         blocks = block_table[requests, positions // size].long()
-        return Prefill(slice(starts[0], starts[-1]), queries, keys, sums(queries), sums(keys), blocks, positions % size)
+        sums = (torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device) for counts in (queries, keys))
+        return Prefill(slice(starts[0], starts[-1]), queries, keys, *sums, blocks, positions % size)
 
 
 class LatentBackend(Backend):

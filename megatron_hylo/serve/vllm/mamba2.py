@@ -17,7 +17,7 @@ from megatron_hylo.serve.vllm.versions import known
 class HyloMamba2(Referable, MambaMixer2):
     """Mamba2 whose x and B, which share the base model's KV heads, are repeated in the weights (weights.py)."""
 
-    def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
+    def __init__(self, config: Any, layer: int, vllm_config: Any, prefix: str) -> None:
         c = config.architecture()
         super().__init__(
             hidden_size=config.hidden_size, ssm_state_size=c.mamba_state_dim, conv_kernel_size=c.linear_conv_kernel_dim,

@@ -15,7 +15,7 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, complete
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MLA_SYMBOL, complete
 from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 from megatron_hylo.serve.vllm.attention import HyloAttention
 from megatron_hylo.serve.vllm.gdn import HyloGatedDeltaNet
@@ -42,9 +42,8 @@ class HyloLayer(nn.Module):
         c = config.architecture()
         self.symbol = config.mixers[layer]
         self.mixer_name, mixer = MIXERS[self.symbol]
-        arguments = (config, vllm_config) if self.symbol in LINEAR_SYMBOLS else (config, layer, vllm_config)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=c.layernorm_epsilon)
-        self.add_module(self.mixer_name, mixer(*arguments, f"{prefix}.{self.mixer_name}"))
+        self.add_module(self.mixer_name, mixer(config, layer, vllm_config, f"{prefix}.{self.mixer_name}"))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=c.layernorm_epsilon)
         self.mlp = LlamaMLP(config.hidden_size, c.ffn_hidden_size, "silu", prefix=f"{prefix}.mlp")
 

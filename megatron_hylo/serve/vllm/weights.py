@@ -92,7 +92,6 @@ def load_tensors(
         raise ConfigError(f"the served model and its table of tensors differ in {sorted(wrong)[:3]}, {len(wrong)} in all")
     target = {source: name for name, sources in table.items() for source in sources}
     waiting: dict[str, dict[str, Tensor]] = {}
-    loaded: set[str] = set()
     seen: set[str] = set()
     for source, tensor in weights:
         if source == "lm_head.weight" and config.tie_word_embeddings:
@@ -110,9 +109,6 @@ def load_tensors(
         if ".mamba." in name and name.split(".mamba.")[1] in ("in_proj.weight", "conv1d.weight", "conv1d.bias"):
             value = repeat_mamba_groups(value, name, c)
         getattr(parameters[name], "weight_loader", default)(parameters[name], value)
-        loaded.add(name)
     if missing := sorted(set(target) - seen):
-        raise ConfigError(
-            f"the folder lacks {len(missing)} of {len(target)} tensors, the first is {missing[0]}; export the model again"
-        )
-    return loaded
+        raise ConfigError(f"the folder lacks {len(missing)} of {len(target)} tensors, as {missing[0]}; export the model again")
+    return set(parameters)
