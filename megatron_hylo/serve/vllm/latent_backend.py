@@ -67,8 +67,8 @@ class LatentBuilder(Builder):
         positions = torch.cat([torch.arange(length) for length in keys]).to(device)
         requests = torch.repeat_interleave(torch.arange(len(keys)), torch.tensor(keys)).to(device)
         blocks = block_table[requests, positions // size].long()
-        sums = (torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device) for counts in (queries, keys))
-        return Prefill(slice(starts[0], starts[-1]), queries, keys, *sums, blocks, positions % size)
+        sums = [torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device) for counts in (queries, keys)]
+        return Prefill(slice(starts[0], starts[-1]), queries, keys, sums[0], sums[1], blocks, positions % size)
 
 
 class LatentBackend(Backend):
