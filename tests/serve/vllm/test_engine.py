@@ -48,9 +48,10 @@ def test_tokens_equal_transformers(name, model, prompts):
         assert tokens(complete(llm, prompts, NEW)) == expected
         alone = [complete(llm, [prompt], NEW)[0] for prompt in prompts]
         assert tokens(alone) == expected
-        caching = llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
-    assert caching == caches_prefixes(name)
-    assert not caching or alone[-1].num_cached_tokens >= 64
+        cache = llm.llm_engine.vllm_config.cache_config
+        assert cache.enable_prefix_caching == caches_prefixes(name)
+        if caches_prefixes(name) and cache.block_size < len(prompts[-1]):
+            assert alone[-1].num_cached_tokens >= 64
 
 
 def caches_prefixes(name: str) -> bool:
