@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +66,25 @@ def test_prompts_cut_into_pieces_and_requests_that_wait(name, model, prompts):
     folder, expected = model(name)
     with engine(folder, max_num_batched_tokens=32, max_num_seqs=2, enable_prefix_caching=False) as llm:
         assert tokens(complete(llm, prompts, NEW)) == expected
+
+
+def test_a_captured_decode_step_reads_the_tensors_that_vllm_updates():
+    """A CUDA graph keeps the addresses of its capture: metadata made anew each step may hold no tensors of its own."""
+    from megatron_hylo.serve.vllm.latent_backend import LatentBuilder
+
+    tensors = {
+        "slot_mapping": torch.tensor([5, -1]),
+        "block_table_tensor": torch.tensor([[1, 2], [0, 0]], dtype=torch.int32),
+        "seq_lens": torch.tensor([20, 0], dtype=torch.int32),
+    }
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+    m = SimpleNamespace(
+        num_reqs=2, num_actual_tokens=2, max_query_len=1, query_start_loc_cpu=starts, is_prefilling=None, **tensors
+    )
+    made = LatentBuilder(None, ["layer"], None, torch.device("cpu")).build(0, m)
+    assert made.decodes == 2 and not made.prefills
+    read = (made.slots, made.block_table, made.lengths)
+    assert [tensor.data_ptr() for tensor in read] == [tensor.data_ptr() for tensor in tensors.values()]
 
 
 def test_preempted_requests_continue_with_the_same_tokens(model):
