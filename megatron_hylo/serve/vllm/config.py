@@ -39,6 +39,7 @@ class HyloVllmConfig(HyloConfig):
         row = latent_row(c) if MLA_SYMBOL in self.mixers else 0
         if row > (ATTENTION_SYMBOL in self.mixers) * 2 * c.num_query_groups * c.kv_channels:  # the larger page counts
             self.num_key_value_heads, self.head_dim = 1, row // 2
+        self.mamba_chunk_size = 256  # tokens; vLLM would take 2,048, whose products grow with its square
         self.layer_types = ["linear_attention" if m in LINEAR_SYMBOLS else "full_attention" for m in self.mixers]
 
 
