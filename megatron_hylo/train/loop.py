@@ -39,6 +39,7 @@ from megatron_hylo.train.determinism import determinism
 from megatron_hylo.train.gradient_norms import gradient_norms
 from megatron_hylo.train.hang_watch import HangWatch, hosts
 from megatron_hylo.train.heldout import Heldout, open_heldout
+from megatron_hylo.train.hf_exports import HuggingFaceExports
 from megatron_hylo.train.kept_state import check_kept_state
 from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.objectives import Batches, Objective
@@ -116,6 +117,8 @@ def train(config: TrainConfig) -> Quality | None:
             callbacks, evaluation = _callbacks(run, folder, heldout, suites, progress, provenances, stop, closing)
             batches = run.batches(progress.consumed)
             closing.callback(batches.close)
+            for reporter in (callback for callback in callbacks if isinstance(callback, Reporter)):
+                reporter.batches = batches
             _train(run, batches, progress, callbacks)
         return evaluation.quality
 
@@ -160,7 +163,8 @@ def _callbacks(
     reporter.say(f"{config.data}: {run.dataset.describe(config.train_steps * config.global_batch_size)}")
     if run.device.type == "cuda":
         reporter.predict(run.predict_memory())
-    checkpoints = Checkpoints(run, CheckpointSaver(folder, provenances, tokenizer, config.checkpoint.keep), step, stop)
+    saver = CheckpointSaver(folder, provenances, tokenizer, config.checkpoint.keep, config.checkpoint.async_save)
+    checkpoints = Checkpoints(run, saver, step, stop)
     hang_watch = HangWatch(folder, 30 * config.parallel.distributed_timeout_minutes, hosts())
     closing.callback(hang_watch.close)
     stop.beat = hang_watch.beat
@@ -170,7 +174,8 @@ def _callbacks(
     closing.callback(profiler.close)
     export = Export(run, folder, provenances, tokenizer if tokenizer.is_dir() else None)
     measured = suite_callbacks(run, suites, reporter, folder, provenances)
-    return [profiler, reporter, hang_watch, alarms, checkpoints, evaluation, *measured, export], evaluation
+    exports = [HuggingFaceExports(run, folder, reporter, checkpoints)] if config.checkpoint.export_every else []
+    return [profiler, reporter, hang_watch, alarms, checkpoints, evaluation, *measured, *exports, export], evaluation
 
 
 def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[Callback]) -> None:
