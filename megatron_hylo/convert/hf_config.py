@@ -282,7 +282,7 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
     }
     return {
         "model_type": config.model_family,
-        "architectures": [f"{names[config.model_family]}ForCausalLM"],
+        "architectures": [names[config.model_family]],
         **shared,
         "intermediate_size": config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads,
