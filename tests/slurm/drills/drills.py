@@ -3,9 +3,9 @@
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from tests.slurm.drills.lab import OVERRIDES, PATIENCE, ROOT, STEPS, Drill, Job, Lab, Outcome, read_losses
+from tests.slurm.drills.lab import MOMENT, OVERRIDES, PATIENCE, ROOT, STEPS, Drill, Job, Lab, Outcome, read_losses
 
 
 def _signal(lab: Lab, job: Job, number: str = "USR1") -> None:
@@ -13,8 +13,14 @@ def _signal(lab: Lab, job: Job, number: str = "USR1") -> None:
     lab.cluster.call("scancel", "--batch", f"--signal={number}", job.id)
 
 
+def _preempt(lab: Lab) -> None:
+    """Take all nodes by a job of a partition of higher priority."""
+    words = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    lab.cluster.wait_for_end(lab.cluster.call("sbatch", "--parsable", *words).strip(), 120)
+
+
 def usr1_at_a_step(lab: Lab, job: Job) -> str:
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     _signal(lab, job)
     return f"at step {job.step()}"
 
@@ -51,7 +57,7 @@ def time_limit(lab: Lab, job: Job) -> None:
 
 
 def requeue(lab: Lab, job: Job) -> str:
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     lab.cluster.call("scontrol", "requeue", job.id)
     return f"at step {job.step()}"
 
@@ -65,15 +71,13 @@ def requeue_in_startup(lab: Lab, job: Job) -> str:
 
 def higher_partition(lab: Lab, job: Job) -> str:
     """A job of a partition of higher priority takes all nodes."""
-    lab.wait_for_step(job, 22)
-    other = lab.cluster.call("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
-                             "--wrap=sleep 1").strip()  # fmt: skip
-    lab.cluster.wait_for_end(other, 120)
+    lab.wait_for_step(job, MOMENT)
+    _preempt(lab)
     return f"at step {job.step()}"
 
 
 def cancelled_and_submitted_again(lab: Lab, job: Job) -> str:
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     lab.cluster.call("scancel", job.id)
     lab.cluster.wait_for_end(job.id, 60)
     words = [f"--{key}={value}" for key, value in OVERRIDES.items()]
@@ -86,14 +90,14 @@ def cancelled_and_submitted_again(lab: Lab, job: Job) -> str:
 
 def step_killed(lab: Lab, job: Job) -> str:
     """The step of the second node dies, as by a machine's fault that Slurm does not see."""
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     assert lab.cluster.kill_steps("drill2", batch=False), "no step on drill2"
     return ""
 
 
 def node_killed(lab: Lab, job: Job) -> str:
     """The second node dies: slurmd, steps and all; it comes back once Slurm has noticed."""
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     lab.cluster.kill_node("drill2")
     lab.cluster.wait(lambda: "down" in lab.cluster.call("sinfo", "-h", "-N", "-n", "drill2", "-o", "%T"), 120, "down node")
     lab.cluster.start_node("drill2")
@@ -102,7 +106,7 @@ def node_killed(lab: Lab, job: Job) -> str:
 
 def batch_node_killed(lab: Lab, job: Job) -> str:
     """The node of the batch script dies."""
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     node = lab.cluster.job(job.id)["BatchHost"]
     lab.cluster.kill_node(node)
     lab.cluster.wait(lambda: "down" in lab.cluster.call("sinfo", "-h", "-N", "-n", node, "-o", "%T"), 120, "down node")
@@ -111,14 +115,14 @@ def batch_node_killed(lab: Lab, job: Job) -> str:
 
 
 def rank_killed(lab: Lab, job: Job) -> str:
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     lab.kill_rank(job)
     return ""
 
 
 def rank_hangs(lab: Lab, job: Job) -> str:
     """A rank stands still; the others wait for it, and Slurm asks the job to stop."""
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     lab.kill_rank(job, signal.SIGSTOP)
     time.sleep(2)
     _signal(lab, job)
@@ -139,21 +143,22 @@ def always_fails(lab: Lab, job: Job) -> None:
 
 
 def saved_on_request(lab: Lab, job: Job) -> str:
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     (job.run / "save_now").touch()
     lab.wait_for(job, lambda: not (job.run / "save_now").exists(), "checkpoint on request")
     lab.kill_rank(job)
     return ""
 
 
+SLOW_EVALUATION: dict[str, object] = {"eval_windows": 600}
 DRILLS = [
     Drill("one node, undisturbed", nothing, starts=1),
     Drill("one node, SIGUSR1 at a step", usr1_at_a_step),
     Drill("one node, SIGUSR1 in start-up", usr1_in_startup),
-    Drill("one node, SIGUSR1 in an evaluation", usr1_in_evaluation, arguments={"eval_windows": 600}),
+    Drill("one node, SIGUSR1 in an evaluation", usr1_in_evaluation, arguments=SLOW_EVALUATION),
     Drill("one node, save_now, then the rank is killed", saved_on_request, repeats=None),
     Drill("one node, SIGUSR1 in start-up and at a step", usr1_twice, starts=3),
-    Drill("one node, time limit", time_limit, options=("--time=1", "--signal=B:USR1@45")),
+    Drill("one node, time limit", time_limit, options=("--time=1", "--signal=B:USR1@45"), arguments=SLOW_EVALUATION),
     Drill("one node, scontrol requeue", requeue),
     Drill("one node, scontrol requeue in start-up", requeue_in_startup),
     Drill("one node, preempted by a higher partition", higher_partition),
@@ -166,7 +171,7 @@ DRILLS = [
     Drill("two nodes, undisturbed", nothing, nodes=2, starts=1),
     Drill("two nodes, SIGUSR1 at a step", usr1_at_a_step, nodes=2),
     Drill("two nodes, SIGUSR1 in start-up", usr1_in_startup, nodes=2),
-    Drill("two nodes, time limit", time_limit, nodes=2, options=("--time=1", "--signal=B:USR1@45")),
+    Drill("two nodes, time limit", time_limit, nodes=2, options=("--time=1", "--signal=B:USR1@45"), arguments=SLOW_EVALUATION),
     Drill("two nodes, scontrol requeue", requeue, nodes=2),
     Drill("two nodes, preempted by a higher partition", higher_partition, nodes=2),
     Drill("two nodes, the step on one dies", step_killed, nodes=2, repeats=None),
@@ -175,26 +180,33 @@ DRILLS = [
 ]  # fmt: skip
 
 
-def random_drills(lab: Lab, count: int) -> list[Drill]:
+def random_drills(count: int) -> list[Drill]:
     """Drills of the short kinds, each at a random moment between the job's start and its end."""
 
-    def at_random(kind: str):
+    def at_random(kind: str) -> Callable[[Lab, Job], str]:
         def disturb(lab: Lab, job: Job) -> str:
             lab.wait_for_start(job)
             seconds = lab.pause(18)
-            if kind == "requeue":
+            if kind == "scontrol requeue":
                 lab.cluster.call("scontrol", "requeue", job.id)
-            else:
+            elif kind == "SIGUSR1":
                 _signal(lab, job)
+            elif kind == "preempted":
+                _preempt(lab)
+            else:
+                lab.wait_for(job, lambda: bool(lab.ranks(job)) or job.events("finished"), "ranks")
+                if lab.ranks(job):
+                    lab.kill_rank(job)
             return f"after {seconds:.1f} s, at step {job.step()}"
 
         return disturb
 
-    kinds = [("SIGUSR1", 1), ("SIGUSR1", 2), ("requeue", 1), ("SIGUSR1", 1), ("requeue", 2)]
+    kinds = [("SIGUSR1", 1), ("preempted", 2), ("scontrol requeue", 1), ("a rank is killed", 2), ("SIGUSR1", 2),
+             ("scontrol requeue", 2), ("a rank is killed", 1)]  # fmt: skip
     chosen = [kinds[i % len(kinds)] for i in range(count)]
     return [
         Drill(f"{'two nodes' if nodes == 2 else 'one node'}, {kind} at a random moment ({i + 1})", at_random(kind), nodes=nodes,
-              starts=1)
+              starts=1, repeats=None if "killed" in kind else 0)
         for i, (kind, nodes) in enumerate(chosen)
     ]  # fmt: skip
 
