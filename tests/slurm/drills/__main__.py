@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_hylo.platform.distributed import session
 from tests.slurm.drills.cluster import Cluster, missing
-from tests.slurm.drills.drills import DRILLS, chain_and_array, random_drills
+from tests.slurm.drills.drills import DRILLS, several_jobs, random_drills
 from tests.slurm.drills.lab import Lab, Outcome
 from tests.slurm.tiny_root import make_root, make_stage1
 
@@ -58,7 +58,7 @@ def main() -> int:
         for drill in [*DRILLS, *random_drills(given.random)]:
             if any(text in drill.name.lower() for text in only):
                 take(lab.run(drill))
-        for outcome in chain_and_array(lab, only):
+        for outcome in several_jobs(lab, only):
             take(outcome)
         bad = [outcome for outcome in outcomes if outcome.problems]
         end = (

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 STEPS, SAVE_INTERVAL, EVAL_INTERVAL = 60, 20, 25
 MOMENT = SAVE_INTERVAL + 2  # step at which most things happen: behind a checkpoint, before an evaluation
 OVERRIDES = {  # steps of some 0.07 s: starting takes most of a drill
-    "sequence_length": 64, "global_batch_size": 2, "train_tokens": STEPS * 128, "precision": "fp32", "optimizer.lr": 1e-3,
+    "sequence_length": 64, "global_batch_size": 2, "micro_batch_size": 1, "train_tokens": STEPS * 128, "precision": "fp32", "optimizer.lr": 1e-3,
     "logging.log_interval": 1, "logging.tensorboard": "false", "eval_windows": 4, "recall.share": 0,
     "eval_interval": EVAL_INTERVAL, "checkpoint.save_interval": SAVE_INTERVAL, "parallel.distributed_timeout_minutes": 5,
 }  # fmt: skip
@@ -113,19 +113,23 @@ class Lab:
         )
         return Job(job, run, drill.nodes)
 
-    def submit_chain(self, *stages: str) -> str:
-        """Run submit_chain.sh and return what it prints; the variables are in the cluster's environment."""
-        return self.cluster.call("env", f"HYLO_PYTHON={sys.executable}", "OMP_NUM_THREADS=1", "bash",
-                                 str(ROOT / "slurm" / "submit_chain.sh"), *stages)  # fmt: skip
+    def submit_chain(self, *stages: str, **environment: str) -> list[str]:
+        """Run submit_chain.sh; returns the jobs' numbers."""
+        said = self._call(["bash", str(ROOT / "slurm" / "submit_chain.sh"), *stages], environment)
+        return [line.split()[-1] for line in said.splitlines()]
 
     def sbatch(self, words: list[str], environment: dict[str, str]) -> str:
+        """Run sbatch; returns the job's number."""
+        return self._call(["sbatch", *words], environment).strip().split(";")[0]
+
+    def _call(self, words: list[str], environment: dict[str, str]) -> str:
         mine = {
             "HYLO_ROOT": str(self.root), "HYLO_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "RETRY_SECONDS": "1",
             "XDG_CACHE_HOME": str(self.root / "cache"),
         } | environment  # fmt: skip
         self.cluster.environment |= mine
         try:
-            return self.cluster.call("sbatch", *words).strip()
+            return self.cluster.call(*words)
         finally:
             for name in mine:
                 self.cluster.environment.pop(name)
@@ -148,6 +152,8 @@ class Lab:
             drill.name, problems, time.monotonic() - begun, events["started"], events["requeued"], events["retried"],
             self.repeated(job.run), note,
         )  # fmt: skip
+        if problems and job.id:
+            self.cluster.call("scancel", "--quiet", job.id)
         if not problems and drill.finished:
             shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
         return outcome
