@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_hylo.platform.distributed import session
 from tests.slurm.drills.cluster import Cluster, missing
-from tests.slurm.drills.drills import DRILLS, several_jobs, random_drills
+from tests.slurm.drills.drills import DRILLS, random_drills, several_jobs
 from tests.slurm.drills.lab import Lab, Outcome
 from tests.slurm.tiny_root import make_root, make_stage1
 

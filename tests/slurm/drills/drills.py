@@ -5,7 +5,19 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 
-from tests.slurm.drills.lab import MOMENT, OVERRIDES, PATIENCE, ROOT, STEPS, Drill, Job, Lab, Outcome, read_losses
+from tests.slurm.drills.lab import (
+    EVAL_INTERVAL,
+    MOMENT,
+    OVERRIDES,
+    PATIENCE,
+    ROOT,
+    STEPS,
+    Drill,
+    Job,
+    Lab,
+    Outcome,
+    read_losses,
+)
 
 
 def _signal(lab: Lab, job: Job, number: str = "USR1") -> None:
@@ -38,14 +50,14 @@ def usr1_twice(lab: Lab, job: Job) -> str:
     lab.pause(3)
     _signal(lab, job)
     lab.wait_for_start(job, 2)
-    lab.wait_for_step(job, 30)
+    lab.wait_for_step(job, 2 * MOMENT)
     _signal(lab, job)
     return ""
 
 
 def usr1_in_evaluation(lab: Lab, job: Job) -> str:
     """The evaluation after this step takes seconds."""
-    lab.wait_for_step(job, 25)
+    lab.wait_for_step(job, EVAL_INTERVAL)
     time.sleep(0.5)
     _signal(lab, job)
     lab.cluster.wait(lambda: job.events("requeued"), 300, "requeue")

@@ -16,10 +16,11 @@ from megatron_hylo.io import verify_manifest
 from tests.slurm.drills.cluster import ENDED, Cluster, kill, processes
 
 ROOT = Path(__file__).parents[3]
-STEPS, SAVE_INTERVAL, EVAL_INTERVAL = 60, 20, 25
+STEPS, SAVE_INTERVAL, EVAL_INTERVAL = 48, 16, 20
 MOMENT = SAVE_INTERVAL + 2  # step at which most things happen: behind a checkpoint, before an evaluation
 OVERRIDES = {  # steps of some 0.07 s: starting takes most of a drill
-    "sequence_length": 64, "global_batch_size": 2, "micro_batch_size": 1, "train_tokens": STEPS * 128, "precision": "fp32", "optimizer.lr": 1e-3,
+    "sequence_length": 64, "global_batch_size": 2, "micro_batch_size": 1, "train_tokens": STEPS * 128,
+    "precision": "fp32", "optimizer.lr": 1e-3,
     "logging.log_interval": 1, "logging.tensorboard": "false", "eval_windows": 4, "recall.share": 0,
     "eval_interval": EVAL_INTERVAL, "checkpoint.save_interval": SAVE_INTERVAL, "parallel.distributed_timeout_minutes": 5,
 }  # fmt: skip
