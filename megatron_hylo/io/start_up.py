@@ -1,8 +1,16 @@
-"""Shorter starts and ends of a process that imports PyTorch: the garbage collector leaves half a million objects alone."""
+"""Shorter starts and ends of a process that imports PyTorch, and a look at whether it should start at all."""
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
+
+STOP_FILE = "HYLO_STOP_FILE"  # environment variable of slurm/'s scripts: a file that is there once the run is to stop
+
+
+def stop_asked() -> bool:
+    """Whether the scripts that started this process have asked for its stop: before it could take a signal, perhaps."""
+    return bool(file := os.environ.get(STOP_FILE)) and os.path.exists(file)
 
 
 @contextlib.contextmanager
@@ -18,5 +26,5 @@ def quick_imports() -> Iterator[None]:
 
 
 def quick_exit() -> None:
-    """Take all objects out of the interpreter's last collections, which take a second of a process that is about to end."""
+    """Take all objects out of the interpreter's last collections, which walk half a million for a second."""
     gc.freeze()
