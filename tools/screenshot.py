@@ -1,6 +1,6 @@
 """An SVG of what a verb of `hylo` prints, for documentation.
 
-    python tools/screenshot.py docs/runs.svg runs /shared/hylo/runs
+python tools/screenshot.py docs/runs.svg runs /shared/hylo/runs
 """
 
 import sys

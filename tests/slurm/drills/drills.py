@@ -1,10 +1,12 @@
 """The drills: what happens to jobs."""
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
 
+from tests.slurm.drills.cluster import kill, read_bytes
 from tests.slurm.drills.lab import (
     EVAL_INTERVAL,
     MOMENT,
@@ -65,7 +67,7 @@ def usr1_in_evaluation(lab: Lab, job: Job) -> str:
 
 
 def time_limit(lab: Lab, job: Job) -> None:
-    """Nothing is done: Slurm sends SIGUSR1 before the limit of a minute, each time until the run is finished."""
+    """Nothing is done: Slurm sends SIGUSR1 before the limit, each time until the run is finished."""
 
 
 def requeue(lab: Lab, job: Job) -> str:
@@ -141,6 +143,20 @@ def rank_hangs(lab: Lab, job: Job) -> str:
     return ""
 
 
+def rank_slow(lab: Lab, job: Job) -> str:
+    """A rank stands still three quarters of the time; the log must name it."""
+    lab.wait_for_step(job, 4)
+    pid = lab.random.choice(lab.ranks(job))
+    rank = re.search(rb"\0RANK=(\d+)", read_bytes(f"/proc/{pid}/environ"))
+    said = f"rank {rank[1].decode() if rank else ''} on "
+    while not any(said in line and "is slow in" in line for line in (job.run / "log.txt").read_text().splitlines()):
+        assert job.step() < STEPS, f"the log does not call {said.strip()} slow"
+        for number, seconds in ((signal.SIGSTOP, 0.3), (signal.SIGCONT, 0.1)):
+            kill(pid, number)
+            time.sleep(seconds)
+    return said.strip()
+
+
 def nothing(lab: Lab, job: Job) -> None:
     pass
 
@@ -170,7 +186,7 @@ DRILLS = [
     Drill("one node, SIGUSR1 in an evaluation", usr1_in_evaluation, arguments=SLOW_EVALUATION),
     Drill("one node, save_now, then the rank is killed", saved_on_request, repeats=None),
     Drill("one node, SIGUSR1 in start-up and at a step", usr1_twice, starts=3),
-    Drill("one node, time limit", time_limit, options=("--time=1", "--signal=B:USR1@45"), arguments=SLOW_EVALUATION),
+    Drill("one node, time limit", time_limit, limited=True, environment={"MAX_REQUEUES": "20"}),
     Drill("one node, scontrol requeue", requeue),
     Drill("one node, scontrol requeue in start-up", requeue_in_startup),
     Drill("one node, preempted by a higher partition", higher_partition),
@@ -183,12 +199,13 @@ DRILLS = [
     Drill("two nodes, undisturbed", nothing, nodes=2, starts=1),
     Drill("two nodes, SIGUSR1 at a step", usr1_at_a_step, nodes=2),
     Drill("two nodes, SIGUSR1 in start-up", usr1_in_startup, nodes=2),
-    Drill("two nodes, time limit", time_limit, nodes=2, options=("--time=1", "--signal=B:USR1@45"), arguments=SLOW_EVALUATION),
+    Drill("two nodes, time limit", time_limit, nodes=2, limited=True, environment={"MAX_REQUEUES": "20"}),
     Drill("two nodes, scontrol requeue", requeue, nodes=2),
     Drill("two nodes, preempted by a higher partition", higher_partition, nodes=2),
     Drill("two nodes, the step on one dies", step_killed, nodes=2, repeats=None),
     Drill("two nodes, one node dies", node_killed, nodes=2, repeats=None),
     Drill("two nodes, a rank hangs, then SIGUSR1", rank_hangs, nodes=2, repeats=None, environment={"STOP_SECONDS": "15"}),
+    Drill("two nodes, a rank is slow", rank_slow, nodes=2, starts=1),
 ]  # fmt: skip
 
 
@@ -223,11 +240,10 @@ def random_drills(count: int) -> list[Drill]:
     ]  # fmt: skip
 
 
-def several_jobs(lab: Lab, only: list[str]) -> Iterator[Outcome]:
-    """Drills of several jobs or runs at a time."""
-    for name, drill in SEVERAL.items():
-        if not any(text in name for text in only):
-            continue
+def several_jobs(lab: Lab, names: list[str]) -> Iterator[Outcome]:
+    """Take drills of `SEVERAL`, of several jobs or runs at a time."""
+    for name in names:
+        drill = SEVERAL[name]
         begun, jobs, problems = time.monotonic(), [], []
         try:
             for found in drill(lab):  # jobs first, then problems

@@ -1,5 +1,6 @@
 """One drill: a job under Slurm, something that happens to it, and a comparison of what is left with an undisturbed run."""
 
+import math
 import random
 import re
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_hylo.eval.runs import read_lines
+from megatron_hylo.eval.runs import read_lines, seconds_of
 from megatron_hylo.io import verify_manifest
 from tests.slurm.drills.cluster import ENDED, Cluster, kill, processes
 
@@ -73,6 +74,7 @@ class Drill:
         starts: least number of starts that the run must have had, so that the drill has hit it.
         state: in which Slurm must have left the job.
         finished: whether the run must be finished, with an undisturbed run's losses.
+        limited: whether the job's time limit falls into the middle of a run.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Drill:
     starts: int = 2
     state: str = "COMPLETED"
     finished: bool = True
+    limited: bool = False
 
 
 class Lab:
@@ -99,6 +102,7 @@ class Lab:
     def __init__(self, cluster: Cluster, root: Path, seed: int) -> None:
         self.cluster, self.root, self.random = cluster, root, random.Random(seed)
         self.references: dict[int, dict[int, float]] = {}
+        self.middle = 30.0  # seconds from the start of an undisturbed run to its middle
         self.submitted = 0
         (root / "runs").mkdir(exist_ok=True)
 
@@ -108,6 +112,9 @@ class Lab:
         run = self.root / "runs" / f"{self.submitted:02d}-{re.sub(r'[^a-z0-9]+', '-', drill.name.lower())[:40]}"
         words = [f"--{key}={value}" for key, value in (OVERRIDES | drill.arguments).items()]
         shared = ["--parsable", f"--nodes={drill.nodes}", "--gpus-per-node=1", "--time=60", f"--output={run}.out"]
+        if drill.limited:
+            minutes = math.ceil((self.middle + 15) / 60)
+            shared += [f"--time={minutes}", f"--signal=B:USR1@{60 * minutes - round(self.middle)}"]
         job = self.sbatch(
             [*shared, *drill.options, *options, str(ROOT / "slurm" / f"{stage}.sh"), *words],
             {"OUTPUT": str(run)} | drill.environment,
@@ -186,6 +193,8 @@ class Lab:
         if state != "COMPLETED" or sorted(losses) != list(range(1, STEPS + 1)):
             raise RuntimeError(f"the undisturbed run ended {state} with {len(losses)} steps: {job.run}.out")
         self.references.setdefault(job.nodes, losses)
+        times = [r["time"] for r in read_lines(job.run / "metrics.jsonl") if "loss" in r]
+        self.middle = (times[0] + times[-1]) / 2 - seconds_of(read_lines(job.run / "jobs.jsonl")[0]["time"])
 
     def compare(self, run: Path, reference: dict[int, float]) -> list[str]:
         """Differences of a finished run from an undisturbed one: steps, losses and evaluations bit for bit."""
