@@ -1,6 +1,6 @@
 """`make slurm-test`: the scripts of slurm/ under a real Slurm, preempted, timed out, requeued and robbed of nodes.
 
-    python -m tests.slurm.drills [--only TEXT] [--random N] [--keep FOLDER]
+    python -m tests.slurm.drills [--only TEXT] [--random N] [--keep FOLDER] [--quickstart RUN]
 
 Prints a table of drills; exits 1 where one has failed, 0 where all is well or no Slurm can be started here. With the same
 FOLDER it goes on where it was: drills that ended well are not taken again.
@@ -16,8 +16,9 @@ from pathlib import Path
 
 from megatron_hylo.platform.distributed import session
 from tests.slurm.drills.cluster import Cluster, missing
-from tests.slurm.drills.drills import DRILLS, SEVERAL, random_drills, several_jobs
+from tests.slurm.drills.drills import DRILLS, random_drills
 from tests.slurm.drills.lab import Lab, Outcome
+from tests.slurm.drills.several import SEVERAL, first_steps, several_jobs
 from tests.slurm.tiny_root import make_root, make_stage1
 
 
@@ -28,6 +29,9 @@ def main() -> int:
     parser.add_argument("--random", type=int, default=0, help="so many more, at random moments")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="folder that logs and runs are kept in")
+    parser.add_argument(
+        "--quickstart", type=Path, help="folder of `hylo quickstart`, whose 135M model is timed to its first step"
+    )
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no daemon stays
     if (reason := missing()) is not None:
@@ -65,6 +69,9 @@ def main() -> int:
                 take(lab.run(drill))
         for outcome in several_jobs(lab, [name for name in SEVERAL if name not in done and any(t in name for t in only)]):
             take(outcome)
+        if given.quickstart:
+            for outcome in first_steps(lab, given.quickstart.absolute()):
+                take(outcome)
         bad = [outcome for outcome in outcomes if outcome.problems]
         end = (
             f"{len(done) + len(outcomes)} drills, {len(bad)} failed, {time.monotonic() - begun:.0f} s"

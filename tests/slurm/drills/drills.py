@@ -1,28 +1,24 @@
 """The drills: what happens to jobs."""
 
-import json
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from tests.slurm.drills.cluster import kill, read_bytes
 from tests.slurm.drills.lab import (
     EVAL_INTERVAL,
     MOMENT,
     OVERRIDES,
-    PATIENCE,
     ROOT,
     STEPS,
     Drill,
     Job,
     Lab,
-    Outcome,
-    read_losses,
 )
 
 
-def _signal(lab: Lab, job: Job, number: str = "USR1") -> None:
+def signal_batch(lab: Lab, job: Job, number: str = "USR1") -> None:
     """Slurm's signal to the batch script, as --signal=B:USR1 sends it."""
     lab.cluster.call("scancel", "--batch", f"--signal={number}", job.id)
 
@@ -35,14 +31,14 @@ def _preempt(lab: Lab) -> None:
 
 def usr1_at_a_step(lab: Lab, job: Job) -> str:
     lab.wait_for_step(job, MOMENT)
-    _signal(lab, job)
+    signal_batch(lab, job)
     return f"at step {job.step()}"
 
 
 def usr1_in_startup(lab: Lab, job: Job) -> str:
     lab.wait_for_start(job)
     time.sleep(1)
-    _signal(lab, job)
+    signal_batch(lab, job)
     lab.cluster.wait(lambda: job.events("requeued") or job.step() > 1, 300, "requeue")
     return f"{job.step()} steps done"
 
@@ -50,10 +46,10 @@ def usr1_in_startup(lab: Lab, job: Job) -> str:
 def usr1_twice(lab: Lab, job: Job) -> str:
     lab.wait_for_start(job)
     lab.pause(3)
-    _signal(lab, job)
+    signal_batch(lab, job)
     lab.wait_for_start(job, 2)
     lab.wait_for_step(job, 2 * MOMENT)
-    _signal(lab, job)
+    signal_batch(lab, job)
     return ""
 
 
@@ -61,7 +57,7 @@ def usr1_in_evaluation(lab: Lab, job: Job) -> str:
     """The evaluation after this step takes seconds."""
     lab.wait_for_step(job, EVAL_INTERVAL)
     time.sleep(0.5)
-    _signal(lab, job)
+    signal_batch(lab, job)
     lab.cluster.wait(lambda: job.events("requeued"), 300, "requeue")
     return f"ended at step {job.step()}"
 
@@ -139,7 +135,7 @@ def rank_hangs(lab: Lab, job: Job) -> str:
     lab.wait_for_step(job, MOMENT)
     lab.kill_rank(job, signal.SIGSTOP)
     time.sleep(2)
-    _signal(lab, job)
+    signal_batch(lab, job)
     return ""
 
 
@@ -219,7 +215,7 @@ def random_drills(count: int) -> list[Drill]:
             if kind == "scontrol requeue":
                 lab.cluster.call("scontrol", "requeue", job.id)
             elif kind == "SIGUSR1":
-                _signal(lab, job)
+                signal_batch(lab, job)
             elif kind == "preempted":
                 _preempt(lab)
             else:
@@ -238,109 +234,3 @@ def random_drills(count: int) -> list[Drill]:
               starts=1, repeats=None if "killed" in kind else 0)
         for i, (kind, nodes) in enumerate(chosen)
     ]  # fmt: skip
-
-
-def several_jobs(lab: Lab, names: list[str]) -> Iterator[Outcome]:
-    """Take drills of `SEVERAL`, of several jobs or runs at a time."""
-    for name in names:
-        drill = SEVERAL[name]
-        begun, jobs, problems = time.monotonic(), [], []
-        try:
-            for found in drill(lab):  # jobs first, then problems
-                (jobs if isinstance(found, Job) else problems).append(found)
-        except (TimeoutError, RuntimeError, OSError) as error:
-            problems.append(str(error))
-            for job in jobs:
-                lab.cluster.call("scancel", "--quiet", job.id)
-        starts, requeues, retries = (
-            sum(job.events(event) for job in jobs) for event in ("started", "requeued", "retried")
-        )  # fmt: skip
-        repeated = sum(lab.repeated(job.run) for job in jobs)
-        yield Outcome(name, problems, time.monotonic() - begun, starts, requeues, retries, repeated)
-
-
-def _remote(lab: Lab) -> Iterator[Job | str]:
-    """The heterogeneous job, student and teacher on a node each, stopped once."""
-    run = lab.root / "runs" / "remote"
-    words = [f"--{key}={value}" for key, value in OVERRIDES.items()]
-    group = ["--nodes=1", "--gpus-per-node=1", "--time=60", f"--output={run}.out"]
-    job = Job(
-        lab.sbatch(
-            ["--parsable", *group, ":", *group, str(ROOT / "slurm" / "remote_teacher.sh"), *words],
-            {"OUTPUT": str(run), "TEACHER_OPTIONS": "--timeout_minutes 5", "HYLO_REPOSITORY": str(ROOT)},
-        ),
-        run,
-        1,
-    )
-    yield job
-    lab.wait_for_step(job, MOMENT)
-    _signal(lab, job)
-    if not (state := lab.cluster.wait_for_end(job.id, PATIENCE)).startswith("COMPLETED"):
-        yield f"Slurm says {state}"
-    losses, reference = read_losses(run), lab.reference(1)
-    if losses.keys() != reference.keys():
-        yield f"{len(losses)} steps"
-    elif (worst := max(abs(losses[step] - reference[step]) for step in reference)) > 1e-4:
-        yield f"losses differ by {worst}"  # the teacher's hidden states are handed on in another precision
-    if job.events("requeued") != 1:
-        yield f"{job.events('requeued')} requeues, not one"
-
-
-def _chain(lab: Lab) -> Iterator[Job | str]:
-    """Two stages, the first stopped once."""
-    runs = {1: lab.root / "runs" / "chain1", 2: lab.root / "runs" / "chain2"}
-    stages = ("stage1_ild", "stage2_ctx8k")
-    ids = lab.submit_chain(
-        *stages, OUTPUT_1=str(runs[1]), OUTPUT_2=str(runs[2]), SBATCH_GPUS_PER_NODE="1", SBATCH_TIMELIMIT="60",
-        SBATCH_OUTPUT=f"{lab.root}/runs/chain-%j.out",
-        **{f"RECIPE_{number}": str(_own_recipe(lab, stage)) for number, stage in enumerate(stages, 1)},
-    )  # fmt: skip
-    jobs = [Job(id, runs[number], 1) for number, id in enumerate(ids, 1)]
-    yield from jobs
-    lab.wait_for_step(jobs[0], MOMENT)
-    _signal(lab, jobs[0])
-    for job in jobs:
-        if (state := lab.cluster.wait_for_end(job.id, PATIENCE)) != "COMPLETED":
-            yield f"Slurm says {state} of {job.run.name}"
-        if sorted(read_losses(job.run)) != list(range(1, STEPS + 1)):
-            yield f"{job.run.name} has {len(read_losses(job.run))} steps"
-    if json.loads((runs[2] / "config.json").read_text())["model"] != str(runs[1] / "model"):
-        yield "the second stage did not begin with the model of the first"
-
-
-def _array(lab: Lab) -> Iterator[Job | str]:
-    """Two tasks, one stopped once."""
-    job = lab.submit(Drill("array", nothing), "--array=0-1", f"--output={lab.root}/runs/array-%a.out")
-    tasks = [Job(f"{job.id}_{task}", job.run.with_name(f"{job.run.name}_{task}"), 1) for task in (0, 1)]
-    yield from tasks
-    lab.wait_for_step(tasks[1], MOMENT)
-    _signal(lab, tasks[1])
-    if (state := lab.cluster.wait_for_end(job.id, PATIENCE)) != "COMPLETED":
-        yield f"Slurm says {state}"
-    for task in tasks:
-        yield from lab.compare(task.run, lab.reference(1))
-    if (starts := [task.events("started") for task in tasks]) != [1, 2]:
-        yield f"starts {starts}, not one and two"
-
-
-SEVERAL = {
-    "chain of two stages, the first stopped once": _chain,
-    "array of two tasks, one stopped once": _array,
-    "teacher and student, one heterogeneous job, stopped once": _remote,
-}
-
-
-def _own_recipe(lab: Lab, stage: str):
-    """The stage's recipe with the drills' overrides in it: submit_chain.sh hands no arguments on."""
-    import yaml
-
-    recipe = yaml.safe_load((ROOT / "megatron_hylo" / "recipes" / f"{stage}_llama3.2-1b.yaml").read_text())
-    for key, value in OVERRIDES.items():
-        *groups, name = key.split(".")
-        place = recipe
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[name] = {"false": False}.get(str(value), value)
-    file = lab.root / f"{stage}.yaml"
-    file.write_text(yaml.safe_dump(recipe))
-    return file
