@@ -113,6 +113,7 @@ class Lab:
         words = [f"--{key}={value}" for key, value in (OVERRIDES | drill.arguments).items()]
         shared = ["--parsable", f"--nodes={drill.nodes}", "--gpus-per-node=1", "--time=60", f"--output={run}.out"]
         if drill.limited:
+            self.reference(drill.nodes)  # which measures the middle
             minutes = math.ceil((self.middle + 15) / 60)
             shared += [f"--time={minutes}", f"--signal=B:USR1@{60 * minutes - round(self.middle)}"]
         job = self.sbatch(
