@@ -3,8 +3,11 @@
 python tools/screenshot.py docs/runs.svg runs /shared/hylo/runs
 """
 
+import re
 import sys
 from pathlib import Path
+
+from rich._export_format import CONSOLE_SVG_FORMAT
 
 from megatron_hylo.cli.console import results
 from megatron_hylo.cli.main import main
@@ -20,7 +23,8 @@ def screenshot(file: Path, words: list[str]) -> None:
     except SystemExit as end:
         if end.code:
             raise
-    file.write_text(results.export_svg(title=f"hylo {' '.join(words)}"))
+    form = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.S)  # no fonts from elsewhere
+    file.write_text(results.export_svg(title=f"hylo {' '.join(words)}", code_format=form))
 
 
 if __name__ == "__main__":

@@ -108,6 +108,13 @@ class Cluster:
         return {file.name: file.read_text().split("\0")[:-1] for file in files if file.name not in ("pwd", "starts.txt")}
 
 
+def wait_for_torchrun(cluster: Cluster) -> None:
+    """Wait until the script has come to start torchrun."""
+    deadline = time.monotonic() + 30
+    while "torchrun" not in cluster.recorded() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 @pytest.fixture
 def cluster(tmp_path):
     return Cluster(tmp_path)
@@ -275,9 +282,7 @@ def test_each_array_task_has_an_output_of_its_own_and_is_requeued_alone(cluster)
         environment = cluster.environment(**(JOB | task | {"UNTIL_ASKED": "yes", "REQUEUE_EXIT": requeued}))
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         with subprocess.Popen(["bash", str(STAGE)], env=environment, cwd=ROOT, **pipes) as script:
-            deadline = time.monotonic() + 30
-            while "torchrun" not in cluster.recorded() and time.monotonic() < deadline:
-                time.sleep(0.02)
+            wait_for_torchrun(cluster)
             script.send_signal(signal.SIGUSR1)
             output, error = script.communicate(timeout=30)
         assert script.returncode == code, error
@@ -291,6 +296,17 @@ def test_each_array_task_has_an_output_of_its_own_and_is_requeued_alone(cluster)
             file.unlink()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_job_that_is_cancelled_saves_and_stays_out_of_the_queue(cluster, number):
+    environment = cluster.environment(**(JOB | {"SLURM_NNODES": "1", "UNTIL_ASKED": "yes"}))
+    with subprocess.Popen(["bash", str(STAGE)], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as script:
+        wait_for_torchrun(cluster)
+        script.send_signal(number)
+        output, _ = script.communicate(timeout=30)
+    assert script.returncode == 3 and "checkpoints/step_00000001: run the same command to resume" in output
+    assert "scontrol" not in cluster.recorded() and not (cluster.root / "stage2_ctx8k" / "stop_requested").exists()
+
+
 @pytest.mark.parametrize("writes", [False, True])
 def test_a_finished_run_that_is_extended_is_requeued_until_its_next_result(cluster, writes):
     model = cluster.root / "stage2_ctx8k" / "model"
@@ -300,9 +316,7 @@ def test_a_finished_run_that_is_extended_is_requeued_until_its_next_result(clust
     with subprocess.Popen(
         ["bash", str(STAGE), "--extend_tokens", "9"], env=cluster.environment(**changes), stdout=subprocess.PIPE, text=True
     ) as script:
-        deadline = time.monotonic() + 30
-        while "torchrun" not in cluster.recorded() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for_torchrun(cluster)
         script.send_signal(signal.SIGUSR1)
         output, _ = script.communicate(timeout=30)
     assert script.returncode == 0
@@ -330,9 +344,7 @@ def test_a_job_stopped_before_its_first_checkpoint_is_requeued_until_max_requeue
         with subprocess.Popen(
             ["bash", str(STAGE)], env=cluster.environment(**changes), cwd=ROOT, stderr=subprocess.PIPE, text=True
         ) as script:
-            deadline = time.monotonic() + 30
-            while "torchrun" not in cluster.recorded() and time.monotonic() < deadline:
-                time.sleep(0.02)
+            wait_for_torchrun(cluster)
             script.send_signal(signal.SIGUSR1)
             _, error = script.communicate(timeout=30)
         codes.append(script.returncode)

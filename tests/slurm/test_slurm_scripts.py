@@ -24,6 +24,7 @@ from megatron_hylo.config.recipe_lines import STAGES as TRAINING_STAGES
 from megatron_hylo.config.recipes import default_files, recipe, recipe_files, stage_scripts
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import flatten
+from megatron_hylo.eval.runs import read_lines
 from megatron_hylo.io import verify_manifest
 from tests.slurm.tiny_root import make_root
 
@@ -154,25 +155,7 @@ def script(hylo_root: Path, steps: int) -> tuple[list[str], dict[str, str]]:
 
 def logged_steps(run: Path) -> list[int]:
     """Steps of training lines in a run's metrics, in the order they were written."""
-    file = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return [line["step"] for line in lines if "loss" in line]
-
-
-@pytest.mark.multirank
-def test_stage3_script_trains_on_two_ranks_without_slurm(hylo_root):
-    command, environment = script(hylo_root, steps=3)
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr
-    run = hylo_root / "stage3_ctx128k"
-    assert logged_steps(run) == [1, 2, 3]
-    verify_manifest(run / "model")
-    steps = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
-    for line in steps:  # one bucket holds all tokens, of tensor and sequence parallelism too
-        assert line["by_position/kl_0-1K"] == pytest.approx(line["kl"], rel=1e-4)
-        assert line["by_position/cross_entropy_0-1K"] == pytest.approx(line["cross_entropy"], rel=1e-5)
-    scaling = json.loads((run / "model" / "hylo.json").read_text())["model"]["mla_rope_scaling"]
-    assert (scaling["rope_type"], scaling["factor"]) == ("yarn", 64.0)
+    return [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
 
 
 def stop_after_a_step(command: list[str], environment: dict[str, str], run: Path, number: int) -> tuple[int, str]:
@@ -192,15 +175,25 @@ def stop_after_a_step(command: list[str], environment: dict[str, str], run: Path
 
 
 @pytest.mark.multirank
-def test_stage3_script_saves_at_a_signal_and_resumes_there(hylo_root):
+def test_stage3_script_trains_on_two_ranks_saves_at_a_signal_and_resumes_to_its_end(hylo_root):
     run = hylo_root / "stage3_ctx128k"
     command, environment = script(hylo_root, steps=5000)
-    for number in (signal.SIGUSR1, signal.SIGTERM):  # from Slurm before the time limit; from `kill`
-        code, output = stop_after_a_step(command, environment, run, number)
-        assert code == 3, output  # as `hylo train`: stopped, and resumable
-        newest = max((run / "checkpoints").glob("step_*"))
-        verify_manifest(newest)
-        steps = logged_steps(run)
-        assert steps == list(range(1, len(steps) + 1))  # the second run went on where the first had stopped
-        assert newest.name == f"step_{steps[-1]:08d}"
-        assert not (run / "stop_requested").exists()
+    code, output = stop_after_a_step(command, environment, run, signal.SIGUSR1)  # as from Slurm before the time limit
+    assert code == 3, output  # as `hylo train`: stopped, and resumable
+    newest, steps = max((run / "checkpoints").glob("step_*")), logged_steps(run)
+    verify_manifest(newest)
+    assert newest.name == f"step_{steps[-1]:08d}" and not (run / "stop_requested").exists()
+    total = steps[-1] + 2
+    command, environment = script(hylo_root, steps=total)
+    result = subprocess.run(
+        [*command, "--allow_change=train_tokens"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert logged_steps(run) == list(range(1, total + 1))  # the second start went on where the first had stopped
+    verify_manifest(run / "model")
+    for line in [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]:
+        # one bucket holds all tokens, of tensor and sequence parallelism too
+        assert line["by_position/kl_0-1K"] == pytest.approx(line["kl"], rel=1e-4)
+        assert line["by_position/cross_entropy_0-1K"] == pytest.approx(line["cross_entropy"], rel=1e-5)
+    scaling = json.loads((run / "model" / "hylo.json").read_text())["model"]["mla_rope_scaling"]
+    assert (scaling["rope_type"], scaling["factor"]) == ("yarn", 64.0)
