@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test tests style types test-all test-parity test-parity-gpu slurm-test serve-test lint docs format quickstart clean
+.PHONY: help install test tests style types test-all test-parity test-parity-gpu test-gpu slurm-test serve-test lint docs format quickstart clean
 
 EXTRAS ?= dev
 ARGS ?=
@@ -36,6 +36,11 @@ test-parity: .venv/installed ## every kind of parallelism against one rank, with
 
 test-parity-gpu: .venv/installed ## the same over NCCL, on all GPUs there are (two at least)
 	$(BIN)/python -m pytest tests/parity/test_gpu_parity.py -q -s $(ARGS)
+
+GPU_WORKERS ?= 8
+# kernels compile on CPU cores, so several processes share the card; without minutes of tuning Triton kernels
+test-gpu: .venv/installed ## all tests of one GPU, with the slowest ones; GPU_WORKERS=8 processes share the card
+	HYLO_AUTOTUNE=never OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "gpu and not slow" -n $(GPU_WORKERS) --dist worksteal -q -rs --durations 15 $(ARGS)
 
 slurm-test: .venv/installed ## slurm/*.sh under a real Slurm of two nodes here: preempted, requeued, nodes killed (an hour on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.slurm.drills $(ARGS)

@@ -23,7 +23,7 @@ from megatron_hylo.train.alarms import Alarms
 from megatron_hylo.train.callback import Progress
 from megatron_hylo.train.hang_watch import HangWatch, hosts
 from megatron_hylo.train.nan_guard import SkippedSteps
-from megatron_hylo.train.phases import DATA, PASSES, Phases
+from megatron_hylo.train.pass_timer import PassTimer
 from megatron_hylo.train.reporting import Reporter
 from megatron_hylo.train.stopping import stop_request
 from megatron_hylo.train.stragglers import Stragglers
@@ -54,9 +54,9 @@ def main() -> None:
 def measure(given: argparse.Namespace, config: TrainConfig, run: Path, device: torch.device, stop) -> None:
     """Take steps without work under all watchers."""
     names = hosts()
-    phases, reporter = Phases(device), Reporter(config, run, device, 1.0, 0)
+    timer, reporter = PassTimer(device), Reporter(config, run, device, 1.0, 0)
     hang_watch = HangWatch(run, 900.0, names)
-    stragglers = Stragglers(phases, reporter, names)
+    stragglers = Stragglers(timer, reporter, names)
     alarms = Alarms(run, reporter, lambda first, last: [], 8, lambda step: None)
     progress = Progress(0, 0, SkippedSteps(3))
     stop.starting = False
@@ -71,15 +71,14 @@ def measure(given: argparse.Namespace, config: TrainConfig, run: Path, device: t
             cpu[name] += time.thread_time() - used
 
     def marks() -> None:
-        for phase in (DATA, PASSES):
-            with phases.timed(phase):
-                pass
+        with timer.timed():
+            pass
 
     stderr_lines = reporter.say
     reporter.say = lambda message: None  # type: ignore[method-assign]  # what is slow here is no news
     for step in range(1, given.steps + WARM_UP + 1):
         progress.step, progress.consumed, progress.metrics = step, 8 * step, {"loss": 2.0, "gradient_norm": 1.0}
-        timed("marks of phases", marks)
+        timed("timer of passes", marks)
         timed("straggler report", lambda: stragglers.after_step(progress))
         timed("hang watch", lambda: hang_watch.after_step(progress))
         timed("alarms", lambda: alarms.after_step(progress))

@@ -22,6 +22,7 @@ KEPT = {  # by verb, what Ctrl-C leaves and how to go on; others write their out
     "train": "finished checkpoints in {output}/checkpoints are kept; the same command goes on from the newest, or begins",
     "quickstart": "the steps that are done are kept in {output}; the same command goes on",
     "calibrate": "the layers that are done are kept beside {output}; the same command goes on",
+    "sample-text": "the shards that are done are kept beside {output}; the same command goes on",
     "cache-teacher": "what is done is kept beside {output}; the same command goes on",
     "fetch": "nothing unfinished is kept; run the same command again",
     "watch": "only the watching ends; the run goes on",

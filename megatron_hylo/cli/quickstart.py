@@ -358,7 +358,7 @@ def stage_config(
         ),
         eval_windows=budget.eval_windows,
         eval_interval=0 if align else quarter,
-        checkpoint=CheckpointSettings(save_interval=quarter, keep=1),
+        checkpoint=CheckpointSettings(save_interval=quarter, keep=1, async_save=False),  # without memory for copies
         logging=LoggingSettings(log_interval=5),
     )
 

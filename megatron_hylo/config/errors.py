@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args, get_origin
 
 
 class ConfigError(ValueError):
@@ -17,7 +17,7 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
     """Build dataclass `cls` from a mapping, refusing unknown keys.
 
     Args:
-        cls: a dataclass type; fields that are dataclasses themselves may be given as mappings.
+        cls: a dataclass type; fields that are dataclasses themselves, or lists of them, may be given as mappings.
         values: field name -> value.
         where: what to call the source in an error message (a file name, an option).
 
@@ -28,9 +28,20 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ConfigError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(fields)}")
-    types: dict[str, Any] = {name: field.type for name, field in fields.items()}
-    nested = {k: from_dict(types[k], v, f"{where}.{k}") if isinstance(v, Mapping) else v for k, v in values.items()}
+    nested = {name: _nested(fields[name].type, value, f"{where}.{name}") for name, value in values.items()}
     try:
         return cls(**nested)
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _nested(kind: Any, value: Any, where: str) -> Any:
+    """The value of a field; mappings become the dataclass that its type names, alone, in a union or in a list."""
+    if not isinstance(value, (Mapping, list)):
+        return value
+    for choice in (kind, *get_args(kind)):
+        if isinstance(value, Mapping) and isinstance(choice, type) and dataclasses.is_dataclass(choice):
+            return from_dict(choice, value, where)
+        if isinstance(value, list) and get_origin(choice) is list:
+            return [_nested(get_args(choice)[0], part, f"{where}[{number}]") for number, part in enumerate(value)]
+    return value

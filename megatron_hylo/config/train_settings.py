@@ -102,14 +102,22 @@ class CheckpointSettings:
         save_interval: steps between checkpoints.
         keep: newest ones that stay.
         async_save: write them while training goes on; takes memory for a copy of a rank's part.
+        export_every: steps between checkpoints that OUTPUT/exports holds as Hugging Face folders, too: a multiple of
+            save_interval. The last step has one as well. 0: none.
     """
 
     save_interval: int = 500
     keep: int = 2
     async_save: bool = True
+    export_every: int = 0
 
     def __post_init__(self) -> None:
         at_least_one(self, "checkpoint.", "save_interval", "keep")
+        if self.export_every < 0 or self.export_every % self.save_interval:
+            raise ConfigError(
+                f"checkpoint.export_every must be 0 or a multiple of checkpoint.save_interval {self.save_interval}, got "
+                f"{self.export_every}"
+            )
 
 
 @dataclass

@@ -7,7 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.hf_reader import load_transformers_model, read_hf_config
+from megatron_hylo.convert.hf_reader import load_transformers_model, open_source, read_hf_config
+from megatron_hylo.convert.mapping import model_entries
+from megatron_hylo.convert.token_ids import generation_settings
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
 from megatron_hylo.io import verify_manifest_if_any
@@ -56,6 +58,29 @@ def open_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Any,
     return model.eval(), tokenizer
 
 
+def open_as_hybrid(path: str | Path, dtype: torch.dtype | None = None) -> tuple[HyloForCausalLM, Any]:
+    """`open_model`, but of Llama, Mistral and Qwen too in the class of exported hybrids, with its caches of fixed size.
+
+    Raises:
+        ConfigError: as `open_model`, or an architecture that is not converted.
+    """
+    path = Path(path)
+    if (path / "hylo.json").is_file() or (gguf_file(path) is None and read_hf_config(path).get("model_type") == "hylo"):
+        return open_model(path, dtype)
+    source = open_source(path)
+    tokenizer = load_transformers_tokenizer(path)
+    if tokenizer is None:
+        raise ConfigError(f"{path} holds no tokenizer; copy the base model's tokenizer files there")
+    names = [name for entry in model_entries(source.config) for name in entry.hugging_face]
+    model = _filled(HyloConfig(hylo=source.config.to_dict(), dtype=source.dtype()), {name: source.read(name) for name in names})
+    if gguf_file(path) is None:
+        model.generation_config.eos_token_id = generation_settings(path, tokenizer).get("eos_token_id")
+    if dtype is not None:
+        cast_weights(model, dtype)
+    torch.nn.Module.to(model, device())
+    return model.eval(), tokenizer
+
+
 def model_from_megatron(path: str | Path) -> HyloForCausalLM:
     """The Hugging Face model of a model folder or training checkpoint, in the folder's dtype, on the CPU."""
     # Megatron-Core takes seconds to import, which exported folders need not wait for.
@@ -74,8 +99,13 @@ def hf_model(source: "HyloModel | GatheredModel") -> HyloForCausalLM:
     from megatron_hylo.convert.to_hf import hf_tensors
 
     tensors = dict(hf_tensors(source))
+    return _filled(HyloConfig(hylo=source.config.hylo.to_dict(), dtype=source.config.params_dtype), tensors)
+
+
+def _filled(config: HyloConfig, tensors: dict[str, torch.Tensor]) -> HyloForCausalLM:
+    """The model of a configuration with these tensors."""
     with torch.device("meta"):
-        model = HyloForCausalLM(HyloConfig(hylo=source.config.hylo.to_dict(), dtype=source.config.params_dtype))
+        model = HyloForCausalLM(config)
     model.load_state_dict(tensors, strict=not model.config.tie_word_embeddings, assign=True)
     model.tie_weights()
     return model

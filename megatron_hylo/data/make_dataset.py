@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -168,14 +168,37 @@ def make_dataset(
                     f"no document for {split} out of {documents} with heldout_fraction {settings.heldout_fraction}: change the "
                     f"fraction{', or give other text: ' * bool(check.skipped)}{check.summary()}"
                 )
-        with atomic_directory(out_dir, overwrite) as folder:
-            return _finish(files, tokenizer, settings, check, folder, out_dir)
+        return finish_dataset(files, tokenizer, settings, check, out_dir, overwrite)
 
 
-def _finish(
+def finish_dataset(
+    files: DatasetFiles,
+    tokenizer: Any,
+    settings: DatasetSettings,
+    check: TextCheck,
+    out_dir: Path,
+    overwrite: bool,
+    also: Callable[[Path], None] = lambda folder: None,
+) -> DataDescription:
+    """Write a dataset folder of the files, which appears when it is complete.
+
+    Args:
+        files: all documents are in them.
+        tokenizer: whose ids they hold.
+        settings: that the documents were made with.
+        check: counts of what was left out.
+        out_dir: folder to make.
+        overwrite: replace it.
+        also: writes further files into the folder.
+    """
+    with atomic_directory(out_dir, overwrite) as folder:
+        also(folder)
+        return _write_folder(files, tokenizer, settings, check, folder, out_dir)
+
+
+def _write_folder(
     files: DatasetFiles, tokenizer: Any, settings: DatasetSettings, check: TextCheck, folder: Path, out_dir: Path
 ) -> DataDescription:
-    """Write the dataset into its folder."""
     files.finish(folder)
     tokenizer.save_pretrained(folder / "tokenizer")
     used = np.zeros(settings.vocabulary, bool)
@@ -242,7 +265,8 @@ def _batches(
     def batch(ended: bool) -> _Batch:
         nonlocal threshold
         if threshold is None:
-            threshold = _heldout_threshold(documents, ended, settings.heldout_fraction)
+            fraction = settings.heldout_fraction
+            threshold = heldout_threshold([d.name for d in documents], fraction) if ended and documents else fraction
         share = 1.0 if ended or reader is None else min(reader.share, 1 - 1 / TICKS)
         position = reader.position if reader is not None else (0, 0)
         return _Batch(documents, {"position": position, "check": check.state(), "taken": taken, "threshold": threshold,
@@ -283,11 +307,19 @@ def _vocabulary_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def _heldout_threshold(first: list[Document], all_there: bool, fraction: float) -> float:
-    """The score below which documents are held out: the fraction, moved so far that neither side of a small set is empty."""
-    if not all_there or not fraction or not first:
+def heldout_threshold(names: Sequence[str], fraction: float) -> float:
+    """The score below which documents are held out: the fraction, moved so far that neither side of a small set is empty.
+
+    Args:
+        names: of all documents, one at least.
+        fraction: part to hold out; 0 holds out none.
+
+    Raises:
+        ConfigError: there is one document, and one is to be held out.
+    """
+    if not fraction:
         return fraction
-    scores = sorted({heldout_score(document.name) for document in first})
+    scores = sorted(set(map(heldout_score, names)))
     if len(scores) < 2:
         raise ConfigError("one document cannot be both trained on and held out: give several files, or heldout_fraction 0")
     return min(max(fraction, math.nextafter(scores[0], 1.0)), scores[-1])

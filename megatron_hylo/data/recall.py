@@ -1,7 +1,7 @@
 """Synthetic recall in training windows: facts, and questions about them further down, made as the window is read.
 
 A window of sequence_length + 1 tokens is made of a shorter one of another source and of exercises (recall_text.py), `share`
-of its length together. Distances between a question and the first fact that it needs are half log-uniform, so that every
+of its length together. Distances between questions and the first fact are half log-uniform, so that every
 octave up to the window's length occurs, and half uniform. All of it is a function of (seed, window number): nothing is stored,
 and no number of ranks, workers or samples a batch changes it. Texts go to line ends where one is near. The room that is left
 over is filled with facts that nothing asks about, the last of them cut by the window's end.
@@ -9,6 +9,7 @@ over is filled with facts that nothing asks about, the last of them cut by the w
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from tokenizers import Encoding, Tokenizer
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.recall import RecallSettings
-from megatron_hylo.data.recall_text import Exercises
+from megatron_hylo.data.recall_text import Exercise, Exercises
 from megatron_hylo.data.windows import Window, WindowSource
 
 LEAST_ROOM = 64  # tokens of a window's exercises; a fact and a question take 30 to 60
@@ -28,8 +29,18 @@ MISSES = 3  # exercises that do not fit before the rest is filled
 
 class _Text(NamedTuple):
     ids: np.ndarray  # int64
-    answer: np.ndarray | None  # bool, which of them answer; None: a fact
-    needed: bool  # a fact that the answer takes
+    answer: np.ndarray  # bool, which of them answer; none of a fact
+
+
+class _Exercise(NamedTuple):
+    facts: list[_Text]
+    ordered: int  # see recall_text.Exercise
+    questions: list[_Text]
+    asked: list[int]  # of each question, the first fact that it needs
+
+    @property
+    def size(self) -> int:
+        return sum(len(text.ids) for text in (*self.facts, *self.questions))
 
 
 class _Piece(NamedTuple):
@@ -93,9 +104,9 @@ class RecallWindows(WindowSource):
         exercises = Exercises(generator)
         pieces: list[_Piece] = []
         room = self.room
-        for texts in self._chosen(exercises, generator, room):
-            room -= sum(len(text.ids) for text in texts)
-            pieces += self._place(texts, base, line_ends, generator, len(pieces))
+        for exercise in self._chosen(exercises, generator, room):
+            room -= exercise.size
+            pieces += self._place(exercise, base, line_ends, generator, len(pieces))
         return _merge(base, pieces, self._filling(exercises, room))
 
     @property
@@ -110,59 +121,66 @@ class RecallWindows(WindowSource):
             f"{', '.join(self.settings.tasks)}"
         )
 
-    def _chosen(self, exercises: Exercises, generator: random.Random, room: int) -> Iterator[list[_Text]]:
-        """Exercises that together take at most `room` tokens; of each its facts, and the question last."""
+    def _chosen(self, exercises: Exercises, generator: random.Random, room: int) -> Iterator[_Exercise]:
+        """Exercises that together take at most `room` tokens."""
         tasks, misses = self.settings.tasks, 0
         while room >= LEAST_ROOM // 2 and misses < MISSES:
-            texts: list[tuple[str, tuple[int, int] | None, bool]] = []
-            while sum(len(text) for text, _, _ in texts) < room * CHARACTERS_A_TOKEN:
-                made = exercises.make(tasks[int(generator.random() * len(tasks))], room // FACT_TOKENS)
-                texts += [(f"\n{fact}\n", None, True) for fact in made.needed]
-                texts += [(f"\n{fact}\n", None, False) for fact in made.others]
-                start = 1 + len(made.question)
-                text = f"\n{made.question}{made.answer}{made.rest}"
-                texts.append((text if text.endswith("\n") else f"{text}\n", (start, start + len(made.answer)), False))
-            exercise: list[_Text] = []
-            encodings = self._encoder.encode_batch([text for text, _, _ in texts], add_special_tokens=False)
-            for encoding, (_, span, needed) in zip(encodings, texts, strict=True):
-                exercise.append(self._text(encoding, span, needed))
-                if span is not None:
-                    size = sum(len(text.ids) for text in exercise)
-                    if size <= room:
-                        yield exercise
-                        room, misses = room - size, 0
-                    else:
-                        misses += 1
-                    exercise = []
-                    if misses == MISSES:
-                        return
+            made: list[Exercise] = []
+            texts: list[tuple[str, tuple[int, int]]] = []  # of all exercises, and where in each the answer is
+            while sum(len(text) for text, _ in texts) < room * CHARACTERS_A_TOKEN:
+                made.append(exercises.make(tasks[int(generator.random() * len(tasks))], room // FACT_TOKENS))
+                texts += [(f"\n{fact}\n", (0, 0)) for fact in made[-1].facts]
+                for question in made[-1].questions:
+                    start = 1 + len(question.text)
+                    text = f"\n{question.text}{question.answer}{question.rest}"
+                    texts.append((text if text.endswith("\n") else f"{text}\n", (start, start + len(question.answer))))
+            encodings = self._encoder.encode_batch([text for text, _ in texts], add_special_tokens=False)
+            encoded = iter([self._text(encoding, span) for encoding, (_, span) in zip(encodings, texts, strict=True)])
+            for one in made:
+                facts, questions = list(islice(encoded, len(one.facts))), list(islice(encoded, len(one.questions)))
+                exercise = _Exercise(facts, one.ordered, questions, [question.fact for question in one.questions])
+                if exercise.size <= room:
+                    yield exercise
+                    room, misses = room - exercise.size, 0
+                else:
+                    misses += 1
+                if misses == MISSES:
+                    return
 
-    def _text(self, encoding: Encoding, span: tuple[int, int] | None, needed: bool) -> _Text:
+    def _text(self, encoding: Encoding, span: tuple[int, int]) -> _Text:
         ids = np.array(encoding.ids, dtype=np.int64)
         skip = int(self._prefix is not None and len(ids) > 0 and ids[0] == self._prefix)
-        answer = None
-        if span is not None:
-            answer = np.array([start < span[1] and stop > span[0] for start, stop in encoding.offsets], dtype=bool)[skip:]
-        return _Text(ids[skip:], answer, needed)
+        answer = np.array([start < span[1] and stop > span[0] for start, stop in encoding.offsets], dtype=bool)
+        return _Text(ids[skip:], answer[skip:])
 
     def _place(
-        self, texts: list[_Text], base: Window, line_ends: np.ndarray, generator: random.Random, order: int
+        self, exercise: _Exercise, base: Window, line_ends: np.ndarray, generator: random.Random, order: int
     ) -> list[_Piece]:
-        """Place an exercise's texts: the first needed fact at the drawn distance from the question, the others between."""
+        """Place an exercise's texts: the first fact at the drawn distance from the questions, its followers between.
+
+        As many of the other facts stand after the first one as before it, on average, and any number is as likely: neither
+        the first nor the last of several alike is the right one more often than the others.
+        """
         low, high = self._segment(base, generator)
         width = high - low
         distance = int(width ** generator.random() if generator.random() < 0.5 else width * generator.random())
         asked = low + distance + int((width - distance + 1) * generator.random())
         first = asked - distance
-        needed = sum(text.needed for text in texts)
-        between = sorted(first + int((distance + 1) * generator.random()) for _ in range(needed - 1))
-        free = [low + int((asked - low + 1) * generator.random()) for _ in texts[needed:-1]]
+        between = sorted(first + int((distance + 1) * generator.random()) for _ in range(exercise.ordered - 1))
+        others = len(exercise.facts) - exercise.ordered
+        after = int((others + 1) * generator.random())
+        free = [
+            first + int((distance + 1) * generator.random()) if i < after else low + int((first - low) * generator.random())
+            for i in range(others)
+        ]
+        places = [first, *between, *free] + [asked] * len(exercise.questions)
+        of_fact = [*range(len(exercise.facts)), *exercise.asked]
         found = []
-        for number, (place, text) in enumerate(zip([first, *between, *free, asked], texts, strict=True)):
+        for number, (place, fact, text) in enumerate(zip(places, of_fact, (*exercise.facts, *exercise.questions), strict=True)):
             line = int(np.searchsorted(line_ends, place))
             if line < len(line_ends) and line_ends[line] <= min(place + SNAP, high):
                 place = int(line_ends[line])
-            found.append(_Piece(place, order + number, order if text.answer is not None else order + number, text))
+            found.append(_Piece(place, order + number, order + fact, text))
         return found
 
     def _segment(self, base: Window, generator: random.Random) -> tuple[int, int]:
@@ -179,7 +197,7 @@ class RecallWindows(WindowSource):
         ids = np.zeros(0, np.int64)
         while len(ids) < room:
             encoding = self._encoder.encode(f"\n{exercises.fact()}\n", add_special_tokens=False)
-            ids = np.concatenate([ids, self._text(encoding, None, False).ids])
+            ids = np.concatenate([ids, self._text(encoding, (0, 0)).ids])
         return ids[:room]
 
 
@@ -197,9 +215,8 @@ def _merge(base: Window, pieces: list[_Piece], filling: np.ndarray) -> Window:
     for piece, start in zip(ordered, starts):
         parts += [base.tokens[done : piece.place], piece.text.ids]
         done = piece.place
-        if piece.text.answer is not None:
-            at = int(start) + np.flatnonzero(piece.text.answer)
-            answers[at] = at - start_of[piece.fact]
+        at = int(start) + np.flatnonzero(piece.text.answer)
+        answers[at] = at - start_of[piece.fact]
     tokens = np.concatenate([*parts, base.tokens[done:], filling])
     document_starts = _moved(base.document_starts, places, before)
     document_starts[0] = 0

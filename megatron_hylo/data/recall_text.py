@@ -1,7 +1,7 @@
 """Templates and vocabularies of the recall exercises that models are trained on.
 
 All wording is here, so that an evaluation of recall can be tested to share no template and no key with training
-(`TEMPLATES`, `KEY_WORDS`). An exercise is facts, a question and its answer; where they go in a text is recall.py's matter.
+(`TEMPLATES`, `KEY_WORDS`). An exercise is facts, questions and their answers; where they go in a text is recall.py's matter.
 """
 
 import random
@@ -38,6 +38,8 @@ EVENTS = (
     "the east gate was opened", "a letter came from the coast", "the pump was primed", "the choir rehearsed",
 )  # fmt: skip
 KEY_WORDS = frozenset(QUALITIES + THINGS + PEOPLE + GOODS)
+MOST_KEYS = 12  # facts like each other
+MOST_QUESTIONS = 4  # about them
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 # one attribute of a thing: (the fact, ways to ask for it); {answer} stands where the answer begins
@@ -91,14 +93,22 @@ TEMPLATES: frozenset[str] = frozenset(
 
 
 @dataclass(frozen=True)
-class Exercise:
-    """Facts, and a question that they answer."""
+class Question:
+    """A question about the facts of an exercise."""
 
-    needed: tuple[str, ...]  # facts that the answer takes, in this order
-    others: tuple[str, ...]  # facts like them that the answer does not take
-    question: str  # up to the answer
+    fact: int  # the first fact that the answer takes, by number
+    text: str  # up to the answer
     answer: str
     rest: str  # what follows the answer
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """Facts, and questions that they answer, one after another."""
+
+    facts: tuple[str, ...]
+    ordered: int  # the first so many facts stand in this order, the others anywhere among them
+    questions: tuple[Question, ...]
 
 
 class Exercises:
@@ -134,15 +144,15 @@ class Exercises:
     def _key_value(self, most: int) -> Exercise:
         fact, questions = self._pick(ATTRIBUTES)
         key, value = self._key(), self._value()
-        return _exercise((fact.format(key=key, value=value),), (), self._pick(questions), value, key=key)
+        return _exercise((fact.format(key=key, value=value),), self._pick(questions), value, key=key)
 
     def _several_keys(self, most: int) -> Exercise:
         fact, questions = self._pick(ATTRIBUTES)
         kind = self._pick(self._kinds)
-        pairs = [(self._key(), kind(self)) for _ in range(self._between(2, min(most, 12)))]
-        needed, *others = (fact.format(key=key, value=value) for key, value in pairs)
-        (key, value), *_ = pairs
-        return _exercise((needed,), tuple(others), self._pick(questions), value, key=key)
+        pairs = [(self._key(), kind(self)) for _ in range(self._between(2, min(most, MOST_KEYS)))]
+        facts = tuple(fact.format(key=key, value=value) for key, value in pairs)
+        asked = range(self._between(1, min(len(pairs), MOST_QUESTIONS)))
+        return Exercise(facts, 1, tuple(_question(i, self._pick(questions), pairs[i][1], key=pairs[i][0]) for i in asked))
 
     def _several_values(self, most: int) -> Exercise:
         fact, questions = self._pick(SEVERAL)
@@ -150,7 +160,7 @@ class Exercises:
         values = [left.pop(self._below(len(left))) for _ in range(self._between(2, min(most, 4)))]
         facts = [fact.format(key=key, value=value) for value in values]
         answer = f"{', '.join(values[:-1])} and {values[-1]}"
-        return _exercise(tuple(text[0].upper() + text[1:] for text in facts), (), self._pick(questions), answer, key=key)
+        return _exercise(tuple(text[0].upper() + text[1:] for text in facts), self._pick(questions), answer, key=key)
 
     def _variable_chain(self, most: int) -> Exercise:
         first, following, question = self._pick(CHAIN)
@@ -158,7 +168,7 @@ class Exercises:
         value = self._digits()
         facts = [first.format(name=names[0], value=value)]
         facts += [following.format(name=name, source=source) for source, name in zip(names, names[1:])]
-        return _exercise(tuple(facts), (), question, value, name=names[-1])
+        return _exercise(tuple(facts), question, value, name=names[-1])
 
     def _passkey(self, most: int) -> Exercise:
         left = [pair for pair in PASSKEYS if pair[0] not in self._used]
@@ -167,14 +177,14 @@ class Exercises:
         fact, questions = self._pick(left)
         self._used.add(fact)
         value = self._digits()
-        return _exercise((fact.format(value=value),), (), self._pick(questions), value)
+        return _exercise((fact.format(value=value),), self._pick(questions), value)
 
     def _counting(self, most: int) -> Exercise:
         fact, questions = self._pick(COUNTING)
         key, event = self._key(), self._pick(EVENTS)
         count = self._between(1, min(most, len(NUMBERS) - 1))
         facts = (fact.format(key=key, event=event),) * count
-        return _exercise(facts, (), self._pick(questions), NUMBERS[count], key=key, event=event)
+        return _exercise(facts, self._pick(questions), NUMBERS[count], key=key, event=event)
 
     def _below(self, bound: int) -> int:
         return int(self._random() * bound)
@@ -215,6 +225,10 @@ class Exercises:
         return self._pick(self._kinds)(self)
 
 
-def _exercise(needed: tuple[str, ...], others: tuple[str, ...], template: str, answer: str, **words: str) -> Exercise:
+def _exercise(facts: tuple[str, ...], template: str, answer: str, **words: str) -> Exercise:
+    return Exercise(facts, len(facts), (_question(0, template, answer, **words),))
+
+
+def _question(fact: int, template: str, answer: str, **words: str) -> Question:
     before, after = template.split("{answer}")
-    return Exercise(needed, others, before.format(**words), answer, after)
+    return Question(fact, before.format(**words), answer, after)

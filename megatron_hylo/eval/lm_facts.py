@@ -55,7 +55,7 @@ def describe_model(path: str | Path, lm: Any, track: Track = no_progress) -> dic
         "name": _name(path),
         "path": str(path),
         "kind": model_kind(path),
-        "hash": _identity(path, track),
+        "hash": model_identity(path, track),
         "parameters": sum(parameters.values()),
         "kv_percent": percent,
         "max_length": lm.max_length,
@@ -92,7 +92,8 @@ def _name(path: Path) -> str:
     return f"{path.parent.name}/{path.name}" if path.name in ("model", "second_model") else path.name
 
 
-def _identity(path: Path, track: Track) -> str:
+def model_identity(path: Path, track: Track) -> str:
+    """Return a sha256 of a model's weights: a model folder, checkpoint, Hugging Face folder or .gguf file."""
     if (path / "hylo.json").is_file():
         return content_identity(path)
     return json_identity(describe_input(gguf_file(path) or path, track).get("files", {}))

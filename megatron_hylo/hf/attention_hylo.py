@@ -21,7 +21,7 @@ from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
 
 from .cache_hylo import HyloCache
 from .configuration_hylo import HyloConfig
-from .fused_hylo import project
+from .fused_hylo import linear, project
 from .inputs_hylo import SequenceInputs
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of all positions, cached ones first, fp32 [batch or 1, s, rotated channels / 2]
@@ -172,7 +172,8 @@ class HyloAttention(nn.Module):
         """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
         b, t, _ = x.shape
         cos, sin = (table[:, -t:] for table in rope)
-        query, key, value = (p(x).view(b, t, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        parts = project(x, [[self.q_proj], [self.k_proj], [self.v_proj]])
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         query = fused_apply_rope(self.q_norm(query), cos, sin, interleaved=False)
         key = fused_apply_rope(self.k_norm(key), cos, sin, interleaved=False)
         if cache is not None:
@@ -186,7 +187,7 @@ class HyloAttention(nn.Module):
             )
         else:
             out = attend(query, key, value, scale, inputs)
-        return self.o_proj(out.reshape(b, t, -1))
+        return linear(self.o_proj, out.reshape(b, t, -1))
 
 
 def decodes(query: Tensor, inputs: SequenceInputs) -> bool:
@@ -231,7 +232,7 @@ class HyloLatentAttention(nn.Module):
             chosen = index_tensor(tuple(self.pairs), x.device)
             rope = (rope[0][..., chosen], rope[1][..., chosen])
         low, compressed = project(x, [[self.q_a_proj], [self.kv_a_proj_with_mqa]])
-        query = self.q_b_proj(low).view(b, t, -1, self.qk)
+        query = linear(self.q_b_proj, low).view(b, t, -1, self.qk)
         if not self.norms:  # nothing stands between the shared key and its rotation
             query, compressed = self._rotate(query, rope), self._rotate(compressed, rope)
         stored: tuple[Tensor, ...] = (compressed,)
@@ -241,7 +242,7 @@ class HyloLatentAttention(nn.Module):
             stored = cache.append(self.layer, *stored)
             blockwise = in_blocks(query, stored[0].shape[1], inputs, makes_keys=True)
             if self._absorbs(t) and inputs.attentions is None and (t == 1 or not blockwise):
-                return self.o_proj(self._absorbed(query, stored, inputs))
+                return linear(self.o_proj, self._absorbed(query, stored, inputs))
         total = stored[0].shape[1]
         if self.norms:
             query = self._rotate(
@@ -261,7 +262,7 @@ class HyloLatentAttention(nn.Module):
             out = decode_attention(query[:, 0], key, value, self.qk**-0.5, inputs.length, inputs.real)
         else:
             out = attend(query, *make(slice(None), slice(None)), self.qk**-0.5, inputs)
-        return self.o_proj(out.reshape(b, t, -1))
+        return linear(self.o_proj, out.reshape(b, t, -1))
 
     def _keys_and_values(self, stored: tuple[Tensor, ...], rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Make keys and values [batch, tokens, groups, ...] of these tokens' latents; `rope` turns those behind a norm."""

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from megatron_hylo.kernels.elementwise import compile_on_request
 
 from .cache_hylo import HyloCache
-from .fused_hylo import plain_weights, put_side_by_side
+from .fused_hylo import linear, plain_weights, put_side_by_side
 from .inputs_hylo import SequenceInputs
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class DecodeGraph:
                 hidden = model.read(model.embed_tokens(self.ids), inputs, cache)
         finally:
             cache.row = None
-        logits = self.model.lm_head(hidden)
+        logits = linear(self.model.lm_head, hidden)
         if self.logits is None:
             self.logits = torch.empty_like(logits)
         self.logits.copy_(logits)
@@ -151,6 +151,8 @@ def join_projections(model: "HyloForCausalLM") -> None:
         if hasattr(mixer, "projections"):
             together.append([module for group in mixer.projections() for module in group])
             put_side_by_side([mixer.q_conv1d.weight, mixer.k_conv1d.weight, mixer.v_conv1d.weight])
+        if hasattr(mixer, "k_proj") and hasattr(mixer, "head_dim"):
+            together.append([mixer.q_proj, mixer.k_proj, mixer.v_proj])
         if hasattr(mixer, "q_a_proj"):
             together.append([mixer.q_a_proj, mixer.kv_a_proj_with_mqa])
         for modules in together:

@@ -1,4 +1,4 @@
-"""Fewer and larger kernels for decoding on a GPU: all projections of one tensor in one product.
+"""Fewer and larger kernels for decoding on a GPU: all projections of one tensor in one product, with what follows it.
 
 A decode step at batch 1 reads every weight once; what small kernels between the products take comes on top of that.
 """
@@ -10,12 +10,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_hylo.kernels.elementwise import on_request
+from megatron_hylo.kernels.matvec import matvec
+from megatron_hylo.kernels.norm import rms_norm
 
 
 @on_request
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Compute silu(gate) * up."""
     return F.silu(gate) * up
+
+
+@on_request
+def add_and_normalise(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute x + added and its RMSNorm."""
+    x = x + added
+    return x, rms_norm(x, weight, eps)
+
+
+def one_vector(x: Tensor) -> bool:
+    """Whether x [batch, tokens, channels] is one token of one sequence, on a GPU and without gradients."""
+    return x.is_cuda and x.numel() == x.shape[-1] and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def linear(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Apply a linear map to x [batch, tokens, channels] and add the residual; one kernel for one vector on a GPU."""
+    if one_vector(x) and (weights := plain_weights([module])) is not None:
+        return matvec(x, weights[0].detach(), residual)
+    out = module(x)
+    return out if residual is None else residual + out
+
+
+def gated_linear(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
+    """Compute silu(gate(x)) * up(x); one kernel for one vector on a GPU where the weights lie behind each other."""
+    if one_vector(x) and (weights := plain_weights([gate, up])) and (weight := side_by_side(weights)) is not None:
+        return matvec(x, weight, swiglu=True)
+    return swiglu(*project(x, [[gate], [up]]))
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
@@ -55,7 +84,8 @@ def project(x: Tensor, groups: Sequence[Sequence[nn.Module]]) -> list[Tensor]:
     modules = [module for group in groups for module in group]
     if x.shape[1] == 1 and (plain := plain_weights(modules)) and (weight := side_by_side(plain)) is not None:
         widths = [sum(len(module.get_parameter("weight")) for module in group) for group in groups]
-        return list(F.linear(x, weight).split(widths, -1))
+        out = matvec(x, weight) if one_vector(x) else F.linear(x, weight)
+        return list(out.split(widths, -1))
     return [torch.cat([m(x) for m in group], -1) if len(group) > 1 else group[0](x) for group in groups]
 
 

@@ -23,7 +23,7 @@ from megatron_hylo.kernels.ssd import ssd
 from .attention_hylo import HyloAttention, HyloLatentAttention, HyloRMSNorm, Rope
 from .cache_hylo import HyloCache, States
 from .configuration_hylo import HyloConfig
-from .fused_hylo import project, side_by_side, swiglu
+from .fused_hylo import add_and_normalise, gated_linear, linear, project, side_by_side
 from .inputs_hylo import SequenceInputs
 
 Recurrence = Callable[..., tuple[Tensor, Tensor | None]]
@@ -135,13 +135,13 @@ class HyloMamba2(nn.Module):
 
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: None, cache: HyloCache | None) -> Tensor:
         """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
-        z, xbc, dt = self.in_proj(x).split([self.heads * self.head_dim, sum(self.sections), self.heads], dim=-1)
+        z, xbc, dt = linear(self.in_proj, x).split([self.heads * self.head_dim, sum(self.sections), self.heads], dim=-1)
         dt = step_sizes(dt, self.dt_bias)
         if cache is None:
             y, _ = self.scan((xbc, dt), inputs.padding, (None, None), keep=False)
         else:
             y = cache.advance(self.layer, self.scan, (xbc, dt), inputs.padding)
-        return self.out_proj(self.norm(y.flatten(2), z))
+        return linear(self.out_proj, self.norm(y.flatten(2), z))
 
     def scan(
         self, parts: tuple[Tensor, ...], padding: Tensor | None, states: States, keep: bool = True, in_place: bool = False
@@ -219,7 +219,7 @@ class HyloGatedDeltaNet(nn.Module):
             out, _ = self.scan(parts, inputs.padding, (None, None), keep=False)
         else:
             out = cache.advance(self.layer, self.scan, parts, inputs.padding)
-        return self.o_proj(self.o_norm(out, gate.reshape(out.shape)).flatten(2))
+        return linear(self.o_proj, self.o_norm(out, gate.reshape(out.shape)).flatten(2))
 
     def scan(
         self, parts: tuple[Tensor, ...], padding: Tensor | None, states: States, keep: bool = True, in_place: bool = False
@@ -323,10 +323,9 @@ class HyloMLP(nn.Module):
         self.up_proj = nn.Linear(hidden, ffn, bias=False)
         self.down_proj = nn.Linear(ffn, hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the MLP to x: [..., hidden] -> the same shape."""
-        gate, up = project(x, [[self.gate_proj], [self.up_proj]])
-        return self.down_proj(swiglu(gate, up))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Apply the MLP to x, and add the residual: [batch, new tokens, hidden] -> the same shape."""
+        return linear(self.down_proj, gated_linear(self.gate_proj, self.up_proj, x), residual)
 
 
 class HyloLayer(GradientCheckpointingLayer):
@@ -350,5 +349,10 @@ class HyloLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """Apply mixer and MLP: [batch, new tokens, hidden] -> the same shape."""
         x = hidden_states
-        x = x + getattr(self, self.mixer_name)(self.input_layernorm(x), inputs, position_embeddings, past_key_values)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        mixed = getattr(self, self.mixer_name)(self.input_layernorm(x), inputs, position_embeddings, past_key_values)
+        norm = self.post_attention_layernorm
+        if inputs.length is not None and type(norm) is HyloRMSNorm:  # a decode step, made of few kernels
+            x, normal = add_and_normalise(x, mixed, norm.weight, norm.eps)
+            return self.mlp(normal, x)
+        x = x + mixed
+        return x + self.mlp(norm(x))

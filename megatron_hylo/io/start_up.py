@@ -10,7 +10,7 @@ STOP_FILE = "HYLO_STOP_FILE"  # environment variable of slurm/'s scripts: a file
 
 def stop_asked() -> bool:
     """Whether the scripts that started this process have asked for its stop: before it could take a signal, perhaps."""
-    return bool(file := os.environ.get(STOP_FILE)) and os.path.exists(file)
+    return os.path.exists(os.environ.get(STOP_FILE, ""))
 
 
 @contextlib.contextmanager

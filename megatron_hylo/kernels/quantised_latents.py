@@ -32,7 +32,6 @@ def quantise_latents(compressed: Tensor, rank: int, name: str) -> tuple[Tensor, 
 
 def dequantise_latents(values: Tensor, scales: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
     """Return latents and rotary keys [..., rank + rotary channels] in `dtype` from values and scales [..., 2]."""
-    widths = torch.tensor([rank, values.shape[-1] - rank], device=scales.device)
     wide = torch.promote_types(dtype, torch.float32)
-    factors = scales.to(wide).repeat_interleave(widths, dim=-1, output_size=values.shape[-1])
-    return (values.to(wide) * factors).to(dtype)
+    parts = values.split([rank, values.shape[-1] - rank], dim=-1)  # no tensor of widths: a captured graph cannot copy it
+    return torch.cat([part.to(wide) * scales[..., i, None].to(wide) for i, part in enumerate(parts)], -1).to(dtype)

@@ -33,6 +33,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "gated_delta_rule": ("torch", "fla"),
     "head_softmax": ("torch", "triton"),
     "kda": ("torch", "fla"),
+    "matvec": ("torch", "triton"),
     "rms_norm": ("torch", "triton"),
     "ssd": ("torch", "mamba_ssm"),
 }

@@ -103,9 +103,10 @@ class BackgroundWrite:
         state: sharded state dict.
         folder: where the files go; created, inside the atomic directory `sealed`.
         sealed: the atomic directory whose manifest gets the hashes of this rank's files.
+        unchanged: nothing changes the tensors until `finish`, so on a CPU they need not be copied.
     """
 
-    def __init__(self, state: dict[str, Any], folder: Path, sealed: Path) -> None:
+    def __init__(self, state: dict[str, Any], folder: Path, sealed: Path, unchanged: bool = False) -> None:
         # Megatron-Core's own queue is served by a process that imports the main script again, seconds a run, and outlives
         # a rank that is killed, with the rank's output open.
         filesystem_async._results_queue = queue.Queue()
@@ -119,7 +120,7 @@ class BackgroundWrite:
         if request.async_fn is not None:
             rank, planned, results = request.async_fn_args
             buckets = request.preload_fn()
-            if not torch.cuda.is_available():
+            if not torch.cuda.is_available() and not unchanged:
                 _copy_tensors(buckets, planned)
             files = [Path(file) for file, *_ in buckets]
 

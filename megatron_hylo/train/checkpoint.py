@@ -101,10 +101,13 @@ class CheckpointSaver:
         provenances: what each student was made of, for its hylo.json.
         tokenizer: folder whose files are copied, where there is one.
         keep: newest checkpoints that stay.
+        background: training goes on between `start` and `finish`, which takes memory for copies.
     """
 
-    def __init__(self, run: Path, provenances: Sequence[dict[str, Any]], tokenizer: Path | None, keep: int) -> None:
-        self.run, self.provenances, self.tokenizer, self.keep = run, provenances, tokenizer, keep
+    def __init__(
+        self, run: Path, provenances: Sequence[dict[str, Any]], tokenizer: Path | None, keep: int, background: bool = True
+    ) -> None:
+        self.run, self.provenances, self.tokenizer, self.keep, self.background = run, provenances, tokenizer, keep, background
         self.writes: list[BackgroundWrite] = []
         self.directory = contextlib.ExitStack()
 
@@ -124,7 +127,9 @@ class CheckpointSaver:
             writes = []
             for (state, part), provenance in zip(_folders(states, folder), self.provenances):
                 with state.portable():
-                    writes.append(BackgroundWrite(_sharded_state(state, loading=False), part / "weights", folder))
+                    writes.append(
+                        BackgroundWrite(_sharded_state(state, loading=False), part / "weights", folder, not self.background)
+                    )
                 if is_main():
                     write_json(part / "hylo.json", describe(state.config.hylo, state.config.params_dtype, provenance))
             if is_main():

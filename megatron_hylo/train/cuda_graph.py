@@ -18,7 +18,6 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError
 from megatron_hylo.train.objectives import Batches, Objective
 from megatron_hylo.train.optimizer import TrainingState
-from megatron_hylo.train.phases import DATA
 
 WARM_UP = 3  # steps before the captured one: kernels are compiled, libraries make their workspaces
 
@@ -87,8 +86,7 @@ class CapturedObjective:
 
     def forward_backward(self, states: Sequence[TrainingState], batches: Batches, micro_batches: int) -> dict[str, Tensor]:
         """As `Objective.forward_backward`."""
-        with self.objective.timed(DATA):
-            taken = list(itertools.islice(batches, micro_batches))
+        taken = list(itertools.islice(batches, micro_batches))
         if self.passes is None:
             self.batches = [{name: torch.empty_like(tensor) for name, tensor in batch.items()} for batch in taken]
             self.passes = Captured(

@@ -1,6 +1,7 @@
 """Per-rank data loader: selects this rank's samples and sequence slice, moves them to the device and attaches the hidden
 states of a stored or remote teacher."""
 
+import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -16,14 +17,35 @@ from megatron_hylo.parallel.documents import PackedDocuments
 from megatron_hylo.teachers.signal import TeacherSignal
 
 
+class TimedBatches(Iterator[dict[str, Any]]):
+    """Micro-batches, with the time that they were waited for.
+
+    Attributes:
+        waited: seconds so far. On a GPU they need not delay a step: kernels that were launched before run on meanwhile.
+    """
+
+    def __init__(self, batches: Generator[dict[str, Any], None, None]) -> None:
+        self.batches, self.waited = batches, 0.0
+
+    def __next__(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self.batches.close()
+
+
 def rank_batches(
     config: TrainConfig,
     dataset: WindowSource,
     consumed_samples: int,
     device: torch.device,
     signal: TeacherSignal | None = None,
-) -> Generator[dict, None, None]:
-    """Yield this rank's endless micro-batches, prefetched, after `consumed_samples` windows of all ranks.
+) -> TimedBatches:
+    """Return this rank's endless micro-batches, prefetched, after `consumed_samples` windows of all ranks.
 
     Args:
         config, dataset: settings and windows of the run.
@@ -31,12 +53,18 @@ def rank_batches(
         device: device of the tensors.
         signal: a stored or remote teacher, whose hidden states are attached.
 
-    Yields:
+    Returns:
         {"input_ids", "labels"}: int64 [micro batch, sequence / context-parallel ranks], and with `packed_documents`
         [1, micro batch * sequence / ranks] and "documents"; with recall "answers", int32 of the same shape, and where answers
         alone are learnt "loss_mask", bool; with such a teacher "teacher_hidden" [sequence / ranks, micro batch, H], and where a
         stored one did not read the recall exercises "taught", bool, True at the tokens that it read.
     """
+    return TimedBatches(_rank_batches(config, dataset, consumed_samples, device, signal))
+
+
+def _rank_batches(
+    config: TrainConfig, dataset: WindowSource, consumed_samples: int, device: torch.device, signal: TeacherSignal | None
+) -> Generator[dict, None, None]:
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     found = batches(dataset, consumed_samples, config.micro_batch_size, rank, ranks, config.packed_documents)
     if signal is not None:

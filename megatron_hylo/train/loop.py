@@ -39,11 +39,12 @@ from megatron_hylo.train.determinism import determinism
 from megatron_hylo.train.gradient_norms import gradient_norms
 from megatron_hylo.train.hang_watch import HangWatch, hosts
 from megatron_hylo.train.heldout import Heldout, open_heldout
+from megatron_hylo.train.hf_exports import HuggingFaceExports
 from megatron_hylo.train.kept_state import check_kept_state
 from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.objectives import Batches, Objective
 from megatron_hylo.train.optimizer import TrainingState
-from megatron_hylo.train.phases import Phases
+from megatron_hylo.train.pass_timer import PassTimer
 from megatron_hylo.train.positions import PositionLosses
 from megatron_hylo.train.profiler import Profiler
 from megatron_hylo.train.reporting import Reporter, check_wandb
@@ -119,6 +120,8 @@ def train(config: TrainConfig) -> Quality | None:
             callbacks, evaluation = _callbacks(run, folder, heldout, suites, progress, provenances, stop, closing)
             batches = run.batches(progress.consumed)
             closing.callback(batches.close)
+            for reporter in (callback for callback in callbacks if isinstance(callback, Reporter)):
+                reporter.batches = batches
             _train(run, batches, progress, callbacks)
         return evaluation.quality
 
@@ -163,23 +166,24 @@ def _callbacks(
     reporter.say(f"{config.data}: {run.dataset.describe(config.train_steps * config.global_batch_size)}")
     if run.device.type == "cuda":
         reporter.predict(run.predict_memory())
-    checkpoints = Checkpoints(run, CheckpointSaver(folder, provenances, tokenizer, config.checkpoint.keep), step, stop)
+    saver = CheckpointSaver(folder, provenances, tokenizer, config.checkpoint.keep, config.checkpoint.async_save)
+    checkpoints = Checkpoints(run, saver, step, stop)
     names = hosts()
     hang_watch = HangWatch(folder, 30 * config.parallel.distributed_timeout_minutes, names)
     closing.callback(hang_watch.close)
     stop.beat = hang_watch.beat
-    run.objective.phases = Phases(run.device) if len(names) > 1 else None
-    stragglers = Stragglers(run.objective.phases, reporter, names) if run.objective.phases else None
-    alarms = Alarms(
-        folder, reporter, partial(window_texts, run.dataset, config.data), config.global_batch_size, checkpoints.saver.set_apart
-    )
+    run.objective.timer = PassTimer(run.device) if len(names) > 1 else None
+    stragglers = Stragglers(run.objective.timer, reporter, names) if run.objective.timer else None
+    texts = partial(window_texts, run.dataset, config.data)
+    alarms = Alarms(folder, reporter, texts, config.global_batch_size, saver.set_apart)
     evaluation = Evaluation(run, heldout, reporter, folder, checkpoints)
     profiler = Profiler(config.profile, folder)
     closing.callback(profiler.close)
     export = Export(run, folder, provenances, tokenizer if tokenizer.is_dir() else None)
     measured = suite_callbacks(run, suites, reporter, folder, provenances)
     before = [profiler, stragglers] if stragglers else [profiler]  # whose metrics the reporter records
-    return [*before, reporter, hang_watch, alarms, checkpoints, evaluation, *measured, export], evaluation
+    exports = [HuggingFaceExports(run, folder, reporter, checkpoints)] if config.checkpoint.export_every else []
+    return [*before, reporter, hang_watch, alarms, checkpoints, evaluation, *measured, *exports, export], evaluation
 
 
 def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[Callback]) -> None:

@@ -25,8 +25,10 @@ from megatron_hylo.plan.memory import GIB, Memory
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.train.callback import Callback, Progress, Stopped
 from megatron_hylo.train.cuda_graph import WARM_UP
+from megatron_hylo.train.data_loader import TimedBatches
 
 logger = logging.getLogger("megatron_hylo.train")
+SHOWN_WAIT = 0.01  # share of the time that is waited for input, from which on the log says it
 MESSAGE_LENGTH = 1000  # of an error in metrics.jsonl, in characters
 
 
@@ -58,6 +60,8 @@ class Reporter(Callback):
         self.tokens_per_step = config.global_batch_size * config.sequence_length
         self.writer = self.wandb = self.bar = None
         self.memory: Memory | None = None
+        self.batches: TimedBatches | None = None  # whose waits are recorded
+        self.waited = 0.0  # until the last record
         self.first = self.last = (time.perf_counter(), start_step)
         self.step = start_step
         self.timed = 1 + (WARM_UP + 1 if config.cuda_graphs else 0)  # steps behind the first one when the estimate is made
@@ -150,6 +154,10 @@ class Reporter(Callback):
             "peak_memory_gib": peak_memory_gib(self.device),
         }
         speed = f"{rate:,.0f} tokens/s"
+        if self.batches is not None:
+            before, self.waited = self.waited, self.batches.waited
+            record["input_wait_share"] = (self.waited - before) / max(now - then, 1e-9)
+            speed += f"  input wait {record['input_wait_share']:.1%}" if record["input_wait_share"] >= SHOWN_WAIT else ""
         if self.peak is not None:
             record["mfu"] = rate * self.flops_per_token / (self.peak * world)
             speed += f"  MFU {100 * record['mfu']:.1f}%"

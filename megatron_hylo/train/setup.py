@@ -3,7 +3,7 @@
 The training loop, the parity tests and the benchmarks build their runs here.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +27,7 @@ from megatron_hylo.plan.memory import Memory, predict_memory
 from megatron_hylo.teachers.remote import RemoteTeacher
 from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.teachers.store import StoredTeacher, TeacherStore
-from megatron_hylo.train.data_loader import rank_batches
+from megatron_hylo.train.data_loader import TimedBatches, rank_batches
 from megatron_hylo.train.objectives import Objective, get_objective
 from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
 
@@ -63,7 +63,7 @@ class Run:
     dataset: WindowSource | None
     micro_batches: int
 
-    def batches(self, consumed_samples: int = 0) -> Generator[dict[str, Any], None, None]:
+    def batches(self, consumed_samples: int = 0) -> TimedBatches:
         """Start this rank's endless data loader after `consumed_samples` windows of all ranks; see `rank_batches`."""
         assert self.dataset is not None, "a run whose data is '-' has batches of its caller"
         reads = self.teacher_signal if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None

@@ -14,10 +14,10 @@ import torch
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.platform.node_check import CPU_SLOW, SLOW
 from megatron_hylo.train.callback import Callback, Progress
-from megatron_hylo.train.phases import DATA, PASSES, Phases
+from megatron_hylo.train.pass_timer import PassTimer
 from megatron_hylo.train.reporting import Reporter
 
-PRODUCT = "product"
+DATA, PASSES, PRODUCT = "data", "passes", "product"
 PHASES = {DATA: "reading batches", PASSES: "forward and backward passes", PRODUCT: "a matrix product alone"}
 SHARE = 0.02  # of a step; what costs less is not told
 RECORDS = 3  # in a row with the same slowest rank before it is told
@@ -29,13 +29,14 @@ class Stragglers(Callback):
     """Adds the slowest rank of each phase to a logged step's metrics; names one that stays slow.
 
     Args:
-        phases: of this rank.
-        reporter: tells of a slow rank; acts after this callback.
+        timer: of this rank's passes.
+        reporter: tells of a slow rank, and has the batches; acts after this callback.
         hosts: name of each rank's host; more than one.
     """
 
-    def __init__(self, phases: Phases, reporter: Reporter, hosts: Sequence[str]) -> None:
-        self.phases, self.reporter, self.device, self.hosts = phases, reporter, reporter.device, hosts
+    def __init__(self, timer: PassTimer, reporter: Reporter, hosts: Sequence[str]) -> None:
+        self.timer, self.reporter, self.device, self.hosts = timer, reporter, reporter.device, hosts
+        self.waited = 0.0  # for batches, until the last record
         self.last = (time.perf_counter(), -1)
         self.in_a_row: dict[str, tuple[int, int]] = {}  # phase: (rank, records)
 
@@ -44,12 +45,14 @@ class Stragglers(Callback):
         if not self.reporter.config.is_logged(progress.step):
             return
         now, (then, step) = time.perf_counter(), self.last
-        taken = self.phases.take()
+        passes, before = self.timer.take(), self.waited
+        if self.reporter.batches is not None:
+            self.waited = self.reporter.batches.waited
         self.last = (now, progress.step)
         if step < 0:  # kernels are compiled in a start's first steps
             return
         steps = progress.step - step
-        mine = [taken.get(DATA, 0.0) / steps, taken.get(PASSES, 0.0) / steps, product_seconds(self.device)]
+        mine = [(self.waited - before) / steps, passes / steps, product_seconds(self.device)]
         gathered = [torch.empty(len(mine), device=self.device) for _ in self.hosts]
         torch.distributed.all_gather(gathered, torch.tensor(mine, device=self.device))
         if not is_main():

@@ -99,6 +99,21 @@ def test_distances_reach_from_a_line_to_the_whole_window(source, tokenizer):
     assert all(((found >= low) & (found < 2 * low)).sum() > 30 for low in (128, 256, 512, 1024, 2048, 4096))
 
 
+def test_the_latest_of_several_facts_is_seldom_the_right_one(source, tokenizer):
+    """Facts of one exercise stand in any order, so training does not reward an answer by the latest."""
+    windows = make(source, tokenizer, 8192, share=0.8, tasks=["several_keys"])
+    wordings = [max(re.split("{key}|{value}", fact), key=len) for fact, _ in recall_text.ATTRIBUTES]
+    latest = []
+    for window in (windows.window(i) for i in range(6)):
+        for start in np.flatnonzero((window.answers > 0) & (np.roll(window.answers, 1) == 0)):
+            between = window.tokens[start - window.answers[start] : start]
+            text = tokenizer.decode(between[between < TEXT])
+            wording = next(w for w in wordings if w in text.split("\n")[1])
+            latest.append(text.count(wording) == 1)
+    assert len(latest) > 100
+    assert np.mean(latest) < 0.25
+
+
 def test_windows_are_functions_of_seed_and_number(source, tokenizer):
     """The order of reading, another object and another division over ranks give the same; another number does not."""
     one, other = make(source, tokenizer), make(source, tokenizer)
@@ -123,8 +138,8 @@ def test_no_two_exercises_of_a_window_have_a_key_in_common():
     import random
 
     exercises = recall_text.Exercises(random.Random(0))
-    facts = [fact for _ in range(400) for fact in exercises.make("passkey", 2).needed]
-    facts += [exercises.make("several_keys", 2).needed[0] for _ in range(400)]
+    facts = [fact for _ in range(400) for fact in exercises.make("passkey", 2).facts]
+    facts += [exercises.make("several_keys", 2).facts[0] for _ in range(400)]
     values = "|".join(
         ["[A-Z]{2,3}-[0-9]+", "[0-9]{3,}", rf"(?:{'|'.join(recall_text.PEOPLE)}) and (?:{'|'.join(recall_text.PEOPLE)})"]
     )

@@ -7,9 +7,10 @@ import torch
 
 from megatron_hylo.config import RopeScaling
 from megatron_hylo.config.layouts import kv_bytes_per_token
-from megatron_hylo.hf import HyloCache, attention_hylo
-from megatron_hylo.hf.decode_hylo import DecodeGraph, unsupported
+from megatron_hylo.hf import HyloCache, attention_hylo, fused_hylo
+from megatron_hylo.hf.decode_hylo import DecodeGraph, join_projections, unsupported
 from megatron_hylo.hf.layers_hylo import cache_nbytes
+from megatron_hylo.kernels.matvec import matvec
 from tests.hf.conftest import ALIGNED, YARN, random_model, serve_config
 
 CASES = {
@@ -57,6 +58,24 @@ def test_every_way_to_read_with_a_fixed_size_gives_the_full_forwards_logits(conf
                 torch.testing.assert_close(found, whole, rtol=0, atol=1e-5, msg=f"{by_graph} {pieces} {seen is not None}")
                 assert (cache.graph is not None) == by_graph and cache.get_seq_length() == total
     assert torch.isfinite(torch.cat(logits, 1)).all()
+
+
+@pytest.mark.parametrize("mixers", ["G+M", "*K"])
+@torch.no_grad()
+def test_products_of_one_vector_give_the_full_forwards_logits(mixers, ids, monkeypatch):
+    """Maps of one token's vector, joined and with SwiGLU and residual, as on a GPU."""
+    products = []
+    monkeypatch.setattr(fused_hylo, "one_vector", lambda x: x.numel() == x.shape[-1])
+    monkeypatch.setattr(fused_hylo, "matvec", lambda x, *args, **settings: products.append(x) or matvec(x, *args, **settings))
+    model = fixed(random_model(serve_config(mixers)))
+    whole = model(ids[:1], use_cache=False).logits
+    join_projections(model)
+    cache = model.new_cache(1, 75)
+    logits = [model(ids[:1, :70], past_key_values=cache).logits]
+    for token in ids[:1, 70:].split(1, dim=1):
+        logits.append(model(token, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=0, atol=1e-5)
+    assert len(products) >= 5 * (4 * len(mixers) + 1)  # the inputs', outputs' and two of the MLP's, and the head
 
 
 @pytest.mark.parametrize("by_graph", [False, True])
@@ -141,9 +160,9 @@ def test_a_pass_of_fixed_shapes_neither_waits_nor_allocates_on_the_host(ids):
             ), name
             return func(*args, **(kwargs or {}))
 
-    for config in (serve_config("G+M*K+"), CASES["aligned"]):
+    for config, latents in ((serve_config("G+M*K+"), None), (CASES["aligned"], None), (CASES["aligned"], "fp8")):
         model = random_model(config, torch.bfloat16)
-        cache = HyloCache(40)
+        cache = HyloCache(40, latents)
         mask = torch.ones(2, 20, dtype=torch.long)
         mask[0, :4] = 0
         model(ids[:, :20], attention_mask=mask, past_key_values=cache)
@@ -186,9 +205,18 @@ def test_a_cropped_or_eagerly_continued_cache_decodes_on(ids):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("config", [*CASES.values(), serve_config("G+M*K")], ids=[*CASES, "G+M*K"])
+@pytest.mark.parametrize(
+    "config, latents",
+    [
+        *((config, None) for config in CASES.values()),
+        (serve_config("G+M*K"), None),
+        (CASES["+"], "fp8"),
+        (CASES["aligned"], "int8"),
+    ],
+    ids=[*CASES, "G+M*K", "+ fp8", "aligned int8"],
+)
 @torch.no_grad()
-def test_a_replayed_graph_gives_the_eager_tokens(config, ids):
+def test_a_replayed_graph_gives_the_eager_tokens(config, latents, ids):
     ids = ids.cuda()
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
@@ -201,8 +229,8 @@ def test_a_replayed_graph_gives_the_eager_tokens(config, ids):
             settings |= dict(
                 max_new_tokens=24, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True
             )
-            eager = model.generate(ids, **settings)
-            static = model.generate(ids, cache_implementation="static", **settings)
+            eager = model.generate(ids, past_key_values=HyloCache(latents=latents), **settings)
+            static = model.generate(ids, past_key_values=model.new_cache(2, ids.shape[1] + 24, latents), **settings)
             graph = static.past_key_values.graph
             assert graph.graph is not None and graph.passes == 23
             first, second = (torch.stack(found.logits).float() for found in (eager, static))

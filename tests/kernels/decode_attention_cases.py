@@ -1,4 +1,4 @@
-"""The Triton kernels of decode_attention.py against its plain form in float64; prints a line a case: name|relative error.
+"""The Triton kernels of the decode step against their plain forms in float64; prints a line a case: name|relative error.
 
 Started by test_decode_attention.py in Triton's interpreter on the CPU, imported by its GPU test.
 """
@@ -7,8 +7,9 @@ import itertools
 
 import torch
 
-from megatron_hylo.kernels import decode_attention
+from megatron_hylo.kernels import decode_attention, matvec
 from megatron_hylo.kernels.quantised_latents import quantise_latents
+from megatron_hylo.kernels.registry import override
 
 LATENT = dict(groups=1, heads=6, d=40 + 12, v=40)  # widths that are no powers of two
 GROUPED = dict(groups=2, heads=6, d=20, v=24)
@@ -61,10 +62,29 @@ def errors(device: str, rows: int, dtypes: tuple[torch.dtype, ...]) -> dict[str,
     return found
 
 
+def matvec_errors(device: str, sizes: tuple[tuple[int, int], ...], dtypes: tuple[torch.dtype, ...]) -> dict[str, float]:
+    """Relative error of the product with each matrix, [rows, columns], with and without SwiGLU and residual."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for dtype, (rows, columns), swiglu, added in itertools.product(dtypes, sizes, (False, True), (False, True)):
+        matrix, x = (torch.randn(size, generator=generator).to(device, dtype) for size in ((rows, columns), (1, 1, columns)))
+        weight = torch.full((rows + 2, columns + 8), torch.nan, dtype=dtype, device=device)[:rows, :columns]
+        weight.copy_(matrix)  # a part of a larger matrix
+        residual = torch.randn(1, 1, rows // 2 if swiglu else rows, generator=generator).to(device, dtype) if added else None
+        out = matvec.one_vector(x, weight, residual, swiglu)
+        wide = None if residual is None else residual.double()
+        with override("matvec", "torch"):
+            expected = matvec.matvec(x.double(), weight.double(), wide, swiglu)
+        assert out.shape == expected.shape
+        found[f"matvec {dtype} {rows} x {columns} {swiglu} {added}"] = relative_error(out, expected)
+    return found
+
+
 if __name__ == "__main__":
     from tests.kernels.interpreter import mend_interpreter
 
-    mend_interpreter("megatron_hylo.kernels.triton_decode_attention")
+    mend_interpreter("megatron_hylo.kernels.triton_decode_attention", "megatron_hylo.kernels.triton_matvec")
     torch.set_num_threads(1)
     for name, (error, _) in errors("cpu", 700, (torch.float32, torch.float16)).items():  # its products know no bf16
+        print(f"CASE {name}|{error}")
+    for name, error in matvec_errors("cpu", ((24, 1024), (22, 700)), (torch.float32, torch.bfloat16)).items():
         print(f"CASE {name}|{error}")

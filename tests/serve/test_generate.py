@@ -160,3 +160,12 @@ def test_folder_without_tokenizer(folders):
         generate_text(folders[1], PROMPT)
     with pytest.raises(ConfigError, match="has no config.json"):
         generate_text(folders[1].parent, PROMPT)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_captured_graph_generates_the_text_of_single_kernels(folders):
+    for settings in (dict(), dict(latents="fp8"), dict(temperature=0.7, repetition_penalty=1.1)):
+        eager, graph = (generate_text(folders[1], PROMPT, 64, cuda_graphs=by_graph, **settings) for by_graph in (False, True))
+        assert (eager.text, eager.decoded_by) == (graph.text, "single kernels (cuda_graphs is false)")
+        assert graph.decoded_by == "a CUDA graph" and graph.cache_bytes == eager.cache_bytes

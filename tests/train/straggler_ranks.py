@@ -9,7 +9,7 @@ from megatron_hylo.config import from_dict
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.io import main_first
 from megatron_hylo.platform.distributed import is_main, rank, session
-from megatron_hylo.train import setup
+from megatron_hylo.train import data_loader
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.objectives import Objective
 
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     file, phase = Path(sys.argv[1]), sys.argv[2]
     config = from_dict(TrainConfig, json.loads(file.read_text()), "settings")
     if phase == "data":
-        setup.rank_batches = late_batches(setup.rank_batches)
+        data_loader._rank_batches = late_batches(data_loader._rank_batches)
     else:
         Objective._forward_step = late(Objective._forward_step)
     with session(config.parallel, config.seed):
