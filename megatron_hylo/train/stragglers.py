@@ -61,7 +61,7 @@ class Stragglers(Callback):
         for phase, seconds in zip(PHASES, table, strict=True):
             slowest = max(range(len(seconds)), key=seconds.__getitem__)
             progress.metrics |= {f"slowest/{phase}_rank": float(slowest), f"slowest/{phase}_seconds": seconds[slowest],
-                                 f"slowest/{phase}_median": statistics.median(seconds)}  # fmt: skip
+                                 f"slowest/{phase}_median": statistics.median_low(seconds)}  # fmt: skip
             self._tell(progress.step, phase, seconds, (now - then) / steps)
 
     def _tell(self, step: int, phase: str, seconds: Sequence[float], step_seconds: float) -> None:
@@ -74,7 +74,7 @@ class Stragglers(Callback):
         records = records + 1 if rank == before else 1
         self.in_a_row[phase] = (rank, records)
         if records == RECORDS:
-            median = statistics.median(seconds)
+            median = statistics.median_low(seconds)
             self.reporter.say(
                 f"step {step}: rank {rank} on {self.hosts[rank]} is slow in {PHASES[phase]}: {1e3 * seconds[rank]:.3g} ms, "
                 f"the median of all ranks is {1e3 * median:.3g}, and a step takes {1e3 * step_seconds:.3g}"
