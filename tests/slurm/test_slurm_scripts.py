@@ -136,6 +136,22 @@ def test_every_recipe_has_a_script_and_every_script_a_recipe():
     assert sorted(used) == sorted(HYLO) == [file.stem for file in RECIPES]
 
 
+def test_both_recipes_of_the_image_are_of_one_base_packages_and_files():
+    docker, apptainer = ((ROOT / "slurm" / name).read_text() for name in ("Dockerfile", "hylo.def"))
+    assert re.search(r"ARG BASE=(\S+)", docker)[1] == re.search(r"From: (\S+)", apptainer)[1]
+    packages = [
+        re.search(r"apt-get install --yes --no-install-recommends ([a-z0-9 -]+)", text)[1].split()
+        for text in (docker, apptainer)
+    ]
+    assert packages[0] == packages[1] and "procps" in packages[0]
+    copied = [word for line in re.findall(r"^COPY (.*) \S+$", docker, re.M) for word in line.split()]
+    assert copied == re.findall(r"^    (\S+) /src/", apptainer, re.M) and all((ROOT / name).exists() for name in copied)
+    sent = set(re.findall(r"^!(\S+)", (ROOT / ".dockerignore").read_text(), re.M))
+    assert (
+        sent == set(copied) and "pip install" in docker and "--constraint constraints.txt" in docker and ".[gpu]" in apptainer
+    )
+
+
 @pytest.fixture
 def hylo_root(one_rank, tmp_path) -> Path:
     """A folder laid out as the scripts expect it: a teacher, an aligned student wider than it, and text."""
