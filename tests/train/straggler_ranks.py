@@ -9,27 +9,25 @@ from megatron_hylo.config import from_dict
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.io import main_first
 from megatron_hylo.platform.distributed import is_main, rank, session
-from megatron_hylo.train import data_loader
+from megatron_hylo.train import data_loader, pass_timer
 from megatron_hylo.train.loop import train
-from megatron_hylo.train.objectives import Objective
 
 
-def late(function):
-    """The function, 50 ms later on rank 1."""
+class Fast:
+    """A clock that runs a hundred times as fast, so that other processes of this machine cannot outweigh it."""
 
-    def slow(*arguments, **named):
-        time.sleep(0.05 * (rank() == 1))
-        return function(*arguments, **named)
-
-    return slow
+    @staticmethod
+    def perf_counter() -> float:
+        """Seconds."""
+        return 100 * time.perf_counter()
 
 
 def late_batches(function):
-    """The generator, each of its batches 50 ms later on rank 1."""
+    """The generator, each of its batches 10 ms later."""
 
     def slow(*arguments):
         for batch in function(*arguments):
-            time.sleep(0.05 * (rank() == 1))
+            time.sleep(0.01)
             yield batch
 
     return slow
@@ -38,11 +36,10 @@ def late_batches(function):
 if __name__ == "__main__":
     file, phase = Path(sys.argv[1]), sys.argv[2]
     config = from_dict(TrainConfig, json.loads(file.read_text()), "settings")
-    if phase == "data":
-        data_loader._rank_batches = late_batches(data_loader._rank_batches)
-    else:
-        Objective._forward_step = late(Objective._forward_step)
+    data_loader._rank_batches = late_batches(data_loader._rank_batches)
     with session(config.parallel, config.seed):
+        if rank() == 1:
+            (data_loader if phase == "data" else pass_timer).time = Fast
         shared = file.with_suffix(".cache")
         with main_first():
             found = shared.exists()

@@ -115,9 +115,9 @@ def test_the_slowest_rank_of_a_phase_is_recorded_and_named(settings, tmp_path, p
     run_ranks("tests.train.straggler_ranks", [tmp_path / "settings.json", phase], 2, tmp_path)
     records = [r for r in read_lines(Path(config.output) / "metrics.jsonl") if f"slowest/{phase}_rank" in r]
     assert [r["step"] for r in records] == [2, 4, 6, 8, 9]
-    assert all(r[f"slowest/{phase}_rank"] == 1 and r[f"slowest/{phase}_seconds"] > 0.05 for r in records)
+    assert all(r[f"slowest/{phase}_rank"] == 1 and r[f"slowest/{phase}_seconds"] > 0.5 for r in records)
     log = (Path(config.output) / "log.txt").read_text()
-    assert log.count(f"step 6: rank 1 on {socket.gethostname()} is slow in {words}") == log.count("is slow in") == 1
+    assert log.count(f"step 6: rank 1 on {socket.gethostname()} is slow in {words}") == log.count(f"is slow in {words}") == 1
 
 
 @pytest.mark.parametrize(
