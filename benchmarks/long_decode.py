@@ -201,7 +201,7 @@ def plot(rows: list[Row], file: Path) -> None:
                 axes.plot(*zip(*mine), label=name, **line(number))
         axes.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log" if key != "peak_gib" else "linear")
         lengths = sorted({r["tokens"] for r in rows})
-        axes.set_xticks(lengths, [f"{n / 1024:g}K" if n < 2**20 else f"{n / 2**20:g}M" for n in lengths])
+        axes.set_xticks(lengths, [f"{n / 1024:g}K" if n < 2**20 else f"{n / 2**20:g}M" for n in lengths], rotation=45)
         axes.minorticks_off()
         if axes.lines:
             axes.legend(fontsize=8)

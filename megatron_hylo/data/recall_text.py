@@ -149,7 +149,8 @@ class Exercises:
     def _several_keys(self, most: int) -> Exercise:
         fact, questions = self._pick(ATTRIBUTES)
         kind = self._pick(self._kinds)
-        pairs = [(self._key(), kind(self)) for _ in range(self._between(2, min(most, MOST_KEYS)))]
+        keys = self._keys(self._between(2, min(most, MOST_KEYS)))
+        pairs = [(key, kind(self)) for key in keys]
         facts = tuple(fact.format(key=key, value=value) for key, value in pairs)
         asked = range(self._between(1, min(len(pairs), MOST_QUESTIONS)))
         return Exercise(facts, 1, tuple(_question(i, self._pick(questions), pairs[i][1], key=pairs[i][0]) for i in asked))
@@ -205,6 +206,17 @@ class Exercises:
         return self._unused(
             lambda: f"{self._pick(QUALITIES)} {self._pick(THINGS)}{self._pick(('', ' of ' + self._pick(PEOPLE)))}"
         )
+
+    def _keys(self, count: int) -> list[str]:
+        """So many keys; in half of the cases they differ in one word alone, so that no other word of a key can tell a fact."""
+        thing, quality, person = self._pick(THINGS), self._pick(QUALITIES), self._pick(("", f" of {self._pick(PEOPLE)}"))
+        alike = [f"{q} {thing}{person}" for q in QUALITIES] if self._below(2) else [f"{quality} {t}{person}" for t in THINGS]
+        left = [key for key in alike if key not in self._used]
+        if self._below(2) or len(left) < count:
+            return [self._key() for _ in range(count)]
+        keys = [left.pop(self._below(len(left))) for _ in range(count)]
+        self._used.update(keys)
+        return keys
 
     def _name(self) -> str:
         return f"{self._pick(PEOPLE)}{self._between(1, 999)}"

@@ -147,6 +147,19 @@ def test_no_two_exercises_of_a_window_have_a_key_in_common():
     assert len(asked) == len(set(asked))
 
 
+def test_keys_of_an_exercise_often_differ_in_one_word_alone():
+    """About half of the sets share all words but one, and keys are still never drawn twice."""
+    import random
+
+    exercises = recall_text.Exercises(random.Random(1))
+    sets = [exercises._keys(6) for _ in range(200)]
+    words = [[set(key.split()) for key in keys] for keys in sets]
+    one_word = [len(set.union(*keys) - set.intersection(*keys)) == 6 for keys in words]
+    assert 60 < sum(one_word) < 140
+    drawn = [key for keys in sets for key in keys]
+    assert len(drawn) == len(set(drawn))
+
+
 def test_a_tokenizer_that_begins_every_text_with_a_mark_puts_none_in_the_middle(source):
     """SentencePiece's dummy prefix belongs to a text's start, not before each fact."""
     from tokenizers import normalizers

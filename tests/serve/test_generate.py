@@ -162,9 +162,23 @@ def test_folder_without_tokenizer(folders):
         generate_text(folders[1].parent, PROMPT)
 
 
+def without_end(folder):
+    """Let a random model never end its text."""
+    (folder / "manifest.json").unlink()  # the export is changed on purpose
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        if file.is_file():
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": None}))
+
+
+def test_without_an_end_token_as_many_tokens_come_as_were_asked_for(folders):
+    without_end(folders[1])
+    assert generate_text(folders[1], PROMPT, 64).new_tokens == 64
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_captured_graph_generates_the_text_of_single_kernels(folders):
+    without_end(folders[1])
     for settings in (dict(), dict(latents="fp8"), dict(temperature=0.7, repetition_penalty=1.1)):
         eager, graph = (generate_text(folders[1], PROMPT, 64, cuda_graphs=by_graph, **settings) for by_graph in (False, True))
         assert (eager.text, eager.decoded_by) == (graph.text, "single kernels (cuda_graphs is false)")

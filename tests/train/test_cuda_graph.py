@@ -67,8 +67,8 @@ def test_recorded_steps_equal_others(settings, tmp_path, monkeypatch, stage, ali
                 cuda_graphs=graphs,
                 align=dict(loss=align_loss),
                 recall=RecallSettings(share),
-                sequence_length=160 if share else 16,
-                train_tokens=12 * 4 * (160 if share else 16),
+                sequence_length=128 if share else 16,
+                train_tokens=12 * 4 * (128 if share else 16),
                 checkpoint=dict(save_interval=6),
             )
         )
