@@ -1,6 +1,7 @@
 """A hang and a slow rank are named; a jump of the loss is kept with its text, and the checkpoint before it."""
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -77,6 +78,13 @@ def test_a_jump_of_the_loss_is_kept_with_the_text_of_its_step(one_rank, settings
     assert (run / "last_good").resolve() == (run / "checkpoints" / "step_00000020").resolve()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000020", "step_00000024"]
     verify_manifest(run / "last_good")
+    for newer in (run / "model", run / "checkpoints" / "step_00000024"):
+        shutil.rmtree(newer)
+    monkeypatch.setattr(loop, "training_step", original)
+    train(config)  # goes back to the last good one
+    assert "resumed at step 20" in (run / "log.txt").read_text()
+    losses = [(r["step"], r["loss"]) for r in read_lines(run / "metrics.jsonl") if "loss" in r]
+    assert [step for step, _ in losses] == list(range(1, 25)) and all(loss < 99 for _, loss in losses)
 
 
 NORMAL = [1.0] * 20
