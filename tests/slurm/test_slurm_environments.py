@@ -25,6 +25,7 @@ FAKES = {
             "show node") printf 'NodeName=%s\\n   NodeAddr=%s State=%s\\n' "$3" "$3" "${STATE:-IDLE}" ;;
             *) printf '%s\\0' "$@" >"$RECORD/scontrol"; exit "${REQUEUE_EXIT:-0}" ;;
         esac""",
+    "squeue": 'echo "1234.batch"; [[ -z "${STEP_STAYS:-}" ]] || echo "1234.0"',
     "srun": 'printf "%s\\0" "$@" >"$RECORD/srun"; while [[ "$1" == --* ]]; do shift; done; exec "$@"',
     "sbatch": """
         printf '%s\\0' "$@" >>"$RECORD/sbatch"; printf '%s\\0' "$MODEL" "${TEACHER:-}" "${OUTPUT:-}" >>"$RECORD/paths"
@@ -324,10 +325,12 @@ def test_a_finished_run_that_is_extended_is_requeued_until_its_next_result(clust
 
 
 @pytest.mark.parametrize(
-    ("code", "starts", "state"), [(1, 3, "IDLE"), (137, 3, "IDLE"), (1, 1, "DOWN*"), (2, 1, "IDLE"), (3, 1, "IDLE")]
+    ("code", "starts", "state"),
+    [(1, 3, "IDLE"), (137, 3, "IDLE"), (1, 1, "DOWN*"), (1, 1, "a step stays"), (2, 1, "IDLE"), (3, 1, "IDLE")],
 )
 def test_a_failure_is_tried_again_a_few_times_and_bad_input_never(cluster, code, starts, state):
-    ran = cluster.run(STAGE, **(JOB | {"FAILS": str(code), "STATE": state, "MAX_RETRIES": "2"}))
+    broken = {"STEP_STAYS": "1"} if state == "a step stays" else {"STATE": state}
+    ran = cluster.run(STAGE, **(JOB | broken | {"FAILS": str(code), "MAX_RETRIES": "2"}))
     requeued = state != "IDLE"
     assert ran.code == (0 if requeued else code) and ("scontrol" in ran.arguments) == requeued
     assert (cluster.folder / "record" / "starts.txt").read_text().count("start") == starts
