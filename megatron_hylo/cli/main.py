@@ -12,10 +12,12 @@ from megatron_hylo.cli.console import console, set_up_logging
 from megatron_hylo.cli.doctor import doctor
 from megatron_hylo.cli.evaluation import eval as eval_suites
 from megatron_hylo.cli.parser import build_parser, command, parameters, settings_of
+from megatron_hylo.cli.plan import plan
 from megatron_hylo.cli.report import report
 from megatron_hylo.cli.runs import quickstart, train
 from megatron_hylo.cli.runs_list import runs
 from megatron_hylo.cli.sampling import sample_text
+from megatron_hylo.cli.sweep import sweep
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
 from megatron_hylo.cli.verbs import convert, evaluate, export, fetch, generate, layouts, preprocess, scripts, verify
 from megatron_hylo.cli.watch import watch
@@ -28,9 +30,9 @@ __all__ = ["EXIT_ERROR", "EXIT_STOPPED", "QUICK", "VERBS", "main"]
 
 VERBS: tuple[Callable, ...] = (
     quickstart, layouts, fetch, convert, verify, preprocess, sample_text, calibrate, upcycle, select, assemble, cache_teacher,
-    serve_teacher, train, runs, watch, report, evaluate, eval_suites, compare, export, generate, doctor, scripts,
+    serve_teacher, plan, sweep, train, runs, watch, report, evaluate, eval_suites, compare, export, generate, doctor, scripts,
 )  # fmt: skip
-QUICK = (layouts, scripts, runs, watch, report, compare)  # these start without PyTorch and print their result at once
+QUICK = (layouts, plan, scripts, runs, watch, report, compare)  # these start without PyTorch and print their result at once
 
 
 def main(command_line: list[str] | None = None) -> None:

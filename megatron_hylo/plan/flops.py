@@ -1,14 +1,19 @@
 """Floating-point operations of a forward pass, and the peak rate of the device they run on."""
 
-import time
+from __future__ import annotations
 
-import torch
+import time
+from typing import TYPE_CHECKING
 
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.plan.hardware import get_hardware, names, of_device
+
+if TYPE_CHECKING:
+    import torch
 
 # Dense bf16 peaks, FLOP/s, by a word of the device's name (vendor data sheets).
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+PEAK_FLOPS = {one.words: one.peak() for one in map(get_hardware, names())}
 
 
 def forward_flops_per_token(config: ModelConfig, sequence_length: int, with_head: bool = True) -> float:
@@ -25,21 +30,33 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int, with_head
     Raises:
         ConfigError: a mixer that has no description.
     """
-    total = 2.0 * config.vocab_size * config.hidden_size if with_head else 0.0
-    for symbol in config.mixers:
+    return sum(flops_by_layer(config, sequence_length, with_head).values())
+
+
+def flops_by_layer(config: ModelConfig, sequence_length: int, with_head: bool = True) -> dict[str, float]:
+    """Model FLOPs of one token's forward pass by kind of layer, all layers of a kind together: "-" MLPs, "head", else mixers.
+
+    Args:
+        config, sequence_length, with_head: see `forward_flops_per_token`.
+
+    Raises:
+        ConfigError: a mixer that has no description.
+    """
+    found = {"head": 2.0 * config.vocab_size * config.hidden_size} if with_head else {}
+    found["-"] = 2.0 * config.num_hidden_layers * 3 * config.hidden_size * config.ffn_hidden_size
+    for symbol in dict.fromkeys(config.mixers):
         mixer = get_mixer(symbol)
-        total += 2.0 * (mixer.parameters(config) + 3 * config.hidden_size * config.ffn_hidden_size)
-        total += mixer.sequence_flops(config, sequence_length)
-    return total
+        one = 2.0 * mixer.parameters(config) + mixer.sequence_flops(config, sequence_length)
+        found[symbol] = config.mixers.count(symbol) * one
+    return found
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:
     """Peak FLOP/s and its source: the data sheet for a known GPU, else a measured product (fp32 on a CPU)."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for word, rate in PEAK_FLOPS.items():
-            if word in name:
-                return rate, f"{word} data sheet, dense bf16"
+    import torch
+
+    if device.type == "cuda" and (known := of_device(torch.cuda.get_device_name(device))):
+        return known.peak(), f"{known.words} data sheet, dense bf16"
     dtype, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = float("inf")

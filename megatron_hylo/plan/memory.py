@@ -22,20 +22,29 @@ keeps for its backward pass, in numbers a token. Peaks of H100s and H200s (CP) b
 and stage `align`, 1B, 262,144 tokens, all Gated DeltaNet; all Mamba2                      51.2; 48.0, predicted 52.0; 48.0
 """
 
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_hylo.config import ModelConfig, recomputed_layers
+from megatron_hylo.config.layouts import parameter_count, pipeline_layers
 from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.models.offload import offloaded_units
-from megatron_hylo.teachers.signal import TeacherSignal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_hylo.models.hylo_model import HyloModel
+    from megatron_hylo.teachers.signal import TeacherSignal
 
 GIB = 2**30
 GRADIENT, MASTER, MOMENTS = 4, 4, 8  # bytes a trained parameter: fp32 gradient, fp32 copy of what is not fp32, Adam's two
+FP8_COPIES = 2  # bytes a parameter of a linear map that computes in FP8: the weight and its transpose
 AROUND = 8  # tensors as wide as the model that live beside a layer in its backward pass
 
 
@@ -103,37 +112,175 @@ def _bytes(tensors: Sequence[Tensor]) -> float:
 
 def _on_cpu(teacher: Sequence[HyloModel]) -> float:
     """Bytes of the weights that `models/offload.py` keeps on the CPU: all but two layers'."""
+    from megatron_hylo.models.offload import offloaded_units
+
     units = [[_bytes([*unit.parameters()]) for unit in offloaded_units(chunk)] for chunk in teacher]
     return sum(sum(sizes) - 2 * max(sizes) for sizes in units)
 
 
-def activations(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | None) -> tuple[float, float]:
+_count = functools.lru_cache(256)(parameter_count)
+
+
+def estimate_memory(
+    config: TrainConfig, ranks: int, students: Sequence[ModelConfig], teachers: Sequence[ModelConfig]
+) -> Memory:
+    """Memory of the fullest rank from architectures alone; `predict_memory` has the models themselves.
+
+    Args:
+        config: settings of the run.
+        ranks: processes of the run.
+        students: one or two.
+        teachers: those on the same ranks, one or none.
+    """
+    p, number = config.parallel, 2 if config.precision == "bf16" else 4
+    tensor, pipeline = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    shards = max(ranks // (tensor * pipeline), 1)
+    count = sum(rank_parameters(c, _given(config), tensor, pipeline, p.virtual_pipeline_model_parallel_size) for c in students)
+    share = count / sum(map(_count, students))
+    trained = share * sum(trained_parameters(config, c) for c in students)
+    optimizer = (MOMENTS + (MASTER if number == 2 else 0)) * trained
+    optimizer /= shards if config.optimizer.use_distributed_optimizer else 1
+    theirs_shape = teachers[0] if teachers else None
+    replicas = max(shards // p.context_parallel_size, 1)
+    kept, passing = max((activations(config, c, theirs_shape, replicas) for c in students), key=sum)
+    if config.optimizer.offload:  # either the passes' activations or, later, the optimizer's state
+        optimizer, kept, passing = (0.0, kept, passing) if kept + passing > optimizer else (optimizer, 0.0, 0.0)
+    weights = number * count
+    if config.linear_precision == "fp8":
+        weights += FP8_COPIES * share * sum(map(linear_parameters, students))
+    return Memory(weights, GRADIENT * trained, optimizer, _teacher_bytes(config, teachers), kept, passing)
+
+
+def _teacher_bytes(config: TrainConfig, teachers: Sequence[ModelConfig]) -> float:
+    """Weights of a teacher on the students' ranks; of one whose layers are in CPU memory two layers, embedding and head."""
+    p, number, total = config.parallel, 2 if config.precision == "bf16" else 4, 0.0
+    for shape in teachers:
+        linear = linear_parameters(shape)
+        ends, bytes_each = _count(shape) - linear, 1 if config.teacher_precision == "fp8" else number
+        layers = 2 / shape.num_hidden_layers if config.teacher_offload else 1.0
+        total += number * ends + bytes_each * linear * layers
+    return total / (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
+
+
+@functools.lru_cache(256)
+def layer_parameters(shape: ModelConfig, symbol: str) -> int:
+    """Parameters of a mixer and its MLP, without norms."""
+    return get_mixer(symbol).parameters(shape) + 3 * shape.hidden_size * shape.ffn_hidden_size
+
+
+def _given(config: TrainConfig) -> tuple[int, ...] | None:
+    """Layers of each pipeline stage, where the run sets them."""
+    return tuple(config.parallel.pipeline_layers) if config.parallel.pipeline_layers else None
+
+
+@functools.lru_cache(256)
+def stage_layers(shape: ModelConfig, stages: int, given: tuple[int, ...] | None = None) -> list[dict[str, int]]:
+    """Number of layers of each kind of every pipeline stage, "-" MLPs; see `config.layouts.pipeline_layers`."""
+    mixers, found = iter(shape.mixers), list[dict[str, int]]()
+    for count in pipeline_layers(shape, stages, given):
+        found.append(dict(Counter(itertools.islice(mixers, count))) | {"-": count})
+    return found
+
+
+@functools.lru_cache(256)
+def mixer_counts(shape: ModelConfig) -> dict[str, int]:
+    """Number of layers of each mixer."""
+    return dict(Counter(shape.mixers))
+
+
+@functools.lru_cache(256)
+def linear_parameters(shape: ModelConfig) -> int:
+    """Parameters of the layers, without embedding, head and norms: nearly all are linear maps."""
+    return sum(layer_parameters(shape, symbol) for symbol in shape.mixers)
+
+
+def trained_parameters(config: TrainConfig, shape: ModelConfig) -> int:
+    """Parameters of a student that a run trains."""
+    if config.trainable == "mixers" or (config.stage == "align" and config.align.loss != "ild"):
+        return linear_parameters(shape) - 3 * shape.num_hidden_layers * shape.hidden_size * shape.ffn_hidden_size
+    heads = 2 if shape.untie_embeddings_and_output_weights else 1
+    return _count(shape) - (heads * shape.vocab_size * shape.hidden_size if config.stage == "align" else 0)
+
+
+@functools.lru_cache(1024)
+def rank_parameters(shape: ModelConfig, given: tuple[int, ...] | None, tensor: int, pipeline: int, virtual: int = 1) -> float:
+    """Parameters of the pipeline rank that has most.
+
+    Args:
+        shape: the model.
+        given: layers of every pipeline stage, as `pipeline_layers` takes them.
+        tensor, pipeline, virtual: sizes of the parallel groups.
+    """
+    if pipeline == 1:
+        return _count(shape) / tensor
+    stages = [
+        float(sum(count * layer_parameters(shape, symbol) for symbol, count in layers.items() if symbol != "-"))
+        for layers in stage_layers(shape, pipeline * virtual, given)
+    ]
+    for end in (0, -1):  # embedding; head, a copy of the embedding where they are tied
+        stages[end] += shape.vocab_size * shape.hidden_size
+    return max(sum(stages[rank::pipeline]) for rank in range(pipeline)) / tensor
+
+
+def in_flight(pipeline: int, virtual: int, micro_batches: int) -> float:
+    """Largest share of the model's layers whose activations a pipeline rank keeps, over its micro-batches in flight.
+
+    The first rank has `pipeline` micro-batches of 1 / pipeline of the layers under 1F1B, and its warm-up's model chunks and one
+    more under the interleaved schedule (Megatron-Core's `forward_backward_pipelining_with_interleaving`).
+    """
+    if virtual == 1:
+        return min(pipeline, micro_batches) / pipeline
+    return min(2 * (pipeline - 1) + (virtual - 1) * pipeline + 1, micro_batches * virtual) / (pipeline * virtual)
+
+
+def activations(
+    config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | None, data_parallel: int = 1
+) -> tuple[float, float]:
     """Activations at the fullest moment of a step: (bytes kept for the backward pass, bytes in use by the computation).
 
     Args:
         config: the run.
         ours: the student.
         theirs: a teacher on the same ranks.
+        data_parallel: ranks that share the batch.
+    """
+    kept, passing = activation_parts(config, ours, theirs, data_parallel)
+    if config.stage == "align":  # a layer has its backward pass before the next
+        return kept, max(passing.values())
+    busy = max(passing["layer"], passing["loss"])
+    return (kept, busy) if kept + busy > passing["teacher"] else (0.0, passing["teacher"])
+
+
+def activation_parts(
+    config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | None, data_parallel: int = 1
+) -> tuple[float, dict[str, float]]:
+    """Bytes kept for the backward pass, and bytes that computations need one after the other.
+
+    Args:
+        config, ours, theirs, data_parallel: see `activations`.
+
+    Returns:
+        Kept bytes; those of a layer in its backward pass, of the loss over a chunk of logits, of the teacher's forward pass.
     """
     p, number = config.parallel, 2 if config.precision == "bf16" else 4
     tokens = config.micro_batch_size * config.sequence_length / p.context_parallel_size
     ranks, h = p.tensor_model_parallel_size, ours.hidden_size
-    symbols = [symbol for mixer in ours.mixers for symbol in (mixer, "-")]
+    times = mixer_counts(ours) | {"-": ours.num_hidden_layers}
     forward = tokens * number * (3 * theirs.ffn_hidden_size / ranks + 5 * theirs.hidden_size) if theirs else 0.0
-    busy = max(2 * kept_numbers(ours, symbol, ranks) + _scratch_numbers(ours, symbol, ranks) for symbol in symbols)
-    layer = tokens * number * (busy + AROUND * h)
-    if config.stage == "align":  # a layer has its backward pass before the next
-        return 2 * tokens * number * h, max(layer, forward)
+    residual = h / ranks if p.sequence_parallel else h  # of hidden states and norms, which sequence parallelism divides
+    saved = {symbol: kept_numbers(ours, symbol, ranks) - h + residual for symbol in times}
+    busy = max(2 * saved[symbol] + _scratch_numbers(ours, symbol, ranks) for symbol in times)
+    layer = tokens * number * (busy + AROUND * residual)
+    if config.stage == "align":
+        return 2 * tokens * number * residual, {"layer": layer, "loss": 0.0, "teacher": forward}
     again = recomputed_layers(config.recompute)
-    numbers = [h if symbol in again else kept_numbers(ours, symbol, ranks) + h for symbol in symbols]
-    waiting = (
-        min(p.pipeline_stages, config.micro_batches(1)) / p.pipeline_stages
-    )  # a stage has its share of the layers, of so many micro-batches
-    kept = tokens * number * sum(numbers) * waiting
+    numbers = [times[s] * (residual if s in again else saved[s] + residual) for s in times]
+    passes = max(config.global_batch_size // (config.micro_batch_size * data_parallel), 1)
+    waiting = in_flight(p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size, passes)
     models, vocabulary = 1 if config.stage == "pretrain" else 2, ours.vocab_size / ranks
     head = min(config.loss_chunk_tokens, tokens) * vocabulary * (4 * models + number)  # logits in fp32, their gradient
-    head += 4 * vocabulary * h + models * tokens * number * h  # the head's gradient; hidden states
-    return (kept, max(layer, head)) if kept + max(layer, head) > forward else (0.0, forward)
+    head += 4 * vocabulary * h + models * tokens * number * residual  # the head's gradient; hidden states
+    return tokens * number * sum(numbers) * waiting, {"layer": layer, "loss": head, "teacher": forward}
 
 
 def kept_numbers(c: ModelConfig, symbol: str, ranks: int = 1) -> float:

@@ -12,7 +12,6 @@ from typing import Any
 
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.layouts import parameter_count, pipeline_layers
-from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.data.training_windows import training_windows
@@ -20,7 +19,7 @@ from megatron_hylo.eval.runs import read_run
 from megatron_hylo.io import DamagedError
 from megatron_hylo.models.transformer_config import check_tensor_parallel
 from megatron_hylo.plan.flops import PEAK_FLOPS, forward_flops_per_token
-from megatron_hylo.plan.memory import GIB, GRADIENT, MASTER, MOMENTS, Memory, activations
+from megatron_hylo.plan.memory import GIB, MASTER, MOMENTS, estimate_memory, trained_parameters
 from megatron_hylo.train.checkpoint import checkpoint_step, latest_checkpoint
 from megatron_hylo.train.heldout import open_heldout
 from megatron_hylo.train.kept_state import check_kept_state
@@ -101,7 +100,7 @@ def plan(config: TrainConfig, ranks: int, models: list[ModelConfig]) -> dict[str
     students, teachers = _students_and_teachers(config, models)
     memory = estimate_memory(config, ranks, students, teachers)
     number = 2 if config.precision == "bf16" else 4
-    trained = sum(_trained(config, c) for c in students)
+    trained = sum(trained_parameters(config, c) for c in students)
     weights = number * sum(parameter_count(c) for c in students)
     checkpoint = weights + (MOMENTS + MASTER) * trained
     made: dict[str, Any] = {
@@ -120,39 +119,6 @@ def plan(config: TrainConfig, ranks: int, models: list[ModelConfig]) -> dict[str
         config.global_batch_size * config.sequence_length
     )
     return made | {"tokens_per_second": round(rate), "hours": round(left / rate / 3600, 2), "hours_from": source}
-
-
-def estimate_memory(config: TrainConfig, ranks: int, students: list[ModelConfig], teachers: list[ModelConfig]) -> Memory:
-    """Memory of a rank from architectures alone; `plan.memory.predict_memory` has the models themselves.
-
-    Args:
-        config: settings of the run.
-        ranks: processes of the run.
-        students: one or two.
-        teachers: those on the same ranks, one or none.
-    """
-    p, number = config.parallel, 2 if config.precision == "bf16" else 4
-    split = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
-    shards = ranks // split if config.optimizer.use_distributed_optimizer else 1
-    count, trained = sum(map(parameter_count, students)) / split, sum(_trained(config, c) for c in students) / split
-    optimizer = (MOMENTS + (MASTER if number == 2 else 0)) * trained / max(shards, 1)
-    kept, passing = max((activations(config, c, teachers[0] if teachers else None) for c in students), key=sum)
-    if config.optimizer.offload:  # either the passes' activations or, later, the optimizer's state
-        optimizer, kept, passing = (0.0, kept, passing) if kept + passing > optimizer else (optimizer, 0.0, 0.0)
-    theirs = sum(map(parameter_count, teachers)) / split * (1 if config.teacher_precision == "fp8" else number)
-    if config.teacher_offload and teachers:  # two layers stay, with embedding and head
-        shape = teachers[0]
-        layers = theirs * (1 - shape.vocab_size * shape.hidden_size * 2 / max(parameter_count(shape), 1))
-        theirs -= max(0.0, layers * (1 - 2 / shape.num_hidden_layers))
-    return Memory(number * count, GRADIENT * trained, optimizer, theirs, kept, passing)
-
-
-def _trained(config: TrainConfig, shape: ModelConfig) -> int:
-    """Parameters of a student that a run trains."""
-    if config.trainable == "mixers" or (config.stage == "align" and config.align.loss != "ild"):
-        return sum(get_mixer(symbol).parameters(shape) for symbol in shape.mixers)
-    heads = 2 if shape.untie_embeddings_and_output_weights else 1
-    return parameter_count(shape) - (heads * shape.vocab_size * shape.hidden_size if config.stage == "align" else 0)
 
 
 def _students_and_teachers(config: TrainConfig, models: list[ModelConfig]) -> tuple[list[ModelConfig], list[ModelConfig]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity.cases import STAGES, global_batch_size
+from megatron_hylo.plan.schedule import order
+from tests.parity.cases import PARALLELISMS, STAGES, global_batch_size
 from tests.parity.faults import FAULTS
 from tests.train.runs import relative_difference
 
@@ -57,12 +58,24 @@ def assert_equals_one_rank(root: Path, case: Case, record: Record) -> None:
         assert mine == pytest.approx(theirs, rel=LOSS)
     for mine, theirs in zip(here["quality"], one["quality"], strict=True):
         assert mine == pytest.approx(theirs, rel=LOSS)
+    if "passes" in here:
+        assert_schedule(case, here["passes"])
     for what, tolerance in (("gradients", GRADIENT), ("weights", WEIGHT)):
         mine, between_ranks, where = here[what]
         assert between_ranks < tolerance, f"{what}: ranks hold different {where}"
         difference, name = relative_difference(mine, one[what][0])
         record("parity", f"{' | '.join(case)} | {what} | {difference:.1e} | {name}")
         assert difference < tolerance, f"{what}: {name}"
+
+
+def assert_schedule(case: Case, ranks: list[tuple[int, list[tuple]]]) -> None:
+    """Every pipeline rank ran its passes in the order of the simulator of `hylo plan`."""
+    groups = PARALLELISMS[case[2]][1]
+    pipeline, chunks = (groups.get(f"{kind}pipeline_model_parallel_size", 1) for kind in ("", "virtual_"))
+    for rank, passes in ranks:
+        found = [tuple(one[:3]) for one in passes]
+        micro_batches = max(number for _, _, number in found) + 1
+        assert found == order(rank, pipeline, micro_batches, chunks), f"pipeline rank {rank}"
 
 
 def assert_caught(root: Path, fault: str, record: Record) -> None:

@@ -15,6 +15,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -150,6 +152,8 @@ def _quality(run: Any) -> list[dict[str, Any]]:
 
 def measure(config: Any, file: Path, count: int, evaluated: bool) -> None:
     """An evaluation, then `count` steps from the start, as the training loop makes them, and the gradients of the first."""
+    from megatron.core import parallel_state
+
     from megatron_hylo.platform.distributed import initialize, is_main
     from megatron_hylo.train.loop import training_step
     from megatron_hylo.train.nan_guard import SkippedSteps
@@ -163,8 +167,15 @@ def measure(config: Any, file: Path, count: int, evaluated: bool) -> None:
     forward_backward, found = run.objective.forward_backward, {}
 
     def recorded(*arguments: Any) -> Any:
-        losses = forward_backward(*arguments)
-        if not found:
+        if found or run.config.parallel.pipeline_model_parallel_size == 1 or run.config.stage == "align":
+            losses = forward_backward(*arguments)
+        else:
+            with recorded_passes() as passes:
+                losses = forward_backward(*arguments)
+            everyone: list = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, (parallel_state.get_pipeline_model_parallel_rank(), passes))
+            found["passes"] = everyone
+        if "gradients" not in found:
             found["received"] = [c.received_bytes - earlier for c, earlier in zip(contexts, before, strict=True)]
             found["gradients"] = _reduced_gradients(state)
         return losses
@@ -178,6 +189,39 @@ def measure(config: Any, file: Path, count: int, evaluated: bool) -> None:
     found["gradients"] = whole_tensors(chunks, found["gradients"])
     if is_main():
         torch.save(found | {"quality": quality}, file)
+
+
+@contextlib.contextmanager
+def recorded_passes() -> Iterator[list[tuple[str, int, int, float, float]]]:
+    """Passes of this rank under Megatron-Core's schedules: (F or B, model chunk, micro-batch, start, end)."""
+    from megatron.core.pipeline_parallel import schedules
+
+    passes: list[tuple[str, int, int, float, float]] = []
+    outputs: dict[int, tuple[int, int]] = {}  # of a forward pass, by identity -> its chunk and micro-batch
+    forward, backward = schedules.forward_step, schedules.backward_step
+
+    def first(tensors: Any) -> int:
+        return id(tensors[0] if isinstance(tensors, list) else tensors)
+
+    def forward_step(function: Any, iterator: Any, model: Any, *rest: Any, **named: Any) -> Any:
+        start, chunk = time.perf_counter(), model.module.vp_stage or 0
+        made = forward(function, iterator, model, *rest, **named)
+        number = sum(kind == "F" and of == chunk for kind, of, *_ in passes)
+        outputs[first(made[0])] = (chunk, number)
+        passes.append(("F", chunk, number, start, time.perf_counter()))
+        return made
+
+    def backward_step(inputs: Any, made: Any, *rest: Any, **named: Any) -> Any:
+        start = time.perf_counter()
+        result = backward(inputs, made, *rest, **named)
+        passes.append(("B", *outputs[first(made)], start, time.perf_counter()))
+        return result
+
+    schedules.forward_step, schedules.backward_step = forward_step, backward_step
+    try:
+        yield passes
+    finally:
+        schedules.forward_step, schedules.backward_step = forward, backward
 
 
 def main(file: str) -> None:

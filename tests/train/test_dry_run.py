@@ -11,9 +11,9 @@ from megatron_hylo.data.documents import Document
 from megatron_hylo.data.preprocess import build_dataset
 from megatron_hylo.io import write_json
 from megatron_hylo.models.checkpoint import describe, load_model
-from megatron_hylo.plan.memory import predict_memory
+from megatron_hylo.plan.memory import estimate_memory, predict_memory
 from megatron_hylo.train import dry_run as module
-from megatron_hylo.train.dry_run import dry_run, estimate_memory
+from megatron_hylo.train.dry_run import dry_run
 from megatron_hylo.train.loop import train
 from tests.slurm.test_slurm_scripts import RECIPES, load_recipe
 from tests.slurm.tiny_root import byte_tokenizer

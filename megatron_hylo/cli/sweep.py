@@ -1,0 +1,212 @@
+"""`hylo sweep`: cells of settings run on this machine or as a Slurm array, and a report on them."""
+
+import contextlib
+import json as json_module
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from megatron_hylo.cli.boundary import EXIT_ERROR, EXIT_FAILURE, EXIT_STOPPED
+from megatron_hylo.cli.console import console, print_json, results, track
+from megatron_hylo.cli.types import PositiveInt
+
+if TYPE_CHECKING:
+    from megatron_hylo.plan.sweep import Cell, Sweep
+
+COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red", "killed": "red"}
+PDEATHSIG = 1  # prctl's number for the signal that a process gets when the one that started it is gone
+
+
+def sweep(
+    what: list[str],
+    cell: int | None = None,
+    prepare: bool = False,
+    slurm: bool = False,
+    dry_run: bool = False,
+    at_once: PositiveInt | None = None,
+    samples: PositiveInt = 1000,
+    json: bool = False,
+) -> int:
+    """Train a grid of hybrids: `hylo sweep SPEC.yaml` runs it, `hylo sweep report SPEC.yaml` shows what came out.
+
+    Cells have a process each, some side by side. The same command goes on where it was: finished cells stay, stopped ones
+    resume from their newest checkpoint, failed ones are started again at most `retries` times. Exits 1 where cells failed,
+    3 where it was stopped.
+
+    Args:
+        what: SPEC.yaml (docs/scaling.md), or report and SPEC.yaml.
+        cell: run this one cell alone, by its number, in this process.
+        prepare: with cell, only make its student.
+        slurm: write OUTPUT/slurm/sweep.sh, one task a cell, instead of running; submit it with sbatch.
+        dry_run: check all cells and list them; run nothing.
+        at_once: cells side by side, instead of the specification's.
+        samples: of the bootstrap, of a report.
+        json: print cells and states, or the report's fits, instead of tables.
+    """
+    from megatron_hylo.config import ConfigError
+    from megatron_hylo.plan.sweep import read_sweep
+
+    reporting = what[0] == "report"
+    files = what[1:] if reporting else what
+    if len(files) != 1:
+        raise ConfigError(f"give one SPEC.yaml, or report and one SPEC.yaml, got {' '.join(what)}")
+    found = read_sweep(Path(files[0]).expanduser())
+    if reporting:
+        from megatron_hylo.plan.sweep_report import write_report
+
+        report = write_report(found, samples)
+        print_json(report) if json else show_report(report)
+        return 0
+    if cell is not None:
+        if not 0 <= cell < len(found.cells):
+            raise ConfigError(f"cell {cell} is none of 0 to {len(found.cells) - 1}")
+        make_student(found.cells[cell])
+        return 0 if prepare else train_cell(found.cells[cell])
+    if slurm:
+        from megatron_hylo.plan.sweep_slurm import write_array
+
+        script = write_array(found, at_once or found.at_once)
+        console.print(f"wrote {script}; submit it: sbatch {script}")
+        return 0
+    if not dry_run:
+        run_all(found, at_once or found.at_once)
+    return show_cells(found, json, dry_run)
+
+
+def train_cell(cell: "Cell") -> int:
+    """Train a cell in this process; returns the exit code."""
+    from megatron_hylo.cli.runs import train
+
+    with contextlib.suppress(OSError, AttributeError):  # when the sweep itself is killed its cells save and stop
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGUSR1)
+    return train(cell.train)
+
+
+def make_student(cell: "Cell") -> None:
+    """Make the model that a cell starts from; cells that share it wait for the first of them."""
+    if cell.upcycle is None:
+        return
+    from filelock import FileLock
+
+    output = Path(cell.upcycle.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{output}.lock"):
+        if (output / "hylo.json").is_file():
+            return
+        from megatron_hylo.platform.distributed import session
+        from megatron_hylo.upcycle.run import upcycle_folder
+
+        with session():
+            upcycle_folder(cell.upcycle, track=track)
+
+
+def run_all(sweep: "Sweep", at_once: int) -> None:
+    """Run the cells that are not finished, `at_once` side by side, each as `hylo sweep SPEC --cell N`."""
+    left = [cell for cell in sweep.cells if cell.state()[0] != "finished"]
+    stopping, children, slots = threading.Event(), set[subprocess.Popen](), queue.SimpleQueue[int]()
+    for slot in range(at_once):
+        slots.put(slot)
+
+    def one(cell: "Cell") -> None:
+        slot = slots.get()
+        try:
+            start(cell, {"CUDA_VISIBLE_DEVICES": str(slot % sweep.gpus)} if sweep.gpus > 1 else {})
+        finally:
+            slots.put(slot)
+
+    def start(cell: "Cell", environment: dict[str, str]) -> None:
+        for _ in range(sweep.retries + 1):
+            if stopping.is_set():
+                return
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            started = time.time()
+            command = [sys.executable, "-m", "megatron_hylo.cli", "sweep", str(sweep.file), "--cell", str(cell.number)]
+            with open(cell.folder / "log.txt", "a") as log:
+                print(f"$ {shlex.join(command)}", file=log, flush=True)
+                child = subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | environment
+                )
+                children.add(child)
+                code = child.wait()
+                children.discard(child)
+            message = f"killed by signal {-code}" if code < 0 else _last_line(cell.folder / "log.txt") if code else ""
+            with open(cell.folder / "attempts.jsonl", "a") as file:
+                line = {"time": started, "seconds": round(time.time() - started, 1), "code": code, "message": message}
+                print(json_module.dumps(line), file=file)
+            if code in (0, EXIT_STOPPED):
+                return
+            console.print(f"cell {cell.number} failed with exit status {code}: {message}", style="red", markup=False)
+            if code == EXIT_ERROR:  # bad input stays bad
+                return
+
+    def stop(signum: int, frame: Any) -> None:
+        stopping.set()
+        for child in list(children):  # training finishes its step and saves
+            with contextlib.suppress(OSError):
+                os.kill(child.pid, signal.SIGUSR1)
+
+    kept = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with ThreadPoolExecutor(at_once) as pool:
+            for cell in track([pool.submit(one, cell) for cell in left], f"{len(left)} of {len(sweep.cells)} cells"):
+                cell.result()
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _last_line(file: Path) -> str:
+    lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines[-20:] if "rror" in line]
+    return (errors or lines or [""])[-1][:500]
+
+
+def show_cells(sweep: "Sweep", as_json: bool, dry_run: bool) -> int:
+    """Print the cells with their states; returns the exit code."""
+    from megatron_hylo.plan.sweep_report import row_of
+
+    rows = [row_of(cell) for cell in sweep.cells]
+    if as_json:
+        print_json({"output": str(sweep.output), "cells": rows})
+    else:
+        varied = list(dict.fromkeys(name for cell in sweep.cells for name in cell.varied))
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for name in ("cell", *varied, "state", "held-out loss", "minutes"):
+            table.add_column(name, overflow="fold")
+        for cell, row in zip(sweep.cells, rows):
+            loss = row.get("heldout_kl") or row.get("heldout_cross_entropy")
+            figures = ("" if loss is None else f"{loss:.4f}", f"{row['seconds'] / 60:.1f}" if row["seconds"] else "")
+            state = f"[{COLOURS[row['state']]}]{row['state']}" if row["state"] in COLOURS else row["state"]
+            table.add_row(str(cell.number), *(str(cell.varied.get(name, "")) for name in varied), state, *figures)
+        results.print(table)
+        for cell, row in zip(sweep.cells, rows):
+            if row["state"] in ("failed", "killed"):
+                results.print(
+                    f"cell {cell.number}, {row['attempts']} starts: {row['message']} ({cell.folder}/log.txt)", markup=False
+                )
+    if dry_run:
+        return 0
+    states = Counter(row["state"] for row in rows)
+    if states["finished"] == len(rows):
+        return 0
+    return EXIT_FAILURE if states["failed"] or states["killed"] else EXIT_STOPPED
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """Print the fits of a report."""
+    for fit in report["fits"]:
+        results.print(fit["sentence"], markup=False, highlight=False)
+    results.print(f"{report['finished']} of {report['cells']} cells; wrote {', '.join(report['files'])}", markup=False)

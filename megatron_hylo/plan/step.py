@@ -1,0 +1,242 @@
+"""Time of a training step by term: products, attention, recurrences, what is bound by memory, communication, bubble.
+
+The time of a term is its work over a share of what the data sheet has (rates.yaml); terms are added, since kernels of one rank
+follow one another and collectives inside a layer wait for its numbers. benchmarks/plan_accuracy.py compares the sum with
+measured steps.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_hylo.config import ModelConfig, recomputed_layers
+from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.plan.communication import Traffic, traffic
+from megatron_hylo.plan.flops import flops_by_layer, forward_flops_per_token
+from megatron_hylo.plan.hardware import Hardware
+from megatron_hylo.plan.memory import (
+    kept_numbers,
+    layer_parameters,
+    linear_parameters,
+    mixer_counts,
+    rank_parameters,
+    stage_layers,
+    trained_parameters,
+)
+from megatron_hylo.plan.rates import Rates, get_rates
+
+Source = Literal["COUNTED", "MEASURED", "ESTIMATED"]
+COMPUTE = ("products", "attention", "recurrences", "elementwise", "loss")
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step of the slowest rank, by term.
+
+    Args:
+        terms: seconds by name; those of `COMPUTE`, launch, optimizer, offload, tensor, context, pipeline, data, bubble.
+        traffic: bytes received.
+        flops: model FLOPs of the step on all ranks, recomputation not counted.
+        micro_batches: forward passes of a rank.
+    """
+
+    terms: dict[str, float]
+    traffic: Traffic
+    flops: float
+    micro_batches: int
+
+    @property
+    def seconds(self) -> float:
+        """Sum of all terms."""
+        return sum(self.terms.values())
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Seconds of one pass of a micro-batch over one layer on one rank, by kind of kernel."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    recurrences: float = 0.0
+    elementwise: float = 0.0
+
+
+class LayerTimes:
+    """Times of one model's layers on one rank.
+
+    Args:
+        shape: the model.
+        config: the run.
+        hardware, rates: what it runs on.
+        fp8: linear maps compute in FP8.
+        frozen: a teacher.
+    """
+
+    def __init__(
+        self, shape: ModelConfig, config: TrainConfig, hardware: Hardware, rates: Rates, fp8: bool = False, frozen: bool = False
+    ) -> None:
+        p = config.parallel
+        self.shape, self.hardware, self.rates = shape, hardware, rates
+        self.tensor, self.length = p.tensor_model_parallel_size, config.sequence_length
+        self.tokens = config.micro_batch_size * self.length / p.context_parallel_size
+        self.number = 2 if config.precision == "bf16" else 4
+        bf16 = hardware.peak() * rates.products / (1 if self.number == 2 else 2)
+        self.products_rate = hardware.peak(True) * rates.products_fp8 if fp8 else bf16
+        self.head_rate = bf16
+        self.elementwise = rates.elementwise_frozen if frozen else rates.elementwise
+        self.sequence = self.tensor if p.sequence_parallel else 1
+
+    def passes(self, symbol: str) -> tuple[_Pass, _Pass]:
+        """Forward and backward pass of one layer; "-" is an MLP."""
+        c, per_rank = self.shape, self.tokens / self.tensor
+        mlp = 3 * c.hidden_size * c.ffn_hidden_size
+        parameters = mlp if symbol == "-" else layer_parameters(c, symbol) - mlp
+        products = 2.0 * parameters * per_rank / self.products_rate
+        numbers = kept_numbers(c, symbol, self.tensor) + c.hidden_size * (1 / self.sequence - 1)
+        moved = self.elementwise * self.tokens * self.number * numbers / self.hardware.memory_gb_s / 1e9
+        if symbol == "-":
+            return _Pass(products, elementwise=moved), _Pass(2 * products, elementwise=2 * moved)
+        mixer = get_mixer(symbol)
+        if mixer.recurrent:
+            width = mixer.kept_numbers(c, self.tensor) - c.hidden_size
+            slower = self.rates.recurrence_bandwidth / self.hardware.memory_gb_s
+            whole, share = self.rates.recurrence[symbol] * slower * width * self.tokens, self.rates.recurrence_forward
+            return _Pass(products, 0.0, share * whole, moved), _Pass(2 * products, 0.0, (1 - share) * whole, 2 * moved)
+        flops = mixer.sequence_flops(c, self.length) * per_rank
+        peak, rates = self.hardware.peak(), self.rates
+        forward = flops / (peak * rates.attention(c.kv_channels))
+        backward = 2.5 * flops / (peak * rates.attention(c.kv_channels, backward=True))
+        return _Pass(products, forward, 0.0, moved), _Pass(2 * products, backward, 0.0, 2 * moved)
+
+    def head(self) -> float:
+        """Seconds of the output head's matrix product, one pass."""
+        return 2.0 * self.shape.vocab_size * self.shape.hidden_size * self.tokens / self.tensor / self.head_rate
+
+    def softmax(self) -> float:
+        """Seconds of the loss's soft-max over this model's logits, both passes."""
+        return self.rates.softmax_bytes * self.shape.vocab_size * self.tokens / self.tensor / self.hardware.memory_gb_s / 1e9
+
+
+def step_time(
+    config: TrainConfig,
+    ranks: int,
+    ours: ModelConfig,
+    theirs: ModelConfig | None,
+    hardware: Hardware,
+    rates: Rates | None = None,
+) -> StepTime:
+    """Predict the time of one step.
+
+    Args:
+        config: the run; `parallel` divides `ranks`, and the batch is divided evenly.
+        ranks: GPUs of the run.
+        ours: the student.
+        theirs: a teacher on the same ranks; None without one.
+        hardware: the GPU.
+        rates: shares of its figures that are reached; rates.yaml by default.
+
+    Raises:
+        ConfigError: the ranks do not share the batch evenly.
+    """
+    rates, p = rates or get_rates(), config.parallel
+    replicas = max(ranks // p.model_parallel_size, 1)
+    passes = config.micro_batches(replicas)
+    align, again = config.stage == "align", recomputed_layers(config.recompute)
+    student = LayerTimes(ours, config, hardware, rates, config.linear_precision == "fp8", False)
+    teacher = LayerTimes(theirs, config, hardware, rates, config.teacher_precision == "fp8", True) if theirs else None
+    times = {"student": {s: student.passes(s) for s in (*mixer_counts(ours), "-")}}
+    if teacher and theirs:
+        times["teacher"] = {s: teacher.passes(s) for s in (*mixer_counts(theirs), "-")}
+
+    def one(model: str, symbol: str, trained: bool) -> dict[str, float]:
+        """Seconds of a layer's passes in a step, by kind."""
+        forward, backward = times[model][symbol]
+        count = 1 + (symbol in again) if trained and not align else 1
+        return {kind: count * getattr(forward, kind) + trained * getattr(backward, kind) for kind in COMPUTE[:4]}
+
+    pipeline, virtual = p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
+    stages = [dict.fromkeys(COMPUTE, 0.0) for _ in range(pipeline)]
+    host, given = 0.0, tuple(p.pipeline_layers) if p.pipeline_layers else None
+    models = [("student", ours, True)] + ([("teacher", theirs, False)] if theirs else [])
+    for model, shape, trained in models:
+        has_mlp = not (align and trained) or config.align.loss == "ild"
+        costs = {symbol: one(model, symbol, trained) for symbol in times[model]}
+        for stage, layers in enumerate(stage_layers(shape, pipeline * virtual, given if trained else None)):
+            for symbol, count in layers.items():
+                for kind, seconds in costs[symbol].items() if has_mlp or symbol != "-" else ():
+                    stages[stage % pipeline][kind] += count * seconds
+        for mixer, count in mixer_counts(shape).items():
+            host += count * rates.launch_seconds(mixer) * ((3 + (mixer in again)) if trained else 1) / pipeline
+    if not align:
+        stages[-1]["products"] += 3 * student.head() + (teacher.head() if teacher else 0.0)
+        if config.stage == "distil" and theirs is None:  # the teacher's head alone is on these ranks
+            stages[-1]["products"] += student.head()
+        stages[-1]["loss"] += student.softmax() * (1 if config.stage == "pretrain" else 2)
+    slowest = max(stages, key=lambda stage: sum(stage.values()))
+    busy = sum(slowest.values())
+    terms = {kind: passes * seconds for kind, seconds in slowest.items()}
+    if not config.cuda_graphs:
+        terms["launch"] = passes * max(0.0, host - busy)
+    rest = sum(sum(stage.values()) for stage in stages) - busy
+    terms["bubble"] = rest / virtual if pipeline > 1 else 0.0
+    parameters = rank_parameters(ours, given, p.tensor_model_parallel_size, pipeline, virtual)
+    parameters *= trained_parameters(config, ours) / _total(ours)
+    moved = traffic(config, ranks, ours, theirs, parameters)
+    terms |= _communication(moved, config, ranks, hardware, rates)
+    shards = ranks // (p.tensor_model_parallel_size * pipeline) if config.optimizer.use_distributed_optimizer else 1
+    terms["optimizer"] = rates.optimizer_bytes * parameters / max(shards, 1) / hardware.memory_gb_s / 1e9
+    terms["offload"] = _offload(config, parameters / max(shards, 1), theirs, times.get("teacher"), passes, hardware, rates)
+    return StepTime(terms, moved, step_flops(config, ours, theirs), passes)
+
+
+def _total(shape: ModelConfig) -> float:
+    return rank_parameters(shape, None, 1, 1)
+
+
+def _communication(moved: Traffic, config: TrainConfig, ranks: int, hardware: Hardware, rates: Rates) -> dict[str, float]:
+    """Seconds of each kind; groups are consecutive ranks: tensor parallel innermost, then context, data and pipeline."""
+    p = config.parallel
+
+    def seconds(moved: float, span: int) -> float:
+        share = rates.link if span <= hardware.gpus_per_node else rates.network
+        return moved / (hardware.bandwidth(span) * share)
+
+    inner = p.tensor_model_parallel_size * p.context_parallel_size
+    return {
+        "tensor": seconds(moved.tensor, p.tensor_model_parallel_size),
+        "context": seconds(moved.context, inner),
+        "data": seconds(moved.data, ranks // p.pipeline_model_parallel_size),
+        "pipeline": seconds(moved.pipeline, ranks),
+    }
+
+
+def _offload(
+    config: TrainConfig,
+    share: float,
+    theirs: ModelConfig | None,
+    teacher: dict[str, tuple[_Pass, _Pass]] | None,
+    passes: int,
+    hardware: Hardware,
+    rates: Rates,
+) -> float:
+    """Seconds of copies from and to the CPU that nothing hides: the optimizer's state, and a teacher slower than its copies."""
+    link = hardware.host_gb_s * 1e9 * rates.host
+    seconds = 2 * 12 * share / link if config.optimizer.offload else 0.0
+    if config.teacher_offload and theirs and teacher:
+        p = config.parallel
+        each = linear_parameters(theirs) * 2 / (p.tensor_model_parallel_size * p.pipeline_model_parallel_size) / link
+        counts = mixer_counts(theirs) | {"-": theirs.num_hidden_layers}
+        computed = sum(count * sum(vars(teacher[symbol][0]).values()) for symbol, count in counts.items())
+        computed /= p.pipeline_model_parallel_size
+        seconds += passes * max(0.0, each - computed)
+    return seconds
+
+
+def step_flops(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | None) -> float:
+    """Model FLOPs of a step on all ranks, as a run counts them for MFU (train/setup.py)."""
+    head, length = config.stage != "align", config.sequence_length
+    each = 3 * forward_flops_per_token(ours, length, head)
+    each += forward_flops_per_token(theirs, length, head) if theirs else 0.0
+    if config.stage == "align" and config.align.loss != "ild":  # MLPs of the student are not computed
+        each -= 3 * flops_by_layer(ours, length, head)["-"]
+    return each * config.global_batch_size * length

@@ -1,0 +1,245 @@
+"""Results of a sweep: one row a cell in a Parquet file, fits of loss and recall by tokens and cache, plots, a page."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_hylo.config import ConfigError, ModelConfig, from_dict
+from megatron_hylo.config.layouts import kv_bytes_per_token, kv_percent, parameter_count
+from megatron_hylo.eval.runs import Run, read_run, seconds_of
+from megatron_hylo.plan.job import shape
+from megatron_hylo.plan.sweep import Cell, Sweep, settings_of, student_shape
+
+LOSSES = ("heldout_kl", "heldout_cross_entropy")
+RECALLS = ("eval/recall/mean/exact", "heldout_recall_accuracy")  # the suite's, else that of answers in training's own exercises
+Floats = NDArray[np.float64]
+
+
+def row_of(cell: Cell) -> dict[str, Any]:
+    """State and last figures of a cell: its settings, cache, tokens, seconds and every metric of its run."""
+    state, message = cell.state()
+    attempts = cell.attempts()
+    row: dict[str, Any] = {
+        "cell": cell.number,
+        "name": cell.name,
+        "state": state,
+        "message": message,
+        "attempts": len(attempts),
+        "failures": sum(attempt["code"] not in (0, 3) for attempt in attempts),
+        "seconds": sum(attempt["seconds"] for attempt in attempts),
+        "varied": json.dumps(cell.varied),
+    }
+    if model := _model(cell):
+        row |= {"mixers": model.mixers, "parameters": parameter_count(model), "kv_percent": kv_percent(model),
+                "kv_bytes_per_token": kv_bytes_per_token(model)}  # fmt: skip
+    if (cell.run / "config.json").is_file():
+        run = read_run(cell.run, cell.name)
+        row |= {"tokens": run.step * run.tokens_per_step, "steps": run.step} | _last(run)
+        row |= {"attempts": max(len(attempts), len(run.starts)), "seconds": _seconds(run)}
+    return row
+
+
+def _model(cell: Cell) -> ModelConfig | None:
+    """Shape of a cell's student: of what was trained, else of what it would begin with."""
+    start = cell.train.model or cell.train.scratch
+    for folder in (cell.run / "model", Path(start or "")):
+        if (folder / "hylo.json").is_file():
+            return from_dict(ModelConfig, json.loads((folder / "hylo.json").read_text())["model"], str(folder))
+    if cell.upcycle:
+        return student_shape(cell.upcycle)
+    return shape(start) if start else None
+
+
+def _seconds(run: Run) -> float:
+    """Seconds of training over all starts of a run, each to its last record."""
+    starts = [seconds_of(start["time"]) for start in run.starts]
+    times = [record["time"] for record in run.records if "time" in record]
+    spans = zip(starts, [*starts[1:], math.inf])
+    return sum(max(0.0, max((t for t in times if begun <= t < end), default=begun) - begun) for begun, end in spans)
+
+
+def _last(run: Run) -> dict[str, float]:
+    """Newest finite value of every metric."""
+    found: dict[str, float] = {}
+    for record in run.records:
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                found[name] = float(value)
+    return {name: value for name, value in found.items() if name not in ("step", "time", "tokens")}
+
+
+def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
+    """Write results.parquet, report.md and report.png beside the cells.
+
+    Args:
+        sweep: with some finished cells.
+        samples: of the bootstrap.
+
+    Returns:
+        {cells, finished, states, fits, files}, as `hylo sweep report --json` prints it.
+
+    Raises:
+        ConfigError: no finished cell, or pyarrow is not installed.
+    """
+    rows = [row_of(cell) for cell in sweep.cells]
+    finished = [row for row in rows if row["state"] == "finished"]
+    if not finished:
+        raise ConfigError(f"no cell of {sweep.file} is finished; run `hylo sweep {sweep.file}` first")
+    table = sweep.output / "results.parquet"
+    _write_parquet(rows, sweep.cells, table)
+    fits = [
+        fit
+        for measures, words, power in ((LOSSES, "loss", True), (RECALLS, "recall", False))
+        if (fit := fit_metric(finished, next((m for m in measures if m in finished[0]), ""), words, power, samples))
+    ]
+    files = [table]
+    if fits:
+        files.append(_draw(finished, fits, sweep.output / "report.png"))
+    page = sweep.output / "report.md"
+    page.write_text(_page(sweep, rows, fits))
+    return {
+        "cells": len(rows), "finished": len(finished), "states": {row["name"]: row["state"] for row in rows},
+        "fits": [{k: v for k, v in fit.items() if k != "predict"} for fit in fits], "files": [str(f) for f in (*files, page)],
+    }  # fmt: skip
+
+
+def _write_parquet(rows: Sequence[dict[str, Any]], cells: Sequence[Cell], file: Path) -> None:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            "results are written with pyarrow, which is not installed: pip install megatron-hylo[data]"
+        ) from error
+    whole = [row | {k: v if isinstance(v, (int, float, str, bool, type(None))) else json.dumps(v, default=str)
+                    for k, v in settings_of(cell).items()} for row, cell in zip(rows, cells)]  # fmt: skip
+    columns = dict.fromkeys(name for row in whole for name in row)
+    table = {}
+    for name in columns:
+        values = [row.get(name) for row in whole]
+        kinds = {type(value) for value in values if value is not None}
+        mixed = len(kinds) > 1 and not kinds <= {int, float}
+        table[name] = [
+            str(v) if mixed and v is not None else float(v) if kinds == {int, float} and v is not None else v for v in values
+        ]
+    beside = file.with_name(f".{file.name}.partial")
+    pyarrow.parquet.write_table(pyarrow.table(table), beside)
+    beside.replace(file)
+
+
+def fit_metric(rows: Sequence[dict[str, Any]], metric: str, words: str, power: bool, samples: int) -> dict[str, Any] | None:
+    """Least-squares fit of a metric by the logarithms of tokens and cache bytes, with a bootstrap over cells.
+
+    ln(metric) = a + b ln(tokens) + c ln(bytes) for a loss (a power law), metric = a + b ln(tokens) + c ln(bytes) for a share.
+    What does not vary has no coefficient.
+
+    Args:
+        rows: finished cells.
+        metric: its name in the rows; "" gives no fit.
+        words: what it is.
+        power: fit its logarithm.
+        samples: of the bootstrap.
+
+    Returns:
+        {metric, words, power, cells, coefficients: {name: {value, low, high}}, r2, sentence, predict}, the interval being the
+        bootstrap's 95 %; None where fewer cells have it than a fit takes.
+    """
+    chosen = [row for row in rows if row.get(metric) is not None and (not power or row[metric] > 0)]
+    names = [name for name in ("tokens", "kv_bytes_per_token") if len({row.get(name) for row in chosen}) > 1]
+    names = [name for name in names if all(row.get(name) for row in chosen)]
+    if not metric or not names or len(chosen) < len(names) + 2:
+        return None
+    x = np.column_stack([np.ones(len(chosen)), *([np.log([row[name] for row in chosen]) for name in names])])
+    y = np.array([row[metric] for row in chosen])
+    target = np.log(y) if power else y
+    best = np.linalg.lstsq(x, target, rcond=None)[0]
+    generator, drawn = np.random.default_rng(0), list[Floats]()
+    while len(drawn) < samples:
+        index = generator.integers(0, len(y), len(y))
+        if np.linalg.matrix_rank(x[index]) == x.shape[1]:  # a draw without one of the levels says nothing of its slope
+            drawn.append(np.linalg.lstsq(x[index], target[index], rcond=None)[0])
+    spread = np.array(drawn)
+    low, high = np.percentile(spread, [2.5, 97.5], axis=0)
+    residual = float(((target - x @ best) ** 2).sum() / max(((target - target.mean()) ** 2).sum(), 1e-30))
+    coefficients = {
+        name: {"value": float(best[i]), "low": float(low[i]), "high": float(high[i])}
+        for i, name in enumerate(("constant", *names))
+    }
+
+    def predict(points: Floats) -> tuple[Floats, Floats, Floats]:
+        """Value and 95 % band at points [n, names]."""
+        inputs = np.column_stack([np.ones(len(points)), np.log(points)])
+        bands = np.percentile(inputs @ spread.T, [2.5, 97.5], axis=1)
+        found = (inputs @ best, bands[0], bands[1])
+        return (np.exp(found[0]), np.exp(found[1]), np.exp(found[2])) if power else found
+
+    said = ", ".join(
+        f"{'exponent' if power else 'slope'} by {_words(name)} {c['value']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]"
+        for name, c in coefficients.items()
+        if name != "constant"
+    )
+    sentence = f"{metric}: {said} (95 % of {samples:,} bootstrap samples of {len(y)} cells), R2 {1 - residual:.3f}"
+    return dict(metric=metric, words=words, power=power, cells=len(y), names=names, coefficients=coefficients, r2=1 - residual,
+                sentence=sentence, predict=predict)  # fmt: skip
+
+
+def _words(name: str) -> str:
+    return {"tokens": "tokens", "kv_bytes_per_token": "cache bytes a token"}[name]
+
+
+def _draw(rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]], file: Path) -> Path:
+    """Each metric by tokens, one line a cache size, and by cache size, one line an amount of tokens."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from megatron_hylo.eval.plots import rc, style
+    from megatron_hylo.eval.theme import LIGHT
+
+    with matplotlib.rc_context(rc(LIGHT)):
+        figure = Figure(figsize=(10, 4.2 * len(fits)), layout="constrained")
+        panels = figure.subplots(len(fits), 2, squeeze=False)
+        for fit, axes in zip(fits, panels):
+            for panel, (along, other) in zip(axes, (("tokens", "kv_bytes_per_token"), ("kv_bytes_per_token", "tokens"))):
+                for number, value in enumerate(sorted({row[other] for row in rows})):
+                    mine = sorted(
+                        (row[along], row[fit["metric"]]) for row in rows if row[other] == value and fit["metric"] in row
+                    )
+                    look = style(LIGHT, number)
+                    panel.plot(*zip(*mine), "o", color=look["color"], label=f"{value:,.0f} {_words(other)}")
+                    if along in fit["names"]:
+                        ends = np.geomspace(min(row[along] for row in rows), max(row[along] for row in rows), 40)
+                        point = {along: ends, other: np.full(40, float(value))}
+                        middle, low, high = fit["predict"](np.column_stack([point[name] for name in fit["names"]]))
+                        panel.plot(ends, middle, **look, linewidth=1.5)
+                        panel.fill_between(ends, low, high, color=look["color"], alpha=0.15, linewidth=0)
+                panel.set(xscale="log", xlabel=_words(along), ylabel=fit["metric"], yscale="log" if fit["power"] else "linear")
+                panel.legend(fontsize=7)
+        figure.savefig(file, dpi=120)
+    return file
+
+
+def _figure(value: Any) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _page(sweep: Sweep, rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]]) -> str:
+    """Markdown: fits, plots, all cells."""
+    metrics = [fit["metric"] for fit in fits] or [name for name in LOSSES if any(name in row for row in rows)]
+    varied = list(dict.fromkeys(name for cell in sweep.cells for name in cell.varied))
+    columns = ["cell", *varied, "state", "starts", "tokens", "cache bytes a token", *metrics, "minutes"]
+    lines = [f"# Sweep {sweep.file.stem}", "", *(f"- {fit['sentence']}" for fit in fits), ""]
+    lines += ["![fits](report.png)", ""] if fits else ["Too few finished cells for a fit.", ""]
+    lines += ["Shaded: 95 % of the bootstrap over cells, which says nothing of other seeds of one cell.", ""] if fits else []
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for cell, row in zip(sweep.cells, rows):
+        figures = [_figure(row.get(name)) for name in ("tokens", "kv_bytes_per_token", *metrics)]
+        cells = [str(row["cell"]), *(str(cell.varied.get(name, "")) for name in varied), row["state"], str(row["attempts"])]
+        lines.append("| " + " | ".join([*cells, *figures, f"{row['seconds'] / 60:.1f}"]) + " |")
+    failed = [row for row in rows if row["message"]]
+    lines += ["", *(f"- cell {row['cell']}: {row['message']}" for row in failed)] if failed else []
+    return "\n".join(lines) + "\n"

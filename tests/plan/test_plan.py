@@ -1,0 +1,156 @@
+"""`hylo plan` of every recipe, bytes as ranks counted them, the search, and the recipe that it writes."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_hylo.cli.main import main
+from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.config.layouts import BASES, get_layout
+from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.plan.calibrate import measure_rates, write_rates
+from megatron_hylo.plan.communication import traffic
+from megatron_hylo.plan.hardware import get_hardware, names, of_device
+from megatron_hylo.plan.inference import dense_base, longest_context, serving
+from megatron_hylo.plan.job import read_job
+from megatron_hylo.plan.memory import GIB, in_flight
+from megatron_hylo.plan.rates import get_rates
+from megatron_hylo.plan.search import MARGIN, predict, search, settings_of
+from megatron_hylo.plan.write import with_settings
+
+RECIPES = sorted((Path(__file__).parents[2] / "megatron_hylo" / "recipes").glob("*.yaml"))
+HYBRID, MAMBA = "llama3.2-1b-4mla12gdn", "llama3.2-1b-4mla12m2"
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_is_planned_as_it_is(file, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(file), "--no_search", "--json", "--price", "2"])
+    found = json.loads(capsys.readouterr().out)
+    one = found["as_given"]
+    assert ended.value.code == 0 and one["fits"] and 5 < one["mfu_percent"] < 70
+    assert one["peak_gib"] == pytest.approx(sum(term["value"] for term in one["memory_gib"].values()))
+    assert one["step_seconds"] == pytest.approx(sum(term["value"] for term in one["seconds"].values()))
+    assert one["price"] == pytest.approx(2 * one["gpu_hours"]) and one["gpu_hours"] == pytest.approx(8 * one["hours"])
+    terms = [*one["memory_gib"].values(), *one["seconds"].values(), *one["received_gb"].values()]
+    assert {term["source"] for term in terms} == {"MEASURED", "ESTIMATED", "COUNTED"} and found["assumptions"]
+
+
+def test_a_plan_needs_no_torch():
+    code = (
+        "import sys; from megatron_hylo.cli.main import main\n"
+        f"try: main(['plan', '{HYBRID}', '--no_search'])\nexcept SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False" and "forward GFLOP a token" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("layout", "tokens", "gpus", "groups", "recompute", "megabytes"),  # benchmarks/results/scaling.md, "received, MB"
+    [
+        (HYBRID, 65_536, 2, dict(context_parallel_size=2, cp_comm_type="a2a"), True, 8415),
+        (HYBRID, 131_072, 4, dict(context_parallel_size=4), True, 2205),
+        (HYBRID, 131_072, 8, dict(context_parallel_size=8), True, 2032),
+        (HYBRID, 131_072, 8, dict(context_parallel_size=8), "GM-", 1415),
+        (HYBRID, 131_072, 4, dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2), "GM-", 636),
+        (MAMBA, 131_072, 4, dict(context_parallel_size=4, cp_comm_type="all_gather"), "GM-", 702),
+        (MAMBA, 131_072, 4, dict(context_parallel_size=4, cp_comm_type="a2a"), "GM-", 7009),
+        (MAMBA, 131_072, 8, dict(context_parallel_size=8, cp_comm_type="all_gather"), True, 922),
+        ("llama3.2-3b-6mla22gdn", 131_072, 4, dict(context_parallel_size=4), "GM-", 2980),
+    ],
+)
+def test_bytes_are_those_that_ranks_counted(layout, tokens, gpus, groups, recompute, megabytes):
+    config = TrainConfig("distil", "-", "-", model="-", teacher="-", sequence_length=tokens, global_batch_size=1,
+                         recompute=recompute, parallel=ParallelConfig(**groups))  # fmt: skip
+    found = traffic(config, gpus, get_layout(layout).config, BASES["llama3.1-8b"], 1e9)
+    assert found.context_forward / 1e6 == pytest.approx(megabytes, abs=1)
+
+
+@pytest.fixture(scope="module")
+def found():
+    job = read_job(str(RECIPES[1]))
+    return job, search(job, 4, get_hardware("h100-80gb"), fp8=False)
+
+
+def test_the_search_returns_the_fastest_that_fit(found):
+    job, result = found
+    seconds = [one.time.seconds for one in result.best]
+    assert len(seconds) > 3 and seconds == sorted(seconds) and result.too_large > 0
+    assert result.tried == result.too_large + result.slower + len(result.best)
+    assert all(one.memory.total <= MARGIN * get_hardware("h100-80gb").memory_gib * GIB for one in result.best)
+    for one in result.best:  # what was found is what the settings predict
+        again = predict(job, one.config, 4, get_hardware("h100-80gb"))
+        assert (again.time.seconds, again.memory.total) == (one.time.seconds, one.memory.total)
+    assert any("does not divide linear_num_heads 6" in reason for reason in result.refused)
+    with pytest.raises(ConfigError, match="4 GPUs do not divide into groups of tensor 1 x pipeline 1 x context 3"):
+        predict(job, replace(job.config, sequence_length=3 * 8192, parallel=ParallelConfig(context_parallel_size=3)), 4,
+                get_hardware("h100-80gb"))  # fmt: skip
+
+
+def test_a_written_recipe_has_the_chosen_settings_and_keeps_the_rest(found, tmp_path):
+    job, result = found
+    chosen = settings_of(result.best[-1].config) | {"teacher_offload": True, "optimizer.offload": True}
+    before = RECIPES[1].read_text()
+    (tmp_path / "made.yaml").write_text(with_settings(before, chosen))
+    after = read_job(str(tmp_path / "made.yaml"), student=HYBRID, teacher="llama3.1-8b")
+    assert settings_of(after.config) == chosen
+    changed = set(before.splitlines()) - set((tmp_path / "made.yaml").read_text().splitlines())
+    assert all(any(f"{name.split('.')[-1]}:" in line for name in chosen) for line in changed)
+    assert replace(after.config, parallel=job.config.parallel, recompute=job.config.recompute, teacher_offload=False,
+                   micro_batch_size=job.config.micro_batch_size, optimizer=job.config.optimizer) == job.config  # fmt: skip
+
+
+def test_hardware_files_are_complete_and_found_by_a_drivers_name():
+    assert {"a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb", "mi300x-192gb"} <= set(names())
+    drivers = {"h200-141gb": "NVIDIA H200", "a100-40gb": "NVIDIA A100-SXM4-40GB", "a100-80gb": "NVIDIA A100-SXM4-80GB"}
+    assert {name: of_device(words) for name, words in drivers.items()} == {name: get_hardware(name) for name in drivers}
+    assert of_device("NVIDIA GeForce RTX 4090") is None
+    with pytest.raises(ConfigError, match="unknown GPU 'h300'; known: a100-40gb"):
+        get_hardware("h300")
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("nowhere.yaml", "there is no recipe nowhere.yaml"),
+        ("llama3.2-1b", "base model without a recipe"),
+        ("x", "unknown layout 'x'"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(what, words):
+    with pytest.raises(ConfigError, match=words):
+        read_job(what)
+
+
+def test_activations_in_flight_are_those_of_the_schedules():
+    assert in_flight(1, 1, 8) == 1 and in_flight(4, 1, 8) == 1 and in_flight(4, 1, 2) == 0.5
+    assert in_flight(2, 2, 8) == 5 / 4  # interleaved: two of warm-up, a model chunk each, two more and the one that runs
+
+
+def test_inference_of_a_hybrid_beside_its_dense_base():
+    shape, gpu = get_layout(HYBRID).config, get_hardware("h200-141gb")
+    assert longest_context(shape, gpu) > 20 * longest_context(dense_base(shape), gpu)
+    for ours, dense in zip(serving(shape, gpu)[2:], serving(dense_base(shape), gpu)[2:]):
+        assert ours.batch > dense.batch and ours.all > dense.all and ours.prefill_seconds < dense.prefill_seconds
+    assert longest_context(shape.replace(hybrid_layer_pattern="G-" * 16), gpu) is None
+
+
+def test_measured_rates_replace_those_of_the_file(tmp_path):
+    """Rates of this CPU as shares of an invented data sheet; a plan with them takes as long as they say."""
+    gpu = replace(get_hardware("h100-80gb"), bf16_tflops=0.1)
+    measured = measure_rates(gpu, torch.device("cpu"), size=64, tokens=64)
+    assert set(measured) == {"products", "attention_forward", "attention_backward"} and measured["products"] > 0
+    write_rates(tmp_path / "rates.yaml", {"products": get_rates().products / 2}, "a machine")
+    job, slower = read_job(HYBRID), get_rates(tmp_path / "rates.yaml")
+    here, there = (predict(job, job.config, 8, get_hardware("h100-80gb"), rates).time.terms for rates in (None, slower))
+    assert there["products"] == pytest.approx(2 * here["products"]) and there["attention"] == here["attention"]
+    (tmp_path / "rates.yaml").write_text("speed: 1")
+    get_rates.cache_clear()
+    with pytest.raises(ConfigError, match="unknown key 'speed'; known keys: products"):
+        get_rates(tmp_path / "rates.yaml")
