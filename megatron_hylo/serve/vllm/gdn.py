@@ -7,10 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
+from vllm.third_party.flash_linear_attention.ops import fused_gdn_prefill_post_conv as preparation
 
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.serve.vllm.config import uses_reference
 from megatron_hylo.serve.vllm.recurrence import Referable, run_reference, sharded
+
+
+class OneWidth:
+    """vLLM's kernel before the recurrence, with one width of blocks for keys and values: with two, Triton refuses it."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *given, BK, BV, **named: self.kernel[grid](*given, BK=max(BK, BV), BV=max(BK, BV), **named)
 
 
 class HyloGatedDeltaNet(Referable, QwenGatedDeltaNetAttention):
@@ -26,6 +37,8 @@ class HyloGatedDeltaNet(Referable, QwenGatedDeltaNetAttention):
         )  # fmt: skip
         super().__init__(sizes, vllm_config, prefix)
         self.register_parameter("dt_bias", sharded(len(self.dt_bias), dtype=torch.float32))  # as the exported tensor
+        if not isinstance(preparation._fused_post_conv_kernel, OneWidth):
+            preparation._fused_post_conv_kernel = OneWidth(preparation._fused_post_conv_kernel)
         self.reference = uses_reference(vllm_config)
         if self.reference:
             self._forward_method = self.forward_reference
