@@ -69,10 +69,11 @@ def model_identity(path: str) -> str:
     """Return the identity of a model's content: of a Hugging Face folder the sha256 over its weight files and architecture.
 
     Raises:
-        ConfigError: see `content_identity` and `open_hf_folder`.
+        ConfigError: see `read_description` and `open_hf_folder`.
     """
     folder = hugging_face_folder(path)
     if folder is None:
+        read_description(path)  # says what else the folder may be
         return content_identity(path)
     source = open_hf_folder(folder)
     source.close()

@@ -23,7 +23,7 @@ from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.convert.hf_start import model_identity
 from megatron_hylo.io import has_manifest, on_main, read_json, write_json
-from megatron_hylo.io.identity import json_identity
+from megatron_hylo.io.identity import content_identity, json_identity
 from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.train.checkpoint import checkpoint_step, latest_checkpoint
@@ -255,7 +255,7 @@ def _check_groups(resume: Resume, config: TrainConfig) -> None:
 def _identity(name: str, value: str) -> str:
     """Return the identity of an input's content; of `scratch`, whose weights are not read, that of the architecture."""
     if name != "scratch":
-        return model_identity(value)  # of other folders too
+        return content_identity(value) if name in ("data", "teacher_store") else model_identity(value)
     named = value in LAYOUTS or value in BASES or not Path(value).is_dir()
     return value if named else json_identity(read_description(value)[1]["model"])
 
