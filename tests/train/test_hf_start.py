@@ -116,9 +116,7 @@ def test_a_quantised_folder_is_dequantised(material, tmp_path):
     right = quantise_folder(own, float8("weight_scale_inv", block=(16, 16)), blocks)
     (chunk,) = load_model_chunks(f"hf:{own}", None, torch.bfloat16)
     parameters = dict(chunk.named_parameters())
-    entries = [entry for entry in model_entries(chunk.config.hylo) if set(entry.hugging_face) <= right.keys()]
-    assert len(entries) == 4 * chunk.config.hylo.num_hidden_layers
-    for entry in entries:
+    for entry in model_entries(chunk.config.hylo):
         wanted = entry.merge([right[name] for name in entry.hugging_face]).to(torch.bfloat16)
         assert torch.equal(parameters[entry.megatron], wanted), entry.megatron
 
