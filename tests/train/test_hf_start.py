@@ -21,9 +21,11 @@ from megatron_hylo.convert.safetensors_reader import SafetensorsSource
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.eval.runs import read_run
 from megatron_hylo.models.checkpoint import read_description
+from megatron_hylo.plan.job import shape
 from megatron_hylo.train.checkpoint import latest_checkpoint
 from megatron_hylo.train.dry_run import dry_run
 from megatron_hylo.train.loop import train
+from megatron_hylo.train.suite_evaluation import tokenizer_folder
 from tests.convert.quantised_folders import float8, quantise_folder
 from tests.train.runs import metrics, weights
 
@@ -71,7 +73,7 @@ def test_a_run_from_hugging_face_folders_is_that_from_model_folders(settings, fo
     assert metrics(run) == first
 
 
-def test_the_run_keeps_where_it_comes_from_and_the_tokenizer(settings, folders, material):
+def test_the_run_keeps_where_it_comes_from_and_the_tokenizer(settings, folders):
     config = settings("pretrain", steps=1, model=f"hf:{folders.teacher}")
     train(config)
     model = Path(config.output) / "model"
@@ -83,6 +85,8 @@ def test_the_run_keeps_where_it_comes_from_and_the_tokenizer(settings, folders, 
     assert vocabulary[0] == vocabulary[1]
     ends = [json.loads(file.read_text())["eos_token_id"] for file in (generation, folders.teacher / "config.json")]
     assert ends[0] == ends[1] is not None
+    assert tokenizer_folder(config) == Path(config.output) / "tokenizer"  # of suites
+    assert shape(config.model).mixers == "****"  # in `hylo plan`
     assert read_run(Path(config.output), "run").config["model"] == f"hf:{folders.teacher}"
 
 
