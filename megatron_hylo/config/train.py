@@ -6,7 +6,7 @@ from typing import Literal
 
 from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, TeacherWindow, recomputed_layers
 from megatron_hylo.config.evaluation import SuiteSettings
-from megatron_hylo.config.paths import expand_home
+from megatron_hylo.config.paths import expand_home, hugging_face_folder
 from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.renamed import RENAMED
 from megatron_hylo.config.text import TextSettings
@@ -39,10 +39,11 @@ class TrainConfig:
         stage: pretrain: cross-entropy on text; align: stage 1, layer by layer; distil: stages 2 and 3, KL to a teacher.
         data: dataset folder made by `hylo preprocess` (train and heldout).
         output: run folder: checkpoints/, logs, final model/ (and second_model/).
-        model: model folder or training checkpoint to start from; pretrain may give `scratch` instead.
+        model: model folder, training checkpoint, or hf:PATH of a Hugging Face folder to start from; pretrain may give `scratch`
+            instead.
         scratch: pretrain from random weights: a named layout, a base model, or a model folder's shape.
         second_model: align: another student (all linear beside all MLA, say) of the same teacher pass.
-        teacher: model folder of the frozen teacher (align, distil).
+        teacher: model folder, or hf:PATH of a Hugging Face folder, of the frozen teacher (align, distil).
         teacher_store: distil: learn from a `hylo cache-teacher` folder; `teacher` then only evaluates.
         teacher_address: distil: learn from `hylo serve-teacher` at HOST:PORT; `teacher` then only evaluates.
         sequence_length: tokens a sample.
@@ -167,6 +168,11 @@ class TrainConfig:
         if elsewhere and self.stage != "distil":
             raise ConfigError(
                 f"{min(elsewhere)} is for stage distil; stage {self.stage} does not learn from a teacher's outputs alone"
+            )
+        if self.teacher_store and hugging_face_folder(self.teacher or ""):
+            raise ConfigError(
+                f"teacher_store {self.teacher_store} knows its teacher by the model folder it was made of, got teacher "
+                f"{self.teacher}; give that folder (`hylo convert` makes it), or leave teacher out"
             )
         if len(elsewhere) > 1:
             raise ConfigError("teacher_store and teacher_address are two places of the same teacher; give one of them")

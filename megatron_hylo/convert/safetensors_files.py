@@ -62,14 +62,22 @@ class SafetensorsFile:
     def _bytes(self, start: int, length: int) -> bytes:
         return os.pread(self.file.fileno(), length, start)
 
-    def read(self, name: str) -> Tensor:
-        """Read a tensor into memory of its own.
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Read a tensor, or rows of it, into memory of its own.
+
+        Args:
+            name: of the tensor.
+            rows: first row and the one after the last; by default all.
 
         Raises:
             ConfigError: the file was changed since it was opened, or cannot be read.
         """
         dtype, shape = self.stored[name]
         start, (first, last) = self.places[name]
+        if rows is not None:
+            row = (last - first) // shape[0]
+            start, last = start + rows[0] * row, first + (rows[1] - rows[0]) * row
+            shape = (rows[1] - rows[0], *shape[1:])
         out = torch.empty(shape, dtype=DTYPES[dtype])
         buffer, done = memoryview(out.reshape(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b""), 0
         try:

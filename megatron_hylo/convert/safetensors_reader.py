@@ -103,6 +103,10 @@ class SafetensorsSource:
         for file in self._files.values():
             file.require_unchanged()
 
+    def files(self) -> list[str]:
+        """List the names of the files that hold weights."""
+        return sorted(self._files)
+
     def state(self) -> list[Any]:
         """Describe the files that are read, as JSON: names, sizes and times of change."""
         files = {name: list(file.state) for name, file in self._files.items()}
@@ -144,21 +148,35 @@ class SafetensorsSource:
             known |= {name for name in self.stored if HARMLESS_IF_QUANTISED.search(name)}
         refuse_unused(self.folder, set(self.stored) - used - known, self.config)
 
-    def _read_stored(self, name: str) -> Tensor:
-        return self._files[self.shard_of[name]].read(name)
+    def _read_stored(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        return self._files[self.shard_of[name]].read(name, rows)
 
-    def read(self, name: str) -> Tensor:
+    def is_quantised(self, name: str) -> bool:
+        """Whether the tensor of that name is dequantised when it is read, so that it can only be read as a whole."""
+        return self._alias.get(name, name) in self.scaled
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Read the tensor of that name, dequantised.
+
+        Args:
+            name: of the tensor.
+            rows: first row and the one after the last, of a tensor that is not quantised; by default all.
 
         Raises:
             ConfigError: it has values that are no numbers, or float64 values that float32 does not hold.
         """
         name = self._alias.get(name, name)
         if name in self.scaled:
+            assert rows is None, f"{name} is quantised"
             tensor = self.scaled[name].read(self._read_stored)
         else:
-            tensor = self._read_stored(name)
+            tensor = self._read_stored(name, rows)
         return checked(name, tensor, self.folder)
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            file.close()
 
     def dtype(self) -> torch.dtype:
         """Return bfloat16 where every weight is stored in it (but for those that the model keeps in float32), else float32."""

@@ -88,12 +88,12 @@ def convert_hf_to_megatron(
 
         write_model_folder(
             output, opened.config, opened.dtype(), opened.read, opened.state(), provenance.result,
-            lambda folder: _save_tokenizer(Path(source), folder / "tokenizer"), check, overwrite, (source,), shard_bytes, track,
+            lambda folder: save_tokenizer(Path(source), folder / "tokenizer"), check, overwrite, (source,), shard_bytes, track,
         )  # fmt: skip
     return opened.config
 
 
-def _save_tokenizer(source: Path, folder: Path) -> None:
+def save_tokenizer(source: Path, folder: Path) -> None:
     """Save tokenizer files and generation_config.json (for the ids that end generation), those that there are."""
     tokenizer = load_transformers_tokenizer(source)
     settings = generation_settings(source, tokenizer)

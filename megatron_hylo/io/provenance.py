@@ -9,6 +9,7 @@ is kept in hylo.json under "provenance", and by an export in hylo_provenance.jso
                 | {"path"}}}                                                     anything else, e.g. a teacher's address
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -54,7 +55,7 @@ def describe_input(path: str | Path, track: Track = no_progress) -> dict[str, An
     elif files := _source_files(folder):
         listed = read_manifest(folder) if has_manifest(folder) else {}
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            unlisted = {file.name: pool.submit(sha256, file) for file in files if file.name not in listed}
+            unlisted = {file.name: pool.submit(file_hash, file) for file in files if file.name not in listed}
             for name in track(list(unlisted), "hash the source"):
                 unlisted[name].result()
         found["files"] = {
@@ -66,6 +67,17 @@ def describe_input(path: str | Path, track: Track = no_progress) -> dict[str, An
             found["provenance"] = content.get("provenance", {}) if name == "hylo.json" else content
     return found
     return found
+
+
+def file_hash(file: Path) -> str:
+    """Return the sha256 of a file, which is read once in a process as long as it does not change."""
+    found = os.stat(file)
+    return _hash_of(file, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _hash_of(file: Path, *_: int) -> str:
+    return sha256(file)
 
 
 def base_models(provenance: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -84,12 +84,16 @@ def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def _suggestion(path: Path) -> str:
-    """The finished model or newest checkpoint of a run folder, or of one that holds run folders, in words; else nothing."""
+    """What was probably meant by a folder, in words: the model of a run, or a Hugging Face folder; else nothing."""
     for places in ("model", "checkpoints/step_*", "*/model", "*/checkpoints/step_*"):
         found = [folder for folder in path.glob(places) if (folder / "hylo.json").is_file() and has_manifest(folder)]
         if found:
             newest = max(found, key=lambda folder: ((folder / "hylo.json").stat().st_mtime, folder.name))
             return f"; did you mean {newest}?"
+    if (path / "config.json").is_file():
+        return (
+            f"; a Hugging Face folder is read by `hylo train` as hf:{path}, by other commands once `hylo convert` has read it"
+        )
     return "" if path.exists() else "; there is no such folder"
 
 

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -56,6 +56,14 @@ class Piece:
     length: int
 
 
+class PartReader(Protocol):
+    """Reader of parts of global tensors."""
+
+    def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """Read a part of the tensor of that key, on the CPU."""
+        ...
+
+
 class StoredLayout:
     """How the parameters of a model are stored, by their name in the model.
 
@@ -75,7 +83,7 @@ class StoredLayout:
             return list(_leaves(built))
         return [described.without_data() if value.device.type == "meta" else _with_data(described, value)]
 
-    def merge(self, name: str, reader: "WeightsReader") -> Tensor:
+    def merge(self, name: str, reader: PartReader) -> Tensor:
         """Read a parameter: the inverse of `parts`."""
         described = self.sharded[name]
         if not isinstance(described, ShardedTensorFactory):

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from megatron_hylo.config import ConfigError, ModelConfig, from_dict
 from megatron_hylo.config.layouts import BASES, LAYOUTS, get_layout
+from megatron_hylo.config.paths import hugging_face_folder, plain_path
 from megatron_hylo.config.recipe_lines import FAMILIES, STAGES
 from megatron_hylo.config.recipes import DEFAULT_LAYOUT, recipe
 from megatron_hylo.config.train import TrainConfig
@@ -99,11 +100,15 @@ def recipe_text(what: str, stage: str) -> str:
 
 
 def shape(name: str) -> ModelConfig:
-    """Configuration of a layout, a base model or a model folder; "NAME:GGMM..." has these mixers in place of its own.
+    """Configuration of a layout, a base model, a model folder or `hf:PATH`; "NAME:GGMM..." has these mixers, not its own.
 
     Raises:
         ConfigError: neither.
     """
+    if hugging_face_folder(name) is not None:
+        from megatron_hylo.convert.hf_start import read_model_config
+
+        return read_model_config(name)
     name, _, mixers = name.partition(":")
     if name in BASES:
         found = BASES[name]
@@ -136,9 +141,13 @@ def read_settings(values: dict[str, Any], what: str) -> TrainConfig:
 def _given(values: dict[str, Any], *names: str) -> str | None:
     """First path of these that is a shape on this machine."""
     found = [str(values[name]) for name in names if values.get(name)]
-    return next(
-        (one for one in found if one in BASES or one in LAYOUTS or (Path(one).expanduser() / "hylo.json").is_file()), None
-    )
+    return next((one for one in found if one in BASES or one in LAYOUTS or _is_model(one)), None)
+
+
+def _is_model(path: str) -> bool:
+    """Whether a model folder, or the Hugging Face folder of `hf:PATH`, is there."""
+    described = "hylo.json" if hugging_face_folder(path) is None else "config.json"
+    return (Path(plain_path(path)).expanduser() / described).is_file()
 
 
 def _named(name: str) -> str | None:

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 
 from megatron_hylo.config import RunFailure
 from megatron_hylo.config.evaluation import SuiteSettings
+from megatron_hylo.config.paths import plain_path
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.eval.perplexity import Quality
 from megatron_hylo.io import main_first, on_main, output_lock, read_json
@@ -49,7 +50,7 @@ from megatron_hylo.train.positions import PositionLosses
 from megatron_hylo.train.profiler import Profiler
 from megatron_hylo.train.reporting import Reporter, check_wandb
 from megatron_hylo.train.resume_check import Resume, check_resume
-from megatron_hylo.train.run_folder import check_run_folder
+from megatron_hylo.train.run_folder import check_run_folder, keep_tokenizer, tokenizer_place
 from megatron_hylo.train.run_record import record_start
 from megatron_hylo.train.setup import Run, architectures, build_run, open_teacher_signal, params_dtype
 from megatron_hylo.train.startup_check import check_run_kernels
@@ -107,6 +108,7 @@ def train(config: TrainConfig) -> Quality | None:
         check_teacher_window(config)
         heldout = open_heldout(config)
         run = build_run(config, device, teacher_signal=_checked_teacher_signal(config, resume))
+        keep_tokenizer(config, folder)
         progress = Progress(0, 0, SkippedSteps(config.max_skipped_steps))
         set_unfinished_aside(folder)
         if newest is not None:
@@ -131,7 +133,9 @@ def _provenances(config: TrainConfig) -> list[dict[str, Any]]:
     sources = [config.model or config.scratch] + ([config.second_model] if config.second_model else [])
     teacher = config.teacher or config.teacher_store or config.teacher_address
     about: dict[str, Any] = dict(stage=config.stage, train_steps=config.train_steps, seed=config.seed)
-    return on_main(lambda: [made_by("train", {"model": m, "teacher": teacher, "data": config.data}, **about) for m in sources])
+    teacher = teacher and plain_path(teacher)
+    inputs = [{"model": model and plain_path(model), "teacher": teacher, "data": config.data} for model in sources]
+    return on_main(lambda: [made_by("train", named, **about) for named in inputs])
 
 
 def _checked_teacher_signal(config: TrainConfig, resume: Resume) -> TeacherSignal | None:
@@ -157,7 +161,7 @@ def _callbacks(
 ) -> tuple[list[Callback], Evaluation]:
     """Make the callbacks of a run in the order in which they act, each closed by `closing`; the evaluation also by itself."""
     config, step = run.config, progress.step
-    tokenizer = Path(config.model or config.teacher or config.data) / "tokenizer"
+    tokenizer = tokenizer_place(config.model or config.teacher or config.data, folder)
     reporter = Reporter(config, folder, run.device, run.flops_per_token, step)
     closing.push(lambda kind, error, trace: reporter.close(error))
     reporter.say(f"{config.stage}: {run.describe()}" + (f"; resumed at step {step}" if step else ""))

@@ -17,9 +17,11 @@ from typing import Any
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES, LAYOUTS
+from megatron_hylo.config.paths import hugging_face_folder
 from megatron_hylo.config.renamed import RENAMED, translate_settings
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import flatten
+from megatron_hylo.convert.hf_start import model_identity
 from megatron_hylo.io import has_manifest, on_main, read_json, write_json
 from megatron_hylo.io.identity import content_identity, json_identity
 from megatron_hylo.models.checkpoint import read_description
@@ -253,7 +255,7 @@ def _check_groups(resume: Resume, config: TrainConfig) -> None:
 def _identity(name: str, value: str) -> str:
     """Return the identity of an input's content; of `scratch`, whose weights are not read, that of the architecture."""
     if name != "scratch":
-        return content_identity(value)
+        return content_identity(value) if name in ("data", "teacher_store") else model_identity(value)
     named = value in LAYOUTS or value in BASES or not Path(value).is_dir()
     return value if named else json_identity(read_description(value)[1]["model"])
 
@@ -264,7 +266,7 @@ def _known_identity(name: str, former: str, value: str, known: dict[str, dict[st
         return known[name]["identity"]
     if former == value or (name != "scratch" and Path(former).resolve() == Path(value).resolve()):
         return None
-    if name == "scratch" or Path(former).is_dir():
+    if name == "scratch" or (hugging_face_folder(former) or Path(former)).is_dir():
         return _identity(name, former)
     raise ConfigError(
         f"{run} was started with {name} = {former}, which is not there any more, and kept no record of what it held, so that "

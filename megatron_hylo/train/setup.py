@@ -16,9 +16,10 @@ from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.config.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
 from megatron_hylo.config.teacher_window import rope_changes
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.convert.hf_start import load_model_chunks, read_model_config
 from megatron_hylo.data.training_windows import training_windows
 from megatron_hylo.data.windows import WindowSource
-from megatron_hylo.models.checkpoint import load_chunks, read_description
+from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.models.frozen import FrozenModel, as_frozen, freeze
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.windows import repeats
@@ -154,7 +155,7 @@ def build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], FrozenMode
         students = [build_chunks(architecture.replace(**changes, max_position_embeddings=trained[0]), **how, **shared)]
     teacher = None
     if config.teacher:
-        shape = read_description(config.teacher)[0]
+        shape = read_model_config(config.teacher)
         reading = config.teacher_window.resolve(shape, config.sequence_length)
         window = reading.window(shape, config.sequence_length)
         if window is not None:  # each context-parallel rank reads windows of its own
@@ -183,14 +184,14 @@ def architectures(config: TrainConfig) -> list[ModelConfig]:
     """Configurations of all models of a run: the student, a second one, the teacher."""
     folders = [folder for folder in (config.model, config.second_model, config.teacher) if folder]
     scratch = [] if config.scratch is None or config.model else [_scratch_config(config.scratch)]
-    return scratch + [read_description(folder)[0] for folder in folders]
+    return scratch + [read_model_config(folder) for folder in folders]
 
 
-def _load_chunks(folder: str, parallel: ParallelConfig, **settings: Any) -> list[HyloModel]:
+def _load_chunks(model: str, parallel: ParallelConfig, **settings: Any) -> list[HyloModel]:
     """Load this rank's chunks, divided as `parallel` says, or evenly by weights in a model of another depth (a teacher's)."""
-    if sum(parallel.pipeline_layers or ()) != read_description(folder)[0].num_hidden_layers:
+    if sum(parallel.pipeline_layers or ()) != read_model_config(model).num_hidden_layers:
         parallel = replace(parallel, pipeline_layers=None)
-    return load_chunks(folder, parallel, **settings)
+    return load_model_chunks(model, parallel, **settings)
 
 
 def _scratch_config(name: str) -> ModelConfig:

@@ -11,6 +11,7 @@ import torch
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.evaluation import SuiteSettings
 from megatron_hylo.config.layouts import parameter_count
+from megatron_hylo.config.paths import hugging_face_folder
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.eval.installed import require_lm_eval
 from megatron_hylo.eval.results import Score
@@ -20,6 +21,7 @@ from megatron_hylo.models.gather import gather_model
 from megatron_hylo.plan.memory import GIB
 from megatron_hylo.train.callback import Callback, Progress
 from megatron_hylo.train.reporting import Reporter
+from megatron_hylo.train.run_folder import tokenizer_place
 from megatron_hylo.train.setup import Run
 
 logger = logging.getLogger("megatron_hylo.train")
@@ -36,7 +38,8 @@ def prepare_suites(config: TrainConfig) -> SuiteSettings | None:
     if settings is None:
         return None
     require_lm_eval("evaluation.suites")
-    tokenizer_folder(config)
+    if not any(hugging_face_folder(source) for source in (config.model, config.teacher) if source):  # those are read later
+        tokenizer_folder(config)
     from megatron_hylo.eval.suites import fetch_inputs
 
     fetch_inputs(settings)
@@ -50,7 +53,8 @@ def tokenizer_folder(config: TrainConfig) -> Path:
         ConfigError: there is none.
     """
     sources = [source for source in (config.model, config.teacher, config.data) if source is not None]
-    found = next((path for source in sources if (path := Path(source) / "tokenizer").is_dir()), None)
+    places = (tokenizer_place(source, Path(config.output)) for source in sources)
+    found = next((place for place in places if place.is_dir()), None)
     if found is None:
         raise ConfigError(f"evaluation.suites needs a tokenizer, and none of {', '.join(sources)} has one; preprocess again")
     return found

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.teacher_window import check_reach
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.models.checkpoint import read_description
+from megatron_hylo.convert.hf_start import read_model_config
 from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.teachers.store import StoredTeacher
 
@@ -19,7 +19,7 @@ def check_teacher_window(config: TrainConfig) -> None:
         ConfigError: see `TeacherWindow.check`.
     """
     if config.teacher is not None:
-        config.teacher_window.check(read_description(config.teacher)[0], config.sequence_length, f"teacher {config.teacher}")
+        config.teacher_window.check(read_model_config(config.teacher), config.sequence_length, f"teacher {config.teacher}")
 
 
 def check_signal_window(config: TrainConfig, teacher_signal: TeacherSignal, about: Mapping[str, Any] | None) -> None:

@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 
+from megatron_hylo.config.paths import plain_path
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.convert.hf_start import read_model_config
 from megatron_hylo.data.tokenizer import check_dataset, check_dataset_ids, check_vocabulary_identity
 from megatron_hylo.io import on_main
-from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.teachers.remote import RemoteTeacher
 
 
 def check_run_tokens(config: TrainConfig, vocab_size: int) -> None:
-    """Compare the dataset with every model folder of a run; all ranks call it.
+    """Compare the dataset with every model of a run that is read from a folder; all ranks call it.
 
     Args:
         config: the run.
@@ -26,7 +27,7 @@ def check_run_tokens(config: TrainConfig, vocab_size: int) -> None:
     def compare() -> None:
         check_dataset_ids(config.data, vocab_size, config.model or config.scratch or "")
         for folder in filter(None, (config.model, config.second_model, config.teacher)):
-            check_dataset(config.data, folder, read_description(folder)[0].vocab_size)
+            check_dataset(config.data, plain_path(folder), read_model_config(folder).vocab_size)
 
     on_main(compare)
 

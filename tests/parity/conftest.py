@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.teachers.store import write_store
 from tests.parity.cases import (
     MODELS,
@@ -32,11 +33,20 @@ TWO_STEPS = ("pretrain", "distil", "mse", "ild", "sequential")
 EVALUATED = ("pretrain", "packed", "distil", "packed_distil", "windows", "packed_windows", "recall")
 
 
+HF = "hf"  # a case's models are read from Hugging Face folders too
+
+
 def selected(request: pytest.FixtureRequest) -> tuple[list[Case], list[str]]:
     """(cases, planted faults) of the file's tests that were selected, so that `-k` costs no others."""
     specs = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     cases = dict.fromkeys((spec["model"], spec["stage"], spec["parallelism"]) for spec in specs if "model" in spec)
     return list(cases), [spec["fault"] for spec in specs if "fault" in spec]
+
+
+def hf_cases(request: pytest.FixtureRequest) -> list[Case]:
+    """Cases among the selected ones that are measured a second time, from Hugging Face folders."""
+    specs = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return [(spec["model"], spec["stage"], spec["parallelism"]) for spec in specs if spec.get("source") == HF]
 
 
 def make_folders(root: Path, cases: list[Case]) -> None:
@@ -69,6 +79,13 @@ def measured(request, tmp_path_factory, one_rank) -> Path:
     oracles = {oracle_of(root, case): case for case in (*all_cases, *whole)}
     jobs = [measure(case, "one", file) for file, case in oracles.items()]
     jobs += [measure(case, case[2], file_of(root, case)) for case in cases]
+    for case in hf_cases(request):
+        ranks, made = measure(case, case[2], file_of(root, (f"{HF}_{case[0]}", *case[1:])))
+        for name in ("model", "teacher"):
+            if made["config"][name]:
+                convert_megatron_to_hf(made["config"][name], root / HF / Path(made["config"][name]).name, verify=False)
+                made["config"][name] = f"hf:{root / HF / Path(made['config'][name]).name}"
+        jobs.append((ranks, made))
     jobs += [measure(FAULTS[fault][1:], FAULTS[fault][3], root / f"{fault}.pt", fault) for fault in faults]
     for ranks in sorted({ranks for ranks, _ in jobs}):
         mine = [job for needed, job in jobs if needed == ranks]

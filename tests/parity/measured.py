@@ -68,6 +68,16 @@ def assert_equals_one_rank(root: Path, case: Case, record: Record) -> None:
         assert difference < tolerance, f"{what}: {name}"
 
 
+def assert_equals_hf_start(root: Path, case: Case) -> None:
+    """Losses, gradients and weights of a case are the same, bit for bit, where Hugging Face folders are read."""
+    here, folder = (torch.load(file_of(root, (name, *case[1:]))) for name in (f"hf_{case[0]}", case[0]))
+    assert here["steps"] == folder["steps"] and here["quality"] == folder["quality"]
+    for what in ("gradients", "weights"):
+        mine, theirs = here[what][0], folder[what][0]
+        assert mine.keys() == theirs.keys() and len(mine) > 20
+        assert not [name for name in mine if not torch.equal(mine[name], theirs[name])]
+
+
 def assert_schedule(case: Case, ranks: list[tuple[int, list[tuple]]]) -> None:
     """Every pipeline rank ran its passes in the order of the simulator of `hylo plan`."""
     groups = PARALLELISMS[case[2]][1]

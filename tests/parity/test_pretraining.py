@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from tests.parity.cases import MODELS
-from tests.parity.measured import assert_caught, assert_equals_one_rank, cases, file_of, parametrize, parametrize_faults
+from tests.parity.measured import (
+    assert_caught,
+    assert_equals_hf_start,
+    assert_equals_one_rank,
+    cases,
+    file_of,
+    parametrize,
+    parametrize_faults,
+)
 
 pytestmark = [pytest.mark.multirank, pytest.mark.timeout(1800)]  # the first case waits for all
 
@@ -39,6 +47,15 @@ SLOW = [
 @parametrize(CASES, SLOW)
 def test_pretraining_equals_one_rank(measured, record_property, model, stage, parallelism):
     assert_equals_one_rank(measured, (model, stage, parallelism), record_property)
+
+
+@pytest.mark.parametrize("source", ["hf"])
+@pytest.mark.parametrize(
+    ("model", "stage", "parallelism"), [("odd_tied", "pretrain", "tp2_pp2"), ("kda", "pretrain", "tp2_sp")]
+)
+def test_a_hugging_face_folder_starts_the_run_of_its_model_folder(measured, model, stage, parallelism, source):
+    """Fused projections of every mixer, a tied head on another pipeline stage, a vocabulary that the ranks do not divide."""
+    assert_equals_hf_start(measured, (model, stage, parallelism))
 
 
 @parametrize_faults("pretrain", CASES)
