@@ -190,6 +190,9 @@ def _divisions(job: Job, gpus: int, hardware: Hardware, found: Found) -> Iterato
         except ConfigError as error:
             found.refused[_reason(error)] += 1
             continue
+        if job.config.sequence_length % (tensor * context):
+            found.refused[f"{tensor * context} tensor x context ranks do not divide {job.config.sequence_length} tokens"] += 1
+            continue
         replicas = gpus // (tensor * pipeline * context)
         enough = max(PASS_TOKENS * context // job.config.sequence_length, 1)  # sequences of a pass; more are no faster
         options = {*(n for n in MICRO if n <= enough), job.config.micro_batch_size}
