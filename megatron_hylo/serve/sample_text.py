@@ -187,7 +187,8 @@ def sample_text(
             check.skipped.update(figures.left_out)
 
             def describe(folder: Path) -> None:
-                write_json(folder / "sampled.json", {"teacher": str(teacher), **about, "text": figures.to_dict()})
+                named = about | {"teacher": str(teacher), "teacher_identity": about["teacher"]}
+                write_json(folder / "sampled.json", named | {"text": figures.to_dict()})
 
             made = finish_dataset(files, tokenizer, data, check, output, overwrite, describe)
         shutil.rmtree(parts, ignore_errors=True)
