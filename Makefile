@@ -46,8 +46,13 @@ slurm-test: .venv/installed ## slurm/*.sh under a real Slurm of two nodes here: 
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.slurm.drills $(ARGS)
 
 SERVE_PYTHON ?= .venv-serve/bin/python
-serve-test: $(if $(filter .venv-serve/%,$(SERVE_PYTHON)),.venv-serve/installed) ## vLLM's CPU build with our plugin against transformers, and a server under load (HYLO_SERVE_MODEL=FOLDER serves an exported model)
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(SERVE_PYTHON) -m pytest tests/serve/vllm -m vllm --noconftest -q -s -W ignore $(ARGS)
+HYLO_SERVE_MODEL ?= runs/quickstart/export
+serve-test: $(if $(filter .venv-serve/%,$(SERVE_PYTHON)),.venv-serve/installed) $(HYLO_SERVE_MODEL) ## vLLM's CPU build with our plugin against transformers: all mixers, and a server of the quickstart's hybrid under load
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) HYLO_SERVE_MODEL=$(HYLO_SERVE_MODEL) $(SERVE_PYTHON) -m pytest tests/serve/vllm \
+	  -m "vllm and not gpu" --noconftest -q -s -W ignore --durations=0 $(ARGS)
+
+runs/quickstart/export: | .venv/installed # the quickstart leaves it; HYLO_SERVE_MODEL=FOLDER serves another, HYLO_SERVE_MODEL= a tiny one
+	$(BIN)/hylo quickstart
 
 lint: style types ## ruff check, ruff format --check, mypy, shellcheck
 

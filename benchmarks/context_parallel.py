@@ -21,6 +21,7 @@ from jsonargparse import auto_cli
 from megatron.core import parallel_state
 from report import device_name, report
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config import ModelConfig, ParallelConfig
 from megatron_hylo.config.layouts import get_layout
 from megatron_hylo.kernels.registry import in_use
@@ -126,4 +127,5 @@ def _show(rows: list[dict], ranks: int, precision: str, results: Path, commit: s
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

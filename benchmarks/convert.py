@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config.layouts import BASES, parameter_count
 from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.convert.hf_config import hf_config_from_model
@@ -159,4 +160,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors("benchmark"):
+        main()

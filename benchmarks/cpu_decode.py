@@ -18,6 +18,7 @@ import torch
 from jsonargparse import auto_cli
 from report import device_name, report
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.convert.open_model import open_model
 from megatron_hylo.hf import HyloCache
 from megatron_hylo.hf.attention_hylo import HyloLatentAttention
@@ -133,4 +134,5 @@ def acceptance(draft: Any, teacher: Any, prompts: list[torch.Tensor], tokens: in
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

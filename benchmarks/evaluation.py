@@ -17,8 +17,9 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.eval.lm import HyloLM
-from megatron_hylo.eval.ruler.run import run_ruler
+from megatron_hylo.eval.ruler.run import plan_ruler
 
 TASKS = ("niah_single_1", "niah_multikey_2", "vt", "cwe", "fwe")  # those without other data
 
@@ -38,7 +39,7 @@ def measure(lm: Any, length: int, examples: int, tasks: list[str]) -> dict[str, 
 
     lm.generate_until = timed
     try:
-        scores, _ = run_ruler(lm, [length], tasks, examples)
+        scores, _ = plan_ruler(lm, [length], tasks, examples)()
     finally:
         lm.generate_until = generate
     mean = next(score.value for score in scores if score.task == "mean")
@@ -75,4 +76,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors("benchmark"):
+        main()

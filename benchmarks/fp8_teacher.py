@@ -19,6 +19,7 @@ import torch
 from jsonargparse import auto_cli
 from report import device_name, free_memory, report, seconds
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config import Fp8
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
@@ -124,4 +125,5 @@ def _show(base: str, lengths: list[int], speed: dict[str, Any], quality: dict[st
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

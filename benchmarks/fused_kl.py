@@ -26,6 +26,7 @@ from jsonargparse import auto_cli
 from report import device_name, free_memory, report
 from torch import Tensor
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.distill.head_loss import linear_head_loss
 from megatron_hylo.kernels.registry import in_use
 
@@ -210,4 +211,5 @@ def _show(
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

@@ -17,6 +17,7 @@ from jsonargparse import auto_cli
 from report import device_name, random_text, report
 
 from megatron_hylo.calibrate.gather import calibrate
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.models.checkpoint import save_model
@@ -90,4 +91,5 @@ def _seconds(run) -> float:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

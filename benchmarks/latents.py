@@ -18,6 +18,7 @@ from jsonargparse import auto_cli
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from report import device_name, report
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.convert.open_model import open_model
 from megatron_hylo.hf import HyloCache
 
@@ -99,4 +100,5 @@ def _passkey(tokenizer: Any, text: torch.Tensor, depth: float, seed: int) -> tup
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

@@ -22,6 +22,7 @@ from jsonargparse import auto_cli
 from matplotlib.axes import Axes
 from report import architecture, device_name, draw_panels, free_memory, line, report, seconds
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config import ParallelConfig
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.config.train import TrainConfig
@@ -153,4 +154,5 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

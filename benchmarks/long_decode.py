@@ -29,6 +29,7 @@ from long_decode_models import SPARE, Dense, Hybrid, Row, bandwidth, decode_resu
 from matplotlib.axes import Axes
 from report import device_name, draw_panels, free_memory, line, report
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.kernels.registry import in_words
 from megatron_hylo.platform.distributed import is_main, session
@@ -216,4 +217,5 @@ def plot(rows: list[Row], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

@@ -20,6 +20,7 @@ from jsonargparse import auto_cli
 from matplotlib.axes import Axes
 from report import architecture, draw_panels, report
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config import ParallelConfig
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
@@ -321,4 +322,5 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

@@ -18,6 +18,7 @@ from jsonargparse import auto_cli
 from matplotlib.axes import Axes
 from report import draw_panels, line, report
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.config.layouts import BASES, LAYOUTS, hybrid_config, uniform_mixers
 from megatron_hylo.config.train import TrainConfig
@@ -182,4 +183,5 @@ def plot_bytes(file: Path, length: int = 1_048_576) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

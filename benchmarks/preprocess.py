@@ -23,6 +23,7 @@ from pathlib import Path
 import megatron.core
 import tokenizers
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 
@@ -104,4 +105,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors("benchmark"):
+        main()

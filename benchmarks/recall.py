@@ -18,6 +18,7 @@ from jsonargparse import auto_cli
 from matplotlib.axes import Axes
 from report import device_name, draw_panels, free_memory, line, report
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config.evaluation import Suite
 from megatron_hylo.eval.lm import HyloLM
 from megatron_hylo.eval.lm_facts import describe_model, describe_run
@@ -180,4 +181,5 @@ def cell(score: Score | None) -> str:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

@@ -20,6 +20,7 @@ from jsonargparse import auto_cli
 from report import device_name, report, seconds
 from torch import Tensor
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.kernels.delta_rule_states import CHUNK
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.kernels.kda import kda
@@ -158,4 +159,5 @@ def times(ours: Run, peer: Run, repeats: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

@@ -23,6 +23,7 @@ from jsonargparse import auto_cli
 from report import device_name, random_text, report
 from scaling import measure
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.models.frozen import freeze
@@ -124,4 +125,5 @@ def _show(rows: dict[str, dict[str, Any]], layout: str, teacher: str, length: in
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

@@ -28,6 +28,7 @@ from jsonargparse import auto_cli
 from matplotlib.axes import Axes
 from report import architecture, device_name, draw_panels, free_memory, line, random_text, report
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
@@ -276,4 +277,5 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

@@ -18,6 +18,7 @@ import zstandard
 from jsonargparse import auto_cli
 from report import device_name, report
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.packed import DocumentStore, heldout_windows
@@ -114,4 +115,5 @@ def _kl(found: torch.Tensor) -> dict:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

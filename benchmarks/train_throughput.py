@@ -19,6 +19,7 @@ from hf_peer import measure_peer
 from jsonargparse import auto_cli
 from report import architecture, device_name, free_memory, random_text, report
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.config.train import CheckpointSettings, LoggingSettings, TrainConfig
@@ -129,4 +130,5 @@ def _show(rows: list[dict[str, Any]], layout: str, second_layout: str | None, te
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

@@ -20,6 +20,7 @@ from jsonargparse import auto_cli
 from report import device_name, random_text
 
 from megatron_hylo.calibrate.gather import calibrate
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
@@ -75,4 +76,5 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

@@ -25,6 +25,7 @@ from matplotlib.axes import Axes
 from report import device_name, draw_panels, free_memory, line, report
 
 from megatron_hylo.calibrate.gather import calibrate
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.cli.quickstart import BUDGETS, stage_config
 from megatron_hylo.config.layouts import get_layout, kv_percent
 from megatron_hylo.config.train import CheckpointSettings, LoggingSettings
@@ -259,4 +260,5 @@ def git_commit() -> str:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    with plain_errors("benchmark"):
+        auto_cli(main)

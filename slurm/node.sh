@@ -76,7 +76,7 @@ fi
 ) &
 torchrun=$!
 asked="" seconds=0
-trap 'asked=yes' USR1 TERM INT HUP
+trap 'asked=yes; touch "$HYLO_STOP_FILE" 2>/dev/null || true' USR1 TERM INT HUP # the file reaches workers that only start
 while kill -0 "$torchrun" 2>/dev/null; do
     if [[ -n "$asked" || -e "$HYLO_STOP_FILE" ]]; then
         ((seconds++ % 3)) || pkill -USR1 -P "$torchrun" || true

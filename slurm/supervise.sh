@@ -61,6 +61,17 @@ nodes_are_up() {
     [[ ! "$about" =~ State=[A-Z+]*(DOWN|FAIL|NOT_RESPONDING|\*) ]]
 }
 
+# Whether the earlier step has left the nodes, so that a new one gets them; Slurm keeps one whose daemon died on a node for ever.
+step_is_gone() {
+    local seconds
+    [[ -n "$job" && "${launch[0]}" == srun ]] || return 0
+    for ((seconds = 0; seconds < 30; seconds++)); do
+        squeue --noheader --steps --job="$job" --format=%i 2>/dev/null | grep -qx "$job\.[0-9]*" || return 0
+        sleep 1 || true
+    done
+    return 1
+}
+
 # End a run that does not answer: its step on all nodes where there is one, else its processes here.
 kill_run() {
     local step
@@ -126,7 +137,7 @@ supervise() {
             exit "$code"
         fi
         echo "failed with exit status $code: starting again (retry $((again + 1)) of $MAX_RETRIES)" >&2
-        nodes_are_up || requeue retried "$code"
+        { nodes_are_up && step_is_gone; } || requeue retried "$code"
         record retried "$code"
         sleep "$RETRY_SECONDS" || true
         [[ -z "$asked" ]] || stop_here "$before"

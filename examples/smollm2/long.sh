@@ -47,7 +47,7 @@ for i in 0 1 2 3; do
     --eval_windows "$((EVAL_TOKENS / length + 1))"
   if [[ ! -f $run/evaluation.json ]]; then
     $hylo evaluate "$run/model" "$OUT/data" --teacher "$OUT/teacher" --windows "$((EVAL_TOKENS / length + 1))" \
-      --sequence_length "$length" --teacher_window.mode "$( ((length > 32768)) && echo windows || echo rope)" >"$run/evaluation.json.partial"
+      --sequence_length "$length" --teacher_window.mode "$( ((i == 3)) && echo windows || echo rope)" >"$run/evaluation.json.partial"
     mv "$run/evaluation.json.partial" "$run/evaluation.json"
   fi
   cat "$run/evaluation.json"
@@ -57,6 +57,7 @@ for i in 0 1 2 3; do
     --output "$run/recall"
   MODEL="$run/model"
 done
-results=("$OUT"/long_*/recall)
+results=() # in the stages' order, the first one the baseline
+for name in "${names[@]}"; do [[ ! -d $OUT/long_$name/recall ]] || results+=("$OUT/long_$name/recall"); done
 ((${#results[@]} < 2)) || $hylo compare "${results[@]}" --output "$OUT/recall.html" # stage beside stage
 $hylo report "$OUT" # curves, loss by position and recall by distance of all stages, one page

@@ -36,6 +36,7 @@ def doctor(
     if node:
         return _compare_ranks(json)
     from megatron_hylo.config.layouts import get_layout
+    from megatron_hylo.models.decode_check import check_decode_kernels
     from megatron_hylo.models.kernel_check import Check, check_kernels
     from megatron_hylo.platform.distributed import device
 
@@ -53,7 +54,8 @@ def doctor(
     checks: dict[tuple[str, str], Check] = {}
     with console.status("comparing kernels with their definitions"):
         for name in names:
-            checks |= {(c.operation, c.shape): c for c in check_kernels(get_layout(name).config, dtype, where, checks)}
+            for check in (check_kernels, check_decode_kernels):
+                checks |= {(c.operation, c.shape): c for c in check(get_layout(name).config, dtype, where, checks)}
     wrong = [c.operation for c in checks.values() if not c.ok]
     if json:
         print_json([asdict(c) | {"ok": c.ok} for c in checks.values()])

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveInt
-from megatron_hylo.config.evaluation import SUITES, SuiteSettings
+from megatron_hylo.config.evaluation import SMOKE, SUITES, SuiteSettings
 from megatron_hylo.eval.installed import require_lm_eval
 from megatron_hylo.io import is_launched_first
 
@@ -26,7 +26,7 @@ def eval(
     output: Path | None = None,
     limit: PositiveInt | None = None,
     lengths: list[PositiveInt] | None = None,
-    sequence_length: PositiveInt = 2048,
+    sequence_length: PositiveInt | None = None,
     seed: int = 1234,
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     max_length: PositiveInt | None = None,
@@ -46,12 +46,13 @@ def eval(
 
     Args:
         model: Hugging Face folder, exported hybrid, .gguf file, model folder, or checkpoint of a run that still trains.
-        suite: ppl, recall, ruler, commonsense, gsm8k, several with commas, or all.
+        suite: ppl, recall, ruler, commonsense, gsm8k, several with commas, all, or smoke (all, with one example of 1,024 tokens
+            of each task, unless told otherwise: whether a model can be measured, in minutes).
         data: dataset folder of `hylo preprocess`, whose held-out text ppl and recall need.
         output: results folder to make, which `hylo compare` reads; without, results are only shown.
         limit: examples of each task, and of each length where it has lengths.
         lengths: tokens of a context of ppl, recall and ruler, as [4096,8192]; by default the suites' own up to max_length.
-        sequence_length: tokens of a window of ppl.
+        sequence_length: tokens of a window of ppl, 2,048 by default.
         seed: of examples that are drawn.
         dtype: of weights and activations; auto: bf16 on GPUs, fp32 on the CPU.
         max_length: longest prompt with its answer; by default what the model was trained for.
@@ -67,13 +68,13 @@ def eval(
     """
     from megatron_hylo.io import check_free
 
-    names = list(SUITES) if suite == "all" else [name.strip() for name in suite.split(",") if name.strip()]
+    usual: dict[str, Any] = SMOKE if suite == "smoke" else {"limit": None, "lengths": None, "sequence_length": 2048}
+    names = list(SUITES) if suite in ("all", "smoke") else [name.strip() for name in suite.split(",") if name.strip()]
     known = [name for name in SUITES if name in names]
     unknown: list[Any] = [name for name in names if name not in SUITES]  # SuiteSettings refuses them
     text, haystack, first, second = (None if path is None else str(path) for path in (data, essays, squad, hotpot))
-    settings = SuiteSettings(
-        known + unknown, text, limit, lengths, sequence_length, seed, online, generated, chat, haystack, first, second
-    )
+    sizes = limit or usual["limit"], lengths or usual["lengths"], sequence_length or usual["sequence_length"]
+    settings = SuiteSettings(known + unknown, text, *sizes, seed, online, generated, chat, haystack, first, second)
     require_lm_eval("hylo eval")
     if output is not None:
         check_free(output, overwrite, [model, data])

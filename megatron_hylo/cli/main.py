@@ -24,6 +24,7 @@ from megatron_hylo.cli.watch import watch
 from megatron_hylo.config.paths import expand_home
 from megatron_hylo.config.renamed import refuse_renamed
 from megatron_hylo.io import is_launched_first
+from megatron_hylo.io.start_up import quick_exit
 
 __all__ = ["EXIT_ERROR", "EXIT_STOPPED", "QUICK", "VERBS", "main"]
 
@@ -49,6 +50,7 @@ def main(command_line: list[str] | None = None) -> None:
     with plain_errors(command(verb), parsed[parsed.verb].get("output")):
         values = parser.instantiate(parsed)[parsed.verb]
         code = _run(verb, {name: values[name] for name in parameters(verb)})
+    quick_exit()
     sys.exit(code or 0)
 
 

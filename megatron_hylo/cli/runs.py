@@ -6,6 +6,7 @@ from typing import Literal
 from megatron_hylo.cli.boundary import EXIT_STOPPED
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.io.start_up import quick_imports, stop_asked
 
 
 def quickstart(
@@ -49,9 +50,12 @@ def train(config: TrainConfig, json: bool = False, dry_run: bool = False, ranks:
         from megatron_hylo.train.dry_run import dry_run as check
 
         return print_dry_run(check(config, ranks), json)
-    from megatron_hylo.platform.distributed import is_main
-    from megatron_hylo.train.loop import Stopped
-    from megatron_hylo.train.loop import train as run
+    if stop_asked():
+        return EXIT_STOPPED
+    with quick_imports():
+        from megatron_hylo.platform.distributed import is_main
+        from megatron_hylo.train.loop import Stopped
+        from megatron_hylo.train.loop import train as run
 
     try:
         quality = run(config)

@@ -11,16 +11,7 @@ from rich.text import Text
 from megatron_hylo.cli.console import print_json, results
 
 STATE_STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red", "killed": "red"}
-LEAST_IMPORTANT = (
-    "commit",
-    "teacher",
-    "model",
-    "host",
-    "job",
-    "started",
-    "tokens",
-    "stage",
-)  # left out first where there is no room
+LEAST_IMPORTANT = ("commit", "teacher", "model", "tokens", "host", "started", "job", "stage")  # left out first without room
 
 
 def runs(folders: tuple[Path, ...] = (), json: bool = False) -> None:
@@ -147,12 +138,15 @@ def _cells(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
 
 def _print_list(rows: Sequence[dict[str, Any]]) -> None:
     cells = _cells(rows)
+    if not any(row["job"] for row in rows):
+        del cells["job"]
     left_out = []
     for title in LEAST_IMPORTANT:
         if sum(max(map(len, (name, *column))) + 2 for name, column in cells.items()) <= results.width:
             break
-        left_out.append(title)
-        del cells[title]
+        if title in cells:
+            left_out.append(title)
+            del cells[title]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for title in cells:
         table.add_column(title, justify="right" if title in NUMBERS else "left", overflow="fold")

@@ -1,5 +1,7 @@
 """The verbs of `hylo` around text, checkpoints and finished models."""
 
+import contextlib
+import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -266,6 +268,8 @@ def generate(
 ) -> None:
     """Continue a prompt with a carried cache: latents for MLA, states for linear layers.
 
+    Under torchrun, a GPU a rank, a hybrid's prompt of more than 8,192 tokens is read by all ranks together.
+
     Args:
         model: model folder, training checkpoint, or exported Hugging Face folder.
         prompt: text to continue; - reads it from the standard input, in UTF-8.
@@ -279,11 +283,11 @@ def generate(
         cuda_graphs: on a GPU capture the decode step as one CUDA graph, from 32 new tokens on.
         json: print text, tokens, speed and cache as JSON instead.
     """
+    import torch
+
+    from megatron_hylo.platform.distributed import is_main, session
     from megatron_hylo.serve.generate import check_prompt, generate_text
 
-    if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape")
-    check_prompt(prompt)
     begun = False
 
     def show(text: str) -> None:
@@ -293,11 +297,21 @@ def generate(
             begun = True
         results.print(text, end="", highlight=False, markup=False, soft_wrap=True)
 
-    result = generate_text(
-        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, cuda_graphs=cuda_graphs,
-        **({} if json else {"on_text": show}),
-    )  # fmt: skip
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    with session() if several else contextlib.nullcontext():
+        if prompt == "-":  # the ranks of a machine share its standard input
+            said = [sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape") if is_main() else ""]
+            if several:
+                torch.distributed.broadcast_object_list(said)
+            prompt = said[0]
+        check_prompt(prompt)
+        result = generate_text(
+            model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, cuda_graphs=cuda_graphs,
+            **({} if json or not is_main() else {"on_text": show}),
+        )  # fmt: skip
+    if not is_main():
+        return
     if json:
         print_json({"prompt": prompt} | asdict(result))
         return

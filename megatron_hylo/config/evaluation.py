@@ -1,13 +1,14 @@
 """Settings of evaluations: which suites, on what, how much."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from megatron_hylo.config.errors import ConfigError
 
 Suite = Literal["ppl", "recall", "ruler", "commonsense", "gsm8k"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 NEEDS_TEXT = ("ppl", "recall")
+SMOKE: dict[str, Any] = {"limit": 1, "lengths": [1024], "sequence_length": 1024}  # of `--suite smoke`: every suite, on little
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class SuiteSettings:
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.suites if name not in SUITES]:
-            raise ConfigError(f"no suite {unknown[0]!r}; choose out of {', '.join(SUITES)}, or all")
+            raise ConfigError(f"no suite {unknown[0]!r}; choose out of {', '.join(SUITES)}, all or smoke")
         wanting = [name for name in self.suites if name in NEEDS_TEXT]
         if wanting and self.data is None:
             raise ConfigError(

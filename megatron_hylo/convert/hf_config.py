@@ -265,7 +265,7 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
     shared = _shared(config) | {"dtype": dtype, "torch_dtype": dtype}
     shared |= {name: (token_ids or {}).get(name) for name in TOKEN_IDS}
     if not config.is_transformer or config.rope_scaling.rope_type == "nope":
-        from megatron_hylo.hf.modeling_hylo import AUTO_MAP  # brings torch and transformers
+        from megatron_hylo.hf.pretrained_hylo import AUTO_MAP  # brings torch and transformers
 
         return {
             "model_type": HYLO_MODEL_TYPE,
@@ -282,7 +282,7 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
     }
     return {
         "model_type": config.model_family,
-        "architectures": [f"{names[config.model_family]}ForCausalLM"],
+        "architectures": [names[config.model_family]],
         **shared,
         "intermediate_size": config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads,

@@ -21,7 +21,7 @@ from megatron_hylo.data.recall_text import Exercise, Exercises
 from megatron_hylo.data.windows import Window, WindowSource
 
 LEAST_ROOM = 64  # tokens of a window's exercises; a fact and a question take 30 to 60
-FACT_TOKENS = 40  # room counted for each fact where their number is chosen
+FACT_TOKENS = 25  # room counted for each fact where their number is chosen
 CHARACTERS_A_TOKEN = 3.0  # of exercises, fewer than most tokenizers', so that one batch is nearly always enough
 SNAP = 64  # tokens that a text may move to the next line end
 MISSES = 3  # exercises that do not fit before the rest is filled
@@ -169,8 +169,11 @@ class RecallWindows(WindowSource):
         between = sorted(first + int((distance + 1) * generator.random()) for _ in range(exercise.ordered - 1))
         others = len(exercise.facts) - exercise.ordered
         after = int((others + 1) * generator.random())
+        reach = low  # of half of the exercises all facts are within a stretch that is log-uniform, so that many are near
+        if generator.random() < 0.5:
+            reach = min(first, max(low, asked - int(width ** generator.random())))
         free = [
-            first + int((distance + 1) * generator.random()) if i < after else low + int((first - low) * generator.random())
+            first + int((distance + 1) * generator.random()) if i < after else reach + int((first - reach) * generator.random())
             for i in range(others)
         ]
         places = [first, *between, *free] + [asked] * len(exercise.questions)

@@ -4,6 +4,7 @@ All wording is here, so that an evaluation of recall can be tested to share no t
 (`TEMPLATES`, `KEY_WORDS`). An exercise is facts, questions and their answers; where they go in a text is recall.py's matter.
 """
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,8 +158,7 @@ class Exercises:
 
     def _several_values(self, most: int) -> Exercise:
         fact, questions = self._pick(SEVERAL)
-        key, left = self._key(), list(GOODS)
-        values = [left.pop(self._below(len(left))) for _ in range(self._between(2, min(most, 4)))]
+        key, values = self._key(), self._some(GOODS, self._between(2, min(most, 4)))
         facts = [fact.format(key=key, value=value) for value in values]
         answer = f"{', '.join(values[:-1])} and {values[-1]}"
         return _exercise(tuple(text[0].upper() + text[1:] for text in facts), self._pick(questions), answer, key=key)
@@ -208,21 +208,34 @@ class Exercises:
         )
 
     def _keys(self, count: int) -> list[str]:
-        """So many keys; in half of the cases they differ in one word alone, so that no other word of a key can tell a fact."""
-        thing, quality, person = self._pick(THINGS), self._pick(QUALITIES), self._pick(("", f" of {self._pick(PEOPLE)}"))
-        alike = [f"{q} {thing}{person}" for q in QUALITIES] if self._below(2) else [f"{quality} {t}{person}" for t in THINGS]
-        left = [key for key in alike if key not in self._used]
-        if self._below(2) or len(left) < count:
+        """So many keys, in a third of the cases each drawn alone, in a third all alike but for one word, and in a third from
+        a grid of few words, of which it takes two to tell a key.
+        """
+        kind = self._below(3)
+        if kind == 0:
             return [self._key() for _ in range(count)]
-        keys = [left.pop(self._below(len(left))) for _ in range(count)]
+        person = self._pick(("", f" of {self._pick(PEOPLE)}"))
+        side = 1 if kind == 1 else math.isqrt(2 * count - 1) + 1  # about half of the grid is drawn
+        qualities, things = self._some(QUALITIES, side), self._some(THINGS, side)
+        if kind == 1:
+            qualities, things = (list(QUALITIES), things) if self._below(2) else (qualities, list(THINGS))
+        left = [key for q in qualities for t in things if (key := f"{q} {t}{person}") not in self._used]
+        if len(left) < count:
+            return [self._key() for _ in range(count)]
+        keys = self._some(left, count)
         self._used.update(keys)
         return keys
+
+    def _some(self, items: Sequence[T], count: int) -> list[T]:
+        left = list(items)
+        return [left.pop(self._below(len(left))) for _ in range(count)]
 
     def _name(self) -> str:
         return f"{self._pick(PEOPLE)}{self._between(1, 999)}"
 
     def _digits(self) -> str:
-        return str(self._between(10 ** self._between(2, 6), 10**7 - 1))
+        digits = self._between(3, 7)
+        return str(self._between(10 ** (digits - 1), 10**digits - 1))
 
     def _code(self) -> str:
         letters = "".join(chr(65 + self._below(26)) for _ in range(self._between(2, 3)))

@@ -157,7 +157,7 @@ def _in_points(row: Row, difference: Difference) -> tuple[float, float | None, f
 
 def _warnings(names: Sequence[str], results: Sequence[EvalResult]) -> Iterable[str]:
     if said := differently_measured(names, results):
-        yield section("Measured differently", "".join(paragraph(sentence) for sentence in said))
+        yield section("Measured differently", "".join(paragraph(sentence.partition(": ")[2]) for sentence in said))
 
 
 def _length_charts(names: Sequence[str], rows: Sequence[Row]) -> Iterable[str]:

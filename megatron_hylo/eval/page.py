@@ -30,6 +30,7 @@ th, td { text-align: right; white-space: nowrap; padding: .3rem .7rem; border-bo
 th:first-child, td:first-child, .word { text-align: left; }
 th:first-child, td:first-child { padding-left: 0; } th { color: var(--muted); font-weight: 600; }
 th { vertical-align: bottom; white-space: normal; } td { vertical-align: top; }
+td.word { white-space: normal; } td.word:last-child { min-width: 16rem; }
 table.text th, table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }
 pre { background: var(--soft); padding: .6rem .8rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 blockquote { margin: 0; padding: .6rem 1rem; border-left: 3px solid var(--grid); white-space: pre-wrap; }

@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_hylo.eval.theme import LIGHT, Theme
 
+WIDE = 8  # inches of a page on a wide screen
 NARROW = 4.4  # width in inches of a chart on a phone
 CHARACTER = 0.085  # mean width in inches of a character of an axis
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
@@ -86,7 +87,7 @@ def draw_svg(draw: Callable[[Axes, Theme], None], description: str, size: tuple[
     Args:
         draw: called with the axes and the theme.
         description: what a screen reader says.
-        size: width and height in inches on a wide screen.
+        size: width and height in inches on a wide screen, whose page is `WIDE` inches wide.
     """
     drawn = []
     for name, inches in (("wide", size), ("narrow", (NARROW, max(NARROW * 0.75, size[1] * 0.9)))):
@@ -99,7 +100,8 @@ def draw_svg(draw: Callable[[Axes, Theme], None], description: str, size: tuple[
         for variable, colour in LIGHT.variables().items():
             svg = svg.replace(f" {colour}", f" var({variable})")
         label = f'role="img" aria-label="{escape(description)}"'
-        drawn.append(f'<div class="chart {name}" {label}>{svg[svg.index("<svg") :]}</div>')
+        width = f' style="max-width: {size[0] / WIDE:.0%}"' if name == "wide" and size[0] < WIDE else ""
+        drawn.append(f'<div class="chart {name}"{width} {label}>{svg[svg.index("<svg") :]}</div>')
     return "\n".join(drawn)
 
 
@@ -174,6 +176,8 @@ def draw_buckets(
         limits: of the y axis.
     """
     for index, (label, values) in enumerate(curves.items()):
+        if not values:  # it has a colour, and no curve here
+            continue
         there = [place for place, bucket in enumerate(buckets) if bucket in values]
         heights = [values[buckets[place]] for place in there]
         shift = 0.06 * (index - (len(curves) - 1) / 2) if intervals else 0.0
@@ -193,6 +197,11 @@ def draw_buckets(
         axes.set_ylim(*limits)
     if len(curves) > 1:
         axes.legend(fontsize=9)
+
+
+def heat_map_size(columns: int, rows: int, row: float) -> tuple[float, float]:
+    """Width and height, in inches, of a heat map whose rows are so high; few columns make it narrow."""
+    return min(WIDE, 2.6 + 0.9 * columns), 1.1 + row * rows
 
 
 def draw_heat_map(

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.eval.compare import SUITES, Estimate, Row, compare
 from megatron_hylo.eval.page import blockquote, details, escape, paragraph, section, table, write_page
-from megatron_hylo.eval.plots import draw_buckets, draw_heat_map, draw_svg
+from megatron_hylo.eval.plots import draw_buckets, draw_heat_map, draw_svg, heat_map_size
 from megatron_hylo.eval.results import EvalResult, Sample, Score, Suite, read_results
 
 REPORT = "report.html"
@@ -155,7 +155,7 @@ def recall_charts(result: EvalResult) -> Iterable[tuple[str, str]]:
         )  # fmt: skip
         said = ", ".join(f"{length} at {depth}: {100 * value:.0f} %" for (length, depth), value in cells.items())
         title = f"Recall, {task.replace('_', ' ')}: per cent {'right' if metric == 'exact' else metric}"
-        yield title, draw_svg(draw, f"{title}. {said}", size=(8, 1.2 + 0.42 * len(depths)))
+        yield title, draw_svg(draw, f"{title}. {said}", size=heat_map_size(len(lengths), len(depths), 0.42))
 
 
 def _recall(result: EvalResult) -> Iterable[str]:
@@ -175,7 +175,7 @@ def _ruler(result: EvalResult, rows: Sequence[Row]) -> Iterable[str]:
         draw_heat_map, columns=[length_name(n) for n in lengths], rows=names, shares=cells, x_label="tokens", y_label=""
     )
     said = "; ".join(f"{task} at {length} {100 * value:.0f} %" for (length, task), value in cells.items())
-    yield section("RULER, per cent", draw_svg(draw, f"RULER: {said}", size=(8, 1.0 + 0.34 * len(names))))
+    yield section("RULER, per cent", draw_svg(draw, f"RULER: {said}", size=heat_map_size(len(lengths), len(names), 0.34)))
 
 
 def _by_position(rows: Sequence[Row]) -> Iterable[str]:
@@ -195,19 +195,21 @@ def by_length_chart(rows: Sequence[Row], names: Sequence[str], y_label: str, x_l
     rows = sorted(rows, key=lambda row: row.quantity.length)
     scale = 100 if all(map(is_share, rows)) else 1
     buckets = [length_name(row.quantity.length) for row in rows]
-    curves: dict[str, dict[str, float]] = {}
+    curves: dict[str, dict[str, float]] = {name: {} for name in names}  # a model without values keeps its colour
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
     for index, name in enumerate(names):
         for bucket, row in zip(buckets, rows):
             if value := row.values[index]:
-                curves.setdefault(name, {})[bucket] = scale * value.value
+                curves[name][bucket] = scale * value.value
                 if value.low is not None and value.high is not None:
                     intervals.setdefault(name, {})[bucket] = (scale * value.low, scale * value.high)
     draw = partial(
         draw_buckets, buckets=buckets, curves=curves, y_label=y_label, x_label=x_label, intervals=intervals,
         limits=(-3, 103) if scale == 100 else None,
     )  # fmt: skip
-    said = "; ".join(f"{name} " + ", ".join(f"{b}: {v:.4g}" for b, v in values.items()) for name, values in curves.items())
+    said = "; ".join(
+        f"{name} " + ", ".join(f"{b}: {v:.4g}" for b, v in values.items()) for name, values in curves.items() if values
+    )
     return draw_svg(draw, f"{y_label}, {said}", size=(8, 3.4))
 
 

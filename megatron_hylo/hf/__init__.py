@@ -4,23 +4,18 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from megatron_hylo.config.mixers import MIXERS as DESCRIPTIONS
 from megatron_hylo.config.mixers import complete
-from megatron_hylo.hf.cache_hylo import HyloCache
+from megatron_hylo.hf.cache_hylo import CACHED, HyloCache
 from megatron_hylo.hf.code_files import copy_modelling_code
 from megatron_hylo.hf.configuration_hylo import HyloConfig
-from megatron_hylo.hf.layers_hylo import CACHED, MIXERS
-from megatron_hylo.hf.modeling_hylo import (
-    FP32_PARAMETERS,
-    HyloForCausalLM,
-    HyloForSequenceClassification,
-    HyloModel,
-    HyloPreTrainedModel,
-)
+from megatron_hylo.hf.layers_hylo import MIXERS
+from megatron_hylo.hf.modeling_hylo import HyloForCausalLM, HyloForSequenceClassification, HyloModel
+from megatron_hylo.hf.pretrained_hylo import FP32_PARAMETERS, HyloPreTrainedModel
 
 complete(MIXERS, "hf/layers_hylo.py: MIXERS")
-complete(CACHED, "hf/layers_hylo.py: CACHED")
-complete(FP32_PARAMETERS, "hf/modeling_hylo.py: FP32_PARAMETERS")
+complete(CACHED, "hf/cache_hylo.py: CACHED")
+complete(FP32_PARAMETERS, "hf/pretrained_hylo.py: FP32_PARAMETERS")
 if wrong := [symbol for symbol, names in FP32_PARAMETERS.items() if set(names) != set(DESCRIPTIONS[symbol].fp32_parameters)]:
-    raise RuntimeError(f"hf/modeling_hylo.py: FP32_PARAMETERS of mixer {wrong[0]!r} are not those of its description")
+    raise RuntimeError(f"hf/pretrained_hylo.py: FP32_PARAMETERS of mixer {wrong[0]!r} are not those of its description")
 AutoConfig.register(HyloConfig.model_type, HyloConfig, exist_ok=True)
 AutoModel.register(HyloConfig, HyloModel, exist_ok=True)
 AutoModelForCausalLM.register(HyloConfig, HyloForCausalLM, exist_ok=True)

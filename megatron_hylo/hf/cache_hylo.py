@@ -275,3 +275,40 @@ class HyloCache:
 def _bytes_of_8_bits(x: Tensor) -> Tensor:
     """View a float8 tensor as bytes, for which every device has kernels; others stay."""
     return x.view(torch.uint8) if x.element_size() == 1 else x
+
+
+def _delta_rule_cache(c: Any) -> tuple[int, int, int]:
+    keys, values = c.linear_num_heads * c.linear_key_head_dim, c.linear_num_heads * c.linear_value_head_dim
+    return 0, keys * c.linear_value_head_dim, 2 * keys + values
+
+
+# symbol -> what a layer caches of a sequence: numbers a token, numbers of the recurrent state, channels of the convolution
+CACHED: dict[str, Callable[[Any], tuple[int, int, int]]] = {
+    "*": lambda c: (2 * c.num_query_groups * c.kv_channels, 0, 0),
+    "+": lambda c: (c.kv_lora_rank + c.qk_pos_emb_head_dim, 0, 0),
+    "M": lambda c: (
+        0,
+        c.mamba_num_heads * c.mamba_head_dim * c.mamba_state_dim,
+        c.num_query_groups * (c.mamba_head_dim + c.mamba_state_dim) + c.mamba_num_heads * c.mamba_state_dim,
+    ),
+    "G": _delta_rule_cache,
+    "K": _delta_rule_cache,
+}
+
+
+def cache_nbytes(config: Any, tokens: int, element_size: int, latents: str | None = None) -> int:
+    """Return the bytes of one sequence's cache of so many tokens, states included.
+
+    Args:
+        config: HyloConfig of the model.
+        tokens: of the sequence.
+        element_size: bytes of an element in the model's dtype; recurrent states are fp32.
+        latents: not None: MLA's rows are 8 bits wide with two bf16 scales.
+    """
+    c, total = config.architecture(), 0
+    for symbol in config.mixers:
+        row, state, channels = CACHED[symbol](c)
+        narrow = latents is not None and symbol == "+"
+        total += tokens * (row + 4 if narrow else row * element_size)
+        total += 4 * state + channels * (c.linear_conv_kernel_dim - 1) * element_size
+    return total

@@ -79,7 +79,12 @@ class HyloGatedRMSNorm(nn.Module):
 
 
 def convolve(
-    x: Tensor, convolutions: Sequence[nn.Module], state: Tensor | None, padding: Tensor | None, keep_state: bool
+    x: Tensor,
+    convolutions: Sequence[nn.Module],
+    state: Tensor | None,
+    padding: Tensor | None,
+    keep_state: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Apply a short causal convolution with SiLU whose channels are split over several modules; no tap reads padding.
 
@@ -89,6 +94,7 @@ def convolve(
         state: [batch, channels, taps - 1], the tokens before x; None for zeros.
         padding: bool [batch, new tokens], False at padding.
         keep_state: also return the state after x.
+        in_place: it may be the one given, changed.
 
     Raises:
         ValueError: a convolution was replaced by another module (LoRA on conv1d), whose weights would not be used.
@@ -103,7 +109,7 @@ def convolve(
     joined = side_by_side(weights)
     weight, bias = torch.cat(weights) if joined is None else joined, None if biases[0] is None else torch.cat(biases)
     if padding is None:
-        return causal_conv1d(x, weight, bias, "silu", state, output_final_state=keep_state)
+        return causal_conv1d(x, weight, bias, "silu", state, output_final_state=keep_state, in_place=in_place)
     # Padding goes before everything, the state's tokens included, as zeros: then a token's neighbours are tokens.
     before = weight.shape[1] - 1
     history = x.new_zeros(len(x), before, x.shape[2]) if state is None else state.transpose(1, 2).to(x.dtype)
@@ -149,11 +155,11 @@ class HyloMamba2(nn.Module):
         """Convolve and run the recurrence over x, B and C [batch, tokens, channels] and steps dt [batch, tokens, heads].
 
         Returns:
-            [batch, tokens, heads, head_dim], and the states after them, None without `keep`. `in_place`: the recurrent state
-            may be the one given, changed.
+            [batch, tokens, heads, head_dim], and the states after them, None without `keep`. `in_place`: they may be the
+            ones given, changed.
         """
         xbc, dt = parts
-        xbc, conv_state = convolve(xbc, [self.conv1d], states[0], padding, keep)
+        xbc, conv_state = convolve(xbc, [self.conv1d], states[0], padding, keep, in_place)
         shared_x, shared_b, state_out = xbc.split(self.sections, dim=-1)
         value, state_in = (part.unflatten(-1, (self.groups, -1)).repeat_interleave(self.heads // self.groups, dim=2)
                            for part in (shared_x, shared_b))  # fmt: skip
@@ -211,10 +217,14 @@ class HyloGatedDeltaNet(nn.Module):
         """Compute log decays [batch, new tokens, heads], fp32, and writing strengths from their projections."""
         return scalar_gates(raw, strength, self.A_log, self.dt_bias)
 
+    def step(self, q: Tensor, k: Tensor, v: Tensor, raw: Tensor, strength: Tensor, state: Tensor) -> Tensor:
+        """Take the recurrence's step of one token, with projections of the gates; the state is changed."""
+        return delta_rule_step(q, k, v, raw, strength, state, (self.A_log, self.dt_bias))
+
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: None, cache: HyloCache | None) -> Tensor:
         """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
         qkv, gate, strength, raw = project(x, self.projections())
-        parts = (qkv, *self.gates(raw, strength))
+        parts = (qkv, raw, strength)
         if cache is None:
             out, _ = self.scan(parts, inputs.padding, (None, None), keep=False)
         else:
@@ -224,24 +234,25 @@ class HyloGatedDeltaNet(nn.Module):
     def scan(
         self, parts: tuple[Tensor, ...], padding: Tensor | None, states: States, keep: bool = True, in_place: bool = False
     ) -> tuple[Tensor, States]:
-        """Convolve and run the recurrence over q, k and v [batch, tokens, channels], log decays and writing strengths.
+        """Convolve and run the recurrence over q, k and v [batch, tokens, channels], with projections of the gates.
 
         Returns:
             [batch, tokens, heads, value channels], and the states after them, None without `keep`. `in_place`: the recurrent
             state may be the one given, changed.
         """
-        qkv, decay, beta = parts
+        qkv, raw, strength = parts
         convolutions = [self.q_conv1d, self.k_conv1d, self.v_conv1d]
-        qkv, conv_state = convolve(qkv, convolutions, states[0], padding, keep)
+        qkv, conv_state = convolve(qkv, convolutions, states[0], padding, keep, in_place)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in qkv.split(self.sections, dim=-1))
+        state = states[1]
+        if state is not None and _one_step(query.shape[1], state, padding):
+            state = state if in_place else state.clone()
+            return self.step(query, key, value, raw, strength, state), (conv_state, state)
+        decay, beta = self.gates(raw, strength)
         if padding is not None:  # no decay, nothing written
             absent = ~padding
             decay = decay.masked_fill(absent.view(*absent.shape, *[1] * (decay.dim() - 2)), 0.0)
             beta = beta.masked_fill(absent[..., None], 0.0)
-        state = states[1]
-        if state is not None and _one_step(query.shape[1], state, padding):
-            state = state if in_place else state.clone()
-            return delta_rule_step(query, key, value, decay, beta, state), (conv_state, state)
         out, state = self.recurrence(query, key, value, decay, beta, state, output_final_state=keep)
         return out, (conv_state, state)
 
@@ -265,7 +276,11 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
 
     def gates(self, raw: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         """Compute log decays [batch, new tokens, heads, key channels], fp32, and writing strengths."""
-        return channel_gates(self.f_b_proj(raw), strength, self.A_log, self.dt_bias)
+        return channel_gates(linear(self.f_b_proj, raw), strength, self.A_log, self.dt_bias)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, raw: Tensor, strength: Tensor, state: Tensor) -> Tensor:
+        """Take the recurrence's step of one token, with projections of the gates; the state is changed."""
+        return delta_rule_step(q, k, v, *self.gates(raw, strength), state)
 
 
 MIXERS: dict[str, tuple[str, type[nn.Module]]] = {  # symbol -> (name in the layer, class)
@@ -275,43 +290,6 @@ MIXERS: dict[str, tuple[str, type[nn.Module]]] = {  # symbol -> (name in the lay
     "G": ("linear_attn", HyloGatedDeltaNet),
     "K": ("linear_attn", HyloKimiDeltaAttention),
 }
-
-
-def _delta_rule_cache(c: Any) -> tuple[int, int, int]:
-    keys, values = c.linear_num_heads * c.linear_key_head_dim, c.linear_num_heads * c.linear_value_head_dim
-    return 0, keys * c.linear_value_head_dim, 2 * keys + values
-
-
-# symbol -> what a layer caches of a sequence: numbers a token, numbers of the recurrent state, channels of the convolution
-CACHED: dict[str, Callable[[Any], tuple[int, int, int]]] = {
-    "*": lambda c: (2 * c.num_query_groups * c.kv_channels, 0, 0),
-    "+": lambda c: (c.kv_lora_rank + c.qk_pos_emb_head_dim, 0, 0),
-    "M": lambda c: (
-        0,
-        c.mamba_num_heads * c.mamba_head_dim * c.mamba_state_dim,
-        c.num_query_groups * (c.mamba_head_dim + c.mamba_state_dim) + c.mamba_num_heads * c.mamba_state_dim,
-    ),
-    "G": _delta_rule_cache,
-    "K": _delta_rule_cache,
-}
-
-
-def cache_nbytes(config: Any, tokens: int, element_size: int, latents: str | None = None) -> int:
-    """Return the bytes of one sequence's cache of so many tokens, states included.
-
-    Args:
-        config: HyloConfig of the model.
-        tokens: of the sequence.
-        element_size: bytes of an element in the model's dtype; recurrent states are fp32.
-        latents: not None: MLA's rows are 8 bits wide with two bf16 scales.
-    """
-    c, total = config.architecture(), 0
-    for symbol in config.mixers:
-        row, state, channels = CACHED[symbol](c)
-        narrow = latents is not None and symbol == "+"
-        total += tokens * (row + 4 if narrow else row * element_size)
-        total += 4 * state + channels * (c.linear_conv_kernel_dim - 1) * element_size
-    return total
 
 
 class HyloMLP(nn.Module):

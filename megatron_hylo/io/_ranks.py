@@ -1,8 +1,9 @@
 """Collectives on small Python objects, so that all ranks of a run agree on the state of shared directories."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -36,6 +37,18 @@ def barrier() -> None:
     group = distributed()
     if group is not None and group.get_world_size() > 1:
         group.barrier()
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Context that the other ranks enter once rank 0 has left it, and so find what it put into a shared cache."""
+    if rank() != 0:
+        barrier()
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            barrier()
 
 
 def gather(value: T) -> list[T]:

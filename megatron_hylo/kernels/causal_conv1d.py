@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hylo.kernels.elementwise import on_request
-from megatron_hylo.kernels.registry import import_error, library_unsupported, overridden, select
+from megatron_hylo.kernels.registry import Unsupported, import_error, library_unsupported, overridden, select
 
 FLA_MODULE = "fla.modules.causal_conv1d"
 # fla takes them only where torch.distributed is not in use, which concerns its choice, not the kernels: they are one GPU's own
 GLUON_MODULE = "fla.modules.causal_conv1d.backends.gluon"
+STEP_CHANNELS = 128  # of a program of the step's kernel
 
 
 def causal_conv1d(
@@ -28,6 +29,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     positions: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Convolve each channel over time with its own k taps.
 
@@ -39,6 +41,7 @@ def causal_conv1d(
         initial_state: [b, c, k-1], the inputs before x, oldest first; None for zeros.
         output_final_state: also return the state after x.
         positions: int64 [t], place of each token in its document; no tap reaches before a document's first token.
+        in_place: the state after one token may be the one given, changed.
 
     Returns:
         y [b, t, c] in x's dtype (float32 inside, float64 stays), and the state [b, c, k-1] in x's dtype or None.
@@ -57,7 +60,11 @@ def causal_conv1d(
         raise ValueError(f"initial_state must be {[b, c, k - 1]}, got {list(initial_state.shape)}")
 
     if initial_state is not None and t == 1 and positions is None and not torch.is_grad_enabled():
-        y, state = _one_token(x, initial_state, weight, bias, activation)
+        if one_token_implementation(x, initial_state) == "triton":
+            state = initial_state if in_place else initial_state.clone()
+            y = convolve_one_token(x, state, weight.contiguous(), bias, activation)
+        else:
+            y, state = _one_token(x, initial_state, weight, bias, activation)
         return y, state if output_final_state else None
     before = None if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)
     # while decoding so little is copied in no time
@@ -66,6 +73,29 @@ def causal_conv1d(
     else:
         (y,) = causal_conv1d_sections([x], weight, bias, activation, initial_state, positions)
     return y, _last(before, x, k - 1) if output_final_state else None
+
+
+def one_token_implementation(x: Tensor, state: Tensor) -> str:
+    """The registry's choice for a step from a state [b, c, k - 1]."""
+    takes = x.dtype == state.dtype and state.is_contiguous() and x.stride(-1) == 1
+    unsupported = (
+        library_unsupported("triton", "triton", x, "pip install triton") if takes else Unsupported("made for one dtype")
+    )
+    return select("causal_conv1d_step", "triton", unsupported)
+
+
+def convolve_one_token(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """Return the outputs [b, 1, c] of one token by the Triton kernel; the state is changed."""
+    from megatron_hylo.kernels.triton_causal_conv1d_step import step
+
+    b, _, c = x.shape
+    out = x.new_empty(b, 1, c)
+    with torch.cuda.device_of(x):
+        step[(-(-c // STEP_CHANNELS), b)](
+            x, state, weight, x if bias is None else bias, out, c, x.stride(0),
+            TAPS=weight.shape[1], BIAS=bias is not None, SILU=activation == "silu", BLOCK=STEP_CHANNELS, num_warps=2,
+        )  # fmt: skip
+    return out
 
 
 @on_request

@@ -14,6 +14,7 @@ from megatron_hylo.kernels.registry import library_unsupported, select
 
 BLOCK = 64  # keys that a program reads at a time
 PROGRAMS = 512  # at least as many, about four a multiprocessor of a large GPU, where there are keys for them
+WARPS, STAGES = 4, 3  # of a program; blocks of keys that are on their way
 
 
 def decode_attention(
@@ -103,7 +104,7 @@ def split_attention(
             HEADS=heads, HEAD_ROWS=max(16, _power(heads)), FIRST=first, FIRST_COLUMNS=max(16, _power(first)),
             REST=d - first, REST_COLUMNS=max(16, _power(d - first)), WIDTH=width, WIDTH_COLUMNS=max(16, _power(width)),
             SHARED=shared, LENGTH=length is not None, MASKED=real is not None, QUANTISED=scales is not None, SPLITS=splits,
-            BLOCK=BLOCK, num_warps=4, num_stages=3,
+            BLOCK=BLOCK, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         combine_parts[(b * hq,)](
             partial, sums, out, SPLITS=splits, WIDTH=width, COLUMNS=_power(width), TILE=min(splits, 32), num_warps=4

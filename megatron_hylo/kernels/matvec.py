@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_hylo.kernels.registry import library_unsupported, select
 
-COLUMNS = 512  # of the matrix, that a program reads at a time
-FEW_ROWS = 8192  # a matrix with fewer rows is divided into smaller parts, so that there are several a multiprocessor
+# of the matrix, that a program reads at a time: fastest on an H200 for all shapes of a 3B hybrid (tools/tune_decode.py)
+ROWS, ROWS_OF_LONG, COLUMNS, WARPS = 2, 8, 1024, 4  # long rows: at least twice as many columns as there are rows
 
 
 def matvec(x: Tensor, weight: Tensor, residual: Tensor | None = None, swiglu: bool = False) -> Tensor:
@@ -53,11 +53,11 @@ def one_vector(x: Tensor, weight: Tensor, residual: Tensor | None, swiglu: bool)
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     out = x.new_empty(*x.shape[:-1], rows)
-    tile = 4 if rows < FEW_ROWS or swiglu else 8
+    tile = ROWS_OF_LONG if k >= 2 * rows else ROWS
     with torch.cuda.device_of(x):
         multiply[(-(-rows // tile),)](
             x, weight, x if residual is None else residual, out, rows, weight.stride(0),
             WIDTH=k, ROWS=tile, COLUMNS=COLUMNS, EVEN=k % COLUMNS == 0 and rows % tile == 0, SWIGLU=swiglu,
-            RESIDUAL=residual is not None, num_warps=4,
+            RESIDUAL=residual is not None, num_warps=WARPS,
         )  # fmt: skip
     return out

@@ -7,6 +7,7 @@ and mamba_ssm's selective_state_update run; both load a block of the state befor
 import importlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hylo.kernels.gated_delta_rule import normalised
@@ -17,23 +18,29 @@ MAMBA_MODULE = "mamba_ssm.ops.triton.selective_state_update"
 VALUES = 8  # value channels a program of fla's kernel, as fla has it
 
 
-def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+def delta_rule_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, gates: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Step of `gated_delta_rule`, or of `kda` where g has a value for each key channel.
 
     Args:
         q, k: [b, 1, h, dk], floating; normalised here.
         v: [b, 1, h, dv].
-        g: [b, 1, h] or [b, 1, h, dk], log decay, float32.
-        beta: [b, 1, h].
+        g: [b, 1, h] or [b, 1, h, dk], log decay, float32; with `gates` what it is made of.
+        beta: [b, 1, h]; with `gates` before its sigmoid.
         state: [b, h, dk, dv], float32 (float64 for float64 v); changed.
+        gates: rates and biases [h], float32, of log decays -exp(rate) softplus(g + bias); of one decay a head alone.
 
     Returns:
         [b, 1, h, dv] in v's dtype.
     """
     op = "kda" if g.dim() == 4 else "gated_delta_rule"
     if select(op, "fla", library_unsupported("fla", FLA_MODULE, v, "pip install flash-linear-attention")) == "fla":
-        return _fla(q.contiguous(), k.contiguous(), v.contiguous(), g.contiguous(), beta.contiguous(), state)
+        q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
+        return _fla(q, k, v, g, beta, state, gates)
     wide = state.dtype
+    if gates is not None:
+        g, beta = -gates[0].exp() * F.softplus(g.float() + gates[1]), beta.sigmoid()
     queries, keys = normalised(q[:, 0].to(wide)) * q.shape[-1] ** -0.5, normalised(k[:, 0].to(wide))
     decay = g[:, 0].to(wide).exp()
     state.mul_(decay[..., None] if g.dim() == 4 else decay[..., None, None])
@@ -43,17 +50,20 @@ def delta_rule_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, st
     return (queries[..., None, :] @ state).transpose(1, 2).to(v.dtype)
 
 
-def _fla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+def _fla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, gates: tuple[Tensor, Tensor] | None
+) -> Tensor:
     (b, t, heads, keys), values = k.shape, v.shape[-1]
     out, block = torch.empty_like(v), min(VALUES, 1 << (values - 1).bit_length())
     by_channel = g.dim() == 4
     kernel = importlib.import_module(FLA_MODULE).fused_recurrent_gated_delta_rule_fwd_kernel
     with torch.cuda.device_of(v):
         kernel[(-(-values // block) * b * heads,)](
-            q=q, k=k, v=v, g=None if by_channel else g, gk=g if by_channel else None, gv=None, beta=beta, A_log=None,
-            dt_bias=None, o=out, h0=state, ht=state, cu_seqlens=None, scale=keys**-0.5, T=t, H=heads, HV=heads, K=keys,
+            q=q, k=k, v=v, g=None if by_channel else g, gk=g if by_channel else None, gv=None, beta=beta,
+            A_log=None if gates is None else gates[0], dt_bias=None if gates is None else gates[1],
+            o=out, h0=state, ht=state, cu_seqlens=None, scale=keys**-0.5, T=t, H=heads, HV=heads, K=keys,
             V=values, BK=1 << (keys - 1).bit_length(), BV=block, IS_BETA_HEADWISE=True, USE_QK_L2NORM_IN_KERNEL=True,
-            APPLY_BETA_SIGMOID=False, ALLOW_NEG_EIGVAL=False, STATE_V_FIRST=False, num_warps=1, num_stages=3,
+            APPLY_BETA_SIGMOID=gates is not None, ALLOW_NEG_EIGVAL=False, STATE_V_FIRST=False, num_warps=1, num_stages=3,
         )  # fmt: skip
     return out
 

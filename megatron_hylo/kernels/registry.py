@@ -26,6 +26,7 @@ from megatron_hylo.kernels.tuned import install
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "cudnn", "flash", "efficient", "math"),
     "causal_conv1d": ("torch", "fla", "gluon"),
+    "causal_conv1d_step": ("torch", "triton"),
     "concatenate": ("torch", "triton"),
     "decode_attention": ("torch", "triton"),
     "delta_rule_state_pass": ("fla", "gluon"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Callable, Literal
 
 import torch
+import torch.distributed as dist
 from jinja2 import TemplateError
 from transformers import GenerationConfig, TextStreamer
 
@@ -15,6 +16,7 @@ from megatron_hylo.config.mixers import MLA_SYMBOL
 from megatron_hylo.convert.open_model import open_model
 from megatron_hylo.hf import HyloCache, HyloForCausalLM
 from megatron_hylo.hf.decode_hylo import unsupported
+from megatron_hylo.serve.split_prefill import Ring, split_prefill
 
 logger = logging.getLogger("megatron_hylo.serve")
 PREFILL_TOKENS = 8192  # longer prompts are read in pieces of so many, to bound the memory of activations
@@ -68,6 +70,9 @@ def generate_text(
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generation:
     """Continue a prompt until the end-of-sequence token or `max_new_tokens`.
+
+    On several ranks (torchrun) each opens the model; a hybrid's long prompt is read by all of them together, in turn, and every
+    rank then decodes the same text.
 
     Args:
         path: model folder, training checkpoint, Hugging Face folder (exported hybrid or teacher), or .gguf file.
@@ -124,6 +129,9 @@ def generate_text(
     cache, reason = _cache(model, path, ids.shape[1] + max_new_tokens, max_new_tokens if cuda_graphs else 0, latents)
     torch.manual_seed(seed)
     start = time.perf_counter()
+    if cache is not None and ids.shape[1] > PREFILL_TOKENS and dist.is_initialized() and dist.get_world_size() > 1:
+        _read_together(model, ids[:, :-1], cache)
+        settings.prefill_chunk_size = None  # the last token alone is left
     result = model.generate(
         ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer,
         **({} if cache is None else {"past_key_values": cache}),
@@ -141,6 +149,14 @@ def generate_text(
         kv_bytes_per_token=growing // result.past_key_values.get_seq_length(),
         decoded_by="a CUDA graph" if _captured(cache) else f"single kernels ({reason})",
     )
+
+
+def _read_together(model: HyloForCausalLM, ids: torch.Tensor, cache: HyloCache) -> None:
+    """Read a prompt on all ranks; each of them has all of it in its cache afterwards."""
+    ring = Ring(model.device)
+    for _ in split_prefill(model, ids, cache, PREFILL_TOKENS, ring):
+        pass
+    ring.close()
 
 
 def _captured(cache: HyloCache | None) -> bool:

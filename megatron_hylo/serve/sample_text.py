@@ -29,7 +29,7 @@ from megatron_hylo.data.packed import DocumentStore
 from megatron_hylo.data.tokenizer import check_dataset
 from megatron_hylo.eval.lm_facts import model_identity
 from megatron_hylo.hf import HyloForCausalLM
-from megatron_hylo.hf.layers_hylo import cache_nbytes
+from megatron_hylo.hf.cache_hylo import cache_nbytes
 from megatron_hylo.io import check_free, output_lock, plain_os_errors, staging_directory, write_json
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checks import require_finite
@@ -43,6 +43,7 @@ SOURCE = "sampled"  # of the documents' names
 MOST_ROWS = {"cuda": 1024, "cpu": 32}  # of a batch; more bring little
 MEMORY_SHARE = 0.85  # of the free memory
 LOGITS_BYTES = 24  # an entry: logits in their dtype and fp32, probabilities, random numbers
+SPARE = 1.02  # times the tokens that the last shard has to bring
 LEAST_CUT = 64  # tokens of a document that was cut off; fewer are left out
 
 
@@ -228,7 +229,8 @@ def _fill(
         kept = figures.tokens / (shards * rows * settings.length) if shards else 1.0
         if shards and not figures.tokens:
             raise ConfigError(f"nothing of {figures.sampled:,} sampled documents can be used: {figures}; change the sampling")
-        wanted = min(rows, math.ceil((settings.tokens - figures.tokens) / (settings.length * kept)))
+        left = SPARE * (settings.tokens - figures.tokens)  # with some to spare, so that no small shard has to follow
+        wanted = min(rows, math.ceil(left / (settings.length * kept)))
         start, before, size = time.monotonic(), figures.tokens, wanted * settings.length * kept
 
         def each_step(step: int, before: int = before, size: float = size) -> None:

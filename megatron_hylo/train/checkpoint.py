@@ -1,13 +1,14 @@
 """Training checkpoints: a model folder that also holds optimizer, schedule and position.
 
 RUN/checkpoints/step_00000100/ is an atomic directory (written beside its place, checked, renamed) and is written while training
-goes on; the newest one is whole, and the last K are kept. Any parallelism can load it. The position
-is the number of consumed samples, of which the data order is a pure function; training draws no random numbers (no
+goes on; the newest one is whole, and the last K are kept, with the one before the newest alarm. Any parallelism can load it.
+The position is the number of consumed samples, of which the data order is a pure function; training draws no random numbers (no
 dropout). A second student's hylo.json and weights/ are in second_model/ of the same folder, so that both are there or neither.
 """
 
 import contextlib
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from megatron_hylo.train.optimizer import TrainingState, allocate_optimizer_stat
 
 logger = logging.getLogger("megatron_hylo.train")
 POSITION = "train_state.json"  # file of a checkpoint that a model folder does not have
+LAST_GOOD = "last_good"  # link of a run to the checkpoint before its newest alarm, which stays
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -92,7 +94,7 @@ def _sharded_state(state: TrainingState, loading: bool) -> dict[str, Any]:
 
 
 class CheckpointSaver:
-    """Writes a run's checkpoints, one at a time, and removes all but the newest; all ranks call all of it.
+    """Writes a run's checkpoints, one at a time, and removes all but the newest and the last good one; all ranks call it.
 
     Args:
         run: run folder.
@@ -153,9 +155,31 @@ class CheckpointSaver:
             for write in writes:
                 write.finish()
         if is_main():
-            finished = [p for p in sorted((self.run / "checkpoints").glob("step_*")) if has_manifest(p)]
-            for old in finished[: -self.keep]:
-                remove_atomic_directory(old)
+            good = (self.run / LAST_GOOD).resolve()
+            for old in self._finished()[: -self.keep]:
+                if old.resolve() != good:
+                    remove_atomic_directory(old)
+
+    def _finished(self) -> list[Path]:
+        return [p for p in sorted((self.run / "checkpoints").glob("step_*")) if has_manifest(p)]
+
+    def set_apart(self, step: int) -> Path | None:
+        """Keep the newest checkpoint from before a step as RUN/last_good, in place of an earlier one; rank 0 calls it.
+
+        Args:
+            step: whose loss, gradients or update may be bad.
+
+        Returns:
+            The checkpoint, None where there is none so early.
+        """
+        before = [path for path in self._finished() if checkpoint_step(path) < step]
+        if not before:
+            return None
+        link = self.run / f".{LAST_GOOD}.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(before[-1].relative_to(self.run))
+        os.replace(link, self.run / LAST_GOOD)
+        return before[-1]
 
 
 def load_checkpoint(states: Sequence[TrainingState], path: Path) -> tuple[int, int]:

@@ -111,8 +111,8 @@ def plan(config: TrainConfig, ranks: int, models: list[ModelConfig]) -> dict[str
         "memory_gib": round(memory.total / GIB, 1),
         "memory": str(memory),
         "checkpoint_gib": round(checkpoint / GIB, 2),
-        # a new one is whole before the oldest goes; the model of the end beside them
-        "disk_gib": round(((config.checkpoint.keep + 1) * checkpoint + weights) / GIB, 2),
+        # a new one is whole before the oldest goes; beside them one from before an alarm, and the model of the end
+        "disk_gib": round(((config.checkpoint.keep + 2) * checkpoint + weights) / GIB, 2),
     }
     rate, source = _tokens_per_second(config, ranks, students, teachers)
     left = made["tokens"] - checkpoint_step(latest_checkpoint(Path(config.output))) * (

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_hylo.io.start_up import quick_exit, quick_imports
+
 SAID = (2, 3, 130)  # exit codes of `hylo` after which nothing needs to be added
 
 
@@ -25,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: torchrun's; by default those of the command line.
     """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    with quick_imports():
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import parse_args, run
 
     parsed = parse_args(list(sys.argv[1:] if arguments is None else arguments))
     # torchrun answers Ctrl-C by ending the workers within 30 seconds; here they get it too, and have the time that saving takes
@@ -42,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run(parsed)
         except ChildFailedError as error:
             failed = error.get_first_failure()
+    quick_exit()
     if failed is not None:
         rank, failure = failed
         code = failure.exitcode

@@ -18,7 +18,7 @@ from megatron_hylo.config import RunFailure
 from megatron_hylo.config.evaluation import SuiteSettings
 from megatron_hylo.config.train import PREFIXES, TrainConfig
 from megatron_hylo.eval.perplexity import Quality
-from megatron_hylo.io import on_main, output_lock, read_json
+from megatron_hylo.io import main_first, on_main, output_lock, read_json
 from megatron_hylo.io.provenance import made_by
 from megatron_hylo.models.fp8 import check_fp8
 from megatron_hylo.platform.distributed import is_timeout, session
@@ -44,6 +44,7 @@ from megatron_hylo.train.kept_state import check_kept_state
 from megatron_hylo.train.nan_guard import SkippedSteps
 from megatron_hylo.train.objectives import Batches, Objective
 from megatron_hylo.train.optimizer import TrainingState
+from megatron_hylo.train.pass_timer import PassTimer
 from megatron_hylo.train.positions import PositionLosses
 from megatron_hylo.train.profiler import Profiler
 from megatron_hylo.train.reporting import Reporter, check_wandb
@@ -53,6 +54,7 @@ from megatron_hylo.train.run_record import record_start
 from megatron_hylo.train.setup import Run, architectures, build_run, open_teacher_signal, params_dtype
 from megatron_hylo.train.startup_check import check_run_kernels
 from megatron_hylo.train.stopping import StopRequest, stop_request
+from megatron_hylo.train.stragglers import Stragglers
 from megatron_hylo.train.suite_evaluation import prepare_suites, suite_callbacks
 from megatron_hylo.train.teacher_check import check_signal_window, check_teacher_window
 from megatron_hylo.train.token_check import check_run_tokens, check_teacher_tokens, remote_description
@@ -99,7 +101,8 @@ def train(config: TrainConfig) -> Quality | None:
         if newest is None:
             check_kept_state(config)
         models = architectures(config)
-        check_run_kernels(models, params_dtype(config), device, config.parallel.context_parallel_size > 1)
+        with main_first():  # compiles and tunes kernels into the cache, instead of all ranks at once
+            check_run_kernels(models, params_dtype(config), device, config.parallel.context_parallel_size > 1)
         check_run_tokens(config, models[0].vocab_size)
         check_teacher_window(config)
         heldout = open_heldout(config)
@@ -165,17 +168,22 @@ def _callbacks(
         reporter.predict(run.predict_memory())
     saver = CheckpointSaver(folder, provenances, tokenizer, config.checkpoint.keep, config.checkpoint.async_save)
     checkpoints = Checkpoints(run, saver, step, stop)
-    hang_watch = HangWatch(folder, 30 * config.parallel.distributed_timeout_minutes, hosts())
+    names = hosts()
+    hang_watch = HangWatch(folder, 30 * config.parallel.distributed_timeout_minutes, names)
     closing.callback(hang_watch.close)
     stop.beat = hang_watch.beat
-    alarms = Alarms(folder, reporter, partial(window_texts, run.dataset, config.data), config.global_batch_size)
+    run.objective.timer = PassTimer(run.device) if len(names) > 1 else None
+    stragglers = Stragglers(run.objective.timer, reporter, names) if run.objective.timer else None
+    texts = partial(window_texts, run.dataset, config.data)
+    alarms = Alarms(folder, reporter, texts, config.global_batch_size, saver.set_apart)
     evaluation = Evaluation(run, heldout, reporter, folder, checkpoints)
     profiler = Profiler(config.profile, folder)
     closing.callback(profiler.close)
     export = Export(run, folder, provenances, tokenizer if tokenizer.is_dir() else None)
     measured = suite_callbacks(run, suites, reporter, folder, provenances)
+    before = [profiler, stragglers] if stragglers else [profiler]  # whose metrics the reporter records
     exports = [HuggingFaceExports(run, folder, reporter, checkpoints)] if config.checkpoint.export_every else []
-    return [profiler, reporter, hang_watch, alarms, checkpoints, evaluation, *measured, *exports, export], evaluation
+    return [*before, reporter, hang_watch, alarms, checkpoints, evaluation, *measured, *exports, export], evaluation
 
 
 def _train(run: Run, batches: Batches, progress: Progress, callbacks: Sequence[Callback]) -> None:

@@ -28,6 +28,7 @@ from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.parallel.pipeline import apart, rank_shape, through_stages, together
 from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.train.optimizer import TrainingState
+from megatron_hylo.train.pass_timer import PassTimer
 from megatron_hylo.train.positions import PositionLosses
 
 Batches = Iterator[dict[str, Any]]
@@ -42,6 +43,7 @@ class Objective:
         self.config, self.teacher_signal = config, teacher_signal
         self.teacher = as_frozen(teacher) if teacher and teacher_signal is None else None
         self.positions: PositionLosses | None = None  # what measures the present step's losses by position
+        self.timer: PassTimer | None = None  # of this rank's own part of a step
 
     def check(self, student: HyloModel) -> None:
         """Refuse a student (one of its chunks will do) and teacher that do not fit, before training starts."""
@@ -63,6 +65,7 @@ class Objective:
         run, packed = get_forward_backward_func(), self.config.packed_documents
         # with the teacher's hidden states, pipeline stages send wider tensors than Megatron-Core expects; so it asks for shapes
         state.config.variable_seq_lengths = self.teacher is not None and self.config.parallel.pipeline_stages > 1
+        state.config.finalize_model_grads_func = self._reduce
         taken = list(itertools.islice(batches, micro_batches))
         ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
         for batch in taken:
@@ -73,6 +76,8 @@ class Objective:
             for batch, labels in zip(taken, answers):
                 batch["answer_labels"] = labels
             counts = torch.cat([counts, mean_counts(answers, ranks)[1:]])
+        if self.timer is not None:
+            self.timer.begin()  # until gradients are reduced
         results = run(
             forward_step_func=partial(self._forward_step, counts),
             data_iterator=[iter(taken) for _ in state.wrapped],
@@ -83,6 +88,12 @@ class Objective:
             forward_only=False,
         )
         return {k: torch.stack([r[k] for r in results]).mean() for k in results[0]} if results else {}
+
+    def _reduce(self, *arguments: Any, **named: Any) -> None:
+        """Reduce the gradients over all ranks: the end of what a rank does alone."""
+        if self.timer is not None:
+            self.timer.end()
+        finalize_model_grads(*arguments, **named)
 
     def _counted(self, batch: dict[str, Any]) -> Tensor | None:
         """Tokens that the loss of the heads counts: not those without a loss, nor answers that the teacher does not teach.
@@ -186,7 +197,9 @@ class AlignObjective(Objective):
             with contextlib.ExitStack() as not_yet:
                 for wrapper in [w for state in states for w in state.wrapped] if i < micro_batches - 1 else ():
                     not_yet.enter_context(wrapper.no_sync())
-                losses.append(self._align(states, next(batches), 1.0 / micro_batches))
+                batch = next(batches)
+                with self.timer.timed() if self.timer else contextlib.nullcontext():
+                    losses.append(self._align(states, batch, 1.0 / micro_batches))
         for state in states:
             finalize_model_grads(state.wrapped, None)
         metrics: dict[str, Tensor] = {}

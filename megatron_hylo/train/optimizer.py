@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -146,7 +146,6 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
         group = ParamGroupOverride(max_lr=settings.mixer_lr, min_lr=settings.mixer_lr * settings.min_lr_ratio)
         overrides[ParamKey(name=MIXER_PARAMETERS)] = group
     optimizer = get_megatron_optimizer(optimizer_config, wrapped, config_overrides=overrides)
-    transformer_config.finalize_model_grads_func = finalize_model_grads
     no_sync = [wrapper.no_sync for wrapper in wrapped]
     transformer_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     offloaded = OffloadedState(optimizer, chunks) if settings.offload else None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_hylo.io import is_launched_first
+from megatron_hylo.io.start_up import stop_asked
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.train.callback import Stopped
 
@@ -97,6 +98,8 @@ def stop_request(folder: Path) -> Iterator[StopRequest]:
     """
     request = StopRequest(folder)
     try:
+        if stop_asked():  # while this process was starting
+            raise _stopped_in_startup()
         yield request
     except Exception as error:
         if isinstance(error, Stopped) or not request.starting or request.seen is None:

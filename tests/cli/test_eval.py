@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_hylo.cli import main as cli
+from megatron_hylo.config.evaluation import SUITES
 from megatron_hylo.config.layouts import kv_percent, parameter_count
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.folders import evaluate_folder
@@ -52,6 +53,23 @@ def test_results_of_a_model_and_of_its_export_are_those_of_evaluate(place, capsy
     assert len(one.model["hash"]) == len(other.model["hash"]) == 64 and one.run["settings"]["limit"] == 5
     assert len(one.samples) == 5 + 2 * len({s.example.split("/")[-1] for s in one.samples if s.task == "by_position"})
     assert "by_position" in shown and "model folder" in shown
+
+
+def test_smoke_is_every_suite_on_little(place, monkeypatch):
+    """Options that are given come before its own."""
+    asked = []
+
+    def measure(model, settings, *rest):
+        asked.append(settings)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("megatron_hylo.cli.evaluation._measure", measure)
+    for more in ([], ["--limit", 5, "--sequence_length", 64]):
+        assert run(place, "hf", "--suite", "smoke", "--data", place / "data", *more) == 0
+    assert [(s.suites, s.limit, s.lengths, s.sequence_length) for s in asked] == [
+        (list(SUITES), 1, [1024], 1024),
+        (list(SUITES), 5, [1024], 64),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,8 @@ def test_a_mistral_without_a_window_is_a_llama_with_another_name() -> None:
     config = model_config_from_hf(values)
     assert config.replace(model_family="llama") == model_config_from_hf(SIZES | {"model_type": "llama", "rms_norm_eps": 1e-6})
     assert model_config_from_hf(values | {"sliding_window": 8192}) == config  # as long as all positions
-    assert hf_config_from_model(config, "float32")["sliding_window"] is None
+    written = hf_config_from_model(config, "float32")
+    assert written["sliding_window"] is None and written["architectures"] == ["MistralForCausalLM"]
 
 
 def test_a_missing_size_is_named() -> None:

@@ -147,17 +147,26 @@ def test_no_two_exercises_of_a_window_have_a_key_in_common():
     assert len(asked) == len(set(asked))
 
 
-def test_keys_of_an_exercise_often_differ_in_one_word_alone():
-    """About half of the sets share all words but one, and keys are still never drawn twice."""
+def test_keys_of_an_exercise_are_often_alike():
+    """A third of the sets share all words but one, a third are of a few words in all; no key is drawn twice."""
     import random
 
     exercises = recall_text.Exercises(random.Random(1))
     sets = [exercises._keys(6) for _ in range(200)]
     words = [[set(key.split()) for key in keys] for keys in sets]
-    one_word = [len(set.union(*keys) - set.intersection(*keys)) == 6 for keys in words]
-    assert 60 < sum(one_word) < 140
+    differing = [len(set.union(*keys) - set.intersection(*keys)) for keys in words]  # in how many words a set's keys differ
+    assert 40 < sum(count == 6 for count in differing) < 95
+    assert 40 < sum(count > 6 and len(set.union(*keys)) <= 4 + 4 + 2 for count, keys in zip(differing, words)) < 110
     drawn = [key for keys in sets for key in keys]
     assert len(drawn) == len(set(drawn))
+
+
+def test_numbers_of_all_lengths_are_drawn():
+    import random
+
+    exercises = recall_text.Exercises(random.Random(2))
+    lengths = [len(exercises._digits()) for _ in range(500)]
+    assert all(60 < lengths.count(digits) < 140 for digits in range(3, 8))
 
 
 def test_a_tokenizer_that_begins_every_text_with_a_mark_puts_none_in_the_middle(source):

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from megatron_hylo.cli.compare import compare as compare_verb
 from megatron_hylo.config import ConfigError
 from megatron_hylo.eval.compare import Quantity, compare, estimate, t95, wilson
+from megatron_hylo.eval.plots import LIGHT, draw_buckets
 from megatron_hylo.eval.report import length_name, write_report
 from megatron_hylo.eval.results import EvalResult, Sample, Score, mean, mean_by_group
 from tests.cli.test_report import loaded
@@ -237,3 +239,10 @@ def test_lengths_as_people_write_them():
     assert [length_name(n) for n in (500, 1000, 1024, 1536, 4096, 131072, 2097152)] == [
         "500", "1,000", "1K", "1.5K", "4K", "128K", "2M",
     ]  # fmt: skip
+
+
+def test_a_model_without_values_keeps_its_colour():
+    """The others' curves have the colours that they have in charts with all of them."""
+    axes = Figure().add_subplot()
+    draw_buckets(axes, LIGHT, ["1K", "2K"], {"a": {}, "b": {"1K": 1.0, "2K": 2.0}}, y_label="y", x_label="x")
+    assert [line.get_color() for line in axes.lines] == [LIGHT.series[1]]

@@ -214,7 +214,7 @@ def test_the_right_answer_scores_one_and_another_none(tokenizer, files):
     given = {"lengths": (1000, 800), "limit": 2, "essays": files / "essays.txt"}
     qa = {kind: files / f"{kind}.json" for kind in ("squad", "hotpot")}
     lm = Reads(tokenizer, lambda example: " and ".join(example["outputs"]).upper())
-    scores, samples = run.run_ruler(lm, qa=qa, **given)
+    scores, samples = run.plan_ruler(lm, qa=qa, **given)()
     assert [(s.task, s.length, s.value, s.examples) for s in scores] == [
         *[(task, length, 1.0, 2) for length in (800, 1000) for task in texts.TASKS],
         ("mean", 800, 1.0, 26),
@@ -224,13 +224,13 @@ def test_the_right_answer_scores_one_and_another_none(tokenizer, files):
     assert len(samples) == 52 and len({(s.task, s.example) for s in samples}) == 52
     assert samples[0].prompt_end.endswith("mentioned in the provided text is") and samples[0].expected == samples[0].output
     assert all(prompt.endswith(s.prompt_end) for prompt, s in zip(lm.prompts, samples))
-    scores, samples = run.run_ruler(Reads(tokenizer, lambda example: "none"), qa=qa, **given)
+    scores, samples = run.plan_ruler(Reads(tokenizer, lambda example: "none"), qa=qa, **given)()
     assert {score.value for score in scores} == {0.0} and {sample.score for sample in samples} == {0.0}
 
 
 def test_parts_of_an_answer_score_their_share(tokenizer):
     """One of four values is a quarter, as lm-eval's string_match_all counts."""
-    scores, _ = run.run_ruler(Reads(tokenizer, lambda example: example["outputs"][2]), (800,), ["vt", "cwe"], limit=3)
+    scores, _ = run.plan_ruler(Reads(tokenizer, lambda example: example["outputs"][2]), (800,), ["vt", "cwe"], limit=3)()
     assert [round(score.value, 6) for score in scores] == [0.2, 0.1, 0.15]
     assert scores[-1].note == "2 of 13 tasks" and scores[0].stderr == pytest.approx(0)
 
@@ -293,13 +293,13 @@ def test_lengths_beyond_the_window_are_refused_with_the_effective_one(tokenizer)
     """The message has the tokens that would be left of a prompt."""
     lm = Reads(tokenizer, str, max_length=2048)
     with pytest.raises(ConfigError, match="RULER at 4,096 tokens.*window of 2,048.*cut to 1,928 tokens"):
-        run.run_ruler(lm, (1024, 4096), ["cwe"])
+        run.plan_ruler(lm, (1024, 4096), ["cwe"])
     with pytest.raises(ConfigError, match="no RULER task 'ruler_cwe'; choose out of niah_single_1"):
-        run.run_ruler(lm, (1024,), ["ruler_cwe"])
+        run.plan_ruler(lm, (1024,), ["ruler_cwe"])
     with pytest.raises(ConfigError, match="qa_1.*published file as squad"):
-        run.run_ruler(lm, (1024,), ["qa_1"])
+        run.plan_ruler(lm, (1024,), ["qa_1"])
     with pytest.raises(ConfigError, match="vt does not fit 256 tokens"):
-        run.run_ruler(lm, (256,), ["vt"])
+        run.plan_ruler(lm, (256,), ["vt"])
 
 
 def test_a_length_too_short_for_a_task_is_refused_before_any_suite_runs(tokenizer, monkeypatch):
@@ -322,7 +322,7 @@ def test_chat_templates_are_counted(tokenizer):
         + "{% for m in messages %} {{ m.role }} : {{ m.content }}{% endfor %}{% if add_generation_prompt %} go{% endif %}"
     )
     lm = Reads(chatty, lambda example: example["outputs"][0])
-    scores, _ = run.run_ruler(lm, (1024,), ["niah_single_1", "fwe"], limit=2, chat=True)
+    scores, _ = run.plan_ruler(lm, (1024,), ["niah_single_1", "fwe"], limit=2, chat=True)()
     assert scores[0].value == 1.0 and len(lm.prompts) == 4
     for prompt, room in zip(lm.prompts, (128, 128, 50, 50)):
         assert prompt.startswith("word word") and 0.95 * 1024 <= len(chatty(prompt).input_ids) + room <= 1024
@@ -337,13 +337,13 @@ def test_missing_essays_leave_their_tasks_out(tokenizer, monkeypatch):
 
     monkeypatch.setattr(sources, "fetch_essays", offline)
     lm = Reads(tokenizer, lambda example: "")
-    scores, _ = run.run_ruler(lm, (800,), limit=1)
+    scores, _ = run.plan_ruler(lm, (800,), limit=1)()
     assert scores[-1].note == "6 of 13 tasks"
     assert [s.task for s in scores] == [
         "niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe", "mean",
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="pip failed"):
-        run.run_ruler(lm, (800,), ["niah_single_2"], limit=1)
+        run.plan_ruler(lm, (800,), ["niah_single_2"], limit=1)
 
 
 def test_lm_evals_generators_are_imported_without_a_download(monkeypatch):

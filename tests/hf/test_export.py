@@ -7,7 +7,7 @@ import torch
 
 from megatron_hylo.config import RopeScaling
 from megatron_hylo.convert.to_hf import write_hf_folder
-from megatron_hylo.hf import HyloForCausalLM
+from megatron_hylo.hf import HyloConfig, HyloForCausalLM
 from megatron_hylo.hf import code_files as export
 from megatron_hylo.hf.code_files import copy_modelling_code
 from tests.hf.conftest import ALIGNED, PAIRS, YARN, random_megatron_model, serve_config
@@ -55,9 +55,10 @@ def test_all_files_that_are_imported_are_copied(tmp_path):
     assert names == {path.name for path in tmp_path.iterdir()}
     kernels = {"attention.py", "attention_after_prefix.py", "blockwise_attention.py", "causal_conv1d.py",
                "decode_attention.py", "delta_rule_state_pass.py", "delta_rule_states.py", "elementwise.py",
-               "gated_delta_rule.py", "kda.py", "norm.py", "quantised_latents.py", "recurrence_step.py", "registry.py",
-               "rope.py", "ssd.py", "triton_decode_attention.py", "tuned.py"}  # fmt: skip
-    parts = ("modeling", "layers", "attention", "inputs", "configuration", "cache", "decode", "fused")
+               "gated_delta_rule.py", "kda.py", "matvec.py", "norm.py", "quantised_latents.py", "recurrence_step.py",
+               "registry.py", "rope.py", "ssd.py", "triton_causal_conv1d_step.py", "triton_decode_attention.py",
+               "triton_matvec.py", "tuned.py"}  # fmt: skip
+    parts = ("modeling", "layers", "attention", "inputs", "configuration", "cache", "decode", "fused", "pretrained")
     assert names == {f"{name}_hylo.py" for name in parts} | kernels
 
 
@@ -74,3 +75,10 @@ def test_code_that_needs_more_of_ours_than_kernels_is_not_exported(tmp_path, mon
     monkeypatch.setattr(export, "MODELLING", tmp_path / "from")
     with pytest.raises(RuntimeError, match="modeling_hylo.py cannot be exported.*megatron_hylo.config import ModelConfig"):
         copy_modelling_code(tmp_path / "to")
+
+
+def test_weights_of_modelopt_are_refused():
+    """transformers warns, loads the numbers and leaves their scales out."""
+    config = HyloConfig(hylo=serve_config("G+").to_dict(), quantization_config={"quant_method": "modelopt", "bits": 8})
+    with pytest.raises(ValueError, match="quantised by nvidia-modelopt, whose scales transformers does not read"):
+        HyloForCausalLM(config)

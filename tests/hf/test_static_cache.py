@@ -8,8 +8,8 @@ import torch
 from megatron_hylo.config import RopeScaling
 from megatron_hylo.config.layouts import kv_bytes_per_token
 from megatron_hylo.hf import HyloCache, attention_hylo, fused_hylo
+from megatron_hylo.hf.cache_hylo import cache_nbytes
 from megatron_hylo.hf.decode_hylo import DecodeGraph, join_projections, unsupported
-from megatron_hylo.hf.layers_hylo import cache_nbytes
 from megatron_hylo.kernels.matvec import matvec
 from tests.hf.conftest import ALIGNED, YARN, random_model, serve_config
 

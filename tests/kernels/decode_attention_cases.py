@@ -7,8 +7,9 @@ import itertools
 
 import torch
 
-from megatron_hylo.kernels import decode_attention, matvec
+from megatron_hylo.kernels import causal_conv1d, decode_attention, matvec, recurrence_step
 from megatron_hylo.kernels.quantised_latents import quantise_latents
+from megatron_hylo.kernels.recurrence_step import delta_rule_step
 from megatron_hylo.kernels.registry import override
 
 LATENT = dict(groups=1, heads=6, d=40 + 12, v=40)  # widths that are no powers of two
@@ -79,6 +80,39 @@ def matvec_errors(device: str, sizes: tuple[tuple[int, int], ...], dtypes: tuple
     return found
 
 
+def convolution_errors(device: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, float]:
+    """Relative error of the outputs and of the state after a step, with and without bias and SiLU."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for dtype, taps, biased in itertools.product(dtypes, (2, 4), (False, True)):
+        sizes = (2, 1, 300), (2, 300, taps - 1), (300, taps), (300,)
+        x, state, weight, bias = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
+        x = torch.cat([x, x], -1)[..., 300:]  # a section of a larger tensor
+        given = (weight, bias if biased else None, "silu" if biased else None)
+        expected, after = causal_conv1d._one_token(
+            x.double(), state.double(), *(g.double() if torch.is_tensor(g) else g for g in given)
+        )
+        out = causal_conv1d.convolve_one_token(x, state, *given)
+        found[f"convolution {dtype} {taps} {biased}"] = max(relative_error(out, expected), relative_error(state, after))
+    return found
+
+
+def recurrence_errors(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Relative error of the outputs and of the state after a step of fla's kernel: plain, with gates, a decay a channel."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    (b, h, keys, values) = sizes = (2, 3, 16, 24)
+    for name in ("plain", "gates", "channels"):
+        q, k, v = (torch.randn(b, 1, h, n, generator=generator).to(device, dtype) for n in (keys, keys, values))
+        state = torch.randn(sizes, generator=generator).to(device)
+        decay = -torch.rand(b, 1, h, *([keys] if name == "channels" else []), generator=generator).to(device)
+        beta, rate, bias = (torch.rand(size, generator=generator).to(device) for size in ((b, 1, h), (h,), (h,)))
+        gates, wide = (rate, bias) if name == "gates" else None, state.double()
+        with override("kda" if name == "channels" else "gated_delta_rule", "torch"):
+            expected = delta_rule_step(q.double(), k.double(), v.double(), decay, beta, wide, gates)
+        out = recurrence_step._fla(q, k, v, decay, beta, state, gates)
+        found[f"step {dtype} {name}"] = max(relative_error(out, expected), relative_error(state, wide))
+    return found
+
+
 if __name__ == "__main__":
     from tests.kernels.interpreter import mend_interpreter
 
@@ -86,5 +120,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name, (error, _) in errors("cpu", 700, (torch.float32, torch.float16)).items():  # its products know no bf16
         print(f"CASE {name}|{error}")
-    for name, error in matvec_errors("cpu", ((24, 1024), (22, 700)), (torch.float32, torch.bfloat16)).items():
+    for name, error in matvec_errors("cpu", ((602, 1024), (22, 2500)), (torch.float32, torch.bfloat16)).items():
+        print(f"CASE {name}|{error}")
+    for name, error in convolution_errors("cpu", (torch.float32, torch.bfloat16)).items():
         print(f"CASE {name}|{error}")

@@ -13,7 +13,7 @@ from megatron_hylo.kernels import decode_attention as module
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.decode_attention import decode_attention, number_of_splits
 from megatron_hylo.kernels.quantised_latents import FORMATS, dequantise_latents, quantise_latents
-from tests.kernels.decode_attention_cases import errors, matvec_errors
+from tests.kernels.decode_attention_cases import convolution_errors, errors, matvec_errors, recurrence_errors
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -42,7 +42,7 @@ def test_kernels_equal_the_plain_form_in_triton_s_interpreter() -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     cases = [line.split("CASE ")[1].split("|") for line in result.stdout.splitlines() if "CASE " in line]
-    assert len(cases) == 2 * (5 + 3) + 16, result.stdout
+    assert len(cases) == 2 * (5 + 3) + 16 + 8, result.stdout
     for name, error in cases:
         bound = 1e-6 if "float32" in name else 8e-3 if "bfloat16" in name else 1e-3  # the interpreter does not round to bf16
         assert float(error) < bound, (name, error)
@@ -59,6 +59,7 @@ def test_kernels_compile_for_hopper(latents, shared) -> None:
     from triton.compiler import ASTSource
 
     from megatron_hylo.kernels import triton_decode_attention as kernels
+    from megatron_hylo.kernels.triton_causal_conv1d_step import step
     from megatron_hylo.kernels.triton_matvec import multiply
 
     key = {None: "*bf16", "int8": "*i8", "fp8": "*fp8e4nv"}[latents]
@@ -78,6 +79,11 @@ def test_kernels_compile_for_hopper(latents, shared) -> None:
             kernels.combine_parts,
             dict(partial="*fp32", sums="*fp32", out="*bf16"),
             dict(SPLITS=512, WIDTH=128, COLUMNS=128, TILE=32),
+        ),
+        (
+            step,
+            dict(x="*bf16", state="*bf16", weight="*bf16", bias="*bf16", out="*bf16", channels="i32", x_batch="i32"),
+            dict(TAPS=4, BIAS=shared, SILU=True, BLOCK=128),
         ),
         (
             multiply,
@@ -116,6 +122,11 @@ def test_kernels_equal_the_plain_form_on_the_gpu() -> None:
     for name, (error, dtype) in errors("cuda", 70_000, (torch.float32, torch.bfloat16)).items():
         assert error < (1e-5 if dtype == torch.float32 else 6e-3), (name, error)
     for name, error in matvec_errors("cuda", ((13842, 3072), (8192, 4608), (30, 700)), (torch.float32, torch.bfloat16)).items():
+        assert error < (1e-5 if "float32" in name else 6e-3), (name, error)
+    others = convolution_errors("cuda", (torch.float32, torch.bfloat16))
+    for dtype in (torch.float32, torch.bfloat16):
+        others |= recurrence_errors("cuda", dtype)
+    for name, error in others.items():
         assert error < (1e-5 if "float32" in name else 6e-3), (name, error)
 
 

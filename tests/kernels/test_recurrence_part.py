@@ -77,7 +77,7 @@ def test_a_part_of_mamba2(documents: bool) -> None:
 def test_fla_s_kernels_in_triton_s_interpreter() -> None:
     """On the CPU, in fp32: what ranks, and layers that keep states, call of fla and its own layer does not."""
     errors = interpreted_errors("fla_interpreted")
-    assert len(errors) == 8 + 1 + 2 * (4 + 5) and max(errors.values()) < 1e-5, errors
+    assert len(errors) == 8 + 1 + 2 * (4 + 5) + 3 and max(errors.values()) < 1e-5, errors
 
 
 @pytest.mark.gpu

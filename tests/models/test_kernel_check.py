@@ -6,7 +6,9 @@ import torch
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import get_layout
 from megatron_hylo.kernels.recurrence_part import DeltaRulePart
+from megatron_hylo.models import decode_check
 from megatron_hylo.models import kernel_check as self_check
+from megatron_hylo.models.decode_check import check_decode_kernels
 from megatron_hylo.models.kernel_check import check_kernels
 from megatron_hylo.train.startup_check import check_run_kernels, refuse_wrong
 from tests.conftest import tiny_config
@@ -25,6 +27,21 @@ def test_plain_torch_is_right(dtype) -> None:
     assert all(c.ok and c.implementation == "torch" for c in checks), checks
     assert dtype == torch.bfloat16 or max(c.error for c in checks) < 1e-5, checks
     refuse_wrong(checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_steps_are_checked_and_wrong_ones_named(dtype, monkeypatch) -> None:
+    checks = check_decode_kernels(tiny_config("G-+-M-*-K-"), dtype, CPU)
+    assert [c.operation for c in checks] == [
+        "gated_delta_rule", "decode_attention", "ssd", "decode_attention", "kda", "matvec", "causal_conv1d_step",
+    ]  # fmt: skip
+    assert all(c.ok and c.implementation == "torch" for c in checks), checks
+    right = decode_check.decode_attention
+    monkeypatch.setattr(decode_check, "decode_attention", lambda q, k, *rest: right(q, k.roll(int(q.dtype == dtype), 3), *rest))
+    known = {(c.operation, c.shape) for c in checks[1:2]}
+    checks = check_decode_kernels(tiny_config("G-+-M-*-K-"), dtype, CPU, known)
+    bad = [c for c in checks if not c.ok]
+    assert len(checks) == 6 and (len(bad) == 1) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("fault", ["output", "gradient", "nan"])
@@ -81,3 +98,5 @@ def test_fast_kernels_are_right_and_checked_once(layout, monkeypatch, tmp_path) 
     assert '"triton"' in file.read_text()
     monkeypatch.setattr("megatron_hylo.train.startup_check.check_kernels", lambda *_: pytest.fail("checked again"))
     check_run_kernels([config], torch.bfloat16, cuda, parts=True)
+    checks = check_decode_kernels(config, torch.bfloat16, cuda)
+    assert all(c.ok for c in checks) and {c.implementation for c in checks} >= {"triton"}, checks

@@ -1,10 +1,15 @@
-"""Ranks of a test: a prompt read by two ranks in turn against the same pieces on one. Started by run_ranks."""
+"""Ranks of a test: a prompt read by two ranks in turn against the same pieces on one. Started by run_ranks with a model folder
+that each rank continues a prompt of.
+"""
+
+import sys
 
 import torch
 import torch.distributed as dist
 
 from megatron_hylo.hf import HyloCache
 from megatron_hylo.platform.distributed import session
+from megatron_hylo.serve import generate
 from megatron_hylo.serve.split_prefill import Ring, split_prefill
 from tests.hf.conftest import ALIGNED, random_model, serve_config
 
@@ -45,3 +50,5 @@ if __name__ == "__main__":
         for name in CASES:
             check(name, device)
         print("equal on", dist.get_world_size())
+        generate.PREFILL_TOKENS = 5
+        print("TEXT", generate.generate_text(sys.argv[1], "the quick brown fox", 20).text)

@@ -25,6 +25,7 @@ FAKES = {
             "show node") printf 'NodeName=%s\\n   NodeAddr=%s State=%s\\n' "$3" "$3" "${STATE:-IDLE}" ;;
             *) printf '%s\\0' "$@" >"$RECORD/scontrol"; exit "${REQUEUE_EXIT:-0}" ;;
         esac""",
+    "squeue": 'echo "1234.batch"; [[ -z "${STEP_STAYS:-}" ]] || echo "1234.0"',
     "srun": 'printf "%s\\0" "$@" >"$RECORD/srun"; while [[ "$1" == --* ]]; do shift; done; exec "$@"',
     "sbatch": """
         printf '%s\\0' "$@" >>"$RECORD/sbatch"; printf '%s\\0' "$MODEL" "${TEACHER:-}" "${OUTPUT:-}" >>"$RECORD/paths"
@@ -106,6 +107,13 @@ class Cluster:
         """Arguments that each fake was started with."""
         files = (self.folder / "record").iterdir()
         return {file.name: file.read_text().split("\0")[:-1] for file in files if file.name not in ("pwd", "starts.txt")}
+
+
+def wait_for_torchrun(cluster: Cluster) -> None:
+    """Wait until the script has come to start torchrun."""
+    deadline = time.monotonic() + 30
+    while "torchrun" not in cluster.recorded() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -275,9 +283,7 @@ def test_each_array_task_has_an_output_of_its_own_and_is_requeued_alone(cluster)
         environment = cluster.environment(**(JOB | task | {"UNTIL_ASKED": "yes", "REQUEUE_EXIT": requeued}))
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         with subprocess.Popen(["bash", str(STAGE)], env=environment, cwd=ROOT, **pipes) as script:
-            deadline = time.monotonic() + 30
-            while "torchrun" not in cluster.recorded() and time.monotonic() < deadline:
-                time.sleep(0.02)
+            wait_for_torchrun(cluster)
             script.send_signal(signal.SIGUSR1)
             output, error = script.communicate(timeout=30)
         assert script.returncode == code, error
@@ -291,6 +297,17 @@ def test_each_array_task_has_an_output_of_its_own_and_is_requeued_alone(cluster)
             file.unlink()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_job_that_is_cancelled_saves_and_stays_out_of_the_queue(cluster, number):
+    environment = cluster.environment(**(JOB | {"SLURM_NNODES": "1", "UNTIL_ASKED": "yes"}))
+    with subprocess.Popen(["bash", str(STAGE)], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as script:
+        wait_for_torchrun(cluster)
+        script.send_signal(number)
+        output, _ = script.communicate(timeout=30)
+    assert script.returncode == 3 and "checkpoints/step_00000001: run the same command to resume" in output
+    assert "scontrol" not in cluster.recorded() and not (cluster.root / "stage2_ctx8k" / "stop_requested").exists()
+
+
 @pytest.mark.parametrize("writes", [False, True])
 def test_a_finished_run_that_is_extended_is_requeued_until_its_next_result(cluster, writes):
     model = cluster.root / "stage2_ctx8k" / "model"
@@ -300,9 +317,7 @@ def test_a_finished_run_that_is_extended_is_requeued_until_its_next_result(clust
     with subprocess.Popen(
         ["bash", str(STAGE), "--extend_tokens", "9"], env=cluster.environment(**changes), stdout=subprocess.PIPE, text=True
     ) as script:
-        deadline = time.monotonic() + 30
-        while "torchrun" not in cluster.recorded() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for_torchrun(cluster)
         script.send_signal(signal.SIGUSR1)
         output, _ = script.communicate(timeout=30)
     assert script.returncode == 0
@@ -310,10 +325,12 @@ def test_a_finished_run_that_is_extended_is_requeued_until_its_next_result(clust
 
 
 @pytest.mark.parametrize(
-    ("code", "starts", "state"), [(1, 3, "IDLE"), (137, 3, "IDLE"), (1, 1, "DOWN*"), (2, 1, "IDLE"), (3, 1, "IDLE")]
+    ("code", "starts", "state"),
+    [(1, 3, "IDLE"), (137, 3, "IDLE"), (1, 1, "DOWN*"), (1, 1, "a step stays"), (2, 1, "IDLE"), (3, 1, "IDLE")],
 )
 def test_a_failure_is_tried_again_a_few_times_and_bad_input_never(cluster, code, starts, state):
-    ran = cluster.run(STAGE, **(JOB | {"FAILS": str(code), "STATE": state, "MAX_RETRIES": "2"}))
+    broken = {"STEP_STAYS": "1"} if state == "a step stays" else {"STATE": state}
+    ran = cluster.run(STAGE, **(JOB | broken | {"FAILS": str(code), "MAX_RETRIES": "2"}))
     requeued = state != "IDLE"
     assert ran.code == (0 if requeued else code) and ("scontrol" in ran.arguments) == requeued
     assert (cluster.folder / "record" / "starts.txt").read_text().count("start") == starts
@@ -330,9 +347,7 @@ def test_a_job_stopped_before_its_first_checkpoint_is_requeued_until_max_requeue
         with subprocess.Popen(
             ["bash", str(STAGE)], env=cluster.environment(**changes), cwd=ROOT, stderr=subprocess.PIPE, text=True
         ) as script:
-            deadline = time.monotonic() + 30
-            while "torchrun" not in cluster.recorded() and time.monotonic() < deadline:
-                time.sleep(0.02)
+            wait_for_torchrun(cluster)
             script.send_signal(signal.SIGUSR1)
             _, error = script.communicate(timeout=30)
         codes.append(script.returncode)

@@ -24,6 +24,7 @@ from megatron_hylo.config.recipe_lines import STAGES as TRAINING_STAGES
 from megatron_hylo.config.recipes import default_files, recipe, recipe_files, stage_scripts
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import flatten
+from megatron_hylo.eval.runs import read_lines
 from megatron_hylo.io import verify_manifest
 from tests.slurm.tiny_root import make_root
 
@@ -135,6 +136,22 @@ def test_every_recipe_has_a_script_and_every_script_a_recipe():
     assert sorted(used) == sorted(HYLO) == [file.stem for file in RECIPES]
 
 
+def test_both_recipes_of_the_image_are_of_one_base_packages_and_files():
+    docker, apptainer = ((ROOT / "slurm" / name).read_text() for name in ("Dockerfile", "hylo.def"))
+    assert re.search(r"ARG BASE=(\S+)", docker)[1] == re.search(r"From: (\S+)", apptainer)[1]
+    packages = [
+        re.search(r"apt-get install --yes --no-install-recommends ([a-z0-9 -]+)", text)[1].split()
+        for text in (docker, apptainer)
+    ]
+    assert packages[0] == packages[1] and "procps" in packages[0]
+    copied = [word for line in re.findall(r"^COPY (.*) \S+$", docker, re.M) for word in line.split()]
+    assert copied == re.findall(r"^    (\S+) /src/", apptainer, re.M) and all((ROOT / name).exists() for name in copied)
+    sent = set(re.findall(r"^!(\S+)", (ROOT / ".dockerignore").read_text(), re.M))
+    assert (
+        sent == set(copied) and "pip install" in docker and "--constraint constraints.txt" in docker and ".[gpu]" in apptainer
+    )
+
+
 @pytest.fixture
 def hylo_root(one_rank, tmp_path) -> Path:
     """A folder laid out as the scripts expect it: a teacher, an aligned student wider than it, and text."""
@@ -154,25 +171,7 @@ def script(hylo_root: Path, steps: int) -> tuple[list[str], dict[str, str]]:
 
 def logged_steps(run: Path) -> list[int]:
     """Steps of training lines in a run's metrics, in the order they were written."""
-    file = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return [line["step"] for line in lines if "loss" in line]
-
-
-@pytest.mark.multirank
-def test_stage3_script_trains_on_two_ranks_without_slurm(hylo_root):
-    command, environment = script(hylo_root, steps=3)
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr
-    run = hylo_root / "stage3_ctx128k"
-    assert logged_steps(run) == [1, 2, 3]
-    verify_manifest(run / "model")
-    steps = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
-    for line in steps:  # one bucket holds all tokens, of tensor and sequence parallelism too
-        assert line["by_position/kl_0-1K"] == pytest.approx(line["kl"], rel=1e-4)
-        assert line["by_position/cross_entropy_0-1K"] == pytest.approx(line["cross_entropy"], rel=1e-5)
-    scaling = json.loads((run / "model" / "hylo.json").read_text())["model"]["mla_rope_scaling"]
-    assert (scaling["rope_type"], scaling["factor"]) == ("yarn", 64.0)
+    return [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
 
 
 def stop_after_a_step(command: list[str], environment: dict[str, str], run: Path, number: int) -> tuple[int, str]:
@@ -192,15 +191,25 @@ def stop_after_a_step(command: list[str], environment: dict[str, str], run: Path
 
 
 @pytest.mark.multirank
-def test_stage3_script_saves_at_a_signal_and_resumes_there(hylo_root):
+def test_stage3_script_trains_on_two_ranks_saves_at_a_signal_and_resumes_to_its_end(hylo_root):
     run = hylo_root / "stage3_ctx128k"
     command, environment = script(hylo_root, steps=5000)
-    for number in (signal.SIGUSR1, signal.SIGTERM):  # from Slurm before the time limit; from `kill`
-        code, output = stop_after_a_step(command, environment, run, number)
-        assert code == 3, output  # as `hylo train`: stopped, and resumable
-        newest = max((run / "checkpoints").glob("step_*"))
-        verify_manifest(newest)
-        steps = logged_steps(run)
-        assert steps == list(range(1, len(steps) + 1))  # the second run went on where the first had stopped
-        assert newest.name == f"step_{steps[-1]:08d}"
-        assert not (run / "stop_requested").exists()
+    code, output = stop_after_a_step(command, environment, run, signal.SIGUSR1)  # as from Slurm before the time limit
+    assert code == 3, output  # as `hylo train`: stopped, and resumable
+    newest, steps = max((run / "checkpoints").glob("step_*")), logged_steps(run)
+    verify_manifest(newest)
+    assert newest.name == f"step_{steps[-1]:08d}" and not (run / "stop_requested").exists()
+    total = steps[-1] + 2
+    command, environment = script(hylo_root, steps=total)
+    result = subprocess.run(
+        [*command, "--allow_change=train_tokens"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert logged_steps(run) == list(range(1, total + 1))  # the second start went on where the first had stopped
+    verify_manifest(run / "model")
+    for line in [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]:
+        # one bucket holds all tokens, of tensor and sequence parallelism too
+        assert line["by_position/kl_0-1K"] == pytest.approx(line["kl"], rel=1e-4)
+        assert line["by_position/cross_entropy_0-1K"] == pytest.approx(line["cross_entropy"], rel=1e-5)
+    scaling = json.loads((run / "model" / "hylo.json").read_text())["model"]["mla_rope_scaling"]
+    assert (scaling["rope_type"], scaling["factor"]) == ("yarn", 64.0)

@@ -24,16 +24,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_root(folder: Path) -> Path:
     """Write a teacher, an aligned student wider than it, and text; one rank must be initialised. Returns the folder."""
-    save_model(build_model(tiny_config("*-*-", **WIDER)), folder / "models" / "llama3.1-8b")
-    save_model(build_model(tiny_config("G-+-M-", vocab_size=258)), folder / "stage1_ild" / "model")
     texts = [Document("made", f"{i}.txt", " ".join(f"{i} times {j} is {i * j};" for j in range(60))) for i in range(20)]
     build_dataset(texts, byte_tokenizer(), folder / "data" / "mix", vocab_size=258)
+    files = folder / "data" / "mix" / "tokenizer"
+    save_model(build_model(tiny_config("*-*-", **WIDER)), folder / "models" / "llama3.1-8b", files)
+    save_model(build_model(tiny_config("G-+-M-", vocab_size=258)), folder / "stage1_ild" / "model", files)
     return folder
 
 
 def make_stage1(folder: Path) -> None:
     """Write what stage 1 begins with, a base model and a hybrid of its shapes, for a chain of stages."""
-    save_model(build_model(tiny_config("*-*-", **WIDER)), folder / "models" / "llama3.2-1b")
-    save_model(
-        build_model(tiny_config("G-+-", **WIDER, q_lora_rank=24, kv_lora_rank=16)), folder / "models" / "llama3.2-1b-4mla12gdn"
-    )
+    files, models = folder / "data" / "mix" / "tokenizer", folder / "models"
+    save_model(build_model(tiny_config("*-*-", **WIDER)), models / "llama3.2-1b", files)
+    hybrid = build_model(tiny_config("G-+-", **WIDER, q_lora_rank=24, kv_lora_rank=16))
+    save_model(hybrid, models / "llama3.2-1b-4mla12gdn", files)

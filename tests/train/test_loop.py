@@ -131,7 +131,8 @@ def test_interrupt_saves_and_the_same_command_resumes_bit_for_bit(settings, tmp_
     assert "run the same command to resume" in output
     steps_done = len(metrics(tmp_path / "stopped"))
     line = re.search(
-        r"[-\d]+ [:\d]+ step 2/24  loss [\d.]+  lr rest [\d.e-]+, mixers [\d.e-]+  [\d,]+ tokens/s  peak memory [\d.]+ GiB  "
+        r"[-\d]+ [:\d]+ step 2/24  loss [\d.]+  lr rest [\d.e-]+, mixers [\d.e-]+  [\d,]+ tokens/s(?:  input wait [\d.]+%)?  peak memory "
+        r"[\d.]+ GiB  "
         r"ETA \d+:\d\d:\d\d\n",
         output,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hylo.cli.runs import train as cli_train
 from megatron_hylo.eval import perplexity
 from megatron_hylo.eval.runs import read_lines
 from megatron_hylo.train import loop
@@ -35,6 +36,15 @@ def at_call(monkeypatch, where: object, function: str, number: int, act) -> None
         return original(*arguments, **named)
 
     monkeypatch.setattr(where, function, watched)
+
+
+def test_a_stop_asked_for_while_the_process_starts_ends_it_before_it_writes(settings, tmp_path, monkeypatch):
+    (tmp_path / "stop").touch()
+    monkeypatch.setenv("HYLO_STOP_FILE", str(tmp_path / "stop"))
+    with pytest.raises(Stopped, match="before the first step"):
+        train(config_of(settings, tmp_path / "run"))
+    assert cli_train(config_of(settings, tmp_path / "run")) == 3 and not (tmp_path / "run").exists()
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 @pytest.fixture(scope="module")

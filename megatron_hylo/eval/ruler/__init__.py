@@ -1,1 +1,1 @@
-"""RULER, offline: see `run.run_ruler`."""
+"""RULER, offline: see `run.plan_ruler`."""

@@ -92,11 +92,6 @@ def plan_ruler(
     return answer
 
 
-def run_ruler(lm: Any, *arguments: Any, **named: Any) -> tuple[list[Score], list[Sample]]:
-    """Measure RULER at once: arguments, scores and examples of `plan_ruler`."""
-    return plan_ruler(lm, *arguments, **named)()
-
-
 def counter(lm: Any, task: RulerTask, answer: int, template: Callable | None) -> Callable[[Sequence[Example]], list[int]]:
     """Return a function that counts the tokens of examples as the model would read them, with room for the answer.
 

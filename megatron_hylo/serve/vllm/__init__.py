@@ -4,6 +4,7 @@ vLLM calls `register` in each of its processes, whatever model they serve. So th
 raises and may be called again: where HyLo models cannot be served, those alone fail when they are loaded, with the reason.
 """
 
+import contextlib
 import logging
 import re
 
@@ -13,11 +14,7 @@ logger = logging.getLogger("vllm.hylo")  # below vLLM's own, so that its setting
 
 
 def check_version(version: str) -> None:
-    """Refuse a vLLM outside the tested range, as the plugin uses internal interfaces of vLLM (docs/serving.md lists them).
-
-    Raises:
-        ImportError: older than the oldest or newer than the newest minor version that was tested.
-    """
+    """Raise ImportError for a vLLM outside the tested range, whose internal interfaces (docs/serving.md) may differ."""
     found, oldest, newest = (tuple(int(part) for part in re.findall(r"\d+", text)[:2]) for text in (version, *TESTED))
     if not oldest <= found <= newest:
         raise ImportError(
@@ -42,7 +39,7 @@ def register() -> None:
 
 def _refuse(reason: str) -> None:
     """Let configurations of HyLo models fail with the reason, in place of vLLM's "not supported"."""
-    try:
+    with contextlib.suppress(Exception):  # transformers may be what is missing
         from transformers import AutoConfig, PretrainedConfig
 
         class RefusedHyloConfig(PretrainedConfig):
@@ -53,5 +50,3 @@ def _refuse(reason: str) -> None:
                 raise ImportError(reason)
 
         AutoConfig.register(RefusedHyloConfig.model_type, RefusedHyloConfig, exist_ok=True)
-    except Exception as error:
-        logger.debug("transformers cannot be told either: %s", error)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 from vllm import ModelRegistry
-from vllm.config import CUDAGraphMode
+from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -18,9 +18,7 @@ from megatron_hylo.serve.vllm import ARCHITECTURE
 from megatron_hylo.serve.vllm.versions import caches_unlike_states
 
 logger = init_logger("vllm.hylo")
-REFERENCE = (
-    "hylo_kernels"  # additional_config's key: "reference" for this project's torch kernels, "fast" for vLLM's and Triton
-)
+REFERENCE = "hylo_kernels"  # in additional_config: "reference" for this project's torch kernels, "fast" for vLLM's
 
 
 def latent_row(c: Any) -> int:
@@ -36,12 +34,12 @@ class HyloVllmConfig(HyloConfig):
         if hylo is None:
             return
         c = self.architecture()
-        self.num_attention_heads, self.num_key_value_heads, self.head_dim = (
-            c.num_attention_heads, c.num_query_groups, c.kv_channels,
-        )  # fmt: skip
+        self.num_attention_heads = c.num_attention_heads
+        self.num_key_value_heads, self.head_dim = c.num_query_groups, c.kv_channels
         row = latent_row(c) if MLA_SYMBOL in self.mixers else 0
         if row > (ATTENTION_SYMBOL in self.mixers) * 2 * c.num_query_groups * c.kv_channels:  # the larger page counts
             self.num_key_value_heads, self.head_dim = 1, row // 2
+        self.mamba_chunk_size = 256  # tokens; vLLM would take 2,048, whose products grow with its square
         self.layer_types = ["linear_attention" if m in LINEAR_SYMBOLS else "full_attention" for m in self.mixers]
 
 
@@ -69,20 +67,18 @@ class HyloVllmUpdate(VerifyAndUpdateConfig):
         if cache.mamba_ssm_cache_dtype == "auto":
             cache.mamba_ssm_cache_dtype = "float32"  # as HyloCache keeps states
         linear = set(config.mixers) & set(LINEAR_SYMBOLS)
-        if not linear or (Mamba2.symbol in linear and len(linear) > 1 and not caches_unlike_states()):
-            cache.enable_prefix_caching = cache.enable_prefix_caching and not linear
-            cache.mamba_cache_mode = "none"
+        if (not linear or (Mamba2.symbol in linear and len(linear) > 1)) and not caches_unlike_states():
+            cache.enable_prefix_caching, cache.mamba_cache_mode = False, "none"
         reference = uses_reference(vllm_config)
         logger.info("HyLo %s: kernels of linear layers: %s", config.mixers, "reference (torch)" if reference else "vLLM's")
-        if not isinstance(vllm_config.additional_config, dict):
-            vllm_config.additional_config = {}
-        # FlashInfer, the default on Hopper, looks at no head size
-        vllm_config.additional_config.setdefault("gdn_prefill_backend", "triton")
+        if isinstance(vllm_config.additional_config, dict):  # FlashInfer, the default on Hopper, looks at no head size
+            vllm_config.additional_config.setdefault("gdn_prefill_backend", "triton")
         compilation = vllm_config.compilation_config
+        compilation.mode = CompilationMode.NONE  # vLLM's own kernels of norms and activations, where inductor would make some
         if reference or current_platform.is_cpu():
             compilation.cudagraph_mode = CUDAGraphMode.NONE
         elif compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_piecewise_cudagraphs():
-            compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY  # the model is not compiled, so there are no pieces
+            compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY  # what is not compiled has no pieces
 
 
 def register_config() -> None:

@@ -3,21 +3,31 @@
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
+from vllm.third_party.flash_linear_attention.ops import fused_gdn_prefill_post_conv as preparation
 
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.serve.vllm.config import uses_reference
-from megatron_hylo.serve.vllm.recurrence import StateBackend, fp32_rows, run_reference
+from megatron_hylo.serve.vllm.recurrence import Referable, run_reference, sharded
 
 
-class HyloGatedDeltaNet(QwenGatedDeltaNetAttention):
+class OneWidth:
+    """vLLM's kernel before the recurrence, with one width of blocks for keys and values: with two, Triton refuses it."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *given, BK, BV, **named: self.kernel[grid](*given, BK=max(BK, BV), BV=max(BK, BV), **named)
+
+
+class HyloGatedDeltaNet(Referable, QwenGatedDeltaNetAttention):
     """Gated DeltaNet in Qwen3.5's layout of weights; states are [heads, value channels, key channels]."""
 
-    dt_bias: nn.Parameter
-
-    def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
+    def __init__(self, config: Any, layer: int, vllm_config: Any, prefix: str) -> None:
         c = config.architecture()
         sizes = SimpleNamespace(
             hidden_size=config.hidden_size, hidden_act="silu", rms_norm_eps=c.layernorm_epsilon,
@@ -26,24 +36,32 @@ class HyloGatedDeltaNet(QwenGatedDeltaNetAttention):
             linear_conv_kernel_dim=c.linear_conv_kernel_dim,
         )  # fmt: skip
         super().__init__(sizes, vllm_config, prefix)
-        self.dt_bias: Tensor = fp32_rows(self.dt_bias)
+        self.register_parameter("dt_bias", sharded(len(self.dt_bias), dtype=torch.float32))  # as the exported tensor
+        if not isinstance(preparation._fused_post_conv_kernel, OneWidth):
+            preparation._fused_post_conv_kernel = OneWidth(preparation._fused_post_conv_kernel)
         self.reference = uses_reference(vllm_config)
         if self.reference:
             self._forward_method = self.forward_reference
 
-    def get_attn_backend(self) -> Any:
-        """Backend whose metadata the kernels read."""
-        return StateBackend if self.reference else super().get_attn_backend()
-
     def step(self, x: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Run the recurrence on convolved q, k, v [1, tokens, channels]."""
-        sections = [self.key_dim // self.tp_size, self.key_dim // self.tp_size, self.value_dim // self.tp_size]
-        widths = (self.head_k_dim, self.head_k_dim, self.head_v_dim)
-        q, k, v = (part.unflatten(-1, (-1, width)) for part, width in zip(x.split(sections, dim=-1), widths))
+        q, k, v = self.heads(x)
         state = None if state is None else state.transpose(-1, -2).float()
         y, state = self.recurrence(q, k, v, decay, beta, state)
         assert state is not None, "asked for"
         return y, state.transpose(-1, -2)
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        """Split convolved q, k, v [1, tokens, channels] into [1, tokens, heads, channels of a head] each."""
+        sections = [self.key_dim // self.tp_size, self.key_dim // self.tp_size, self.value_dim // self.tp_size]
+        widths = (self.head_k_dim, self.head_k_dim, self.head_v_dim)
+        return [part.unflatten(-1, (-1, width)) for part, width in zip(x.split(sections, dim=-1), widths)]
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Make q, k, v [tokens, channels], to be convolved, and the gate [tokens, heads, value channels]."""
+        values = self.value_dim // self.tp_size
+        joined = self.in_proj_qkvz(x)[0]
+        return joined[:, :-values], joined[:, -values:].unflatten(-1, (-1, self.head_v_dim))
 
     def recurrence(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None) -> Any:
         """Outputs and the state [1, heads, key channels, value channels] after them."""
@@ -56,8 +74,6 @@ class HyloGatedDeltaNet(QwenGatedDeltaNetAttention):
 
     def forward_reference(self, hidden_states: Tensor) -> Tensor:
         """Apply the layer to [tokens, hidden] by torch kernels."""
-        qkvz = self.in_proj_qkvz(hidden_states)[0]
-        values = self.value_dim // self.tp_size
-        qkv, z = qkvz.split([qkvz.shape[-1] - values, values], dim=-1)
+        qkv, z = self.project(hidden_states)
         out = run_reference(self, qkv, self.decay_and_strength(hidden_states), self.conv1d.weight.squeeze(1), None, self.step)
-        return self._output_projection(out, z.reshape(out.shape))
+        return self._output_projection(out, z)

@@ -14,27 +14,25 @@ from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.kernels.kda import kda
 from megatron_hylo.serve.vllm.config import REFERENCE
 from megatron_hylo.serve.vllm.gdn import HyloGatedDeltaNet
-from megatron_hylo.serve.vllm.recurrence import fp32_rows
+from megatron_hylo.serve.vllm.recurrence import sharded
 
 
 class HyloKimiDeltaAttention(HyloGatedDeltaNet):
     """Gated DeltaNet's layer and states with another decay; gate and norm are Gated DeltaNet's, not Kimi Linear's."""
 
-    def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
-        super().__init__(config, vllm_config, prefix)
+    def __init__(self, config: Any, layer: int, vllm_config: Any, prefix: str) -> None:
+        super().__init__(config, layer, vllm_config, prefix)
         rank = config.architecture().kda_decay_rank
         del self.in_proj_ba
         self.b_proj = ColumnParallelLinear(config.hidden_size, self.num_v_heads, bias=False, prefix=f"{prefix}.b_proj")
         self.f_a_proj = ReplicatedLinear(config.hidden_size, rank, bias=False, prefix=f"{prefix}.f_a_proj")
         self.f_b_proj = ColumnParallelLinear(rank, self.key_dim, bias=False, prefix=f"{prefix}.f_b_proj")
-        self.dt_bias = fp32_rows(self.dt_bias, self.key_dim // self.tp_size)
+        self.register_parameter("dt_bias", sharded(self.key_dim // self.tp_size, dtype=torch.float32))
         if not self.reference:
             self._forward_method = self.forward_fast
             if self.head_v_dim % self.head_k_dim:
-                raise ConfigError(
-                    f"vLLM's KDA kernel needs linear_value_head_dim, here {self.head_v_dim}, to be a multiple of "
-                    f"linear_key_head_dim, here {self.head_k_dim}; additional_config {{'{REFERENCE}': 'reference'}} needs not"
-                )
+                sizes = f"linear_value_head_dim {self.head_v_dim} to be a multiple of linear_key_head_dim {self.head_k_dim}"
+                raise ConfigError(f"vLLM's KDA kernel needs {sizes}; additional_config {{'{REFERENCE}': 'reference'}} does not")
 
     def recurrence(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None) -> Any:
         """Outputs and the state [1, heads, key channels, value channels] after them."""
@@ -49,11 +47,8 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
         """Apply the layer to [tokens, hidden] by vLLM's Triton kernels."""
         from vllm.third_party.flash_linear_attention.ops.kda import chunk_kda, fused_recurrent_kda
 
-        values = self.value_dim // self.tp_size
-        qkvz = self.in_proj_qkvz(hidden_states)[0]
-        qkv, z = qkvz.split([qkvz.shape[-1] - values, values], dim=-1)
-        z = z.unflatten(-1, (-1, self.head_v_dim))
-        out = torch.zeros_like(z)
+        qkv, z = self.project(hidden_states)
+        out = torch.zeros_like(z, memory_format=torch.contiguous_format)
         metadata = get_forward_context().attn_metadata
         if metadata is None:
             return self._output_projection(out, z)
@@ -70,9 +65,7 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
             ).transpose(0, 1)  # fmt: skip
         else:
             x = causal_conv1d_update(qkv[:n], conv_states, weight, None, activation="silu", conv_state_indices=slots[:n])
-        sections = [(qkv.shape[-1] - values) // 2] * 2 + [values]
-        widths = (self.head_k_dim, self.head_k_dim, self.head_v_dim)
-        q, k, v = (p.unflatten(-1, (-1, w))[None].contiguous() for p, w in zip(x.split(sections, dim=-1), widths))
+        q, k, v = (part.contiguous() for part in self.heads(x[None]))
         if m.num_prefills:
             before = states[slots] * m.has_initial_state.view(-1, 1, 1, 1)
             y, after = chunk_kda(

@@ -7,10 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
-from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -18,37 +16,20 @@ from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.norm import rms_norm
 from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
 from megatron_hylo.serve.vllm.attention import Rope
-from megatron_hylo.serve.vllm.config import REFERENCE, latent_row
+from megatron_hylo.serve.vllm.config import REFERENCE, latent_row, logger
 from megatron_hylo.serve.vllm.latent_backend import LatentBackend, LatentMetadata, Prefill
 from megatron_hylo.serve.vllm.latent_kernels import Cached, decode_torch, key_scales, split_scales
+from megatron_hylo.serve.vllm.recurrence import sharded
 from megatron_hylo.serve.vllm.versions import known
 
-logger = init_logger("vllm.hylo")
 
+class Weights(nn.Module):
+    """Parameters by name, kept as they are, where vLLM packs those of its linear layers on CPUs."""
 
-class RowShards(nn.Module):
-    """Weight and bias of which each rank has some rows; kept as they are, where vLLM packs those of its layers on CPUs."""
-
-    def __init__(self, rows: int, columns: int | None = None, bias: bool = False) -> None:
+    def __init__(self, **parameters: nn.Parameter | None) -> None:
         super().__init__()
-        shape = (rows,) if columns is None else (rows, columns)
-        self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
-        self.weight.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
-        self.bias: nn.Parameter | None = None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(rows), requires_grad=False)
-            self.bias.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
-
-
-class Norm(nn.Module):
-    """Weight of a q/k-norm, and with `mix` [KV heads of this rank, rotary pairs] the heads' shares of the rotary key."""
-
-    def __init__(self, channels: int, mix: tuple[int, int] | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels), requires_grad=False)
-        if mix is not None:
-            self.rotary_mix = nn.Parameter(torch.empty(mix), requires_grad=False)
-            self.rotary_mix.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
 
 
 class HyloLatentAttention(nn.Module, AttentionLayerBase):
@@ -74,14 +55,16 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
         self.kv_a_proj_with_mqa = ReplicatedLinear(
             hidden, self.rank + self.rotary, bias=c.mla_bias, prefix=f"{prefix}.kv_a_proj_with_mqa"
         )
-        self.kv_b_proj = RowShards(self.groups * (self.plain + self.value), self.rank, c.mla_bias)
+        rows = self.groups * (self.plain + self.value)
+        self.kv_b_proj: Any = Weights(weight=sharded(rows, self.rank), bias=sharded(rows) if c.mla_bias else None)
         self.o_proj = RowParallelLinear(queries * self.value, hidden, bias=False, prefix=f"{prefix}.o_proj")
         pairs = c.mla_rotary_pairs[layer] if c.mla_rotary_pairs else range(self.rotary // 2)
         self.chosen = bool(c.mla_rotary_pairs)  # out of the base model's frequencies
         self.register_buffer("pairs", torch.tensor(list(pairs)), persistent=False)
         if self.norms:
-            self.q_norm = Norm(self.qk)
-            self.k_norm = Norm(self.qk, (self.groups, self.rotary // 2) if self.whole_head else None)
+            mix = {"rotary_mix": sharded(self.groups, self.rotary // 2)} if self.whole_head else {}  # of the shared rotary key
+            self.q_norm: Any = Weights(weight=nn.Parameter(torch.empty(self.qk), requires_grad=False))
+            self.k_norm: Any = Weights(weight=nn.Parameter(torch.empty(self.qk), requires_grad=False), **mix)
         self.choose_kernels(vllm_config)
         self.kv_cache = torch.tensor([])
         vllm_config.compilation_config.static_forward_context[prefix] = self
@@ -89,18 +72,14 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
     def choose_kernels(self, vllm_config: Any) -> None:
         """Choose kernels by device, dtype and sizes, and say which."""
         dtype, asked = vllm_config.model_config.dtype, (vllm_config.additional_config or {}).get(REFERENCE)
-        on_gpu = current_platform.is_cuda() and asked != "reference"
-        self.decode_kernel, self.flash = decode_torch, False
-        why = "torch"
-        if on_gpu:
+        self.decode_kernel, self.flash, names = decode_torch, False, ("torch", "torch")
+        if current_platform.is_cuda() and asked != "reference":
             from megatron_hylo.serve.vllm.latent_triton import decode_triton
 
             self.decode_kernel = decode_triton
             self.flash = dtype != torch.float32 and self.qk % 8 == 0 and max(self.qk, self.value) <= 256
-            why = "FlashAttention" if self.flash else f"torch (FlashAttention takes no {dtype} heads of {self.qk})"
-        logger.info_once(
-            "HyLo MLA: %d numbers a token, decode absorbed by %s, prefill by %s", self.row, "Triton" if on_gpu else "torch", why
-        )
+            names = "Triton", "FlashAttention" if self.flash else f"torch (no FlashAttention for {dtype} heads of {self.qk})"
+        logger.info_once("HyLo MLA: %d numbers a token, decode absorbed by %s, prefill by %s", self.row, *names)
 
     def get_attn_backend(self) -> type[LatentBackend]:
         """Backend whose metadata this layer reads."""
@@ -129,7 +108,7 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
             return self.o_proj(out.flatten(1))[0]
         m: LatentMetadata = metadata[self.prefix]
         cache = self.kv_cache[:, 0]  # [blocks, tokens a block, row], perhaps with padding between blocks
-        slots, size = m.slots, cache.shape[1]
+        slots, size = m.slots.clamp(min=0), cache.shape[1]  # padding goes to page 0, which vLLM leaves empty
         cache[slots // size, slots % size, : rows.shape[-1]] = rows[: len(slots)].to(cache.dtype)
         if m.decodes:
             out[: m.decodes] = self.attend_to_latents(query[: m.decodes], cache, m)
@@ -196,8 +175,10 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
         if self.flash:
             from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
+            width = max(self.qk, self.value)
+            query, key, value = (F.pad(part, (0, width - part.shape[-1])) for part in (query, key, value))
             return flash_attn_varlen_func(
-                q=query.contiguous(), k=key, v=F.pad(value, (0, self.qk - self.value)).contiguous(),
+                q=query, k=key, v=value,
                 max_seqlen_q=max(prefill.queries), cu_seqlens_q=prefill.query_starts, max_seqlen_k=max(prefill.keys),
                 cu_seqlens_k=prefill.key_starts, softmax_scale=self.qk**-0.5, causal=True, fa_version=get_flash_attn_version(),
             )[..., : self.value]  # fmt: skip

@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionMetadataBuilder,
-    MultipleOf,
-)
+from vllm.v1.attention.backend import AttentionCGSupport, MultipleOf
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from megatron_hylo.serve.vllm.backend import Backend, Builder
 
 CACHED_TOKENS = 131_072  # whose keys and values are made anew at a time while prompts are read; one request may have more
 
@@ -34,21 +31,18 @@ class Prefill:
 class LatentMetadata:
     """Requests of one step: first those with one token each, then the others."""
 
-    slots: Tensor  # int64 [tokens], page * tokens a page + place; padding writes to page 0, which vLLM leaves empty
+    slots: Tensor  # int64 [tokens], page * tokens a page + place, -1 for padding; vLLM's own tensor, which CUDA graphs read
     decodes: int
     block_table: Tensor  # int32 [decodes, pages]
     lengths: Tensor  # int32 [decodes], with the new token
     prefills: list[Prefill]
 
 
-class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
-    """Makes LatentMetadata once a step; a step of decodes alone needs nothing from the device and can be captured."""
+class LatentBuilder(Builder):
+    """Makes LatentMetadata once a step; for decodes alone it holds vLLM's own tensors, so the step can be captured."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold: int = 1
-
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
         """Divide the requests, and find the pages of all tokens that prefills see."""
@@ -64,7 +58,7 @@ class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
             keys = lengths[first - decodes : last - decodes]
             prefills.append(self._prefill(starts[first : last + 1], keys, m.block_table_tensor[first:last]))
             first = last
-        slots = m.slot_mapping[: m.num_actual_tokens].long().clamp(min=0)
+        slots = m.slot_mapping[: m.num_actual_tokens]
         return LatentMetadata(slots, decodes, m.block_table_tensor[:decodes], m.seq_lens[:decodes], prefills)
 
     def _prefill(self, starts: list[int], keys: list[int], block_table: Tensor) -> Prefill:
@@ -72,28 +66,16 @@ class LatentBuilder(AttentionMetadataBuilder[LatentMetadata]):
         queries = [end - begin for begin, end in zip(starts, starts[1:])]
         positions = torch.cat([torch.arange(length) for length in keys]).to(device)
         requests = torch.repeat_interleave(torch.arange(len(keys)), torch.tensor(keys)).to(device)
-
-        def sums(counts: list[int]) -> Tensor:
-            return torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
-
         blocks = block_table[requests, positions // size].long()
-        return Prefill(slice(starts[0], starts[-1]), queries, keys, sums(queries), sums(keys), blocks, positions % size)
+        sums = [torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device) for counts in (queries, keys)]
+        return Prefill(slice(starts[0], starts[-1]), queries, keys, sums[0], sums[1], blocks, positions % size)
 
 
-class LatentBackend(AttentionBackend):
+class LatentBackend(Backend):
     """Pages of one head whose K and V side by side are a token's row of latents, so half of it is the head's size."""
 
+    builder = LatentBuilder
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
-
-    @staticmethod
-    def get_name() -> str:
-        """A name outside vLLM's own."""
-        return "CUSTOM"
-
-    @staticmethod
-    def get_builder_cls() -> type[LatentBuilder]:
-        """Class of the builder."""
-        return LatentBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(*_: Any) -> list[int | MultipleOf]:

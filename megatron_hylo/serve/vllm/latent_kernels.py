@@ -22,16 +22,9 @@ class Cached(NamedTuple):
 
 
 def decode_torch(query: Tensor, offset: Tensor | None, cached: Cached, scale: float) -> Tensor:
-    """Attend to latents, request by request.
+    """Attend to latents, request by request: query [requests, heads, rank + rotary], absorbed -> [requests, heads, rank].
 
-    Args:
-        query: [requests, heads, rank + rotary], absorbed.
-        offset: fp32 [requests, heads], added to scores before a key's scale; None where keys have no scales.
-        cached: what is attended to.
-        scale: factor on the scores.
-
-    Returns:
-        [requests, heads, rank] in the query's dtype; zeros for padding.
+    offset, fp32 [requests, heads], is added to scores before a key's scale; None where keys have no scales. Zeros for padding.
     """
     pages, _, _, rank, groups = cached
     heads, width = query.shape[1:]

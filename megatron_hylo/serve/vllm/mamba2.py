@@ -3,23 +3,21 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
 from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.serve.vllm.config import uses_reference
-from megatron_hylo.serve.vllm.recurrence import StateBackend, fp32_rows, run_reference
+from megatron_hylo.serve.vllm.recurrence import Referable, run_reference, sharded
 from megatron_hylo.serve.vllm.versions import known
 
 
-class HyloMamba2(MambaMixer2):
+class HyloMamba2(Referable, MambaMixer2):
     """Mamba2 whose x and B, which share the base model's KV heads, are repeated in the weights (weights.py)."""
 
-    dt_bias: nn.Parameter
-    D: nn.Parameter
-
-    def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
+    def __init__(self, config: Any, layer: int, vllm_config: Any, prefix: str) -> None:
         c = config.architecture()
         super().__init__(
             hidden_size=config.hidden_size, ssm_state_size=c.mamba_state_dim, conv_kernel_size=c.linear_conv_kernel_dim,
@@ -28,13 +26,9 @@ class HyloMamba2(MambaMixer2):
             rms_norm_eps=c.layernorm_epsilon, activation="silu", model_config=vllm_config.model_config,
             cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config, prefix=prefix,
         )  # fmt: skip
-        self.dt_bias: Tensor = fp32_rows(self.dt_bias)
-        self.D: Tensor = fp32_rows(self.D)
+        for name in ("dt_bias", "D"):  # as the exported tensors
+            self.register_parameter(name, sharded(len(getattr(self, name)), dtype=torch.float32))
         self.reference = uses_reference(vllm_config)
-
-    def get_attn_backend(self) -> Any:
-        """Backend whose metadata the kernels read."""
-        return StateBackend if self.reference else super().get_attn_backend()
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
         """Describe the states; the reference has none within a prefill to checkpoint."""

@@ -1,27 +1,21 @@
 """HyloForCausalLM for vLLM: layers with any mixers, their states as vLLM asks for them, and the loading of exported weights."""
 
 from collections.abc import Iterable
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.mamba.mamba_utils import (
-    MambaStateCopyFuncCalculator,
-    MambaStateDtypeCalculator,
-    MambaStateShapeCalculator,
-)
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+from vllm.model_executor.models.llama import LlamaMLP
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, complete
-from megatron_hylo.config.mixers.mamba2 import Mamba2
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MLA_SYMBOL, complete
 from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 from megatron_hylo.serve.vllm.attention import HyloAttention
 from megatron_hylo.serve.vllm.gdn import HyloGatedDeltaNet
@@ -38,21 +32,6 @@ MIXERS: dict[str, tuple[str, type[nn.Module]]] = {
     "K": ("linear_attn", HyloKimiDeltaAttention),
 }
 complete(MIXERS, "serve/vllm/model.py: MIXERS")
-States = tuple[tuple[tuple[int, ...], ...], tuple[torch.dtype, ...]]  # shapes and dtypes of a layer's states
-
-
-class HyloMLP(nn.Module):
-    """SwiGLU MLP without biases."""
-
-    def __init__(self, hidden: int, ffn: int, prefix: str) -> None:
-        super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(hidden, [ffn, ffn], bias=False, prefix=f"{prefix}.gate_up_proj")
-        self.down_proj = RowParallelLinear(ffn, hidden, bias=False, prefix=f"{prefix}.down_proj")
-        self.act = SiluAndMul()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the MLP to x: [tokens, hidden] -> the same shape."""
-        return self.down_proj(self.act(self.gate_up_proj(x)[0]))[0]
 
 
 class HyloLayer(nn.Module):
@@ -63,11 +42,10 @@ class HyloLayer(nn.Module):
         c = config.architecture()
         self.symbol = config.mixers[layer]
         self.mixer_name, mixer = MIXERS[self.symbol]
-        arguments = (config, vllm_config) if self.symbol in LINEAR_SYMBOLS else (config, layer, vllm_config)
         self.input_layernorm = RMSNorm(config.hidden_size, eps=c.layernorm_epsilon)
-        self.add_module(self.mixer_name, mixer(*arguments, f"{prefix}.{self.mixer_name}"))
+        self.add_module(self.mixer_name, mixer(config, layer, vllm_config, f"{prefix}.{self.mixer_name}"))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=c.layernorm_epsilon)
-        self.mlp = HyloMLP(config.hidden_size, c.ffn_hidden_size, f"{prefix}.mlp")
+        self.mlp = LlamaMLP(config.hidden_size, c.ffn_hidden_size, "silu", prefix=f"{prefix}.mlp")
 
     def forward(self, x: Tensor, residual: Tensor | None, ropes: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Add x to the residual and apply mixer and MLP: [tokens, hidden] each -> what to add next, and the residual."""
@@ -81,9 +59,6 @@ class HyloLayer(nn.Module):
 class HyloModel(nn.Module):
     """Backbone: embedding, layers, final norm."""
 
-    frequencies: Tensor
-    latent_frequencies: Tensor
-
     def __init__(self, vllm_config: Any, prefix: str) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
@@ -94,18 +69,17 @@ class HyloModel(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, eps=c.layernorm_epsilon)
         latent = c.kv_channels if c.mla_rotary_pairs else c.qk_pos_emb_head_dim  # layers choose out of the base model's table
-        self.rotations = {ATTENTION_SYMBOL: (c.kv_channels, c.rope_scaling), MLA_SYMBOL: (latent, c.mla_rope_scaling)}
-        for symbol, name in ((ATTENTION_SYMBOL, "frequencies"), (MLA_SYMBOL, "latent_frequencies")):
-            channels, scaling = self.rotations[symbol]
-            table = rope_frequencies(channels, c.rotary_base, scaling, torch.get_default_device())
-            self.register_buffer(name, table, persistent=False)
-        self.attends = set(config.mixers) & set(self.rotations)
+        rotations = {ATTENTION_SYMBOL: (c.kv_channels, c.rope_scaling), MLA_SYMBOL: (latent, c.mla_rope_scaling)}
+        self.rotations = {
+            symbol: (rope_frequencies(width, c.rotary_base, scaling, torch.get_default_device()), scaling.cos_sin_multiplier)
+            for symbol, (width, scaling) in rotations.items()
+            if symbol in config.mixers
+        }
 
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
         """Compute hidden states [tokens, hidden] of all requests' tokens."""
         x, residual = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds, None
-        tables: dict[str, Any] = {ATTENTION_SYMBOL: self.frequencies, MLA_SYMBOL: self.latent_frequencies}
-        ropes = {s: rope_cos_sin(positions, tables[s], self.rotations[s][1].cos_sin_multiplier) for s in self.attends}
+        ropes = {symbol: rope_cos_sin(positions, *rotation) for symbol, rotation in self.rotations.items()}
         for layer in self.layers:
             x, residual = layer(x, residual, ropes)
         return self.norm(x, residual)[0]
@@ -115,52 +89,27 @@ class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
     """A HyLo model with its output head."""
 
     @classmethod
-    def _states(cls, vllm_config: Any, symbol: str) -> States:
-        c = vllm_config.model_config.hf_config.architecture()
-        tp, cache = vllm_config.parallel_config.tensor_parallel_size, vllm_config.cache_config
-        types = (vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype)
-        if symbol == Mamba2.symbol:
-            shapes = MambaStateShapeCalculator.mamba2_state_shape(
-                tp_world_size=tp, intermediate_size=c.mamba_num_heads * c.mamba_head_dim, n_groups=c.mamba_num_heads,
-                num_heads=c.mamba_num_heads, head_dim=c.mamba_head_dim, state_size=c.mamba_state_dim,
-                conv_kernel=c.linear_conv_kernel_dim,
-            )  # fmt: skip
-            return shapes, MambaStateDtypeCalculator.mamba2_state_dtype(*types)
-        heads, keys, values = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
-        shapes = MambaStateShapeCalculator.gated_delta_net_state_shape(tp, heads, heads, keys, values, c.linear_conv_kernel_dim)
-        return shapes, MambaStateDtypeCalculator.gated_delta_net_state_dtype(*types)
-
-    @classmethod
-    def _all_states(cls, vllm_config: Any) -> list[States]:
-        """States of every kind of linear layer, the largest first."""
-        symbols = sorted(set(vllm_config.model_config.hf_config.mixers) & set(LINEAR_SYMBOLS))
-        states = [cls._states(vllm_config, symbol) for symbol in symbols]
-        return sorted(states, key=lambda s: -sum(prod(shape) * dtype.itemsize for shape, dtype in zip(*s))) or [((), ())]
+    def get_mamba_specs_from_config(cls, vllm_config: Any) -> list[MambaSpec]:
+        """Descriptions of the states of all linear layers, which exist when vLLM asks, the largest first."""
+        layers = [x for x in vllm_config.compilation_config.static_forward_context.values() if isinstance(x, MambaBase)]
+        states = {(layer.get_state_shape(), layer.get_state_dtype()) for layer in layers}
+        specs = [MambaSpec(shapes=shapes, dtypes=dtypes, block_size=-1) for shapes, dtypes in states or {((), ())}]
+        return sorted(specs, key=lambda spec: -spec.page_size_bytes)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
         """Shapes of the largest states."""
-        return cls._all_states(vllm_config)[0][0]
+        return cls.get_mamba_specs_from_config(vllm_config)[0].shapes
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
         """Dtypes of the largest states."""
-        return cls._all_states(vllm_config)[0][1]
-
-    @classmethod
-    def get_mamba_specs_from_config(cls, vllm_config: Any) -> list[MambaSpec]:
-        """Descriptions of all kinds of states; asked by vLLM 0.30 and later."""
-        return [MambaSpec(shapes=s, dtypes=d, block_size=-1) for s, d in cls._all_states(vllm_config)]
+        return cls.get_mamba_specs_from_config(vllm_config)[0].dtypes
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[Any, ...]:
         """How states are copied to where a prefix is cached, of every kind of linear layer."""
         return MambaStateCopyFuncCalculator.gated_delta_net_state_copy_func()
-
-    @classmethod
-    def get_mamba_state_copy_funcs(cls, mamba_types: Iterable[Any]) -> dict[Any, tuple[Any, ...]]:
-        """The same by kind; asked by vLLM 0.30 and later."""
-        return dict.fromkeys(mamba_types, cls.get_mamba_state_copy_func())
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
@@ -176,12 +125,7 @@ class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
         return self.model.embed_tokens(input_ids)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        intermediate_tensors: None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, positions: Tensor, intermediate_tensors: None = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
         """Compute hidden states [tokens, hidden] of all requests' tokens, from their pages and into them."""
         return self.model(input_ids, positions, inputs_embeds)

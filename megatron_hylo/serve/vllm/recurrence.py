@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
+from megatron_hylo.serve.vllm.backend import Backend, Builder
 
 # convolved inputs [1, tokens, channels], other inputs, a state or None -> outputs [1, tokens, heads, channels], the state after
 Step = Callable[..., tuple[Tensor, Tensor | None]]
@@ -27,11 +27,8 @@ class StateMetadata:
     continued: list[bool]  # whether its state holds earlier tokens
 
 
-class StateBuilder(AttentionMetadataBuilder[StateMetadata]):
+class StateBuilder(Builder):
     """Makes StateMetadata once a step."""
-
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StateMetadata:
         """Read the blocks of states for the cache mode that is set."""
@@ -43,18 +40,10 @@ class StateBuilder(AttentionMetadataBuilder[StateMetadata]):
         return StateMetadata(starts, table[:, 0].tolist(), continued)
 
 
-class StateBackend(AttentionBackend):
+class StateBackend(Backend):
     """Backend of linear layers, as far as vLLM asks."""
 
-    @staticmethod
-    def get_name() -> str:
-        """A name outside vLLM's own."""
-        return "CUSTOM"
-
-    @staticmethod
-    def get_builder_cls() -> type[StateBuilder]:
-        """Class of the builder."""
-        return StateBuilder
+    builder = StateBuilder
 
     @classmethod
     def is_ssm(cls) -> bool:
@@ -62,18 +51,22 @@ class StateBackend(AttentionBackend):
         return True
 
 
+class Referable:
+    """A linear layer of vLLM that this project's torch kernels may compute in place of its own."""
+
+    reference: bool
+
+    def get_attn_backend(self) -> Any:
+        """Backend whose metadata the kernels read."""
+        return StateBackend if self.reference else super().get_attn_backend()  # type: ignore[misc]
+
+
 def run_reference(layer: Any, x: Tensor, others: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None, step: Step) -> Tensor:
-    """Convolve and run a recurrence over all requests of the batch, from their states and into them.
+    """Convolve x [tokens, channels] and run a recurrence, request by request, from their states and into them.
 
-    Args:
-        layer: has `prefix` and `kv_cache`, (convolution's inputs, recurrent states), one row a block.
-        x: [tokens, channels], before the convolution.
-        others: [tokens, ...] each, inputs of the step that are not convolved.
-        weight, bias: of the convolution, [channels, taps] and [channels].
-        step: the recurrence.
-
-    Returns:
-        [tokens, heads, channels]; zeros where vLLM only profiles, and for padding.
+    `layer.kv_cache` is (convolution's inputs, recurrent states), a row a block; `others` [tokens, ...] are inputs of the step
+    that are not convolved; weight and bias are the convolution's, [channels, taps] and [channels].
+    Returns [tokens, heads, channels], with zeros for padding.
     """
     metadata = get_forward_context().attn_metadata
     m = StateMetadata([0, len(x)], [], [False]) if metadata is None else metadata[layer.prefix]
@@ -98,9 +91,8 @@ def run_reference(layer: Any, x: Tensor, others: tuple[Tensor, ...], weight: Ten
     return out
 
 
-def fp32_rows(like: Tensor, rows: int | None = None) -> torch.nn.Parameter:
-    """Make a parameter [rows or as many as `like` has] that stays in fp32, as the exported tensor; each rank loads its part."""
-    values = torch.empty(len(like) if rows is None else rows, dtype=torch.float32, device=like.device)
-    parameter = torch.nn.Parameter(values, requires_grad=False)
+def sharded(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """Make a parameter whose rows are this rank's part of an exported tensor's."""
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     parameter.weight_loader = sharded_weight_loader(0)  # type: ignore[attr-defined]
     return parameter

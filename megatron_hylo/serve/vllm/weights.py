@@ -17,14 +17,12 @@ def _same(mixer: str, *names: str) -> Table:
 
 
 def _delta_rule(*decay: str) -> Table:
-    joined = {"in_proj_qkvz": "qkvg", "conv1d": "qkv"}
-    table = {
-        "linear_attn.in_proj_qkvz.weight": tuple(f"linear_attn.{part}_proj.weight" for part in joined["in_proj_qkvz"]),
-        "linear_attn.conv1d.weight": tuple(f"linear_attn.{part}_conv1d.weight" for part in joined["conv1d"]),
+    return _same("linear_attn", "A_log", "dt_bias", *decay) | {
+        "linear_attn.in_proj_qkvz.weight": tuple(f"linear_attn.{part}_proj.weight" for part in "qkvg"),
+        "linear_attn.conv1d.weight": tuple(f"linear_attn.{part}_conv1d.weight" for part in "qkv"),
         "linear_attn.norm.weight": ("linear_attn.o_norm.weight",),
         "linear_attn.out_proj.weight": ("linear_attn.o_proj.weight",),
     }
-    return table | _same("linear_attn", "A_log", "dt_bias", *decay)
 
 
 BIASED = ("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # of MLA, with mla_bias
@@ -55,11 +53,7 @@ def _mixer_table(symbol: str, c: Any) -> Table:
 
 
 def tensor_table(config: Any) -> Table:
-    """List every parameter of the served model with the exported tensors it is made of.
-
-    Args:
-        config: HyloConfig.
-    """
+    """List every parameter of the served model with the exported tensors it is made of."""
     c = config.architecture()
     table: Table = {name: (name,) for name in ("model.embed_tokens.weight", "model.norm.weight")}
     if not config.tie_word_embeddings:
@@ -74,13 +68,7 @@ def tensor_table(config: Any) -> Table:
 def repeat_mamba_groups(tensor: Tensor, name: str, c: Any) -> Tensor:
     """Repeat rows of x and B, which have the base model's KV heads, for all heads that share them, as vLLM's Mamba2 wants them.
 
-    Args:
-        tensor: exported in_proj.weight [z | x | B | C | dt, hidden], conv1d.weight or conv1d.bias [x | B | C, ...].
-        name: parameter, of which in_proj has z before and dt after.
-        c: sizes, as of HyloConfig.architecture().
-
-    Returns:
-        The rows of x as many as of z, those of B as many as of C.
+    The tensor is in_proj.weight [z | x | B | C | dt, hidden], conv1d.weight or conv1d.bias [x | B | C, ...], by its name.
     """
     heads, groups, width, state = c.mamba_num_heads, c.num_query_groups, c.mamba_head_dim, c.mamba_state_dim
     before, after = (heads * width, heads) if "in_proj" in name else (0, 0)
@@ -92,16 +80,9 @@ def repeat_mamba_groups(tensor: Tensor, name: str, c: Any) -> Tensor:
 def load_tensors(
     config: Any, parameters: dict[str, Any], weights: Iterable[tuple[str, Tensor]], default: Callable[[Any, Tensor], None]
 ) -> set[str]:
-    """Load exported tensors into parameters as they come, and check that all were there and none is left.
+    """Load exported tensors, in any order, into parameters, and check that all were there and none is left.
 
-    Args:
-        config: HyloConfig.
-        parameters: the served model's, by name; their own `weight_loader` takes this rank's part.
-        weights: exported tensors by name, in any order.
-        default: loads a parameter that has no loader of its own.
-
-    Returns:
-        Names of the parameters, all loaded.
+    A parameter's own `weight_loader` takes this rank's part, or `default` loads it. Returns the names of all parameters.
 
     Raises:
         ConfigError: a tensor missing or unknown, or a parameter that no tensor is for.
@@ -111,7 +92,6 @@ def load_tensors(
         raise ConfigError(f"the served model and its table of tensors differ in {sorted(wrong)[:3]}, {len(wrong)} in all")
     target = {source: name for name, sources in table.items() for source in sources}
     waiting: dict[str, dict[str, Tensor]] = {}
-    loaded: set[str] = set()
     seen: set[str] = set()
     for source, tensor in weights:
         if source == "lm_head.weight" and config.tie_word_embeddings:
@@ -129,9 +109,6 @@ def load_tensors(
         if ".mamba." in name and name.split(".mamba.")[1] in ("in_proj.weight", "conv1d.weight", "conv1d.bias"):
             value = repeat_mamba_groups(value, name, c)
         getattr(parameters[name], "weight_loader", default)(parameters[name], value)
-        loaded.add(name)
     if missing := sorted(set(target) - seen):
-        raise ConfigError(
-            f"the folder lacks {len(missing)} of {len(target)} tensors, the first is {missing[0]}; export the model again"
-        )
-    return loaded
+        raise ConfigError(f"the folder lacks {len(missing)} of {len(target)} tensors, as {missing[0]}; export the model again")
+    return set(parameters)

@@ -1,6 +1,7 @@
-"""`vllm serve` under load with bad requests among good ones: it stays healthy, and the good answers are transformers'."""
+"""`vllm serve` answers as transformers does, alone, together, from cached prefixes, and under load with bad requests."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -20,7 +21,11 @@ import aiohttp
 
 pytestmark = pytest.mark.vllm
 EXPORTED = os.environ.get("HYLO_SERVE_MODEL", "")  # an exported folder; a tiny random model where there is none
-REQUESTS, CONCURRENT, NEW, LONGEST = 200, 24, 12, 512
+REQUESTS, CONCURRENT, NEW = 200, 24, 6
+LONGEST = 2048 if EXPORTED else 512
+XGRAMMAR = '{"backend": "xgrammar", "disable_any_whitespace": true}'  # an untrained model would write spaces without end
+ROOT = Path(__file__).parents[3]
+Prompts = dict[str, list[int]]  # token ids by name
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +34,47 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prompts(folder) -> list[list[int]]:
-    """Token ids of mixed lengths, some with a prefix in common."""
-    vocabulary = json.loads((folder / "config.json").read_text())["hylo"]["vocab_size"]
+def prompts(folder) -> Prompts:
+    """Fifty for an exported model, some with a long prefix in common; of mixed lengths, to be cut and joined."""
+    return text_prompts(folder) if EXPORTED else random_prompts()
+
+
+def text_prompts(folder: Path) -> Prompts:
+    """Beginnings of the documentation's sections, and ends of one page that are read after the same pages."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    found: Prompts = {}
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for section in page.read_text().split("\n## ")[1:4]:
+            length = (3, 5, 9, 12, 20, 33, 40, 64, 65, 90)[len(found) % 10]
+            ids = tokenizer(section, add_special_tokens=False).input_ids[:length]
+            if len(ids) == length and len(found) < 48:
+                found[f"{page.name}, {section.splitlines()[0]}, {length} tokens"] = ids
+    page = tokenizer((ROOT / "docs/long_context.md").read_text(), add_special_tokens=False).input_ids
+    prefix = page[: LONGEST - 900]
+    return found | {f"after {len(prefix)} tokens, {n} more": prefix + page[-n - 20 : -20] for n in (4, 50)}
+
+
+def random_prompts() -> Prompts:
     generator = torch.Generator().manual_seed(2)
-    prefix = torch.randint(3, vocabulary - 1, (160,), generator=generator).tolist()
+    prefix = torch.randint(3, 255, (160,), generator=generator).tolist()
     lengths = (1, 2, 5, 9, 17, 33, 40, 64, 65, 100, 128, 150, 200, 257, 300)
-    unlike = [torch.randint(3, vocabulary - 1, (length,), generator=generator).tolist() for length in lengths]
-    return unlike + [prefix + tail[:20] for tail in unlike[4:9]]
+    unlike = [torch.randint(3, 255, (length,), generator=generator).tolist() for length in lengths]
+    unlike += [prefix + tail[:20] for tail in unlike[4:9]]
+    return {f"{i}, {len(prompt)} tokens": prompt for i, prompt in enumerate(unlike)}
 
 
 @pytest.fixture(scope="module")
-def expected(folder, prompts) -> list[list[int]]:
-    answers, gaps = greedy_tokens(folder, prompts, NEW)
+def expected(folder, prompts) -> Prompts:
+    """Greedy answers of transformers, by the prompts' names."""
+    answers, gaps = greedy_tokens(folder, list(prompts.values()), NEW)
     assert min(gaps) > 1e-4, "a tie decides nothing"
-    return answers
+    return dict(zip(prompts, answers))
 
 
 @pytest.fixture(scope="module")
-def url(folder, expected, tmp_path_factory):
+def url(folder, tmp_path_factory):
     """A server in processes of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,7 +83,8 @@ def url(folder, expected, tmp_path_factory):
     command = [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", "hybrid", "--host",
         "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(LONGEST), "--max-num-seqs", "8",
-        "--max-num-batched-tokens", "128", *([] if EXPORTED else ["--skip-tokenizer-init"]),
+        "--max-num-batched-tokens", "1024" if EXPORTED else "256", "--enable-prefix-caching",
+        *(["--structured-outputs-config", XGRAMMAR] if EXPORTED else ["--skip-tokenizer-init"]),
     ]  # fmt: skip
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("w") as output:
@@ -66,11 +94,12 @@ def url(folder, expected, tmp_path_factory):
         yield f"http://127.0.0.1:{port}"
         print(log.read_text()[-1500:])
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 async def until_healthy(url: str, server: subprocess.Popen, log: Path) -> None:
@@ -132,9 +161,10 @@ async def cancel(session, url: str, prompt: list[int]) -> None:
         response.close()
 
 
-async def request(session, url: str, i: int, prompts: list[list[int]], expected: list[list[int]]) -> str:
+async def request(session, url: str, i: int, prompts: Prompts, expected: Prompts) -> str:
     """Send request i, five of ten are good; return what it was, or what was wrong."""
-    prompt, kind = prompts[i % len(prompts)], i % 10
+    name, kind = list(prompts)[i % len(prompts)], i % 10
+    prompt = prompts[name]
     if kind == 0:
         found = await status(session, url, json=body([5] * (LONGEST + 1)))
         return "too long" if found == 400 else f"too long a prompt was answered by {found}"
@@ -153,61 +183,122 @@ async def request(session, url: str, i: int, prompts: list[list[int]], expected:
         await cancel(session, url, prompt)
         return "cancelled"
     found = await answer(session, url, prompt)
-    return "right" if found == expected[i % len(prompts)] else f"prompt {i % len(prompts)}: {found}"
+    return "right" if found == expected[name] else f"{name}: {found}"
 
 
-async def running(session, url: str) -> float:
-    """Requests that the server still computes or that wait."""
+def client() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(1800))
+
+
+async def metric(session, url: str, *names: str) -> float:
+    """Sum of the metrics of these names."""
     async with session.get(f"{url}/metrics") as response:
         lines = (await response.text()).splitlines()
-    names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(names) and "by_reason" not in line)
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0] in names)
 
 
-async def load(url: str, prompts, expected) -> list[str]:
+async def together(url: str, prompts: Prompts) -> Prompts:
+    async with client() as session:
+        return dict(zip(prompts, await asyncio.gather(*(answer(session, url, prompt) for prompt in prompts.values()))))
+
+
+async def one_by_one(url: str, prompts: Prompts) -> tuple[Prompts, float]:
+    """Answers, and how many tokens of the prompts were found cached."""
+    async with client() as session:
+        before = await metric(session, url, "vllm:prefix_cache_hits_total")
+        found = {name: await answer(session, url, prompt) for name, prompt in prompts.items()}
+        return found, await metric(session, url, "vllm:prefix_cache_hits_total") - before
+
+
+def test_completions_equal_transformers(url, prompts, expected):
+    """At once, so that prompts are joined and cut to the steps' tokens; then one by one, when prefixes are cached."""
+    begin = time.monotonic()
+    joined = asyncio.run(together(url, prompts))
+    alone, cached = asyncio.run(one_by_one(url, prompts))
+    for name in prompts:
+        right = {"together": joined[name] == expected[name], "alone": alone[name] == expected[name]}
+        print(f"{'right' if all(right.values()) else right}: {name}")
+    print(f"{len(prompts)} prompts twice in {time.monotonic() - begin:.0f} s, {cached:.0f} of their tokens cached")
+    assert joined == expected and alone == expected
+    assert cached > 0
+
+
+async def load(url: str, prompts: Prompts, expected: Prompts) -> list[str]:
     slots = asyncio.Semaphore(CONCURRENT)
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(900)) as session:
+    async with client() as session:
 
         async def one(i: int) -> str:
             async with slots:
                 return await request(session, url, i, prompts, expected)
 
         outcomes = await asyncio.gather(*(one(i) for i in range(REQUESTS)))
-        for _ in range(60):
-            if not await running(session, url):
+        waiting = "vllm:num_requests_running", "vllm:num_requests_waiting"
+        for _ in range(120):
+            if not await metric(session, url, *waiting):
                 break
             await asyncio.sleep(1)
-        assert not await running(session, url), "requests of clients that left are still computed"
+        assert not await metric(session, url, *waiting), "requests of clients that left are still computed"
         async with session.get(f"{url}/health") as response:
             assert response.status == 200
-        again = [await answer(session, url, prompt) for prompt in prompts]
-    assert again == expected
     return outcomes
 
 
 def test_a_server_under_load_stays_healthy_and_right(url, prompts, expected):
-    begin = time.monotonic()
-    outcomes = asyncio.run(load(url, prompts, expected))
+    begin, short = time.monotonic(), dict(list(prompts.items())[:20])
+    outcomes = asyncio.run(load(url, short, expected))
     counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
     print(f"\n{REQUESTS} requests, {CONCURRENT} at a time, in {time.monotonic() - begin:.0f} s: {counts}")
     assert counts == {
         "right": 100,
         **dict.fromkeys(("cancelled", "disconnected", "malformed", "too long", "wrong settings"), 20),
     }
+    assert asyncio.run(together(url, short)) == {name: expected[name] for name in short}
+
+
+RIVER = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Rhine", "Po"]}, "length": {"type": "integer", "minimum": 1, "maximum": 9999}},
+    "required": ["name", "length"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.skipif(not EXPORTED, reason="structures need a tokenizer: HYLO_SERVE_MODEL=FOLDER of an exported model")
+@pytest.mark.parametrize(
+    "structure", [{"choice": ["blue", "green"]}, {"json": RIVER}], ids=lambda structure: next(iter(structure))
+)
+def test_structured_outputs(url, structure):
+    async def ask() -> str:
+        asked = {"model": "hybrid", "prompt": "A river, as JSON:", "max_tokens": 64, "structured_outputs": structure}
+        async with client() as session, session.post(f"{url}/v1/completions", json=asked) as response:
+            return (await response.json())["choices"][0]["text"]
+
+    text = asyncio.run(ask())
+    if "choice" in structure:
+        assert text in structure["choice"]
+    else:
+        river = json.loads(text)
+        assert river["name"] in ("Rhine", "Po") and 1 <= river["length"] <= 9999 and len(river) == 2
 
 
 @pytest.mark.skipif(not EXPORTED, reason="a chat needs a tokenizer: HYLO_SERVE_MODEL=FOLDER of an exported model")
-def test_structured_output_keeps_to_its_choices(url):
-    async def choose():
-        async with aiohttp.ClientSession() as session:
-            asked = {
-                "model": "hybrid",
-                "prompt": "The sea is",
-                "max_tokens": 8,
-                "structured_outputs": {"choice": ["blue", "green"]},
-            }
-            async with session.post(f"{url}/v1/completions", json=asked) as response:
-                return await response.json()
+def test_a_chat_is_answered_by_tokens_of_the_same_template(url, folder):
+    from transformers import AutoTokenizer
 
-    content = asyncio.run(choose())
-    assert content["choices"][0]["text"] in ("blue", "green"), content
+    messages = [{"role": "user", "content": "Name three rivers."}]
+    ids = (
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        .apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        .input_ids
+    )
+    asked = {"model": "hybrid", "messages": messages, "max_tokens": NEW, "temperature": 0, "return_token_ids": True}
+
+    async def ask() -> dict:
+        async with client() as session, session.post(f"{url}/v1/chat/completions", json=asked) as response:
+            return await response.json()
+
+    content = asyncio.run(ask())
+    assert content["prompt_token_ids"] == ids
+    answers, _ = greedy_tokens(folder, [ids], NEW)
+    found = content["choices"][0]["token_ids"]
+    assert found == answers[0][: len(found)]

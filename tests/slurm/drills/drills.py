@@ -1,28 +1,44 @@
 """The drills: what happens to jobs."""
 
-import json
+import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 
-from tests.slurm.drills.lab import OVERRIDES, PATIENCE, ROOT, STEPS, Drill, Job, Lab, Outcome, read_losses
+from tests.slurm.drills.cluster import kill, read_bytes
+from tests.slurm.drills.lab import (
+    EVAL_INTERVAL,
+    MOMENT,
+    OVERRIDES,
+    ROOT,
+    STEPS,
+    Drill,
+    Job,
+    Lab,
+)
 
 
-def _signal(lab: Lab, job: Job, number: str = "USR1") -> None:
+def signal_batch(lab: Lab, job: Job, number: str = "USR1") -> None:
     """Slurm's signal to the batch script, as --signal=B:USR1 sends it."""
     lab.cluster.call("scancel", "--batch", f"--signal={number}", job.id)
 
 
+def _preempt(lab: Lab) -> None:
+    """Take all nodes by a job of a partition of higher priority."""
+    words = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    lab.cluster.wait_for_end(lab.cluster.call("sbatch", "--parsable", *words).strip(), 120)
+
+
 def usr1_at_a_step(lab: Lab, job: Job) -> str:
-    lab.wait_for_step(job, 22)
-    _signal(lab, job)
+    lab.wait_for_step(job, MOMENT)
+    signal_batch(lab, job)
     return f"at step {job.step()}"
 
 
 def usr1_in_startup(lab: Lab, job: Job) -> str:
     lab.wait_for_start(job)
     time.sleep(1)
-    _signal(lab, job)
+    signal_batch(lab, job)
     lab.cluster.wait(lambda: job.events("requeued") or job.step() > 1, 300, "requeue")
     return f"{job.step()} steps done"
 
@@ -30,28 +46,28 @@ def usr1_in_startup(lab: Lab, job: Job) -> str:
 def usr1_twice(lab: Lab, job: Job) -> str:
     lab.wait_for_start(job)
     lab.pause(3)
-    _signal(lab, job)
+    signal_batch(lab, job)
     lab.wait_for_start(job, 2)
-    lab.wait_for_step(job, 30)
-    _signal(lab, job)
+    lab.wait_for_step(job, 2 * MOMENT)
+    signal_batch(lab, job)
     return ""
 
 
 def usr1_in_evaluation(lab: Lab, job: Job) -> str:
     """The evaluation after this step takes seconds."""
-    lab.wait_for_step(job, 25)
+    lab.wait_for_step(job, EVAL_INTERVAL)
     time.sleep(0.5)
-    _signal(lab, job)
+    signal_batch(lab, job)
     lab.cluster.wait(lambda: job.events("requeued"), 300, "requeue")
     return f"ended at step {job.step()}"
 
 
 def time_limit(lab: Lab, job: Job) -> None:
-    """Nothing is done: Slurm sends SIGUSR1 before the limit of a minute, each time until the run is finished."""
+    """Nothing is done: Slurm sends SIGUSR1 before the limit, each time until the run is finished."""
 
 
 def requeue(lab: Lab, job: Job) -> str:
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     lab.cluster.call("scontrol", "requeue", job.id)
     return f"at step {job.step()}"
 
@@ -65,15 +81,13 @@ def requeue_in_startup(lab: Lab, job: Job) -> str:
 
 def higher_partition(lab: Lab, job: Job) -> str:
     """A job of a partition of higher priority takes all nodes."""
-    lab.wait_for_step(job, 22)
-    other = lab.cluster.call("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
-                             "--wrap=sleep 1").strip()  # fmt: skip
-    lab.cluster.wait_for_end(other, 120)
+    lab.wait_for_step(job, MOMENT)
+    _preempt(lab)
     return f"at step {job.step()}"
 
 
 def cancelled_and_submitted_again(lab: Lab, job: Job) -> str:
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     lab.cluster.call("scancel", job.id)
     lab.cluster.wait_for_end(job.id, 60)
     words = [f"--{key}={value}" for key, value in OVERRIDES.items()]
@@ -86,14 +100,14 @@ def cancelled_and_submitted_again(lab: Lab, job: Job) -> str:
 
 def step_killed(lab: Lab, job: Job) -> str:
     """The step of the second node dies, as by a machine's fault that Slurm does not see."""
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     assert lab.cluster.kill_steps("drill2", batch=False), "no step on drill2"
     return ""
 
 
 def node_killed(lab: Lab, job: Job) -> str:
     """The second node dies: slurmd, steps and all; it comes back once Slurm has noticed."""
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     lab.cluster.kill_node("drill2")
     lab.cluster.wait(lambda: "down" in lab.cluster.call("sinfo", "-h", "-N", "-n", "drill2", "-o", "%T"), 120, "down node")
     lab.cluster.start_node("drill2")
@@ -102,7 +116,7 @@ def node_killed(lab: Lab, job: Job) -> str:
 
 def batch_node_killed(lab: Lab, job: Job) -> str:
     """The node of the batch script dies."""
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     node = lab.cluster.job(job.id)["BatchHost"]
     lab.cluster.kill_node(node)
     lab.cluster.wait(lambda: "down" in lab.cluster.call("sinfo", "-h", "-N", "-n", node, "-o", "%T"), 120, "down node")
@@ -111,18 +125,32 @@ def batch_node_killed(lab: Lab, job: Job) -> str:
 
 
 def rank_killed(lab: Lab, job: Job) -> str:
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     lab.kill_rank(job)
     return ""
 
 
 def rank_hangs(lab: Lab, job: Job) -> str:
     """A rank stands still; the others wait for it, and Slurm asks the job to stop."""
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     lab.kill_rank(job, signal.SIGSTOP)
     time.sleep(2)
-    _signal(lab, job)
+    signal_batch(lab, job)
     return ""
+
+
+def rank_slow(lab: Lab, job: Job) -> str:
+    """A rank stands still three quarters of the time; the log must name it."""
+    lab.wait_for_step(job, 4)
+    pid = lab.random.choice(lab.ranks(job))
+    rank = re.search(rb"\0RANK=(\d+)", read_bytes(f"/proc/{pid}/environ"))
+    said = f"rank {rank[1].decode() if rank else ''} on "
+    while not any(said in line and "is slow in" in line for line in (job.run / "log.txt").read_text().splitlines()):
+        assert job.step() < STEPS, f"the log does not call {said.strip()} slow"
+        for number, seconds in ((signal.SIGSTOP, 0.3), (signal.SIGCONT, 0.1)):
+            kill(pid, number)
+            time.sleep(seconds)
+    return said.strip()
 
 
 def nothing(lab: Lab, job: Job) -> None:
@@ -139,21 +167,22 @@ def always_fails(lab: Lab, job: Job) -> None:
 
 
 def saved_on_request(lab: Lab, job: Job) -> str:
-    lab.wait_for_step(job, 22)
+    lab.wait_for_step(job, MOMENT)
     (job.run / "save_now").touch()
     lab.wait_for(job, lambda: not (job.run / "save_now").exists(), "checkpoint on request")
     lab.kill_rank(job)
     return ""
 
 
+SLOW_EVALUATION: dict[str, object] = {"eval_windows": 600}
 DRILLS = [
     Drill("one node, undisturbed", nothing, starts=1),
     Drill("one node, SIGUSR1 at a step", usr1_at_a_step),
     Drill("one node, SIGUSR1 in start-up", usr1_in_startup),
-    Drill("one node, SIGUSR1 in an evaluation", usr1_in_evaluation, arguments={"eval_windows": 600}),
+    Drill("one node, SIGUSR1 in an evaluation", usr1_in_evaluation, arguments=SLOW_EVALUATION),
     Drill("one node, save_now, then the rank is killed", saved_on_request, repeats=None),
     Drill("one node, SIGUSR1 in start-up and at a step", usr1_twice, starts=3),
-    Drill("one node, time limit", time_limit, options=("--time=1", "--signal=B:USR1@45")),
+    Drill("one node, time limit", time_limit, limited=True, environment={"MAX_REQUEUES": "20"}),
     Drill("one node, scontrol requeue", requeue),
     Drill("one node, scontrol requeue in start-up", requeue_in_startup),
     Drill("one node, preempted by a higher partition", higher_partition),
@@ -166,124 +195,42 @@ DRILLS = [
     Drill("two nodes, undisturbed", nothing, nodes=2, starts=1),
     Drill("two nodes, SIGUSR1 at a step", usr1_at_a_step, nodes=2),
     Drill("two nodes, SIGUSR1 in start-up", usr1_in_startup, nodes=2),
-    Drill("two nodes, time limit", time_limit, nodes=2, options=("--time=1", "--signal=B:USR1@45")),
+    Drill("two nodes, time limit", time_limit, nodes=2, limited=True, environment={"MAX_REQUEUES": "20"}),
     Drill("two nodes, scontrol requeue", requeue, nodes=2),
     Drill("two nodes, preempted by a higher partition", higher_partition, nodes=2),
     Drill("two nodes, the step on one dies", step_killed, nodes=2, repeats=None),
     Drill("two nodes, one node dies", node_killed, nodes=2, repeats=None),
     Drill("two nodes, a rank hangs, then SIGUSR1", rank_hangs, nodes=2, repeats=None, environment={"STOP_SECONDS": "15"}),
+    Drill("two nodes, a rank is slow", rank_slow, nodes=2, starts=1),
 ]  # fmt: skip
 
 
-def random_drills(lab: Lab, count: int) -> list[Drill]:
+def random_drills(count: int) -> list[Drill]:
     """Drills of the short kinds, each at a random moment between the job's start and its end."""
 
-    def at_random(kind: str):
+    def at_random(kind: str) -> Callable[[Lab, Job], str]:
         def disturb(lab: Lab, job: Job) -> str:
             lab.wait_for_start(job)
             seconds = lab.pause(18)
-            if kind == "requeue":
+            if kind == "scontrol requeue":
                 lab.cluster.call("scontrol", "requeue", job.id)
+            elif kind == "SIGUSR1":
+                signal_batch(lab, job)
+            elif kind == "preempted":
+                _preempt(lab)
             else:
-                _signal(lab, job)
+                lab.wait_for(job, lambda: bool(lab.ranks(job)) or job.events("finished"), "ranks")
+                if lab.ranks(job):
+                    lab.kill_rank(job)
             return f"after {seconds:.1f} s, at step {job.step()}"
 
         return disturb
 
-    kinds = [("SIGUSR1", 1), ("SIGUSR1", 2), ("requeue", 1), ("SIGUSR1", 1), ("requeue", 2)]
+    kinds = [("SIGUSR1", 1), ("preempted", 2), ("scontrol requeue", 1), ("a rank is killed", 2), ("SIGUSR1", 2),
+             ("scontrol requeue", 2), ("a rank is killed", 1)]  # fmt: skip
     chosen = [kinds[i % len(kinds)] for i in range(count)]
     return [
         Drill(f"{'two nodes' if nodes == 2 else 'one node'}, {kind} at a random moment ({i + 1})", at_random(kind), nodes=nodes,
-              starts=1)
+              starts=1, repeats=None if "killed" in kind else 0)
         for i, (kind, nodes) in enumerate(chosen)
     ]  # fmt: skip
-
-
-def chain_and_array(lab: Lab, only: list[str]) -> Iterator[Outcome]:
-    """Drills of several jobs: stages one after the other, and a job array of which a task is stopped."""
-    if any(text in (name := "chain of two stages, the first stopped once") for text in only):
-        yield _chain(lab, name)
-    if any(text in (name := "teacher and student, one heterogeneous job") for text in only):
-        yield _remote(lab, name)
-    if any(text in (name := "array of two tasks, one stopped once") for text in only):
-        yield _array(lab, name)
-
-
-def _remote(lab: Lab, name: str) -> Outcome:
-    """The heterogeneous job: student and teacher on a node each."""
-    begun = time.monotonic()
-    job = Job("", lab.root / "runs" / "remote", 1)
-    words = [f"--{key}={value}" for key, value in OVERRIDES.items()]
-    group = ["--nodes=1", "--gpus-per-node=1", "--time=60", f"--output={job.run}.out"]
-    job.id = lab.sbatch(
-        ["--parsable", *group, ":", *group, str(ROOT / "slurm" / "remote_teacher.sh"), *words],
-        {"OUTPUT": str(job.run), "TEACHER_OPTIONS": "--timeout_minutes 5", "HYLO_REPOSITORY": str(ROOT)},
-    ).split(";")[0]
-    state = lab.cluster.wait_for_end(job.id, PATIENCE)
-    problems = [] if state.startswith("COMPLETED") else [f"Slurm says {state}"]
-    losses, reference = read_losses(job.run), lab.reference(1)
-    if losses.keys() != reference.keys():
-        problems.append(f"{len(losses)} steps")
-    elif worst := max(abs(losses[step] - reference[step]) for step in reference) > 1e-4:
-        problems.append(f"losses differ by {worst}")
-    return Outcome(name, problems, time.monotonic() - begun, job.events("started"), 0, 0, 0)
-
-
-def _chain(lab: Lab, name: str) -> Outcome:
-    begun, problems = time.monotonic(), []
-    stage2, stage1 = lab.root / "runs" / "chain2", lab.root / "runs" / "chain1"
-    lab.cluster.environment |= {
-        "HYLO_ROOT": str(lab.root), "OUTPUT_1": str(stage1), "OUTPUT_2": str(stage2), "SBATCH_GPUS_PER_NODE": "1",
-        "RECIPE": "", "MODEL": "", "SBATCH_OUTPUT": f"{lab.root}/runs/chain-%j.out", "SBATCH_TIMELIMIT": "60",
-    }  # fmt: skip
-    for number, recipe in ((1, "stage1_ild"), (2, "stage2_ctx8k")):
-        lab.cluster.environment[f"RECIPE_{number}"] = str(_own_recipe(lab, recipe))
-    said = lab.submit_chain("stage1_ild", "stage2_ctx8k")
-    first, second = [line.split()[-1] for line in said.splitlines()]
-    job = Job(first, stage1, 1)
-    lab.wait_for_step(job, 20)
-    _signal(lab, job)
-    states = [lab.cluster.wait_for_end(id, PATIENCE) for id in (first, second)]
-    if states != ["COMPLETED", "COMPLETED"]:
-        problems.append(f"Slurm says {states}")
-    for run in (stage1, stage2):
-        if sorted(read_losses(run)) != list(range(1, STEPS + 1)):
-            problems.append(f"{run.name} has {len(read_losses(run))} steps")
-    if not problems and json.loads((stage2 / "config.json").read_text())["model"] != str(stage1 / "model"):
-        problems.append("the second stage did not begin with the model of the first")
-    return Outcome(
-        name, problems, time.monotonic() - begun, job.events("started"), job.events("requeued"), 0, lab.repeated(stage1)
-    )
-
-
-def _array(lab: Lab, name: str) -> Outcome:
-    begun = time.monotonic()
-    drill = Drill(name, nothing)
-    job = lab.submit(drill, "--array=0-1", f"--output={lab.root}/runs/array-%a.out")
-    tasks = [Job(f"{job.id}_{task}", job.run.with_name(f"{job.run.name}_{task}"), 1) for task in (0, 1)]
-    lab.wait_for_step(tasks[1], 30)
-    _signal(lab, tasks[1])
-    state = lab.cluster.wait_for_end(job.id, PATIENCE)
-    problems = [f"Slurm says {state}"] if state != "COMPLETED" else []
-    for task in tasks:
-        problems += lab.compare(task.run, lab.reference(1))
-    if (starts := [task.events("started") for task in tasks]) != [1, 2]:
-        problems.append(f"starts {starts}, not one and two")
-    repeated = sum(lab.repeated(task.run) for task in tasks)
-    return Outcome(name, problems, time.monotonic() - begun, sum(starts), tasks[1].events("requeued"), 0, repeated)
-
-
-def _own_recipe(lab: Lab, stage: str):
-    """The stage's recipe with the drills' overrides in it: submit_chain.sh hands no arguments on."""
-    import yaml
-
-    recipe = yaml.safe_load((ROOT / "megatron_hylo" / "recipes" / f"{stage}_llama3.2-1b.yaml").read_text())
-    for key, value in OVERRIDES.items():
-        *groups, name = key.split(".")
-        place = recipe
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[name] = {"false": False}.get(str(value), value)
-    file = lab.root / f"{stage}.yaml"
-    file.write_text(yaml.safe_dump(recipe))
-    return file

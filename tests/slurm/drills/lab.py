@@ -1,5 +1,6 @@
 """One drill: a job under Slurm, something that happens to it, and a comparison of what is left with an undisturbed run."""
 
+import math
 import random
 import re
 import shutil
@@ -11,14 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_hylo.eval.runs import read_lines
+from megatron_hylo.eval.runs import read_lines, seconds_of
 from megatron_hylo.io import verify_manifest
 from tests.slurm.drills.cluster import ENDED, Cluster, kill, processes
 
 ROOT = Path(__file__).parents[3]
-STEPS, SAVE_INTERVAL, EVAL_INTERVAL = 60, 20, 25
-OVERRIDES = {
-    "sequence_length": 128, "global_batch_size": 8, "train_tokens": STEPS * 1024, "precision": "fp32", "optimizer.lr": 1e-3,
+STEPS, SAVE_INTERVAL, EVAL_INTERVAL = 48, 16, 20
+MOMENT = SAVE_INTERVAL + 2  # step at which most things happen: behind a checkpoint, before an evaluation
+OVERRIDES = {  # steps of some 0.07 s: starting takes most of a drill
+    "sequence_length": 64, "global_batch_size": 2, "micro_batch_size": 1, "train_tokens": STEPS * 128,
+    "precision": "fp32", "optimizer.lr": 1e-3,
     "logging.log_interval": 1, "logging.tensorboard": "false", "eval_windows": 4, "recall.share": 0,
     "eval_interval": EVAL_INTERVAL, "checkpoint.save_interval": SAVE_INTERVAL, "parallel.distributed_timeout_minutes": 5,
 }  # fmt: skip
@@ -71,6 +74,7 @@ class Drill:
         starts: least number of starts that the run must have had, so that the drill has hit it.
         state: in which Slurm must have left the job.
         finished: whether the run must be finished, with an undisturbed run's losses.
+        limited: whether the job's time limit falls into the middle of a run.
     """
 
     name: str
@@ -83,6 +87,7 @@ class Drill:
     starts: int = 2
     state: str = "COMPLETED"
     finished: bool = True
+    limited: bool = False
 
 
 class Lab:
@@ -97,6 +102,7 @@ class Lab:
     def __init__(self, cluster: Cluster, root: Path, seed: int) -> None:
         self.cluster, self.root, self.random = cluster, root, random.Random(seed)
         self.references: dict[int, dict[int, float]] = {}
+        self.middle = 30.0  # seconds from the start of an undisturbed run to its middle
         self.submitted = 0
         (root / "runs").mkdir(exist_ok=True)
 
@@ -106,25 +112,33 @@ class Lab:
         run = self.root / "runs" / f"{self.submitted:02d}-{re.sub(r'[^a-z0-9]+', '-', drill.name.lower())[:40]}"
         words = [f"--{key}={value}" for key, value in (OVERRIDES | drill.arguments).items()]
         shared = ["--parsable", f"--nodes={drill.nodes}", "--gpus-per-node=1", "--time=60", f"--output={run}.out"]
+        if drill.limited:
+            self.reference(drill.nodes)  # which measures the middle
+            minutes = math.ceil((self.middle + 15) / 60)
+            shared += [f"--time={minutes}", f"--signal=B:USR1@{60 * minutes - round(self.middle)}"]
         job = self.sbatch(
             [*shared, *drill.options, *options, str(ROOT / "slurm" / f"{stage}.sh"), *words],
             {"OUTPUT": str(run)} | drill.environment,
         )
         return Job(job, run, drill.nodes)
 
-    def submit_chain(self, *stages: str) -> str:
-        """Run submit_chain.sh and return what it prints; the variables are in the cluster's environment."""
-        return self.cluster.call("env", f"HYLO_PYTHON={sys.executable}", "OMP_NUM_THREADS=1", "bash",
-                                 str(ROOT / "slurm" / "submit_chain.sh"), *stages)  # fmt: skip
+    def submit_chain(self, *stages: str, **environment: str) -> list[str]:
+        """Run submit_chain.sh; returns the jobs' numbers."""
+        said = self._call(["bash", str(ROOT / "slurm" / "submit_chain.sh"), *stages], environment)
+        return [line.split()[-1] for line in said.splitlines()]
 
     def sbatch(self, words: list[str], environment: dict[str, str]) -> str:
+        """Run sbatch; returns the job's number."""
+        return self._call(["sbatch", *words], environment).strip().split(";")[0]
+
+    def _call(self, words: list[str], environment: dict[str, str]) -> str:
         mine = {
             "HYLO_ROOT": str(self.root), "HYLO_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "RETRY_SECONDS": "1",
             "XDG_CACHE_HOME": str(self.root / "cache"),
         } | environment  # fmt: skip
         self.cluster.environment |= mine
         try:
-            return self.cluster.call("sbatch", *words).strip()
+            return self.cluster.call(*words)
         finally:
             for name in mine:
                 self.cluster.environment.pop(name)
@@ -147,6 +161,8 @@ class Lab:
             drill.name, problems, time.monotonic() - begun, events["started"], events["requeued"], events["retried"],
             self.repeated(job.run), note,
         )  # fmt: skip
+        if problems and job.id:
+            self.cluster.call("scancel", "--quiet", job.id)
         if not problems and drill.finished:
             shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
         return outcome
@@ -178,6 +194,8 @@ class Lab:
         if state != "COMPLETED" or sorted(losses) != list(range(1, STEPS + 1)):
             raise RuntimeError(f"the undisturbed run ended {state} with {len(losses)} steps: {job.run}.out")
         self.references.setdefault(job.nodes, losses)
+        times = [r["time"] for r in read_lines(job.run / "metrics.jsonl") if "loss" in r]
+        self.middle = (times[0] + times[-1]) / 2 - seconds_of(read_lines(job.run / "jobs.jsonl")[0]["time"])
 
     def compare(self, run: Path, reference: dict[int, float]) -> list[str]:
         """Differences of a finished run from an undisturbed one: steps, losses and evaluations bit for bit."""

@@ -1,0 +1,85 @@
+"""What all HyLo models share: capabilities that transformers asks for, saving with the code, new weights."""
+
+import math
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .attention_hylo import HyloLatentAttention
+from .configuration_hylo import HyloConfig
+from .layers_hylo import HyloGatedDeltaNet, HyloMamba2
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_hylo.HyloConfig",
+    "AutoModel": "modeling_hylo.HyloModel",
+    "AutoModelForCausalLM": "modeling_hylo.HyloForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_hylo.HyloForSequenceClassification",
+}
+FP32_PARAMETERS = {
+    "*": (),
+    "+": (),
+    "M": ("A_log", "dt_bias", "D"),
+    "G": ("A_log", "dt_bias"),
+    "K": ("A_log", "dt_bias"),
+}
+
+
+class HyloPreTrainedModel(PreTrainedModel):
+    """Capabilities that transformers asks for, and the initialisation of new weights."""
+
+    config_class = HyloConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True  # one attention for "sdpa" and "eager": torch's scaled_dot_product_attention
+    _no_split_modules = ["HyloLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    write_code: Callable[[Path], Any] | None = None  # set where the code is part of a package, which a saved folder lacks
+
+    def __init__(self, config: HyloConfig) -> None:
+        super().__init__(config)
+        quantised: Any = getattr(config, "quantization_config", None) or {}
+        if isinstance(quantised, dict) and quantised.get("quant_method") == "modelopt":
+            raise ValueError(
+                "the folder's weights are quantised by nvidia-modelopt, whose scales transformers does not read: the numbers "
+                "alone would give nonsense. Export the model without it, or quantise it as it is loaded (quantization_config)"
+            )
+        # transformers 4 refuses names that a model does not have
+        kept = {name for mixer in set(config.mixers) for name in FP32_PARAMETERS[mixer]}
+        self._keep_in_fp32_modules_strict = sorted(kept)
+
+    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as other models do, with the modelling code beside the weights, so that the folder loads anywhere."""
+        if self.write_code is not None:
+            self.config.auto_map = AUTO_MAP
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.write_code is not None and Path(save_directory).is_dir():
+            self.write_code(Path(save_directory))
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize as other models do, in the description too."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.hylo = self.config.hylo | {"vocab_size": embeddings.num_embeddings}
+        return embeddings
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (HyloMamba2, HyloGatedDeltaNet)):  # decay rates 1 .. heads, step size 0.01
+            _fill(module.A_log, torch.arange(1, module.heads + 1).log())
+            _fill(module.dt_bias, torch.tensor(math.log(math.expm1(0.01))))
+        if isinstance(module, HyloMamba2):
+            _fill(module.D, torch.tensor(1.0))
+        if isinstance(module, HyloLatentAttention) and module.aligned_norm:
+            _fill(module.k_norm.get_parameter("rotary_mix"), torch.tensor(1.0))
+
+
+def _fill(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set a parameter that was not loaded from a file."""
+    if not getattr(parameter, "_is_hf_initialized", False):
+        parameter.copy_(value)

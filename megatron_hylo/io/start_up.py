@@ -1,0 +1,30 @@
+"""Shorter starts and ends of a process that imports PyTorch, and a look at whether it should start at all."""
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+
+STOP_FILE = "HYLO_STOP_FILE"  # environment variable of slurm/'s scripts: a file that is there once the run is to stop
+
+
+def stop_asked() -> bool:
+    """Whether the scripts that started this process have asked for its stop: before it could take a signal, perhaps."""
+    return os.path.exists(os.environ.get(STOP_FILE, ""))
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Context without garbage collection, for imports alone: a fifth of their time goes into collections that find nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def quick_exit() -> None:
+    """Take all objects out of the interpreter's last collections, which walk half a million for a second."""
+    gc.freeze()
