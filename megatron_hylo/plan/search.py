@@ -238,5 +238,5 @@ def _offloads(job: Job, precision: str) -> list[dict[str, Any]]:
 
 
 def _reason(error: ConfigError) -> str:
-    """What was refused, without the sentence's advice."""
+    """First part of an error's sentence, without its advice."""
     return str(error).split(";")[0].split(", got")[0]

@@ -83,7 +83,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What decides the text; see `sample_text`."""
+    """Settings that decide the text; see `sample_text`."""
 
     tokens: int
     length: int
