@@ -11,7 +11,7 @@ import torch
 
 from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError, ParallelConfig
-from megatron_hylo.config.layouts import BASES, get_layout, pipeline_layers
+from megatron_hylo.config.layouts import BASES, get_layout, parameter_count, pipeline_layers
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.calibrate import measure_rates, write_rates
 from megatron_hylo.plan.communication import traffic
@@ -19,8 +19,10 @@ from megatron_hylo.plan.hardware import get_hardware, names, of_device
 from megatron_hylo.plan.inference import dense_base, longest_context, serving
 from megatron_hylo.plan.job import read_job
 from megatron_hylo.plan.memory import GIB, estimate_memory, in_flight
+from megatron_hylo.plan.plan import describe
 from megatron_hylo.plan.rates import get_rates
 from megatron_hylo.plan.search import MARGIN, predict, search, settings_of
+from megatron_hylo.plan.step import COMPUTE
 from megatron_hylo.plan.write import with_settings
 
 RECIPES = sorted((Path(__file__).parents[2] / "megatron_hylo" / "recipes").glob("*.yaml"))
@@ -134,6 +136,35 @@ def test_a_teachers_memory_is_that_of_its_fullest_pipeline_rank(offload, precisi
     first, middle, last = (2 if offload else count for count in pipeline_layers(base, 3))
     ranks = (2 * head + number * first * layer, number * middle * layer, 2 * head + number * last * layer)
     assert estimate_memory(config, 3, [get_layout(HYBRID).config], [base]).teacher == max(ranks)
+
+
+def test_terms_match_arithmetic_by_hand():
+    """Bytes of gradients and weights, an offloaded optimizer, energy, the bubble, a step of decoding."""
+    job, gpu, rates = read_job(HYBRID, "stage2_ctx8k"), get_hardware("h100-80gb"), get_rates()
+    count = parameter_count(job.student)
+    config = replace(job.config, optimizer=replace(job.config.optimizer, offload=True), parallel=ParallelConfig())
+    one = predict(job, config, 8, gpu)
+    assert one.time.traffic.data == pytest.approx(7 / 8 * count * (4 + 2)), "fp32 gradients come, bf16 weights go back"
+    assert one.time.terms["offload"] == pytest.approx(2 * 12 * count / 8 / (gpu.host_gb_s * 1e9 * rates.host))
+    said = describe(one, job, 8, gpu)
+    assert said["energy_kwh"] == pytest.approx(said["hours"] * 8 * 0.7) and gpu.watts == 700
+
+    def pass_seconds(virtual: int, pipeline: int) -> tuple[float, float]:
+        """Computing of the slowest rank for a micro-batch, bubble."""
+        parallel = ParallelConfig(1, pipeline, virtual)
+        time = predict(job, replace(config, parallel=parallel, recompute=False), pipeline, gpu).time
+        return sum(time.terms[name] for name in COMPUTE) / time.micro_batches, time.terms["bubble"]
+
+    whole, none = pass_seconds(1, 1)
+    assert none == 0
+    for virtual in (1, 2):
+        slowest, bubble = pass_seconds(virtual, 4)
+        assert bubble == pytest.approx((whole - slowest) / virtual)
+    cache, states = 1280 * 8192, 12 * 4 * 6 * 256 * 512
+    bytes_read = 2 * count + cache + 2 * states  # states are read and written
+    assert serving(job.student, gpu, [8192])[0].one == pytest.approx(
+        gpu.memory_gb_s * 1e9 * rates.decode / bytes_read, rel=0.002
+    )
 
 
 def test_hardware_files_are_complete_and_found_by_a_drivers_name():
