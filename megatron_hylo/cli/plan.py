@@ -66,7 +66,7 @@ def plan(
     from megatron_hylo.plan.write import with_settings, write_recipe
 
     given = dict(sequence_length=sequence_length, global_batch_size=global_batch_size, train_tokens=train_tokens)
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = {name: int(value) for name, value in given.items() if value is not None}  # plain numbers, which YAML writes
     if write and no_search:
         raise ConfigError("write needs the search's settings; leave no_search out")
     hardware, job = get_hardware(gpu), read_job(recipe, stage, student, teacher, **changes)
@@ -245,7 +245,7 @@ def _show_search(found: dict[str, Any]) -> None:
         reasons.append(f"{found['too_large']:,} do not fit the memory (the smallest of them has {least:.1f} GiB)")
     if found["slower"]:
         reasons.append(f"{found['slower']:,} take longer than {found['slower_than_seconds']:.3f} s a step")
-    reasons += [f"{count:,} ways to divide: {why}" for why, count in found["refused"].items()]
+    reasons += [f"{count:,} way{'s' * (count > 1)} to divide: {why}" for why, count in found["refused"].items()]
     results.print(f"of {found['tried']:,} settings tried:", style="dim")
     for reason in reasons:
         results.print(f"  {reason}", style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -71,8 +71,10 @@ def sweep(
     if cell is not None:
         if not 0 <= cell < len(found.cells):
             raise ConfigError(f"cell {cell} is none of 0 to {len(found.cells) - 1}")
-        make_student(found.cells[cell])
-        return 0 if prepare else train_cell(found.cells[cell])
+        if prepare:
+            make_student(found.cells[cell])
+            return 0
+        return run_cell(found.cells[cell])
     if slurm:
         from megatron_hylo.plan.sweep_slurm import write_array
 
@@ -84,15 +86,29 @@ def sweep(
     return show_cells(found, json, dry_run)
 
 
-def train_cell(cell: "Cell") -> int:
-    """Train a cell in this process; returns the exit code."""
+def run_cell(cell: "Cell") -> int:
+    """Make a cell's student and train it in this process; returns the exit code.
+
+    An earlier start of the cell that still runs, or saves because its sweep was killed, is waited for.
+    """
+    from filelock import FileLock, Timeout
+
     from megatron_hylo.cli.runs import train
 
     with contextlib.suppress(OSError, AttributeError):  # when the sweep itself is killed its cells save and stop
         import ctypes
 
         ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGUSR1)
-    return train(cell.train)
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cell.folder / ".start.lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"waiting for another start of cell {cell.number} to end", markup=False)
+        held = lock.acquire()
+    with held:
+        make_student(cell)
+        return train(cell.train)
 
 
 def make_student(cell: "Cell") -> None:
@@ -140,9 +156,15 @@ def run_all(sweep: "Sweep", at_once: int) -> None:
                     command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | environment
                 )
                 children.add(child)
+                if stopping.is_set():  # `stop` may have looked before this child was there
+                    child.send_signal(signal.SIGUSR1)
                 code = child.wait()
                 children.discard(child)
-            message = f"killed by signal {-code}" if code < 0 else _last_line(cell.folder / "log.txt") if code else ""
+            if stopping.is_set() and code == -signal.SIGUSR1:  # it was still starting and had nothing to save
+                code = EXIT_STOPPED
+            message = f"killed by signal {-code}" if code < 0 else ""
+            if code > 0 and code != EXIT_STOPPED:
+                message = _last_line(cell.folder / "log.txt")
             with open(cell.folder / "attempts.jsonl", "a") as file:
                 line = {"time": started, "seconds": round(time.time() - started, 1), "code": code, "message": message}
                 print(json_module.dumps(line), file=file)

@@ -21,7 +21,7 @@ STATE_BYTES = 4  # recurrent states are kept in fp32
 
 @dataclass(frozen=True)
 class Serving:
-    """What one GPU can do with a model at one length.
+    """Batch and speed of one GPU that serves a model at one length of context.
 
     Args:
         length: tokens of context.

@@ -57,10 +57,7 @@ def read_job(
     text, name = recipe_text(what, stage), recipe_name(what, stage)
     if not _is_file(what):
         student = student or what
-    values = yaml.safe_load(text)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{what} holds no settings; write keys as megatron_hylo/recipes has them")
-    values |= changes
+    values = read_yaml(text, what, "write keys as megatron_hylo/recipes has them") | changes
     config, named = read_settings(values, what), _named(name)
     student = student or _given(values, "model", "scratch") or named
     if student is None:
@@ -72,6 +69,21 @@ def read_job(
     if theirs is None:
         raise ConfigError(f"{what} names no teacher: give --teacher BASE (one of {', '.join(BASES)}) or a model folder")
     return Job(name, config, ours, shape(theirs), student, theirs)
+
+
+def read_yaml(text: str, file: str | Path, advice: str) -> dict[str, Any]:
+    """Settings by name in the text of a YAML file.
+
+    Raises:
+        ConfigError: not YAML, or no settings; the message names the file and gives the advice.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} holds no settings; {advice}")
+    return values
 
 
 def _is_file(what: str) -> bool:

@@ -152,14 +152,25 @@ def estimate_memory(
 
 
 def _teacher_bytes(config: TrainConfig, teachers: Sequence[ModelConfig]) -> float:
-    """Weights of a teacher on the students' ranks; of one whose layers are in CPU memory two layers, embedding and head."""
+    """Weights of a teacher on the fullest of the students' ranks.
+
+    With its layers in CPU memory these are two layers of each model chunk, the embedding and the head.
+    """
     p, number, total = config.parallel, 2 if config.precision == "bf16" else 4, 0.0
+    pipeline, virtual = p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
     for shape in teachers:
-        linear = linear_parameters(shape)
-        ends, bytes_each = _count(shape) - linear, 1 if config.teacher_precision == "fp8" else number
-        layers = 2 / shape.num_hidden_layers if config.teacher_offload else 1.0
-        total += number * ends + bytes_each * linear * layers
-    return total / (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
+        bytes_each, end = 1 if config.teacher_precision == "fp8" else number, shape.vocab_size * shape.hidden_size
+        chunks = [
+            sum(count * layer_parameters(shape, symbol) for symbol, count in layers.items() if symbol != "-")
+            * (min(1.0, 2 / layers["-"]) if config.teacher_offload else 1.0)
+            for layers in stage_layers(shape, pipeline * virtual)
+        ]
+        ends = [0.0] * pipeline
+        ends[0] = ends[-1] = end  # embedding; head, a copy of the embedding where they are tied
+        if pipeline == 1:
+            ends = [_count(shape) - linear_parameters(shape)]
+        total += max(number * ends[rank] + bytes_each * sum(chunks[rank::pipeline]) for rank in range(pipeline))
+    return total / p.tensor_model_parallel_size
 
 
 @functools.lru_cache(256)

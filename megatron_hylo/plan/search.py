@@ -190,6 +190,9 @@ def _divisions(job: Job, gpus: int, hardware: Hardware, found: Found) -> Iterato
         except ConfigError as error:
             found.refused[_reason(error)] += 1
             continue
+        if job.config.sequence_length % (tensor * context):
+            found.refused[f"{tensor * context} tensor x context ranks do not divide {job.config.sequence_length} tokens"] += 1
+            continue
         replicas = gpus // (tensor * pipeline * context)
         enough = max(PASS_TOKENS * context // job.config.sequence_length, 1)  # sequences of a pass; more are no faster
         options = {*(n for n in MICRO if n <= enough), job.config.micro_batch_size}
@@ -235,5 +238,5 @@ def _offloads(job: Job, precision: str) -> list[dict[str, Any]]:
 
 
 def _reason(error: ConfigError) -> str:
-    """What was refused, without the sentence's advice."""
+    """First part of an error's sentence, without its advice."""
     return str(error).split(";")[0].split(", got")[0]

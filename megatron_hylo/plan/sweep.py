@@ -38,9 +38,14 @@ from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.eval.runs import read_run, run_state
-from megatron_hylo.plan.job import read_settings, shape
+from megatron_hylo.plan.job import read_settings, read_yaml, shape
 
 SPEC_KEYS = ("output", "recipe", "teacher", "student", "train", "grid", "cells", "retries", "at_once", "gpus")
+STOPPED = 3  # exit status of a cell that a signal ended
+KINDS: dict[str, tuple[type, str]] = {
+    "output": (str, "a path"), "recipe": (str, "a path"), "teacher": (str, "a path"), "student": (dict, "settings by name"),
+    "train": (dict, "settings by name"), "grid": (dict, "lists of values by name"), "cells": (list, "a list of settings"),
+}  # fmt: skip
 CELL_GROUPS = ("teacher", "student", "train")
 State = Literal["waiting", "running", "finished", "stopped", "failed", "killed"]
 
@@ -73,7 +78,7 @@ class Cell:
     def state(self) -> tuple[State, str]:
         """State of its run, and the words with which it ended."""
         if not (self.run / "config.json").is_file():
-            failed = [attempt for attempt in self.attempts() if attempt["code"] not in (0, None)]
+            failed = [attempt for attempt in self.attempts() if attempt["code"] not in (0, STOPPED)]
             return ("failed", failed[-1].get("message", "")) if failed else ("waiting", "")
         return run_state(read_run(self.run, self.name))
 
@@ -112,12 +117,13 @@ def read_sweep(file: Path) -> Sweep:
     """
     if not file.is_file():
         raise ConfigError(f"there is no {file}; write a specification as docs/scaling.md has it")
-    spec = yaml.safe_load(file.read_text())
-    if not isinstance(spec, dict):
-        raise ConfigError(f"{file} holds no settings; its keys are {', '.join(SPEC_KEYS)}")
+    spec = read_yaml(file.read_text(), file, f"its keys are {', '.join(SPEC_KEYS)}")
     if unknown := sorted(set(spec) - set(SPEC_KEYS)):
         raise ConfigError(f"{file}: unknown key {unknown[0]!r}; known keys: {', '.join(SPEC_KEYS)}")
-    if "output" not in spec or not (spec.get("grid") or spec.get("cells")):
+    for name, (kind, words) in KINDS.items():
+        if spec.get(name) is not None and not isinstance(spec[name], kind):
+            raise ConfigError(f"{file}: {name} must be {words}, got {spec[name]!r}")
+    if not spec.get("output") or not (spec.get("grid") or spec.get("cells")):
         raise ConfigError(f"{file} needs output, and grid or cells")
     base = _base(spec, file)
     retries, at_once = _count(spec, "retries", 1, 0), _count(spec, "at_once", 1, 1)
@@ -142,7 +148,8 @@ def _base(spec: dict[str, Any], file: Path) -> dict[str, Any]:
         path = next((p for p in (Path(recipe).expanduser(), file.parent / recipe) if p.is_file()), None)
         if path is None:
             raise ConfigError(f"{file}: there is no recipe {recipe}")
-        base["train"] = yaml.safe_load(path.read_text())
+        base["train"] = read_yaml(path.read_text(), path, "write keys as megatron_hylo/recipes has them")
+        base["train"].pop("output", None)  # of another run
     base["train"] = _merged(base["train"], spec.get("train") or {})
     return base
 
@@ -172,13 +179,17 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _cell(number: int, base: dict[str, Any], varied: dict[str, Any], output: Path) -> Cell:
     settings = base
+    if not isinstance(varied, dict):
+        raise ConfigError("a cell must be settings by name, as {student.mla: 4, train.seed: 1}")
     for name, value in varied.items():
-        first, *rest = name.split(".")
+        first, *rest = str(name).split(".")
         if first not in CELL_GROUPS or (first == "teacher") == bool(rest):
             raise ConfigError(f"{name!r} must be teacher, student.SETTING (of `hylo upcycle`) or train.SETTING")
         for key in reversed(rest):
             value = {key: value}
         settings = _merged(settings, {first: value})
+    if given := next((group for group in ("student", "train") if "output" in (settings[group] or {})), None):
+        raise ConfigError(f"{given}.output must be left out: each cell has a folder of its own below output")
     name = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
     folder = output.absolute() / "cells" / name
     train = dict(settings["train"]) | {"output": str(folder / "run")}
@@ -205,6 +216,8 @@ def _student(settings: dict[str, Any], output: Path) -> UpcycleConfig:
     if mla is not None:
         if chosen.get("pattern") or chosen.get("layout"):
             raise ConfigError("give student.mla, student.pattern or student.layout, not two of them")
+        if not all(type(one) is int for one in (mla if isinstance(mla, list) else [mla])):
+            raise ConfigError(f"student.mla must be a number of layers or a list of layers, got {mla!r}")
         layers = shape(settings["teacher"]).num_hidden_layers
         if isinstance(mla, int):
             chosen["pattern"] = uniform_mixers(layers, mla, linear)

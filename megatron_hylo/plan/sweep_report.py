@@ -13,7 +13,7 @@ from megatron_hylo.config import ConfigError, ModelConfig, from_dict
 from megatron_hylo.config.layouts import kv_bytes_per_token, kv_percent, parameter_count
 from megatron_hylo.eval.runs import Run, read_run, seconds_of
 from megatron_hylo.plan.job import shape
-from megatron_hylo.plan.sweep import Cell, Sweep, settings_of, student_shape
+from megatron_hylo.plan.sweep import STOPPED, Cell, Sweep, settings_of, student_shape
 
 LOSSES = ("heldout_kl", "heldout_cross_entropy")
 RECALLS = ("eval/recall/mean/exact", "heldout_recall_accuracy")  # the suite's, else that of answers in training's own exercises
@@ -30,7 +30,7 @@ def row_of(cell: Cell) -> dict[str, Any]:
         "state": state,
         "message": message,
         "attempts": len(attempts),
-        "failures": sum(attempt["code"] not in (0, 3) for attempt in attempts),
+        "failures": sum(attempt["code"] not in (0, STOPPED) for attempt in attempts),
         "seconds": sum(attempt["seconds"] for attempt in attempts),
         "varied": json.dumps(cell.varied),
     }
@@ -92,11 +92,10 @@ def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
         raise ConfigError(f"no cell of {sweep.file} is finished; run `hylo sweep {sweep.file}` first")
     table = sweep.output / "results.parquet"
     _write_parquet(rows, sweep.cells, table)
-    fits = [
-        fit
-        for measures, words, power in ((LOSSES, "loss", True), (RECALLS, "recall", False))
-        if (fit := fit_metric(finished, next((m for m in measures if m in finished[0]), ""), words, power, samples))
-    ]
+    fits, known = list[dict[str, Any]](), {name for row in finished for name in row}
+    for measures, words, power in ((LOSSES, "loss", True), (RECALLS, "recall", False)):
+        if fit := fit_metric(finished, next((m for m in measures if m in known), ""), words, power, samples):
+            fits.append(fit)
     files = [table]
     if fits:
         files.append(_draw(finished, fits, sweep.output / "report.png"))
@@ -147,7 +146,7 @@ def fit_metric(rows: Sequence[dict[str, Any]], metric: str, words: str, power: b
 
     Returns:
         {metric, words, power, cells, coefficients: {name: {value, low, high}}, r2, sentence, predict}, the interval being the
-        bootstrap's 95 %; None where fewer cells have it than a fit takes.
+        bootstrap's 95 %; None where fewer cells have it than a fit takes, or tokens and bytes vary together in all of them.
     """
     chosen = [row for row in rows if row.get(metric) is not None and (not power or row[metric] > 0)]
     names = [name for name in ("tokens", "kv_bytes_per_token") if len({row.get(name) for row in chosen}) > 1]
@@ -155,6 +154,8 @@ def fit_metric(rows: Sequence[dict[str, Any]], metric: str, words: str, power: b
     if not metric or not names or len(chosen) < len(names) + 2:
         return None
     x = np.column_stack([np.ones(len(chosen)), *([np.log([row[name] for row in chosen]) for name in names])])
+    if np.linalg.matrix_rank(x) < x.shape[1]:  # tokens and cache vary together
+        return None
     y = np.array([row[metric] for row in chosen])
     target = np.log(y) if power else y
     best = np.linalg.lstsq(x, target, rcond=None)[0]
@@ -209,6 +210,8 @@ def _draw(rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]], file: 
                     mine = sorted(
                         (row[along], row[fit["metric"]]) for row in rows if row[other] == value and fit["metric"] in row
                     )
+                    if not mine:
+                        continue
                     look = style(LIGHT, number)
                     panel.plot(*zip(*mine), "o", color=look["color"], label=f"{value:,.0f} {_words(other)}")
                     if along in fit["names"]:
@@ -233,7 +236,8 @@ def _page(sweep: Sweep, rows: Sequence[dict[str, Any]], fits: Sequence[dict[str,
     varied = list(dict.fromkeys(name for cell in sweep.cells for name in cell.varied))
     columns = ["cell", *varied, "state", "starts", "tokens", "cache bytes a token", *metrics, "minutes"]
     lines = [f"# Sweep {sweep.file.stem}", "", *(f"- {fit['sentence']}" for fit in fits), ""]
-    lines += ["![fits](report.png)", ""] if fits else ["Too few finished cells for a fit.", ""]
+    why = "No fit: too few finished cells, or tokens and cache bytes vary together in all of them."
+    lines += ["![fits](report.png)", ""] if fits else [why, ""]
     lines += ["Shaded: 95 % of the bootstrap over cells, which says nothing of other seeds of one cell.", ""] if fits else []
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for cell, row in zip(sweep.cells, rows):

@@ -33,7 +33,8 @@ def with_settings(text: str, settings: dict[str, Any]) -> str:
 
 
 def write_recipe(file: Path, text: str) -> None:
-    """Write a recipe whole or not at all."""
+    """Write a recipe whole or not at all; folders above it are made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     made = file.with_name(f".{file.name}.{os.getpid()}")
     made.write_text(text)
     made.replace(file)

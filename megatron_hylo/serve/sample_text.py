@@ -83,7 +83,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What decides the text; see `sample_text`."""
+    """Settings that decide the text; see `sample_text`."""
 
     tokens: int
     length: int
@@ -188,7 +188,8 @@ def sample_text(
             check.skipped.update(figures.left_out)
 
             def describe(folder: Path) -> None:
-                write_json(folder / "sampled.json", {"teacher": str(teacher), **about, "text": figures.to_dict()})
+                named = about | {"teacher": str(teacher), "teacher_identity": about["teacher"]}
+                write_json(folder / "sampled.json", named | {"text": figures.to_dict()})
 
             made = finish_dataset(files, tokenizer, data, check, output, overwrite, describe)
         shutil.rmtree(parts, ignore_errors=True)

@@ -11,16 +11,18 @@ import torch
 
 from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError, ParallelConfig
-from megatron_hylo.config.layouts import BASES, get_layout
+from megatron_hylo.config.layouts import BASES, get_layout, parameter_count, pipeline_layers
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.calibrate import measure_rates, write_rates
 from megatron_hylo.plan.communication import traffic
 from megatron_hylo.plan.hardware import get_hardware, names, of_device
 from megatron_hylo.plan.inference import dense_base, longest_context, serving
 from megatron_hylo.plan.job import read_job
-from megatron_hylo.plan.memory import GIB, in_flight
+from megatron_hylo.plan.memory import GIB, estimate_memory, in_flight
+from megatron_hylo.plan.plan import describe
 from megatron_hylo.plan.rates import get_rates
 from megatron_hylo.plan.search import MARGIN, predict, search, settings_of
+from megatron_hylo.plan.step import COMPUTE
 from megatron_hylo.plan.write import with_settings
 
 RECIPES = sorted((Path(__file__).parents[2] / "megatron_hylo" / "recipes").glob("*.yaml"))
@@ -104,6 +106,65 @@ def test_a_written_recipe_has_the_chosen_settings_and_keeps_the_rest(found, tmp_
     assert all(any(f"{name.split('.')[-1]}:" in line for name in chosen) for line in changed)
     assert replace(after.config, parallel=job.config.parallel, recompute=job.config.recompute, teacher_offload=False,
                    micro_batch_size=job.config.micro_batch_size, optimizer=job.config.optimizer) == job.config  # fmt: skip
+
+
+def test_a_written_recipe_has_the_sizes_that_were_given(tmp_path, capsys):
+    file = tmp_path / "new" / "made.yaml"
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", HYBRID, "--gpus", "2", "--global_batch_size", "6", "--sequence_length", "32768", "--keep_precision",
+              "--write", str(file)])  # fmt: skip
+    made = read_job(str(file), student=HYBRID).config
+    assert ended.value.code == 0 and (made.global_batch_size, made.sequence_length) == (6, 32_768)
+
+
+def test_a_division_that_cannot_be_is_counted_once():
+    job = read_job(str(RECIPES[1]))
+    refused = search(job, 3, get_hardware("h100-80gb")).refused
+    assert refused == {
+        "global_batch_size 32 is not divisible by 3 data-parallel ranks": 1,
+        "3 tensor x context ranks do not divide 8192 tokens": 1,
+        "tensor_model_parallel_size 3 does not divide ffn_hidden_size 8192": 1,
+    }
+
+
+@pytest.mark.parametrize(("offload", "precision"), [(False, "same"), (False, "fp8"), (True, "same")])
+def test_a_teachers_memory_is_that_of_its_fullest_pipeline_rank(offload, precision):
+    config = TrainConfig("distil", "-", "-", model="-", teacher="-", teacher_offload=offload, teacher_precision=precision,
+                         parallel=ParallelConfig(pipeline_model_parallel_size=3))  # fmt: skip
+    base = BASES["llama3.1-8b"]
+    layer, head, number = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14_336), 128_256 * 4096, 1 if precision == "fp8" else 2
+    first, middle, last = (2 if offload else count for count in pipeline_layers(base, 3))
+    ranks = (2 * head + number * first * layer, number * middle * layer, 2 * head + number * last * layer)
+    assert estimate_memory(config, 3, [get_layout(HYBRID).config], [base]).teacher == max(ranks)
+
+
+def test_terms_match_arithmetic_by_hand():
+    """Bytes of gradients and weights, an offloaded optimizer, energy, the bubble, a step of decoding."""
+    job, gpu, rates = read_job(HYBRID, "stage2_ctx8k"), get_hardware("h100-80gb"), get_rates()
+    count = parameter_count(job.student)
+    config = replace(job.config, optimizer=replace(job.config.optimizer, offload=True), parallel=ParallelConfig())
+    one = predict(job, config, 8, gpu)
+    assert one.time.traffic.data == pytest.approx(7 / 8 * count * (4 + 2)), "fp32 gradients come, bf16 weights go back"
+    assert one.time.terms["offload"] == pytest.approx(2 * 12 * count / 8 / (gpu.host_gb_s * 1e9 * rates.host))
+    said = describe(one, job, 8, gpu)
+    assert said["energy_kwh"] == pytest.approx(said["hours"] * 8 * 0.7) and gpu.watts == 700
+
+    def pass_seconds(virtual: int, pipeline: int) -> tuple[float, float]:
+        """Computing of the slowest rank for a micro-batch, bubble."""
+        parallel = ParallelConfig(1, pipeline, virtual)
+        time = predict(job, replace(config, parallel=parallel, recompute=False), pipeline, gpu).time
+        return sum(time.terms[name] for name in COMPUTE) / time.micro_batches, time.terms["bubble"]
+
+    whole, none = pass_seconds(1, 1)
+    assert none == 0
+    for virtual in (1, 2):
+        slowest, bubble = pass_seconds(virtual, 4)
+        assert bubble == pytest.approx((whole - slowest) / virtual)
+    cache, states = 1280 * 8192, 12 * 4 * 6 * 256 * 512
+    bytes_read = 2 * count + cache + 2 * states  # states are read and written
+    assert serving(job.student, gpu, [8192])[0].one == pytest.approx(
+        gpu.memory_gb_s * 1e9 * rates.decode / bytes_read, rel=0.002
+    )
 
 
 def test_hardware_files_are_complete_and_found_by_a_drivers_name():

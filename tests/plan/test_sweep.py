@@ -93,6 +93,25 @@ def test_a_killed_sweep_goes_on_and_bad_input_is_not_tried_again(spec, material,
     assert attempt["code"] == 2 and "/nowhere" in attempt["message"] and len(missing.attempts()) <= 2
 
 
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_while_its_cells_start_has_none_that_failed(spec):
+    file = spec(at_once=2)
+    first, deadline = subprocess.Popen([sys.executable, "-m", "megatron_hylo.cli", "sweep", str(file)]), time.monotonic() + 120
+    cell = read_sweep(file).cells[0]
+    while not (cell.folder / "log.txt").is_file():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    first.terminate()
+    assert first.wait(120) == 3
+    assert [cell.state()[0] for cell in read_sweep(file).cells] == ["waiting"] * 3 and cell.attempts()[0]["code"] == 3
+
+
+def test_a_specification_that_is_not_yaml_is_refused(tmp_path):
+    (tmp_path / "torn.yaml").write_text("grid: {student.mla: [1")
+    with pytest.raises(ConfigError, match="torn.yaml is not YAML: while parsing"):
+        read_sweep(tmp_path / "torn.yaml")
+
+
 def test_a_report_of_nothing_is_refused(spec, capsys):
     assert run("report", spec()) == 2 and "no cell of" in capsys.readouterr().err
 
@@ -114,6 +133,10 @@ def test_a_report_of_nothing_is_refused(spec, capsys):
             "global_batch_size 4 must be a multiple of micro_batch_size 3",
         ),
         ({"retries": -1}, "retries must be a whole number of at least 0"),
+        ({"grid": [1]}, "grid must be lists of values by name, got [1]"),
+        ({"grid": None, "cells": [1]}, "cell 0 1: a cell must be settings by name"),
+        ({"grid": {"student.mla": ["4"]}}, "student.mla must be a number of layers or a list of layers, got '4'"),
+        ({"grid": {"student.mla": [1], "train.output": ["x"]}}, "train.output must be left out"),
     ],
 )
 def test_every_cell_is_checked_before_any_runs(spec, changes, words):
@@ -135,7 +158,9 @@ def test_a_fit_finds_the_power_law_that_made_the_numbers_and_covers_it():
     middle, low, high = found["predict"](np.array([[3e5, 200.0]]))
     assert low < middle < high and middle == pytest.approx(5.0 * 3e5**-0.2 * 200**-0.1, rel=0.02)
     assert fit_metric(rows, "share", "recall", False, 50)["coefficients"]["tokens"]["value"] == pytest.approx(0.05)
-    assert fit_metric(rows[:3], "kl", "loss", True, 50) is None or len(rows[:3]) > 2
+    assert fit_metric(rows[:3], "kl", "loss", True, 50)["names"] == ["kv_bytes_per_token"], "tokens are the same in all"
+    together = [row | {"tokens": 1e3 * row["kv_bytes_per_token"]} for row in rows]
+    assert fit_metric(together, "kl", "loss", True, 50) is None, "tokens and cache cannot be told apart"
     assert fit_metric(rows[:2], "kl", "loss", True, 50) is None
 
 

@@ -114,6 +114,7 @@ def test_a_stopped_start_goes_on_and_makes_the_same_bytes(teacher, starts, tmp_p
     made, figures = sample_text(teacher, tmp_path / "whole", **settings)
     assert made.train_tokens + made.heldout_tokens == figures.tokens >= 900 and made.heldout_documents > 0
     said = json.loads((tmp_path / "whole" / "sampled.json").read_text())
+    assert said["teacher"] == str(teacher) and len(said["teacher_identity"]) == 64
     assert said["text"] == figures.to_dict() and 0 < said["text"]["cut_share"] <= 1 and said["text"]["given_tokens"] > 0
     shards: list[int] = []
 
