@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from megatron_hylo.config import ConfigError, ModelConfig, from_dict
@@ -15,6 +14,7 @@ from megatron_hylo.config.paths import hugging_face_folder, plain_path
 from megatron_hylo.config.recipe_lines import FAMILIES, STAGES
 from megatron_hylo.config.recipes import DEFAULT_LAYOUT, recipe
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.plan.yaml_files import read_yaml
 
 GIVEN_LATER = "-"  # stands for a path that a recipe leaves out
 
@@ -69,21 +69,6 @@ def read_job(
     if theirs is None:
         raise ConfigError(f"{what} names no teacher: give --teacher BASE (one of {', '.join(BASES)}) or a model folder")
     return Job(name, config, ours, shape(theirs), student, theirs)
-
-
-def read_yaml(text: str, file: str | Path, advice: str) -> dict[str, Any]:
-    """Settings by name in the text of a YAML file.
-
-    Raises:
-        ConfigError: not YAML, or no settings; the message names the file and gives the advice.
-    """
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} holds no settings; {advice}")
-    return values
 
 
 def _is_file(what: str) -> bool:

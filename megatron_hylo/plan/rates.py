@@ -8,6 +8,7 @@ import yaml
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.mixers import LINEAR_SYMBOLS, complete
+from megatron_hylo.plan.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def get_rates(file: Path | None = None) -> Rates:
         return Rates(**values)
     if not file.is_file():
         raise ConfigError(f"there are no rates in {file}; hylo plan --calibrate --rates {file} measures them")
-    others = yaml.safe_load(file.read_text()) or {}
+    others = read_yaml(file.read_text(), file, "write keys as hylo plan --calibrate does")
     if unknown := sorted(set(others) - set(values)):
         raise ConfigError(f"{file}: unknown key {unknown[0]!r}; known keys: {', '.join(values)}")
     return Rates(**values | others)

@@ -38,7 +38,8 @@ from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.eval.runs import read_run, run_state
-from megatron_hylo.plan.job import read_settings, read_yaml, shape
+from megatron_hylo.plan.job import read_settings, shape
+from megatron_hylo.plan.yaml_files import read_yaml
 
 SPEC_KEYS = ("output", "recipe", "teacher", "student", "train", "grid", "cells", "retries", "at_once", "gpus")
 STOPPED = 3  # exit status of a cell that a signal ended

@@ -1,6 +1,7 @@
 """`hylo plan` of every recipe, bytes as ranks counted them, the search, and the recipe that it writes."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import megatron_hylo
 from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.layouts import BASES, get_layout, parameter_count, pipeline_layers
@@ -174,6 +176,23 @@ def test_hardware_files_are_complete_and_found_by_a_drivers_name():
     assert of_device("NVIDIA GeForce RTX 4090") is None
     with pytest.raises(ConfigError, match="unknown GPU 'h300'; known: a100-40gb"):
         get_hardware("h300")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ("watts: [700", "is not YAML"),
+        ("watts: much", "watts of GPU mine must be a number above 0, got 'much'"),
+        ("watts: -1", "got -1"),
+        ("fast: 1", "unknown key 'fast'"),
+    ],
+)
+def test_a_gpu_file_of_ones_own_is_checked(tmp_path, changed, words):
+    text = (Path(megatron_hylo.__path__[0]) / "plan/hardware/h100-80gb.yaml").read_text()
+    kept = re.sub("(?m)^watts:.*", "", text) if "watts" in changed else text
+    (tmp_path / "mine.yaml").write_text(f"{kept}\n{changed}\n")
+    with pytest.raises(ConfigError, match=words):
+        get_hardware(str(tmp_path / "mine.yaml"))
 
 
 @pytest.mark.parametrize(

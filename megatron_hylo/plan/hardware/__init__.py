@@ -1,12 +1,11 @@
 """Figures of GPUs from the makers' data sheets, one YAML file a GPU in this folder; a new file is a new GPU."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-import yaml
-
 from megatron_hylo.config import ConfigError, from_dict
+from megatron_hylo.plan.yaml_files import read_yaml
 
 GB, TERA = 1e9, 1e12
 
@@ -40,6 +39,12 @@ class Hardware:
     host_gb_s: float
     watts: float
     name: str = ""
+
+    def __post_init__(self) -> None:
+        for key in (field.name for field in fields(self) if field.name not in ("words", "name")):
+            value = getattr(self, key)
+            if not (isinstance(value, (int, float)) and value > 0) and not (key == "fp8_tflops" and value is None):
+                raise ConfigError(f"{key} of GPU {self.name} must be a number above 0, got {value!r}")
 
     @property
     def measured(self) -> bool:
@@ -76,16 +81,12 @@ def get_hardware(name: str) -> Hardware:
         name: of a file in this folder, or the path of one's own YAML file.
 
     Raises:
-        ConfigError: no such GPU, or keys that are none.
+        ConfigError: no such GPU, keys that are none, or figures that are no numbers.
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else Path(__file__).parent / f"{name.lower()}.yaml"
     if not file.is_file():
         raise ConfigError(f"unknown GPU {name!r}; known: {', '.join(names())}, or the path of a YAML file like theirs")
-    values = yaml.safe_load(file.read_text())
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{file} holds no figures of a GPU; write keys as {Path(__file__).parent / 'h100-80gb.yaml'} has them"
-        )
+    values = read_yaml(file.read_text(), file, f"write keys as {Path(__file__).parent / 'h100-80gb.yaml'} has them")
     return from_dict(Hardware, values | {"name": file.stem}, str(file))
 
 
