@@ -15,6 +15,7 @@ import time
 
 import torch
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config.layouts import LAYOUTS
 from megatron_hylo.io import gather, main_first
 from megatron_hylo.platform.distributed import is_main, session
@@ -38,4 +39,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors("benchmark"):
+        main()

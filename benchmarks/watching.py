@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import LoggingSettings
 from megatron_hylo.platform.distributed import is_main, session
@@ -100,4 +101,5 @@ def measure(given: argparse.Namespace, config: TrainConfig, run: Path, device: t
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors("benchmark"):
+        main()

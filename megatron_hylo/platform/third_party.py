@@ -93,6 +93,7 @@ def _is_set(name: str, value: str | None = None) -> Callable[[], bool]:
     return lambda: name in os.environ if value is None else os.environ.get(name) == value
 
 
+_PREPARATION = "vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv"
 _CPU_TARGETS = {
     "current_device": ("torch.cuda.current_device",),
     "random_state": (
@@ -302,5 +303,14 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         _is_vllm_config_registered,
         ("serve/vllm/__init__.py", "serve/vllm/config.py"),
         ("transformers.AutoConfig.register",),
+    ),
+    ThirdPartyChange(
+        "one block width before vLLM's Gated DeltaNet",
+        "vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv._fused_post_conv_kernel, in processes of vLLM",
+        "Triton refuses it where value heads are wider than key heads",
+        "process",
+        lambda: type(_loaded(_PREPARATION, "_fused_post_conv_kernel")).__module__.startswith("megatron_hylo."),
+        ("serve/vllm/gdn.py",),
+        ("vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv._fused_post_conv_kernel",),
     ),
 )

@@ -157,6 +157,7 @@ def test_an_upcycled_model_can_be_made_again_from_its_provenance(teacher, tmp_pa
 # a command line of each verb that does something, up to its own code
 LINES = (
     "quickstart", "fetch teacher", "convert hf new", "verify hf model", "preprocess text new --tokenizer hf",
+    "sample-text teacher new --tokens 9", "sweep spec.yaml",
     "calibrate teacher data new", "upcycle teacher new --pattern GG", "select teacher --mla m --linear l --data d --count 1",
     "assemble m l b new --pattern GG", "cache-teacher teacher data new", "serve-teacher teacher 29600",
     "train --stage pretrain --data d --model m --output new", "evaluate m d", "eval m", "export m new", "generate m hello",

@@ -300,7 +300,10 @@ def test_each_array_task_has_an_output_of_its_own_and_is_requeued_alone(cluster)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_job_that_is_cancelled_saves_and_stays_out_of_the_queue(cluster, number):
     environment = cluster.environment(**(JOB | {"SLURM_NNODES": "1", "UNTIL_ASKED": "yes"}))
-    with subprocess.Popen(["bash", str(STAGE)], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as script:
+    with subprocess.Popen(
+        ["bash", str(STAGE)], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # where the tests run in the background it is ignored
+    ) as script:  # fmt: skip
         wait_for_torchrun(cluster)
         script.send_signal(number)
         output, _ = script.communicate(timeout=30)

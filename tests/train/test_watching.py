@@ -156,7 +156,7 @@ def test_a_run_records_and_reports_them(settings, material, tmp_path, tokenizer)
     for record in records:  # all tokens are in one bucket, and few enough to be measured all
         if "loss" in record:
             assert record["by_position/cross_entropy_0-1K"] == pytest.approx(record["cross_entropy"], rel=1e-5)
-    assert any(name.startswith("heldout_recall_by_distance/cross_entropy_0-128") for record in records for name in record)
+    assert any(name.startswith("heldout_recall_by_distance/cross_entropy_") for record in records for name in record)
     model, heldout = load_model(tmp_path / "run" / "model"), open_heldout(config)
     again = evaluate(model, heldout.texts[0])
     assert again.perplexity == pytest.approx(quality.perplexity, rel=1e-5)
