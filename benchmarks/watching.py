@@ -1,4 +1,4 @@
-"""What watching a run costs a step: stop signals, hang watch, alarms, straggler report, with their real collectives and files.
+"""Measure the cost a step of watching a run: stop signals, hang watch, alarms, straggler report, with real collectives.
 
     torchrun --standalone --nproc-per-node 8 benchmarks/watching.py --step_ms 250
 

@@ -1,8 +1,8 @@
 """Synthetic recall in training windows: facts, and questions about them further down, made as the window is read.
 
 A window of sequence_length + 1 tokens is made of a shorter one of another source and of exercises (recall_text.py), `share`
-of its length together. Distances between questions and the first fact are half log-uniform, so that every
-octave up to the window's length occurs, and half uniform. All of it is a function of (seed, window number): nothing is stored,
+of its length together. Distances between questions and the first fact are half log-uniform, so that every octave up to the
+window's length occurs, and half uniform. All of it is a function of (seed, window number): nothing is stored,
 and no number of ranks, workers or samples a batch changes it. Texts go to line ends where one is near. The room that is left
 over is filled with facts that nothing asks about, the last of them cut by the window's end.
 """
@@ -142,8 +142,8 @@ class RecallWindows(WindowSource):
                 if exercise.size <= room:
                     yield exercise
                     room, misses = room - exercise.size, 0
-                else:
-                    misses += 1
+                    continue
+                misses += 1
                 if misses == MISSES:
                     return
 

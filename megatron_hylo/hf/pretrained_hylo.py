@@ -1,4 +1,4 @@
-"""What all HyLo models share: capabilities that transformers asks for, saving with the code, new weights."""
+"""Base class of all HyLo models: capabilities that transformers asks for, saving with the code, new weights."""
 
 import math
 from collections.abc import Callable

@@ -84,7 +84,7 @@ def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def _suggestion(path: Path) -> str:
-    """What was probably meant by a folder, in words: the model of a run, or a Hugging Face folder; else nothing."""
+    """Say what was probably meant by a folder: the model of a run, or a Hugging Face folder; empty for neither."""
     for places in ("model", "checkpoints/step_*", "*/model", "*/checkpoints/step_*"):
         found = [folder for folder in path.glob(places) if (folder / "hylo.json").is_file() and has_manifest(folder)]
         if found:

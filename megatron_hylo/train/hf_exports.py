@@ -46,9 +46,8 @@ class HuggingFaceExports(Callback):
         self.checkpoints.saver.finish()
         checkpoint = checkpoint_path(self.folder, step)
         output = self.folder / EXPORTS / checkpoint.name
-        if not has_manifest(checkpoint) or has_manifest(
-            output
-        ):  # no checkpoint after a skipped step; or exported before a stop
+        exported_before_a_stop = has_manifest(output)
+        if exported_before_a_stop or not has_manifest(checkpoint):  # a skipped step has no checkpoint
             return
         convert_megatron_to_hf(checkpoint, output, track=self._track, verify=False)
         self.reporter.say(f"step {step}: exported to {output}")
