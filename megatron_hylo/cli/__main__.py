@@ -4,13 +4,14 @@ import sys
 
 
 def run() -> None:
-    """Run `hylo`; Ctrl-C while its modules are imported ends it with a sentence too."""
+    """Run `hylo`; Ctrl-C while its modules are imported, or outside of its own edge, ends it with a sentence too."""
     try:
         from megatron_hylo.cli.main import main
+
+        main()
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: nothing was changed\n")
+        sys.stderr.write("interrupted\n")
         sys.exit(130)
-    main()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from rich.markup import escape
@@ -30,24 +31,36 @@ KEPT = {  # by verb, what Ctrl-C leaves and how to go on; others write their out
 }
 
 
+@dataclass
+class Edge:
+    """The verb that runs, once it is known, and the folder that it makes, if any: for the sentence after Ctrl-C."""
+
+    verb: str
+    output: object = None
+
+
 @contextlib.contextmanager
-def plain_errors(verb: str, output: object = None) -> Iterator[None]:
+def plain_errors(verb: str, output: object = None) -> Iterator[Edge]:
     """Turn known errors into a sentence and an exit code; a fault of the program itself keeps its traceback.
 
     Args:
         verb: name on the command line.
         output: folder that the verb makes, if any.
 
+    Yields:
+        Both, which may be set as soon as they are known.
+
     Raises:
         SystemExit: with the exit code.
     """
+    edge = Edge(verb, output)
     try:
-        yield
+        yield edge
     except KeyboardInterrupt:
         kept = KEPT.get(
-            verb, "nothing was written to {output}; run the same command again" if output else "nothing was changed"
+            edge.verb, "nothing was written to {output}; run the same command again" if edge.output else "nothing was changed"
         )
-        fail(f"interrupted: {kept.format(output=output)}", EXIT_INTERRUPTED, word="")
+        fail(f"interrupted: {kept.format(output=edge.output)}", EXIT_INTERRUPTED, word="")
     except BrokenPipeError:  # `hylo layouts | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILURE)

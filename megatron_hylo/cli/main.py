@@ -39,19 +39,19 @@ def main(command_line: list[str] | None = None) -> None:
     """Run `hylo`: exits 0 on success, 1 on failure, 2 on bad input, 3 when stopped by a signal, 130 after Ctrl-C."""
     words = sys.argv[1:] if command_line is None else command_line
     by_name = {command(verb): verb for verb in VERBS}
-    with plain_errors("hylo"):
+    with plain_errors("hylo") as edge:  # one edge around all of it: between two, Ctrl-C would end in a traceback
         set_up_logging("-v" in words or "--verbose" in words)
         parser = build_parser(VERBS, chosen=next((word for word in words if word in by_name), ""))
         refuse_renamed(words)
         parsed = parser.parse_args(words)
-    verb = by_name[parsed.verb]
-    if verb not in QUICK and is_launched_first():  # libraries take seconds to load, or a download does
-        console.print(f"hylo {shlex.join(words)}", style="dim", highlight=False, markup=False, soft_wrap=True)
-    with plain_errors(command(verb), parsed[parsed.verb].get("output")):
+        edge.verb, edge.output = parsed.verb, parsed[parsed.verb].get("output")
+        verb = by_name[parsed.verb]
+        if verb not in QUICK and is_launched_first():  # libraries take seconds to load, or a download does
+            console.print(f"hylo {shlex.join(words)}", style="dim", highlight=False, markup=False, soft_wrap=True)
         values = parser.instantiate(parsed)[parsed.verb]
         code = _run(verb, {name: values[name] for name in parameters(verb)})
-    quick_exit()
-    sys.exit(code or 0)
+        quick_exit()
+        sys.exit(code or 0)
 
 
 def _run(verb: Callable, values: dict[str, Any]) -> int | None:

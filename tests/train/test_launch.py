@@ -1,5 +1,6 @@
 """Ranks that end with an exit code of their own, under torchrun without its reports."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -41,7 +42,10 @@ def test_ctrl_c_reaches_ranks_that_work_or_wait_and_leaves_one_sentence(tmp_path
     )
     command = [sys.executable, "-m", "megatron_hylo.train.launch", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as started:
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where the tests run in the background, it is not
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=heard
+    ) as started:
         deadline = time.monotonic() + 120
         while len(list(tmp_path.glob("*.ready"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
