@@ -23,7 +23,7 @@ from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.convert.mapping import Entry, model_entries
 from megatron_hylo.convert.safetensors_files import header_bytes, tensor_bytes
-from megatron_hylo.io import DamagedError, barrier, gather, rank, read_json, staging_directory, world_size, write_json
+from megatron_hylo.io import DamagedError, barrier, on_all, rank, read_json, staging_directory, world_size, write_json
 from megatron_hylo.io.overlap import HashedFile, Overlap
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.weights_files import Piece, StoredLayout, write_parts
@@ -203,18 +203,18 @@ def shards_of(
     work = staging_directory(output, "shards", "shards", described)
     try:
         _check_space(output, work, planned)
-        error: Exception | None = None
-        try:
-            own = list(enumerate(planned))[rank() :: world_size()]
-            _write_own(
-                work, [(number, shard) for number, shard in own if not _record(work, number).is_file()], read, form, track
-            )
-        except Exception as caught:  # the other ranks wait
-            error = caught
-            for number, _ in own:
-                _file(work, number).with_suffix(".partial").unlink(missing_ok=True)
-        if raised := next((e for e in gather(error) if e is not None), None):
-            raise error or raised
+        own = list(enumerate(planned))[rank() :: world_size()]
+
+        def write() -> None:
+            todo = [(number, shard) for number, shard in own if not _record(work, number).is_file()]
+            try:
+                _write_own(work, todo, read, form, track)
+            except Exception:
+                for number, _ in own:
+                    _file(work, number).with_suffix(".partial").unlink(missing_ok=True)
+                raise
+
+        on_all(write)
         yield [_finished(work, number) for number in range(len(planned))]
         barrier()
         if rank() == 0:
