@@ -10,6 +10,7 @@ is stored. They depend on neither format, shard size nor parallelism, so that an
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -210,8 +211,10 @@ def shards_of(
             try:
                 _write_own(work, todo, read, form, track)
             except Exception:
-                for number, _ in own:
-                    _file(work, number).with_suffix(".partial").unlink(missing_ok=True)
+                for number, _ in todo:
+                    if not _record(work, number).is_file():
+                        for file in work.glob(f"*{_file(work, number).name}*"):  # also of a record that was cut short
+                            file.unlink()
                 raise
 
         on_all(write)
@@ -232,6 +235,7 @@ def _write_own(work: Path, shards: Sequence[tuple[int, list[Group]]], read: Read
             file = HashedFile(_file(work, number).with_suffix(".partial"))
             tensors: dict[str, dict[str, Any]] = {}
             pieces: list[Piece] = []
+            begun: list[Future[Any]] = []
             form.begin(file, shard)
             for group in shard:
                 next(todo)
@@ -242,17 +246,21 @@ def _write_own(work: Path, shards: Sequence[tuple[int, list[Group]]], read: Read
                             f"tensor {name} has shape {list(value.shape)}, its configuration asks for {list(shape)}"
                         )
                 write = form.prepare(group, values)
-                overlap.add(
+                begun += overlap.add(
                     group.bytes * min(2, len(values)),  # fused tensors are there twice
                     write=partial(_append, file, write, pieces),
                     hash=partial(_hash, group, values, tensors),
                 )
                 del values, write
-            overlap.drain()
-            about = file.close()
-            file.path.rename(_file(work, number))
-            write_json(_record(work, number), about | {"tensors": tensors, "pieces": [asdict(piece) for piece in pieces]})
+            overlap.finish(partial(_finish, work, number, file, tensors, pieces), begun)
+        overlap.drain()
     next(todo, None)  # ends the display
+
+
+def _finish(work: Path, number: int, file: HashedFile, tensors: dict[str, dict[str, Any]], pieces: list[Piece]) -> None:
+    about = file.close()
+    file.path.rename(_file(work, number))
+    write_json(_record(work, number), about | {"tensors": tensors, "pieces": [asdict(piece) for piece in pieces]})
 
 
 def _append(file: HashedFile, write: Callable[[HashedFile], list[Piece]], pieces: list[Piece]) -> None:
