@@ -96,7 +96,7 @@ def measure_size(name: str, work: Path, verify: bool, show: Callable[[str, dict[
         verify: compute logits too.
         show: called after each step with its name and all that was measured.
     """
-    hylo = [sys.executable, "-m", "megatron_hylo.cli"]
+    hylo = [sys.executable, "-W", "ignore", "-m", "megatron_hylo.cli"]
     source, teacher, hybrid, export = (work / part for part in ("source", "teacher", "hybrid", "export"))
     found: dict[str, dict[str, float]] = {"folder": {"gb": write_source(source, name) / 1e9}}
     layers = BASES[name].num_hidden_layers

@@ -89,12 +89,13 @@ def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> Upcyc
     config = student_config(teacher_config, settings)
     if calibrated and calibration is None:
         raise ConfigError("init `calibrated` needs --calibration, a folder made by `hylo calibrate`; or use --init paper")
+    if calibrated:
+        check_ranks()
     statistics = CalibrationFolder(calibration, teacher, device()) if calibration is not None else None
     if calibration is not None:
         check_dataset(calibration, teacher)
     source = FolderSource(teacher)
     if calibrated:
-        check_ranks()
         assert statistics is not None
         config = _with_rotary_pairs(config, teacher_config, source, statistics, settings.rotary)
     read = upcycled(source.read, teacher_config, config, settings.init, settings.seed, statistics if calibrated else None)
