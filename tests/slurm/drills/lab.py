@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_hylo.eval.runs import read_lines, seconds_of
@@ -102,7 +102,6 @@ class Lab:
     def __init__(self, cluster: Cluster, root: Path, seed: int) -> None:
         self.cluster, self.root, self.random = cluster, root, random.Random(seed)
         self.references: dict[int, dict[int, float]] = {}
-        self.middle = 30.0  # seconds from the start of an undisturbed run to its middle
         self.submitted = 0
         (root / "runs").mkdir(exist_ok=True)
 
@@ -113,9 +112,9 @@ class Lab:
         words = [f"--{key}={value}" for key, value in (OVERRIDES | drill.arguments).items()]
         shared = ["--parsable", f"--nodes={drill.nodes}", "--gpus-per-node=1", "--time=60", f"--output={run}.out"]
         if drill.limited:
-            self.reference(drill.nodes)  # which measures the middle
-            minutes = math.ceil((self.middle + 15) / 60)
-            shared += [f"--time={minutes}", f"--signal=B:USR1@{60 * minutes - round(self.middle)}"]
+            middle = self.middle_of(drill)
+            minutes = math.ceil((middle + 15) / 60)
+            shared += [f"--time={minutes}", f"--signal=B:USR1@{60 * minutes - round(middle)}"]
         job = self.sbatch(
             [*shared, *drill.options, *options, str(ROOT / "slurm" / f"{stage}.sh"), *words],
             {"OUTPUT": str(run)} | drill.environment,
@@ -194,8 +193,13 @@ class Lab:
         if state != "COMPLETED" or sorted(losses) != list(range(1, STEPS + 1)):
             raise RuntimeError(f"the undisturbed run ended {state} with {len(losses)} steps: {job.run}.out")
         self.references.setdefault(job.nodes, losses)
+
+    def middle_of(self, drill: Drill) -> float:
+        """Seconds from the start of a drill's run to its middle, measured by one that is not disturbed, at today's load."""
+        job = self.submit(replace(drill, name=f"undisturbed, {drill.name}", limited=False))
+        self.keep_reference(job, self.cluster.wait_for_end(job.id, PATIENCE))
         times = [r["time"] for r in read_lines(job.run / "metrics.jsonl") if "loss" in r]
-        self.middle = (times[0] + times[-1]) / 2 - seconds_of(read_lines(job.run / "jobs.jsonl")[0]["time"])
+        return (times[0] + times[-1]) / 2 - seconds_of(read_lines(job.run / "jobs.jsonl")[0]["time"])
 
     def compare(self, run: Path, reference: dict[int, float]) -> list[str]:
         """Differences of a finished run from an undisturbed one: steps, losses and evaluations bit for bit."""
