@@ -61,7 +61,7 @@ def listed_files(path: str | Path) -> dict[str, Entry]:
         DamagedError: it is not JSON.
     """
     file = Path(path) / MANIFEST
-    files = read_json(file).get("files") if file.is_file() else None
+    files: dict[str, Entry] = read_json(file).get("files", {}) if file.is_file() else {}
     return files if _is_ours(files) else {}
 
 
