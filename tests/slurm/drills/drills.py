@@ -65,7 +65,7 @@ def usr1_in_evaluation(lab: Lab, job: Job) -> str:
 def time_limit(lab: Lab, job: Job) -> None:
     """Nothing is done: Slurm sends SIGUSR1 before the limit, each time until the run is finished.
 
-    Slurm looks at limits every 30 seconds, so long evaluations make the run longer than that.
+    Slurm looks at limits every 30 seconds, so the run is longer than others.
     """
 
 
@@ -186,7 +186,7 @@ DRILLS = [
     Drill("one node, SIGUSR1 in an evaluation", usr1_in_evaluation, arguments=SLOW_EVALUATION),
     Drill("one node, save_now, then the rank is killed", saved_on_request, repeats=None),
     Drill("one node, SIGUSR1 in start-up and at a step", usr1_twice, starts=3),
-    Drill("one node, time limit", time_limit, arguments=SLOW_EVALUATION, limited=True, environment=MANY),
+    Drill("one node, time limit", time_limit, steps=6 * STEPS, limited=True, environment=MANY),
     Drill("one node, scontrol requeue", requeue),
     Drill("one node, scontrol requeue in start-up", requeue_in_startup),
     Drill("one node, preempted by a higher partition", higher_partition),
@@ -199,7 +199,7 @@ DRILLS = [
     Drill("two nodes, undisturbed", nothing, nodes=2, starts=1),
     Drill("two nodes, SIGUSR1 at a step", usr1_at_a_step, nodes=2),
     Drill("two nodes, SIGUSR1 in start-up", usr1_in_startup, nodes=2),
-    Drill("two nodes, time limit", time_limit, nodes=2, arguments=SLOW_EVALUATION, limited=True, environment=MANY),
+    Drill("two nodes, time limit", time_limit, nodes=2, steps=6 * STEPS, limited=True, environment=MANY),
     Drill("two nodes, scontrol requeue", requeue, nodes=2),
     Drill("two nodes, preempted by a higher partition", higher_partition, nodes=2),
     Drill("two nodes, the step on one dies", step_killed, nodes=2, repeats=None),
