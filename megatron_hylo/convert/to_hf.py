@@ -73,6 +73,8 @@ def convert_megatron_to_hf(
     results: Sequence[Mapping[str, Any]] = (),
     license: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
 ) -> None:
     """Convert a model folder or training checkpoint to a Hugging Face folder; `platform.initialize` must have run.
 
@@ -87,6 +89,7 @@ def convert_megatron_to_hf(
         results: results.json of evaluations of the model, for its card (README.md).
         license: of the model, as the Hub spells it, for the card.
         shard_bytes: largest size of a file of weights.
+        base_model, datasets: names on the Hub, for the card.
 
     Raises:
         ConfigError: the source cannot be read, or transformers reads another model in what was written.
@@ -103,7 +106,8 @@ def convert_megatron_to_hf(
             _add_files(config, opened.dtype(), folder, Path(source) / "tokenizer")
             provenance = made_by("export", {"model": source})
             write_json(folder / EXPORTED, provenance)
-            card = model_card(Path(output).name, config, parameter_count(config), provenance, results, license)
+            about = provenance, results, license, base_model, datasets
+            card = model_card(Path(output).name, config, parameter_count(config), *about)
             (folder / "README.md").write_text(card)
         barrier()
         opened.require_unchanged()

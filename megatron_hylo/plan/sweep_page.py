@@ -1,5 +1,7 @@
 """Page of a sweep's results in Markdown: fits, all cells and stages, and one table for each measure that has lengths."""
 
+import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,9 +37,21 @@ def page(sweep: Sweep, rows: Rows, fits: Sequence[dict[str, Any]]) -> str:
     lines += _table([*columns, *metrics, "minutes"], found)
     for title, names in _by_length(rows).items():
         lines += ["", f"## {title}", "", *_lengths(rows, names, varied, staged)]
+    if exports := _exports(sweep):
+        lines += ["", "## Export", "", "Model cards take the evaluations above.", "", "```sh", *exports, "```"]
     failed = {row["cell"]: row["message"] for _, row in rows if row["message"]}
     lines += ["", *(f"- cell {number}: {message}" for number, message in failed.items())] if failed else []
     return "\n".join(lines) + "\n"
+
+
+def _exports(sweep: Sweep) -> list[str]:
+    """Commands that export the finished hybrids of several stages."""
+    chains = [c for c in sweep.cells if c.last.name and c.last.train is not None and c.state()[0] == "finished"]
+    words = [re.sub(r"[^a-z0-9]+", "_", str(cell.varied.get("label", "")).lower()).strip("_") for cell in chains]
+    return [
+        f"hylo export {shlex.quote(str(cell.last.model))} {shlex.quote(str(sweep.output / 'exports' / (name or cell.name)))}"
+        for cell, name in zip(chains, words)
+    ]
 
 
 def _varied(sweep: Sweep) -> list[str]:

@@ -15,14 +15,16 @@ SCORE = Score("ruler", "niah|1", "exact", 0.75, 0.05, 40, length=4096)
 def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tmp_path):
     config = serve_config("G+M*")
     model = build_model(config, backend="local")
-    inputs = {
-        "teacher": {"path": "/secret/teacher", "provenance": {"verb": "convert", "converted_from": "org/base", "inputs": {}}}
-    }
-    trained = {"verb": "train", "stage": "distil", "train_steps": 36, "seed": 7}
+    source = {"path": "/secret/hub/models--org--base/snapshots/0123", "files": {"config.json": "f"}}
+    converted = {"verb": "convert", "converted_from": "0123", "inputs": {"source": source}}
+    inputs = {"teacher": {"path": "/secret/teacher", "provenance": converted}}
+    trained = {"verb": "train", "stage": "distil", "train_steps": 36, "seed": 7, "tokens": 4608, "sequence_length": 128}
+    trained["recipe"] = {"optimizer.mixer_lr": 7e-4, "recall.share": 0.2, "checkpoint.keep": 1}
     trained["inputs"] = inputs | {"data": {"path": "/secret/corpus", "content_sha256": "abc"}}
     save_model(model, tmp_path / "model", None, trained)
     measured = EvalResult({"name": "model"}, {"command": "hylo eval model", "commit": "1234567"}, [SCORE]).to_dict()
-    convert_megatron_to_hf(tmp_path / "model", tmp_path / "out", verify=False, results=[measured], license="apache-2.0")
+    about = dict(results=[measured], license="apache-2.0", datasets=["org/text"])
+    convert_megatron_to_hf(tmp_path / "model", tmp_path / "out", verify=False, **about)
     text = (tmp_path / "out" / "README.md").read_text()
     data = ModelCard(text).data
     assert (data.library_name, data.license, data.pipeline_tag) == ("transformers", "apache-2.0", "text-generation")
@@ -33,7 +35,11 @@ def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tm
     assert "grows by 188 bytes a token in bf16, 36.7% of the 512" in text
     steps = [line for line in text.splitlines() if line.startswith(("| convert", "| train", "| export"))]
     assert [line.split(" |")[0] for line in steps] == ["| convert", "| train", "| export"]
-    assert "stage distil; train_steps 36; seed 7; teacher `teacher`; data `corpus`" in steps[1]
+    assert "stage distil; seed 7; teacher `teacher`; data `corpus`" in steps[1]
+    assert "| distil | 4,608 | 128 | 36 | optimizer.mixer_lr 0.0007; recall.share 0.2; seed 7 |" in text
+    assert "| `+` MLA | 1 | " in text and "kv_lora_rank 24" in text and "| 60 |" in text, "a latent of 24 and 6, 2 bytes each"
+    assert data.base_model == "org/base" and data.datasets == ["org/text"] and "gated-deltanet" in data.tags
+    assert "[org/base](https://huggingface.co/org/base), whose licence and terms apply" in text
     assert "- `corpus` (SHA-256 of its tokens `abc`)" in text and "- 36 training steps followed" in text
     assert "trust_remote_code=True" in text and "/secret" not in text and str(tmp_path) not in text
 

@@ -224,7 +224,9 @@ def test_stages_follow_each_other_are_shared_and_are_measured(spec, material, on
     assert rows[1]["text/ppl/heldout/perplexity/16"] == perplexity
     page = (tmp_path / "sweep" / "report.md").read_text()
     assert f"| 0 | one | long | finished | 1 | {64 + 144} |" in page and f" {perplexity:.4f} |" in page
-    assert "## text: ppl, by_position, perplexity\n\n| cell | label | stage | tokens | 64 | 128 |" in page, "4,096 is past the window"
+    assert "## text: ppl, by_position, perplexity\n\n| cell | label | stage | tokens | 64 | 128 |" in page, (
+        "4,096 is past the window"
+    )
 
 
 @pytest.mark.parametrize(
