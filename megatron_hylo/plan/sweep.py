@@ -96,9 +96,11 @@ def read_sweep(file: Path) -> Sweep:
             cell = _cell(number, base, varied, output, measurements)
         except ConfigError as error:
             raise ConfigError(f"{file}: cell {number} {varied}: {error}") from error
-        if cell.name in known:
+        # two selections may come to the same layers, which then share a cell's folder
+        own = digest({name: value for name, value in varied.items() if name != "label"})
+        if own in known:
             raise ConfigError(f"{file}: cell {number} {varied} is there twice; leave one out")
-        known.add(cell.name)
+        known.add(own)
         cells.append(cell)
     return Sweep(file, output, cells, retries, at_once, whole_number(spec, "gpus", 1, 1))
 

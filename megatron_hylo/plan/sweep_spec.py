@@ -52,7 +52,21 @@ def read_spec(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     points = {name: spec[name] for name in ("grid", "cells") if name in spec}
     if points:
         below = {name: value for name, value in below.items() if name not in ("grid", "cells")}
-    return merged(below, spec)
+    both = merged(below, spec)
+    if below.get("stages") and spec.get("stages"):
+        both["stages"] = {
+            name: both["stages"][name] for name in _stage_order(list(below["stages"]), list(spec["stages"]), file)
+        }
+    return both
+
+
+def _stage_order(below: list[str], above: list[str], file: Path) -> list[str]:
+    """Order of the stages of a base and of a specification, one of which must name all."""
+    if set(above) <= set(below):
+        return below
+    if set(below) <= set(above):
+        return above
+    raise ConfigError(f"{file}: stages must name all of its base's ({', '.join(below)}) beside its own, in their order")
 
 
 def _recipe(recipe: str, file: Path) -> dict[str, Any]:

@@ -249,6 +249,19 @@ def test_stages_evaluations_and_bases_are_checked(spec, changes, words):
     assert words in str(error.value)
 
 
+def test_stages_of_a_specification_and_its_base_have_one_order(spec, tmp_path):
+    base = spec(stages={"b": {}, "d": {}}, grid={"student.mla": [1]})
+
+    def names(*stages: str) -> list[str]:
+        file = tmp_path / "over.yaml"
+        file.write_text(yaml.safe_dump({"base": base.name, "stages": {s: {"seed": 3} for s in stages}}, sort_keys=False))
+        return [stage.name for stage in read_sweep(file).cells[0].stages]
+
+    assert names("a", "b", "c", "d") == ["a", "b", "c", "d"] and names("d") == ["b", "d"]
+    with pytest.raises(ConfigError, match=r"stages must name all of its base's \(b, d\) beside its own"):
+        names("a", "d")
+
+
 def test_layers_come_from_a_selection_and_its_order_tells_other_counts(tmp_path):
     def write(**found) -> dict:
         (tmp_path / "selection.json").write_text(json.dumps({"pattern": "GG+G+", "mla_layers": [2, 4]} | found))
