@@ -1,9 +1,9 @@
 """Taylor-Calibrate's closed-form start of Gated DeltaNet (arXiv:2606.16429, phase 1), to compare with; MLA as `calibrated`.
 
 Half-lives are the mean distance that a head looks back, writing is stronger in heads that attend to few tokens, and the gate is
-a small multiple of the values, so that a layer is nearly silent until stage 1 (its phase 2) has aligned it. Three
-differences: its layers have no convolutions, so these pass the current token; the window's first token, on which heads rest that look at
-nothing, does not count as a distance; and values keep their scale, which the norm behind the recurrence divides out.
+a small multiple of the values, so that a layer is nearly silent until stage 1 (its phase 2) has aligned it. Three differences:
+its layers have no convolutions, so these pass the current token alone; the window's first token, on which heads rest that look
+at nothing, does not count as a distance; and values keep their scale, which the norm behind the recurrence divides out.
 """
 
 import math

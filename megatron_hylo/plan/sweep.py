@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.layouts import expand_pattern, get_layout, hybrid_config, uniform_mixers
@@ -45,7 +45,7 @@ from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.io import read_json
-from megatron_hylo.plan.job import read_settings, shape
+from megatron_hylo.plan.job import read_settings, settings_parser, shape
 from megatron_hylo.plan.sweep_cells import STOPPED, Cell, Measurement, Stage, digest
 from megatron_hylo.plan.sweep_spec import grid_points, merged, read_measurements, read_spec, whole_number
 
@@ -233,8 +233,7 @@ def _student(settings: dict[str, Any], output: Path) -> UpcycleConfig:
             chosen["pattern"] = "".join(MLA_SYMBOL if layer in mla else linear for layer in range(layers))
     name = digest(chosen | {"teacher": settings["teacher"]})
     values = chosen | {"teacher": settings["teacher"], "output": str(output.absolute() / "students" / name)}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(UpcycleConfig, as_group=False)
+    parser = settings_parser(UpcycleConfig)
     try:
         made = UpcycleConfig(**vars(parser.instantiate(parser.parse_object(values))))
     except (ArgumentError, TypeError) as error:
