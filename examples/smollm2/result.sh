@@ -10,16 +10,16 @@
 #   table     OUT/sweep/report.md (perplexity, recall and RULER by length, loss by position), exports with model cards
 #
 # Each part goes on where it was, inside a stage too. Other STAGES, budgets or seeds add to what is there; other TOKENS_... train
-# that stage and those after it again. A hybrid takes about half an hour on an H200; without a GPU all sizes are tiny.
+# that stage and those after it again. A hybrid takes about half an hour on an H200; without a GPU it is one, of tiny sizes.
 # shellcheck source=examples/smollm2/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 OUT="${OUT:-runs/result}"
 STAGES="${STAGES:-align 2k 8k 32k 64k}" # those before another must stay
-MLA_LAYERS="${MLA_LAYERS:-4 8 13}"   # KV budgets: 5.6 %, 11.1 % and 18.1 % of the teacher's cache
 BY="${BY:-both}"                     # whose choice of layers is trained: kl, recall or both
 SEED="${SEED:-77}"                   # order of the text
-MORE="${MORE:-8:$BY:78 8:even:77}"   # more cells, LAYERS:BY:SEED; a second seed and evenly spread layers. - for none
+usual MLA_LAYERS "4 8 13" 8          # KV budgets: 5.6 %, 11.1 % and 18.1 % of the teacher's cache
+usual MORE_CELLS "8:$BY:78 8:even:77" -    # more cells, LAYERS:BY:SEED; a second seed and evenly spread layers. - for none
 usual LENGTH 2048 256                # tokens a window of the first stages
 usual GROWTH "1 4 16 32" "1 2 4 8"    # windows of 2k, 8k, 32k and 64k over LENGTH
 usual TOKENS_ALIGN 3000000 2048      # training tokens of stage 1, of the pure models of select too
@@ -106,7 +106,7 @@ SPEC
   echo "cells:"
   echo "  - {label: teacher, student: null, stages: null, train.model: $OUT/teacher}"
   for layers in $MLA_LAYERS; do cell "$layers" "$BY" "$SEED"; done
-  for name in ${MORE/#-/}; do
+  for name in ${MORE_CELLS/#-/}; do
     IFS=: read -r layers by seed <<<"$name"
     [[ " $MLA_LAYERS " != *" $layers "* ]] || cell "$layers" "$by" "$seed"
   done

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from megatron_hylo.config import ModelConfig
+from megatron_hylo.config.evaluation import NEEDS_TEXT
 from megatron_hylo.config.layouts import kv_bytes_per_token
 from megatron_hylo.config.mixers import get_mixer, tensor_parallel_sizes
 
@@ -46,7 +47,7 @@ def model_card(
     """
     base_model = base_model or _base_on_hub(provenance)
     is_hybrid = not config.is_transformer
-    scores = [(result, score) for result in results for score in result["scores"]]
+    scores = [(result, score) for result in results for score in result["scores"] if score.get("depth") is None]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -55,7 +56,7 @@ def model_card(
         datasets=[*datasets] or None,
         tags=_tags(config) if is_hybrid else None,
         model_name=name,
-        eval_results=[_for_the_hub(score) for _, score in scores] or None,
+        eval_results=[_for_the_hub(result, score) for result, score in scores] or None,
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
@@ -188,37 +189,49 @@ def _data(provenance: Mapping[str, Any], datasets: Sequence[str]) -> str:
     return "\n".join(lines) or "No training data is recorded: the model was not trained after its conversion."
 
 
-def _for_the_hub(score: Mapping[str, Any]) -> EvalResult:
-    name = " ".join(str(part) for part in (score["suite"], score["task"], score.get("length") or "") if part != "")
+def _for_the_hub(result: Mapping[str, Any], score: Mapping[str, Any]) -> EvalResult:
+    parts = [score["task"], str(score.get("length") or ""), _text(result, score)]
+    config = " ".join(part for part in parts if part)  # what the Hub tells entries of one dataset type apart by
     return EvalResult(
-        task_type="text-generation", dataset_type=score["suite"], dataset_name=name, metric_type=score["metric"],
-        metric_value=score["value"],
+        task_type="text-generation", dataset_type=score["suite"], dataset_name=f"{score['suite']} {config}",
+        dataset_config=config, metric_type=score["metric"], metric_name=score["metric"], metric_value=score["value"],
     )  # fmt: skip
+
+
+def _text(result: Mapping[str, Any], score: Mapping[str, Any]) -> str:
+    """Name of the dataset folder that a score of a suite on held-out text was measured on; empty of others."""
+    data = result["run"].get("settings", {}).get("data") if score["suite"] in NEEDS_TEXT else None
+    return Path(data).name if data else ""
 
 
 def _results(scores: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
     if not scores:
         return ["None were given. `hylo eval` measures them; `hylo export --results FOLDER` puts them here."]
     rows = []
-    for _, score in scores[:ROWS]:
+    for result, score in scores[:ROWS]:
         error = "" if score.get("stderr") is None else f" ± {score['stderr']:.3g}"
         length = score.get("length")
         rows.append((
-            score["suite"], score["task"], "" if length is None else f"{length:,}", score["metric"],
+            score["suite"], score["task"], _text(result, score), "" if length is None else f"{length:,}", score["metric"],
             f"{score['value']:.4g}{error}", f"{score['examples']:,}", score.get("note", ""),
         ))  # fmt: skip
     runs = {f"`{result['run'].get('command')}`, commit {result['run'].get('commit')}" for result, _ in scores}
     left = [f"{len(scores) - ROWS} more are in the results folder."] if len(scores) > ROWS else []
-    columns = ("suite", "task", "tokens", "metric", "value", "examples", "note")
+    columns = ("suite", "task", "text", "tokens", "metric", "value", "examples", "note")
     return [*_table(columns, rows), *left, "Measured by " + "; ".join(sorted(runs)) + "."]
 
 
 def _limits(config: ModelConfig, provenance: Mapping[str, Any]) -> str:
     steps = sum(step.get("train_steps") or 0 for step in _steps(provenance))
+    quantised = {name for step in _steps(provenance) if (name := step.get("converted_from", "")).endswith(".gguf")}
     lines = [
         f"- {config.max_position_embeddings:,} tokens are the longest that the base model or a training stage was made for; "
         f"longer prompts run, with quality that was not measured.",
         f"- {steps:,} training steps followed the conversion." if steps else "- It was not trained after its conversion.",
+        *(
+            f"- Its base model's weights were dequantised from `{name}`, so they are not the original ones."
+            for name in quantised
+        ),
         "- It has the base model's biases and gaps, and may repeat or invent facts; a low perplexity does not show recall over "
         "long distances.",
     ]

@@ -17,6 +17,7 @@ from megatron_hylo.convert.verify import require_equal
 from megatron_hylo.convert.write_folders import write_model_folder
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.io import check_free, write_json
+from megatron_hylo.io.gguf_file import gguf_file
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.io.provenance import made_by
 from megatron_hylo.models.hylo_model import HyloModel
@@ -79,7 +80,9 @@ def convert_hf_to_megatron(
     check_free(output, overwrite, [source])
     opened = open_source(source)
     with ThreadPoolExecutor(1) as beside:  # the source is hashed while it is read
-        provenance = beside.submit(made_by, "convert", {"source": source}, converted_from=Path(source).name)
+        provenance = beside.submit(
+            made_by, "convert", {"source": source}, converted_from=(gguf_file(Path(source)) or Path(source)).name
+        )
 
         def check(folder: Path) -> None:
             opened.require_unchanged()

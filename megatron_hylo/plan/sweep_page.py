@@ -34,7 +34,7 @@ def page(sweep: Sweep, rows: Rows, fits: Sequence[dict[str, Any]]) -> str:
         figures = [_figure(row.get(name)) for name in ("tokens", "kv_bytes_per_token", *metrics)]
         found.append([*_who(cell, row, varied, staged), row["state"], str(row["attempts"]), *figures,
                       f"{row['seconds'] / 60:.1f}"])  # fmt: skip
-    lines += _table([*columns, *metrics, "minutes"], found)
+    lines += _table([*columns, *map(_title, metrics), "minutes"], found)
     for title, names in _by_length(rows).items():
         lines += ["", f"## {title}", "", *_lengths(rows, names, varied, staged)]
     if exports := _exports(sweep):
@@ -42,6 +42,12 @@ def page(sweep: Sweep, rows: Rows, fits: Sequence[dict[str, Any]]) -> str:
     failed = {row["cell"]: row["message"] for _, row in rows if row["message"]}
     lines += ["", *(f"- cell {number}: {message}" for number, message in failed.items())] if failed else []
     return "\n".join(lines) + "\n"
+
+
+def _title(metric: str) -> str:
+    """Heading of a metric: "perplexity, unseen (windows of 2,048)" of unseen/ppl/heldout/perplexity/2048."""
+    evaluation, *_, name, length = metric.split("/") if "/heldout/" in metric else (metric, "", "")
+    return f"{name}, {evaluation} (windows of {int(length):,})" if length else metric
 
 
 def _exports(sweep: Sweep) -> list[str]:

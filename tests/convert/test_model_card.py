@@ -1,5 +1,7 @@
 """Model cards: parsed by huggingface_hub, against the folders that they describe."""
 
+from dataclasses import replace
+
 from huggingface_hub import ModelCard
 
 from megatron_hylo.convert.model_card import model_card
@@ -16,20 +18,28 @@ def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tm
     config = serve_config("G+M*")
     model = build_model(config, backend="local")
     source = {"path": "/secret/hub/models--org--base/snapshots/0123", "files": {"config.json": "f"}}
-    converted = {"verb": "convert", "converted_from": "0123", "inputs": {"source": source}}
+    converted = {"verb": "convert", "converted_from": "base.Q4_1.gguf", "inputs": {"source": source}}
     inputs = {"teacher": {"path": "/secret/teacher", "provenance": converted}}
     trained = {"verb": "train", "stage": "distil", "train_steps": 36, "seed": 7, "tokens": 4608, "sequence_length": 128}
     trained["recipe"] = {"optimizer.mixer_lr": 7e-4, "recall.share": 0.2, "checkpoint.keep": 1}
     trained["inputs"] = inputs | {"data": {"path": "/secret/corpus", "content_sha256": "abc"}}
     save_model(model, tmp_path / "model", None, trained)
-    measured = EvalResult({"name": "model"}, {"command": "hylo eval model", "commit": "1234567"}, [SCORE]).to_dict()
-    about = dict(results=[measured], license="apache-2.0", datasets=["org/text"])
+    by_depth = replace(SCORE, depth=0.5, value=0.1)
+    perplexity = Score("ppl", "heldout", "perplexity", 7.0, None, 3, length=2048)
+    about = {"command": "hylo eval model", "commit": "1234567"}
+    measured = EvalResult({"name": "model"}, about, [SCORE, by_depth]).to_dict()
+    other = EvalResult({"name": "model"}, about | {"settings": {"data": "/secret/unseen"}}, [perplexity]).to_dict()
+    about = dict(results=[measured, other], license="apache-2.0", datasets=["org/text"])
     convert_megatron_to_hf(tmp_path / "model", tmp_path / "out", verify=False, **about)
     text = (tmp_path / "out" / "README.md").read_text()
     data = ModelCard(text).data
     assert (data.library_name, data.license, data.pipeline_tag) == ("transformers", "apache-2.0", "text-generation")
     assert data.eval_results[0].metric_value == 0.75 and data.eval_results[0].dataset_name == "ruler niah|1 4096"
-    assert "| ruler | niah\\|1 | 4,096 | exact | 0.75 ± 0.05 | 40 |" in text and "`hylo eval model`, commit 1234567" in text
+    assert "| ruler | niah\\|1 |  | 4,096 | exact | 0.75 ± 0.05 | 40 |" in text and "`hylo eval model`, commit 1234567" in text
+    assert "| ppl | heldout | unseen | 2,048 | perplexity | 7 | 3 |" in text and "0.1" not in text.split("## Results")[1]
+    names = {(result.dataset_name, result.metric_value) for result in data.eval_results}
+    assert names == {("ruler niah|1 4096", 0.75), ("ppl heldout 2048 unseen", 7.0)}, "two entries, though both were read back"
+    assert "dequantised from `base.Q4_1.gguf`, so they are not the original ones" in text
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters, 4 layers: 1 " in text and "(`G+M*`)" in text
     # a latent of 24 and a rotary key of 6, keys and values of 2 x 16, 2 bytes each; attention alone 4 x 2 x 32 x 2
     assert "grows by 188 bytes a token in bf16, 36.7% of the 512" in text

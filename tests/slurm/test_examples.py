@@ -101,9 +101,9 @@ def test_its_specification_has_three_budgets_and_growing_lengths(script, tmp_pat
     assert done.returncode == 0, done.stderr
     teacher, *hybrids = read_sweep(tmp_path / "out" / "result.yaml").cells
     assert teacher.last.train is None and teacher.last.model == tmp_path / "out" / "teacher"
-    assert [round(row_of(cell)["kv_percent"], 1) for cell in hybrids] == [5.6, 11.1, 18.1, 11.1, 11.1]
-    assert hybrids[0].upcycle.pattern == "".join("+" if layer in ORDER[:4] else "G" for layer in range(30))
-    assert [cell.last.train.seed for cell in hybrids] == [77, 77, 77, 78, 77] and hybrids[4].upcycle.pattern[1] == "+"
+    assert [round(row_of(cell)["kv_percent"], 1) for cell in hybrids] == ([5.6, 11.1, 18.1, 11.1, 11.1] if gpu else [11.1])
+    assert [cell.last.train.seed for cell in hybrids] == ([77, 77, 77, 78, 77] if gpu else [77])
+    assert hybrids[0].upcycle.pattern == "".join("+" if n in ORDER[: 4 if gpu else 8] else "G" for n in range(30))
     lengths = [2048, 2048, 8192, 32768, 65536] if gpu else [256, 256, 512, 1024, 2048]
     for cell in hybrids:
         assert [stage.name for stage in cell.stages] == ["align", "2k", "8k", "32k", "64k"]
@@ -116,9 +116,9 @@ def test_its_specification_has_three_budgets_and_growing_lengths(script, tmp_pat
             0.2 if gpu else 0.25
         )
     assert sum(stage.train.train_tokens for stage in hybrids[0].stages) == (143_000_000 if gpu else 18_432)
-    done, _ = script(gpu, "train", STAGES="align 2k", MLA_LAYERS="8", MORE="-")
+    done, _ = script(gpu, "train", STAGES="align 2k", MLA_LAYERS="8", MORE_CELLS="-")
     _, alone = read_sweep(tmp_path / "out" / "result.yaml").cells
-    assert alone.stages[0].folder == hybrids[1].stages[0].folder, "what was trained of it stays"
+    assert alone.stages[0].folder in [cell.stages[0].folder for cell in hybrids], "what was trained of it stays"
     done, calls = script(gpu, "train", STAGES="align 9k")
     assert done.returncode == 2 and "there is no stage 9k; choose out of align 2k" in done.stderr and not calls
     done, calls = script(gpu, "tables")
@@ -161,7 +161,7 @@ def test_the_whole_chain_runs_on_tiny_models(one_rank, tmp_path, tokenizer, caps
     program(tmp_path, "nvidia-smi", "exit 9")
     sizes = {
         "LENGTH": "256", "GROWTH": "1 1 2 2", "CALIBRATION_TOKENS": "1024", "SELECT_TOKENS": "512", "EVAL_LENGTHS": "768 1024",
-        "MLA_LAYERS": "1", "MORE": "-", "TRIALS": "1", "BY": "kl",
+        "MLA_LAYERS": "1", "MORE_CELLS": "-", "TRIALS": "1", "BY": "kl",
     }  # fmt: skip
     sizes |= {f"TOKENS_{stage}": "512" for stage in ("ALIGN", "2K", "8K", "32K", "64K")}
     given = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "OUT": str(tmp_path / "out")} | sizes
