@@ -45,14 +45,14 @@ declare -A factor=([align]=1 [2k]=${times[0]} [8k]=${times[1]} [32k]=${times[2]}
 declare -A tokens=([align]=$TOKENS_ALIGN [2k]=$TOKENS_2K [8k]=$TOKENS_8K [32k]=$TOKENS_32K [64k]=$TOKENS_64K)
 declare -A recipe=([align]=stage1_ild [2k]=stage2_ctx8k [8k]=stage2_ctx8k [32k]=stage3_ctx32k [64k]=stage3_ctx64k)
 declare -A more=([align]="stage: align, optimizer: {lr: 1.0e-3, mixer_lr: null}" # tokens a step: 16,384, then those of a 32K window
-  [2k]="global_batch_size: 8, micro_batch_size: 8, cuda_graphs: $GRAPHS" [8k]="global_batch_size: $((times[2] / times[1]))"
+  [2k]="global_batch_size: 8, micro_batch_size: 8, cuda_graphs: $GRAPHS" [8k]="global_batch_size: $((times[2] / times[1])), micro_batch_size: $((times[2] / times[1]))"
   [32k]="global_batch_size: 1" [64k]="global_batch_size: 1")
 for name in $STAGES; do
   [[ -n ${factor[$name]:-} ]] || { echo "error: there is no stage $name; choose out of align 2k 8k 32k 64k" >&2; exit 2; }
 done
 
 select_layers() {
-  local depth name most=0 pattern
+  local depth name most=0 pattern running=()
   depth=$(grep -o '"hybrid_layer_pattern": *"[^"]*"' "$OUT/teacher/hylo.json" | head -n 1 | tr -cd '*' | wc -c)
   for name in "all_mla +" "all_linear $symbol"; do
     pattern=$(printf "${name#* }%.0s" $(seq "$depth"))
@@ -65,8 +65,10 @@ select_layers() {
   for name in kl recall both; do
     [[ -d $OUT/select_$name ]] || $hylo select "$OUT/teacher" --mla "$OUT/aligned/model" --linear "$OUT/aligned/second_model" \
       --data "$OUT/data" --count "$most" --method greedy --by "$name" --tokens "$SELECT_TOKENS" --sequence_length "$LENGTH" \
-      --output "$OUT/select_$name"
+      --output "$OUT/select_$name" &
+    if ((AT_ONCE > 1)); then running+=($!); else wait $!; fi
   done
+  for name in "${running[@]}"; do wait "$name"; done
 }
 
 # cell LAYERS BY SEED
@@ -91,6 +93,7 @@ train:
   recall: {share: $RECALL}
   optimizer: {lr: $LR, mixer_lr: $MIXER_LR}
   eval_windows: $((TRIALS < 16 ? TRIALS : 16))
+  checkpoint: {save_interval: 200}
 stages:
 SPEC
   for name in $STAGES; do
@@ -122,7 +125,7 @@ for part in "$@"; do
     prepare)
       prepare library
       [[ -d $OUT/unseen ]] || $hylo preprocess "${UNSEEN:-$($hylo fetch unseen)}" "$OUT/unseen" --tokenizer "$OUT/teacher" \
-        --heldout_fraction 0.5
+        --heldout_fraction 0.3
       [[ -d $OUT/recipes ]] || $hylo scripts "$OUT/recipes" --layout "$base"
       ;;
     select) select_layers ;;
