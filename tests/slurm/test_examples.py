@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import string
 import subprocess
 from pathlib import Path
@@ -143,7 +144,7 @@ def test_ablations_are_specifications(file, tmp_path, monkeypatch):
         assert all(1270 <= row_of(cell)["kv_bytes_per_token"] / 2 <= 1290 for cell in cells)
 
 
-def test_the_whole_chain_runs_on_tiny_models(one_rank, tmp_path, tokenizer, capsys):  # noqa: F811
+def test_the_whole_chain_runs_on_tiny_models(one_rank, tmp_path, tokenizer, capsys, request):  # noqa: F811
     """Every command of the script is run in this process, on a random Llama of 4 layers, a few steps a stage."""
     calls, answers, folder = tmp_path / "calls", tmp_path / "answers", tmp_path / "model"
     model = tiny_hf_model("llama", num_hidden_layers=4, vocab_size=len(tokenizer), max_position_embeddings=1024)
@@ -160,13 +161,15 @@ def test_the_whole_chain_runs_on_tiny_models(one_rank, tmp_path, tokenizer, caps
     program(tmp_path, "hylo", f'printf \'%s\\0\' "$@" >{calls}; read -r code answer <{answers}; echo "$answer"; exit $code')
     program(tmp_path, "nvidia-smi", "exit 9")
     sizes = {
-        "LENGTH": "256", "GROWTH": "1 1 2 2", "CALIBRATION_TOKENS": "1024", "SELECT_TOKENS": "512", "EVAL_LENGTHS": "768 1024",
+        "LENGTH": "256", "GROWTH": "1 1 2 2", "CALIBRATION_TOKENS": "1024", "SELECT_TOKENS": "512", "EVAL_LENGTHS": "768",
         "MLA_LAYERS": "1", "MORE_CELLS": "-", "TRIALS": "1", "BY": "kl",
     }  # fmt: skip
     sizes |= {f"TOKENS_{stage}": "512" for stage in ("ALIGN", "2K", "8K", "32K", "64K")}
     given = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "OUT": str(tmp_path / "out")} | sizes
     command = ["bash", "-c", f"bash {EXAMPLES}/result.sh >{tmp_path}/page; printf 'end\\0%s\\0' $? >{calls}"]
-    process, verbs, fetched = subprocess.Popen(command, cwd=tmp_path, env=given), [], {"teacher": str(folder)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=given, start_new_session=True)
+    request.addfinalizer(lambda: process.poll() is None and os.killpg(process.pid, signal.SIGKILL))
+    verbs, fetched = [], {"teacher": str(folder)}
 
     def run(*words: str) -> int:
         with pytest.raises(SystemExit) as ended:
