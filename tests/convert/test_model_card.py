@@ -28,8 +28,9 @@ def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tm
     perplexity = Score("ppl", "heldout", "perplexity", 7.0, None, 3, length=2048)
     about = {"command": "hylo eval model", "commit": "1234567"}
     measured = EvalResult({"name": "model"}, about, [SCORE, by_depth]).to_dict()
+    seen = EvalResult({"name": "model"}, about | {"settings": {"data": "/secret/corpus"}}, [replace(perplexity, value=6.0)])
     other = EvalResult({"name": "model"}, about | {"settings": {"data": "/secret/unseen"}}, [perplexity]).to_dict()
-    about = dict(results=[measured, other], license="apache-2.0", datasets=["org/text"])
+    about = dict(results=[measured, other, seen.to_dict()], license="apache-2.0", datasets=["org/text"])
     convert_megatron_to_hf(tmp_path / "model", tmp_path / "out", verify=False, **about)
     text = (tmp_path / "out" / "README.md").read_text()
     data = ModelCard(text).data
@@ -38,7 +39,7 @@ def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tm
     assert "| ruler | niah\\|1 |  | 4,096 | exact | 0.75 ± 0.05 | 40 |" in text and "`hylo eval model`, commit 1234567" in text
     assert "| ppl | heldout | unseen | 2,048 | perplexity | 7 | 3 |" in text and "0.1" not in text.split("## Results")[1]
     names = {(result.dataset_name, result.metric_value) for result in data.eval_results}
-    assert names == {("ruler niah|1 4096", 0.75), ("ppl heldout 2048 unseen", 7.0)}, "two entries, though both were read back"
+    assert names == {("ruler niah|1 4096", 0.75), ("ppl heldout 2048 unseen", 7.0), ("ppl heldout 2048 corpus", 6.0)}
     assert "dequantised from `base.Q4_1.gguf`, so they are not the original ones" in text
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters, 4 layers: 1 " in text and "(`G+M*`)" in text
     # a latent of 24 and a rotary key of 6, keys and values of 2 x 16, 2 bytes each; attention alone 4 x 2 x 32 x 2
