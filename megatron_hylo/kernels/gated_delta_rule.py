@@ -213,11 +213,27 @@ def recurrent_gated_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The definition of `gated_delta_rule`, one token after another: same arguments, results and errors."""
     _check(q, k, v, g, beta)
+    return delta_rule_by_token(q, k, v, g[..., None], beta, initial_state, output_final_state)
+
+
+def delta_rule_by_token(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The delta rule, one token after another, with the log decay g [b, t, h, dk], or [b, t, h, 1] for all key channels.
+
+    Other arguments and results as `gated_delta_rule`.
+    """
     wide = torch.promote_types(v.dtype, torch.float32)
     b, t, h, dk = q.shape
     queries = (normalised(q.to(wide)) * dk**-0.5)[..., None]
     keys = normalised(k.to(wide))[..., None]  # [b, t, h, dk, 1]
-    values, decay, strength = v.to(wide), g.to(wide).exp()[..., None, None], beta.to(wide)[..., None]
+    values, decay, strength = v.to(wide), g.to(wide).exp()[..., None], beta.to(wide)[..., None]
     state = v.new_zeros(b, h, dk, v.shape[-1], dtype=wide) if initial_state is None else initial_state.to(wide)
     outputs = []
     for i in range(t):

@@ -9,7 +9,13 @@ import importlib
 import torch
 import torch.nn.functional as F
 
-from megatron_hylo.kernels.gated_delta_rule import FLA_MAX_KEY_DIM, normalised, triton_unsupported, unit_lower_inverse
+from megatron_hylo.kernels.gated_delta_rule import (
+    FLA_MAX_KEY_DIM,
+    delta_rule_by_token,
+    normalised,
+    triton_unsupported,
+    unit_lower_inverse,
+)
 from megatron_hylo.kernels.registry import Unsupported, library_unsupported, select
 from megatron_hylo.kernels.ssd import segment_sum
 
@@ -145,16 +151,4 @@ def recurrent_kda(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The definition of `kda`, one token after another: same arguments, results and errors."""
     _check(q, k, v, g, beta)
-    wide = torch.promote_types(v.dtype, torch.float32)
-    b, t, h, dk = q.shape
-    queries = (normalised(q.to(wide)) * dk**-0.5)[..., None]
-    keys = normalised(k.to(wide))[..., None]  # [b, t, h, dk, 1]
-    values, decay, strength = v.to(wide), g.to(wide).exp()[..., None], beta.to(wide)[..., None]
-    state = v.new_zeros(b, h, dk, v.shape[-1], dtype=wide) if initial_state is None else initial_state.to(wide)
-    outputs = []
-    for i in range(t):
-        state = state * decay[:, i]
-        written = strength[:, i] * (values[:, i] - (state * keys[:, i]).sum(-2))  # [b, h, dv]
-        state = state + keys[:, i] * written[..., None, :]
-        outputs.append((state * queries[:, i]).sum(-2))
-    return torch.stack(outputs, 1).to(v.dtype), state if output_final_state else None
+    return delta_rule_by_token(q, k, v, g, beta, initial_state, output_final_state)

@@ -38,14 +38,15 @@ def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
         raise ConfigError(f"no cell of {sweep.file} is finished; run `hylo sweep {sweep.file}` first")
     table = sweep.output / "results.parquet"
     _write_parquet(stages, table)
-    fits, known = list[dict[str, Any]](), {name for row in finished for name in row}
-    recalls = (*measured_recall(finished), *RECALLS)
+    trained = [row for row in finished if "tokens" in row]
+    fits, known = list[dict[str, Any]](), {name for row in trained for name in row}
+    recalls = (*measured_recall(trained), *RECALLS)
     for measures, words, power in ((LOSSES, "loss", True), (recalls, "recall", False)):
-        if fit := fit_metric(finished, next((m for m in measures if m in known), ""), words, power, samples):
+        if fit := fit_metric(trained, next((m for m in measures if m in known), ""), words, power, samples):
             fits.append(fit)
     files = [table]
     if fits:
-        files.append(_draw(finished, fits, sweep.output / "report.png"))
+        files.append(_draw(trained, fits, sweep.output / "report.png"))
     report = sweep.output / "report.md"
     report.write_text(page(sweep, stages, fits))
     return {
@@ -56,7 +57,7 @@ def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
 
 def measured_recall(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Names of the recall suites' means that all rows have, the longest length first."""
-    names = [name for name in rows[0] if "/recall/mean/exact/" in name and name.rsplit("/", 1)[1].isdecimal()]
+    names = [name for name in (rows[0] if rows else ()) if "/recall/mean/exact/" in name and name.rsplit("/", 1)[1].isdecimal()]
     return sorted((n for n in names if all(n in row for row in rows)), key=lambda n: -int(n.rsplit("/", 1)[1]))
 
 

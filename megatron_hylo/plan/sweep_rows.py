@@ -64,7 +64,7 @@ def _measured(stage: Stage) -> dict[str, Any]:
     for one in stage.measurements:
         file = stage.results(one) / RESULTS
         for score in read_json(file, needs=("scores",))["scores"] if file.is_file() else ():
-            if score.get("depth") is None:
+            if score.get("depth") is None and math.isfinite(score["value"]):
                 length = score.get("length")
                 name = f"{one.name}/{score['suite']}/{score['task']}/{score['metric']}" + (f"/{length}" if length else "")
                 found |= {name: score["value"], name + ERROR: score.get("stderr")}
@@ -95,10 +95,10 @@ def _seconds(run: Run) -> float:
 
 
 def _last(run: Run) -> dict[str, float]:
-    """Newest finite value of every metric."""
+    """Newest value of every metric; none where that is not finite, since an older one would hide it."""
     found: dict[str, float] = {}
     for record in run.records:
         for name, value in record.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
                 found[name] = float(value)
-    return {name: value for name, value in found.items() if name not in ("step", "time", "tokens")}
+    return {name: value for name, value in found.items() if name not in ("step", "time", "tokens") and math.isfinite(value)}

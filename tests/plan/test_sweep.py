@@ -1,6 +1,7 @@
 """A sweep of tiny models: its cells, their runs, what is kept when the grid grows, its report, its Slurm array."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError
 from megatron_hylo.plan.sweep import read_sweep, selected_layers
 from megatron_hylo.plan.sweep_report import fit_metric
+from megatron_hylo.plan.sweep_rows import row_of
 from tests.train.conftest import material, tokenizer  # noqa: F401  fixtures
 
 
@@ -64,6 +66,11 @@ def test_cells_run_each_by_itself_and_are_reported(spec, one_rank, capsys):
     assert table[0]["mixers"] == "GG+G"
     page = (cells[0].folder.parents[1] / "report.md").read_text()
     assert "| 2 | 1 | 256 | finished | 1 | 256 |" in page and "exponent by tokens" in page
+    records = (cells[2].last.run / "metrics.jsonl").read_text()
+    diverged = [line | {"heldout_kl": math.nan} if "heldout_kl" in line else line for line in last[-3:]]
+    (cells[2].last.run / "metrics.jsonl").write_text(records + "".join(json.dumps(line) + "\n" for line in diverged))
+    assert "heldout_kl" not in row_of(cells[2]), "a run that diverged is not reported by what it was before"
+    (cells[2].last.run / "metrics.jsonl").write_text(records)
     more = {"student.mla": [1, [0, 3]], "train.train_tokens": [64, 128, 256]}
     grown = read_sweep(spec(grid=more, cells=[{"student.mla": 1, "train.seed": 5}])).cells
     assert [cell.state()[0] for cell in grown] == ["finished"] * 3 + ["waiting"] * 4
@@ -224,6 +231,11 @@ def test_stages_follow_each_other_are_shared_and_are_measured(spec, material, on
     assert rows[1]["text/ppl/heldout/perplexity/16"] == perplexity
     page = (tmp_path / "sweep" / "report.md").read_text()
     assert f"| 0 | one | long | finished | 1 | {64 + 144} |" in page and f" {perplexity:.4f} |" in page
+    assert run(file, "--cell", 2) == 0
+    capsys.readouterr()
+    assert run("report", file, "--json", "--samples", 9) == 0
+    (fit,) = json.loads(capsys.readouterr().out)["fits"]
+    assert (fit["metric"], fit["cells"]) == ("heldout_kl", 3), "tokens differ; the teacher, which has none, is in no fit"
     assert "## text: ppl, by_position, perplexity\n\n| cell | label | stage | tokens | 64 | 128 |" in page, (
         "4,096 is past the window"
     )
