@@ -228,13 +228,14 @@ def _last_line(file: Path) -> str:
 
 def show_cells(sweep: "Sweep", as_json: bool, dry_run: bool) -> int:
     """Print the cells with their states; returns the exit code."""
+    from megatron_hylo.plan.sweep_page import varied_names
     from megatron_hylo.plan.sweep_rows import row_of
 
     rows = [row_of(cell) for cell in sweep.cells]
     if as_json:
         print_json({"output": str(sweep.output), "cells": rows})
     else:
-        varied = list(dict.fromkeys(name for cell in sweep.cells for name in cell.varied))
+        varied = varied_names(sweep)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for name in ("cell", *varied, "state", "held-out loss", "minutes"):
             table.add_column(name, overflow="fold")

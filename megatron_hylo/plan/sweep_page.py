@@ -27,7 +27,7 @@ def page(sweep: Sweep, rows: Rows, fits: Sequence[dict[str, Any]]) -> str:
     why = "No fit: too few finished cells, or tokens and cache bytes vary together in all of them."
     lines += ["![fits](report.png)", ""] if fits else [why, ""]
     lines += ["Shaded: 95 % of the bootstrap over cells, which says nothing of other seeds of one cell.", ""] if fits else []
-    varied, staged = _varied(sweep), any(row["stage"] for _, row in rows)
+    varied, staged = varied_names(sweep), any(row["stage"] for _, row in rows)
     columns = ["cell", *varied, *(["stage"] if staged else []), "state", "starts", "tokens", "cache bytes a token"]
     found = []
     for cell, row in rows:
@@ -60,7 +60,7 @@ def _exports(sweep: Sweep) -> list[str]:
     ]
 
 
-def _varied(sweep: Sweep) -> list[str]:
+def varied_names(sweep: Sweep) -> list[str]:
     """Names of what tells the cells apart; their labels alone where all have one."""
     if all("label" in cell.varied for cell in sweep.cells):
         return ["label"]
