@@ -19,9 +19,9 @@ STAGES="${STAGES:-align 2k 8k 32k 64k}" # those before another must stay
 BY="${BY:-both}"                     # whose choice of layers is trained: kl, recall or both
 SEED="${SEED:-77}"                   # order of the text
 usual MLA_LAYERS "4 8 13" 8          # KV budgets: 5.6 %, 11.1 % and 18.1 % of the teacher's cache
-usual MORE_CELLS "8:$BY:78 8:even:77" -    # more cells, LAYERS:BY:SEED; a second seed and evenly spread layers. - for none
+usual MORE_CELLS "8:$BY:78 8:even:77" - # more cells, LAYERS:BY:SEED; a second seed and evenly spread layers. - for none
 usual LENGTH 2048 256                # tokens a window of the first stages
-usual GROWTH "1 4 16 32" "1 2 4 8"    # windows of 2k, 8k, 32k and 64k over LENGTH
+usual GROWTH "1 4 16 32" "1 2 4 8"   # windows of 2k, 8k, 32k and 64k over LENGTH
 usual TOKENS_ALIGN 3000000 2048      # training tokens of stage 1, of the pure models of select too
 usual TOKENS_2K 30000000 4096        # and of each later stage: 143,000,000 in all
 usual TOKENS_8K 40000000 4096
@@ -31,6 +31,7 @@ usual RECALL 0.2 0.25                # part of a window that is facts and questi
 usual MIXER_LR 7e-4 1.25e-4          # peak learning rate of mixers
 usual LR 1.5e-4 1e-4                 # of all else
 usual SELECT_TOKENS 65536 1024       # text that select measures on
+usual MOST 13 0                      # MLA layers that select puts in order, at least
 usual TRIALS 128 2                   # questions of a recall task and length, windows of perplexity
 usual EVAL_LENGTHS "512 1024 2048 4096 8192 16384 32768 65536" "512 1024 2048" # of recall and of loss by position
 usual RULER 20 0                     # examples of a RULER task and length, after the last stage; 0: none
@@ -44,15 +45,16 @@ read -ra times <<<"$GROWTH"
 declare -A factor=([align]=1 [2k]=${times[0]} [8k]=${times[1]} [32k]=${times[2]} [64k]=${times[3]})
 declare -A tokens=([align]=$TOKENS_ALIGN [2k]=$TOKENS_2K [8k]=$TOKENS_8K [32k]=$TOKENS_32K [64k]=$TOKENS_64K)
 declare -A recipe=([align]=stage1_ild [2k]=stage2_ctx8k [8k]=stage2_ctx8k [32k]=stage3_ctx32k [64k]=stage3_ctx64k)
-declare -A more=([align]="stage: align, optimizer: {lr: 1.0e-3, mixer_lr: null}" # tokens a step: 16,384, then those of a 32K window
-  [2k]="global_batch_size: 8, micro_batch_size: 8, cuda_graphs: $GRAPHS" [8k]="global_batch_size: $((times[2] / times[1])), micro_batch_size: $((times[2] / times[1]))"
-  [32k]="global_batch_size: 1" [64k]="global_batch_size: 1")
+windows=$((times[2] / times[1])) # of 8k, as many tokens a step as one of 32k
+declare -A more=([align]="stage: align, optimizer: {lr: 1.0e-3, mixer_lr: null}"
+  [2k]="global_batch_size: 8, micro_batch_size: 8, cuda_graphs: $GRAPHS"
+  [8k]="global_batch_size: $windows, micro_batch_size: $windows" [32k]="global_batch_size: 1" [64k]="global_batch_size: 1")
 for name in $STAGES; do
   [[ -n ${factor[$name]:-} ]] || { echo "error: there is no stage $name; choose out of align 2k 8k 32k 64k" >&2; exit 2; }
 done
 
 select_layers() {
-  local depth name most=0 pattern running=()
+  local depth name most=$MOST pattern running=()
   depth=$(grep -o '"hybrid_layer_pattern": *"[^"]*"' "$OUT/teacher/hylo.json" | head -n 1 | tr -cd '*' | wc -c)
   for name in "all_mla +" "all_linear $symbol"; do
     pattern=$(printf "${name#* }%.0s" $(seq "$depth"))
