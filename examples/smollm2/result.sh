@@ -31,7 +31,7 @@ usual RECALL 0.2 0.25                # part of a window that is facts and questi
 usual MIXER_LR 7e-4 1.25e-4          # peak learning rate of mixers
 usual LR 1.5e-4 1e-4                 # of all else
 usual SELECT_TOKENS 65536 1024       # text that select measures on
-usual MOST 13 0                      # MLA layers that select puts in order, at least
+usual ORDERED 13 0                   # MLA layers that select puts in order, at least
 usual TRIALS 128 2                   # questions of a recall task and length, windows of perplexity
 usual EVAL_LENGTHS "512 1024 2048 4096 8192 16384 32768 65536" "512 1024 2048" # of recall and of loss by position
 usual RULER 20 0                     # examples of a RULER task and length, after the last stage; 0: none
@@ -54,7 +54,7 @@ for name in $STAGES; do
 done
 
 select_layers() {
-  local depth name most=$MOST pattern running=()
+  local depth name most=$ORDERED pattern running=()
   depth=$(grep -o '"hybrid_layer_pattern": *"[^"]*"' "$OUT/teacher/hylo.json" | head -n 1 | tr -cd '*' | wc -c)
   for name in "all_mla +" "all_linear $symbol"; do
     pattern=$(printf "${name#* }%.0s" $(seq "$depth"))
