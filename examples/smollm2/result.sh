@@ -14,7 +14,7 @@
 # shellcheck source=examples/smollm2/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-OUT="${OUT:-runs/result}"
+OUT="${OUT:-runs/result$([[ $LINEAR != mamba2 ]] || echo _mamba2)}"
 STAGES="${STAGES:-align 2k 8k 32k 64k}" # those before another must stay
 BY="${BY:-both}"                     # whose choice of layers is trained: kl, recall or both
 SEED="${SEED:-77}"                   # order of the text
