@@ -1,5 +1,6 @@
 """Inputs of a plan: a recipe with the shapes of its student and teacher, read without their weights and without torch."""
 
+import copy
 import functools
 import json
 import re
@@ -129,7 +130,7 @@ def read_settings(values: dict[str, Any], what: str) -> TrainConfig:
         paths |= {} if values.get("teacher_store") or values.get("teacher_address") else {"teacher": GIVEN_LATER}
     parser = settings_parser(TrainConfig)
     try:
-        parsed = parser.instantiate(parser.parse_object(paths | values))
+        parsed = parser.instantiate(parser.parse_object(copy.deepcopy(paths | values)))  # jsonargparse changes lists in it
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"{what}: {' '.join(str(error).split())}") from error
     return TrainConfig(**vars(parsed))
