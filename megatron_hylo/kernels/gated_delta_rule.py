@@ -81,14 +81,15 @@ def delta_rule_implementation(k: torch.Tensor, v: torch.Tensor, differentiates: 
     return implementation
 
 
-def fla_unsupported(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Unsupported | None:
+def fla_unsupported(k: torch.Tensor, v: torch.Tensor, differentiates: bool, module: str = FLA_MODULE) -> Unsupported | None:
     """Why fla cannot run on these keys [b, t, h, dk] and values [b, t, h, dv]; None if it can.
 
     Args:
         k, v: on the device and of the dtype in question.
         differentiates: whether a backward pass follows; fla's is wrong with some Triton versions.
+        module: of fla, whose kernels they are.
     """
-    unsupported = library_unsupported("fla", FLA_MODULE, v, "pip install flash-linear-attention")
+    unsupported = library_unsupported("fla", module, v, "pip install flash-linear-attention")
     if unsupported is not None:
         return unsupported
     if k.shape[-1] > FLA_MAX_KEY_DIM:
