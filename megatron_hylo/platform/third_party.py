@@ -309,7 +309,7 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         "vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv._fused_post_conv_kernel, in processes of vLLM",
         "Triton refuses it where value heads are wider than key heads",
         "process",
-        lambda: type(_loaded(_PREPARATION, "_fused_post_conv_kernel")).__module__.startswith("megatron_hylo."),
+        lambda: _loaded(_PREPARATION, "_fused_post_conv_kernel", "values") is not None,  # of triton.heuristics
         ("serve/vllm/gdn.py",),
         ("vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv._fused_post_conv_kernel",),
     ),
