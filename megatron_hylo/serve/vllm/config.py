@@ -61,7 +61,7 @@ def check_options(vllm_config: Any) -> None:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     check_tensor_parallel(model.hf_config.architecture(), parallel.tensor_parallel_size, "tensor_parallel_size")
     refused = {
-        f"--quantization {model.quantization}": model.quantization is not None,
+        f"quantization {model.quantization}": model.quantization is not None,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
         f"--runner {model.runner_type}": model.runner_type != "generate",
         "--enable-lora": vllm_config.lora_config is not None,
@@ -69,7 +69,7 @@ def check_options(vllm_config: Any) -> None:
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
     }
     for option in (option for option, given in refused.items() if given):
-        raise ConfigError(f"{option} is not supported for HyLo models; leave it out (docs/serving.md lists what works)")
+        raise ConfigError(f"{option} is not supported for HyLo models; docs/serving.md lists what works")
 
 
 class HyloVllmUpdate(VerifyAndUpdateConfig):

@@ -104,7 +104,7 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
         m: LatentMetadata = metadata[self.prefix]
         cache = self.kv_cache[:, 0]  # [blocks, tokens a block, row], perhaps with padding between blocks
         slots, size = m.slots.clamp(min=0), cache.shape[1]  # padding goes to page 0, which vLLM leaves empty
-        cache[slots // size, slots % size, : self.row] = rows[: len(slots)].to(cache.dtype)
+        cache[slots // size, slots % size, : rows.shape[-1]] = rows[: len(slots)].to(cache.dtype)  # scales of this rank's heads
         if m.decodes:
             out[: m.decodes] = self.attend_to_latents(query[: m.decodes], cache, m)
         for prefill in m.prefills:

@@ -18,9 +18,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8.* is not supported for HyLo models"),
+    ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8.* is not supported for HyLo models; docs/serving.md"),
     ({"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype bfloat16 is not supported"),
-    ({"quantization": "fp8"}, "--quantization fp8 is not supported"),
+    ({"quantization": "fp8"}, "quantization fp8 is not supported"),
     ({"enable_lora": True}, "--enable-lora is not supported"),
     ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
      "--speculative-config is not supported"),
