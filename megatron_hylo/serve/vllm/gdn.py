@@ -14,16 +14,9 @@ from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.serve.vllm.config import uses_reference
 from megatron_hylo.serve.vllm.recurrence import ReferenceMixin, sharded
 
-
-def widest_block(launch: dict[str, Any]) -> int:
-    """Width of blocks of keys and of values."""
-    return max(launch["BK"], launch["BV"])
-
-
 # Triton refuses vLLM's kernel before the recurrence where blocks of values are wider than those of keys
-preparation._fused_post_conv_kernel = triton.heuristics({"BK": widest_block, "BV": widest_block})(
-    preparation._fused_post_conv_kernel
-)
+widest = dict.fromkeys(("BK", "BV"), lambda launch: max(launch["BK"], launch["BV"]))
+preparation._fused_post_conv_kernel = triton.heuristics(widest)(preparation._fused_post_conv_kernel)
 
 
 class HyloGatedDeltaNet(ReferenceMixin, QwenGatedDeltaNetAttention):

@@ -36,8 +36,7 @@ def choose_kernels(vllm_config: Any, c: Any) -> tuple[Any, Any]:
 
         if dtype != torch.float32 and qk % 8 == 0 and max(qk, c.v_head_dim) <= 256:
             prefill = prefill_flash
-    found = latent_row(c), decode.__name__, prefill.__name__, qk, dtype
-    logger.info_once("HyLo MLA: %d numbers a token; kernels %s and %s, for heads of %d in %s", *found)
+    logger.info_once("HyLo MLA: %d numbers a token, kernels %s and %s", latent_row(c), decode.__name__, prefill.__name__)
     return decode, prefill
 
 
@@ -58,20 +57,17 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
         self.heads, self.groups = c.num_attention_heads // tp, c.num_query_groups // tp
         self.rank, self.plain, self.rotary, self.value = c.kv_lora_rank, c.qk_head_dim, c.qk_pos_emb_head_dim, c.v_head_dim
         self.qk, self.norms, self.whole_head = self.plain + self.rotary, c.qk_layernorm, c.mla_whole_head_norm
+        all_heads, compressed = c.num_attention_heads, self.rank + self.rotary
         self.q_a_proj = ReplicatedLinear(hidden, c.q_lora_rank, bias=False, prefix=f"{prefix}.q_a_proj")
-        self.q_b_proj = ColumnParallelLinear(
-            c.q_lora_rank, c.num_attention_heads * self.qk, bias=c.mla_bias, prefix=f"{prefix}.q_b_proj"
-        )
-        self.kv_a_proj_with_mqa = ReplicatedLinear(
-            hidden, self.rank + self.rotary, bias=c.mla_bias, prefix=f"{prefix}.kv_a_proj_with_mqa"
-        )
+        self.q_b_proj = ColumnParallelLinear(c.q_lora_rank, all_heads * self.qk, bias=c.mla_bias, prefix=f"{prefix}.q_b_proj")
+        self.kv_a_proj_with_mqa = ReplicatedLinear(hidden, compressed, bias=c.mla_bias, prefix=f"{prefix}.kv_a_proj_with_mqa")
+        self.o_proj = RowParallelLinear(all_heads * self.value, hidden, bias=False, prefix=f"{prefix}.o_proj")
         rows = self.groups * (self.plain + self.value)
         self.kv_b_proj: Any = nn.ParameterDict({"weight": sharded(rows, self.rank)})  # vLLM packs its linear layers on CPUs
         if c.mla_bias:
             self.kv_b_proj["bias"] = sharded(rows)
         else:
             self.kv_b_proj.register_buffer("bias", torch.zeros(rows), persistent=False)
-        self.o_proj = RowParallelLinear(c.num_attention_heads * self.value, hidden, bias=False, prefix=f"{prefix}.o_proj")
         pairs = c.mla_rotary_pairs[layer] if c.mla_rotary_pairs else range(self.rotary // 2)
         self.register_buffer("pairs", torch.tensor(list(pairs)), persistent=False)
         if self.norms:
@@ -161,13 +157,11 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
         """
         up, bias = (part.unflatten(0, (self.groups, -1)) for part in (self.kv_b_proj.weight, self.kv_b_proj.bias))
         plain, rotary = query.split([self.plain, self.rotary], dim=-1)
-        offset = None
+        plain, offset = plain.unflatten(1, (self.groups, -1)), None
         if self.norms:
             plain = plain * self.k_norm.weight[: self.plain]
-            offset = torch.einsum(
-                "tgnp,gp->tgn", plain.unflatten(1, (self.groups, -1)).float(), bias[:, : self.plain].float()
-            ).flatten(1)
-        absorbed = torch.einsum("tgnp,gpr->tgnr", plain.unflatten(1, (self.groups, -1)), up[:, : self.plain]).flatten(1, 2)
+            offset = torch.einsum("tgnp,gp->tgn", plain.float(), bias[:, : self.plain].float()).flatten(1)
+        absorbed = torch.einsum("tgnp,gpr->tgnr", plain, up[:, : self.plain]).flatten(1, 2)
         cached = Cached(cache, m.block_table, m.lengths, self.rank, self.groups)
         out = self.decode_kernel(torch.cat([absorbed, rotary], dim=-1), offset, cached, self.qk**-0.5)
         out = torch.einsum("tgnr,gvr->tgnv", out.unflatten(1, (self.groups, -1)), up[:, self.plain :])
