@@ -259,23 +259,19 @@ def test_structured_outputs(url, structure):
 def test_beam_search_begins_with_the_greedy_answer_or_a_better_one(url, folder):
     prompt = "The capital of France is"
 
-    async def ask(**changes) -> list[str]:
+    async def ask(**changes) -> list[list[int]]:
         async with client() as session, session.post(f"{url}/v1/completions", json=body(prompt, **changes)) as response:
             content = await response.json()
             assert response.status == 200, content
-            return [choice["text"] for choice in content["choices"]]
+            return [choice["token_ids"] for choice in content["choices"]]
 
     greedy, beams = asyncio.run(ask())[0], asyncio.run(ask(use_beam_search=True, n=4))
-    assert len(set(beams)) == 4
-
-    def score(text: str) -> float:
-        ids, answer = (tokenizer(part, add_special_tokens=False).input_ids for part in (prompt, text))
-        every = log_probabilities(folder, torch.float32, "cpu", [ids], [answer])[0]
-        return float(every.gather(1, torch.tensor(answer)[:, None]).sum())
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    scores = [score(text) for text in beams]
-    assert scores == sorted(scores, reverse=True) and scores[0] >= score(greedy) - 1e-3
+    assert len({tuple(beam) for beam in beams}) == 4 and all(len(beam) == NEW for beam in beams)
+    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(prompt, add_special_tokens=False).input_ids
+    answers = [greedy, *beams]
+    every = log_probabilities(folder, torch.float32, "cpu", [ids] * 5, answers)
+    least, *scores = (float(at.gather(1, torch.tensor(answer)[:, None]).sum()) for at, answer in zip(every, answers))
+    assert scores == sorted(scores, reverse=True) and scores[0] > least - 1e-3
 
 
 @pytest.mark.skipif(not EXPORTED, reason="a chat needs a tokenizer: HYLO_SERVE_MODEL=FOLDER of an exported model")
