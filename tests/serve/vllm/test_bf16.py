@@ -49,5 +49,5 @@ def test_bf16_log_probabilities_are_as_near_to_fp32_as_those_of_transformers(dev
         f"transformers in bf16 {theirs.mean():.4f}, {theirs.max():.4f}"
     )
     assert ours.mean() < 1.5 * theirs.mean() + 1e-3
-    assert ours.max() < 2 * theirs.max() + 1e-2
+    assert ours.max() < 3 * theirs.max() + 1e-2
     assert behind.max() < 4 * theirs.max() + 1e-2, "a token that is chosen is nearly the most probable"
