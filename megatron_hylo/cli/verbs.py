@@ -106,6 +106,9 @@ def convert(
         overwrite: replace what is there.
         no_verify: leave out the comparison.
         shard_gb: largest size of a file of weights, GB.
+        quantize: store a hybrid's linear maps in FP8, or in integers of 8 or 4 bits, for transformers and vLLM.
+        calibration_data: dataset folder whose training text decides how weights are rounded; without, to the nearest value.
+        calibration_tokens: of that text.
         json: print {output, format, mixers, parameters, verified}.
     """
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
@@ -212,29 +215,49 @@ def export(
     overwrite: bool = False,
     no_verify: bool = False,
     shard_gb: PositiveFloat = 2.0,
+    quantize: Literal["fp8", "int8", "int4"] | None = None,
+    calibration_data: Path | None = None,
+    calibration_tokens: PositiveInt = 65536,
     json: bool = False,
 ) -> None:
     """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code, model card.
 
     Ends with a comparison of all tensors and of logits with transformers' loading of the folder. The same command goes on at
-    the shard where a killed one was.
+    the shard where a killed one was, without quantize.
 
     Args:
-        model: model folder or training checkpoint.
+        model: model folder or training checkpoint; with quantize an exported folder as well.
         output: Hugging Face folder to make.
         results: results folders of `hylo eval` of this model, for its card.
         license: of the model, as the Hugging Face Hub spells it (apache-2.0), for its card; the base model's terms bind it.
         overwrite: replace what is there.
         no_verify: leave out the comparison.
         shard_gb: largest size of a file of weights, GB.
+        quantize: store a hybrid's linear maps in FP8, or in integers of 8 or 4 bits, for transformers and vLLM.
+        calibration_data: dataset folder whose training text decides how weights are rounded; without, to the nearest value.
+        calibration_tokens: of that text.
         json: print {output, format, mixers, parameters, verified}.
     """
+    from megatron_hylo.config import ConfigError
+    from megatron_hylo.convert.hf_reader import open_source
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.eval.results import read_results
     from megatron_hylo.models.checkpoint import read_description
     from megatron_hylo.platform.distributed import session
 
     measured = [read_results(folder).to_dict() for folder in results or ()]
+    if quantize is not None:
+        from megatron_hylo.convert.quantise import export_quantised
+
+        export_quantised(
+            model, output, quantize, calibration_data, calibration_tokens, overwrite, track, not no_verify, measured, license,
+            int(shard_gb * 1e9),
+        )  # fmt: skip
+        is_folder = (model / "hylo.json").is_file()
+        _wrote(output, "hf", read_description(model)[0] if is_folder else open_source(model).config, not no_verify, json)
+        return
+    if calibration_data is not None:
+        raise ConfigError("--calibration_data decides how weights are rounded; give --quantize fp8, int8 or int4 with it")
     with session():
         convert_megatron_to_hf(
             model, output, overwrite, track, not no_verify, measured, license, shard_bytes=int(shard_gb * 1e9)
