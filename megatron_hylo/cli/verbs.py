@@ -286,6 +286,7 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     latents: Literal["int8", "fp8"] | None = None,
+    weights: Literal["fp8"] | None = None,
     cuda_graphs: bool = False,
     json: bool = False,
 ) -> None:
@@ -303,6 +304,7 @@ def generate(
         seed: of the sampling.
         chat: wrap the prompt in the tokenizer's chat template.
         latents: keep MLA's latents in 8 bits, half of bf16's memory.
+        weights: keep a hybrid's linear maps in FP8, half of bf16's memory; faster on a GPU for one sequence.
         cuda_graphs: on a GPU capture the decode step as one CUDA graph, from 32 new tokens on.
         json: print text, tokens, speed and cache as JSON instead.
     """
@@ -330,7 +332,8 @@ def generate(
         check_prompt(prompt)
         result = generate_text(
             model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-            repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, cuda_graphs=cuda_graphs,
+            repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, weights=weights,
+            cuda_graphs=cuda_graphs,
             **({} if json or not is_main() else {"on_text": show}),
         )  # fmt: skip
     if not is_main():

@@ -107,7 +107,7 @@ def export_quantised(
     config: ModelConfig = from_dict(ModelConfig, model.config.hylo, "model")
     with atomic_directory(output, overwrite, [source, calibration_data]) as folder, tempfile.TemporaryDirectory() as scratch:
         weights = compressor.state_dict(model, rounded, group)
-        save_torch_state_dict(weights, folder, max_shard_size=shard_bytes, shared_tensors_to_discard=_tied(model))
+        save_torch_state_dict(weights, folder, max_shard_size=shard_bytes)
         tokenizer = Path(source) / "tokenizer"
         if not (Path(source) / "hylo.json").is_file():
             tokenizer = Path(scratch) / "tokenizer"
@@ -283,20 +283,17 @@ class Compressor:
         )
         return {"version": compressed_tensors.__version__, **config.model_dump(mode="json")}
 
-    def state_dict(self, model: nn.Module, rounded: Mapping[str, Rounded], group: int | None) -> dict[str, Tensor]:
+    def state_dict(self, model: HyloForCausalLM, rounded: Mapping[str, Rounded], group: int | None) -> dict[str, Tensor]:
         """Return all tensors of the folder, on the CPU."""
-        tensors = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+        left_out = {f"{name}.weight" for name in rounded} | ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+        # copies: a tensor may be a part of another's storage
+        tensors = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items() if name not in left_out}
         scheme = self.scheme(group)
         for name, found in rounded.items():
             scales = found.scales.to(torch.bfloat16)
             packed = self.compressor.compress({"weight": found.weight(), "weight_scale": scales}, scheme)
-            del tensors[f"{name}.weight"]
             tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in packed.items()}
         return tensors
-
-
-def _tied(model: HyloForCausalLM) -> list[str]:
-    return ["lm_head.weight"] if model.config.tie_word_embeddings else []
 
 
 def _about(form: Format, group: int | None, tokens: int | None) -> str:

@@ -107,6 +107,7 @@ class HyloScaledLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().float()
         largest = weight.abs().amax(1).clamp(min=1e-30)
         scale = torch.exp2((largest / LARGEST_FP8).log2().ceil())
