@@ -1,11 +1,11 @@
-"""Measure quantised exports of a hybrid beside the model itself: size, perplexity, KL, recall and decode on the CPU, on real text.
+"""Measure quantised exports of a hybrid beside the model itself: size, perplexity, KL, recall, decode on the CPU; on real text.
 
     python benchmarks/quantised.py runs/quickstart/export runs/quickstart/data
 
-Each format is exported with rounding to the nearest value and with GPTQ on the dataset's training text, into --work, and loaded
-by transformers; an export that is there is not made again. Teacher-forced perplexity and KL to the model on held-out windows. Recall:
-a passkey of five digits is told at a depth in held-out text and asked for at the end; share of its tokens that are the most likely
-ones, and their mean log-probability. Decode: the model and the quantised one take turns, medians of this process's CPU time.
+Each format is exported, rounded to the nearest value or by GPTQ on the dataset's training text, into --work, and loaded by
+transformers; an export that is there is not made again. Teacher-forced perplexity and KL to the model on held-out windows.
+Recall: a passkey of five digits is told at a depth in held-out text and asked for at the end; share of its tokens that are the
+most likely ones, and their mean log-probability. Decode: the model and the quantised one take turns, medians of CPU time.
 Prints a table and, last, one JSON line; writes RESULTS.md.
 """
 
@@ -40,7 +40,7 @@ def main(
     model: Path,
     data: Path,
     work: Path = Path("quantised"),
-    formats: list[str] = ["fp8", "int8", "int4"],  # noqa: B006
+    formats: list[str] = ["fp8", "fp8+gptq", "int8", "int8+gptq", "int4", "int4+gptq"],  # noqa: B006
     calibration_tokens: int = 16384,
     windows: int = 8,
     length: int = 1024,
@@ -57,7 +57,7 @@ def main(
         model: hybrid: model folder, checkpoint or exported folder.
         data: dataset folder, whose training text calibrates and whose held-out text is read.
         work: folder of the exports.
-        formats: of them.
+        formats: of them; rounded to the nearest value, or with +gptq on text.
         calibration_tokens: for GPTQ.
         windows, length: of held-out text, and tokens of each.
         trials, recall_length: passkeys, at depths spread over so many tokens of text.
@@ -80,21 +80,20 @@ def main(
     rows = [dict(weights=str(hybrid.dtype).removeprefix("torch."), rounding="", size=size(model),
                  **quality(hybrid, own, texts, prompts))]  # fmt: skip
     print(rows[0], flush=True)
-    for name in formats:
-        for rounding in ("nearest", "GPTQ"):
-            folder = work / f"{name}-{rounding.lower()}"
-            if not folder.exists():
-                start = time.perf_counter()
-                given = data if rounding == "GPTQ" else None
-                export_quantised(model, folder, name, given, calibration_tokens, track=track)  # type: ignore[arg-type]
-                print(f"{folder}: {time.perf_counter() - start:.0f} s", flush=True)
-            quantised, _ = open_model(folder)
-            rows.append(dict(weights=name, rounding=rounding, size=size(folder), quantised=packed(folder),
-                             **quality(quantised, own, texts, prompts)))  # fmt: skip
-            rows[-1] |= decode(quantised, hybrid, texts[:1], steps)
-            print(rows[-1], flush=True)
-            del quantised
-            gc.collect()
+    for given in formats:
+        name, _, method = given.partition("+")
+        folder = work / given
+        if not folder.exists():
+            start = time.perf_counter()
+            export_quantised(model, folder, name, data if method else None, calibration_tokens, track=track)  # type: ignore[arg-type]
+            print(f"{folder}: {time.perf_counter() - start:.0f} s", flush=True)
+        quantised, _ = open_model(folder)
+        rows.append(dict(weights=name, rounding="GPTQ" if method else "nearest", size=size(folder), quantised=packed(folder),
+                         **quality(quantised, own, texts, prompts)))  # fmt: skip
+        rows[-1] |= decode(quantised, hybrid, texts[:1], steps)
+        print(rows[-1], flush=True)
+        del quantised
+        gc.collect()
     rows[0]["rate"] = statistics.median(row["own_rate"] for row in rows[1:])
     cells = [
         (r["weights"], r["rounding"], f"{r['size'] / 1e6:.0f}", f"{r['quantised'] / 1e6:.0f}" if "quantised" in r else "",
@@ -124,7 +123,9 @@ def packed(folder: Path) -> int:
         with safe_open(file, "pt") as tensors:
             names = set(tensors.keys())
             stems = {name.removesuffix("_scale") for name in names if name.endswith(".weight_scale")}
-            found += sum(tensors.get_tensor(n).nbytes for n in names if any(n in (s, f"{s}_scale", f"{s}_packed") for s in stems))
+            found += sum(
+                tensors.get_tensor(n).nbytes for n in names if any(n in (s, f"{s}_scale", f"{s}_packed") for s in stems)
+            )
     return found
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 import megatron_hylo
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveFloat, PositiveInt
-from megatron_hylo.config import ModelConfig, TeacherWindow
+from megatron_hylo.config import ConfigError, ModelConfig, TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
 
 
@@ -238,31 +238,24 @@ def export(
         calibration_tokens: of that text.
         json: print {output, format, mixers, parameters, verified}.
     """
-    from megatron_hylo.config import ConfigError
-    from megatron_hylo.convert.hf_reader import open_source
+    from megatron_hylo.convert.quantise import export_quantised
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.eval.results import read_results
     from megatron_hylo.models.checkpoint import read_description
     from megatron_hylo.platform.distributed import session
 
-    measured = [read_results(folder).to_dict() for folder in results or ()]
-    if quantize is not None:
-        from megatron_hylo.convert.quantise import export_quantised
-
-        export_quantised(
-            model, output, quantize, calibration_data, calibration_tokens, overwrite, track, not no_verify, measured, license,
-            int(shard_gb * 1e9),
-        )  # fmt: skip
-        is_folder = (model / "hylo.json").is_file()
-        _wrote(output, "hf", read_description(model)[0] if is_folder else open_source(model).config, not no_verify, json)
-        return
-    if calibration_data is not None:
+    if calibration_data is not None and quantize is None:
         raise ConfigError("--calibration_data decides how weights are rounded; give --quantize fp8, int8 or int4 with it")
+    measured, size = [read_results(folder).to_dict() for folder in results or ()], int(shard_gb * 1e9)
     with session():
-        convert_megatron_to_hf(
-            model, output, overwrite, track, not no_verify, measured, license, shard_bytes=int(shard_gb * 1e9)
-        )
-        config = read_description(model)[0]
+        if quantize is None:
+            convert_megatron_to_hf(model, output, overwrite, track, not no_verify, measured, license, size)
+            config = read_description(model)[0]
+        else:
+            config = export_quantised(
+                model, output, quantize, calibration_data, calibration_tokens, overwrite, track, not no_verify, measured,
+                license, size,
+            )  # fmt: skip
     _wrote(output, "hf", config, not no_verify, json)
 
 

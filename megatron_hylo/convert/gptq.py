@@ -12,7 +12,9 @@ from torch import Tensor
 COLUMNS = 128  # whose errors are moved together
 DAMPING = 0.01  # of the mean diagonal, added to it
 LARGEST_FP8 = 448.0  # of e4m3
-SHRINKS = tuple(1 - 0.05 * i for i in range(9))  # of an integer's scale: cutting off the largest weights may round the others better
+SHRINKS = tuple(
+    1 - 0.05 * i for i in range(9)
+)  # of an integer's scale: cutting off the largest weights may round the others better
 
 
 @dataclass(frozen=True)
@@ -88,21 +90,20 @@ def quantise(weight: Tensor, form: Format, group: int | None = None, moments: Te
         return to_values(work, spread, form), scales
     order = importance.argsort(descending=True)
     upper = _inverse_root(moments[order][:, order])
-    work, spread = work[:, order], spread[:, order]
+    work, spread = work.T[order], spread.T[order]  # a column is a row from here on, whose numbers lie side by side
     values = torch.empty_like(work)
-    for start in range(0, work.shape[1], COLUMNS):
-        end = min(start + COLUMNS, work.shape[1])
-        errors = work.new_empty(len(work), end - start)
+    for start in range(0, len(work), COLUMNS):
+        end = min(start + COLUMNS, len(work))
+        errors = torch.empty_like(work[start:end])
         for column in range(start, end):
-            rounded = to_values(work[:, column], spread[:, column], form)
-            values[:, column] = rounded
-            error = (work[:, column] - rounded * spread[:, column]) / upper[column, column]
-            work[:, column:end] -= error[:, None] * upper[column, column:end]
-            errors[:, column - start] = error
-        work[:, end:] -= errors @ upper[start:end, end:]
+            values[column] = to_values(work[column], spread[column], form)
+            error = (work[column] - values[column] * spread[column]) / upper[column, column]
+            work[column:end].addr_(upper[column, column:end], error, alpha=-1)
+            errors[column - start] = error
+        work[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     back = torch.empty_like(values)
-    back[:, order] = values
-    return back, scales
+    back[order] = values
+    return back.T.contiguous(), scales
 
 
 def _inverse_root(moments: Tensor) -> Tensor:

@@ -85,7 +85,11 @@ def _use(is_hybrid: bool, sizes: Sequence[int], is_quantised: bool) -> str:
     needs = "transformers, torch and compressed-tensors" if is_quantised else "transformers and torch alone"
     code = f"The modelling code is part of this folder and needs {needs}. " if is_hybrid else ""
     plugin = "`pip install megatron-hylo[serve]`, then " if is_hybrid else ""
-    served = "" if is_quantised else f"With vLLM: {plugin}`vllm serve FOLDER`; tensor-parallel sizes that work: {', '.join(map(str, sizes))}."
+    served = (
+        ""
+        if is_quantised
+        else f"With vLLM: {plugin}`vllm serve FOLDER`; tensor-parallel sizes that work: {', '.join(map(str, sizes))}."
+    )
     return f"""{code}FOLDER is this folder or its name on the Hub.
 
 ```python

@@ -6,8 +6,8 @@
 | int8 | 8-bit integers | bf16 a row | the model's dtype |
 | int4 | 4-bit integers | bf16 a group of 128, 64 or 32 columns | the model's dtype |
 
-With text the layers are rounded in turn by GPTQ, each on what the rounded layers before it give. Embeddings, the output head, norms,
-convolutions, gates and MLA's kv_b_proj keep their dtype. The packing is compressed-tensors' own; transformers loads the folder.
+With text the layers are rounded in turn by GPTQ, each on what the rounded layers before it give. Embeddings, the output head,
+norms, convolutions, gates and MLA's kv_b_proj keep their dtype. The packing is compressed-tensors' own; transformers loads it.
 """
 
 import logging
@@ -29,6 +29,7 @@ from megatron_hylo.convert.gptq import FORMATS, Format, quantise
 from megatron_hylo.convert.hf_reader import load_transformers_model
 from megatron_hylo.convert.model_card import model_card
 from megatron_hylo.convert.open_model import open_model
+from megatron_hylo.convert.streaming import SHARD_BYTES
 from megatron_hylo.convert.to_hf import add_files
 from megatron_hylo.convert.to_megatron import save_tokenizer
 from megatron_hylo.data.packed import PackedDataset
@@ -71,16 +72,16 @@ def export_quantised(
     verify: bool = True,
     results: Sequence[Mapping[str, Any]] = (),
     license: str | None = None,
-    shard_bytes: int = 2_000_000_000,
-) -> None:
+    shard_bytes: int = SHARD_BYTES,
+) -> ModelConfig:
     """Export a hybrid with quantised weights for transformers and vLLM; the model is in memory as a whole.
 
     Args:
         source: model folder, training checkpoint or exported Hugging Face folder.
         output: the Hugging Face folder to make; it appears when it is complete.
         quantize: "fp8", "int8" or "int4".
-        calibration_data: dataset folder made by `hylo preprocess`, whose training text decides the rounding; None: each weight is
-            rounded to its nearest value.
+        calibration_data: dataset folder made by `hylo preprocess`, whose training text decides the rounding; None: each
+            weight is rounded to its nearest value.
         calibration_tokens: of that text.
         overwrite: replace what is there.
         track: progress display over an iterable.
@@ -88,6 +89,9 @@ def export_quantised(
         results: results.json of evaluations of the model, for its card.
         license: of the model, as the Hub spells it, for the card.
         shard_bytes: largest size of a file of weights.
+
+    Returns:
+        The model's configuration.
 
     Raises:
         ConfigError: no hybrid, widths that no group divides, too little text or text of another tokenizer, compressed-tensors
@@ -125,6 +129,7 @@ def export_quantised(
         (folder / "README.md").write_text(card)
         if verify:
             _require_equal(model, folder)
+    return config
 
 
 def choose_group(model: nn.Module, form: Format) -> int | None:
@@ -141,8 +146,8 @@ def choose_group(model: nn.Module, form: Format) -> int | None:
             return group
     name, width = next((n, w) for n, w in widths.items() if w % form.groups[-1])
     raise ConfigError(
-        f"{form.name} has one scale for {', '.join(map(str, form.groups))} neighbouring weights, but {name} has rows of {width}; "
-        f"use --quantize int8 or fp8, which have one scale a row"
+        f"{form.name} has one scale for {', '.join(map(str, form.groups))} neighbouring weights, but {name} has rows of "
+        f"{width}; use --quantize int8 or fp8, which have one scale a row"
     )
 
 
@@ -156,8 +161,8 @@ def calibration_windows(data: str | Path, model: str | Path, vocab_size: int, to
     wanted = math.ceil(tokens / WINDOW)
     if wanted > dataset.windows_per_epoch:
         raise ConfigError(
-            f"{data} has {dataset.windows_per_epoch} windows of {WINDOW} tokens, --calibration_tokens {tokens} needs {wanted}; give "
-            f"more text or ask for at most {dataset.windows_per_epoch * WINDOW}"
+            f"{data} has {dataset.windows_per_epoch} windows of {WINDOW} tokens, --calibration_tokens {tokens} needs {wanted}; "
+            f"give more text or ask for at most {dataset.windows_per_epoch * WINDOW}"
         )
     windows = torch.stack([dataset[i] for i in range(wanted)])[:, :-1]
     check_ids(windows, vocab_size, data, model)
@@ -270,7 +275,7 @@ class Compressor:
             targets=["Linear"], weights=weights, input_activations=activations if self.form.is_float else None
         )
 
-    def declaration(self, model: nn.Module, group: int | None) -> dict[str, Any]:
+    def declaration(self, model: HyloForCausalLM, group: int | None) -> dict[str, Any]:
         """Return config.json's quantization_config; maps that keep their dtype are named in it."""
         import compressed_tensors
         from compressed_tensors.quantization import QuantizationConfig
@@ -301,7 +306,9 @@ def _about(form: Format, group: int | None, tokens: int | None) -> str:
     weights = {"fp8": "FP8 (e4m3)", "int8": "8-bit integers", "int4": "4-bit integers"}[form.name]
     scales = f"a scale for {group} columns" if group else "a scale a row"
     how = "each rounded to its nearest value" if tokens is None else f"rounded by GPTQ on {tokens:,} tokens of text"
-    activations = " An engine with FP8 products is told to round activations, too, with a scale a token." if form.is_float else ""
+    activations = (
+        " An engine with FP8 products is told to round activations, too, with a scale a token." if form.is_float else ""
+    )
     return (
         f"Weights of mixers and MLPs are {weights} with {scales}, {how}, in compressed-tensors' format "
         f"(`pip install compressed-tensors`). Embeddings, output head, norms, convolutions, gates and MLA's `kv_b_proj`, which "

@@ -5,6 +5,7 @@ A decode step at batch 1 reads every weight once; what small kernels between the
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ def join(modules: Sequence[nn.Module]) -> None:
             put_side_by_side([module.weight_scale for module in run if isinstance(module, HyloScaledLinear)])
 
 
-def _runs[T](items: Iterable[T], kind: Callable[[T], type]) -> list[list[T]]:
+def _runs(items: Iterable[Any], kind: Callable[[Any], type]) -> list[list[Any]]:
     """Divide items into neighbours of the same kind."""
     return [list(run) for _, run in itertools.groupby(items, kind)]
 

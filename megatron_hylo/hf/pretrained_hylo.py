@@ -56,7 +56,8 @@ class HyloPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the folder's weights are quantised in a way that is not read.
         """
-        model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, found = loaded
         check_loaded(found["missing_keys"], found["unexpected_keys"])
         make_plain(model)
         return (model, found) if output_loading_info else model

@@ -1,7 +1,7 @@
 """Quantised weights of exported models: which maps are quantised, what a loaded folder must hold, maps with FP8 weights.
 
-compressed-tensors' folders are dequantised as they are loaded, into plain maps in the model's dtype, so that every way of calling
-the model computes with the weights that the folder means. Maps with FP8 weights in memory are made of a loaded model.
+compressed-tensors' folders are dequantised as they are loaded, into plain maps in the model's dtype, so that every way of
+calling the model computes with the weights that the folder means. Maps with FP8 weights in memory are made of a loaded model.
 """
 
 from collections.abc import Iterable
@@ -62,8 +62,8 @@ def check_loaded(missing: Iterable[str], unexpected: Iterable[str]) -> None:
     absent = sorted(name for name in missing if name.endswith(SCALES))
     if left:
         raise ValueError(
-            f"the folder holds {left[0]} and {len(left) - 1} more tensors of quantised weights, but its config.json does not say "
-            f"how to read them (quantization_config): the numbers alone would give nonsense. Download or export it again"
+            f"the folder holds {left[0]} and {len(left) - 1} more tensors of quantised weights, but its config.json does not "
+            f"say how to read them (quantization_config): the numbers alone would give nonsense. Download or export it again"
         )
     if absent:
         raise ValueError(f"the folder is quantised, but {absent[0]} is not in it ({len(absent)} missing); export it again")
@@ -84,7 +84,9 @@ def make_plain(model: nn.Module) -> None:
         raise ImportError("weights quantised by compressed-tensors need it: pip install compressed-tensors") from error
     for module in modules:
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            raise ValueError("a quantised folder cannot be offloaded to memory or disk: load it without device_map, or on GPUs alone")
+            raise ValueError(
+                "a quantised folder cannot be offloaded to memory or disk: load it without device_map, or on GPUs alone"
+            )
         decompress_module(module)  # not that of the whole model, which wraps every module for offloading
         for name in [n for n, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]]:
             if name not in ("weight", "bias"):

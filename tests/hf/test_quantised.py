@@ -120,7 +120,10 @@ def test_a_planted_wrong_scale_is_found_before_the_folder_appears(exports, tmp_p
 
 
 def test_folders_whose_scales_would_not_be_read_are_refused(exports, tmp_path):
-    values, tensors = json.loads((exports / "fp8" / "config.json").read_text()), load_file(exports / "fp8" / "model.safetensors")
+    values, tensors = (
+        json.loads((exports / "fp8" / "config.json").read_text()),
+        load_file(exports / "fp8" / "model.safetensors"),
+    )
     scale = "model.layers.0.mlp.up_proj.weight_scale"
 
     def write(config, weights):
@@ -143,7 +146,9 @@ def test_folders_whose_scales_would_not_be_read_are_refused(exports, tmp_path):
 def test_bad_exports_are_refused(exports, tmp_path, monkeypatch, capsys):
     random_model(serve_config("G+", hidden_size=48)).save_pretrained(tmp_path / "odd")
     save_tokenizer(tmp_path / "odd")
-    with pytest.raises(ConfigError, match="int4 has one scale for 128, 64, 32 neighbouring weights, but .* has rows of 48; use"):
+    with pytest.raises(
+        ConfigError, match="int4 has one scale for 128, 64, 32 neighbouring weights, but .* has rows of 48; use"
+    ):
         export_quantised(tmp_path / "odd", tmp_path / "out", "int4")
     tiny_hf_model("llama").save_pretrained(tmp_path / "dense")
     save_tokenizer(tmp_path / "dense")
@@ -184,7 +189,7 @@ def test_gptq_on_text_is_nearer_to_the_model_than_nearest_values(ids):
         assert found.keys() == quantised_linears(model).keys()
         for name, linear in quantised_linears(changed).items():
             assert torch.equal(linear.weight, found[name].weight().to(torch.bfloat16))
-        kept = {name: p for name, p in model.named_parameters() if not name.removesuffix(".weight") in found}
+        kept = {name: p for name, p in model.named_parameters() if name.removesuffix(".weight") not in found}
         assert all(torch.equal(changed.get_parameter(name), p) for name, p in kept.items())
         errors[text is None] = (changed(windows[:2]).logits.float() - whole).norm().item()
     assert errors[False] < 0.9 * errors[True], errors

@@ -93,8 +93,15 @@ def test_kernels_compile_for_hopper(latents, shared) -> None:
         ),
         (
             multiply,
-            dict(x="*bf16", weight=key if latents != "int8" else "*bf16", residual="*bf16", scale="*fp32", out="*bf16", rows="i32",
-                 stride="i32"),
+            dict(
+                x="*bf16",
+                weight=key if latents != "int8" else "*bf16",
+                residual="*bf16",
+                scale="*fp32",
+                out="*bf16",
+                rows="i32",
+                stride="i32",
+            ),
             dict(WIDTH=3072, ROWS=4, COLUMNS=512, EVEN=shared, SWIGLU=True, RESIDUAL=True, SCALED=latents == "fp8"),
         ),
     ):
