@@ -30,7 +30,7 @@ GROUPS = {"fp8": None, "int8": None, "int4": 32}
 
 @pytest.fixture(scope="session")
 def needs_compressed_tensors():
-    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors: pip install megatron-hylo[quantize]")
+    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors: pip install megatron_hylo[quantize]")
 
 
 @pytest.fixture(scope="session")
@@ -155,7 +155,7 @@ def test_bad_exports_are_refused(exports, tmp_path, monkeypatch, capsys):
     with pytest.raises(ConfigError, match="is a plain Transformer"):
         export_quantised(tmp_path / "dense", tmp_path / "out", "fp8")
     monkeypatch.setitem(__import__("sys").modules, "compressed_tensors.compressors", None)
-    with pytest.raises(ConfigError, match=r"pip install megatron-hylo\[quantize\]"):
+    with pytest.raises(ConfigError, match=r"needs compressed-tensors, .* pip install 'megatron_hylo\[quantize\]'"):
         export_quantised(exports / "hf", tmp_path / "out", "fp8")
     code, said = run(capsys, "export", exports / "hf", tmp_path / "out", "--calibration_data", "d")
     assert code == 2 and "give --quantize fp8, int8 or int4 with it" in said and not (tmp_path / "out").exists()
