@@ -226,3 +226,32 @@ def test_fp8_weights_in_memory_are_the_exports(mixers, ids, monkeypatch):
     torch.testing.assert_close(logits, wanted[:, 70:], rtol=0, atol=1e-4)
     wide = [w for w in products if w.element_size() == 1]
     assert len(wide) == 5 * sum({"G": 2, "K": 2, "+": 3, "M": 2, "*": 2}[m] + 2 for m in mixers)  # joined maps count once
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("mixers", ["G+M", "*K"])
+@torch.no_grad()
+def test_fp8_weights_decode_on_a_gpu_as_the_rounded_model_does(mixers, ids):
+    """Steps of a captured CUDA graph, beside the same steps with the rounded weights in bf16, and both beside fp32."""
+    sizes = dict(hidden_size=256, ffn_hidden_size=768, q_lora_rank=128, v_head_dim=16, mamba_head_dim=16)
+    model = random_model(serve_config(mixers, **sizes), torch.bfloat16).cuda()
+    for parameter in (p for name, p in model.named_parameters() if name.endswith(("A_log", "dt_bias", "D"))):
+        parameter.data = parameter.data.float()
+    keep_weights_in_fp8(model)
+    plain = copy.deepcopy(model)
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, HyloScaledLinear):
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="cuda", dtype=torch.bfloat16)
+            linear.weight.copy_(module.weight.float() * module.weight_scale[:, None])
+            parent, _, last = name.rpartition(".")
+            setattr(plain.get_submodule(parent), last, linear)
+    ids, found = ids[:1].cuda(), []
+    for each in (model, plain):
+        cache = each.new_cache(1, 75)
+        each(ids[:, :64], past_key_values=cache)
+        found.append(torch.cat([each(t, past_key_values=cache).logits for t in ids[:, 64:].split(1, dim=1)], 1).float())
+        assert cache.graph is not None and cache.graph.graph is not None, cache.graph.failure
+    exact = plain.float()(ids, use_cache=False).logits[:, 64:]
+    errors = [((logits - exact).norm() / exact.norm()).item() for logits in found]
+    assert errors[0] < 1.5 * errors[1] + 1e-3, errors
