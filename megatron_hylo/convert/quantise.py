@@ -94,7 +94,7 @@ def export_quantised(
         The model's configuration.
 
     Raises:
-        ConfigError: no hybrid, widths that no group divides, too little text or text of another tokenizer, compressed-tensors
+        ConfigError: no hybrid or one with experts, widths that no group divides, too little text or text of another tokenizer, compressed-tensors
             not installed, or transformers reads another model in what was written.
     """
     check_free(output, overwrite, [source, calibration_data])
@@ -103,6 +103,8 @@ def export_quantised(
     model, _ = open_model(source)
     if not isinstance(model, HyloForCausalLM):
         raise ConfigError(f"{source} is a plain Transformer; --quantize is for hybrids, other tools quantise what vLLM knows")
+    if "E" in model.config.hylo["hybrid_layer_pattern"]:
+        raise ConfigError(f"{source} has layers with experts, which are not quantised yet; export it without --quantize")
     group = choose_group(model, form)
     windows = None
     if calibration_data is not None:
@@ -125,7 +127,7 @@ def export_quantised(
         )
         write_json(folder / EXPORTED, provenance)
         about = _about(form, group, used)
-        card = model_card(Path(output).name, config, parameter_count(config), provenance, results, license, about)
+        card = model_card(Path(output).name, config, parameter_count(config), provenance, results, license, quantisation=about)
         (folder / "README.md").write_text(card)
         if verify:
             _require_equal(model, folder)

@@ -154,6 +154,11 @@ def test_bad_exports_are_refused(exports, tmp_path, monkeypatch, capsys):
     save_tokenizer(tmp_path / "dense")
     with pytest.raises(ConfigError, match="is a plain Transformer"):
         export_quantised(tmp_path / "dense", tmp_path / "out", "fp8")
+    model = random_model(CONFIG, torch.bfloat16)
+    model.config.hylo = model.config.hylo | {"hybrid_layer_pattern": "GE+-M-*-K-"}
+    monkeypatch.setattr(quantise, "open_model", lambda _: (model, None))
+    with pytest.raises(ConfigError, match="has layers with experts, which are not quantised yet"):
+        export_quantised(exports / "hf", tmp_path / "out", "fp8")
     monkeypatch.setitem(__import__("sys").modules, "compressed_tensors.compressors", None)
     with pytest.raises(ConfigError, match=r"needs compressed-tensors, .* pip install 'megatron_hylo\[quantize\]'"):
         export_quantised(exports / "hf", tmp_path / "out", "fp8")
