@@ -94,8 +94,8 @@ def export_quantised(
         The model's configuration.
 
     Raises:
-        ConfigError: no hybrid or one with experts, widths that no group divides, too little text or text of another tokenizer, compressed-tensors
-            not installed, or transformers reads another model in what was written.
+        ConfigError: no hybrid or one with experts, widths that no group divides, too little text or text of another
+            tokenizer, compressed-tensors not installed, or transformers reads another model in what was written.
     """
     check_free(output, overwrite, [source, calibration_data])
     form = FORMATS[quantize]
