@@ -3,9 +3,9 @@
     python benchmarks/quantised.py runs/quickstart/export runs/quickstart/data
 
 Each format is exported, rounded to the nearest value or by GPTQ on the dataset's training text, into --work, and loaded by
-transformers; an export that is there is not made again. Teacher-forced perplexity and KL to the model on held-out windows.
-Recall: a passkey of five digits is told at a depth in held-out text and asked for at the end; share of its tokens that are the
-most likely ones, and their mean log-probability. Decode: the model and the quantised one take turns, medians of CPU time.
+transformers; exports and rows that are there are not made again. Teacher-forced perplexity and KL to the model on held-out
+windows. Recall: a passkey of five digits is told at a depth in held-out text and asked for at the end; share of its tokens that
+are the most likely ones, and their mean log-probability. Decode: the model and the quantised one in turn, medians of CPU time.
 Prints a table and, last, one JSON line; writes RESULTS.md.
 """
 
@@ -76,11 +76,14 @@ def main(
         passkey_prompt(tokenizer, stream[windows * length + i * recall_length :][: recall_length - 64], (i + 0.5) / trials, i)
         for i in range(trials)
     ]
+    file = work / "rows.jsonl"
+    seen = {row["format"]: row for row in map(json.loads, file.read_text().splitlines() if file.is_file() else [])}
     own = [hybrid(ids[None]).logits[0, :-1].float().log_softmax(-1) for ids in texts]
-    rows = [dict(weights=str(hybrid.dtype).removeprefix("torch."), rounding="", size=size(model),
-                 **quality(hybrid, own, texts, prompts))]  # fmt: skip
-    print(rows[0], flush=True)
-    for given in formats:
+    if "" not in seen:
+        seen[""] = row = dict(format="", weights=str(hybrid.dtype).removeprefix("torch."), rounding="", size=size(model),
+                              **quality(hybrid, own, texts, prompts))  # fmt: skip
+        keep(file, row)
+    for given in (g for g in formats if g not in seen):
         name, _, method = given.partition("+")
         folder = work / given
         if not folder.exists():
@@ -88,12 +91,14 @@ def main(
             export_quantised(model, folder, name, data if method else None, calibration_tokens, track=track)  # type: ignore[arg-type]
             print(f"{folder}: {time.perf_counter() - start:.0f} s", flush=True)
         quantised, _ = open_model(folder)
-        rows.append(dict(weights=name, rounding="GPTQ" if method else "nearest", size=size(folder), quantised=packed(folder),
-                         **quality(quantised, own, texts, prompts)))  # fmt: skip
-        rows[-1] |= decode(quantised, hybrid, texts[:1], steps)
-        print(rows[-1], flush=True)
+        seen[given] = row = dict(
+            format=given, weights=name, rounding="GPTQ" if method else "nearest", size=size(folder), quantised=packed(folder),
+            **quality(quantised, own, texts, prompts), **decode(quantised, hybrid, texts[:1], steps),
+        )  # fmt: skip
+        keep(file, row)
         del quantised
         gc.collect()
+    rows = [seen[given] for given in ("", *formats)]
     rows[0]["rate"] = statistics.median(row["own_rate"] for row in rows[1:])
     cells = [
         (r["weights"], r["rounding"], f"{r['size'] / 1e6:.0f}", f"{r['quantised'] / 1e6:.0f}" if "quantised" in r else "",
@@ -107,6 +112,13 @@ def main(
     ]
     report(results, "Quantised exports", intro, COLUMNS, cells, f"{device_name()}, commit {commit or 'not given'}")
     print(json.dumps({"benchmark": "quantised", "rows": rows}))
+
+
+def keep(file: Path, row: dict[str, Any]) -> None:
+    """Append a row to the file of rows."""
+    with file.open("a") as opened:
+        print(json.dumps(row), file=opened)
+    print(row, flush=True)
 
 
 def size(folder: Path) -> int:

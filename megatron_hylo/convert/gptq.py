@@ -25,6 +25,8 @@ class Format:
         name: as users give it.
         bits: of a value.
         is_float: e4m3 with scales that are powers of two, so that bf16 holds every weight exactly; else integers, scales bf16.
+        keeps: last names of maps that it does not round: after a conversion q_a_proj is the identity with small changes, which
+            integers with the one's scale would lose.
         groups: allowed numbers of neighbouring weights of a row with one scale, the first that fits; () for whole rows.
     """
 
@@ -32,9 +34,15 @@ class Format:
     bits: int
     is_float: bool = False
     groups: tuple[int, ...] = ()
+    keeps: frozenset[str] = frozenset()
 
 
-FORMATS = {f.name: f for f in (Format("fp8", 8, is_float=True), Format("int8", 8), Format("int4", 4, groups=(128, 64, 32)))}
+NEAR_IDENTITY = frozenset({"q_a_proj"})
+FORMATS = {
+    "fp8": Format("fp8", 8, is_float=True),
+    "int8": Format("int8", 8, keeps=NEAR_IDENTITY),
+    "int4": Format("int4", 4, groups=(128, 64, 32), keeps=NEAR_IDENTITY),
+}
 
 
 def to_values(weight: Tensor, scale: Tensor, form: Format) -> Tensor:

@@ -7,7 +7,8 @@
 | int4 | 4-bit integers | bf16 a group of 128, 64 or 32 columns | the model's dtype |
 
 With text the layers are rounded in turn by GPTQ, each on what the rounded layers before it give. Embeddings, the output head,
-norms, convolutions, gates and MLA's kv_b_proj keep their dtype. The packing is compressed-tensors' own; transformers loads it.
+norms, convolutions, gates and MLA's kv_b_proj keep their dtype; with integers its q_a_proj too, which a conversion makes the
+identity. The packing is compressed-tensors' own; transformers loads it.
 """
 
 import logging
@@ -142,7 +143,7 @@ def choose_group(model: nn.Module, form: Format) -> int | None:
     """
     if not form.groups:
         return None
-    widths = {name: linear.in_features for name, linear in quantised_linears(model).items()}
+    widths = {name: linear.in_features for name, linear in quantised_linears(model, form.keeps).items()}
     for group in form.groups:
         if all(width % group == 0 for width in widths.values()):
             return group
@@ -198,7 +199,7 @@ def round_weights(
         for number, layer in enumerate(track(list(backbone.layers), f"quantise layers to {form.name}")):
             dtypes = {name: parameter.dtype for name, parameter in layer.named_parameters()}
             layer.float()
-            linears = quantised_linears(layer)
+            linears = quantised_linears(layer, form.keeps)
             with _moments(linears) as moments:
                 for state in states:
                     _run(model, number, state)
@@ -283,7 +284,7 @@ class Compressor:
         from compressed_tensors.quantization import QuantizationConfig
 
         names = (name.rpartition(".")[2] for name, m in model.model.named_modules() if isinstance(m, nn.Linear))
-        kept = sorted(set(names) - QUANTISED)
+        kept = sorted(set(names) - (QUANTISED - self.form.keeps))
         ignore = ["lm_head", "score", *([rf"re:.*\.({'|'.join(kept)})$"] if kept else [])]
         config = QuantizationConfig(
             config_groups={"group_0": self.scheme(group)}, ignore=ignore, format=self.stored, quantization_status="compressed"
@@ -308,13 +309,16 @@ def _about(form: Format, group: int | None, tokens: int | None) -> str:
     weights = {"fp8": "FP8 (e4m3)", "int8": "8-bit integers", "int4": "4-bit integers"}[form.name]
     scales = f"a scale for {group} columns" if group else "a scale a row"
     how = "each rounded to its nearest value" if tokens is None else f"rounded by GPTQ on {tokens:,} tokens of text"
+    kept = "Embeddings, output head, norms, convolutions, gates, MLA's `kv_b_proj`, which decoding absorbs,"
+    if form.keeps:
+        kept = f"{kept} and {', '.join(f'`{name}`' for name in sorted(form.keeps))}, near the identity,"
     activations = (
         " An engine with FP8 products is told to round activations, too, with a scale a token." if form.is_float else ""
     )
     return (
         f"Weights of mixers and MLPs are {weights} with {scales}, {how}, in compressed-tensors' format "
-        f"(`pip install compressed-tensors`). Embeddings, output head, norms, convolutions, gates and MLA's `kv_b_proj`, which "
-        f"decoding absorbs, are not quantised. transformers dequantises the weights as it loads them.{activations}"
+        f"(`pip install compressed-tensors`). {kept} are not quantised. "
+        f"transformers dequantises the weights as it loads them.{activations}"
     )
 
 

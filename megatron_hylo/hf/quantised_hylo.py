@@ -4,7 +4,7 @@ compressed-tensors' folders are dequantised as they are loaded, into plain maps 
 calling the model computes with the weights that the folder means. Maps with FP8 weights in memory are made of a loaded model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ SCALES = ("_scale", "_scale_inv", "_packed", "_zero_point", "_global_scale", "qw
 LARGEST_FP8 = 448.0  # of e4m3
 
 
-def quantised_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear maps that a quantisation rounds, by name."""
-    found = ((name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in QUANTISED)
+def quantised_linears(model: nn.Module, kept: Collection[str] = ()) -> dict[str, nn.Linear]:
+    """Return the linear maps that a quantisation rounds, by name, without those of the last names `kept`."""
+    wanted = QUANTISED.difference(kept)
+    found = ((name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in wanted)
     return {name: module for name, module in found if isinstance(module, nn.Linear)}
 
 
