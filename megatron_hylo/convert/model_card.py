@@ -21,6 +21,7 @@ def model_card(
     provenance: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]] = (),
     license: str | None = None,
+    quantisation: str | None = None,
 ) -> str:
     """Return the text of README.md.
 
@@ -31,6 +32,7 @@ def model_card(
         provenance: content of hylo_provenance.json.
         results: results.json of evaluations of this model.
         license: name as the Hub spells it, e.g. "apache-2.0".
+        quantisation: what is quantised, and how; None for a folder that is not.
     """
     is_hybrid = not config.is_transformer
     scores = [(result, score) for result in results for score in result["scores"]]
@@ -47,7 +49,8 @@ def model_card(
         f"# {name}",
         _architecture(config, parameters),
         "## Use",
-        _use(is_hybrid, tensor_parallel_sizes(config)),
+        _use(is_hybrid, tensor_parallel_sizes(config), quantisation is not None),
+        *([] if quantisation is None else ["## Quantisation", quantisation]),
         "## Method",
         "Oldest step first; `hylo_provenance.json` has every setting, with the SHA-256 of every input.",
         *_table(("step", "settings"), [(about["verb"], _settings(about)) for about in _steps(provenance)]),
@@ -77,11 +80,16 @@ def _architecture(config: ModelConfig, parameters: int) -> str:
     )
 
 
-def _use(is_hybrid: bool, sizes: Sequence[int]) -> str:
+def _use(is_hybrid: bool, sizes: Sequence[int], is_quantised: bool) -> str:
     trust = ", trust_remote_code=True" if is_hybrid else ""
-    code = "The modelling code is part of this folder and needs transformers and torch alone. " if is_hybrid else ""
+    needs = "transformers, torch and compressed-tensors" if is_quantised else "transformers and torch alone"
+    code = f"The modelling code is part of this folder and needs {needs}. " if is_hybrid else ""
     plugin = "`pip install megatron-hylo[serve]`, then " if is_hybrid else ""
-    served = f"With vLLM: {plugin}`vllm serve FOLDER`; tensor-parallel sizes that work: {', '.join(map(str, sizes))}."
+    served = (
+        ""
+        if is_quantised
+        else f"With vLLM: {plugin}`vllm serve FOLDER`; tensor-parallel sizes that work: {', '.join(map(str, sizes))}."
+    )
     return f"""{code}FOLDER is this folder or its name on the Hub.
 
 ```python
@@ -93,7 +101,7 @@ inputs = tokenizer(["The sea is"], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=40))[0])
 ```
 
-{served}"""
+{served}""".rstrip()
 
 
 def _steps(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -47,10 +47,10 @@ def hf_tensors(model: HyloModel | GatheredModel, track: Track = no_progress) -> 
 def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, track: Track = no_progress) -> None:
     """Write a whole model that is in memory, with all of its files, into an existing folder; its weights are one file."""
     save_file(dict(hf_tensors(model, track)), folder / SINGLE, metadata={"format": "pt"})
-    _add_files(model.config.hylo, model.config.params_dtype, folder, tokenizer)
+    add_files(model.config.hylo, model.config.params_dtype, folder, tokenizer)
 
 
-def _add_files(config: ModelConfig, dtype: torch.dtype, folder: Path, tokenizer: Path | None) -> None:
+def add_files(config: ModelConfig, dtype: torch.dtype, folder: Path, tokenizer: Path | None) -> None:
     """Write config.json, the tokenizer and, for a hybrid, its modelling code into a folder."""
     from megatron_hylo.convert.portable_tokenizer import make_tokenizer_portable
     from megatron_hylo.hf.code_files import copy_modelling_code
@@ -100,7 +100,7 @@ def convert_megatron_to_hf(
     ):
         if rank() == 0:
             place_safetensors(folder, shards)
-            _add_files(config, opened.dtype(), folder, Path(source) / "tokenizer")
+            add_files(config, opened.dtype(), folder, Path(source) / "tokenizer")
             provenance = made_by("export", {"model": source})
             write_json(folder / EXPORTED, provenance)
             card = model_card(Path(output).name, config, parameter_count(config), provenance, results, license)
