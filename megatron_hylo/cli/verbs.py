@@ -15,6 +15,7 @@ from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import ConfigError, ModelConfig, TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
+from megatron_hylo.io.start_up import use_huge_pages
 
 
 def layouts(json: bool = False) -> None:
@@ -111,6 +112,7 @@ def convert(
         calibration_tokens: of that text.
         json: print {output, format, mixers, parameters, verified}.
     """
+    use_huge_pages()
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
     from megatron_hylo.models.checkpoint import read_description
@@ -143,6 +145,7 @@ def verify(
         tolerance: largest |delta logit| that passes, fp32; relative to the largest logit where that is above 1.
         json: print the comparison as JSON.
     """
+    use_huge_pages()
     from megatron_hylo.convert.verify import Verification, verify_conversion
     from megatron_hylo.convert.verify_hashes import HashVerification, verify_hashes
     from megatron_hylo.platform.distributed import session
@@ -238,6 +241,7 @@ def export(
         calibration_tokens: of that text.
         json: print {output, format, mixers, parameters, verified}.
     """
+    use_huge_pages()
     from megatron_hylo.convert.quantise import export_quantised
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.eval.results import read_results
