@@ -209,7 +209,13 @@ def _divisions(job: Job, gpus: int, hardware: Hardware, found: Found) -> Iterato
                 continue
             for method in ("auto", "all_gather") if context > 1 else ("auto",):
                 minutes = job.config.parallel.distributed_timeout_minutes
-                yield ParallelConfig(tensor, pipeline, virtual, None, context, method, tensor > 1, minutes), micro
+                yield (
+                    ParallelConfig(
+                        tensor, pipeline, virtual, None, context, method, sequence_parallel=tensor > 1,
+                        distributed_timeout_minutes=minutes,
+                    ),
+                    micro,
+                )  # fmt: skip
 
 
 def _precisions(job: Job, hardware: Hardware, fp8: bool) -> list[dict[str, Any]]:

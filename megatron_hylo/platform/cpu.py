@@ -4,11 +4,12 @@
 it is needed; `tests/platform/test_cpu_patches.py` runs training with each one left out.
 """
 
+import contextlib
 import importlib
 import logging
 import sys
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Callable
 
 import torch
@@ -75,6 +76,27 @@ def _current_stream() -> None:
     cuda.current_stream = lambda device=None: None
 
 
+class _NoStream:
+    """Stream and event of a machine without CUDA, where all work is done when the call returns."""
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self) -> "_NoStream":
+        return self
+
+
+def _side_stream() -> None:
+    module: Any = importlib.import_module(f"{_MEGATRON}.transformer.moe.token_dispatcher")
+    module.torch = _CpuTorch()
+    module.torch.cuda = SimpleNamespace(
+        Stream=_NoStream, stream=lambda stream: contextlib.nullcontext(), current_stream=lambda: None
+    )
+
+
 def _factories() -> None:
     for name in ("pipeline_parallel.schedules", "optimizer.clip_grads", "optimizer.optimizer", "utils"):
         module: Any = importlib.import_module(f"{_MEGATRON}.{name}")
@@ -124,6 +146,12 @@ PATCHES: tuple[Patch, ...] = (
         "torch.cuda.current_stream",
         "gradient buffers ask for the current CUDA stream when they reduce",
         _current_stream,
+    ),
+    Patch(
+        "side_stream",
+        "`torch.cuda` in megatron.core.transformer.moe.token_dispatcher",
+        "the dispatcher of tokens to experts copies their counts to the host on a stream of its own",
+        _side_stream,
     ),
     Patch(
         "factories",
