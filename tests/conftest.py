@@ -133,6 +133,9 @@ def tiny_hf_model(family: str, tied: bool = True, **changes):
     return model
 
 
+EXPERTS = dict(num_moe_experts=6, moe_ffn_hidden_size=40, moe_router_topk=2)  # of tiny configurations with `E`
+
+
 def folder_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of a transformers model under the names of a folder, in which experts are not stacked."""
     found = {}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megatron_hylo.calibrate.gather import embed, micro_batch
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mlps import EXPERTS_SYMBOL
 from megatron_hylo.distill.alignment import mixer_output, relative_distance
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.hylo_model import HyloModel
@@ -120,7 +121,7 @@ def solve_outputs(
         teacher: attention in every layer, same depth, hidden size and embedding.
         windows: int64 [n, sequence + 1], n >= 2.
         sequential: on the student's own hidden states instead of the teacher's.
-        mlps: with `sequential`, let MLPs correct as well; else they stay the teacher's.
+        mlps: with `sequential`, let MLPs correct as well; else they stay the teacher's, as mixtures of experts always do.
         track: progress display over the layers.
         finished: layers that need not be solved again.
 
@@ -163,15 +164,20 @@ def solve_outputs(
             errors.append(done or LayerError(layer, symbol, initial, solved, _distance(taught, studied, validation)))
 
             own = [_mlp_output(teacher_mlp, h.to(device())).cpu() for h in taught]
-            projection = mlp.mlp.linear_fc2
-            features = [_features(projection, _mlp_output, mlp, h) for h in studied if sequential]
-            if sequential and mlps and done is None:
-                fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
-                weight = fit.solve(projection.weight, DAMPING)
-                _set(projection, _corrected(weight, fit, check), layer, "-")
+            outputs: list[Tensor] = []
+            if sequential and student.config.hylo.mlps[layer] == EXPERTS_SYMBOL:  # stay the teacher's
+                outputs = [_mlp_output(mlp, h.to(device())).cpu() for h in studied]
+            elif sequential:
+                projection = mlp.mlp.linear_fc2
+                features = [_features(projection, _mlp_output, mlp, h) for h in studied]
+                if mlps and done is None:
+                    fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
+                    weight = fit.solve(projection.weight, DAMPING)
+                    _set(projection, _corrected(weight, fit, check), layer, "-")
+                outputs = _outputs(features, projection.weight)
             _advance(taught, own)
             if sequential:
-                _advance(studied, _outputs(features, projection.weight))
+                _advance(studied, outputs)
             else:
                 studied = list(taught)
             if finished is not None and done is None:

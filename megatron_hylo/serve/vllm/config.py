@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, check_tensor_parallel
 from megatron_hylo.config.mixers.mamba2 import Mamba2
+from megatron_hylo.config.mlps import EXPERTS_SYMBOL
 from megatron_hylo.hf.configuration_hylo import HyloConfig
 from megatron_hylo.serve.vllm import ARCHITECTURE
 from megatron_hylo.serve.vllm.versions import caches_unlike_states
@@ -61,6 +62,11 @@ class HyloVllmUpdate(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: Any) -> None:
         """Change `vllm_config` in place, and say which kernels run."""
         config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
+        if EXPERTS_SYMBOL in config.mlps:
+            raise ConfigError(
+                f"the MLP of layer {config.mlps.index(EXPERTS_SYMBOL)} is a mixture of experts, which the vLLM plugin does not "
+                "serve; generate with transformers or `hylo generate`"
+            )
         check_tensor_parallel(config.architecture(), vllm_config.parallel_config.tensor_parallel_size, "tensor_parallel_size")
         if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
             raise ConfigError(f"kv_cache_dtype {cache.cache_dtype!r} is not supported for HyLo models; leave it out")
