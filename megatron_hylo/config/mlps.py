@@ -11,6 +11,7 @@ from megatron_hylo.config.mixers.base import Shape
 
 if TYPE_CHECKING:
     from megatron_hylo.config.model import ModelConfig
+    from megatron_hylo.config.parallel import ParallelConfig
 
 
 class MlpDescription(abc.ABC):
@@ -115,14 +116,17 @@ class MixtureOfExperts(MlpDescription):
         return config.num_moe_experts * config.hidden_size + experts
 
     def kept_numbers(self, config: ModelConfig, ranks: int) -> float:
-        """Norm's output, router's probabilities; for each of a token's experts its input, SwiGLU's parts and its output."""
+        """Norm's output, router's probabilities; for each of a token's experts its input, SwiGLU's parts and its output.
+
+        Sequence parallelism, without which experts do not train, divides the tokens.
+        """
         c = config
-        each = 2 * c.hidden_size + 3 * c.moe_ffn_hidden_size / ranks
-        return c.hidden_size + 2 * c.num_moe_experts + c.moe_router_topk * each
+        each = 2 * c.hidden_size + 3 * c.moe_ffn_hidden_size
+        return c.hidden_size + (2 * c.num_moe_experts + c.moe_router_topk * each) / ranks
 
     def tensor_parallel_counts(self, config: ModelConfig) -> dict[str, int]:
-        """Width of an expert: Megatron-Core divides experts over the same ranks as the rest of the layer."""
-        return {"moe_ffn_hidden_size": config.moe_ffn_hidden_size}
+        """None: an expert is whole on its rank."""
+        return {}
 
 
 def _swiglu(prefix: str, hidden: int, ffn: int) -> dict[str, Shape]:
@@ -146,3 +150,29 @@ def get_mlp(symbol: str) -> MlpDescription:
     if symbol not in MLPS:
         raise ConfigError(f"unknown MLP symbol {symbol!r}; known: {', '.join(f'{s} {m.name}' for s, m in MLPS.items())}")
     return MLPS[symbol]
+
+
+def check_expert_parallel(config: ModelConfig, parallel: ParallelConfig, trained: bool) -> None:
+    """Refuse a division of experts that Megatron-Core does not compute.
+
+    Args:
+        config: a model, with or without experts.
+        parallel: sizes of the parallel groups.
+        trained: whether gradients are computed.
+
+    Raises:
+        ConfigError: ranks that do not divide the experts, or tensor parallelism of trained ones without sequence parallelism.
+    """
+    if not config.has_experts:
+        return
+    ranks, experts = parallel.expert_model_parallel_size, config.num_moe_experts
+    if experts % ranks:
+        sizes = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+        raise ConfigError(
+            f"expert_model_parallel_size {ranks} does not divide num_moe_experts {experts}; sizes that work: {sizes}"
+        )
+    if trained and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"tensor_model_parallel_size {parallel.tensor_model_parallel_size} trains mixtures of experts with "
+            "sequence_parallel alone; set it true"
+        )

@@ -18,7 +18,7 @@ class ParallelConfig:
         context_parallel_size: ranks that share a sequence.
         cp_comm_type: what context-parallel ranks exchange: what is small, sequence for heads, or the faster that fits
             (docs/parallelism.md).
-        expert_model_parallel_size: ranks that have different experts, out of the context- and data-parallel ones.
+        expert_model_parallel_size: ranks that have different experts, whole ones, out of those with the same layers.
         sequence_parallel: with tensor parallelism: norms and residuals split over the sequence.
         distributed_timeout_minutes: a rank that hangs longer ends the job.
     """
@@ -60,7 +60,7 @@ class ParallelConfig:
         return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
 
     def check_experts(self, ranks: int) -> None:
-        """Refuse an expert-parallel size that does not divide the context- and data-parallel ranks.
+        """Refuse an expert-parallel size that does not divide the ranks of a pipeline stage.
 
         Args:
             ranks: processes of the run, a multiple of `model_parallel_size`.
@@ -68,12 +68,12 @@ class ParallelConfig:
         Raises:
             ConfigError: with the number that it must divide.
         """
-        others = ranks // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
-        if others % self.expert_model_parallel_size:
+        stage = ranks // self.pipeline_model_parallel_size
+        if stage % self.expert_model_parallel_size:
             raise ConfigError(
-                f"expert_model_parallel_size {self.expert_model_parallel_size} does not divide the {others} context- and "
-                f"data-parallel ranks that {ranks} ranks leave beside tensor {self.tensor_model_parallel_size} x pipeline "
-                f"{self.pipeline_model_parallel_size}; start more ranks or make it smaller"
+                f"expert_model_parallel_size {self.expert_model_parallel_size} does not divide the {stage} ranks of a pipeline "
+                f"stage ({ranks} ranks, pipeline_model_parallel_size {self.pipeline_model_parallel_size}); start more ranks or "
+                "make it smaller"
             )
 
     @property

@@ -9,6 +9,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_hylo.config import Fp8, ModelConfig, ParallelConfig
 from megatron_hylo.config.mixers import check_tensor_parallel
+from megatron_hylo.config.mlps import check_expert_parallel
 from megatron_hylo.models.placement import weights_device
 
 
@@ -40,6 +41,7 @@ def build_transformer_config(
     """
     parallel = parallel or ParallelConfig()
     check_tensor_parallel(config, parallel.tensor_model_parallel_size)
+    check_expert_parallel(config, parallel, trained=False)
     cuda, interleaved = torch.cuda.is_available(), parallel.virtual_pipeline_model_parallel_size > 1
     return HyloTransformerConfig(
         hylo=config,
@@ -94,5 +96,5 @@ def _experts(config: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="alltoall",
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.tensor_model_parallel_size,
+        expert_tensor_parallel_size=1,
     )

@@ -89,12 +89,17 @@ class _NoStream:
         return self
 
 
-def _side_stream() -> None:
+def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _token_dispatch() -> None:
     module: Any = importlib.import_module(f"{_MEGATRON}.transformer.moe.token_dispatcher")
     module.torch = _CpuTorch()
     module.torch.cuda = SimpleNamespace(
         Stream=_NoStream, stream=lambda stream: contextlib.nullcontext(), current_stream=lambda: None
     )
+    module.maybe_move_tensor_to_cpu = _to_host  # its own makes numbers of a GPU's tensors only
 
 
 def _factories() -> None:
@@ -148,10 +153,10 @@ PATCHES: tuple[Patch, ...] = (
         _current_stream,
     ),
     Patch(
-        "side_stream",
-        "`torch.cuda` in megatron.core.transformer.moe.token_dispatcher",
+        "token_dispatch",
+        "`torch.cuda` and `maybe_move_tensor_to_cpu` in megatron.core.transformer.moe.token_dispatcher",
         "the dispatcher of tokens to experts copies their counts to the host on a stream of its own",
-        _side_stream,
+        _token_dispatch,
     ),
     Patch(
         "factories",

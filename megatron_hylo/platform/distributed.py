@@ -87,6 +87,7 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
             parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None,
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=1,  # an expert is whole on its rank
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         )
     torch.manual_seed(seed)

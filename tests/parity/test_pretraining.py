@@ -31,6 +31,8 @@ CASES = [
     *cases("wide", "pretrain", "tp2 tp2_sp_cp2_a2a cp4_a2a"),
     *cases("wide", "packed", "tp2_sp_cp2_a2a cp4_a2a"),
     *cases("kda", "pretrain packed", "tp2 tp2_sp cp2_gather cp2_a2a pp2 tp2_sp_cp2"),
+    *cases("experts", "pretrain", "tp2_sp ep2 ep2_plain cp2_ep2 pp2 pp2_ep2 tp2_sp_ep2 ep2_dp2"),
+    *cases("experts", "packed", "ep2"),
     *cases("odd", "pretrain", "tp4"),
     *cases("odd_tied", "pretrain", "tp2_pp2"),
 ]

@@ -122,7 +122,7 @@ ONE_RANK = {
     "random_state": NO_DRIVER,
     "synchronize": NO_DRIVER,
     "current_stream": NO_DRIVER,
-    "side_stream": NO_DRIVER,
+    "token_dispatch": NO_DRIVER,
     "factories": NO_DRIVER,
     "tensor_type": "torch.cuda.FloatTensor",
 }
