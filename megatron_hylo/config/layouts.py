@@ -48,6 +48,11 @@ BASES: dict[str, ModelConfig] = {
         kv_channels=128, vocab_size=151936, model_family="qwen3", max_position_embeddings=40960, layernorm_epsilon=1e-6,
         qk_layernorm=True, rotary_base=1000000.0,
     ),
+    "qwen3-30b-a3b": ModelConfig(
+        hybrid_layer_pattern="*E" * 48, hidden_size=2048, ffn_hidden_size=6144, num_attention_heads=32, num_query_groups=4,
+        kv_channels=128, vocab_size=151936, model_family="qwen3_moe", max_position_embeddings=40960, layernorm_epsilon=1e-6,
+        qk_layernorm=True, rotary_base=1000000.0, num_moe_experts=128, moe_ffn_hidden_size=768, moe_router_topk=8,
+    ),
     "smollm2-135m": ModelConfig(
         hybrid_layer_pattern="*-" * 30, hidden_size=576, ffn_hidden_size=1536, num_attention_heads=9, num_query_groups=3,
         kv_channels=64, vocab_size=49152, max_position_embeddings=8192, untie_embeddings_and_output_weights=False,
@@ -88,6 +93,7 @@ def _layouts() -> dict[str, NamedLayout]:
         ("llama3.2-3b", "14mla14", _EVERY_SECOND_28),
         ("qwen3-1.7b", "7mla21", (1, 5, 9, 13, 17, 21, 25)),
         ("qwen3-1.7b", "14mla14", _EVERY_SECOND_28),
+        ("qwen3-30b-a3b", "12mla36", tuple(range(1, 48, 4))),
         ("smollm2-135m", "8mla22", (1, 5, 9, 13, 17, 21, 25, 28)),
     ]
     layouts = {

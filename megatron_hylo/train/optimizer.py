@@ -191,7 +191,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -
         _load_part(part, state)
 
 
-def _states_of_parts(loaded: dict[str, Any], count: int) -> list[dict[str, Any]]:
+def _states_of_parts(loaded: dict[Any, Any], count: int) -> list[dict[str, Any]]:
     """Divide a loaded state among an optimizer's parts; it may be of another number of parts, whose moments have the same keys.
 
     Groups of parameters differ then: every part gets one with the step count, which is the same for all.
@@ -200,10 +200,14 @@ def _states_of_parts(loaded: dict[str, Any], count: int) -> list[dict[str, Any]]
     saved = 1 if "param_groups" in loaded or "optimizer" in loaded else sum(isinstance(key, int) for key in loaded)
     if saved == count:
         return parts
-    first: dict[str, Any] = loaded if saved == 1 else loaded[0]
+    first = loaded if saved == 1 else loaded[0]
     groups = (first["optimizer"] if "optimizer" in first else first)["param_groups"]
     step = {"step": groups[0]["step"]} if "step" in groups[0] else {}
-    return [{name: part[name] for name in ("param_state", "state") if name in part} | {"step": step} for part in parts]
+    found = [{name: part[name] for name in ("param_state", "state") if name in part} | {"step": step} for part in parts]
+    if "common_step" in (plain := first.get("state", {})):  # of the plain optimizer, beside its moments
+        for part in found:
+            part["state"] = part["state"] | {"common_step": plain["common_step"]}
+    return found
 
 
 def _load_part(part: Any, loaded: dict[str, Any]) -> None:

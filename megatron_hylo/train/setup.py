@@ -100,7 +100,8 @@ class Run:
         """Memory that this rank's GPU will need."""
         sharded = self.config.optimizer.use_distributed_optimizer
         shards = parallel_state.get_data_parallel_world_size(with_context_parallel=True) if sharded else 1
-        return predict_memory(self.config, self.students, self.teacher, self.teacher_signal, shards)
+        experts = parallel_state.get_expert_data_parallel_world_size() if sharded else 1
+        return predict_memory(self.config, self.students, self.teacher, self.teacher_signal, shards, experts)
 
 
 def build_run(
