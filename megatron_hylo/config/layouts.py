@@ -135,7 +135,7 @@ def expand_pattern(pattern: str, num_layers: int, base_mlps: str | None = None) 
         raise ConfigError(f"pattern {pattern!r}: every mixer must be followed by its MLP, e.g. 'G-+-G-'")
     if base_mlps is not None and mlps and mlps != base_mlps:
         raise ConfigError(
-            f"pattern {pattern!r} has the MLPs {mlps}, the base model {base_mlps}; which are copied: leave them out"
+            f"pattern {pattern!r} has the MLPs {mlps}, the base model {base_mlps}, which are copied: leave them out"
         )
     return mixers
 

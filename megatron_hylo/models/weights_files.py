@@ -75,6 +75,14 @@ class StoredLayout:
         self.parameters = dict(model.named_parameters())
         self.sharded = sharded_weights(model)
 
+    def undivided_name(self, name: str) -> str:
+        """Name of a parameter in a model that is not divided over ranks."""
+        described = self.sharded[name]
+        part = next(iter(self.parts(name, self.parameters[name].data)))
+        if not part.prepend_axis_num:
+            return str(described.key)
+        return str(described.key).replace(".experts.experts.", f".experts.local_experts.{part.global_offset[0]}.")
+
     def parts(self, name: str, value: Tensor) -> list[ShardedTensor]:
         """Divide the value of a parameter into the parts it is stored in."""
         described = self.sharded[name]

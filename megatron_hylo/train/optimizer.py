@@ -197,7 +197,9 @@ def _states_of_parts(loaded: dict[Any, Any], count: int) -> list[dict[str, Any]]
     Groups of parameters differ then: every part gets one with the step count, which is the same for all.
     """
     parts = [loaded] if count == 1 else [loaded[number] for number in range(count)]
-    saved = 1 if "param_groups" in loaded or "optimizer" in loaded else sum(isinstance(key, int) for key in loaded)
+    saved = sum(isinstance(key, int) for key in loaded) or 1
+    if count > 1 and ("param_groups" in loaded or "optimizer" in loaded):  # numbers are those that were asked for
+        saved = 1
     if saved == count:
         return parts
     first = loaded if saved == 1 else loaded[0]
