@@ -19,7 +19,7 @@ from megatron_hylo.config.paths import hugging_face_folder
 from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.convert.mapping import Entry, model_entries
 from megatron_hylo.convert.safetensors_reader import SafetensorsSource
-from megatron_hylo.io import DamagedError, gather, has_manifest, read_manifest, verify_manifest_if_any
+from megatron_hylo.io import DamagedError, gather, listed_files, verify_manifest_if_any
 from megatron_hylo.io.gguf_file import gguf_file
 from megatron_hylo.io.identity import content_identity, json_identity
 from megatron_hylo.io.provenance import file_hash
@@ -77,7 +77,7 @@ def model_identity(path: str) -> str:
         return content_identity(path)
     source = open_hf_folder(folder)
     source.close()
-    listed = read_manifest(folder) if has_manifest(folder) else {}
+    listed = listed_files(folder)
     unlisted = [folder / name for name in source.files() if name not in listed]
     if (size := sum(file.stat().st_size for file in unlisted)) > ANNOUNCED_BYTES:
         logger.info("%s: reading %.1f GB for the hash by which the run knows this model", path, size / 1e9)

@@ -11,7 +11,7 @@ from megatron_hylo.convert.folder_source import FolderSource
 from megatron_hylo.convert.hf_reader import TensorSource, open_source
 from megatron_hylo.convert.streaming import TENSORS, Read, tensor_entry
 from megatron_hylo.data.tokenizer import vocabulary_difference
-from megatron_hylo.io import has_manifest, read_manifest, read_verified_json
+from megatron_hylo.io import listed_files, read_verified_json
 from megatron_hylo.io.progress import Track, no_progress
 
 
@@ -69,7 +69,7 @@ def _kind(entry: dict[str, Any]) -> str:
 
 def _listed(folder: str | Path) -> dict[str, dict[str, Any]] | None:
     """Read tensors.json where the folder's manifest, which is compared with its files, has it."""
-    if not (Path(folder) / TENSORS).is_file() or not has_manifest(folder) or TENSORS not in read_manifest(folder):
+    if not (Path(folder) / TENSORS).is_file() or TENSORS not in listed_files(folder):
         return None
     return read_verified_json(folder, TENSORS, ("tensors",))["tensors"]
 

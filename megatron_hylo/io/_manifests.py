@@ -54,6 +54,17 @@ def read_manifest(path: str | Path) -> dict[str, Entry]:
     return files
 
 
+def listed_files(path: str | Path) -> dict[str, Entry]:
+    """Read the manifest of a directory that others may have made: no entries without one, or with one of another format.
+
+    Raises:
+        DamagedError: it is not JSON.
+    """
+    file = Path(path) / MANIFEST
+    files: dict[str, Entry] = read_json(file).get("files", {}) if file.is_file() else {}
+    return files if _is_ours(files) else {}
+
+
 def _is_ours(files: Any) -> bool:
     entries = files.values() if isinstance(files, dict) else [None]
     return all(isinstance(e, dict) and isinstance(e.get("bytes"), int) and isinstance(e.get("sha256"), str) for e in entries)
@@ -84,7 +95,7 @@ def read_verified_json(folder: str | Path, name: str, needs: Sequence[str] = ())
     file = Path(folder) / name
     content = read_bytes(file)
     value = parse_json(content, file, needs)
-    entry = read_manifest(folder).get(name) if has_manifest(folder) else None
+    entry = listed_files(folder).get(name)
     if entry is not None and hashlib.sha256(content).hexdigest() != entry["sha256"]:
         raise DamagedError(f"{file} does not have the sha256 of its manifest: {_ADVICE}")
     return value
@@ -95,10 +106,9 @@ def verify_manifest_if_any(path: str | Path, only: Sequence[str] = ()) -> None:
 
     For Hugging Face folders and datasets, which other programs may have written.
     """
-    file, ours = Path(path) / MANIFEST, False
-    error: Exception | None = None
+    ours, error = False, None
     try:
-        ours = file.is_file() and _is_ours(read_json(file).get("files"))
+        ours = bool(listed_files(path))
     except (DamagedError, OSError) as caught:
         error = caught
     found = gather((ours, error))

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io import has_manifest, read_json, read_manifest, sha256
+from megatron_hylo.io import listed_files, read_json, read_manifest, sha256
 
 READ = ("weights/", "shards/", "codec.safetensors", "train.", "heldout.")  # files whose bytes enter a run's computation
 TENSORS = "tensors.json"  # hashes of all tensors, which stand for the files: those depend on how weights are divided
@@ -28,8 +28,8 @@ def content_identity(folder: str | Path) -> str:
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give a model, dataset or teacher-store folder")
-    if has_manifest(folder):
-        files = {name: entry["sha256"] for name, entry in read_manifest(folder).items()}
+    if listed := listed_files(folder):
+        files = {name: entry["sha256"] for name, entry in listed.items()}
         files = {name: digest for name, digest in files.items() if (name == TENSORS if TENSORS in files else _is_content(name))}
     else:
         names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
@@ -60,7 +60,7 @@ def _files_identity(teacher: str | Path) -> str:
 
 def file_identity(folder: str | Path, name: str) -> str:
     """Return the sha256 of a file in a folder: from the manifest if it lists the file, else the file is read."""
-    files = read_manifest(folder) if has_manifest(folder) else {}
+    files = listed_files(folder)
     return files[name]["sha256"] if name in files else sha256(Path(folder) / name)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import megatron_hylo
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io import MANIFEST, has_manifest, read_json, read_manifest, sha256
+from megatron_hylo.io import MANIFEST, has_manifest, listed_files, read_json, sha256
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.io.progress import Track, no_progress
 
@@ -53,7 +53,7 @@ def describe_input(path: str | Path, track: Track = no_progress) -> dict[str, An
         except ConfigError:  # a calibration folder has neither weights nor tokens
             pass
     elif files := _source_files(folder):
-        listed = read_manifest(folder) if has_manifest(folder) else {}
+        listed = listed_files(folder)
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             unlisted = {file.name: pool.submit(file_hash, file) for file in files if file.name not in listed}
             for name in track(list(unlisted), "hash the source"):

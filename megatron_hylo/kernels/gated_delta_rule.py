@@ -81,14 +81,15 @@ def delta_rule_implementation(k: torch.Tensor, v: torch.Tensor, differentiates: 
     return implementation
 
 
-def fla_unsupported(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Unsupported | None:
+def fla_unsupported(k: torch.Tensor, v: torch.Tensor, differentiates: bool, module: str = FLA_MODULE) -> Unsupported | None:
     """Why fla cannot run on these keys [b, t, h, dk] and values [b, t, h, dv]; None if it can.
 
     Args:
         k, v: on the device and of the dtype in question.
         differentiates: whether a backward pass follows; fla's is wrong with some Triton versions.
+        module: of fla, whose kernels they are.
     """
-    unsupported = library_unsupported("fla", FLA_MODULE, v, "pip install flash-linear-attention")
+    unsupported = library_unsupported("fla", module, v, "pip install flash-linear-attention")
     if unsupported is not None:
         return unsupported
     if k.shape[-1] > FLA_MAX_KEY_DIM:
@@ -213,11 +214,27 @@ def recurrent_gated_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The definition of `gated_delta_rule`, one token after another: same arguments, results and errors."""
     _check(q, k, v, g, beta)
+    return delta_rule_by_token(q, k, v, g[..., None], beta, initial_state, output_final_state)
+
+
+def delta_rule_by_token(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The delta rule, one token after another, with the log decay g [b, t, h, dk], or [b, t, h, 1] for all key channels.
+
+    Other arguments and results as `gated_delta_rule`.
+    """
     wide = torch.promote_types(v.dtype, torch.float32)
     b, t, h, dk = q.shape
     queries = (normalised(q.to(wide)) * dk**-0.5)[..., None]
     keys = normalised(k.to(wide))[..., None]  # [b, t, h, dk, 1]
-    values, decay, strength = v.to(wide), g.to(wide).exp()[..., None, None], beta.to(wide)[..., None]
+    values, decay, strength = v.to(wide), g.to(wide).exp()[..., None], beta.to(wide)[..., None]
     state = v.new_zeros(b, h, dk, v.shape[-1], dtype=wide) if initial_state is None else initial_state.to(wide)
     outputs = []
     for i in range(t):

@@ -9,8 +9,13 @@ import importlib
 import torch
 import torch.nn.functional as F
 
-from megatron_hylo.kernels.gated_delta_rule import FLA_MAX_KEY_DIM, normalised, triton_unsupported, unit_lower_inverse
-from megatron_hylo.kernels.registry import Unsupported, library_unsupported, select
+from megatron_hylo.kernels.gated_delta_rule import (
+    delta_rule_by_token,
+    fla_unsupported,
+    normalised,
+    unit_lower_inverse,
+)
+from megatron_hylo.kernels.registry import select
 from megatron_hylo.kernels.ssd import segment_sum
 
 FLA_MODULE = "fla.ops.kda"
@@ -59,7 +64,7 @@ def kda(
     differentiates = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state)
     )
-    if select("kda", "fla", fla_unsupported(k, v, differentiates)) == "fla":
+    if select("kda", "fla", fla_unsupported(k, v, differentiates, FLA_MODULE)) == "fla":
         state = None if initial_state is None else initial_state.float()
         return importlib.import_module(FLA_MODULE).chunk_kda(
             q.to(v.dtype), k.to(v.dtype), v, g.float(), beta.to(v.dtype), initial_state=state,
@@ -67,21 +72,6 @@ def kda(
         )  # fmt: skip
     with torch.autocast(v.device.type, enabled=False):
         return _chunked(q, k, v, g, beta, initial_state, output_final_state)
-
-
-def fla_unsupported(k: torch.Tensor, v: torch.Tensor, differentiates: bool) -> Unsupported | None:
-    """Why fla cannot run on these keys [b, t, h, dk] and values [b, t, h, dv]; None if it can.
-
-    Args:
-        k, v: on the device and of the dtype in question.
-        differentiates: whether a backward pass follows; fla's is wrong with some Triton versions.
-    """
-    unsupported = library_unsupported("fla", FLA_MODULE, v, "pip install flash-linear-attention")
-    if unsupported is not None:
-        return unsupported
-    if k.shape[-1] > FLA_MAX_KEY_DIM:
-        return Unsupported(f"fla takes keys up to {FLA_MAX_KEY_DIM} wide, not {k.shape[-1]}")
-    return triton_unsupported(torch.cuda.get_device_capability(v.device)) if differentiates else None
 
 
 def _chunked(
@@ -145,16 +135,4 @@ def recurrent_kda(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The definition of `kda`, one token after another: same arguments, results and errors."""
     _check(q, k, v, g, beta)
-    wide = torch.promote_types(v.dtype, torch.float32)
-    b, t, h, dk = q.shape
-    queries = (normalised(q.to(wide)) * dk**-0.5)[..., None]
-    keys = normalised(k.to(wide))[..., None]  # [b, t, h, dk, 1]
-    values, decay, strength = v.to(wide), g.to(wide).exp()[..., None], beta.to(wide)[..., None]
-    state = v.new_zeros(b, h, dk, v.shape[-1], dtype=wide) if initial_state is None else initial_state.to(wide)
-    outputs = []
-    for i in range(t):
-        state = state * decay[:, i]
-        written = strength[:, i] * (values[:, i] - (state * keys[:, i]).sum(-2))  # [b, h, dv]
-        state = state + keys[:, i] * written[..., None, :]
-        outputs.append((state * queries[:, i]).sum(-2))
-    return torch.stack(outputs, 1).to(v.dtype), state if output_final_state else None
+    return delta_rule_by_token(q, k, v, g, beta, initial_state, output_final_state)

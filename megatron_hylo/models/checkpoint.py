@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
@@ -120,13 +122,16 @@ class BackgroundWrite:
         barrier()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _own_storages(state)
             request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, async_strategy="mcore")
         self.finalize, self.thread = request.finalize_fns, None
         if request.async_fn is not None:
             rank, planned, results = request.async_fn_args
             buckets = request.preload_fn()
-            if not torch.cuda.is_available() and not unchanged:
-                _copy_tensors(buckets, planned)
+            if not torch.cuda.is_available() and not unchanged:  # else the buckets hold the training's own tensors
+                for (*_, (_, tensors)), (*_, (_, former)) in zip(buckets, planned):
+                    former.clear()
+                    tensors[:] = [(item, tensor.clone()) for item, tensor in tensors]
             files = [Path(file) for file, *_ in buckets]
 
             def write() -> None:
@@ -150,16 +155,13 @@ class BackgroundWrite:
             finalize()
 
 
-def _copy_tensors(buckets: list, planned: list) -> None:
-    """Replace the tensors in `buckets` by copies and drop the `planned` ones.
-
-    On a CPU the buckets hold the training's own tensors or, for parts of buffers, copies by Megatron-Core. They are copied one
-    after another, so that those copies and ours are never all in memory.
-    """
-    for (*_, (_, tensors)), (*_, (_, former)) in zip(buckets, planned):
-        former.clear()
-        for place, (item, tensor) in enumerate(tensors):
-            tensors[place] = item, tensor.clone()
+def _own_storages(state: dict[str, Any]) -> None:
+    """Give parts of buffers on a CPU storages of just their size, in the same memory: Megatron-Core copies all others."""
+    apply_factories(state)
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor) and value.data is not None and value.data.device.type == "cpu":
+            if value.data.is_contiguous():
+                value.data = torch.from_dlpack(value.data.detach())
 
 
 def load_weights(state: dict[str, Any], folder: Path) -> dict[str, Any]:

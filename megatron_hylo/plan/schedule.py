@@ -31,6 +31,8 @@ class Event:
     end: float = 0.0
 
 
+FILLS = 4  # micro-batches a rank after which the bubble does not change any more
+
 Pass = tuple[str, int, int]  # kind, chunk, micro-batch
 
 
@@ -128,6 +130,22 @@ def bubble(events: Sequence[Event]) -> float:
     """Share of all ranks' time in which they compute nothing, from the start of the step to its end."""
     ranks, end = 1 + max(event.rank for event in events), max(event.end for event in events)
     return 1 - sum(event.end - event.start for event in events) / (ranks * end)
+
+
+def idle_seconds(ranks: int, micro_batches: int, forward: Sequence[float], backward: Sequence[float], chunks: int = 1) -> float:
+    """Seconds of a step in which the slowest rank waits for the others: the pipeline's bubble.
+
+    Every micro-batch after the pipeline is full adds the slowest rank's own time and no wait, so a few times as many as there
+    are ranks are simulated.
+
+    Args:
+        ranks, micro_batches, forward, backward, chunks: as of `simulate`.
+    """
+    if ranks == 1:
+        return 0.0
+    simulated = min(micro_batches, FILLS * ranks)
+    busy = max(sum(forward[rank::ranks]) + sum(backward[rank::ranks]) for rank in range(ranks))
+    return step_seconds(simulate(ranks, simulated, forward, backward, chunks)) - simulated * busy
 
 
 def step_seconds(events: Sequence[Event]) -> float:

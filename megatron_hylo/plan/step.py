@@ -24,6 +24,7 @@ from megatron_hylo.plan.memory import (
     stage_parameters,
 )
 from megatron_hylo.plan.rates import Rates, get_rates
+from megatron_hylo.plan.schedule import idle_seconds
 
 Source = Literal["COUNTED", "MEASURED", "ESTIMATED"]
 COMPUTE = ("products", "attention", "recurrences", "elementwise", "loss")
@@ -147,37 +148,47 @@ def step_time(
     if teacher and theirs:
         times["teacher"] = {s: teacher.passes(s) for s in layer_counts(theirs)}
 
-    def one(model: str, symbol: str, trained: bool) -> dict[str, float]:
-        """Seconds of a layer's passes in a step, by kind."""
-        forward, backward = times[model][symbol]
-        count = 1 + (symbol in again) if trained and not align else 1
-        return {kind: count * getattr(forward, kind) + trained * getattr(backward, kind) for kind in COMPUTE[:4]}
+    def one(model: str, symbol: str, trained: bool) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds of a layer's forward and of its backward pass with what that recomputes, by kind."""
+        forward, backward = ({kind: getattr(way, kind) for kind in COMPUTE[:4]} for way in times[model][symbol])
+        if trained and not align and symbol in again:
+            backward = {kind: seconds + forward[kind] for kind, seconds in backward.items()}
+        return forward, backward if trained else dict.fromkeys(COMPUTE[:4], 0.0)
 
     pipeline, virtual = p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
-    stages = [dict.fromkeys(COMPUTE, 0.0) for _ in range(pipeline)]
+    stages = [(dict.fromkeys(COMPUTE, 0.0), dict.fromkeys(COMPUTE, 0.0)) for _ in range(pipeline * virtual)]
     host, given = 0.0, tuple(p.pipeline_layers) if p.pipeline_layers else None
     models = [("student", ours, True)] + ([("teacher", theirs, False)] if theirs else [])
     for model, shape, trained in models:
         has_mlp = not (align and trained) or config.align.loss == "ild"
         costs = {symbol: one(model, symbol, trained) for symbol in times[model]}
-        for stage, layers in enumerate(stage_layers(shape, pipeline * virtual, given if trained else None)):
+        for ways, layers in zip(stages, stage_layers(shape, pipeline * virtual, given if trained else None)):
             for symbol, count in layers.items():
-                for kind, seconds in costs[symbol].items() if has_mlp or symbol not in MLPS else ():
-                    stages[stage % pipeline][kind] += count * seconds
+                for way, cost in zip(ways, costs[symbol]) if has_mlp or symbol not in MLPS else ():
+                    for kind, seconds in cost.items():
+                        way[kind] += count * seconds
         for mixer, count in mixer_counts(shape).items():
             host += count * rates.launch_seconds(mixer) * ((3 + (mixer in again)) if trained else 1) / pipeline
     if not align:
-        stages[-1]["products"] += 3 * student.head() + (teacher.head() if teacher else 0.0)
+        forward, backward = stages[-1]
+        forward["products"] += student.head() + (teacher.head() if teacher else 0.0)
         if config.stage == "distil" and theirs is None:  # the teacher's head alone is on these ranks
-            stages[-1]["products"] += student.head()
-        stages[-1]["loss"] += student.softmax() * (1 if config.stage == "pretrain" else 2)
-    slowest = max(stages, key=lambda stage: sum(stage.values()))
+            forward["products"] += student.head()
+        backward["products"] += 2 * student.head()
+        forward["loss"] += student.softmax() * (1 if config.stage == "pretrain" else 2)
+    by_rank = [
+        {kind: sum(way[kind] for ways in stages[rank::pipeline] for way in ways) for kind in COMPUTE}
+        for rank in range(pipeline)
+    ]
+    slowest = max(by_rank, key=lambda kinds: sum(kinds.values()))
     busy = sum(slowest.values())
     terms = {kind: passes * seconds for kind, seconds in slowest.items()}
     if not config.cuda_graphs:
         terms["launch"] = passes * max(0.0, host - busy)
-    rest = sum(sum(stage.values()) for stage in stages) - busy
-    terms["bubble"] = rest / virtual if pipeline > 1 else 0.0
+    there, back = ([sum(ways[way].values()) for ways in stages] for way in (0, 1))
+    if align:  # its gradients are made layer by layer, during the teacher's forward pass
+        there, back = [sum(both) for both in zip(there, back)], [0.0] * len(back)
+    terms["bubble"] = idle_seconds(pipeline, passes, there, back, chunks=virtual)
     parameters = rank_parameters(config, ours, trained=True)
     moved = traffic(config, ranks, ours, theirs, parameters)
     terms |= _communication(moved, config, ranks, hardware, rates)

@@ -64,13 +64,13 @@ def _seconds(run: Run) -> float:
 
 
 def _last(run: Run) -> dict[str, float]:
-    """Newest finite value of every metric."""
+    """Newest value of every metric; none where that is not finite, since an older one would hide it."""
     found: dict[str, float] = {}
     for record in run.records:
         for name, value in record.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
                 found[name] = float(value)
-    return {name: value for name, value in found.items() if name not in ("step", "time", "tokens")}
+    return {name: value for name, value in found.items() if name not in ("step", "time", "tokens") and math.isfinite(value)}
 
 
 def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:

@@ -11,11 +11,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
 
 from megatron_hylo.config.train import PREFIXES
 from megatron_hylo.io import (
@@ -87,10 +90,50 @@ def _folders(states: Sequence[TrainingState], checkpoint: Path) -> list[tuple[Tr
 
 def _sharded_state(state: TrainingState, loading: bool) -> dict[str, Any]:
     model = sharded_chunks(state.chunks)
-    optimizer = state.optimizer.sharded_state_dict(
-        model if len(model) > 1 else model["model"], is_loading=loading, metadata=sharding_metadata()
-    )
+    with contextlib.nullcontext() if loading else _without_gathering(state.optimizer):
+        optimizer = state.optimizer.sharded_state_dict(
+            model if len(model) > 1 else model["model"], is_loading=loading, metadata=sharding_metadata()
+        )
     return model | {"optimizer": optimizer, "scheduler": state.scheduler.state_dict()}
+
+
+@contextlib.contextmanager
+def _without_gathering(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Context in which the state of a rank without data-parallel peers is handed on as it is; Megatron-Core copies it twice.
+
+    Its `get_parameter_state_dp_zero` gathers all ranks' parts of each buffer into one tensor, of which it then takes the slice
+    of every parameter; here the slices are the parameter's own tensors.
+    """
+    (part,) = optimizer.chained_optimizers
+    if not isinstance(part, DistributedOptimizer) or part.data_parallel_group.size() > 1:
+        yield
+        return
+
+    def state(**options: Any) -> dict[int, dict[torch.dtype, dict[str, _Slices]]]:
+        found: dict[int, dict[torch.dtype, dict[str, _Slices]]] = {}
+        for number, ranges in enumerate(part.gbuf_ranges):
+            index = part.buffers[number].param_index_map
+            (kind,) = ranges
+            slices = {key: _Slices() for key in ("param", *part.optimizer_state_keys)}
+            for parameter, (start, *_) in index.items():
+                tensors = part._get_main_param_and_optimizer_states(parameter)
+                for key in slices:
+                    slices[key][start] = tensors[key].detach().flatten().float()
+            found[number] = {kind: slices}
+        return found
+
+    part.get_parameter_state_dp_zero = state
+    try:
+        yield
+    finally:
+        del part.get_parameter_state_dp_zero
+
+
+class _Slices(dict[int, Tensor]):
+    """Tensors by the place in a buffer where they begin, reached by slices of the buffer."""
+
+    def __getitem__(self, place: slice) -> Tensor:  # type: ignore[override]
+        return super().__getitem__(place.start)
 
 
 class CheckpointSaver:

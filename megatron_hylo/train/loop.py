@@ -36,6 +36,7 @@ from megatron_hylo.train.checkpoint import (
     set_unfinished_aside,
 )
 from megatron_hylo.train.cuda_graph import Captured, CapturedObjective, capturing
+from megatron_hylo.train.data_loader import TimedBatches
 from megatron_hylo.train.determinism import determinism
 from megatron_hylo.train.gradient_norms import gradient_norms
 from megatron_hylo.train.hang_watch import HangWatch, hosts
@@ -119,11 +120,9 @@ def train(config: TrainConfig) -> Quality | None:
         record_start(config, folder, device, progress.step)
         provenances = _provenances(config)
         with contextlib.ExitStack() as closing:
-            callbacks, evaluation = _callbacks(run, folder, heldout, suites, progress, provenances, stop, closing)
             batches = run.batches(progress.consumed)
             closing.callback(batches.close)
-            for reporter in (callback for callback in callbacks if isinstance(callback, Reporter)):
-                reporter.batches = batches
+            callbacks, evaluation = _callbacks(run, batches, folder, heldout, suites, progress, provenances, stop, closing)
             _train(run, batches, progress, callbacks)
         return evaluation.quality
 
@@ -151,6 +150,7 @@ def _checked_teacher_signal(config: TrainConfig, resume: Resume) -> TeacherSigna
 
 def _callbacks(
     run: Run,
+    batches: TimedBatches,
     folder: Path,
     heldout: Heldout,
     suites: SuiteSettings | None,
@@ -162,7 +162,7 @@ def _callbacks(
     """Make the callbacks of a run in the order in which they act, each closed by `closing`; the evaluation also by itself."""
     config, step = run.config, progress.step
     tokenizer = tokenizer_place(config.model or config.teacher or config.data, folder)
-    reporter = Reporter(config, folder, run.device, run.flops_per_token, step)
+    reporter = Reporter(config, folder, run.device, run.flops_per_token, step, batches)
     closing.push(lambda kind, error, trace: reporter.close(error))
     reporter.say(f"{config.stage}: {run.describe()}" + (f"; resumed at step {step}" if step else ""))
     reporter.say(f"loss: {config.loss_in_words}")

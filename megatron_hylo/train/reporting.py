@@ -53,14 +53,23 @@ class Reporter(Callback):
         device: device of this rank.
         flops_per_token: model FLOPs a token, for MFU.
         start_step: steps done before this start.
+        batches: whose waits are recorded, if any.
     """
 
-    def __init__(self, config: TrainConfig, run: Path, device: torch.device, flops_per_token: float, start_step: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        device: torch.device,
+        flops_per_token: float,
+        start_step: int,
+        batches: TimedBatches | None = None,
+    ) -> None:
         self.config, self.run, self.device, self.flops_per_token = config, run, device, flops_per_token
         self.tokens_per_step = config.global_batch_size * config.sequence_length
         self.writer = self.wandb = self.bar = None
         self.memory: Memory | None = None
-        self.batches: TimedBatches | None = None  # whose waits are recorded
+        self.batches = batches
         self.waited = 0.0  # until the last record
         self.first = self.last = (time.perf_counter(), start_step)
         self.step = start_step

@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.tensor_names import tensor_names
+from megatron_hylo.convert.hf_start import model_identity
 from megatron_hylo.convert.safetensors_reader import SafetensorsSource
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
+from megatron_hylo.convert.verify_hashes import verify_hashes
 from megatron_hylo.io import DamagedError
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
@@ -62,6 +64,14 @@ def test_logits_match_transformers_and_round_trip_is_bit_exact(case, one_rank, t
     ids = torch.randint(160, (2, 20))
     original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert torch.equal(original(ids).logits, again(ids).logits)
+
+
+def test_a_folder_with_another_programs_manifest_is_converted(one_rank, tmp_path):
+    tiny_hf_model("llama").save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "manifest.json").write_text('{"name": "a model", "files": ["model.safetensors"]}')
+    convert_hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    assert verify_hashes(tmp_path / "hf", tmp_path / "megatron").ok
+    assert len(model_identity(f"hf:{tmp_path / 'hf'}")) == 64
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])

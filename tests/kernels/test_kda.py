@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_hylo.kernels.gated_delta_rule import normalised, recurrent_gated_delta_rule
-from megatron_hylo.kernels.kda import fla_unsupported, kda, recurrent_kda
+from megatron_hylo.kernels.gated_delta_rule import fla_unsupported, normalised, recurrent_gated_delta_rule
+from megatron_hylo.kernels.kda import FLA_MODULE, kda, recurrent_kda
 from megatron_hylo.kernels.registry import override
 from megatron_hylo.kernels.ssd import RESET
 from tests.kernels.compare import relative_error, worst_error
@@ -110,7 +110,7 @@ def test_wrong_shapes_are_refused() -> None:
 @pytest.mark.parametrize(("t", "dk", "dv"), [(130, 64, 64), (333, 128, 256), (512, 256, 512)])
 def test_fla_matches_recurrence(t: int, dk: int, dv: int) -> None:
     values = inputs(t, torch.bfloat16, dk=dk, dv=dv, device="cuda")
-    if unsupported := fla_unsupported(values[1], values[2], differentiates=True):
+    if unsupported := fla_unsupported(values[1], values[2], True, FLA_MODULE):
         pytest.skip(f"{unsupported.reason}; {unsupported.advice}")
     with override("kda", "fla"):
         out, state = kda(*values, output_final_state=True)

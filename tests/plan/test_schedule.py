@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.plan.schedule import ascii_chart, bubble, order, simulate, step_seconds
+from megatron_hylo.plan.schedule import ascii_chart, bubble, idle_seconds, order, simulate, step_seconds
 
 
 def test_1f1b_as_drawn_in_its_paper():
@@ -36,6 +36,19 @@ def test_bubble_of_even_stages_is_the_known_share(ranks, micro_batches, chunks):
     assert bubble(events) == pytest.approx(idle / (1 + idle))
     assert step_seconds(events) == pytest.approx(3 * chunks * (micro_batches + (ranks - 1) / chunks))
     assert len(ascii_chart(events).splitlines()) == ranks
+    even = [1.0] * ranks * chunks, [2.0] * ranks * chunks
+    assert idle_seconds(ranks, micro_batches, *even, chunks=chunks) == pytest.approx(3 * (ranks - 1))
+
+
+@pytest.mark.parametrize(("ranks", "chunks"), [(1, 1), (2, 1), (4, 1), (4, 2), (8, 3)])
+def test_idle_time_of_uneven_stages_is_that_of_all_micro_batches(ranks, chunks):
+    """A step of many micro-batches, of which a few are simulated, against all of them."""
+    forward = [1.0 + 0.3 * ((7 * i) % 5) for i in range(ranks * chunks)]
+    backward = [2.0 * seconds + 0.1 * i for i, seconds in enumerate(forward)]
+    many = 32 * ranks
+    busy = max(sum(forward[rank::ranks] + backward[rank::ranks]) for rank in range(ranks))
+    whole = step_seconds(simulate(ranks, many, forward, backward, chunks)) - many * busy
+    assert idle_seconds(ranks, many, forward, backward, chunks) == pytest.approx(whole, rel=0.02, abs=1e-9)
 
 
 def test_what_the_schedule_cannot_do_is_refused():

@@ -1,6 +1,7 @@
 """A sweep of tiny models: its cells, their runs, what is kept when the grid grows, its report, its Slurm array."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import yaml
 from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError
 from megatron_hylo.plan.sweep import read_sweep
-from megatron_hylo.plan.sweep_report import fit_metric
+from megatron_hylo.plan.sweep_report import fit_metric, row_of
 from tests.train.conftest import material, tokenizer  # noqa: F401  fixtures
 
 
@@ -64,6 +65,11 @@ def test_cells_run_each_by_itself_and_are_reported(spec, one_rank, capsys):
     assert table[0]["mixers"] == "GG+G"
     page = (cells[0].folder.parents[1] / "report.md").read_text()
     assert "| 2 | 1 | 256 | finished | 1 | 256 |" in page and "exponent by tokens" in page
+    records = (cells[2].run / "metrics.jsonl").read_text()
+    diverged = [line | {"heldout_kl": math.nan} if "heldout_kl" in line else line for line in last[-3:]]
+    (cells[2].run / "metrics.jsonl").write_text(records + "".join(json.dumps(line) + "\n" for line in diverged))
+    assert "heldout_kl" not in row_of(cells[2]), "a run that diverged is not reported by what it was before"
+    (cells[2].run / "metrics.jsonl").write_text(records)
     more = {"student.mla": [1, [0, 3]], "train.train_tokens": [64, 128, 256]}
     grown = read_sweep(spec(grid=more, cells=[{"student.mla": 1, "train.seed": 5}])).cells
     assert [cell.state()[0] for cell in grown] == ["finished"] * 3 + ["waiting"] * 4

@@ -63,7 +63,10 @@ def usr1_in_evaluation(lab: Lab, job: Job) -> str:
 
 
 def time_limit(lab: Lab, job: Job) -> None:
-    """Nothing is done: Slurm sends SIGUSR1 before the limit, each time until the run is finished."""
+    """Nothing is done: Slurm sends SIGUSR1 before the limit, each time until the run is finished.
+
+    Slurm looks at limits every 30 seconds, so the run is longer than others.
+    """
 
 
 def requeue(lab: Lab, job: Job) -> str:
@@ -175,6 +178,7 @@ def saved_on_request(lab: Lab, job: Job) -> str:
 
 
 SLOW_EVALUATION: dict[str, object] = {"eval_windows": 600}
+MANY = {"MAX_REQUEUES": "20"}
 DRILLS = [
     Drill("one node, undisturbed", nothing, starts=1),
     Drill("one node, SIGUSR1 at a step", usr1_at_a_step),
@@ -182,7 +186,7 @@ DRILLS = [
     Drill("one node, SIGUSR1 in an evaluation", usr1_in_evaluation, arguments=SLOW_EVALUATION),
     Drill("one node, save_now, then the rank is killed", saved_on_request, repeats=None),
     Drill("one node, SIGUSR1 in start-up and at a step", usr1_twice, starts=3),
-    Drill("one node, time limit", time_limit, limited=True, environment={"MAX_REQUEUES": "20"}),
+    Drill("one node, time limit", time_limit, steps=6 * STEPS, limited=True, environment=MANY),
     Drill("one node, scontrol requeue", requeue),
     Drill("one node, scontrol requeue in start-up", requeue_in_startup),
     Drill("one node, preempted by a higher partition", higher_partition),
@@ -195,7 +199,7 @@ DRILLS = [
     Drill("two nodes, undisturbed", nothing, nodes=2, starts=1),
     Drill("two nodes, SIGUSR1 at a step", usr1_at_a_step, nodes=2),
     Drill("two nodes, SIGUSR1 in start-up", usr1_in_startup, nodes=2),
-    Drill("two nodes, time limit", time_limit, nodes=2, limited=True, environment={"MAX_REQUEUES": "20"}),
+    Drill("two nodes, time limit", time_limit, nodes=2, steps=6 * STEPS, limited=True, environment=MANY),
     Drill("two nodes, scontrol requeue", requeue, nodes=2),
     Drill("two nodes, preempted by a higher partition", higher_partition, nodes=2),
     Drill("two nodes, the step on one dies", step_killed, nodes=2, repeats=None),

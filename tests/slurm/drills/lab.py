@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_hylo.eval.runs import read_lines, seconds_of
@@ -17,10 +17,10 @@ from megatron_hylo.io import verify_manifest
 from tests.slurm.drills.cluster import ENDED, Cluster, kill, processes
 
 ROOT = Path(__file__).parents[3]
-STEPS, SAVE_INTERVAL, EVAL_INTERVAL = 48, 16, 20
+STEPS, SAVE_INTERVAL, EVAL_INTERVAL, STEP_TOKENS = 48, 16, 20, 128
 MOMENT = SAVE_INTERVAL + 2  # step at which most things happen: behind a checkpoint, before an evaluation
 OVERRIDES = {  # steps of some 0.07 s: starting takes most of a drill
-    "sequence_length": 64, "global_batch_size": 2, "micro_batch_size": 1, "train_tokens": STEPS * 128,
+    "sequence_length": 64, "global_batch_size": 2, "micro_batch_size": 1, "train_tokens": STEPS * STEP_TOKENS,
     "precision": "fp32", "optimizer.lr": 1e-3,
     "logging.log_interval": 1, "logging.tensorboard": "false", "eval_windows": 4, "recall.share": 0,
     "eval_interval": EVAL_INTERVAL, "checkpoint.save_interval": SAVE_INTERVAL, "parallel.distributed_timeout_minutes": 5,
@@ -75,6 +75,7 @@ class Drill:
         state: in which Slurm must have left the job.
         finished: whether the run must be finished, with an undisturbed run's losses.
         limited: whether the job's time limit falls into the middle of a run.
+        steps: of the run.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Drill:
     state: str = "COMPLETED"
     finished: bool = True
     limited: bool = False
+    steps: int = STEPS
 
 
 class Lab:
@@ -101,8 +103,7 @@ class Lab:
 
     def __init__(self, cluster: Cluster, root: Path, seed: int) -> None:
         self.cluster, self.root, self.random = cluster, root, random.Random(seed)
-        self.references: dict[int, dict[int, float]] = {}
-        self.middle = 30.0  # seconds from the start of an undisturbed run to its middle
+        self.references: dict[tuple[int, int], dict[int, float]] = {}  # by nodes and steps
         self.submitted = 0
         (root / "runs").mkdir(exist_ok=True)
 
@@ -110,12 +111,15 @@ class Lab:
         """Submit a stage as a user does."""
         self.submitted += 1
         run = self.root / "runs" / f"{self.submitted:02d}-{re.sub(r'[^a-z0-9]+', '-', drill.name.lower())[:40]}"
-        words = [f"--{key}={value}" for key, value in (OVERRIDES | drill.arguments).items()]
+        words = [
+            f"--{key}={value}"
+            for key, value in (OVERRIDES | {"train_tokens": drill.steps * STEP_TOKENS} | drill.arguments).items()
+        ]
         shared = ["--parsable", f"--nodes={drill.nodes}", "--gpus-per-node=1", "--time=60", f"--output={run}.out"]
         if drill.limited:
-            self.reference(drill.nodes)  # which measures the middle
-            minutes = math.ceil((self.middle + 15) / 60)
-            shared += [f"--time={minutes}", f"--signal=B:USR1@{60 * minutes - round(self.middle)}"]
+            middle = self.middle_of(drill)
+            minutes = math.ceil((middle + 15) / 60)
+            shared += [f"--time={minutes}", f"--signal=B:USR1@{60 * minutes - round(middle)}"]
         job = self.sbatch(
             [*shared, *drill.options, *options, str(ROOT / "slurm" / f"{stage}.sh"), *words],
             {"OUTPUT": str(run)} | drill.environment,
@@ -151,7 +155,7 @@ class Lab:
             note = drill.disturb(self, job) or ""
             state = self.cluster.wait_for_end(job.id, PATIENCE)
             if drill.starts == 1 and drill.finished and "undisturbed" in drill.name:
-                self.keep_reference(job, state)
+                self.keep_reference(job, state, drill.steps)
             problems = self.judge(drill, job, state)
         except (TimeoutError, RuntimeError, OSError, AssertionError) as error:
             job, note, problems = Job("", self.root, 1), "", [str(error)]
@@ -171,7 +175,7 @@ class Lab:
         """Find what is wrong with a job that has ended; nothing where all is well."""
         problems = [] if state == drill.state else [f"Slurm says {state}, not {drill.state}"]
         if drill.finished:
-            problems += self.compare(job.run, self.reference(drill.nodes))
+            problems += self.compare(job.run, self.reference(drill.nodes, drill.steps))
         if (starts := job.events("started")) < drill.starts:
             problems.append(f"only {starts} starts: the drill missed the run")
         repeated = self.repeated(job.run)
@@ -181,21 +185,30 @@ class Lab:
             problems.append("stop_requested was left behind")
         return problems
 
-    def reference(self, nodes: int) -> dict[int, float]:
-        """Losses of an undisturbed run on that many nodes, the first such run's."""
-        if nodes not in self.references:
-            job = self.submit(Drill(f"undisturbed, {nodes} nodes", lambda lab, job: None, nodes=nodes))
-            self.keep_reference(job, self.cluster.wait_for_end(job.id, PATIENCE))
-        return self.references[nodes]
+    def reference(self, nodes: int, steps: int = STEPS) -> dict[int, float]:
+        """Losses of an undisturbed run of so many steps on that many nodes, the first such run's."""
+        if (nodes, steps) not in self.references:
+            self.undisturbed(Drill(f"undisturbed, {nodes} nodes", lambda lab, job: None, nodes=nodes, steps=steps))
+        return self.references[nodes, steps]
 
-    def keep_reference(self, job: Job, state: str) -> None:
-        """Take an undisturbed run for the reference of its number of nodes."""
+    def undisturbed(self, drill: Drill) -> Job:
+        """Run what a drill runs, to its end, and keep its losses."""
+        job = self.submit(drill)
+        self.keep_reference(job, self.cluster.wait_for_end(job.id, PATIENCE), drill.steps)
+        return job
+
+    def keep_reference(self, job: Job, state: str, steps: int) -> None:
+        """Take an undisturbed run for the reference of its number of nodes and steps."""
         losses = read_losses(job.run)
-        if state != "COMPLETED" or sorted(losses) != list(range(1, STEPS + 1)):
+        if state != "COMPLETED" or sorted(losses) != list(range(1, steps + 1)):
             raise RuntimeError(f"the undisturbed run ended {state} with {len(losses)} steps: {job.run}.out")
-        self.references.setdefault(job.nodes, losses)
+        self.references.setdefault((job.nodes, steps), losses)
+
+    def middle_of(self, drill: Drill) -> float:
+        """Seconds from the start of a drill's run to its middle, measured by one that is not disturbed, at today's load."""
+        job = self.undisturbed(replace(drill, name=f"undisturbed, {drill.name}", limited=False))
         times = [r["time"] for r in read_lines(job.run / "metrics.jsonl") if "loss" in r]
-        self.middle = (times[0] + times[-1]) / 2 - seconds_of(read_lines(job.run / "jobs.jsonl")[0]["time"])
+        return (times[0] + times[-1]) / 2 - seconds_of(read_lines(job.run / "jobs.jsonl")[0]["time"])
 
     def compare(self, run: Path, reference: dict[int, float]) -> list[str]:
         """Differences of a finished run from an undisturbed one: steps, losses and evaluations bit for bit."""
@@ -209,7 +222,9 @@ class Lab:
         measured = [r["step"] for r in read_lines(run / "metrics.jsonl") if "heldout_perplexity" in r]
         problems = [f"{len(different)} losses differ, first at step {different[0]}"] if different else []
         return problems + (
-            [] if measured == [*range(EVAL_INTERVAL, STEPS, EVAL_INTERVAL), STEPS] else [f"evaluated at steps {measured}"]
+            []
+            if measured == [*range(EVAL_INTERVAL, len(reference), EVAL_INTERVAL), len(reference)]
+            else [f"evaluated at steps {measured}"]
         )
 
     def repeated(self, run: Path) -> int:
