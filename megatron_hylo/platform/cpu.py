@@ -95,10 +95,11 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
 
 def _token_dispatch() -> None:
     module: Any = importlib.import_module(f"{_MEGATRON}.transformer.moe.token_dispatcher")
-    module.torch = _CpuTorch()
-    module.torch.cuda = SimpleNamespace(
+    torch_on_cpu: Any = _CpuTorch()
+    torch_on_cpu.cuda = SimpleNamespace(
         Stream=_NoStream, stream=lambda stream: contextlib.nullcontext(), current_stream=lambda: None
     )
+    module.torch = torch_on_cpu
     module.maybe_move_tensor_to_cpu = _to_host  # its own makes numbers of a GPU's tensors only
 
 
