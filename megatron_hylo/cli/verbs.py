@@ -101,7 +101,7 @@ def convert(
     memory at a time. The same command goes on at the shard where a killed one was.
 
     Args:
-        source: Hugging Face folder (Llama, Qwen2.5, Qwen3 or an exported hybrid), .gguf file, or model folder.
+        source: Hugging Face folder (Llama, Mistral, Qwen2.5, Qwen3, Qwen3-MoE, our exports), .gguf file, or model folder.
         output: folder to make; it appears only when it is complete.
         to: the format to make.
         overwrite: replace what is there.

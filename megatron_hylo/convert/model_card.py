@@ -72,7 +72,7 @@ def _architecture(config: ModelConfig, parameters: int) -> str:
     text = f"{parameters:,} parameters, {len(mixers)} layers: {counts} (`{mixers}`)."
     if config.is_transformer:
         return text
-    dense = config.replace(hybrid_layer_pattern="*-" * len(mixers), mla_rotary_pairs=())
+    dense = config.with_mixers("*" * len(mixers))
     own, base = kv_bytes_per_token(config), kv_bytes_per_token(dense)
     return (
         f"{text} A hybrid made from a pretrained Transformer ([HyLo](https://arxiv.org/abs/2604.24715)). Its cache grows by "

@@ -102,6 +102,7 @@ _CPU_TARGETS = {
     ),
     "synchronize": ("torch.cuda.synchronize",),
     "current_stream": ("torch.cuda.current_stream",),
+    "token_dispatch": ("importlib.import_module().torch", "importlib.import_module().maybe_move_tensor_to_cpu"),
     "factories": ("importlib.import_module().torch",),
     "tensor_type": ("torch.Tensor.type",),
     "tensor_cuda": ("torch.Tensor.cuda",),

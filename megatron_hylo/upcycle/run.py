@@ -194,7 +194,7 @@ def assemble_folder(
         raise ConfigError(
             f"assemble needs a pure-MLA and a pure-linear model, got {mla_config.mixers} and {linear_config.mixers}"
         )
-    mixers = expand_pattern(pattern, mla_config.num_hidden_layers)
+    mixers = expand_pattern(pattern, mla_config.num_hidden_layers, mla_config.mlps)
     if not set(mixers) <= {MLA_SYMBOL, linear_config.mixers[0]}:
         raise ConfigError(
             f"pattern {pattern} asks for mixers that neither model has: {mla_config.mixers[0]}, {linear_config.mixers[0]}"

@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, check_tensor_parallel
 from megatron_hylo.config.mixers.mamba2 import Mamba2
+from megatron_hylo.config.mlps import EXPERTS_SYMBOL
 from megatron_hylo.hf.configuration_hylo import HyloConfig
 from megatron_hylo.serve.vllm import ARCHITECTURE
 from megatron_hylo.serve.vllm.versions import caches_unlike_states
@@ -60,6 +61,11 @@ def check_options(vllm_config: Any) -> None:
     """Refuse options that HyLo models are not served with, and that vLLM would not refuse by itself or only later."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     check_tensor_parallel(model.hf_config.architecture(), parallel.tensor_parallel_size, "tensor_parallel_size")
+    if EXPERTS_SYMBOL in model.hf_config.mlps:
+        raise ConfigError(
+            f"the MLP of layer {model.hf_config.mlps.index(EXPERTS_SYMBOL)} is a mixture of experts, which the vLLM plugin does "
+            "not serve; generate with transformers or `hylo generate`"
+        )
     refused = {
         f"quantization {model.quantization}": model.quantization is not None,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
