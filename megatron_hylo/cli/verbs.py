@@ -215,6 +215,8 @@ def export(
     output: Path,
     results: list[Path] | None = None,
     license: str | None = None,
+    base_model: str | None = None,
+    datasets: list[str] | None = None,
     overwrite: bool = False,
     no_verify: bool = False,
     shard_gb: PositiveFloat = 2.0,
@@ -231,8 +233,11 @@ def export(
     Args:
         model: model folder or training checkpoint; with quantize an exported folder as well.
         output: Hugging Face folder to make.
-        results: results folders of `hylo eval` of this model, for its card.
+        results: results folders of `hylo eval` of this model, for its card; by default those of it that lie in its run's folder
+            or beside that.
         license: of the model, as the Hugging Face Hub spells it (apache-2.0), for its card; the base model's terms bind it.
+        base_model: of what was converted, ORGANISATION/NAME on the Hub, for the card; by default as the Hub's cache has it.
+        datasets: that the model was trained on, ORGANISATION/NAME on the Hub, for the card.
         overwrite: replace what is there.
         no_verify: leave out the comparison.
         shard_gb: largest size of a file of weights, GB.
@@ -242,24 +247,29 @@ def export(
         json: print {output, format, mixers, parameters, verified}.
     """
     use_huge_pages()
+    from megatron_hylo.convert.model_card import CardFacts
     from megatron_hylo.convert.quantise import export_quantised
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+    from megatron_hylo.eval.lm_facts import results_of
     from megatron_hylo.eval.results import read_results
     from megatron_hylo.models.checkpoint import read_description
     from megatron_hylo.platform.distributed import session
 
     if calibration_data is not None and quantize is None:
         raise ConfigError("--calibration_data decides how weights are rounded; give --quantize fp8, int8 or int4 with it")
-    measured, size = [read_results(folder).to_dict() for folder in results or ()], int(shard_gb * 1e9)
+    found = results_of(model) if results is None else {folder: read_results(folder) for folder in results}
+    for folder in found if results is None else ():
+        console.print(f"results for the card: {folder}", markup=False, soft_wrap=True)
+    facts = CardFacts([result.to_dict() for result in found.values()], license, base_model, datasets or ())
+    size = int(shard_gb * 1e9)
     with session():
         if quantize is None:
-            convert_megatron_to_hf(model, output, overwrite, track, not no_verify, measured, license, size)
+            convert_megatron_to_hf(model, output, overwrite, track, not no_verify, facts, size)
             config = read_description(model)[0]
         else:
             config = export_quantised(
-                model, output, quantize, calibration_data, calibration_tokens, overwrite, track, not no_verify, measured,
-                license, size,
-            )  # fmt: skip
+                model, output, quantize, calibration_data, calibration_tokens, overwrite, track, not no_verify, facts, size
+            )
     _wrote(output, "hf", config, not no_verify, json)
 
 

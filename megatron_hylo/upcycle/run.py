@@ -85,10 +85,10 @@ def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> Upcyc
     teacher, calibration = settings.teacher, settings.calibration
     check_free(settings.output, settings.overwrite, [teacher, calibration])
     teacher_config, _ = read_description(teacher)
-    calibrated = settings.init == "calibrated"
+    calibrated = settings.reads_statistics
     config = student_config(teacher_config, settings)
     if calibrated and calibration is None:
-        raise ConfigError("init `calibrated` needs --calibration, a folder made by `hylo calibrate`; or use --init paper")
+        raise ConfigError(f"init `{settings.init}` needs --calibration, a folder made by `hylo calibrate`; or use --init paper")
     if calibrated:
         check_ranks()
     statistics = CalibrationFolder(calibration, teacher, device()) if calibration is not None else None

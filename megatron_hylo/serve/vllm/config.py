@@ -63,8 +63,8 @@ def check_options(vllm_config: Any) -> None:
     check_tensor_parallel(model.hf_config.architecture(), parallel.tensor_parallel_size, "tensor_parallel_size")
     if EXPERTS_SYMBOL in model.hf_config.mlps:
         raise ConfigError(
-            f"the MLP of layer {model.hf_config.mlps.index(EXPERTS_SYMBOL)} is a mixture of experts, which the vLLM plugin does "
-            "not serve; generate with transformers or `hylo generate`"
+            f"the MLP of layer {model.hf_config.mlps.index(EXPERTS_SYMBOL)} is a mixture of experts, which the vLLM plugin "
+            "does not serve; generate with transformers or `hylo generate`"
         )
     refused = {
         f"quantization {model.quantization}": model.quantization is not None,
