@@ -61,14 +61,10 @@ def check_options(vllm_config: Any) -> None:
     """Refuse options that HyLo models are not served with, and that vLLM would not refuse by itself or only later."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     check_tensor_parallel(model.hf_config.architecture(), parallel.tensor_parallel_size, "tensor_parallel_size")
-    if EXPERTS_SYMBOL in model.hf_config.mlps:
-        raise ConfigError(
-            f"the MLP of layer {model.hf_config.mlps.index(EXPERTS_SYMBOL)} is a mixture of experts, which the vLLM plugin "
-            "does not serve; generate with transformers or `hylo generate`"
-        )
     refused = {
         f"quantization {model.quantization}": model.quantization is not None,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
+        "a mixture of experts": EXPERTS_SYMBOL in model.hf_config.mlps,
         f"--runner {model.runner_type}": model.runner_type != "generate",
         "--enable-lora": vllm_config.lora_config is not None,
         "--speculative-config": vllm_config.speculative_config is not None,
