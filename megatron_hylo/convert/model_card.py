@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,33 @@ HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 ROWS = 40  # of the table of results; results.json has all
 
 
+@dataclass(frozen=True)
+class CardFacts:
+    """Facts of a model card that are not in the model's provenance.
+
+    Args:
+        results: results.json of evaluations of the model.
+        license: of the model, as the Hub spells it, e.g. "apache-2.0".
+        base_model: ORGANISATION/NAME on the Hub of what was converted; None: as its path in the Hub's cache says.
+        datasets: names on the Hub of what it was trained on.
+    """
+
+    results: Sequence[Mapping[str, Any]] = ()
+    license: str | None = None
+    base_model: str | None = None
+    datasets: Sequence[str] = ()
+
+
+NO_FACTS = CardFacts()
+
+
 def model_card(
     name: str,
     config: ModelConfig,
     parameters: int,
     provenance: Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]] = (),
-    license: str | None = None,
-    base_model: str | None = None,
-    datasets: Sequence[str] = (),
+    facts: CardFacts = NO_FACTS,
+    quantisation: str | None = None,
 ) -> str:
     """Return the text of README.md.
 
@@ -40,20 +59,18 @@ def model_card(
         config: its description.
         parameters: how many it has.
         provenance: content of hylo_provenance.json.
-        results: results.json of evaluations of this model.
-        license: name as the Hub spells it, e.g. "apache-2.0".
-        base_model: ORGANISATION/NAME on the Hub of the model that was converted; None: as its path in the Hub's cache says.
-        datasets: names on the Hub of what it was trained on.
+        facts: that are not in the provenance.
+        quantisation: what is quantised, and how; None for a folder that is not.
     """
-    base_model = base_model or _base_on_hub(provenance)
+    base_model = facts.base_model or _base_on_hub(provenance)
     is_hybrid = not config.is_transformer
-    scores = [(result, score) for result in results for score in result["scores"] if score.get("depth") is None]
+    scores = [(result, score) for result in facts.results for score in result["scores"] if score.get("depth") is None]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        license=license,
+        license=facts.license,
         base_model=base_model,
-        datasets=[*datasets] or None,
+        datasets=[*facts.datasets] or None,
         tags=_tags(config) if is_hybrid else None,
         model_name=name,
         eval_results=[_for_the_hub(result, score) for result, score in scores] or None,
@@ -64,19 +81,20 @@ def model_card(
         _architecture(config, parameters),
         *_layout(config),
         "## Use",
-        _use(is_hybrid, tensor_parallel_sizes(config)),
+        _use(is_hybrid, tensor_parallel_sizes(config), quantisation is not None),
+        *([] if quantisation is None else ["## Quantisation", quantisation]),
         "## Method",
         "Oldest step first; `hylo_provenance.json` has every setting, with the SHA-256 of every input.",
         *_table(("step", "settings"), [(about["verb"], _settings(about)) for about in _steps(provenance)]),
         *_training(provenance),
         "## Data",
-        _data(provenance, datasets),
+        _data(provenance, facts.datasets),
         "## Results",
         *_results(scores),
         "## Limits",
         _limits(config, provenance),
         "## Licence",
-        _licence(license, base_model),
+        _licence(facts.license, base_model),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -87,7 +105,7 @@ def _architecture(config: ModelConfig, parameters: int) -> str:
     text = f"{parameters:,} parameters, {len(mixers)} layers: {counts} (`{mixers}`)."
     if config.is_transformer:
         return text
-    dense = config.replace(hybrid_layer_pattern="*-" * len(mixers), mla_rotary_pairs=())
+    dense = config.with_mixers("*" * len(mixers))
     own, base = kv_bytes_per_token(config), kv_bytes_per_token(dense)
     return (
         f"{text} A hybrid made from a pretrained Transformer ([HyLo](https://arxiv.org/abs/2604.24715)). Its cache grows by "
@@ -121,11 +139,16 @@ def _base_on_hub(provenance: Mapping[str, Any]) -> str | None:
     return next((f"{match[1]}/{match[2]}" for match in found if match), None)
 
 
-def _use(is_hybrid: bool, sizes: Sequence[int]) -> str:
+def _use(is_hybrid: bool, sizes: Sequence[int], is_quantised: bool) -> str:
     trust = ", trust_remote_code=True" if is_hybrid else ""
-    code = "The modelling code is part of this folder and needs transformers and torch alone. " if is_hybrid else ""
+    needs = "transformers, torch and compressed-tensors" if is_quantised else "transformers and torch alone"
+    code = f"The modelling code is part of this folder and needs {needs}. " if is_hybrid else ""
     plugin = "`pip install megatron-hylo[serve]`, then " if is_hybrid else ""
-    served = f"With vLLM: {plugin}`vllm serve FOLDER`; tensor-parallel sizes that work: {', '.join(map(str, sizes))}."
+    served = (
+        ""
+        if is_quantised
+        else f"With vLLM: {plugin}`vllm serve FOLDER`; tensor-parallel sizes that work: {', '.join(map(str, sizes))}."
+    )
     return f"""{code}FOLDER is this folder or its name on the Hub.
 
 ```python
@@ -137,7 +160,7 @@ inputs = tokenizer(["The sea is"], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=40))[0])
 ```
 
-{served}"""
+{served}""".rstrip()
 
 
 def _steps(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

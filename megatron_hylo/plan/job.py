@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from megatron_hylo.config import ConfigError, ModelConfig, from_dict
+from megatron_hylo.config import ConfigError, ModelConfig, from_dict, interleaved
 from megatron_hylo.config.layouts import BASES, LAYOUTS, get_layout
 from megatron_hylo.config.paths import hugging_face_folder, plain_path
 from megatron_hylo.config.recipe_lines import FAMILIES, STAGES
@@ -117,7 +117,7 @@ def shape(name: str) -> ModelConfig:
         found = get_layout(name).config
     else:
         raise ConfigError(f"{name} is not a model folder: it has no hylo.json; `hylo convert` makes one")
-    return replace(found, hybrid_layer_pattern="".join(f"{mixer}-" for mixer in mixers)) if mixers else found
+    return replace(found, hybrid_layer_pattern=interleaved(mixers, found.mlps)) if mixers else found
 
 
 def read_settings(values: dict[str, Any], what: str) -> TrainConfig:
@@ -168,12 +168,16 @@ def _named(name: str) -> str | None:
     )
 
 
+def _is_like(a: ModelConfig, b: ModelConfig) -> bool:
+    return (a.vocab_size, a.hidden_size, a.has_experts) == (b.vocab_size, b.hidden_size, b.has_experts)
+
+
 def _usual_teacher(student: str, ours: ModelConfig, config: TrainConfig) -> str | None:
     """Teacher that the family's recipes name: the base itself in stage 1."""
     base = (
         LAYOUTS[student].base
         if student in LAYOUTS
-        else next((n for n, b in BASES.items() if b.vocab_size == ours.vocab_size and b.hidden_size == ours.hidden_size), None)
+        else next((name for name, base in BASES.items() if _is_like(base, ours)), None)
     )
     if base is None or config.stage == "align" or base not in FAMILIES:
         return base

@@ -253,7 +253,7 @@ def student_shape(settings: UpcycleConfig) -> ModelConfig:
         return get_layout(settings.layout).config
     if settings.pattern is None:
         raise ConfigError("a student needs layout, pattern or mla")
-    pattern = expand_pattern(settings.pattern, teacher.num_hidden_layers)
+    pattern = expand_pattern(settings.pattern, teacher.num_hidden_layers, teacher.mlps)
     sizes: dict[str, Any] = dict(settings.overrides or {})
     return hybrid_config(teacher, pattern, shapes=settings.mixer_shapes, **sizes)
 

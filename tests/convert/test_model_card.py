@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from huggingface_hub import ModelCard
 
-from megatron_hylo.convert.model_card import model_card
+from megatron_hylo.convert.model_card import CardFacts, model_card
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.eval.results import EvalResult, Score
 from megatron_hylo.models.checkpoint import save_model
@@ -30,8 +30,8 @@ def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tm
     measured = EvalResult({"name": "model"}, about, [SCORE, by_depth]).to_dict()
     seen = EvalResult({"name": "model"}, about | {"settings": {"data": "/secret/corpus"}}, [replace(perplexity, value=6.0)])
     other = EvalResult({"name": "model"}, about | {"settings": {"data": "/secret/unseen"}}, [perplexity]).to_dict()
-    about = dict(results=[measured, other, seen.to_dict()], license="apache-2.0", datasets=["org/text"])
-    convert_megatron_to_hf(tmp_path / "model", tmp_path / "out", verify=False, **about)
+    facts = CardFacts([measured, other, seen.to_dict()], "apache-2.0", datasets=["org/text"])
+    convert_megatron_to_hf(tmp_path / "model", tmp_path / "out", verify=False, facts=facts)
     text = (tmp_path / "out" / "README.md").read_text()
     data = ModelCard(text).data
     assert (data.library_name, data.license, data.pipeline_tag) == ("transformers", "apache-2.0", "text-generation")
