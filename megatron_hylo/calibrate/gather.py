@@ -202,7 +202,7 @@ class LayerSums:
         key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
         norms, received = [], torch.zeros_like(query[..., 0].transpose(1, 2))  # [batch, heads, keys]
         zeros = query.new_zeros(query.shape[2], dtype=torch.float64)
-        sums = {name: zeros.clone() for name in ("sink_mass", "looked_back", "looked_mass")}
+        sums = {name: zeros.clone() for name in ("sink_mass", "looked_back", "looked_mass", "entropy")}
         for start in range(0, length, LOOK_BACK_TOKENS):
             stop = min(start + LOOK_BACK_TOKENS, length)
             scores = torch.einsum("bthd,bshd->bhts", query[:, start:stop], key[:, :stop]) * query.shape[-1] ** -0.5
@@ -212,6 +212,7 @@ class LayerSums:
             near = probability * ((back >= 0) & (back < RECEPTION_TOKENS))
             received[..., :stop] += (near / near.sum(-1, keepdim=True)).sum(2)
             sums["sink_mass"] += probability[..., 0].sum((0, 2)).double()
+            sums["entropy"] += torch.special.entr(probability).sum((0, 2, 3)).double()
             sums["looked_back"] += (probability * back.clamp(min=0))[..., 1:].sum((0, 2, 3)).double()
             sums["looked_mass"] += probability[..., 1:].sum((0, 2, 3)).double()
         norm, received = torch.cat(norms, 1), received.clamp(1e-2, 20).log().transpose(1, 2).double()
@@ -236,6 +237,7 @@ class LayerSums:
         mean = {name: tensor / tokens for name, tensor in self.sums.items()}
         split = ("input_second_moment", "query_second_moment", "key_second_moment", "sink_mass", "head_energy")
         by_rank = {name: mean[name] for name in split}  # this tensor-parallel rank's rows, or heads
+        by_rank["attention_entropy"] = mean["entropy"]
         by_rank["attention_distance"] = self.sums["looked_back"] / self.sums["looked_mass"]
         by_rank["length_moment"] = mean["length_moment"] / mean["head_length"][:, None]
         by_rank["reception_moment"] = mean["reception_moment"] - torch.outer(mean["reception"], mean["input_mean"])

@@ -27,6 +27,7 @@ from megatron_hylo.calibrate.gather import embed, micro_batch
 from megatron_hylo.calibrate.shares import NormalEquations, Share, broadcast, from_first_rank
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mlps import EXPERTS_SYMBOL
 from megatron_hylo.distill.alignment import mixer_output, relative_distance
 from megatron_hylo.io import rank
 from megatron_hylo.io.progress import Track, no_progress
@@ -84,7 +85,7 @@ def solve_outputs(
         teacher: attention in every layer, same depth, hidden size and embedding.
         windows: int64 [n, sequence + 1], n >= 2.
         sequential: on the student's own hidden states instead of the teacher's.
-        mlps: with `sequential`, let MLPs correct as well; else they stay the teacher's.
+        mlps: with `sequential`, let MLPs correct as well; else they stay the teacher's, as mixtures of experts always do.
         track: progress display over the layers.
         finished: layers that need not be solved again.
 
@@ -134,7 +135,10 @@ def solve_outputs(
             errors.append(done or LayerError(layer, symbol, initial, solved, _distance(share, taught, studied)))
 
             own = _run(_mlp_output, teacher_mlp, taught)
-            if sequential:
+            if sequential and student.config.hylo.mlps[layer] == EXPERTS_SYMBOL:  # stay the teacher's
+                _advance(taught, own)
+                _advance(studied, _run(_mlp_output, mlp, studied))
+            elif sequential:
                 projection = mlp.mlp.linear_fc2
                 features = {i: _features(projection, _mlp_output, mlp, h) for i, h in studied.items()}
                 if mlps and done is None:

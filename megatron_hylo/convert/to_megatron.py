@@ -19,6 +19,7 @@ from megatron_hylo.convert.write_folders import write_model_folder
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.io import check_free, rank, write_json
 from megatron_hylo.io.foreign import load_transformers
+from megatron_hylo.io.gguf_file import gguf_file
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.io.provenance import made_by
 from megatron_hylo.models.hylo_model import HyloModel
@@ -83,7 +84,8 @@ def convert_hf_to_megatron(
     with ThreadPoolExecutor(2) as beside:  # the source is hashed, and the tokenizer's library imported, while it is read
         made: Future[dict[str, Any]] | None = None
         if rank() == 0:
-            made = beside.submit(made_by, "convert", {"source": source}, converted_from=Path(source).name)
+            name = (gguf_file(Path(source)) or Path(source)).name
+            made = beside.submit(made_by, "convert", {"source": source}, converted_from=name)
             beside.submit(load_transformers)
 
         def provenance() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from megatron_hylo.kernels.elementwise import compile_on_request
 
 from .cache_hylo import HyloCache
-from .fused_hylo import linear, plain_weights, put_side_by_side
+from .fused_hylo import join, linear, put_side_by_side
 from .inputs_hylo import SequenceInputs
 
 if TYPE_CHECKING:
@@ -156,14 +156,15 @@ def join_projections(model: "HyloForCausalLM") -> None:
         if hasattr(mixer, "q_a_proj"):
             together.append([mixer.q_a_proj, mixer.kv_a_proj_with_mqa])
         for modules in together:
-            if (weights := plain_weights(modules)) is not None:
-                put_side_by_side(weights)
+            join(modules)
 
 
 def unsupported(model: "HyloForCausalLM", cache: HyloCache) -> str | None:
     """Say why decoding with this cache cannot be captured; None if it can."""
     if cache.max_cache_len is None:
         return "the cache grows"
+    if "E" in model.config.mlps:
+        return "experts are chosen by what the tokens are"
     if cache.records_past:
         return "the cache keeps what it needs to go back"
     if cache.positions is not None:

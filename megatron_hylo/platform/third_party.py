@@ -102,6 +102,7 @@ _CPU_TARGETS = {
     ),
     "synchronize": ("torch.cuda.synchronize",),
     "current_stream": ("torch.cuda.current_stream",),
+    "token_dispatch": ("importlib.import_module().torch", "importlib.import_module().maybe_move_tensor_to_cpu"),
     "factories": ("importlib.import_module().torch",),
     "tensor_type": ("torch.Tensor.type",),
     "tensor_cuda": ("torch.Tensor.cuda",),
@@ -318,7 +319,7 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         "vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv._fused_post_conv_kernel, in processes of vLLM",
         "Triton refuses it where value heads are wider than key heads",
         "process",
-        lambda: type(_loaded(_PREPARATION, "_fused_post_conv_kernel")).__module__.startswith("megatron_hylo."),
+        lambda: _loaded(_PREPARATION, "_fused_post_conv_kernel", "values") is not None,  # of triton.heuristics
         ("serve/vllm/gdn.py",),
         ("vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv._fused_post_conv_kernel",),
     ),

@@ -85,10 +85,10 @@ def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> Upcyc
     teacher, calibration = settings.teacher, settings.calibration
     check_free(settings.output, settings.overwrite, [teacher, calibration])
     teacher_config, _ = read_description(teacher)
-    calibrated = settings.init == "calibrated"
+    calibrated = settings.reads_statistics
     config = student_config(teacher_config, settings)
     if calibrated and calibration is None:
-        raise ConfigError("init `calibrated` needs --calibration, a folder made by `hylo calibrate`; or use --init paper")
+        raise ConfigError(f"init `{settings.init}` needs --calibration, a folder made by `hylo calibrate`; or use --init paper")
     if calibrated:
         check_ranks()
     statistics = CalibrationFolder(calibration, teacher, device()) if calibration is not None else None
@@ -194,7 +194,7 @@ def assemble_folder(
         raise ConfigError(
             f"assemble needs a pure-MLA and a pure-linear model, got {mla_config.mixers} and {linear_config.mixers}"
         )
-    mixers = expand_pattern(pattern, mla_config.num_hidden_layers)
+    mixers = expand_pattern(pattern, mla_config.num_hidden_layers, mla_config.mlps)
     if not set(mixers) <= {MLA_SYMBOL, linear_config.mixers[0]}:
         raise ConfigError(
             f"pattern {pattern} asks for mixers that neither model has: {mla_config.mixers[0]}, {linear_config.mixers[0]}"

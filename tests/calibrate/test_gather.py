@@ -49,7 +49,10 @@ def transformers_statistics(folder: Path, ids: torch.Tensor, layer: int, near: i
         "key_second_moment": torch.stack([k[:, g].T @ k[:, g] / len(k) for g in range(GROUPS)]),
         "output_energy": found["a"].square().sum(-1).mean(),
     }
-    lists = {name: [] for name in ("head_energy", "attention_distance", "sink_mass", "length_moment", "reception_moment")}
+    lists = {
+        name: []
+        for name in ("head_energy", "attention_distance", "attention_entropy", "sink_mass", "length_moment", "reception_moment")
+    }
     for h in range(HEADS):
         length = (p[:, h] @ v[:, :, h // 3]).norm(dim=-1)
         received = torch.zeros_like(length)
@@ -63,6 +66,8 @@ def transformers_statistics(folder: Path, ids: torch.Tensor, layer: int, near: i
         logs = received.clamp(1e-2, 20).log()
         lists["head_energy"].append(length.square().mean())
         lists["attention_distance"].append(torch.tensor(distance / mass))
+        positive = p[:, h].clamp(min=1e-300)
+        lists["attention_entropy"].append(-(positive * positive.log()).sum(-1).mean())
         lists["sink_mass"].append(p[:, h, :, 0].mean())
         lists["length_moment"].append(((length / length.mean())[..., None] * x).mean((0, 1)))
         lists["reception_moment"].append(((logs - logs.mean())[..., None] * x).mean((0, 1)))

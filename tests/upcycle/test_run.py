@@ -65,6 +65,14 @@ def test_it_is_better_than_the_papers_start(upcycle, pattern):
     assert calibrated.quality.kl < paper.quality.kl and paper.errors is None
 
 
+def test_taylor_starts_with_quiet_linear_layers_and_calibrated_mla(upcycle, material):
+    report, folder = upcycle("+GG", init="taylor", sequential=False)
+    config = load_model(folder).config.hylo
+    assert config.mla_rotary_pairs[0] and report.errors is None and report.quality.kl > 0, "nothing is solved in it"
+    with pytest.raises(ConfigError, match="init `taylor` needs --calibration"):
+        upcycle("+GG", init="taylor", calibration=None)
+
+
 def test_what_cannot_be_calibrated_is_refused(upcycle, material, tmp_path):
     with pytest.raises(ConfigError, match="needs --calibration"):
         upcycle(calibration=None)
