@@ -52,7 +52,7 @@ def main(
     text = IndexedDataset(str(data / "heldout"))
     stream = torch.cat([torch.as_tensor(document).long() for document in text])[: (windows + trials) * length]
     prompts = [
-        _passkey(tokenizer, stream[(windows + i) * length :][: length - 64], (i + 0.5) / trials, i) for i in range(trials)
+        passkey_prompt(tokenizer, stream[(windows + i) * length :][: length - 64], (i + 0.5) / trials, i) for i in range(trials)
     ]
     own: list[torch.Tensor] = []
     rows: list[dict[str, Any]] = []
@@ -84,7 +84,7 @@ def main(
     print(json.dumps({"benchmark": "latents", "rows": rows}))
 
 
-def _passkey(tokenizer: Any, text: torch.Tensor, depth: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def passkey_prompt(tokenizer: Any, text: torch.Tensor, depth: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of a text that tells a passkey and asks for it, and those of the passkey."""
     key = str(random.Random(seed).randint(10_000, 99_999))
     told, asked = (

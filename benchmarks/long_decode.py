@@ -5,7 +5,8 @@
     HYLO_AUTOTUNE=never NCCL_MAX_P2P_NCHANNELS=2 torchrun --nproc-per-node 8 benchmarks/long_decode.py \\
         --models [llama3.2-3b-6mla22gdn] --prefill 2097152 --lengths [] --batch_lengths []      # the prompt split over GPUs
 
-Random weights at real shapes, made on the device. A model's name may end in +fp8 or +int8: its latents are 8 bits wide.
+Random weights at real shapes, made on the device. A model's name may end in +fp8 or +int8: its latents are 8 bits wide; and in
++w8: its weights are FP8, but those of the embedding, the head and small maps.
 Prefill reads random tokens in pieces with a carried cache, once up to --prefill, with a row at each power of two;
 the dense model reads each length in one pass of transformers (SDPA), as its users do. Decode takes one token a sequence by a
 captured CUDA graph, for the dense model by transformers' forward with its DynamicCache; the cache is as long as the row says

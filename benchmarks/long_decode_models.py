@@ -14,7 +14,9 @@ from megatron_hylo.hf import HyloConfig, HyloForCausalLM
 from megatron_hylo.hf.attention_hylo import KEYS_AT_ONCE
 from megatron_hylo.hf.cache_hylo import HyloCache, cache_nbytes
 from megatron_hylo.hf.decode_hylo import DecodeGraph
+from megatron_hylo.hf.quantised_hylo import keep_weights_in_fp8
 from megatron_hylo.kernels.elementwise import compile_on_request
+from megatron_hylo.kernels.quantised_latents import FORMATS
 from megatron_hylo.serve.split_prefill import Ring, split_prefill
 
 Row = dict[str, Any]
@@ -27,13 +29,15 @@ class Hybrid:
     """A hybrid of ours with random weights."""
 
     def __init__(self, name: str) -> None:
-        self.name, (layout, _, latents) = name, name.partition("+")
-        self.latents = latents or None
+        self.name, (layout, *options) = name, name.split("+")
+        self.latents = next((option for option in options if option in FORMATS), None)
         self.model = build(lambda c: HyloForCausalLM(HyloConfig(**hf_config_from_model(c, "bfloat16"))), layout)
         kept = self.model._keep_in_fp32_modules_strict or ()
         for key, parameter in self.model.named_parameters():
             if key.rsplit(".", 1)[-1] in kept:
                 parameter.data = parameter.data.float()
+        if "w8" in options:
+            keep_weights_in_fp8(self.model)
 
     def fitting(self, tokens: int) -> int:
         """Sequences that fit in the memory that is free."""

@@ -16,7 +16,7 @@ where they are needed. Under torchrun each rank makes the same calls. Importing 
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from megatron_hylo.config.train import TrainConfig
@@ -187,7 +187,14 @@ def evaluate(
         return evaluate_model(student, batch, other)
 
 
-def export(model: Folder, output: Folder, overwrite: bool = False, verify: bool = True) -> None:
+def export(
+    model: Folder,
+    output: Folder,
+    overwrite: bool = False,
+    verify: bool = True,
+    quantize: Literal["fp8", "int8", "int4"] | None = None,
+    calibration_data: Folder | None = None,
+) -> None:
     """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code.
 
     Args:
@@ -195,15 +202,21 @@ def export(model: Folder, output: Folder, overwrite: bool = False, verify: bool 
         output: Hugging Face folder to make.
         overwrite: replace what is there.
         verify: compare tensors and logits with transformers' loading of the folder first.
+        quantize: store a hybrid's linear maps in FP8, or in integers of 8 or 4 bits.
+        calibration_data: dataset folder whose training text decides how weights are rounded; by default to the nearest value.
 
     Raises:
-        ConfigError: no model folder; an output that exists.
+        ConfigError: no model folder; an output that exists; quantize without compressed-tensors, or of no hybrid.
     """
+    from megatron_hylo.convert.quantise import export_quantised
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.platform.distributed import session
 
     with session():
-        convert_megatron_to_hf(model, output, overwrite, verify=verify)
+        if quantize is None:
+            convert_megatron_to_hf(model, output, overwrite, verify=verify)
+        else:
+            export_quantised(model, output, quantize, calibration_data, overwrite=overwrite, verify=verify)
 
 
 def generate(model: Folder, prompt: str, **settings: Any) -> "Generation":

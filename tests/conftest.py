@@ -24,6 +24,8 @@ LONGEST = (
     "parity/test_distillation.py",
     "parity/test_alignment.py",
     "slurm/test_slurm_scripts.py",
+    "slurm/test_examples.py",
+    "plan/test_sweep.py",
     "train/test_loop.py",
     "train/test_pair.py",
     "train/test_checkpoint.py",

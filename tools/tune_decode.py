@@ -32,6 +32,7 @@ HEADS, RANK, ROTARY = 24, 128, 64
 def main() -> None:
     """Print a line a shape, then one JSON line."""
     found = {name: products(*shape) for name, shape in MATRICES.items()}
+    found |= {f"{name}, FP8": products(*shape, fp8=True) for name, shape in MATRICES.items() if name != "head"}
     found |= {name: attention(*shape) for name, shape in CACHES.items()}
     print(json.dumps({"device": torch.cuda.get_device_name(), "terabytes_per_second": found}))
 
@@ -43,17 +44,21 @@ def ranked(name: str, speeds: dict[str, float]) -> dict[str, float]:
     return speeds
 
 
-def products(rows: int, columns: int, swiglu: bool) -> dict[str, float]:
+def products(rows: int, columns: int, swiglu: bool, fp8: bool = False) -> dict[str, float]:
     """TB/s of the product with one matrix, by rows x columns of a program's block, and by torch."""
     weight = torch.randn(rows * (1 + swiglu), columns, device="cuda", dtype=torch.bfloat16)
+    scale = torch.ones(len(weight), device="cuda")
     x = torch.randn(1, 1, columns, device="cuda", dtype=torch.bfloat16)
     out, terabytes = x.new_empty(1, 1, rows), weight.nbytes / 1e12
     speeds = {"torch": terabytes / do_bench(lambda: F.linear(x, weight), warmup=5, rep=20) * 1e3}
+    if fp8:
+        weight, speeds = weight.to(torch.float8_e4m3fn), {}
+        terabytes = weight.nbytes / 1e12
     for tile, width, warps in itertools.product((1, 2, 4, 8), (1024, 2048), (4, 8)):
         run = functools.partial(
-            multiply[(-(-rows // tile),)], x, weight, x, out, rows, columns,
+            multiply[(-(-rows // tile),)], x, weight, x, scale, out, rows, columns,
             WIDTH=columns, ROWS=tile, COLUMNS=width, EVEN=columns % width == 0 and rows % tile == 0, SWIGLU=swiglu,
-            RESIDUAL=False, num_warps=warps,
+            RESIDUAL=False, SCALED=fp8, num_warps=warps,
         )  # fmt: skip
         speeds[f"{tile} x {width}, {warps} warps"] = terabytes / do_bench(run, warmup=5, rep=20) * 1e3
     return ranked(f"{rows} x {columns}{', SwiGLU' if swiglu else ''}", speeds)

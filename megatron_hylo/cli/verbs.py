@@ -13,8 +13,9 @@ from rich.table import Table
 import megatron_hylo
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveFloat, PositiveInt
-from megatron_hylo.config import ModelConfig, TeacherWindow
+from megatron_hylo.config import ConfigError, ModelConfig, TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
+from megatron_hylo.io.start_up import use_huge_pages
 
 
 def layouts(json: bool = False) -> None:
@@ -106,8 +107,12 @@ def convert(
         overwrite: replace what is there.
         no_verify: leave out the comparison.
         shard_gb: largest size of a file of weights, GB.
+        quantize: store a hybrid's linear maps in FP8, or in integers of 8 or 4 bits, for transformers and vLLM.
+        calibration_data: dataset folder whose training text decides how weights are rounded; without, to the nearest value.
+        calibration_tokens: of that text.
         json: print {output, format, mixers, parameters, verified}.
     """
+    use_huge_pages()
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
     from megatron_hylo.models.checkpoint import read_description
@@ -140,6 +145,7 @@ def verify(
         tolerance: largest |delta logit| that passes, fp32; relative to the largest logit where that is above 1.
         json: print the comparison as JSON.
     """
+    use_huge_pages()
     from megatron_hylo.convert.verify import Verification, verify_conversion
     from megatron_hylo.convert.verify_hashes import HashVerification, verify_hashes
     from megatron_hylo.platform.distributed import session
@@ -209,37 +215,61 @@ def export(
     output: Path,
     results: list[Path] | None = None,
     license: str | None = None,
+    base_model: str | None = None,
+    datasets: list[str] | None = None,
     overwrite: bool = False,
     no_verify: bool = False,
     shard_gb: PositiveFloat = 2.0,
+    quantize: Literal["fp8", "int8", "int4"] | None = None,
+    calibration_data: Path | None = None,
+    calibration_tokens: PositiveInt = 65536,
     json: bool = False,
 ) -> None:
     """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code, model card.
 
     Ends with a comparison of all tensors and of logits with transformers' loading of the folder. The same command goes on at
-    the shard where a killed one was.
+    the shard where a killed one was, without quantize.
 
     Args:
-        model: model folder or training checkpoint.
+        model: model folder or training checkpoint; with quantize an exported folder as well.
         output: Hugging Face folder to make.
-        results: results folders of `hylo eval` of this model, for its card.
+        results: results folders of `hylo eval` of this model, for its card; by default those of it that lie in its run's folder
+            or beside that.
         license: of the model, as the Hugging Face Hub spells it (apache-2.0), for its card; the base model's terms bind it.
+        base_model: of what was converted, ORGANISATION/NAME on the Hub, for the card; by default as the Hub's cache has it.
+        datasets: that the model was trained on, ORGANISATION/NAME on the Hub, for the card.
         overwrite: replace what is there.
         no_verify: leave out the comparison.
         shard_gb: largest size of a file of weights, GB.
+        quantize: store a hybrid's linear maps in FP8, or in integers of 8 or 4 bits, for transformers and vLLM.
+        calibration_data: dataset folder whose training text decides how weights are rounded; without, to the nearest value.
+        calibration_tokens: of that text.
         json: print {output, format, mixers, parameters, verified}.
     """
+    use_huge_pages()
+    from megatron_hylo.convert.model_card import CardFacts
+    from megatron_hylo.convert.quantise import export_quantised
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+    from megatron_hylo.eval.lm_facts import results_of
     from megatron_hylo.eval.results import read_results
     from megatron_hylo.models.checkpoint import read_description
     from megatron_hylo.platform.distributed import session
 
-    measured = [read_results(folder).to_dict() for folder in results or ()]
+    if calibration_data is not None and quantize is None:
+        raise ConfigError("--calibration_data decides how weights are rounded; give --quantize fp8, int8 or int4 with it")
+    found = results_of(model) if results is None else {folder: read_results(folder) for folder in results}
+    for folder in found if results is None else ():
+        console.print(f"results for the card: {folder}", markup=False, soft_wrap=True)
+    facts = CardFacts([result.to_dict() for result in found.values()], license, base_model, datasets or ())
+    size = int(shard_gb * 1e9)
     with session():
-        convert_megatron_to_hf(
-            model, output, overwrite, track, not no_verify, measured, license, shard_bytes=int(shard_gb * 1e9)
-        )
-        config = read_description(model)[0]
+        if quantize is None:
+            convert_megatron_to_hf(model, output, overwrite, track, not no_verify, facts, size)
+            config = read_description(model)[0]
+        else:
+            config = export_quantised(
+                model, output, quantize, calibration_data, calibration_tokens, overwrite, track, not no_verify, facts, size
+            )
     _wrote(output, "hf", config, not no_verify, json)
 
 
@@ -263,6 +293,7 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     latents: Literal["int8", "fp8"] | None = None,
+    weights: Literal["fp8"] | None = None,
     cuda_graphs: bool = False,
     json: bool = False,
 ) -> None:
@@ -280,6 +311,7 @@ def generate(
         seed: of the sampling.
         chat: wrap the prompt in the tokenizer's chat template.
         latents: keep MLA's latents in 8 bits, half of bf16's memory.
+        weights: keep a hybrid's linear maps in FP8, half of bf16's memory; faster on a GPU for one sequence.
         cuda_graphs: on a GPU capture the decode step as one CUDA graph, from 32 new tokens on.
         json: print text, tokens, speed and cache as JSON instead.
     """
@@ -307,7 +339,8 @@ def generate(
         check_prompt(prompt)
         result = generate_text(
             model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-            repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, cuda_graphs=cuda_graphs,
+            repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, weights=weights,
+            cuda_graphs=cuda_graphs,
             **({} if json or not is_main() else {"on_text": show}),
         )  # fmt: skip
     if not is_main():

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from megatron_hylo.kernels.elementwise import compile_on_request
 
 from .cache_hylo import HyloCache
-from .fused_hylo import linear, plain_weights, put_side_by_side
+from .fused_hylo import join, linear, put_side_by_side
 from .inputs_hylo import SequenceInputs
 
 if TYPE_CHECKING:
@@ -156,8 +156,7 @@ def join_projections(model: "HyloForCausalLM") -> None:
         if hasattr(mixer, "q_a_proj"):
             together.append([mixer.q_a_proj, mixer.kv_a_proj_with_mqa])
         for modules in together:
-            if (weights := plain_weights(modules)) is not None:
-                put_side_by_side(weights)
+            join(modules)
 
 
 def unsupported(model: "HyloForCausalLM", cache: HyloCache) -> str | None:

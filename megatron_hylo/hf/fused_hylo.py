@@ -3,7 +3,9 @@
 A decode step at batch 1 reads every weight once; what small kernels between the products take comes on top of that.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,10 @@ from torch import Tensor, nn
 from megatron_hylo.kernels.elementwise import on_request
 from megatron_hylo.kernels.matvec import matvec
 from megatron_hylo.kernels.norm import rms_norm
+
+from .quantised_hylo import HyloScaledLinear
+
+Weight = tuple[Tensor, Tensor | None]  # of a map, and the scales of its rows where it is in FP8
 
 
 @on_request
@@ -34,17 +40,30 @@ def one_vector(x: Tensor) -> bool:
 
 def linear(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Apply a linear map to x [batch, tokens, channels] and add the residual; one kernel for one vector on a GPU."""
-    if one_vector(x) and (weights := plain_weights([module])) is not None:
-        return matvec(x, weights[0].detach(), residual)
+    if one_vector(x) and (found := joined_weight([module])) is not None:
+        return matvec(x, found[0], residual, scale=found[1])
     out = module(x)
     return out if residual is None else residual + out
 
 
 def gated_linear(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
     """Compute silu(gate(x)) * up(x); one kernel for one vector on a GPU where the weights lie behind each other."""
-    if one_vector(x) and (weights := plain_weights([gate, up])) and (weight := side_by_side(weights)) is not None:
-        return matvec(x, weight, swiglu=True)
+    if one_vector(x) and (found := joined_weight([gate, up])) is not None:
+        return matvec(x, found[0], swiglu=True, scale=found[1])
     return swiglu(*project(x, [[gate], [up]]))
+
+
+def joined_weight(modules: Sequence[nn.Module]) -> Weight | None:
+    """Return the weight of maps that lie behind each other in memory, as one; None where they do not, or are more than maps."""
+    weights = plain_weights(modules)
+    weight = None if weights is None else side_by_side(weights)
+    if weight is None:
+        return None
+    scales = [module.weight_scale for module in modules if isinstance(module, HyloScaledLinear)]
+    if not scales:
+        return weight, None
+    scale = side_by_side(scales)
+    return None if scale is None else (weight, scale)
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
@@ -63,11 +82,29 @@ def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
 @torch.no_grad()
 def put_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
     """Move parameters behind each other in memory, where they are alike; their values and names stay."""
-    if len({(p.dtype, p.device, p.shape[1:]) for p in parameters}) > 1 or side_by_side(parameters) is not None:
+    alike = len({(p.dtype, p.device, p.shape[1:]) for p in parameters}) == 1
+    if not alike or side_by_side(parameters) is not None:
         return
-    whole = torch.cat([p.detach() for p in parameters])
+    numbers = [p.detach() for p in parameters]
+    if numbers[0].element_size() == 1:  # not every device joins float8
+        whole = torch.cat([part.view(torch.uint8) for part in numbers]).view(numbers[0].dtype)
+    else:
+        whole = torch.cat(numbers)
     for parameter, part in zip(parameters, whole.split([len(p) for p in parameters])):
         parameter.data = part
+
+
+def join(modules: Sequence[nn.Module]) -> None:
+    """Put the weights of maps of the same input behind each other in memory: those of bf16 together, and those of FP8."""
+    for run in _runs(modules, type):
+        if (weights := plain_weights(run)) is not None:
+            put_side_by_side(weights)
+            put_side_by_side([module.weight_scale for module in run if isinstance(module, HyloScaledLinear)])
+
+
+def _runs(items: Iterable[Any], kind: Callable[[Any], type]) -> list[list[Any]]:
+    """Divide items into neighbours of the same kind."""
+    return [list(run) for _, run in itertools.groupby(items, kind)]
 
 
 def project(x: Tensor, groups: Sequence[Sequence[nn.Module]]) -> list[Tensor]:
@@ -81,19 +118,29 @@ def project(x: Tensor, groups: Sequence[Sequence[nn.Module]]) -> list[Tensor]:
         A tensor [batch, tokens, channels of the group] for each group; parts of one product for one token where the weights
         lie behind each other.
     """
-    modules = [module for group in groups for module in group]
-    if x.shape[1] == 1 and (plain := plain_weights(modules)) and (weight := side_by_side(plain)) is not None:
-        widths = [sum(len(module.get_parameter("weight")) for module in group) for group in groups]
-        out = matvec(x, weight) if one_vector(x) else F.linear(x, weight)
-        return list(out.split(widths, -1))
+    if x.shape[1] == 1 and (found := _project_token(x, groups)) is not None:
+        return found
     return [torch.cat([m(x) for m in group], -1) if len(group) > 1 else group[0](x) for group in groups]
 
 
+def _project_token(x: Tensor, groups: Sequence[Sequence[nn.Module]]) -> list[Tensor] | None:
+    """`project` of one token by one product for each kind of weights; None where weights do not lie behind each other."""
+    outputs: list[Tensor] = []
+    for run in _runs(groups, lambda group: type(group[0])):
+        if (found := joined_weight([module for group in run for module in group])) is None:
+            return None
+        weight, scale = found
+        out = matvec(x, weight, scale=scale) if one_vector(x) or scale is not None else F.linear(x, weight)
+        outputs += out.split([sum(len(module.get_parameter("weight")) for module in group) for group in run], -1)
+    return outputs
+
+
 def plain_weights(modules: Sequence[nn.Module]) -> list[nn.Parameter] | None:
-    """Return the weights of maps that are no more than those: no adapter, quantisation, bias or hook; None otherwise."""
+    """Return the weights of maps that are no more than those: no adapter, other quantisation, bias or hook; None otherwise."""
     found = []
     for module in modules:
-        plain = type(module) is nn.Linear and module.bias is None and type(module.weight) is nn.Parameter
+        kind = type(module) in (nn.Linear, HyloScaledLinear)
+        plain = kind and module.bias is None and type(module.weight) is nn.Parameter
         if not plain or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
             return None
         found.append(module.weight)

@@ -127,7 +127,7 @@ class HyloModel(HyloPreTrainedModel):
             cache: continued.
             hidden_states: gets the embeddings, what each layer but the last gives, and the result.
         """
-        ropes = {symbol: self._rope(symbol, inputs.positions, x.shape[1]) for symbol in set(self.mixers) & set(self.rotations)}
+        ropes = self.ropes(inputs, x.shape[1])
         for symbol, layer in zip(self.mixers, self.layers):
             if hidden_states is not None:
                 hidden_states.append(x)
@@ -136,6 +136,10 @@ class HyloModel(HyloPreTrainedModel):
         if hidden_states is not None:
             hidden_states.append(x)
         return x
+
+    def ropes(self, inputs: SequenceInputs, new: int) -> dict[str, Rope]:
+        """Compute cos and sin of this pass's positions for each kind of layer that rotates, by its symbol; `new` tokens."""
+        return {symbol: self._rope(symbol, inputs.positions, new) for symbol in set(self.mixers) & set(self.rotations)}
 
     def _choose_cache(self, given: HyloCache | None, use_cache: bool) -> HyloCache | None:
         if self.gradient_checkpointing and self.training:

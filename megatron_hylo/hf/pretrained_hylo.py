@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .attention_hylo import HyloLatentAttention
 from .configuration_hylo import HyloConfig
 from .layers_hylo import HyloGatedDeltaNet, HyloMamba2
+from .quantised_hylo import check_declared, check_loaded, make_plain
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hylo.HyloConfig",
@@ -43,15 +44,23 @@ class HyloPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: HyloConfig) -> None:
         super().__init__(config)
-        quantised: Any = getattr(config, "quantization_config", None) or {}
-        if isinstance(quantised, dict) and quantised.get("quant_method") == "modelopt":
-            raise ValueError(
-                "the folder's weights are quantised by nvidia-modelopt, whose scales transformers does not read: the numbers "
-                "alone would give nonsense. Export the model without it, or quantise it as it is loaded (quantization_config)"
-            )
+        check_declared(getattr(config, "quantization_config", None))
         # transformers 4 refuses names that a model does not have
         kept = {name for mixer in set(config.mixers) for name in FP32_PARAMETERS[mixer]}
         self._keep_in_fp32_modules_strict = sorted(kept)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load as other models do; a quantised folder's weights are dequantised into plain maps, and never read without scales.
+
+        Raises:
+            ValueError: the folder's weights are quantised in a way that is not read.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, found = loaded
+        check_loaded(found["missing_keys"], found["unexpected_keys"])
+        make_plain(model)
+        return (model, found) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as other models do, with the modelling code beside the weights, so that the folder loads anywhere."""

@@ -52,6 +52,8 @@ def _load(cls: Any, folder: str | Path, **settings: Any) -> Any:
         return cls.from_pretrained(folder, trust_remote_code=False, **settings)
     except ERRORS as error:
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, ImportError):  # a package of the folder's quantisation, which the reason names
+            raise ConfigError(f"{folder} cannot be loaded: {reason}") from error
         raise ConfigError(
             f"{folder} cannot be loaded: {reason or type(error).__name__} (code and pickles of a folder are never run: convert "
             f"its weights to safetensors, and use an architecture and tokenizer that transformers has itself)"

@@ -9,11 +9,14 @@ except ImportError as error:
 
 @triton.jit
 def multiply(
-    x, weight, residual, out, rows, stride,
+    x, weight, residual, scale, out, rows, stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, SWIGLU: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Fill out [rows] with weight [rows, WIDTH] x, with SWIGLU of weight [2 rows, WIDTH], plus `residual`; EVEN: no masks."""
+    """Fill out [rows] with weight [rows, WIDTH] x, with SWIGLU of weight [2 rows, WIDTH], plus `residual`; EVEN: no masks.
+
+    With SCALED each row of the weight is multiplied with its number of `scale`.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     column = tl.arange(0, COLUMNS)
@@ -35,8 +38,13 @@ def multiply(
             if SWIGLU:
                 other += tl.load(second + place[None, :], mask=inside, other=0.0).to(tl.float32) * value
     result = tl.sum(total, 1)
+    if SCALED:
+        result *= tl.load(scale + row, mask=there, other=0.0)
     if SWIGLU:
-        result = result * tl.sigmoid(result) * tl.sum(other, 1)
+        factor = tl.sum(other, 1)
+        if SCALED:
+            factor *= tl.load(scale + rows + row, mask=there, other=0.0)
+        result = result * tl.sigmoid(result) * factor
     if RESIDUAL:
         result += tl.load(residual + row, mask=there, other=0.0).to(tl.float32)
     tl.store(out + row, result.to(out.dtype.element_ty), mask=there)

@@ -1,5 +1,7 @@
 """Inputs of a plan: a recipe with the shapes of its student and teacher, read without their weights and without torch."""
 
+import copy
+import functools
 import json
 import re
 from dataclasses import dataclass, replace
@@ -126,13 +128,20 @@ def read_settings(values: dict[str, Any], what: str) -> TrainConfig:
     else:
         paths["model"] = GIVEN_LATER
         paths |= {} if values.get("teacher_store") or values.get("teacher_address") else {"teacher": GIVEN_LATER}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig, as_group=False)
+    parser = settings_parser(TrainConfig)
     try:
-        parsed = parser.instantiate(parser.parse_object(paths | values))
+        parsed = parser.instantiate(parser.parse_object(copy.deepcopy(paths | values)))  # jsonargparse changes lists in it
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"{what}: {' '.join(str(error).split())}") from error
     return TrainConfig(**vars(parsed))
+
+
+@functools.cache
+def settings_parser(settings: type) -> ArgumentParser:
+    """Parser of a dataclass's fields that raises; made once, since a sweep has hundreds of runs to check."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(settings, as_group=False)
+    return parser
 
 
 def _given(values: dict[str, Any], *names: str) -> str | None:

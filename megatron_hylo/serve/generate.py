@@ -16,6 +16,7 @@ from megatron_hylo.config.mixers import MLA_SYMBOL
 from megatron_hylo.convert.open_model import open_model
 from megatron_hylo.hf import HyloCache, HyloForCausalLM
 from megatron_hylo.hf.decode_hylo import unsupported
+from megatron_hylo.hf.quantised_hylo import keep_weights_in_fp8
 from megatron_hylo.serve.split_prefill import Ring, split_prefill
 
 logger = logging.getLogger("megatron_hylo.serve")
@@ -66,6 +67,7 @@ def generate_text(
     seed: int = 0,
     chat: bool = False,
     latents: Literal["int8", "fp8"] | None = None,
+    weights: Literal["fp8"] | None = None,
     cuda_graphs: bool = False,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generation:
@@ -85,6 +87,7 @@ def generate_text(
         seed: of the sampling.
         chat: wrap the prompt in the tokenizer's chat template as the user's turn.
         latents: keep MLA's latents in 8 bits in the cache; a hybrid's alone.
+        weights: keep the weights of mixers and MLPs in FP8, rounded to the nearest values; a hybrid's alone.
         cuda_graphs: on a GPU capture the decode step as a CUDA graph, from `CAPTURED_TOKENS` new tokens on; a hybrid's alone.
         on_text: called with each piece of text as it is finished.
 
@@ -99,6 +102,10 @@ def generate_text(
             f"{temperature}, {top_p} and {repetition_penalty}"
         )
     model, tokenizer = open_model(path)
+    if weights is not None:
+        if not isinstance(model, HyloForCausalLM):
+            raise ConfigError(f"{path} is a model of transformers, whose weights are not kept in {weights} here; leave it out")
+        keep_weights_in_fp8(model)
     ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)
     if (largest := int(ids.max())) >= (rows := model.get_input_embeddings().num_embeddings):
         raise ConfigError(

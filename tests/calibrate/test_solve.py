@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.calibrate import solve
-from megatron_hylo.calibrate.solve import NormalEquations, output_projection, solve_outputs
+from megatron_hylo.calibrate.shares import NormalEquations
+from megatron_hylo.calibrate.solve import output_projection, solve_outputs
 from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.to_hf import hf_tensors

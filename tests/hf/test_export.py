@@ -66,7 +66,10 @@ def test_all_files_that_are_imported_are_copied(tmp_path):
                "gated_delta_rule.py", "kda.py", "matvec.py", "norm.py", "quantised_latents.py", "recurrence_step.py",
                "registry.py", "rope.py", "ssd.py", "triton_causal_conv1d_step.py", "triton_decode_attention.py",
                "triton_matvec.py", "tuned.py"}  # fmt: skip
-    parts = ("modeling", "layers", "attention", "inputs", "configuration", "cache", "decode", "fused", "pretrained", "experts")
+    parts = (
+        "modeling", "layers", "attention", "inputs", "configuration", "cache", "decode", "fused", "pretrained", "quantised",
+        "experts",
+    )  # fmt: skip
     assert names == {f"{name}_hylo.py" for name in parts} | kernels
 
 

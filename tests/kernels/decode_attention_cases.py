@@ -80,6 +80,20 @@ def matvec_errors(device: str, sizes: tuple[tuple[int, int], ...], dtypes: tuple
     return found
 
 
+def scaled_matvec_errors(device: str, sizes: tuple[tuple[int, int], ...]) -> dict[str, float]:
+    """Relative error of bf16 products with FP8 matrices and scales of their rows, which vary by a factor of a thousand."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for (rows, columns), swiglu in itertools.product(sizes, (False, True)):
+        weight = torch.randn(rows, columns, generator=generator).to(device).to(torch.float8_e4m3fn)
+        scale = torch.logspace(-3, 0, rows)[torch.randperm(rows, generator=generator)].to(device)
+        x = torch.randn(1, 1, columns, generator=generator).to(device, torch.bfloat16)
+        with override("matvec", "torch"):
+            expected = matvec.matvec(x.double(), weight.double() * scale.double()[:, None], None, swiglu)
+        out = matvec.one_vector(x, weight, None, swiglu, scale)
+        found[f"matvec bfloat16 FP8 {rows} x {columns} {swiglu}"] = relative_error(out, expected)
+    return found
+
+
 def convolution_errors(device: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, float]:
     """Relative error of the outputs and of the state after a step, with and without bias and SiLU."""
     generator, found = torch.Generator().manual_seed(0), {}
@@ -121,6 +135,8 @@ if __name__ == "__main__":
     for name, (error, _) in errors("cpu", 700, (torch.float32, torch.float16)).items():  # its products know no bf16
         print(f"CASE {name}|{error}")
     for name, error in matvec_errors("cpu", ((602, 1024), (22, 2500)), (torch.float32, torch.bfloat16)).items():
+        print(f"CASE {name}|{error}")
+    for name, error in scaled_matvec_errors("cpu", ((602, 1024), (22, 2500))).items():
         print(f"CASE {name}|{error}")
     for name, error in convolution_errors("cpu", (torch.float32, torch.bfloat16)).items():
         print(f"CASE {name}|{error}")

@@ -13,7 +13,13 @@ from megatron_hylo.kernels import decode_attention as module
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.decode_attention import decode_attention, number_of_splits
 from megatron_hylo.kernels.quantised_latents import FORMATS, dequantise_latents, quantise_latents
-from tests.kernels.decode_attention_cases import convolution_errors, errors, matvec_errors, recurrence_errors
+from tests.kernels.decode_attention_cases import (
+    convolution_errors,
+    errors,
+    matvec_errors,
+    recurrence_errors,
+    scaled_matvec_errors,
+)
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -42,7 +48,7 @@ def test_kernels_equal_the_plain_form_in_triton_s_interpreter() -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     cases = [line.split("CASE ")[1].split("|") for line in result.stdout.splitlines() if "CASE " in line]
-    assert len(cases) == 2 * (5 + 3) + 16 + 8, result.stdout
+    assert len(cases) == 2 * (5 + 3) + 16 + 4 + 8, result.stdout
     for name, error in cases:
         bound = 1e-6 if "float32" in name else 8e-3 if "bfloat16" in name else 1e-3  # the interpreter does not round to bf16
         assert float(error) < bound, (name, error)
@@ -87,8 +93,16 @@ def test_kernels_compile_for_hopper(latents, shared) -> None:
         ),
         (
             multiply,
-            dict(x="*bf16", weight="*bf16", residual="*bf16", out="*bf16", rows="i32", stride="i32"),
-            dict(WIDTH=3072, ROWS=4, COLUMNS=512, EVEN=shared, SWIGLU=True, RESIDUAL=True),
+            dict(
+                x="*bf16",
+                weight=key if latents != "int8" else "*bf16",
+                residual="*bf16",
+                scale="*fp32",
+                out="*bf16",
+                rows="i32",
+                stride="i32",
+            ),
+            dict(WIDTH=3072, ROWS=4, COLUMNS=512, EVEN=shared, SWIGLU=True, RESIDUAL=True, SCALED=latents == "fp8"),
         ),
     ):
         source = ASTSource(kernel, given | dict.fromkeys(constant, "constexpr"), constant)
@@ -123,7 +137,8 @@ def test_kernels_equal_the_plain_form_on_the_gpu() -> None:
         assert error < (1e-5 if dtype == torch.float32 else 6e-3), (name, error)
     for name, error in matvec_errors("cuda", ((13842, 3072), (8192, 4608), (30, 700)), (torch.float32, torch.bfloat16)).items():
         assert error < (1e-5 if "float32" in name else 6e-3), (name, error)
-    others = convolution_errors("cuda", (torch.float32, torch.bfloat16))
+    others = scaled_matvec_errors("cuda", ((13842, 3072), (8192, 4608), (30, 700)))
+    others |= convolution_errors("cuda", (torch.float32, torch.bfloat16))
     for dtype in (torch.float32, torch.bfloat16):
         others |= recurrence_errors("cuda", dtype)
     for name, error in others.items():
