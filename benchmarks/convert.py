@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -86,26 +87,36 @@ def measure(command: list[str]) -> dict[str, float]:
     }
 
 
-def measure_size(name: str, work: Path, verify: bool) -> dict[str, dict[str, float]]:
-    """Run all steps on one model."""
-    layers = BASES[name].num_hidden_layers
+def measure_size(name: str, work: Path, verify: bool, show: Callable[[str, dict[str, dict[str, float]]], None]) -> None:
+    """Run all steps on one model.
+
+    Args:
+        name: of the base model.
+        work: scratch folder.
+        verify: compute logits too.
+        show: called after each step with its name and all that was measured.
+    """
     hylo = [sys.executable, "-W", "ignore", "-m", "megatron_hylo.cli"]
     source, teacher, hybrid, export = (work / part for part in ("source", "teacher", "hybrid", "export"))
-    size = write_source(source, name)
-    found = {"folder": {"gb": size / 1e9}}
-    os.sync()
-    found["cp"] = measure(["cp", "-r", str(source), str(work / "copy")])
-    shutil.rmtree(work / "copy")
-    found["convert"] = measure([*hylo, "convert", str(source), str(teacher), "--no_verify"])
-    found["verify --quick"] = measure([*hylo, "verify", str(source), str(teacher), "--quick"])
-    if verify:
-        found["verify"] = measure([*hylo, "verify", str(source), str(teacher)])
-    shutil.rmtree(source)
+    found: dict[str, dict[str, float]] = {"folder": {"gb": write_source(source, name) / 1e9}}
+    layers = BASES[name].num_hidden_layers
     pattern = "".join(islice(cycle(PATTERN), layers))
-    found["upcycle"] = measure([*hylo, "upcycle", str(teacher), str(hybrid), "--pattern", pattern, "--init", "paper"])
-    shutil.rmtree(teacher)
-    found["export"] = measure([*hylo, "export", str(hybrid), str(export), "--no_verify"])
-    return found
+    os.sync()
+    steps: list[tuple[str, list[str], Path | None]] = [
+        ("cp", ["cp", "-r", str(source), str(work / "copy")], work / "copy"),
+        ("convert", [*hylo, "convert", str(source), str(teacher), "--no_verify"], None),
+        ("verify --quick", [*hylo, "verify", str(source), str(teacher), "--quick"], None if verify else source),
+        ("verify", [*hylo, "verify", str(source), str(teacher)], source),
+        ("upcycle", [*hylo, "upcycle", str(teacher), str(hybrid), "--pattern", pattern, "--init", "paper"], teacher),
+        ("export", [*hylo, "export", str(hybrid), str(export), "--no_verify"], None),
+    ]
+    for step, command, done_with in steps:
+        if step == "verify" and not verify:
+            continue
+        found[step] = measure(command)
+        show(step, found)
+        if done_with is not None:
+            shutil.rmtree(done_with)
 
 
 def plot(found: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
@@ -142,14 +153,16 @@ def main() -> None:
         flush=True,
     )
     for size in options.sizes.split(","):
-        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-            steps = found[size] = measure_size(SIZES[size], Path(scratch), options.verify)
-        for step in (name for name in STEPS if name in steps):
-            row = steps[step]
+
+        def show(step: str, steps: dict[str, dict[str, float]], size: str = size) -> None:
+            row, found[size] = steps[step], steps
             share = f"{steps['cp']['seconds'] / row['seconds']:.2f}" if step == "convert" else ""
             figures = f"{row['seconds']:.1f} | {share} | {row['cpu_seconds']:.1f} | {row['peak_gib']:.2f}"
             about = f"{size} ({parameter_count(BASES[SIZES[size]]) / 1e9:.2f}B, {steps['folder']['gb']:.1f} GB)"
             print(f"| {about} | {step} | {figures} |", flush=True)
+
+        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+            measure_size(SIZES[size], Path(scratch), options.verify, show)
     if options.plot:
         plot(found, options.plot)
     print(

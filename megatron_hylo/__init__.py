@@ -37,7 +37,7 @@ def convert(source: Folder, output: Folder, overwrite: bool = False, verify: boo
     """Convert a Hugging Face folder or GGUF file to a model folder; `export` goes the other way.
 
     Args:
-        source: folder of a Llama, Qwen2.5, Qwen3 or an exported hybrid, or a .gguf file.
+        source: folder of a Llama, Mistral, Qwen2.5, Qwen3, Qwen3-MoE or an exported hybrid, or a .gguf file.
         output: model folder to make; it appears only when it is complete.
         overwrite: replace what is there.
         verify: compare all tensors and logits with transformers' own loading first.

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,8 @@ LONGEST = (
     "parity/test_distillation.py",
     "parity/test_alignment.py",
     "slurm/test_slurm_scripts.py",
+    "slurm/test_examples.py",
+    "plan/test_sweep.py",
     "train/test_loop.py",
     "train/test_pair.py",
     "train/test_checkpoint.py",
@@ -120,8 +122,10 @@ def tiny_hf_model(family: str, tied: bool = True, **changes):
     )  # fmt: skip
     configs = {
         "llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config,
-        "qwen3": transformers.Qwen3Config,
+        "qwen3": transformers.Qwen3Config, "qwen3_moe": transformers.Qwen3MoeConfig,
     }  # fmt: skip
+    if family == "qwen3_moe":
+        shared |= dict(moe_intermediate_size=40, num_experts=6, num_experts_per_tok=2, norm_topk_prob=True)
     config = configs[family](**(shared | changes))
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():  # norms of all ones and biases of zeros would hide a missing one
@@ -129,6 +133,23 @@ def tiny_hf_model(family: str, tied: bool = True, **changes):
             if "norm" in name or name.endswith("bias"):
                 parameter.uniform_(0.5, 1.5)
     return model
+
+
+EXPERTS = dict(num_moe_experts=6, moe_ffn_hidden_size=40, moe_router_topk=2)  # of tiny configurations with `E`
+
+
+def folder_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a transformers model under the names of a folder, in which experts are not stacked."""
+    found = {}
+    for name, tensor in tensors.items():
+        place, _, last = name.rpartition(".")
+        if last not in ("gate_up_proj", "down_proj"):
+            found[name] = tensor
+            continue
+        for number, one in enumerate(tensor):
+            parts = {"down_proj": one} if last == "down_proj" else dict(zip(("gate_proj", "up_proj"), one.chunk(2)))
+            found |= {f"{place}.{number}.{part}.weight": part_of for part, part_of in parts.items()}
+    return found
 
 
 def tiny_config(pattern: str = "G-+-M-*-", **changes) -> ModelConfig:

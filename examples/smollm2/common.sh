@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by run.sh and long.sh: finds hylo and the device, and has their first steps, from the teacher to the untrained hybrid.
-# `prepare` makes what is not there yet; OUT, LENGTH, CALIBRATION_TOKENS and TEXT are the caller's.
+# Sourced by run.sh and result.sh: finds hylo and the device, and has their first steps, up to a calibrated teacher.
+# `prepare DOCUMENTS` makes what is not there yet of a set of `hylo fetch`; OUT, LENGTH, CALIBRATION_TOKENS and TEXT are the caller's.
 set -euo pipefail
 
 beside="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." >/dev/null && pwd)/.venv/bin" # `make install`
@@ -17,21 +17,12 @@ if [[ "${CUDA_VISIBLE_DEVICES-all}" != "" ]] && nvidia-smi --list-gpus 2>/dev/nu
 usual() { [[ -n "${!1:-}" ]] || printf -v "$1" %s "$([[ $device == gpu ]] && echo "$2" || echo "$3")"; }
 usual CALIBRATION_TOKENS 262144 16384 # text that the initialisation sees
 LINEAR="${LINEAR:-gdn}"              # gdn or mamba2
-OUT="${OUT:-runs/smollm2_$LINEAR}"   # folder of everything made
-TEXT="${TEXT:-}"                     # own text (folder or .jsonl); by default Debian documentation packages
-NPROC="${NPROC:-1}"                  # GPUs
-
-layout="smollm2-135m-8mla22$([[ $LINEAR == mamba2 ]] && echo m2 || echo gdn)-teacher"
-train() {
-  if ((NPROC == 1)); then $hylo train "$@"; return; fi
-  python -m megatron_hylo.train.launch --standalone --nproc-per-node "$NPROC" -m megatron_hylo.cli train "$@"
-}
+TEXT="${TEXT:-}"                     # own text (folder or .jsonl) in place of what `hylo fetch` downloads
 
 prepare() {
   mkdir -p "$OUT"
   [[ -d $OUT/teacher ]] || $hylo convert "$($hylo fetch teacher)" "$OUT/teacher"
-  [[ -d $OUT/data ]] || $hylo preprocess "${TEXT:-$($hylo fetch documents)}" "$OUT/data" --tokenizer "$OUT/teacher"
+  [[ -d $OUT/data ]] || $hylo preprocess "${TEXT:-$($hylo fetch "$1")}" "$OUT/data" --tokenizer "$OUT/teacher"
   [[ -d $OUT/calibration ]] || $hylo calibrate "$OUT/teacher" "$OUT/data" "$OUT/calibration" --tokens "$CALIBRATION_TOKENS" \
     --sequence_length "$((LENGTH < 512 ? 512 : LENGTH))"
-  [[ -d $OUT/hybrid ]] || $hylo upcycle "$OUT/teacher" "$OUT/hybrid" --layout "$layout" --calibration "$OUT/calibration"
 }

@@ -17,12 +17,20 @@ usual MIXER_LR 1e-3 1.25e-4          # stage 2, of mixers
 usual LR 2e-4 1e-4                   # stage 2, of all else
 usual PRECISION bf16 fp32
 BETA2="${BETA2:-0.95}"               # stage 2, AdamW
+OUT="${OUT:-runs/smollm2_$LINEAR}"   # folder of everything made
+NPROC="${NPROC:-1}"                  # GPUs
 if [[ $device == cpu ]]; then
   echo "no GPU here: $TOKENS training tokens in windows of $LENGTH, fp32 (on a GPU 30,000,000 in windows of 2,048, bf16)" >&2
 fi
 graphs=$([[ $device == gpu && $NPROC == 1 ]] && echo true || echo false) # not tried with several ranks
+layout="smollm2-135m-8mla22$([[ $LINEAR == mamba2 ]] && echo m2 || echo gdn)-teacher"
+train() {
+  if ((NPROC == 1)); then $hylo train "$@"; return; fi
+  python -m megatron_hylo.train.launch --standalone --nproc-per-node "$NPROC" -m megatron_hylo.cli train "$@"
+}
 
-prepare
+prepare documents
+[[ -d $OUT/hybrid ]] || $hylo upcycle "$OUT/teacher" "$OUT/hybrid" --layout "$layout" --calibration "$OUT/calibration"
 shared=(--data "$OUT/data" --teacher "$OUT/teacher" --sequence_length "$LENGTH" --global_batch_size "$WINDOWS"
   --micro_batch_size "$((WINDOWS / NPROC))" --eval_windows "$EVAL_WINDOWS" --precision "$PRECISION" --cuda_graphs "$graphs"
   --optimizer.warmup_ratio 0.05 --optimizer.min_lr_ratio 0.05)

@@ -9,6 +9,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
 from megatron_hylo.data.tokenizer import check_dataset, check_ids, copy_tokenizer
 from megatron_hylo.distill.alignment import mlp_layer
-from megatron_hylo.io import atomic_directory, check_free, staging_directory, write_json
+from megatron_hylo.io import atomic_directory, check_free, on_main, staging_directory, write_json
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import read_description
@@ -133,12 +134,14 @@ def _gather_layers(model: ModelParts, teacher: str | Path, windows: Tensor, work
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     own = windows[rank::ranks]
     states = embed(model, own.split(micro_batch(windows.shape[1])) if len(own) else ())
-    for layer in track(range(model.config.hylo.num_hidden_layers), "calibrate"):
+    layers = range(model.config.hylo.num_hidden_layers)
+    done = on_main(lambda: [layer for layer in layers if (work / layer_file(layer)).is_file()])
+    for layer in track(layers, "calibrate"):
         file = work / layer_file(layer)
         with model.layer(layer) as (mixer, mlp):
             for part in (mixer, mlp):
                 require_finite(part, teacher)
-            sums = None if file.is_file() else LayerSums(mixer.self_attention)
+            sums = None if layer in done else LayerSums(mixer.self_attention)
             for i, state in enumerate(track(states, f"layer {layer}")):
                 hidden = state.to(device())
                 x = mixer.input_layernorm(hidden)[0]
@@ -150,12 +153,15 @@ def _gather_layers(model: ModelParts, teacher: str | Path, windows: Tensor, work
         if sums is not None:
             statistics = sums.means(layer)
             check_statistics(statistics)
-            if is_main():
-                beside = file.with_suffix(".partial")
-                save_file(statistics, beside)
-                beside.rename(file)
+            on_main(partial(_save, statistics, file))
         else:
             check_statistics(load_file(file))
+
+
+def _save(statistics: dict[str, Tensor], file: Path) -> None:
+    beside = file.with_suffix(".partial")
+    save_file(statistics, beside)
+    beside.rename(file)
 
 
 class LayerSums:
@@ -195,7 +201,7 @@ class LayerSums:
         key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
         norms, received = [], torch.zeros_like(query[..., 0].transpose(1, 2))  # [batch, heads, keys]
         zeros = query.new_zeros(query.shape[2], dtype=torch.float64)
-        sums = {name: zeros.clone() for name in ("sink_mass", "looked_back", "looked_mass")}
+        sums = {name: zeros.clone() for name in ("sink_mass", "looked_back", "looked_mass", "entropy")}
         for start in range(0, length, LOOK_BACK_TOKENS):
             stop = min(start + LOOK_BACK_TOKENS, length)
             scores = torch.einsum("bthd,bshd->bhts", query[:, start:stop], key[:, :stop]) * query.shape[-1] ** -0.5
@@ -205,6 +211,7 @@ class LayerSums:
             near = probability * ((back >= 0) & (back < RECEPTION_TOKENS))
             received[..., :stop] += (near / near.sum(-1, keepdim=True)).sum(2)
             sums["sink_mass"] += probability[..., 0].sum((0, 2)).double()
+            sums["entropy"] += torch.special.entr(probability).sum((0, 2, 3)).double()
             sums["looked_back"] += (probability * back.clamp(min=0))[..., 1:].sum((0, 2, 3)).double()
             sums["looked_mass"] += probability[..., 1:].sum((0, 2, 3)).double()
         norm, received = torch.cat(norms, 1), received.clamp(1e-2, 20).log().transpose(1, 2).double()
@@ -229,6 +236,7 @@ class LayerSums:
         mean = {name: tensor / tokens for name, tensor in self.sums.items()}
         split = ("input_second_moment", "query_second_moment", "key_second_moment", "sink_mass", "head_energy")
         by_rank = {name: mean[name] for name in split}  # this tensor-parallel rank's rows, or heads
+        by_rank["attention_entropy"] = mean["entropy"]
         by_rank["attention_distance"] = self.sums["looked_back"] / self.sums["looked_mass"]
         by_rank["length_moment"] = mean["length_moment"] / mean["head_length"][:, None]
         by_rank["reception_moment"] = mean["reception_moment"] - torch.outer(mean["reception"], mean["input_mean"])

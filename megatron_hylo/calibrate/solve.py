@@ -14,17 +14,22 @@ One-shot: a layer reads h_t, as if all others were exact, and W is the solution,
 the first token, which all heads attend to, as exact as its size makes it, and training then starts more calmly.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megatron_hylo.calibrate.gather import embed, micro_batch
+from megatron_hylo.calibrate.shares import NormalEquations, Share, broadcast, from_first_rank
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mlps import EXPERTS_SYMBOL
 from megatron_hylo.distill.alignment import mixer_output, relative_distance
+from megatron_hylo.io import rank
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.mamba2 import Mamba2
@@ -34,6 +39,7 @@ from megatron_hylo.platform.distributed import device
 DAMPING = 1e-2  # of the mean diagonal of F^T F
 CORRECTION_DAMPING = (1e-2, 1e-1, 1.0)
 VALIDATION = 8  # every so manieth window is not solved on
+Hidden = dict[int, Tensor]  # by the number of the micro-batch, this rank's alone, in the CPU's memory
 
 
 @dataclass
@@ -47,48 +53,6 @@ class LayerError:
     hidden: float  # mean over tokens of |h_s - h_t|^2 / (|h_s|^2 + |h_t|^2) before the MLP; 1: unrelated
 
 
-class NormalEquations:
-    """Normal equations of a linear least-squares problem: sums of products, float64 over fp32 micro-batches."""
-
-    def __init__(self) -> None:
-        self.sums: tuple[Tensor, Tensor, Tensor] | None = None  # F^T F [in, in], F^T own and F^T missing [in, out]
-        self.energy = 0.0
-
-    def add(self, features: Tensor, own: Tensor, missing: Tensor, weight: Tensor) -> None:
-        """Add one micro-batch to the sums.
-
-        Args:
-            features: [..., in].
-            own: the layer's own target, [..., out].
-            missing: what the target has beside it, [..., out].
-            weight: [...].
-        """
-        root = weight.flatten().sqrt()[:, None]
-        f, y, d = (part.flatten(0, -2).float() * root for part in (features, own, missing))
-        gram, cross, residual = (product.double() for product in (f.T @ f, f.T @ y, f.T @ d))
-        if self.sums is None:
-            self.sums = gram, cross, residual
-        else:
-            self.sums = self.sums[0] + gram, self.sums[1] + cross, self.sums[2] + residual
-        self.energy += float((y + d).double().square().sum())
-
-    def solve(self, prior: Tensor, damping: float, missing: bool = False) -> Tensor:
-        """Solve for the projection [out, in], float64, regularised towards `prior`, for the own target or all of it."""
-        assert self.sums is not None, "no micro-batch was added"
-        gram, own, residual = self.sums
-        level = damping * gram.diagonal().mean()
-        cross = own + residual if missing else own
-        regular = gram + level * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-        return torch.cholesky_solve(cross + level * prior.double().T, torch.linalg.cholesky_ex(regular)[0]).T
-
-    def error(self, projection: Tensor) -> float:
-        """Return the sum of squared errors of a projection [out, in] on all of the target."""
-        assert self.sums is not None, "no micro-batch was added"
-        gram, own, residual = self.sums
-        w = projection.double().T
-        return float((w * (gram @ w - 2 * (own + residual))).sum()) + self.energy
-
-
 class Finished(Protocol):
     """Layers that an earlier run solved, and what is done with each that is solved now."""
 
@@ -96,8 +60,8 @@ class Finished(Protocol):
         """Return the errors of a layer whose solved weights the student already has."""
         ...
 
-    def keep(self, error: LayerError, mixer: nn.Module, mlp: nn.Module) -> None:
-        """Keep a layer that was solved."""
+    def keep(self, error: LayerError, mixer: nn.Module, mlp: nn.Module | None) -> None:
+        """Keep a layer that was solved; its MLP where that was changed."""
         ...
 
 
@@ -113,14 +77,15 @@ def solve_outputs(
 ) -> list[LayerError]:
     """Re-solve the output projection of every `+`, `M` and `G` layer, and of MLPs, in place.
 
-    One layer of a streamed student or teacher is loaded at a time; hidden states and features wait in the CPU's memory.
+    One layer of a streamed student or teacher is loaded at a time; hidden states and features wait in the CPU's memory. Ranks
+    share the micro-batches; the result has the same bits on any number of ranks.
 
     Args:
         student: initialised, whole on this rank; what is solved of a streamed one is given to `finished` alone.
         teacher: attention in every layer, same depth, hidden size and embedding.
         windows: int64 [n, sequence + 1], n >= 2.
         sequential: on the student's own hidden states instead of the teacher's.
-        mlps: with `sequential`, let MLPs correct as well; else they stay the teacher's.
+        mlps: with `sequential`, let MLPs correct as well; else they stay the teacher's, as mixtures of experts always do.
         track: progress display over the layers.
         finished: layers that need not be solved again.
 
@@ -128,7 +93,7 @@ def solve_outputs(
         The error of each layer, `*` layers too.
 
     Raises:
-        ConfigError: a single window, or a layer whose outputs are not finite.
+        ConfigError: a single window, a layer whose outputs are not finite, or more ranks than can share the work.
     """
     if len(windows) < 2:
         raise ConfigError(f"solving output projections needs at least 2 windows, got {len(windows)}; calibrate on more tokens")
@@ -138,50 +103,67 @@ def solve_outputs(
     size = micro_batch(windows.shape[1] - 1)
     ids = windows[:, :-1]
     parts = [(part, False) for part in ids[~held].split(size)] + [(part, True) for part in ids[held].split(size)]
-    taught = embed(teacher, [part for part, _ in parts])
-    studied = list(taught)
-    validation = [is_held for _, is_held in parts]
-    errors = []
+    share = Share([is_held for _, is_held in parts])
+    taught: Hidden = dict(zip(share.own, embed(teacher, [parts[i][0] for i in share.own])))
+    studied, errors = dict(taught), []
     for layer, symbol in enumerate(track(student.config.hylo.mixers, "solve")):
-        description, done = get_mixer(symbol), finished.error(layer) if finished is not None else None
+        done = finished.error(layer) if finished is not None else None
+        if done is not None and not sequential:  # nothing else is asked of this layer's student
+            with teacher.layer(layer) as (teacher_mixer, teacher_mlp):
+                _advance(taught, _run(mixer_output, teacher_mixer, taught))
+                _advance(taught, _run(_mlp_output, teacher_mlp, taught))
+            studied = dict(taught)
+            errors.append(done)
+            continue
         with student.layer(layer) as (mixer, mlp), teacher.layer(layer) as (teacher_mixer, teacher_mlp):
-            if description.norm_after_gate and done is None:
-                _match_norm(mixer.self_attention, mixer.input_layernorm(studied[0].to(device()))[0])
-            own = [mixer_output(teacher_mixer, h.to(device())).cpu() for h in taught]
+            if done is None and get_mixer(symbol).norm_after_gate:
+                _match_norm(mixer, studied)
+            own = _run(mixer_output, teacher_mixer, taught)
             projection = output_projection(mixer.self_attention)
-            features = [_features(projection, mixer_output, mixer, h) for h in studied]
-            initial = solved = _relative_error(features, own, projection.weight, validation) if done is None else 0.0
-            if description.output_fit != "keep" and done is None:
-                known = description.output_fit == "from_initial"
-                prior = projection.weight.clone() if known else torch.zeros_like(projection.weight)
-                fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
-                weight = fit.solve(prior, DAMPING)
-                solved = _relative_error(features, own, weight, validation)
-                _set(projection, _corrected(weight, fit, check) if sequential else weight, layer, symbol)
+            features = {i: _features(projection, mixer_output, mixer, h) for i, h in studied.items()}
+            initial = solved = _relative_error(share, features, own, projection.weight) if done is None else 0.0
+            if done is None and (fit_to := get_mixer(symbol).output_fit) != "keep":
+                prior = projection.weight.clone() if fit_to == "from_initial" else torch.zeros_like(projection.weight)
+                fit, check = _normal_equations(share, features, own, taught, studied, prior, sequential)
+                weight = from_first_rank(partial(fit.solve, prior, DAMPING), prior)
+                solved = _relative_error(share, features, own, weight)
+                if sequential:
+                    weight = from_first_rank(partial(_corrected, weight, fit, check), prior)
+                _set(projection, weight, layer, symbol)
             _advance(taught, own)
             _advance(studied, _outputs(features, projection.weight))
-            errors.append(done or LayerError(layer, symbol, initial, solved, _distance(taught, studied, validation)))
+            errors.append(done or LayerError(layer, symbol, initial, solved, _distance(share, taught, studied)))
 
-            own = [_mlp_output(teacher_mlp, h.to(device())).cpu() for h in taught]
-            projection = mlp.mlp.linear_fc2
-            features = [_features(projection, _mlp_output, mlp, h) for h in studied if sequential]
-            if sequential and mlps and done is None:
-                fit, check = _normal_equations(features, own, taught, studied, validation, sequential)
-                weight = fit.solve(projection.weight, DAMPING)
-                _set(projection, _corrected(weight, fit, check), layer, "-")
-            _advance(taught, own)
-            if sequential:
+            own = _run(_mlp_output, teacher_mlp, taught)
+            if sequential and student.config.hylo.mlps[layer] == EXPERTS_SYMBOL:  # stay the teacher's
+                _advance(taught, own)
+                _advance(studied, _run(_mlp_output, mlp, studied))
+            elif sequential:
+                projection = mlp.mlp.linear_fc2
+                features = {i: _features(projection, _mlp_output, mlp, h) for i, h in studied.items()}
+                if mlps and done is None:
+                    prior = projection.weight
+                    fit, check = _normal_equations(share, features, own, taught, studied, prior, sequential)
+                    solution = from_first_rank(partial(fit.solve, prior, DAMPING), prior)
+                    _set(projection, from_first_rank(partial(_corrected, solution, fit, check), prior), layer, "-")
+                _advance(taught, own)
                 _advance(studied, _outputs(features, projection.weight))
             else:
-                studied = list(taught)
+                _advance(taught, own)
+                studied = dict(taught)
             if finished is not None and done is None:
-                finished.keep(errors[-1], mixer, mlp)
+                finished.keep(errors[-1], mixer, mlp if sequential and mlps else None)
     return errors
 
 
 def output_projection(mixer: Any) -> Any:
     """The last linear map of a mixer: `linear_proj` of attention and MLA, `out_proj` of the linear mixers."""
     return mixer.linear_proj if hasattr(mixer, "linear_proj") else mixer.out_proj
+
+
+def _run(run: Callable[[Any, Tensor], Tensor], layer: Any, hidden: Hidden) -> Hidden:
+    """Run a part of a layer on all micro-batches of this rank."""
+    return {i: run(layer, h.to(device())).cpu() for i, h in hidden.items()}
 
 
 def _mlp_output(layer: Any, hidden: Tensor) -> Tensor:
@@ -200,20 +182,25 @@ def _features(projection: nn.Module, run: Callable[[nn.Module, Tensor], Tensor],
 
 
 def _normal_equations(
-    features: list[Tensor],
-    own: list[Tensor],
-    taught: list[Tensor],
-    studied: list[Tensor],
-    validation: list[bool],
-    relative: bool,
+    share: Share, features: Hidden, own: Hidden, taught: Hidden, studied: Hidden, weight: Tensor, relative: bool
 ) -> tuple[NormalEquations, NormalEquations]:
-    """Normal equations over the micro-batches solved on, and over the held-out ones; `relative` to hidden states' sizes."""
-    fit, check = NormalEquations(), NormalEquations()
-    for f, a, t, s, is_held in zip(features, own, taught, studied, validation):
-        f, a, t, s = (part.to(device()) for part in (f, a, t, s))
-        weight = _weight(t, s) if relative else torch.ones_like(t[..., 0], dtype=torch.float32)
-        (check if is_held else fit).add(f, a, t - s, weight)
-    return fit, check
+    """Normal equations over the micro-batches solved on, and over the held-out ones; whole on the first rank alone.
+
+    Args:
+        share: division of micro-batches over the ranks.
+        features, own, taught, studied: of this rank's micro-batches.
+        weight: the projection [out, in] that is solved for.
+        relative: weigh tokens by the size of their hidden states.
+    """
+    whole = NormalEquations(), NormalEquations()
+    for total, is_held in zip(whole, (False, True)):
+        for members in share.rounds(is_held):
+            part = NormalEquations()
+            for i in members[rank()] if rank() < len(members) else ():
+                f, a, t, s = (values[i].to(device()) for values in (features, own, taught, studied))
+                part.add(f, a, t - s, _weight(t, s) if relative else torch.ones_like(t[..., 0], dtype=torch.float32))
+            total.collect(part, [number for number, found in enumerate(members) if found], weight)
+    return whole
 
 
 def _corrected(weight: Tensor, fit: NormalEquations, check: NormalEquations) -> Tensor:
@@ -227,12 +214,12 @@ def _set(projection: Any, weight: Tensor, layer: int, symbol: str) -> None:
     projection.weight.copy_(weight)
 
 
-def _outputs(features: list[Tensor], weight: Tensor) -> list[Tensor]:
-    return [(f.to(device()) @ weight.T.to(f.dtype)).cpu() for f in features]
+def _outputs(features: Hidden, weight: Tensor) -> Hidden:
+    return {i: (f.to(device()) @ weight.T.to(f.dtype)).cpu() for i, f in features.items()}
 
 
-def _advance(hidden: list[Tensor], outputs: list[Tensor]) -> None:
-    for i, out in enumerate(outputs):
+def _advance(hidden: Hidden, outputs: Hidden) -> None:
+    for i, out in outputs.items():
         hidden[i] = hidden[i] + out
 
 
@@ -240,25 +227,38 @@ def _weight(taught: Tensor, studied: Tensor) -> Tensor:
     return 1 / (taught.float().square().sum(-1) + studied.float().square().sum(-1))
 
 
-def _relative_error(features: list[Tensor], targets: list[Tensor], weight: Tensor, validation: list[bool]) -> float:
-    held = [(f.to(device()), y.to(device())) for f, y, is_held in zip(features, targets, validation) if is_held]
-    rows = [(f @ weight.T.to(f) - y, y) for f, y in held]
-    lost, energy = (sum(part.float().square().sum() for part in parts) for parts in zip(*rows))
-    return float(lost / energy)
+def _relative_error(share: Share, features: Hidden, targets: Hidden, weight: Tensor) -> float:
+    def terms(f: Tensor, y: Tensor) -> tuple[float, float]:
+        lost = (f @ weight.T.to(f) - y).float().square().sum()
+        return float(lost), float(y.float().square().sum())
+
+    held = [i for i in share.own if share.held[i]]
+    lost, energy = share.sum({i: terms(features[i].to(device()), targets[i].to(device())) for i in held})
+    return lost / energy if energy else math.nan
 
 
-def _distance(taught: list[Tensor], studied: list[Tensor], validation: list[bool]) -> float:
-    rows = [relative_distance(s, t) for t, s, is_held in zip(taught, studied, validation) if is_held]
-    return float(torch.cat(rows, 1).mean())
+def _distance(share: Share, taught: Hidden, studied: Hidden) -> float:
+    held = [i for i in share.own if share.held[i]]
+    distances = {i: relative_distance(studied[i], taught[i]) for i in held}
+    total, tokens = share.sum({i: (float(part.double().sum()), part.numel()) for i, part in distances.items()})
+    return total / tokens
 
 
-def _match_norm(mixer: Mamba2, x: Tensor) -> None:
+def _match_norm(layer: Any, studied: Hidden) -> None:
     """Shrink Mamba2's steps until the input of its norm is as large as the root of the norm's epsilon.
 
     The norm comes after the gate and would cancel a gate that is one number a head; at this size it lets lengths through.
     Rates grow as steps shrink, so states decay as before. Both are logarithms, or nearly: a training step changes them as
-    little as before, which it would not do to values made as small.
+    little as before, which it would not do to values made as small. The first rank measures, on the first micro-batch.
     """
+    mixer: Mamba2 = layer.self_attention
+    if rank() == 0:
+        _shrink_steps(mixer, layer.input_layernorm(studied[0].to(device()))[0])
+    for parameter in (mixer.dt_bias, mixer.A_log):
+        broadcast(parameter.data)
+
+
+def _shrink_steps(mixer: Mamba2, x: Tensor) -> None:
     seen = []
     hook = mixer.norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
     try:

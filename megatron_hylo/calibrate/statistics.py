@@ -20,6 +20,7 @@ by least squares needs the same tokens in E[x x^T] as in E[n x]; of a part of th
 
     head_energy                 [Hq]          E|o|^2 of each head's attention output, before W_O
     attention_distance          [Hq]          mean distance in tokens that a head looks back, the window's first token left out
+    attention_entropy           [Hq]          mean entropy of a head's attention, nats; not in folders of earlier versions
     sink_mass                   [Hq]          mean attention on the window's first token
     length_moment               [Hq, d]       E[n x], n = |o| / E|o|: how long a head's output is, to be predicted from x
     reception_moment            [Hq, d]       E[(r - E r) x], r = log of the attention that a token receives from the next

@@ -19,10 +19,12 @@ from megatron_hylo.config import ConfigError, RunFailure
 EXIT_FAILURE, EXIT_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 FIRST_RANK_SECONDS = 5.0  # torchrun ends the other ranks within these when the first one fails
 
+BESIDE = "nothing was written to {output}; the parts that are done are kept beside it, and the same command goes on"
 KEPT = {  # by verb, what Ctrl-C leaves and how to go on; others write their output whole or not at all
     "train": "finished checkpoints in {output}/checkpoints are kept; the same command goes on from the newest, or begins",
     "quickstart": "the steps that are done are kept in {output}; the same command goes on",
     "calibrate": "the layers that are done are kept beside {output}; the same command goes on",
+    **dict.fromkeys(("convert", "export", "upcycle", "assemble"), BESIDE),
     "sample-text": "the shards that are done are kept beside {output}; the same command goes on",
     "cache-teacher": "what is done is kept beside {output}; the same command goes on",
     "fetch": "nothing unfinished is kept; run the same command again",

@@ -78,7 +78,7 @@ def eval(
     require_lm_eval("hylo eval")
     if output is not None:
         check_free(output, overwrite, [model, data])
-    found = _measure(model, settings, dtype, max_length, batch_size)
+    found = measure(model, settings, dtype, max_length, batch_size)
     if not is_launched_first():
         return
     if output is not None:
@@ -92,8 +92,10 @@ def eval(
         _show(found)
 
 
-def _measure(model: Path, settings: SuiteSettings, dtype: str, max_length: int | None, batch_size: str) -> "EvalResult":
-    """Open the model and run the suites, on all ranks of a torchrun; complete on the first."""
+def measure(
+    model: Path, settings: SuiteSettings, dtype: str = "auto", max_length: int | None = None, batch_size: str = "auto"
+) -> "EvalResult":
+    """Open a model and run suites, on all ranks of a torchrun; complete on the first. Arguments as of `hylo eval`."""
     from megatron_hylo.eval.lm import HyloLM
     from megatron_hylo.eval.lm_facts import describe_model, describe_run
     from megatron_hylo.eval.results import EvalResult

@@ -150,10 +150,12 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
 
 def _show_run(run: dict[str, Any]) -> None:
-    sizes = run["parameters"]
-    teacher = f", teacher {run['teacher']} ({sizes['teacher'] / 1e9:.2f} G)" if "teacher" in sizes else ""
+    sizes, active = run["parameters"], run["active_parameters"]
+    told = {name: f"{size / 1e9:.2f} G" for name, size in sizes.items()}
+    told |= {name: f"{told[name]}, {active[name] / 1e9:.2f} G a token" for name in told if active[name] < sizes[name]}
+    teacher = f", teacher {run['teacher']} ({told['teacher']})" if "teacher" in sizes else ""
     results.print(
-        f"{run['recipe']}: {run['stage']}, {run['student']} ({sizes['student'] / 1e9:.2f} G parameters){teacher}, "
+        f"{run['recipe']}: {run['stage']}, {run['student']} ({told['student']} parameters){teacher}, "
         f"{run['global_batch_size']} x {run['sequence_length']:,} tokens a step, {run['tokens']:,} in all",
         markup=False,
         highlight=False,
@@ -207,7 +209,7 @@ def _settings(chosen: dict[str, Any], data_parallel: int) -> str:
     """Settings in a line: the groups larger than one, and what is not off."""
     sizes = {
         "TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size",
-        "VPP": "virtual_pipeline_model_parallel_size", "CP": "context_parallel_size",
+        "VPP": "virtual_pipeline_model_parallel_size", "CP": "context_parallel_size", "EP": "expert_model_parallel_size",
     }  # fmt: skip
     words = [f"{short}{chosen[f'parallel.{name}']}" for short, name in sizes.items() if chosen[f"parallel.{name}"] > 1]
     words += [f"DP{data_parallel}"] if data_parallel > 1 else []

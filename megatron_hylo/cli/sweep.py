@@ -1,6 +1,7 @@
 """`hylo sweep`: cells of settings run on this machine or as a Slurm array, and a report on them."""
 
 import contextlib
+import dataclasses
 import json as json_module
 import os
 import queue
@@ -22,7 +23,7 @@ from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveInt
 
 if TYPE_CHECKING:
-    from megatron_hylo.plan.sweep import Cell, Sweep
+    from megatron_hylo.plan.sweep import Cell, Stage, Sweep
 
 COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red", "killed": "red"}
 PDEATHSIG = 1  # prctl's number for the signal that a process gets when the one that started it is gone
@@ -38,7 +39,7 @@ def sweep(
     samples: PositiveInt = 1000,
     json: bool = False,
 ) -> int:
-    """Train a grid of hybrids: `hylo sweep SPEC.yaml` runs it, `hylo sweep report SPEC.yaml` shows what came out.
+    """Train and measure a grid of hybrids: `hylo sweep SPEC.yaml` runs it, `hylo sweep report SPEC.yaml` shows what came out.
 
     Cells have a process each, some side by side. The same command goes on where it was: finished cells stay, stopped ones
     resume from their newest checkpoint, failed ones are started again at most `retries` times. Exits 1 where cells failed,
@@ -108,7 +109,36 @@ def run_cell(cell: "Cell") -> int:
         held = lock.acquire()
     with held:
         make_student(cell)
-        return train(cell.train)
+        for stage in cell.stages:
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(stage.folder / ".stage.lock"):  # cells that begin alike share it
+                if stage.train is not None and (code := train(stage.train)):
+                    return code
+                measure_stage(stage)
+        return 0
+
+
+def measure_stage(stage: "Stage") -> None:
+    """Take the evaluations of a stage that are not there yet, at lengths within the model's window."""
+    left = stage.unmeasured()
+    if not left:
+        return
+    import gc
+
+    import torch
+
+    from megatron_hylo.cli.evaluation import measure
+    from megatron_hylo.eval.report import write_report
+    from megatron_hylo.plan.job import shape
+
+    gc.collect()  # the training that came before
+    torch.cuda.empty_cache()
+    window = shape(str(stage.model)).max_position_embeddings
+    for one in left:
+        lengths = one.settings.lengths and [length for length in one.settings.lengths if length <= window]
+        console.print(f"measure {stage.model} by {one.name}", markup=False, soft_wrap=True)
+        found = measure(stage.model, dataclasses.replace(one.settings, lengths=lengths or one.settings.lengths))
+        found.write(stage.results(one), also=write_report)
 
 
 def make_student(cell: "Cell") -> None:
@@ -198,13 +228,14 @@ def _last_line(file: Path) -> str:
 
 def show_cells(sweep: "Sweep", as_json: bool, dry_run: bool) -> int:
     """Print the cells with their states; returns the exit code."""
-    from megatron_hylo.plan.sweep_report import row_of
+    from megatron_hylo.plan.sweep_page import varied_names
+    from megatron_hylo.plan.sweep_rows import row_of
 
     rows = [row_of(cell) for cell in sweep.cells]
     if as_json:
         print_json({"output": str(sweep.output), "cells": rows})
     else:
-        varied = list(dict.fromkeys(name for cell in sweep.cells for name in cell.varied))
+        varied = varied_names(sweep)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for name in ("cell", *varied, "state", "held-out loss", "minutes"):
             table.add_column(name, overflow="fold")

@@ -8,6 +8,7 @@ from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.config.upcycle import UpcycleConfig
+from megatron_hylo.io.start_up import use_huge_pages
 
 
 def chosen_dtype(precision: Literal["fp32", "bf16"] | None):
@@ -168,12 +169,16 @@ def serve_teacher(
 def upcycle(config: UpcycleConfig, json: bool = False) -> None:
     """Make a hybrid from a teacher: its mixers from the attention weights; shows how good it is before any training.
 
+    Under torchrun the ranks share the layers and the calibration text; the hybrid is the same to the last bit. Started again
+    after an interruption, on any number of ranks, the same command keeps the layers and files that are done.
+
     TEACHER and OUTPUT may also be keys of a YAML file, as all options: `hylo upcycle --config FILE`.
 
     Args:
         config: settings of the hybrid.
         json: print {pattern, quality, teacher_quality, layers} instead of tables.
     """
+    use_huge_pages()
     from megatron_hylo.platform.distributed import session
     from megatron_hylo.upcycle.run import upcycle_folder
 
@@ -197,6 +202,7 @@ def assemble(mla: Path, linear: Path, base: Path, output: Path, *, pattern: str,
         pattern: one mixer a layer, e.g. "G+GG".
         overwrite: replace what is there.
     """
+    use_huge_pages()
     from megatron_hylo.platform.distributed import session
     from megatron_hylo.upcycle.run import assemble_folder
 

@@ -15,6 +15,7 @@ from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import ConfigError, ModelConfig, TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
+from megatron_hylo.io.start_up import use_huge_pages
 
 
 def layouts(json: bool = False) -> None:
@@ -100,7 +101,7 @@ def convert(
     memory at a time. The same command goes on at the shard where a killed one was.
 
     Args:
-        source: Hugging Face folder (Llama, Qwen2.5, Qwen3 or an exported hybrid), .gguf file, or model folder.
+        source: Hugging Face folder (Llama, Mistral, Qwen2.5, Qwen3, Qwen3-MoE, our exports), .gguf file, or model folder.
         output: folder to make; it appears only when it is complete.
         to: the format to make.
         overwrite: replace what is there.
@@ -111,6 +112,7 @@ def convert(
         calibration_tokens: of that text.
         json: print {output, format, mixers, parameters, verified}.
     """
+    use_huge_pages()
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
     from megatron_hylo.models.checkpoint import read_description
@@ -143,6 +145,7 @@ def verify(
         tolerance: largest |delta logit| that passes, fp32; relative to the largest logit where that is above 1.
         json: print the comparison as JSON.
     """
+    use_huge_pages()
     from megatron_hylo.convert.verify import Verification, verify_conversion
     from megatron_hylo.convert.verify_hashes import HashVerification, verify_hashes
     from megatron_hylo.platform.distributed import session
@@ -212,6 +215,8 @@ def export(
     output: Path,
     results: list[Path] | None = None,
     license: str | None = None,
+    base_model: str | None = None,
+    datasets: list[str] | None = None,
     overwrite: bool = False,
     no_verify: bool = False,
     shard_gb: PositiveFloat = 2.0,
@@ -228,8 +233,11 @@ def export(
     Args:
         model: model folder or training checkpoint; with quantize an exported folder as well.
         output: Hugging Face folder to make.
-        results: results folders of `hylo eval` of this model, for its card.
+        results: results folders of `hylo eval` of this model, for its card; by default those of it that lie in its run's folder
+            or beside that.
         license: of the model, as the Hugging Face Hub spells it (apache-2.0), for its card; the base model's terms bind it.
+        base_model: of what was converted, ORGANISATION/NAME on the Hub, for the card; by default as the Hub's cache has it.
+        datasets: that the model was trained on, ORGANISATION/NAME on the Hub, for the card.
         overwrite: replace what is there.
         no_verify: leave out the comparison.
         shard_gb: largest size of a file of weights, GB.
@@ -238,24 +246,30 @@ def export(
         calibration_tokens: of that text.
         json: print {output, format, mixers, parameters, verified}.
     """
+    use_huge_pages()
+    from megatron_hylo.convert.model_card import CardFacts
     from megatron_hylo.convert.quantise import export_quantised
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+    from megatron_hylo.eval.lm_facts import results_of
     from megatron_hylo.eval.results import read_results
     from megatron_hylo.models.checkpoint import read_description
     from megatron_hylo.platform.distributed import session
 
     if calibration_data is not None and quantize is None:
         raise ConfigError("--calibration_data decides how weights are rounded; give --quantize fp8, int8 or int4 with it")
-    measured, size = [read_results(folder).to_dict() for folder in results or ()], int(shard_gb * 1e9)
+    found = results_of(model) if results is None else {folder: read_results(folder) for folder in results}
+    for folder in found if results is None else ():
+        console.print(f"results for the card: {folder}", markup=False, soft_wrap=True)
+    facts = CardFacts([result.to_dict() for result in found.values()], license, base_model, datasets or ())
+    size = int(shard_gb * 1e9)
     with session():
         if quantize is None:
-            convert_megatron_to_hf(model, output, overwrite, track, not no_verify, measured, license, size)
+            convert_megatron_to_hf(model, output, overwrite, track, not no_verify, facts, size)
             config = read_description(model)[0]
         else:
             config = export_quantised(
-                model, output, quantize, calibration_data, calibration_tokens, overwrite, track, not no_verify, measured,
-                license, size,
-            )  # fmt: skip
+                model, output, quantize, calibration_data, calibration_tokens, overwrite, track, not no_verify, facts, size
+            )
     _wrote(output, "hf", config, not no_verify, json)
 
 

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_hylo.config import MIXER_SYMBOLS, ConfigError, ModelConfig, RopeScaling
+from megatron_hylo.config import MIXER_SYMBOLS, MLP_SYMBOLS, ConfigError, ModelConfig, RopeScaling, interleaved
 from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MIXERS, MLA_SYMBOL, Fields, get_mixer
+from megatron_hylo.config.mlps import get_mlp
 
 logger = logging.getLogger("megatron_hylo.config")
 LLAMA3_ROPE = RopeScaling(
@@ -46,6 +47,11 @@ BASES: dict[str, ModelConfig] = {
         hybrid_layer_pattern="*-" * 36, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32, num_query_groups=8,
         kv_channels=128, vocab_size=151936, model_family="qwen3", max_position_embeddings=40960, layernorm_epsilon=1e-6,
         qk_layernorm=True, rotary_base=1000000.0,
+    ),
+    "qwen3-30b-a3b": ModelConfig(
+        hybrid_layer_pattern="*E" * 48, hidden_size=2048, ffn_hidden_size=6144, num_attention_heads=32, num_query_groups=4,
+        kv_channels=128, vocab_size=151936, model_family="qwen3_moe", max_position_embeddings=40960, layernorm_epsilon=1e-6,
+        qk_layernorm=True, rotary_base=1000000.0, num_moe_experts=128, moe_ffn_hidden_size=768, moe_router_topk=8,
     ),
     "smollm2-135m": ModelConfig(
         hybrid_layer_pattern="*-" * 30, hidden_size=576, ffn_hidden_size=1536, num_attention_heads=9, num_query_groups=3,
@@ -87,6 +93,7 @@ def _layouts() -> dict[str, NamedLayout]:
         ("llama3.2-3b", "14mla14", _EVERY_SECOND_28),
         ("qwen3-1.7b", "7mla21", (1, 5, 9, 13, 17, 21, 25)),
         ("qwen3-1.7b", "14mla14", _EVERY_SECOND_28),
+        ("qwen3-30b-a3b", "12mla36", tuple(range(1, 48, 4))),
         ("smollm2-135m", "8mla22", (1, 5, 9, 13, 17, 21, 25, 28)),
     ]
     layouts = {
@@ -104,24 +111,32 @@ def _layouts() -> dict[str, NamedLayout]:
 LAYOUTS: dict[str, NamedLayout] = _layouts()
 
 
-def expand_pattern(pattern: str, num_layers: int) -> str:
+def expand_pattern(pattern: str, num_layers: int, base_mlps: str | None = None) -> str:
     """Expand a user's pattern to one mixer symbol a layer.
 
     Args:
         pattern: with MLPs ("G-+-G-") or without ("G+G").
         num_layers: Transformer layers of the base model.
+        base_mlps: its MLPs, which a pattern with MLPs must repeat.
 
     Raises:
-        ConfigError: an unknown symbol, or a number of mixers other than `num_layers`.
+        ConfigError: an unknown symbol, a number of mixers other than `num_layers`, or MLPs that are not the base model's.
     """
-    mixers = pattern.replace("-", "").replace("|", "")
+    mixers = pattern.translate(dict.fromkeys(map(ord, MLP_SYMBOLS + "|")))
     unknown = sorted(set(mixers) - set(MIXER_SYMBOLS))
     if unknown:
-        raise ConfigError(f"pattern {pattern!r} holds {unknown[0]!r}; use {' '.join(MIXER_SYMBOLS)} for mixers and - for MLPs")
+        raise ConfigError(
+            f"pattern {pattern!r} holds {unknown[0]!r}; use {' '.join(MIXER_SYMBOLS)} for mixers and - or E for MLPs"
+        )
     if len(mixers) != num_layers:
         raise ConfigError(f"pattern {pattern!r} has {len(mixers)} mixers, but the base model has {num_layers} layers")
-    if "-" in pattern and pattern.replace("|", "") != "".join(m + "-" for m in mixers):
-        raise ConfigError(f"pattern {pattern!r}: every mixer must be followed by its MLP '-', e.g. 'G-+-G-'")
+    mlps = "".join(symbol for symbol in pattern if symbol in MLP_SYMBOLS)
+    if mlps and (len(mlps) != len(mixers) or pattern.replace("|", "") != interleaved(mixers, mlps)):
+        raise ConfigError(f"pattern {pattern!r}: every mixer must be followed by its MLP, e.g. 'G-+-G-'")
+    if base_mlps is not None and mlps and mlps != base_mlps:
+        raise ConfigError(
+            f"pattern {pattern!r} has the MLPs {mlps}, the base model {base_mlps}, which are copied: leave them out"
+        )
     return mixers
 
 
@@ -150,10 +165,10 @@ def hybrid_config(
     Raises:
         ConfigError: the pattern does not fit the base, or an override is not a field.
     """
-    mixers = expand_pattern(pattern, base.num_hidden_layers)
+    mixers = expand_pattern(pattern, base.num_hidden_layers, base.mlps)
     name = base_name or next((n for n, b in BASES.items() if _same_backbone(b, base)), None)
     fields: Fields = dict(
-        hybrid_layer_pattern="".join(m + "-" for m in mixers),
+        hybrid_layer_pattern=interleaved(mixers, base.mlps),
         untie_embeddings_and_output_weights=True,
         add_qkv_bias=base.add_qkv_bias and ATTENTION_SYMBOL in mixers,
     )
@@ -178,7 +193,8 @@ def pipeline_pattern(config: ModelConfig, num_stages: int, layers: Sequence[int]
         layers: of every stage, as `pipeline_layers` takes them.
     """
     cuts = set(itertools.accumulate(pipeline_layers(config, num_stages, layers)[:-1]))
-    return "".join(("|" if i in cuts else "") + m + "-" for i, m in enumerate(config.mixers))
+    pairs = enumerate(zip(config.mixers, config.mlps))
+    return "".join(("|" if i in cuts else "") + mixer + mlp for i, (mixer, mlp) in pairs)
 
 
 def pipeline_layers(config: ModelConfig, num_stages: int, given: Sequence[int] | None = None) -> list[int]:
@@ -202,7 +218,7 @@ def pipeline_layers(config: ModelConfig, num_stages: int, given: Sequence[int] |
             f"{num_stages} pipeline stages (pipeline_model_parallel_size x virtual_pipeline_model_parallel_size) are more than "
             f"the model's {len(mixers)} layers"
         )
-    costs = [MIXERS[m].parameters(config) + 3 * d * config.ffn_hidden_size for m in mixers]
+    costs = [MIXERS[mixer].parameters(config) + get_mlp(mlp).parameters(config) for mixer, mlp in zip(mixers, config.mlps)]
     costs[0] += config.vocab_size * d
     costs[-1] += config.vocab_size * d
     sums = list(itertools.accumulate(costs, initial=0))
@@ -223,16 +239,31 @@ def pipeline_layers(config: ModelConfig, num_stages: int, given: Sequence[int] |
 
 
 def _same_backbone(a: ModelConfig, b: ModelConfig) -> bool:
-    keys = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "num_hidden_layers")
+    keys = (
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "mlps",
+        "num_moe_experts",
+    )
     return all(getattr(a, k) == getattr(b, k) for k in keys)
 
 
 def parameter_count(config: ModelConfig) -> int:
     """Number of parameters; an untied output head counts beside the embedding, as in the released checkpoints."""
     d = config.hidden_size
-    layers = sum(get_mixer(m).parameters(config) + 3 * d * config.ffn_hidden_size + 2 * d for m in config.mixers)
+    layers = sum(get_mixer(m).parameters(config) + 2 * d for m in config.mixers)
+    layers += sum(get_mlp(m).parameters(config) for m in config.mlps)
     embeddings = config.vocab_size * d * (2 if config.untie_embeddings_and_output_weights else 1)
     return layers + embeddings + d
+
+
+def active_parameter_count(config: ModelConfig) -> int:
+    """Number of parameters that a token's forward pass uses: all but the experts of others."""
+    idle = sum(get_mlp(m).parameters(config) - get_mlp(m).active_parameters(config) for m in config.mlps)
+    return parameter_count(config) - idle
 
 
 def kv_elements_per_token(config: ModelConfig) -> int:

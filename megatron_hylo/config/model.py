@@ -1,9 +1,9 @@
 """Model configuration: the single source of every architectural setting.
 
 A model is described by one pattern string in Megatron-Core's alphabet, two symbols a Transformer layer (a token mixer, then
-an MLP `-`), e.g. "G-+-G-", plus the numbers below, which carry Megatron's field names. The mixers' symbols and what follows
-from their sizes are in `mixers/`. Everything else (parameters, KV bytes, checkpoint mapping, pipeline split) is derived from
-a `ModelConfig`, never configured twice.
+an MLP: `-`, or `E` a mixture of experts), e.g. "G-+-G-", plus the numbers below, which carry Megatron's field names. The
+symbols and what follows from their sizes are in `mixers/` and `mlps.py`. Everything else (parameters, KV bytes, checkpoint
+mapping, pipeline split) is derived from a `ModelConfig`, never configured twice.
 """
 
 import dataclasses
@@ -12,10 +12,13 @@ from typing import Any, Literal
 
 from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MIXERS, get_mixer
+from megatron_hylo.config.mlps import EXPERTS_SYMBOL, MLPS
 from megatron_hylo.config.rope import RopeScaling
 
 MIXER_SYMBOLS = "".join(MIXERS)
-LAYERS = MIXER_SYMBOLS + "-"  # symbols of a pattern
+MLP_SYMBOLS = "".join(MLPS)
+LAYERS = MIXER_SYMBOLS + MLP_SYMBOLS  # symbols of a pattern
+_NAMES = [*(mixer.name for mixer in MIXERS.values()), *(mlp.name for mlp in MLPS.values())]
 Fp8 = Literal["e4m3", "hybrid"]  # formats of linear maps in a frozen model, and in one that is trained (Megatron-Core's names)
 
 
@@ -30,7 +33,7 @@ def recomputed_layers(setting: bool | str) -> str:
     if unknown := sorted(set(setting) - set(LAYERS)):
         raise ConfigError(
             f"recompute {setting!r}: {unknown[0]!r} is no layer; use true, false or symbols of {' '.join(LAYERS)} "
-            f"({', '.join(mixer.name for mixer in MIXERS.values())}, MLP), say 'G-'"
+            f"({', '.join(_NAMES)}), say 'G-'"
         )
     return setting
 
@@ -41,12 +44,12 @@ class ModelConfig:
 
     hybrid_layer_pattern: str  # e.g. "G-+-G-G-"
     hidden_size: int
-    ffn_hidden_size: int  # SwiGLU width
+    ffn_hidden_size: int  # SwiGLU width of `-` layers
     num_attention_heads: int  # query heads
     num_query_groups: int  # key/value heads; MLA's kv_b_proj produces this many too
     kv_channels: int  # attention head dimension
     vocab_size: int
-    model_family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"  # of the base model
+    model_family: Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"] = "llama"  # of the base model
     max_position_embeddings: int = 8192
     layernorm_epsilon: float = 1e-5
     untie_embeddings_and_output_weights: bool = True
@@ -76,6 +79,11 @@ class ModelConfig:
     kda_decay_rank: int = 0  # inner width of KDA's two maps to its decay
     # short convolution of all linear mixers
     linear_conv_kernel_dim: int = 4
+    # mixture of experts (`E`)
+    num_moe_experts: int = 0
+    moe_ffn_hidden_size: int = 0  # SwiGLU width of an expert
+    moe_router_topk: int = 0  # experts of a token
+    moe_router_pre_softmax: bool = False  # a token's weights are its experts' shares of all experts; else they sum to 1
 
     def __post_init__(self) -> None:
         mixers = self.mixers  # checks the pattern
@@ -86,6 +94,8 @@ class ModelConfig:
             )
         for symbol in dict.fromkeys(mixers):
             MIXERS[symbol].check(self)
+        for symbol in dict.fromkeys(self.mlps):
+            MLPS[symbol].check(self)
         if self.mla_rotary_pairs:
             self._check_rotary_pairs()
 
@@ -121,12 +131,23 @@ class ModelConfig:
         """
         pattern = self.hybrid_layer_pattern.replace("|", "")
         mixers, mlps = pattern[0::2], pattern[1::2]
-        if not pattern or len(mixers) != len(mlps) or set(mlps) != {"-"} or not set(mixers) <= set(MIXER_SYMBOLS):
+        known = set(mixers) <= set(MIXER_SYMBOLS) and set(mlps) <= set(MLP_SYMBOLS)
+        if not pattern or len(mixers) != len(mlps) or not known:
             raise ConfigError(
                 f"pattern {self.hybrid_layer_pattern!r} must alternate a mixer out of {' '.join(MIXER_SYMBOLS)} "
-                f"and an MLP '-', e.g. 'G-+-G-'"
+                f"and an MLP '-' (or 'E', a mixture of experts), e.g. 'G-+-G-'"
             )
         return mixers
+
+    @property
+    def mlps(self) -> str:
+        """MLP symbols, one for each Transformer layer, e.g. "-EEE" for "G-+EGEGE"."""
+        return self.hybrid_layer_pattern.replace("|", "")[1::2]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any MLP is a mixture of experts."""
+        return EXPERTS_SYMBOL in self.mlps
 
     @property
     def is_transformer(self) -> bool:
@@ -144,11 +165,11 @@ class ModelConfig:
         return self.num_query_groups * self.mamba_head_dim
 
     def with_mixers(self, mixers: str) -> "ModelConfig":
-        """Other mixers of the same shapes, one symbol a layer; only MLA layers keep rotary pairs of their own."""
+        """Other mixers of the same shapes and MLPs, one symbol a layer; only MLA layers keep rotary pairs of their own."""
         pairs = [
             entry if get_mixer(symbol).rotary_pairs_by_layer else () for symbol, entry in zip(mixers, self.mla_rotary_pairs)
         ]
-        return self.replace(hybrid_layer_pattern="".join(f"{symbol}-" for symbol in mixers), mla_rotary_pairs=pairs)
+        return self.replace(hybrid_layer_pattern=interleaved(mixers, self.mlps), mla_rotary_pairs=pairs)
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed, checked again."""
@@ -157,6 +178,11 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary that JSON keeps unchanged; `from_dict(ModelConfig, ...)` is its inverse."""
         return dataclasses.asdict(self) | {"mla_rotary_pairs": [list(pairs) for pairs in self.mla_rotary_pairs]}
+
+
+def interleaved(mixers: str, mlps: str) -> str:
+    """Pattern of mixers, each followed by its MLP: "GE+E" for "G+" and "EE"."""
+    return "".join(mixer + mlp for mixer, mlp in zip(mixers, mlps, strict=True))
 
 
 def _tuples(entries: Any) -> tuple[tuple[int, ...], ...]:

@@ -8,7 +8,7 @@ from megatron_hylo.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of tensor, pipeline and context parallelism; the remaining ranks are data parallel.
+    """Sizes of tensor, pipeline, context and expert parallelism; the remaining ranks are data parallel.
 
     Args:
         tensor_model_parallel_size: ranks that share each layer, by heads and columns.
@@ -18,6 +18,7 @@ class ParallelConfig:
         context_parallel_size: ranks that share a sequence.
         cp_comm_type: what context-parallel ranks exchange: what is small, sequence for heads, or the faster that fits
             (docs/parallelism.md).
+        expert_model_parallel_size: ranks that have different experts, whole ones, out of those with the same layers.
         sequence_parallel: with tensor parallelism: norms and residuals split over the sequence.
         distributed_timeout_minutes: a rank that hangs longer ends the job.
     """
@@ -28,12 +29,13 @@ class ParallelConfig:
     pipeline_layers: list[int] | None = None
     context_parallel_size: int = 1
     cp_comm_type: Literal["auto", "all_gather", "a2a"] = "auto"
+    expert_model_parallel_size: int = 1
     sequence_parallel: bool = False
     distributed_timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size",
-                     "context_parallel_size"):  # fmt: skip
+                     "context_parallel_size", "expert_model_parallel_size"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
@@ -56,6 +58,23 @@ class ParallelConfig:
     def pipeline_stages(self) -> int:
         """Number of pipeline stages, virtual ones included; stage i is on pipeline rank i modulo the ranks."""
         return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+
+    def check_experts(self, ranks: int) -> None:
+        """Refuse an expert-parallel size that does not divide the ranks of a pipeline stage.
+
+        Args:
+            ranks: processes of the run, a multiple of `model_parallel_size`.
+
+        Raises:
+            ConfigError: with the number that it must divide.
+        """
+        stage = ranks // self.pipeline_model_parallel_size
+        if stage % self.expert_model_parallel_size:
+            raise ConfigError(
+                f"expert_model_parallel_size {self.expert_model_parallel_size} does not divide the {stage} ranks of a pipeline "
+                f"stage ({ranks} ranks, pipeline_model_parallel_size {self.pipeline_model_parallel_size}); start more ranks or "
+                "make it smaller"
+            )
 
     @property
     def model_parallel_size(self) -> int:

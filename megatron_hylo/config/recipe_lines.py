@@ -46,6 +46,10 @@ FAMILIES = {
     "qwen3-1.7b": Family(
         "Qwen3-1.7B", ("Qwen3-8B", "qwen3-8b"), 8, ("6.0e-5", "[HyLo]"), (32, "[HyLo]"), 32768,
     ),
+    "qwen3-30b-a3b": Family(
+        "Qwen3-30B-A3B", ("Qwen3-30B-A3B itself", "qwen3-30b-a3b"), 8, ("4.0e-5", "[HyLo] for a 3B base; our choice"),
+        (16, "[HyLo] for a 3B base; our choice"), 32768,
+    ),
     "smollm2-135m": Family(
         "SmolLM2-135M", ("SmolLM2-135M-Instruct itself", "smollm2-135m"), 1, ("1.5e-4", "measured [recall]"),
         (4, "32,768 tokens a step, measured [recall]"), 2048,
@@ -152,7 +156,7 @@ class Recipe:
             yield f"# Stage 1, {loss}, {family.title}: every mixer of a hybrid learns its teacher layer's output."
             yield f"# MODEL: `hylo upcycle` of the base (any layout). TEACHER: the base model itself. {node}."
         elif self.stage == "stage2_ctx8k":
-            taught = "larger teacher's" if family.gpus > 1 else "teacher's"
+            taught = "larger teacher's" if family.teacher[1] != self.layout.base else "teacher's"
             yield f"# Stage 2, distillation at 8K, {family.title} hybrid: the aligned student learns a {taught} distribution."
             yield f"# MODEL: result of stage 1. TEACHER: {family.teacher[0]}. {node}."
         elif self.length == 65536 and not self.small:
@@ -343,6 +347,8 @@ class Recipe:
         halves = "; our choice: halves activations, whatever the heads" if context > 1 else "; our choice"
         yield row(f"  context_parallel_size: {context}", f"ranks that share each sequence in equal parts{halves}")
         yield row("  cp_comm_type: auto", "what those ranks exchange: a2a, all_gather, or auto (docs/parallelism.md)")
+        experts, why = (self.family.gpus, "; our choice: the fewest on each") if self.base.has_experts else (1, "")
+        yield row(f"  expert_model_parallel_size: {experts}", f"ranks that have different experts of a mixture{why}")
         if tensor > 1:
             halves = "norms and residuals split over the sequence: halves what recompute keeps; our choice"
             yield row("  sequence_parallel: true", halves)

@@ -4,8 +4,8 @@ The files of megatron_hylo/recipes/, which the Slurm scripts name, are those of 
 
     python -m megatron_hylo.config.recipes megatron_hylo/recipes
 
-`hylo scripts FOLDER --layout NAME` writes those of another layout. There are 16 layouts of four bases and five stages: files of
-all would be eighty that differ in a dozen numbers.
+`hylo scripts FOLDER --layout NAME` writes those of another layout. There are 18 layouts of five bases and five stages: files of
+all would be ninety that differ in a dozen numbers.
 """
 
 import sys

@@ -7,26 +7,25 @@ from here, so that it is written down once.
 
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.mixers import Shape, get_mixer
+from megatron_hylo.config.mlps import get_mlp
 
 
-def layer_tensor_names(config: ModelConfig, symbol: str) -> dict[str, Shape]:
-    """Tensors of one decoder layer (norms, mixer, SwiGLU MLP), named relative to `model.layers.{l}.`.
+def layer_tensor_names(config: ModelConfig, symbol: str, mlp: str) -> dict[str, Shape]:
+    """Tensors of one decoder layer (norms, mixer, MLP), named relative to `model.layers.{l}.`.
 
     Args:
         config: the model the layer belongs to.
-        symbol: the layer's mixer.
+        symbol, mlp: the layer's mixer and MLP.
 
     Raises:
         ConfigError: an unknown symbol.
     """
-    d, ffn = config.hidden_size, config.ffn_hidden_size
+    d = config.hidden_size
     return {
         "input_layernorm.weight": (d,),
         **get_mixer(symbol).tensors(config),
         "post_attention_layernorm.weight": (d,),
-        "mlp.gate_proj.weight": (ffn, d),
-        "mlp.up_proj.weight": (ffn, d),
-        "mlp.down_proj.weight": (d, ffn),
+        **get_mlp(mlp).tensors(config),
     }
 
 
@@ -41,8 +40,8 @@ def tensor_names(config: ModelConfig) -> dict[str, Shape]:
     """
     d = config.hidden_size
     names: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, d)}
-    for layer, symbol in enumerate(config.mixers):
-        names |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_tensor_names(config, symbol).items()}
+    for layer, kinds in enumerate(zip(config.mixers, config.mlps)):
+        names |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_tensor_names(config, *kinds).items()}
     names["model.norm.weight"] = (d,)
     if config.untie_embeddings_and_output_weights:
         names["lm_head.weight"] = (config.vocab_size, d)

@@ -1,8 +1,8 @@
 """Every setting of a training run. A recipe (YAML) holds these keys; the command line overrides them."""
 
 import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 from megatron_hylo.config import ConfigError, Fp8, ParallelConfig, RopeScaling, TeacherWindow, recomputed_layers
 from megatron_hylo.config.evaluation import SuiteSettings
@@ -19,6 +19,7 @@ from megatron_hylo.config.train_settings import (
     OptimizerSettings,
     ProfileSettings,
     at_least_one,
+    flatten,
 )
 
 __all__ = [
@@ -284,6 +285,13 @@ class TrainConfig:
         ):
             if wrong:
                 raise ConfigError(f"{name} fp8 needs {needed}; change that, or set {name} same")
+
+    def changed_settings(self) -> dict[str, Any]:
+        """Settings that are not the defaults, flat, without paths."""
+        default = flatten(asdict(TrainConfig("pretrain", "-", "-", scratch="-")))
+        given = flatten(asdict(self))
+        left_out = (*PATHS, "stage", "eval_data", "text.blend")
+        return {name: value for name, value in given.items() if name not in left_out and value != default.get(name)}
 
     @property
     def loss_in_words(self) -> str:

@@ -6,6 +6,7 @@ from typing import Literal
 from megatron_hylo.config.layouts import Shapes
 from megatron_hylo.config.paths import expand_home
 
+CALIBRATED = ("calibrated", "taylor")  # initialisers that read a calibration folder, in shapes of the teacher
 PATHS = ("teacher", "output", "calibration")  # `~` is expanded in these
 
 
@@ -18,9 +19,10 @@ class UpcycleConfig:
         output: model folder to make.
         layout: a named layout (see `hylo layouts`), or
         pattern: one mixer a layer out of * + M G K, e.g. "GG+G..."; MLPs may be written ("G-G-+-...").
-        init: calibrated (needs --calibration), or paper (HyLo's own).
+        init: calibrated, paper (HyLo's own), or taylor (Taylor-Calibrate's start of Gated DeltaNet, to compare with); the
+            first and the last need --calibration.
         calibration: folder made by `hylo calibrate`; with it any initialisation is also measured on held-out text.
-        shapes: dimensions of a pattern's mixers; by default teacher for calibrated, the paper's otherwise.
+        shapes: dimensions of a pattern's mixers; teacher for calibrated and taylor, the paper's otherwise.
         rotary: which of the teacher's rotary components MLA keeps: energy (the most useful), all or fastest (standard
             tables), table (the standard table of the layout's own dimensions).
         sequential: let each layer make up for what the layers before it got wrong: much better before training with
@@ -52,6 +54,11 @@ class UpcycleConfig:
                 setattr(self, name, str(expand_home(value)))
 
     @property
+    def reads_statistics(self) -> bool:
+        """Whether the initialiser works from a calibration folder."""
+        return self.init in CALIBRATED
+
+    @property
     def mixer_shapes(self) -> Shapes:
         """Shapes of a pattern's mixers, with the initialiser's default where none are given."""
-        return self.shapes or ("teacher" if self.init == "calibrated" else "paper")
+        return self.shapes or ("teacher" if self.reads_statistics else "paper")

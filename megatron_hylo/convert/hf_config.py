@@ -8,7 +8,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_hylo.config import ConfigError, ModelConfig, from_dict
+from megatron_hylo.config import ConfigError, ModelConfig, from_dict, interleaved
+from megatron_hylo.config.mlps import EXPERTS_SYMBOL
 from megatron_hylo.convert.hf_rope import rope_from_hf, rope_to_hf
 
 logger = logging.getLogger("megatron_hylo.convert")
@@ -22,6 +23,7 @@ _USED = {
     *_SIZES, "model_type", "architectures", "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings",
     "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor",
     "original_max_position_embeddings", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
+    "moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
 }  # fmt: skip
 # Keys that do not change the logits: names and versions, training, what is returned, generation, other heads, and dtype
 # and quantisation, which are those of the stored tensors.
@@ -30,7 +32,7 @@ _HARMLESS = {
     "_attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled", "dtype", "torch_dtype", "use_bfloat16",
     "quantization_config", "compression_config",
     "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "use_cache", "pretraining_tp",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "router_aux_loss_coef", "output_router_logits",
     "return_dict", "output_hidden_states", "output_attentions", "torchscript", "is_decoder", "tie_encoder_decoder",
     "cross_attention_hidden_size", "tf_legacy_loss", "chunk_size_feed_forward",
     "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
@@ -59,9 +61,8 @@ _OTHERWISE = {
     "gemma3": "five of six of its layers attend to a sliding window, and its norms and embedding are scaled",
     "gemma3_text": "five of six of its layers attend to a sliding window, and its norms and embedding are scaled",
     "gemma2": "every second of its layers attends to a sliding window, and its logits are capped",
-    "mixtral": "its MLPs are experts",
-    "qwen2_moe": "its MLPs are experts",
-    "qwen3_moe": "its MLPs are experts",
+    "mixtral": "its experts are stored under other names",
+    "qwen2_moe": "each of its layers has an expert that all tokens share",
     "phi3": "its projections are fused, and some of its channels do not turn",
 }
 
@@ -147,6 +148,8 @@ def _check_windows(values: Mapping[str, Any], layers: int) -> None:
     if kinds is None:
         if values["model_type"] == "mistral":
             window, first = None, 0
+        elif values["model_type"] == "qwen3_moe":  # all layers, whatever max_window_layers says
+            window, first = values.get("sliding_window", 4096) if _flag(values, "use_sliding_window") else None, 0
         elif values["model_type"] == "llama":  # has no windows: with one, the weights are Mistral's
             window, first = values.get("sliding_window"), 0
         else:
@@ -229,6 +232,39 @@ def _qwen3(values: dict[str, Any]) -> ModelConfig:
     return _backbone(values, ("mlp_bias",), defaults, model_family="qwen3", qk_layernorm=True)
 
 
+@register_family("qwen3_moe")
+def _qwen3_moe(values: dict[str, Any]) -> ModelConfig:
+    defaults = {"max_position_embeddings": 32768, "num_key_value_heads": 4}
+    names = ("num_local_experts", "num_experts")  # of transformers 5, and of 4
+    counts = {key: values[key] for key in names if values.get(key) is not None}
+    if len(set(counts.values())) > 1:
+        raise ConfigError(f"config.json: num_local_experts {counts[names[0]]!r} and num_experts {counts[names[1]]!r} differ")
+    dense = _backbone(values, ("mlp_bias", *names), defaults, model_family="qwen3_moe", qk_layernorm=True)
+    sizes = {"num_experts": next(iter(counts.values()), 128)} | values
+    pattern = interleaved(dense.mixers, _sparse_layers(values, dense.num_hidden_layers))
+    return dense.replace(
+        hybrid_layer_pattern=pattern,
+        num_moe_experts=_size(sizes, "num_experts"),
+        moe_ffn_hidden_size=_size(values, "moe_intermediate_size", 768),
+        moe_router_topk=_size(values, "num_experts_per_tok", 8),
+        moe_router_pre_softmax=not _flag(values, "norm_topk_prob"),
+    )
+
+
+def _sparse_layers(values: Mapping[str, Any], layers: int) -> str:
+    """MLP symbols by transformers' rule: every decoder_sparse_step-th layer has experts, but those in mlp_only_layers."""
+    step, dense = _size(values, "decoder_sparse_step", 1), values.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(type(i) is not int or not 0 <= i < layers for i in dense):
+        raise ConfigError(f"config.json: mlp_only_layers is {dense!r}; it must list layers from 0 to {layers - 1}")
+    mlps = "".join("E" if i not in dense and (i + 1) % step == 0 else "-" for i in range(layers))
+    if "E" not in mlps:
+        raise ConfigError(
+            f"config.json: decoder_sparse_step {step} and mlp_only_layers {dense} leave no layer of {layers} with experts; "
+            "such a model is of model_type qwen3"
+        )
+    return mlps
+
+
 @register_family(HYLO_MODEL_TYPE)
 def _hylo(values: dict[str, Any]) -> ModelConfig:
     if not isinstance(values.get("hylo"), Mapping):
@@ -264,7 +300,8 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
     """
     shared = _shared(config) | {"dtype": dtype, "torch_dtype": dtype}
     shared |= {name: (token_ids or {}).get(name) for name in TOKEN_IDS}
-    if not config.is_transformer or config.rope_scaling.rope_type == "nope":
+    own = not config.is_transformer or config.rope_scaling.rope_type == "nope"
+    if own or config.has_experts != (config.model_family == "qwen3_moe"):
         from megatron_hylo.hf.pretrained_hylo import AUTO_MAP  # brings torch and transformers
 
         return {
@@ -279,6 +316,7 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
         "mistral": "MistralForCausalLM",
         "qwen2": "Qwen2ForCausalLM",
         "qwen3": "Qwen3ForCausalLM",
+        "qwen3_moe": "Qwen3MoeForCausalLM",
     }
     return {
         "model_type": config.model_family,
@@ -291,5 +329,17 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
         "hidden_act": "silu",
         "rms_norm_eps": config.layernorm_epsilon,
         **({"sliding_window": None} if config.model_family == "mistral" else {}),
+        **(_experts_to_hf(config) if config.model_family == "qwen3_moe" else {}),
         **rope_to_hf(config.rotary_base, config.rope_scaling),
+    }
+
+
+def _experts_to_hf(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_experts": config.num_moe_experts,
+        "num_experts_per_tok": config.moe_router_topk,
+        "moe_intermediate_size": config.moe_ffn_hidden_size,
+        "norm_topk_prob": not config.moe_router_pre_softmax,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer, symbol in enumerate(config.mlps) if symbol != EXPERTS_SYMBOL],
     }

@@ -139,8 +139,8 @@ def fill_chunks(chunks: Sequence[HyloModel], source: SafetensorsSource) -> None:
     for chunk in chunks:
         layout = StoredLayout(chunk)
         assert layout.sharded.keys() == layout.parameters.keys(), "a parameter that no checkpoint has"
-        for name, described in layout.sharded.items():
-            reader = _EntryReader(source, entries[described.key], shapes, _section_starts(layout, name))
+        for name in layout.sharded:
+            reader = _EntryReader(source, entries[layout.undivided_name(name)], shapes, _section_starts(layout, name))
             layout.parameters[name].copy_(layout.merge(name, reader))
 
 
@@ -153,7 +153,7 @@ def _section_starts(layout: StoredLayout, name: str) -> dict[str, int]:
     for part in nested_values(described.build_fn(described.key, layout.parameters[name].data, described.replica_id, None)):
         if part.key not in starts:
             starts[part.key] = rows
-            rows += part.global_shape[0]
+            rows += part.global_shape[part.prepend_axis_num]
     return starts
 
 
@@ -175,7 +175,12 @@ class _EntryReader:
         self.rest = tuple(shapes[entry.hugging_face[0]][1:])
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """Read a part of the section `key`."""
+        """Read a part of the section `key`; an expert's has the experts' axis before its own."""
+        axes = 1 + len(self.rest)
+        own = self._read(key, offsets[-axes:], sizes[-axes:])
+        return own.reshape(sizes)
+
+    def _read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         first, names = self.starts[key] + offsets[0], self.entry.hugging_face
         columns = tuple(slice(start, start + size) for start, size in zip(offsets[1:], sizes[1:], strict=True))
         if any(map(self.source.is_quantised, names)):

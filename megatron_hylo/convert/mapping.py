@@ -119,16 +119,35 @@ MIXER_ENTRIES: dict[str, Callable[[str, str, ModelConfig], list[Entry]]] = {
 complete(MIXER_ENTRIES, "convert/mapping.py: MIXER_ENTRIES")
 
 
+def _swiglu(m: str, h: str, ffn: int) -> list[Entry]:
+    return [
+        _stacked(f"{m}linear_fc1.weight", (f"{h}gate_proj.weight", f"{h}up_proj.weight"), (ffn, ffn)),
+        _same(f"{m}linear_fc2.weight", f"{h}down_proj.weight"),
+    ]
+
+
+def _mlp(m: str, h: str, c: ModelConfig) -> list[Entry]:
+    return _swiglu(m, h, c.ffn_hidden_size)
+
+
+def _experts(m: str, h: str, c: ModelConfig) -> list[Entry]:
+    entries = [_same(f"{m}router.weight", f"{h}gate.weight")]
+    for expert in range(c.num_moe_experts):
+        entries += _swiglu(f"{m}experts.local_experts.{expert}.", f"{h}experts.{expert}.", c.moe_ffn_hidden_size)
+    return entries
+
+
+MLP_ENTRIES: dict[str, Callable[[str, str, ModelConfig], list[Entry]]] = {"-": _mlp, "E": _experts}
+
+
 def layer_entries(config: ModelConfig, layer: int) -> list[Entry]:
     """List the entries of one Transformer layer (Megatron's layers 2 l and 2 l + 1)."""
     h, mixer, mlp = f"model.layers.{layer}.", f"decoder.layers.{2 * layer}.", f"decoder.layers.{2 * layer + 1}."
-    ffn = config.ffn_hidden_size
     return [
         _same(f"{mixer}input_layernorm.weight", f"{h}input_layernorm.weight"),
         *MIXER_ENTRIES[config.mixers[layer]](f"{mixer}self_attention.", h, config),
         _same(f"{mlp}pre_mlp_layernorm.weight", f"{h}post_attention_layernorm.weight"),
-        _stacked(f"{mlp}mlp.linear_fc1.weight", (f"{h}mlp.gate_proj.weight", f"{h}mlp.up_proj.weight"), (ffn, ffn)),
-        _same(f"{mlp}mlp.linear_fc2.weight", f"{h}mlp.down_proj.weight"),
+        *MLP_ENTRIES[config.mlps[layer]](f"{mlp}mlp.", f"{h}mlp.", config),
     ]
 
 

@@ -4,6 +4,8 @@ The weights come through transformers' own loading, not through `hf_reader`, whe
 CPU and reads it rightly; where not, `Oracle.description` says what was done instead.
 """
 
+import functools
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +32,10 @@ ON_DISK = {
 }
 
 
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+_STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")  # of all experts: how transformers 5 has them in memory
+
+
 @dataclass
 class Oracle:
     """A transformers model in float32, and how it was loaded."""
@@ -39,12 +45,31 @@ class Oracle:
     on_disk: Mapping[str, Tensor] | None = None  # weights by name, where they are read when they are needed
 
     def tensor(self, name: str) -> Tensor:
-        """Return the weight of that name."""
-        return self.model.get_parameter(name).detach() if self.on_disk is None else self.on_disk[name]
+        """Return the weight of that name; an expert's is a part of a stacked one in transformers 5."""
+        if (found := _EXPERT.fullmatch(name)) and name not in self._parameters:
+            experts, number, part = found[1], int(found[2]), found[3]
+            if part == "down":
+                return self._stored(f"{experts}.down_proj")[number]
+            return self._stored(f"{experts}.gate_up_proj")[number].chunk(2)[("gate", "up").index(part)]
+        return self._stored(name)
+
+    def _stored(self, name: str) -> Tensor:
+        return self._parameters[name].detach() if self.on_disk is None else self.on_disk[name]
+
+    @functools.cached_property
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters(remove_duplicate=False))
 
     def names(self) -> set[str]:
-        """Return the names of all weights, tied ones under every name."""
-        return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        """Return the names of all weights as a folder has them, tied ones under every name."""
+        names: set[str] = set()
+        for name, parameter in self._parameters.items():
+            if (found := _STACKED.fullmatch(name)) is None:
+                names.add(name)
+                continue
+            parts = ("down",) if found[2] == "down_proj" else ("gate", "up")
+            names |= {f"{found[1]}.{number}.{part}_proj.weight" for number in range(len(parameter)) for part in parts}
+        return names
 
 
 @contextmanager

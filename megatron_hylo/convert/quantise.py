@@ -14,7 +14,7 @@ identity. The packing is compressed-tensors' own; transformers loads it.
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from megatron_hylo.config import ConfigError, ModelConfig, from_dict
 from megatron_hylo.config.layouts import parameter_count
+from megatron_hylo.config.mlps import EXPERTS_SYMBOL
 from megatron_hylo.convert.gptq import FORMATS, Format, quantise
 from megatron_hylo.convert.hf_reader import load_transformers_model
-from megatron_hylo.convert.model_card import model_card
+from megatron_hylo.convert.model_card import NO_FACTS, CardFacts, model_card
 from megatron_hylo.convert.open_model import open_model
 from megatron_hylo.convert.streaming import SHARD_BYTES
 from megatron_hylo.convert.to_hf import add_files
@@ -71,8 +72,7 @@ def export_quantised(
     overwrite: bool = False,
     track: Track = no_progress,
     verify: bool = True,
-    results: Sequence[Mapping[str, Any]] = (),
-    license: str | None = None,
+    facts: CardFacts = NO_FACTS,
     shard_bytes: int = SHARD_BYTES,
 ) -> ModelConfig:
     """Export a hybrid with quantised weights for transformers and vLLM; the model is in memory as a whole.
@@ -87,8 +87,7 @@ def export_quantised(
         overwrite: replace what is there.
         track: progress display over an iterable.
         verify: load the folder through transformers and compare all weights and logits, before it appears.
-        results: results.json of evaluations of the model, for its card.
-        license: of the model, as the Hub spells it, for the card.
+        facts: for its card.
         shard_bytes: largest size of a file of weights.
 
     Returns:
@@ -104,7 +103,7 @@ def export_quantised(
     model, _ = open_model(source)
     if not isinstance(model, HyloForCausalLM):
         raise ConfigError(f"{source} is a plain Transformer; --quantize is for hybrids, other tools quantise what vLLM knows")
-    if "E" in model.config.hylo["hybrid_layer_pattern"]:
+    if EXPERTS_SYMBOL in model.config.hylo["hybrid_layer_pattern"]:
         raise ConfigError(f"{source} has layers with experts, which are not quantised yet; export it without --quantize")
     group = choose_group(model, form)
     windows = None
@@ -128,7 +127,7 @@ def export_quantised(
         )
         write_json(folder / EXPORTED, provenance)
         about = _about(form, group, used)
-        card = model_card(Path(output).name, config, parameter_count(config), provenance, results, license, quantisation=about)
+        card = model_card(Path(output).name, config, parameter_count(config), provenance, facts, about)
         (folder / "README.md").write_text(card)
         if verify:
             _require_equal(model, folder)

@@ -10,6 +10,7 @@ is stored. They depend on neither format, shard size nor parallelism, so that an
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.convert.mapping import Entry, model_entries
 from megatron_hylo.convert.safetensors_files import header_bytes, tensor_bytes
-from megatron_hylo.io import DamagedError, barrier, gather, rank, read_json, staging_directory, world_size, write_json
+from megatron_hylo.io import DamagedError, barrier, on_all, rank, read_json, staging_directory, world_size, write_json
 from megatron_hylo.io.overlap import HashedFile, Overlap
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.weights_files import Piece, StoredLayout, write_parts
@@ -203,18 +204,20 @@ def shards_of(
     work = staging_directory(output, "shards", "shards", described)
     try:
         _check_space(output, work, planned)
-        error: Exception | None = None
-        try:
-            own = list(enumerate(planned))[rank() :: world_size()]
-            _write_own(
-                work, [(number, shard) for number, shard in own if not _record(work, number).is_file()], read, form, track
-            )
-        except Exception as caught:  # the other ranks wait
-            error = caught
-            for number, _ in own:
-                _file(work, number).with_suffix(".partial").unlink(missing_ok=True)
-        if raised := next((e for e in gather(error) if e is not None), None):
-            raise error or raised
+        own = list(enumerate(planned))[rank() :: world_size()]
+
+        def write() -> None:
+            todo = [(number, shard) for number, shard in own if not _record(work, number).is_file()]
+            try:
+                _write_own(work, todo, read, form, track)
+            except Exception:
+                for number, _ in todo:
+                    if not _record(work, number).is_file():
+                        for file in work.glob(f"*{_file(work, number).name}*"):  # also of a record that was cut short
+                            file.unlink()
+                raise
+
+        on_all(write)
         yield [_finished(work, number) for number in range(len(planned))]
         barrier()
         if rank() == 0:
@@ -232,6 +235,7 @@ def _write_own(work: Path, shards: Sequence[tuple[int, list[Group]]], read: Read
             file = HashedFile(_file(work, number).with_suffix(".partial"))
             tensors: dict[str, dict[str, Any]] = {}
             pieces: list[Piece] = []
+            begun: list[Future[Any]] = []
             form.begin(file, shard)
             for group in shard:
                 next(todo)
@@ -242,17 +246,21 @@ def _write_own(work: Path, shards: Sequence[tuple[int, list[Group]]], read: Read
                             f"tensor {name} has shape {list(value.shape)}, its configuration asks for {list(shape)}"
                         )
                 write = form.prepare(group, values)
-                overlap.add(
+                begun += overlap.add(
                     group.bytes * min(2, len(values)),  # fused tensors are there twice
                     write=partial(_append, file, write, pieces),
                     hash=partial(_hash, group, values, tensors),
                 )
                 del values, write
-            overlap.drain()
-            about = file.close()
-            file.path.rename(_file(work, number))
-            write_json(_record(work, number), about | {"tensors": tensors, "pieces": [asdict(piece) for piece in pieces]})
+            overlap.finish(partial(_finish, work, number, file, tensors, pieces), begun)
+        overlap.drain()
     next(todo, None)  # ends the display
+
+
+def _finish(work: Path, number: int, file: HashedFile, tensors: dict[str, dict[str, Any]], pieces: list[Piece]) -> None:
+    about = file.close()
+    file.path.rename(_file(work, number))
+    write_json(_record(work, number), about | {"tensors": tensors, "pieces": [asdict(piece) for piece in pieces]})
 
 
 def _append(file: HashedFile, write: Callable[[HashedFile], list[Piece]], pieces: list[Piece]) -> None:

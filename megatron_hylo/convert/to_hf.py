@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Iterator
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +14,7 @@ from megatron_hylo.convert.folder_source import FolderSource
 from megatron_hylo.convert.hf_config import HYLO_MODEL_TYPE, hf_config_from_model
 from megatron_hylo.convert.hf_reader import open_source
 from megatron_hylo.convert.mapping import model_entries
-from megatron_hylo.convert.model_card import model_card
+from megatron_hylo.convert.model_card import NO_FACTS, CardFacts, model_card
 from megatron_hylo.convert.safetensors_reader import SINGLE, is_finite
 from megatron_hylo.convert.streaming import SHARD_BYTES, Safetensors, model_groups, shards_of
 from megatron_hylo.convert.token_ids import stored_token_ids
@@ -70,8 +70,7 @@ def convert_megatron_to_hf(
     overwrite: bool = False,
     track: Track = no_progress,
     verify: bool = True,
-    results: Sequence[Mapping[str, Any]] = (),
-    license: str | None = None,
+    facts: CardFacts = NO_FACTS,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Convert a model folder or training checkpoint to a Hugging Face folder; `platform.initialize` must have run.
@@ -84,8 +83,7 @@ def convert_megatron_to_hf(
         overwrite: replace what is there.
         track: progress display over an iterable.
         verify: compare tensors and logits with transformers' loading of the folder, before it appears.
-        results: results.json of evaluations of the model, for its card (README.md).
-        license: of the model, as the Hub spells it, for the card.
+        facts: for its card (README.md).
         shard_bytes: largest size of a file of weights.
 
     Raises:
@@ -103,7 +101,7 @@ def convert_megatron_to_hf(
             add_files(config, opened.dtype(), folder, Path(source) / "tokenizer")
             provenance = made_by("export", {"model": source})
             write_json(folder / EXPORTED, provenance)
-            card = model_card(Path(output).name, config, parameter_count(config), provenance, results, license)
+            card = model_card(Path(output).name, config, parameter_count(config), provenance, facts)
             (folder / "README.md").write_text(card)
         barrier()
         opened.require_unchanged()

@@ -1,8 +1,9 @@
 """Conversion of a Hugging Face folder or GGUF file to a Megatron model folder."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from megatron_hylo.convert.token_ids import GENERATION_CONFIG, generation_settin
 from megatron_hylo.convert.verify import require_equal
 from megatron_hylo.convert.write_folders import write_model_folder
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
-from megatron_hylo.io import check_free, write_json
+from megatron_hylo.io import check_free, rank, write_json
+from megatron_hylo.io.foreign import load_transformers
+from megatron_hylo.io.gguf_file import gguf_file
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.io.provenance import made_by
 from megatron_hylo.models.hylo_model import HyloModel
@@ -78,8 +81,16 @@ def convert_hf_to_megatron(
     """
     check_free(output, overwrite, [source])
     opened = open_source(source)
-    with ThreadPoolExecutor(1) as beside:  # the source is hashed while it is read
-        provenance = beside.submit(made_by, "convert", {"source": source}, converted_from=Path(source).name)
+    with ThreadPoolExecutor(2) as beside:  # the source is hashed, and the tokenizer's library imported, while it is read
+        made: Future[dict[str, Any]] | None = None
+        if rank() == 0:
+            name = (gguf_file(Path(source)) or Path(source)).name
+            made = beside.submit(made_by, "convert", {"source": source}, converted_from=name)
+            beside.submit(load_transformers)
+
+        def provenance() -> dict[str, Any]:
+            assert made is not None, "rank 0 asks"
+            return made.result()
 
         def check(folder: Path) -> None:
             opened.require_unchanged()
@@ -87,7 +98,7 @@ def convert_hf_to_megatron(
                 require_equal(FolderSource(folder, verify_hashes=False), opened, source, track)
 
         write_model_folder(
-            output, opened.config, opened.dtype(), opened.read, opened.state(), provenance.result,
+            output, opened.config, opened.dtype(), opened.read, opened.state(), provenance,
             lambda folder: save_tokenizer(Path(source), folder / "tokenizer"), check, overwrite, (source,), shard_bytes, track,
         )  # fmt: skip
     return opened.config

@@ -14,6 +14,7 @@ import megatron_hylo
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import kv_percent
 from megatron_hylo.convert.hf_config import model_config_from_hf
+from megatron_hylo.eval.results import RESULTS, EvalResult, read_results
 from megatron_hylo.io.environment import commit, device_name, library_versions
 from megatron_hylo.io.gguf_file import gguf_file
 from megatron_hylo.io.identity import content_identity, json_identity
@@ -90,6 +91,26 @@ def _name(path: Path) -> str:
     if path.parent.name == "checkpoints":
         return f"{path.parent.parent.name}/{path.name}"
     return f"{path.parent.name}/{path.name}" if path.name in ("model", "second_model") else path.name
+
+
+def results_of(model: str | Path) -> dict[Path, EvalResult]:
+    """Read the evaluations of a run's model that lie in the run's folder or beside it, by their folders.
+
+    Args:
+        model: RUN/model; results folders are looked for in RUN and in the folder that holds RUN.
+    """
+    path = Path(os.path.abspath(model))
+    files = [file for folder in (path.parent, path.parent.parent) for file in sorted(folder.glob(f"*/{RESULTS}"))]
+    found: dict[Path, EvalResult] = {}
+    identity = model_identity(path, no_progress) if files else ""
+    for file in files:
+        try:
+            result = read_results(file.parent)
+        except ConfigError:  # something else of that name
+            continue
+        if result.model.get("hash") == identity:
+            found[file.parent] = result
+    return found
 
 
 def model_identity(path: Path, track: Track) -> str:

@@ -186,9 +186,13 @@ def _passes(
         chunk.eval()
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     own = range(rank, len(text.windows), ranks)
+    # Expert-parallel ranks make every pass together: one that has no windows left reads the first again, for the others.
+    together = parallel_state.get_expert_model_parallel_world_size() > 1
+    most = len(range(0, len(text.windows), ranks)) if together else len(own)
     length = text.windows.shape[1] - 1
-    for start in track(range(0, len(own), batch_size), description):
-        taken = list(own[start : start + batch_size])
+    for start in track(range(0, most, batch_size), description):
+        counted = list(own[start : start + batch_size])
+        taken = counted or [0]
         windows = text.windows[taken]
         answers = text.answers[taken][:, 1:] if text.answers is not None else torch.zeros_like(windows[:, 1:])
         tensors, documents = [windows[:, :-1], windows[:, 1:].clone(), answers], None
@@ -203,7 +207,7 @@ def _passes(
         positions = token_positions(length, len(taken), documents, device).flatten()
         hidden = model.hidden_states(inputs, documents)
         teacher_hidden = compared.hidden_states(inputs, documents) if compared is not None else None
-        if hidden is None:
+        if hidden is None or not counted:
             continue
         losses = model_token_losses(chunks[-1], hidden, labels, compared, teacher_hidden, chunk_tokens)
         yield _Pass(losses.flatten(1), labels.flatten(), positions, distances.flatten())

@@ -50,8 +50,8 @@ class HyloConfig(transformers.PretrainedConfig):
 
     Args:
         hylo: the model description, field names as in Megatron-Core: `hybrid_layer_pattern` (mixer symbols `*`, `+`,
-            `M`, `G`, each followed by an MLP `-`), sizes of the backbone and of the mixers, RoPE scalings as mappings. It may
-            be absent, as transformers makes empty configurations to compare with.
+            `M`, `G`, `K`, each followed by an MLP `-` or experts `E`), sizes of the backbone, of the mixers and of the experts,
+            RoPE scalings as mappings. It may be absent, as transformers makes empty configurations to compare with.
         vocab_size, hidden_size, num_hidden_layers, max_position_embeddings, tie_word_embeddings: follow from `hylo` unless
             given.
         use_cache: whether a forward pass makes a cache.
@@ -107,6 +107,11 @@ class HyloConfig(transformers.PretrainedConfig):
     def mixers(self) -> str:
         """The mixer symbols, one a layer, e.g. "G+GG" for "G-+-G-G-"."""
         return self.hylo["hybrid_layer_pattern"].replace("|", "")[0::2]
+
+    @property
+    def mlps(self) -> str:
+        """The MLP symbols, one a layer: `-`, or `E` for a mixture of experts."""
+        return self.hylo["hybrid_layer_pattern"].replace("|", "")[1::2]
 
     def architecture(self) -> SimpleNamespace:
         """Return `hylo` with attribute access, with `mla_whole_head_norm` and its RoPE scalings' `cos_sin_multiplier`.

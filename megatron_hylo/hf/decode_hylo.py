@@ -163,6 +163,8 @@ def unsupported(model: "HyloForCausalLM", cache: HyloCache) -> str | None:
     """Say why decoding with this cache cannot be captured; None if it can."""
     if cache.max_cache_len is None:
         return "the cache grows"
+    if "E" in model.config.mlps:
+        return "experts are chosen by what the tokens are"
     if cache.records_past:
         return "the cache keeps what it needs to go back"
     if cache.positions is not None:

@@ -306,6 +306,14 @@ class HyloMLP(nn.Module):
         return linear(self.down_proj, gated_linear(self.gate_proj, self.up_proj, x), residual)
 
 
+def _mlp(config: HyloConfig, layer: int) -> nn.Module:
+    if config.mlps[layer] == "E":
+        from .experts_hylo import HyloExperts  # only where there are some: it needs transformers' Qwen3-MoE
+
+        return HyloExperts(config)
+    return HyloMLP(config.hidden_size, config.architecture().ffn_hidden_size)
+
+
 class HyloLayer(GradientCheckpointingLayer):
     """A token mixer and an MLP, each behind a norm and with a residual."""
 
@@ -316,7 +324,7 @@ class HyloLayer(GradientCheckpointingLayer):
         self.input_layernorm = HyloRMSNorm(config.hidden_size, c.layernorm_epsilon)
         self.add_module(self.mixer_name, mixer(config, layer))
         self.post_attention_layernorm = HyloRMSNorm(config.hidden_size, c.layernorm_epsilon)
-        self.mlp = HyloMLP(config.hidden_size, c.ffn_hidden_size)
+        self.mlp = _mlp(config, layer)
 
     def forward(
         self,

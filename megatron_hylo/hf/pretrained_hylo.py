@@ -84,6 +84,9 @@ class HyloPreTrainedModel(PreTrainedModel):
             _fill(module.dt_bias, torch.tensor(math.log(math.expm1(0.01))))
         if isinstance(module, HyloMamba2):
             _fill(module.D, torch.tensor(1.0))
+        new: Any = getattr(module, "new_weights", None)
+        for parameter in new() if new is not None else ():  # of experts, which transformers draws in its own models alone
+            parameter.normal_(0.0, self.config.initializer_range)
         if isinstance(module, HyloLatentAttention) and module.aligned_norm:
             _fill(module.k_norm.get_parameter("rotary_mix"), torch.tensor(1.0))
 

@@ -88,9 +88,9 @@ def gated_delta_net_from_attention(
         "g_proj.weight": GATE * torch.cat(gate),
         "b_proj.weight": b_proj,
         "a_proj.weight": torch.zeros(shapes["linear_attn.a_proj.weight"]),
-        "q_conv1d.weight": _pass_current(shapes["linear_attn.q_conv1d.weight"]),
-        "k_conv1d.weight": _pass_current(shapes["linear_attn.k_conv1d.weight"]),
-        "v_conv1d.weight": _pass_current(shapes["linear_attn.v_conv1d.weight"], VALUE_TAP),
+        "q_conv1d.weight": pass_current(shapes["linear_attn.q_conv1d.weight"]),
+        "k_conv1d.weight": pass_current(shapes["linear_attn.k_conv1d.weight"]),
+        "v_conv1d.weight": pass_current(shapes["linear_attn.v_conv1d.weight"], VALUE_TAP),
         "A_log": torch.zeros(heads),
         "dt_bias": (math.log(2) / half_lives).expm1().log(),  # exp(A_log) softplus(dt_bias) = ln 2 / half-life
         "o_norm.weight": torch.ones(values),
@@ -159,7 +159,7 @@ def mamba2_from_attention(
     m = attention_moments(teacher, teacher_config, statistics)
     shapes = get_mixer("M").tensors(config)
     _, length, reception = _predictions(m, statistics)
-    taps = _pass_current(shapes["mamba.conv1d.weight"])
+    taps = pass_current(shapes["mamba.conv1d.weight"])
     taps[: groups * dh] *= VALUE_TAP
     gate = GATE * length.repeat_interleave(dh, 0)
     parts = [gate, m.value.flatten(0, 1), m.key.flatten(0, 1), m.query.flatten(0, 1), RECEPTION * reception]
@@ -194,8 +194,8 @@ def _predictions(m: AttentionMoments, statistics: CalibrationStatistics) -> tupl
     return unit_functional(m.input_mean, m.input_moment), length, reception
 
 
-def _pass_current(shape: tuple[int, ...], tap: float = 1.0) -> Tensor:
-    """A depthwise convolution [channels, 1, kernel] that is `tap` times the current token."""
+def pass_current(shape: tuple[int, ...], tap: float = 1.0) -> Tensor:
+    """Make a depthwise convolution [channels, 1, kernel] that is `tap` times the current token."""
     taps = torch.zeros(shape)
     taps[..., -1] = tap
     return taps

@@ -154,8 +154,8 @@ def _overlap(mixer: dict[str, Tensor], teacher: TeacherLayer, teacher_config: Mo
     repeat = teacher_config.num_attention_heads // teacher_config.num_query_groups
     sources = {
         "q": teacher["q_proj.weight"],
-        "k": _expand_heads(teacher["k_proj.weight"], teacher_config.kv_channels, repeat),
-        "v": _expand_heads(teacher["v_proj.weight"], teacher_config.kv_channels, repeat),
+        "k": expand_heads(teacher["k_proj.weight"], teacher_config.kv_channels, repeat),
+        "v": expand_heads(teacher["v_proj.weight"], teacher_config.kv_channels, repeat),
         "o": teacher["o_proj.weight"],
     }
     for part, source in sources.items():
@@ -171,7 +171,7 @@ def _truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return s[:rank, None] * vh[:rank], u[:, :rank].contiguous()
 
 
-def _expand_heads(weight: Tensor, head_dim: int, repeat: int) -> Tensor:
+def expand_heads(weight: Tensor, head_dim: int, repeat: int) -> Tensor:
     """Repeat each head `repeat` times in a row: [Hkv * head_dim, d] -> [Hkv * repeat * head_dim, d]."""
     return weight.unflatten(0, (-1, head_dim)).repeat_interleave(repeat, dim=0).flatten(0, 1)
 

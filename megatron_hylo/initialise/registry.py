@@ -42,7 +42,7 @@ def needed_statistics(statistics: CalibrationStatistics | None) -> CalibrationSt
         ConfigError: there are none.
     """
     if statistics is None:
-        raise ConfigError("the initialiser `calibrated` needs calibration statistics: run `hylo calibrate`, give --calibration")
+        raise ConfigError("this initialiser needs calibration statistics: run `hylo calibrate`, give --calibration")
     return statistics
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from megatron_hylo.io._manifests import MANIFEST, has_manifest, unlisted
 from megatron_hylo.io._ranks import barrier, gather, on_main, rank, world_size
 
 logger = logging.getLogger("megatron_hylo.io")
+SHARED_SECONDS = 60.0  # within these a network file system shows what another machine wrote
 PARTIAL_MANIFEST = ".hashed_"  # prefix of files that hold manifest entries until the manifest is written
 
 
@@ -180,17 +182,37 @@ def staging_directory(output: Path, parts: str, key: str, description: dict[str,
         parts: kind of the parts, a suffix of the staging directory's name.
         key: name, without .json, of the file that stores `description`.
         description: JSON-serialisable settings of the output; parts of an output with other settings are removed.
+
+    Raises:
+        ConfigError: not all ranks see the directory.
     """
     work = output.parent / f".{output.name}.{parts}"
-    if rank() == 0:
+    file = work / f"{key}.json"
+
+    def prepare() -> None:
         work.mkdir(parents=True, exist_ok=True)
-        file = work / f"{key}.json"
         if _former(file) != description:
             for old in work.iterdir():
                 old.unlink()
             write_json(file, description)
-    barrier()
+
+    on_main(prepare)
+    if unseen := [number for number, seen in enumerate(gather(_appears(file))) if not seen]:
+        raise ConfigError(
+            f"rank {unseen[0]} does not see {work}, which rank 0 has made; put the output on a disk that all ranks share"
+        )
     return work
+
+
+def _appears(file: Path) -> bool:
+    """Wait for a file that another machine may have written: network file systems show it with some delay."""
+    deadline = time.monotonic() + (SHARED_SECONDS if world_size() > 1 else 0)
+    while not file.is_file():
+        if time.monotonic() > deadline:
+            return False
+        os.listdir(file.parent.parent)  # makes NFS look again
+        time.sleep(0.5)
+    return True
 
 
 def _former(file: Path) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -76,3 +76,19 @@ def on_main(function: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def on_all(function: Callable[[], T]) -> list[T]:
+    """Run a function on every rank; each returns all results in rank order, or raises its own error or the first one's.
+
+    All ranks call it, so that none waits in a later collective for one that failed.
+    """
+    value, error = None, None
+    try:
+        value = function()
+    except Exception as caught:
+        error = caught
+    found = gather((value, error))
+    if raised := next((e for _, e in found if e is not None), None):
+        raise error or raised
+    return [cast(T, v) for v, _ in found]

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import deque
-from collections.abc import Buffer, Callable
+from collections.abc import Buffer, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ WAITING_BYTES = 2**28  # read but not yet written; a group of tensors larger tha
 
 
 class Overlap:
-    """Two lanes beside the calling thread, one that writes and one that hashes; each keeps the order of its tasks.
+    """Lanes beside the calling thread that write, hash and finish files; each keeps the order of its tasks.
 
     Args:
         limit: bytes that may wait, by default WAITING_BYTES. `add` blocks above it until the oldest are done.
@@ -21,26 +21,41 @@ class Overlap:
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit, self.waiting = WAITING_BYTES if limit is None else limit, 0
-        self.lanes = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("write", "hash")}
+        self.lanes = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("write", "hash", "finish")}
         self.tasks: deque[tuple[int, list[Future[Any]]]] = deque()
 
     def __enter__(self) -> "Overlap":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for lane in self.lanes.values():
-            lane.shutdown(wait=True, cancel_futures=True)
+        for lane in self.lanes.values():  # after an error or Ctrl-C too: files of which all was read are kept
+            lane.shutdown(wait=True)
 
-    def add(self, size: int, **tasks: Callable[[], Any]) -> None:
+    def add(self, size: int, **tasks: Callable[[], Any]) -> list[Future[Any]]:
         """Queue tasks on the same `size` bytes: `write` and `hash`, either or both.
+
+        Returns:
+            Their futures, for `finish`.
 
         Raises:
             Exception: that of an earlier task.
         """
         while self.tasks and self.waiting + size > self.limit:
             self._finish_oldest()
-        self.tasks.append((size, [self.lanes[name].submit(task) for name, task in tasks.items()]))
+        futures = [self.lanes[name].submit(task) for name, task in tasks.items()]
+        self.tasks.append((size, futures))
         self.waiting += size
+        return futures
+
+    def finish(self, task: Callable[[], Any], after: Sequence[Future[Any]]) -> None:
+        """Queue the end of a file, which waits for the disk, behind tasks on it; an error of theirs takes its place."""
+
+        def run() -> None:
+            for future in after:
+                future.result()
+            task()
+
+        self.add(0, finish=run)
 
     def drain(self) -> None:
         """Wait for all tasks; raises the exception of the first that failed."""

@@ -48,6 +48,7 @@ def sharding_metadata() -> dict[str, Any]:
     return {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,  # states of experts have the same keys whether they are a part of their own or not
     }
 
 

@@ -1,5 +1,6 @@
-"""Whole weights of a model that tensor- and pipeline-parallel ranks share, gathered in memory."""
+"""Whole weights of a model that tensor-, pipeline- and expert-parallel ranks share, gathered in memory."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from megatron_hylo.models.checkpoint import sharded_chunks
 from megatron_hylo.models.hylo_model import HyloModel
+from megatron_hylo.models.weights_files import stored_shape
+
+_ALL_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.experts\.(.*)")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class GatheredModel:
 
 @torch.no_grad()
 def gather_model(chunks: Sequence[HyloModel]) -> GatheredModel:
-    """Gather all weights of a model on every rank; the tensor- and pipeline-parallel ranks of one copy call it together.
+    """Gather all weights of a model on every rank; the tensor-, pipeline- and expert-parallel ranks call it together.
 
     Each piece is sent once by one of the ranks that have it. A rank needs memory for the whole model on the CPU, and for one
     piece on its device.
@@ -45,12 +49,26 @@ def gather_model(chunks: Sequence[HyloModel]) -> GatheredModel:
     Returns:
         The same on every rank, in the model's dtype.
     """
-    group = parallel_state.get_model_parallel_group()
     own, fused = _pieces(chunks)
-    about = [(p.key, tuple(p.global_shape), tuple(p.global_offset), tuple(p.local_shape), p.dtype) for p in own]
+    dense, experts = ([p for p in own if bool(_ALL_EXPERTS.fullmatch(p.key)) == wanted] for wanted in (False, True))
+    device = next(chunks[0].parameters()).device
+    whole, sections = _gathered(dense, fused, parallel_state.get_model_parallel_group(), device)
+    if chunks[0].config.hylo.has_experts:
+        group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+        whole |= _gathered(experts, {}, group, device)[0]
+    for name, keys in sections.items():
+        if keys != [name] and not _ALL_EXPERTS.fullmatch(name):
+            whole[name] = torch.cat([whole.pop(key) for key in keys])
+    return GatheredModel(chunks[0].config, dict(_one_by_one(whole)))
+
+
+def _gathered(
+    own: list[ShardedTensor], fused: dict[str, list[str]], group: dist.ProcessGroup, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """Whole tensors of the pieces that a group's ranks have, by key, and what is stored in sections on any of them."""
+    about = [(p.key, tuple(p.global_shape), tuple(p.global_offset), stored_shape(p), p.dtype) for p in own]
     everyone: list[Any] = [None] * group.size()
     dist.all_gather_object(everyone, (about, fused), group=group)
-    device = next(chunks[0].parameters()).device
     whole: dict[str, Tensor] = {}
     sections: dict[str, list[str]] = {}
     sent = set()
@@ -61,14 +79,21 @@ def gather_model(chunks: Sequence[HyloModel]) -> GatheredModel:
                 continue
             sent.add((key, offset))
             mine = rank == group.rank()
-            piece = own[number].data.contiguous() if mine else torch.empty(local, dtype=dtype, device=device)
+            piece = own[number].data.contiguous().view(local) if mine else torch.empty(local, dtype=dtype, device=device)
             dist.broadcast(piece, dist.get_global_rank(group, rank), group=group)
             target = whole.setdefault(key, torch.empty(shape, dtype=dtype))
             target[tuple(slice(start, start + size) for start, size in zip(offset, local, strict=True))] = piece.cpu()
-    for name, keys in sections.items():
-        if keys != [name]:
-            whole[name] = torch.cat([whole.pop(key) for key in keys])
-    return GatheredModel(chunks[0].config, whole)
+    return whole, sections
+
+
+def _one_by_one(whole: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Divide what is stored of all experts together into each one's parameters."""
+    for name, tensor in whole.items():
+        if found := _ALL_EXPERTS.fullmatch(name):
+            for number, one in enumerate(tensor):
+                yield f"{found[1]}.local_experts.{number}.{found[2]}", one
+        else:
+            yield name, tensor
 
 
 def _pieces(chunks: Sequence[HyloModel]) -> tuple[list[ShardedTensor], dict[str, list[str]]]:

@@ -25,7 +25,8 @@ class _Recomputed(TransformerLayer):
         a model whose embedding is frozen keeps its activations.
         """
         forward = functools.partial(super().forward, **kwargs)
-        symbol = self.config.hylo.mixers[(self.layer_number - 1) // 2] if self.layer_number % 2 else "-"
+        layer, is_mlp = divmod(self.layer_number - 1, 2)
+        symbol = (self.config.hylo.mlps if is_mlp else self.config.hylo.mixers)[layer]
         if self.training and is_recomputed(self.config, symbol, hidden_states):
             return tensor_parallel.checkpoint(functools.partial(self._in_its_precision, forward), False, hidden_states)
         return forward(hidden_states)

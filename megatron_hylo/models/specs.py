@@ -14,6 +14,8 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
@@ -98,7 +100,7 @@ class PatternMixer:
 
 
 def megatron_pattern(pattern: str) -> str:
-    """Pattern for Megatron-Core's HybridModel: `*` for every mixer, since `PatternMixer` reads the model's own pattern.
+    """Pattern for Megatron-Core's HybridModel: `*` for every mixer, since `PatternMixer` reads the model's own; its own MLPs.
 
     HybridModel knows no other mixers than its own and refuses some of their mixtures.
     """
@@ -106,9 +108,10 @@ def megatron_pattern(pattern: str) -> str:
 
 
 def hybrid_stack_spec(backend: Backend) -> ModuleSpec:
-    """Spec of a stack of mixer layers and `-` MLP layers.
+    """Spec of a stack of mixer layers, `-` MLP layers and `E` layers of experts.
 
-    All mixers sit in the same place, `layers.{i}.self_attention` behind `layers.{i}.input_layernorm`.
+    All mixers sit in the same place, `layers.{i}.self_attention` behind `layers.{i}.input_layernorm`. Experts are
+    Megatron-Core's SequentialMLP in both backends: one product after the other, the same parameters.
     """
     linears = MixerSubmodules(backend.column_parallel_linear, backend.row_parallel_linear)
 
@@ -120,19 +123,23 @@ def hybrid_stack_spec(backend: Backend) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
         ),
     )
-    mlp = functools.partial(
-        MLP.as_mlp_submodule,
-        submodules=MLPSubmodules(
-            linear_fc1=backend.column_parallel_linear,
-            linear_fc2=backend.row_parallel_linear,
-            activation_func=backend.activation,
-        ),
+    swiglu = MLPSubmodules(
+        linear_fc1=backend.column_parallel_linear,
+        linear_fc2=backend.row_parallel_linear,
+        activation_func=backend.activation,
     )
-    mlp_layer = ModuleSpec(
-        FeedForwardLayer,
-        submodules=TransformerLayerSubmodules(pre_mlp_layernorm=ResidualRMSNorm, mlp=mlp, mlp_bda=get_bias_dropout_add),
+    experts = MoESubmodules(experts=functools.partial(SequentialMLP, submodules=swiglu))
+    mlp_layer, moe_layer = (
+        ModuleSpec(
+            FeedForwardLayer,
+            submodules=TransformerLayerSubmodules(pre_mlp_layernorm=ResidualRMSNorm, mlp=mlp, mlp_bda=get_bias_dropout_add),
+        )
+        for mlp in (
+            functools.partial(MLP.as_mlp_submodule, submodules=swiglu),
+            functools.partial(MoELayer, submodules=experts),
+        )
     )
     return ModuleSpec(
         HyloStack,
-        submodules=HybridStackSubmodules(attention_layer=mixer_layer, mlp_layer=mlp_layer),
+        submodules=HybridStackSubmodules(attention_layer=mixer_layer, mlp_layer=mlp_layer, moe_layer=moe_layer),
     )

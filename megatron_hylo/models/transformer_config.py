@@ -1,6 +1,7 @@
 """From a `ModelConfig` to the TransformerConfig that Megatron-Core's modules read."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_hylo.config import Fp8, ModelConfig, ParallelConfig
 from megatron_hylo.config.mixers import check_tensor_parallel
+from megatron_hylo.config.mlps import check_expert_parallel
 from megatron_hylo.models.placement import weights_device
 
 
@@ -39,6 +41,7 @@ def build_transformer_config(
     """
     parallel = parallel or ParallelConfig()
     check_tensor_parallel(config, parallel.tensor_model_parallel_size)
+    check_expert_parallel(config, parallel, trained=False)
     cuda, interleaved = torch.cuda.is_available(), parallel.virtual_pipeline_model_parallel_size > 1
     return HyloTransformerConfig(
         hylo=config,
@@ -76,4 +79,22 @@ def build_transformer_config(
         recompute=recompute,
         fp8=fp8,
         fp8_recipe="tensorwise",
+        **_experts(config, parallel),
+    )
+
+
+def _experts(config: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """Fields of a mixture of experts, routed as transformers does: softmax, no token dropped, no auxiliary loss."""
+    if not config.has_experts:
+        return {}
+    return dict(
+        num_moe_experts=config.num_moe_experts,
+        moe_ffn_hidden_size=config.moe_ffn_hidden_size,
+        moe_router_topk=config.moe_router_topk,
+        moe_router_pre_softmax=config.moe_router_pre_softmax,
+        moe_router_score_function="softmax",
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
     )

@@ -75,6 +75,14 @@ class StoredLayout:
         self.parameters = dict(model.named_parameters())
         self.sharded = sharded_weights(model)
 
+    def undivided_name(self, name: str) -> str:
+        """Name of a parameter in a model that is not divided over ranks."""
+        described = self.sharded[name]
+        part = next(iter(self.parts(name, self.parameters[name].data)))
+        if not part.prepend_axis_num:
+            return str(described.key)
+        return str(described.key).replace(".experts.experts.", f".experts.local_experts.{part.global_offset[0]}.")
+
     def parts(self, name: str, value: Tensor) -> list[ShardedTensor]:
         """Divide the value of a parameter into the parts it is stored in."""
         described = self.sharded[name]
@@ -86,10 +94,19 @@ class StoredLayout:
     def merge(self, name: str, reader: PartReader) -> Tensor:
         """Read a parameter: the inverse of `parts`."""
         described = self.sharded[name]
+
+        def read(part: ShardedTensor) -> Tensor:
+            return reader.read(part.key, part.global_offset, stored_shape(part)).view(part.local_shape)
+
         if not isinstance(described, ShardedTensorFactory):
-            return reader.read(described.key, described.global_offset, described.local_shape)
+            return read(described)
         built = described.build_fn(described.key, self.parameters[name].data, described.replica_id, None)
-        return described.merge_fn(_replace(built, lambda part: reader.read(part.key, part.global_offset, part.local_shape)))
+        return described.merge_fn(_replace(built, read))
+
+
+def stored_shape(part: ShardedTensor) -> tuple[int, ...]:
+    """Shape of a part in its global tensor; an expert's has the experts' axis, of length 1, before its own."""
+    return (1,) * part.prepend_axis_num + tuple(part.local_shape)
 
 
 def _with_data(described: ShardedTensor, value: Tensor) -> ShardedTensor:
@@ -126,10 +143,10 @@ def write_parts(file: Any, parts: list[ShardedTensor]) -> list[Piece]:
     """
     pieces = []
     for part in parts:
-        start, value = file.tell(), part.data
+        start, value = file.tell(), part.data.reshape(stored_shape(part))
         whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
         torch.save(value.detach() if whole else value.detach().clone(memory_format=torch.contiguous_format), file)
-        shape, offsets, sizes = (list(map(int, x)) for x in (part.global_shape, part.global_offset, part.local_shape))
+        shape, offsets, sizes = (list(map(int, x)) for x in (part.global_shape, part.global_offset, value.shape))
         pieces.append(Piece(part.key, str(part.dtype).split(".")[1], shape, offsets, sizes, start, file.tell() - start))
     return pieces
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig, recomputed_layers
 from megatron_hylo.config.mixers import complete, get_mixer
+from megatron_hylo.config.mlps import EXPERTS_SYMBOL, MLP_SYMBOL
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.memory import mixer_counts
 
@@ -19,6 +20,7 @@ class Traffic:
         tensor: activations, from tensor-parallel ranks.
         context: what mixers exchange, from context-parallel ranks; student and teacher.
         context_forward: the student's part of `context` in forward passes, which benchmarks count.
+        expert: tokens on their way to experts of other ranks and back, and their gradients; student and teacher.
         pipeline: hidden states and their gradients, from the pipeline stages beside it.
         data: gradients and updated weights, from ranks that share the optimizer's state.
     """
@@ -26,6 +28,7 @@ class Traffic:
     tensor: float
     context: float
     context_forward: float
+    expert: float
     pipeline: float
     data: float
 
@@ -138,12 +141,18 @@ def traffic(config: TrainConfig, ranks: int, ours: ModelConfig, theirs: ModelCon
     again = recomputed_layers(config.recompute)
     scale = passes / pipeline * number / 2  # a rank has 1 / pipeline of the layers
 
+    def to_experts(shape: ModelConfig, trained: bool) -> float:
+        """Bytes that experts of other ranks send and are sent, of a micro-batch; their tokens are spread evenly."""
+        n, count = p.expert_model_parallel_size, shape.mlps.count(EXPERTS_SYMBOL)
+        each = (n - 1) / n * tokens / tensor * shape.moe_router_topk * shape.hidden_size * 2
+        return count * 2 * each * ((2 + (EXPERTS_SYMBOL in again)) if trained else 1)
+
     def moved(shape: ModelConfig, trained: bool) -> tuple[float, float, float]:
         """Tensor-parallel bytes, context-parallel ones, and those of the latter in forward passes, of a micro-batch."""
         hidden = (tensor - 1) / tensor * tokens * shape.hidden_size * 2
         by_tensor = by_context = forward = 0.0
         for symbol, count in mixer_counts(shape).items():
-            twice = [trained and symbol in again, trained and "-" in again]  # mixer, MLP
+            twice = [trained and symbol in again, trained and MLP_SYMBOL in again]  # mixer, MLP
             received = context_bytes(shape, symbol, tokens, sequences, p)
             forward += count * received * (1 + twice[0])
             by_context += count * received * (1 + twice[0] + trained)
@@ -159,6 +168,7 @@ def traffic(config: TrainConfig, ranks: int, ours: ModelConfig, theirs: ModelCon
         tensor=scale * (student[0] + teacher[0]),
         context=scale * (student[1] + teacher[1]),
         context_forward=scale * student[2],
+        expert=scale * (to_experts(ours, True) + (to_experts(theirs, False) if theirs else 0.0)),
         pipeline=passes * boundary if pipeline > 1 else 0.0,
         data=(shards - 1) / shards * parameters * (4 + number),
     )

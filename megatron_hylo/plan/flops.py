@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mlps import get_mlp
 from megatron_hylo.plan.hardware import get_hardware, names, of_device
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int, with_head
 
 
 def flops_by_layer(config: ModelConfig, sequence_length: int, with_head: bool = True) -> dict[str, float]:
-    """Model FLOPs of one token's forward pass by kind of layer, all layers of a kind together: "-" MLPs, "head", else mixers.
+    """Model FLOPs of one token's forward pass by kind of layer, all of a kind together: "-" MLPs, "E" experts, "head", mixers.
 
     Args:
         config, sequence_length, with_head: see `forward_flops_per_token`.
@@ -43,12 +44,18 @@ def flops_by_layer(config: ModelConfig, sequence_length: int, with_head: bool = 
         ConfigError: a mixer that has no description.
     """
     found = {"head": 2.0 * config.vocab_size * config.hidden_size} if with_head else {}
-    found["-"] = 2.0 * config.num_hidden_layers * 3 * config.hidden_size * config.ffn_hidden_size
+    for symbol in dict.fromkeys(config.mlps):
+        found[symbol] = 2.0 * config.mlps.count(symbol) * get_mlp(symbol).active_parameters(config)
     for symbol in dict.fromkeys(config.mixers):
         mixer = get_mixer(symbol)
         one = 2.0 * mixer.parameters(config) + mixer.sequence_flops(config, sequence_length)
         found[symbol] = config.mixers.count(symbol) * one
     return found
+
+
+def mlp_flops(config: ModelConfig) -> float:
+    """Model FLOPs of one token's forward pass through all MLPs; of a mixture those of the token's own experts."""
+    return sum(2.0 * get_mlp(symbol).active_parameters(config) for symbol in config.mlps)
 
 
 def peak_flops(device: torch.device) -> tuple[float, str]:

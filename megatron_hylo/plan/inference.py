@@ -1,15 +1,16 @@
 """Inference on one GPU: longest context, largest batch and tokens a second by length, beside the dense base."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.layouts import kv_bytes_per_token, parameter_count
 from megatron_hylo.config.mixers import ATTENTION_SYMBOL, get_mixer
+from megatron_hylo.config.mlps import get_mlp
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.plan.hardware import GB, Hardware
-from megatron_hylo.plan.memory import GIB, mixer_counts
+from megatron_hylo.plan.memory import GIB, layer_counts
 from megatron_hylo.plan.rates import get_rates
 from megatron_hylo.plan.step import LayerTimes
 
@@ -39,7 +40,7 @@ class Serving:
 
 def dense_base(shape: ModelConfig) -> ModelConfig:
     """The same backbone with attention in every layer."""
-    return replace(shape, hybrid_layer_pattern=f"{ATTENTION_SYMBOL}-" * shape.num_hidden_layers, mla_rotary_pairs=())
+    return shape.with_mixers(ATTENTION_SYMBOL * shape.num_hidden_layers)
 
 
 def state_bytes(shape: ModelConfig) -> int:
@@ -56,14 +57,14 @@ def longest_context(shape: ModelConfig, hardware: Hardware) -> int | None:
 def serving(shape: ModelConfig, hardware: Hardware, lengths: Sequence[int] = LENGTHS) -> list[Serving]:
     """Predict batch and speed at each length, weights and cache in bf16.
 
-    A step of decoding reads all weights once and each sequence's cache; its products count where they take longer.
+    A step of decoding reads its tokens' weights once and each sequence's cache; its products count where they take longer.
 
     Args:
         shape: the model.
         hardware: the GPU.
         lengths: tokens of context.
     """
-    rates, weights = get_rates(), 2 * parameter_count(shape)
+    rates = get_rates()
     rows = []
     for length in lengths:
         cache = kv_bytes_per_token(shape) * length
@@ -73,7 +74,7 @@ def serving(shape: ModelConfig, hardware: Hardware, lengths: Sequence[int] = LEN
 
         def rate(sequences: int, flops: float = flops, moved: int = cache + 2 * state) -> float:
             """Tokens a second of a batch."""
-            memory = (weights + sequences * moved) / (hardware.memory_gb_s * GB * rates.decode)
+            memory = (2 * read_parameters(shape, sequences) + sequences * moved) / (hardware.memory_gb_s * GB * rates.decode)
             return sequences / max(memory, sequences * flops / (hardware.peak() * rates.products))
 
         rows.append(
@@ -88,10 +89,18 @@ def serving(shape: ModelConfig, hardware: Hardware, lengths: Sequence[int] = LEN
     return rows
 
 
+def read_parameters(shape: ModelConfig, tokens: int) -> float:
+    """Parameters that are read for so many tokens at once: all but experts that none of them is expected to go through."""
+    missed = 0.0
+    if shape.has_experts:
+        missed = (1 - shape.moe_router_topk / shape.num_moe_experts) ** tokens
+    return parameter_count(shape) - missed * sum(get_mlp(symbol).expert_parameters(shape) for symbol in shape.mlps)
+
+
 def prefill_seconds(shape: ModelConfig, hardware: Hardware, length: int) -> float:
     """Seconds to read one sequence: forward passes of all layers, as in training."""
     config = TrainConfig("pretrain", "-", "-", scratch="-", sequence_length=length)
-    layers, counts = LayerTimes(shape, config, hardware, get_rates()), mixer_counts(shape) | {"-": shape.num_hidden_layers}
+    layers, counts = LayerTimes(shape, config, hardware, get_rates()), layer_counts(shape)
     return sum(count * sum(vars(layers.passes(symbol)[0]).values()) for symbol, count in counts.items())
 
 

@@ -1,5 +1,7 @@
 """Inputs of a plan: a recipe with the shapes of its student and teacher, read without their weights and without torch."""
 
+import copy
+import functools
 import json
 import re
 from dataclasses import dataclass, replace
@@ -8,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from megatron_hylo.config import ConfigError, ModelConfig, from_dict
+from megatron_hylo.config import ConfigError, ModelConfig, from_dict, interleaved
 from megatron_hylo.config.layouts import BASES, LAYOUTS, get_layout
 from megatron_hylo.config.paths import hugging_face_folder, plain_path
 from megatron_hylo.config.recipe_lines import FAMILIES, STAGES
@@ -115,7 +117,7 @@ def shape(name: str) -> ModelConfig:
         found = get_layout(name).config
     else:
         raise ConfigError(f"{name} is not a model folder: it has no hylo.json; `hylo convert` makes one")
-    return replace(found, hybrid_layer_pattern="".join(f"{mixer}-" for mixer in mixers)) if mixers else found
+    return replace(found, hybrid_layer_pattern=interleaved(mixers, found.mlps)) if mixers else found
 
 
 def read_settings(values: dict[str, Any], what: str) -> TrainConfig:
@@ -126,13 +128,20 @@ def read_settings(values: dict[str, Any], what: str) -> TrainConfig:
     else:
         paths["model"] = GIVEN_LATER
         paths |= {} if values.get("teacher_store") or values.get("teacher_address") else {"teacher": GIVEN_LATER}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainConfig, as_group=False)
+    parser = settings_parser(TrainConfig)
     try:
-        parsed = parser.instantiate(parser.parse_object(paths | values))
+        parsed = parser.instantiate(parser.parse_object(copy.deepcopy(paths | values)))  # jsonargparse changes lists in it
     except (ArgumentError, TypeError) as error:
         raise ConfigError(f"{what}: {' '.join(str(error).split())}") from error
     return TrainConfig(**vars(parsed))
+
+
+@functools.cache
+def settings_parser(settings: type) -> ArgumentParser:
+    """Parser of a dataclass's fields that raises; made once, since a sweep has hundreds of runs to check."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(settings, as_group=False)
+    return parser
 
 
 def _given(values: dict[str, Any], *names: str) -> str | None:
@@ -159,12 +168,16 @@ def _named(name: str) -> str | None:
     )
 
 
+def _is_like(a: ModelConfig, b: ModelConfig) -> bool:
+    return (a.vocab_size, a.hidden_size, a.has_experts) == (b.vocab_size, b.hidden_size, b.has_experts)
+
+
 def _usual_teacher(student: str, ours: ModelConfig, config: TrainConfig) -> str | None:
     """Teacher that the family's recipes name: the base itself in stage 1."""
     base = (
         LAYOUTS[student].base
         if student in LAYOUTS
-        else next((n for n, b in BASES.items() if b.vocab_size == ours.vocab_size and b.hidden_size == ours.hidden_size), None)
+        else next((name for name, base in BASES.items() if _is_like(base, ours)), None)
     )
     if base is None or config.stage == "align" or base not in FAMILIES:
         return base

@@ -27,13 +27,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from megatron_hylo.config import ModelConfig, recomputed_layers
 from megatron_hylo.config.layouts import parameter_count, pipeline_layers
 from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mlps import MLPS, get_mlp
 from megatron_hylo.config.train import TrainConfig
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def predict_memory(
     teacher: Sequence[HyloModel] | None,
     teacher_signal: TeacherSignal | None,
     optimizer_shards: int,
+    expert_shards: int = 1,
 ) -> Memory:
     """Predict this rank's memory at the fullest moment of a step.
 
@@ -84,16 +86,20 @@ def predict_memory(
         teacher: its chunks, where it is on these ranks.
         teacher_signal: a teacher that is not.
         optimizer_shards: ranks that share the optimizer's state; 1 if none do.
+        expert_shards: the same of parameters that expert parallelism divides.
     """
     parameters = [p for chunks in students for chunk in chunks for p in chunk.parameters()]
     trained = [p for p in parameters if p.requires_grad]
-    count, wide = (sum(p.numel() for p in chosen) for chosen in (trained, [p for p in trained if p.element_size() == 4]))
+    count = sum(p.numel() for p in trained)
     theirs: list[Tensor] = [p for chunk in teacher or () for p in chunk.parameters()]
     if teacher_signal is not None and (head := teacher_signal.head_weight()) is not None:
         theirs.append(head)
     theirs_shape = teacher[0].config.hylo if teacher else None
     kept, passing = max((activations(config, chunks[0].config.hylo, theirs_shape) for chunks in students), key=sum)
-    optimizer = (MOMENTS * count + MASTER * (count - wide)) / optimizer_shards
+    optimizer = 0.0
+    for p in trained:
+        each = p.numel() * (MOMENTS + (0 if p.element_size() == 4 else MASTER))
+        optimizer += each / (optimizer_shards if getattr(p, "allreduce", True) else expert_shards)
     if config.optimizer.offload:  # either the passes' activations or, later, the optimizer's state
         optimizer, kept, passing = (0.0, kept, passing) if kept + passing > optimizer else (optimizer, 0.0, 0.0)
     return Memory(
@@ -134,12 +140,13 @@ def estimate_memory(
     """
     p, number = config.parallel, 2 if config.precision == "bf16" else 4
     tensor, pipeline = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-    shards = max(ranks // (tensor * pipeline), 1)
-    count = sum(rank_parameters(c, _given(config), tensor, pipeline, p.virtual_pipeline_model_parallel_size) for c in students)
-    share = count / sum(map(_count, students))
-    trained = share * sum(trained_parameters(config, c) for c in students)
+    shards, stage = max(ranks // (tensor * pipeline), 1), max(ranks // pipeline, 1)
+    count = sum(rank_parameters(config, c) for c in students)
+    trained = sum(rank_parameters(config, c, trained=True) for c in students)
     optimizer = (MOMENTS + (MASTER if number == 2 else 0)) * trained
-    optimizer /= shards if config.optimizer.use_distributed_optimizer else 1
+    if config.optimizer.use_distributed_optimizer:  # all ranks of a pipeline stage share all of its state, experts' too
+        whole = sum(rank_parameters(config, c, trained=True, divided=False) for c in students)
+        optimizer *= whole / (stage * trained)
     theirs_shape = teachers[0] if teachers else None
     replicas = max(shards // p.context_parallel_size, 1)
     kept, passing = max((activations(config, c, theirs_shape, replicas) for c in students), key=sum)
@@ -147,7 +154,7 @@ def estimate_memory(
         optimizer, kept, passing = (0.0, kept, passing) if kept + passing > optimizer else (optimizer, 0.0, 0.0)
     weights = number * count
     if config.linear_precision == "fp8":
-        weights += FP8_COPIES * share * sum(map(linear_parameters, students))
+        weights += FP8_COPIES * count / sum(map(_count, students)) * sum(map(linear_parameters, students))
     return Memory(weights, GRADIENT * trained, optimizer, _teacher_bytes(config, teachers), kept, passing)
 
 
@@ -161,22 +168,38 @@ def _teacher_bytes(config: TrainConfig, teachers: Sequence[ModelConfig]) -> floa
     for shape in teachers:
         bytes_each, end = 1 if config.teacher_precision == "fp8" else number, shape.vocab_size * shape.hidden_size
         chunks = [
-            sum(count * layer_parameters(shape, symbol) for symbol, count in layers.items() if symbol != "-")
-            * (min(1.0, 2 / layers["-"]) if config.teacher_offload else 1.0)
+            stage_parameters(shape, layers, p.tensor_model_parallel_size, p.expert_model_parallel_size)
+            * (min(1.0, 2 / sum(layers.get(symbol, 0) for symbol in MLPS)) if config.teacher_offload else 1.0)
             for layers in stage_layers(shape, pipeline * virtual)
         ]
         ends = [0.0] * pipeline
         ends[0] = ends[-1] = end  # embedding; head, a copy of the embedding where they are tied
         if pipeline == 1:
             ends = [_count(shape) - linear_parameters(shape)]
-        total += max(number * ends[rank] + bytes_each * sum(chunks[rank::pipeline]) for rank in range(pipeline))
-    return total / p.tensor_model_parallel_size
+        ends = [number * each / p.tensor_model_parallel_size for each in ends]
+        total += max(ends[rank] + bytes_each * sum(chunks[rank::pipeline]) for rank in range(pipeline))
+    return total
 
 
 @functools.lru_cache(256)
 def layer_parameters(shape: ModelConfig, symbol: str) -> int:
-    """Parameters of a mixer and its MLP, without norms."""
-    return get_mixer(symbol).parameters(shape) + 3 * shape.hidden_size * shape.ffn_hidden_size
+    """Parameters of a mixer or an MLP, without its norm."""
+    return (get_mlp(symbol) if symbol in MLPS else get_mixer(symbol)).parameters(shape)
+
+
+def stage_parameters(shape: ModelConfig, layers: Mapping[str, int], tensor: int = 1, expert: int = 1) -> float:
+    """Parameters of layers on one rank, without norms.
+
+    Args:
+        shape: the model.
+        layers: number of each kind.
+        tensor, expert: ranks that share each layer, and its experts.
+    """
+    total = 0.0
+    for symbol, count in layers.items():
+        experts = get_mlp(symbol).expert_parameters(shape) if symbol in MLPS else 0
+        total += count * ((layer_parameters(shape, symbol) - experts) / tensor + experts / expert)
+    return total
 
 
 def _given(config: TrainConfig) -> tuple[int, ...] | None:
@@ -186,10 +209,11 @@ def _given(config: TrainConfig) -> tuple[int, ...] | None:
 
 @functools.lru_cache(256)
 def stage_layers(shape: ModelConfig, stages: int, given: tuple[int, ...] | None = None) -> list[dict[str, int]]:
-    """Number of layers of each kind of every pipeline stage, "-" MLPs; see `config.layouts.pipeline_layers`."""
-    mixers, found = iter(shape.mixers), list[dict[str, int]]()
+    """Number of mixers and MLPs of each kind of every pipeline stage; see `config.layouts.pipeline_layers`."""
+    pairs, found = iter(zip(shape.mixers, shape.mlps)), list[dict[str, int]]()
     for count in pipeline_layers(shape, stages, given):
-        found.append(dict(Counter(itertools.islice(mixers, count))) | {"-": count})
+        mixers, mlps = zip(*itertools.islice(pairs, count))
+        found.append(dict(Counter(mixers)) | dict(Counter(mlps)))
     return found
 
 
@@ -200,37 +224,68 @@ def mixer_counts(shape: ModelConfig) -> dict[str, int]:
 
 
 @functools.lru_cache(256)
+def layer_counts(shape: ModelConfig) -> dict[str, int]:
+    """Number of layers of each mixer and each MLP."""
+    return mixer_counts(shape) | dict(Counter(shape.mlps))
+
+
+@functools.lru_cache(256)
 def linear_parameters(shape: ModelConfig) -> int:
     """Parameters of the layers, without embedding, head and norms: nearly all are linear maps."""
-    return sum(layer_parameters(shape, symbol) for symbol in shape.mixers)
+    return sum(layer_parameters(shape, symbol) for symbol in shape.mixers + shape.mlps)
 
 
 def trained_parameters(config: TrainConfig, shape: ModelConfig) -> int:
     """Parameters of a student that a run trains."""
     if config.trainable == "mixers" or (config.stage == "align" and config.align.loss != "ild"):
-        return linear_parameters(shape) - 3 * shape.num_hidden_layers * shape.hidden_size * shape.ffn_hidden_size
+        return sum(layer_parameters(shape, symbol) for symbol in shape.mixers)
     heads = 2 if shape.untie_embeddings_and_output_weights else 1
     return _count(shape) - (heads * shape.vocab_size * shape.hidden_size if config.stage == "align" else 0)
 
 
-@functools.lru_cache(1024)
-def rank_parameters(shape: ModelConfig, given: tuple[int, ...] | None, tensor: int, pipeline: int, virtual: int = 1) -> float:
+def rank_parameters(config: TrainConfig, shape: ModelConfig, trained: bool = False, divided: bool = True) -> float:
     """Parameters of the pipeline rank that has most.
 
     Args:
+        config: the run.
         shape: the model.
-        given: layers of every pipeline stage, as `pipeline_layers` takes them.
-        tensor, pipeline, virtual: sizes of the parallel groups.
+        trained: those that the run trains.
+        divided: those of one rank; else of all ranks of its pipeline stage.
     """
-    if pipeline == 1:
-        return _count(shape) / tensor
+    p = config.parallel
+    tensor, expert = (p.tensor_model_parallel_size, p.expert_model_parallel_size) if divided else (1, 1)
+    sizes = (_given(config), tensor, p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size)
+    if not trained:
+        return _rank_parameters(shape, *sizes, expert)
+    count, experts = _count(shape), sum(get_mlp(symbol).expert_parameters(shape) for symbol in shape.mlps)
+    whole, own = trained_parameters(config, shape), _rank_parameters(shape, *sizes, expert)
+    if not experts or whole > count - experts:  # all but the ends, or all
+        return whole / count * own
+    return whole / (count - experts) * (own - _rank_experts(shape, *sizes, expert))
+
+
+def _rank_experts(
+    shape: ModelConfig, given: tuple[int, ...] | None, tensor: int, pipeline: int, virtual: int, expert: int
+) -> float:
+    """Parameters of experts on the pipeline rank that has most of them."""
     stages = [
-        float(sum(count * layer_parameters(shape, symbol) for symbol, count in layers.items() if symbol != "-"))
+        sum(count * get_mlp(s).expert_parameters(shape) / expert for s, count in layers.items() if s in MLPS)
         for layers in stage_layers(shape, pipeline * virtual, given)
     ]
+    return max(sum(stages[rank::pipeline]) for rank in range(pipeline))
+
+
+@functools.lru_cache(1024)
+def _rank_parameters(
+    shape: ModelConfig, given: tuple[int, ...] | None, tensor: int, pipeline: int, virtual: int, expert: int
+) -> float:
+    if pipeline == 1:
+        experts = sum(get_mlp(symbol).expert_parameters(shape) for symbol in shape.mlps)
+        return (_count(shape) - experts) / tensor + experts / expert
+    stages = [stage_parameters(shape, layers, tensor, expert) for layers in stage_layers(shape, pipeline * virtual, given)]
     for end in (0, -1):  # embedding; head, a copy of the embedding where they are tied
-        stages[end] += shape.vocab_size * shape.hidden_size
-    return max(sum(stages[rank::pipeline]) for rank in range(pipeline)) / tensor
+        stages[end] += shape.vocab_size * shape.hidden_size / tensor
+    return max(sum(stages[rank::pipeline]) for rank in range(pipeline))
 
 
 def in_flight(pipeline: int, virtual: int, micro_batches: int) -> float:
@@ -276,8 +331,11 @@ def activation_parts(
     p, number = config.parallel, 2 if config.precision == "bf16" else 4
     tokens = config.micro_batch_size * config.sequence_length / p.context_parallel_size
     ranks, h = p.tensor_model_parallel_size, ours.hidden_size
-    times = mixer_counts(ours) | {"-": ours.num_hidden_layers}
-    forward = tokens * number * (3 * theirs.ffn_hidden_size / ranks + 5 * theirs.hidden_size) if theirs else 0.0
+    times = layer_counts(ours)
+    forward = 0.0
+    if theirs:
+        widest = max(get_mlp(symbol).kept_numbers(theirs, ranks) for symbol in set(theirs.mlps))
+        forward = tokens * number * (widest + 4 * theirs.hidden_size)
     residual = h / ranks if p.sequence_parallel else h  # of hidden states and norms, which sequence parallelism divides
     saved = {symbol: kept_numbers(ours, symbol, ranks) - h + residual for symbol in times}
     busy = max(2 * saved[symbol] + _scratch_numbers(ours, symbol, ranks) for symbol in times)
@@ -295,11 +353,9 @@ def activation_parts(
 
 
 def kept_numbers(c: ModelConfig, symbol: str, ranks: int = 1) -> float:
-    """Numbers a token that a layer keeps for its backward pass on one of `ranks` tensor-parallel ranks; "-" is an MLP."""
-    if symbol == "-":
-        return c.hidden_size + 3 * c.ffn_hidden_size / ranks  # norm's output; both halves of SwiGLU, their product
-    return get_mixer(symbol).kept_numbers(c, ranks)
+    """Numbers a token that a mixer or MLP keeps for its backward pass on one of `ranks` tensor-parallel ranks."""
+    return (get_mlp(symbol) if symbol in MLPS else get_mixer(symbol)).kept_numbers(c, ranks)
 
 
 def _scratch_numbers(c: ModelConfig, symbol: str, ranks: int) -> float:
-    return 0.0 if symbol == "-" else get_mixer(symbol).scratch_numbers(c, ranks)
+    return 0.0 if symbol in MLPS else get_mixer(symbol).scratch_numbers(c, ranks)

@@ -4,8 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_hylo.config.layouts import kv_bytes_per_token, kv_percent, parameter_count
+from megatron_hylo.config.layouts import active_parameter_count, kv_bytes_per_token, kv_percent, parameter_count
 from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mlps import MLPS, get_mlp
 from megatron_hylo.plan.flops import flops_by_layer, forward_flops_per_token
 from megatron_hylo.plan.hardware import Hardware
 from megatron_hylo.plan.inference import dense_base, longest_context, serving, state_bytes
@@ -32,6 +33,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "sequence_length": job.config.sequence_length,
         "global_batch_size": job.config.global_batch_size,
         "parameters": {name: parameter_count(shape) for name, shape in models.items()},
+        "active_parameters": {name: active_parameter_count(shape) for name, shape in models.items()},
         "parameters_by_mixer": {
             get_mixer(s).name: get_mixer(s).parameters(job.student) for s in dict.fromkeys(job.student.mixers)
         },
@@ -160,4 +162,4 @@ def assumptions(job: Job, hardware: Hardware, rates: Path | None = None) -> list
 
 
 def _layer_name(symbol: str) -> str:
-    return {"-": "MLP", "head": "output head"}.get(symbol) or get_mixer(symbol).name
+    return "output head" if symbol == "head" else (get_mlp(symbol) if symbol in MLPS else get_mixer(symbol)).name

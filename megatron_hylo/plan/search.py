@@ -56,6 +56,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
         "parallel.pipeline_layers": p.pipeline_layers,
         "parallel.context_parallel_size": p.context_parallel_size,
         "parallel.cp_comm_type": p.cp_comm_type,
+        "parallel.expert_model_parallel_size": p.expert_model_parallel_size,
         "parallel.sequence_parallel": p.sequence_parallel,
         "micro_batch_size": config.micro_batch_size,
         "recompute": config.recompute,
@@ -180,6 +181,7 @@ def _divisions(job: Job, gpus: int, hardware: Hardware, found: Found) -> Iterato
     """Ways to divide the GPUs, with sequences of a micro-batch; what cannot be is counted by its reason."""
     sizes = [n for n in range(1, gpus + 1) if gpus % n == 0]
     layers, batch = job.student.num_hidden_layers, job.config.global_batch_size
+    counts = {model.num_moe_experts for model in (job.student, job.teacher) if model and model.has_experts}
     for tensor, pipeline, context in itertools.product(sizes, sizes, sizes):
         if gpus % (tensor * pipeline * context) or tensor > hardware.gpus_per_node:
             continue
@@ -194,6 +196,7 @@ def _divisions(job: Job, gpus: int, hardware: Hardware, found: Found) -> Iterato
             found.refused[f"{tensor * context} tensor x context ranks do not divide {job.config.sequence_length} tokens"] += 1
             continue
         replicas = gpus // (tensor * pipeline * context)
+        experts = [n for n in sizes if (gpus // pipeline) % n == 0 and all(c % n == 0 for c in counts)] if counts else [1]
         enough = max(PASS_TOKENS * context // job.config.sequence_length, 1)  # sequences of a pass; more are no faster
         options = {*(n for n in MICRO if n <= enough), job.config.micro_batch_size}
         micros = sorted(n for n in options if batch % (n * replicas) == 0)
@@ -209,7 +212,9 @@ def _divisions(job: Job, gpus: int, hardware: Hardware, found: Found) -> Iterato
                 continue
             for method in ("auto", "all_gather") if context > 1 else ("auto",):
                 minutes = job.config.parallel.distributed_timeout_minutes
-                yield ParallelConfig(tensor, pipeline, virtual, None, context, method, tensor > 1, minutes), micro
+                for expert in experts:
+                    sizes_of: tuple[Any, ...] = (tensor, pipeline, virtual, None, context, method, expert, tensor > 1, minutes)
+                    yield ParallelConfig(*sizes_of), micro
 
 
 def _precisions(job: Job, hardware: Hardware, fp8: bool) -> list[dict[str, Any]]:

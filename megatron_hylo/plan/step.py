@@ -10,18 +10,18 @@ from typing import Literal
 
 from megatron_hylo.config import ModelConfig, recomputed_layers
 from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mlps import MLPS, get_mlp
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.communication import Traffic, traffic
-from megatron_hylo.plan.flops import flops_by_layer, forward_flops_per_token
+from megatron_hylo.plan.flops import forward_flops_per_token, mlp_flops
 from megatron_hylo.plan.hardware import Hardware
 from megatron_hylo.plan.memory import (
     kept_numbers,
-    layer_parameters,
-    linear_parameters,
+    layer_counts,
     mixer_counts,
     rank_parameters,
     stage_layers,
-    trained_parameters,
+    stage_parameters,
 )
 from megatron_hylo.plan.rates import Rates, get_rates
 from megatron_hylo.plan.schedule import idle_seconds
@@ -35,7 +35,7 @@ class StepTime:
     """Seconds of one step of the slowest rank, by term.
 
     Args:
-        terms: seconds by name; those of `COMPUTE`, launch, optimizer, offload, tensor, context, pipeline, data, bubble.
+        terms: seconds by name; those of `COMPUTE`, launch, optimizer, offload, tensor, context, expert, pipeline, data, bubble.
         traffic: bytes received.
         flops: model FLOPs of the step on all ranks, recomputation not counted.
         micro_batches: forward passes of a rank.
@@ -88,14 +88,13 @@ class LayerTimes:
         self.sequence = self.tensor if p.sequence_parallel else 1
 
     def passes(self, symbol: str) -> tuple[_Pass, _Pass]:
-        """Forward and backward pass of one layer; "-" is an MLP."""
+        """Forward and backward pass of one mixer or MLP."""
         c, per_rank = self.shape, self.tokens / self.tensor
-        mlp = 3 * c.hidden_size * c.ffn_hidden_size
-        parameters = mlp if symbol == "-" else layer_parameters(c, symbol) - mlp
+        parameters = get_mlp(symbol).active_parameters(c) if symbol in MLPS else get_mixer(symbol).parameters(c)
         products = 2.0 * parameters * per_rank / self.products_rate
         numbers = kept_numbers(c, symbol, self.tensor) + c.hidden_size * (1 / self.sequence - 1)
         moved = self.elementwise * self.tokens * self.number * numbers / self.hardware.memory_gb_s / 1e9
-        if symbol == "-":
+        if symbol in MLPS:
             return _Pass(products, elementwise=moved), _Pass(2 * products, elementwise=2 * moved)
         mixer = get_mixer(symbol)
         if mixer.recurrent:
@@ -145,9 +144,9 @@ def step_time(
     align, again = config.stage == "align", recomputed_layers(config.recompute)
     student = LayerTimes(ours, config, hardware, rates, config.linear_precision == "fp8", False)
     teacher = LayerTimes(theirs, config, hardware, rates, config.teacher_precision == "fp8", True) if theirs else None
-    times = {"student": {s: student.passes(s) for s in (*mixer_counts(ours), "-")}}
+    times = {"student": {s: student.passes(s) for s in layer_counts(ours)}}
     if teacher and theirs:
-        times["teacher"] = {s: teacher.passes(s) for s in (*mixer_counts(theirs), "-")}
+        times["teacher"] = {s: teacher.passes(s) for s in layer_counts(theirs)}
 
     def one(model: str, symbol: str, trained: bool) -> tuple[dict[str, float], dict[str, float]]:
         """Seconds of a layer's forward and of its backward pass with what that recomputes, by kind."""
@@ -165,7 +164,7 @@ def step_time(
         costs = {symbol: one(model, symbol, trained) for symbol in times[model]}
         for ways, layers in zip(stages, stage_layers(shape, pipeline * virtual, given if trained else None)):
             for symbol, count in layers.items():
-                for way, cost in zip(ways, costs[symbol]) if has_mlp or symbol != "-" else ():
+                for way, cost in zip(ways, costs[symbol]) if has_mlp or symbol not in MLPS else ():
                     for kind, seconds in cost.items():
                         way[kind] += count * seconds
         for mixer, count in mixer_counts(shape).items():
@@ -190,18 +189,15 @@ def step_time(
     if align:  # its gradients are made layer by layer, during the teacher's forward pass
         there, back = [sum(both) for both in zip(there, back)], [0.0] * len(back)
     terms["bubble"] = idle_seconds(pipeline, passes, there, back, chunks=virtual)
-    parameters = rank_parameters(ours, given, p.tensor_model_parallel_size, pipeline, virtual)
-    parameters *= trained_parameters(config, ours) / _total(ours)
+    parameters = rank_parameters(config, ours, trained=True)
     moved = traffic(config, ranks, ours, theirs, parameters)
     terms |= _communication(moved, config, ranks, hardware, rates)
-    shards = ranks // (p.tensor_model_parallel_size * pipeline) if config.optimizer.use_distributed_optimizer else 1
-    terms["optimizer"] = rates.optimizer_bytes * parameters / max(shards, 1) / hardware.memory_gb_s / 1e9
-    terms["offload"] = _offload(config, parameters / max(shards, 1), theirs, times.get("teacher"), passes, hardware, rates)
+    updated = parameters  # by this rank: its share of its pipeline stage's
+    if config.optimizer.use_distributed_optimizer:
+        updated = rank_parameters(config, ours, trained=True, divided=False) / max(ranks // pipeline, 1)
+    terms["optimizer"] = rates.optimizer_bytes * updated / hardware.memory_gb_s / 1e9
+    terms["offload"] = _offload(config, updated, theirs, times.get("teacher"), passes, hardware, rates)
     return StepTime(terms, moved, step_flops(config, ours, theirs), passes)
-
-
-def _total(shape: ModelConfig) -> float:
-    return rank_parameters(shape, None, 1, 1)
 
 
 def _communication(moved: Traffic, config: TrainConfig, ranks: int, hardware: Hardware, rates: Rates) -> dict[str, float]:
@@ -216,6 +212,7 @@ def _communication(moved: Traffic, config: TrainConfig, ranks: int, hardware: Ha
     return {
         "tensor": seconds(moved.tensor, p.tensor_model_parallel_size),
         "context": seconds(moved.context, inner),
+        "expert": seconds(moved.expert, p.expert_model_parallel_size),
         "data": seconds(moved.data, ranks // p.pipeline_model_parallel_size),
         "pipeline": seconds(moved.pipeline, ranks),
     }
@@ -235,8 +232,8 @@ def _offload(
     seconds = 2 * 12 * share / link if config.optimizer.offload else 0.0
     if config.teacher_offload and theirs and teacher:
         p = config.parallel
-        each = linear_parameters(theirs) * 2 / (p.tensor_model_parallel_size * p.pipeline_model_parallel_size) / link
-        counts = mixer_counts(theirs) | {"-": theirs.num_hidden_layers}
+        counts, sizes = layer_counts(theirs), (p.tensor_model_parallel_size, p.expert_model_parallel_size)
+        each = stage_parameters(theirs, counts, *sizes) * 2 / p.pipeline_model_parallel_size / link
         computed = sum(count * sum(vars(teacher[symbol][0]).values()) for symbol, count in counts.items())
         computed /= p.pipeline_model_parallel_size
         seconds += passes * max(0.0, each - computed)
@@ -249,5 +246,5 @@ def step_flops(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | Non
     each = 3 * forward_flops_per_token(ours, length, head)
     each += forward_flops_per_token(theirs, length, head) if theirs else 0.0
     if config.stage == "align" and config.align.loss != "ild":  # MLPs of the student are not computed
-        each -= 3 * flops_by_layer(ours, length, head)["-"]
+        each -= 3 * mlp_flops(ours)
     return each * config.global_batch_size * length

@@ -1,35 +1,42 @@
-"""A sweep: cells of settings, each of which makes a student and trains it in a folder of its own.
+"""A sweep: cells of settings, each of which makes a student, trains it in one stage or several, and measures it.
 
 SPEC.yaml:
 
-    output: runs/sweep              # students/, cells/NAME/, results.parquet, report.md
+    base: OTHER.yaml                # a specification whose keys this one adds to; its grid and cells are replaced by those here
+    output: runs/sweep              # students/, stages/, cells/NAME/, results.parquet, report.md
     recipe: RECIPE.yaml             # settings of `hylo train` that all cells begin with; may be left out
     teacher: models/teacher         # of the students, and of training
     student: {calibration: models/calibration, linear: G, mla: 8}   # settings of `hylo upcycle`
     train: {data: data/text, sequence_length: 2048}                 # settings of `hylo train`, over the recipe's
+    stages:                         # one after the other, over train; without them a cell is one run
+      align: {stage: align, train_tokens: 600_000}
+      8k: {recipe: STAGE.yaml, sequence_length: 8192}               # a recipe is under train here as well
+    evaluate:                       # of each stage's result, as `hylo eval` does
+      text: {suites: [ppl, recall], lengths: [1024, 8192]}          # data: that of train
+      ruler: {suites: [ruler], limit: 20, after: [8k]}
     grid:                           # all combinations
       student.mla: [4, 8, [0, 5, 9]]          # number of MLA layers, evenly spread, or which ones
       train.train_tokens: [250_000, 1_000_000]
     cells:                          # besides, or instead
-      - {student.overrides.kv_lora_rank: 64, train.recall.share: 0.2}
+      - {label: small latents, student.overrides.kv_lora_rank: 64, train.recall.share: 0.2}
+      - {student.mla: {selection: runs/select, count: 8}}           # layers that `hylo select` chose
+      - {stages.align: null}                                        # without that stage
+      - {label: the teacher, student: null, stages: null, train.model: models/teacher}   # only measured
     retries: 1                      # times that a failed cell is started again
     at_once: 4                      # cells that run side by side on this machine, or tasks of the Slurm array
     gpus: 2                         # GPUs of this machine over which those are spread
 
-`student` may be left out where `train` has a model or a scratch. A cell's name has a hash of its settings: what is done stays
-done when the grid grows.
+`student` may be left out where `train` has a model or a scratch. A cell's name has a hash of its settings, and a stage's one of
+all settings up to it: what is done stays done when the grid or the stages grow, and cells that begin alike share that.
 """
 
 import dataclasses
-import hashlib
-import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.layouts import expand_pattern, get_layout, hybrid_config, uniform_mixers
@@ -37,56 +44,13 @@ from megatron_hylo.config.mixers import MLA_SYMBOL
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.config.upcycle import UpcycleConfig
-from megatron_hylo.eval.runs import read_run, run_state
-from megatron_hylo.plan.job import read_settings, shape
-from megatron_hylo.plan.yaml_files import read_yaml
+from megatron_hylo.io import read_json
+from megatron_hylo.plan.job import read_settings, settings_parser, shape
+from megatron_hylo.plan.sweep_cells import STOPPED, Cell, Measurement, Stage, digest
+from megatron_hylo.plan.sweep_spec import grid_points, merged, read_measurements, read_spec, whole_number
 
-SPEC_KEYS = ("output", "recipe", "teacher", "student", "train", "grid", "cells", "retries", "at_once", "gpus")
-STOPPED = 3  # exit status of a cell that a signal ended
-KINDS: dict[str, tuple[type, str]] = {
-    "output": (str, "a path"), "recipe": (str, "a path"), "teacher": (str, "a path"), "student": (dict, "settings by name"),
-    "train": (dict, "settings by name"), "grid": (dict, "lists of values by name"), "cells": (list, "a list of settings"),
-}  # fmt: skip
-CELL_GROUPS = ("teacher", "student", "train")
-State = Literal["waiting", "running", "finished", "stopped", "failed", "killed"]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a sweep.
-
-    Args:
-        number: its place in the grid.
-        name: of its folder.
-        folder: of its run and notes.
-        varied: settings that tell it from the others, by name.
-        train: settings of its run.
-        upcycle: settings of its student; None where the run has a model already.
-    """
-
-    number: int
-    name: str
-    folder: Path
-    varied: dict[str, Any]
-    train: TrainConfig
-    upcycle: UpcycleConfig | None
-
-    @property
-    def run(self) -> Path:
-        """Run folder: `run`, or `run_N` where the task N of a Slurm array made it."""
-        return next(iter(sorted(self.folder.glob("run_*"))), self.folder / "run")
-
-    def state(self) -> tuple[State, str]:
-        """State of its run, and the words with which it ended."""
-        if not (self.run / "config.json").is_file():
-            failed = [attempt for attempt in self.attempts() if attempt["code"] not in (0, STOPPED)]
-            return ("failed", failed[-1].get("message", "")) if failed else ("waiting", "")
-        return run_state(read_run(self.run, self.name))
-
-    def attempts(self) -> list[dict[str, Any]]:
-        """Starts of this cell on this machine that ended, oldest first: {code, seconds, message}."""
-        file = self.folder / "attempts.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+__all__ = ["STOPPED", "Cell", "Measurement", "Stage", "Sweep", "read_sweep", "recipe_of", "settings_of", "student_shape"]
+CELL_GROUPS = ("teacher", "student", "train", "stages")
 
 
 @dataclass(frozen=True)
@@ -116,88 +80,103 @@ def read_sweep(file: Path) -> Sweep:
     Raises:
         ConfigError: not a specification, or settings of a cell that cannot work; the message names the cell.
     """
-    if not file.is_file():
-        raise ConfigError(f"there is no {file}; write a specification as docs/scaling.md has it")
-    spec = read_yaml(file.read_text(), file, f"its keys are {', '.join(SPEC_KEYS)}")
-    if unknown := sorted(set(spec) - set(SPEC_KEYS)):
-        raise ConfigError(f"{file}: unknown key {unknown[0]!r}; known keys: {', '.join(SPEC_KEYS)}")
-    for name, (kind, words) in KINDS.items():
-        if spec.get(name) is not None and not isinstance(spec[name], kind):
-            raise ConfigError(f"{file}: {name} must be {words}, got {spec[name]!r}")
+    spec = read_spec(file)
     if not spec.get("output") or not (spec.get("grid") or spec.get("cells")):
         raise ConfigError(f"{file} needs output, and grid or cells")
-    base = _base(spec, file)
-    retries, at_once = _count(spec, "retries", 1, 0), _count(spec, "at_once", 1, 1)
-    points = [*_grid(spec.get("grid") or {}, file), *(spec.get("cells") or [])]
+    base = {name: spec.get(name) for name in CELL_GROUPS} | {"train": spec.get("train") or {}}
+    if spec.get("stages") is None:
+        del base["stages"]
+    measurements = read_measurements(spec, file)
+    retries, at_once = whole_number(spec, "retries", 1, 0), whole_number(spec, "at_once", 1, 1)
+    points = [*grid_points(spec.get("grid") or {}, file), *(spec.get("cells") or [])]
     output = Path(spec["output"]).expanduser()
-    cells, known = [], set()
+    cells, known = list[Cell](), set[str]()
     for number, varied in enumerate(points):
         try:
-            cell = _cell(number, base, varied, output)
+            cell = _cell(number, base, varied, output, measurements)
         except ConfigError as error:
             raise ConfigError(f"{file}: cell {number} {varied}: {error}") from error
-        if cell.name in known:
+        # two selections may come to the same layers, which then share a cell's folder
+        own = digest({name: value for name, value in varied.items() if name != "label"})
+        if own in known:
             raise ConfigError(f"{file}: cell {number} {varied} is there twice; leave one out")
-        known.add(cell.name)
+        known.add(own)
         cells.append(cell)
-    return Sweep(file, output, cells, retries, at_once, _count(spec, "gpus", 1, 1))
+    return Sweep(file, output, cells, retries, at_once, whole_number(spec, "gpus", 1, 1))
 
 
-def _base(spec: dict[str, Any], file: Path) -> dict[str, Any]:
-    base: dict[str, Any] = {"teacher": spec.get("teacher"), "student": spec.get("student"), "train": {}}
-    if recipe := spec.get("recipe"):
-        path = next((p for p in (Path(recipe).expanduser(), file.parent / recipe) if p.is_file()), None)
-        if path is None:
-            raise ConfigError(f"{file}: there is no recipe {recipe}")
-        base["train"] = read_yaml(path.read_text(), path, "write keys as megatron_hylo/recipes has them")
-        base["train"].pop("output", None)  # of another run
-    base["train"] = _merged(base["train"], spec.get("train") or {})
-    return base
-
-
-def _count(spec: dict[str, Any], name: str, default: int, least: int) -> int:
-    value = spec.get(name, default)
-    if type(value) is not int or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return value
-
-
-def _grid(grid: dict[str, Any], file: Path) -> list[dict[str, Any]]:
-    for name, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise ConfigError(f"{file}: grid.{name} must be a list of values, got {values!r}")
-    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())] if grid else []
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings; those above win."""
-    merged = dict(below)
-    for name, value in above.items():
-        old = merged.get(name)
-        merged[name] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _cell(number: int, base: dict[str, Any], varied: dict[str, Any], output: Path) -> Cell:
-    settings = base
+def _settings(base: dict[str, Any], varied: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a cell by group: those of the specification with what the cell varies."""
     if not isinstance(varied, dict):
         raise ConfigError("a cell must be settings by name, as {student.mla: 4, train.seed: 1}")
+    settings = base
     for name, value in varied.items():
         first, *rest = str(name).split(".")
-        if first not in CELL_GROUPS or (first == "teacher") == bool(rest):
-            raise ConfigError(f"{name!r} must be teacher, student.SETTING (of `hylo upcycle`) or train.SETTING")
+        if name == "label":
+            continue
+        dropped = not rest and value is None and first in ("student", "stages")
+        if first not in CELL_GROUPS or not (dropped or (first == "teacher") != bool(rest)):
+            raise ConfigError(
+                f"{name!r} must be label, teacher, student.SETTING (of `hylo upcycle`), train.SETTING or stages.STAGE.SETTING"
+                f"; student and stages may be null"
+            )
+        if first == "stages" and rest and rest[0] not in (base.get("stages") or {}):
+            raise ConfigError(f"{name!r} is of no stage; the stages are {', '.join(base.get('stages') or {}) or 'not given'}")
         for key in reversed(rest):
             value = {key: value}
-        settings = _merged(settings, {first: value})
-    if given := next((group for group in ("student", "train") if "output" in (settings[group] or {})), None):
-        raise ConfigError(f"{given}.output must be left out: each cell has a folder of its own below output")
-    name = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
+        settings = merged(settings, {first: value})
+    for group, given in (("student", settings["student"]), ("train", settings["train"])):
+        if "output" in (given or {}):
+            raise ConfigError(f"{group}.output must be left out: each cell has a folder of its own below output")
+    student = settings["student"]
+    if student is not None and isinstance(student.get("mla"), dict):
+        settings = settings | {"student": student | {"mla": selected_layers(student["mla"])}}
+    return settings
+
+
+def _cell(number: int, base: dict[str, Any], varied: dict[str, Any], output: Path, measurements: list[Measurement]) -> Cell:
+    settings = _settings(base, varied)
+    name = digest(settings)
     folder = output.absolute() / "cells" / name
-    train = dict(settings["train"]) | {"output": str(folder / "run")}
-    upcycle = None
-    if settings["student"] is not None:
-        upcycle = _student(settings, output)
-        train["model"] = upcycle.output
+    upcycle = None if settings["student"] is None else _student(settings, output)
+    model = settings["train"].get("model") if upcycle is None else upcycle.output
+    if "stages" not in settings:
+        train = _train(settings, {}, model, folder / "run")
+        stages = [Stage("", folder, train, folder / "run" / "model", tuple(measurements))]
+    else:
+        stages = _chain(settings, model, output.absolute() / "stages", measurements)
+    return Cell(number, name, folder, varied, stages, upcycle)
+
+
+def _chain(settings: dict[str, Any], model: str | None, output: Path, measurements: list[Measurement]) -> list[Stage]:
+    """Stages of a cell, each from the model of the one before; their folders are named by all settings so far."""
+    if model is None:
+        raise ConfigError("give student (settings of `hylo upcycle`), or train.model")
+    so_far: list[Any] = [settings["teacher"], settings["student"] or model]
+    given = {name: own for name, own in (settings["stages"] or {}).items() if own is not None}
+    stages = []
+    for name, own in given.items():
+        so_far.append(_of_stage(settings, own))
+        folder = output / f"{name}-{digest(so_far)}"
+        train = _train(settings, own, model, folder / "run")
+        model = f"{folder}/run/model"
+        chosen = tuple(one for one in measurements if one.after is None or name in one.after)
+        stages.append(Stage(str(name), folder, train, Path(model), chosen))
+    if not stages:
+        stages = [Stage("start", output / f"start-{digest(so_far)}", None, Path(model), tuple(measurements))]
+    return stages
+
+
+def _of_stage(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a stage: its own over those of all stages over its recipe's."""
+    return merged(merged(own.get("recipe") or {}, settings["train"]), {k: v for k, v in own.items() if k != "recipe"})
+
+
+def _train(settings: dict[str, Any], own: dict[str, Any], model: str | None, run: Path) -> TrainConfig:
+    """Settings of one run, checked."""
+    train = _of_stage(settings, own) | {"output": str(run)}
+    if model is not None:
+        train["model"] = model
     if settings["teacher"] and train.get("stage") != "pretrain":
         train.setdefault("teacher", settings["teacher"])
     for key in ("data", "stage"):
@@ -205,7 +184,33 @@ def _cell(number: int, base: dict[str, Any], varied: dict[str, Any], output: Pat
             raise ConfigError(f"train.{key} is missing")
     if train["stage"] != "pretrain" and not train.get("model"):
         raise ConfigError("give student (settings of `hylo upcycle`), or train.model")
-    return Cell(number, name, folder, varied, read_settings(train, "train"), upcycle)
+    return read_settings(train, "train")
+
+
+def selected_layers(given: dict[str, Any]) -> list[int]:
+    """MLA layers that `hylo select` chose, for as many as it was asked for or, in its order, fewer or more.
+
+    Args:
+        given: {selection: output folder of `hylo select`, count: number of layers}.
+
+    Raises:
+        ConfigError: no such folder, or a count that its choice does not tell.
+    """
+    if sorted(given) != ["count", "selection"] or type(given["count"]) is not int:
+        raise ConfigError(f"student.mla as settings must have selection (a folder of `hylo select`) and count, got {given}")
+    file, count = Path(given["selection"]).expanduser() / "selection.json", given["count"]
+    if not file.is_file():
+        raise ConfigError(f"there is no {file}; `hylo select ... --output {file.parent}` makes it")
+    found = read_json(file, needs=("method", "order", "mla_layers", "pattern"))
+    chosen, order, depth = found["mla_layers"], found["order"], len(found["pattern"])
+    if found["method"] == "greedy" and 1 <= count <= len(order):
+        return sorted(order[:count])
+    if found["method"] == "backward" and 1 <= depth - count <= len(order):
+        return sorted(set(range(depth)) - set(order[: depth - count]))
+    if count != len(chosen):
+        told = {"greedy": f"1 to {len(chosen)}", "backward": f"{len(chosen)} to {depth - 1}"}.get(found["method"], len(chosen))
+        raise ConfigError(f"{file} ({found['method']}) tells the layers for {told} MLA layers, not for {count}")
+    return list(chosen)
 
 
 def _student(settings: dict[str, Any], output: Path) -> UpcycleConfig:
@@ -226,11 +231,9 @@ def _student(settings: dict[str, Any], output: Path) -> UpcycleConfig:
             if outside := [one for one in mla if not 0 <= one < layers]:
                 raise ConfigError(f"student.mla {outside[0]} is no layer; the teacher has {layers}, counted from 0")
             chosen["pattern"] = "".join(MLA_SYMBOL if layer in mla else linear for layer in range(layers))
-    identity = json.dumps(chosen | {"teacher": settings["teacher"]}, sort_keys=True, default=str)
-    name = hashlib.sha256(identity.encode()).hexdigest()[:10]
+    name = digest(chosen | {"teacher": settings["teacher"]})
     values = chosen | {"teacher": settings["teacher"], "output": str(output.absolute() / "students" / name)}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(UpcycleConfig, as_group=False)
+    parser = settings_parser(UpcycleConfig)
     try:
         made = UpcycleConfig(**vars(parser.instantiate(parser.parse_object(values))))
     except (ArgumentError, TypeError) as error:
@@ -250,21 +253,21 @@ def student_shape(settings: UpcycleConfig) -> ModelConfig:
         return get_layout(settings.layout).config
     if settings.pattern is None:
         raise ConfigError("a student needs layout, pattern or mla")
-    pattern = expand_pattern(settings.pattern, teacher.num_hidden_layers)
+    pattern = expand_pattern(settings.pattern, teacher.num_hidden_layers, teacher.mlps)
     sizes: dict[str, Any] = dict(settings.overrides or {})
     return hybrid_config(teacher, pattern, shapes=settings.mixer_shapes, **sizes)
 
 
-def recipe_of(cell: Cell) -> str:
-    """Recipe of a cell's run as YAML, without the paths that a Slurm script gives: settings that are not defaults."""
+def recipe_of(train: TrainConfig) -> str:
+    """Recipe of a run as YAML, without the paths that a Slurm script gives: settings that are not defaults."""
     default = dataclasses.asdict(TrainConfig("pretrain", "-", "-", scratch="-"))
-    given = dataclasses.asdict(cell.train)
+    given = dataclasses.asdict(train)
     left_out = ("data", "output", "model", "teacher")
     kept = {k: v for k, v in given.items() if k == "stage" or (v != default[k] and k not in left_out)}
     return yaml.safe_dump(kept, sort_keys=False)
 
 
-def settings_of(cell: Cell) -> dict[str, Any]:
-    """All settings of a cell, flat, for its row of the results."""
+def settings_of(cell: Cell, stage: Stage) -> dict[str, Any]:
+    """All settings of a cell's stage, flat, for its row of the results."""
     student = flatten(dataclasses.asdict(cell.upcycle), "student.") if cell.upcycle else {}
-    return student | flatten(dataclasses.asdict(cell.train), "train.")
+    return student | (flatten(dataclasses.asdict(stage.train), "train.") if stage.train else {})

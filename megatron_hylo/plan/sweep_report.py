@@ -1,7 +1,6 @@
-"""Results of a sweep: one row a cell in a Parquet file, fits of loss and recall by tokens and cache, plots, a page."""
+"""Results of a sweep: a Parquet file with a row a stage, fits of loss and recall by tokens and cache, plots, a page."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,68 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_hylo.config import ConfigError, ModelConfig, from_dict
-from megatron_hylo.config.layouts import kv_bytes_per_token, kv_percent, parameter_count
-from megatron_hylo.eval.runs import Run, read_run, seconds_of
-from megatron_hylo.plan.job import shape
-from megatron_hylo.plan.sweep import STOPPED, Cell, Sweep, settings_of, student_shape
+from megatron_hylo.config import ConfigError
+from megatron_hylo.plan.sweep import Cell, Sweep, settings_of
+from megatron_hylo.plan.sweep_page import page
+from megatron_hylo.plan.sweep_rows import row_of, rows_of
 
 LOSSES = ("heldout_kl", "heldout_cross_entropy")
-RECALLS = ("eval/recall/mean/exact", "heldout_recall_accuracy")  # the suite's, else that of answers in training's own exercises
+RECALLS = ("eval/recall/mean/exact", "heldout_recall_accuracy")  # of training, where no evaluation measured recall
 Floats = NDArray[np.float64]
-
-
-def row_of(cell: Cell) -> dict[str, Any]:
-    """State and last figures of a cell: its settings, cache, tokens, seconds and every metric of its run."""
-    state, message = cell.state()
-    attempts = cell.attempts()
-    row: dict[str, Any] = {
-        "cell": cell.number,
-        "name": cell.name,
-        "state": state,
-        "message": message,
-        "attempts": len(attempts),
-        "failures": sum(attempt["code"] not in (0, STOPPED) for attempt in attempts),
-        "seconds": sum(attempt["seconds"] for attempt in attempts),
-        "varied": json.dumps(cell.varied),
-    }
-    if model := _model(cell):
-        row |= {"mixers": model.mixers, "parameters": parameter_count(model), "kv_percent": kv_percent(model),
-                "kv_bytes_per_token": kv_bytes_per_token(model)}  # fmt: skip
-    if (cell.run / "config.json").is_file():
-        run = read_run(cell.run, cell.name)
-        row |= {"tokens": run.step * run.tokens_per_step, "steps": run.step} | _last(run)
-        row |= {"attempts": max(len(attempts), len(run.starts)), "seconds": _seconds(run)}
-    return row
-
-
-def _model(cell: Cell) -> ModelConfig | None:
-    """Shape of a cell's student: of what was trained, else of what it would begin with."""
-    start = cell.train.model or cell.train.scratch
-    for folder in (cell.run / "model", Path(start or "")):
-        if (folder / "hylo.json").is_file():
-            return from_dict(ModelConfig, json.loads((folder / "hylo.json").read_text())["model"], str(folder))
-    if cell.upcycle:
-        return student_shape(cell.upcycle)
-    return shape(start) if start else None
-
-
-def _seconds(run: Run) -> float:
-    """Seconds of training over all starts of a run, each to its last record."""
-    starts = [seconds_of(start["time"]) for start in run.starts]
-    times = [record["time"] for record in run.records if "time" in record]
-    spans = zip(starts, [*starts[1:], math.inf])
-    return sum(max(0.0, max((t for t in times if begun <= t < end), default=begun) - begun) for begun, end in spans)
-
-
-def _last(run: Run) -> dict[str, float]:
-    """Newest value of every metric; none where that is not finite, since an older one would hide it."""
-    found: dict[str, float] = {}
-    for record in run.records:
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                found[name] = float(value)
-    return {name: value for name, value in found.items() if name not in ("step", "time", "tokens") and math.isfinite(value)}
 
 
 def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
@@ -87,27 +32,36 @@ def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
         ConfigError: no finished cell, or pyarrow is not installed.
     """
     rows = [row_of(cell) for cell in sweep.cells]
+    stages = [(cell, row) for cell in sweep.cells for row in rows_of(cell)]
     finished = [row for row in rows if row["state"] == "finished"]
     if not finished:
         raise ConfigError(f"no cell of {sweep.file} is finished; run `hylo sweep {sweep.file}` first")
     table = sweep.output / "results.parquet"
-    _write_parquet(rows, sweep.cells, table)
-    fits, known = list[dict[str, Any]](), {name for row in finished for name in row}
-    for measures, words, power in ((LOSSES, "loss", True), (RECALLS, "recall", False)):
-        if fit := fit_metric(finished, next((m for m in measures if m in known), ""), words, power, samples):
+    _write_parquet(stages, table)
+    trained = [row for row in finished if "tokens" in row]
+    fits, known = list[dict[str, Any]](), {name for row in trained for name in row}
+    recalls = (*measured_recall(trained), *RECALLS)
+    for measures, words, power in ((LOSSES, "loss", True), (recalls, "recall", False)):
+        if fit := fit_metric(trained, next((m for m in measures if m in known), ""), words, power, samples):
             fits.append(fit)
     files = [table]
     if fits:
-        files.append(_draw(finished, fits, sweep.output / "report.png"))
-    page = sweep.output / "report.md"
-    page.write_text(_page(sweep, rows, fits))
+        files.append(_draw(trained, fits, sweep.output / "report.png"))
+    report = sweep.output / "report.md"
+    report.write_text(page(sweep, stages, fits))
     return {
         "cells": len(rows), "finished": len(finished), "states": {row["name"]: row["state"] for row in rows},
-        "fits": [{k: v for k, v in fit.items() if k != "predict"} for fit in fits], "files": [str(f) for f in (*files, page)],
+        "fits": [{k: v for k, v in fit.items() if k != "predict"} for fit in fits], "files": [str(f) for f in (*files, report)],
     }  # fmt: skip
 
 
-def _write_parquet(rows: Sequence[dict[str, Any]], cells: Sequence[Cell], file: Path) -> None:
+def measured_recall(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the recall suites' means that all rows have, the longest length first."""
+    names = [name for name in (rows[0] if rows else ()) if "/recall/mean/exact/" in name and name.rsplit("/", 1)[1].isdecimal()]
+    return sorted((n for n in names if all(n in row for row in rows)), key=lambda n: -int(n.rsplit("/", 1)[1]))
+
+
+def _write_parquet(stages: Sequence[tuple[Cell, dict[str, Any]]], file: Path) -> None:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -115,8 +69,12 @@ def _write_parquet(rows: Sequence[dict[str, Any]], cells: Sequence[Cell], file: 
         raise ConfigError(
             "results are written with pyarrow, which is not installed: pip install megatron-hylo[data]"
         ) from error
-    whole = [row | {k: v if isinstance(v, (int, float, str, bool, type(None))) else json.dumps(v, default=str)
-                    for k, v in settings_of(cell).items()} for row, cell in zip(rows, cells)]  # fmt: skip
+    whole = []
+    for cell, row in stages:
+        stage = next((one for one in cell.stages if one.name == row["stage"]), cell.last)
+        settings = {k: v if isinstance(v, (int, float, str, bool, type(None))) else json.dumps(v, default=str)
+                    for k, v in settings_of(cell, stage).items()}  # fmt: skip
+        whole.append(row | settings)
     columns = dict.fromkeys(name for row in whole for name in row)
     table = {}
     for name in columns:
@@ -224,26 +182,3 @@ def _draw(rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]], file: 
                 panel.legend(fontsize=7)
         figure.savefig(file, dpi=120)
     return file
-
-
-def _figure(value: Any) -> str:
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
-def _page(sweep: Sweep, rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]]) -> str:
-    """Markdown: fits, plots, all cells."""
-    metrics = [fit["metric"] for fit in fits] or [name for name in LOSSES if any(name in row for row in rows)]
-    varied = list(dict.fromkeys(name for cell in sweep.cells for name in cell.varied))
-    columns = ["cell", *varied, "state", "starts", "tokens", "cache bytes a token", *metrics, "minutes"]
-    lines = [f"# Sweep {sweep.file.stem}", "", *(f"- {fit['sentence']}" for fit in fits), ""]
-    why = "No fit: too few finished cells, or tokens and cache bytes vary together in all of them."
-    lines += ["![fits](report.png)", ""] if fits else [why, ""]
-    lines += ["Shaded: 95 % of the bootstrap over cells, which says nothing of other seeds of one cell.", ""] if fits else []
-    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for cell, row in zip(sweep.cells, rows):
-        figures = [_figure(row.get(name)) for name in ("tokens", "kv_bytes_per_token", *metrics)]
-        cells = [str(row["cell"]), *(str(cell.varied.get(name, "")) for name in varied), row["state"], str(row["attempts"])]
-        lines.append("| " + " | ".join([*cells, *figures, f"{row['seconds'] / 60:.1f}"]) + " |")
-    failed = [row for row in rows if row["message"]]
-    lines += ["", *(f"- cell {row['cell']}: {row['message']}" for row in failed)] if failed else []
-    return "\n".join(lines) + "\n"

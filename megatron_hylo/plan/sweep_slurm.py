@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import megatron_hylo
+from megatron_hylo.config import ConfigError
 from megatron_hylo.plan.sweep import Sweep, recipe_of
 
 HEAD = """#!/usr/bin/env bash
@@ -50,15 +51,24 @@ def write_array(sweep: Sweep, at_once: int) -> Path:
 
     Returns:
         The script.
+
+    Raises:
+        ConfigError: cells of several stages, or evaluations, which a task of the array does not run.
     """
+    if any(stage.name or stage.measurements for cell in sweep.cells for stage in cell.stages):
+        raise ConfigError(
+            f"{sweep.file} has stages or evaluate, which a Slurm array of single runs does not do; run it without --slurm in "
+            f"one job, with gpus: N for the GPUs of its node"
+        )
     output, root = sweep.output.absolute(), Path(megatron_hylo.__path__[0]).parent
     left = [cell for cell in sweep.cells if cell.state()[0] != "finished"]
     cases = []
     for cell in left:
         cell.folder.mkdir(parents=True, exist_ok=True)
         recipe = cell.folder / "recipe.yaml"
-        recipe.write_text(recipe_of(cell))
-        c = cell.train
+        c = cell.last.train
+        assert c is not None, "a cell without stages has a run"
+        recipe.write_text(recipe_of(c))
         values = {"RECIPE": recipe, "OUTPUT": cell.folder / "run", "DATA": Path(c.data).absolute()}
         values |= {"MODEL": Path(c.model).absolute()} if c.model else {}
         values |= {"TEACHER": Path(c.teacher).absolute()} if c.teacher else {}

@@ -4,11 +4,12 @@
 it is needed; `tests/platform/test_cpu_patches.py` runs training with each one left out.
 """
 
+import contextlib
 import importlib
 import logging
 import sys
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Callable
 
 import torch
@@ -75,6 +76,33 @@ def _current_stream() -> None:
     cuda.current_stream = lambda device=None: None
 
 
+class _NoStream:
+    """Stream and event of a machine without CUDA, where all work is done when the call returns."""
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self) -> "_NoStream":
+        return self
+
+
+def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _token_dispatch() -> None:
+    module: Any = importlib.import_module(f"{_MEGATRON}.transformer.moe.token_dispatcher")
+    torch_on_cpu: Any = _CpuTorch()
+    torch_on_cpu.cuda = SimpleNamespace(
+        Stream=_NoStream, stream=lambda stream: contextlib.nullcontext(), current_stream=lambda: None
+    )
+    module.torch = torch_on_cpu
+    module.maybe_move_tensor_to_cpu = _to_host  # its own makes numbers of a GPU's tensors only
+
+
 def _factories() -> None:
     for name in ("pipeline_parallel.schedules", "optimizer.clip_grads", "optimizer.optimizer", "utils"):
         module: Any = importlib.import_module(f"{_MEGATRON}.{name}")
@@ -124,6 +152,12 @@ PATCHES: tuple[Patch, ...] = (
         "torch.cuda.current_stream",
         "gradient buffers ask for the current CUDA stream when they reduce",
         _current_stream,
+    ),
+    Patch(
+        "token_dispatch",
+        "`torch.cuda` and `maybe_move_tensor_to_cpu` in megatron.core.transformer.moe.token_dispatcher",
+        "the dispatcher of tokens to experts copies their counts to the host on a stream of its own",
+        _token_dispatch,
     ),
     Patch(
         "factories",

@@ -79,12 +79,15 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
             f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} = {model_parallel}; "
             f"start a multiple of {model_parallel} ranks"
         )
+    parallel.check_experts(world)
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(
             parallel.tensor_model_parallel_size,
             parallel.pipeline_model_parallel_size,
             parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None,
             context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=1,  # an expert is whole on its rank
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         )
     torch.manual_seed(seed)

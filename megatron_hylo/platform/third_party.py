@@ -102,6 +102,7 @@ _CPU_TARGETS = {
     ),
     "synchronize": ("torch.cuda.synchronize",),
     "current_stream": ("torch.cuda.current_stream",),
+    "token_dispatch": ("importlib.import_module().torch", "importlib.import_module().maybe_move_tensor_to_cpu"),
     "factories": ("importlib.import_module().torch",),
     "tensor_type": ("torch.Tensor.type",),
     "tensor_cuda": ("torch.Tensor.cuda",),
@@ -269,6 +270,15 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         ),  # fmt: skip
     ),
     ThirdPartyChange(
+        "huge pages",
+        "THP_MEM_ALLOC_ENABLE=1 in convert, verify, upcycle, assemble and export",
+        "weights that are read once are limited by page faults: 2 GB/s of a core without, 6 with",
+        "process",
+        _is_set("THP_MEM_ALLOC_ENABLE", "1"),
+        ("io/start_up.py",),
+        ("os.environ[THP_MEM_ALLOC_ENABLE]",),
+    ),
+    ThirdPartyChange(
         "transformers' progress bars",
         "transformers.utils.logging.disable_progress_bar()",
         "they would be drawn over this project's own",
@@ -309,7 +319,7 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         "vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv._fused_post_conv_kernel, in processes of vLLM",
         "Triton refuses it where value heads are wider than key heads",
         "process",
-        lambda: type(_loaded(_PREPARATION, "_fused_post_conv_kernel")).__module__.startswith("megatron_hylo."),
+        lambda: _loaded(_PREPARATION, "_fused_post_conv_kernel", "values") is not None,  # of triton.heuristics
         ("serve/vllm/gdn.py",),
         ("vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv._fused_post_conv_kernel",),
     ),

@@ -26,7 +26,7 @@ from megatron_hylo.train.kept_state import check_kept_state
 from megatron_hylo.train.reporting import check_wandb
 from megatron_hylo.train.resume_check import check_resume
 from megatron_hylo.train.run_folder import check_run_folder
-from megatron_hylo.train.setup import architectures
+from megatron_hylo.train.setup import architectures, check_experts
 from megatron_hylo.train.teacher_check import check_teacher_window
 from megatron_hylo.train.token_check import check_run_tokens
 
@@ -159,8 +159,10 @@ def _check_ranks(config: TrainConfig, ranks: int, models: list[ModelConfig]) -> 
         )
     data_parallel = ranks // p.model_parallel_size
     count = config.micro_batches(data_parallel)
+    p.check_experts(ranks)
     for shape in models:
         check_tensor_parallel(shape, p.tensor_model_parallel_size)
+        check_experts(config, shape)
     if models:
         pipeline_layers(models[0], p.pipeline_stages, p.pipeline_layers)
     return f"{data_parallel} data-parallel x {p.model_parallel_size}, {count} micro-batches a step"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_hylo.config.mixers import MIXERS
 from megatron_hylo.models.hylo_model import HyloModel
-from megatron_hylo.train.optimizer import TrainingState
+from megatron_hylo.train.optimizer import TrainingState, is_expert_parallel, optimizer_parts
 
 MLP, EMBEDDINGS = "mlp", "embeddings"
 
@@ -29,17 +29,22 @@ def gradient_norms(state: TrainingState) -> dict[str, Tensor]:
     """
     mixers = state.config.hylo.mixers
     kinds = [_kind(symbol) for symbol in MIXERS if symbol in mixers] + [MLP, EMBEDDINGS]
-    (part,) = state.optimizer.chained_optimizers
-    squares = torch.zeros(len(kinds), dtype=torch.float32, device=next(state.chunks[0].parameters()).device)
-    found: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+    parts = optimizer_parts(state.optimizer)
+    device = next(state.chunks[0].parameters()).device
+    squares = torch.zeros(len(parts), len(kinds), dtype=torch.float32, device=device)
+    found: list[dict[str, list[Tensor]]] = [{kind: [] for kind in kinds} for _ in parts]
     for chunk in state.chunks:
         for kind, parameters in parameters_by_kind(chunk).items():
-            found[kind] += [piece for p in parameters if (piece := _owned(part, p)) is not None]
-    for number, pieces in enumerate(found.values()):
-        if pieces:
-            squares[number] = torch.stack(torch._foreach_norm(pieces)).square().sum()
-    torch.distributed.all_reduce(squares, group=part.get_grad_stats_parallel_group())
-    return dict(zip(kinds, squares.sqrt()))
+            for p in parameters:
+                number = len(parts) - 1 if is_expert_parallel(p) else 0
+                if (piece := _owned(parts[number], p)) is not None:
+                    found[number][kind].append(piece)
+    for part, sums, by_kind in zip(parts, squares, found):
+        for number, pieces in enumerate(by_kind.values()):
+            if pieces:
+                sums[number] = torch.stack(torch._foreach_norm(pieces)).square().sum()
+        torch.distributed.all_reduce(sums, group=part.get_grad_stats_parallel_group())
+    return dict(zip(kinds, squares.sum(0).sqrt()))
 
 
 def parameters_by_kind(chunk: HyloModel) -> dict[str, list[nn.Parameter]]:
@@ -66,6 +71,8 @@ def _kind(symbol: str) -> str:
 def _owned(optimizer: MegatronOptimizer, p: Any) -> Tensor | None:
     """The part of a parameter's gradient that this rank counts: its shard under the distributed optimizer; None if nothing."""
     if not (p.requires_grad and param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)):
+        return None
+    if getattr(optimizer, "is_stub_optimizer", False):
         return None
     if not isinstance(optimizer, DistributedOptimizer):
         return p.main_grad

@@ -131,7 +131,10 @@ def _provenances(config: TrainConfig) -> list[dict[str, Any]]:
     """Describe what each student is made of, for its hylo.json; the main rank alone hashes the inputs."""
     sources = [config.model or config.scratch] + ([config.second_model] if config.second_model else [])
     teacher = config.teacher or config.teacher_store or config.teacher_address
-    about: dict[str, Any] = dict(stage=config.stage, train_steps=config.train_steps, seed=config.seed)
+    about: dict[str, Any] = dict(
+        stage=config.stage, train_steps=config.train_steps, seed=config.seed, sequence_length=config.sequence_length,
+        tokens=config.train_steps * config.global_batch_size * config.sequence_length, recipe=config.changed_settings(),
+    )  # fmt: skip
     teacher = teacher and plain_path(teacher)
     inputs = [{"model": model and plain_path(model), "teacher": teacher, "data": config.data} for model in sources]
     return on_main(lambda: [made_by("train", named, **about) for named in inputs])

@@ -78,19 +78,32 @@ class TrainingState:
         return rates
 
 
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """Optimizers that an update consists of: one, and under expert parallelism another one for the experts, last."""
+    return list(optimizer.chained_optimizers)
+
+
+def is_expert_parallel(parameter: Tensor) -> bool:
+    """Whether a parameter is divided over expert-parallel ranks, so that fewer ranks have the same."""
+    return not getattr(parameter, "allreduce", True)
+
+
 @contextlib.contextmanager
 def plain_numbers(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Context in which learning rates and step counts that are tensors are numbers; afterwards the tensors have the new values.
 
     So checkpoints with and without captured updates are alike.
     """
-    (part,) = optimizer.chained_optimizers
-    groups = part.optimizer.param_groups
-    tensors = [{name: x for name in ("lr", "step") if isinstance(x := group.get(name), Tensor)} for group in groups]
-    for group, found in zip(groups, tensors):
+    parts = optimizer_parts(optimizer)
+    tensors = [
+        {name: x for name in ("lr", "step") if isinstance(x := group.get(name), Tensor)}
+        for part in parts
+        for group in part.param_groups
+    ]
+    for group, found in zip((group for part in parts for group in part.param_groups), tensors):
         group |= {name: x.item() for name, x in found.items()}
     yield
-    for group, found in zip(part.optimizer.param_groups, tensors):  # loading makes new groups
+    for group, found in zip((group for part in parts for group in part.param_groups), tensors):  # loading makes new groups
         group |= {name: x.fill_(group[name]) for name, x in found.items()}
 
 
@@ -158,11 +171,11 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
 
     Megatron-Core does so itself except for torch's AdamW, whose empty state its distributed optimizer refuses.
     """
-    (part,) = optimizer.chained_optimizers
-    if isinstance(part.optimizer, torch.optim.Adam):
-        for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
-            zeros = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
-            part.optimizer.state[parameter] = {"step": torch.tensor(0.0)} | zeros
+    for part in optimizer_parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.Adam):
+            for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
+                zeros = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
+                part.optimizer.state[parameter] = {"step": torch.tensor(0.0)} | zeros
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
@@ -173,21 +186,54 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -
     The distributed optimizer's own loading fails on the "step" of torch's AdamW (Transformer Engine's has none) and
     shares one counter among all parameters, each of which would then advance it.
     """
-    (part,) = optimizer.chained_optimizers
-    groups = (loaded["optimizer"] if isinstance(part, DistributedOptimizer) else loaded)["param_groups"]
-    for saved, mine in zip(groups, part.param_groups, strict=True):
+    parts = optimizer_parts(optimizer)
+    for part, state in zip(parts, _states_of_parts(loaded, len(parts)), strict=True):
+        _load_part(part, state)
+
+
+def _states_of_parts(loaded: dict[Any, Any], count: int) -> list[dict[str, Any]]:
+    """Divide a loaded state among an optimizer's parts; it may be of another number of parts, whose moments have the same keys.
+
+    Groups of parameters differ then: every part gets one with the step count, which is the same for all.
+    """
+    parts = [loaded] if count == 1 else [loaded[number] for number in range(count)]
+    saved = sum(isinstance(key, int) for key in loaded) or 1
+    if count > 1 and ("param_groups" in loaded or "optimizer" in loaded):  # numbers are those that were asked for
+        saved = 1
+    if saved == count:
+        return parts
+    first = loaded if saved == 1 else loaded[0]
+    groups = (first["optimizer"] if "optimizer" in first else first)["param_groups"]
+    step = {"step": groups[0]["step"]} if "step" in groups[0] else {}
+    found = [{name: part[name] for name in ("param_state", "state") if name in part} | {"step": step} for part in parts]
+    if "common_step" in (plain := first.get("state", {})):  # of the plain optimizer, beside its moments
+        for part in found:
+            part["state"] = part["state"] | {"common_step": plain["common_step"]}
+    return found
+
+
+def _load_part(part: Any, loaded: dict[str, Any]) -> None:
+    mine = part.param_groups
+    distributed = isinstance(part, DistributedOptimizer)
+    if (step := loaded.pop("step", None)) is None:
+        groups = (loaded["optimizer"] if distributed else loaded)["param_groups"]
+    else:
+        numbers = [{"params": group["params"]} for group in part.optimizer.state_dict()["param_groups"]]
+        groups = [({} if distributed else numbered) | step for numbered in numbers]
+        loaded |= {"optimizer": {"param_groups": groups}} if distributed else {"param_groups": groups}
+    for saved, own in zip(groups, mine, strict=True):
         kept = {name: saved[name] for name in ("params", "step") if name in saved}
         saved.clear()
-        saved |= {name: value for name, value in mine.items() if name not in ("params", "step")} | kept
-    if not (isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam)):
-        optimizer.load_state_dict(loaded)
+        saved |= {name: value for name, value in own.items() if name not in ("params", "step")} | kept
+    if not (distributed and isinstance(part.optimizer, torch.optim.Adam)):
+        part.load_state_dict(loaded)
         return
     moments = loaded.pop("param_state")
-    optimizer.load_state_dict(loaded)
+    part.load_state_dict(loaded)
     steps = [(state, state.pop("step").clone()) for state in part.optimizer.state.values()]
     part.load_parameter_state_from_fully_reshardable(moments)
-    for state, step in steps:
-        state["step"] = step
+    for state, count in steps:
+        state["step"] = count
 
 
 def load_schedule(scheduler: OptimizerParamScheduler, saved: dict[str, Any]) -> None:

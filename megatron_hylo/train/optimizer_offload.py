@@ -16,15 +16,14 @@ class OffloadedState:
     """Keeps an optimizer's state in CPU memory, except inside `resident`.
 
     Args:
-        optimizer: a Megatron-Core optimizer with a single part.
+        optimizer: a Megatron-Core optimizer.
         models: models it trains; optimizer parameters that share their memory stay.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, models: Iterable[nn.Module]) -> None:
-        (part,) = optimizer.chained_optimizers
-        self.optimizer = part.optimizer
+        self.optimizers = [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
         weights = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = [p for one in self.optimizers for group in one.param_groups for p in group["params"]]
         self.device = parameters[0].device
         self.copies = [p for p in parameters if p.untyped_storage().data_ptr() not in weights]
         self.cpu_buffers: dict[tuple[int, str], Tensor] = {}  # of parameter and name
@@ -35,7 +34,7 @@ class OffloadedState:
         """Context in which the state is on the device, for the optimizer or a checkpoint."""
         for p in self.copies:
             p.data = p.data.to(self.device, non_blocking=True)
-        for values in self.optimizer.state.values():
+        for values in (values for one in self.optimizers for values in one.state.values()):
             values |= {name: x.to(self.device, non_blocking=True) for name, x in values.items() if _travels(x)}
         try:
             yield
@@ -46,7 +45,7 @@ class OffloadedState:
         for p in self.copies:
             p.grad = None  # a view of a buffer that stays; made anew at each step
             p.data = self._on_cpu(p.data, id(p), "copy")
-        for p, values in self.optimizer.state.items():
+        for p, values in (item for one in self.optimizers for item in one.state.items()):
             values |= {name: self._on_cpu(x, id(p), name) for name, x in values.items() if _travels(x)}
 
     def _on_cpu(self, x: Tensor, parameter: int, name: str) -> Tensor:

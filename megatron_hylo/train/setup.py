@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.config.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
+from megatron_hylo.config.mlps import check_expert_parallel
 from megatron_hylo.config.teacher_window import rope_changes
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.convert.hf_start import load_model_chunks, read_model_config
@@ -23,7 +24,7 @@ from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.models.frozen import FrozenModel, as_frozen, freeze
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.windows import repeats
-from megatron_hylo.plan.flops import forward_flops_per_token
+from megatron_hylo.plan.flops import forward_flops_per_token, mlp_flops
 from megatron_hylo.plan.memory import Memory, predict_memory
 from megatron_hylo.teachers.remote import RemoteTeacher
 from megatron_hylo.teachers.signal import TeacherSignal
@@ -77,7 +78,7 @@ class Run:
         shapes = [chunks[0].config.hylo for chunks in self.students]
         flops = sum(3 * forward_flops_per_token(c, config.sequence_length, head) for c in shapes)
         if config.stage == "align" and config.align.loss == "mse":  # runs no MLP of a student
-            flops -= sum(3 * 6 * c.num_hidden_layers * c.hidden_size * c.ffn_hidden_size for c in shapes)
+            flops -= sum(3 * mlp_flops(c) for c in shapes)
         if self.teacher is None or self.teacher_signal is not None:
             return flops
         shape, window = self.teacher[0].config.hylo, self.teacher.window
@@ -99,7 +100,8 @@ class Run:
         """Memory that this rank's GPU will need."""
         sharded = self.config.optimizer.use_distributed_optimizer
         shards = parallel_state.get_data_parallel_world_size(with_context_parallel=True) if sharded else 1
-        return predict_memory(self.config, self.students, self.teacher, self.teacher_signal, shards)
+        experts = parallel_state.get_expert_data_parallel_world_size() if sharded else 1
+        return predict_memory(self.config, self.students, self.teacher, self.teacher_signal, shards, experts)
 
 
 def build_run(
@@ -136,6 +138,8 @@ def build_run(
 
 def build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], FrozenModel | None]:
     """Load or make this rank's chunks of (the students, the teacher); paired layers are on the same ranks."""
+    for shape in architectures(config):
+        check_experts(config, shape)
     architecture, dtype = architectures(config)[0], params_dtype(config)
     layers = pipeline_layers(architecture, config.parallel.pipeline_stages, config.parallel.pipeline_layers)
     shared: dict[str, Any] = dict(
@@ -173,6 +177,24 @@ def open_teacher_signal(config: TrainConfig) -> TeacherSignal | None:
         minutes = config.parallel.distributed_timeout_minutes
         return RemoteTeacher(config.teacher_address, params_dtype(config), timedelta(minutes=minutes))
     return None
+
+
+def check_experts(config: TrainConfig, shape: ModelConfig) -> None:
+    """Refuse settings under which mixtures of experts do not train.
+
+    Args:
+        config: settings of the run.
+        shape: one of its models.
+
+    Raises:
+        ConfigError: CUDA graphs or FP8, or what `check_expert_parallel` refuses.
+    """
+    check_expert_parallel(shape, config.parallel, trained=True)
+    if shape.has_experts and config.cuda_graphs:
+        raise ConfigError("cuda_graphs cannot capture mixtures of experts, whose products depend on the tokens; set it false")
+    for name in ("teacher_precision", "linear_precision"):
+        if shape.has_experts and getattr(config, name) == "fp8":
+            raise ConfigError(f"{name} fp8 is not supported for mixtures of experts; set it to same")
 
 
 def params_dtype(config: TrainConfig) -> torch.dtype:

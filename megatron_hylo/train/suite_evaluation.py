@@ -65,7 +65,7 @@ class SuiteEvaluation(Callback):
 
     Args:
         run: whose students are measured. Each rank measures a part of the examples with a copy of the whole model, gathered
-            for that where tensor or pipeline parallelism divides it; afterwards the copy's memory is free again.
+            for that where tensor, pipeline or expert parallelism divides it; afterwards the copy's memory is free again.
         settings: of the suites.
         reporter: records metrics eval/SUITE/TASK/METRIC, of a length with /LENGTH behind it.
         folder: run folder.
@@ -77,7 +77,8 @@ class SuiteEvaluation(Callback):
 
         self.run, self.settings, self.reporter, self.folder, self.provenance = run, settings, reporter, folder, provenance
         self.tokenizer = load_transformers_tokenizer(tokenizer_folder(run.config))
-        self.divided = run.config.parallel.tensor_model_parallel_size * run.config.parallel.pipeline_stages > 1
+        p = run.config.parallel
+        self.divided = p.tensor_model_parallel_size * p.pipeline_stages * p.expert_model_parallel_size > 1
         if self.divided:
             shape = run.students[0][0].config
             gib = parameter_count(shape.hylo) * shape.params_dtype.itemsize / GIB

@@ -21,7 +21,10 @@ from megatron_hylo.initialise.registry import CalibrationStatistics, get_initial
 Read = Callable[[str], Tensor]  # canonical name -> CPU tensor
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 
-_BACKBONE = ("hidden_size", "ffn_hidden_size", "num_hidden_layers", "vocab_size")
+_BACKBONE = (
+    "hidden_size", "ffn_hidden_size", "num_hidden_layers", "vocab_size",
+    "mlps", "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax",
+)  # fmt: skip
 _ATTENTION = ("num_attention_heads", "num_query_groups", "kv_channels", "add_qkv_bias", "qk_layernorm")
 
 

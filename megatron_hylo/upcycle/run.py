@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_hylo.calibrate.gather import micro_batch
+from megatron_hylo.calibrate.shares import check_ranks
 from megatron_hylo.calibrate.solve import LayerError, solve_outputs
 from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError, ModelConfig
@@ -21,7 +22,7 @@ from megatron_hylo.convert.write_folders import write_model_folder
 from megatron_hylo.data.tokenizer import check_dataset, check_same_vocabulary
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.initialise.calibrated_mla import choose_rotary_pairs
-from megatron_hylo.io import check_free, output_lock
+from megatron_hylo.io import check_free, on_all, output_lock, rank, world_size
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.io.provenance import made_by
 from megatron_hylo.kernels.registry import untuned
@@ -84,38 +85,58 @@ def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> Upcyc
     teacher, calibration = settings.teacher, settings.calibration
     check_free(settings.output, settings.overwrite, [teacher, calibration])
     teacher_config, _ = read_description(teacher)
-    calibrated = settings.init == "calibrated"
+    calibrated = settings.reads_statistics
     config = student_config(teacher_config, settings)
     if calibrated and calibration is None:
-        raise ConfigError("init `calibrated` needs --calibration, a folder made by `hylo calibrate`; or use --init paper")
+        raise ConfigError(f"init `{settings.init}` needs --calibration, a folder made by `hylo calibrate`; or use --init paper")
+    if calibrated:
+        check_ranks()
     statistics = CalibrationFolder(calibration, teacher, device()) if calibration is not None else None
     if calibration is not None:
         check_dataset(calibration, teacher)
     source = FolderSource(teacher)
-    if calibrated and settings.rotary != "table" and MLA_SYMBOL in config.mixers:
+    if calibrated:
         assert statistics is not None
-        span = statistics.description["sequence_length"]
-        pairs: list[tuple[int, ...]] = [()] * config.num_hidden_layers
-        for layer in (i for i, symbol in enumerate(config.mixers) if symbol == MLA_SYMBOL):
-            attention = attention_tensors(source.read, teacher_config, layer)
-            pairs[layer] = choose_rotary_pairs(attention, config, teacher_config, statistics[layer], settings.rotary, span)
-        config = config.replace(mla_rotary_pairs=pairs)
+        config = _with_rotary_pairs(config, teacher_config, source, statistics, settings.rotary)
     read = upcycled(source.read, teacher_config, config, settings.init, settings.seed, statistics if calibrated else None)
     report = UpcycleReport(config, None, None, None)
     provenance = made_by("upcycle", {"teacher": teacher, "calibration": calibration}, **asdict(settings))
     with output_lock(settings.output):
-        if statistics is None:
+        if statistics is None and world_size() == 1:
             _write(settings.output, config, read, [source], provenance, settings.overwrite, track)
             return report
         if calibrated:
+            assert statistics is not None
             provenance["calibration_tokens"] = statistics.description["tokens"]
         identity = {"teacher": source.state(), "made": provenance, "model": config.to_dict()}
         solved = SolvedLayers(Path(settings.output).absolute(), config, identity, read)
-        _solve_and_measure(report, settings, solved, source, statistics, track)
+        solved.initialise(track)
+        if statistics is not None:
+            _solve_and_measure(report, settings, solved, source, statistics, track)
         _write(settings.output, config, solved.read, [source], provenance, settings.overwrite, track)
         if is_main():
             shutil.rmtree(solved.work)
     return report
+
+
+def _with_rotary_pairs(
+    config: ModelConfig, teacher_config: ModelConfig, source: FolderSource, statistics: CalibrationFolder, choice: str
+) -> ModelConfig:
+    """Set the rotary pairs of all MLA layers; ranks share the layers."""
+    layers = [i for i, symbol in enumerate(config.mixers) if symbol == MLA_SYMBOL]
+    if choice == "table" or not layers:
+        return config
+    span = statistics.description["sequence_length"]
+
+    def choose() -> dict[int, tuple[int, ...]]:
+        own = {layer: attention_tensors(source.read, teacher_config, layer) for layer in layers[rank() :: world_size()]}
+        return {
+            layer: choose_rotary_pairs(attention, config, teacher_config, statistics[layer], choice, span)
+            for layer, attention in own.items()
+        }
+
+    pairs = {layer: chosen for part in on_all(choose) for layer, chosen in part.items()}
+    return config.replace(mla_rotary_pairs=[pairs.get(layer, ()) for layer in range(config.num_hidden_layers)])
 
 
 def _solve_and_measure(
@@ -173,7 +194,7 @@ def assemble_folder(
         raise ConfigError(
             f"assemble needs a pure-MLA and a pure-linear model, got {mla_config.mixers} and {linear_config.mixers}"
         )
-    mixers = expand_pattern(pattern, mla_config.num_hidden_layers)
+    mixers = expand_pattern(pattern, mla_config.num_hidden_layers, mla_config.mlps)
     if not set(mixers) <= {MLA_SYMBOL, linear_config.mixers[0]}:
         raise ConfigError(
             f"pattern {pattern} asks for mixers that neither model has: {mla_config.mixers[0]}, {linear_config.mixers[0]}"

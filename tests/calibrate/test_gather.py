@@ -12,18 +12,21 @@ import transformers
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from safetensors.torch import load_file
 
-from megatron_hylo.calibrate import gather
+from megatron_hylo.calibrate import gather, solve
 from megatron_hylo.calibrate.statistics import CalibrationFolder, layer_file
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.io import DamagedError, verify_manifest
+from tests.calibrate import worker
 from tests.calibrate.conftest import SETTINGS
 from tests.forked import run_ranks
 from tests.kernels.compare import relative_error
 
 LAYERS, HEADS, GROUPS, DIM = 3, 6, 2, 16
 FP32 = 1e-5
+SIZES = dict(kv_lora_rank=20, q_lora_rank=48, qk_pos_emb_head_dim=12, linear_num_heads=6, linear_key_head_dim=16,
+             linear_value_head_dim=16, mamba_num_heads=6)  # fmt: skip
 
 
 def transformers_statistics(folder: Path, ids: torch.Tensor, layer: int, near: int) -> dict[str, torch.Tensor]:
@@ -46,7 +49,10 @@ def transformers_statistics(folder: Path, ids: torch.Tensor, layer: int, near: i
         "key_second_moment": torch.stack([k[:, g].T @ k[:, g] / len(k) for g in range(GROUPS)]),
         "output_energy": found["a"].square().sum(-1).mean(),
     }
-    lists = {name: [] for name in ("head_energy", "attention_distance", "sink_mass", "length_moment", "reception_moment")}
+    lists = {
+        name: []
+        for name in ("head_energy", "attention_distance", "attention_entropy", "sink_mass", "length_moment", "reception_moment")
+    }
     for h in range(HEADS):
         length = (p[:, h] @ v[:, :, h // 3]).norm(dim=-1)
         received = torch.zeros_like(length)
@@ -60,6 +66,8 @@ def transformers_statistics(folder: Path, ids: torch.Tensor, layer: int, near: i
         logs = received.clamp(1e-2, 20).log()
         lists["head_energy"].append(length.square().mean())
         lists["attention_distance"].append(torch.tensor(distance / mass))
+        positive = p[:, h].clamp(min=1e-300)
+        lists["attention_entropy"].append(-(positive * positive.log()).sum(-1).mean())
         lists["sink_mass"].append(p[:, h, :, 0].mean())
         lists["length_moment"].append(((length / length.mean())[..., None] * x).mean((0, 1)))
         lists["reception_moment"].append(((logs - logs.mean())[..., None] * x).mean((0, 1)))
@@ -188,16 +196,60 @@ def write_long_text(folder: Path) -> None:
         builder.finalize(str(folder / f"{split}.idx"))
 
 
+@pytest.fixture
+def by_one_rank(material, tmp_path, monkeypatch):
+    """(name, settings) -> what makes a hybrid at NAME; one rank makes it at NAME_one, and the first layer at NAME."""
+
+    def make(name: str, **settings) -> dict:
+        common = dict(teacher=str(material.teacher), pattern="+GM", overrides=SIZES) | settings
+        worker.upcycle(common | {"output": str(tmp_path / f"{name}_one")})
+        if "calibration" in common:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(solve, "_match_norm", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # of the last layer
+                worker.upcycle(common | {"output": str(tmp_path / name)})
+            for file in (tmp_path / f".{name}.layers").glob("*_00001*"):
+                file.unlink()
+            assert (tmp_path / f".{name}.layers" / "layer_00000.json").is_file()
+        return common | {"output": str(tmp_path / name)}
+
+    return make
+
+
+def sums_by_hand() -> list[list[torch.Tensor]]:
+    """Normal equations of what is solved on, and of what is held out: of each eighth micro-batch, then of these."""
+    made, found = worker.uneven_micro_batches(), []
+    for wanted in (False, True):
+        total = [torch.zeros(shape, dtype=torch.float64) for shape in ((5, 5), (5, 3), (5, 3), ())]
+        for group in range(8):
+            part = [torch.zeros_like(t) for t in total]
+            for is_held, values in made[group::8]:
+                f, own, taught, studied = (value.flatten(0, 1) for value in values)
+                rows = f.T @ f, f.T @ own, f.T @ (taught - studied), (own + (taught - studied)).double().square().sum()
+                part = [t + row for t, row in zip(part, rows)] if is_held == wanted else part
+            total = [t + p for t, p in zip(total, part)]
+        found.append(total)
+    return found
+
+
 @pytest.mark.multirank
-def test_parallel_ranks_measure_what_one_rank_does(material, tmp_path):
+def test_parallel_ranks_make_what_one_rank_does(material, tmp_path, by_one_rank):
+    """Statistics within rounding, and hybrids to the last bit, also where one rank began and two went on."""
     parallelisms = {"tp2": {"tensor_model_parallel_size": 2}, "dp2": {}}
     arguments = dict(teacher=str(material.teacher), data=str(material.data), **SETTINGS)
-    jobs = [(parallelism, arguments | {"output": str(tmp_path / name)}) for name, parallelism in parallelisms.items()]
+    jobs = [("calibrate", groups, arguments | {"output": str(tmp_path / name)}) for name, groups in parallelisms.items()]
     # one window for two ranks; held-out text long enough for it
     few = arguments | {"tokens": 256, "sequence_length": 256, "output": str(tmp_path / "few"), "data": str(tmp_path / "long")}
     write_long_text(tmp_path / "long")
-    jobs.append(({}, few))
+    jobs.append(("calibrate", {}, few))
     gather.calibrate(**few | {"output": tmp_path / "few_of_one"})
+    calibrated = dict(calibration=str(material.done), shapes="teacher")
+    hybrids = {
+        "sequential": calibrated | {"sequential": True},
+        "one_shot": calibrated,
+        "paper": {"init": "paper", "overrides": None},
+    }
+    jobs += [("upcycle", {}, by_one_rank(name, **settings)) for name, settings in hybrids.items()]
+    jobs.append(("sums", {}, {"output": str(tmp_path / "sums")}))
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     run_ranks("tests.calibrate.worker", [tmp_path / "jobs.json"], 2, tmp_path)
     for name, oracle in (*((name, material.done) for name in parallelisms), ("few", tmp_path / "few_of_one")):
@@ -208,3 +260,12 @@ def test_parallel_ranks_measure_what_one_rank_does(material, tmp_path):
             assert one.keys() == ours.keys() and all(one[n].shape == ours[n].shape for n in one)
             errors = {n: relative_error(ours[n].double(), one[n].double()) for n in one if n != "layer"}
             assert int(ours["layer"]) == layer and max(errors.values()) < FP32 and math.isfinite(sum(errors.values())), errors
+    for ours, one in zip(torch.load(tmp_path / "sums"), sums_by_hand(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, one, strict=True))
+    for name in hybrids:
+        verify_manifest(tmp_path / name)
+        ours, one = (files(tmp_path / made / "weights") | files(tmp_path / made) for made in (name, f"{name}_one"))
+        assert ours["tensors.json"] == one["tensors.json"] and ours["weights_00000.distcp"] == one["weights_00000.distcp"]
+        solved, wanted = (json.loads((tmp_path / f"{made}.json").read_text()) for made in (name, f"{name}_one"))
+        assert solved == wanted[len(wanted) - len(solved) :] and bool(solved) == (name != "paper")
+    assert not list(tmp_path.glob(".*"))

@@ -5,15 +5,19 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.calibrate import solve
-from megatron_hylo.calibrate.solve import NormalEquations, output_projection, solve_outputs
+from megatron_hylo.calibrate.shares import NormalEquations
+from megatron_hylo.calibrate.solve import output_projection, solve_outputs
 from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.to_hf import hf_tensors
 from megatron_hylo.convert.to_megatron import fill_model
+from megatron_hylo.distill.alignment import relative_distance
 from megatron_hylo.eval.perplexity import evaluate
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.upcycle.assemble import upcycle_state
+from tests.calibrate.tiny import random_teacher
+from tests.conftest import EXPERTS, tiny_config
 from tests.kernels.compare import relative_error
 
 
@@ -245,3 +249,26 @@ def test_outputs_that_are_not_finite_are_refused(teacher, text, make_student):
         student.mixer_layers()[1][0].self_attention.linear_kv_up_proj.weight[3, 3] = torch.nan
     with pytest.raises(ConfigError, match="layer 1 `\\+`: its outputs are not finite"):
         solve_outputs(student, teacher, text[0], sequential=True)
+
+
+def test_sequential_solving_goes_through_experts_and_leaves_them(one_rank):
+    """Mixers make up for the layers before them; experts, which a student shares with its teacher, stay as they are."""
+    config = tiny_config("*E*-*E", **EXPERTS)
+    teacher = random_teacher(config)
+    student = build_model(config.with_mixers("G+M"))
+    theirs, ours = dict(teacher.named_parameters()), dict(student.named_parameters())
+    with torch.no_grad():
+        for name, p in ours.items():
+            if ".self_attention." not in name:
+                p.copy_(theirs[name])
+    windows = torch.randint(160, (6, 41))
+    error = solve_outputs(student, teacher, windows, sequential=True)[-1]
+    hidden: list[Tensor] = []
+    for model in (student, teacher):
+        handle = model.mixer_layers()[-1][0].register_forward_hook(lambda _, inputs, out: hidden.append(out[0]))
+        with torch.no_grad():
+            model.eval()(windows[-1:, :-1])  # held out
+        handle.remove()
+    assert error.hidden == pytest.approx(float(relative_distance(*hidden).mean()), rel=1e-3)
+    changed = {name for name, p in ours.items() if ".self_attention." not in name and not torch.equal(p, theirs[name])}
+    assert changed == {"decoder.layers.3.mlp.linear_fc2.weight"}

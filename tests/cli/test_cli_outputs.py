@@ -122,8 +122,8 @@ def test_a_damaged_export_is_refused_by_all_that_read_it(one_rank, tmp_path, cap
 
 
 NOT_PATHS = {  # parameters of verbs that are text, or a name in whose place a path may stand (hylo plan)
-    "address", "batch_size", "gpu", "init", "keep_best", "key", "layout", "license", "pattern", "prompt", "recipe", "stage",
-    "student", "suite", "teacher",
+    "address", "base_model", "batch_size", "gpu", "init", "keep_best", "key", "layout", "license", "pattern", "prompt",
+    "recipe", "stage", "student", "suite", "teacher",
 }  # fmt: skip
 
 

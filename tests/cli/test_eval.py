@@ -63,7 +63,7 @@ def test_smoke_is_every_suite_on_little(place, monkeypatch):
         asked.append(settings)
         raise SystemExit(0)
 
-    monkeypatch.setattr("megatron_hylo.cli.evaluation._measure", measure)
+    monkeypatch.setattr("megatron_hylo.cli.evaluation.measure", measure)
     for more in ([], ["--limit", 5, "--sequence_length", 64]):
         assert run(place, "hf", "--suite", "smoke", "--data", place / "data", *more) == 0
     assert [(s.suites, s.limit, s.lengths, s.sequence_length) for s in asked] == [

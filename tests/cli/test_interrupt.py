@@ -8,7 +8,7 @@ from megatron_hylo.cli import __main__ as program
 from megatron_hylo.cli.boundary import EXIT_INTERRUPTED
 from megatron_hylo.cli.main import main
 
-KEPT = "interrupted: nothing was written to NEW; run the same command again"
+KEPT = "interrupted: nothing was written to NEW; the parts that are done are kept beside it, and the same command goes on"
 
 
 def interrupted_on(monkeypatch, capsys, line: int) -> tuple[int, str, bool]:

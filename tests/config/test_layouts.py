@@ -39,7 +39,8 @@ TWINS = {
     "llama3.2-3b-14mla14m2": (3_663_237_104, 4.7, 5376),
     "qwen3-1.7b-7mla21m2": (2_108_132_080, 3.9, 4480),
 }
-TEACHER_PARAMETERS = {"llama3.2-1b": 1_235_814_400, "llama3.2-3b": 3_212_749_824, "smollm2-135m": 134_515_008}
+TEACHER_PARAMETERS = {"llama3.2-1b": 1_235_814_400, "llama3.2-3b": 3_212_749_824, "smollm2-135m": 134_515_008,
+                      "qwen3-30b-a3b": 30_532_122_624}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*RELEASED, *TWINS])
@@ -51,9 +52,10 @@ def test_layout_matches_released_checkpoint(name):
     assert kv_bytes_per_token(config) == kv_bytes
 
 
-def test_only_the_135m_teachers_layouts_are_not_of_the_paper():
+def test_only_layouts_of_the_135m_teacher_and_of_experts_are_not_of_the_paper():
     ours = set(LAYOUTS) - set(RELEASED) - set(TWINS)
-    assert ours == {f"smollm2-135m-8mla22{linear}{shapes}" for linear in ("gdn", "m2") for shapes in ("", "-teacher")}
+    small = {f"smollm2-135m-8mla22{linear}{shapes}" for linear in ("gdn", "m2") for shapes in ("", "-teacher")}
+    assert ours == small | {f"qwen3-30b-a3b-12mla36{linear}" for linear in ("gdn", "m2")}
     assert all(kv_percent(LAYOUTS[name].config) < 12 for name in LAYOUTS)
 
 

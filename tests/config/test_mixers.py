@@ -85,7 +85,7 @@ ESTIMATES = {
     ),
     "memory of a layer": lambda config: kept_numbers(config, "X"),
     "tensors": tensor_names,
-    "tensors of a layer": lambda config: layer_tensor_names(config, "X"),
+    "tensors of a layer": lambda config: layer_tensor_names(config, "X", "-"),
 }
 
 

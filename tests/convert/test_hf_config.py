@@ -16,7 +16,8 @@ from megatron_hylo.convert.hf_config import hf_config_from_model, model_config_f
 from megatron_hylo.convert.hf_rope import rope_from_hf, rope_to_hf
 from megatron_hylo.kernels.rope import rope_frequencies
 
-CLASSES = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}
+CLASSES = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config,
+           "qwen3_moe": transformers.Qwen3MoeConfig}  # fmt: skip
 SIZES = {"vocab_size": 160, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 6,
          "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 8192}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
@@ -132,6 +133,11 @@ FAMILY_CASES = [
     ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, ()),
     ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, ()),
     ("qwen2", {"layer_types": ["full_attention"] * 2, "sliding_window": 8, "attention_bias": False}, ()),
+    (
+        "qwen3_moe",
+        {"num_attention_heads": 64, "hidden_size": 1024},
+        ("num_key_value_heads", "head_dim", "max_position_embeddings"),
+    ),
 ]
 
 
@@ -172,6 +178,15 @@ def test_sizes_and_defaults_are_those_of_transformers(family: str, changes: dict
         ("llama", {"logits_scaling": 8.0}, "logits_scaling 8.0"),
         ("llama", {"per_layer_config": {"0": {"num_key_value_heads": 3}}}, "per_layer_config"),
         ("llama", {"num_local_experts": 8}, "num_local_experts 8"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias True"),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, "layer 0 is 'sliding_attention'"),
+        ("qwen3_moe", {"num_experts": 8, "num_local_experts": 4}, "num_local_experts 4 and num_experts 8 differ"),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 8}, "moe_router_topk 8 is more than num_moe_experts 4"),
+        ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, "its router learns nothing"),
+        ("qwen3_moe", {"decoder_sparse_step": 3}, "leave no layer of 2 with experts; such a model is of model_type qwen3"),
+        ("qwen3_moe", {"mlp_only_layers": [2]}, r"mlp_only_layers is \[2\]; it must list layers from 0 to 1"),
+        ("qwen3_moe", {"moe_intermediate_size": None}, "moe_intermediate_size is None"),
+        ("qwen2_moe", {}, "an expert that all tokens share"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "only language models"),
         ("llama", {"tie_word_embeddings": "true"}, "tie_word_embeddings is 'true'"),
         ("llama", {"num_attention_heads": 6.0}, "num_attention_heads is 6.0"),
@@ -215,7 +230,8 @@ def test_every_key_of_transformers_class_is_classified(family: str, caplog: pyte
 def test_every_key_of_transformers_4_is_classified(transformers4) -> None:
     program = """
 import json, transformers
-print(json.dumps({f: sorted(getattr(transformers, f)().to_dict()) for f in ("LlamaConfig", "Qwen2Config", "Qwen3Config")}))
+names = ("LlamaConfig", "Qwen2Config", "Qwen3Config", "Qwen3MoeConfig")
+print(json.dumps({name: sorted(getattr(transformers, name)().to_dict()) for name in names}))
 """
     known = hf_config._USED | hf_config._HARMLESS | set(hf_config._NEUTRAL)
     for name, keys in json.loads(transformers4(program)).items():
@@ -235,3 +251,18 @@ def test_linear_frequencies_match_transformers() -> None:
     config = transformers.LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5})
     expected, _ = ROPE_INIT_FUNCTIONS["linear"](config, torch.device("cpu"))
     assert torch.equal(rope_frequencies(64, 5e5, RopeScaling("linear", 4.0)), expected)
+
+
+def test_experts_and_their_layers_are_those_of_transformers() -> None:
+    """Defaults too: 128 experts of which 8, not normalised, in every layer."""
+    small = {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True, "moe_intermediate_size": 40}
+    for changes in ({}, small, small | {"num_hidden_layers": 7, "decoder_sparse_step": 2, "mlp_only_layers": [3]}):
+        values = SIZES | {"model_type": "qwen3_moe", "hidden_size": 48, "head_dim": 8} | changes
+        config, theirs = model_config_from_hf(values), transformers.Qwen3MoeConfig.from_dict(copy.deepcopy(values))
+        assert (config.num_moe_experts, config.moe_router_topk, config.moe_ffn_hidden_size, config.moe_router_pre_softmax) == (
+            theirs.num_experts, theirs.num_experts_per_tok, theirs.moe_intermediate_size, not theirs.norm_topk_prob,
+        )  # fmt: skip
+        with torch.device("meta"):
+            layers = transformers.AutoModelForCausalLM.from_config(theirs).model.layers
+        assert config.mlps == "".join("E" if type(layer.mlp).__name__ == "Qwen3MoeSparseMoeBlock" else "-" for layer in layers)
+        assert model_config_from_hf(hf_config_from_model(config, "float32")) == config

@@ -1,8 +1,10 @@
 """Model cards: parsed by huggingface_hub, against the folders that they describe."""
 
+from dataclasses import replace
+
 from huggingface_hub import ModelCard
 
-from megatron_hylo.convert.model_card import model_card
+from megatron_hylo.convert.model_card import CardFacts, model_card
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.eval.results import EvalResult, Score
 from megatron_hylo.models.checkpoint import save_model
@@ -15,25 +17,40 @@ SCORE = Score("ruler", "niah|1", "exact", 0.75, 0.05, 40, length=4096)
 def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tmp_path):
     config = serve_config("G+M*")
     model = build_model(config, backend="local")
-    inputs = {
-        "teacher": {"path": "/secret/teacher", "provenance": {"verb": "convert", "converted_from": "org/base", "inputs": {}}}
-    }
-    trained = {"verb": "train", "stage": "distil", "train_steps": 36, "seed": 7}
+    source = {"path": "/secret/hub/models--org--base/snapshots/0123", "files": {"config.json": "f"}}
+    converted = {"verb": "convert", "converted_from": "base.Q4_1.gguf", "inputs": {"source": source}}
+    inputs = {"teacher": {"path": "/secret/teacher", "provenance": converted}}
+    trained = {"verb": "train", "stage": "distil", "train_steps": 36, "seed": 7, "tokens": 4608, "sequence_length": 128}
+    trained["recipe"] = {"optimizer.mixer_lr": 7e-4, "recall.share": 0.2, "checkpoint.keep": 1}
     trained["inputs"] = inputs | {"data": {"path": "/secret/corpus", "content_sha256": "abc"}}
     save_model(model, tmp_path / "model", None, trained)
-    measured = EvalResult({"name": "model"}, {"command": "hylo eval model", "commit": "1234567"}, [SCORE]).to_dict()
-    convert_megatron_to_hf(tmp_path / "model", tmp_path / "out", verify=False, results=[measured], license="apache-2.0")
+    by_depth = replace(SCORE, depth=0.5, value=0.1)
+    perplexity = Score("ppl", "heldout", "perplexity", 7.0, None, 3, length=2048)
+    about = {"command": "hylo eval model", "commit": "1234567"}
+    measured = EvalResult({"name": "model"}, about, [SCORE, by_depth]).to_dict()
+    seen = EvalResult({"name": "model"}, about | {"settings": {"data": "/secret/corpus"}}, [replace(perplexity, value=6.0)])
+    other = EvalResult({"name": "model"}, about | {"settings": {"data": "/secret/unseen"}}, [perplexity]).to_dict()
+    facts = CardFacts([measured, other, seen.to_dict()], "apache-2.0", datasets=["org/text"])
+    convert_megatron_to_hf(tmp_path / "model", tmp_path / "out", verify=False, facts=facts)
     text = (tmp_path / "out" / "README.md").read_text()
     data = ModelCard(text).data
     assert (data.library_name, data.license, data.pipeline_tag) == ("transformers", "apache-2.0", "text-generation")
     assert data.eval_results[0].metric_value == 0.75 and data.eval_results[0].dataset_name == "ruler niah|1 4096"
-    assert "| ruler | niah\\|1 | 4,096 | exact | 0.75 ± 0.05 | 40 |" in text and "`hylo eval model`, commit 1234567" in text
+    assert "| ruler | niah\\|1 |  | 4,096 | exact | 0.75 ± 0.05 | 40 |" in text and "`hylo eval model`, commit 1234567" in text
+    assert "| ppl | heldout | unseen | 2,048 | perplexity | 7 | 3 |" in text and "0.1" not in text.split("## Results")[1]
+    names = {(result.dataset_name, result.metric_value) for result in data.eval_results}
+    assert names == {("ruler niah|1 4096", 0.75), ("ppl heldout 2048 unseen", 7.0), ("ppl heldout 2048 corpus", 6.0)}
+    assert "dequantised from `base.Q4_1.gguf`, so they are not the original ones" in text
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters, 4 layers: 1 " in text and "(`G+M*`)" in text
     # a latent of 24 and a rotary key of 6, keys and values of 2 x 16, 2 bytes each; attention alone 4 x 2 x 32 x 2
     assert "grows by 188 bytes a token in bf16, 36.7% of the 512" in text
     steps = [line for line in text.splitlines() if line.startswith(("| convert", "| train", "| export"))]
     assert [line.split(" |")[0] for line in steps] == ["| convert", "| train", "| export"]
-    assert "stage distil; train_steps 36; seed 7; teacher `teacher`; data `corpus`" in steps[1]
+    assert "stage distil; seed 7; teacher `teacher`; data `corpus`" in steps[1]
+    assert "| distil | 4,608 | 128 | 36 | optimizer.mixer_lr 0.0007; recall.share 0.2; seed 7 |" in text
+    assert "| `+` MLA | 1 | " in text and "kv_lora_rank 24" in text and "| 60 |" in text, "a latent of 24 and 6, 2 bytes each"
+    assert data.base_model == "org/base" and data.datasets == ["org/text"] and "gated-deltanet" in data.tags
+    assert "[org/base](https://huggingface.co/org/base), whose licence and terms apply" in text
     assert "- `corpus` (SHA-256 of its tokens `abc`)" in text and "- 36 training steps followed" in text
     assert "trust_remote_code=True" in text and "/secret" not in text and str(tmp_path) not in text
 

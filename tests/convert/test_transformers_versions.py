@@ -23,6 +23,7 @@ CASES = {
     "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
     "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),  # whose factor is not the ratio of the lengths
+    "qwen3_moe": ("qwen3_moe", {"num_hidden_layers": 2, "mlp_only_layers": [0]}),
     "qwen3-yarn-exact": ("qwen3", {"rope_parameters": YARN | {"truncate": False, "attention_factor": 1.3, "beta_fast": 16.0}}),
 }
 READ = """

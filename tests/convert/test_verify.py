@@ -67,14 +67,16 @@ def test_a_written_folder_that_reads_as_another_model_is_not_put_in_place(patter
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "right"]
 
 
-@pytest.mark.parametrize("kind", ["plain", "tied", "fp8", "hybrid"])
+@pytest.mark.parametrize("kind", ["plain", "tied", "fp8", "hybrid", "experts", "experts fp8"])
 def test_layer_by_layer_equals_whole(kind, one_rank, tmp_path, monkeypatch):
     if kind == "hybrid":
         save_model(build_model(tiny_config()), tmp_path / "source")
         convert_megatron_to_hf(tmp_path / "source", tmp_path / "hf")
     else:
-        tiny_hf_model("qwen3", kind == "tied").bfloat16().save_pretrained(tmp_path / "hf")
-    if kind == "fp8":
+        family = "qwen3_moe" if "experts" in kind else "qwen3"
+        changes = {"moe_intermediate_size": 32} if kind == "experts fp8" else {}  # whole blocks
+        tiny_hf_model(family, kind == "tied", **changes).bfloat16().save_pretrained(tmp_path / "hf")
+    if "fp8" in kind:
         block = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
         quantise_folder(tmp_path / "hf", float8("weight_scale_inv", (16, 16), torch.bfloat16), block)
     convert_hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")

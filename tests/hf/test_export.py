@@ -10,6 +10,7 @@ from megatron_hylo.convert.to_hf import write_hf_folder
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
 from megatron_hylo.hf import code_files as export
 from megatron_hylo.hf.code_files import copy_modelling_code
+from tests.conftest import EXPERTS
 from tests.hf.conftest import ALIGNED, PAIRS, YARN, random_megatron_model, serve_config
 from tests.kernels.compare import relative_error
 
@@ -26,6 +27,10 @@ CASES = {
     "G+*+ pairs, NoPE": serve_config("G+*+", **PAIRS, rope_scaling=NOPE, mla_rope_scaling=NOPE),
     "** NoPE": serve_config("**", rope_scaling=NOPE),
     "G+M* tied": serve_config("G+M*", untie_embeddings_and_output_weights=False),
+    "G+M* experts, q/k-norm, yarn": serve_config(
+        "G+M*", hybrid_layer_pattern="G-+EM-*E", **EXPERTS, qk_layernorm=True, mla_rope_scaling=RopeScaling(**YARN)
+    ),
+    "+G experts not normalised": serve_config("+G", hybrid_layer_pattern="+EGE", **EXPERTS, moe_router_pre_softmax=True),
     **{name: serve_config("G+*+", **settings) for name, settings in ALIGNED.items()},
 }
 
@@ -59,17 +64,9 @@ def test_all_files_that_are_imported_are_copied(tmp_path):
                "registry.py", "rope.py", "ssd.py", "triton_causal_conv1d_step.py", "triton_decode_attention.py",
                "triton_matvec.py", "tuned.py"}  # fmt: skip
     parts = (
-        "modeling",
-        "layers",
-        "attention",
-        "inputs",
-        "configuration",
-        "cache",
-        "decode",
-        "fused",
-        "pretrained",
-        "quantised",
-    )
+        "modeling", "layers", "attention", "inputs", "configuration", "cache", "decode", "fused", "pretrained", "quantised",
+        "experts",
+    )  # fmt: skip
     assert names == {f"{name}_hylo.py" for name in parts} | kernels
 
 

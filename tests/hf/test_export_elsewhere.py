@@ -109,7 +109,7 @@ def test_a_stranger_gets_the_megatron_models_logits_and_the_full_forwards_text(o
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
     tokenizer.save_pretrained(tmp_path / "tokenizer")  # as transformers 5 does
-    megatron = random_megatron_model(CASES["G+M* q/k-norm, yarn"])
+    megatron = random_megatron_model(CASES["G+M* experts, q/k-norm, yarn"])
     (tmp_path / "hf").mkdir()
     write_hf_folder(megatron, tmp_path / "hf", tmp_path / "tokenizer")
     assert run(ELSEWHERE, tmp_path / "hf", tmp_path / "found.pt").split() == [version]

@@ -9,7 +9,7 @@ from megatron_hylo.config.layouts import kv_bytes_per_token
 from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.convert.hf_config import model_config_from_hf
 from megatron_hylo.hf import HyloCache, HyloConfig, HyloForCausalLM
-from tests.conftest import tiny_hf_model
+from tests.conftest import EXPERTS, folder_tensors, tiny_hf_model
 from tests.hf.conftest import ALIGNED, LLAMA3, YARN, random_model, serve_config
 
 CASES = {
@@ -27,6 +27,7 @@ CASES = {
     "K+*K": serve_config("K+*K"),
     "G+M* q/k-norm, yarn": serve_config("G+M*", qk_layernorm=True, mla_rope_scaling=RopeScaling(**YARN)),
     "G+M* tied": serve_config("G+M*", untie_embeddings_and_output_weights=False),
+    "G+M* experts": serve_config("G+M*", hybrid_layer_pattern="GE+EM-*E", **EXPERTS),
 }
 cases = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 
@@ -34,7 +35,8 @@ cases = pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 @cases
 def test_tensors_are_the_canonical_ones(config):
     model = HyloForCausalLM(HyloConfig(hylo=config.to_dict()))
-    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == tensor_names(config)
+    found = folder_tensors(dict(model.named_parameters()))
+    assert {name: tuple(p.shape) for name, p in found.items()} == tensor_names(config)
 
 
 @cases

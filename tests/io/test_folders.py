@@ -245,3 +245,10 @@ def test_an_error_of_the_operating_system_is_a_sentence_that_names_the_folder(tm
         with atomic_directory(tmp_path / "a") as folder:
             (folder / "absent" / "file").write_text("")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_on_a_disk_that_another_rank_does_not_see_are_refused(tmp_path, monkeypatch):
+    assert _folders.staging_directory(tmp_path / "out", "parts", "made", {"of": 1}) == tmp_path / ".out.parts"
+    monkeypatch.setattr(_folders, "gather", lambda seen: [seen, False])
+    with pytest.raises(ConfigError, match="rank 1 does not see .*out.parts, .* put the output on a disk that all ranks share"):
+        _folders.staging_directory(tmp_path / "out", "parts", "made", {"of": 1})

@@ -23,7 +23,7 @@ from megatron_hylo.convert.hf_config import model_config_from_hf
 from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.to_megatron import fill_model
 from megatron_hylo.models.hylo_model import build_model
-from tests.conftest import tiny_config, tiny_hf_model
+from tests.conftest import folder_tensors, tiny_config, tiny_hf_model
 from tests.kernels.compare import relative_error
 from tests.models.mixers import TOKENS, TOLERANCE, Oracle, Weights, errors, random_mixer
 
@@ -184,21 +184,29 @@ def test_mla_with_qk_norm_matches_float64_reference(one_rank):
     assert max(found.values()) < TOLERANCE, found
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", True), ("qwen3", False)])
-def test_attention_model_gradients_match_transformers(family, tied, one_rank):
-    """`*`, MLP, norms, embedding and head: every gradient of the mean cross-entropy."""
-    theirs = tiny_hf_model(family, tied)
+@pytest.mark.parametrize(
+    ("family", "tied", "changes"),
+    [
+        ("llama", True, {}),
+        ("qwen2", True, {}),
+        ("qwen3", False, {}),
+        ("qwen3_moe", False, {}),
+        ("qwen3_moe", True, {"norm_topk_prob": False, "decoder_sparse_step": 2, "num_experts_per_tok": 3}),
+    ],
+)
+def test_attention_model_gradients_match_transformers(family, tied, changes, one_rank):
+    """`*`, MLP or experts, norms, embedding and head: every gradient of the mean cross-entropy."""
+    theirs = tiny_hf_model(family, tied, **changes)
     config = model_config_from_hf(theirs.config.to_dict())
     ours = build_model(config)
-    state = theirs.state_dict()
-    fill_model(ours, config, lambda name: state[name])
+    fill_model(ours, config, folder_tensors(theirs.state_dict()).__getitem__)
     ids = torch.randint(config.vocab_size, (2, 41))
     inputs, labels = ids[:, :-1], ids[:, 1:]
     losses = [F.cross_entropy(x.flatten(0, 1), labels.flatten()) for x in (ours.logits(ours(inputs)), theirs(inputs).logits)]
     for loss in losses:
         loss.backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
-    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    gradients = folder_tensors({name: p.grad for name, p in theirs.named_parameters()})
     entries = {e.megatron: e for e in model_entries(config)}
     found = {
         name: relative_error(p.grad, entries[name].merge([gradients[n] for n in entries[name].hugging_face]))

@@ -14,7 +14,7 @@ from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
-from tests.conftest import tiny_config
+from tests.conftest import EXPERTS, tiny_config
 
 STAGES = {
     "pretrain": dict(stage="pretrain"),
@@ -71,6 +71,12 @@ PARALLELISMS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "dp2": (2, {}, True),
     "dp2_plain": (2, {}, False),
     "dp4": (4, {}, True),
+    "ep2": (2, dict(expert_model_parallel_size=2), True),
+    "ep2_plain": (2, dict(expert_model_parallel_size=2), False),
+    "cp2_ep2": (2, dict(context_parallel_size=2, cp_comm_type="all_gather", expert_model_parallel_size=2), True),
+    "pp2_ep2": (4, dict(pipeline_model_parallel_size=2, expert_model_parallel_size=2), True),
+    "tp2_sp_ep2": (4, dict(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2), True),
+    "ep2_dp2": (4, dict(expert_model_parallel_size=2), True),
     "cp2": (2, dict(context_parallel_size=2), True),
     "cp2_gather": (2, dict(context_parallel_size=2, cp_comm_type="all_gather"), True),
     "cp2_a2a": (2, dict(context_parallel_size=2, cp_comm_type="a2a"), True),
@@ -110,6 +116,8 @@ MODELS = {
     ),
     "kda": tiny_config("K-+-K-*-"),
     "teacher": tiny_config("*-*-*-*-", add_qkv_bias=True),
+    "experts": tiny_config("GE+EM-*E", qk_layernorm=True, **EXPERTS),
+    "experts_teacher": tiny_config("*E*E*-*E", qk_layernorm=True, moe_router_pre_softmax=True, **EXPERTS),
 }  # fmt: skip
 MODELS |= {  # a vocabulary that neither two nor four ranks divide
     "odd": MODELS["wide"].replace(vocab_size=161),
@@ -120,7 +128,7 @@ MODELS |= {  # a vocabulary that neither two nor four ranks divide
 
 def teacher_of(model: str, stage: str) -> str | None:
     """Name of the teacher of a model in a stage; None in one without."""
-    kind = "odd_" if model.startswith("odd") else ""
+    kind = next((f"{kind}_" for kind in ("odd", "experts") if model.startswith(kind)), "")
     return None if STAGES[stage]["stage"] == "pretrain" else f"{kind}teacher"
 
 

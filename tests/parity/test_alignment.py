@@ -20,6 +20,7 @@ CASES = [
     *cases("mixed", "mse_pairs", "tp2_sp dp2 cp2_gather"),
     *cases("mixed", "packed_mse_pairs", "tp2_sp cp2_gather"),
     *cases("kda", "mse", "tp2_sp"),
+    *cases("experts", "mse ild", "ep2"),
 ]
 # `mixed` is `normed` without q/k-norms and biases, `tied` has one of its mixers, and embeddings are frozen in this stage;
 # two windows a pass differ from one where tokens are shared out, which is above

@@ -26,6 +26,7 @@ CASES = [
     *cases("mixed", "recall answers packed_answers_recall_stored", "cp2_gather"),
     *cases("tied", "distil", "tp2 tp2_sp pp2 pp4"),
     *cases("kda", "distil", "tp2_sp"),
+    *cases("experts", "distil", "ep2 tp2_sp_ep2"),
     *cases("odd", "distil", "tp4"),
     *cases("odd", "top_k stored", "tp2"),
     *cases("odd", "packed_distil reverse", "tp2_sp"),

@@ -31,6 +31,8 @@ CASES = [
     *cases("wide", "pretrain", "tp2 tp2_sp_cp2_a2a cp4_a2a"),
     *cases("wide", "packed", "tp2_sp_cp2_a2a cp4_a2a"),
     *cases("kda", "pretrain packed", "tp2 tp2_sp cp2_gather cp2_a2a pp2 tp2_sp_cp2"),
+    *cases("experts", "pretrain", "tp2_sp ep2 ep2_plain cp2_ep2 pp2 pp2_ep2 tp2_sp_ep2 ep2_dp2"),
+    *cases("experts", "packed", "ep2"),
     *cases("odd", "pretrain", "tp4"),
     *cases("odd_tied", "pretrain", "tp2_pp2"),
 ]
@@ -51,10 +53,11 @@ def test_pretraining_equals_one_rank(measured, record_property, model, stage, pa
 
 @pytest.mark.parametrize("source", ["hf"])
 @pytest.mark.parametrize(
-    ("model", "stage", "parallelism"), [("odd_tied", "pretrain", "tp2_pp2"), ("kda", "pretrain", "tp2_sp")]
+    ("model", "stage", "parallelism"),
+    [("odd_tied", "pretrain", "tp2_pp2"), ("kda", "pretrain", "tp2_sp"), ("experts", "pretrain", "pp2_ep2")],
 )
 def test_a_hugging_face_folder_starts_the_run_of_its_model_folder(measured, model, stage, parallelism, source):
-    """Fused projections of every mixer, a tied head on another pipeline stage, a vocabulary that the ranks do not divide."""
+    """Fused projections of every mixer, experts, a tied head on another stage, a vocabulary that the ranks do not divide."""
     assert_equals_hf_start(measured, (model, stage, parallelism))
 
 

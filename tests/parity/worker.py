@@ -86,6 +86,7 @@ def whole_tensors(chunks: list[torch.nn.Module], tensors: list[dict[str, torch.T
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     from megatron_hylo.models.checkpoint import sharded_chunks
+    from megatron_hylo.models.weights_files import stored_shape
 
     parameters = [(p, mine[name]) for chunk, mine in zip(chunks, tensors) for name, p in chunk.named_parameters()]
     kept = [p.data for p, _ in parameters]
@@ -94,7 +95,8 @@ def whole_tensors(chunks: list[torch.nn.Module], tensors: list[dict[str, torch.T
     state = sharded_chunks(chunks)
     apply_factories(state)
     pieces = [
-        (t.key, t.global_shape, t.global_offset, t.data.detach().float().cpu().numpy())  # tensors take long to pickle
+        # tensors take long to pickle
+        (t.key, t.global_shape, t.global_offset, t.data.detach().float().cpu().reshape(stored_shape(t)).numpy())
         for t in nested_values(state)
         if isinstance(t, ShardedTensor)
     ]
@@ -121,9 +123,11 @@ def _reduced_gradients(state: Any) -> list[dict[str, torch.Tensor]]:
     """Gradients of all parameters, by chunk; zeros where frozen. The distributed optimizer's shards are put together first."""
     from megatron.core import parallel_state
 
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if state.wrapped[0].ddp_config.use_distributed_optimizer and group.size() > 1:
-        for buffer in (buffer for wrapper in state.wrapped for buffer in wrapper.buffers):
+    dense = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for name, group in (("buffers", dense), ("expert_parallel_buffers", parallel_state.get_expert_data_parallel_group())):
+        if not state.wrapped[0].ddp_config.use_distributed_optimizer or group.size() == 1:
+            continue
+        for buffer in (buffer for wrapper in state.wrapped for buffer in getattr(wrapper, name)):
             for bucket in buffer.buckets:
                 shards = list(bucket.grad_data.chunk(group.size()))
                 dist.all_gather(shards, shards[group.rank()].clone(), group=group)

@@ -8,10 +8,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.config.layouts import BASES, get_layout
+from megatron_hylo.config.layouts import BASES, active_parameter_count, get_layout, parameter_count
 from megatron_hylo.config.mixers import MIXERS, get_mixer
 from megatron_hylo.models.hylo_model import build_model
-from megatron_hylo.plan.flops import flops_by_layer, forward_flops_per_token
+from megatron_hylo.plan.flops import flops_by_layer, forward_flops_per_token, mlp_flops
 
 LENGTH, LAYERS = 64, 2
 
@@ -42,6 +42,35 @@ def test_products_and_attention_are_what_the_counter_finds(symbol, one_rank):
     if not mixer.recurrent:
         assert counted["aten.bmm"] == 2 * LENGTH * attention  # a causal mean is half of what the counter takes
     assert sum(others.values()) < 0.02 * mixer.parameters(config)
+
+
+def test_products_of_experts_are_what_the_counter_finds(one_rank):
+    """Router and the experts that tokens go through, of layers with and without; parameters are those of the model."""
+    config = model_of("*").replace(
+        hybrid_layer_pattern="*E*-*E",
+        num_moe_experts=8,
+        moe_ffn_hidden_size=128,
+        moe_router_topk=3,
+        moe_router_pre_softmax=True,
+    )
+    model = build_model(config, params_dtype=torch.float32).eval()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.logits(model(torch.arange(LENGTH)[None]))
+    counted = {str(operation): flops for operation, flops in counter.get_flop_counts()["Global"].items()}
+    found = flops_by_layer(config, LENGTH)
+    attention = 3 * get_mixer("*").sequence_flops(config, LENGTH)
+    assert counted["aten.mm"] == LENGTH * (sum(found.values()) - attention)
+    assert found["E"] == 2 * 2 * (512 * 8 + 3 * 3 * 512 * 128) and found["E"] + found["-"] == mlp_flops(config)
+    assert parameter_count(config) == sum(p.numel() for p in model.parameters())
+    idle = 2 * (8 - 3) * 3 * 512 * 128
+    assert active_parameter_count(config) == parameter_count(config) - idle
+
+
+def test_the_counts_of_qwen3_30b_a3b_are_those_of_its_card():
+    base = BASES["qwen3-30b-a3b"]
+    assert parameter_count(base) == 30_532_122_624
+    ends = 2 * base.vocab_size * base.hidden_size
+    assert round(active_parameter_count(base) / 1e9, 1) == 3.4 and round((parameter_count(base) - ends) / 1e9, 1) == 29.9
 
 
 def test_a_sum_of_its_parts():

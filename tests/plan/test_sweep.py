@@ -15,8 +15,9 @@ import yaml
 
 from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError
-from megatron_hylo.plan.sweep import read_sweep
-from megatron_hylo.plan.sweep_report import fit_metric, row_of
+from megatron_hylo.plan.sweep import read_sweep, selected_layers
+from megatron_hylo.plan.sweep_report import fit_metric
+from megatron_hylo.plan.sweep_rows import row_of
 from tests.train.conftest import material, tokenizer  # noqa: F401  fixtures
 
 
@@ -60,16 +61,16 @@ def test_cells_run_each_by_itself_and_are_reported(spec, one_rank, capsys):
     assert report["finished"] == 3 and {fit["metric"] for fit in report["fits"]} == {"heldout_kl"}
     table = pyarrow.parquet.read_table(cells[0].folder.parents[1] / "results.parquet").to_pylist()
     assert [(row["tokens"], row["train.train_tokens"]) for row in table] == [(64, 64), (128, 128), (256, 256)]
-    last = [json.loads(line) for line in (cells[2].run / "metrics.jsonl").read_text().splitlines()]
+    last = [json.loads(line) for line in (cells[2].last.run / "metrics.jsonl").read_text().splitlines()]
     assert table[2]["heldout_kl"] == [line["heldout_kl"] for line in last if "heldout_kl" in line][-1]
     assert table[0]["mixers"] == "GG+G"
     page = (cells[0].folder.parents[1] / "report.md").read_text()
     assert "| 2 | 1 | 256 | finished | 1 | 256 |" in page and "exponent by tokens" in page
-    records = (cells[2].run / "metrics.jsonl").read_text()
+    records = (cells[2].last.run / "metrics.jsonl").read_text()
     diverged = [line | {"heldout_kl": math.nan} if "heldout_kl" in line else line for line in last[-3:]]
-    (cells[2].run / "metrics.jsonl").write_text(records + "".join(json.dumps(line) + "\n" for line in diverged))
+    (cells[2].last.run / "metrics.jsonl").write_text(records + "".join(json.dumps(line) + "\n" for line in diverged))
     assert "heldout_kl" not in row_of(cells[2]), "a run that diverged is not reported by what it was before"
-    (cells[2].run / "metrics.jsonl").write_text(records)
+    (cells[2].last.run / "metrics.jsonl").write_text(records)
     more = {"student.mla": [1, [0, 3]], "train.train_tokens": [64, 128, 256]}
     grown = read_sweep(spec(grid=more, cells=[{"student.mla": 1, "train.seed": 5}])).cells
     assert [cell.state()[0] for cell in grown] == ["finished"] * 3 + ["waiting"] * 4
@@ -84,7 +85,7 @@ def test_a_killed_sweep_goes_on_and_bad_input_is_not_tried_again(spec, material,
     command = [sys.executable, "-m", "megatron_hylo.cli", "sweep", str(file)]
     first, deadline = subprocess.Popen(command), time.monotonic() + 300
     *good, missing = read_sweep(file).cells
-    while not all((cell.run / "metrics.jsonl").is_file() for cell in good):
+    while not all((cell.last.run / "metrics.jsonl").is_file() for cell in good):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.5)
     first.kill()
@@ -94,7 +95,7 @@ def test_a_killed_sweep_goes_on_and_bad_input_is_not_tried_again(spec, material,
     assert [cell.state()[0] for cell in good] == ["stopped", "stopped"]
     assert subprocess.run(command).returncode == 1
     assert [cell.state()[0] for cell in (*good, missing)] == ["finished", "finished", "failed"]
-    assert all(len((cell.run / "starts.jsonl").read_text().splitlines()) == 2 for cell in good)
+    assert all(len((cell.last.run / "starts.jsonl").read_text().splitlines()) == 2 for cell in good)
     attempt = missing.attempts()[-1]
     assert attempt["code"] == 2 and "/nowhere" in attempt["message"] and len(missing.attempts()) <= 2
 
@@ -125,9 +126,9 @@ def test_a_report_of_nothing_is_refused(spec, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"grids": {}}, "unknown key 'grids'; known keys: output"),
+        ({"grids": {}}, "unknown key 'grids'; known keys: base, output"),
         ({"grid": None}, "needs output, and grid or cells"),
-        ({"grid": {"mla": [1]}}, "'mla' must be teacher, student.SETTING"),
+        ({"grid": {"mla": [1]}}, "'mla' must be label, teacher, student.SETTING"),
         ({"grid": {"student.mla": 3}}, "grid.student.mla must be a list of values, got 3"),
         ({"grid": {"student.mla": [5]}}, "number of MLA layers must lie between 0 and 4, got 5"),
         ({"grid": {"student.mla": [[4]]}}, "student.mla 4 is no layer; the teacher has 4"),
@@ -183,3 +184,113 @@ def test_a_slurm_array_gives_each_task_its_cell(spec, material, tmp_path):  # no
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"{cell.folder}/run_1", done.stderr
     done = subprocess.run(["bash", str(script)], env=environment | {"SLURM_ARRAY_TASK_ID": "7"}, capture_output=True, text=True)
     assert done.returncode == 2 and "cell 7 is none of 0,1" in done.stderr
+
+
+EVALUATE = {"text": {"suites": ["ppl"], "lengths": [64, 128, 4096], "limit": 1, "sequence_length": 16}}
+
+
+def test_stages_follow_each_other_are_shared_and_are_measured(spec, material, one_rank, tmp_path, capsys):  # noqa: F811
+    """Two hybrids of a common first stage and the teacher as it is; every run and evaluation is real."""
+    (tmp_path / "longer.yaml").write_text(yaml.safe_dump({"sequence_length": 32, "global_batch_size": 1, "stage": "pretrain"}))
+    base = spec(
+        stages={"align": {"stage": "align", "train_tokens": 64}, "long": {"recipe": "longer.yaml", "global_batch_size": 2}},
+        evaluate=EVALUATE, grid={"student.mla": [1]},
+    )  # fmt: skip
+    train = {"train_tokens": 128, "micro_batch_size": 1, "sequence_length": 16, "stage": "distil"}
+    cells = [
+        {"label": "one"},
+        {"label": "another", "stages.long.seed": 5},
+        {"label": "unaligned", "stages.align": None},
+        {"label": "teacher", "student": None, "stages": None, "train.model": str(material.teacher)},
+    ]
+    file = tmp_path / "over.yaml"
+    over = {"base": base.name, "student": {"mla": 1}, "train": train, "stages": {"long": {"sequence_length": 24}}}
+    file.write_text(yaml.safe_dump(over | {"cells": cells}))
+    one, another, unaligned, teacher = read_sweep(file).cells
+    assert [stage.name for stage in one.stages] == ["align", "long"] and one.stages[0] == another.stages[0]
+    assert one.last.folder != another.last.folder and [stage.name for stage in unaligned.stages] == ["long"]
+    made = one.last.train
+    assert (made.stage, made.sequence_length, made.global_batch_size, made.train_tokens) == ("distil", 24, 2, 128)
+    assert made.model == f"{one.stages[0].folder}/run/model" and one.stages[0].train.model == one.upcycle.output
+    assert unaligned.last.train.model == one.upcycle.output and teacher.last.model == material.teacher
+    assert run(file, "--cell", 0) == 0 and [cell.state()[0] for cell in (one, another)] == ["finished", "waiting"]
+    trained = (one.stages[0].run / "metrics.jsonl").stat().st_mtime_ns
+    assert run(file, "--cell", 1) == 0 and run(file, "--cell", 3) == 0
+    assert (one.stages[0].run / "metrics.jsonl").stat().st_mtime_ns == trained, "the common stage ran once"
+    capsys.readouterr()
+    assert run("report", file, "--json", "--samples", 9) == 0
+    assert json.loads(capsys.readouterr().out)["states"][unaligned.name] == "waiting"
+    rows = pyarrow.parquet.read_table(tmp_path / "sweep" / "results.parquet").to_pylist()
+    assert [(row["cell"], row["stage"]) for row in rows] == [
+        (0, "align"), (0, "long"), (1, "align"), (1, "long"), (2, ""), (3, "start"),
+    ]  # fmt: skip
+    assert [row["tokens"] for row in rows[:2]] == [64, 64 + 144], "tokens of all stages so far, in whole steps"
+    assert rows[3]["train.seed"] == 5 and rows[1]["heldout_kl"] != rows[3]["heldout_kl"]
+    measured = json.loads((one.last.results(one.last.measurements[0]) / "results.json").read_text())["scores"]
+    (perplexity,) = [score["value"] for score in measured if score["task"] == "heldout"]
+    assert rows[1]["text/ppl/heldout/perplexity/16"] == perplexity
+    page = (tmp_path / "sweep" / "report.md").read_text()
+    assert f"| 0 | one | long | finished | 1 | {64 + 144} |" in page and f" {perplexity:.4f} |" in page
+    assert run(file, "--cell", 2) == 0
+    capsys.readouterr()
+    assert run("report", file, "--json", "--samples", 9) == 0
+    (fit,) = json.loads(capsys.readouterr().out)["fits"]
+    assert (fit["metric"], fit["cells"]) == ("heldout_kl", 3), "tokens differ; the teacher, which has none, is in no fit"
+    assert "## text: ppl, by_position, perplexity\n\n| cell | label | stage | tokens | 64 | 128 |" in page, (
+        "4,096 is past the window"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"evaluate": {"x": {"suites": ["recal"]}}}, "evaluate.x: no suite 'recal'; choose out of ppl"),
+        ({"evaluate": {"x": {"suite": "ppl"}}}, "evaluate.x must have suites, and settings out of suites, data, limit"),
+        ({"evaluate": {"x": {"suites": ["ppl"], "after": ["8k"]}}}, "evaluate.x.after has '8k', which is none of stages"),
+        ({"stages": {"a": 3}}, "stages.a must be settings of `hylo train` by name, or null, got 3"),
+        ({"cells": [{"stages.b.seed": 1}], "grid": None}, "'stages.b.seed' is of no stage; the stages are not given"),
+        ({"base": "nowhere.yaml"}, "there is no base nowhere.yaml"),
+        ({"base": "tiny.yaml"}, "tiny.yaml is its own base"),
+        ({"grid": {"student.mla": [{"count": 3}]}}, "must have selection (a folder of `hylo select`) and count"),
+        ({"grid": {"student.mla": [{"selection": "nowhere", "count": 3}]}}, "there is no nowhere/selection.json; `hylo select"),
+    ],
+)
+def test_stages_evaluations_and_bases_are_checked(spec, changes, words):
+    with pytest.raises(ConfigError) as error:
+        read_sweep(spec(**changes))
+    assert words in str(error.value)
+
+
+def test_stages_of_a_specification_and_its_base_have_one_order(spec, tmp_path):
+    base = spec(stages={"b": {}, "d": {}}, grid={"student.mla": [1]})
+
+    def names(*stages: str) -> list[str]:
+        file = tmp_path / "over.yaml"
+        file.write_text(yaml.safe_dump({"base": base.name, "stages": {s: {"seed": 3} for s in stages}}, sort_keys=False))
+        return [stage.name for stage in read_sweep(file).cells[0].stages]
+
+    assert names("a", "b", "c", "d") == ["a", "b", "c", "d"] and names("d") == ["b", "d"]
+    with pytest.raises(ConfigError, match=r"stages must name all of its base's \(b, d\) beside its own"):
+        names("a", "d")
+
+
+def test_layers_come_from_a_selection_and_its_order_tells_other_counts(tmp_path):
+    def write(**found) -> dict:
+        (tmp_path / "selection.json").write_text(json.dumps({"pattern": "GG+G+", "mla_layers": [2, 4]} | found))
+        return {"selection": str(tmp_path)}
+
+    greedy = write(method="greedy", order=[4, 2])
+    assert [selected_layers(greedy | {"count": n}) for n in (1, 2)] == [[4], [2, 4]]
+    with pytest.raises(ConfigError, match="tells the layers for 1 to 2 MLA layers, not for 3"):
+        selected_layers(greedy | {"count": 3})
+    backward = write(method="backward", order=[0, 3, 1])
+    assert [selected_layers(backward | {"count": n}) for n in (2, 4)] == [[2, 4], [1, 2, 3, 4]]
+    smart = write(method="smart", order=None)
+    assert selected_layers(smart | {"count": 2}) == [2, 4]
+    with pytest.raises(ConfigError, match="for 2 MLA layers, not for 3"):
+        selected_layers(smart | {"count": 3})
+
+
+def test_an_array_of_chains_is_refused(spec, capsys):
+    assert run(spec(stages={"a": {}, "b": {}}, grid={"student.mla": [1]}), "--slurm") == 2
+    assert "run it without --slurm" in capsys.readouterr().err

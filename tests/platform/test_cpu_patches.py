@@ -40,7 +40,8 @@ def train_and_resume(folder: Path, stages: int) -> None:
     )  # fmt: skip
     objective = get_objective(config, None)
     micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
-    architecture = tiny_config("G-+-M-*-", untie_embeddings_and_output_weights=False)
+    experts = dict(num_moe_experts=4, moe_ffn_hidden_size=40, moe_router_topk=2)
+    architecture = tiny_config("G-+-M-*E", untie_embeddings_and_output_weights=False, **experts)
 
     def step(state) -> None:
         ids = torch.randint(160, (micro_batches, 1, 9))
@@ -115,12 +116,13 @@ def launch(ranks: int, names: tuple[str, ...], folder: Path) -> dict[str, list[s
 
 
 # patch: what the traceback of a run without it says
-NO_DRIVER = "NVIDIA driver|not compiled with CUDA|No CUDA GPUs"
+NO_DRIVER = "NVIDIA driver|CUDA driver version is insufficient|not compiled with CUDA|No CUDA GPUs"
 ONE_RANK = {
     "current_device": NO_DRIVER,
     "random_state": NO_DRIVER,
     "synchronize": NO_DRIVER,
     "current_stream": NO_DRIVER,
+    "token_dispatch": NO_DRIVER,
     "factories": NO_DRIVER,
     "tensor_type": "torch.cuda.FloatTensor",
 }

@@ -1,76 +1,200 @@
-"""The example of growing lengths runs commands that are accepted, on a CPU and on a GPU, and goes on where it was."""
+"""The result run: its commands are accepted on a CPU and a GPU, it goes on where it was, and all of it runs on tiny models."""
 
+import json
 import os
-import shlex
+import random
+import shutil
+import signal
+import string
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
+from huggingface_hub import ModelCard
 
-from megatron_hylo.cli.main import VERBS
+from megatron_hylo.cli.main import VERBS, main
 from megatron_hylo.cli.parser import build_parser
+from megatron_hylo.config.layouts import BASES
 from megatron_hylo.config.recipes import recipe_files
+from megatron_hylo.plan.sweep import read_sweep
+from megatron_hylo.plan.sweep_rows import row_of
+from tests.conftest import tiny_hf_model
+from tests.data.conftest import tokenizer  # noqa: F401  the fixture
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "smollm2" / "long.sh"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "smollm2"
 LAYOUT = "smollm2-135m-8mla22gdn-teacher"
-STAGES = ("2k", "8k", "32k", "64k")
+ORDER = [23, 20, 1, 16, 18, 0, 17, 24, 6, 19, 29, 2, 12]
+RECORD = """
+printf '%s\\0' "$@" >>"$RECORD"; printf '\\n' >>"$RECORD"
+case "$1" in fetch) echo a; exit ;; esac
+made="$3"
+[[ "$1" != calibrate ]] || made="$4"
+[[ "$1" != sweep ]] || made="$OUT/sweep"
+[[ "$1" != scripts ]] || made="$2"
+words=("$@")
+for i in "${!words[@]}"; do [[ "${words[i]}" != --output ]] || made="${words[i + 1]}"; done
+[[ "$1" != train ]] || made+=/model
+mkdir -p "$made"
+[[ "$1" != sweep ]] || echo "hylo export $OUT/model $OUT/exports/one" >"$made/report.md"
+"""
 
 
-@pytest.fixture(scope="module")
-def parser():
-    return build_parser(VERBS)
+def program(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+    (folder / name).chmod(0o755)
 
 
-def run(folder: Path, gpu: bool, *stages: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
-    """Run the script with a `hylo` that makes folders and notes how it was called; returns also the calls."""
-    fakes = {
-        "hylo": """
-            printf '%s\\0' "$@" >>"$RECORD"; printf '\\n' >>"$RECORD"
-            case "$1" in fetch) echo a; exit ;; evaluate | report | compare) echo "{}"; exit ;; esac
-            made="$3"
-            [[ "$1" != calibrate ]] || made="$4"
-            words=("$@")
-            for i in "${!words[@]}"; do [[ "${words[i]}" != --output ]] || made="${words[i + 1]}"; done
-            [[ "$1" != train ]] || made+=/model
-            mkdir -p "$made" """,
-        "nvidia-smi": 'echo "GPU 0: made"' if gpu else "exit 9",
-    }
-    for name, body in fakes.items():
-        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (folder / name).chmod(0o755)
-    (folder / "record").write_text("")
-    recipes = folder / "out" / "recipes" / "megatron_hylo" / "recipes"
-    recipes.mkdir(parents=True, exist_ok=True)
+def selections(folder: Path) -> None:
+    """Choices of `hylo select`, and a folder with the shape of the teacher."""
+    for by in ("kl", "recall", "both"):
+        (folder / f"select_{by}").mkdir(parents=True)
+        found = {"method": "greedy", "order": ORDER, "mla_layers": sorted(ORDER), "pattern": "G" * 30}
+        (folder / f"select_{by}" / "selection.json").write_text(json.dumps(found))
+    (folder / "teacher").mkdir()
+    (folder / "teacher" / "hylo.json").write_text(json.dumps({"model": BASES["smollm2-135m"].to_dict()}))
+
+
+@pytest.fixture
+def script(tmp_path):
+    """(gpu, parts, variables) -> ended process, calls of a `hylo` that makes folders and notes how it was called."""
+    out, recipes = tmp_path / "out", tmp_path / "out" / "recipes" / "megatron_hylo" / "recipes"
+    selections(out)
+    recipes.mkdir(parents=True)
     for name, text in recipe_files(LAYOUT).items():
         (recipes / name).write_text(text)
-    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    environment = {"PATH": path, "RECORD": str(folder / "record"), "OUT": str(folder / "out")}
-    done = subprocess.run(["bash", str(SCRIPT), *stages], cwd=folder, env=environment, capture_output=True, text=True)
-    return done, [line.split("\0")[:-1] for line in (folder / "record").read_text().split("\n")[:-1]]
+    program(tmp_path, "hylo", RECORD)
+
+    def run(gpu: bool, *parts: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+        program(tmp_path, "nvidia-smi", 'echo "GPU 0: made"' if gpu else "exit 9")
+        (tmp_path / "record").write_text("")
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        given = {"PATH": path, "RECORD": str(tmp_path / "record"), "OUT": str(out)} | variables
+        command = ["bash", str(EXAMPLES / "result.sh"), *parts]
+        done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True)
+        return done, [line.split("\0")[:-1] for line in (tmp_path / "record").read_text().split("\n")[:-1]]
+
+    return run
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_the_stages_are_commands_that_are_accepted(parser, tmp_path, gpu):
-    done, calls = run(tmp_path, gpu)
+def test_the_parts_are_commands_that_are_accepted(script, tmp_path, gpu):
+    parser = build_parser(VERBS)
+    shutil.rmtree(tmp_path / "out" / "select_recall")
+    done, calls = script(gpu)
     assert (done.returncode, "no GPU here" in done.stderr) == (0, not gpu), done.stderr
-    trained = [dict(zip(call[1::2], call[2::2])) for call in calls if call[0] == "train"]
-    lengths = [2048, 8192, 32768, 65536] if gpu else [256, 512, 1024, 2048]
-    assert [int(words["--sequence_length"]) for words in trained] == lengths
-    models = [Path(words["--model"]) for words in trained]
-    assert [str(model.relative_to(tmp_path / "out")) for model in models] == [
-        "hybrid",
-        *(f"long_{s}/model" for s in STAGES[:3]),
-    ]
+    verbs = [call[0] for call in calls]
+    assert verbs == [
+        "fetch", "preprocess", "calibrate", "fetch", "preprocess", "upcycle", "upcycle", "train", "select", "sweep", "sweep",
+        "export",
+    ]  # fmt: skip
     for call in calls:
         parser.parse_args(call)
-    assert sum(call[0] == "evaluate" and "--teacher_window.mode" in call for call in calls) == 4
-    again, calls = run(tmp_path, gpu)
-    assert again.returncode == 0 and [call[0] for call in calls] == ["compare", "report"]
+    assert [call[call.index("--pattern") + 1] for call in calls if call[0] == "upcycle"] == ["+" * 30, "G" * 30]
+    assert [call[0] for call in script(gpu)[1]] == ["sweep", "sweep"], "the rest is there"
 
 
-def test_stages_can_be_chosen(tmp_path):
-    done, calls = run(tmp_path, True, "8k")
-    assert done.returncode == 0 and [call[0] for call in calls].count("train") == 1, done.stderr
-    assert shlex.join(next(call for call in calls if call[0] == "train")).count(f"{tmp_path}/out/hybrid") == 1
-    done, calls = run(tmp_path, True, "9k")
-    assert done.returncode == 2 and "there is no stage 9k; choose out of 2k 8k 32k 64k" in done.stderr and not calls
+@pytest.mark.parametrize("gpu", [False, True])
+def test_its_specification_has_three_budgets_and_growing_lengths(script, tmp_path, gpu):
+    done, _ = script(gpu, "train")
+    assert done.returncode == 0, done.stderr
+    teacher, *hybrids = read_sweep(tmp_path / "out" / "result.yaml").cells
+    assert teacher.last.train is None and teacher.last.model == tmp_path / "out" / "teacher"
+    assert [round(row_of(cell)["kv_percent"], 1) for cell in hybrids] == ([5.6, 11.1, 18.1, 11.1, 11.1] if gpu else [11.1])
+    assert [cell.last.train.seed for cell in hybrids] == ([77, 77, 77, 78, 77] if gpu else [77])
+    assert hybrids[0].upcycle.pattern == "".join("+" if n in ORDER[: 4 if gpu else 8] else "G" for n in range(30))
+    lengths = [2048, 2048, 8192, 32768, 65536] if gpu else [256, 256, 512, 1024, 2048]
+    for cell in hybrids:
+        assert [stage.name for stage in cell.stages] == ["align", "2k", "8k", "32k", "64k"]
+        assert [stage.train.sequence_length for stage in cell.stages] == lengths
+        assert [stage.train.teacher_window.mode for stage in cell.stages] == ["none", "none", "none", "rope", "windows"]
+        steps = [stage.train.global_batch_size * stage.train.sequence_length for stage in cell.stages]
+        assert steps == ([16384, 16384, 32768, 32768, 65536] if gpu else [2048, 2048, 1024, 1024, 2048])
+        assert [len(stage.measurements) for stage in cell.stages] == [2, 2, 2, 2, 3 if gpu else 2]
+        assert cell.last.train.eval_data == [f"{tmp_path}/out/unseen"] and cell.last.train.recall.share == (
+            0.2 if gpu else 0.25
+        )
+    assert sum(stage.train.train_tokens for stage in hybrids[0].stages) == (143_000_000 if gpu else 18_432)
+    done, _ = script(gpu, "train", STAGES="align 2k", MLA_LAYERS="8", MORE_CELLS="-")
+    _, alone = read_sweep(tmp_path / "out" / "result.yaml").cells
+    assert alone.stages[0].folder in [cell.stages[0].folder for cell in hybrids], "what was trained of it stays"
+    done, calls = script(gpu, "train", STAGES="align 9k")
+    assert done.returncode == 2 and "there is no stage 9k; choose out of align 2k" in done.stderr and not calls
+    done, calls = script(gpu, "tables")
+    assert done.returncode == 2 and "there is no part tables" in done.stderr and not calls
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("ablations/*.yaml")), ids=lambda file: file.stem)
+def test_ablations_are_specifications(file, tmp_path, monkeypatch):
+    """Every cell's settings are accepted; each is told from the others in the report."""
+    monkeypatch.chdir(tmp_path)
+    selections(tmp_path / "runs" / "result")
+    if file.stem == "base":
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump({"base": str(file), "output": "own", "grid": {"train.seed": [1]}}))
+        file = tmp_path / "own.yaml"
+    cells = read_sweep(file).cells
+    assert len({str(cell.varied.get("label", cell.varied)) for cell in cells}) == len(cells)
+    for cell in cells:
+        assert "mixers" in row_of(cell) and all(stage.measurements for stage in cell.stages)
+        names = [stage.name for stage in cell.stages]
+        assert names == [name for name in ("align", "8k", "32k", "64k", "start") if name in names]
+    if file.stem == "rank":
+        assert all(1270 <= row_of(cell)["kv_bytes_per_token"] / 2 <= 1290 for cell in cells)
+
+
+def test_the_whole_chain_runs_on_tiny_models(one_rank, tmp_path, tokenizer, capsys, request):  # noqa: F811
+    """Every command of the script is run in this process, on a random Llama of 4 layers, a few steps a stage."""
+    calls, answers, folder = tmp_path / "calls", tmp_path / "answers", tmp_path / "model"
+    model = tiny_hf_model("llama", num_hidden_layers=4, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    generator = random.Random(0)
+    for name in ("library", "unseen"):
+        (tmp_path / name).mkdir()
+        for number in range(60):
+            words = ("".join(generator.choices(string.ascii_letters + ".,", k=generator.randint(1, 9))) for _ in range(200))
+            (tmp_path / name / f"{number}.txt").write_text(" ".join(words))
+    for fifo in (calls, answers):
+        os.mkfifo(fifo)
+    program(tmp_path, "hylo", f'printf \'%s\\0\' "$@" >{calls}; read -r code answer <{answers}; echo "$answer"; exit $code')
+    program(tmp_path, "nvidia-smi", "exit 9")
+    sizes = {
+        "LENGTH": "256", "GROWTH": "1 1 2 2", "CALIBRATION_TOKENS": "1024", "SELECT_TOKENS": "512", "EVAL_LENGTHS": "768",
+        "MLA_LAYERS": "1", "MORE_CELLS": "-", "TRIALS": "1", "BY": "kl",
+    }  # fmt: skip
+    sizes |= {f"TOKENS_{stage}": "512" for stage in ("ALIGN", "2K", "8K", "32K", "64K")}
+    given = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "OUT": str(tmp_path / "out")} | sizes
+    command = ["bash", "-c", f"bash {EXAMPLES}/result.sh >{tmp_path}/page; printf 'end\\0%s\\0' $? >{calls}"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=given, start_new_session=True)
+    request.addfinalizer(lambda: process.poll() is None and os.killpg(process.pid, signal.SIGKILL))
+    verbs, fetched = [], {"teacher": str(folder)}
+
+    def run(*words: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main([*words])
+        return ended.value.code or 0
+
+    while (call := calls.read_text().split("\0")[:-1])[0] != "end":
+        verbs.append(call[0])
+        if call[0] == "fetch":
+            answers.write_text(f"0 {fetched.get(call[1], tmp_path / call[1])}\n")
+            continue
+        if call[0] == "sweep" and call[1] != "report":  # cells here in place of two processes
+            assert [run("sweep", call[1], "--cell", str(cell.number)) for cell in read_sweep(Path(call[1])).cells] == [0, 0]
+        answers.write_text(f"{run(*call)}\n")
+    assert process.wait(60) == 0 and call[1] == "0", capsys.readouterr().err
+    assert verbs[:6] == ["fetch", "convert", "fetch", "preprocess", "calibrate", "fetch"]
+    assert verbs[-6:] == ["select", "select", "select", "sweep", "sweep", "export"]
+    teacher, hybrid = read_sweep(tmp_path / "out" / "result.yaml").cells
+    assert hybrid.state() == teacher.state() == ("finished", "")
+    page, results = (tmp_path / "page").read_text(), SimpleNamespace(**row_of(hybrid))
+    assert results.tokens == 5 * 512 or results.tokens > 5 * 512
+    for title in ("recall, passkey, exact", "ppl, by_position, perplexity"):
+        assert f"## text: {title}" in page
+    card = ModelCard.load(next((tmp_path / "out" / "sweep" / "exports").glob("*/README.md")))
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and card.data.eval_results
+    assert [line.split(" | ")[0] for line in card.text.splitlines() if line.startswith(("| align |", "| distil |"))] == [
+        "| align", *["| distil"] * 4
+    ]  # fmt: skip

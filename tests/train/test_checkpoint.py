@@ -17,10 +17,13 @@ from megatron.core import dist_checkpointing
 from megatron_hylo.config import ParallelConfig
 from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.io import DamagedError, has_manifest
-from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.checkpoint import load_model, save_model
+from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train.checkpoint import latest_checkpoint
 from megatron_hylo.train.loop import train
+from tests.conftest import EXPERTS, tiny_config
 from tests.parity.worker import job, launch
+from tests.train.conftest import VOCABULARY
 from tests.train.runs import metrics, relative_difference, start_train, weights
 
 SUITES = dict(every=5, suites=["ppl"], limit=4, lengths=[16, 48])
@@ -28,6 +31,7 @@ CONTINUED = {
     "tp2_sp": dict(tensor_model_parallel_size=2, sequence_parallel=True),
     "pp2": dict(pipeline_model_parallel_size=2),
     "pp2_vp2": dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    "ep2": dict(expert_model_parallel_size=2),
 }
 
 
@@ -44,7 +48,11 @@ def last_record(run: Path, start: str) -> dict[str, float]:
 
 @pytest.mark.multirank
 def test_resuming_under_another_parallelism_equals_one_rank_uninterrupted(settings, tmp_path):
-    """So do suites at the end, whose examples the ranks divide, with weights gathered from all of them."""
+    """So do suites at the end, whose examples the ranks divide, with weights gathered from all of them.
+
+    What is resumed was written by expert-parallel ranks, whose experts have an optimizer of their own; `ep2` once by one rank.
+    """
+    save_model(build_model(tiny_config("G-+EM-*E", vocab_size=VOCABULARY, **EXPERTS)), tmp_path / "experts")
 
     def config(name: str, distributed: bool, groups: dict):
         # adam_eps above rounding errors: Adam's first steps are signs of gradients otherwise
@@ -52,15 +60,17 @@ def test_resuming_under_another_parallelism_equals_one_rank_uninterrupted(settin
             lr=2e-3, mixer_lr=4e-3, weight_decay=0.1, warmup_ratio=0, adam_eps=1e-3, use_distributed_optimizer=distributed
         )
         return settings(
-            "pretrain", steps=5, output=tmp_path / name, micro_batch_size=1, optimizer=optimizer,
+            "pretrain", steps=5, output=tmp_path / name, model=str(tmp_path / "experts"), micro_batch_size=1,
+            optimizer=optimizer,
             parallel=ParallelConfig(**groups), checkpoint=dict(save_interval=3),
             evaluation=SUITES if distributed else {})  # fmt: skip
 
     train(config("whole", True, {}))
     saved = {d: tmp_path / f"saved_{d}" / "checkpoints" / "step_00000003" for d in (True, False)}
-    jobs = [job("train", config(f"saved_{d}", d, {})) for d in (True, False)]
+    jobs = [job("train", config(f"saved_{d}", d, CONTINUED["ep2"])) for d in (True, False)]
     for name, groups in CONTINUED.items():
-        jobs += [job("train", config(f"{name}_{d}", d, groups), saved[d]) for d in (True, False)]
+        starts = saved | ({True: tmp_path / "whole" / "checkpoints" / "step_00000003"} if name == "ep2" else {})
+        jobs += [job("train", config(f"{name}_{d}", d, groups), starts[d]) for d in (True, False)]
     launch(jobs, 2, tmp_path)
     for d in (True, False):
         shutil.copytree(saved[d], tmp_path / f"one_{d}" / "checkpoints" / saved[d].name)

@@ -46,17 +46,17 @@ def test_where_it_is(settings, one_rank, device):
     state = build_training_state([model], replace(config, optimizer=replace(config.optimizer, offload=True)))
     offloaded = state.offloaded
     assert offloaded.copies  # fp32 copies of bf16 weights; A_log and its like are their own
-    assert len(offloaded.copies) < sum(len(group["params"]) for group in offloaded.optimizer.param_groups)
+    assert len(offloaded.copies) < sum(len(group["params"]) for group in offloaded.optimizers[0].param_groups)
     where = [p.data_ptr() for p in model.parameters()]
     for _ in range(2):
         for p in model.parameters():
             p.main_grad.fill_(1e-3)
         with state.resident():
             state.optimizer.step()
-            values = [x for values in offloaded.optimizer.state.values() for x in values.values() if x.numel() > 1]
+            values = [x for values in offloaded.optimizers[0].state.values() for x in values.values() if x.numel() > 1]
             assert values and {x.device.type for x in (*values, *offloaded.copies)} == {device}
         homes = {home.data_ptr() for home in offloaded.cpu_buffers.values()}
-        values = [x for values in offloaded.optimizer.state.values() for x in values.values() if x.numel() > 1]
+        values = [x for values in offloaded.optimizers[0].state.values() for x in values.values() if x.numel() > 1]
         assert {x.data_ptr() for x in (*values, *(p.data for p in offloaded.copies))} == homes
     assert where == [p.data_ptr() for p in model.parameters()]
 

@@ -12,6 +12,7 @@ from megatron_hylo.config.mixers import LINEAR_SYMBOLS, get_mixer
 from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.initialise.registry import get_initialiser
 from megatron_hylo.upcycle.assemble import Source, assembled, layer_generator, upcycle_state
+from tests.conftest import EXPERTS
 
 
 def _upcycle(state, teacher_config, pattern, **arguments):
@@ -26,7 +27,8 @@ def _shapes(tensors):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_scaled_down_layout_has_exactly_the_tensors_of_tensor_names(name, make_state):
     layout = LAYOUTS[name]
-    base = BASES[layout.base].replace(hidden_size=64, ffn_hidden_size=48, kv_channels=8, vocab_size=32)
+    experts = dict(num_moe_experts=8, moe_ffn_hidden_size=4)
+    base = BASES[layout.base].replace(hidden_size=64, ffn_hidden_size=48, kv_channels=8, vocab_size=32, **experts)
     config = hybrid_config(base, layout.config.mixers)
     state = make_state(base)
     made = dict(upcycle_state(state.__getitem__, base, config))
@@ -43,6 +45,20 @@ def test_backbone_and_attention_layers_equal_teacher_bit_by_bit(teacher_config, 
             assert made[name].dtype == dtype and torch.equal(made[name], tensor), name
     replaced = [name for name in made if name not in state and name != "lm_head.weight"]
     assert replaced and all(made[name].dtype == torch.float32 for name in replaced)
+
+
+def test_experts_are_the_teachers_and_others_are_refused(teacher_config, make_state):
+    config = teacher_config.replace(hybrid_layer_pattern="*E*-*E*E", **EXPERTS)
+    state = make_state(config)
+    made = _upcycle(state, config, "G+*M")
+    experts = [name for name in state if ".mlp." in name]
+    assert len(experts) == 3 * (1 + 6 * 3) + 3 and all(torch.equal(made[name], state[name]) for name in experts)
+    student = hybrid_config(config, "G+*M")
+    for change in (dict(moe_router_topk=3), dict(hybrid_layer_pattern="GE+E*EME")):
+        with pytest.raises(ConfigError, match="a student keeps its teacher's backbone"):
+            dict(upcycle_state(state.__getitem__, config, student.replace(**change)))
+    with pytest.raises(ConfigError, match="has the MLPs ----, the base model E-EE, which are copied: leave them out"):
+        hybrid_config(config, "G-+-*-M-")
 
 
 def test_all_attention_tied_student_equals_teacher(teacher_config, make_state):

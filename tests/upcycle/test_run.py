@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 
+from megatron_hylo.calibrate import shares
 from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.upcycle import UpcycleConfig
@@ -64,12 +65,27 @@ def test_it_is_better_than_the_papers_start(upcycle, pattern):
     assert calibrated.quality.kl < paper.quality.kl and paper.errors is None
 
 
+def test_taylor_starts_with_quiet_linear_layers_and_calibrated_mla(upcycle, material):
+    report, folder = upcycle("+GG", init="taylor", sequential=False)
+    config = load_model(folder).config.hylo
+    assert config.mla_rotary_pairs[0] and report.errors is None and report.quality.kl > 0, "nothing is solved in it"
+    with pytest.raises(ConfigError, match="init `taylor` needs --calibration"):
+        upcycle("+GG", init="taylor", calibration=None)
+
+
 def test_what_cannot_be_calibrated_is_refused(upcycle, material, tmp_path):
     with pytest.raises(ConfigError, match="needs --calibration"):
         upcycle(calibration=None)
     with pytest.raises(ConfigError, match="another checkpoint"):
         upcycle_folder(UpcycleConfig(material.other, tmp_path / "out", pattern="+GM", calibration=material.done))
     assert not (tmp_path / "out").exists()
+
+
+def test_more_ranks_than_groups_of_text_are_refused(upcycle, monkeypatch, tmp_path):
+    monkeypatch.setattr(shares, "world_size", lambda: 9)
+    with pytest.raises(ConfigError, match="9 ranks were started, .* solved by at most 8; start 8 or fewer"):
+        upcycle()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_upcycling_goes_on_at_its_layer(upcycle, monkeypatch, tmp_path):

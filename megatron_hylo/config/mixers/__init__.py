@@ -70,8 +70,12 @@ def complete(symbols: Iterable[str], where: str, besides: str = "") -> None:
 
 def tensor_parallel_counts(config: Any) -> dict[str, int]:
     """Counts of a model that a tensor-parallel size must divide, by field; the vocabulary is padded."""
-    counts = {"ffn_hidden_size": config.ffn_hidden_size}
-    for symbol in dict.fromkeys(config.hybrid_layer_pattern.replace("|", "")[0::2]):
+    from megatron_hylo.config.mlps import MLPS  # imports this package
+
+    pattern, counts = config.hybrid_layer_pattern.replace("|", ""), dict[str, int]()
+    for symbol in dict.fromkeys(pattern[1::2]):
+        counts |= MLPS[symbol].tensor_parallel_counts(config)
+    for symbol in dict.fromkeys(pattern[0::2]):
         counts |= MIXERS[symbol].tensor_parallel_counts(config)
     return counts
 

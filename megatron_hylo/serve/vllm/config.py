@@ -13,12 +13,13 @@ from vllm.platforms import current_platform
 from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, check_tensor_parallel
 from megatron_hylo.config.mixers.mamba2 import Mamba2
+from megatron_hylo.config.mlps import EXPERTS_SYMBOL
 from megatron_hylo.hf.configuration_hylo import HyloConfig
 from megatron_hylo.serve.vllm import ARCHITECTURE
 from megatron_hylo.serve.vllm.versions import caches_unlike_states
 
 logger = init_logger("vllm.hylo")
-REFERENCE = "hylo_kernels"  # in additional_config: "reference" for this project's torch kernels, "fast" for vLLM's
+REFERENCE = "hylo_kernels"  # in additional_config: "reference" for this project's torch kernels
 
 
 def latent_row(c: Any) -> int:
@@ -43,15 +44,34 @@ class HyloVllmConfig(HyloConfig):
         self.layer_types = ["linear_attention" if m in LINEAR_SYMBOLS else "full_attention" for m in self.mixers]
 
 
-def uses_reference(vllm_config: Any) -> bool:
-    """Whether this project's torch kernels run: on CPUs, in fp32, which vLLM's do not take, or where asked for."""
+def asks_for_reference(vllm_config: Any) -> bool:
+    """Whether this project's torch kernels are asked for, by additional_config."""
     asked = (vllm_config.additional_config or {}).get(REFERENCE)
-    if asked not in (None, "reference", "fast"):
-        raise ConfigError(f"additional_config {REFERENCE} is 'reference' or 'fast', got {asked!r}")
-    slow = current_platform.is_cpu() or vllm_config.model_config.dtype == torch.float32
-    if slow and asked == "fast":
-        raise ConfigError(f"{REFERENCE} 'fast' needs a GPU and bfloat16 or float16; leave it out")
-    return slow or asked == "reference"
+    if asked not in (None, "reference"):
+        raise ConfigError(f"additional_config {REFERENCE} is 'reference', got {asked!r}; leave it out for the fastest kernels")
+    return asked is not None
+
+
+def uses_reference(vllm_config: Any) -> bool:
+    """Whether linear layers run this project's torch kernels: if asked for, on CPUs, and in fp32, which vLLM's do not take."""
+    return asks_for_reference(vllm_config) or current_platform.is_cpu() or vllm_config.model_config.dtype == torch.float32
+
+
+def check_options(vllm_config: Any) -> None:
+    """Refuse options that HyLo models are not served with, and that vLLM would not refuse by itself or only later."""
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    check_tensor_parallel(model.hf_config.architecture(), parallel.tensor_parallel_size, "tensor_parallel_size")
+    refused = {
+        f"quantization {model.quantization}": model.quantization is not None,
+        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
+        "a mixture of experts": EXPERTS_SYMBOL in model.hf_config.mlps,
+        f"--runner {model.runner_type}": model.runner_type != "generate",
+        "--enable-lora": vllm_config.lora_config is not None,
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+    }
+    for option in (option for option, given in refused.items() if given):
+        raise ConfigError(f"{option} is not supported for HyLo models; docs/serving.md lists what works")
 
 
 class HyloVllmUpdate(VerifyAndUpdateConfig):
@@ -60,10 +80,8 @@ class HyloVllmUpdate(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         """Change `vllm_config` in place, and say which kernels run."""
+        check_options(vllm_config)
         config, cache = vllm_config.model_config.hf_config, vllm_config.cache_config
-        check_tensor_parallel(config.architecture(), vllm_config.parallel_config.tensor_parallel_size, "tensor_parallel_size")
-        if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
-            raise ConfigError(f"kv_cache_dtype {cache.cache_dtype!r} is not supported for HyLo models; leave it out")
         if cache.mamba_ssm_cache_dtype == "auto":
             cache.mamba_ssm_cache_dtype = "float32"  # as HyloCache keeps states
         linear = set(config.mixers) & set(LINEAR_SYMBOLS)

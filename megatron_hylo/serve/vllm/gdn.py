@@ -8,24 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 from vllm.third_party.flash_linear_attention.ops import fused_gdn_prefill_post_conv as preparation
+from vllm.triton_utils import triton
 
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.serve.vllm.config import uses_reference
-from megatron_hylo.serve.vllm.recurrence import Referable, run_reference, sharded
+from megatron_hylo.serve.vllm.recurrence import ReferenceMixin, sharded
+
+# Triton refuses vLLM's kernel before the recurrence where blocks of values are wider than those of keys
+widest = dict.fromkeys(("BK", "BV"), lambda launch: max(launch["BK"], launch["BV"]))
+preparation._fused_post_conv_kernel = triton.heuristics(widest)(preparation._fused_post_conv_kernel)
 
 
-class OneWidth:
-    """vLLM's kernel before the recurrence, with one width of blocks for keys and values: with two, Triton refuses it."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *given, BK, BV, **named: self.kernel[grid](*given, BK=max(BK, BV), BV=max(BK, BV), **named)
-
-
-class HyloGatedDeltaNet(Referable, QwenGatedDeltaNetAttention):
+class HyloGatedDeltaNet(ReferenceMixin, QwenGatedDeltaNetAttention):
     """Gated DeltaNet in Qwen3.5's layout of weights; states are [heads, value channels, key channels]."""
+
+    recurrence: Any = staticmethod(gated_delta_rule)
 
     def __init__(self, config: Any, layer: int, vllm_config: Any, prefix: str) -> None:
         c = config.architecture()
@@ -37,25 +34,7 @@ class HyloGatedDeltaNet(Referable, QwenGatedDeltaNetAttention):
         )  # fmt: skip
         super().__init__(sizes, vllm_config, prefix)
         self.register_parameter("dt_bias", sharded(len(self.dt_bias), dtype=torch.float32))  # as the exported tensor
-        if not isinstance(preparation._fused_post_conv_kernel, OneWidth):
-            preparation._fused_post_conv_kernel = OneWidth(preparation._fused_post_conv_kernel)
         self.reference = uses_reference(vllm_config)
-        if self.reference:
-            self._forward_method = self.forward_reference
-
-    def step(self, x: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Run the recurrence on convolved q, k, v [1, tokens, channels]."""
-        q, k, v = self.heads(x)
-        state = None if state is None else state.transpose(-1, -2).float()
-        y, state = self.recurrence(q, k, v, decay, beta, state)
-        assert state is not None, "asked for"
-        return y, state.transpose(-1, -2)
-
-    def heads(self, x: Tensor) -> list[Tensor]:
-        """Split convolved q, k, v [1, tokens, channels] into [1, tokens, heads, channels of a head] each."""
-        sections = [self.key_dim // self.tp_size, self.key_dim // self.tp_size, self.value_dim // self.tp_size]
-        widths = (self.head_k_dim, self.head_k_dim, self.head_v_dim)
-        return [part.unflatten(-1, (-1, width)) for part, width in zip(x.split(sections, dim=-1), widths)]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Make q, k, v [tokens, channels], to be convolved, and the gate [tokens, heads, value channels]."""
@@ -63,17 +42,25 @@ class HyloGatedDeltaNet(Referable, QwenGatedDeltaNetAttention):
         joined = self.in_proj_qkvz(x)[0]
         return joined[:, :-values], joined[:, -values:].unflatten(-1, (-1, self.head_v_dim))
 
-    def recurrence(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None) -> Any:
-        """Outputs and the state [1, heads, key channels, value channels] after them."""
-        return gated_delta_rule(q, k, v, decay, beta, state, output_final_state=True)
-
     def decay_and_strength(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Log decays and writing strengths of tokens [tokens, hidden]: [tokens, heads] each."""
         b, a = self.in_proj_ba(x)[0].chunk(2, dim=-1)
         return -self.A_log.exp() * F.softplus(a.float() + self.dt_bias), b.sigmoid()
 
+    def heads(self, x: Tensor) -> list[Tensor]:
+        """Split convolved q, k, v [1, tokens, channels] into [1, tokens, heads, channels of a head] each."""
+        sections = [self.key_dim // self.tp_size, self.key_dim // self.tp_size, self.value_dim // self.tp_size]
+        widths = (self.head_k_dim, self.head_k_dim, self.head_v_dim)
+        return [part.unflatten(-1, (-1, width)) for part, width in zip(x.split(sections, dim=-1), widths)]
+
     def forward_reference(self, hidden_states: Tensor) -> Tensor:
         """Apply the layer to [tokens, hidden] by torch kernels."""
-        qkv, z = self.project(hidden_states)
-        out = run_reference(self, qkv, self.decay_and_strength(hidden_states), self.conv1d.weight.squeeze(1), None, self.step)
-        return self._output_projection(out, z)
+        qkv, gate = self.project(hidden_states)
+        return self._output_projection(self.convolve_and_recur(qkv, *self.decay_and_strength(hidden_states)), gate)
+
+    def step(self, x: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Run the recurrence on convolved q, k, v [1, tokens, channels]."""
+        state = None if state is None else state.transpose(-1, -2).float()
+        y, state = self.recurrence(*self.heads(x), decay, beta, state, output_final_state=True)
+        assert state is not None, "asked for"
+        return y, state.transpose(-1, -2)

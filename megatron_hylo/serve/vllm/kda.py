@@ -7,18 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
-from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 
 from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.kernels.kda import kda
 from megatron_hylo.serve.vllm.config import REFERENCE
 from megatron_hylo.serve.vllm.gdn import HyloGatedDeltaNet
-from megatron_hylo.serve.vllm.recurrence import sharded
+from megatron_hylo.serve.vllm.recurrence import sharded, states_of
 
 
 class HyloKimiDeltaAttention(HyloGatedDeltaNet):
     """Gated DeltaNet's layer and states with another decay; gate and norm are Gated DeltaNet's, not Kimi Linear's."""
+
+    recurrence: Any = staticmethod(kda)
 
     def __init__(self, config: Any, layer: int, vllm_config: Any, prefix: str) -> None:
         super().__init__(config, layer, vllm_config, prefix)
@@ -28,15 +29,9 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
         self.f_a_proj = ReplicatedLinear(config.hidden_size, rank, bias=False, prefix=f"{prefix}.f_a_proj")
         self.f_b_proj = ColumnParallelLinear(rank, self.key_dim, bias=False, prefix=f"{prefix}.f_b_proj")
         self.register_parameter("dt_bias", sharded(self.key_dim // self.tp_size, dtype=torch.float32))
-        if not self.reference:
-            self._forward_method = self.forward_fast
-            if self.head_v_dim % self.head_k_dim:
-                sizes = f"linear_value_head_dim {self.head_v_dim} to be a multiple of linear_key_head_dim {self.head_k_dim}"
-                raise ConfigError(f"vLLM's KDA kernel needs {sizes}; additional_config {{'{REFERENCE}': 'reference'}} does not")
-
-    def recurrence(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None) -> Any:
-        """Outputs and the state [1, heads, key channels, value channels] after them."""
-        return kda(q, k, v, decay, beta, state, output_final_state=True)
+        if not self.reference and self.head_v_dim % self.head_k_dim:
+            sizes = f"linear_value_head_dim {self.head_v_dim} to be a multiple of linear_key_head_dim {self.head_k_dim}"
+            raise ConfigError(f"vLLM's KDA kernel needs {sizes}; additional_config {{'{REFERENCE}': 'reference'}} does not")
 
     def decay_and_strength(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Log decays [tokens, heads, key channels] and writing strengths [tokens, heads] of tokens [tokens, hidden]."""
@@ -47,17 +42,15 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
         """Apply the layer to [tokens, hidden] by vLLM's Triton kernels."""
         from vllm.third_party.flash_linear_attention.ops.kda import chunk_kda, fused_recurrent_kda
 
-        qkv, z = self.project(hidden_states)
-        out = torch.zeros_like(z, memory_format=torch.contiguous_format)
+        qkv, gate = self.project(hidden_states)
+        out = torch.zeros_like(gate, memory_format=torch.contiguous_format)
         metadata = get_forward_context().attn_metadata
-        if metadata is None:
-            return self._output_projection(out, z)
+        if metadata is None:  # vLLM profiles
+            return self._output_projection(out, gate)
         m = metadata[self.prefix]
         n, slots, starts = m.num_actual_tokens, m.non_spec_state_indices_tensor, m.non_spec_query_start_loc
         decay, beta = (part[None, :n] for part in self.decay_and_strength(hidden_states))
-        conv_states, states = self.kv_cache[:2]
-        conv_states = conv_states if is_conv_state_dim_first() else conv_states.transpose(-1, -2)
-        weight = self.conv1d.weight.squeeze(1)
+        (conv_states, states), weight = states_of(self), self.conv1d.weight.squeeze(1)
         if m.num_prefills:
             x = causal_conv1d_fn(
                 qkv[:n].transpose(0, 1), weight, None, activation="silu", conv_states=conv_states, cache_indices=slots,
@@ -83,4 +76,4 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
             )  # fmt: skip
             y = y.reshape(v.shape)
         out[:n] = y[0]
-        return self._output_projection(out, z)
+        return self._output_projection(out, gate)

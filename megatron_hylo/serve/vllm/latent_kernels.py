@@ -1,14 +1,17 @@
-"""Attention of one new token a request to cached latents, in torch; latent_triton.py has it for GPUs.
+"""Attention of new tokens to cached latents in decode steps, and of prompts to keys; latent_triton.py decodes on GPUs.
 
-All heads read the same keys, rows [latent | rotated key | scales], whose latents are the values. With q/k-norm a key of KV head
-g is s_g times what it would be without, so its scores are s_g times those. s_g is kept as two numbers of the cache's dtype,
-whose sum has twice its digits.
+In decode steps all heads read the same keys, rows [latent | rotated key | scales], whose latents are the values. With q/k-norm
+a key of KV head g is s_g times what it would be without, so its scores are s_g times those. s_g is kept as two numbers of the
+cache's dtype, whose sum has twice its digits.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_hylo.kernels.attention import attention
 
 
 class Cached(NamedTuple):
@@ -19,6 +22,18 @@ class Cached(NamedTuple):
     lengths: Tensor  # int32 [requests], tokens with the new one; 0 for padding
     rank: int  # width of a latent
     groups: int  # KV heads with scales on this rank
+
+
+class Prefill(NamedTuple):
+    """Some of the requests that read several tokens: queries that lie side by side, and all tokens that they see."""
+
+    tokens: slice  # of the batch
+    queries: list[int]  # tokens a request
+    keys: list[int]  # tokens a request, cached ones included
+    query_starts: Tensor  # int32 [requests + 1]
+    key_starts: Tensor
+    blocks: Tensor  # int64 [all keys], pages
+    places: Tensor  # in them
 
 
 def decode_torch(query: Tensor, offset: Tensor | None, cached: Cached, scale: float) -> Tensor:
@@ -51,3 +66,22 @@ def split_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales fp32 [tokens, groups] as two numbers each: [tokens, 2 * groups]."""
     high = scales.to(dtype)
     return torch.cat([high, (scales - high.float()).to(dtype)], dim=-1)
+
+
+def prefill_torch(query: Tensor, key: Tensor, value: Tensor, prefill: Prefill, scale: float) -> Tensor:
+    """Causal attention of each request's tokens to all of its: [tokens, heads, qk] -> [tokens, heads, value]."""
+    parts = zip(query.split(prefill.queries), key.split(prefill.keys), value.split(prefill.keys))
+    return torch.cat([attention(q[None], k[None], v[None], scale)[0] for q, k, v in parts])
+
+
+def prefill_flash(query: Tensor, key: Tensor, value: Tensor, prefill: Prefill, scale: float) -> Tensor:
+    """Attend as `prefill_torch`, by vLLM's FlashAttention, which wants keys and values of one width."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+
+    width, channels = max(query.shape[-1], value.shape[-1]), value.shape[-1]
+    query, key, value = (F.pad(part, (0, width - part.shape[-1])) for part in (query, key, value))
+    return flash_attn_varlen_func(
+        q=query, k=key, v=value, max_seqlen_q=max(prefill.queries), cu_seqlens_q=prefill.query_starts,
+        max_seqlen_k=max(prefill.keys), cu_seqlens_k=prefill.key_starts, softmax_scale=scale, causal=True,
+        fa_version=get_flash_attn_version(),
+    )[..., :channels]  # fmt: skip

@@ -10,11 +10,11 @@ from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
 from megatron_hylo.kernels.ssd import ssd
 from megatron_hylo.serve.vllm.config import uses_reference
-from megatron_hylo.serve.vllm.recurrence import Referable, run_reference, sharded
+from megatron_hylo.serve.vllm.recurrence import ReferenceMixin, sharded
 from megatron_hylo.serve.vllm.versions import known
 
 
-class HyloMamba2(Referable, MambaMixer2):
+class HyloMamba2(ReferenceMixin, MambaMixer2):
     """Mamba2 whose x and B, which share the base model's KV heads, are repeated in the weights (weights.py)."""
 
     def __init__(self, config: Any, layer: int, vllm_config: Any, prefix: str) -> None:
@@ -36,17 +36,14 @@ class HyloMamba2(Referable, MambaMixer2):
         off = known(spec, num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None)
         return replace(spec, **off) if self.reference else spec
 
+    def forward_reference(self, hidden_states: Tensor) -> Tensor:
+        """Apply the layer to [tokens, hidden] by torch kernels."""
+        projected = self.in_proj(hidden_states)[0]
+        gate, xbc, dt = projected.split([self.tped_intermediate_size, self.tped_conv_size, self.tped_dt_size], dim=-1)
+        out = self.convolve_and_recur(xbc, F.softplus(dt.float() + self.dt_bias))
+        return self.out_proj(self.norm(out.flatten(1), gate))[0]
+
     def step(self, x: Tensor, dt: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Run the recurrence on convolved x, B, C [1, tokens, channels] and steps [1, tokens, heads]."""
         value, state_in, state_out = (part.unflatten(-1, (dt.shape[-1], -1)) for part in self.split_hidden_states_B_C_fn(x))
         return ssd(value, dt, self.A.float(), state_in, state_out, self.D, state, output_final_state=True)
-
-    def forward(self, hidden_states: Tensor, mup_vector: Tensor | None = None) -> Tensor:
-        """Apply the layer to [tokens, hidden]."""
-        if not self.reference:
-            return super().forward(hidden_states, mup_vector)
-        projected = self.in_proj(hidden_states)[0]
-        z, xbc, dt = projected.split([self.tped_intermediate_size, self.tped_conv_size, self.tped_dt_size], dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias)
-        out = run_reference(self, xbc, (dt,), self.conv1d.weight.squeeze(1), self.conv1d.bias, self.step)
-        return self.out_proj(self.norm(out.flatten(1), z))[0]

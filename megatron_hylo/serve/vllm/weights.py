@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config.errors import ConfigError
-from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MLA_SYMBOL, complete
+from megatron_hylo.config.mixers import complete
 
 Table = dict[str, tuple[str, ...]]  # parameter -> the exported tensors whose rows it holds, one after the other
 
@@ -25,31 +25,26 @@ def _delta_rule(*decay: str) -> Table:
     }
 
 
-BIASED = ("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # of MLA, with mla_bias
 MLP: Table = {"mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight")} | _same("mlp", "down_proj.weight")
 MIXERS: dict[str, Table] = {
     "*": {"self_attn.qkv_proj.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv")}
     | _same("self_attn", "o_proj.weight"),
-    "+": _same("self_attn", "q_a_proj.weight", "o_proj.weight", *(f"{name}.weight" for name in BIASED)),
+    "+": _same(
+        "self_attn", "q_a_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight", "kv_b_proj.weight", "o_proj.weight"
+    ),
     "M": _same("mamba", "in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "D", "norm.weight", "out_proj.weight")
     | {"mamba.A": ("mamba.A_log",)},
     "G": _delta_rule() | {"linear_attn.in_proj_ba.weight": ("linear_attn.b_proj.weight", "linear_attn.a_proj.weight")},
     "K": _delta_rule("b_proj.weight", "f_a_proj.weight", "f_b_proj.weight"),
 }
 complete(MIXERS, "serve/vllm/weights.py: MIXERS")
-
-
-def _mixer_table(symbol: str, c: Any) -> Table:
-    table = dict(MIXERS[symbol])
-    if symbol == ATTENTION_SYMBOL and c.add_qkv_bias:
-        table["self_attn.qkv_proj.bias"] = tuple(f"self_attn.{part}_proj.bias" for part in "qkv")
-    if symbol == MLA_SYMBOL and c.mla_bias:
-        table |= _same("self_attn", *(f"{name}.bias" for name in BIASED))
-    if symbol in (ATTENTION_SYMBOL, MLA_SYMBOL) and c.qk_layernorm:
-        table |= _same("self_attn", "q_norm.weight", "k_norm.weight")
-    if symbol == MLA_SYMBOL and c.mla_whole_head_norm:
-        table |= _same("self_attn", "k_norm.rotary_mix")
-    return table
+# symbols of mixers, a setting of the model, and the tensors that they have besides with it
+OPTIONAL: tuple[tuple[str, str, Table], ...] = (
+    ("*", "add_qkv_bias", {"self_attn.qkv_proj.bias": tuple(f"self_attn.{part}_proj.bias" for part in "qkv")}),
+    ("+", "mla_bias", _same("self_attn", "q_b_proj.bias", "kv_a_proj_with_mqa.bias", "kv_b_proj.bias")),
+    ("*+", "qk_layernorm", _same("self_attn", "q_norm.weight", "k_norm.weight")),
+    ("+", "mla_whole_head_norm", _same("self_attn", "k_norm.rotary_mix")),
+)
 
 
 def tensor_table(config: Any) -> Table:
@@ -60,7 +55,10 @@ def tensor_table(config: Any) -> Table:
         table["lm_head.weight"] = ("lm_head.weight",)
     norms = {name: (name,) for name in ("input_layernorm.weight", "post_attention_layernorm.weight")}
     for i, symbol in enumerate(config.mixers):
-        for name, sources in (norms | MLP | _mixer_table(symbol, c)).items():
+        layer = norms | MLP | MIXERS[symbol]
+        for symbols, setting, more in OPTIONAL:
+            layer |= more if symbol in symbols and getattr(c, setting) else {}
+        for name, sources in layer.items():
             table[f"model.layers.{i}.{name}"] = tuple(f"model.layers.{i}.{source}" for source in sources)
     return table
 

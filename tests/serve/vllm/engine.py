@@ -31,11 +31,11 @@ def engine(folder: Path, **settings: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def complete(llm: Any, prompts: list[list[int]], new: int) -> list[Any]:
+def complete(llm: Any, prompts: list[list[int]], new: int, **more: Any) -> list[Any]:
     """Complete prompts of token ids greedily, all at once; vLLM's outputs."""
     from vllm import SamplingParams
 
-    greedy = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+    greedy = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, **more)
     return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
 
 

@@ -40,7 +40,7 @@ MODELS: dict[str, dict] = {
 
 
 def make_model(name: str, folder: Path) -> Path:
-    """Save a model of MODELS, with weights so large that its tokens depend on the whole prompt."""
+    """Save a model of MODELS, with weights so large that its tokens depend on the whole prompt, and that bf16 holds."""
     from megatron_hylo.hf import HyloConfig, HyloForCausalLM
 
     torch.manual_seed(0)
@@ -57,6 +57,7 @@ def make_model(name: str, folder: Path) -> Path:
                 value.uniform_(-3, 0)
             else:
                 value.uniform_(0.5, 1.5)
+            value.copy_(value.bfloat16())
     model.save_pretrained(folder)
     return folder
 
@@ -79,3 +80,18 @@ def greedy_tokens(folder: Path, prompts: list[list[int]], new: int) -> tuple[lis
         tokens.append(out)
         gaps.append(gap)
     return tokens, gaps
+
+
+@torch.no_grad()
+def log_probabilities(
+    folder: Path, dtype: torch.dtype, device: str, prompts: list[list[int]], answers: list[list[int]]
+) -> list[torch.Tensor]:
+    """Log-probabilities of all tokens [answer's length, vocabulary] at each token of the answers, by transformers; fp32."""
+    from megatron_hylo.hf import HyloForCausalLM
+
+    model = HyloForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    found = []
+    for prompt, answer in zip(prompts, answers):
+        ids = torch.tensor([prompt + answer[:-1]], device=device)
+        found.append(model(ids, logits_to_keep=len(answer)).logits[0].float().log_softmax(-1).cpu())
+    return found

@@ -13,6 +13,7 @@ from tests.serve.vllm.engine import complete, engine, preemptions, tokens
 from tests.serve.vllm.models import MODELS, greedy_tokens, make_model
 
 pytest.importorskip("vllm", reason="needs vLLM: make serve-test")
+from megatron_hylo.serve.vllm import backends
 from megatron_hylo.serve.vllm.versions import caches_unlike_states
 
 pytestmark = pytest.mark.vllm
@@ -21,8 +22,7 @@ NEW = 16
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, 250, (length,), generator=generator).tolist() for length in (3, 17, 40, 65, 130)]
+    return random_tokens(3, 17, 40, 65, 130)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,7 @@ def model(tmp_path_factory, prompts):
     def make(name):
         if name not in made:
             folder = make_model(name, tmp_path_factory.mktemp(name))
-            expected, gaps = greedy_tokens(folder, prompts, NEW)
-            assert min(gaps) > 1e-4, "a tie decides nothing"
-            made[name] = folder, expected
+            made[name] = folder, right_tokens(folder, prompts)
         return made[name]
 
     return make
@@ -62,15 +60,17 @@ def caches_prefixes(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", ["mla_gdn", "mla_mamba2", "mla_kda", "aligned_bias_gdn"])
-def test_prompts_cut_into_pieces_and_requests_that_wait(name, model, prompts):
+def test_prompts_cut_into_pieces_and_requests_that_wait(name, model, prompts, monkeypatch):
+    """With as few keys at a time that the later pieces of two prompts are attended to one by one."""
     folder, expected = model(name)
+    monkeypatch.setattr(backends, "CACHED_TOKENS", 60)
     with engine(folder, max_num_batched_tokens=32, max_num_seqs=2, enable_prefix_caching=False) as llm:
         assert tokens(complete(llm, prompts, NEW)) == expected
 
 
 def test_a_captured_decode_step_reads_the_tensors_that_vllm_updates():
     """A CUDA graph keeps the addresses of its capture: metadata made anew each step may hold no tensors of its own."""
-    from megatron_hylo.serve.vllm.latent_backend import LatentBuilder
+    from megatron_hylo.serve.vllm.backends import LatentBuilder
 
     tensors = {
         "slot_mapping": torch.tensor([5, -1]),
@@ -87,19 +87,42 @@ def test_a_captured_decode_step_reads_the_tensors_that_vllm_updates():
     assert [tensor.data_ptr() for tensor in read] == [tensor.data_ptr() for tensor in tensors.values()]
 
 
-def test_preempted_requests_continue_with_the_same_tokens(model):
+@pytest.mark.parametrize("name", ["mla_gdn", "mla_mamba2", "mla_kda"])
+def test_preempted_requests_continue_with_the_same_tokens(name, model):
     """Requests whose next page is wanted while they decode, and there is one for the first alone."""
-    folder, _ = model("mla_gdn")
+    folder, _ = model(name)
     settings = {"max_model_len": 512, "num_gpu_blocks_override": 10, "enable_prefix_caching": False}
     with engine(folder, **settings, disable_log_stats=False) as llm:
         page = llm.llm_engine.vllm_config.cache_config.block_size
-        generator = torch.Generator().manual_seed(3)
-        prompts = [torch.randint(3, 250, (page - 6 - i,), generator=generator).tolist() for i in range(3)]
+        prompts = random_tokens(*(page - 6 - i for i in range(3)))
         found = tokens(complete(llm, prompts, NEW))
         assert preemptions(llm) > 0
+    assert found == right_tokens(folder, prompts)
+
+
+@pytest.mark.parametrize("name", ["mla_gdn", "mla_mamba2", "mla_kda"])
+def test_requests_with_a_cached_prefix_continue_from_its_states(name, model):
+    """Two pages that all begin with, of which later requests compute nothing, in steps of a page."""
+    folder, _ = model(name)
+    with engine(folder, max_model_len=512, enable_prefix_caching=True, max_num_batched_tokens=256) as llm:
+        page = llm.llm_engine.vllm_config.cache_config.block_size
+        prefix, *tails = random_tokens(2 * page, 1, 9, 40)
+        prompts = [prefix + tail for tail in tails]
+        outputs = complete(llm, prompts[:1], NEW) + complete(llm, prompts[1:], NEW)
+        assert [output.num_cached_tokens for output in outputs] == [0, 2 * page, 2 * page]
+    assert tokens(outputs) == right_tokens(folder, prompts)
+
+
+def random_tokens(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 250, (length,), generator=generator).tolist() for length in lengths]
+
+
+def right_tokens(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy tokens of transformers, none of them near another."""
     expected, gaps = greedy_tokens(folder, prompts, NEW)
     assert min(gaps) > 1e-4, "a tie decides nothing"
-    assert found == expected
+    return expected
 
 
 def test_two_tensor_parallel_ranks(model, prompts, tmp_path):

@@ -39,7 +39,7 @@ print(compiles(256, 512), compiles(512, 512))
 
 
 def test_one_width_compiles_where_two_do_not():
-    """The kernel compiles with one block width alone; once it compiles with two, `gdn.OneWidth` can go."""
+    """The kernel compiles with one block width alone; once it compiles with two, `gdn.widest` can go."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("needs vLLM: make serve-test")
     pytest.importorskip("triton")

@@ -12,20 +12,20 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.serve.vllm.models import greedy_tokens, make_model
+from tests.serve.vllm.models import greedy_tokens, log_probabilities, make_model
+from tests.serve.vllm.prompts import Prompts, random_prompts, text_prompts
 
 pytest.importorskip("vllm", reason="needs vLLM: make serve-test")
 import aiohttp
+import torch
+from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.vllm
 EXPORTED = os.environ.get("HYLO_SERVE_MODEL", "")  # an exported folder; a tiny random model where there is none
 REQUESTS, CONCURRENT, NEW = 200, 24, 6
 LONGEST = 2048 if EXPORTED else 512
 XGRAMMAR = '{"backend": "xgrammar", "disable_any_whitespace": true}'  # an untrained model would write spaces without end
-ROOT = Path(__file__).parents[3]
-Prompts = dict[str, list[int]]  # token ids by name
 
 
 @pytest.fixture(scope="module")
@@ -36,33 +36,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def prompts(folder) -> Prompts:
     """Fifty for an exported model, some with a long prefix in common; of mixed lengths, to be cut and joined."""
-    return text_prompts(folder) if EXPORTED else random_prompts()
-
-
-def text_prompts(folder: Path) -> Prompts:
-    """Beginnings of the documentation's sections, and ends of one page that are read after the same pages."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    found: Prompts = {}
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        for section in page.read_text().split("\n## ")[1:4]:
-            length = (3, 5, 9, 12, 20, 33, 40, 64, 65, 90)[len(found) % 10]
-            ids = tokenizer(section, add_special_tokens=False).input_ids[:length]
-            if len(ids) == length and len(found) < 48:
-                found[f"{page.name}, {section.splitlines()[0]}, {length} tokens"] = ids
-    page = tokenizer((ROOT / "docs/long_context.md").read_text(), add_special_tokens=False).input_ids
-    prefix = page[: LONGEST - 900]
-    return found | {f"after {len(prefix)} tokens, {n} more": prefix + page[-n - 20 : -20] for n in (4, 50)}
-
-
-def random_prompts() -> Prompts:
-    generator = torch.Generator().manual_seed(2)
-    prefix = torch.randint(3, 255, (160,), generator=generator).tolist()
-    lengths = (1, 2, 5, 9, 17, 33, 40, 64, 65, 100, 128, 150, 200, 257, 300)
-    unlike = [torch.randint(3, 255, (length,), generator=generator).tolist() for length in lengths]
-    unlike += [prefix + tail[:20] for tail in unlike[4:9]]
-    return {f"{i}, {len(prompt)} tokens": prompt for i, prompt in enumerate(unlike)}
+    return text_prompts(folder, LONGEST) if EXPORTED else random_prompts()
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +89,7 @@ async def until_healthy(url: str, server: subprocess.Popen, log: Path) -> None:
                 await asyncio.sleep(1)
 
 
-def body(prompt: list[int], **changes) -> dict:
+def body(prompt: list[int] | str, **changes) -> dict:
     asked = {
         "model": "hybrid",
         "prompt": prompt,
@@ -281,10 +255,27 @@ def test_structured_outputs(url, structure):
         assert river["name"] in ("Rhine", "Po") and 1 <= river["length"] <= 9999 and len(river) == 2
 
 
+@pytest.mark.skipif(not EXPORTED, reason="a beam search needs a tokenizer: HYLO_SERVE_MODEL=FOLDER of an exported model")
+def test_beam_search_begins_with_the_greedy_answer_or_a_better_one(url, folder):
+    prompt = "The capital of France is"
+
+    async def ask(**changes) -> list[list[int]]:
+        async with client() as session, session.post(f"{url}/v1/completions", json=body(prompt, **changes)) as response:
+            content = await response.json()
+            assert response.status == 200, content
+            return [choice["token_ids"] for choice in content["choices"]]
+
+    greedy, beams = asyncio.run(ask())[0], asyncio.run(ask(use_beam_search=True, n=4))
+    assert len({tuple(beam) for beam in beams}) == 4 and all(len(beam) == NEW for beam in beams)
+    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(prompt, add_special_tokens=False).input_ids
+    answers = [greedy, *beams]
+    every = log_probabilities(folder, torch.float32, "cpu", [ids] * 5, answers)
+    least, *scores = (float(at.gather(1, torch.tensor(answer)[:, None]).sum()) for at, answer in zip(every, answers))
+    assert scores == sorted(scores, reverse=True) and scores[0] > least - 1e-3
+
+
 @pytest.mark.skipif(not EXPORTED, reason="a chat needs a tokenizer: HYLO_SERVE_MODEL=FOLDER of an exported model")
 def test_a_chat_is_answered_by_tokens_of_the_same_template(url, folder):
-    from transformers import AutoTokenizer
-
     messages = [{"role": "user", "content": "Name three rivers."}]
     ids = (
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,0 +1,130 @@
+"""Backends of the layers that compute by themselves: what their pages hold, and where the tokens of a step's requests are."""
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
+from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor, split_decodes_and_prefills
+
+from megatron_hylo.serve.vllm.latent_kernels import Prefill
+
+CACHED_TOKENS = 131_072  # of several requests, whose keys and values are made anew at once while prompts are read
+
+
+class Builder(AttentionMetadataBuilder[Any]):
+    """Makes metadata once a step, from what vLLM gives it: the description of the pages, the layers' names, the settings."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+
+class Backend(AttentionBackend):
+    """Backend with a name outside vLLM's own, whose `builder` makes the metadata."""
+
+    builder: type[Builder]
+
+    @staticmethod
+    def get_name() -> str:
+        """A name outside vLLM's own."""
+        return "CUSTOM"
+
+    @classmethod
+    def get_builder_cls(cls) -> type[Builder]:
+        """Class of the builder."""
+        return cls.builder
+
+
+@dataclass
+class LatentMetadata:
+    """Requests of one step: first those with one token each, then the others."""
+
+    slots: Tensor  # int64 [tokens], page * tokens a page + place, -1 for padding; vLLM's own tensor, which CUDA graphs read
+    decodes: int
+    block_table: Tensor  # int32 [decodes, pages]
+    lengths: Tensor  # int32 [decodes], with the new token
+    prefills: list[Prefill]
+
+
+class LatentBuilder(Builder):
+    """Makes LatentMetadata once a step; for decodes alone it holds vLLM's own tensors, so the step can be captured."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    reorder_batch_threshold: int = 1
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
+        """Divide the requests, and find the pages of all tokens that prefills see."""
+        m = common_attn_metadata
+        decodes = split_decodes_and_prefills(m, decode_threshold=1)[0]
+        starts = m.query_start_loc_cpu.tolist()
+        lengths = m.seq_lens[decodes:].tolist() if decodes < m.num_reqs else []
+        limits = [decodes, m.num_reqs] if sum(lengths) <= CACHED_TOKENS else range(decodes, m.num_reqs + 1)
+        prefills = [
+            self._prefill(starts[first : last + 1], lengths[first - decodes : last - decodes], m.block_table_tensor[first:last])
+            for first, last in pairwise(limits)
+            if first < last
+        ]
+        slots = m.slot_mapping[: m.num_actual_tokens]
+        return LatentMetadata(slots, decodes, m.block_table_tensor[:decodes], m.seq_lens[:decodes], prefills)
+
+    def _prefill(self, starts: list[int], keys: list[int], block_table: Tensor) -> Prefill:
+        size, device = self.kv_cache_spec.block_size, block_table.device
+        queries = [end - begin for begin, end in zip(starts, starts[1:])]
+        positions = torch.cat([torch.arange(length) for length in keys]).to(device)
+        requests = torch.repeat_interleave(torch.arange(len(keys)), torch.tensor(keys)).to(device)
+        blocks = block_table[requests, positions // size].long()
+        sums = [torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device) for counts in (queries, keys)]
+        return Prefill(slice(starts[0], starts[-1]), queries, keys, sums[0], sums[1], blocks, positions % size)
+
+
+class LatentBackend(Backend):
+    """Pages of one head whose K and V side by side are a token's row of latents, so half of it is the head's size."""
+
+    builder = LatentBuilder
+
+    @classmethod
+    def indexes_kv_by_block_stride(cls) -> bool:
+        """Whether pages may be padded; asked by vLLM before 0.30."""
+        return True
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+    ) -> tuple[int, ...]:
+        """[blocks, 1, tokens a block, row]; blocks may be padded."""
+        return num_blocks, num_kv_heads, block_size, 2 * head_size
+
+
+@dataclass
+class StateMetadata:
+    """Places of each request's tokens and of its state."""
+
+    starts: list[int]  # of each request's tokens in the batch, and the end
+    slots: list[int]  # block of each request's states
+    continued: list[bool]  # whether its state holds earlier tokens
+
+
+class StateBuilder(Builder):
+    """Makes StateMetadata once a step."""
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StateMetadata:
+        """Read the blocks of states for the cache mode that is set."""
+        m = common_attn_metadata
+        mode = self.vllm_config.cache_config.mamba_cache_mode
+        table = mamba_get_block_table_tensor(m.block_table_tensor, m.seq_lens, self.kv_cache_spec, mode)
+        starts = m.query_start_loc_cpu.tolist()
+        continued = [length > end - begin for length, begin, end in zip(m.seq_lens.tolist(), starts, starts[1:])]
+        return StateMetadata(starts, table[:, 0].tolist(), continued)
+
+
+class StateBackend(Backend):
+    """Backend of linear layers, as far as vLLM asks."""
+
+    builder = StateBuilder
+
+    @classmethod
+    def is_ssm(cls) -> bool:
+        """Whether pages hold states of fixed size."""
+        return True

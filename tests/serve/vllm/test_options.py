@@ -1,0 +1,59 @@
+"""Options of vLLM that users give: each works with HyLo models, or is refused before weights are loaded, with a sentence."""
+
+import pytest
+import torch
+
+from tests.serve.vllm.engine import complete, engine, tokens
+from tests.serve.vllm.models import greedy_tokens, log_probabilities, make_model
+from tests.serve.vllm.test_engine import random_tokens
+
+pytest.importorskip("vllm", reason="needs vLLM: make serve-test")
+pytestmark = pytest.mark.vllm
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_model("mla_gdn", tmp_path_factory.mktemp("options"))
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8.* is not supported for HyLo models; docs/serving.md"),
+    ({"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype bfloat16 is not supported"),
+    ({"quantization": "fp8"}, "quantization fp8 is not supported"),
+    ({"enable_lora": True}, "--enable-lora is not supported"),
+    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+     "--speculative-config is not supported"),
+    ({"runner": "pooling"}, "--runner pooling is not supported"),
+    ({"pipeline_parallel_size": 2}, "[Pp]ipeline parallelism is not supported"),
+    ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "--decode-context-parallel-size is not supported"),
+    ({"additional_config": {"hylo_kernels": "slow"}}, "hylo_kernels is 'reference', got 'slow'"),
+])  # fmt: skip
+def test_what_does_not_work_is_refused_with_a_sentence(folder, settings, message):
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = {"max_model_len": 256, "dtype": "float32", "skip_tokenizer_init": True}
+    with pytest.raises(Exception, match=message):
+        EngineArgs(model=str(folder), **(arguments | settings)).create_engine_config()
+
+
+def test_what_works_gives_right_answers(folder):
+    """Log-probabilities of prompts and answers, several answers a prompt; with `enforce_eager`, one request at a time."""
+    from vllm import SamplingParams
+
+    prompts = random_tokens(5, 40)
+    expected, _ = greedy_tokens(folder, prompts, NEW)
+    several = SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=NEW, ignore_eos=True, detokenize=False)
+    with engine(folder, enforce_eager=True, max_num_seqs=1, enable_prefix_caching=False) as llm:
+        outputs = complete(llm, prompts, NEW, logprobs=3, prompt_logprobs=0)
+        found = [llm.generate([{"prompt_token_ids": prompts[1]}], several, use_tqdm=False)[0] for _ in range(2)]
+    assert tokens(outputs) == expected
+    after = [prompt[1:] + answer for prompt, answer in zip(prompts, expected)]
+    right = log_probabilities(folder, torch.float32, "cpu", [prompt[:1] for prompt in prompts], after)
+    for output, text, exact in zip(outputs, after, right):
+        served = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+        for at, token, every in zip(served, text, exact, strict=True):
+            assert at[token].logprob == pytest.approx(float(every[token]), abs=1e-4)
+        assert set(exact[-1].topk(3).indices.tolist()) <= set(served[-1])
+    sampled = [[tuple(answer.token_ids) for answer in output.outputs] for output in found]
+    assert sampled[0] == sampled[1] and len(set(sampled[0])) == 3
