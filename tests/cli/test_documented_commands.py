@@ -27,7 +27,8 @@ FOREIGN = {"--option", "--standalone", "--nproc-per-node", "--signals-to-handle"
 FOREIGN |= {"--signal", "--time", "--export", "--wait", "--kill-on-invalid-dep", "--nodes", "--exclude", "--output"}  # Slurm's
 FOREIGN |= {"--work", "--append-eod"}  # a benchmark's, Megatron-LM's
 FOREIGN |= {  # vLLM's
-    "--additional-config", "--decode-context-parallel-size", "--dtype", "--enable-lora", "--enable-prefix-caching", "--enforce-eager",
+    "--additional-config", "--decode-context-parallel-size", "--dtype", "--enable-lora", "--enable-prefix-caching",
+    "--enforce-eager",
     "--kv-cache-dtype", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--pipeline-parallel-size",
     "--quantization", "--runner", "--speculative-config", "--tensor-parallel-size",
 }  # fmt: skip
