@@ -138,7 +138,8 @@ for part in "$@"; do
     table)
       $hylo sweep report "$OUT/result.yaml"
       sed -n 's/^hylo export //p' "$OUT/sweep/report.md" | while read -r model folder; do
-        [[ -d $folder ]] || $hylo export "$model" "$folder" --license apache-2.0 --base_model HuggingFaceTB/SmolLM2-135M-Instruct
+        [[ -d $folder ]] || $hylo export "$model" "$folder" --license apache-2.0 --base_model HuggingFaceTB/SmolLM2-135M-Instruct \
+          </dev/null
       done
       cat "$OUT/sweep/report.md"
       ;;

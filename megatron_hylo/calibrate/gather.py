@@ -92,8 +92,9 @@ def calibrate(
         "sequence_length": sequence_length, "layers": config.num_hidden_layers,
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "precision": str(precision).split(".")[1],
     }  # fmt: skip
+    parts = open_parts(teacher, parallel, precision)  # refuses ranks that do not divide heads, before anything is written
     work = staging_directory(Path(output), "layers", "calibration", description)
-    _gather_layers(open_parts(teacher, parallel, precision), teacher, windows[:, :-1], work, track)
+    _gather_layers(parts, teacher, windows[:, :-1], work, track)
     with atomic_directory(output, overwrite) as folder:
         if is_main():
             save_file({"calibration": windows.int(), "heldout": kept.int()}, folder / "windows.safetensors")

@@ -54,10 +54,8 @@ def _exports(sweep: Sweep) -> list[str]:
     """Commands that export the finished hybrids of several stages."""
     chains = [c for c in sweep.cells if c.last.name and c.last.train is not None and c.state()[0] == "finished"]
     words = [re.sub(r"[^a-z0-9]+", "_", str(cell.varied.get("label", "")).lower()).strip("_") for cell in chains]
-    return [
-        f"hylo export {shlex.quote(str(cell.last.model))} {shlex.quote(str(sweep.output / 'exports' / (name or cell.name)))}"
-        for cell, name in zip(chains, words)
-    ]
+    folders = [sweep.output / "exports" / "-".join(filter(None, (name, c.last.folder.name))) for c, name in zip(chains, words)]
+    return [f"hylo export {shlex.quote(str(c.last.model))} {shlex.quote(str(folder))}" for c, folder in zip(chains, folders)]
 
 
 def varied_names(sweep: Sweep) -> list[str]:

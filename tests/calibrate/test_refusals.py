@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_hylo.calibrate.gather import calibrate
-from megatron_hylo.config import ConfigError
+from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.eval.folders import evaluate_folder
@@ -59,6 +59,16 @@ def test_the_length_named_for_short_documents_works(material, tmp_path):
 def test_counts_below_one_are_refused(material, tmp_path, settings):
     with pytest.raises(ConfigError, match="must be at least 1, got"):
         calibrate(material.teacher, material.data, tmp_path / "out", **SETTINGS | settings)
+
+
+def test_ranks_that_do_not_divide_heads_are_refused_before_anything_is_written(material, tmp_path):
+    with pytest.raises(
+        ConfigError, match="tensor_model_parallel_size 4 does not divide num_attention_heads 6; sizes that work"
+    ):
+        calibrate(
+            material.teacher, material.data, tmp_path / "out", **SETTINGS, parallel=ParallelConfig(tensor_model_parallel_size=4)
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_output_inside_an_input_is_refused(material):

@@ -236,6 +236,7 @@ def test_stages_follow_each_other_are_shared_and_are_measured(spec, material, on
     assert run("report", file, "--json", "--samples", 9) == 0
     (fit,) = json.loads(capsys.readouterr().out)["fits"]
     assert (fit["metric"], fit["cells"]) == ("heldout_kl", 3), "tokens differ; the teacher, which has none, is in no fit"
+    assert f"hylo export {one.last.model} {tmp_path}/sweep/exports/one-{one.last.folder.name}\n" in page
     assert "## text: ppl, by_position, perplexity\n\n| cell | label | stage | tokens | 64 | 128 |" in page, (
         "4,096 is past the window"
     )
