@@ -151,11 +151,11 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
 def _show_run(run: dict[str, Any]) -> None:
     sizes, active = run["parameters"], run["active_parameters"]
-    told = {name: f"{size / 1e9:.2f} G" for name, size in sizes.items()}
-    told |= {name: f"{told[name]}, {active[name] / 1e9:.2f} G a token" for name in told if active[name] < sizes[name]}
+    told = {name: f"{size / 1e9:.2f} G parameters" for name, size in sizes.items()}
+    told |= {name: f"{told[name]}, {active[name] / 1e9:.2f} G of them a token" for name in told if active[name] < sizes[name]}
     teacher = f", teacher {run['teacher']} ({told['teacher']})" if "teacher" in sizes else ""
     results.print(
-        f"{run['recipe']}: {run['stage']}, {run['student']} ({told['student']} parameters){teacher}, "
+        f"{run['recipe']}: {run['stage']}, {run['student']} ({told['student']}){teacher}, "
         f"{run['global_batch_size']} x {run['sequence_length']:,} tokens a step, {run['tokens']:,} in all",
         markup=False,
         highlight=False,

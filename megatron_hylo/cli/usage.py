@@ -111,7 +111,10 @@ def _unrecognised(words: list[str], parser: ArgumentParser, verb: str | None, ve
     name = option.split("=")[0]
     if verb is None:
         return f"hylo has no option {name}{near(name, ['--help', '--version'])}"
-    meant = near(name.lstrip("-"), _keys(parser), "did you mean --{}?").replace(" or ", " or --")
+    key, positional = name.lstrip("-"), [a.dest for a in parser._actions if not a.option_strings]
+    if key in positional:
+        return f"hylo {verb} takes {key.upper()} without {name}, in the order {' '.join(positional).upper()}"
+    meant = near(key, [k for k in _keys(parser) if k not in positional], "did you mean --{}?").replace(" or ", " or --")
     return f"hylo {verb} has no option {name}{meant}"
 
 

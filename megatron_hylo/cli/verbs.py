@@ -12,10 +12,9 @@ from rich.table import Table
 
 import megatron_hylo
 from megatron_hylo.cli.console import console, print_json, results, track
-from megatron_hylo.cli.types import PositiveFloat, PositiveInt
-from megatron_hylo.config import ConfigError, ModelConfig, TeacherWindow
+from megatron_hylo.cli.types import PositiveInt
+from megatron_hylo.config import TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
-from megatron_hylo.io.start_up import use_huge_pages
 
 
 def layouts(json: bool = False) -> None:
@@ -85,84 +84,6 @@ def scripts(folder: Path, layout: str | None = None) -> None:
     console.print(f"wrote {folder}; set HYLO_PYTHON to the Python that this package is installed in")
 
 
-def convert(
-    source: Path,
-    output: Path,
-    to: Literal["megatron", "hf"] = "megatron",
-    overwrite: bool = False,
-    no_verify: bool = False,
-    shard_gb: PositiveFloat = 2.0,
-    json: bool = False,
-) -> None:
-    """Convert a Hugging Face folder or GGUF file to a Megatron model folder, or back.
-
-    No weight is rounded: FP8 and int8 ones are dequantised to float32. Ends with a comparison of all tensors and of fp32 logits
-    with transformers' own loading, layer by layer above 1B parameters; a model that differs is not written. One tensor is in
-    memory at a time. The same command goes on at the shard where a killed one was.
-
-    Args:
-        source: Hugging Face folder (Llama, Mistral, Qwen2.5, Qwen3, Qwen3-MoE, our exports), .gguf file, or model folder.
-        output: folder to make; it appears only when it is complete.
-        to: the format to make.
-        overwrite: replace what is there.
-        no_verify: leave out the comparison.
-        shard_gb: largest size of a file of weights, GB.
-        quantize: store a hybrid's linear maps in FP8, or in integers of 8 or 4 bits, for transformers and vLLM.
-        calibration_data: dataset folder whose training text decides how weights are rounded; without, to the nearest value.
-        calibration_tokens: of that text.
-        json: print {output, format, mixers, parameters, verified}.
-    """
-    use_huge_pages()
-    from megatron_hylo.convert.to_hf import convert_megatron_to_hf
-    from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
-    from megatron_hylo.models.checkpoint import read_description
-    from megatron_hylo.platform.distributed import session
-
-    with session():
-        function = convert_hf_to_megatron if to == "megatron" else convert_megatron_to_hf
-        function(source, output, overwrite, track, verify=not no_verify, shard_bytes=int(shard_gb * 1e9))
-        config = read_description(output if to == "megatron" else source)[0]
-    _wrote(output, to, config, not no_verify, json)
-
-
-def verify(
-    hf_dir: Path,
-    megatron_dir: Path,
-    quick: bool = False,
-    tokens: PositiveInt = 128,
-    tolerance: float = 1e-4,
-    json: bool = False,
-) -> int:
-    """Compare a Hugging Face checkpoint with its conversion: every tensor bit for bit, and the logits.
-
-    Both models run layer by layer where they are larger than a billion parameters.
-
-    Args:
-        hf_dir: Hugging Face folder or .gguf file.
-        megatron_dir: the model folder made from it, or that it was exported from.
-        quick: compare names and hashes of tensors and files alone, and compute nothing.
-        tokens: length of the random input that logits are compared on.
-        tolerance: largest |delta logit| that passes, fp32; relative to the largest logit where that is above 1.
-        json: print the comparison as JSON.
-    """
-    use_huge_pages()
-    from megatron_hylo.convert.verify import Verification, verify_conversion
-    from megatron_hylo.convert.verify_hashes import HashVerification, verify_hashes
-    from megatron_hylo.platform.distributed import session
-
-    result: HashVerification | Verification
-    with session():
-        if quick:
-            result = verify_hashes(hf_dir, megatron_dir, track)
-        else:
-            result = verify_conversion(hf_dir, megatron_dir, tokens, tolerance, track=track)
-    if json:
-        print_json(asdict(result) | {"ok": result.ok})
-    else:
-        print("\n".join([*result.lines(), "verified" if result.ok else "NOT verified"]))
-    return 0 if result.ok else 1
-
-
 def preprocess(
     input: Path,
     output: Path,
@@ -208,79 +129,6 @@ def preprocess(
     console.print(f"wrote {output}")
     if json:
         print_json({name: value for name, value in asdict(made).items() if name != "heldout_names"})
-
-
-def export(
-    model: Path,
-    output: Path,
-    results: list[Path] | None = None,
-    license: str | None = None,
-    base_model: str | None = None,
-    datasets: list[str] | None = None,
-    overwrite: bool = False,
-    no_verify: bool = False,
-    shard_gb: PositiveFloat = 2.0,
-    quantize: Literal["fp8", "int8", "int4"] | None = None,
-    calibration_data: Path | None = None,
-    calibration_tokens: PositiveInt = 65536,
-    json: bool = False,
-) -> None:
-    """Export a model folder or checkpoint for Hugging Face: config, safetensors, tokenizer, modelling code, model card.
-
-    Ends with a comparison of all tensors and of logits with transformers' loading of the folder. The same command goes on at
-    the shard where a killed one was, without quantize.
-
-    Args:
-        model: model folder or training checkpoint; with quantize an exported folder as well.
-        output: Hugging Face folder to make.
-        results: results folders of `hylo eval` of this model, for its card; by default those of it that lie in its run's folder
-            or beside that.
-        license: of the model, as the Hugging Face Hub spells it (apache-2.0), for its card; the base model's terms bind it.
-        base_model: of what was converted, ORGANISATION/NAME on the Hub, for the card; by default as the Hub's cache has it.
-        datasets: that the model was trained on, ORGANISATION/NAME on the Hub, for the card.
-        overwrite: replace what is there.
-        no_verify: leave out the comparison.
-        shard_gb: largest size of a file of weights, GB.
-        quantize: store a hybrid's linear maps in FP8, or in integers of 8 or 4 bits, for transformers and vLLM.
-        calibration_data: dataset folder whose training text decides how weights are rounded; without, to the nearest value.
-        calibration_tokens: of that text.
-        json: print {output, format, mixers, parameters, verified}.
-    """
-    use_huge_pages()
-    from megatron_hylo.convert.model_card import CardFacts
-    from megatron_hylo.convert.quantise import export_quantised
-    from megatron_hylo.convert.to_hf import convert_megatron_to_hf
-    from megatron_hylo.eval.lm_facts import results_of
-    from megatron_hylo.eval.results import read_results
-    from megatron_hylo.models.checkpoint import read_description
-    from megatron_hylo.platform.distributed import session
-
-    if calibration_data is not None and quantize is None:
-        raise ConfigError("--calibration_data decides how weights are rounded; give --quantize fp8, int8 or int4 with it")
-    found = results_of(model) if results is None else {folder: read_results(folder) for folder in results}
-    for folder in found if results is None else ():
-        console.print(f"results for the card: {folder}", markup=False, soft_wrap=True)
-    facts = CardFacts([result.to_dict() for result in found.values()], license, base_model, datasets or ())
-    size = int(shard_gb * 1e9)
-    with session():
-        if quantize is None:
-            convert_megatron_to_hf(model, output, overwrite, track, not no_verify, facts, size)
-            config = read_description(model)[0]
-        else:
-            config = export_quantised(
-                model, output, quantize, calibration_data, calibration_tokens, overwrite, track, not no_verify, facts, size
-            )
-    _wrote(output, "hf", config, not no_verify, json)
-
-
-def _wrote(output: Path, to: str, config: ModelConfig, verified: bool, json: bool) -> None:
-    """Say what a conversion made."""
-    from megatron_hylo.config.layouts import parameter_count
-
-    console.print(f"wrote {output}")
-    if json:
-        about = {"mixers": config.mixers, "parameters": parameter_count(config), "verified": verified}
-        print_json({"output": str(output), "format": to} | about)
 
 
 def generate(

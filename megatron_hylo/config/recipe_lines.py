@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.layouts import BASES, NamedLayout
 from megatron_hylo.config.mixers import MIXERS
+from megatron_hylo.config.mlps import EXPERTS_SYMBOL, MLP_SYMBOL
 from megatron_hylo.config.teacher_window import FAR, own_window, yarn_origin
 
 STAGES = {"stage1_ild": 2048, "stage2_ctx8k": 8192, "stage3_ctx32k": 32768, "stage3_ctx64k": 65536, "stage3_ctx128k": 131072}
@@ -287,7 +288,7 @@ class Recipe:
             yield row("recompute: false", "recompute activations in the backward pass; our choice: they fit")
         elif self.long:
             spared = "layers that compute again in the backward pass, all but MLA [HyLo, at 64K: all]; our choice"
-            yield row("recompute: GM-", spared)
+            yield row(f"recompute: GM{EXPERTS_SYMBOL if self.base.has_experts else MLP_SYMBOL}", spared)
         else:
             yield row("recompute: true", "recompute activations in the backward pass [HyLo, at 64K]")
 

@@ -68,7 +68,7 @@ def describe(one: Candidate, job: Job, gpus: int, hardware: Hardware, price: flo
     known = "MEASURED" if hardware.measured else "ESTIMATED"
 
     def source(term: str) -> Source:
-        if term in ("bubble", "pipeline", "launch") or not hardware.measured:
+        if term in ("bubble", "pipeline", "launch", "expert") or not hardware.measured:
             return "ESTIMATED"
         node = gpus <= hardware.gpus_per_node
         return "MEASURED" if node or term not in ("tensor", "context", "data") else "ESTIMATED"
@@ -156,6 +156,10 @@ def assumptions(job: Job, hardware: Hardware, rates: Path | None = None) -> list
         f"energy is the GPUs' power limit ({hardware.watts:g} W) for all of that time",
         *told,
     ]
+    if any(model.has_experts for model in (job.student, job.teacher) if model):
+        told.append(
+            "mixtures of experts are not measured: their products at the rate of others, tokens spread evenly over experts"
+        )
     if job.remote_teacher:
         told.append("the teacher's outputs come from elsewhere as fast as they are needed")
     return told

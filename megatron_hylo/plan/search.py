@@ -154,7 +154,7 @@ def _fastest_fit(
     for recompute in _recomputations(job):
         for number, offload in enumerate(_offloads(job, settings["teacher_precision"])):
             graphs = job.config.cuda_graphs and gpus == 1 and not recompute and not offload["teacher_offload"]
-            graphs = graphs and settings["linear_precision"] == "same"
+            graphs = graphs and settings["linear_precision"] == "same" and not job.student.has_experts
             try:
                 config = replace(job.config, recompute=recompute, cuda_graphs=graphs, **settings, **offload)
             except ConfigError as error:
@@ -220,7 +220,8 @@ def _divisions(job: Job, gpus: int, hardware: Hardware, found: Found) -> Iterato
 def _precisions(job: Job, hardware: Hardware, fp8: bool) -> list[dict[str, Any]]:
     kept: dict[str, Any] = dict(teacher_precision=job.config.teacher_precision, linear_precision=job.config.linear_precision)
     options = [kept]
-    if fp8 and hardware.fp8_tflops and job.config.precision == "bf16" and job.config.backend != "local":
+    mixture = any(model.has_experts for model in (job.student, job.teacher) if model)  # which compute in no FP8
+    if fp8 and not mixture and hardware.fp8_tflops and job.config.precision == "bf16" and job.config.backend != "local":
         options += [kept | {"teacher_precision": "fp8"}] if job.teacher else []
         options += [{"teacher_precision": "fp8" if job.teacher else "same", "linear_precision": "fp8"}]
     return [one for i, one in enumerate(options) if one not in options[:i]]
@@ -231,7 +232,8 @@ def _recomputations(job: Job) -> list[bool | str]:
     if job.config.stage == "align":
         return [False]  # a layer has its backward pass before the next
     linear = "".join(sorted(set(job.student.mixers) & set(LINEAR_SYMBOLS)))
-    return [False, "-", *([f"{linear}-"] if linear else []), True]
+    mlps = "".join(sorted(set(job.student.mlps)))
+    return [False, mlps, *([linear + mlps] if linear else []), True]
 
 
 def _offloads(job: Job, precision: str) -> list[dict[str, Any]]:

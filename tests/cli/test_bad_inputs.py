@@ -37,6 +37,7 @@ CASES: list[tuple] = [
     ("convert hf new --overwrite true", "switches such as --overwrite take none"),
     ("convert hf new --overwrite=true", "--overwrite is a switch and takes no value"),
     ("convert hf new --overwrit", "did you mean --overwrite?"),
+    ("generate model --prompt words", "hylo generate takes PROMPT without --prompt, in the order MODEL PROMPT"),
     ("fetch", "hylo fetch needs WHAT"),
     ("fetch techer", "unseen, qwen3-tokenizer, got techer; did you mean teacher?"),
     ("evaluate model", "hylo evaluate needs DATA"),

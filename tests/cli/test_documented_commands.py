@@ -25,7 +25,13 @@ SHOWN = re.compile(
 )
 FOREIGN = {"--option", "--standalone", "--nproc-per-node", "--signals-to-handle"}  # torchrun's
 FOREIGN |= {"--signal", "--time", "--export", "--wait", "--kill-on-invalid-dep", "--nodes", "--exclude", "--output"}  # Slurm's
-FOREIGN |= {"--work", "--append-eod", "--additional-config", "--tensor-parallel-size"}  # a benchmark's, Megatron-LM's, vLLM's
+FOREIGN |= {"--work", "--append-eod"}  # a benchmark's, Megatron-LM's
+FOREIGN |= {  # vLLM's
+    "--additional-config", "--decode-context-parallel-size", "--dtype", "--enable-lora", "--enable-prefix-caching",
+    "--enforce-eager",
+    "--kv-cache-dtype", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--pipeline-parallel-size",
+    "--quantization", "--runner", "--speculative-config", "--tensor-parallel-size",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_hylo.config import RopeScaling
+from megatron_hylo.convert.open_model import hf_model
 from megatron_hylo.convert.to_hf import write_hf_folder
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
 from megatron_hylo.hf import code_files as export
@@ -53,6 +54,8 @@ def test_logits_equal_the_megatron_models(config, one_rank, tmp_path, ids):
     logits = model(ids).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert relative_error(logits, expected) < 1e-5
+    in_memory = hf_model(megatron).to(ids.device).eval()(ids).logits  # as `hylo generate` opens model folders
+    torch.testing.assert_close(in_memory, logits, rtol=0, atol=1e-6)
 
 
 def test_all_files_that_are_imported_are_copied(tmp_path):

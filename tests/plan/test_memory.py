@@ -10,7 +10,15 @@ from megatron_hylo.config import ModelConfig, ParallelConfig
 from megatron_hylo.config.layouts import BASES, get_layout, parameter_count
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.checkpoint import load_model
-from megatron_hylo.plan.memory import GIB, activations, predict_memory
+from megatron_hylo.plan.communication import traffic
+from megatron_hylo.plan.memory import (
+    GIB,
+    activations,
+    estimate_memory,
+    predict_memory,
+    rank_parameters,
+    trained_parameters,
+)
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.optimizer import build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter
@@ -152,3 +160,30 @@ def test_a_gpu_that_is_too_small_is_told(settings, monkeypatch, caplog, capsys, 
     assert "will hardly fit into the 0 of this GPU" in caplog.text
     shown = " ".join(capsys.readouterr().err.split())
     assert "memory of a GPU, predicted: 0.0 GiB (weights" in shown and "GiB, predicted 0.0" in shown
+
+
+def test_expert_parallel_ranks_have_a_part_of_the_experts_and_of_all_optimizer_state():
+    layout = get_layout("qwen3-30b-a3b-12mla36gdn").config
+    experts = 48 * 128 * 3 * 2048 * 768
+
+    def run(**changes):
+        return TrainConfig(
+            "pretrain",
+            "-",
+            "-",
+            scratch="-",
+            global_batch_size=8,
+            parallel=ParallelConfig(expert_model_parallel_size=8),
+            **changes,
+        )
+
+    config = run()
+    total = parameter_count(layout)
+    assert rank_parameters(config, layout) == total - experts + experts / 8
+    found = estimate_memory(config, 8, [layout], [layout])
+    assert found.weights == 2 * (total - experts + experts / 8) and found.optimizer == pytest.approx(12 * total / 8)
+    assert found.teacher == pytest.approx(2 * (total - experts + experts / 8), rel=1e-3)  # without norms
+    mixers = run(trainable="mixers")
+    assert rank_parameters(mixers, layout, trained=True) == pytest.approx(trained_parameters(mixers, layout))
+    moved = traffic(config, 8, layout, None, total).expert
+    assert moved == 48 * 2 * 2 * (7 / 8 * config.sequence_length * 8 * 2048 * 2)  # there and back, forward and backward

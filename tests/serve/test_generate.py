@@ -11,6 +11,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import kv_bytes_per_token
 from megatron_hylo.convert.open_model import open_model
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
+from megatron_hylo.hf.quantised_hylo import keep_weights_in_fp8
 from megatron_hylo.serve import generate
 from megatron_hylo.serve.generate import generate_text
 from tests.conftest import tiny_hf_model
@@ -46,6 +47,16 @@ def test_8_bit_latents_take_a_byte_a_number_and_two_scales(folders):
     found = generate_text(folders[1], PROMPT, max_new_tokens=3, latents="fp8")
     whole = generate_text(folders[1], PROMPT, max_new_tokens=3)
     assert whole.kv_bytes_per_token - found.kv_bytes_per_token == (24 + 6) * 4 - (24 + 6 + 4)  # one MLA layer, fp32
+
+
+def test_fp8_weights_give_the_text_of_the_rounded_model(folders):
+    model, tokenizer = open_model(folders[1])
+    keep_weights_in_fp8(model)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1)[0, len(PROMPT) :]
+    found = generate_text(folders[1], PROMPT, max_new_tokens=12, weights="fp8")
+    assert found.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert found.text != generate_text(folders[1], PROMPT, max_new_tokens=12).text  # random weights: rounding changes words
 
 
 def test_text_is_the_argmax_of_full_forwards(folders):
@@ -134,6 +145,8 @@ def test_teacher_folders(one_rank, tmp_path):
     assert one.kv_bytes_per_token == 3 * 2 * 2 * 16 * 4  # layers, key and value, KV heads, head size, fp32
     with pytest.raises(ConfigError, match="has no latents to keep in fp8"):
         generate_text(tmp_path / "hf", PROMPT, latents="fp8")
+    with pytest.raises(ConfigError, match="whose weights are not kept in fp8 here; leave it out"):
+        generate_text(tmp_path / "hf", PROMPT, weights="fp8")
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def check_options(vllm_config: Any) -> None:
         "--speculative-config": vllm_config.speculative_config is not None,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
     }
-    for option in (option for option, given in refused.items() if given):
-        raise ConfigError(f"{option} is not supported for HyLo models; docs/serving.md lists what works")
+    if found := [what for what, given in refused.items() if given]:
+        raise ConfigError(f"{' and '.join(found)} is not supported for HyLo models; docs/serving.md lists what works")
 
 
 class HyloVllmUpdate(VerifyAndUpdateConfig):

@@ -61,6 +61,5 @@ class HyloGatedDeltaNet(ReferenceMixin, QwenGatedDeltaNetAttention):
     def step(self, x: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Run the recurrence on convolved q, k, v [1, tokens, channels]."""
         state = None if state is None else state.transpose(-1, -2).float()
-        y, state = self.recurrence(*self.heads(x), decay, beta, state, output_final_state=True)
-        assert state is not None, "asked for"
-        return y, state.transpose(-1, -2)
+        y, after = self.recurrence(*self.heads(x), decay, beta, state, output_final_state=True)
+        return y, after.transpose(-1, -2)

@@ -12,8 +12,7 @@ def known(spec: Any, **values: Any) -> dict[str, Any]:
     `indexes_kv_by_block_stride` (pages may be padded) was a field of attention specs up to 0.29, where later versions ask no
     more; `num_prefill_checkpoint_blocks` and `prefill_checkpoint_alignment` (states inside a prefill) came with 0.30.
     """
-    names = {field.name for field in fields(spec)}
-    return {name: value for name, value in values.items() if name in names}
+    return {field.name: values[field.name] for field in fields(spec) if field.name in values}
 
 
 def caches_unlike_states() -> bool:
