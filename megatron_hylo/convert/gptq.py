@@ -12,9 +12,7 @@ from torch import Tensor
 COLUMNS = 128  # whose errors are moved together
 DAMPING = 0.01  # of the mean diagonal, added to it
 LARGEST_FP8 = 448.0  # of e4m3
-SHRINKS = tuple(
-    1 - 0.05 * i for i in range(9)
-)  # of an integer's scale: cutting off the largest weights may round the others better
+SHRINKS = tuple(1 - 0.05 * i for i in range(9))  # of an integer's scale: cutting off the largest may round the others better
 
 
 @dataclass(frozen=True)
