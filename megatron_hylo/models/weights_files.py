@@ -140,12 +140,18 @@ def write_parts(file: Any, parts: list[ShardedTensor]) -> list[Piece]:
 
     Returns:
         Where each part is.
+
+    Raises:
+        OSError: the disk is full, say.
     """
     pieces = []
     for part in parts:
         start, value = file.tell(), part.data.reshape(stored_shape(part))
         whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
-        torch.save(value.detach() if whole else value.detach().clone(memory_format=torch.contiguous_format), file)
+        try:
+            torch.save(value.detach() if whole else value.detach().clone(memory_format=torch.contiguous_format), file)
+        except RuntimeError as error:  # of torch's archive, which a full disk has cut off, about its own length
+            raise error.__context__ or error from None
         shape, offsets, sizes = (list(map(int, x)) for x in (part.global_shape, part.global_offset, value.shape))
         pieces.append(Piece(part.key, str(part.dtype).split(".")[1], shape, offsets, sizes, start, file.tell() - start))
     return pieces

@@ -7,6 +7,7 @@ dropout). A second student's hylo.json and weights/ are in second_model/ of the 
 """
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -104,29 +105,32 @@ def _without_gathering(optimizer: MegatronOptimizer) -> Iterator[None]:
     Its `get_parameter_state_dp_zero` gathers all ranks' parts of each buffer into one tensor, of which it then takes the slice
     of every parameter; here the slices are the parameter's own tensors.
     """
-    (part,) = optimizer.chained_optimizers
-    if not isinstance(part, DistributedOptimizer) or part.data_parallel_group.size() > 1:
-        yield
-        return
-
-    def state(**options: Any) -> dict[int, dict[torch.dtype, dict[str, _Slices]]]:
-        found: dict[int, dict[torch.dtype, dict[str, _Slices]]] = {}
-        for number, ranges in enumerate(part.gbuf_ranges):
-            index = part.buffers[number].param_index_map
-            (kind,) = ranges
-            slices = {key: _Slices() for key in ("param", *part.optimizer_state_keys)}
-            for parameter, (start, *_) in index.items():
-                tensors = part._get_main_param_and_optimizer_states(parameter)
-                for key in slices:
-                    slices[key][start] = tensors[key].detach().flatten().float()
-            found[number] = {kind: slices}
-        return found
-
-    part.get_parameter_state_dp_zero = state
+    alone = [
+        part
+        for part in optimizer.chained_optimizers
+        if isinstance(part, DistributedOptimizer) and part.data_parallel_group.size() == 1
+    ]
+    for part in alone:
+        part.get_parameter_state_dp_zero = functools.partial(_own_state, part)
     try:
         yield
     finally:
-        del part.get_parameter_state_dp_zero
+        for part in alone:
+            del part.get_parameter_state_dp_zero
+
+
+def _own_state(part: DistributedOptimizer, **options: Any) -> dict[int, dict[torch.dtype, dict[str, "_Slices"]]]:
+    """Weights and state of an optimizer's parameters by buffer, in the form of `get_parameter_state_dp_zero`."""
+    found = {}
+    for number, ranges in enumerate(part.gbuf_ranges):
+        (kind,) = ranges
+        slices = {key: _Slices() for key in ("param", *part.optimizer_state_keys)}
+        for parameter, (start, *_) in part.buffers[number].param_index_map.items():
+            tensors = part._get_main_param_and_optimizer_states(parameter)
+            for key in slices:
+                slices[key][start] = tensors[key].detach().flatten().float()
+        found[number] = {kind: slices}
+    return found
 
 
 class _Slices(dict[int, Tensor]):

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 import megatron_hylo as mh
-from megatron_hylo.cli import upcycle, verbs
+from megatron_hylo.cli import conversion, upcycle, verbs
 from megatron_hylo.serve.generate import generate_text
 
 SWITCHES = {"verify": "no_verify"}  # on by default in Python; on the command line an option switches them off
@@ -20,10 +20,10 @@ def settings(function) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("function", "verb"),
     [
-        (mh.convert.__wrapped__, verbs.convert),
+        (mh.convert.__wrapped__, conversion.convert),
         (mh.calibrate.__wrapped__, upcycle.calibrate),
         (mh.evaluate, verbs.evaluate),
-        (mh.export, verbs.export),
+        (mh.export, conversion.export),
         (generate_text, verbs.generate),
     ],
     ids=["convert", "calibrate", "evaluate", "export", "generate"],

@@ -8,7 +8,6 @@ import json
 import multiprocessing.connection
 import os
 import re
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import Program
+from tests.ports import free_port
 
 
 def train_and_resume(folder: Path, stages: int) -> None:
@@ -79,9 +79,7 @@ def run_rank(rank: int, ranks: int, skip: str, port: int, error: Path) -> None:
 def run_case(ranks: int, skip: str, folder: Path) -> list[str]:
     """Tracebacks of the ranks that failed."""
     folder.mkdir()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     errors = [folder / f"error_{rank}" for rank in range(ranks)]
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=run_rank, args=(i, ranks, skip, port, errors[i])) for i in range(ranks)]

@@ -152,7 +152,7 @@ with session():
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("GLOO_SOCKET_IFNAME", "RANK", "HF_HUB_DISABLE_PROGRESS_BARS")
+        if name not in ("GLOO_SOCKET_IFNAME", "RANK", "HF_HUB_DISABLE_PROGRESS_BARS", "THP_MEM_ALLOC_ENABLE")
     }
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True)

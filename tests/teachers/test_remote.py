@@ -1,7 +1,6 @@
 """A teacher of another torchrun world gives the same losses, gradients and weights as one on the student's ranks."""
 
 import contextlib
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from tests.conftest import tiny_config
 from tests.forked import Ranks
 from tests.parity.cases import PARALLELISMS, case_config, make_dataset, make_model
 from tests.parity.worker import job, launch
+from tests.ports import free_port
 from tests.train.runs import relative_difference
 
 pytestmark = pytest.mark.multirank
@@ -29,12 +29,6 @@ CASES = [
     ("tp2_sp", "distil", "pp2"), ("tp2_sp", "distil", "dp2"), ("cp2", "packed_distil", "cp2_a2a"), ("cp2", "distil", "tp2"),
     pytest.param("one", "distil", "dp2", marks=SLOW), pytest.param("two", "distil", "dp2", marks=SLOW),
 ]  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -47,15 +47,10 @@ from megatron_hylo.teachers.remote_link import (
 )
 from tests.conftest import tiny_config
 from tests.forked import Program
+from tests.ports import free_port
 
 THEIRS = "a secret of sixteen characters and more"
 VOCABULARY, MOST = 160, 512
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Server:

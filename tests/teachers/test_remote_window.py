@@ -1,6 +1,5 @@
 """A served teacher reads past its window as it is told, and says what it reads."""
 
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_hylo.teachers.remote_link import HEAD, HIDDEN
 from megatron_hylo.teachers.server import serve_teacher
 from tests.conftest import uneven_model
 from tests.models.test_windows import by_hand
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -27,9 +27,7 @@ def teacher(one_rank, tmp_path) -> Path:
 
 def served(teacher: Path, window: TeacherWindow, ids: torch.Tensor, starts: torch.Tensor | None = None):
     """(hidden states or the refusal, what the teacher says of itself) of one student's one micro-batch."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
 
     def student():
         link = Connection(address, 0, "a test", 20.0)
