@@ -248,7 +248,8 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise ConfigError(f"{folder} is not a Hugging Face folder: it has no config.json")
+        there = "" if folder.exists() else "; there is no such folder"
+        raise ConfigError(f"{folder} is not a Hugging Face folder: it has no config.json{there}")
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
