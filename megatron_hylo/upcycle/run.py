@@ -128,14 +128,12 @@ def _with_rotary_pairs(
         return config
     span = statistics.description["sequence_length"]
 
-    def choose() -> dict[int, tuple[int, ...]]:
-        own = {layer: attention_tensors(source.read, teacher_config, layer) for layer in layers[rank() :: world_size()]}
-        return {
-            layer: choose_rotary_pairs(attention, config, teacher_config, statistics[layer], choice, span)
-            for layer, attention in own.items()
-        }
+    def choose(layer: int) -> tuple[int, ...]:
+        attention = attention_tensors(source.read, teacher_config, layer)
+        return choose_rotary_pairs(attention, config, teacher_config, statistics[layer], choice, span)
 
-    pairs = {layer: chosen for part in on_all(choose) for layer, chosen in part.items()}
+    own = on_all(lambda: {layer: choose(layer) for layer in layers[rank() :: world_size()]})  # one layer in memory at a time
+    pairs = {layer: chosen for part in own for layer, chosen in part.items()}
     return config.replace(mla_rotary_pairs=[pairs.get(layer, ()) for layer in range(config.num_hidden_layers)])
 
 
