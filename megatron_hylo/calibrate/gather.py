@@ -26,6 +26,7 @@ from megatron_hylo.calibrate.statistics import (
     VERSION,
     check_statistics,
     layer_file,
+    save_whole,
 )
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.data.packed import PackedDataset, heldout_windows
@@ -154,15 +155,9 @@ def _gather_layers(model: ModelParts, teacher: str | Path, windows: Tensor, work
         if sums is not None:
             statistics = sums.means(layer)
             check_statistics(statistics)
-            on_main(partial(_save, statistics, file))
+            on_main(partial(save_whole, statistics, file))
         else:
             check_statistics(load_file(file))
-
-
-def _save(statistics: dict[str, Tensor], file: Path) -> None:
-    beside = file.with_suffix(".partial")
-    save_file(statistics, beside)
-    beside.rename(file)
 
 
 class LayerSums:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Mapping
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
@@ -41,6 +41,13 @@ from megatron_hylo.io.identity import is_made_of
 FORMAT, VERSION = "megatron_hylo.calibration", 1
 LOOK_BACK_TOKENS, RECEPTION_TOKENS = 512, 32
 TOKENS_PER_CHANNEL = 4  # fewer tokens than this times the hidden size leave second moments mostly noise
+
+
+def save_whole(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a .safetensors file beside its place and rename it: it is there as a whole or not at all."""
+    beside = file.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+    beside.rename(file)
 
 
 def layer_file(layer: int) -> str:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megatron_hylo.calibrate.solve import LayerError
+from megatron_hylo.calibrate.statistics import save_whole
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.mixers import ATTENTION_SYMBOL, get_mixer
 from megatron_hylo.convert.mapping import layer_entries
@@ -54,7 +54,7 @@ class SolvedLayers:
         def make() -> None:
             for layer in track(wanted[rank() :: world_size()], "initialise"):
                 names = [f"model.layers.{layer}.{n}" for n in get_mixer(self.config.mixers[layer]).tensors(self.config)]
-                _save({name: self.initial(name) for name in names}, self._initialised(layer))
+                save_whole({name: self.initial(name) for name in names}, self._initialised(layer))
 
         on_all(make)
 
@@ -73,7 +73,7 @@ class SolvedLayers:
             values = {prefix + name: p.detach() for prefix, part in places.items() for name, p in part.named_parameters()}
             entries = [entry for entry in layer_entries(self.config, layer) if entry.megatron in values]
             parts = [(name, part) for e in entries for name, part in zip(e.hugging_face, e.split(values[e.megatron]))]
-            _save({name: part.cpu() for name, part in parts}, self._solved(layer))
+            save_whole({name: part.cpu() for name, part in parts}, self._solved(layer))
             write_json(self._error(layer), asdict(error))
             self._initialised(layer).unlink(missing_ok=True)
 
@@ -91,9 +91,3 @@ class SolvedLayers:
                 if name in stored.keys():
                     return stored.get_tensor(name).clone()  # the file is not mapped any longer than that
         return self.initial(name)
-
-
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    beside = file.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
-    beside.rename(file)
