@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.io._files import DamagedError, cache_dir, parse_json, read_bytes, read_json, sha256
-from megatron_hylo.io._ranks import gather, rank
+from megatron_hylo.io._ranks import gather, on_all, rank
 
 logger = logging.getLogger("megatron_hylo.io")
 MANIFEST = "manifest.json"
@@ -106,14 +106,7 @@ def verify_manifest_if_any(path: str | Path, only: Sequence[str] = ()) -> None:
 
     For Hugging Face folders and datasets, which other programs may have written.
     """
-    ours, error = False, None
-    try:
-        ours = bool(listed_files(path))
-    except (DamagedError, OSError) as caught:
-        error = caught
-    found = gather((ours, error))
-    _raise_first([e for _, e in found])
-    if any(o for o, _ in found):
+    if any(on_all(lambda: bool(listed_files(path)))):
         verify_manifest(path, only)
 
 
