@@ -32,9 +32,6 @@ def convert(
         overwrite: replace what is there.
         no_verify: leave out the comparison.
         shard_gb: largest size of a file of weights, GB.
-        quantize: store a hybrid's linear maps in FP8, or in integers of 8 or 4 bits, for transformers and vLLM.
-        calibration_data: dataset folder whose training text decides how weights are rounded; without, to the nearest value.
-        calibration_tokens: of that text.
         json: print {output, format, mixers, parameters, verified}.
     """
     use_huge_pages()
@@ -119,7 +116,7 @@ def export(
         overwrite: replace what is there.
         no_verify: leave out the comparison.
         shard_gb: largest size of a file of weights, GB.
-        quantize: store a hybrid's linear maps in FP8, or in integers of 8 or 4 bits, for transformers and vLLM.
+        quantize: store a hybrid's linear maps in FP8, or in integers of 8 or 4 bits, for transformers, not for vLLM.
         calibration_data: dataset folder whose training text decides how weights are rounded; without, to the nearest value.
         calibration_tokens: of that text.
         json: print {output, format, mixers, parameters, verified}.

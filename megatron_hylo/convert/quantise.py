@@ -75,7 +75,7 @@ def export_quantised(
     facts: CardFacts = NO_FACTS,
     shard_bytes: int = SHARD_BYTES,
 ) -> ModelConfig:
-    """Export a hybrid with quantised weights for transformers and vLLM; the model is in memory as a whole.
+    """Export a hybrid with quantised weights for transformers; the model is in memory as a whole.
 
     Args:
         source: model folder, training checkpoint or exported Hugging Face folder.
