@@ -131,7 +131,7 @@ def test_two_tensor_parallel_ranks(model, prompts, tmp_path):
     code = (
         "from tests.serve.vllm.engine import *\n"
         "if __name__ == '__main__':\n"
-        f"    with engine({str(folder)!r}, tensor_parallel_size=2) as llm:\n"
+        f"    with engine({str(folder)!r}, tensor_parallel_size=2, disable_custom_all_reduce=True) as llm:\n"
         f"        print(tokens(complete(llm, {prompts}, {NEW})) == {expected})\n"
     )
     script = tmp_path / "two.py"
