@@ -23,7 +23,7 @@ def engine(folder: Path, **settings: Any) -> Iterator[Any]:
 
     defaults = {"skip_tokenizer_init": True, "max_model_len": 256, "dtype": "float32", "max_num_seqs": 8}
     if torch.cuda.is_available():
-        defaults |= {"kv_cache_memory_bytes": 4 << 30, "gpu_memory_utilization": 0.2}
+        defaults |= {"kv_cache_memory_bytes": 4 << 30, "gpu_memory_utilization": 0.05}
     llm = LLM(model=str(folder), **(defaults | settings))
     try:
         yield llm
