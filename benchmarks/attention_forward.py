@@ -3,10 +3,9 @@
     python benchmarks/attention_forward.py                              # 64K and 16K tokens, half a minute on an H200
     python benchmarks/attention_forward.py --tokens 256 --repeats 1     # small, on a CPU, where all is plain torch
 
-Causal, bf16, through `megatron_hylo.kernels.attention`, medians over repeats, the kernels in turn. Keys have a mean of their own in
-each channel, as trained models' have, and scores a spread that lets a few hundred keys of 64K count. Errors are relative, by norm,
-against fp32 on the same numbers, over some queries of all heads. FP8 includes its quantisation. Prints a table and, last, one
-JSON line; writes RESULTS.md.
+Causal, bf16, through `megatron_hylo.kernels.attention`, medians over repeats, the kernels in turn. Keys have a mean of their own
+in each channel, as trained models' have. Errors are relative, by norm, against fp32 on the same numbers, over 64 queries of all
+heads. FP8 includes its quantisation. Prints a table and, last, one JSON line; writes RESULTS.md.
 """
 
 import json
@@ -62,7 +61,11 @@ def main(
             wanted = exact(q[:, first:][:, queries], k[:, first:], v[:, first:], queries, width**-0.5)
             flops = heads * (width + values) * step**2 * count  # half of all pairs, two operations each
             for name, (time, out) in found.items():
-                error = float((out[:, first:][:, queries].double() - wanted).norm() / wanted.norm()) if isinstance(out, Tensor) else None
+                error = (
+                    float((out[:, first:][:, queries].double() - wanted).norm() / wanted.norm())
+                    if isinstance(out, Tensor)
+                    else None
+                )
                 rows.append(dict(
                     whose=whose, heads=f"{heads}/{groups}", channels=f"{width}, {values}", tokens=length, documents=count,
                     kernel=name, ms=1e3 * time, tflops=flops / time / 1e12, error=error,

@@ -1,13 +1,12 @@
 """FlashAttention-3's forward kernels for Hopper (arXiv:2407.08608), from the package fa3-fwd: attention without a gradient.
 
-Frozen teachers, evaluation and prefill compute attention that no backward pass follows. At long contexts it is most of what they
-compute, and these kernels are faster there than cuDNN's. The operation is `attention_forward` of the registry: `fa3` in bf16
-where it is installed and the inputs allow it, `torch` (the backends of attention.py) elsewhere, with a warning on a Hopper GPU
-that lacks the package. `fa3_fp8` quantises queries, keys, values and probabilities to E4M3; it runs by override alone:
+No backward pass follows the attention of frozen teachers, evaluation and prefill. The operation is `attention_forward` of the
+registry: `fa3` in bf16 where it is installed and the inputs allow it, `torch` (the backends of attention.py) elsewhere, with a
+warning on a Hopper GPU that lacks the package. `fa3_fp8` quantises queries, keys, values and probabilities to E4M3; it runs by override alone:
 `HYLO_KERNELS=attention_forward=fa3_fp8`.
 
-Quantisation: a power of two for each sequence and group of heads. Keys lose their mean over the tokens first, which adds the same
-number to all scores of a query and so changes no probability; what is left has smaller values and smaller errors
+Quantisation: a power of two for each sequence and group of heads. Keys lose their mean over the tokens first, which adds the
+same number to all scores of a query and so changes no probability; what is left has smaller values and smaller errors
 (SageAttention, arXiv:2410.02367).
 """
 
@@ -113,7 +112,9 @@ def flash_attention_3(
         out, log_sum = kernels.flash_attn_func(q, k, v, **settings)
     else:
         keys = slice(documents[0][1].start, documents[-1][1].stop)
-        queries, seen = (tuple(edges) for edges in zip(*((part.stop - part.start, of.stop - of.start) for part, of in documents)))
+        queries, seen = (
+            tuple(edges) for edges in zip(*((part.stop - part.start, of.stop - of.start) for part, of in documents))
+        )
         out, log_sum = kernels.flash_attn_varlen_func(
             q[0], k[0, keys], v[0, keys], cu_seqlens(queries, q.device), cu_seqlens(seen, q.device), max(queries), max(seen),
             **settings,

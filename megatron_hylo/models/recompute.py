@@ -33,7 +33,10 @@ class _Recomputed(TransformerLayer):
         return forward(hidden_states)
 
     def _in_its_precision(self, forward: Callable[[Tensor], tuple[Tensor, None]], hidden_states: Tensor) -> tuple[Tensor, None]:
-        """Enter the FP8 context again, which the stack has left when the backward pass recomputes; both passes by one kernel."""
+        """Enter the FP8 context again, which the stack has left when the backward pass recomputes.
+
+        Both passes take the same kernels, though the first one has no gradient.
+        """
         with get_fp8_context(self.config), gradient_to_follow():
             return forward(hidden_states)
 
