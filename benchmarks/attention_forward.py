@@ -3,9 +3,9 @@
     python benchmarks/attention_forward.py                              # 64K and 16K tokens, half a minute on an H200
     python benchmarks/attention_forward.py --tokens 256 --repeats 1     # small, on a CPU, where all is plain torch
 
-Causal, bf16, through `megatron_hylo.kernels.attention`, medians over repeats, the kernels in turn. Keys have a mean of their own
-in each channel, as trained models' have. Errors are relative, by norm, against fp32 on the same numbers, over 64 queries of all
-heads. FP8 includes its quantisation. Prints a table and, last, one JSON line; writes RESULTS.md.
+Causal, bf16, through `megatron_hylo.kernels.attention`, medians over repeats, the kernels in turn. Keys have a mean of their
+own in each channel, as trained models' have. Errors are relative, by norm, against fp32 on the same numbers, over 64 queries of
+all heads. FP8 includes its quantisation. Prints a table and, last, one JSON line; writes RESULTS.md.
 """
 
 import json
@@ -60,21 +60,19 @@ def main(
             queries = torch.linspace(0, step - 1, 64, device=device).long()
             wanted = exact(q[:, first:][:, queries], k[:, first:], v[:, first:], queries, width**-0.5)
             flops = heads * (width + values) * step**2 * count  # half of all pairs, two operations each
+            about = dict(whose=whose, heads=f"{heads}/{groups}", channels=f"{width}, {values}", tokens=length, documents=count)
             for name, (time, out) in found.items():
-                error = (
-                    float((out[:, first:][:, queries].double() - wanted).norm() / wanted.norm())
-                    if isinstance(out, Tensor)
-                    else None
-                )
-                rows.append(dict(
-                    whose=whose, heads=f"{heads}/{groups}", channels=f"{width}, {values}", tokens=length, documents=count,
-                    kernel=name, ms=1e3 * time, tflops=flops / time / 1e12, error=error,
-                    ratio=found["cudnn"][0] / time if "cudnn" in found else None, why=out if error is None else "",
-                ))  # fmt: skip
+                row = about | {"kernel": name, "ms": None, "tflops": None, "ratio": None, "error": out}
+                if isinstance(out, Tensor):
+                    error = float((out[:, first:][:, queries].double() - wanted).norm() / wanted.norm())
+                    ratio = found["cudnn"][0] / time if "cudnn" in found else 1.0
+                    row |= {"ms": 1e3 * time, "tflops": flops / time / 1e12, "ratio": ratio, "error": error}
+                rows.append(row)
+                print(json.dumps(row), flush=True)
     cells = [
         (f"{r['heads']} ({r['whose']})", r["channels"], f"{r['tokens']:,}", str(r["documents"]), r["kernel"],
-         *((f"{r['ms']:.2f}", f"{r['tflops']:.0f}", f"{r['ratio'] or 1:.2f}", f"{r['error']:.1e}") if r["error"] is not None
-           else (r["why"], "", "", "")))
+         *(("", "", "", r["error"]) if r["ms"] is None else
+           (f"{r['ms']:.2f}", f"{r['tflops']:.0f}", f"{r['ratio']:.2f}", f"{r['error']:.1e}")))
         for r in rows
     ]  # fmt: skip
     intro = ["Causal, bf16, batch 1; channels of queries and keys, of values; error relative to fp32 by norm."]
@@ -94,7 +92,7 @@ def inputs(
 def measure(
     kernels: dict[str, tuple[str, str]], run: Callable[[], Tensor], repeats: int
 ) -> dict[str, tuple[float, Tensor | str]]:
-    """Median seconds and the output of each kernel; infinite and the reason of one that cannot run."""
+    """Median seconds and the output of each kernel; zero and the reason of one that cannot run."""
     found: dict[str, tuple[float, Tensor | str]] = {}
     times: dict[str, list[float]] = {}
     with torch.no_grad():
@@ -104,7 +102,7 @@ def measure(
                     run()
                     times[name], found[name] = [], (0.0, run())
             except RuntimeError as error:
-                found[name] = float("inf"), str(error).splitlines()[0]
+                found[name] = 0.0, str(error).splitlines()[0]
         for _ in range(repeats):
             for name in times:
                 with override(*kernels[name]):

@@ -56,7 +56,7 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) ->
     """
     wide, width = torch.promote_types(q.dtype, torch.float32), v.shape[-1]
     if choose_forward(q, k, v) != "torch":  # in bf16: with centred keys logarithms of blocks would not be comparable
-        out, log_sum = flash_attention_3(*(x.transpose(1, 2) for x in (q, k, v)), scale, causal)
+        out, log_sum = flash_attention_3(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, causal)
         return out.transpose(1, 2).to(wide), log_sum
     backend = choose_backend(q, k, v, causal)
     if backend not in ("cudnn", "flash"):

@@ -2,8 +2,8 @@
 
 No backward pass follows the attention of frozen teachers, evaluation and prefill. The operation is `attention_forward` of the
 registry: `fa3` in bf16 where it is installed and the inputs allow it, `torch` (the backends of attention.py) elsewhere, with a
-warning on a Hopper GPU that lacks the package. `fa3_fp8` quantises queries, keys, values and probabilities to E4M3; it runs by override alone:
-`HYLO_KERNELS=attention_forward=fa3_fp8`.
+warning on a Hopper GPU that lacks the package. `fa3_fp8` quantises queries, keys, values and probabilities to E4M3; it runs by
+override alone: `HYLO_KERNELS=attention_forward=fa3_fp8`.
 
 Quantisation: a power of two for each sequence and group of heads. Keys lose their mean over the tokens first, which adds the
 same number to all scores of a query and so changes no probability; what is left has smaller values and smaller errors
