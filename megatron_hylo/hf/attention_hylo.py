@@ -320,7 +320,14 @@ class HyloLatentAttention(nn.Module):
         if decodes(query, inputs):
             scales = stored[1] if len(stored) == 2 else None
             out = decode_attention(
-                queries[:, 0], stored[0][:, :, None], self.rank, self.qk**-0.5, inputs.length, inputs.real, scales, inputs.starts
+                queries[:, 0],
+                stored[0][:, :, None],
+                self.rank,
+                self.qk**-0.5,
+                inputs.length,
+                inputs.real,
+                scales,
+                inputs.starts,
             )
         else:
             compressed = self._loaded(stored, query.dtype)

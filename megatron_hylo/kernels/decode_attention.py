@@ -41,8 +41,8 @@ def decode_attention(
         length: int [1] on q's device, rows that are keys, the first ones; None: all.
         real: bool [b, rows], rows that are keys, among them one at least; None: all.
         scales: [b, rows, 2], of the first v and of the other channels of k; hkv is 1 then.
-        starts: int [b], a packed batch: k, v and scales are [1, rows, ...], and the keys of sequence i are `length[i]` rows from
-            `starts[i]` on; `length` is int [b] then, 1 at least, and there is no `real`.
+        starts: int [b], a packed batch: k, v and scales are [1, rows, ...], and the keys of sequence i are `length[i]` rows
+            from `starts[i]` on; `length` is int [b] then, 1 at least, and there is no `real`.
 
     Returns:
         [b, hq, dv] in q's dtype.

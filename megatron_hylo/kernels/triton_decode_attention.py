@@ -1,7 +1,7 @@
 """Triton kernels of decode_attention.py: partial attention over a part of the keys, and the parts' combination.
 
-A batch of equal lengths divides each sequence into SPLITS parts. A packed batch, of any lengths, has parts of about equal size in
-one list, the parts of the first sequence first, so that programs have the same work whatever the lengths are.
+A batch of equal lengths divides each sequence into SPLITS parts. A packed batch, of any lengths, has parts of about equal
+size in one list, the parts of the first sequence first, so that programs have the same work whatever the lengths are.
 """
 
 try:  # transformers refuses files of a model whose imports fail, unless they are tried
@@ -30,7 +30,8 @@ def attend_part(
     k_batch, k_row, k_group, v_batch, v_row, v_group, real_batch, scales_batch, scales_row,
     HEADS: tl.constexpr, HEAD_ROWS: tl.constexpr, FIRST: tl.constexpr, FIRST_COLUMNS: tl.constexpr, REST: tl.constexpr,
     REST_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_COLUMNS: tl.constexpr, SHARED: tl.constexpr, LENGTH: tl.constexpr,
-    MASKED: tl.constexpr, QUANTISED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr, COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr, QUANTISED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Attend with all query heads of one sequence and key head to one part of the keys.
 

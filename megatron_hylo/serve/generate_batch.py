@@ -5,6 +5,7 @@ for; all that are in it advance by a token a pass. One that ends gives its slot 
 all there at the start: a server, with arrivals, priorities and preemption, is vLLM (docs/serving.md).
 """
 
+import json
 import logging
 import time
 from collections import deque
@@ -79,7 +80,9 @@ def generate_texts(
     model, tokenizer = open_for_generation(path, weights)
     check_latents(model, path, latents)
     if not isinstance(model, HyloForCausalLM):
-        raise ConfigError(f"{path} is a model of transformers, and only hybrids decode many prompts here; give it one at a time")
+        raise ConfigError(
+            f"{path} is a model of transformers, and only hybrids decode many prompts here; give it one at a time"
+        )
     ids = [prompt_ids(model, tokenizer, path, prompt, chat) for prompt in prompts]
     warn_of_length(model, path, max(x.shape[1] for x in ids), max_new_tokens)
     cache = pool_for([x.shape[1] + max_new_tokens for x in ids], model, batch, latents)
@@ -107,6 +110,29 @@ def generate_texts(
     return [found[number] for number in range(len(prompts))]
 
 
+def read_prompts(lines: str) -> list[str]:
+    """Read prompts out of JSON Lines: a string, or an object with `prompt`, a line.
+
+    Raises:
+        ConfigError: a line that is neither; none at all.
+    """
+    prompts = []
+    for number, line in enumerate(lines.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f'line {number} of the prompts is not JSON: {error}; give {{"prompt": "..."}} a line') from error
+        prompt = found.get("prompt") if isinstance(found, dict) else found
+        if not isinstance(prompt, str):
+            raise ConfigError(f'line {number} of the prompts is no string and no object with a string "prompt"')
+        prompts.append(prompt)
+    if not prompts:
+        raise ConfigError('there are no prompts; give {"prompt": "..."} a line')
+    return prompts
+
+
 def pool_for(sizes: Sequence[int], model: HyloForCausalLM, batch: int, latents: str | None) -> PackedCache:
     """Make a cache for sequences of at most these sizes, `batch` of them at a time, or as many as the memory holds.
 
@@ -120,9 +146,9 @@ def pool_for(sizes: Sequence[int], model: HyloForCausalLM, batch: int, latents: 
         memory = MEMORY_SHARE * free
         if longest > (most := tokens_that_fit(model, 1, memory, latents)):
             raise ConfigError(
-                f"the longest prompt and its new tokens are {longest:,} tokens, but {free / 2**30:.1f} GiB of the memory are free, "
-                f"of which the cache may take {MEMORY_SHARE:.0%}: it would hold {most:,}; give a shorter prompt"
-                + ("" if latents else ", or --latents fp8")
+                f"the longest prompt and its new tokens are {longest:,} tokens, but {free / 2**30:.1f} GiB of the memory are "
+                f"free, of which the cache may take {MEMORY_SHARE:.0%}: it would hold {most:,}; give a shorter prompt"
+                + ("" if latents else ", or latents 'fp8'")
             )
         while (fit := tokens_that_fit(model, slots, memory, latents)) < longest:  # states alone take too much
             slots -= 1
@@ -242,9 +268,8 @@ class BatchDecoder:
             return self.graph(self.tokens)[slots, -1]
         found = []
         for slot in slots:
-            extent = self.cache.extents[slot]
-            assert extent is not None and extent.alone is not None
-            hidden = self.model.model(self.tokens[slot : slot + 1], past_key_values=extent.alone).last_hidden_state
+            cache = self.cache.extent(slot).alone
+            hidden = self.model.model(self.tokens[slot : slot + 1], past_key_values=cache).last_hidden_state
             found.append(self.model.lm_head(hidden[:, -1]))  # by the backbone, which captures no graph for each sequence
         self.cache.grow()
         return torch.cat(found)

@@ -63,8 +63,8 @@ class PackedCache(HyloCache):
         wanted, free = pool_nbytes(model, slots, tokens, latents), free_bytes(model.device)
         if free is not None and wanted > free:
             raise ValueError(
-                f"a cache of {tokens:,} tokens for {slots:,} sequences takes {wanted / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB "
-                f"of the memory are free, which hold {tokens_that_fit(model, slots, free, latents):,} tokens; use fewer "
+                f"a cache of {tokens:,} tokens for {slots:,} sequences takes {wanted / 2**30:.1f} GiB, but {free / 2**30:.1f} "
+                f"GiB of the memory are free, which hold {tokens_that_fit(model, slots, free, latents):,} tokens; use fewer "
                 f"sequences or tokens" + ("" if latents else ", or latents='fp8'")
             )
         self.packed, self.batch_size = True, slots
@@ -73,9 +73,7 @@ class PackedCache(HyloCache):
         like = HyloCache(latents=latents)
         model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=like, logits_to_keep=1)
         # the last row takes the tokens of empty slots, which are read with all others
-        self.rows = {
-            layer: tuple(x.new_empty(1, tokens + 1, *x.shape[2:]) for x in rows) for layer, rows in like.rows.items()
-        }
+        self.rows = {layer: tuple(x.new_empty(1, tokens + 1, *x.shape[2:]) for x in rows) for layer, rows in like.rows.items()}
         self.states = {
             layer: (conv.new_zeros(slots, *conv.shape[1:]), state.new_zeros(slots, *state.shape[1:]))
             for layer, (conv, state) in like.states.items()
@@ -98,7 +96,7 @@ class PackedCache(HyloCache):
 
     def reader(self, slot: int) -> HyloCache:
         """Make a cache of fixed size over a sequence's rows, to read its prompt with."""
-        extent = self._extent(slot)
+        extent = self.extent(slot)
         cache = HyloCache(extent.size, self.latents)
         cache.rows = self._views(extent)
         return cache
@@ -111,7 +109,7 @@ class PackedCache(HyloCache):
             reader: its cache, which holds the prompt.
             alone: the sequence is decoded by itself, with the reader.
         """
-        extent = self._extent(slot)
+        extent = self.extent(slot)
         extent.length, extent.alone, self.changed = reader.length, reader if alone else None, True
         for layer, states in () if alone else reader.states.items():
             for held, read in zip(self.states[layer], states):
@@ -141,7 +139,8 @@ class PackedCache(HyloCache):
         held = sum(extent.length for extent in self._in_order())
         return held * sum(x[0, 0].numel() * x.element_size() for x in self._pools())
 
-    def _extent(self, slot: int) -> Extent:
+    def extent(self, slot: int) -> Extent:
+        """Return the rows of a slot's sequence."""
         extent = self.extents[slot]
         assert extent is not None, f"slot {slot} holds no sequence"
         return extent

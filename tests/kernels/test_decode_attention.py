@@ -82,7 +82,8 @@ def test_kernels_compile_for_hopper(latents, shared, packed) -> None:
                              PACKED=packed, COLUMNS=256)  # fmt: skip
     strides = "k_batch k_row k_group v_batch v_row v_group real_batch scales_batch scales_row".split()
     arguments = dict(q="*bf16", k=key, v=key, length="*i32", starts="*i32", real="*i1", scales="*bf16",
-                     partial="*fp32", sums="*fp32", scale="fp32", rows="i32", groups="i32", sequences="i32") | dict.fromkeys(strides, "i64")  # fmt: skip
+                     partial="*fp32", sums="*fp32", scale="fp32", rows="i32", groups="i32",
+                     sequences="i32") | dict.fromkeys(strides, "i64")  # fmt: skip
     for kernel, given, constant in (
         (kernels.attend_part, arguments, constants),
         (
