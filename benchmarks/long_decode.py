@@ -12,8 +12,8 @@ the dense model reads each length in one pass of transformers (SDPA), as its use
 captured CUDA graph, for the dense model by transformers' forward with its DynamicCache; the cache is as long as the row says
 and holds zeros, but in rows "prefilled", which follow the prefill. Rows "mixed" decode together sequences whose lengths are
 evenly spread on a logarithmic scale between --mixed_lengths: "packed" one after the other in a pool of rows, and "padded" to
-the longest, in batches of --mixed_batches (0: the largest that fits). Bytes of a step: all weights but the embedding, the cache,
-states twice. Every row is appended to WORK as it comes; rows that are there are not measured again, so that a run can be
+the longest, in batches of --mixed_batches (0: the largest that fits). Bytes of a step: all weights but the embedding, the
+cache, states twice. Every row is appended to WORK as it comes; rows that are there are not measured again, so that a run can be
 cut and repeated, or its models and lengths be measured one after the other. Prints a table and, last, one JSON line; writes
 RESULTS.md and RESULTS.png, also out of rows alone, on any machine: `--models [] --work ROWS`.
 """

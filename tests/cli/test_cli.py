@@ -160,8 +160,8 @@ LINES = (
     "sample-text teacher new --tokens 9", "sweep spec.yaml",
     "calibrate teacher data new", "upcycle teacher new --pattern GG", "select teacher --mla m --linear l --data d --count 1",
     "assemble m l b new --pattern GG", "cache-teacher teacher data new", "serve-teacher teacher 29600",
-    "train --stage pretrain --data d --model m --output new", "evaluate m d", "eval m", "export m new", "generate m hello", "generate m - --batch 8",
-    "doctor",
+    "train --stage pretrain --data d --model m --output new", "evaluate m d", "eval m", "export m new", "generate m hello",
+    "generate m - --batch 8", "doctor",
 )  # fmt: skip
 
 

@@ -176,7 +176,7 @@ def test_a_pass_neither_waits_nor_allocates_on_the_host(monkeypatch):
 @torch.no_grad()
 def test_a_replayed_graph_follows_sequences_that_come_go_and_move(config):
     for dtype, latents, bound in (
-        (torch.float32, None, 1e-3), (torch.bfloat16, None, 5e-2), (torch.float32, "fp8", 5e-3), (torch.bfloat16, "int8", 5e-2)
+        (torch.float32, None, 1e-3), (torch.bfloat16, None, 5e-2), (torch.float32, "fp8", 2e-2), (torch.bfloat16, "int8", 5e-2)
     ):  # fmt: skip
         model = random_model(config, dtype).cuda()
         for name, parameter in model.named_parameters():
