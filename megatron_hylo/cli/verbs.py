@@ -144,7 +144,7 @@ def generate(
     chat: bool = False,
     latents: Literal["int8", "fp8"] | None = None,
     weights: Literal["fp8"] | None = None,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool = True,
     batch: PositiveInt | None = None,
     json: bool = False,
 ) -> None:
