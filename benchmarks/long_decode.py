@@ -220,7 +220,7 @@ def show(rows: list[Row], results: Path) -> None:
 
 
 def ratios(rows: list[Row]) -> list[str]:
-    """Sentences: each hybrid against each dense model where both have a row of the same kind and length."""
+    """Sentences: hybrids against dense models where both have a row of the same kind and length, packed against padded."""
     found = []
     dense = {(r["what"], r["tokens"]): r for r in rows if r["model"] in BASES and "seconds" in r}
     for r in rows:
@@ -232,6 +232,16 @@ def ratios(rows: list[Row]) -> list[str]:
                 best = other["batch"] * other["bandwidth"] / (other["gb_a_step"] * 1e9)
                 kv += f", {r['tokens_per_second'] / best:.2f} x what bandwidth would allow it"
             found.append(f"{text} {other['model']}'s tokens/s; {kv}.")
+    padded = {(r["model"], r["what"]): r for r in rows if r["what"].startswith("mixed, padded") and "seconds" in r}
+    for r in rows:
+        other = padded.get((r["model"], r["what"].replace("packed", "padded")))
+        if r["what"].startswith("mixed, packed") and "seconds" in r and other is not None:
+            found.append(
+                f"{r['model']}, {r['what']}, up to {r['tokens']:,} tokens: {r['batch']} sequences against {other['batch']} "
+                f"padded, {r['tokens_per_second']:,.0f} tokens/s against {other['tokens_per_second']:,.0f} "
+                f"({r['tokens_per_second'] / other['tokens_per_second']:.2f} x), peak {r['peak_gib']:.1f} GiB against "
+                f"{other['peak_gib']:.1f}."
+            )
     return found
 
 

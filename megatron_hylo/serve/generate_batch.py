@@ -137,7 +137,7 @@ def pool_for(sizes: Sequence[int], model: HyloForCausalLM, batch: int, latents: 
     """Make a cache for sequences of at most these sizes, `batch` of them at a time, or as many as the memory holds.
 
     Raises:
-        ConfigError: it does not hold the longest one.
+        ConfigError: it does not hold the longest one; an unknown format of latents.
     """
     slots, longest = min(batch, len(sizes)), max(sizes)
     wanted = sum(sorted(sizes)[-slots:])
@@ -158,7 +158,10 @@ def pool_for(sizes: Sequence[int], model: HyloForCausalLM, batch: int, latents: 
                 f"{min(batch, len(sizes)):,}", f"{wanted:,}", free / 2**30, f"{slots:,}", f"{fit:,} tokens",
             )  # fmt: skip
         wanted = min(wanted, fit)
-    return PackedCache(model, slots, wanted, latents)
+    try:
+        return PackedCache(model, slots, wanted, latents)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 @dataclass

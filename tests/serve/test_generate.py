@@ -86,6 +86,9 @@ def test_many_prompts_get_the_texts_that_each_gets_alone(folders, capsys):
     printed = [json.loads(line) for line in captured.out.splitlines()]
     assert exit.value.code == 0 and f"5 prompts, {sum(x.new_tokens for x in alone)} new tokens" in captured.err
     assert [(x["prompt"], x["text"]) for x in printed] == list(zip(prompts, [x.text for x in alone]))
+    for wrong, message in ((dict(latents="int4"), "no format of a cache"), (dict(batch=0), "batch >= 1")):
+        with pytest.raises(ConfigError, match=message):
+            generate_texts(folders[1], prompts, **wrong)
     texts = [generate_texts(folders[1], prompts, 3, 9, temperature=2.0, seed=seed)[2].text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 

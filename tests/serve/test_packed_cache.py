@@ -21,6 +21,11 @@ CASES = {
 }
 
 
+def read_prompt(model, cache, ids):
+    """Logits of a prompt's pieces."""
+    return [model(piece, past_key_values=cache).logits for piece in ids.split(7, dim=1)]
+
+
 class Batch:
     """A packed cache and the logits of its sequences, which begin, end and move."""
 
@@ -33,7 +38,7 @@ class Batch:
         """Read the first tokens of ids [1, tokens]; returns the slot."""
         slot = self.cache.place(size)
         reader = self.cache.reader(slot)
-        pieces = [self.model(piece, past_key_values=reader).logits for piece in ids[:, :prompt].split(7, dim=1)]
+        pieces = read_prompt(self.model, reader, ids[:, :prompt])
         self.cache.fill(slot, reader)
         self.sequences[slot], self.logits[slot] = ids[0, prompt:].tolist(), pieces
         return slot
@@ -56,35 +61,36 @@ class Batch:
 
 
 def scenario(model, latents=None):
-    """Five sequences in three slots: one ends, one takes its place where the others have to move, all end at other times.
+    """Four sequences in three slots: one ends, one takes its place where the others have to move, all end at other times.
 
     Returns:
-        Pairs of a sequence [1, tokens] and its logits [1, tokens, vocabulary].
+        Of each a sequence [1, tokens], the length of its prompt, and its logits [1, tokens, vocabulary].
     """
-    ids = [torch.randint(160, (1, n)).to(model.device) for n in (30, 12, 60, 33, 20)]
+    ids = [torch.randint(160, (1, n)).to(model.device) for n in (30, 12, 33, 20)]
     batch = Batch(model, 3, 80, latents)
     first, second = batch.begin(ids[0], 20, 30), batch.begin(ids[1], 1, 12)
     batch.step(3)  # with an empty slot
-    third = batch.begin(ids[3], 29, 36)
+    third = batch.begin(ids[2], 29, 36)
     assert [e.start for e in batch.cache.extents] == [0, 30, 42] and batch.cache.place(2) is None
     batch.step(4)
-    found = [(ids[0][:, :27], batch.end(first)), (ids[1][:, :8], batch.end(second))]
-    last = batch.begin(ids[4], 10, 44)  # the gap before the third has 42 rows
+    found = [(ids[0][:, :27], 20, batch.end(first)), (ids[1][:, :8], 1, batch.end(second))]
+    last = batch.begin(ids[3], 10, 44)  # the gap before the third has 42 rows
     assert batch.cache.extent(third).start == 0 and batch.cache.extent(last).start == 36
     batch.sequences[third] = [7, 8, 9]
-    sequence = torch.cat([ids[3], torch.tensor([[7, 8, 9]], device=model.device)], 1)
+    sequence = torch.cat([ids[2], torch.tensor([[7, 8, 9]], device=model.device)], 1)
     batch.step(3)
     with pytest.raises(ValueError, match="has room for 36 tokens and holds as many"):
         batch.graph(torch.zeros(3, 1, dtype=torch.int64, device=model.device))
-    return [*found, (sequence, batch.end(third)), (ids[4][:, :13], batch.end(last))]
+    return [*found, (sequence, 29, batch.end(third)), (ids[3][:, :13], 10, batch.end(last))]
 
 
 def errors(model, latents=None):
-    """Largest relative errors of packed logits against those of each sequence alone, token by token."""
+    """Largest relative error of packed logits against those of each sequence alone."""
     found = []
-    for ids, logits in scenario(model, latents):
+    for ids, prompt, logits in scenario(model, latents):
         cache = HyloCache(latents=latents)
-        alone = torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, dim=1)], 1)
+        pieces = read_prompt(model, cache, ids[:, :prompt])
+        alone = torch.cat(pieces + [model(token, past_key_values=cache).logits for token in ids[:, prompt:].split(1, dim=1)], 1)
         found.append(float((logits - alone).float().norm() / alone.float().norm()))
     return max(found)
 
@@ -95,7 +101,7 @@ def test_a_packed_batch_gives_the_logits_of_each_sequence_alone(config):
     """Bf16 rounds what fp32 sums in another order; 8-bit latents are those of the sequence alone."""
     model = random_model(config, torch.float32)
     for latents in (None, "fp8", "int8"):
-        assert errors(model, latents) < (1e-5 if latents is None else 1e-4)
+        assert errors(model, latents) < 1e-5
     assert errors(model.to(torch.bfloat16)) < 2e-2
 
 
@@ -175,18 +181,18 @@ def test_a_pass_neither_waits_nor_allocates_on_the_host(monkeypatch):
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 @torch.no_grad()
 def test_a_replayed_graph_follows_sequences_that_come_go_and_move(config):
-    for dtype, latents, bound in (
-        (torch.float32, None, 1e-3), (torch.bfloat16, None, 5e-2), (torch.float32, "fp8", 2e-2), (torch.bfloat16, "int8", 5e-2)
-    ):  # fmt: skip
+    for dtype, latents, bound in ((torch.float32, None, 1e-3), (torch.bfloat16, None, 5e-2), (torch.bfloat16, "fp8", 1e-1)):
         model = random_model(config, dtype).cuda()
         for name, parameter in model.named_parameters():
             if name.rsplit(".")[-1] in model._keep_in_fp32_modules_strict:
                 parameter.data = parameter.data.float()
         assert errors(model, latents) < bound
+        if dtype != torch.float32:
+            continue
         prompts = [torch.randint(160, (1, n), device="cuda") for n in (3, 40, 300, 33, 20)]
         found = []
         for captures in (False, True):
             decoder = BatchDecoder(model, PackedCache(model, 3, 400, latents), 40, [], Chooser(), captures)
             found.append({s.number: s.new for s in decoder.run(prompts)})
             assert (decoder.decoded_by(None) == "a CUDA graph") == captures, decoder.decoded_by(None)
-        assert dtype != torch.float32 or found[0] == found[1]
+        assert found[0] == found[1]
