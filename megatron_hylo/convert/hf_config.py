@@ -137,8 +137,8 @@ def _flag(values: Mapping[str, Any], key: str) -> bool:
 def _windows(values: Mapping[str, Any], layers: int) -> tuple[str, int]:
     """Mixers of the layers, `W` those with a sliding window, and its tokens (0 where none has one), by the families' rules.
 
-    Qwen's rule: layers from max_window_layers on, or layer_types; Qwen3-MoE's and Mistral's: all layers, Mistral's by default with
-    a window of 4096 tokens. A Mistral whose window is as long as its positions has none.
+    Qwen's rule: layers from max_window_layers on, or layer_types; Qwen3-MoE's and Mistral's: all layers, Mistral's by default
+    with a window of 4096 tokens. A Mistral whose window is as long as its positions has none.
 
     Raises:
         ConfigError: layers of another kind, windows that transformers' class would not apply.
@@ -159,18 +159,18 @@ def _windows(values: Mapping[str, Any], layers: int) -> tuple[str, int]:
     if kinds != rule and family not in ("qwen2", "qwen3"):
         raise ConfigError(
             f"config.json: layer_types is {kinds}, which transformers' class of a {family} does not read: it would take "
-            f"sliding_window {window} in {'all' if window else 'no'} layers; leave layer_types out, or set sliding_window to null"
+            f"sliding_window {window} in {'all' if window else 'no'} layers; leave layer_types out, or set the window to null"
         )
     slides = "sliding_attention" in kinds
     if slides and family == "llama":
         raise ConfigError(
-            f"config.json: sliding_window is {window}, which a llama does not have; set model_type to mistral if the weights are, "
-            "or leave it out"
+            f"config.json: sliding_window is {window}, which a llama does not have; set model_type to mistral if the weights "
+            "are, or leave it out"
         )
     if slides and window is None:
         raise ConfigError(
-            "config.json: layer_types has sliding_attention, but there is no window; set use_sliding_window and sliding_window, "
-            "or leave layer_types out"
+            "config.json: layer_types has sliding_attention, but there is no window; set use_sliding_window and "
+            "sliding_window, or leave layer_types out"
         )
     symbols = "".join(_KINDS[kind] for kind in kinds)
     return symbols, _size(values | {"sliding_window": window}, "sliding_window") if slides else 0

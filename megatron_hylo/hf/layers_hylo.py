@@ -1,7 +1,7 @@
 """Layers of HyLo models: attention `*` or `W`, MLA `+`, Mamba2 `M`, Gated DeltaNet `G` or KDA `K`, each with an MLP.
 
-The cache holds states of fixed size for `M`, `G`, `K` and `W`; attention_hylo.py says what it holds for the others. Padding writes
-nothing into a state and is seen by no token. Sources: HyLo (arXiv:2604.24715), and the papers the kernels name.
+The cache holds states of fixed size for `M`, `G`, `K` and `W`; attention_hylo.py says what it holds for the others. Padding
+writes nothing into a state and is seen by no token. Sources: HyLo (arXiv:2604.24715), and the papers the kernels name.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """Windowed attention layers `W` of HyLo models.
 
-A layer that sees the last tokens alone is a recurrent one: its state is their keys and values, of fixed size, in which padding is
-not written. So the cache treats it as it does the linear layers: going back, beams, decoding by a captured graph.
+A layer that sees the last tokens alone is a recurrent one: its state is their keys and values, of fixed size, in which padding
+is not written. So the cache treats it as it does the linear layers: going back, beams, decoding by a captured graph.
 """
 
 import functools

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.config import ModelConfig
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.rope import apply_rope
@@ -102,13 +102,7 @@ class WindowAttention(GroupedQueryAttention):
     symbol = "W"
 
     def build(self, c: ModelConfig, submodules: MixerSubmodules) -> None:
-        """Make this tensor-parallel rank's weights.
-
-        Raises:
-            ConfigError: context parallelism, under which windows were not checked.
-        """
-        if self.context.size > 1:
-            raise ConfigError("windowed attention `W` does not run with context parallelism; set context_parallel_size to 1")
+        """Make this tensor-parallel rank's weights."""
         self.window = c.attention_window
         super().build(c, submodules)
 

@@ -138,7 +138,8 @@ def assembled(mla: Source, linear: Source, base: Source, target_config: ModelCon
     if copied := [(layer, symbol) for layer, symbol in enumerate(target_config.mixers) if symbol in COPIED_SYMBOLS]:
         layer, symbol = copied[0]
         raise ConfigError(
-            f"layer {layer} of the target is attention `{symbol}`; assembled models have one of {' '.join(sources)} in every layer"
+            f"layer {layer} of the target is attention `{symbol}`; assembled models have one of {' '.join(sources)} in every "
+            f"layer"
         )
     for source in (mla, linear, base):
         _check_same(source.config, target_config, _BACKBONE, "all assembled models share one backbone")
