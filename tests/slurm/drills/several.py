@@ -101,7 +101,7 @@ def _array(lab: Lab) -> Iterator[Job | str]:
 
 
 def _sweep(lab: Lab) -> Iterator[Job | str]:
-    """Two cells of two stages, the first of which they share; one is stopped in the second stage, and measured like the other."""
+    """Two cells of two stages, the first of which they share; one is stopped in its second stage, then both are measured."""
     file, train = lab.root / "sweep.yaml", yaml.safe_load(_own_recipe(lab, "stage2_ctx8k").read_text())
     paths = {"data": str(lab.root / "data" / "mix"), "model": str(lab.root / "stage1_ild" / "model")}
     values = {
