@@ -299,6 +299,12 @@ def _shared(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def is_own(config: ModelConfig) -> bool:
+    """Whether a model's Hugging Face folder is of model_type "hylo", with its modelling code: no class of its family has it."""
+    foreign = not config.is_transformer or config.rope_scaling.rope_type == "nope" or not _says_windows(config)
+    return foreign or config.has_experts != (config.model_family == "qwen3_moe")
+
+
 def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Build config.json of a model: the base family's own where that knows all its mixers, else `model_type` "hylo".
 
@@ -312,8 +318,7 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
     """
     shared = _shared(config) | {"dtype": dtype, "torch_dtype": dtype}
     shared |= {name: (token_ids or {}).get(name) for name in TOKEN_IDS}
-    own = not config.is_transformer or config.rope_scaling.rope_type == "nope" or not _says_windows(config)
-    if own or config.has_experts != (config.model_family == "qwen3_moe"):
+    if is_own(config):
         from megatron_hylo.hf.pretrained_hylo import AUTO_MAP  # brings torch and transformers
 
         return {

@@ -28,3 +28,7 @@ class WindowAttention(Attention):
         """As attention, over the keys that a query sees in the mean: of a sequence of T, w - w^2 / 2T."""
         window = min(config.attention_window, sequence_length)
         return super().sequence_flops(config, 1) * (2 * window - window**2 / sequence_length)
+
+    def kept_numbers(self, config: ModelConfig, ranks: int) -> float:
+        """As attention, and for each query head the keys and values of two blocks a block."""
+        return super().kept_numbers(config, ranks) + 4 * config.num_attention_heads * config.kv_channels / ranks

@@ -110,7 +110,7 @@ def _sweep(lab: Lab) -> Iterator[Job | str]:
         "evaluate": {"text": {"suites": ["ppl"], "lengths": [64], "limit": 2, "sequence_length": 64}},
         "grid": {"stages.long.checkpoint.keep": [2, 3]},  # which changes no number
     }  # fmt: skip
-    file.write_text(yaml.safe_dump(values))
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
     lab.call([sys.executable, "-m", "megatron_hylo.cli", "sweep", str(file), "--slurm", "--at_once", "2"], {})
     cells = read_sweep(file).cells
     id = lab.sbatch(["--parsable", "--time=60", f"{values['output']}/slurm/sweep.sh"], {})
