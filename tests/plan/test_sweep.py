@@ -209,12 +209,18 @@ def test_a_slurm_array_takes_each_cell_through_its_stages(spec, tmp_path, monkey
     assert done.returncode == 0 and last_event() == ("finished", ""), done.stderr
     assert (root / "words").read_text().split() == ["-m", "megatron_hylo.cli", "sweep", str(file), "--cell", "1"]
     stays = environment | {"STAYS": str(one.last.run)}
-    with subprocess.Popen(["bash", str(script)], env=stays, cwd="/", stdout=subprocess.PIPE, text=True) as task:
+    task = subprocess.Popen(
+        ["bash", str(script)], env=stays, cwd="/", stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
         while not (root / "began").is_file():
             assert task.poll() is None
             time.sleep(0.02)
         task.send_signal(signal.SIGUSR1)
-        output, _ = task.communicate(timeout=30)
+        output, _ = task.communicate(timeout=60)
+    finally:
+        if task.poll() is None:
+            os.killpg(task.pid, signal.SIGKILL)
     name = f"{one.last.folder.name}/step_00000007"
     assert task.returncode == 3 and f"{one.last.run}/checkpoints/step_00000007: run the same command to resume" in output
     assert last_event() == ("stopped", name) and not (one.folder / "stop_requested").exists()
