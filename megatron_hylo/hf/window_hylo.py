@@ -70,12 +70,14 @@ def attend_to_window(
     joined = torch.cat([rows, new], 1)  # [b, window + t, g, 2 channels]
     real = torch.cat([filled, filled.new_ones(b, t) if padding is None else padding], 1)
     if padding is None:
-        out = window_attention(query, *(new if first else joined).chunk(2, -1), scale, window, None if first else real)
+        keys, values = (new if first else joined).chunk(2, -1)
+        out = window_attention(query, keys, values, scale, window, None if first else real)
     else:  # tokens are moved behind all padding, so that a token's neighbours are tokens
         order = real.to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
         joined, real = joined.gather(1, order.expand_as(joined)), real.gather(1, order[..., 0, 0])
         asked = F.pad(query, (0, 0, 0, 0, window, 0))
         places = order.expand_as(asked)
-        moved = window_attention(asked.gather(1, places), *joined.chunk(2, -1), scale, window, real)
+        keys, values = joined.chunk(2, -1)
+        moved = window_attention(asked.gather(1, places), keys, values, scale, window, real)
         out = torch.empty_like(moved).scatter(1, places, moved)[:, window:]
     return out, (joined[:, -window:].clone(), real[:, -window:].clone())  # slices would keep the whole tensors

@@ -10,12 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hylo.kernels.attention import attention
+from megatron_hylo.kernels.flash_attention_3 import Documents
 from megatron_hylo.kernels.registry import use
 
 BLOCK = 64  # tokens that a block's length is a multiple of: fused kernels want masks of even rows
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, real: Tensor | None = None) -> Tensor:
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int,
+    real: Tensor | None = None,
+    documents: Documents | None = None,
+) -> Tensor:
     """Attention softmax(scale q k^T) v over the last `window` keys; query head i reads key/value head i // (hq / hkv).
 
     Args:
@@ -25,6 +34,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int,
         scale: factor on the scores.
         window: keys that a query sees, at least 1.
         real: bool [b, s], False at keys that only their own query sees; None: there are none. They count in the window.
+        documents: ranges of queries and of keys that attend to each other alone, in order and without gaps; None: one.
 
     Returns:
         [b, t, hq, dv] in q's dtype.
@@ -32,6 +42,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int,
     Raises:
         ValueError: no positive window, or more queries than keys.
     """
+    if documents is not None:
+        return torch.cat([window_attention(q[:, own], k[:, seen], v[:, seen], scale, window) for own, seen in documents], 1)
     (t, s), size = (q.shape[1], k.shape[1]), -(-window // BLOCK) * BLOCK
     if window < 1 or t > s:
         raise ValueError(f"a window needs at least 1 key and no more queries than keys, got {window}, {t} queries, {s} keys")
@@ -48,12 +60,12 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int,
     if t <= size:
         return out
     q, k, v = (_in_blocks(x[:, place:], size) for x, place in ((q, 0), (k, before), (v, before)))  # [b, blocks, size, ...]
-    pairs = [torch.cat([x[:, :-1], x[:, 1:]], 2).flatten(0, 1) for x in (k, v)]  # [b (blocks - 1), 2 size, hkv, ...]
+    k, v = (torch.cat([x[:, :-1], x[:, 1:]], 2).flatten(0, 1) for x in (k, v))  # [b (blocks - 1), 2 size, hkv, ...]
     mask = seen = _visible(size, 2 * size, window, q.device)
     if real is not None:
         kept = _in_blocks(real[:, before:], size)
         mask = _own_or_real(seen, torch.cat([kept[:, :-1], kept[:, 1:]], 2).flatten(0, 1)[:, None, None], size)
-    rest = attention(q[:, 1:].flatten(0, 1), *pairs, scale, mask=mask).unflatten(0, (len(out), -1)).flatten(1, 2)
+    rest = attention(q[:, 1:].flatten(0, 1), k, v, scale, mask=mask).unflatten(0, (len(out), -1)).flatten(1, 2)
     return torch.cat([out, rest[:, : t - size]], 1)
 
 
