@@ -173,7 +173,7 @@ def _windows(values: Mapping[str, Any], layers: int) -> tuple[str, int]:
             "sliding_window, or leave layer_types out"
         )
     symbols = "".join(_KINDS[kind] for kind in kinds)
-    return symbols, _size(values | {"sliding_window": window}, "sliding_window") if slides else 0
+    return symbols, _size({"sliding_window": window}, "sliding_window") if slides else 0
 
 
 def _backbone(values: dict[str, Any], ignored: tuple[str, ...], defaults: Mapping[str, int], **family: Any) -> ModelConfig:
