@@ -1,9 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the stage scripts after they have set slurm_dir, HYLO_ROOT, DATA, OUTPUT, RECIPE, default_model and
-# default_teacher; MODEL and TEACHER are the caller's. Runs `hylo train` on the nodes of the Slurm allocation, or on this
-# machine where there is none, and ends well when it has to stop early. Variables: docs/cluster.md.
-# No default teacher is given to a run that learns from --teacher_store or --teacher_address, or pretrains; no default model
-# to one with --scratch. Each task of a job array has an OUTPUT of its own, which ends in the task's number.
+# Sourced by the stage scripts after they have set what run.sh reads. Runs `hylo train` on the nodes of the Slurm allocation,
+# or on this machine where there is none, and ends well when it has to stop early. Variables: docs/cluster.md.
+# The scripts that `hylo sweep --slurm` writes source it too, after they have set cell_number, cell_specification, OUTPUT and, of
+# the cell's stages in their order, cell_runs (folders) and cell_results (files, all there once it is finished): it runs the cell.
 #
 # Stopping. `hylo train` answers SIGUSR1 by finishing its step and saving a checkpoint, on all ranks once one is asked; before
 # its first step it ends at once. Only the workers may get that signal. torchrun dies of SIGUSR1, and answers SIGTERM, SIGINT
@@ -39,20 +38,6 @@ absolute() {
     printf '%s\n' "${path//\/\///}"
 }
 
-# Value of the setting $1: the last --$1 in the other arguments, else the recipe's; nothing where it is null or not given.
-setting() {
-    local name="$1" value previous="" argument
-    shift
-    value="$(sed -n "s/^$name: *\([^#[:space:]]*\).*/\1/p" "$RECIPE")"
-    value="${value//[\"\']/}"
-    for argument in "$@"; do
-        [[ "$argument" != "--$name="* ]] || value="${argument#*=}"
-        [[ "$previous" != "--$name" ]] || value="$argument"
-        previous="$argument"
-    done
-    [[ "$value" == null ]] || printf '%s\n' "$value"
-}
-
 # Load MODULES; login shells define the function, others read it from the profile.
 load_modules() {
     local file
@@ -66,45 +51,15 @@ load_modules() {
     module load $MODULES || fail "MODULES=$MODULES cannot be loaded on $(uname -n); \`module avail\` lists what there is"
 }
 
-# The file $3 in the folder $2 that the variable $1 names; $4 is a verb that makes such folders. While a chain is checked,
-# the result of the run HYLO_CHECK_ONLY is taken to be there: the stage before will write it.
-check_folder() {
-    [[ -z "${HYLO_CHECK_ONLY:-}" || "$2" != "$HYLO_CHECK_ONLY/model" ]] || return 0
-    [[ -f "$2/$3" ]] || fail "there is no $2/$3: set HYLO_ROOT, or $1 to a folder made by hylo $4, e.g. $1=/shared/hylo/$5"
-}
-
 # shellcheck source=slurm/site.sh
 source "${slurm_dir:?}/site.sh"
-for argument in "$@"; do
-    case "${argument%%=*}" in
-        --model | --teacher | --data | --output)
-            name="${argument%%=*}"
-            name="${name#--}"
-            fail "$argument: give this script the variable ${name^^}, e.g. ${name^^}=/shared/hylo/$name sbatch ..."
-            ;;
-    esac
-done
 HYLO_ROOT="$(absolute HYLO_ROOT "$HYLO_ROOT")"
-DATA="$(absolute DATA "$DATA")"
-OUTPUT="$(absolute OUTPUT "$OUTPUT")"
-RECIPE="$(absolute RECIPE "$RECIPE")"
-[[ -f "$RECIPE" ]] || fail "RECIPE=$RECIPE is not a file; e.g. RECIPE=/shared/hylo/mine.yaml"
-elsewhere="$(setting teacher_store "$@")$(setting teacher_address "$@")"
-[[ -n "$elsewhere" || "$(setting stage "$@")" == pretrain ]] || TEACHER="${TEACHER:-$default_teacher}"
-[[ -n "$(setting scratch "$@")" ]] || MODEL="${MODEL:-$default_model}"
-[[ -z "${SLURM_ARRAY_TASK_ID:-}" ]] || OUTPUT="${OUTPUT}_$SLURM_ARRAY_TASK_ID" # else the tasks would write one run
-
-train=(train --config "$RECIPE" --data "$DATA" --output "$OUTPUT")
-check_folder DATA "$DATA" data.json preprocess data/mix
-if [[ -n "${MODEL:-}" ]]; then
-    MODEL="$(absolute MODEL "$MODEL")"
-    check_folder MODEL "$MODEL" hylo.json "convert or upcycle" models/student
-    train+=(--model "$MODEL")
-fi
-if [[ -n "${TEACHER:-}" ]]; then
-    TEACHER="$(absolute TEACHER "$TEACHER")"
-    check_folder TEACHER "$TEACHER" hylo.json convert models/llama3.1-8b
-    train+=(--teacher "$TEACHER")
+if [[ -n "${cell_number:-}" ]]; then # of a sweep: one process, which goes through the cell's stages and evaluations
+    program=(sweep "${cell_specification:?}" --cell "$cell_number")
+    [[ -z "${DRY_RUN:-}" ]] || fail "DRY_RUN=1 is for single runs; hylo sweep $cell_specification --dry_run checks all cells"
+else
+    # shellcheck source=slurm/run.sh
+    source "$slurm_dir/run.sh"
 fi
 
 repository="$(dirname "${slurm_dir:?}")"
@@ -148,7 +103,7 @@ fi
 if [[ -n "${DRY_RUN:-}" ]]; then # settings, plan and checks, without a job: DRY_RUN=1 bash slurm/STAGE.sh
     asked_for() { sed -n "s/^#SBATCH --$1=//p" "$slurm_dir/${stage:?}.sh"; }
     nodes="${SLURM_NNODES:-${NODES:-$(asked_for nodes)}}" gpus="${NPROC_PER_NODE:-$(asked_for gpus-per-node)}"
-    exec "${inside[@]}" "$HYLO_PYTHON" -m megatron_hylo.cli "${train[@]}" "$@" --dry_run --ranks=$((nodes * gpus))
+    exec "${inside[@]}" "$HYLO_PYTHON" -m megatron_hylo.cli "${program[@]}" "$@" --dry_run --ranks=$((nodes * gpus))
 fi
 
 launch=("${inside[@]}" bash "$slurm_dir/node.sh")
@@ -166,5 +121,5 @@ export HYLO_STOP_FILE="$OUTPUT/stop_requested"
 # shellcheck source=slurm/supervise.sh
 source "$slurm_dir/supervise.sh"
 # shellcheck source=slurm/submit_script.sh
-source "$slurm_dir/submit_script.sh"
-supervise "${train[@]}" "$@"
+[[ -n "${cell_number:-}" ]] || source "$slurm_dir/submit_script.sh"
+supervise "${program[@]}" "$@"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One node's part of a run: torchrun over its GPUs. Started by common.sh, by itself or through srun; arguments go to `hylo`.
+# One node's part of a run: torchrun over its GPUs, or one process for a sweep's cell. Started by common.sh, by itself or through
+# srun; arguments go to `hylo`.
 # Several nodes without Slurm: RDZV_ENDPOINT=HOST:PORT NNODES=2 RDZV_ID=NAME, the same on each.
 set -euo pipefail
 
@@ -67,20 +68,27 @@ if [[ -n "${RDZV_ENDPOINT:-}" ]]; then
     rendezvous=(--nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="$RDZV_ID")
 fi
 
-# torchrun would end the workers at SIGTERM, SIGINT or SIGHUP: it is started ignoring them, which --signals-to-handle keeps
-# it doing. The workers, its only children, inherit that until they install handlers of their own; so they are asked again.
+if [[ "$1" == sweep ]]; then # a cell: one process, which any signal ends that it has no handler for
+    trained=()
+    ask() { kill -USR1 "$child" || true; }
+else
+    # torchrun would end the workers at SIGTERM, SIGINT or SIGHUP: it is started ignoring them, which --signals-to-handle keeps
+    # it doing. The workers, its only children, inherit that until they install handlers of their own; so they are asked again.
+    trained=(-m megatron_hylo.train.launch "${rendezvous[@]}" --nproc-per-node="$processes" --signals-to-handle=SIGQUIT)
+    ask() { pkill -USR1 -P "$child" || true; }
+fi
 (
-    trap '' USR1 TERM INT HUP
-    exec "$HYLO_PYTHON" -m megatron_hylo.train.launch "${rendezvous[@]}" --nproc-per-node="$processes" \
-        --signals-to-handle=SIGQUIT -m megatron_hylo.cli "$@"
+    trap '' TERM INT HUP
+    ((${#trained[@]} == 0)) || trap '' USR1
+    exec "$HYLO_PYTHON" "${trained[@]}" -m megatron_hylo.cli "$@"
 ) &
-torchrun=$!
+child=$!
 asked="" seconds=0
-trap 'asked=yes; touch "$HYLO_STOP_FILE" 2>/dev/null || true' USR1 TERM INT HUP # the file reaches workers that only start
-while kill -0 "$torchrun" 2>/dev/null; do
+trap 'asked=yes; touch "$HYLO_STOP_FILE" 2>/dev/null || true' USR1 TERM INT HUP # the file reaches what only starts
+while kill -0 "$child" 2>/dev/null; do
     if [[ -n "$asked" || -e "$HYLO_STOP_FILE" ]]; then
-        ((seconds++ % 3)) || pkill -USR1 -P "$torchrun" || true
+        ((seconds++ % 3)) || ask
     fi
     sleep 1 || true
 done
-wait "$torchrun"
+wait "$child"

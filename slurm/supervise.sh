@@ -3,34 +3,46 @@
 # shellcheck disable=SC2154  # launch, job and job_name are of common.sh
 jobs="${OUTPUT:?}/jobs.jsonl"
 
-# Folder of the newest finished checkpoint; nothing where there is none.
+# Folder of the newest finished checkpoint, of a cell's last stage that has one; nothing where there is none.
 newest_checkpoint() {
-    local manifest newest=""
-    for manifest in "$OUTPUT"/checkpoints/step_*/manifest.json; do
-        [[ ! -f "$manifest" ]] || newest="$(dirname "$manifest")"
+    local run manifest newest=""
+    for run in "${cell_runs[@]:-$OUTPUT}"; do
+        for manifest in "$run"/checkpoints/step_*/manifest.json; do
+            [[ ! -f "$manifest" ]] || newest="$(dirname "$manifest")"
+        done
     done
     echo "$newest"
 }
 
+# Name of the newest checkpoint: step_N, of a cell STAGE/step_N.
+checkpoint_name() {
+    local folder stage
+    folder="$(newest_checkpoint)"
+    stage="${folder%/run/checkpoints/*}"
+    if [[ -n "${cell_number:-}" && -n "$folder" ]]; then echo "${stage##*/}/${folder##*/}"; else echo "${folder##*/}"; fi
+}
+
 # What tells one result of the run from another; nothing where there is none. A finished run that goes on (--extend_tokens)
 # keeps its result until it has the next.
-result() { if [[ -f "$OUTPUT/model/manifest.json" ]]; then cksum <"$OUTPUT/model/manifest.json"; fi; }
+result() {
+    local file
+    for file in "${cell_results[@]:-$OUTPUT/model/manifest.json}"; do [[ -f "$file" ]] || return 0; done
+    cat "${cell_results[@]:-$OUTPUT/model/manifest.json}" | cksum
+}
 
 # Append the event $1 (started, finished, requeued, retried, stopped, failed), with the exit status $2, to jobs.jsonl.
 record() {
-    local checkpoint form
-    checkpoint="$(newest_checkpoint)"
+    local form
     form='{"time": "%s", "event": "%s", "job": "%s", "restart": %d, "nodes": "%s", "code": %s, "checkpoint": "%s"}\n'
     # shellcheck disable=SC2059
     printf "$form" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$1" "${job_name:-}" "${SLURM_RESTART_COUNT:-0}" \
-        "${SLURM_JOB_NODELIST:-$(uname -n)}" "${2:-null}" "${checkpoint##*/}" >>"$jobs"
+        "${SLURM_JOB_NODELIST:-$(uname -n)}" "${2:-null}" "$(checkpoint_name)" >>"$jobs"
 }
 
 # Number of events $1 of this job since the run got its newest checkpoint.
 without_progress() {
     local line begin end count=0
-    end="$(newest_checkpoint)"
-    begin="\"event\": \"$1\", \"job\": \"$job_name\"" end="\"checkpoint\": \"${end##*/}\"}"
+    begin="\"event\": \"$1\", \"job\": \"$job_name\"" end="\"checkpoint\": \"$(checkpoint_name)\"}"
     while IFS= read -r line; do
         [[ "$line" != *"$begin"*"$end" ]] || count=$((count + 1))
     done <"$jobs"

@@ -159,7 +159,7 @@ def tiny_config(pattern: str = "G-+-M-*-", **changes) -> ModelConfig:
         kv_channels=16, vocab_size=160, max_position_embeddings=128, rotary_base=10000.0,
         q_lora_rank=40, kv_lora_rank=24, qk_head_dim=10, qk_pos_emb_head_dim=6, v_head_dim=16,
         mamba_num_heads=6, mamba_head_dim=16, mamba_state_dim=16,
-        linear_num_heads=2, linear_key_head_dim=18, linear_value_head_dim=36, kda_decay_rank=14,
+        linear_num_heads=2, linear_key_head_dim=18, linear_value_head_dim=36, kda_decay_rank=14, attention_window=9,
     )  # fmt: skip
     return ModelConfig(**(fields | changes))
 

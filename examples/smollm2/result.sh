@@ -10,7 +10,7 @@
 #   table     OUT/sweep/report.md (perplexity, recall and RULER by length, loss by position), exports with model cards
 #
 # Each part goes on where it was, inside a stage too. Other STAGES, budgets or seeds add to what is there; other TOKENS_... train
-# that stage and those after it again. A hybrid takes about half an hour on an H200; without a GPU it is one, of tiny sizes.
+# that stage and those after it again. Without a GPU it is one hybrid, of tiny sizes. Time: docs/results.md, "Repeat it".
 # shellcheck source=examples/smollm2/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

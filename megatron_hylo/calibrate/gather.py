@@ -77,7 +77,7 @@ def calibrate(
         raise ConfigError(f"--tokens and --sequence_length must be at least 1, got {tokens} and {sequence_length}")
     config, _ = read_description(teacher)
     if not config.is_transformer:
-        raise ConfigError(f"calibrate needs a teacher with attention `*` in every layer, {teacher} has {config.mixers}")
+        raise ConfigError(f"calibrate needs a teacher with attention (`*`, `W`) in every layer, {teacher} has {config.mixers}")
     if parallel is not None and (
         parallel.pipeline_stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1
     ):
@@ -202,7 +202,8 @@ class LayerSums:
             stop = min(start + LOOK_BACK_TOKENS, length)
             scores = torch.einsum("bthd,bshd->bhts", query[:, start:stop], key[:, :stop]) * query.shape[-1] ** -0.5
             back = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(stop, device=query.device)
-            probability = scores.masked_fill(back < 0, -torch.inf).softmax(-1)  # [batch, heads, queries, keys]
+            unseen = (back < 0) | (back >= (self.attention.window or stop))
+            probability = scores.masked_fill(unseen, -torch.inf).softmax(-1)  # [batch, heads, queries, keys]
             norms.append(torch.einsum("bhts,bshd->bthd", probability, value[:, :stop]).norm(dim=-1).double())
             near = probability * ((back >= 0) & (back < RECEPTION_TOKENS))
             received[..., :stop] += (near / near.sum(-1, keepdim=True)).sum(2)

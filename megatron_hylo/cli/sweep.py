@@ -32,7 +32,6 @@ PDEATHSIG = 1  # prctl's number for the signal that a process gets when the one 
 def sweep(
     what: list[str],
     cell: int | None = None,
-    prepare: bool = False,
     slurm: bool = False,
     dry_run: bool = False,
     at_once: PositiveInt | None = None,
@@ -48,7 +47,6 @@ def sweep(
     Args:
         what: SPEC.yaml (docs/scaling.md), or report and SPEC.yaml.
         cell: run this one cell alone, by its number, in this process.
-        prepare: with cell, only make its student.
         slurm: write OUTPUT/slurm/sweep.sh, one task a cell, instead of running; submit it with sbatch.
         dry_run: check all cells and list them; run nothing.
         at_once: cells side by side, instead of the specification's.
@@ -72,9 +70,6 @@ def sweep(
     if cell is not None:
         if not 0 <= cell < len(found.cells):
             raise ConfigError(f"cell {cell} is none of 0 to {len(found.cells) - 1}")
-        if prepare:
-            make_student(found.cells[cell])
-            return 0
         return run_cell(found.cells[cell])
     if slurm:
         from megatron_hylo.plan.sweep_slurm import write_array

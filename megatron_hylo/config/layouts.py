@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_hylo.config import MIXER_SYMBOLS, MLP_SYMBOLS, ConfigError, ModelConfig, RopeScaling, interleaved
-from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MIXERS, MLA_SYMBOL, Fields, get_mixer
+from megatron_hylo.config.mixers import COPIED_SYMBOLS, MIXERS, MLA_SYMBOL, Fields, get_mixer
 from megatron_hylo.config.mlps import get_mlp
 
 logger = logging.getLogger("megatron_hylo.config")
@@ -170,7 +170,7 @@ def hybrid_config(
     fields: Fields = dict(
         hybrid_layer_pattern=interleaved(mixers, base.mlps),
         untie_embeddings_and_output_weights=True,
-        add_qkv_bias=base.add_qkv_bias and ATTENTION_SYMBOL in mixers,
+        add_qkv_bias=base.add_qkv_bias and bool(set(mixers) & set(COPIED_SYMBOLS)),
     )
     for mixer in MIXERS.values():
         fields |= mixer.default_sizes(base, name, teacher_shapes=shapes == "teacher")
@@ -266,20 +266,24 @@ def active_parameter_count(config: ModelConfig) -> int:
     return parameter_count(config) - idle
 
 
-def kv_elements_per_token(config: ModelConfig) -> int:
-    """Numbers cached per token, over all layers."""
-    return sum(get_mixer(m).kv_numbers(config) for m in config.mixers)
+def kv_elements(config: ModelConfig, length: int) -> int:
+    """Numbers cached of a sequence of `length` tokens, over all layers; recurrent states left out."""
+    return sum(get_mixer(m).cached_numbers(config, length) for m in config.mixers)
 
 
 def kv_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2) -> int:
-    """Bytes of KV cache a token costs (bf16 by default)."""
-    return bytes_per_element * kv_elements_per_token(config)
+    """Bytes of KV cache a token costs (bf16 by default); with windowed layers the mean over `max_position_embeddings`."""
+    length = config.max_position_embeddings
+    return round(bytes_per_element * kv_elements(config, length) / length)
 
 
 def kv_percent(config: ModelConfig) -> float:
-    """KV cache a token as a percentage of the all-attention base's."""
+    """KV cache of a sequence of `max_position_embeddings` tokens as a percentage of the all-attention base's.
+
+    The length matters to windowed layers alone.
+    """
     base = 2 * config.num_hidden_layers * config.num_query_groups * config.kv_channels
-    return 100.0 * kv_elements_per_token(config) / base
+    return 100.0 * kv_elements(config, config.max_position_embeddings) / (base * config.max_position_embeddings)
 
 
 def layout_rows(names: Iterable[str] | None = None) -> list[dict[str, object]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_hylo.config.errors import ConfigError
-from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MIXERS, get_mixer
+from megatron_hylo.config.mixers import COPIED_SYMBOLS, MIXERS, get_mixer
 from megatron_hylo.config.mlps import EXPERTS_SYMBOL, MLPS
 from megatron_hylo.config.rope import RopeScaling
 
@@ -56,7 +56,8 @@ class ModelConfig:
     add_qkv_bias: bool = False  # Qwen2.5
     qk_layernorm: bool = False  # Qwen3: RMSNorm over each query/key head; kept in MLA
     rotary_base: float = 500000.0
-    rope_scaling: RopeScaling = field(default_factory=RopeScaling)  # of `*` layers
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)  # of `*` and `W` layers
+    attention_window: int = 0  # keys that a query of a `W` layer sees, its own included
     # MLA (`+`)
     q_lora_rank: int = 0
     kv_lora_rank: int = 0
@@ -151,8 +152,8 @@ class ModelConfig:
 
     @property
     def is_transformer(self) -> bool:
-        """Whether every mixer is attention, as in a teacher."""
-        return set(self.mixers) == {ATTENTION_SYMBOL}
+        """Whether every mixer is attention, with a window or without, as in a teacher."""
+        return set(self.mixers) <= set(COPIED_SYMBOLS)
 
     @property
     def num_hidden_layers(self) -> int:

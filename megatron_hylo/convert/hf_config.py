@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_hylo.config import ConfigError, ModelConfig, from_dict, interleaved
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, WINDOW_SYMBOL
 from megatron_hylo.config.mlps import EXPERTS_SYMBOL
 from megatron_hylo.convert.hf_rope import rope_from_hf, rope_to_hf
 
@@ -16,6 +17,7 @@ logger = logging.getLogger("megatron_hylo.convert")
 HYLO_MODEL_TYPE = "hylo"
 MISTRAL_POSITIONS = 131072  # where config.json does not say
 TRANSFORMERS_VERSIONS = ("4.57.1", "5.17.0")  # oldest and newest that tests run; 4.51 to 4.56 ignore the factor of YaRN
+_KINDS = {"full_attention": ATTENTION_SYMBOL, "sliding_attention": WINDOW_SYMBOL}  # of layer_types
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TO_MODEL_CONFIG: dict[str, Callable[[dict[str, Any]], ModelConfig]] = {}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -132,37 +134,46 @@ def _flag(values: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-def _check_windows(values: Mapping[str, Any], layers: int) -> None:
-    """Refuse sliding-window attention where a layer has it.
+def _windows(values: Mapping[str, Any], layers: int) -> tuple[str, int]:
+    """Mixers of the layers, `W` those with a sliding window, and its tokens (0 where none has one), by the families' rules.
 
-    Qwen's rule: layers from max_window_layers on, or layer_types. Mistral's: all layers, by default a window of 4096 tokens.
+    Qwen's rule: layers from max_window_layers on, or layer_types; Qwen3-MoE's and Mistral's: all layers, Mistral's by default
+    with a window of 4096 tokens. A Mistral whose window is as long as its positions has none.
+
+    Raises:
+        ConfigError: layers of another kind, windows that transformers' class would not apply.
     """
-    kinds = values.get("layer_types")
-    if values["model_type"] == "mistral":
-        window = values.get("sliding_window", 4096)
-        if window is not None and window < values.get("max_position_embeddings", MISTRAL_POSITIONS):
-            raise ConfigError(
-                f"config.json: sliding_window is {window} (4096 where it is not given); only full attention is supported, as "
-                "of Mistral 7B v0.2 and later: their sliding_window is null"
-            )
-    if kinds is None:
-        if values["model_type"] == "mistral":
-            window, first = None, 0
-        elif values["model_type"] == "qwen3_moe":  # all layers, whatever max_window_layers says
-            window, first = values.get("sliding_window", 4096) if _flag(values, "use_sliding_window") else None, 0
-        elif values["model_type"] == "llama":  # has no windows: with one, the weights are Mistral's
-            window, first = values.get("sliding_window"), 0
-        else:
-            window = values.get("sliding_window", 4096) if _flag(values, "use_sliding_window") else None
-            first = values.get("max_window_layers", 28)
-        kinds = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)]
+    kinds, family = values.get("layer_types"), values["model_type"]
+    window = values.get("sliding_window", None if family == "llama" else 4096)
+    if family not in ("llama", "mistral") and not _flag(values, "use_sliding_window"):
+        window = None
+    if family == "mistral" and window is not None and window >= values.get("max_position_embeddings", MISTRAL_POSITIONS):
+        window = None
+    first = values.get("max_window_layers", 28) if family in ("qwen2", "qwen3") else 0
+    rule = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)]
+    kinds = rule if kinds is None else kinds
     if len(kinds) != layers:
         raise ConfigError(f"config.json: layer_types has {len(kinds)} entries, num_hidden_layers is {layers}")
-    if other := [(i, kind) for i, kind in enumerate(kinds) if kind != "full_attention"]:
+    if other := [(i, kind) for i, kind in enumerate(kinds) if kind not in _KINDS]:
+        raise ConfigError(f"config.json: layer {other[0][0]} is {other[0][1]!r}; only {' and '.join(_KINDS)} are supported")
+    if kinds != rule and family not in ("qwen2", "qwen3"):
         raise ConfigError(
-            f"config.json: layer {other[0][0]} is {other[0][1]!r}; only full attention is supported (if the window is not in "
-            f"use, set use_sliding_window to false and leave out sliding_window and layer_types)"
+            f"config.json: layer_types is {kinds}, which transformers' class of a {family} does not read: it would take "
+            f"sliding_window {window} in {'all' if window else 'no'} layers; leave layer_types out, or set the window to null"
         )
+    slides = "sliding_attention" in kinds
+    if slides and family == "llama":
+        raise ConfigError(
+            f"config.json: sliding_window is {window}, which a llama does not have; set model_type to mistral if the weights "
+            "are, or leave it out"
+        )
+    if slides and window is None:
+        raise ConfigError(
+            "config.json: layer_types has sliding_attention, but there is no window; set use_sliding_window and "
+            "sliding_window, or leave layer_types out"
+        )
+    symbols = "".join(_KINDS[kind] for kind in kinds)
+    return symbols, _size({"sliding_window": window}, "sliding_window") if slides else 0
 
 
 def _backbone(values: dict[str, Any], ignored: tuple[str, ...], defaults: Mapping[str, int], **family: Any) -> ModelConfig:
@@ -182,7 +193,7 @@ def _backbone(values: dict[str, Any], ignored: tuple[str, ...], defaults: Mappin
         raise ConfigError(f"hidden_act {values['hidden_act']!r} is not supported; only silu")
     heads, hidden = _size(values, "num_attention_heads"), _size(values, "hidden_size")
     layers = _size(values, "num_hidden_layers")
-    _check_windows(values, layers)
+    mixers, window = _windows(values, layers)
     if values.get("num_key_value_heads", 0) is None:
         values = values | {"num_key_value_heads": heads}
     if values.get("head_dim", 0) is None and "head_dim" not in defaults:
@@ -193,7 +204,8 @@ def _backbone(values: dict[str, Any], ignored: tuple[str, ...], defaults: Mappin
         raise ConfigError(f"config.json: rms_norm_eps is {epsilon!r}; it must be a number of at least 0")
     base, scaling = rope_from_hf(values)
     return ModelConfig(
-        hybrid_layer_pattern="*-" * layers,
+        hybrid_layer_pattern=interleaved(mixers, "-" * layers),
+        attention_window=window,
         hidden_size=hidden,
         ffn_hidden_size=_size(values, "intermediate_size"),
         num_attention_heads=heads,
@@ -287,6 +299,12 @@ def _shared(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def is_own(config: ModelConfig) -> bool:
+    """Whether a model's Hugging Face folder is of model_type "hylo", with its modelling code: no class of its family has it."""
+    foreign = not config.is_transformer or config.rope_scaling.rope_type == "nope" or not _says_windows(config)
+    return foreign or config.has_experts != (config.model_family == "qwen3_moe")
+
+
 def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Build config.json of a model: the base family's own where that knows all its mixers, else `model_type` "hylo".
 
@@ -300,8 +318,7 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
     """
     shared = _shared(config) | {"dtype": dtype, "torch_dtype": dtype}
     shared |= {name: (token_ids or {}).get(name) for name in TOKEN_IDS}
-    own = not config.is_transformer or config.rope_scaling.rope_type == "nope"
-    if own or config.has_experts != (config.model_family == "qwen3_moe"):
+    if is_own(config):
         from megatron_hylo.hf.pretrained_hylo import AUTO_MAP  # brings torch and transformers
 
         return {
@@ -328,9 +345,35 @@ def hf_config_from_model(config: ModelConfig, dtype: str, token_ids: Mapping[str
         "head_dim": config.kv_channels,
         "hidden_act": "silu",
         "rms_norm_eps": config.layernorm_epsilon,
-        **({"sliding_window": None} if config.model_family == "mistral" else {}),
+        **_windows_to_hf(config),
         **(_experts_to_hf(config) if config.model_family == "qwen3_moe" else {}),
         **rope_to_hf(config.rotary_base, config.rope_scaling),
+    }
+
+
+def _says_windows(config: ModelConfig) -> bool:
+    """Whether the base family's class can have a window in these layers and no others."""
+    windowed = WINDOW_SYMBOL in config.mixers
+    every = set(config.mixers) == {WINDOW_SYMBOL}
+    if config.model_family == "mistral":
+        return not windowed or (every and config.attention_window < config.max_position_embeddings)
+    return not windowed or config.model_family in ("qwen2", "qwen3") or (every and config.model_family == "qwen3_moe")
+
+
+def _windows_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Keys of sliding windows: a Mistral's always, those of others where they have one."""
+    window = config.attention_window if WINDOW_SYMBOL in config.mixers else None
+    if config.model_family == "mistral":
+        return {"sliding_window": window}
+    if window is None:
+        return {}
+    values: dict[str, Any] = {"use_sliding_window": True, "sliding_window": window}
+    if config.model_family == "qwen3_moe":
+        return values
+    names = {symbol: kind for kind, symbol in _KINDS.items()}
+    return values | {
+        "max_window_layers": config.mixers.index(WINDOW_SYMBOL),
+        "layer_types": [names[symbol] for symbol in config.mixers],
     }
 
 

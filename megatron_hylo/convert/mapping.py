@@ -115,6 +115,7 @@ MIXER_ENTRIES: dict[str, Callable[[str, str, ModelConfig], list[Entry]]] = {
     "M": _mamba2,
     "G": _gated_deltanet,
     "K": _kda,
+    "W": _attention,
 }
 complete(MIXER_ENTRIES, "convert/mapping.py: MIXER_ENTRIES")
 

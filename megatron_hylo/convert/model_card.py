@@ -11,7 +11,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.evaluation import NEEDS_TEXT
 from megatron_hylo.config.layouts import kv_bytes_per_token
-from megatron_hylo.config.mixers import get_mixer, tensor_parallel_sizes
+from megatron_hylo.config.mixers import WINDOW_SYMBOL, get_mixer, tensor_parallel_sizes
+from megatron_hylo.config.mlps import EXPERTS_SYMBOL
+from megatron_hylo.convert.hf_config import is_own
 
 SETTINGS = ("stage", "layout", "pattern", "init", "calibration_tokens", "sequential", "seed", "converted_from")
 RECIPE = (  # settings of a run that its row names where they are not the defaults; hylo_provenance.json has all
@@ -63,7 +65,7 @@ def model_card(
         quantisation: what is quantised, and how; None for a folder that is not.
     """
     base_model = facts.base_model or _base_on_hub(provenance)
-    is_hybrid = not config.is_transformer
+    is_hybrid = is_own(config)
     scores = [(result, score) for result in facts.results for score in result["scores"] if score.get("depth") is None]
     data = ModelCardData(
         library_name="transformers",
@@ -81,7 +83,7 @@ def model_card(
         _architecture(config, parameters),
         *_layout(config),
         "## Use",
-        _use(is_hybrid, tensor_parallel_sizes(config), quantisation is not None),
+        _use(is_hybrid, _served_sizes(config) if quantisation is None else [], quantisation is not None),
         *([] if quantisation is None else ["## Quantisation", quantisation]),
         "## Method",
         "Oldest step first; `hylo_provenance.json` has every setting, with the SHA-256 of every input.",
@@ -103,13 +105,14 @@ def _architecture(config: ModelConfig, parameters: int) -> str:
     mixers = config.hybrid_layer_pattern.replace("|", "")[0::2]
     counts = ", ".join(f"{mixers.count(symbol)} {get_mixer(symbol).name}" for symbol in dict.fromkeys(mixers))
     text = f"{parameters:,} parameters, {len(mixers)} layers: {counts} (`{mixers}`)."
-    if config.is_transformer:
+    if not is_own(config):
         return text
     dense = config.with_mixers("*" * len(mixers))
     own, base = kv_bytes_per_token(config), kv_bytes_per_token(dense)
+    where = f" of a sequence of {config.max_position_embeddings:,}" if WINDOW_SYMBOL in config.mixers else ""
     return (
-        f"{text} A hybrid made from a pretrained Transformer ([HyLo](https://arxiv.org/abs/2604.24715)). Its cache grows by "
-        f"{own:,} bytes a token in bf16, {own / base:.1%} of the {base:,} that attention in every layer would need."
+        f"{text} A hybrid made from a pretrained Transformer ([HyLo](https://arxiv.org/abs/2604.24715)). Its cache takes "
+        f"{own:,} bytes a token{where} in bf16, {own / base:.1%} of the {base:,} that attention in every layer would need."
     )
 
 
@@ -121,14 +124,21 @@ def _tags(config: ModelConfig) -> list[str]:
 
 def _layout(config: ModelConfig) -> list[str]:
     """Table of the mixers: which layers have them, their sizes, what they keep."""
-    if config.is_transformer:
+    if not is_own(config):
         return []
-    rows = []
+    rows, length = [], config.max_position_embeddings
     for symbol in dict.fromkeys(config.mixers):
         mixer = get_mixer(symbol)
         layers = [str(i) for i, other in enumerate(config.mixers) if other == symbol]
         sizes = ", ".join(f"{name} {getattr(config, name)}" for name in mixer.size_fields)
-        rows.append((f"`{symbol}` {mixer.name}", " ".join(layers), sizes, f"{2 * mixer.kv_numbers(config):,}"))
+        rows.append(
+            (
+                f"`{symbol}` {mixer.name}",
+                " ".join(layers),
+                sizes,
+                f"{round(2 * mixer.cached_numbers(config, length) / length):,}",
+            )
+        )
     return _table(("mixer", "layers, from 0", "sizes", "cache, bytes a token and layer"), rows)
 
 
@@ -139,6 +149,12 @@ def _base_on_hub(provenance: Mapping[str, Any]) -> str | None:
     return next((f"{match[1]}/{match[2]}" for match in found if match), None)
 
 
+def _served_sizes(config: ModelConfig) -> list[int]:
+    """Tensor-parallel sizes that vLLM serves a model with; none where the plugin refuses it (serve/vllm/config.py)."""
+    refused = is_own(config) and {WINDOW_SYMBOL, EXPERTS_SYMBOL} & set(config.hybrid_layer_pattern)
+    return [] if refused else tensor_parallel_sizes(config)
+
+
 def _use(is_hybrid: bool, sizes: Sequence[int], is_quantised: bool) -> str:
     trust = ", trust_remote_code=True" if is_hybrid else ""
     needs = "transformers, torch and compressed-tensors" if is_quantised else "transformers and torch alone"
@@ -146,7 +162,7 @@ def _use(is_hybrid: bool, sizes: Sequence[int], is_quantised: bool) -> str:
     plugin = "`pip install megatron-hylo[serve]`, then " if is_hybrid else ""
     served = (
         ""
-        if is_quantised
+        if not sizes
         else f"With vLLM: {plugin}`vllm serve FOLDER`; tensor-parallel sizes that work: {', '.join(map(str, sizes))}."
     )
     return f"""{code}FOLDER is this folder or its name on the Hub.
@@ -258,7 +274,7 @@ def _limits(config: ModelConfig, provenance: Mapping[str, Any]) -> str:
         "- It has the base model's biases and gaps, and may repeat or invent facts; a low perplexity does not show recall over "
         "long distances.",
     ]
-    if not config.is_transformer:
+    if is_own(config):
         lines.append("- Masks other than padding, packed documents and caches of other models are refused.")
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.tensor_names import tensor_names
+from megatron_hylo.convert.hf_config import is_own
 from megatron_hylo.convert.hf_reader import TensorSource, load_transformers_model
 from megatron_hylo.convert.safetensors_reader import SafetensorsSource
 from megatron_hylo.io.foreign import load_transformers
@@ -97,7 +98,7 @@ def open_oracle(source: TensorSource, path: str | Path) -> Iterator[Oracle]:
         if source.quantisation is not None:
             settings["quantization_config"] = load_transformers().FineGrainedFP8Config(dequantize=True)
             where = f", dequantised by it{where}"
-        how = "transformers' own loading" if source.config.is_transformer else "the exported modelling code"
+        how = "the exported modelling code" if is_own(source.config) else "transformers' own loading"
         model = _load(path, settings)
         yield Oracle(model, how + where, _load_whole_layers(model) if large else None)
 

@@ -310,6 +310,7 @@ CACHED: dict[str, Callable[[Any], tuple[int, int, int]]] = {
     ),
     "G": _delta_rule_cache,
     "K": _delta_rule_cache,
+    "W": lambda c: (0, 0, 0),  # rows of a window alone, which `cache_nbytes` counts
 }
 
 
@@ -328,4 +329,6 @@ def cache_nbytes(config: Any, tokens: int, element_size: int, latents: str | Non
         narrow = latents is not None and symbol == "+"
         total += tokens * (row + 4 if narrow else row * element_size)
         total += 4 * state + channels * (c.linear_conv_kernel_dim - 1) * element_size
+        if symbol == "W":  # keys and values, and which of the rows are tokens
+            total += c.attention_window * (2 * c.num_query_groups * c.kv_channels * element_size + 1)
     return total

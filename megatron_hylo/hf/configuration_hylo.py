@@ -49,9 +49,9 @@ class HyloConfig(transformers.PretrainedConfig):
     """Configuration of model_type "hylo".
 
     Args:
-        hylo: the model description, field names as in Megatron-Core: `hybrid_layer_pattern` (mixer symbols `*`, `+`,
-            `M`, `G`, `K`, each followed by an MLP `-` or experts `E`), sizes of the backbone, of the mixers and of the experts,
-            RoPE scalings as mappings. It may be absent, as transformers makes empty configurations to compare with.
+        hylo: the model description, field names as in Megatron-Core: `hybrid_layer_pattern` (mixer symbols `*`, `W`,
+            `+`, `M`, `G`, `K`, each followed by an MLP `-` or experts `E`), sizes of the backbone, of the mixers and of the
+            experts, RoPE scalings as mappings. It may be absent, as transformers makes empty configurations to compare with.
         vocab_size, hidden_size, num_hidden_layers, max_position_embeddings, tie_word_embeddings: follow from `hylo` unless
             given.
         use_cache: whether a forward pass makes a cache.

@@ -1,7 +1,7 @@
-"""Layers of HyLo models: attention `*`, MLA `+`, Mamba2 `M`, Gated DeltaNet `G` or KDA `K`, each with an MLP.
+"""Layers of HyLo models: attention `*` or `W`, MLA `+`, Mamba2 `M`, Gated DeltaNet `G` or KDA `K`, each with an MLP.
 
-The cache holds states of fixed size for `M`, `G` and `K`; attention_hylo.py says what it holds for the others. Padding writes
-nothing into a state and is seen by no token. Sources: HyLo (arXiv:2604.24715), and the papers the kernels name.
+The cache holds states of fixed size for `M`, `G`, `K` and `W`; attention_hylo.py says what it holds for the others. Padding
+writes nothing into a state and is seen by no token. Sources: HyLo (arXiv:2604.24715), and the papers the kernels name.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +25,7 @@ from .cache_hylo import HyloCache, States
 from .configuration_hylo import HyloConfig
 from .fused_hylo import add_and_normalise, gated_linear, linear, project, side_by_side
 from .inputs_hylo import SequenceInputs
+from .window_hylo import HyloWindowAttention
 
 Recurrence = Callable[..., tuple[Tensor, Tensor | None]]
 fused_gated_rms_norm = on_request(gated_rms_norm)
@@ -289,6 +290,7 @@ MIXERS: dict[str, tuple[str, type[nn.Module]]] = {  # symbol -> (name in the lay
     "M": ("mamba", HyloMamba2),
     "G": ("linear_attn", HyloGatedDeltaNet),
     "K": ("linear_attn", HyloKimiDeltaAttention),
+    "W": ("self_attn", HyloWindowAttention),
 }
 
 

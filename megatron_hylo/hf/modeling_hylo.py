@@ -66,7 +66,8 @@ class HyloModel(HyloPreTrainedModel):
         c = config.architecture()
         self.mixers = config.mixers
         latent = c.kv_channels if c.mla_rotary_pairs else c.qk_pos_emb_head_dim  # layers choose out of the base model's table
-        self.rotations = {"*": (c.kv_channels, c.rope_scaling), "+": (latent, c.mla_rope_scaling)}
+        whole = (c.kv_channels, c.rope_scaling)
+        self.rotations = {"*": whole, "W": whole, "+": (latent, c.mla_rope_scaling)}
         self.rotary_base = c.rotary_base
         self.rotates_anew = {"+"} if c.qk_layernorm else set()  # layers whose cached keys are rotated in every pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -94,7 +95,7 @@ class HyloModel(HyloPreTrainedModel):
         Returns:
             last_hidden_state [batch, new tokens, hidden], past_key_values, and with output_hidden_states the embeddings, what
             each layer but the last gives, and last_hidden_state; with output_attentions the probabilities of the attention and
-            MLA layers, [batch, heads, new tokens, all tokens] each (recurrent layers have none).
+            MLA layers, [batch, heads, new tokens, all tokens] each (recurrent and windowed layers have none).
         """
         _check_keyword_arguments(kwargs)
         _check_cache(past_key_values)

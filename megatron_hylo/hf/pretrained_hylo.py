@@ -27,6 +27,7 @@ FP32_PARAMETERS = {
     "M": ("A_log", "dt_bias", "D"),
     "G": ("A_log", "dt_bias"),
     "K": ("A_log", "dt_bias"),
+    "W": (),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.config.mixers import ATTENTION_SYMBOL, complete
+from megatron_hylo.config.mixers import COPIED_SYMBOLS, complete
 
 TeacherLayer = Mapping[str, Tensor]
 """One attention layer's tensors, any float dtype, without prefix: `q_proj.weight` [Hq*dh, d], `k_proj.weight` and
@@ -100,4 +100,4 @@ def check_complete(*names: str) -> None:
     """
     for name in names:
         made = [symbol for family, symbol in _INITIALISERS if family == name]
-        complete(made, f"initialise: {name!r}", besides=ATTENTION_SYMBOL)
+        complete(made, f"initialise: {name!r}", besides=COPIED_SYMBOLS)

@@ -38,6 +38,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "matvec": ("torch", "triton"),
     "rms_norm": ("torch", "triton"),
     "ssd": ("torch", "mamba_ssm"),
+    "window_attention": ("torch",),
 }
 ENVIRONMENT_VARIABLE = "HYLO_KERNELS"
 

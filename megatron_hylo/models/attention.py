@@ -1,6 +1,10 @@
-"""`*`: the teacher's attention (Llama, Qwen2.5, Qwen3): grouped queries, optional QKV bias and q/k-norm, RoPE."""
+"""`*` and `W`: the teacher's attention (Llama, Mistral, Qwen2.5, Qwen3), to all tokens before or to a window of the last ones.
+
+Grouped queries, optional QKV bias and q/k-norm, RoPE.
+"""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,6 +13,7 @@ from megatron_hylo.config import ModelConfig
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.elementwise import elementwise
 from megatron_hylo.kernels.rope import apply_rope
+from megatron_hylo.kernels.window_attention import window_attention
 from megatron_hylo.models.layers import HeadNorm, rotary_table
 from megatron_hylo.models.mixer import Mixer, MixerSubmodules, column_linear, row_linear
 from megatron_hylo.parallel.documents import Packed, PackedDocuments, batch_first, sequence_first
@@ -20,6 +25,7 @@ class GroupedQueryAttention(Mixer):
     """Causal softmax attention; `linear_qkv` has Megatron's order, for each KV head its queries, key, value."""
 
     symbol = "*"
+    window: int | None = None  # keys that a query sees; None: all before it
 
     def build(self, c: ModelConfig, submodules: MixerSubmodules) -> None:
         """Make this tensor-parallel rank's weights."""
@@ -77,11 +83,29 @@ class GroupedQueryAttention(Mixer):
             key_value = torch.cat([key, value], dim=-1).transpose(0, 1)  # [s, b, g, 2 head_dim]
             # [b, parts_read s, g, head_dim] each
             key, value = self.context.up_to_here(key_value).transpose(0, 1).chunk(2, dim=-1)
-        scaled = functools.partial(attention, scale=self.head_dim**-0.5)
-        out = self.context.attend(scaled, documents, query, key, value)  # [b, s, g r, head_dim]
+        out = self.context.attend(self.softmax_attention(), documents, query, key, value)  # [b, s, g r, head_dim]
         out = self.context.heads_to_sequence(out.flatten(2))  # [b, s, heads of this rank x head_dim]
         return self.linear_proj(sequence_first(out, packed))  # [s, b, h]
+
+    def softmax_attention(self) -> Callable[..., Tensor]:
+        """Attention of query, key and value, causal and aligned to the end."""
+        return functools.partial(attention, scale=self.head_dim**-0.5)
 
     def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
         """Mix tokens: [sequence (/ TP with sequence parallelism), batch, hidden] -> the same shape, and no bias."""
         return self.attend(*self.query_key_value(hidden_states, packed), packed)
+
+
+class WindowAttention(GroupedQueryAttention):
+    """Attention of each token to the last `attention_window` ones, itself included; its weights are those of `*`."""
+
+    symbol = "W"
+
+    def build(self, c: ModelConfig, submodules: MixerSubmodules) -> None:
+        """Make this tensor-parallel rank's weights."""
+        self.window = c.attention_window
+        super().build(c, submodules)
+
+    def softmax_attention(self) -> Callable[..., Tensor]:
+        """Attention of query, key and value within the window, aligned to the end."""
+        return functools.partial(window_attention, scale=self.head_dim**-0.5, window=self.config.hylo.attention_window)

@@ -30,6 +30,7 @@ from megatron_hylo.kernels.residual_norm import backward_programs, rms_norm_and_
 from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies
 from megatron_hylo.kernels.sections import split_sections
 from megatron_hylo.kernels.ssd import recurrent_ssd, ssd
+from megatron_hylo.kernels.window_attention import window_attention
 from megatron_hylo.parallel.recurrence import delta_rule_over_ranks, ssd_over_ranks
 
 TOKENS = 300  # more than one chunk of every kernel, and not whole ones
@@ -167,6 +168,16 @@ def _softmax_cases(c: ModelConfig, draw: _Draw, parts: bool, width: int, values:
         )  # fmt: skip
 
 
+def _window_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
+    heads, groups, width = c.num_attention_heads, c.num_query_groups, c.kv_channels
+    window, scale = min(c.attention_window, TOKENS // 3), width**-0.5  # several blocks
+    yield _Case(
+        "window_attention", f"{heads}/{groups} heads, {width} wide, windows of {window}",
+        lambda q, k, v: window_attention(q, k, v, scale, window), lambda q, k, v: _attention(q, k, v, scale, window),
+        {"q": draw.normal(heads, width), "k": draw.normal(groups, width), "v": draw.normal(groups, width)},
+    )  # fmt: skip
+
+
 def _gated_delta_net_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
     inputs, shape = _delta_rule_inputs(c, draw, c.linear_num_heads)
     yield from _delta_rule_cases(
@@ -238,6 +249,7 @@ MIXER_CASES: dict[str, Callable[[ModelConfig, _Draw, bool], Iterator[_Case]]] = 
     "M": _mamba2_cases,
     "G": _gated_delta_net_cases,
     "K": _kda_cases,
+    "W": _window_cases,
 }
 complete(MIXER_CASES, "models/kernel_check.py: MIXER_CASES")
 
@@ -335,12 +347,13 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv1d(F.pad(x.transpose(1, 2), (taps - 1, 0)), weight[:, None], groups=channels).transpose(1, 2)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
     repeats = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeats, 2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[1] - q.shape[1])
-    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+    whole, before = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device), k.shape[1] - q.shape[1]
+    unseen = whole.triu(1 + before) | (whole.tril(before - window) if window else False)
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(unseen, -torch.inf).softmax(-1), v)
 
 
 def _attention_by_document(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents) -> Tensor:

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.mixers import complete
-from megatron_hylo.models.attention import GroupedQueryAttention
+from megatron_hylo.models.attention import GroupedQueryAttention, WindowAttention
 from megatron_hylo.models.gdn import GatedDeltaNet
 from megatron_hylo.models.kda import KimiDeltaAttention
 from megatron_hylo.models.layers import ResidualRMSNorm, RMSNorm
@@ -82,8 +82,11 @@ class HyloStack(HybridStack):
 
 
 MIXER_CLASSES: dict[str, type[Mixer]] = {
-    mixer.symbol: mixer for mixer in (GroupedQueryAttention, MultiLatentAttention, Mamba2, GatedDeltaNet, KimiDeltaAttention)
-}
+    mixer.symbol: mixer
+    for mixer in (
+        GroupedQueryAttention, MultiLatentAttention, Mamba2, GatedDeltaNet, KimiDeltaAttention, WindowAttention,
+    )
+}  # fmt: skip
 complete(MIXER_CLASSES, "models/specs.py: MIXER_CLASSES")
 
 

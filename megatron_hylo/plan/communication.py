@@ -117,7 +117,7 @@ def _mamba(c: ModelConfig, tokens: float, sequences: int, g: _Group) -> float:
 
 
 _RECEIVED: dict[str, Callable[[ModelConfig, float, int, _Group], float]] = {
-    "*": _attention, "+": _mla, "G": _delta, "K": _delta, "M": _mamba,
+    "*": _attention, "+": _mla, "G": _delta, "K": _delta, "M": _mamba, "W": _attention,
 }  # fmt: skip
 complete(_RECEIVED, "_RECEIVED of plan/communication.py")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.config.layouts import kv_bytes_per_token, parameter_count
+from megatron_hylo.config.layouts import kv_elements, parameter_count
 from megatron_hylo.config.mixers import ATTENTION_SYMBOL, get_mixer
 from megatron_hylo.config.mlps import get_mlp
 from megatron_hylo.config.train import TrainConfig
@@ -18,6 +18,7 @@ LENGTHS = (8_192, 32_768, 131_072, 524_288, 1_048_576)
 WORKSPACE = 2 * GIB  # of a prefill in chunks, logits and the libraries; assumed
 ROOM = 0.92  # of a GPU's memory, vLLM's default for `gpu_memory_utilization` since 0.11
 STATE_BYTES = 4  # recurrent states are kept in fp32
+CACHE_BYTES = 2  # a number of the KV cache, in bf16
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ def state_bytes(shape: ModelConfig) -> int:
 
 def longest_context(shape: ModelConfig, hardware: Hardware) -> int | None:
     """Tokens of the longest sequence whose cache fits beside the weights; None where the cache does not grow."""
-    each = kv_bytes_per_token(shape)
-    return int(max(_room(shape, hardware) - state_bytes(shape), 0) // each) if each else None
+    each = CACHE_BYTES * sum(get_mixer(symbol).kv_numbers(shape) for symbol in shape.mixers)
+    windows = CACHE_BYTES * kv_elements(shape, shape.attention_window) - each * shape.attention_window  # of a longer sequence
+    return int(max(_room(shape, hardware) - state_bytes(shape) - windows, 0) // each) if each else None
 
 
 def serving(shape: ModelConfig, hardware: Hardware, lengths: Sequence[int] = LENGTHS) -> list[Serving]:
@@ -67,7 +69,7 @@ def serving(shape: ModelConfig, hardware: Hardware, lengths: Sequence[int] = LEN
     rates = get_rates()
     rows = []
     for length in lengths:
-        cache = kv_bytes_per_token(shape) * length
+        cache = CACHE_BYTES * kv_elements(shape, length)
         state = state_bytes(shape)
         batch = int(max(_room(shape, hardware), 0) // (cache + state))
         flops = forward_flops_per_token(shape, 2 * length)  # the mean of a causal sequence twice as long is its last token's

@@ -33,7 +33,7 @@ class Rates:
     decode: float
 
     def __post_init__(self) -> None:
-        complete(self.recurrence, "recurrence of plan/rates.yaml", besides="*+")
+        complete(self.recurrence, "recurrence of plan/rates.yaml", besides="*+W")
 
     def attention(self, width: int, backward: bool = False) -> float:
         """Share of the peak that attention reaches with heads of `width` channels, between the measured widths linearly."""

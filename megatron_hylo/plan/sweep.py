@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError
 
 from megatron_hylo.config import ConfigError, ModelConfig
@@ -49,7 +48,7 @@ from megatron_hylo.plan.job import read_settings, settings_parser, shape
 from megatron_hylo.plan.sweep_cells import STOPPED, Cell, Measurement, Stage, digest
 from megatron_hylo.plan.sweep_spec import grid_points, merged, read_measurements, read_spec, whole_number
 
-__all__ = ["STOPPED", "Cell", "Measurement", "Stage", "Sweep", "read_sweep", "recipe_of", "settings_of", "student_shape"]
+__all__ = ["STOPPED", "Cell", "Measurement", "Stage", "Sweep", "read_sweep", "settings_of", "student_shape"]
 CELL_GROUPS = ("teacher", "student", "train", "stages")
 
 
@@ -256,15 +255,6 @@ def student_shape(settings: UpcycleConfig) -> ModelConfig:
     pattern = expand_pattern(settings.pattern, teacher.num_hidden_layers, teacher.mlps)
     sizes: dict[str, Any] = dict(settings.overrides or {})
     return hybrid_config(teacher, pattern, shapes=settings.mixer_shapes, **sizes)
-
-
-def recipe_of(train: TrainConfig) -> str:
-    """Recipe of a run as YAML, without the paths that a Slurm script gives: settings that are not defaults."""
-    default = dataclasses.asdict(TrainConfig("pretrain", "-", "-", scratch="-"))
-    given = dataclasses.asdict(train)
-    left_out = ("data", "output", "model", "teacher")
-    kept = {k: v for k, v in given.items() if k == "stage" or (v != default[k] and k not in left_out)}
-    return yaml.safe_dump(kept, sort_keys=False)
 
 
 def settings_of(cell: Cell, stage: Stage) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.eval.results import RESULTS
 from megatron_hylo.eval.runs import read_run, run_state
+from megatron_hylo.io import MANIFEST
 
 STOPPED = 3  # exit status of a cell that a signal ended
 State = Literal["waiting", "running", "finished", "stopped", "failed", "killed"]
@@ -61,8 +62,14 @@ class Stage:
 
     @property
     def run(self) -> Path:
-        """Run folder: `run`, or `run_N` where the task N of a Slurm array made it."""
-        return next(iter(sorted(self.folder.glob("run_*"))), self.folder / "run")
+        """Run folder."""
+        return self.folder / "run"
+
+    @property
+    def files(self) -> list[Path]:
+        """Files that are all there once it is finished: its model's manifest, and the results of its evaluations."""
+        trained = [] if self.train is None else [self.model / MANIFEST]
+        return trained + [self.results(one) / RESULTS for one in self.measurements]
 
     def results(self, measurement: Measurement) -> Path:
         """Results folder of an evaluation."""

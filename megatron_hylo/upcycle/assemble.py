@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, get_mixer
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, COPIED_SYMBOLS, LINEAR_SYMBOLS, MLA_SYMBOL, get_mixer
 from megatron_hylo.config.tensor_names import Shape, tensor_names
 from megatron_hylo.initialise.registry import CalibrationStatistics, get_initialiser
 
@@ -66,14 +66,14 @@ def upcycled(
     """
     if not teacher_config.is_transformer:
         raise ConfigError(
-            f"the teacher must be attention `*` in every layer, its pattern is {teacher_config.hybrid_layer_pattern!r}"
+            f"the teacher must be attention (`*`, `W`) in every layer, its pattern is {teacher_config.hybrid_layer_pattern!r}"
         )
     _check_same(teacher_config, student_config, _BACKBONE, "a student keeps its teacher's backbone")
-    if ATTENTION_SYMBOL in student_config.mixers:
-        _check_same(teacher_config, student_config, _ATTENTION, "a layer that stays attention `*` is copied")
+    if kept := sorted(set(student_config.mixers) & set(COPIED_SYMBOLS)):
+        _check_same(teacher_config, student_config, _ATTENTION, f"a layer that stays attention `{kept[0]}` is copied")
     _check_head(teacher_config, student_config)
     initialisers = {
-        symbol: get_initialiser(initialiser, symbol) for symbol in sorted(set(student_config.mixers) - {ATTENTION_SYMBOL})
+        symbol: get_initialiser(initialiser, symbol) for symbol in sorted(set(student_config.mixers) - set(COPIED_SYMBOLS))
     }
 
     shapes = tensor_names(student_config)
@@ -135,10 +135,11 @@ def assembled(mla: Source, linear: Source, base: Source, target_config: ModelCon
             when reading, if a tensor has another shape than its configuration says.
     """
     sources = {MLA_SYMBOL: mla} | {symbol: linear for symbol in LINEAR_SYMBOLS}
-    if ATTENTION_SYMBOL in target_config.mixers:
-        layer = target_config.mixers.index(ATTENTION_SYMBOL)
+    if copied := [(layer, symbol) for layer, symbol in enumerate(target_config.mixers) if symbol in COPIED_SYMBOLS]:
+        layer, symbol = copied[0]
         raise ConfigError(
-            f"layer {layer} of the target is attention `*`; assembled models have one of {' '.join(sources)} in every layer"
+            f"layer {layer} of the target is attention `{symbol}`; assembled models have one of {' '.join(sources)} in every "
+            f"layer"
         )
     for source in (mla, linear, base):
         _check_same(source.config, target_config, _BACKBONE, "all assembled models share one backbone")

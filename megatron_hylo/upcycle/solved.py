@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatron_hylo.calibrate.solve import LayerError
 from megatron_hylo.calibrate.statistics import save_whole
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.config.mixers import ATTENTION_SYMBOL, get_mixer
+from megatron_hylo.config.mixers import COPIED_SYMBOLS, get_mixer
 from megatron_hylo.convert.mapping import layer_entries
 from megatron_hylo.io import on_all, on_main, rank, read_json, staging_directory, world_size, write_json
 from megatron_hylo.io.progress import Track, no_progress
@@ -48,7 +48,7 @@ class SolvedLayers:
         Raises:
             ConfigError: what the reader of initial tensors raises, on all ranks.
         """
-        mixers = [layer for layer, symbol in enumerate(self.config.mixers) if symbol != ATTENTION_SYMBOL]
+        mixers = [layer for layer, symbol in enumerate(self.config.mixers) if symbol not in COPIED_SYMBOLS]
         wanted = on_main(lambda: [i for i in mixers if i not in self.done and not self._initialised(i).is_file()])
 
         def make() -> None:

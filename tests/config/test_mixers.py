@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.config.layouts import get_layout, kv_elements_per_token, parameter_count
+from megatron_hylo.config.layouts import get_layout, kv_elements, parameter_count
 from megatron_hylo.config.mixers import MIXERS, complete
 from megatron_hylo.config.tensor_names import layer_tensor_names, tensor_names
 from megatron_hylo.config.train import TrainConfig
@@ -78,7 +78,7 @@ def test_a_table_that_misses_a_mixer_or_has_another_is_refused():
 CONFIG = get_layout("smollm2-135m-8mla22gdn").config
 ESTIMATES = {
     "parameters": parameter_count,
-    "KV cache": kv_elements_per_token,
+    "KV cache": lambda config: kv_elements(config, 128),
     "FLOPs": lambda config: forward_flops_per_token(config, 128),
     "memory": lambda config: activations(
         TrainConfig("pretrain", "-", "-", model="-", sequence_length=128, global_batch_size=1), config, None

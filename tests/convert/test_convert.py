@@ -24,6 +24,7 @@ from tests.conftest import tiny_config, tiny_hf_model
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32, "rope_theta": 500000.0}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+KINDS = ("sliding", "full", "sliding")  # of layers
 CASES = {
     "llama-tied": ("llama", True, {}),
     "llama-untied-llama3-rope": ("llama", False, {"rope_parameters": LLAMA3}),
@@ -32,6 +33,13 @@ CASES = {
     "qwen3-qk-norm": ("qwen3", False, {}),
     "qwen3-yarn": ("qwen3", True, {"rope_parameters": YARN}),
     "mistral": ("mistral", False, {"sliding_window": None}),
+    "mistral-window": ("mistral", False, {"sliding_window": 9}),
+    "qwen3-windows": (
+        "qwen3",
+        False,
+        {"use_sliding_window": True, "sliding_window": 11, "layer_types": [f"{k}_attention" for k in KINDS]},
+    ),
+    "qwen3_moe-window": ("qwen3_moe", False, {"use_sliding_window": True, "sliding_window": 13}),
     "llama-one-kv-head": ("llama", True, {"num_key_value_heads": 1}),
     "qwen3_moe": ("qwen3_moe", False, {}),
     "qwen3_moe-some-dense": (

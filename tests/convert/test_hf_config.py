@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_hylo.config import ConfigError, RopeScaling
+from megatron_hylo.config import ConfigError, RopeScaling, interleaved
 from megatron_hylo.convert import hf_config
 from megatron_hylo.convert.hf_config import hf_config_from_model, model_config_from_hf
 from megatron_hylo.convert.hf_rope import rope_from_hf, rope_to_hf
@@ -166,20 +166,28 @@ def test_sizes_and_defaults_are_those_of_transformers(family: str, changes: dict
         ("llama", {"attention_bias": True}, "attention_bias True is not supported"),
         ("llama", {"mlp_bias": True}, "mlp_bias True"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
-        ("llama", {"sliding_window": 4096}, "layer 0 is 'sliding_attention'"),
-        ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "layer 1 is 'sliding_attention'"),
+        ("llama", {"sliding_window": 4096}, "sliding_window is 4096, which a llama does not have; set model_type to mistral"),
+        ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "class of a llama does not read"),
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, "layer 1 is 'chunked_attention'"),
         ("qwen3", {"layer_types": ["full_attention"]}, "1 entries, num_hidden_layers is 2"),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "layer 1 is 'sliding_attention'"),
-        ("mistral", {}, r"sliding_window is 4096 \(4096 where it is not given\)"),
-        ("mistral", {"sliding_window": 4096, "layer_types": ["full_attention"] * 2}, "sliding_window is 4096"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "there is no window; set use_sliding_window"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1}, "sliding_window is 0"),
+        (
+            "mistral",
+            {"sliding_window": 4096, "layer_types": ["full_attention"] * 2},
+            "it would take sliding_window 4096 in all",
+        ),
         ("smollm3", {}, "every fourth of its layers has no rotary positions"),
         ("gemma3_text", {}, "five of six of its layers attend to a sliding window"),
         ("llama", {"logits_scaling": 8.0}, "logits_scaling 8.0"),
         ("llama", {"per_layer_config": {"0": {"num_key_value_heads": 3}}}, "per_layer_config"),
         ("llama", {"num_local_experts": 8}, "num_local_experts 8"),
         ("qwen3_moe", {"attention_bias": True}, "attention_bias True"),
-        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, "layer 0 is 'sliding_attention'"),
+        (
+            "qwen3_moe",
+            {"use_sliding_window": True, "layer_types": ["full_attention"] * 2},
+            "class of a qwen3_moe does not read",
+        ),
         ("qwen3_moe", {"num_experts": 8, "num_local_experts": 4}, "num_local_experts 4 and num_experts 8 differ"),
         ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 8}, "moe_router_topk 8 is more than num_moe_experts 4"),
         ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}, "its router learns nothing"),
@@ -206,6 +214,39 @@ def test_a_mistral_without_a_window_is_a_llama_with_another_name() -> None:
     assert model_config_from_hf(values | {"sliding_window": 8192}) == config  # as long as all positions
     written = hf_config_from_model(config, "float32")
     assert written["sliding_window"] is None and written["architectures"] == ["MistralForCausalLM"]
+
+
+WINDOWS = [
+    ("mistral", {}, "WW", 4096),
+    ("mistral", {"sliding_window": 100}, "WW", 100),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}, "*W", 100),
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}, "WW", 4096),
+    ("qwen3", {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}, "W*", 4096),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 28}, "WW", 100),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "mixers", "window"), WINDOWS)
+def test_windows_and_their_layers_are_those_of_transformers(family: str, changes: dict, mixers: str, window: int) -> None:
+    """The class of transformers has the same window in the same layers, and again after the way back."""
+    values = SIZES | {"model_type": family} | changes
+    config = model_config_from_hf(copy.deepcopy(values))
+    assert (config.mixers, config.attention_window) == (mixers, window)
+    written = hf_config_from_model(config, "float32")
+    assert model_config_from_hf(copy.deepcopy(written)) == config
+    kinds = {"*": "full_attention", "W": "sliding_attention"}
+    for given in (values, written):
+        theirs = (CLASSES | {"mistral": transformers.MistralConfig})[family].from_dict(copy.deepcopy(given))
+        assert theirs.sliding_window == window
+        assert getattr(theirs, "layer_types", None) in (None, [kinds[symbol] for symbol in mixers])
+
+
+@pytest.mark.parametrize(("family", "mixers"), [("llama", "WW"), ("mistral", "W*"), ("qwen3_moe", "*W")])
+def test_windows_that_a_familys_class_cannot_have_are_written_as_our_own(family: str, mixers: str) -> None:
+    config = model_config_from_hf(SIZES | {"model_type": family, "sliding_window": None})
+    pattern = interleaved(mixers, config.mlps)
+    written = hf_config_from_model(config.replace(hybrid_layer_pattern=pattern, attention_window=5), "float32")
+    assert written["model_type"] == "hylo" and written["hylo"]["attention_window"] == 5
 
 
 def test_a_missing_size_is_named() -> None:

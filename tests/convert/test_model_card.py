@@ -43,7 +43,7 @@ def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tm
     assert "dequantised from `base.Q4_1.gguf`, so they are not the original ones" in text
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters, 4 layers: 1 " in text and "(`G+M*`)" in text
     # a latent of 24 and a rotary key of 6, keys and values of 2 x 16, 2 bytes each; attention alone 4 x 2 x 32 x 2
-    assert "grows by 188 bytes a token in bf16, 36.7% of the 512" in text
+    assert "takes 188 bytes a token in bf16, 36.7% of the 512" in text
     steps = [line for line in text.splitlines() if line.startswith(("| convert", "| train", "| export"))]
     assert [line.split(" |")[0] for line in steps] == ["| convert", "| train", "| export"]
     assert "stage distil; seed 7; teacher `teacher`; data `corpus`" in steps[1]
@@ -53,6 +53,16 @@ def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tm
     assert "[org/base](https://huggingface.co/org/base), whose licence and terms apply" in text
     assert "- `corpus` (SHA-256 of its tokens `abc`)" in text and "- 36 training steps followed" in text
     assert "trust_remote_code=True" in text and "/secret" not in text and str(tmp_path) not in text
+
+
+def test_a_windowed_llama_is_a_model_of_ours_and_a_mistral_is_not():
+    llama = serve_config("W*", attention_window=32)  # of 128 tokens: a layer keeps a quarter
+    text = model_card("windowed", llama, 1000, {})
+    assert "trust_remote_code=True" in text and "vllm serve" not in text
+    assert "takes 160 bytes a token of a sequence of 128 in bf16, 62.5% of the 256" in text
+    assert "| `W` windowed attention | 0 | attention_window 32 | 32 |" in text
+    text = model_card("mistral", llama.replace(hybrid_layer_pattern="W-W-", model_family="mistral"), 1000, {})
+    assert "trust_remote_code=True" not in text and "vllm serve" in text
 
 
 def test_a_card_says_what_it_does_not_know():

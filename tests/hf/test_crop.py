@@ -7,7 +7,7 @@ from megatron_hylo.hf import HyloCache, cache_hylo
 from tests.conftest import tiny_hf_model
 from tests.hf.conftest import random_model, serve_config
 
-MIXERS = ["*+", "M", "G", "K", "G+M*"]
+MIXERS = ["*+", "M", "G", "K", "WW", "G+M*"]
 
 
 @pytest.mark.parametrize("mixers", MIXERS)

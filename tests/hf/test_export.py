@@ -23,6 +23,7 @@ CASES = {
     "G": serve_config("GG"),
     "G+M*": serve_config("G+M*"),
     "K+*K": serve_config("K+*K"),
+    "W+*W": serve_config("W+*W"),
     "G+M* q/k-norm, yarn": serve_config("G+M*", qk_layernorm=True, mla_rope_scaling=RopeScaling(**YARN)),
     "G+*+ pairs, yarn, theta": serve_config("G+*+", **PAIRS, **BOTH_YARN, rotary_base=3e5),
     "G+*+ pairs, NoPE": serve_config("G+*+", **PAIRS, rope_scaling=NOPE, mla_rope_scaling=NOPE),
@@ -67,10 +68,11 @@ def test_all_files_that_are_imported_are_copied(tmp_path):
         "flash_attention_3.py", "fused_inputs.py", "gated_delta_rule.py", "kda.py", "matvec.py", "norm.py",
         "quantised_latents.py", "recurrence_step.py", "registry.py", "rope.py", "ssd.py",
         "triton_causal_conv1d_step.py", "triton_decode_attention.py", "triton_matvec.py", "tuned.py",
+        "window_attention.py",
     }  # fmt: skip
     parts = (
         "modeling", "layers", "attention", "inputs", "configuration", "cache", "decode", "fused", "pretrained", "quantised",
-        "experts",
+        "experts", "window",
     )  # fmt: skip
     assert names == {f"{name}_hylo.py" for name in parts} | kernels
 

@@ -15,6 +15,7 @@ CASES = {
     "G": serve_config("GG"),
     "G+M* q/k-norm, yarn": serve_config("G+M*", qk_layernorm=True, mla_rope_scaling=RopeScaling(**YARN)),
     "K+*K": serve_config("K+*K"),
+    "W*": serve_config("WW*"),
     "aligned": serve_config("G+*+", **ALIGNED["G+*+ pairs, bias, aligned q/k-norm"]),
 }
 cases = pytest.mark.parametrize("config", CASES.values(), ids=CASES)

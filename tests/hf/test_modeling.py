@@ -22,6 +22,9 @@ CASES = {
     "+ aligned q/k-norm": serve_config("++", qk_layernorm=True, qk_head_dim=16, qk_pos_emb_head_dim=16),
     **{name: serve_config("G+*+", **settings) for name, settings in ALIGNED.items()},
     "M": serve_config("MM"),
+    "W": serve_config("WW"),
+    "W+*W bias and q/k-norm": serve_config("W+*W", add_qkv_bias=True, qk_layernorm=True),
+    "W of a block and more": serve_config("WW", attention_window=70),
     "G": serve_config("GG"),
     "G+M*": serve_config("G+M*"),
     "K+*K": serve_config("K+*K"),
@@ -54,7 +57,7 @@ def test_any_cut_of_the_prompt_gives_the_logits_of_the_full_forward(config, ids)
         torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("mixers", ["*", "+", "M", "G", "K", "G+M*"])
+@pytest.mark.parametrize("mixers", ["*", "+", "M", "G", "K", "W", "G+M*W"])
 @torch.no_grad()
 def test_every_token_changes_later_logits_only(mixers, ids):
     model = random_model(serve_config(mixers))

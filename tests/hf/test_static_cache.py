@@ -19,6 +19,7 @@ CASES = {
     "M": serve_config("M"),
     "G": serve_config("G"),
     "K": serve_config("K"),
+    "WW": serve_config("WW"),
     "G+M* q/k-norm, yarn": serve_config("G+M*", qk_layernorm=True, mla_rope_scaling=RopeScaling(**YARN)),
     "G+*+ pairs, bias": serve_config("G+*+", **ALIGNED["G+*+ pairs, bias"]),
     "aligned": serve_config("G+*+", **ALIGNED["G+*+ pairs, bias, aligned q/k-norm"]),

@@ -91,7 +91,7 @@ def test_a_saved_model_has_its_code_beside_it(tmp_path):
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("mixers", ["*", "+", "M", "G", "K"])
+@pytest.mark.parametrize("mixers", ["*", "+", "M", "G", "K", "W"])
 @torch.no_grad()
 def test_all_ways_to_read_a_sequence_give_the_full_forwards_logits(mixers, dtype, bound, ids):
     """Whole = in pieces = token by token = in a padded batch, each within the dtype's rounding of the fp64 model."""

@@ -10,7 +10,7 @@ from tests.kernels.compare import relative_error
 TOLERANCE = 1e-12  # float64
 
 
-@pytest.mark.parametrize("pattern", ["G-G-", "M-M-", "+-+-", "*-*-", "G-+-M-*-"])
+@pytest.mark.parametrize("pattern", ["G-G-", "M-M-", "+-+-", "*-*-", "W-W-", "G-+-M-*-"])
 @pytest.mark.parametrize("qk_layernorm", [False, True])
 def test_windows_do_not_see_each_other(pattern, qk_layernorm, one_rank):
     model, ids = uneven_model(pattern, qk_layernorm=qk_layernorm), torch.randint(160, (3, 21))

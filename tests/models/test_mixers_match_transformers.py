@@ -188,7 +188,9 @@ def test_mla_with_qk_norm_matches_float64_reference(one_rank):
     ("family", "tied", "changes"),
     [
         ("llama", True, {}),
+        ("mistral", False, {"sliding_window": 7}),
         ("qwen2", True, {}),
+        ("qwen2", True, {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
         ("qwen3", False, {}),
         ("qwen3_moe", False, {}),
         ("qwen3_moe", True, {"norm_topk_prob": False, "decoder_sparse_step": 2, "num_experts_per_tok": 3}),

@@ -15,7 +15,7 @@ from tests.kernels.compare import relative_error
 
 LENGTHS = [5, 1, 70, 2, 3, 66]  # shorter than a convolution, and longer than a chunk of the linear layers' kernels
 TOLERANCE = 2e-6  # the norms are fp32 inside
-PATTERNS = ["*-", "+-", "M-", "G-", "G-+-M-*-"]
+PATTERNS = ["*-", "+-", "M-", "G-", "W-", "G-+-M-*-"]
 
 
 @pytest.fixture

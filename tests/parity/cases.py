@@ -115,6 +115,7 @@ MODELS = {
         linear_key_head_dim=12, linear_value_head_dim=20,
     ),
     "kda": tiny_config("K-+-K-*-"),
+    "windowed": tiny_config("W-+-*-W-", attention_window=7),
     "teacher": tiny_config("*-*-*-*-", add_qkv_bias=True),
     "experts": tiny_config("GE+EM-*E", qk_layernorm=True, **EXPERTS),
     "experts_teacher": tiny_config("*E*E*-*E", qk_layernorm=True, moe_router_pre_softmax=True, **EXPERTS),

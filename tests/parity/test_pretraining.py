@@ -31,6 +31,7 @@ CASES = [
     *cases("wide", "pretrain", "tp2 tp2_sp_cp2_a2a cp4_a2a"),
     *cases("wide", "packed", "tp2_sp_cp2_a2a cp4_a2a"),
     *cases("kda", "pretrain packed", "tp2 tp2_sp cp2_gather cp2_a2a pp2 tp2_sp_cp2"),
+    *cases("windowed", "packed", "tp2_sp cp2_gather"),
     *cases("experts", "pretrain", "tp2_sp ep2 ep2_plain cp2_ep2 pp2 pp2_ep2 tp2_sp_ep2 ep2_dp2"),
     *cases("experts", "packed", "ep2"),
     *cases("odd", "pretrain", "tp4"),
@@ -43,6 +44,8 @@ SLOW = [
     *cases("mixed", "pretrain", "tp2_sp dp2 cp2_a2a pp2 pp2_vp2"),
     *cases("mixed", "packed", "pp2"),
     *cases("tied", "pretrain", "cp2_a2a cp4 pp2_cp2"),
+    *cases("windowed", "pretrain", "tp2_sp cp2_gather cp2_a2a cp3 pp2 pp2_vp2 tp2_sp_cp2"),
+    *cases("windowed", "packed", "cp2_a2a cp3 pp2"),
 ]
 
 

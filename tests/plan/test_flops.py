@@ -21,7 +21,7 @@ def model_of(symbol: str) -> ModelConfig:
     sizes = dict(
         hidden_size=512, ffn_hidden_size=1024, num_attention_heads=8, num_query_groups=8, kv_channels=64, mamba_num_heads=8,
         mamba_head_dim=64, mamba_state_dim=64, linear_num_heads=8, linear_key_head_dim=32, linear_value_head_dim=64,
-        kda_decay_rank=32, q_lora_rank=256, kv_lora_rank=96, vocab_size=512,
+        kda_decay_rank=32, attention_window=LENGTH, q_lora_rank=256, kv_lora_rank=96, vocab_size=512,
     )  # fmt: skip
     return get_layout("smollm2-135m-8mla22gdn").config.replace(hybrid_layer_pattern=f"{symbol}-" * LAYERS, **sizes)
 
@@ -42,6 +42,13 @@ def test_products_and_attention_are_what_the_counter_finds(symbol, one_rank):
     if not mixer.recurrent:
         assert counted["aten.bmm"] == 2 * LENGTH * attention  # a causal mean is half of what the counter takes
     assert sum(others.values()) < 0.02 * mixer.parameters(config)
+
+
+def test_attention_of_a_window_counts_the_keys_that_queries_see():
+    config, length, window = model_of("W").replace(attention_window=100), 1000, 100
+    seen = sum(min(place + 1, window) for place in range(length)) / length
+    a_key = get_mixer("*").sequence_flops(config, 2)  # of a sequence of two, a key a query in the mean
+    assert get_mixer("W").sequence_flops(config, length) == pytest.approx(a_key * seen, rel=1e-3)
 
 
 def test_products_of_experts_are_what_the_counter_finds(one_rank):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -171,19 +172,67 @@ def test_a_fit_finds_the_power_law_that_made_the_numbers_and_covers_it():
     assert fit_metric(rows[:2], "kl", "loss", True, 50) is None
 
 
-def test_a_slurm_array_gives_each_task_its_cell(spec, material, tmp_path):  # noqa: F811
-    train = dict(stage="distil", data=str(material.data), model=str(material.student), sequence_length=16, global_batch_size=4)
-    file = spec(student=None, grid={"train.seed": [1, 2]}, train=train)
+PROGRAM = """#!/usr/bin/env bash
+printf '%s\\n' "$@" >"$HYLO_ROOT/words"
+for file in ${WRITES:-}; do mkdir -p "$(dirname "$file")" && echo {} >"$file"; done
+[[ -z "${WRITES:-}" ]] || exit 1
+[[ -n "${STAYS:-}" ]] || exit 0
+trap 'mkdir -p "$STAYS/checkpoints/step_00000007"; echo {} >"$STAYS/checkpoints/step_00000007/manifest.json"; exit 3' USR1
+touch "$HYLO_ROOT/began"
+while :; do sleep 0.1; done
+"""
+
+
+def test_a_slurm_array_takes_each_cell_through_its_stages(spec, tmp_path, monkeypatch):
+    """The real script with a program in place of Python: what it is started with, how it is stopped, what it leaves behind."""
+    monkeypatch.chdir(tmp_path)
+    stages = {"align": {"stage": "align", "train_tokens": 64}, "long": {"train_tokens": 128, "sequence_length": 32}}
+    file = spec(stages=stages, evaluate=EVALUATE, grid={"student.mla": [1], "stages.long.seed": [1, 2]})
     assert run(file, "--slurm", "--at_once", 2) == 0
-    script = tmp_path / "sweep" / "slurm" / "sweep.sh"
+    script, one = tmp_path / "sweep" / "slurm" / "sweep.sh", read_sweep(file).cells[1]
     assert "#SBATCH --array=0,1%2\n" in script.read_text()
-    cell = read_sweep(file).cells[1]
-    assert yaml.safe_load((cell.folder / "recipe.yaml").read_text())["seed"] == 2
-    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "1", "HYLO_CHECK_ONLY": "none"}
-    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"{cell.folder}/run_1", done.stderr
-    done = subprocess.run(["bash", str(script)], env=environment | {"SLURM_ARRAY_TASK_ID": "7"}, capture_output=True, text=True)
+    program, root = tmp_path / "program", tmp_path / "root"
+    root.mkdir()
+    program.write_text(PROGRAM)
+    program.chmod(0o755)
+    own = {"SLURM_ARRAY_TASK_ID": "1", "HYLO_PYTHON": str(program), "HYLO_ROOT": str(root), "MAX_RETRIES": "0"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "HYLO"))} | own
+
+    def last_event() -> tuple[str, str]:
+        event = json.loads((one.folder / "jobs.jsonl").read_text().splitlines()[-1])
+        return event["event"], event["checkpoint"]
+
+    def call(**changes: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", str(script)], env=environment | changes, cwd="/", capture_output=True, text=True)
+
+    done = call()
+    assert done.returncode == 0 and last_event() == ("finished", ""), done.stderr
+    assert (root / "words").read_text().split() == ["-m", "megatron_hylo.cli", "sweep", str(file), "--cell", "1"]
+    stays = environment | {"STAYS": str(one.last.run)}
+    task = subprocess.Popen(
+        ["bash", str(script)], env=stays, cwd="/", stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        while not (root / "began").is_file():
+            assert task.poll() is None
+            time.sleep(0.02)
+        task.send_signal(signal.SIGUSR1)
+        output, _ = task.communicate(timeout=60)
+    finally:
+        if task.poll() is None:
+            os.killpg(task.pid, signal.SIGKILL)
+    name = f"{one.last.folder.name}/step_00000007"
+    assert task.returncode == 3 and f"{one.last.run}/checkpoints/step_00000007: run the same command to resume" in output
+    assert last_event() == ("stopped", name) and not (one.folder / "stop_requested").exists()
+    *most, last = map(str, (file for stage in one.stages for file in stage.files))
+    assert call(WRITES=" ".join(most)).returncode == 1 and last_event() == ("failed", name)
+    assert call(WRITES=last).returncode == 0 and last_event() == ("finished", name), (
+        "it ended badly, with all that was asked for"
+    )
+    done = call(SLURM_ARRAY_TASK_ID="7")
     assert done.returncode == 2 and "cell 7 is none of 0,1" in done.stderr
+    done = call(DRY_RUN="1")
+    assert done.returncode == 2 and f"hylo sweep {file} --dry_run checks all cells" in done.stderr
 
 
 EVALUATE = {"text": {"suites": ["ppl"], "lengths": [64, 128, 4096], "limit": 1, "sequence_length": 16}}
@@ -290,8 +339,3 @@ def test_layers_come_from_a_selection_and_its_order_tells_other_counts(tmp_path)
     assert selected_layers(smart | {"count": 2}) == [2, 4]
     with pytest.raises(ConfigError, match="for 2 MLA layers, not for 3"):
         selected_layers(smart | {"count": 3})
-
-
-def test_an_array_of_chains_is_refused(spec, capsys):
-    assert run(spec(stages={"a": {}, "b": {}}, grid={"student.mla": [1]}), "--slurm") == 2
-    assert "run it without --slurm" in capsys.readouterr().err

@@ -17,6 +17,7 @@ CASES = {
     "G+*": serve_config("G+*"),
     "M+": serve_config("M+"),
     "K+": serve_config("K+"),
+    "W+": serve_config("W+"),
     "G+*+ pairs, bias": serve_config("G+*+", **ALIGNED["G+*+ pairs, bias"]),
 }
 

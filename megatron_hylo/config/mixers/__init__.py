@@ -14,12 +14,15 @@ from megatron_hylo.config.mixers.gdn import GatedDeltaNet
 from megatron_hylo.config.mixers.kda import KimiDeltaAttention
 from megatron_hylo.config.mixers.mamba2 import Mamba2
 from megatron_hylo.config.mixers.mla import MultiLatentAttention
+from megatron_hylo.config.mixers.window import WindowAttention
 
 __all__ = [
     "ATTENTION_SYMBOL",
+    "COPIED_SYMBOLS",
     "LINEAR_SYMBOLS",
     "MIXERS",
     "MLA_SYMBOL",
+    "WINDOW_SYMBOL",
     "Fields",
     "MixerDescription",
     "Shape",
@@ -30,9 +33,13 @@ __all__ = [
 ]
 
 MIXERS: dict[str, MixerDescription] = {
-    mixer.symbol: mixer for mixer in (Attention(), MultiLatentAttention(), Mamba2(), GatedDeltaNet(), KimiDeltaAttention())
-}
-ATTENTION_SYMBOL, MLA_SYMBOL = Attention.symbol, MultiLatentAttention.symbol
+    mixer.symbol: mixer
+    for mixer in (
+        Attention(), MultiLatentAttention(), Mamba2(), GatedDeltaNet(), KimiDeltaAttention(), WindowAttention(),
+    )
+}  # fmt: skip
+ATTENTION_SYMBOL, MLA_SYMBOL, WINDOW_SYMBOL = Attention.symbol, MultiLatentAttention.symbol, WindowAttention.symbol
+COPIED_SYMBOLS = ATTENTION_SYMBOL + WINDOW_SYMBOL  # layers with the tensors of the teacher's, which are copied
 LINEAR_SYMBOLS = "".join(symbol for symbol, mixer in MIXERS.items() if mixer.recurrent)
 
 

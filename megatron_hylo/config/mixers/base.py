@@ -60,8 +60,12 @@ class MixerDescription(abc.ABC):
         return sum(math.prod(shape) for shape in self.tensors(config).values())
 
     def kv_numbers(self, config: ModelConfig) -> int:
-        """Numbers cached for every token; 0 for a recurrent mixer."""
+        """Numbers that every further token adds to the cache; 0 for a recurrent mixer."""
         return 0
+
+    def cached_numbers(self, config: ModelConfig, length: int) -> int:
+        """Numbers cached of a sequence of `length` tokens, states left out."""
+        return length * self.kv_numbers(config)
 
     def state_numbers(self, config: ModelConfig) -> int:
         """Numbers of the state carried for a sequence of any length: recurrence and convolution; 0 for attention."""

@@ -11,7 +11,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 
 from megatron_hylo.config.errors import ConfigError
-from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, check_tensor_parallel
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, WINDOW_SYMBOL, check_tensor_parallel
 from megatron_hylo.config.mixers.mamba2 import Mamba2
 from megatron_hylo.config.mlps import EXPERTS_SYMBOL
 from megatron_hylo.hf.configuration_hylo import HyloConfig
@@ -65,6 +65,7 @@ def check_options(vllm_config: Any) -> None:
         f"quantization {model.quantization}": model.quantization is not None,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
         "a mixture of experts": EXPERTS_SYMBOL in model.hf_config.mlps,
+        "windowed attention `W`": WINDOW_SYMBOL in model.hf_config.mixers,
         f"--runner {model.runner_type}": model.runner_type != "generate",
         "--enable-lora": vllm_config.lora_config is not None,
         "--speculative-config": vllm_config.speculative_config is not None,

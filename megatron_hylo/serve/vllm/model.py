@@ -15,7 +15,7 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MLA_SYMBOL, complete
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MLA_SYMBOL, WINDOW_SYMBOL, complete
 from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 from megatron_hylo.serve.vllm.attention import HyloAttention
 from megatron_hylo.serve.vllm.gdn import HyloGatedDeltaNet
@@ -31,7 +31,7 @@ MIXERS: dict[str, tuple[str, type[nn.Module]]] = {
     "G": ("linear_attn", HyloGatedDeltaNet),
     "K": ("linear_attn", HyloKimiDeltaAttention),
 }
-complete(MIXERS, "serve/vllm/model.py: MIXERS")
+complete(MIXERS, "serve/vllm/model.py: MIXERS", besides=WINDOW_SYMBOL)
 
 
 class HyloLayer(nn.Module):

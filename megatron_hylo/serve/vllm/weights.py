@@ -37,7 +37,7 @@ MIXERS: dict[str, Table] = {
     "G": _delta_rule() | {"linear_attn.in_proj_ba.weight": ("linear_attn.b_proj.weight", "linear_attn.a_proj.weight")},
     "K": _delta_rule("b_proj.weight", "f_a_proj.weight", "f_b_proj.weight"),
 }
-complete(MIXERS, "serve/vllm/weights.py: MIXERS")
+complete(MIXERS, "serve/vllm/weights.py: MIXERS", besides="W")
 # symbols of mixers, a setting of the model, and the tensors that they have besides with it
 OPTIONAL: tuple[tuple[str, str, Table], ...] = (
     ("*", "add_qkv_bias", {"self_attn.qkv_proj.bias": tuple(f"self_attn.{part}_proj.bias" for part in "qkv")}),

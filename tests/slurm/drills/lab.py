@@ -128,14 +128,15 @@ class Lab:
 
     def submit_chain(self, *stages: str, **environment: str) -> list[str]:
         """Run submit_chain.sh; returns the jobs' numbers."""
-        said = self._call(["bash", str(ROOT / "slurm" / "submit_chain.sh"), *stages], environment)
+        said = self.call(["bash", str(ROOT / "slurm" / "submit_chain.sh"), *stages], environment)
         return [line.split()[-1] for line in said.splitlines()]
 
     def sbatch(self, words: list[str], environment: dict[str, str]) -> str:
         """Run sbatch; returns the job's number."""
-        return self._call(["sbatch", *words], environment).strip().split(";")[0]
+        return self.call(["sbatch", *words], environment).strip().split(";")[0]
 
-    def _call(self, words: list[str], environment: dict[str, str]) -> str:
+    def call(self, words: list[str], environment: dict[str, str]) -> str:
+        """Run a command as a user of the cluster; returns what it prints."""
         mine = {
             "HYLO_ROOT": str(self.root), "HYLO_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "RETRY_SECONDS": "1",
             "XDG_CACHE_HOME": str(self.root / "cache"),

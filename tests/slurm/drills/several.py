@@ -3,14 +3,18 @@
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 from megatron_hylo.config.recipes import recipe
 from megatron_hylo.eval.runs import read_lines, seconds_of
+from megatron_hylo.plan.sweep import read_sweep
 from tests.slurm.drills.drills import nothing, signal_batch
-from tests.slurm.drills.lab import MOMENT, OVERRIDES, PATIENCE, ROOT, STEPS, Drill, Job, Lab, Outcome, read_losses
+from tests.slurm.drills.lab import MOMENT, OVERRIDES, PATIENCE, ROOT, STEP_TOKENS, STEPS, Drill, Job, Lab, Outcome, read_losses
 
 
 def several_jobs(lab: Lab, names: list[str]) -> Iterator[Outcome]:
@@ -96,6 +100,35 @@ def _array(lab: Lab) -> Iterator[Job | str]:
         yield f"starts {starts}, not one and two"
 
 
+def _sweep(lab: Lab) -> Iterator[Job | str]:
+    """Two cells of two stages, the first of which they share; one is stopped in its second stage, then both are measured."""
+    file, train = lab.root / "sweep.yaml", yaml.safe_load(_own_recipe(lab, "stage2_ctx8k").read_text())
+    paths = {"data": str(lab.root / "data" / "mix"), "model": str(lab.root / "stage1_ild" / "model")}
+    values = {
+        "output": str(lab.root / "runs" / "sweep"), "teacher": str(lab.root / "models" / "llama3.1-8b"), "train": train | paths,
+        "stages": {"short": {"train_tokens": 2 * STEP_TOKENS}, "long": {}},
+        "evaluate": {"text": {"suites": ["ppl"], "lengths": [64], "limit": 2, "sequence_length": 64}},
+        "grid": {"stages.long.checkpoint.keep": [2, 3]},  # which changes no number
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    lab.call([sys.executable, "-m", "megatron_hylo.cli", "sweep", str(file), "--slurm", "--at_once", "2"], {})
+    cells = read_sweep(file).cells
+    id = lab.sbatch(["--parsable", "--time=60", f"{values['output']}/slurm/sweep.sh"], {})
+    yield from (Job(f"{id}_{cell.number}", cell.folder, 1) for cell in cells)
+    second = Job(f"{id}_1", cells[1].last.run, 1)
+    lab.wait_for_step(second, MOMENT)
+    signal_batch(lab, second)
+    if (state := lab.cluster.wait_for_end(id, PATIENCE)) != "COMPLETED":
+        yield f"Slurm says {state}"
+    if (states := [cell.state() for cell in cells]) != [("finished", "")] * 2:
+        yield f"cells are {states}"
+    one, other = (read_losses(cell.last.run) for cell in cells)
+    if sorted(one) != list(range(1, STEPS + 1)) or one != other:
+        yield f"{len(one)} and {len(other)} steps, whose losses must be the same"
+    if (starts := [sum(e["event"] == "started" for e in read_lines(cell.folder / "jobs.jsonl")) for cell in cells]) != [1, 2]:
+        yield f"starts {starts}, not one and two"
+
+
 def first_steps(lab: Lab, quickstart: Path) -> Iterator[Outcome]:
     """Seconds from sbatch to the first step of the quickstart's 135M model, and from a stop to the first step behind it.
 
@@ -147,14 +180,13 @@ def _wait_for_step_of_second_start(lab: Lab, job: Job) -> None:
 SEVERAL = {
     "chain of two stages, the first stopped once": _chain,
     "array of two tasks, one stopped once": _array,
+    "a sweep of chains, one stopped in its second stage": _sweep,
     "teacher and student, one heterogeneous job, stopped once": _remote,
 }
 
 
 def _own_recipe(lab: Lab, stage: str):
     """The stage's recipe with the drills' overrides in it: submit_chain.sh hands no arguments on."""
-    import yaml
-
     recipe = yaml.safe_load((ROOT / "megatron_hylo" / "recipes" / f"{stage}_llama3.2-1b.yaml").read_text())
     for key, value in OVERRIDES.items():
         *groups, name = key.split(".")
