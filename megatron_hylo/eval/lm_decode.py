@@ -39,7 +39,7 @@ class Stopper:
 def decode_greedily(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: Sequence[int],
     stopper: Stopper,
     device: torch.device,
     piece: int,
@@ -51,7 +51,7 @@ def decode_greedily(
     Args:
         model: causal LM of transformers.
         prompts: token ids.
-        max_new_tokens: at most, of each.
+        max_new_tokens: at most, of each prompt.
         stopper: says when one is finished.
         device: of the model.
         piece: tokens of a prompt in one pass.
@@ -68,7 +68,7 @@ def decode_greedily(
         for row, token in zip(rows, chosen.tolist()):
             if row not in finished:
                 new[row].append(token)
-                if len(new[row]) == max_new_tokens or stopper.is_finished(new[row]):
+                if len(new[row]) == max_new_tokens[row] or stopper.is_finished(new[row]):
                     finished.add(row)
         if len(finished) == len(prompts):
             return new
