@@ -286,9 +286,8 @@ class HyloLM(TemplateLM):
         stopper = Stopper(self.tokenizer, self.model.generation_config.eos_token_id, stop)
 
         def work(batch: list[int]) -> None:
-            new = decode_greedily(
-                self.model, [cut[i] for i in batch], [limits[i] for i in batch], stopper, self._device, self.prefill_tokens
-            )
+            chosen, most = [cut[i] for i in batch], [limits[i] for i in batch]
+            new = decode_greedily(self.model, chosen, most, stopper, self._device, self.prefill_tokens, self.track)
             for index, tokens in zip(batch, new):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 results[index] = postprocess_generated_text(text, stop, None)

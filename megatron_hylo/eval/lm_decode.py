@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megatron_hylo.eval.lm_reader import read_prompts
+from megatron_hylo.io.progress import Track, no_progress
 
 SPARE_TOKENS = 4  # decoded before a stop string: the first token of a piece can lose its space or a character's bytes
 
@@ -43,6 +44,7 @@ def decode_greedily(
     stopper: Stopper,
     device: torch.device,
     piece: int,
+    track: Track = no_progress,
 ) -> list[list[int]]:
     """Continue prompts of nearly one length with the most likely tokens.
 
@@ -55,6 +57,7 @@ def decode_greedily(
         stopper: says when one is finished.
         device: of the model.
         piece: tokens of a prompt in one pass.
+        track: progress display over the steps.
 
     Returns:
         new tokens of each prompt, the one that ended it included.
@@ -63,7 +66,7 @@ def decode_greedily(
     reader, logits = read_prompts(model, prompts, device, piece)
     rows = list(range(len(prompts)))  # prompts that are in the batch
     finished: set[int] = set()
-    while True:
+    for _ in track(range(max(max_new_tokens)), "decode"):
         chosen = logits.argmax(-1)
         for row, token in zip(rows, chosen.tolist()):
             if row not in finished:
@@ -71,7 +74,7 @@ def decode_greedily(
                 if len(new[row]) == max_new_tokens[row] or stopper.is_finished(new[row]):
                     finished.add(row)
         if len(finished) == len(prompts):
-            return new
+            break
         left = [place for place, row in enumerate(rows) if row not in finished]
         if 2 * len(left) <= len(rows):
             kept = torch.tensor(left, device=device)
@@ -80,3 +83,4 @@ def decode_greedily(
         found = reader.read(chosen[:, None], last=True)
         assert found is not None, "asked for by last"
         logits = found
+    return new

@@ -155,15 +155,9 @@ def unit_lower_inverse(system: torch.Tensor) -> torch.Tensor:
 
 
 def by_chunks(x: torch.Tensor, chunk: int, dtype: torch.dtype) -> torch.Tensor:
-    """Cut x [b, t, h, ...] into chunks, padded with zeros: [chunks, b h, chunk, ...], contiguous, so that each is one product."""
+    """Cut x [b, t, h, ...] into chunks, padded with zeros at the end: [chunks, b h, chunk, ...], contiguous."""
     padded = F.pad(x.to(dtype), (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % chunk))
     return padded.unflatten(1, (-1, chunk)).movedim(1, 0).transpose(2, 3).flatten(1, 2).contiguous()
-
-
-def from_chunks(chunks: list[torch.Tensor], shape: torch.Size) -> torch.Tensor:
-    """Put chunks [b h, chunk, d] behind each other, without padding: [b, t, h, d], whose first three sizes are `shape`."""
-    b, t, h = shape
-    return torch.stack(chunks).unflatten(1, (b, h)).transpose(2, 3).movedim(0, 1).flatten(1, 2)[:, :t]
 
 
 def _chunked(
@@ -194,21 +188,40 @@ def _chunked(
     system = keys @ keys.transpose(-1, -2) * decay * strength[..., None]
     inverse = unit_lower_inverse(system) * strength[..., None, :]  # v_new = inverse (v - d k S_0)
     scores = queries @ keys.transpose(-1, -2) * decay
-    from_state, read = keys * since_start, queries * since_start
     to_end = (keys * decay[..., -1, :, None]).transpose(-1, -2)  # [n, b h, dk, c]
+    parts = (values, keys * since_start, inverse, queries * since_start, scores, to_end, since_start[:, :, -1:])
+    o, state = pass_state(parts, initial_state, v.shape)
+    return o.to(v.dtype), state if output_final_state else None
 
+
+def pass_state(
+    parts: tuple[torch.Tensor, ...], initial_state: torch.Tensor | None, shape: torch.Size
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the delta rule from chunk to chunk; `kda` too.
+
+    Args:
+        parts: of all chunks, [n, b h, ...] each: values [c, dv]; keys and, fourth, queries [c, dk] with the decay since the
+            chunk's start; third, the inverse [c, c] that makes v_new; scores [c, c]; keys [dk, c] with the decay to the chunk's
+            end; the whole chunk's decay, [1, 1] or [dk, 1].
+        initial_state: [b, h, dk, dv] or None for zeros.
+        shape: of the outputs, [b, t, h, dv].
+
+    Returns:
+        Outputs of `shape`, and the state after the last chunk [b, h, dk, dv].
+    """
+    b, t, h, dv = shape
+    values, keys = parts[:2]
     if initial_state is None:
-        state = values.new_zeros(values.shape[1], k.shape[-1], v.shape[-1])
+        state = values.new_zeros(b * h, keys.shape[-1], dv)
     else:
-        state = initial_state.to(wide).flatten(0, 1)
+        state = initial_state.to(values.dtype).flatten(0, 1)
     outputs: list[torch.Tensor] = []
-    parts = (values, from_state, inverse, read, scores, to_end, since_start[:, :, -1:])
-    for value, key, solve, query, score, write, kept in zip(*(part.unbind() for part in parts), strict=True):
-        v_new = solve @ torch.baddbmm(value, key, state, alpha=-1)
-        outputs.append(torch.baddbmm(query @ state, score, v_new))
-        state = torch.baddbmm(state * kept, write, v_new)
-    o = from_chunks(outputs, v.shape[:3])
-    return o.to(v.dtype), state.unflatten(0, (v.shape[0], v.shape[2])) if output_final_state else None
+    for value, key, inverse, query, scores, to_end, kept in zip(*(part.unbind() for part in parts), strict=True):
+        v_new = inverse @ torch.baddbmm(value, key, state, alpha=-1)
+        outputs.append(torch.baddbmm(query @ state, scores, v_new))
+        state = torch.baddbmm(state * kept, to_end, v_new)
+    o = torch.stack(outputs).unflatten(1, (b, h)).transpose(2, 3).movedim(0, 1).flatten(1, 2)[:, :t]
+    return o, state.unflatten(0, (b, h))
 
 
 def recurrent_gated_delta_rule(
