@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -353,8 +354,11 @@ def test_missing_essays_leave_their_tasks_out(tokenizer, monkeypatch):
         run.plan_ruler(lm, (800,), ["niah_single_2"], limit=1)
 
 
-def test_lm_evals_generators_are_imported_without_a_download(monkeypatch):
-    """The sentence model that prepare_niah looks for is found, and splits after a sentence but not after a title."""
+def test_lm_evals_generators_are_imported_without_a_download(monkeypatch, tmp_path):
+    """The sentence model that prepare_niah looks for is found, and splits after a sentence but not after a title.
+
+    The package's files may be writable by a group, as in a checkout with umask 002; nltk refuses to read them there.
+    """
     import sys
 
     import nltk
@@ -365,6 +369,11 @@ def test_lm_evals_generators_are_imported_without_a_download(monkeypatch):
     sources.generators()
     monkeypatch.setattr(nltk, "download", refuse)
     monkeypatch.setattr(nltk.data, "path", [])
+    shared = tmp_path / "nltk_data"
+    shutil.copytree(sources.NLTK_DATA, shared)
+    for entry in (shared, *shared.rglob("*")):
+        entry.chmod(entry.stat().st_mode | 0o020)
+    monkeypatch.setattr(sources, "NLTK_DATA", shared)
     sources.sentence_model.cache_clear()
     monkeypatch.delitem(sys.modules, "lm_eval.tasks.ruler.prepare_niah")
     modules = sources.generators.__wrapped__()
