@@ -31,7 +31,7 @@ from megatron_hylo.platform.distributed import device as default_device
 logger = logging.getLogger("megatron_hylo.eval")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 ROWS = {"cuda": 128, "cpu": 32}  # of a batch, at most
-TOKENS_PER_GB, CPU_TOKENS = 4096, 8192  # of a batch: by the GPU's memory; on the CPU larger ones are no faster
+TOKENS_PER_GB, CPU_TOKENS = 4096, 16384  # of a batch: by the GPU's memory; on the CPU more is faster to decode alone
 LOGITS = {"cuda": 2**28, "cpu": 2**25}  # elements in memory at a time
 
 
@@ -204,16 +204,17 @@ class HyloLM(TemplateLM):
             ConfigError: sampling is asked for, or the tokens to generate fill the whole window.
         """
         results = [""] * len(requests)
-        by_settings: dict[str, list[int]] = defaultdict(list)
+        limits: list[int] = []
+        by_stop: dict[tuple[str, ...], list[int]] = defaultdict(list)  # tasks that stop alike are decoded together
         for number, request in enumerate(requests):
-            by_settings[repr(sorted(request.args[1].items()))].append(number)
-        for numbers in by_settings.values():
-            settings: dict[str, Any] = dict(normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks))
+            settings: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], self.max_gen_toks))
             if settings.get("do_sample"):
                 raise ConfigError("a task asks for sampling; this class decodes greedily: set do_sample to false")
-            stop = handle_stop_sequences(settings["until"], self.tokenizer.decode(self.eot_token_id))
+            limits.append(settings["max_gen_toks"])
+            by_stop[tuple(handle_stop_sequences(settings["until"], self.tokenizer.decode(self.eot_token_id)))].append(number)
+        for stop, numbers in by_stop.items():
             prompts = [self.tok_encode(requests[n].args[0]) for n in numbers]
-            texts = self.continuations(prompts, settings["max_gen_toks"], stop)
+            texts = self.continuations(prompts, [limits[n] for n in numbers], list(stop))
             for number, text in zip(numbers, texts):
                 results[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
@@ -258,40 +259,40 @@ class HyloLM(TemplateLM):
         """Return the log-probability of every token but the first of each sequence, fp32 [tokens - 1], on the CPU."""
         return [log_probs for log_probs, _ in self._score(ids, [len(row) - 1 for row in ids], "log-probabilities")]
 
-    def continuations(self, prompts: list[list[int]], max_new_tokens: int, stop: list[str]) -> list[str]:
+    def continuations(self, prompts: Sequence[list[int]], max_new_tokens: int | Sequence[int], stop: list[str]) -> list[str]:
         """Continue prompts greedily.
 
         Args:
             prompts: token ids; of one that is too long the end is read, with a warning.
-            max_new_tokens: at most.
+            max_new_tokens: at most, of all or of each.
             stop: texts that end a continuation, and are not part of it.
 
         Raises:
             ConfigError: the new tokens alone fill the window.
         """
-        room = self.max_length - max_new_tokens
-        if room < 1:
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        rooms = [self.max_length - most for most in limits]
+        if min(rooms, default=1) < 1:
             raise ConfigError(
-                f"{max_new_tokens} new tokens leave no room for a prompt in {self.max_length}; give a larger max_length"
+                f"{max(limits)} new tokens leave no room for a prompt in {self.max_length}; give a larger max_length"
             )
-        if longer := sum(len(prompt) > room for prompt in prompts):
+        if longer := [most for prompt, room, most in zip(prompts, rooms, limits) if len(prompt) > room]:
             logger.warning(
                 "%s of %s prompts are longer than %s tokens less %s new ones; their beginnings are cut off",
-                longer, len(prompts), f"{self.max_length:,}", max_new_tokens,
+                len(longer), len(prompts), f"{self.max_length:,}", max(longer),
             )  # fmt: skip
-        cut = [prompt[-room:] or [self.prefix_token_id] for prompt in prompts]
+        cut = [prompt[-room:] or [self.prefix_token_id] for prompt, room in zip(prompts, rooms)]
         results = [""] * len(cut)
         stopper = Stopper(self.tokenizer, self.model.generation_config.eos_token_id, stop)
 
         def work(batch: list[int]) -> None:
-            new = decode_greedily(
-                self.model, [cut[i] for i in batch], max_new_tokens, stopper, self._device, self.prefill_tokens
-            )
+            chosen, most = [cut[i] for i in batch], [limits[i] for i in batch]
+            new = decode_greedily(self.model, chosen, most, stopper, self._device, self.prefill_tokens, self.track)
             for index, tokens in zip(batch, new):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 results[index] = postprocess_generated_text(text, stop, None)
 
-        self.runner.run([len(prompt) + max_new_tokens for prompt in cut], work, self.track, "generate")
+        self.runner.run([len(prompt) + most for prompt, most in zip(cut, limits)], work, self.track, "generate")
         return results
 
     def _score(self, rows: Sequence[list[int]], counts: Sequence[int], description: str) -> list[tuple[Tensor, Tensor]]:

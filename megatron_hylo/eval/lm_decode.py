@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megatron_hylo.eval.lm_reader import read_prompts
+from megatron_hylo.io.progress import Track, no_progress
 
 SPARE_TOKENS = 4  # decoded before a stop string: the first token of a piece can lose its space or a character's bytes
 
@@ -39,10 +40,11 @@ class Stopper:
 def decode_greedily(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: Sequence[int],
     stopper: Stopper,
     device: torch.device,
     piece: int,
+    track: Track = no_progress,
 ) -> list[list[int]]:
     """Continue prompts of nearly one length with the most likely tokens.
 
@@ -51,10 +53,11 @@ def decode_greedily(
     Args:
         model: causal LM of transformers.
         prompts: token ids.
-        max_new_tokens: at most, of each.
+        max_new_tokens: at most, of each prompt.
         stopper: says when one is finished.
         device: of the model.
         piece: tokens of a prompt in one pass.
+        track: progress display over the steps.
 
     Returns:
         new tokens of each prompt, the one that ended it included.
@@ -63,15 +66,15 @@ def decode_greedily(
     reader, logits = read_prompts(model, prompts, device, piece)
     rows = list(range(len(prompts)))  # prompts that are in the batch
     finished: set[int] = set()
-    while True:
+    for _ in track(range(max(max_new_tokens)), "decode"):
         chosen = logits.argmax(-1)
         for row, token in zip(rows, chosen.tolist()):
             if row not in finished:
                 new[row].append(token)
-                if len(new[row]) == max_new_tokens or stopper.is_finished(new[row]):
+                if len(new[row]) == max_new_tokens[row] or stopper.is_finished(new[row]):
                     finished.add(row)
         if len(finished) == len(prompts):
-            return new
+            break
         left = [place for place, row in enumerate(rows) if row not in finished]
         if 2 * len(left) <= len(rows):
             kept = torch.tensor(left, device=device)
@@ -80,3 +83,4 @@ def decode_greedily(
         found = reader.read(chosen[:, None], last=True)
         assert found is not None, "asked for by last"
         logits = found
+    return new

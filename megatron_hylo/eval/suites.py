@@ -105,7 +105,8 @@ def _plan_ruler(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
     if not lengths or max(lengths) > lm.max_length:
         raise ConfigError(
             f"RULER at {max(lengths or ruler.LENGTHS[:1]):,} tokens is longer than this model's window of {lm.max_length:,}: "
-            f"prompts would be cut and lose what is asked for; give --lengths up to that, or a larger --max_length"
+            f"prompts would be cut and lose what is asked for; give --lengths up to that, a --suite without ruler, or a larger "
+            f"--max_length"
         )
     qa = {name: path for name, path in (("squad", settings.squad), ("hotpot", settings.hotpot)) if path is not None}
     for path in (*qa.values(), *([settings.essays] if settings.essays else [])):

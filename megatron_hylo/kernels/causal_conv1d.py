@@ -247,7 +247,7 @@ def _torch(
     wide = torch.promote_types(x.dtype, torch.float32)
     t, k = x.shape[1], weight.shape[1]
     history = F.pad(x, (0, 0, k - 1, 0)) if before is None else torch.cat([before, x], 1)
-    history, taps = history.to(wide), weight.to(wide).unbind(1)
+    history, taps = history.to(wide), weight.to(wide).t().contiguous().unbind()  # a strided tap is no vector to a CPU
 
     def earlier(j: int) -> Tensor:  # the inputs of tap j, of the same document
         inputs = history[:, j : j + t]
@@ -257,5 +257,7 @@ def _torch(
     if bias is not None:
         y = y + bias.to(wide)
     for j in range(1, k):
-        y = torch.addcmul(y, earlier(j), taps[j])
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+        y.addcmul_(earlier(j), taps[j])  # in place: no gradient needs the sums, and new memory costs more than the products
+    if activation == "silu":
+        y = F.silu(y, inplace=not y.requires_grad)
+    return y.to(x.dtype)

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from megatron_hylo.kernels.delta_rule_state_pass import register as register_state_pass
-from megatron_hylo.kernels.delta_rule_states import CHUNK, KeptStates
+from megatron_hylo.kernels.delta_rule_states import KeptStates
 from megatron_hylo.kernels.registry import Unsupported, library_unsupported, select, triton_version
 from megatron_hylo.kernels.ssd import segment_sum
 
+TORCH_CHUNK = 32  # tokens in plain torch; larger ones cost more within chunks than they save between them
 L2_EPS = 1e-6  # as fla's l2norm
 FLA_MODULE = "fla.ops.gated_delta_rule"
 FLA_MAX_KEY_DIM = 256
@@ -129,7 +130,7 @@ def _fla(
 
 def normalised(x: torch.Tensor) -> torch.Tensor:
     """L2-normalise x [..., d] along d, as fla's kernels do with queries and keys."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+    return x * torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + L2_EPS)
 
 
 def unit_lower_inverse(system: torch.Tensor) -> torch.Tensor:
@@ -153,6 +154,12 @@ def unit_lower_inverse(system: torch.Tensor) -> torch.Tensor:
     return inverse.squeeze(-3)
 
 
+def by_chunks(x: torch.Tensor, chunk: int, dtype: torch.dtype) -> torch.Tensor:
+    """Cut x [b, t, h, ...] into chunks, padded with zeros at the end: [chunks, b h, chunk, ...], contiguous."""
+    padded = F.pad(x.to(dtype), (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % chunk))
+    return padded.unflatten(1, (-1, chunk)).movedim(1, 0).transpose(2, 3).flatten(1, 2).contiguous()
+
+
 def _chunked(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -165,42 +172,56 @@ def _chunked(
     """Chunked form (section 3.3) with v_new_i = beta_i (v_i - S^T k_i), the values that the state receives; fla's names.
 
     With decays D_ij from token j to i and d_i from the chunk's start to i, a chunk's v_new solve
-    (I + tril(beta_i D_ij k_i.k_j, -1)) v_new = beta v - beta d (k S_0).
+    (I + tril(beta_i D_ij k_i.k_j, -1)) v_new = beta v - beta d (k S_0). All but the products with the state is computed for all
+    chunks at once. The right side is made when S_0 is known: a third less products than with fla's w and u, which are for
+    chunks that go on side by side.
     """
     t, wide = v.shape[1], torch.promote_types(v.dtype, torch.float32)
-    chunk = min(CHUNK, 1 << (t - 1).bit_length())  # a power of two, for `unit_lower_inverse`
-    pad = -t % chunk  # padded tokens have g = 0 and k = 0: no decay, nothing written
+    chunk = min(TORCH_CHUNK, 1 << (t - 1).bit_length())  # a power of two, for `unit_lower_inverse`
+    # padded tokens have g = 0 and k = 0: no decay, nothing written
+    queries = normalised(by_chunks(q, chunk, wide)) * q.shape[-1] ** -0.5  # [n, b h, c, dk]
+    keys = normalised(by_chunks(k, chunk, wide))
+    values, strength, log_decay = by_chunks(v, chunk, wide), by_chunks(beta, chunk, wide), by_chunks(g, chunk, wide)
+    decay = segment_sum(log_decay).exp()  # D: [n, b h, c, c]
+    since_start = log_decay.cumsum(-1).exp()[..., None]  # d: [n, b h, c, 1]
 
-    def chunks(value: torch.Tensor) -> torch.Tensor:  # [b, t, h, ...] -> [b, h, chunks, chunk, ...]
-        padded = F.pad(value.to(wide), (0, 0) * (value.dim() - 2) + (0, pad))
-        return padded.unflatten(1, (-1, chunk)).movedim(3, 1)
-
-    queries = chunks(normalised(q.to(wide)) * q.shape[-1] ** -0.5)
-    keys = chunks(normalised(k.to(wide)))
-    strength = chunks(beta)[..., None]
-    log_decay = chunks(g)
-    decay = segment_sum(log_decay).exp()  # D: [b, h, n, c, c]
-    since_start = log_decay.cumsum(-1).exp()[..., None]  # d: [b, h, n, c, 1]
-
-    written_keys = keys * strength
-    inverse = unit_lower_inverse(written_keys @ keys.transpose(-1, -2) * decay)
-    u = inverse @ (chunks(v) * strength)  # v_new for a zero state: [b, h, n, c, dv]
-    w = inverse @ (written_keys * since_start)  # v_new = u - w S: [b, h, n, c, dk]
-    to_end = (keys * decay[..., -1, :, None]).transpose(-1, -2)  # [b, h, n, dk, c]
-
-    state = u.new_zeros(*u.shape[:2], k.shape[-1], v.shape[-1]) if initial_state is None else initial_state.to(wide)
-    before: list[torch.Tensor] = []
-    v_new: list[torch.Tensor] = []
-    for chunk_u, chunk_w, key, kept in zip(
-        u.unbind(2), w.unbind(2), to_end.unbind(2), since_start[:, :, :, -1:].unbind(2), strict=True
-    ):
-        before.append(state)
-        v_new.append(chunk_u - chunk_w @ state)
-        state = state * kept + key @ v_new[-1]
-    o = (queries * since_start) @ torch.stack(before, 2)
-    o = o + (queries @ keys.transpose(-1, -2) * decay) @ torch.stack(v_new, 2)
-    o = o.movedim(1, 3).flatten(1, 2)[:, :t]  # [b, t, h, dv]
+    system = keys @ keys.transpose(-1, -2) * decay * strength[..., None]
+    inverse = unit_lower_inverse(system) * strength[..., None, :]  # v_new = inverse (v - d k S_0)
+    scores = queries @ keys.transpose(-1, -2) * decay
+    to_end = (keys * decay[..., -1, :, None]).transpose(-1, -2)  # [n, b h, dk, c]
+    parts = (values, keys * since_start, inverse, queries * since_start, scores, to_end, since_start[:, :, -1:])
+    o, state = pass_state(parts, initial_state, v.shape)
     return o.to(v.dtype), state if output_final_state else None
+
+
+def pass_state(
+    parts: tuple[torch.Tensor, ...], initial_state: torch.Tensor | None, shape: torch.Size
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the delta rule from chunk to chunk; `kda` too.
+
+    Args:
+        parts: of all chunks, [n, b h, ...] each: values [c, dv]; keys and, fourth, queries [c, dk] with the decay since the
+            chunk's start; third, the inverse [c, c] that makes v_new; scores [c, c]; keys [dk, c] with the decay to the chunk's
+            end; the whole chunk's decay, [1, 1] or [dk, 1].
+        initial_state: [b, h, dk, dv] or None for zeros.
+        shape: of the outputs, [b, t, h, dv].
+
+    Returns:
+        Outputs of `shape`, and the state after the last chunk [b, h, dk, dv].
+    """
+    b, t, h, dv = shape
+    values, keys = parts[:2]
+    if initial_state is None:
+        state = values.new_zeros(b * h, keys.shape[-1], dv)
+    else:
+        state = initial_state.to(values.dtype).flatten(0, 1)
+    outputs: list[torch.Tensor] = []
+    for value, key, inverse, query, scores, to_end, kept in zip(*(part.unbind() for part in parts), strict=True):
+        v_new = inverse @ torch.baddbmm(value, key, state, alpha=-1)
+        outputs.append(torch.baddbmm(query @ state, scores, v_new))
+        state = torch.baddbmm(state * kept, to_end, v_new)
+    o = torch.stack(outputs).unflatten(1, (b, h)).transpose(2, 3).movedim(0, 1).flatten(1, 2)[:, :t]
+    return o, state.unflatten(0, (b, h))
 
 
 def recurrent_gated_delta_rule(

@@ -7,19 +7,21 @@ On CUDA fla's Triton kernels run. `recurrent_kda` is the definition, token by to
 import importlib
 
 import torch
-import torch.nn.functional as F
 
 from megatron_hylo.kernels.gated_delta_rule import (
+    by_chunks,
     delta_rule_by_token,
     fla_unsupported,
     normalised,
+    pass_state,
     unit_lower_inverse,
 )
 from megatron_hylo.kernels.registry import select
 from megatron_hylo.kernels.ssd import segment_sum
 
 FLA_MODULE = "fla.ops.kda"
-CHUNK = 16  # tokens; plain torch holds a decay for each pair of a chunk's tokens and each channel
+CHUNK = 16  # tokens in plain torch
+FACTORED = 60.0  # nats that a channel may lose in a chunk: e^60 times a few hundred channels is far from fp32's end
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor) -> None:
@@ -90,38 +92,46 @@ def _chunked(
     """
     t, wide = v.shape[1], torch.promote_types(v.dtype, torch.float32)
     chunk = min(CHUNK, 1 << (t - 1).bit_length())  # a power of two, for `unit_lower_inverse`
-    pad = -t % chunk  # padded tokens have g = 0 and k = 0: no decay, nothing written
-
-    def chunks(value: torch.Tensor) -> torch.Tensor:  # [b, t, h, ...] -> [b, h, chunks, chunk, ...]
-        padded = F.pad(value.to(wide), (0, 0) * (value.dim() - 2) + (0, pad))
-        return padded.unflatten(1, (-1, chunk)).movedim(3, 1)
-
-    queries = chunks(normalised(q.to(wide)) * q.shape[-1] ** -0.5)
-    keys = chunks(normalised(k.to(wide)))
-    strength = chunks(beta)[..., None]
-    log_decay = chunks(g)  # [b, h, n, c, dk]
-    decay = segment_sum(log_decay.transpose(-1, -2)).exp().movedim(-3, -1)  # D: [b, h, n, c, c, dk]
-    since_start = log_decay.cumsum(-2).exp()  # d: [b, h, n, c, dk]
-
-    reached = decay * keys[..., None, :, :]  # keys j as token i meets them: [b, h, n, i, j, dk]
-    inverse = unit_lower_inverse(strength * (reached @ keys[..., None]).squeeze(-1))
-    u = inverse @ (chunks(v) * strength)  # v_new for a zero state: [b, h, n, c, dv]
-    w = inverse @ (keys * strength * since_start)  # v_new = u - w S: [b, h, n, c, dk]
-    to_end = reached[..., -1, :, :].transpose(-1, -2)  # [b, h, n, dk, c]
-
-    state = u.new_zeros(*u.shape[:2], k.shape[-1], v.shape[-1]) if initial_state is None else initial_state.to(wide)
-    before: list[torch.Tensor] = []
-    v_new: list[torch.Tensor] = []
-    for chunk_u, chunk_w, key, kept in zip(
-        u.unbind(2), w.unbind(2), to_end.unbind(2), since_start[:, :, :, -1, :, None].unbind(2), strict=True
-    ):
-        before.append(state)
-        v_new.append(chunk_u - chunk_w @ state)
-        state = state * kept + key @ v_new[-1]
-    o = (queries * since_start) @ torch.stack(before, 2)
-    o = o + (reached @ queries[..., None]).squeeze(-1) @ torch.stack(v_new, 2)
-    o = o.movedim(1, 3).flatten(1, 2)[:, :t]  # [b, t, h, dv]
+    # padded tokens have g = 0 and k = 0: no decay, nothing written
+    queries = normalised(by_chunks(q, chunk, wide)) * q.shape[-1] ** -0.5  # [n, b h, c, dk]
+    keys = normalised(by_chunks(k, chunk, wide))
+    values, strength, log_decay = by_chunks(v, chunk, wide), by_chunks(beta, chunk, wide), by_chunks(g, chunk, wide)
+    total = log_decay.double().cumsum(-2)  # differences of large sums lose digits in float32
+    since_start = total.exp().to(wide)  # d: [n, b h, c, dk]
+    to_end = (keys * (total[..., -1:, :] - total).exp().to(wide)).transpose(-1, -2)  # [n, b h, dk, c]
+    system, scores = _decayed_products(keys, queries, log_decay, total)
+    inverse = unit_lower_inverse(system * strength[..., None]) * strength[..., None, :]  # v_new = inverse (v - d k S_0)
+    parts = (values, keys * since_start, inverse, queries * since_start, scores, to_end, since_start[..., -1, :, None])
+    o, state = pass_state(parts, initial_state, v.shape)
     return o.to(v.dtype), state if output_final_state else None
+
+
+def _decayed_products(
+    keys: torch.Tensor, queries: torch.Tensor, log_decay: torch.Tensor, total: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Products of keys and of queries i with keys j <= i over the channels, each with its decay from j to i: [n, b h, c, c].
+
+    The decay is a factor of token i and one of token j, both by the chunk's middle, so that a product of matrices does; where a
+    channel loses more than `FACTORED` in a chunk these would overflow, and each pair's decay is computed.
+
+    Args:
+        keys, queries, log_decay: [n, b h, c, dk].
+        total: float64, sums of `log_decay` from the chunk's start.
+    """
+    away = total - (total[..., :1, :] + total[..., -1:, :]) / 2
+    strong = (total[..., 0, :] - total[..., -1, :]).amax(-1) > FACTORED  # [n, b h]
+    away = away.clamp(-FACTORED / 2, FACTORED / 2)  # changes strong ones alone
+    after, before = away.exp().to(keys), (keys * (-away).exp().to(keys)).transpose(-1, -2)
+    system, scores = ((x * after @ before).tril() for x in (keys, queries))
+    if strong.any():
+        own = keys[strong]  # [m, c, dk]
+        decay = segment_sum(log_decay[strong].transpose(-1, -2)).exp().movedim(-3, -1)  # [m, c, c, dk]
+        reached = decay * own[:, None]  # keys j as token i meets them
+        system, scores = (
+            found.index_put((strong,), (reached @ x[..., None]).squeeze(-1))
+            for found, x in ((system, own), (scores, queries[strong]))
+        )
+    return system, scores
 
 
 def recurrent_kda(

@@ -34,7 +34,7 @@ def segment_sum(x: torch.Tensor) -> torch.Tensor:
     total = x.double().cumsum(-1)  # differences of large sums lose digits in float32
     segments = (total[..., :, None] - total[..., None, :]).to(x.dtype)
     future = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).triu(1)
-    return segments.masked_fill(future, -torch.inf)
+    return segments.masked_fill_(future, -torch.inf)
 
 
 def _check(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> None:

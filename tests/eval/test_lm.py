@@ -10,6 +10,7 @@ from lm_eval.models.huggingface import HFLM
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.open_model import cast_weights
+from megatron_hylo.eval import lm_decode
 from megatron_hylo.eval.lm import HyloLM
 from megatron_hylo.eval.lm_batches import BatchRunner, plan_batches
 from megatron_hylo.io.progress import no_progress
@@ -84,11 +85,27 @@ def test_generations_match_lm_evals_class(both, settings):
     theirs, ours = both
     generator = random.Random(2)
     prompts = [text(generator, letters) for letters in (4, 6, 6, 15, 30, 60)]
-    for until in ([], ["a", "be"]):
-        asked = requests("generate_until", [(prompt, {"until": list(until), "max_gen_toks": 12}) for prompt in prompts])
+    for until, most in (([], [12, 3, 12, 1, 7, 12]), (["a", "be"], [12] * 6)):
+        asked = requests(
+            "generate_until",
+            [(prompt, {"until": list(until), "max_gen_toks": tokens}) for prompt, tokens in zip(prompts, most)],
+        )
         expected = theirs.generate_until(asked, disable_tqdm=True)
         assert ours(**settings).generate_until(asked) == expected
         assert len(set(expected)) > 1
+
+
+def test_tasks_that_stop_alike_are_decoded_in_one_batch(both, monkeypatch):
+    """Requests for 2 to 12 tokens take 12 steps, not the sum of their tasks' steps."""
+    _, ours = both
+    lm, steps = ours(), []
+    read = lm_decode.read_prompts
+    monkeypatch.setattr(lm_decode, "read_prompts", lambda *given: steps.append(len(given[1])) or read(*given))
+    asked = requests("generate_until", [("abcdef", {"until": [], "max_gen_toks": most}) for most in (12, 2, 12, 5)])
+    found = lm.generate_until(asked)
+    assert steps == [4]
+    assert found[0] == found[2] and found[0].startswith(found[1]) and found[0].startswith(found[3])
+    assert len(found[0]) > len(found[3]) > len(found[1]) > 0
 
 
 def test_a_stop_string_ends_a_sequence_and_its_text(both, tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ class Reads(LM):
     def __init__(self, tokenizer, answer, max_length=4096):
         super().__init__()
         self.tokenizer, self.answer, self.max_length, self.prompts = tokenizer, answer, max_length, []
+        self.calls: list[int] = []
 
     def tok_encode(self, text):
         return self.tokenizer.encode(text)
@@ -41,6 +43,7 @@ class Reads(LM):
 
     def generate_until(self, requests, disable_tqdm=False):
         self.prompts += [request.args[0] for request in requests]
+        self.calls.append(len(requests))
         return [self.answer(request.doc) for request in requests]
 
     def loglikelihood(self, requests, disable_tqdm=False):
@@ -228,11 +231,16 @@ def test_the_right_answer_scores_one_and_another_none(tokenizer, files):
     assert {score.value for score in scores} == {0.0} and {sample.score for sample in samples} == {0.0}
 
 
-def test_parts_of_an_answer_score_their_share(tokenizer):
-    """One of four values is a quarter, as lm-eval's string_match_all counts."""
-    scores, _ = run.plan_ruler(Reads(tokenizer, lambda example: example["outputs"][2]), (800,), ["vt", "cwe"], limit=3)()
+def test_parts_of_an_answer_score_their_share(tokenizer, monkeypatch):
+    """One of four values is a quarter, as lm-eval's string_match_all counts; the same in one call and in two."""
+    lm = Reads(tokenizer, lambda example: example["outputs"][2])
+    scores, samples = run.plan_ruler(lm, (800,), ["vt", "cwe"], limit=3)()
     assert [round(score.value, 6) for score in scores] == [0.2, 0.1, 0.15]
     assert scores[-1].note == "2 of 13 tasks" and scores[0].stderr == pytest.approx(0)
+    assert lm.calls == [6]  # both tasks as one batch
+    monkeypatch.setattr(run, "TOGETHER", 800 * 5)
+    assert run.plan_ruler(lm, (800,), ["vt", "cwe"], limit=3)() == (scores, samples)
+    assert lm.calls == [6, 3, 3]
 
 
 @pytest.mark.parametrize("task", ["niah_single_2", "niah_multikey_3", "vt", "cwe", "qa_1"])
@@ -346,8 +354,11 @@ def test_missing_essays_leave_their_tasks_out(tokenizer, monkeypatch):
         run.plan_ruler(lm, (800,), ["niah_single_2"], limit=1)
 
 
-def test_lm_evals_generators_are_imported_without_a_download(monkeypatch):
-    """The sentence model that prepare_niah looks for is found, and splits after a sentence but not after a title."""
+def test_lm_evals_generators_are_imported_without_a_download(monkeypatch, tmp_path):
+    """The sentence model that prepare_niah looks for is found, and splits after a sentence but not after a title.
+
+    The package's files may be writable by a group, as in a checkout with umask 002; nltk refuses to read them there.
+    """
     import sys
 
     import nltk
@@ -358,6 +369,11 @@ def test_lm_evals_generators_are_imported_without_a_download(monkeypatch):
     sources.generators()
     monkeypatch.setattr(nltk, "download", refuse)
     monkeypatch.setattr(nltk.data, "path", [])
+    shared = tmp_path / "nltk_data"
+    shutil.copytree(sources.NLTK_DATA, shared)
+    for entry in (shared, *shared.rglob("*")):
+        entry.chmod(entry.stat().st_mode | 0o020)
+    monkeypatch.setattr(sources, "NLTK_DATA", shared)
     sources.sentence_model.cache_clear()
     monkeypatch.delitem(sys.modules, "lm_eval.tasks.ruler.prepare_niah")
     modules = sources.generators.__wrapped__()

@@ -21,6 +21,9 @@ from megatron_hylo.io.progress import Track, no_progress
 
 logger = logging.getLogger("megatron_hylo.eval")
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+TOGETHER = (
+    2**20
+)  # tokens of prompts that are made and answered at a time: few examples of several tasks are decoded as one batch
 SHOWN = 300  # characters of a prompt's end that a sample keeps
 
 
@@ -76,20 +79,35 @@ def plan_ruler(
     def answer() -> tuple[list[Score], list[Sample]]:
         scores: list[Score] = []
         samples: list[Sample] = []
-        for length, task in track(cells, "RULER: answers"):
-            cell, texts, sizes = ready.pop((length, task))
-            cell.set_examples(sized_examples(texts, task, length, seed, sizes))
-            name = cell.config.task
-            assert name is not None
-            found = evaluate(lm, {"tasks": {name: cell}, "groups": {}}, bootstrap_iters=0, apply_chat_template=chat)
+        for call in track(_calls(cells, limit), "RULER: answers"):
+            tasks: dict[str, RulerTask] = {}
+            for length, task in call:
+                cell, texts, sizes = ready.pop((length, task))
+                cell.set_examples(sized_examples(texts, task, length, seed, sizes))
+                tasks[str(cell.config.task)] = cell
+            found = evaluate(lm, {"tasks": tasks, "groups": {}}, bootstrap_iters=0, apply_chat_template=chat)
             if found is not None:
-                ordered = sorted(found["samples"][name], key=lambda one: one["doc_id"])  # several ranks' come rank by rank
-                measured = [_sample(task, length, seed, one) for one in ordered]
-                samples += measured
-                scores.append(_score(task, length, measured, _note(task, haystack, questions)))
+                for (length, task), name in zip(call, tasks):
+                    ordered = sorted(found["samples"][name], key=lambda one: one["doc_id"])  # several ranks' come rank by rank
+                    measured = [_sample(task, length, seed, one) for one in ordered]
+                    samples += measured
+                    scores.append(_score(task, length, measured, _note(task, haystack, questions)))
         return scores + _means(scores, chosen), samples
 
     return answer
+
+
+def _calls(cells: Sequence[tuple[int, str]], limit: int) -> list[list[tuple[int, str]]]:
+    """Cut (length, task) into runs of at most `TOGETHER` tokens of prompts, one cell at least."""
+    calls: list[list[tuple[int, str]]] = []
+    used = 0
+    for length, task in cells:
+        if not calls or used + length * limit > TOGETHER:
+            calls.append([])
+            used = 0
+        calls[-1].append((length, task))
+        used += length * limit
+    return calls
 
 
 def counter(lm: Any, task: RulerTask, answer: int, template: Callable | None) -> Callable[[Sequence[Example]], list[int]]:

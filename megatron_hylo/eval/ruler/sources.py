@@ -7,6 +7,7 @@ import json
 import random
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,6 +28,7 @@ from megatron_hylo.io.identity import json_identity
 MODULES = ("prepare_niah", "niah_utils", "vt_utils", "cwe_utils", "fwe_utils", "qa_utils", "common_utils")
 LIBRARIES = ("lm_eval", "wonderwords", "nltk", "numpy")  # the generators draw their words and numbers with these
 NLTK_DATA = Path(__file__).with_name("nltk_data")  # a Punkt model: abbreviations, without statistics of a corpus
+_copies: list[tempfile.TemporaryDirectory] = []  # kept until the process ends
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def generators() -> SimpleNamespace:
 def sentence_model() -> str:
     """Make nltk able to split English sentences offline; returns the hash of the model's files.
 
-    An installed punkt_tab is taken if there is one, else the model of this package is put on nltk's search path.
+    An installed punkt_tab is taken if there is one, else a copy of this package's model is put on nltk's search path: nltk
+    reads nothing that another account owns or may write, as an installation for a group, or a checkout with umask 002.
     """
     import nltk
 
@@ -79,9 +82,24 @@ def sentence_model() -> str:
     try:
         found = nltk.data.find(place)
     except LookupError:
-        nltk.data.path.append(str(NLTK_DATA))
+        nltk.data.path.append(_private_copy(NLTK_DATA))
         found = nltk.data.find(place)
     return json_identity([found.join(name).open(encoding="utf-8").read() for name in ("abbrev_types.txt", "ortho_context.tab")])
+
+
+def _private_copy(source: Path) -> str:
+    """Copy a folder to one that this account alone may write, and that goes when the process ends."""
+    holder = tempfile.TemporaryDirectory(prefix="hylo-nltk-")
+    _copies.append(holder)
+    root = Path(holder.name)
+    for file in source.rglob("*"):
+        if file.is_file():
+            copy = root / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    for entry in root.rglob("*"):
+        entry.chmod(0o700 if entry.is_dir() else 0o600)
+    return holder.name
 
 
 @contextlib.contextmanager
