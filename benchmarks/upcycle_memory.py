@@ -124,7 +124,10 @@ def main(
 
     def make_text(folder: Path) -> None:
         windows = {"train": (tokens // sequence_length + 1, sequence_length + 1), "heldout": (4, sequence_length + 1)}
-        random_text(folder, config.vocab_size, windows)
+        unfinished = folder.with_name("data.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        random_text(unfinished, config.vocab_size, windows)
+        unfinished.rename(folder)
 
     with session():
         folder = scratch or Path(on_main(partial(tempfile.mkdtemp)))

@@ -7,6 +7,8 @@ from typing import Literal
 from megatron_hylo.cli.console import console, print_json, track
 from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.io import is_launched_first
+from megatron_hylo.io.provenance import hash_ahead
 from megatron_hylo.io.start_up import use_huge_pages
 
 
@@ -35,6 +37,8 @@ def convert(
         json: print {output, format, mixers, parameters, verified}.
     """
     use_huge_pages()
+    if to == "megatron" and is_launched_first():
+        hash_ahead(source)
     from megatron_hylo.convert.to_hf import convert_megatron_to_hf
     from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
     from megatron_hylo.models.checkpoint import read_description
