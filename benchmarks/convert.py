@@ -1,6 +1,7 @@
 """Time and peak memory of conversion, upcycling and export by size of the model, with `cp` of the same folder in the same run.
 
     python benchmarks/convert.py [--sizes 135m,1b,3b,8b] [--repeat N] [--scratch FOLDER] [--plot FILE.png] [--verify]
+        [--last STEP]
 
 Folders have the shapes of released Llamas (135m: SmolLM2) and random bf16 weights, made on the spot. Every step is a process of
 its own; CPU seconds and peak resident memory are that process's, start-up included. Copies and conversions take turns
@@ -105,7 +106,7 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def measure_size(
-    name: str, work: Path, repeat: int, verify: bool, show: Callable[[str, dict[str, dict[str, float]]], None]
+    name: str, work: Path, repeat: int, verify: bool, last: str, show: Callable[[str, dict[str, dict[str, float]]], None]
 ) -> None:
     """Run all steps on one model.
 
@@ -114,6 +115,7 @@ def measure_size(
         work: scratch folder.
         repeat: how often it is copied and converted.
         verify: compute logits too.
+        last: step that is run last.
         show: called after each step with its name and all that was measured.
     """
     hylo = [sys.executable, "-W", "ignore", "-m", "megatron_hylo.cli"]
@@ -141,7 +143,7 @@ def measure_size(
         ("export", [*hylo, "export", str(hybrid), str(export), "--no_verify"], None),
     ]
     for step, command, done_with in steps:
-        if step == "verify" and not verify:
+        if STEPS.index(step) > STEPS.index(last) or step == "verify" and not verify:
             continue
         found[step] = measure(command)
         show(step, found)
@@ -183,6 +185,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--last", choices=STEPS, default=STEPS[-1], help="the step after which a size is done")
     options = parser.parse_args()
     found = {}
     print(
@@ -201,7 +204,7 @@ def main() -> None:
             print(f"| {about} | {step} | {figures} |", flush=True)
 
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-            measure_size(SIZES[size], Path(scratch), options.repeat, options.verify, show)
+            measure_size(SIZES[size], Path(scratch), options.repeat, options.verify, options.last, show)
     if options.plot:
         plot(found, options.plot)
     print(
