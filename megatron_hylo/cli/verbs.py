@@ -4,9 +4,11 @@ import contextlib
 import os
 import shutil
 import sys
+import time
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -143,6 +145,7 @@ def generate(
     latents: Literal["int8", "fp8"] | None = None,
     weights: Literal["fp8"] | None = None,
     cuda_graphs: bool = False,
+    batch: PositiveInt | None = None,
     json: bool = False,
 ) -> None:
     """Continue a prompt with a carried cache: latents for MLA, states for linear layers.
@@ -151,7 +154,7 @@ def generate(
 
     Args:
         model: model folder, training checkpoint, or exported Hugging Face folder.
-        prompt: text to continue; - reads it from the standard input, in UTF-8.
+        prompt: text to continue; - reads it from the standard input, in UTF-8. With --batch, many of them.
         max_new_tokens: tokens to make at most.
         temperature: 0 takes the most likely token each time.
         top_p: with temperature > 0, sample from the most likely tokens that hold this much probability.
@@ -161,6 +164,8 @@ def generate(
         latents: keep MLA's latents in 8 bits, half of bf16's memory.
         weights: keep a hybrid's linear maps in FP8, half of bf16's memory; faster on a GPU for one sequence.
         cuda_graphs: on a GPU capture the decode step as one CUDA graph, from 32 new tokens on.
+        batch: decode up to so many prompts of a hybrid together, of any lengths: PROMPT is JSON Lines then, a string or an
+            object with "prompt" a line, and a JSON line is printed for each, in their order.
         json: print text, tokens, speed and cache as JSON instead.
     """
     import torch
@@ -168,6 +173,13 @@ def generate(
     from megatron_hylo.platform.distributed import is_main, session
     from megatron_hylo.serve.generate import check_prompt, generate_text
 
+    if batch is not None:
+        _generate_many(
+            model, prompt, batch=batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, weights=weights,
+            cuda_graphs=cuda_graphs,
+        )  # fmt: skip
+        return
     begun = False
 
     def show(text: str) -> None:
@@ -200,6 +212,34 @@ def generate(
     console.print(
         f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s; cache {result.cache_bytes / 1e6:.2f} MB, "
         f"KV {result.kv_bytes_per_token} bytes/token; decoded by {result.decoded_by}",
+        style="dim",
+    )
+
+
+def _generate_many(model: Path, lines: str, **settings: Any) -> None:
+    """Continue the prompts of JSON Lines and print a line for each, in their order and as soon as it is there."""
+    from megatron_hylo.config import ConfigError
+    from megatron_hylo.serve.generate_batch import generate_texts, read_prompts
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--batch decodes in one process; start it without torchrun, or leave --batch out")
+    if lines == "-":
+        lines = sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape")
+    prompts, ended = read_prompts(lines), {}
+    start, shown = time.perf_counter(), 0
+
+    def show(number: int, result: Any) -> None:
+        nonlocal shown
+        ended[number] = result
+        while shown in ended:
+            print(dumps({"prompt": prompts[shown]} | asdict(ended[shown])), flush=True)
+            shown += 1
+
+    found = generate_texts(model, prompts, on_result=show, **settings)
+    tokens, seconds = sum(result.new_tokens for result in found), time.perf_counter() - start
+    console.print(
+        f"{len(found):,} prompts, {tokens:,} new tokens in {seconds:.1f} s, with loading and reading the prompts; decoded by "
+        f"{found[-1].decoded_by}",
         style="dim",
     )
 

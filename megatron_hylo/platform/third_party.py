@@ -288,6 +288,15 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         ("transformers.utils.logging.disable_progress_bar",),
     ),
     ThirdPartyChange(
+        "GGUF headers parsed once",
+        "gguf.GGUFReader and gguf.get_tensor_name_map, while transformers loads from a GGUF file",
+        "transformers parses a file's vocabulary three times and makes the map of tensor names for each module",
+        "one call",
+        lambda: getattr(_loaded("gguf", "GGUFReader"), "__module__", "").startswith("megatron_hylo."),
+        ("io/gguf_file.py",),
+        ("gguf.GGUFReader", "gguf.get_tensor_name_map"),
+    ),
+    ThirdPartyChange(
         "words of RULER's keys",
         "WORDS of lm_eval.tasks.ruler.prepare_niah; nltk.data.path, where nltk has no sentence model",
         "lm-eval joins every adjective and noun: 6.2 million texts, 11 s and 0.7 GB a process; a model is not downloaded",
