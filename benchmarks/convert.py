@@ -1,23 +1,30 @@
 """Time and peak memory of conversion, upcycling and export by size of the model, with `cp` of the same folder in the same run.
 
-    python benchmarks/convert.py [--sizes 135m,1b,3b,8b] [--scratch FOLDER] [--plot FILE.png] [--verify]
+    python benchmarks/convert.py [--sizes 135m,1b,3b,8b] [--repeat N] [--scratch FOLDER] [--plot FILE.png] [--verify]
+        [--last STEP]
 
 Folders have the shapes of released Llamas (135m: SmolLM2) and random bf16 weights, made on the spot. Every step is a process of
-its own; CPU seconds and peak resident memory are that process's, start-up included. Twice the size of a model must be free on
-the disk; each folder is removed when no later step reads it. `--verify` adds `hylo verify`, which computes logits.
+its own; CPU seconds and peak resident memory are that process's, start-up included. Copies and conversions take turns
+`--repeat` times, and their medians count. A conversion is compared with three copies: by `cp`, which leaves its bytes to the
+kernel; by `cp` and an fsync of each file, as a conversion ends; and by those and the sha256 of each file on both sides, which
+a conversion takes too. Twice the size of a model must be free on the disk; each folder is removed when no later step reads it.
+`--verify` adds `hylo verify`, which computes logits.
 """
 
 import argparse
 import json
 import os
+import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +37,12 @@ from megatron_hylo.convert.safetensors_files import header_bytes, tensor_bytes
 SIZES = {"135m": "smollm2-135m", "1b": "llama3.2-1b", "3b": "llama3.2-3b", "8b": "llama3.1-8b"}
 PATTERN = "+GGG"  # repeated over the layers
 SHARD_BYTES = 1_600_000_000
-STEPS = ("cp", "convert", "verify --quick", "verify", "upcycle", "export")
+COPIES = {
+    "cp": "cp -r {source} {copy}",
+    "cp, fsync": "cp -r {source} {copy} && sync {copy}/*",
+    "cp, fsync, sha256": "cp -r {source} {copy} && sync {copy}/* && ls {source}/* {copy}/* | xargs -P 2 -n 1 openssl sha256",
+}  # by OpenSSL, as Python's, which takes the processor's instructions for it, and in two processes
+STEPS = ("convert", "verify --quick", "verify", "upcycle", "export")
 
 
 def write_source(folder: Path, name: str) -> int:
@@ -69,7 +81,7 @@ def write_source(folder: Path, name: str) -> int:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Run a command; wall-clock seconds, CPU seconds and peak resident memory in GiB of its process."""
+    """Run a command; wall-clock seconds, CPU seconds and peak resident memory in GiB of its process, and the load average."""
     start = time.perf_counter()
     root = Path(__file__).parents[1]
     with tempfile.TemporaryFile() as log:
@@ -84,16 +96,26 @@ def measure(command: list[str]) -> dict[str, float]:
         "seconds": time.perf_counter() - start,
         "cpu_seconds": used.ru_utime + used.ru_stime,
         "peak_gib": used.ru_maxrss / 2**20,
+        "load": os.getloadavg()[0],
     }
 
 
-def measure_size(name: str, work: Path, verify: bool, show: Callable[[str, dict[str, dict[str, float]]], None]) -> None:
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Medians of what was measured, but the largest peak."""
+    return {key: (max if key == "peak_gib" else statistics.median)(run[key] for run in runs) for key in runs[0]}
+
+
+def measure_size(
+    name: str, work: Path, repeat: int, verify: bool, last: str, show: Callable[[str, dict[str, dict[str, float]]], None]
+) -> None:
     """Run all steps on one model.
 
     Args:
         name: of the base model.
         work: scratch folder.
+        repeat: how often it is copied and converted.
         verify: compute logits too.
+        last: step that is run last.
         show: called after each step with its name and all that was measured.
     """
     hylo = [sys.executable, "-W", "ignore", "-m", "megatron_hylo.cli"]
@@ -102,16 +124,26 @@ def measure_size(name: str, work: Path, verify: bool, show: Callable[[str, dict[
     layers = BASES[name].num_hidden_layers
     pattern = "".join(islice(cycle(PATTERN), layers))
     os.sync()
+    runs: dict[str, list[dict[str, float]]] = {}
+    for _ in range(repeat):
+        shutil.rmtree(teacher, ignore_errors=True)
+        for step, command in COPIES.items():
+            shell = command.format(source=shlex.quote(str(source)), copy=shlex.quote(str(work / "copy")))
+            runs.setdefault(step, []).append(measure(["sh", "-c", shell]))
+            shutil.rmtree(work / "copy")
+            os.sync()
+        runs.setdefault("convert", []).append(measure([*hylo, "convert", str(source), str(teacher), "--no_verify"]))
+    for step, measured in runs.items():
+        found[step] = medians(measured)
+        show(step, found)
     steps: list[tuple[str, list[str], Path | None]] = [
-        ("cp", ["cp", "-r", str(source), str(work / "copy")], work / "copy"),
-        ("convert", [*hylo, "convert", str(source), str(teacher), "--no_verify"], None),
         ("verify --quick", [*hylo, "verify", str(source), str(teacher), "--quick"], None if verify else source),
         ("verify", [*hylo, "verify", str(source), str(teacher)], source),
         ("upcycle", [*hylo, "upcycle", str(teacher), str(hybrid), "--pattern", pattern, "--init", "paper"], teacher),
         ("export", [*hylo, "export", str(hybrid), str(export), "--no_verify"], None),
     ]
     for step, command, done_with in steps:
-        if step == "verify" and not verify:
+        if STEPS.index(step) > STEPS.index(last) or step == "verify" and not verify:
             continue
         found[step] = measure(command)
         show(step, found)
@@ -120,49 +152,59 @@ def measure_size(name: str, work: Path, verify: bool, show: Callable[[str, dict[
 
 
 def plot(found: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
-    """Plot peak memory by size of the folder."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Plot time and peak memory by size of the folder."""
+    from report import draw_panels, line
 
     gb = [steps["folder"]["gb"] for steps in found.values()]
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for step in STEPS[1:]:
-        if all(step in steps for steps in found.values()):
-            axes.plot(gb, [steps[step]["peak_gib"] for steps in found.values()], marker="o", label=step)
-    axes.plot(gb, [size * 1e9 / 2**30 for size in gb], "--", color="grey", label="the folder itself")
-    axes.set(xscale="log", yscale="log", xlabel="bf16 folder, GB", ylabel="peak resident memory, GiB")
-    axes.set_xticks(gb, [f"{name}\n{size:.1f}" for name, size in zip(found, gb)])
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
+
+    def panel(axes: Any, key: str, label: str, steps: Sequence[str]) -> None:
+        for number, step in enumerate(steps):
+            there = [(size, measured[step][key]) for size, measured in zip(gb, found.values()) if step in measured]
+            axes.plot(*zip(*there), label=step, **line(number)) if there else None
+        axes.set(xscale="log", yscale="log", xlabel="bf16 folder, GB", ylabel=label)
+        axes.set_xticks(gb, [f"{name}\n{size:.1f}" for name, size in zip(found, gb)])
+        axes.minorticks_off()
+
+    def seconds(axes: Any) -> None:
+        panel(axes, "seconds", "seconds", [*STEPS, *COPIES])
+        axes.legend()
+
+    def memory(axes: Any) -> None:
+        panel(axes, "peak_gib", "peak resident memory, GiB", STEPS)
+        axes.plot(gb, [size * 1e9 / 2**30 for size in gb], "--", color="grey", label="the folder itself")
+        axes.legend()
+
+    draw_panels(file, seconds, memory, size=(11, 4.5))
 
 
 def main() -> None:
     """Measure all sizes and print the table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", default="135m,1b,3b,8b")
+    parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--last", choices=STEPS, default=STEPS[-1], help="the step after which a size is done")
     options = parser.parse_args()
     found = {}
     print(
-        "| model | step | seconds | share of cp's speed | CPU seconds | peak memory, GiB |\n|---|---|---|---|---|---|",
+        "| model | step | seconds | speed over that of each copy | CPU seconds | peak memory, GiB | load |\n"
+        "|---|---|---|---|---|---|---|",
         flush=True,
     )
     for size in options.sizes.split(","):
 
         def show(step: str, steps: dict[str, dict[str, float]], size: str = size) -> None:
             row, found[size] = steps[step], steps
-            share = f"{steps['cp']['seconds'] / row['seconds']:.2f}" if step == "convert" else ""
-            figures = f"{row['seconds']:.1f} | {share} | {row['cpu_seconds']:.1f} | {row['peak_gib']:.2f}"
+            shares = [f"{steps[copy]['seconds'] / row['seconds']:.2f}" for copy in COPIES if step == "convert"]
+            figures = f"{row['seconds']:.1f} | {'; '.join(shares)} | {row['cpu_seconds']:.1f} | {row['peak_gib']:.2f}"
+            figures += f" | {row['load']:.0f}"
             about = f"{size} ({parameter_count(BASES[SIZES[size]]) / 1e9:.2f}B, {steps['folder']['gb']:.1f} GB)"
             print(f"| {about} | {step} | {figures} |", flush=True)
 
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-            measure_size(SIZES[size], Path(scratch), options.verify, show)
+            measure_size(SIZES[size], Path(scratch), options.repeat, options.verify, options.last, show)
     if options.plot:
         plot(found, options.plot)
     print(

@@ -1,8 +1,9 @@
 """`hylo calibrate`: one pass of the teacher over some text, layer by layer, all tokens through one layer at a time.
 
-So one layer's weights and statistics exist at a time, and what is held of the text is its hidden states, in the CPU's
-memory. Ranks share the work: data-parallel ranks the windows, tensor-parallel ranks the heads and the rows of the input
-moment. Each finished layer is written; started again, the pass runs through the layers that are there without measuring.
+So one layer's weights and statistics exist at a time, and what is held of the text is its hidden states: on the GPU where
+there is room, else in the CPU's memory. Ranks share the work: data-parallel ranks the windows, tensor-parallel ranks the heads
+and the rows of the input moment. Each finished layer is written; started again, the pass runs through the layers that are
+there without measuring.
 """
 
 import hashlib
@@ -39,6 +40,8 @@ from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.models.checks import require_finite, warn_beyond_context
 from megatron_hylo.models.streamed import ModelParts, open_parts
 from megatron_hylo.platform.distributed import device, is_main
+
+KEPT_ON_GPU = 1 / 3  # of its free memory; hidden states that need more are offloaded
 
 
 def calibrate(
@@ -108,10 +111,27 @@ def calibrate(
 
 
 @torch.no_grad()
-def embed(parts: ModelParts, micro_batches: Sequence[Tensor]) -> list[Tensor]:
-    """Embed micro-batches int64 [n, sequence]: a [sequence, n, hidden] tensor each, in the CPU's memory."""
+def embed(parts: ModelParts, micro_batches: Sequence[Tensor], states: float = 1.0) -> list[Tensor]:
+    """Embed micro-batches int64 [n, sequence]: a [sequence, n, hidden] tensor each, where hidden states are kept.
+
+    Args:
+        parts: the model.
+        micro_batches: of this rank.
+        states: tensors as large as all hidden states that will be kept there together.
+    """
+    config = parts.config
+    values = sum(ids.numel() for ids in micro_batches) * config.hidden_size
+    place = place_of_states(int(states * values * config.params_dtype.itemsize))
     with parts.loaded("embedding"):
-        return [parts.model.embedding(input_ids=ids.to(device()), position_ids=None).cpu() for ids in micro_batches]
+        return [parts.model.embedding(input_ids=ids.to(device()), position_ids=None).to(place) for ids in micro_batches]
+
+
+def place_of_states(size: int) -> torch.device:
+    """Where so many bytes wait: on the GPU if they take at most KEPT_ON_GPU of what is free there, else offloaded."""
+    here = device()
+    if here.type == "cuda" and size > KEPT_ON_GPU * torch.cuda.mem_get_info(here)[0]:
+        return torch.device("cpu")
+    return here
 
 
 def micro_batch(sequence_length: int, tokens: int = 8192) -> int:
@@ -132,7 +152,7 @@ def _calibration_windows(data: str | Path, tokens: int, sequence_length: int, se
 
 @torch.no_grad()
 def _gather_layers(model: ModelParts, teacher: str | Path, windows: Tensor, work: Path, track: Track) -> None:
-    """Run all windows through one layer at a time; hidden states wait in the CPU's memory."""
+    """Run all windows through one layer at a time."""
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     own = windows[rank::ranks]
     states = embed(model, own.split(micro_batch(windows.shape[1])) if len(own) else ())
@@ -151,7 +171,7 @@ def _gather_layers(model: ModelParts, teacher: str | Path, windows: Tensor, work
                 out = mixer.self_attention.attend(query, key, value)[0]
                 if sums is not None:
                     sums.add(x, query, key, value, out)
-                states[i] = mlp_layer(mlp, hidden + out).cpu()
+                states[i] = mlp_layer(mlp, hidden + out).to(state.device)
         if sums is not None:
             statistics = sums.means(layer)
             check_statistics(statistics)

@@ -39,7 +39,7 @@ from megatron_hylo.platform.distributed import device
 DAMPING = 1e-2  # of the mean diagonal of F^T F
 CORRECTION_DAMPING = (1e-2, 1e-1, 1.0)
 VALIDATION = 8  # every so manieth window is not solved on
-Hidden = dict[int, Tensor]  # by the number of the micro-batch, this rank's alone, in the CPU's memory
+Hidden = dict[int, Tensor]  # by the number of the micro-batch, this rank's alone, where `embed` has put them
 
 
 @dataclass
@@ -77,8 +77,8 @@ def solve_outputs(
 ) -> list[LayerError]:
     """Re-solve the output projection of every `+`, `M` and `G` layer, and of MLPs, in place.
 
-    One layer of a streamed student or teacher is loaded at a time; hidden states and features wait in the CPU's memory. Ranks
-    share the micro-batches; the result has the same bits on any number of ranks.
+    One layer of a streamed student or teacher is loaded at a time; hidden states and features wait where `embed` puts them.
+    Ranks share the micro-batches; the result has the same bits on any number of ranks.
 
     Args:
         student: initialised, whole on this rank; what is solved of a streamed one is given to `finished` alone.
@@ -104,9 +104,11 @@ def solve_outputs(
     ids = windows[:, :-1]
     parts = [(part, False) for part in ids[~held].split(size)] + [(part, True) for part in ids[held].split(size)]
     share = Share([is_held for _, is_held in parts])
-    taught: Hidden = dict(zip(share.own, embed(teacher, [parts[i][0] for i in share.own])))
+    config = student.config.hylo  # kept: taught, own, features, outputs; sequential: studied, and features of an MLP
+    kept = 4 + config.ffn_hidden_size / config.hidden_size if sequential else 4
+    taught: Hidden = dict(zip(share.own, embed(teacher, [parts[i][0] for i in share.own], kept)))
     studied, errors = dict(taught), []
-    for layer, symbol in enumerate(track(student.config.hylo.mixers, "solve")):
+    for layer, symbol in enumerate(track(config.mixers, "solve")):
         done = finished.error(layer) if finished is not None else None
         if done is not None and not sequential:  # nothing else is asked of this layer's student
             with teacher.layer(layer) as (teacher_mixer, teacher_mlp):
@@ -115,7 +117,7 @@ def solve_outputs(
             studied = dict(taught)
             errors.append(done)
             continue
-        with student.layer(layer) as (mixer, mlp), teacher.layer(layer) as (teacher_mixer, teacher_mlp):
+        with student.layer(layer, mlp=sequential) as (mixer, mlp), teacher.layer(layer) as (teacher_mixer, teacher_mlp):
             if done is None and get_mixer(symbol).norm_after_gate:
                 _match_norm(mixer, studied)
             own = _run(mixer_output, teacher_mixer, taught)
@@ -131,11 +133,12 @@ def solve_outputs(
                     weight = from_first_rank(partial(_corrected, weight, fit, check), prior)
                 _set(projection, weight, layer, symbol)
             _advance(taught, own)
-            _advance(studied, _outputs(features, projection.weight))
+            wanted = features if sequential else {i: f for i, f in features.items() if share.held[i]}
+            _advance(studied, _outputs(wanted, projection.weight))
             errors.append(done or LayerError(layer, symbol, initial, solved, _distance(share, taught, studied)))
 
             own = _run(_mlp_output, teacher_mlp, taught)
-            if sequential and student.config.hylo.mlps[layer] == EXPERTS_SYMBOL:  # stay the teacher's
+            if sequential and config.mlps[layer] == EXPERTS_SYMBOL:  # stay the teacher's
                 _advance(taught, own)
                 _advance(studied, _run(_mlp_output, mlp, studied))
             elif sequential:
@@ -163,7 +166,7 @@ def output_projection(mixer: Any) -> Any:
 
 def _run(run: Callable[[Any, Tensor], Tensor], layer: Any, hidden: Hidden) -> Hidden:
     """Run a part of a layer on all micro-batches of this rank."""
-    return {i: run(layer, h.to(device())).cpu() for i, h in hidden.items()}
+    return {i: run(layer, h.to(device())).to(h.device) for i, h in hidden.items()}
 
 
 def _mlp_output(layer: Any, hidden: Tensor) -> Tensor:
@@ -178,7 +181,7 @@ def _features(projection: nn.Module, run: Callable[[nn.Module, Tensor], Tensor],
         run(layer, hidden.to(device()))
     finally:
         hook.remove()
-    return seen[0].cpu()
+    return seen[0].to(hidden.device)
 
 
 def _normal_equations(
@@ -215,7 +218,7 @@ def _set(projection: Any, weight: Tensor, layer: int, symbol: str) -> None:
 
 
 def _outputs(features: Hidden, weight: Tensor) -> Hidden:
-    return {i: (f.to(device()) @ weight.T.to(f.dtype)).cpu() for i, f in features.items()}
+    return {i: (f.to(device()) @ weight.T.to(f.dtype)).to(f.device) for i, f in features.items()}
 
 
 def _advance(hidden: Hidden, outputs: Hidden) -> None:

@@ -37,6 +37,7 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError
 from megatron_hylo.io import read_verified_json, verify_manifest
 from megatron_hylo.io.identity import is_made_of
+from megatron_hylo.platform.distributed import device
 
 FORMAT, VERSION = "megatron_hylo.calibration", 1
 LOOK_BACK_TOKENS, RECEPTION_TOKENS = 512, 32
@@ -110,18 +111,16 @@ def check_statistics(statistics: Mapping[str, Tensor]) -> None:
                 f"layer {layer}: {name} is not finite, so the teacher's activations are NaN or infinite there; "
                 f"check the checkpoint with `hylo verify`, or calibrate in fp32"
             )
-    moment = statistics["input_second_moment"].double()
+    moment = statistics["input_second_moment"].to(device(), torch.float64)
     needed = TOKENS_PER_CHANNEL * len(moment)
     if tokens < needed:
         raise ConfigError(
             f"layer {layer}: {tokens} calibration tokens are too few for {len(moment)} channels; give at least {needed}"
         )
     used = moment.diagonal() > 0  # a channel that its norm's weight switches off is no fault of the text
-    values = torch.linalg.eigvalsh(moment[used][:, used])
-    rank = int((values > 1e-9 * values.mean()).sum())
-    if rank < len(values):
+    if (rank := _rank(moment[used][:, used])) < (channels := int(used.sum())):
         raise ConfigError(
-            f"layer {layer}: the covariance of its inputs is singular, rank {rank} of {len(values)}; the text is too uniform: "
+            f"layer {layer}: the covariance of its inputs is singular, rank {rank} of {channels}; the text is too uniform: "
             f"give more and more varied text"
         )
     for name in ("query_second_moment", "key_second_moment", "head_energy"):
@@ -133,3 +132,12 @@ def check_statistics(statistics: Mapping[str, Tensor]) -> None:
                 f"layer {layer}: head {silent[0] if silent else 0} never fires on this text (its {name} is zero); give more "
                 f"varied text, or keep that layer attention `*`"
             )
+
+
+def _rank(moment: Tensor) -> int:
+    """Number of eigenvalues above 1e-9 of their mean, [n, n]; a Cholesky factor, far less work, exists where all are."""
+    least = 1e-9 * moment.diagonal().mean()
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    if not torch.linalg.cholesky_ex(moment - least * identity).info:
+        return len(moment)
+    return int((torch.linalg.eigvalsh(moment) > least).sum())

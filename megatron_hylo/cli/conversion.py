@@ -7,7 +7,9 @@ from typing import Literal
 from megatron_hylo.cli.console import console, print_json, track
 from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.io.start_up import model_imports, use_huge_pages
+from megatron_hylo.io import is_launched_first
+from megatron_hylo.io.provenance import hash_ahead
+from megatron_hylo.io.start_up import model_imports, reuse_memory
 
 
 def convert(
@@ -34,7 +36,9 @@ def convert(
         shard_gb: largest size of a file of weights, GB.
         json: print {output, format, mixers, parameters, verified}.
     """
-    use_huge_pages()
+    reuse_memory()
+    if to == "megatron" and is_launched_first():
+        hash_ahead(source)
     with model_imports():
         from megatron_hylo.convert.to_hf import convert_megatron_to_hf
         from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
@@ -68,7 +72,7 @@ def verify(
         tolerance: largest |delta logit| that passes, fp32; relative to the largest logit where that is above 1.
         json: print the comparison as JSON.
     """
-    use_huge_pages()
+    reuse_memory()
     with model_imports():
         from megatron_hylo.convert.verify import Verification, verify_conversion
         from megatron_hylo.convert.verify_hashes import HashVerification, verify_hashes
@@ -123,7 +127,7 @@ def export(
         calibration_tokens: of that text.
         json: print {output, format, mixers, parameters, verified}.
     """
-    use_huge_pages()
+    reuse_memory()
     with model_imports():
         from megatron_hylo.convert.model_card import CardFacts
         from megatron_hylo.convert.quantise import export_quantised

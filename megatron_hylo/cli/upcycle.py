@@ -8,7 +8,7 @@ from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.config.upcycle import UpcycleConfig
-from megatron_hylo.io.start_up import model_imports, use_huge_pages
+from megatron_hylo.io.start_up import model_imports, reuse_memory
 
 
 def chosen_dtype(precision: Literal["fp32", "bf16"] | None):
@@ -180,7 +180,7 @@ def upcycle(config: UpcycleConfig, json: bool = False) -> None:
         config: settings of the hybrid.
         json: print {pattern, quality, teacher_quality, layers} instead of tables.
     """
-    use_huge_pages()
+    reuse_memory()
     with model_imports():
         from megatron_hylo.platform.distributed import session
         from megatron_hylo.upcycle.run import upcycle_folder
@@ -205,7 +205,7 @@ def assemble(mla: Path, linear: Path, base: Path, output: Path, *, pattern: str,
         pattern: one mixer a layer, e.g. "G+GG".
         overwrite: replace what is there.
     """
-    use_huge_pages()
+    reuse_memory()
     with model_imports():
         from megatron_hylo.platform.distributed import session
         from megatron_hylo.upcycle.run import assemble_folder

@@ -63,8 +63,10 @@ def gated_delta_net_from_attention(
     groups = len(m.key)
     group_length, group_reception = (p.unflatten(0, (groups, -1)).mean(1) for p in (length, reception))
     per_head = heads == len(m.query) and keys == m.query.shape[1]
-    leading = torch.linalg.eigh(m.input_moment).eigenvectors.flip(-1).T
-    leading = leading * (m.value.norm() / len(m.value.flatten(0, 1)) ** 0.5)  # rows as long as those of W_V
+    leading = m.input_mean.new_empty(0, len(m.input_mean))  # as many rows as are there where the values fill a head
+    if values > groups * m.value.shape[1]:
+        leading = torch.linalg.eigh(m.input_moment).eigenvectors.flip(-1).T
+        leading = leading * (m.value.norm() / len(m.value.flatten(0, 1)) ** 0.5)  # rows as long as those of W_V
     query, key, value, gate, write = [], [], [], [], []
     for i in range(heads):
         order = [(i * groups // heads + j) % groups for j in range(groups)]

@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.initialise.moments import damped, factor_outputs, leading_eigenvectors, square_root
+from megatron_hylo.initialise.moments import damped, factor_outputs, leading_eigenvectors, square_roots
 from megatron_hylo.initialise.registry import CalibrationStatistics, TeacherLayer, needed_statistics, register_initialiser
 from megatron_hylo.kernels.rope import rope_frequencies
 
@@ -209,7 +209,7 @@ def mla_from_attention(
     keys = unrotated(m.key)
     down_key, up_query = _cut_heads(keys, query_cost, m.input_moment, nope)
     value_cost = damped((m.output.transpose(1, 2) @ m.output).unflatten(0, (groups, -1)).sum(1))
-    cost = torch.block_diag(*(up_query.transpose(1, 2) @ query_cost @ up_query), *value_cost)
+    cost = [*(up_query.transpose(1, 2) @ query_cost @ up_query), *value_cost]
     rows = torch.cat([(down_key @ keys).flatten(0, 1), m.value.flatten(0, 1)])
     moment = m.input_moment - torch.outer(m.input_mean, m.input_mean) if config.mla_bias else m.input_moment
     latent_down, latent_up = factor_outputs(rows, moment, cost, config.kv_lora_rank)
@@ -265,7 +265,7 @@ def _cut_heads(keys: Tensor, cost: Tensor, input_moment: Tensor, nope: int) -> t
     if nope == dh:
         identity = torch.eye(dh, dtype=keys.dtype, device=keys.device).expand(groups, -1, -1)
         return identity, identity
-    root, inverse_root = square_root(cost), square_root(cost, inverse=True)
+    root, inverse_root = square_roots(cost)
     met = root @ keys @ input_moment @ keys.transpose(1, 2) @ root
     leading = torch.stack([leading_eigenvectors(part, nope) for part in met])
     return leading.transpose(1, 2) @ root, inverse_root @ leading
@@ -278,7 +278,7 @@ def _factor_queries(m: AttentionMoments, rank: int) -> tuple[Tensor, Tensor]:
         return torch.eye(rank, d, dtype=m.query.dtype, device=m.query.device), torch.nn.functional.pad(m.query, (0, rank - d))
     used = min(rank, heads * dh)
     cost = m.head_weight[:, None, None] * m.key_moment.repeat_interleave(m.repeats, 0)
-    down, up = factor_outputs(m.query.flatten(0, 1), m.input_moment, torch.block_diag(*damped(cost)), used)
+    down, up = factor_outputs(m.query.flatten(0, 1), m.input_moment, [*damped(cost)], used)
     down, up = (torch.nn.functional.pad(x, (0, 0, 0, n)) for x, n in ((down, rank - used), (up, 0)))
     return down, torch.nn.functional.pad(up, (0, rank - used)).unflatten(0, (heads, dh))
 

@@ -1,5 +1,7 @@
 """Small linear algebra on second moments, shared by the calibrated initialisers. All in float64."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,8 @@ def damped(moment: Tensor, damping: float = DAMPING) -> Tensor:
     return moment + damping * mean[..., None, None] * identity
 
 
-def square_root(moment: Tensor, inverse: bool = False) -> Tensor:
-    """Symmetric root, or inverse root, of a positive (semi)definite matrix: [..., n, n] -> the same.
+def square_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric root and inverse root of a positive (semi)definite matrix: [..., n, n] -> the same, twice.
 
     Eigenvalues below 1e-12 of the largest count as zero, and stay zero in the inverse.
     """
@@ -22,8 +24,10 @@ def square_root(moment: Tensor, inverse: bool = False) -> Tensor:
     values = values.clamp(min=0)
     kept = values > 1e-12 * values[..., -1:]
     roots = torch.where(kept, values, 1.0).sqrt()
-    roots = torch.where(kept, 1 / roots if inverse else roots, 0.0)
-    return (vectors * roots[..., None, :]) @ vectors.transpose(-1, -2)
+    root, inverse = (
+        (vectors * torch.where(kept, scale, 0.0)[..., None, :]) @ vectors.transpose(-1, -2) for scale in (roots, 1 / roots)
+    )
+    return root, inverse
 
 
 def leading_eigenvectors(moment: Tensor, count: int) -> Tensor:
@@ -31,7 +35,7 @@ def leading_eigenvectors(moment: Tensor, count: int) -> Tensor:
     return torch.linalg.eigh(moment).eigenvectors[:, -count:].flip(-1)
 
 
-def factor_outputs(weight: Tensor, input_moment: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def factor_outputs(weight: Tensor, input_moment: Tensor, metric: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:
     """The factors down, up of `weight` whose product has the least error on data, measured by `metric`.
 
     Least E |B^.5 (W - up down) x|^2 for B = metric: with R the leading eigenvectors of B^.5 E[W x x^T W^T] B^.5,
@@ -41,13 +45,13 @@ def factor_outputs(weight: Tensor, input_moment: Tensor, metric: Tensor, rank: i
     Args:
         weight: [out, in].
         input_moment: [in, in], E[x x^T].
-        metric: [out, out], positive definite.
+        metric: the blocks on its diagonal, each [n, n] and positive definite, their sizes `out` in all.
         rank: latents, at most `out`.
 
     Returns:
         down [rank, in], up [out, rank].
     """
-    root, inverse_root = square_root(metric), square_root(metric, inverse=True)
+    root, inverse_root = (torch.block_diag(*roots) for roots in zip(*map(square_roots, metric)))
     output_moment = root @ weight @ input_moment @ weight.T @ root
     basis = leading_eigenvectors(output_moment, rank)
     down, up = basis.T @ root @ weight, inverse_root @ basis

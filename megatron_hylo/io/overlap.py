@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 WAITING_BYTES = 2**28  # read but not yet written; a group of tensors larger than this waits alone
+LARGE_BYTES = 2**20  # hashed while it is written; less would take longer to hand over
 
 
 class Overlap:
@@ -79,6 +80,7 @@ class HashedFile:
     def __init__(self, path: Path) -> None:
         self.path, self.bytes, self.digest = path, 0, hashlib.sha256()
         self.file = open(path, "wb", buffering=0)
+        self.beside = ThreadPoolExecutor(1, thread_name_prefix="digest")
 
     def write(self, data: Buffer) -> int:
         """Write all bytes of a buffer.
@@ -88,13 +90,18 @@ class HashedFile:
         """
         view = memoryview(data).cast("B")
         size, done = len(view), 0
+        hashed = self.beside.submit(self.digest.update, view) if size >= LARGE_BYTES else None
         try:
             while done < size:
                 done += self.file.write(view[done:])
         except OSError as error:
             error.filename = str(self.path)
             raise
-        self.digest.update(view)
+        finally:
+            if hashed is not None:
+                hashed.result()  # the buffer is the caller's again
+        if hashed is None:
+            self.digest.update(view)
         self.bytes += size
         return size
 
@@ -107,6 +114,7 @@ class HashedFile:
 
     def close(self) -> dict[str, int | str]:
         """Close the file once its bytes are on the disk; returns its entry for a manifest, {"bytes", "sha256"}."""
+        self.beside.shutdown()
         os.fsync(self.file.fileno())
         self.file.close()
         return {"bytes": self.bytes, "sha256": self.digest.hexdigest()}

@@ -9,11 +9,12 @@ is kept in hylo.json under "provenance", and by an export in hylo_provenance.jso
                 | {"path"}}}                                                     anything else, e.g. a teacher's address
 """
 
-import functools
+import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,47 @@ def describe_input(path: str | Path, track: Track = no_progress) -> dict[str, An
     return found
 
 
+def hash_ahead(path: str | Path) -> None:
+    """Begin to hash what a later `made_by` says of an input, in threads that neither delay the end of the process nor fail.
+
+    For verbs that import libraries for seconds, with one core, before they open their input, which says what is wrong with it.
+    """
+    folder = Path(path)
+
+    def run(mine: list[Path]) -> None:
+        with contextlib.suppress(Exception):
+            for file in mine:
+                file_hash(file)
+
+    with contextlib.suppress(Exception):
+        listed = listed_files(folder)
+        files = [file for file in _source_files(folder) if file.name not in listed]
+        threads = max(1, (os.cpu_count() or 1) - 1)
+        for number in range(min(threads, len(files))):
+            threading.Thread(target=run, args=(files[number::threads],), daemon=True).start()
+
+
 def file_hash(file: Path) -> str:
-    """Return the sha256 of a file, which is read once in a process as long as it does not change."""
+    """Return the sha256 of a file, which one thread reads once in a process as long as it does not change."""
     found = os.stat(file)
-    return _hash_of(file, found.st_ino, found.st_size, found.st_mtime_ns)
+    state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    with _hashing:
+        known, made = _hashes.get(state), Future[str]()
+        if known is None:
+            _hashes[state] = made
+    if known is not None:
+        return known.result()
+    try:
+        made.set_result(sha256(file))
+    except BaseException as error:
+        with _hashing:
+            del _hashes[state]
+        made.set_exception(error)
+    return made.result()
 
 
-@functools.lru_cache(maxsize=1024)
-def _hash_of(file: Path, *_: int) -> str:
-    return sha256(file)
+_hashes: dict[tuple[int, ...], Future[str]] = {}  # by the state of a file
+_hashing = threading.Lock()
 
 
 def base_models(provenance: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

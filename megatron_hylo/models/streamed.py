@@ -43,9 +43,10 @@ class ModelParts:
             yield
 
     @contextlib.contextmanager
-    def layer(self, number: int) -> Iterator[tuple[MixerLayer, FeedForwardLayer]]:
-        """Context with one Transformer layer loaded: its mixer and its MLP."""
-        with self.loaded(f"decoder.layers.{2 * number}", f"decoder.layers.{2 * number + 1}"):
+    def layer(self, number: int, mlp: bool = True) -> Iterator[tuple[MixerLayer, FeedForwardLayer]]:
+        """Context with one Transformer layer loaded: its mixer and, unless it is not wanted, its MLP."""
+        mixer, feed_forward = f"decoder.layers.{2 * number}", f"decoder.layers.{2 * number + 1}"
+        with self.loaded(mixer, *([feed_forward] if mlp else [])):
             yield self.model.mixer_layers()[number]
 
     @contextlib.contextmanager

@@ -279,9 +279,9 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         ("torch.compile",),
     ),
     ThirdPartyChange(
-        "huge pages",
-        "THP_MEM_ALLOC_ENABLE=1 in convert, verify, upcycle, assemble and export",
-        "weights that are read once are limited by page faults: 2 GB/s of a core without, 6 with",
+        "memory of large tensors",
+        "THP_MEM_ALLOC_ENABLE=1; glibc's mallopt, to keep what is freed; in convert, verify, upcycle, assemble and export",
+        "weights that are read once are limited by page faults: 2 GB/s of a core without, 6 in huge pages, none in used ones",
         "process",
         _is_set("THP_MEM_ALLOC_ENABLE", "1"),
         ("io/start_up.py",),

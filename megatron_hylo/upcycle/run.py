@@ -97,7 +97,7 @@ def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> Upcyc
     source = FolderSource(teacher)
     if calibrated:
         assert statistics is not None
-        config = _with_rotary_pairs(config, teacher_config, source, statistics, settings.rotary)
+        config = _with_rotary_pairs(config, teacher_config, source, statistics, settings.rotary, track)
     read = upcycled(source.read, teacher_config, config, settings.init, settings.seed, statistics if calibrated else None)
     report = UpcycleReport(config, None, None, None)
     provenance = made_by("upcycle", {"teacher": teacher, "calibration": calibration}, **asdict(settings))
@@ -120,7 +120,12 @@ def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> Upcyc
 
 
 def _with_rotary_pairs(
-    config: ModelConfig, teacher_config: ModelConfig, source: FolderSource, statistics: CalibrationFolder, choice: str
+    config: ModelConfig,
+    teacher_config: ModelConfig,
+    source: FolderSource,
+    statistics: CalibrationFolder,
+    choice: str,
+    track: Track,
 ) -> ModelConfig:
     """Set the rotary pairs of all MLA layers; ranks share the layers."""
     layers = [i for i, symbol in enumerate(config.mixers) if symbol == MLA_SYMBOL]
@@ -132,7 +137,7 @@ def _with_rotary_pairs(
         attention = attention_tensors(source.read, teacher_config, layer)
         return choose_rotary_pairs(attention, config, teacher_config, statistics[layer], choice, span)
 
-    own = on_all(lambda: {layer: choose(layer) for layer in layers[rank() :: world_size()]})  # one layer in memory at a time
+    own = on_all(lambda: {i: choose(i) for i in track(layers[rank() :: world_size()], "choose rotary pairs")})  # one in memory
     pairs = {layer: chosen for part in own for layer, chosen in part.items()}
     return config.replace(mla_rotary_pairs=[pairs.get(layer, ()) for layer in range(config.num_hidden_layers)])
 

@@ -10,6 +10,8 @@ from benchmarks.convert import write_source
 from megatron_hylo.config import layouts
 
 PROGRAM = """
+from megatron_hylo.io.start_up import reuse_memory
+reuse_memory()  # as the verbs do
 import sys, resource, torch
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf

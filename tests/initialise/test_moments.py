@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hylo.initialise.moments import damped, factor_outputs, leading_eigenvectors, square_root, unit_functional
+from megatron_hylo.initialise.moments import damped, factor_outputs, leading_eigenvectors, square_roots, unit_functional
 
 
 def spread_moment(n: int, seed: int, condition: float = 1e3) -> Tensor:
@@ -33,7 +33,7 @@ def test_unit_metric_gives_care_and_svd_llm(weight, rank):
     root = vectors * values.sqrt() @ vectors.T
     u, s, v = torch.linalg.svd(weight @ root, full_matrices=False)
     care = (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(root)
-    down, up = factor_outputs(weight, moment, unit, rank)
+    down, up = factor_outputs(weight, moment, [unit], rank)
     assert down.shape == (rank, 20) and up.shape == (14, rank)
     torch.testing.assert_close(up @ down, care, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(cost(weight, up @ down, moment, unit), s[rank:].square().sum(), rtol=1e-8, atol=0)
@@ -43,31 +43,38 @@ def test_unit_metric_gives_care_and_svd_llm(weight, rank):
 def test_error_in_a_metric_is_the_tail_of_two_sided_singular_values(weight, rank):
     moment, metric = spread_moment(20, 1), spread_moment(14, 2)
     tail = torch.linalg.svdvals(torch.linalg.cholesky(metric).T @ weight @ torch.linalg.cholesky(moment))[rank:]
-    down, up = factor_outputs(weight, moment, metric, rank)
+    down, up = factor_outputs(weight, moment, [metric], rank)
     two_sided = cost(weight, up @ down, moment, metric)
     torch.testing.assert_close(two_sided, tail.square().sum(), rtol=1e-7, atol=0)
-    down, up = factor_outputs(weight, moment, torch.eye(14, dtype=torch.float64), rank)
+    down, up = factor_outputs(weight, moment, [torch.eye(14, dtype=torch.float64)], rank)
     assert two_sided < 0.9 * cost(weight, up @ down, moment, metric)
 
 
 def test_full_rank_is_exact_and_factors_are_balanced(weight):
-    down, up = factor_outputs(weight, spread_moment(20, 1), spread_moment(14, 2), 14)
+    down, up = factor_outputs(weight, spread_moment(20, 1), [spread_moment(14, 2)], 14)
     torch.testing.assert_close(up @ down, weight, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1), rtol=1e-9, atol=0)
 
 
 def test_rank_of_the_weight_is_enough_though_metric_and_moment_are_not_aligned_with_it(weight):
     low = weight[:, :3] @ torch.randn(3, 20, dtype=torch.float64)
-    down, up = factor_outputs(low, spread_moment(20, 1), spread_moment(14, 2), 3)
+    down, up = factor_outputs(low, spread_moment(20, 1), [spread_moment(14, 2)], 3)
     torch.testing.assert_close(up @ down, low, rtol=1e-6, atol=1e-6)
-    down, up = factor_outputs(low, spread_moment(20, 1), spread_moment(14, 2), 6)  # latents that are not needed
+    down, up = factor_outputs(low, spread_moment(20, 1), [spread_moment(14, 2)], 6)  # latents that are not needed
     assert down.isfinite().all() and up.isfinite().all()
     torch.testing.assert_close(up @ down, low, rtol=1e-6, atol=1e-6)
 
 
+def test_blocks_of_a_metric_equal_the_whole_metric(weight):
+    """Eigenvectors of the blocks alone: a fraction of the work of the whole matrix's."""
+    moment, blocks = spread_moment(20, 1), [spread_moment(9, 2), 3 * spread_moment(5, 3)]
+    by_blocks, whole = (factor_outputs(weight, moment, metric, 5) for metric in (blocks, [torch.block_diag(*blocks)]))
+    torch.testing.assert_close(by_blocks[1] @ by_blocks[0], whole[1] @ whole[0], rtol=1e-8, atol=1e-9)
+
+
 def test_square_roots_multiply_to_the_moment_and_cancel():
     moments = torch.stack([spread_moment(6, 1), 7 * spread_moment(6, 2)])
-    root, inverse = square_root(moments), square_root(moments, inverse=True)
+    root, inverse = square_roots(moments)
     torch.testing.assert_close(root @ root, moments)
     torch.testing.assert_close(root @ inverse, torch.eye(6, dtype=torch.float64).expand(2, -1, -1))
     torch.testing.assert_close(root, root.mT)
@@ -75,7 +82,7 @@ def test_square_roots_multiply_to_the_moment_and_cancel():
 
 def test_inverse_root_of_a_singular_moment_is_its_pseudoinverse():
     rows = torch.randn(2, 5, dtype=torch.float64)
-    inverse = square_root(rows.T @ rows, inverse=True)
+    _, inverse = square_roots(rows.T @ rows)
     torch.testing.assert_close(inverse @ inverse, torch.linalg.pinv(rows.T @ rows), rtol=1e-9, atol=1e-9)
 
 
