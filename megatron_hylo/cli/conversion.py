@@ -9,7 +9,7 @@ from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.io import is_launched_first
 from megatron_hylo.io.provenance import hash_ahead
-from megatron_hylo.io.start_up import reuse_memory
+from megatron_hylo.io.start_up import model_imports, reuse_memory
 
 
 def convert(
@@ -39,10 +39,11 @@ def convert(
     reuse_memory()
     if to == "megatron" and is_launched_first():
         hash_ahead(source)
-    from megatron_hylo.convert.to_hf import convert_megatron_to_hf
-    from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
-    from megatron_hylo.models.checkpoint import read_description
-    from megatron_hylo.platform.distributed import session
+    with model_imports():
+        from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+        from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
+        from megatron_hylo.models.checkpoint import read_description
+        from megatron_hylo.platform.distributed import session
 
     with session():
         function = convert_hf_to_megatron if to == "megatron" else convert_megatron_to_hf
@@ -72,9 +73,10 @@ def verify(
         json: print the comparison as JSON.
     """
     reuse_memory()
-    from megatron_hylo.convert.verify import Verification, verify_conversion
-    from megatron_hylo.convert.verify_hashes import HashVerification, verify_hashes
-    from megatron_hylo.platform.distributed import session
+    with model_imports():
+        from megatron_hylo.convert.verify import Verification, verify_conversion
+        from megatron_hylo.convert.verify_hashes import HashVerification, verify_hashes
+        from megatron_hylo.platform.distributed import session
 
     result: HashVerification | Verification
     with session():
@@ -126,13 +128,14 @@ def export(
         json: print {output, format, mixers, parameters, verified}.
     """
     reuse_memory()
-    from megatron_hylo.convert.model_card import CardFacts
-    from megatron_hylo.convert.quantise import export_quantised
-    from megatron_hylo.convert.to_hf import convert_megatron_to_hf
-    from megatron_hylo.eval.lm_facts import results_of
-    from megatron_hylo.eval.results import read_results
-    from megatron_hylo.models.checkpoint import read_description
-    from megatron_hylo.platform.distributed import session
+    with model_imports():
+        from megatron_hylo.convert.model_card import CardFacts
+        from megatron_hylo.convert.quantise import export_quantised
+        from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+        from megatron_hylo.eval.lm_facts import results_of
+        from megatron_hylo.eval.results import read_results
+        from megatron_hylo.models.checkpoint import read_description
+        from megatron_hylo.platform.distributed import session
 
     if calibration_data is not None and quantize is None:
         raise ConfigError("--calibration_data decides how weights are rounded; give --quantize fp8, int8 or int4 with it")

@@ -17,6 +17,7 @@ from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveInt
 from megatron_hylo.config import TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
+from megatron_hylo.io.start_up import model_imports
 
 
 def layouts(json: bool = False) -> None:
@@ -122,7 +123,8 @@ def preprocess(
         overwrite: replace what is there.
         json: print what was made (OUTPUT/data.json without the names of held-out documents).
     """
-    from megatron_hylo.data.preprocess import preprocess as preprocess_text
+    with model_imports():
+        from megatron_hylo.data.preprocess import preprocess as preprocess_text
 
     made = preprocess_text(
         input, output, tokenizer, heldout_fraction, overwrite=overwrite, on_bad_text=on_bad_text,
@@ -144,7 +146,7 @@ def generate(
     chat: bool = False,
     latents: Literal["int8", "fp8"] | None = None,
     weights: Literal["fp8"] | None = None,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool = True,
     batch: PositiveInt | None = None,
     json: bool = False,
 ) -> None:
@@ -262,8 +264,9 @@ def evaluate(
         windows: windows at most.
         teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
     """
-    from megatron_hylo.eval.folders import evaluate_folder
-    from megatron_hylo.platform.distributed import session
+    with model_imports():
+        from megatron_hylo.eval.folders import evaluate_folder
+        from megatron_hylo.platform.distributed import session
 
     with session():
         quality = evaluate_folder(model, data, teacher, sequence_length, windows, track, teacher_window)

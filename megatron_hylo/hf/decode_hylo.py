@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .modeling_hylo import HyloForCausalLM
 
 logger = logging.get_logger(__name__)
-COMPILED_STEPS = 512
+COMPILED_STEPS = 4096
 EXPANDED_ROWS = (
     32768  # of a cache whose keys are made anew in each step (MLA behind a q/k-norm): a graph makes those of all rows
 )

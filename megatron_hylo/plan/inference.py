@@ -90,7 +90,7 @@ def serving(shape: ModelConfig, hardware: Hardware, lengths: Sequence[int] = LEN
 
 
 def read_parameters(shape: ModelConfig, tokens: int) -> float:
-    """Parameters that are read for so many tokens at once: all but other tokens' embeddings and experts that none goes through."""
+    """Parameters that are read for so many tokens at once: not others' embeddings, nor experts that none goes through."""
     missed = 0.0
     embeddings = shape.vocab_size * shape.hidden_size if shape.untie_embeddings_and_output_weights else 0
     if shape.has_experts:

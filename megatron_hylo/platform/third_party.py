@@ -270,6 +270,15 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         ),  # fmt: skip
     ),
     ThirdPartyChange(
+        "compilation at the first call",
+        "torch.compile, while a verb imports Megatron-Core; its decorated functions stay so",
+        "each decorator would import torch's compiler, 2 s of CPU time for functions that most verbs never call",
+        "process",
+        lambda: getattr(_loaded("megatron.core.jit", "jit_fuser"), "__module__", "").startswith("megatron_hylo."),
+        ("io/start_up.py",),
+        ("torch.compile",),
+    ),
+    ThirdPartyChange(
         "memory of large tensors",
         "THP_MEM_ALLOC_ENABLE=1; glibc's mallopt, to keep what is freed; in convert, verify, upcycle, assemble and export",
         "weights that are read once are limited by page faults: 2 GB/s of a core without, 6 in huge pages, none in used ones",

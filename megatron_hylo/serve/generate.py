@@ -68,7 +68,7 @@ def generate_text(
     chat: bool = False,
     latents: Literal["int8", "fp8"] | None = None,
     weights: Literal["fp8"] | None = None,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool = True,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generation:
     """Continue a prompt until the end-of-sequence token or `max_new_tokens`.

@@ -52,7 +52,7 @@ def generate_texts(
     chat: bool = False,
     latents: Literal["int8", "fp8"] | None = None,
     weights: Literal["fp8"] | None = None,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool = True,
     on_result: Callable[[int, Generation], None] = lambda number, result: None,
 ) -> list[Generation]:
     """Continue many prompts, up to `batch` of them decoded together; the cache holds the sum of their lengths.

@@ -216,7 +216,7 @@ def test_kernels_match_explicit_softmax_in_fp32(kernel, packed, shape) -> None:
     wanted = by_document(*exact, scale) if packed else explicit(*exact, scale)
     error = relative_error(found, wanted)
     print(kernel, packed, shape, f"{error:.1e}")
-    assert error < (6e-3 if kernel == "fa3" else 8e-2)
+    assert error < (1e-2 if kernel == "fa3" else 0.11)  # FP8: its rounding of inputs alone makes up to .08
 
 
 @pytest.mark.gpu
@@ -226,7 +226,7 @@ def test_sections_of_a_projection_and_a_prefix_in_blocks_on_gpu() -> None:
     q, k, v = (x.expand(2, -1, -1, -1) for x in inputs(200, 900, 8, 2, 128, 256, torch.bfloat16, "cuda"))
     v = v[..., 128:]
     exact = explicit(q.float(), k.float(), v.float(), 0.1)
-    assert relative_error(attention(q, k, v, 0.1), exact) < 6e-3
+    assert relative_error(attention(q, k, v, 0.1), exact) < 1e-2
     blocks = ((k[:, part], v[:, part]) for part in (slice(0, 300), slice(300, 700)))
-    assert relative_error(blockwise_attention(q, blocks, (k[:, 700:], v[:, 700:]), 0.1), exact) < 6e-3
+    assert relative_error(blockwise_attention(q, blocks, (k[:, 700:], v[:, 700:]), 0.1), exact) < 1e-2
     assert in_use()[fa3.OPERATION] == "fa3"  # chosen, not asked for
