@@ -152,7 +152,7 @@ def measure_size(
 
 
 def plot(found: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
-    """Plot time and peak memory by size of the folder."""
+    """Plot CPU seconds (on a busy machine they say more than time) and peak memory by size of the folder."""
     from report import draw_panels, line
 
     gb = [steps["folder"]["gb"] for steps in found.values()]
@@ -166,7 +166,7 @@ def plot(found: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
         axes.minorticks_off()
 
     def seconds(axes: Any) -> None:
-        panel(axes, "seconds", "seconds", [*STEPS, *COPIES])
+        panel(axes, "cpu_seconds", "CPU seconds", [*STEPS, *COPIES])
         axes.legend()
 
     def memory(axes: Any) -> None:
