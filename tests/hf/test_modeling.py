@@ -22,7 +22,6 @@ CASES = {
     "+ aligned q/k-norm": serve_config("++", qk_layernorm=True, qk_head_dim=16, qk_pos_emb_head_dim=16),
     **{name: serve_config("G+*+", **settings) for name, settings in ALIGNED.items()},
     "M": serve_config("MM"),
-    "W": serve_config("WW"),
     "W+*W bias and q/k-norm": serve_config("W+*W", add_qkv_bias=True, qk_layernorm=True),
     "W of a block and more": serve_config("WW", attention_window=70),
     "G": serve_config("GG"),

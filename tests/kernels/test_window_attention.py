@@ -27,7 +27,7 @@ def worst_error(values, *settings):
     return max(relative_error(ours, theirs) for ours, theirs in [outputs, *zip(*gradients, strict=True)])
 
 
-@pytest.mark.parametrize("window", [2, 7, BLOCK, BLOCK + 3, 500])
+@pytest.mark.parametrize("window", [2, BLOCK, BLOCK + 3, 500])
 @pytest.mark.parametrize(("t", "s"), [(3 * BLOCK, 3 * BLOCK), (200, 200), (150, 260), (1, 90), (9, 9)])
 def test_matches_explicit_softmax(t: int, s: int, window: int) -> None:
     assert worst_error(inputs(t, s, 16, 24), window) < 1e-10
