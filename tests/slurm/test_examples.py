@@ -139,7 +139,7 @@ def test_ablations_are_specifications(file, tmp_path, monkeypatch):
     for cell in cells:
         assert "mixers" in row_of(cell) and all(stage.measurements for stage in cell.stages)
         names = [stage.name for stage in cell.stages]
-        assert names == [name for name in ("align", "8k", "32k", "64k", "start") if name in names]
+        assert names == [name for name in ("align", "2k", "8k", "32k", "64k", "start") if name in names]
     if file.stem == "others":
         windows = [row_of(cell)["kv_percent"] for cell in cells if "window" in cell.varied["label"]]
         assert len(windows) == 3 and all(11.0 <= percent <= 11.2 for percent in windows)
