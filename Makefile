@@ -9,8 +9,8 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 SCRIPTS := slurm/*.sh examples/*/*.sh .ci/run
-# two processes, which take files in the order of tests/conftest.py: the longest first
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# two processes, which take files in the order of tests/conftest.py: the longest first; on CPUs also where there is a GPU
+TEST := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,7 @@ tests: .venv/installed
 
 test-all: lint ## all tests; those that this machine cannot run are skipped, with the reason
 	$(TEST) $(ARGS)
+	@if nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU '; then $(MAKE) --no-print-directory test-gpu; fi
 
 test-parity: .venv/installed ## every kind of parallelism against one rank, with a table of errors and of the planted faults
 	$(TEST) tests/parity -q -s $(ARGS)

@@ -10,17 +10,20 @@ Random weights at real shapes, made on the device. A model's name may end in +fp
 Prefill reads random tokens in pieces with a carried cache, once up to --prefill, with a row at each power of two;
 the dense model reads each length in one pass of transformers (SDPA), as its users do. Decode takes one token a sequence by a
 captured CUDA graph, for the dense model by transformers' forward with its DynamicCache; the cache is as long as the row says
-and holds zeros, but in rows "prefilled", which follow the prefill. Bytes of a step: all weights but the embedding, the cache,
-states twice. Every row is appended to WORK as it comes; rows that are there are not measured again, so that a run can be
+and holds zeros, but in rows "prefilled", which follow the prefill. Rows "mixed" decode together sequences whose lengths are
+evenly spread on a logarithmic scale between --mixed_lengths: "packed" one after the other in a pool of rows, and "padded" to
+the longest, in batches of --mixed_batches (0: the largest that fits). Bytes of a step: all weights but the embedding, the
+cache, states twice. Every row is appended to WORK as it comes; rows that are there are not measured again, so that a run can be
 cut and repeated, or its models and lengths be measured one after the other. Prints a table and, last, one JSON line; writes
 RESULTS.md and RESULTS.png, also out of rows alone, on any machine: `--models [] --work ROWS`.
 """
 
 import contextlib
+import functools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,8 @@ def main(
     piece: int = 16_384,
     steps: int = 48,
     largest_batch: int = 512,
+    mixed_lengths: list[int] = [1024, 262_144],  # noqa: B006
+    mixed_batches: list[int] = [64, 0],  # noqa: B006
     minutes: float = 60.0,
     work: Path = Path("long_decode.jsonl"),
     results: Path = Path("benchmarks/results/long_decode"),
@@ -72,6 +77,8 @@ def main(
         piece: tokens of a prompt that are read at a time.
         steps: timed steps of decode.
         largest_batch: sequences at most.
+        mixed_lengths: shortest and longest sequence of a batch of different lengths; hybrids' alone.
+        mixed_batches: sequences of such batches, 0 for as many as fit.
         minutes: no measurement is begun that would end after it, as far as can be told.
         work: file of rows, one JSON object a line.
         results: path without suffix of the .md and .png to write.
@@ -82,7 +89,9 @@ def main(
     seen = {_key(row) for row in found}
     with torch.no_grad(), session() if "RANK" in os.environ else contextlib.nullcontext():
         for name in models:
-            measured = measure(name, lengths, prefill, batch_lengths, piece, steps, largest_batch, deadline, seen)
+            measured = measure(
+                name, lengths, prefill, batch_lengths, piece, steps, largest_batch, mixed_lengths, mixed_batches, deadline, seen
+            )
             for row in measured:
                 if not is_main():
                     continue
@@ -102,13 +111,18 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 def measure(
     name: str, lengths: list[int], prefill: int, batch_lengths: list[int], piece: int, steps: int, largest_batch: int,
-    deadline: float, seen: set[tuple[Any, ...]],
+    mixed_lengths: list[int], mixed_batches: list[int], deadline: float, seen: set[tuple[Any, ...]],
 ) -> Iterator[Row]:  # fmt: skip
     """Rows of one model; a length that does not fit in memory is a row with `out_of_memory`."""
     wanted = [(name, "decode", n) for n in lengths] + [(name, "batch", n) for n in batch_lengths]
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     reads = "prefill" if ranks == 1 else f"prefill, {ranks} GPUs"
     wanted += [(name, reads, prefill)] if prefill else []
+    mixed = [] if name.partition("+")[0] in BASES else [
+        (packed, batch, f"mixed, {'packed' if packed else 'padded'}" + ("" if batch else ", largest"))
+        for batch in mixed_batches for packed in (True, False)
+    ]  # fmt: skip
+    wanted += [(name, what, max(mixed_lengths)) for _, _, what in mixed]
     if all(key in seen for key in wanted):
         return
     free_memory()
@@ -128,19 +142,47 @@ def measure(
             rows = [r for r in decode_row(model, "batch", tokens, batch, steps // 2, deadline) if "seconds" in r or batch == 1]
             batch = batch * 3 // 4
         yield from rows or [dict(model=name, what="batch", tokens=tokens, out_of_memory=True)]
+    for packed, batch, what in mixed:
+        if (name, what, max(mixed_lengths)) not in seen:
+            yield from mixed_row(model, what, mixed_lengths, batch, largest_batch, packed, steps // 2, deadline)
     if prefill and (name, reads, prefill) not in seen:
         yield from model.prefill(prefill, piece, steps, deadline)
 
 
-def decode_row(model: Any, what: str, tokens: int, batch: int, steps: int, deadline: float) -> Iterator[Row]:
-    """Decode after so many tokens; nothing where the minutes are over."""
+def spread(shortest: int, longest: int, count: int) -> list[int]:
+    """So many lengths, evenly spread on a logarithmic scale."""
+    return [round(shortest * (longest / shortest) ** (number / max(count - 1, 1))) for number in range(count)]
+
+
+def mixed_row(
+    model: Hybrid, what: str, ends: list[int], batch: int, most: int, packed: bool, steps: int, deadline: float
+) -> Iterator[Row]:
+    """Decode a batch of different lengths; 0 sequences: as many as fit."""
+    free_memory()
+    lengths = functools.partial(spread, min(ends), max(ends))
+    batch = batch or model.fitting_mixed(lengths, packed, most)
+    total = sum(lengths(batch))
+
+    def cache(tokens: int, batch: int) -> Any:
+        return model.mixed_cache(lengths(batch), packed)
+
+    for row in decode_row(model, what, max(ends), batch, steps, deadline, cache):
+        if "seconds" in row:  # bytes of a token that is there, padding's included
+            row["kv_bytes_per_token"] = row["held_bytes"] / total
+        yield row
+
+
+def decode_row(
+    model: Any, what: str, tokens: int, batch: int, steps: int, deadline: float, make: Callable[[int, int], Any] | None = None
+) -> Iterator[Row]:
+    """Decode after so many tokens, with a cache of `make`; nothing where the minutes are over."""
     if time.monotonic() > deadline:
         print(f"--minutes are over before {what} of {model.name} at {tokens:,}", flush=True)
         return
     free_memory()
     cache: Any = None
     try:
-        cache = model.cache(tokens, batch)
+        cache = (make or model.cache)(tokens, batch)
         seconds, about = model.decode(cache, batch, min(steps, SPARE - 8))
     except (torch.OutOfMemoryError, ValueError) as error:
         if isinstance(error, ValueError) and "GiB" not in str(error):

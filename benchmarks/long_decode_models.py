@@ -1,7 +1,7 @@
 """Models of long_decode.py: a hybrid of ours and the dense model of transformers, with random weights at real shapes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from megatron_hylo.hf.decode_hylo import DecodeGraph
 from megatron_hylo.hf.quantised_hylo import keep_weights_in_fp8
 from megatron_hylo.kernels.elementwise import compile_on_request
 from megatron_hylo.kernels.quantised_latents import FORMATS
+from megatron_hylo.serve.packed_cache import PackedCache, PackedDecodeGraph, pool_nbytes
 from megatron_hylo.serve.split_prefill import Ring, split_prefill
 
 Row = dict[str, Any]
@@ -54,9 +55,39 @@ class Hybrid:
         cache.length, cache.last_position = tokens, cache.last_position.new_full((1, 1), tokens - 1)
         return cache
 
+    def mixed_cache(self, lengths: list[int], packed: bool) -> HyloCache:
+        """A cache of zeros that holds sequences of these lengths: packed, or padded on the left to the longest."""
+        longest = max(lengths)
+        if not packed:
+            padded = self.cache(longest, len(lengths))
+            counts = torch.tensor(lengths, device=self.model.device)[:, None]
+            padded.padding = torch.arange(longest, device=counts.device) >= longest - counts
+            padded.last_position = counts - 1
+            return padded
+        cache = PackedCache(self.model, len(lengths), sum(lengths) + SPARE * len(lengths), self.latents)
+        for held in (t for tensors in cache.rows.values() for t in tensors):
+            held.zero_()
+        for tokens in lengths:
+            slot = cache.place(tokens + SPARE)
+            assert slot is not None, "the cache was made for them"
+            cache.extent(slot).length = tokens
+        return cache
+
+    def fitting_mixed(self, spread: Callable[[int], list[int]], packed: bool, most: int) -> int:
+        """Sequences of the lengths spread(number) that fit in the memory that is free, `most` at most."""
+        free = torch.cuda.mem_get_info()[0] - MARGIN if torch.cuda.is_available() else 2**27
+        if not packed:
+            return min(most, self.fitting(max(spread(2))))
+        fit = (n for n in range(most, 0, -1)
+               if pool_nbytes(self.model, n, sum(spread(n)) + SPARE * n, self.latents) <= free)  # fmt: skip
+        return next(fit, 0)
+
     def decode(self, cache: HyloCache, batch: int, steps: int) -> tuple[float, Row]:
         """Seconds of a step, and what it reads."""
-        graph = DecodeGraph(self.model, cache, compiles=True)
+        if isinstance(cache, PackedCache):
+            graph: DecodeGraph = PackedDecodeGraph(self.model, cache, compiles=True)
+        else:
+            graph = DecodeGraph(self.model, cache, compiles=True)
         ids = torch.zeros(batch, 1, dtype=torch.int64, device=self.model.device)
         for _ in range(4):
             ids = graph(ids).argmax(-1)
@@ -64,7 +95,7 @@ class Hybrid:
         states = sum(t.nbytes for tensors in cache.states.values() for t in tensors)
         held = sum(t.untyped_storage().nbytes() for tensors in cache.rows.values() for t in tensors)
         return seconds, dict(
-            cache_bytes=cache.token_nbytes(), state_bytes=2 * states, captured=graph.graph is not None,
+            cache_bytes=cache.token_nbytes(), held_bytes=held, state_bytes=2 * states, captured=graph.graph is not None,
             kv_bytes_per_token=held / batch / next(iter(cache.rows.values()))[0].shape[1],
         )  # fmt: skip
 

@@ -146,6 +146,7 @@ def inference_rows() -> list[dict[str, Any]]:
         dense, length = row["model"] in BASES, int(_number(row["tokens"]))
         if (
             row["what"] not in ("decode", "prefill", "batch")
+            or "+" in row["model"]  # in 8 bits
             or "memory" in row["seconds"]
             or (dense and row["what"] == "decode")
         ):

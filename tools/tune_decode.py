@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Blocks of the decode step's kernels, timed on this GPU: products of one vector, and attention to latents.
 
-    python tools/tune_decode.py
+    python tools/tune_decode.py [packed]        # packed: only attention to a batch of mixed lengths, about 30 s
 
 Shapes of the 3B hybrid. Prints, for each, TB/s of the bytes that must be read, the fastest first; last, one JSON line. What it
 finds goes into the constants of kernels/matvec.py and kernels/decode_attention.py. About 90 s, most of it Triton compiling.
@@ -10,6 +10,7 @@ finds goes into the constants of kernels/matvec.py and kernels/decode_attention.
 import functools
 import itertools
 import json
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +27,17 @@ MATRICES = {  # rows, columns, SwiGLU
     "head": (128_256, 3072, False),
 }
 CACHES = {"1 sequence of 2M tokens": (1, 2**21), "32 sequences of 64K tokens": (32, 2**16)}
+MIXED = [round(1024 * 256 ** (number / 63)) for number in range(64)]  # 1K to 256K tokens
 HEADS, RANK, ROTARY = 24, 128, 64
 
 
 def main() -> None:
     """Print a line a shape, then one JSON line."""
-    found = {name: products(*shape) for name, shape in MATRICES.items()}
-    found |= {f"{name}, FP8": products(*shape, fp8=True) for name, shape in MATRICES.items() if name != "head"}
-    found |= {name: attention(*shape) for name, shape in CACHES.items()}
+    found = {f"64 sequences of 1K to 256K tokens, {kind}": packed(kind) for kind in ("packed", "padded")}
+    if sys.argv[1:] != ["packed"]:
+        found |= {name: products(*shape) for name, shape in MATRICES.items()}
+        found |= {f"{name}, FP8": products(*shape, fp8=True) for name, shape in MATRICES.items() if name != "head"}
+        found |= {name: attention(*shape) for name, shape in CACHES.items()}
     print(json.dumps({"device": torch.cuda.get_device_name(), "terabytes_per_second": found}))
 
 
@@ -79,6 +83,29 @@ def attention(batch: int, tokens: int) -> dict[str, float]:
         except Exception as error:  # a block that does not fit in shared memory
             print(settings, str(error)[:80], flush=True)
     return ranked(f"attention, {batch} x {tokens:,}", speeds)
+
+
+def packed(kind: str) -> dict[str, float]:
+    """TB/s of the latents that are no padding, by keys of a block and parts of all sequences."""
+    longest, speeds = max(MIXED), {}
+    rows = (1, sum(MIXED)) if kind == "packed" else (len(MIXED), longest)
+    latents = torch.randn(*rows, 1, RANK + ROTARY, device="cuda", dtype=torch.bfloat16)
+    query = torch.randn(len(MIXED), HEADS, RANK + ROTARY, device="cuda", dtype=torch.bfloat16)
+    length = torch.tensor(MIXED, dtype=torch.int32, device="cuda")
+    starts = length.cumsum(0).int() - length
+    real = torch.arange(longest, device="cuda")[None] >= longest - length[:, None]
+    arguments = (length, None, None, starts) if kind == "packed" else (None, real, None)
+    terabytes = sum(MIXED) * (RANK + ROTARY) * 2 / 1e12
+    parts_of = (512, 1024, 2048) if kind == "packed" else (1024,)  # padded sequences have no such parts
+    for block, parts in itertools.product((64, 128), parts_of):
+        decode_attention.BLOCK, decode_attention.PACKED_PARTS = block, parts
+        run = functools.partial(decode_attention.split_attention, query, latents, RANK, 0.07, *arguments)
+        try:
+            speeds[f"BLOCK {block}, PACKED_PARTS {parts}"] = terabytes / do_bench(run, warmup=5, rep=20) * 1e3
+        except Exception as error:  # a block that does not fit in shared memory
+            print(block, parts, str(error)[:80], flush=True)
+    decode_attention.BLOCK, decode_attention.PACKED_PARTS = 64, 1024
+    return ranked(f"attention, mixed lengths, {kind}", speeds)
 
 
 if __name__ == "__main__":

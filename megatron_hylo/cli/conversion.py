@@ -7,7 +7,7 @@ from typing import Literal
 from megatron_hylo.cli.console import console, print_json, track
 from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.io.start_up import use_huge_pages
+from megatron_hylo.io.start_up import model_imports, use_huge_pages
 
 
 def convert(
@@ -35,10 +35,11 @@ def convert(
         json: print {output, format, mixers, parameters, verified}.
     """
     use_huge_pages()
-    from megatron_hylo.convert.to_hf import convert_megatron_to_hf
-    from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
-    from megatron_hylo.models.checkpoint import read_description
-    from megatron_hylo.platform.distributed import session
+    with model_imports():
+        from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+        from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
+        from megatron_hylo.models.checkpoint import read_description
+        from megatron_hylo.platform.distributed import session
 
     with session():
         function = convert_hf_to_megatron if to == "megatron" else convert_megatron_to_hf
@@ -68,9 +69,10 @@ def verify(
         json: print the comparison as JSON.
     """
     use_huge_pages()
-    from megatron_hylo.convert.verify import Verification, verify_conversion
-    from megatron_hylo.convert.verify_hashes import HashVerification, verify_hashes
-    from megatron_hylo.platform.distributed import session
+    with model_imports():
+        from megatron_hylo.convert.verify import Verification, verify_conversion
+        from megatron_hylo.convert.verify_hashes import HashVerification, verify_hashes
+        from megatron_hylo.platform.distributed import session
 
     result: HashVerification | Verification
     with session():
@@ -122,13 +124,14 @@ def export(
         json: print {output, format, mixers, parameters, verified}.
     """
     use_huge_pages()
-    from megatron_hylo.convert.model_card import CardFacts
-    from megatron_hylo.convert.quantise import export_quantised
-    from megatron_hylo.convert.to_hf import convert_megatron_to_hf
-    from megatron_hylo.eval.lm_facts import results_of
-    from megatron_hylo.eval.results import read_results
-    from megatron_hylo.models.checkpoint import read_description
-    from megatron_hylo.platform.distributed import session
+    with model_imports():
+        from megatron_hylo.convert.model_card import CardFacts
+        from megatron_hylo.convert.quantise import export_quantised
+        from megatron_hylo.convert.to_hf import convert_megatron_to_hf
+        from megatron_hylo.eval.lm_facts import results_of
+        from megatron_hylo.eval.results import read_results
+        from megatron_hylo.models.checkpoint import read_description
+        from megatron_hylo.platform.distributed import session
 
     if calibration_data is not None and quantize is None:
         raise ConfigError("--calibration_data decides how weights are rounded; give --quantize fp8, int8 or int4 with it")

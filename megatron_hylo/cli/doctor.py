@@ -14,6 +14,7 @@ PACKAGES = (  # distribution, what it is for; None: needed
     ("torch", None), ("megatron-core", None), ("transformers", None), ("safetensors", None),
     ("transformer-engine", "backend te: linear maps, SwiGLU, Adam, FP8"), ("triton", "all fast kernels of linear layers"),
     ("flash-linear-attention", "Gated DeltaNet, convolutions"), ("mamba-ssm", "Mamba2"),
+    ("fa3-fwd", "attention of frozen models, evaluation and prefill on Hopper"),
     ("apex", "Megatron-Core's fused optimizer, where Transformer Engine is not there"), ("wandb", "logging there"),
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from megatron_hylo.cli.types import PositiveInt
 from megatron_hylo.config.evaluation import SMOKE, SUITES, SuiteSettings
 from megatron_hylo.eval.installed import require_lm_eval
 from megatron_hylo.io import is_launched_first
+from megatron_hylo.io.start_up import model_imports
 
 if TYPE_CHECKING:
     from megatron_hylo.eval.results import EvalResult
@@ -96,12 +97,13 @@ def measure(
     model: Path, settings: SuiteSettings, dtype: str = "auto", max_length: int | None = None, batch_size: str = "auto"
 ) -> "EvalResult":
     """Open a model and run suites, on all ranks of a torchrun; complete on the first. Arguments as of `hylo eval`."""
-    from megatron_hylo.eval.lm import HyloLM
-    from megatron_hylo.eval.lm_facts import describe_model, describe_run
-    from megatron_hylo.eval.results import EvalResult
-    from megatron_hylo.eval.suites import fetch_inputs, run_suites
-    from megatron_hylo.models.checks import require_finite
-    from megatron_hylo.platform.distributed import session
+    with model_imports():
+        from megatron_hylo.eval.lm import HyloLM
+        from megatron_hylo.eval.lm_facts import describe_model, describe_run
+        from megatron_hylo.eval.results import EvalResult
+        from megatron_hylo.eval.suites import fetch_inputs, run_suites
+        from megatron_hylo.models.checks import require_finite
+        from megatron_hylo.platform.distributed import session
 
     started = time.time()
     fetch_inputs(settings)

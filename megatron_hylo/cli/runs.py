@@ -6,7 +6,7 @@ from typing import Literal
 from megatron_hylo.cli.boundary import EXIT_STOPPED
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.io.start_up import quick_imports, stop_asked
+from megatron_hylo.io.start_up import model_imports, stop_asked
 
 
 def quickstart(
@@ -52,7 +52,7 @@ def train(config: TrainConfig, json: bool = False, dry_run: bool = False, ranks:
         return print_dry_run(check(config, ranks), json)
     if stop_asked():
         return EXIT_STOPPED
-    with quick_imports():
+    with model_imports():
         from megatron_hylo.platform.distributed import is_main
         from megatron_hylo.train.loop import Stopped
         from megatron_hylo.train.loop import train as run

@@ -8,7 +8,7 @@ from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.config.upcycle import UpcycleConfig
-from megatron_hylo.io.start_up import use_huge_pages
+from megatron_hylo.io.start_up import model_imports, use_huge_pages
 
 
 def chosen_dtype(precision: Literal["fp32", "bf16"] | None):
@@ -50,10 +50,11 @@ def calibrate(
     """
     import torch
 
-    from megatron_hylo.calibrate.gather import calibrate as gather
-    from megatron_hylo.config import ParallelConfig
-    from megatron_hylo.io import read_json
-    from megatron_hylo.platform.distributed import is_main, session
+    with model_imports():
+        from megatron_hylo.calibrate.gather import calibrate as gather
+        from megatron_hylo.config import ParallelConfig
+        from megatron_hylo.io import read_json
+        from megatron_hylo.platform.distributed import is_main, session
 
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -100,9 +101,10 @@ def cache_teacher(
         overwrite: replace what is there.
         json: print tokens, bytes a token and KL as JSON.
     """
-    from megatron_hylo.config import ParallelConfig
-    from megatron_hylo.platform.distributed import is_main, session
-    from megatron_hylo.teachers.store import write_store
+    with model_imports():
+        from megatron_hylo.config import ParallelConfig
+        from megatron_hylo.platform.distributed import is_main, session
+        from megatron_hylo.teachers.store import write_store
 
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
     with session(parallel):
@@ -179,8 +181,9 @@ def upcycle(config: UpcycleConfig, json: bool = False) -> None:
         json: print {pattern, quality, teacher_quality, layers} instead of tables.
     """
     use_huge_pages()
-    from megatron_hylo.platform.distributed import session
-    from megatron_hylo.upcycle.run import upcycle_folder
+    with model_imports():
+        from megatron_hylo.platform.distributed import session
+        from megatron_hylo.upcycle.run import upcycle_folder
 
     with session():
         report = upcycle_folder(config, track)
@@ -203,8 +206,9 @@ def assemble(mla: Path, linear: Path, base: Path, output: Path, *, pattern: str,
         overwrite: replace what is there.
     """
     use_huge_pages()
-    from megatron_hylo.platform.distributed import session
-    from megatron_hylo.upcycle.run import assemble_folder
+    with model_imports():
+        from megatron_hylo.platform.distributed import session
+        from megatron_hylo.upcycle.run import assemble_folder
 
     with session():
         assemble_folder(mla, linear, base, output, pattern, overwrite, track)

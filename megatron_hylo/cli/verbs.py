@@ -4,9 +4,11 @@ import contextlib
 import os
 import shutil
 import sys
+import time
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -15,6 +17,7 @@ from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveInt
 from megatron_hylo.config import TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
+from megatron_hylo.io.start_up import model_imports
 
 
 def layouts(json: bool = False) -> None:
@@ -120,7 +123,8 @@ def preprocess(
         overwrite: replace what is there.
         json: print what was made (OUTPUT/data.json without the names of held-out documents).
     """
-    from megatron_hylo.data.preprocess import preprocess as preprocess_text
+    with model_imports():
+        from megatron_hylo.data.preprocess import preprocess as preprocess_text
 
     made = preprocess_text(
         input, output, tokenizer, heldout_fraction, overwrite=overwrite, on_bad_text=on_bad_text,
@@ -142,7 +146,8 @@ def generate(
     chat: bool = False,
     latents: Literal["int8", "fp8"] | None = None,
     weights: Literal["fp8"] | None = None,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool = True,
+    batch: PositiveInt | None = None,
     json: bool = False,
 ) -> None:
     """Continue a prompt with a carried cache: latents for MLA, states for linear layers.
@@ -151,7 +156,7 @@ def generate(
 
     Args:
         model: model folder, training checkpoint, or exported Hugging Face folder.
-        prompt: text to continue; - reads it from the standard input, in UTF-8.
+        prompt: text to continue; - reads it from the standard input, in UTF-8. With --batch, many of them.
         max_new_tokens: tokens to make at most.
         temperature: 0 takes the most likely token each time.
         top_p: with temperature > 0, sample from the most likely tokens that hold this much probability.
@@ -161,6 +166,8 @@ def generate(
         latents: keep MLA's latents in 8 bits, half of bf16's memory.
         weights: keep a hybrid's linear maps in FP8, half of bf16's memory; faster on a GPU for one sequence.
         cuda_graphs: on a GPU capture the decode step as one CUDA graph, from 32 new tokens on.
+        batch: decode up to so many prompts of a hybrid together, of any lengths: PROMPT is JSON Lines then, a string or an
+            object with "prompt" a line, and a JSON line is printed for each, in their order.
         json: print text, tokens, speed and cache as JSON instead.
     """
     import torch
@@ -168,6 +175,13 @@ def generate(
     from megatron_hylo.platform.distributed import is_main, session
     from megatron_hylo.serve.generate import check_prompt, generate_text
 
+    if batch is not None:
+        _generate_many(
+            model, prompt, batch=batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, weights=weights,
+            cuda_graphs=cuda_graphs,
+        )  # fmt: skip
+        return
     begun = False
 
     def show(text: str) -> None:
@@ -204,6 +218,34 @@ def generate(
     )
 
 
+def _generate_many(model: Path, lines: str, **settings: Any) -> None:
+    """Continue the prompts of JSON Lines and print a line for each, in their order and as soon as it is there."""
+    from megatron_hylo.config import ConfigError
+    from megatron_hylo.serve.generate_batch import generate_texts, read_prompts
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--batch decodes in one process; start it without torchrun, or leave --batch out")
+    if lines == "-":
+        lines = sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape")
+    prompts, ended = read_prompts(lines), {}
+    start, shown = time.perf_counter(), 0
+
+    def show(number: int, result: Any) -> None:
+        nonlocal shown
+        ended[number] = result
+        while shown in ended:
+            print(dumps({"prompt": prompts[shown]} | asdict(ended[shown])), flush=True)
+            shown += 1
+
+    found = generate_texts(model, prompts, on_result=show, **settings)
+    tokens, seconds = sum(result.new_tokens for result in found), time.perf_counter() - start
+    console.print(
+        f"{len(found):,} prompts, {tokens:,} new tokens in {seconds:.1f} s, with loading and reading the prompts; decoded by "
+        f"{found[-1].decoded_by}",
+        style="dim",
+    )
+
+
 def evaluate(
     model: Path,
     data: Path,
@@ -222,8 +264,9 @@ def evaluate(
         windows: windows at most.
         teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
     """
-    from megatron_hylo.eval.folders import evaluate_folder
-    from megatron_hylo.platform.distributed import session
+    with model_imports():
+        from megatron_hylo.eval.folders import evaluate_folder
+        from megatron_hylo.platform.distributed import session
 
     with session():
         quality = evaluate_folder(model, data, teacher, sequence_length, windows, track, teacher_window)

@@ -11,7 +11,7 @@ from megatron_hylo.convert.gguf_reader import GgufSource
 from megatron_hylo.convert.safetensors_reader import SafetensorsSource, read_hf_config
 from megatron_hylo.io import verify_manifest_if_any
 from megatron_hylo.io.foreign import load_foreign_model, load_transformers
-from megatron_hylo.io.gguf_file import gguf_file
+from megatron_hylo.io.gguf_file import gguf_file, parsed_once
 
 
 class TensorSource(Protocol):
@@ -68,7 +68,9 @@ def _gguf_model(source: GgufSource) -> Any:
     values = {key: value for key, value in source.hf_config.items() if key not in ("rope_theta", "rope_scaling")}
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     folder, name = source.file.parent, source.file.name
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, config=config, dtype=torch.float32).eval()
+    with parsed_once():
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(folder, gguf_file=name, config=config, dtype=torch.float32).eval()
     found, wanted = model.model.rotary_emb.inv_freq, source.frequencies()
     if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-5, atol=0):
         raise ConfigError(

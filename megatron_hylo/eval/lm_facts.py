@@ -31,7 +31,7 @@ def model_kind(path: str | Path) -> str:
         return "model folder"
     if gguf_file(path) is not None:
         return "GGUF file"
-    return "exported hybrid" if (path / "hylo_provenance.json").is_file() else "Hugging Face folder"
+    return "exported model" if (path / "hylo_provenance.json").is_file() else "Hugging Face folder"
 
 
 def describe_model(path: str | Path, lm: Any, track: Track = no_progress) -> dict[str, Any]:

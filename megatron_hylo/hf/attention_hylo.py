@@ -180,7 +180,7 @@ class HyloAttention(nn.Module):
             key, value = cache.append(self.layer, key, value)
         scale = self.head_dim**-0.5
         if decodes(query, inputs):
-            out = decode_attention(query[:, 0], key, value, scale, inputs.length, inputs.real)
+            out = decode_attention(query[:, 0], key, value, scale, inputs.length, inputs.real, starts=inputs.starts)
         elif in_blocks(query, key.shape[1], inputs, makes_keys=False):
             out = attend_in_blocks(
                 query, key.shape[1], inputs, scale, lambda rows, tokens: (key[rows][:, tokens], value[rows][:, tokens])
@@ -241,7 +241,7 @@ class HyloLatentAttention(nn.Module):
                 stored = quantise_latents(compressed, self.rank, cache.latents)
             stored = cache.append(self.layer, *stored)
             blockwise = in_blocks(query, stored[0].shape[1], inputs, makes_keys=True)
-            if self._absorbs(t) and inputs.attentions is None and (t == 1 or not blockwise):
+            if self.absorbs(t) and inputs.attentions is None and (t == 1 or not blockwise):
                 return linear(self.o_proj, self._absorbed(query, stored, inputs))
         total = stored[0].shape[1]
         if self.norms:
@@ -284,7 +284,7 @@ class HyloLatentAttention(nn.Module):
         cos, sin = (table[:, -x.shape[1] :] for table in rope)
         return fused_rotate_last(x, cos, sin, self.rotary)
 
-    def _absorbs(self, tokens: int) -> bool:
+    def absorbs(self, tokens: int) -> bool:
         """Whether attention to latents needs fewer products than making all keys and values anew.
 
         A norm between the two forbids it; so does a kv_b_proj that is more than its weight (an adapter, a quantised or
@@ -319,8 +319,16 @@ class HyloLatentAttention(nn.Module):
         queries = torch.cat([absorbed, rotary], dim=-1)
         if decodes(query, inputs):
             scales = stored[1] if len(stored) == 2 else None
-            keys, rows = stored[0][:, :, None], inputs.real
-            out = decode_attention(queries[:, 0], keys, self.rank, self.qk**-0.5, inputs.length, rows, scales)
+            out = decode_attention(
+                queries[:, 0],
+                stored[0][:, :, None],
+                self.rank,
+                self.qk**-0.5,
+                inputs.length,
+                inputs.real,
+                scales,
+                inputs.starts,
+            )
         else:
             compressed = self._loaded(stored, query.dtype)
             s, mask = compressed.shape[1], inputs.visible(t)

@@ -4,7 +4,9 @@ A recurrent state holds no earlier one. So that the cache can go back (assisted 
 once asked to, an earlier state and the recurrence's inputs since then: `crop` runs the recurrence over those that stay.
 """
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ States = tuple[Tensor | None, Tensor | None]  # convolution's inputs, recurrent 
 # inputs [batch, tokens, ...], padding mask or None, states before -> outputs [batch, tokens, ...], states after
 Step = Callable[..., tuple[Tensor, States]]
 SPARE_ROWS = 64  # at least, of buffers that tokens are written into one by one
+MEMINFO = Path("/proc/meminfo")
 KEPT_INPUTS = 64  # tokens that `crop` can at least take out; assisted generation proposes about 20 at a time
 
 
@@ -69,7 +72,9 @@ class HyloCache:
         self.batch_size = 0  # 0 before the first token
         self.records_past = False
         self.recent: dict[int, Recent] = {}  # linear layers, where the past is recorded
-        self.row: Tensor | None = None  # int64 [1], where the one new token goes, while decode_hylo.py runs or captures a pass
+        # int64, where the one new token goes, while decode_hylo.py runs or captures a pass: [1], or [batch] of a packed one
+        self.row: Tensor | None = None
+        self.packed = False  # rows are [1, rows of all sequences, ...] (serve/packed_cache.py)
         self.graph: Any = None  # decode_hylo.DecodeGraph of the model that last decoded with this cache
 
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
@@ -79,7 +84,8 @@ class HyloCache:
         """
         if self.row is not None:
             for held, added in zip(self.rows[layer], new):
-                _bytes_of_8_bits(held).index_copy_(1, self.row, _bytes_of_8_bits(added))
+                added = added.transpose(0, 1) if self.packed else added
+                plain_bytes(held).index_copy_(1, self.row, plain_bytes(added))
             return self.rows[layer]
         total, count = self.length, new[0].shape[1]
         rows, before = self.rows.get(layer), total - count
@@ -255,7 +261,7 @@ class HyloCache:
         stores: list[tuple[dict[int, Any], int | None]] = [(self.rows, self.length), (self.states, None)]
         for store, count in stores:
             for layer, tensors in store.items():
-                old = [_bytes_of_8_bits(t) for t in tensors]
+                old = [plain_bytes(t) for t in tensors]
                 new = [t[:, :count].index_select(0, beam_idx.to(t.device)) for t in old]
                 if fixed and count is not None and not same:  # rows for another number of sequences
                     old = [t.new_empty(len(beam_idx), *t.shape[1:]) for t in old]
@@ -272,9 +278,20 @@ class HyloCache:
         self.batch_size = len(beam_idx)
 
 
-def _bytes_of_8_bits(x: Tensor) -> Tensor:
+def plain_bytes(x: Tensor) -> Tensor:
     """View a float8 tensor as bytes, for which every device has kernels; others stay."""
     return x.view(torch.uint8) if x.element_size() == 1 else x
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that new tensors can take in a device's memory; None where it does not say so."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if device.type == "cpu" and MEMINFO.is_file():
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
+        return None if found is None else 1024 * int(found[1])
+    return None
 
 
 def _delta_rule_cache(c: Any) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .modeling_hylo import HyloForCausalLM
 
 logger = logging.get_logger(__name__)
-COMPILED_STEPS = 512
+COMPILED_STEPS = 4096
 EXPANDED_ROWS = (
     32768  # of a cache whose keys are made anew in each step (MLA behind a q/k-norm): a graph makes those of all rows
 )
@@ -71,6 +71,13 @@ class DecodeGraph:
         cache.check_room(len(ids), 1)
         if cache.length != self.expected or cache.last_position is not self.last:
             self._follow()
+        logits = self._replay(ids)
+        cache.length += 1
+        cache.last_position, self.expected = self.last, cache.length
+        return logits
+
+    def _replay(self, ids: Tensor) -> Tensor:
+        """Run the pass on the tensors of the device as they are, by the graph where there is one."""
         self.ids.copy_(ids)
         if self.graph is not None:
             self.graph.replay()
@@ -79,8 +86,6 @@ class DecodeGraph:
         else:
             self._run()
         self.passes += 1
-        cache.length += 1
-        cache.last_position, self.expected = self.last, cache.length
         assert self.logits is not None
         return self.logits
 
@@ -112,19 +117,23 @@ class DecodeGraph:
                 else self.real.cumsum(1) - self.real.cumsum(1).gather(1, self.row.expand(len(self.real), 1))
             )
             positions = torch.cat([positions + ahead, positions], dim=1)  # those of all rows, then the token's own
-        inputs = SequenceInputs(positions, None, self.real, length=(self.row + 1).int())
-        cache.row = self.row
+        self._read(SequenceInputs(positions, None, self.real, length=(self.row + 1).int()), self.row)
+        self.last += 1
+        self.row += 1
+
+    def _read(self, inputs: SequenceInputs, row: Tensor) -> None:
+        """Read the tokens, whose rows go to `row`, and write the logits into their place."""
+        model = self.model.model
+        self.cache.row = row
         try:
             with compile_on_request() if self.compiles else contextlib.nullcontext():
-                hidden = model.read(model.embed_tokens(self.ids), inputs, cache)
+                hidden = model.read(model.embed_tokens(self.ids), inputs, self.cache)
         finally:
-            cache.row = None
+            self.cache.row = None
         logits = linear(self.model.lm_head, hidden)
         if self.logits is None:
             self.logits = torch.empty_like(logits)
         self.logits.copy_(logits)
-        self.last += 1
-        self.row += 1
 
     def _capture(self) -> None:
         """Capture the pass, which runs nothing, and replay it; where that fails, run by single kernels from here on."""

@@ -16,6 +16,7 @@ class SequenceInputs:
     padding: Tensor | None  # bool [batch, new tokens], False at padding; None where no new token is padding
     real: Tensor | None  # bool [batch, cached + new tokens], False at padding; None where there is no padding
     length: Tensor | None = None  # int32 [1], cached + new tokens, in a pass of decode_hylo.py, whose keys are all rows
+    starts: Tensor | None = None  # int32 [batch], first rows of a packed batch's sequences; `length` is of each then
     attentions: list[Tensor] | None = None  # attention layers append their probabilities; None where they are not asked for
     mask: Tensor | None = None  # what `visible` found
 

@@ -20,7 +20,7 @@ from megatron_hylo.kernels.elementwise import on_request
 from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 
 from .attention_hylo import HyloRMSNorm, Rope
-from .cache_hylo import HyloCache, cache_nbytes
+from .cache_hylo import HyloCache, cache_nbytes, free_bytes
 from .configuration_hylo import HyloConfig
 from .decode_hylo import DecodeGraph, unsupported
 from .inputs_hylo import SequenceInputs, sequence_inputs
@@ -260,17 +260,16 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             latents: "int8" or "fp8" keeps MLA's latents in 8 bits; None: the model's dtype.
 
         Raises:
-            ValueError: it would be larger than the GPU's free memory, or as for `HyloCache`.
+            ValueError: it would be larger than the free memory, or as for `HyloCache`.
         """
         cache = HyloCache(max_cache_len, latents)
-        if max_cache_len is not None and self.device.type == "cuda":
+        free = free_bytes(self.device)
+        if max_cache_len is not None and free is not None:
             wanted = batch_size * cache_nbytes(self.config, max_cache_len, self.dtype.itemsize, latents)
-            kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            free = torch.cuda.mem_get_info(self.device)[0] + kept
             if wanted > free:
                 raise ValueError(
                     f"a cache of {max_cache_len:,} tokens for {batch_size:,} sequences takes {wanted / 2**30:.1f} GiB, but "
-                    f"{free / 2**30:.1f} GiB of the GPU's memory are free; use fewer sequences or tokens"
+                    f"{free / 2**30:.1f} GiB of the memory are free; use fewer sequences or tokens"
                     + ("" if latents else ", or latents='fp8'")
                 )
         return cache

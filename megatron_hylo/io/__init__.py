@@ -2,7 +2,8 @@
 
 Everything this project writes for later use (converted models, checkpoints, datasets, exports) goes through
 `atomic_directory`, and is checked by `verify_manifest` when it is opened. The names below are imported from this package; its
-modules without a leading underscore (cache, foreign, gguf_file, identity, overlap, progress, provenance) are imported directly.
+modules without a leading underscore (cache, foreign, gguf_file, gguf_reader, identity, overlap, progress, provenance) are
+imported directly.
 """
 
 from megatron_hylo.io._files import DamagedError, cache_dir, place_file, plain_os_errors, read_json, sha256, write_json

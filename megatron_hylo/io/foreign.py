@@ -4,10 +4,12 @@ A Hugging Face folder can ask transformers to import its Python files (`auto_map
 (pytorch_model.bin), or to download attention kernels (`attn_implementation`). All three are disabled here, without a prompt.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.io.gguf_file import parsed_once
 
 ERRORS = (ValueError, OSError, ImportError, KeyError, TypeError, AttributeError)  # raised by transformers for unusable folders
 
@@ -49,7 +51,8 @@ def load_foreign_tokenizer(folder: str | Path, **settings: Any) -> Any:
 
 def _load(cls: Any, folder: str | Path, **settings: Any) -> Any:
     try:
-        return cls.from_pretrained(folder, trust_remote_code=False, **settings)
+        with parsed_once() if "gguf_file" in settings else contextlib.nullcontext():
+            return cls.from_pretrained(folder, trust_remote_code=False, **settings)
     except ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         if isinstance(error, ImportError):  # a package of the folder's quantisation, which the reason names

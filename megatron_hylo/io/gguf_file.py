@@ -1,6 +1,8 @@
 """Access to GGUF files (llama.cpp's format): location, metadata keys and special token ids."""
 
-from functools import lru_cache
+import contextlib
+from collections.abc import Iterator
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,30 @@ def open_gguf(file: Path) -> Any:
     """
     try:
         state = file.stat()
-        return _reader(file, state.st_size, state.st_mtime_ns)
+        return _reader(file.resolve(), state.st_size, state.st_mtime_ns)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise ConfigError(f"{file} is not a whole GGUF file ({error}); download it again") from error
 
 
 @lru_cache(maxsize=1)
 def _reader(file: Path, size: int, changed: int) -> Any:
-    from gguf import GGUFReader
+    from megatron_hylo.io.gguf_reader import QuickReader
 
-    return GGUFReader(file)
+    return QuickReader(file)
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """Have transformers read GGUF files by `open_gguf` in this block, and make its map of tensor names once.
+
+    It parses the header for the configuration, the tokenizer and the weights anew, and makes the map for each module.
+    """
+    import gguf
+
+    module: Any = gguf
+    reader, names = module.GGUFReader, module.get_tensor_name_map
+    module.GGUFReader, module.get_tensor_name_map = lambda path: open_gguf(Path(path)), cache(names)
+    try:
+        yield
+    finally:
+        module.GGUFReader, module.get_tensor_name_map = reader, names

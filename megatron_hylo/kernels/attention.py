@@ -4,7 +4,8 @@ Causality is aligned to the end: the last query sees every key, as in prefill an
 CUDA the backend is chosen here, in the order cuDNN, flash, memory-efficient, math (cuDNN is the fastest on
 Hopper and takes value heads that differ from query heads, as MLA has), and logged. Where queries are fewer than keys, as on
 a rank of context parallelism that has gathered keys, cuDNN computes two blocks (attention_after_prefix.py) and flash aligns to
-the end by itself; the others need a mask in memory.
+the end by itself; the others need a mask in memory. Where no gradient is needed, FlashAttention-3's forward kernels go before
+(flash_attention_3.py).
 """
 
 import contextlib
@@ -16,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_hylo.kernels.attention_after_prefix import attention_after_prefix
+from megatron_hylo.kernels.flash_attention_3 import Documents, choose_forward, flash_attention_3
+from megatron_hylo.kernels.fused_inputs import readable, same_width
 from megatron_hylo.kernels.registry import overridden, use
 
 BACKENDS = {
@@ -33,6 +36,7 @@ def attention(
     scale: float,
     causal: bool = True,
     mask: torch.Tensor | None = None,
+    documents: Documents | None = None,
 ) -> torch.Tensor:
     """Attention softmax(scale q k^T) v; query head i reads key/value head i // (hq / hkv).
 
@@ -43,6 +47,7 @@ def attention(
         scale: factor on the scores, e.g. d ** -0.5.
         causal: query i sees keys 0 .. s - t + i (needs t <= s); False: all keys.
         mask: bool, broadcast to [b, hq, t, s], the keys that each query sees, at least one; `causal` is not read then.
+        documents: ranges of queries and of keys, in order and without gaps, that attend to each other alone (b = 1); None: one.
 
     Returns:
         [b, t, hq, dv] in q's dtype.
@@ -58,6 +63,11 @@ def attention(
         )
     if causal and t > s and mask is None:
         raise ValueError(f"causal attention needs at least as many keys as queries, got {s} keys and {t} queries")
+    if mask is None and t > 1 and (kernel := choose_forward(q, k, v)) != "torch":
+        return flash_attention_3(q, k, v, scale, causal, documents, fp8=kernel == "fa3_fp8")[0]
+    if documents is not None:
+        outs = [attention(q[:, own], k[:, seen], v[:, seen], scale, causal) for own, seen in documents]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, heads, tokens, channels]
     if mask is not None:  # torch chooses; with repeated heads its memory-efficient kernel can run, which has no grouped ones
         if hq != hkv:
@@ -83,18 +93,6 @@ def attention(
             q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )[..., :dv]
     return out.transpose(1, 2)
-
-
-def readable(x: torch.Tensor) -> torch.Tensor:
-    """Copy x where it is not aligned to the 16 bytes that fused kernels read at a time (a section of odd width)."""
-    places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
-    return x.contiguous() if any(place % 16 for place in places) else x
-
-
-def same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Pad with zero channels, which change nothing: flash kernels want queries, keys and values equally wide."""
-    width = max(x.shape[-1] for x in tensors)
-    return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)
 
 
 def _asked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, grouped: bool) -> torch.backends.cuda.SDPAParams:

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megatron_hylo.kernels.attention import choose_backend, readable, same_width
+from megatron_hylo.kernels.attention import choose_backend
+from megatron_hylo.kernels.flash_attention_3 import choose_forward, flash_attention_3
+from megatron_hylo.kernels.fused_inputs import readable, same_width
 
 aten = torch.ops.aten
 SCORES = 2**25  # numbers that the plain form holds at a time, in fp32
@@ -53,6 +55,9 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) ->
         [b, hq, t, dv] and [b, hq, t], fp32 (float64 stays).
     """
     wide, width = torch.promote_types(q.dtype, torch.float32), v.shape[-1]
+    if choose_forward(q, k, v) != "torch":  # in bf16: with centred keys logarithms of blocks would not be comparable
+        out, log_sum = flash_attention_3(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, causal)
+        return out.transpose(1, 2).to(wide), log_sum
     backend = choose_backend(q, k, v, causal)
     if backend not in ("cudnn", "flash"):
         return _plain(q.to(wide), k.to(wide), v.to(wide), scale, causal)

@@ -25,6 +25,7 @@ from megatron_hylo.kernels.tuned import install
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "cudnn", "flash", "efficient", "math"),
+    "attention_forward": ("torch", "fa3", "fa3_fp8"),
     "causal_conv1d": ("torch", "fla", "gluon"),
     "causal_conv1d_step": ("torch", "triton"),
     "concatenate": ("torch", "triton"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.config.mixers import LINEAR_SYMBOLS, complete
+from megatron_hylo.config.mixers import LINEAR_SYMBOLS, MLA_SYMBOL, complete
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 from megatron_hylo.kernels.decode_attention import decode_attention
 from megatron_hylo.kernels.matvec import matvec
@@ -51,6 +51,8 @@ def check_decode_kernels(
 def _cases(c: ModelConfig, draw: Callable[..., Tensor]) -> Iterator[Case]:
     for symbol in dict.fromkeys(c.mixers):
         yield MIXER_CASES[symbol](c, draw)
+    if MLA_SYMBOL in c.mixers:
+        yield _packed_latents(c, draw)
     yield (
         "matvec", f"{ROWS:,} x {c.hidden_size:,}, SwiGLU",
         lambda x, weight, residual: matvec(x, weight, residual, swiglu=True),
@@ -71,6 +73,17 @@ def _latents(c: ModelConfig, draw: Callable[..., Tensor]) -> Case:
         lambda q, k: decode_attention(q, k, rank, width**-0.5),
         {"q": draw(BATCH, heads, width), "k": draw(BATCH, CACHED, 1, width)},
     )  # fmt: skip
+
+
+def _packed_latents(c: ModelConfig, draw: Callable[..., Tensor]) -> Case:
+    operation, shape, _, inputs = _latents(c, draw)
+    width, rank = inputs["q"].shape[-1], c.kv_lora_rank
+
+    def run(q: Tensor, k: Tensor) -> Tensor:
+        starts, length = (torch.tensor(x, dtype=torch.int32, device=q.device) for x in ([CACHED, 7], [CACHED, 300]))
+        return decode_attention(q, k.flatten(0, 1)[None], rank, width**-0.5, length, starts=starts)
+
+    return operation, f"{shape}, packed lengths", run, inputs
 
 
 def _attention(c: ModelConfig, draw: Callable[..., Tensor]) -> Case:

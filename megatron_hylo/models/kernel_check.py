@@ -19,6 +19,7 @@ from megatron_hylo.config.mixers import LINEAR_SYMBOLS, complete
 from megatron_hylo.kernels.attention import attention
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d_sections
 from megatron_hylo.kernels.elementwise import elementwise
+from megatron_hylo.kernels.flash_attention_3 import Documents, choose_forward
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
 from megatron_hylo.kernels.head_softmax import head_softmax, unsupported
 from megatron_hylo.kernels.kda import kda, recurrent_kda
@@ -34,6 +35,7 @@ from megatron_hylo.parallel.recurrence import delta_rule_over_ranks, ssd_over_ra
 TOKENS = 300  # more than one chunk of every kernel, and not whole ones
 DELTA_TOKENS = 140  # the same for Gated DeltaNet, whose definition keeps a state a token for its gradient
 PADDING = 8  # channels that are nobody's
+DOCUMENTS = [(slice(a, b),) * 2 for a, b in ((0, 140), (140, 141), (141, TOKENS))]
 VOCABULARY = 10_007  # more than one block of the head's kernel
 # relative, by norm; several times what rounding makes (fla's Gated DeltaNet in bf16: 1.2e-2), a fraction of what a fault does
 LIMITS = {torch.bfloat16: 0.1, torch.float32: 0.03}  # fp32 kernels multiply in TF32
@@ -64,6 +66,7 @@ class _Case:
     definition: Callable[..., Tensor]
     inputs: dict[str, Tensor]  # fp32; those in `kept` stay so
     kept: tuple[str, ...] = ()
+    forward_only: bool = False
 
 
 def check_kernels(
@@ -85,7 +88,10 @@ def _check(case: _Case, dtype: torch.dtype) -> Check:
     given = {name: x if name in case.kept else x.to(dtype) for name, x in case.inputs.items()}
     exact = {name: x.detach().float().requires_grad_() for name, x in given.items()}  # the same numbers
     given = {name: x.detach().requires_grad_() for name, x in given.items()}
-    ours, theirs = case.run(**given), case.definition(**exact)
+    with torch.set_grad_enabled(not case.forward_only):
+        ours, theirs = case.run(**given), case.definition(**exact)
+    if case.forward_only:
+        return Check(case.operation, case.shape, in_use()[case.operation], _relative(ours, theirs), "output", LIMITS[dtype])
     upstream = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1)).to(theirs)
     (ours.float() * upstream).sum().backward()
     (theirs * upstream).sum().backward()
@@ -147,6 +153,17 @@ def _softmax_cases(c: ModelConfig, draw: _Draw, parts: bool, width: int, values:
             "attention", f"{heads}/{groups} heads, {width} and {values} wide{of}",
             lambda q, k, v: attention(q, k, v, scale), lambda q, k, v: _attention(q, k, v, scale),
             {"q": draw.normal(heads, width, tokens=queries), "k": draw.normal(groups, width), "v": draw.normal(groups, values)},
+        )  # fmt: skip
+    inputs = {"q": draw.normal(heads, width), "k": draw.normal(groups, width), "v": draw.normal(groups, values)}
+    with torch.no_grad():
+        if choose_forward(*(x.bfloat16() for x in inputs.values())) == "torch":
+            return
+    for documents, of in ((None, ""), (DOCUMENTS, f", {len(DOCUMENTS)} documents")):
+        yield _Case(
+            "attention_forward", f"{heads}/{groups} heads, {width} and {values} wide{of}",
+            functools.partial(attention, scale=scale, documents=documents),
+            functools.partial(_attention_by_document, scale=scale, documents=documents or [(slice(0, TOKENS),) * 2]),
+            inputs, forward_only=True,
         )  # fmt: skip
 
 
@@ -324,6 +341,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[1] - q.shape[1])
     return torch.einsum("bhts,bshd->bthd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+
+
+def _attention_by_document(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents) -> Tensor:
+    return torch.cat([_attention(q[:, own], k[:, seen], v[:, seen], scale) for own, seen in documents], 1)
 
 
 def _head_kl(student: Tensor, teacher: Tensor) -> Tensor:

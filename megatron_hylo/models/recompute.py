@@ -9,6 +9,7 @@ from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_hylo.kernels.flash_attention_3 import gradient_to_follow
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 
 
@@ -32,8 +33,11 @@ class _Recomputed(TransformerLayer):
         return forward(hidden_states)
 
     def _in_its_precision(self, forward: Callable[[Tensor], tuple[Tensor, None]], hidden_states: Tensor) -> tuple[Tensor, None]:
-        """Enter the FP8 context again, which the stack has left when the backward pass recomputes."""
-        with get_fp8_context(self.config):
+        """Enter the FP8 context again, which the stack has left when the backward pass recomputes.
+
+        Both passes take the same kernels, though the first one has no gradient.
+        """
+        with get_fp8_context(self.config), gradient_to_follow():
             return forward(hidden_states)
 
 

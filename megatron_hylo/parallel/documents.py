@@ -98,9 +98,14 @@ def sequence_first(x: Tensor, packed: Packed) -> Tensor:
 def by_document(
     attend: Callable[..., Tensor], documents: PackedDocuments | None, query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
-    """Run attention document by document (tokens are dimension 1), or at once where nothing is packed."""
+    """Run attention on each document alone (tokens are dimension 1), or at once where nothing is packed.
+
+    Args:
+        attend: of query, key and value; also takes `documents`, ranges of queries and keys.
+        documents: of the packed sequence.
+        query: [1 or batch, tokens, ...].
+        key, value: [1 or batch, tokens up to here, ...].
+    """
     if documents is None:
         return attend(query, key, value)
-    return torch.cat(
-        [attend(query[:, own], key[:, so_far], value[:, so_far]) for own, so_far in documents.attention_ranges], dim=1
-    )
+    return attend(query, key, value, documents=documents.attention_ranges)

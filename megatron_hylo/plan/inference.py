@@ -90,11 +90,12 @@ def serving(shape: ModelConfig, hardware: Hardware, lengths: Sequence[int] = LEN
 
 
 def read_parameters(shape: ModelConfig, tokens: int) -> float:
-    """Parameters that are read for so many tokens at once: all but experts that none of them is expected to go through."""
+    """Parameters that are read for so many tokens at once: not others' embeddings, nor experts that none goes through."""
     missed = 0.0
+    embeddings = shape.vocab_size * shape.hidden_size if shape.untie_embeddings_and_output_weights else 0
     if shape.has_experts:
         missed = (1 - shape.moe_router_topk / shape.num_moe_experts) ** tokens
-    return parameter_count(shape) - missed * sum(get_mlp(symbol).expert_parameters(shape) for symbol in shape.mlps)
+    return parameter_count(shape) - embeddings - missed * sum(get_mlp(symbol).expert_parameters(shape) for symbol in shape.mlps)
 
 
 def prefill_seconds(shape: ModelConfig, hardware: Hardware, length: int) -> float:

@@ -155,6 +155,7 @@ def _draw(rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]], file: 
     """Each metric by tokens, one line a cache size, and by cache size, one line an amount of tokens."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     from megatron_hylo.eval.plots import rc, style
     from megatron_hylo.eval.theme import LIGHT
@@ -180,5 +181,13 @@ def _draw(rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]], file: 
                         panel.fill_between(ends, low, high, color=look["color"], alpha=0.15, linewidth=0)
                 panel.set(xscale="log", xlabel=_words(along), ylabel=fit["metric"], yscale="log" if fit["power"] else "linear")
                 panel.legend(fontsize=7)
+                measured = sorted({row[along] for row in rows})
+                measured = measured[:: -(-len(measured) // 5)]  # five labels fit
+                panel.set_xticks(measured, [f"{value:,.0f}" for value in measured])
+                panel.xaxis.set_minor_locator(NullLocator())
+                if fit["power"]:  # a loss spans less than a decade
+                    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+                    panel.yaxis.set_major_formatter("{x:g}")
+                    panel.yaxis.set_minor_formatter(NullFormatter())
         figure.savefig(file, dpi=120)
     return file

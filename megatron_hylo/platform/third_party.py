@@ -270,6 +270,15 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         ),  # fmt: skip
     ),
     ThirdPartyChange(
+        "compilation at the first call",
+        "torch.compile, while a verb imports Megatron-Core; its decorated functions stay so",
+        "each decorator would import torch's compiler, 2 s of CPU time for functions that most verbs never call",
+        "process",
+        lambda: getattr(_loaded("megatron.core.jit", "jit_fuser"), "__module__", "").startswith("megatron_hylo."),
+        ("io/start_up.py",),
+        ("torch.compile",),
+    ),
+    ThirdPartyChange(
         "huge pages",
         "THP_MEM_ALLOC_ENABLE=1 in convert, verify, upcycle, assemble and export",
         "weights that are read once are limited by page faults: 2 GB/s of a core without, 6 with",
@@ -286,6 +295,15 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         lambda: _loaded("transformers.utils.logging", "_tqdm_active") is False,
         ("io/foreign.py",),
         ("transformers.utils.logging.disable_progress_bar",),
+    ),
+    ThirdPartyChange(
+        "GGUF headers parsed once",
+        "gguf.GGUFReader and gguf.get_tensor_name_map, while transformers loads from a GGUF file",
+        "transformers parses a file's vocabulary three times and makes the map of tensor names for each module",
+        "one call",
+        lambda: getattr(_loaded("gguf", "GGUFReader"), "__module__", "").startswith("megatron_hylo."),
+        ("io/gguf_file.py",),
+        ("gguf.GGUFReader", "gguf.get_tensor_name_map"),
     ),
     ThirdPartyChange(
         "words of RULER's keys",

@@ -68,7 +68,7 @@ def generate_text(
     chat: bool = False,
     latents: Literal["int8", "fp8"] | None = None,
     weights: Literal["fp8"] | None = None,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool = True,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generation:
     """Continue a prompt until the end-of-sequence token or `max_new_tokens`.
@@ -96,38 +96,18 @@ def generate_text(
             prompt, nothing loadable at `path`, a cache larger than the GPU's free memory.
     """
     check_prompt(prompt)
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
-        raise ConfigError(
-            f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0, got {max_new_tokens}, "
-            f"{temperature}, {top_p} and {repetition_penalty}"
-        )
-    model, tokenizer = open_model(path)
-    if weights is not None:
-        if not isinstance(model, HyloForCausalLM):
-            raise ConfigError(f"{path} is a model of transformers, whose weights are not kept in {weights} here; leave it out")
-        keep_weights_in_fp8(model)
-    ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)
-    if (largest := int(ids.max())) >= (rows := model.get_input_embeddings().num_embeddings):
-        raise ConfigError(
-            f"the prompt holds {tokenizer.convert_ids_to_tokens(largest)!r}, id {largest} of the tokenizer of {path}, whose "
-            f"model has {rows} (0 to {rows - 1}); leave it out, or use the tokenizer that the model was made with"
-        )
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and ids.shape[1] + max_new_tokens > longest:
-        logger.warning(
-            "%s was trained for %s tokens; the prompt's %s and %s new ones go past it: nothing is cut off, positions count on, "
-            "but what the model says there may be poor (docs/long_context.md)",
-            path, f"{longest:,}", f"{ids.shape[1]:,}", f"{max_new_tokens:,}",
-        )  # fmt: skip
+    check_settings(max_new_tokens, temperature, top_p, repetition_penalty)
+    model, tokenizer = open_for_generation(path, weights)
+    ids = prompt_ids(model, tokenizer, path, prompt, chat)
+    warn_of_length(model, path, ids.shape[1], max_new_tokens)
     streamer = _Streamer(tokenizer, on_text)
-    stop = model.generation_config.eos_token_id
-    stop = tokenizer.eos_token_id if stop is None else stop
+    stop = stop_tokens(model, tokenizer)
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else dict(do_sample=False)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
-        eos_token_id=stop,
-        pad_token_id=stop[0] if isinstance(stop, list) else stop,
+        eos_token_id=stop or None,
+        pad_token_id=stop[0] if stop else None,
         return_dict_in_generate=True,
         prefill_chunk_size=PREFILL_TOKENS if ids.shape[1] > PREFILL_TOKENS else None,
         **sampling,
@@ -176,15 +156,10 @@ def _cache(model: Any, path: str | Path, tokens: int, new_tokens: int, latents: 
     Raises:
         ConfigError: it would not fit in memory, or the model has no latents.
     """
+    check_latents(model, path, latents)
     if not isinstance(model, HyloForCausalLM):
-        if latents is not None:
-            raise ConfigError(f"{path} is a model of transformers, which has no latents to keep in {latents}; leave it out")
         return None, "a model of transformers"
-    if latents is not None and MLA_SYMBOL not in model.config.mixers:
-        raise ConfigError(f"{path} has no MLA layers, so no latents to keep in {latents}; leave it out")
-    reason = "no GPU" if model.device.type != "cuda" else None
-    if reason is None and new_tokens < CAPTURED_TOKENS:
-        reason = "few new tokens" if new_tokens else "cuda_graphs is false"
+    reason = not_captured(model, new_tokens)
     try:
         cache = model.new_cache(1, None if reason else tokens, latents)
     except ValueError as error:
@@ -206,7 +181,88 @@ def check_prompt(prompt: str) -> None:
         ) from error
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+def check_settings(max_new_tokens: int, temperature: float, top_p: float, repetition_penalty: float) -> None:
+    """Refuse settings out of range.
+
+    Raises:
+        ConfigError: one is.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
+        raise ConfigError(
+            f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0, got {max_new_tokens}, "
+            f"{temperature}, {top_p} and {repetition_penalty}"
+        )
+
+
+def check_latents(model: Any, path: str | Path, latents: str | None) -> None:
+    """Refuse 8-bit latents of a model that has none.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if latents is not None and not isinstance(model, HyloForCausalLM):
+        raise ConfigError(f"{path} is a model of transformers, which has no latents to keep in {latents}; leave it out")
+    if latents is not None and MLA_SYMBOL not in model.config.mixers:
+        raise ConfigError(f"{path} has no MLA layers, so no latents to keep in {latents}; leave it out")
+
+
+def not_captured(model: Any, new_tokens: int) -> str | None:
+    """Say why decode steps are not captured as a CUDA graph, by what was asked for; `new_tokens` is 0 where it was not."""
+    if model.device.type != "cuda":
+        return "no GPU"
+    if new_tokens < CAPTURED_TOKENS:
+        return "few new tokens" if new_tokens else "cuda_graphs is false"
+    return None
+
+
+def open_for_generation(path: str | Path, weights: str | None) -> tuple[Any, Any]:
+    """Open a model and its tokenizer; `weights` "fp8" keeps a hybrid's in FP8.
+
+    Raises:
+        ConfigError: nothing loadable at `path`, or FP8 weights of another model than a hybrid.
+    """
+    model, tokenizer = open_model(path)
+    if weights is not None:
+        if not isinstance(model, HyloForCausalLM):
+            raise ConfigError(f"{path} is a model of transformers, whose weights are not kept in {weights} here; leave it out")
+        keep_weights_in_fp8(model)
+    return model, tokenizer
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: those of generation_config.json, or else the tokenizer's."""
+    stop = model.generation_config.eos_token_id
+    stop = tokenizer.eos_token_id if stop is None else stop
+    return stop if isinstance(stop, list) else [] if stop is None else [stop]
+
+
+def prompt_ids(model: Any, tokenizer: Any, path: str | Path, prompt: str, chat: bool) -> torch.Tensor:
+    """Return a prompt's tokens, int64 [1, tokens] on the model's device.
+
+    Raises:
+        ConfigError: an empty prompt, tokens that the model does not have, no chat template or one that refuses the prompt.
+    """
+    ids = _tokenise(tokenizer, prompt, chat).to(model.device)
+    if (largest := int(ids.max())) >= (rows := model.get_input_embeddings().num_embeddings):
+        raise ConfigError(
+            f"the prompt holds {tokenizer.convert_ids_to_tokens(largest)!r}, id {largest} of the tokenizer of {path}, whose "
+            f"model has {rows} (0 to {rows - 1}); leave it out, or use the tokenizer that the model was made with"
+        )
+    return ids
+
+
+def warn_of_length(model: Any, path: str | Path, tokens: int, new_tokens: int) -> None:
+    """Warn where a prompt and its new tokens go past what the model was trained for."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and tokens + new_tokens > longest:
+        logger.warning(
+            "%s was trained for %s tokens; the prompt's %s and %s new ones go past it: nothing is cut off, positions count on, "
+            "but what the model says there may be poor (docs/long_context.md)",
+            path, f"{longest:,}", f"{tokens:,}", f"{new_tokens:,}",
+        )  # fmt: skip
+
+
+def _tokenise(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     """int64 [1, tokens]."""
     if chat:
         if tokenizer.chat_template is None:

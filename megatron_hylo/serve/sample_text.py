@@ -29,7 +29,7 @@ from megatron_hylo.data.packed import DocumentStore
 from megatron_hylo.data.tokenizer import check_dataset
 from megatron_hylo.eval.lm_facts import model_identity
 from megatron_hylo.hf import HyloForCausalLM
-from megatron_hylo.hf.cache_hylo import cache_nbytes
+from megatron_hylo.hf.cache_hylo import cache_nbytes, free_bytes
 from megatron_hylo.io import check_free, output_lock, plain_os_errors, staging_directory, write_json
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checks import require_finite
@@ -296,8 +296,8 @@ def rows_that_fit(model: HyloForCausalLM, columns: int) -> int:
     most = MOST_ROWS[model.device.type]
     if model.device.type != "cuda":
         return most
-    kept = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    free = torch.cuda.mem_get_info(model.device)[0] + kept
+    free = free_bytes(model.device)
+    assert free is not None, "a GPU says it"
     row = cache_nbytes(model.config, columns, model.dtype.itemsize) + LOGITS_BYTES * model.config.vocab_size
     rows = min(most, int(MEMORY_SHARE * free / row))
     if rows < 1:

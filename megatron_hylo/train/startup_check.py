@@ -1,5 +1,5 @@
-"""Kernel check before a run on a GPU: compares its kernels with plain-torch definitions, once for a kind of GPU, library
-versions, shapes and our own code."""
+"""Kernel check before a run on a GPU: compares its kernels with plain-torch definitions, each shape once for a kind of GPU,
+library versions and our own code."""
 
 import hashlib
 import json
@@ -14,18 +14,19 @@ import torch
 
 from megatron_hylo import kernels
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.io import cache_dir, write_json
+from megatron_hylo.io import cache_dir, read_json, write_json
 from megatron_hylo.kernels.delta_rule_state_pass import OPERATION as STATE_PASS
 from megatron_hylo.kernels.registry import ENVIRONMENT_VARIABLE
+from megatron_hylo.models import kernel_check
 from megatron_hylo.models.kernel_check import Check, check_kernels
 
 logger = logging.getLogger("megatron_hylo.kernels")
 STATE_PASS_ADVICE = f" (on Hopper try {ENVIRONMENT_VARIABLE}={STATE_PASS}=fla first: fla's own kernels in place of ours)"
-LIBRARIES = ("torch", "triton", "flash-linear-attention", "mamba-ssm")
+LIBRARIES = ("torch", "triton", "flash-linear-attention", "mamba-ssm", "fa3-fwd")
 
 
 def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device, parts: bool = False) -> None:
-    """Refuse kernels that are wrong on this machine; a passed check is kept in the cache folder. On a CPU, where all is plain
+    """Refuse kernels that are wrong on this machine; passed checks are kept in the cache folder. On a CPU, where all is plain
     torch, nothing is done.
 
     Args:
@@ -39,14 +40,15 @@ def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device
     """
     if device.type != "cuda":
         return
-    file = cache_dir() / "kernel_checks" / f"{_key(configs, dtype, device, parts)}.json"
-    if file.is_file():
-        logger.info("kernels were checked before on this kind of GPU (%s)", file)
-        return
-    found: dict[tuple[str, str], Check] = {}
+    file = cache_dir() / "kernel_checks" / f"{_key(dtype, device)}.json"
+    before = [Check(**check) for check in read_json(file)["checks"]] if file.is_file() else []
+    found = {(c.operation, c.shape): c for c in before}
     for config in configs:  # models of a run share shapes
         found |= {(c.operation, c.shape): c for c in check_kernels(config, dtype, device, found, parts)}
-    checks = list(found.values())
+    checks = list(found.values())[len(before) :]
+    if not checks:
+        logger.info("kernels were checked before on this kind of GPU at these shapes (%s)", file)
+        return
     refuse_wrong(checks)
     worst = max(checks, key=lambda check: check.error / check.limit)
     logger.info(
@@ -55,7 +57,7 @@ def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device
     )  # fmt: skip
     logger.debug("kernels checked: %s", ", ".join(f"{c.operation} by {c.implementation} {c.error:.1e}" for c in checks))
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"device": torch.cuda.get_device_name(device), "checks": [asdict(c) for c in checks]})
+    write_json(file, {"device": torch.cuda.get_device_name(device), "checks": [asdict(c) for c in found.values()]})
 
 
 def refuse_wrong(checks: Sequence[Check]) -> None:
@@ -71,11 +73,12 @@ def refuse_wrong(checks: Sequence[Check]) -> None:
             )
 
 
-def _key(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device, parts: bool) -> str:
-    """Hash of everything that the result of a check depends on."""
-    own = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(kernels.__file__).parent.glob("*.py")))).hexdigest()
-    about = [torch.cuda.get_device_name(device), str(dtype), os.environ.get(ENVIRONMENT_VARIABLE, ""), versions(), parts, own]
-    return hashlib.sha256(json.dumps([*about, *(asdict(config) for config in configs)]).encode()).hexdigest()[:16]
+def _key(dtype: torch.dtype, device: torch.device) -> str:
+    """Hash of everything but shapes that the result of a check depends on."""
+    sources = [*sorted(Path(kernels.__file__).parent.glob("*.py")), Path(kernel_check.__file__)]
+    own = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
+    about = [torch.cuda.get_device_name(device), str(dtype), os.environ.get(ENVIRONMENT_VARIABLE, ""), versions(), own]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

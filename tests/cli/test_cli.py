@@ -161,7 +161,7 @@ LINES = (
     "calibrate teacher data new", "upcycle teacher new --pattern GG", "select teacher --mla m --linear l --data d --count 1",
     "assemble m l b new --pattern GG", "cache-teacher teacher data new", "serve-teacher teacher 29600",
     "train --stage pretrain --data d --model m --output new", "evaluate m d", "eval m", "export m new", "generate m hello",
-    "doctor",
+    "generate m - --batch 8", "doctor",
 )  # fmt: skip
 
 

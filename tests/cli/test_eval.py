@@ -47,7 +47,7 @@ def test_results_of_a_model_and_of_its_export_are_those_of_evaluate(place, capsy
     assert [s.value for s in one.scores] == pytest.approx([s.value for s in other.scores], rel=1e-5)
     quality = evaluate_folder(place / "model", place / "data", sequence_length=64, windows=5)
     assert one.scores[0].value == pytest.approx(quality.perplexity, rel=1e-5)
-    assert (one.model["kind"], other.model["kind"]) == ("model folder", "exported hybrid")
+    assert (one.model["kind"], other.model["kind"]) == ("model folder", "exported model")
     assert one.model["parameters"] == other.model["parameters"] == parameter_count(CONFIG)
     assert one.model["kv_percent"] == other.model["kv_percent"] == kv_percent(CONFIG)
     assert len(one.model["hash"]) == len(other.model["hash"]) == 64 and one.run["settings"]["limit"] == 5

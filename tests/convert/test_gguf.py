@@ -12,7 +12,7 @@ from megatron_hylo.convert.gguf_rope import rope_from_gguf
 from megatron_hylo.convert.hf_reader import load_transformers_model
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
-from megatron_hylo.io.gguf_file import gguf_token_ids
+from megatron_hylo.io.gguf_file import gguf_token_ids, open_gguf, parsed_once
 from megatron_hylo.kernels.rope import rope_frequencies
 from megatron_hylo.models.checkpoint import load_model
 from tests.conftest import tiny_hf_model
@@ -181,3 +181,41 @@ def test_all_tokens_that_end_a_turn_are_kept(tmp_path) -> None:
     assert gguf_token_ids(file) == {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 3}
     assert GgufSource(file).hf_config["eos_token_id"] == [2, 5]
     assert isinstance(load_transformers_model(file), transformers.LlamaForCausalLM)
+
+
+def test_quick_reader_matches_the_gguf_packages_own(tmp_path) -> None:
+    """All fields, part by part, of a file with a vocabulary, and its tensors; a file that ends in the vocabulary is refused."""
+    keys = {
+        "/tokenizer.ggml.tokens": ["a", "", "ß€", *(f"token {n}" for n in range(300))], "/tokenizer.ggml.scores": [0.5, -1.25],
+        "/tokenizer.ggml.token_type": [1, 3, 1, 6], "/tokenizer.ggml.pairs": [[1, 2], [3, 4]], "/general.tags": ["x"],
+        "/general.flags": [True, False],
+    }  # fmt: skip
+    file = write_gguf(tmp_path / "model.gguf", tiny_hf_model("llama"), keys)
+    theirs, ours = gguf.GGUFReader(file), open_gguf(file)
+    assert list(ours.fields) == list(theirs.fields) and type(ours) is not type(theirs)
+    for name, field in theirs.fields.items():
+        found = ours.fields[name]
+        assert (found.types, found.data, found.offset) == (field.types, field.data, field.offset), name
+        assert [(part.dtype, part.tolist()) for part in found.parts] == [(p.dtype, p.tolist()) for p in field.parts], name
+        assert name == "tokenizer.ggml.pairs" or found.contents() == field.contents()
+    assert [(t.name, t.data_offset, t.data.tobytes()) for t in ours.tensors] == [
+        (t.name, t.data_offset, t.data.tobytes()) for t in theirs.tensors
+    ]
+    for name in ("tokens", "scores"):
+        cut = tmp_path / f"{name}.gguf"
+        cut.write_bytes(file.read_bytes()[: theirs.fields[f"tokenizer.ggml.{name}"].offset + 52])
+        with pytest.raises(ConfigError, match=r"not a whole GGUF file \(an array ends at byte"):
+            open_gguf(cut)
+
+
+def test_transformers_parses_no_header_of_its_own(tmp_path, monkeypatch) -> None:
+    file = write_gguf(tmp_path / "model.gguf", tiny_hf_model("llama"))
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    source = GgufSource(file)
+    monkeypatch.setattr(reader, "_build_fields", lambda *_: pytest.fail("parsed again"))
+    with pytest.raises(ZeroDivisionError), parsed_once():
+        assert gguf.GGUFReader(str(file)).tensors[0].name in source._stored.values()
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+        raise ZeroDivisionError
+    load_transformers_model(file)
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader, names)

@@ -239,7 +239,7 @@ def test_fp8_weights_in_memory_are_the_exports(mixers, ids, monkeypatch):
 @torch.no_grad()
 def test_fp8_weights_decode_on_a_gpu_as_the_rounded_model_does(mixers, ids):
     """Steps of a captured CUDA graph, beside the same steps with the rounded weights in bf16, and both beside fp32."""
-    sizes = dict(hidden_size=256, ffn_hidden_size=768, q_lora_rank=128, v_head_dim=16, mamba_head_dim=16)
+    sizes = dict(hidden_size=256, ffn_hidden_size=768, q_lora_rank=64, v_head_dim=16, mamba_head_dim=16)
     model = random_model(serve_config(mixers, **sizes), torch.bfloat16).cuda()
     for parameter in (p for name, p in model.named_parameters() if name.endswith(("A_log", "dt_bias", "D"))):
         parameter.data = parameter.data.float()

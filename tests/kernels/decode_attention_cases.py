@@ -63,6 +63,38 @@ def errors(device: str, rows: int, dtypes: tuple[torch.dtype, ...]) -> dict[str,
     return found
 
 
+def packed_errors(device: str, rows: int, dtypes: tuple[torch.dtype, ...]) -> dict[str, tuple[float, torch.dtype]]:
+    """Relative error of packed batches: lengths from 1 to `rows`, in another order in memory, between rows of NaN."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    lengths, order = [1, rows, 256, 257, rows // 3], [3, 1, 4, 0, 2]
+    starts, end = [0] * 5, 5
+    for number in order:
+        starts[number], end = end, end + lengths[number] + 7
+    for dtype, (name, sizes), latents in itertools.product(
+        dtypes, (("latent", LATENT), ("grouped", GROUPED)), (None, "int8", "fp8")
+    ):
+        if latents and name == "grouped":
+            continue
+        heads, groups, d, v = (sizes[key] for key in ("heads", "groups", "d", "v"))
+        q = torch.randn(5, heads, d, generator=generator).to(device, dtype)
+        k = torch.full((1, end, groups, d), torch.nan, dtype=dtype, device=device)
+        value = v if groups == 1 else torch.full((1, end, groups, v), torch.nan, dtype=dtype, device=device)
+        for start, count in zip(starts, lengths):
+            for held in (k, value):
+                if isinstance(held, torch.Tensor):
+                    held[:, start : start + count] = 2 * torch.randn(held[:, :count].shape, generator=generator).to(device)
+        scales = None
+        if latents:
+            values, scales = quantise_latents(k[:, :, 0].nan_to_num(1e4), v, latents)  # rows of no sequence: scales of 100
+            k = values[:, :, None]
+        length, first = (torch.tensor(x, dtype=torch.int32, device=device) for x in (lengths, starts))
+        out = decode_attention.split_attention(q, k, value, d**-0.5, length, None, scales, first)
+        wide = [x.double() if isinstance(x, torch.Tensor) and x.dtype == dtype else x for x in (q, k, value)]
+        expected = decode_attention._packed_torch(*wide, d**-0.5, length, scales, first)
+        found[f"packed {name} {dtype} {latents}"] = relative_error(out, expected), dtype
+    return found
+
+
 def matvec_errors(device: str, sizes: tuple[tuple[int, int], ...], dtypes: tuple[torch.dtype, ...]) -> dict[str, float]:
     """Relative error of the product with each matrix, [rows, columns], with and without SwiGLU and residual."""
     generator, found = torch.Generator().manual_seed(0), {}
@@ -133,6 +165,8 @@ if __name__ == "__main__":
     mend_interpreter("megatron_hylo.kernels.triton_decode_attention", "megatron_hylo.kernels.triton_matvec")
     torch.set_num_threads(1)
     for name, (error, _) in errors("cpu", 700, (torch.float32, torch.float16)).items():  # its products know no bf16
+        print(f"CASE {name}|{error}")
+    for name, (error, _) in packed_errors("cpu", 700, (torch.float32, torch.float16)).items():
         print(f"CASE {name}|{error}")
     for name, error in matvec_errors("cpu", ((602, 1024), (22, 2500)), (torch.float32, torch.bfloat16)).items():
         print(f"CASE {name}|{error}")

@@ -17,6 +17,7 @@ from tests.kernels.decode_attention_cases import (
     convolution_errors,
     errors,
     matvec_errors,
+    packed_errors,
     recurrence_errors,
     scaled_matvec_errors,
 )
@@ -48,7 +49,7 @@ def test_kernels_equal_the_plain_form_in_triton_s_interpreter() -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     cases = [line.split("CASE ")[1].split("|") for line in result.stdout.splitlines() if "CASE " in line]
-    assert len(cases) == 2 * (5 + 3) + 16 + 4 + 8, result.stdout
+    assert len(cases) == 2 * (5 + 3 + 4) + 16 + 4 + 8, result.stdout
     for name, error in cases:
         bound = 1e-6 if "float32" in name else 8e-3 if "bfloat16" in name else 1e-3  # the interpreter does not round to bf16
         assert float(error) < bound, (name, error)
@@ -56,9 +57,11 @@ def test_kernels_equal_the_plain_form_in_triton_s_interpreter() -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
-    "latents, shared", [(None, True), ("int8", True), ("fp8", True), (None, False)], ids=["bf16", "int8", "fp8", "grouped"]
+    "latents, shared, packed",
+    [(None, True, False), ("int8", True, False), ("fp8", True, True), (None, False, False), (None, True, True)],
+    ids=["bf16", "int8", "fp8 packed", "grouped", "packed"],
 )
-def test_kernels_compile_for_hopper(latents, shared) -> None:
+def test_kernels_compile_for_hopper(latents, shared, packed) -> None:
     """To machine code, which needs no GPU; sizes of the 3B models."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -75,16 +78,23 @@ def test_kernels_compile_for_hopper(latents, shared) -> None:
         else dict(HEADS=3, HEAD_ROWS=16, REST=0, REST_COLUMNS=16)
     )
     constants = sizes | dict(FIRST=128, FIRST_COLUMNS=128, WIDTH=128, WIDTH_COLUMNS=128, SHARED=shared, LENGTH=True,
-                             MASKED=True, QUANTISED=latents is not None, SPLITS=512, BLOCK=module.BLOCK)  # fmt: skip
+                             MASKED=not packed, QUANTISED=latents is not None, SPLITS=512, BLOCK=module.BLOCK,
+                             PACKED=packed, COLUMNS=256)  # fmt: skip
     strides = "k_batch k_row k_group v_batch v_row v_group real_batch scales_batch scales_row".split()
-    arguments = dict(q="*bf16", k=key, v=key, length="*i32", real="*i1", scales="*bf16", partial="*fp32", sums="*fp32",
-                     scale="fp32", rows="i32", groups="i32") | dict.fromkeys(strides, "i64")  # fmt: skip
+    arguments = dict(q="*bf16", k=key, v=key, length="*i32", starts="*i32", real="*i1", scales="*bf16",
+                     partial="*fp32", sums="*fp32", scale="fp32", rows="i32", groups="i32",
+                     sequences="i32") | dict.fromkeys(strides, "i64")  # fmt: skip
     for kernel, given, constant in (
         (kernels.attend_part, arguments, constants),
         (
             kernels.combine_parts,
             dict(partial="*fp32", sums="*fp32", out="*bf16"),
             dict(SPLITS=512, WIDTH=128, COLUMNS=128, TILE=32),
+        ),
+        (
+            kernels.combine_packed_parts,
+            dict(partial="*fp32", sums="*fp32", lengths="*i32", out="*bf16", sequences="i32"),
+            dict(HEADS=24, PARTS=512, BLOCK=module.BLOCK, WIDTH=128, WIDTH_COLUMNS=128, TILE=16, COLUMNS=256),
         ),
         (
             step,
@@ -133,7 +143,8 @@ def test_quantised_latents_are_half_a_step_wrong_at_most(name):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_kernels_equal_the_plain_form_on_the_gpu() -> None:
-    for name, (error, dtype) in errors("cuda", 70_000, (torch.float32, torch.bfloat16)).items():
+    cases = [f("cuda", 70_000, (torch.float32, torch.bfloat16)) for f in (errors, packed_errors)]
+    for name, (error, dtype) in (cases[0] | cases[1]).items():
         assert error < (1e-5 if dtype == torch.float32 else 6e-3), (name, error)
     for name, error in matvec_errors("cuda", ((13842, 3072), (8192, 4608), (30, 700)), (torch.float32, torch.bfloat16)).items():
         assert error < (1e-5 if "float32" in name else 6e-3), (name, error)

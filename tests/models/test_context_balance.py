@@ -35,8 +35,8 @@ def test_documents_keep_their_keys(monkeypatch):
     monkeypatch.setattr(ContextGroup, "_trade", lambda self, x: x)
     group, seen = ContextGroup(SimpleNamespace(size=lambda: 2, rank=lambda: 1)), []
 
-    def attention(query, key, value):
-        seen.append((query.shape[1], key[0, :, 0, 0].tolist()))
+    def attention(query, key, value, documents):
+        seen.extend((queries.stop - queries.start, key[0, keys, 0, 0].tolist()) for queries, keys in documents)
         return query
 
     documents = PackedDocuments(torch.tensor([0, 5, 9]), 12, slice(6, 12))

@@ -10,6 +10,7 @@ from megatron_hylo.models import decode_check
 from megatron_hylo.models import kernel_check as self_check
 from megatron_hylo.models.decode_check import check_decode_kernels
 from megatron_hylo.models.kernel_check import check_kernels
+from megatron_hylo.train import startup_check
 from megatron_hylo.train.startup_check import check_run_kernels, refuse_wrong
 from tests.conftest import tiny_config
 
@@ -33,15 +34,20 @@ def test_plain_torch_is_right(dtype) -> None:
 def test_decode_steps_are_checked_and_wrong_ones_named(dtype, monkeypatch) -> None:
     checks = check_decode_kernels(tiny_config("G-+-M-*-K-"), dtype, CPU)
     assert [c.operation for c in checks] == [
-        "gated_delta_rule", "decode_attention", "ssd", "decode_attention", "kda", "matvec", "causal_conv1d_step",
+        "gated_delta_rule", "decode_attention", "ssd", "decode_attention", "kda", "decode_attention", "matvec",
+        "causal_conv1d_step",
     ]  # fmt: skip
     assert all(c.ok and c.implementation == "torch" for c in checks), checks
     right = decode_check.decode_attention
-    monkeypatch.setattr(decode_check, "decode_attention", lambda q, k, *rest: right(q, k.roll(int(q.dtype == dtype), 3), *rest))
+
+    def rolled(q, k, *rest, **more):
+        return right(q, k.roll(int(q.dtype == dtype), 3), *rest, **more)
+
+    monkeypatch.setattr(decode_check, "decode_attention", rolled)
     known = {(c.operation, c.shape) for c in checks[1:2]}
     checks = check_decode_kernels(tiny_config("G-+-M-*-K-"), dtype, CPU, known)
     bad = [c for c in checks if not c.ok]
-    assert len(checks) == 6 and (len(bad) == 1) == (dtype == torch.bfloat16)
+    assert len(checks) == 7 and (len(bad) == 2) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("fault", ["output", "gradient", "nan"])
@@ -87,6 +93,32 @@ def test_doctor_fails_where_a_kernel_is_wrong(monkeypatch, capsys) -> None:
     assert ended.value.code == 1 and "WRONG" in capsys.readouterr().out
 
 
+def test_each_shape_is_checked_once_on_a_machine(monkeypatch, tmp_path) -> None:
+    """Another run's models are checked at the shapes that no run had before; a wrong kernel is not kept as checked."""
+    monkeypatch.setenv("MEGATRON_HYLO_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    here = lambda config, dtype, device, known, parts: check_kernels(config, dtype, CPU, known, parts)  # noqa: E731
+    monkeypatch.setattr(startup_check, "check_kernels", here)
+    right, run = self_check._check, []
+    monkeypatch.setattr(self_check, "_check", lambda case, dtype: run.append(case.operation) or right(case, dtype))
+
+    def checked(*patterns: str, dtype: torch.dtype = torch.float32) -> list[str]:
+        run.clear()
+        check_run_kernels([tiny_config(pattern) for pattern in patterns], dtype, torch.device("cuda"))
+        return list(run)
+
+    assert set(checked("M-", "*-")) == {"causal_conv1d", "ssd", "attention", "elementwise", "rms_norm", "concatenate"}
+    assert checked("*-") == checked("*-M-") == []
+    assert set(checked("G-M-")) == {"causal_conv1d", "gated_delta_rule"}
+    assert len(list((tmp_path / "kernel_checks").iterdir())) == 1
+    assert "ssd" in checked("M-", dtype=torch.bfloat16)
+    monkeypatch.setattr(startup_check, "versions", lambda: {"torch": "another"})
+    monkeypatch.setattr(self_check, "ssd", lambda x, **_: (x.roll(1, 1), None))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="ssd .* is wrong on this machine"):
+            checked("M-")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("layout", ["smollm2-135m-8mla22gdn-teacher", "llama3.2-1b-4mla12gdn", "llama3.2-1b-4mla12m2"])
@@ -96,7 +128,8 @@ def test_fast_kernels_are_right_and_checked_once(layout, monkeypatch, tmp_path) 
     check_run_kernels([config], torch.bfloat16, cuda, parts=True)
     (file,) = (tmp_path / "kernel_checks").iterdir()
     assert '"triton"' in file.read_text()
-    monkeypatch.setattr("megatron_hylo.train.startup_check.check_kernels", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(self_check, "_check", lambda *_: pytest.fail("checked again"))
     check_run_kernels([config], torch.bfloat16, cuda, parts=True)
+    monkeypatch.undo()
     checks = check_decode_kernels(config, torch.bfloat16, cuda)
     assert all(c.ok for c in checks) and {c.implementation for c in checks} >= {"triton"}, checks

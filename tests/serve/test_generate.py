@@ -14,6 +14,7 @@ from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.hf.quantised_hylo import keep_weights_in_fp8
 from megatron_hylo.serve import generate
 from megatron_hylo.serve.generate import generate_text
+from megatron_hylo.serve.generate_batch import generate_texts
 from tests.conftest import tiny_hf_model
 from tests.hf.conftest import save_tokenizer, serve_config
 
@@ -68,6 +69,25 @@ def test_text_is_the_argmax_of_full_forwards(folders):
     assert generate_text(folders[1], PROMPT, max_new_tokens=10).text == tokenizer.decode(
         ids[0, len(PROMPT) :], skip_special_tokens=True
     )
+
+
+def test_many_prompts_get_the_texts_that_each_gets_alone(folders, capsys):
+    prompts = [PROMPT, "a", "the lazy dog and the hen and the cow " * 3, "over", "the end"]
+    alone = [generate_text(folders[1], prompt, 9) for prompt in prompts]
+    ends = []
+    found = generate_texts(folders[1], prompts, 2, 9, on_result=lambda number, result: ends.append(number))
+    assert sorted(ends) == [0, 1, 2, 3, 4] and all(result.tokens_per_second > 0 for result in found)
+    for name in ("text", "prompt_tokens", "new_tokens", "cache_bytes", "kv_bytes_per_token", "decoded_by"):
+        assert [getattr(x, name) for x in found] == [getattr(x, name) for x in alone], name
+    lines = [json.dumps(prompt if number % 2 else {"prompt": prompt, "id": 3}) for number, prompt in enumerate(prompts)]
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["generate", str(folders[1]), "\n".join(lines), "--batch", "8", "--max_new_tokens", "9"])
+    captured = capsys.readouterr()
+    printed = [json.loads(line) for line in captured.out.splitlines()]
+    assert exit.value.code == 0 and f"5 prompts, {sum(x.new_tokens for x in alone)} new tokens" in captured.err
+    assert [(x["prompt"], x["text"]) for x in printed] == list(zip(prompts, [x.text for x in alone]))
+    texts = [generate_texts(folders[1], prompts, 3, 9, temperature=2.0, seed=seed)[2].text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_prefill_in_pieces_changes_nothing(folders, monkeypatch):
@@ -147,6 +167,8 @@ def test_teacher_folders(one_rank, tmp_path):
         generate_text(tmp_path / "hf", PROMPT, latents="fp8")
     with pytest.raises(ConfigError, match="whose weights are not kept in fp8 here; leave it out"):
         generate_text(tmp_path / "hf", PROMPT, weights="fp8")
+    with pytest.raises(ConfigError, match="only hybrids decode many prompts here; give it one at a time"):
+        generate_texts(tmp_path / "hf", [PROMPT])
 
 
 @pytest.mark.parametrize(
@@ -178,14 +200,16 @@ def test_folder_without_tokenizer(folders):
 def without_end(folder):
     """Let a random model never end its text."""
     (folder / "manifest.json").unlink()  # the export is changed on purpose
-    for file in (folder / "config.json", folder / "generation_config.json"):
+    for name, key in (("config", "eos_token_id"), ("generation_config", "eos_token_id"), ("tokenizer_config", "eos_token")):
+        file = folder / f"{name}.json"
         if file.is_file():
-            file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": None}))
+            file.write_text(json.dumps(json.loads(file.read_text()) | {key: None}))
 
 
 def test_without_an_end_token_as_many_tokens_come_as_were_asked_for(folders):
     without_end(folders[1])
-    assert generate_text(folders[1], PROMPT, 64).new_tokens == 64
+    for seed in range(4):
+        assert generate_text(folders[1], PROMPT, 64, temperature=0.7 * seed, seed=seed).new_tokens == 64
 
 
 @pytest.mark.gpu

@@ -16,11 +16,14 @@ os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS
 
 @contextlib.contextmanager
 def engine(folder: Path, **settings: Any) -> Iterator[Any]:
-    """Start an engine on a folder in fp32, and free it."""
+    """Start an engine on a folder in fp32, and free it; on a GPU with a small cache, so that others may use the GPU too."""
+    import torch
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     defaults = {"skip_tokenizer_init": True, "max_model_len": 256, "dtype": "float32", "max_num_seqs": 8}
+    if torch.cuda.is_available():
+        defaults |= {"kv_cache_memory_bytes": 4 << 30, "gpu_memory_utilization": 0.05}
     llm = LLM(model=str(folder), **(defaults | settings))
     try:
         yield llm

@@ -30,8 +30,7 @@ def test_bf16_log_probabilities_are_as_near_to_fp32_as_those_of_transformers(dev
     folder = Path(EXPORTED) if name == "exported" else make_model(name, tmp_path / name)
     named = text_prompts(folder, longest) if (folder / "tokenizer.json").exists() else random_prompts()
     prompts = list(named.values())
-    memory = {"kv_cache_memory_bytes": 4 << 30, "gpu_memory_utilization": 0.5} if device == "cuda" else {}
-    with engine(folder, dtype="bfloat16", max_model_len=longest, max_num_batched_tokens=512, **memory) as llm:
+    with engine(folder, dtype="bfloat16", max_model_len=longest, max_num_batched_tokens=512) as llm:
         outputs = complete(llm, prompts, NEW, logprobs=0)
     answers = [list(output.outputs[0].token_ids) for output in outputs]
     served = [

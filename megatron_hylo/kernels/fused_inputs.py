@@ -1,0 +1,16 @@
+"""Inputs as fused attention kernels want them: aligned in memory, of one width."""
+
+import torch
+import torch.nn.functional as F
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """Copy x where it is not aligned to the 16 bytes that fused kernels read at a time (a section of odd width)."""
+    places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
+    return x.contiguous() if x.stride(-1) != 1 or any(place % 16 for place in places) else x
+
+
+def same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Pad with zero channels, which change nothing: flash kernels want queries, keys and values equally wide."""
+    width = max(x.shape[-1] for x in tensors)
+    return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)
