@@ -196,7 +196,9 @@ def draw_buckets(
     if limits:
         axes.set_ylim(*limits)
     if len(curves) > 1:
-        axes.legend(fontsize=9)
+        axes.figure.legend(
+            fontsize=9, loc="outside upper left", ncols=len(curves) if len(curves) < 4 else 2
+        )  # over no interval
 
 
 def heat_map_size(columns: int, rows: int, row: float) -> tuple[float, float]:

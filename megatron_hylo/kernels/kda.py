@@ -118,20 +118,24 @@ def _decayed_products(
         keys, queries, log_decay: [n, b h, c, dk].
         total: float64, sums of `log_decay` from the chunk's start.
     """
+    if keys.is_cuda:  # no choice by the data, which a captured graph cannot make
+        return _products_by_pair(keys, queries, log_decay)
     away = total - (total[..., :1, :] + total[..., -1:, :]) / 2
     strong = (total[..., 0, :] - total[..., -1, :]).amax(-1) > FACTORED  # [n, b h]
     away = away.clamp(-FACTORED / 2, FACTORED / 2)  # changes strong ones alone
     after, before = away.exp().to(keys), (keys * (-away).exp().to(keys)).transpose(-1, -2)
     system, scores = ((x * after @ before).tril() for x in (keys, queries))
     if strong.any():
-        own = keys[strong]  # [m, c, dk]
-        decay = segment_sum(log_decay[strong].transpose(-1, -2)).exp().movedim(-3, -1)  # [m, c, c, dk]
-        reached = decay * own[:, None]  # keys j as token i meets them
-        system, scores = (
-            found.index_put((strong,), (reached @ x[..., None]).squeeze(-1))
-            for found, x in ((system, own), (scores, queries[strong]))
-        )
+        own = _products_by_pair(keys[strong], queries[strong], log_decay[strong])
+        system, scores = (found.index_put((strong,), right) for found, right in zip((system, scores), own, strict=True))
     return system, scores
+
+
+def _products_by_pair(keys: torch.Tensor, queries: torch.Tensor, log_decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_decayed_products` of any [..., c, dk], with a decay for each pair of tokens and each channel in memory."""
+    decay = segment_sum(log_decay.transpose(-1, -2)).exp().movedim(-3, -1)  # [..., c, c, dk]
+    reached = decay * keys[..., None, :, :]  # keys j as token i meets them
+    return (reached @ keys[..., None]).squeeze(-1), (reached @ queries[..., None]).squeeze(-1)
 
 
 def recurrent_kda(
