@@ -69,6 +69,8 @@ if [[ -n "${RDZV_ENDPOINT:-}" ]]; then
 fi
 
 if [[ "$1" == sweep ]]; then # a cell: one process, which any signal ends that it has no handler for
+    ((processes == 1)) || fail "a cell of a sweep uses one GPU, and this task has $processes: leave --gpus-per-node out"
+    [[ "${SLURM_NNODES:-1}" == 1 ]] || fail "a cell of a sweep uses one node, and this task has $SLURM_NNODES: leave --nodes out"
     trained=()
     ask() { kill -USR1 "$child" || true; }
 else

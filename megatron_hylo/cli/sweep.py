@@ -210,9 +210,14 @@ def run_all(sweep: "Sweep", at_once: int) -> None:
         with ThreadPoolExecutor(at_once) as pool:
             for cell in track([pool.submit(one, cell) for cell in left], f"{len(left)} of {len(sweep.cells)} cells"):
                 cell.result()
+                if stopping.is_set():
+                    break
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+    if stopping.is_set():
+        done = sum(cell.state()[0] == "finished" for cell in sweep.cells)
+        console.print(f"stopped; {done} of {len(sweep.cells)} cells are finished, and the same command goes on", markup=False)
 
 
 def _last_line(file: Path) -> str:

@@ -167,7 +167,7 @@ def generate(
         weights: keep a hybrid's linear maps in FP8, half of bf16's memory; faster on a GPU for one sequence.
         cuda_graphs: on a GPU capture the decode step as one CUDA graph, from 32 new tokens on.
         batch: decode up to so many prompts of a hybrid together, of any lengths: PROMPT is JSON Lines then, a string or an
-            object with "prompt" a line, and a JSON line is printed for each, in their order.
+            object with "prompt" a line, and a JSON line is printed for each as it ends, with its number from 0.
         json: print text, tokens, speed and cache as JSON instead.
     """
     import torch
@@ -219,7 +219,7 @@ def generate(
 
 
 def _generate_many(model: Path, lines: str, **settings: Any) -> None:
-    """Continue the prompts of JSON Lines and print a line for each, in their order and as soon as it is there."""
+    """Continue the prompts of JSON Lines and print a line for each as it ends, with its number from 0."""
     from megatron_hylo.config import ConfigError
     from megatron_hylo.serve.generate_batch import generate_texts, read_prompts
 
@@ -227,21 +227,16 @@ def _generate_many(model: Path, lines: str, **settings: Any) -> None:
         raise ConfigError("--batch decodes in one process; start it without torchrun, or leave --batch out")
     if lines == "-":
         lines = sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape")
-    prompts, ended = read_prompts(lines), {}
-    start, shown = time.perf_counter(), 0
+    prompts, start = read_prompts(lines), time.perf_counter()
 
     def show(number: int, result: Any) -> None:
-        nonlocal shown
-        ended[number] = result
-        while shown in ended:
-            print(dumps({"prompt": prompts[shown]} | asdict(ended[shown])), flush=True)
-            shown += 1
+        print(dumps({"number": number} | prompts[number] | asdict(result)), flush=True)
 
-    found = generate_texts(model, prompts, on_result=show, **settings)
+    found = generate_texts(model, [one["prompt"] for one in prompts], on_result=show, **settings)
     tokens, seconds = sum(result.new_tokens for result in found), time.perf_counter() - start
     console.print(
         f"{len(found):,} prompts, {tokens:,} new tokens in {seconds:.1f} s, with loading and reading the prompts; decoded by "
-        f"{found[-1].decoded_by}",
+        f"{max((result.decoded_by for result in found), key='a CUDA graph'.__eq__)}",
         style="dim",
     )
 

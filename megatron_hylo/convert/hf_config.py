@@ -147,9 +147,14 @@ def _windows(values: Mapping[str, Any], layers: int) -> tuple[str, int]:
     window = values.get("sliding_window", None if family == "llama" else 4096)
     if family not in ("llama", "mistral") and not _flag(values, "use_sliding_window"):
         window = None
+    window = None if window is None else _size({"sliding_window": window}, "sliding_window")
     if family == "mistral" and window is not None and window >= values.get("max_position_embeddings", MISTRAL_POSITIONS):
         window = None
     first = values.get("max_window_layers", 28) if family in ("qwen2", "qwen3") else 0
+    if type(first) is not int:
+        raise ConfigError(f"config.json: max_window_layers is {first!r}; it must be a whole number")
+    if not isinstance(kinds, list | None):
+        raise ConfigError(f"config.json: layer_types is {kinds!r}; it must be a list of one kind a layer")
     rule = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)]
     kinds = rule if kinds is None else kinds
     if len(kinds) != layers:
@@ -173,7 +178,7 @@ def _windows(values: Mapping[str, Any], layers: int) -> tuple[str, int]:
             "sliding_window, or leave layer_types out"
         )
     symbols = "".join(_KINDS[kind] for kind in kinds)
-    return symbols, _size({"sliding_window": window}, "sliding_window") if slides else 0
+    return symbols, window if slides and window is not None else 0
 
 
 def _backbone(values: dict[str, Any], ignored: tuple[str, ...], defaults: Mapping[str, int], **family: Any) -> ModelConfig:

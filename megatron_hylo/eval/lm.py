@@ -272,6 +272,8 @@ class HyloLM(TemplateLM):
         """
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         rooms = [self.max_length - most for most in limits]
+        if min(limits, default=1) < 1:
+            raise ConfigError(f"need at least one new token a prompt, got {min(limits)}")
         if min(rooms, default=1) < 1:
             raise ConfigError(
                 f"{max(limits)} new tokens leave no room for a prompt in {self.max_length}; give a larger max_length"
@@ -292,7 +294,7 @@ class HyloLM(TemplateLM):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 results[index] = postprocess_generated_text(text, stop, None)
 
-        self.runner.run([len(prompt) + most for prompt, most in zip(cut, limits)], work, self.track, "generate")
+        self.runner.run([len(prompt) for prompt in cut], work, self.track, "generate", new=limits)
         return results
 
     def _score(self, rows: Sequence[list[int]], counts: Sequence[int], description: str) -> list[tuple[Tensor, Tensor]]:

@@ -10,7 +10,9 @@ from megatron_hylo.io.progress import Track
 MASK_ELEMENTS = 2**23  # of one row's mask where prompts of several lengths are read together: the rest x the whole
 
 
-def plan_batches(lengths: Sequence[int], tokens: int, rows: int, repeats: Sequence[int] | None = None) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], tokens: int, rows: int, repeats: Sequence[int] | None = None, new: Sequence[int] | None = None
+) -> list[list[int]]:
     """Sort sequences by length, the longest first, and cut them into batches.
 
     Args:
@@ -18,21 +20,23 @@ def plan_batches(lengths: Sequence[int], tokens: int, rows: int, repeats: Sequen
         tokens: at most, of a batch padded to its longest sequence; a longer sequence is a batch of its own.
         rows: sequences at most.
         repeats: how many rows each sequence becomes; 1 by default.
+        new: tokens that are written after each, which take memory as those read; 0 by default.
 
     Returns:
         Indices of the sequences of each batch; lengths in it differ by at most a quarter, or 32 tokens.
     """
     batches: list[list[int]] = []
-    longest = used = 0
+    longest = used = most = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         taken = 1 if repeats is None else repeats[index]
         spread = min(max(32, longest // 4), MASK_ELEMENTS // max(longest, 1))
-        fits = used + taken <= rows and (used + taken) * longest <= tokens
+        written = 0 if new is None else new[index]
+        fits = used + taken <= rows and (used + taken) * (longest + max(most, written)) <= tokens
         if not batches or not fits or longest - lengths[index] > spread:
             batches.append([])
-            longest, used = lengths[index], 0
+            longest, used, most = lengths[index], 0, 0
         batches[-1].append(index)
-        used += taken
+        used, most = used + taken, max(most, written)
     return batches
 
 
@@ -54,11 +58,12 @@ class BatchRunner:
         track: Track,
         description: str,
         repeats: Sequence[int] | None = None,
+        new: Sequence[int] | None = None,
     ) -> None:
         """Call `work` with the indices of each batch.
 
         Args:
-            lengths, repeats: see `plan_batches`.
+            lengths, repeats, new: see `plan_batches`.
             work: computes one batch.
             track: progress display over the batches.
             description: of the display.
@@ -66,8 +71,9 @@ class BatchRunner:
         Raises:
             torch.OutOfMemoryError: a single sequence does not fit.
         """
-        for batch in track(plan_batches(lengths, self.tokens, self.rows, repeats), description):
-            self._fit(batch, lengths, work)
+        whole = lengths if new is None else [length + written for length, written in zip(lengths, new, strict=True)]
+        for batch in track(plan_batches(lengths, self.tokens, self.rows, repeats, new), description):
+            self._fit(batch, whole, work)
 
     def _fit(self, batch: list[int], lengths: Sequence[int], work: Callable[[list[int]], None]) -> None:
         size = len(batch) * max(lengths[i] for i in batch)

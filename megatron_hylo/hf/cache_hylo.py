@@ -284,7 +284,10 @@ def plain_bytes(x: Tensor) -> Tensor:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that new tensors can take in a device's memory; None where it does not say so."""
+    """Return the bytes that new tensors can take in a device's memory; None where it does not say so.
+
+    Of a CPU the machine's: a container's limit may be lower.
+    """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept

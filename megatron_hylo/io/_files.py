@@ -136,7 +136,7 @@ def read_bytes(file: Path) -> bytes:
 
 def write_json(path: Path, value: object) -> None:
     """Write indented JSON atomically: to a temporary file beside the target, then by rename."""
-    beside = path.with_name(f".{path.name}.partial")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another process may write the same file
     beside.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(beside, path)
 

@@ -85,7 +85,7 @@ def hash_ahead(path: str | Path) -> None:
     with contextlib.suppress(Exception):
         listed = listed_files(folder)
         files = [file for file in _source_files(folder) if file.name not in listed]
-        threads = max(1, (os.cpu_count() or 1) - 1)
+        threads = max(1, min(4, len(os.sched_getaffinity(0)) - 1))
         for number in range(min(threads, len(files))):
             threading.Thread(target=run, args=(files[number::threads],), daemon=True).start()
 

@@ -47,7 +47,8 @@ def attention(
         scale: factor on the scores, e.g. d ** -0.5.
         causal: query i sees keys 0 .. s - t + i (needs t <= s); False: all keys.
         mask: bool, broadcast to [b, hq, t, s], the keys that each query sees, at least one; `causal` is not read then.
-        documents: ranges of queries and of keys, in order and without gaps, that attend to each other alone (b = 1); None: one.
+        documents: ranges of queries and of keys, in order and without gaps, that attend to each other alone (b = 1), without a
+            mask; None: one.
 
     Returns:
         [b, t, hq, dv] in q's dtype.
@@ -61,6 +62,8 @@ def attention(
             f"q {tuple(q.shape)} [b, t, hq, d] needs k [b, s, hkv, d] and v [b, s, hkv, dv] with hkv dividing hq, "
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
+    if documents is not None and mask is not None:
+        raise ValueError("attention takes documents or a mask, not both")
     if causal and t > s and mask is None:
         raise ValueError(f"causal attention needs at least as many keys as queries, got {s} keys and {t} queries")
     if mask is None and t > 1 and (kernel := choose_forward(q, k, v)) != "torch":

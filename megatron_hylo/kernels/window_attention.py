@@ -40,9 +40,11 @@ def window_attention(
         [b, t, hq, dv] in q's dtype.
 
     Raises:
-        ValueError: no positive window, or more queries than keys.
+        ValueError: no positive window, more queries than keys, or documents with keys that are not real.
     """
     if documents is not None:
+        if real is not None:
+            raise ValueError("window attention takes documents or real keys, not both")
         return torch.cat([window_attention(q[:, own], k[:, seen], v[:, seen], scale, window) for own, seen in documents], 1)
     (t, s), size = (q.shape[1], k.shape[1]), -(-window // BLOCK) * BLOCK
     if window < 1 or t > s:

@@ -108,4 +108,4 @@ class WindowAttention(GroupedQueryAttention):
 
     def softmax_attention(self) -> Callable[..., Tensor]:
         """Attention of query, key and value within the window, aligned to the end."""
-        return functools.partial(window_attention, scale=self.head_dim**-0.5, window=self.config.hylo.attention_window)
+        return functools.partial(window_attention, scale=self.head_dim**-0.5, window=self.window)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.config.mixers import LINEAR_SYMBOLS, MLA_SYMBOL, complete
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SYMBOL, complete
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 from megatron_hylo.kernels.decode_attention import decode_attention
 from megatron_hylo.kernels.matvec import matvec
@@ -53,7 +53,9 @@ def _cases(c: ModelConfig, draw: Callable[..., Tensor]) -> Iterator[Case]:
         if symbol in MIXER_CASES:
             yield MIXER_CASES[symbol](c, draw)
     if MLA_SYMBOL in c.mixers:
-        yield _packed_latents(c, draw)
+        yield _packed(_latents(c, draw), c.kv_lora_rank)
+    if ATTENTION_SYMBOL in c.mixers:
+        yield _packed(_attention(c, draw))
     yield (
         "matvec", f"{ROWS:,} x {c.hidden_size:,}, SwiGLU",
         lambda x, weight, residual: matvec(x, weight, residual, swiglu=True),
@@ -76,13 +78,14 @@ def _latents(c: ModelConfig, draw: Callable[..., Tensor]) -> Case:
     )  # fmt: skip
 
 
-def _packed_latents(c: ModelConfig, draw: Callable[..., Tensor]) -> Case:
-    operation, shape, _, inputs = _latents(c, draw)
-    width, rank = inputs["q"].shape[-1], c.kv_lora_rank
+def _packed(case: Case, rank: int = 0) -> Case:
+    """The same attention with the sequences' rows one after the other, and lengths of their own."""
+    operation, shape, _, inputs = case
 
-    def run(q: Tensor, k: Tensor) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
         starts, length = (torch.tensor(x, dtype=torch.int32, device=q.device) for x in ([CACHED, 7], [CACHED, 300]))
-        return decode_attention(q, k.flatten(0, 1)[None], rank, width**-0.5, length, starts=starts)
+        values = rank if v is None else v.flatten(0, 1)[None]
+        return decode_attention(q, k.flatten(0, 1)[None], values, q.shape[-1] ** -0.5, length, starts=starts)
 
     return operation, f"{shape}, packed lengths", run, inputs
 

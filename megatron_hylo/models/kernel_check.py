@@ -62,7 +62,7 @@ class Check:
 @dataclass(frozen=True)
 class _Case:
     operation: str
-    shape: str
+    shape: str  # all that the case takes from the configuration: a check that passed is kept by it
     run: Callable[..., Tensor]
     definition: Callable[..., Tensor]
     inputs: dict[str, Tensor]  # fp32; those in `kept` stay so
@@ -171,6 +171,7 @@ def _softmax_cases(c: ModelConfig, draw: _Draw, parts: bool, width: int, values:
 def _window_cases(c: ModelConfig, draw: _Draw, parts: bool) -> Iterator[_Case]:
     heads, groups, width = c.num_attention_heads, c.num_query_groups, c.kv_channels
     window, scale = min(c.attention_window, TOKENS // 3), width**-0.5  # several blocks
+    yield from _softmax_cases(c, draw, parts, width, width)  # of a sequence that one window holds
     yield _Case(
         "window_attention", f"{heads}/{groups} heads, {width} wide, windows of {window}",
         lambda q, k, v: window_attention(q, k, v, scale, window), lambda q, k, v: _attention(q, k, v, scale, window),
@@ -321,6 +322,7 @@ def _fused_projections(c: ModelConfig, draw: _Draw) -> Iterator[_Case]:
 def _convolutions(c: ModelConfig, widths: list[int], draw: _Draw, parts: bool) -> Iterator[_Case]:
     """Cases for a convolution of channels in sections of these widths, as the layer has them."""
     taps, channels = c.linear_conv_kernel_dim, sum(widths)
+    shape = f"{' + '.join(f'{width:,}' for width in widths)} channels, {taps} taps"
 
     def convolve(x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
         return torch.cat(causal_conv1d_sections(x.split(widths, -1), weight, None, "silu", before), -1)
@@ -330,12 +332,12 @@ def _convolutions(c: ModelConfig, widths: list[int], draw: _Draw, parts: bool) -
         "weight": torch.linspace(-1, 1, taps * channels, device=draw.device).reshape(channels, -1),
     }
     yield _Case(
-        "causal_conv1d", f"{channels:,} channels",
+        "causal_conv1d", shape,
         convolve, lambda x, weight: F.silu(_convolve(x, weight)), inputs,
     )  # fmt: skip
     if parts:
         yield _Case(
-            "causal_conv1d", f"{channels:,} channels, split",
+            "causal_conv1d", f"{shape}, split",
             convolve,
             lambda x, weight, before: F.silu(_convolve(torch.cat([before.transpose(1, 2), x], 1), weight)[:, taps - 1 :]),
             inputs | {"before": draw.normal(taps - 1, tokens=channels)},

@@ -35,7 +35,7 @@ class Generation:
     prefill_seconds: float  # until the first new token
     tokens_per_second: float  # of the tokens after the first; of the first one where there is no other
     cache_bytes: int  # at the end, everything that is carried
-    kv_bytes_per_token: int  # of that, what each token adds; 0 without attention layers
+    kv_bytes_per_token: int  # of that, what each token adds, which a sliding window does not; 0 without attention layers
     decoded_by: str  # "a CUDA graph", or "single kernels" and why
 
 
@@ -93,7 +93,7 @@ def generate_text(
 
     Raises:
         ConfigError: a setting outside its range, a prompt that is empty or no text, no chat template or one that refuses the
-            prompt, nothing loadable at `path`, a cache larger than the GPU's free memory.
+            prompt, nothing loadable at `path`, a cache larger than the free memory.
     """
     check_prompt(prompt)
     check_settings(max_new_tokens, temperature, top_p, repetition_penalty)

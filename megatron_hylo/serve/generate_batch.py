@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -110,24 +110,31 @@ def generate_texts(
     return [found[number] for number in range(len(prompts))]
 
 
-def read_prompts(lines: str) -> list[str]:
-    """Read prompts out of JSON Lines: a string, or an object with `prompt`, a line.
+def read_prompts(lines: str) -> list[dict[str, Any]]:
+    """Read prompts out of JSON Lines: a string, or an object with `prompt` and what else its result is to have, a line.
+
+    Returns:
+        An object with a `prompt` a line.
 
     Raises:
-        ConfigError: a line that is neither; none at all.
+        ConfigError: a line that is neither, or has an empty prompt; none at all.
     """
-    prompts = []
+    prompts: list[dict[str, Any]] = []
     for number, line in enumerate(lines.split("\n"), 1):
         if not line.strip():
             continue
         try:
             found = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError(f'line {number} of the prompts is not JSON: {error}; give {{"prompt": "..."}} a line') from error
-        prompt = found.get("prompt") if isinstance(found, dict) else found
-        if not isinstance(prompt, str):
+            raise ConfigError(
+                f'line {number} of the prompts is not JSON: {error}; give {{"prompt": "..."}} a line, and a file as - < FILE'
+            ) from error
+        one = found if isinstance(found, dict) else {"prompt": found}
+        if not isinstance(one.get("prompt"), str):
             raise ConfigError(f'line {number} of the prompts is no string and no object with a string "prompt"')
-        prompts.append(prompt)
+        if not one["prompt"]:
+            raise ConfigError(f"line {number} of the prompts: the prompt is empty")
+        prompts.append(one)
     if not prompts:
         raise ConfigError('there are no prompts; give {"prompt": "..."} a line')
     return prompts
@@ -236,22 +243,29 @@ class BatchDecoder:
             ValueError: the cache is too small for one.
         """
         waiting = deque(SequenceState(number, ids) for number, ids in enumerate(prompts))
-        while waiting or self.running:
-            while waiting and (slot := self.cache.place(waiting[0].prompt.shape[1] + self.max_new_tokens)) is not None:
-                self.running[slot] = sequence = waiting.popleft()
-                self._take(self._read(slot, sequence), [slot])
-                if self._ended(slot):
-                    yield self.running.pop(slot)
-            if not self.running:
-                if waiting:
-                    need = waiting[0].prompt.shape[1] + self.max_new_tokens
-                    raise ValueError(f"a sequence of {need:,} tokens does not fit in a cache of {self.cache.max_cache_len:,}")
-                return
-            slots = sorted(self.running)
-            self._take(self._step(slots), slots)
-            for slot in slots:
-                if self._ended(slot):
-                    yield self.running.pop(slot)
+        try:
+            while waiting or self.running:
+                while waiting and (slot := self.cache.place(waiting[0].prompt.shape[1] + self.max_new_tokens)) is not None:
+                    self.running[slot] = sequence = waiting.popleft()
+                    self._take(self._read(slot, sequence), [slot])
+                    if self._ended(slot):
+                        yield self.running.pop(slot)
+                if not self.running:
+                    if waiting:
+                        need = waiting[0].prompt.shape[1] + self.max_new_tokens
+                        raise ValueError(
+                            f"a sequence of {need:,} tokens does not fit in a cache of {self.cache.max_cache_len:,}"
+                        )
+                    return
+                slots = sorted(self.running)
+                self._take(self._step(slots), slots)
+                for slot in slots:
+                    if self._ended(slot):
+                        yield self.running.pop(slot)
+        finally:  # an iteration that is given up leaves nothing behind
+            for slot in self.running:
+                self.cache.free(slot)
+            self.running.clear()
 
     def _read(self, slot: int, sequence: SequenceState) -> Tensor:
         """Read a prompt into its slot; returns logits [1, vocabulary]."""

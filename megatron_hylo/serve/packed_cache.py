@@ -108,8 +108,16 @@ class PackedCache(HyloCache):
             slot: the sequence's.
             reader: its cache, which holds the prompt.
             alone: the sequence is decoded by itself, with the reader.
+
+        Raises:
+            ValueError: the reader has rows of its own: one of this cache and the reading was in torch.inference_mode() alone.
         """
         extent = self.extent(slot)
+        for layer, views in self._views(extent).items():
+            if any(view.data_ptr() != read.data_ptr() for view, read in zip(views, reader.rows[layer])):
+                raise ValueError(
+                    "the prompt was read outside the cache: make and fill it both in torch.inference_mode(), or neither"
+                )
         extent.length, extent.alone, self.changed = reader.length, reader if alone else None, True
         for layer, states in () if alone else reader.states.items():
             for held, read in zip(self.states[layer], states):

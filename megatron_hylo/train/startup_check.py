@@ -14,7 +14,7 @@ import torch
 
 from megatron_hylo import kernels
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.io import cache_dir, read_json, write_json
+from megatron_hylo.io import DamagedError, cache_dir, read_json, write_json
 from megatron_hylo.kernels.delta_rule_state_pass import OPERATION as STATE_PASS
 from megatron_hylo.kernels.registry import ENVIRONMENT_VARIABLE
 from megatron_hylo.models import kernel_check
@@ -41,8 +41,8 @@ def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device
     if device.type != "cuda":
         return
     file = cache_dir() / "kernel_checks" / f"{_key(dtype, device)}.json"
-    before = [Check(**check) for check in read_json(file)["checks"]] if file.is_file() else []
-    found = {(c.operation, c.shape): c for c in before}
+    before = _kept(file)
+    found = dict(before)
     for config in configs:  # models of a run share shapes
         found |= {(c.operation, c.shape): c for c in check_kernels(config, dtype, device, found, parts)}
     checks = list(found.values())[len(before) :]
@@ -57,7 +57,18 @@ def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device
     )  # fmt: skip
     logger.debug("kernels checked: %s", ", ".join(f"{c.operation} by {c.implementation} {c.error:.1e}" for c in checks))
     file.parent.mkdir(parents=True, exist_ok=True)
+    found = _kept(file) | found  # other runs write it too
     write_json(file, {"device": torch.cuda.get_device_name(device), "checks": [asdict(c) for c in found.values()]})
+
+
+def _kept(file: Path) -> dict[tuple[str, str], Check]:
+    """Checks that a file holds, by operation and shape; none where it cannot be read."""
+    try:
+        checks = [Check(**check) for check in read_json(file, ["checks"])["checks"]] if file.is_file() else []
+    except (ConfigError, DamagedError, TypeError) as error:
+        logger.debug("checks are made again: %s", error)
+        checks = []
+    return {(c.operation, c.shape): c for c in checks}
 
 
 def refuse_wrong(checks: Sequence[Check]) -> None:

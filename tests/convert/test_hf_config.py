@@ -172,6 +172,9 @@ def test_sizes_and_defaults_are_those_of_transformers(family: str, changes: dict
         ("qwen3", {"layer_types": ["full_attention"]}, "1 entries, num_hidden_layers is 2"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "there is no window; set use_sliding_window"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1}, "sliding_window is 0"),
+        ("mistral", {"sliding_window": "64"}, "sliding_window is '64'; it must be a whole number"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": None}, "max_window_layers is None; it must be"),
+        ("qwen2", {"layer_types": 7}, "layer_types is 7; it must be a list"),
         (
             "mistral",
             {"sliding_window": 4096, "layer_types": ["full_attention"] * 2},

@@ -165,6 +165,13 @@ def test_batches_hold_all_sequences_within_their_limits():
     assert len(batches) < 100
 
 
+def test_tokens_that_are_written_take_memory_and_no_part_in_the_lengths():
+    """Prompts of a batch are nearly of one length, whatever is written after them."""
+    lengths, new = [1000, 1000, 20, 20], [10, 1000, 1000, 10]
+    assert plan_batches(lengths, tokens=4000, rows=16, new=new) == [[0, 1], [2, 3]]
+    assert plan_batches(lengths, tokens=3999, rows=16, new=new) == [[0], [1], [2, 3]]
+
+
 def test_batches_that_do_not_fit_are_halved_and_later_ones_cut():
     tried, done = [], []
 

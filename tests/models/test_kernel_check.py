@@ -30,12 +30,27 @@ def test_plain_torch_is_right(dtype) -> None:
     refuse_wrong(checks)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"linear_conv_kernel_dim": 3}, {"linear_key_head_dim": 6, "linear_value_head_dim": 12}, {"num_query_groups": 1}],
+    ids=str,
+)
+def test_a_check_that_passed_is_kept_for_its_own_shapes_alone(changes) -> None:
+    """A convolution of as many channels in other sections, or with other taps, is another case."""
+    sizes = dict(linear_key_head_dim=8, linear_value_head_dim=8)
+    before, after = (check_kernels(tiny_config("G-W-", **(sizes | more)), torch.float32, CPU) for more in ({}, changes))
+    known = {(c.operation, c.shape): c for c in before}
+    fresh = check_kernels(tiny_config("G-W-", **(sizes | changes)), torch.float32, CPU, known)
+    operations = {"causal_conv1d"} if "num_query_groups" not in changes else {"attention", "window_attention"}
+    assert operations <= {c.operation for c in fresh} <= {c.operation for c in after}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_steps_are_checked_and_wrong_ones_named(dtype, monkeypatch) -> None:
     checks = check_decode_kernels(tiny_config("G-+-M-*-K-"), dtype, CPU)
     assert [c.operation for c in checks] == [
-        "gated_delta_rule", "decode_attention", "ssd", "decode_attention", "kda", "decode_attention", "matvec",
-        "causal_conv1d_step",
+        "gated_delta_rule", "decode_attention", "ssd", "decode_attention", "kda", "decode_attention", "decode_attention",
+        "matvec", "causal_conv1d_step",
     ]  # fmt: skip
     assert all(c.ok and c.implementation == "torch" for c in checks), checks
     right = decode_check.decode_attention
@@ -47,7 +62,7 @@ def test_decode_steps_are_checked_and_wrong_ones_named(dtype, monkeypatch) -> No
     known = {(c.operation, c.shape) for c in checks[1:2]}
     checks = check_decode_kernels(tiny_config("G-+-M-*-K-"), dtype, CPU, known)
     bad = [c for c in checks if not c.ok]
-    assert len(checks) == 7 and (len(bad) == 2) == (dtype == torch.bfloat16)
+    assert len(checks) == 8 and (len(bad) == 3) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("fault", ["output", "gradient", "nan"])

@@ -48,5 +48,5 @@ def test_an_evaluation_runs_once(one_rank):
 
 
 def test_a_symbol_of_no_layer_is_refused():
-    with pytest.raises(ConfigError, match=r"recompute 'mlp': 'l' is no layer; use true, false or symbols of \* \+ M G K -"):
+    with pytest.raises(ConfigError, match=r"recompute 'mlp': 'l' is no layer; use true, false or symbols of \* \+ M G K W - E"):
         TrainConfig("pretrain", data="d", output="o", scratch="s", recompute="mlp")

@@ -85,7 +85,11 @@ def test_many_prompts_get_the_texts_that_each_gets_alone(folders, capsys):
     captured = capsys.readouterr()
     printed = [json.loads(line) for line in captured.out.splitlines()]
     assert exit.value.code == 0 and f"5 prompts, {sum(x.new_tokens for x in alone)} new tokens" in captured.err
-    assert [(x["prompt"], x["text"]) for x in printed] == list(zip(prompts, [x.text for x in alone]))
+    printed.sort(key=lambda x: x["number"])
+    assert [x.get("id") for x in printed] == [3, None, 3, None, 3]
+    assert [(x["number"], x["prompt"], x["text"]) for x in printed] == [
+        (i, p, x.text) for i, (p, x) in enumerate(zip(prompts, alone))
+    ]
     for wrong, message in ((dict(latents="int4"), "no format of a cache"), (dict(batch=0), "batch >= 1")):
         with pytest.raises(ConfigError, match=message):
             generate_texts(folders[1], prompts, **wrong)

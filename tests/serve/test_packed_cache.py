@@ -197,3 +197,27 @@ def test_a_replayed_graph_follows_sequences_that_come_go_and_move(config):
             found.append({s.number: s.new for s in decoder.run(prompts)})
             assert (decoder.decoded_by(None) == "a CUDA graph") == captures, decoder.decoded_by(None)
         assert found[0] == found[1]
+
+
+def test_a_prompt_that_was_read_outside_the_pool_is_refused():
+    """Tensors made in inference mode cannot be written outside it, so the reader takes rows of its own."""
+    model = random_model(CASES["G+*"], torch.float32)
+    with torch.inference_mode():
+        cache = PackedCache(model, 2, 40)
+    slot = cache.place(20)
+    reader = cache.reader(slot)
+    with torch.no_grad():
+        model(torch.randint(160, (1, 5)), past_key_values=reader)
+    with pytest.raises(ValueError, match="make and fill it both in torch.inference_mode"):
+        cache.fill(slot, reader)
+
+
+def test_an_iteration_that_is_given_up_leaves_its_slots_free():
+    model = random_model(CASES["M+"], torch.float32)
+    decoder = BatchDecoder(model, PackedCache(model, 2, 60), 6, (), Chooser())
+    prompts = [torch.randint(160, (1, n)) for n in (3, 9, 5)]
+    whole = {x.number: x.new for x in decoder.run(prompts)}
+    given_up = decoder.run(prompts)
+    next(given_up)
+    given_up.close()
+    assert {x.number: x.new for x in decoder.run(prompts)} == whole
