@@ -181,3 +181,33 @@ def rope_changes(scaling: RopeScaling | None, rotary_base: float | None) -> dict
     """Fields of a `ModelConfig` that change how attention and MLA layers turn; None leaves the model's own."""
     scalings = {} if scaling is None else {"rope_scaling": scaling, "mla_rope_scaling": scaling}
     return scalings | ({} if rotary_base is None else {"rotary_base": rotary_base})
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens [begin, end) of a sequence, of which [first, end) are taken from it."""
+
+    begin: int
+    first: int
+    end: int
+
+
+def windows_of(length: int, window: int) -> list[Window]:
+    """The windows of a sequence, in order, each token taken from one.
+
+    Args:
+        length: tokens of the sequence, at least 1.
+        window: tokens of a window, at least 2; a shorter sequence is one.
+    """
+    if length <= window:
+        return [Window(0, 0, length)]
+    found = [Window(0, 0, window)]
+    while (first := found[-1].end) < length:
+        end = min(first + window // 2, length)
+        found.append(Window(end - window, first, end))
+    return found
+
+
+def repeats(length: int, window: int) -> float:
+    """Tokens read in windows for each token of a sequence."""
+    return len(windows_of(length, window)) * min(window, length) / length

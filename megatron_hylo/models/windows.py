@@ -18,38 +18,9 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megatron_hylo.config.teacher_window import windows_of
 from megatron_hylo.parallel.context import sequence_slice
 from megatron_hylo.parallel.documents import PackedDocuments
-
-
-@dataclass(frozen=True)
-class Window:
-    """Tokens [begin, end) of a sequence, of which [first, end) are taken from it."""
-
-    begin: int
-    first: int
-    end: int
-
-
-def windows_of(length: int, window: int) -> list[Window]:
-    """The windows of a sequence, in order, each token taken from one.
-
-    Args:
-        length: tokens of the sequence, at least 1.
-        window: tokens of a window, at least 2; a shorter sequence is one.
-    """
-    if length <= window:
-        return [Window(0, 0, length)]
-    found = [Window(0, 0, window)]
-    while (first := found[-1].end) < length:
-        end = min(first + window // 2, length)
-        found.append(Window(end - window, first, end))
-    return found
-
-
-def repeats(length: int, window: int) -> float:
-    """Tokens read in windows for each token of a sequence."""
-    return len(windows_of(length, window)) * min(window, length) / length
 
 
 @dataclass(frozen=True)

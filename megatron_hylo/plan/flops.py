@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.config.mlps import get_mlp
+from megatron_hylo.config.teacher_window import repeats
 from megatron_hylo.plan.hardware import get_hardware, names, of_device
 
 if TYPE_CHECKING:
@@ -32,6 +33,22 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int, with_head
         ConfigError: a mixer that has no description.
     """
     return sum(flops_by_layer(config, sequence_length, with_head).values())
+
+
+def teacher_flops_per_token(config: ModelConfig, sequence_length: int, window: int | None, with_head: bool = True) -> float:
+    """Model FLOPs of a teacher's forward pass for each token of a sequence, which it may read in overlapping windows.
+
+    Args:
+        config: the teacher.
+        sequence_length: tokens of the sequence.
+        window: tokens of a window (`TeacherWindow.window`); None: the sequence is read whole.
+        with_head: count the output head, which computes each token once.
+    """
+    if window is None:
+        return forward_flops_per_token(config, sequence_length, with_head)
+    layers = forward_flops_per_token(config, window, with_head=False)
+    head = forward_flops_per_token(config, window) - layers if with_head else 0.0
+    return repeats(sequence_length, window) * layers + head
 
 
 def flops_by_layer(config: ModelConfig, sequence_length: int, with_head: bool = True) -> dict[str, float]:

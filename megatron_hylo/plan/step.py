@@ -11,9 +11,10 @@ from typing import Literal
 from megatron_hylo.config import ModelConfig, recomputed_layers
 from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.config.mlps import MLPS, get_mlp
+from megatron_hylo.config.teacher_window import repeats
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.communication import Traffic, traffic
-from megatron_hylo.plan.flops import forward_flops_per_token, mlp_flops
+from megatron_hylo.plan.flops import forward_flops_per_token, mlp_flops, teacher_flops_per_token
 from megatron_hylo.plan.hardware import Hardware
 from megatron_hylo.plan.memory import (
     kept_numbers,
@@ -80,6 +81,10 @@ class LayerTimes:
         self.shape, self.hardware, self.rates = shape, hardware, rates
         self.tensor, self.length = p.tensor_model_parallel_size, config.sequence_length
         self.tokens = config.micro_batch_size * self.length / p.context_parallel_size
+        self.read = self.tokens  # by the layers; a teacher that reads overlapping windows reads most tokens twice
+        if frozen and (window := config.teacher_window.window(shape, self.length)):
+            self.read *= repeats(self.length, window)
+            self.length = window
         self.number = 2 if config.precision == "bf16" else 4
         bf16 = hardware.peak() * rates.products / (1 if self.number == 2 else 2)
         self.products_rate = hardware.peak(True) * rates.products_fp8 if fp8 else bf16
@@ -89,18 +94,18 @@ class LayerTimes:
 
     def passes(self, symbol: str) -> tuple[_Pass, _Pass]:
         """Forward and backward pass of one mixer or MLP."""
-        c, per_rank = self.shape, self.tokens / self.tensor
+        c, per_rank = self.shape, self.read / self.tensor
         parameters = get_mlp(symbol).active_parameters(c) if symbol in MLPS else get_mixer(symbol).parameters(c)
         products = 2.0 * parameters * per_rank / self.products_rate
         numbers = kept_numbers(c, symbol, self.tensor) + c.hidden_size * (1 / self.sequence - 1)
-        moved = self.elementwise * self.tokens * self.number * numbers / self.hardware.memory_gb_s / 1e9
+        moved = self.elementwise * self.read * self.number * numbers / self.hardware.memory_gb_s / 1e9
         if symbol in MLPS:
             return _Pass(products, elementwise=moved), _Pass(2 * products, elementwise=2 * moved)
         mixer = get_mixer(symbol)
         if mixer.recurrent:
             width = mixer.kept_numbers(c, self.tensor) - c.hidden_size
             slower = self.rates.recurrence_bandwidth / self.hardware.memory_gb_s
-            whole, share = self.rates.recurrence[symbol] * slower * width * self.tokens, self.rates.recurrence_forward
+            whole, share = self.rates.recurrence[symbol] * slower * width * self.read, self.rates.recurrence_forward
             return _Pass(products, 0.0, share * whole, moved), _Pass(2 * products, 0.0, (1 - share) * whole, 2 * moved)
         flops = mixer.sequence_flops(c, self.length) * per_rank
         peak, rates = self.hardware.peak(), self.rates
@@ -244,7 +249,7 @@ def step_flops(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | Non
     """Model FLOPs of a step on all ranks, as a run counts them for MFU (train/setup.py)."""
     head, length = config.stage != "align", config.sequence_length
     each = 3 * forward_flops_per_token(ours, length, head)
-    each += forward_flops_per_token(theirs, length, head) if theirs else 0.0
+    each += teacher_flops_per_token(theirs, length, config.teacher_window.window(theirs, length), head) if theirs else 0.0
     if config.stage == "align" and config.align.loss != "ild":  # MLPs of the student are not computed
         each -= 3 * mlp_flops(ours)
     return each * config.global_batch_size * length

@@ -18,7 +18,7 @@ from megatron_hylo.data.training_windows import training_windows
 from megatron_hylo.eval.runs import read_run
 from megatron_hylo.io import DamagedError
 from megatron_hylo.models.transformer_config import check_tensor_parallel
-from megatron_hylo.plan.flops import PEAK_FLOPS, forward_flops_per_token
+from megatron_hylo.plan.flops import PEAK_FLOPS, forward_flops_per_token, teacher_flops_per_token
 from megatron_hylo.plan.memory import GIB, MASTER, MOMENTS, estimate_memory, trained_parameters
 from megatron_hylo.train.checkpoint import checkpoint_step, latest_checkpoint
 from megatron_hylo.train.heldout import open_heldout
@@ -138,7 +138,8 @@ def _tokens_per_second(
             return rate, "the run's last record"
     head = config.stage != "align"
     flops = sum(3 * forward_flops_per_token(c, config.sequence_length, head) for c in students)
-    flops += sum(forward_flops_per_token(c, config.sequence_length, head) for c in teachers)
+    length, window = config.sequence_length, config.teacher_window.window
+    flops += sum(teacher_flops_per_token(c, length, window(c, length), head) for c in teachers)
     return ranks * PEAK_FLOPS[GPU] * UTILISATION / flops, f"estimate: {100 * UTILISATION:.0f}% of {ranks} x {GPU}"
 
 

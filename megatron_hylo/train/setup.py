@@ -23,8 +23,7 @@ from megatron_hylo.data.windows import WindowSource
 from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.models.frozen import FrozenModel, as_frozen, freeze
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
-from megatron_hylo.models.windows import repeats
-from megatron_hylo.plan.flops import forward_flops_per_token, mlp_flops
+from megatron_hylo.plan.flops import forward_flops_per_token, mlp_flops, teacher_flops_per_token
 from megatron_hylo.plan.memory import Memory, predict_memory
 from megatron_hylo.teachers.remote import RemoteTeacher
 from megatron_hylo.teachers.signal import TeacherSignal
@@ -82,9 +81,7 @@ class Run:
         if self.teacher is None or self.teacher_signal is not None:
             return flops
         shape, window = self.teacher[0].config.hylo, self.teacher.window
-        if window is None:
-            return flops + forward_flops_per_token(shape, config.sequence_length, head)
-        return flops + repeats(config.sequence_length, window) * forward_flops_per_token(shape, window, head)
+        return flops + teacher_flops_per_token(shape, config.sequence_length, window, head)
 
     def describe(self) -> str:
         """Name the students, the amount of work, the precision and the ranks."""

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_hylo.config.teacher_window import windows_of
 from megatron_hylo.models.frozen import FrozenModel, freeze
-from megatron_hylo.models.windows import windows_of
 from megatron_hylo.parallel.documents import PackedDocuments
 from tests.conftest import uneven_model
 
