@@ -237,7 +237,7 @@ def show_cells(sweep: "Sweep", as_json: bool, dry_run: bool) -> int:
     else:
         varied = varied_names(sweep)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for name in ("cell", *varied, "state", "held-out loss", "minutes"):
+        for name in ("cell", *varied, "state", "held-out loss", "minutes of training"):
             table.add_column(name, overflow="fold")
         for cell, row in zip(sweep.cells, rows):
             loss = row.get("heldout_kl") or row.get("heldout_cross_entropy")

@@ -144,9 +144,41 @@ def make_text(
         ConfigError: facts and question take more than half of the length.
     """
     generator = random.Random(f"recall {seed} {task} {length} {number}")
+    inserted, asked, room = _facts(task, length, generator, encoder)
+    first = number * len(asked)  # of this text's questions
+    at_depths = [depths[(first + i) % len(depths)] for i in range(len(asked))]
+    body, edges = haystack.cut(room, generator)
+    snap = max(1, min(MOST_SNAP, room // 32))
+    ids, starts = _insert(encoder.beginning, body, inserted, [_edge(edges, round(depth * room), snap) for depth in at_depths])
+    count = min(len(asked), trials - first)
+    names = [f"{task}/{length}/{at_depths[i]:g}/{first + i}" for i in range(count)]
+    places = [Place(name, at_depths[i], starts[i]) for i, name in enumerate(names)]
+    return Text(task, length, number, ids, asked[:count], places)
+
+
+def check_room(
+    lm: Any, lengths: Sequence[int], trials: int = TRIALS, seed: int = 0, tasks: Sequence[RecallEvalTask] = RECALL_EVAL_TASKS
+) -> None:
+    """Refuse a length that the facts of one of the texts would fill, before any is made.
+
+    Args:
+        lm, lengths, trials, seed, tasks: as in `run_recall`.
+
+    Raises:
+        ConfigError: names the task and the least length.
+    """
+    encoder = TextEncoder(lm.tokenizer)
+    for task in tasks:
+        for number in range(-(-trials // FACTS[task])):
+            length = min(lengths)
+            _facts(task, length, random.Random(f"recall {seed} {task} {length} {number}"), encoder)
+
+
+def _facts(
+    task: RecallEvalTask, length: int, generator: random.Random, encoder: TextEncoder
+) -> tuple[list[list[int]], list[Question], int]:
+    """Tokens of a text's facts, the questions about them, and the tokens that are left for the text."""
     facts = make_facts(task, generator)
-    first = number * len(facts)  # of this text's questions
-    at_depths = [depths[(first + i) % len(depths)] for i in range(len(facts))]
     inserted = [encoder.ids(f"\n\n{fact.text}\n\n") for fact in facts]
     asked = [Question(*encoder.ids_with_answer(f"\n\n{f.question}", f.answer), f.answer.strip()) for f in facts]
     used = len(encoder.beginning) + sum(map(len, inserted)) + max(len(question.ids) for question in asked)
@@ -155,14 +187,7 @@ def make_text(
             f"recall at length {length:,}: the facts of {task} and a question take {used:,} tokens, more than half; give "
             f"lengths of at least {round(used / MOST_FACTS):,}, or leave the task out"
         )
-    room = length - used
-    body, edges = haystack.cut(room, generator)
-    snap = max(1, min(MOST_SNAP, room // 32))
-    ids, starts = _insert(encoder.beginning, body, inserted, [_edge(edges, round(depth * room), snap) for depth in at_depths])
-    count = min(len(facts), trials - first)
-    names = [f"{task}/{length}/{at_depths[i]:g}/{first + i}" for i in range(count)]
-    places = [Place(name, at_depths[i], starts[i]) for i, name in enumerate(names)]
-    return Text(task, length, number, ids, asked[:count], places)
+    return inserted, asked, length - used
 
 
 def _calls(task: RecallEvalTask, length: int, trials: int, tokens: int) -> Iterator[range]:

@@ -94,6 +94,7 @@ def _plan_recall(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
             f"recall at {max(lengths):,} tokens with written answers is past the model's window of {lm.max_length:,}; give "
             f"smaller lengths, or a larger max_length"
         )
+    recall.check_room(lm, lengths, settings.limit or recall.TRIALS, settings.seed)
     return partial(
         recall.run_recall, lm, lengths, trials=settings.limit or recall.TRIALS, data=settings.data,
         generated=settings.generated, seed=settings.seed, track=track,

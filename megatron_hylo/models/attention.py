@@ -108,4 +108,5 @@ class WindowAttention(GroupedQueryAttention):
 
     def softmax_attention(self) -> Callable[..., Tensor]:
         """Attention of query, key and value within the window, aligned to the end."""
+        assert self.window is not None, "build sets it"
         return functools.partial(window_attention, scale=self.head_dim**-0.5, window=self.window)

@@ -34,7 +34,7 @@ def page(sweep: Sweep, rows: Rows, fits: Sequence[dict[str, Any]]) -> str:
         figures = [_figure(row.get(name)) for name in ("tokens", "kv_bytes_per_token", *metrics)]
         found.append([*_who(cell, row, varied, staged), row["state"], str(row["attempts"]), *figures,
                       f"{row['seconds'] / 60:.1f}"])  # fmt: skip
-    lines += _table([*columns, *map(_title, metrics), "minutes"], found)
+    lines += _table([*columns, *map(_title, metrics), "minutes of training"], found)
     for title, names in _by_length(rows).items():
         lines += ["", f"## {title}", "", *_lengths(rows, names, varied, staged)]
     if exports := _exports(sweep):

@@ -84,6 +84,7 @@ def test_smoke_is_every_suite_on_little(place, monkeypatch):
             "longer than this model's window of 256",
         ),
         (["--suite", "recall", "--data", "{place}/nothing"], "nothing does not exist"),
+        (["--suite", "ppl,recall", "--data", "{place}/data", "--sequence_length", "64", "--lengths", "[64]"], "of at least"),
         (
             ["--suite", "recall", "--data", "{place}/data", "--lengths", "[512]", "--generated"],
             "past the model's window of 256",
