@@ -28,6 +28,8 @@ def compare(folders: list[Path], output: Path | None = None, json: bool = False)
 
     if len(folders) < 2:
         raise ConfigError(f"compare needs at least two results folders, got {folders[0]}; the first is the baseline")
+    if output is not None and output.suffix != ".html" and not output.is_dir():
+        raise ConfigError(f"--output {output} must be an .html file")
     folders = [expand_home(folder) for folder in folders]
     read = [read_results(folder) for folder in folders]
     rows = compare_results(read)

@@ -37,7 +37,7 @@ def short_names(folders: Sequence[str | Path]) -> list[str]:
     parts = [Path(os.path.abspath(folder)).parts for folder in folders]
     names: list[str] = []
     for length in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
+        names = [str(Path(*part[-length:])) for part in parts]
         if len(set(names)) == len(names):
             break
     return names

@@ -56,6 +56,8 @@ def read_job(
     Raises:
         ConfigError: no such file or layout, settings that cannot work, or a student that is not named.
     """
+    if (Path(what).expanduser() / "hylo.json").is_file():
+        raise ConfigError(f"{what} is a model folder; give a recipe or a layout, and the folder as --student")
     text, name = recipe_text(what, stage), recipe_name(what, stage)
     if not _is_file(what):
         student = student or what

@@ -115,6 +115,8 @@ CASES: list[tuple] = [
     ("generate model hello --top_p 2", "top_p <= 1"),
     ("generate model hello --repetition_penalty 0", "repetition_penalty > 0"),
     ("generate model ''", "prompt is empty"),
+    ("plan model", "is a model folder; give a recipe or a layout, and the folder as --student"),
+    ("compare model model --output page.txt", "--output page.txt must be an .html file"),
     ("generate model hello --batch 2", 'line 1 of the prompts is not JSON: Expecting value'),
     ("generate model '[3]' --batch 2", 'line 1 of the prompts is no string and no object with a string "prompt"'),
     ("generate model ' ' --batch 2", "there are no prompts"),
