@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import functools
 import gc
-import importlib
 import os
 import types
 from collections.abc import Iterator
@@ -38,7 +37,9 @@ def model_imports() -> Iterator[None]:
     Each would import torch's compiler at once, which takes a third of the time; most verbs call none of these functions.
     """
     with quick_imports():
-        module: Any = importlib.import_module("torch")
+        import torch
+
+    module: Any = torch
     compile_now = module.compile
 
     def when_called(model: Any = None, **settings: Any) -> Any:
