@@ -127,7 +127,7 @@ def embed(parts: ModelParts, micro_batches: Sequence[Tensor], states: float = 1.
 
 
 def place_of_states(size: int) -> torch.device:
-    """Where so many bytes wait: on the GPU if they take at most KEPT_ON_GPU of what is free there, else offloaded."""
+    """Choose the device where so many bytes wait: the GPU if they take at most KEPT_ON_GPU of its free memory, else the CPU."""
     here = device()
     if here.type == "cuda" and size > KEPT_ON_GPU * torch.cuda.mem_get_info(here)[0]:
         return torch.device("cpu")

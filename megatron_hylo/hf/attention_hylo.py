@@ -168,14 +168,18 @@ class HyloAttention(nn.Module):
         self.q_norm = HyloRMSNorm(c.kv_channels, c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
         self.k_norm = HyloRMSNorm(c.kv_channels, c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
 
-    def forward(self, x: Tensor, inputs: SequenceInputs, rope: Rope, cache: HyloCache | None) -> Tensor:
-        """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
-        b, t, _ = x.shape
-        cos, sin = (table[:, -t:] for table in rope)
+    def query_key_value(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Project x [batch, new tokens, hidden], normalise and rotate: [batch, new tokens, heads or groups, channels] each."""
+        cos, sin = (table[:, -x.shape[1] :] for table in rope)
         parts = project(x, [[self.q_proj], [self.k_proj], [self.v_proj]])
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         query = fused_apply_rope(self.q_norm(query), cos, sin, interleaved=False)
-        key = fused_apply_rope(self.k_norm(key), cos, sin, interleaved=False)
+        return query, fused_apply_rope(self.k_norm(key), cos, sin, interleaved=False), value
+
+    def forward(self, x: Tensor, inputs: SequenceInputs, rope: Rope, cache: HyloCache | None) -> Tensor:
+        """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
+        b, t, _ = x.shape
+        query, key, value = self.query_key_value(x, rope)
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
         scale = self.head_dim**-0.5

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megatron_hylo.kernels.window_attention import window_attention
 
-from .attention_hylo import HyloAttention, Rope, fused_apply_rope
+from .attention_hylo import HyloAttention, Rope
 from .cache_hylo import HyloCache, States
 from .configuration_hylo import HyloConfig
-from .fused_hylo import linear, project
+from .fused_hylo import linear
 from .inputs_hylo import SequenceInputs
 
 
@@ -29,16 +29,12 @@ class HyloWindowAttention(HyloAttention):
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: Rope, cache: HyloCache | None) -> Tensor:
         """Apply the mixer to x: [batch, new tokens, hidden] -> the same shape."""
         b, t, _ = x.shape
-        cos, sin = (table[:, -t:] for table in rope)
-        parts = project(x, [[self.q_proj], [self.k_proj], [self.v_proj]])
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        query = fused_apply_rope(self.q_norm(query), cos, sin, interleaved=False)
-        key = fused_apply_rope(self.k_norm(key), cos, sin, interleaved=False)
+        parts = self.query_key_value(x, rope)
         step = functools.partial(attend_to_window, window=self.window)
         if cache is None:
-            out, _ = step((query, key, value), inputs.padding, (None, None))
+            out, _ = step(parts, inputs.padding, (None, None))
         else:
-            out = cache.advance(self.layer, step, (query, key, value), inputs.padding)
+            out = cache.advance(self.layer, step, parts, inputs.padding)
         return linear(self.o_proj, out.reshape(b, t, -1))
 
 

@@ -125,7 +125,7 @@ def flash_attention_3(
 
 @functools.lru_cache(maxsize=16)
 def cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each of these lengths, end to end, begins, and the last one's end: int32 [lengths + 1]; every layer asks anew."""
+    """Return where lengths laid end to end begin, and the last one's end: int32 [lengths + 1]; kept, as every layer asks."""
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 

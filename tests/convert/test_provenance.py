@@ -50,7 +50,7 @@ def test_chain_reaches_the_base_model_through_every_verb(one_rank, tmp_path):
 
 
 def test_a_file_is_hashed_once_by_all_threads_and_again_when_it_changes(tmp_path, monkeypatch):
-    """What was begun ahead is waited for, not done twice; a file that cannot be read fails where it is asked for alone."""
+    """A hash begun ahead is waited for, not computed twice; a file that cannot be read fails where it is asked for alone."""
     read = []
 
     def slow(file):

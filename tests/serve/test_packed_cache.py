@@ -156,7 +156,7 @@ def test_a_pool_holds_the_sum_of_the_lengths_and_more_than_fits_is_refused(monke
 
 @torch.no_grad()
 def test_a_pass_neither_waits_nor_allocates_on_the_host(monkeypatch):
-    """What a capture refuses; the kernel of attention is another test's (tests/kernels)."""
+    """A capture refuses copies from the device and host allocations; tests/kernels tests the kernel of attention."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Refuse(TorchDispatchMode):
