@@ -196,7 +196,12 @@ class TrainConfig:
             )
         if self.stage == "pretrain" and self.teacher:
             raise ConfigError("stage pretrain learns from text alone; leave teacher out, or use stage distil")
-        if self.precision == "bf16" and not self.optimizer.use_distributed_optimizer:
+        if self.optimizer.name == "muon" and self.optimizer.use_distributed_optimizer:
+            raise ConfigError(
+                "optimizer.name muon needs optimizer.use_distributed_optimizer false: it orthogonalises whole matrices, so its "
+                "state is not divided over data-parallel ranks"
+            )
+        if self.precision == "bf16" and not (self.optimizer.use_distributed_optimizer or self.optimizer.name == "muon"):
             raise ConfigError(
                 "precision bf16 needs optimizer.use_distributed_optimizer true: Megatron-Core's plain optimizer cannot save "
                 "bf16 weights beside the fp32 A_log and dt_bias of linear layers"

@@ -23,9 +23,15 @@ def at_least_one(settings: object, prefix: str, *names: str) -> None:
 
 @dataclass
 class OptimizerSettings:
-    """AdamW with a cosine schedule; fp32 master weights always. A_log, dt_bias, D, biases and norms never decay.
+    """AdamW or Muon with a cosine schedule; fp32 master weights always. A_log, dt_bias, D, biases and norms never decay.
+
+    Muon updates the weight matrices of mixers and MLPs; AdamW everything else beside it, with the adam_ settings: embedding,
+    head, norms, biases, convolutions, A_log and the like. Matrices that are computed in one product (a linear mixer's input
+    projection, gate and up of an MLP, queries, keys and values) are one matrix to Muon. An element of its update has a root
+    mean square of about muon_extra_scale_factor x learning rate, whatever the shape, so that AdamW's rates serve both.
 
     Args:
+        name: adamw, or muon, whose state is whole on every data-parallel rank (use_distributed_optimizer false).
         lr: peak learning rate of everything but the mixers.
         mixer_lr: peak learning rate of the token mixers; lr by default.
         min_lr_ratio: final / peak learning rate.
@@ -34,11 +40,14 @@ class OptimizerSettings:
         adam_beta1: decay of the gradient's mean.
         adam_beta2: decay of the squared gradient's mean.
         adam_eps: added to its root.
+        muon_momentum: decay of the gradient's mean that Muon orthogonalises, Nesterov's way.
+        muon_extra_scale_factor: size of Muon's update / learning rate; AdamW's own is 0.2 to 0.4 (arXiv:2502.16982).
         clip_grad: largest global gradient norm; 0: no clipping.
         use_distributed_optimizer: shard optimizer state over the data-parallel ranks.
         offload: keep its state in CPU memory during forward and backward passes: less memory, the same numbers.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 6e-5
     mixer_lr: float | None = None
     min_lr_ratio: float = 0.0
@@ -47,6 +56,8 @@ class OptimizerSettings:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
+    muon_momentum: float = 0.95
+    muon_extra_scale_factor: float = 0.2
     clip_grad: float = 1.0
     use_distributed_optimizer: bool = True
     offload: bool = False

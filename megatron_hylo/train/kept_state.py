@@ -46,6 +46,7 @@ def _state_of(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "trained": _trained(settings["stage"], settings["align.loss"], settings["trainable"]),
         "precision": settings["precision"],
+        "optimizer.name": settings.get("optimizer.name", "adamw"),  # earlier versions had no other
         "optimizer.use_distributed_optimizer": settings["optimizer.use_distributed_optimizer"],
         "a learning rate of the mixers' own": settings["optimizer.mixer_lr"] not in (None, settings["optimizer.lr"]),
     }

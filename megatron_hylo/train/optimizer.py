@@ -4,12 +4,14 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
+    HAVE_EMERGING_OPTIMIZERS,
+    ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
     ParamGroupOverride,
@@ -21,6 +23,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.mixers import MIXERS
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.hylo_model import HyloModel
@@ -79,7 +82,10 @@ class TrainingState:
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """Optimizers that an update consists of: one, and under expert parallelism another one for the experts, last."""
+    """Optimizers that an update consists of.
+
+    AdamW is one, and under expert parallelism another one for the experts, last; for `muon`'s see `_build_optimizer`.
+    """
     return list(optimizer.chained_optimizers)
 
 
@@ -135,9 +141,11 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     wrapped = [DistributedDataParallel(transformer_config, ddp_config, chunk) for chunk in chunks]
     for wrapper in wrapped:
         wrapper.broadcast_params()
-    capturable = config.cuda_graphs and USING_TE_OPTIMIZER and not settings.offload  # torch's Adam would fix the rates
+    # torch's Adam would fix the rates, as Muon would
+    capturable = config.cuda_graphs and USING_TE_OPTIMIZER and not settings.offload and settings.name == "adamw"
+    bf16 = config.precision == "bf16"
     optimizer_config = OptimizerConfig(
-        optimizer="adam",
+        optimizer="adam" if settings.name == "adamw" else settings.name,
         lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
         weight_decay=settings.weight_decay,
@@ -145,10 +153,17 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
         adam_beta2=settings.adam_beta2,
         adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
-        bf16=config.precision == "bf16",
+        bf16=bf16,
         params_dtype=transformer_config.params_dtype,
         use_distributed_optimizer=settings.use_distributed_optimizer,
         optimizer_cuda_graph=capturable,
+        muon_momentum=settings.muon_momentum,
+        muon_nesterov=True,
+        muon_split_qkv=False,
+        muon_scale_mode="spectral",
+        muon_extra_scale_factor=settings.muon_extra_scale_factor,
+        muon_fp32_matmul_prec="medium" if bf16 else "highest",  # of its matrix products: medium is bf16
+        muon_tp_mode="duplicated",  # the whole matrix on every tensor-parallel rank, so that their number changes nothing
     )
     # Megatron's own rule first (no weight decay on biases and one-dimensional tensors), then ours.
     overrides = dict(get_standard_config_overrides(optimizer_config))
@@ -158,12 +173,55 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     if settings.mixer_lr is not None and settings.mixer_lr != settings.lr:
         group = ParamGroupOverride(max_lr=settings.mixer_lr, min_lr=settings.mixer_lr * settings.min_lr_ratio)
         overrides[ParamKey(name=MIXER_PARAMETERS)] = group
-    optimizer = get_megatron_optimizer(optimizer_config, wrapped, config_overrides=overrides)
+    optimizer = _build_optimizer(optimizer_config, wrapped, overrides)
     no_sync = [wrapper.no_sync for wrapper in wrapped]
     transformer_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     offloaded = OffloadedState(optimizer, chunks) if settings.offload else None
     scheduler = _scheduler(optimizer, settings, config.train_steps)
     return TrainingState(wrapped, optimizer, scheduler, optimizer.step, offloaded, capturable)
+
+
+def check_muon(config: TrainConfig, shapes: Sequence[ModelConfig]) -> None:
+    """Refuse `optimizer.name muon` where it does not work, before models are read.
+
+    Args:
+        config: settings of the run.
+        shapes: its students.
+
+    Raises:
+        ConfigError: the package that has Muon is not installed, or a student has experts.
+    """
+    if config.optimizer.name != "muon":
+        return
+    if not HAVE_EMERGING_OPTIMIZERS:
+        raise ConfigError(
+            "optimizer.name muon needs the package emerging-optimizers: pip install 'megatron-hylo[muon]', or set it to adamw"
+        )
+    if any(shape.has_experts for shape in shapes):
+        raise ConfigError("optimizer.name muon is not supported for mixtures of experts; set it to adamw")
+
+
+def _build_optimizer(
+    config: OptimizerConfig, wrapped: list[DistributedDataParallel], overrides: dict[ParamKey, ParamGroupOverride]
+) -> MegatronOptimizer:
+    """Build AdamW, or Muon and AdamW for what is no matrix; bf16 training then has a third part, AdamW for fp32 parameters.
+
+    Those are apart since Megatron-Core's optimizer of bf16 weights cannot save the state of fp32 ones beside them.
+    """
+    if config.optimizer != "muon" or not config.bf16:
+        return get_megatron_optimizer(config, wrapped, config_overrides=overrides)
+    trained = [p for wrapper in wrapped for p in wrapper.parameters() if p.requires_grad]
+    parts = []
+    for fp32, settings in ((False, config), (True, replace(config, optimizer="adam", bf16=False))):
+        for p in trained:  # Megatron-Core takes what has requires_grad
+            p.requires_grad = (p.dtype == torch.float32) == fp32
+        parts += optimizer_parts(get_megatron_optimizer(settings, wrapped, config_overrides=dict(overrides)))
+    for p in trained:
+        p.requires_grad = True
+    parts = [part for part in parts if not part.is_stub_optimizer]  # alike on all ranks: whether any has fp32 parameters
+    for part in parts:
+        part.config = config  # as Megatron-Core chains Muon and AdamW
+    return ChainedOptimizer(parts)
 
 
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
@@ -216,7 +274,7 @@ def _load_part(part: Any, loaded: dict[str, Any]) -> None:
     mine = part.param_groups
     distributed = isinstance(part, DistributedOptimizer)
     if (step := loaded.pop("step", None)) is None:
-        groups = (loaded["optimizer"] if distributed else loaded)["param_groups"]
+        groups = loaded.get("optimizer", loaded)["param_groups"]
     else:
         numbers = [{"params": group["params"]} for group in part.optimizer.state_dict()["param_groups"]]
         groups = [({} if distributed else numbered) | step for numbered in numbers]

@@ -45,6 +45,7 @@ FIXED = {
     "trainable": "its optimizer has a state for what that trains",
     "align.loss": "its optimizer has a state for what that trains",
     "precision": "its optimizer's state is of that precision",
+    "optimizer.name": "its optimizer's state is of that kind",
     "optimizer.use_distributed_optimizer": "its optimizer's state is of that kind",
     "sequence_length": "its position in the data counts windows of that length",
     "global_batch_size": "its position in the data counts batches of that size",

@@ -30,7 +30,7 @@ from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.teachers.store import StoredTeacher, TeacherStore
 from megatron_hylo.train.data_loader import TimedBatches, rank_batches
 from megatron_hylo.train.objectives import Objective, get_objective
-from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
+from megatron_hylo.train.optimizer import TrainingState, build_training_state, check_muon, choose_trainable
 
 NO_PATH = "-"  # given for a path of a configuration whose models or batches come from the caller
 
@@ -137,6 +137,7 @@ def build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], FrozenMode
     """Load or make this rank's chunks of (the students, the teacher); paired layers are on the same ranks."""
     for shape in architectures(config):
         check_experts(config, shape)
+    check_muon(config, architectures(config)[: 1 + bool(config.second_model)])
     architecture, dtype = architectures(config)[0], params_dtype(config)
     layers = pipeline_layers(architecture, config.parallel.pipeline_stages, config.parallel.pipeline_layers)
     shared: dict[str, Any] = dict(
