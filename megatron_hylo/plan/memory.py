@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 GRADIENT, MASTER, MOMENTS = 4, 4, 8  # bytes a trained parameter: fp32 gradient, fp32 copy of what is not fp32, Adam's two
+MOMENT = 4  # bytes a parameter of Muon's: its momentum
 FP8_COPIES = 2  # bytes a parameter of a linear map that computes in FP8: the weight and its transpose
 AROUND = 8  # tensors as wide as the model that live beside a layer in its backward pass
 
@@ -98,7 +99,8 @@ def predict_memory(
     kept, passing = max((activations(config, chunks[0].config.hylo, theirs_shape) for chunks in students), key=sum)
     optimizer = 0.0
     for p in trained:
-        each = p.numel() * (MOMENTS + (0 if p.element_size() == 4 else MASTER))
+        of_muon = config.optimizer.name == "muon" and p.dim() == 2 and not getattr(p, "is_embedding_or_output_parameter", False)
+        each = p.numel() * ((MOMENT if of_muon else MOMENTS) + (0 if p.element_size() == 4 else MASTER))
         optimizer += each / (optimizer_shards if getattr(p, "allreduce", True) else expert_shards)
     if config.optimizer.offload:  # either the passes' activations or, later, the optimizer's state
         optimizer, kept, passing = (0.0, kept, passing) if kept + passing > optimizer else (optimizer, 0.0, 0.0)
@@ -143,7 +145,8 @@ def estimate_memory(
     shards, stage = max(ranks // (tensor * pipeline), 1), max(ranks // pipeline, 1)
     count = sum(rank_parameters(config, c) for c in students)
     trained = sum(rank_parameters(config, c, trained=True) for c in students)
-    optimizer = (MOMENTS + (MASTER if number == 2 else 0)) * trained
+    each = sum(moments(config, c) for c in students) / sum(trained_parameters(config, c) for c in students)
+    optimizer = (each + (MASTER if number == 2 else 0)) * trained
     if config.optimizer.use_distributed_optimizer:  # all ranks of a pipeline stage share all of its state, experts' too
         whole = sum(rank_parameters(config, c, trained=True, divided=False) for c in students)
         optimizer *= whole / (stage * trained)
@@ -241,6 +244,13 @@ def trained_parameters(config: TrainConfig, shape: ModelConfig) -> int:
         return sum(layer_parameters(shape, symbol) for symbol in shape.mixers)
     heads = 2 if shape.untie_embeddings_and_output_weights else 1
     return _count(shape) - (heads * shape.vocab_size * shape.hidden_size if config.stage == "align" else 0)
+
+
+def moments(config: TrainConfig, shape: ModelConfig) -> float:
+    """Bytes of the moments of a student's trained parameters on all ranks: Adam's two, of matrices Muon's one."""
+    trained = trained_parameters(config, shape)
+    matrices = min(trained, linear_parameters(shape)) if config.optimizer.name == "muon" else 0
+    return MOMENT * matrices + MOMENTS * (trained - matrices)
 
 
 def rank_parameters(config: TrainConfig, shape: ModelConfig, trained: bool = False, divided: bool = True) -> float:

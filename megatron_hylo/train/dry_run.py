@@ -19,10 +19,11 @@ from megatron_hylo.eval.runs import read_run
 from megatron_hylo.io import DamagedError
 from megatron_hylo.models.transformer_config import check_tensor_parallel
 from megatron_hylo.plan.flops import PEAK_FLOPS, forward_flops_per_token, teacher_flops_per_token
-from megatron_hylo.plan.memory import GIB, MASTER, MOMENTS, estimate_memory, trained_parameters
+from megatron_hylo.plan.memory import GIB, MASTER, estimate_memory, moments, trained_parameters
 from megatron_hylo.train.checkpoint import checkpoint_step, latest_checkpoint
 from megatron_hylo.train.heldout import open_heldout
 from megatron_hylo.train.kept_state import check_kept_state
+from megatron_hylo.train.optimizer import check_muon
 from megatron_hylo.train.reporting import check_wandb
 from megatron_hylo.train.resume_check import check_resume
 from megatron_hylo.train.run_folder import check_run_folder
@@ -102,7 +103,7 @@ def plan(config: TrainConfig, ranks: int, models: list[ModelConfig]) -> dict[str
     number = 2 if config.precision == "bf16" else 4
     trained = sum(trained_parameters(config, c) for c in students)
     weights = number * sum(parameter_count(c) for c in students)
-    checkpoint = weights + (MOMENTS + MASTER) * trained
+    checkpoint = weights + MASTER * trained + sum(moments(config, c) for c in students)
     made: dict[str, Any] = {
         "steps": config.train_steps,
         "tokens": config.train_steps * config.global_batch_size * config.sequence_length,
@@ -164,6 +165,7 @@ def _check_ranks(config: TrainConfig, ranks: int, models: list[ModelConfig]) -> 
     for shape in models:
         check_tensor_parallel(shape, p.tensor_model_parallel_size)
         check_experts(config, shape)
+    check_muon(config, models)
     if models:
         pipeline_layers(models[0], p.pipeline_stages, p.pipeline_layers)
     return f"{data_parallel} data-parallel x {p.model_parallel_size}, {count} micro-batches a step"

@@ -33,6 +33,8 @@ from megatron_hylo.train.optimizer_offload import OffloadedState
 logger = logging.getLogger("megatron_hylo.train")
 MIXER_PARAMETERS = "*.self_attention.*"
 FP32_PARAMETERS = tuple(sorted({f"*.{name}" for mixer in MIXERS.values() for name in mixer.fp32_parameters}))
+COPIES = "fp32_from_fp16_params"  # Megatron-Core's key of the fp32 copies of bf16 weights in a state, by group
+NO_MATRICES = (".rotary_mix", *(name.removeprefix("*") for name in FP32_PARAMETERS))  # though some have two dimensions
 
 
 @dataclass
@@ -186,10 +188,10 @@ def check_muon(config: TrainConfig, shapes: Sequence[ModelConfig]) -> None:
 
     Args:
         config: settings of the run.
-        shapes: its students.
+        shapes: its models, the student first.
 
     Raises:
-        ConfigError: the package that has Muon is not installed, or a student has experts.
+        ConfigError: the package that has Muon is not installed, or the student has experts.
     """
     if config.optimizer.name != "muon":
         return
@@ -197,7 +199,7 @@ def check_muon(config: TrainConfig, shapes: Sequence[ModelConfig]) -> None:
         raise ConfigError(
             "optimizer.name muon needs the package emerging-optimizers: pip install 'megatron-hylo[muon]', or set it to adamw"
         )
-    if any(shape.has_experts for shape in shapes):
+    if shapes and shapes[0].has_experts:
         raise ConfigError("optimizer.name muon is not supported for mixtures of experts; set it to adamw")
 
 
@@ -208,6 +210,10 @@ def _build_optimizer(
 
     Those are apart since Megatron-Core's optimizer of bf16 weights cannot save the state of fp32 ones beside them.
     """
+    if config.optimizer == "muon":
+        for name, p in (named for wrapper in wrapped for named in wrapper.named_parameters()):
+            if name.endswith(NO_MATRICES):
+                p.is_embedding_or_output_parameter = True  # Megatron-Core's mark of a matrix that AdamW has
     if config.optimizer != "muon" or not config.bf16:
         return get_megatron_optimizer(config, wrapped, config_overrides=overrides)
     trained = [p for wrapper in wrapped for p in wrapper.parameters() if p.requires_grad]
@@ -279,10 +285,14 @@ def _load_part(part: Any, loaded: dict[str, Any]) -> None:
         numbers = [{"params": group["params"]} for group in part.optimizer.state_dict()["param_groups"]]
         groups = [({} if distributed else numbered) | step for numbered in numbers]
         loaded |= {"optimizer": {"param_groups": groups}} if distributed else {"param_groups": groups}
+    # Transformer Engine counts no steps of a group without parameters, which another pipeline stage may have
+    counts = [{"step": group["step"]} for group in groups if "step" in group]
     for saved, own in zip(groups, mine, strict=True):
-        kept = {name: saved[name] for name in ("params", "step") if name in saved}
+        kept = (counts[0] if counts else {}) | {name: saved[name] for name in ("params", "step") if name in saved}
         saved.clear()
         saved |= {name: value for name, value in own.items() if name not in ("params", "step")} | kept
+    if COPIES in loaded:
+        loaded[COPIES] = [loaded[COPIES].get(number, []) for number in range(len(mine))]
     if not (distributed and isinstance(part.optimizer, torch.optim.Adam)):
         part.load_state_dict(loaded)
         return

@@ -137,7 +137,7 @@ def build_models(config: TrainConfig) -> tuple[list[list[HyloModel]], FrozenMode
     """Load or make this rank's chunks of (the students, the teacher); paired layers are on the same ranks."""
     for shape in architectures(config):
         check_experts(config, shape)
-    check_muon(config, architectures(config)[: 1 + bool(config.second_model)])
+    check_muon(config, architectures(config))
     architecture, dtype = architectures(config)[0], params_dtype(config)
     layers = pipeline_layers(architecture, config.parallel.pipeline_stages, config.parallel.pipeline_layers)
     shared: dict[str, Any] = dict(
