@@ -234,7 +234,8 @@ class Recipe:
     def _learning(self) -> Iterator[str]:
         small = self.small
         yield row("trainable: all", "all or mixers; everything, MLPs included [Zebra]")
-        yield row("optimizer:", "AdamW, fp32 master weights; HyLo states lr and warmup, Zebra uses HF Trainer defaults")
+        yield row("optimizer:", "fp32 master weights; HyLo states lr and warmup, Zebra uses HF Trainer defaults")
+        yield row("  name: adamw", "or muon, which needs use_distributed_optimizer: false; see docs/training.md")
         lr = self.family.lr
         if self.align:
             lr = ("1.0e-3", "as examples/smollm2/run.sh") if small else ("2.0e-4", "[HyLo] (for an 8B base 1e-4 [Zebra])")
