@@ -1,18 +1,22 @@
 """A recorded step is the step: same losses and weights, for every stage, and across a stop and a resume."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.recall import RecallSettings
+from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train import cuda_graph, setup
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.optimizer import build_training_state
 from tests.conftest import tiny_config
 from tests.train.runs import metrics, relative_difference, weights
+
+SETTINGS = OptimizerSettings(lr=2e-3, mixer_lr=4e-3, weight_decay=0.1, warmup_ratio=0.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -30,23 +34,24 @@ def test_what_cannot_be_recorded_is_refused(settings, changes):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(
-    ("stage", "align_loss", "share"),
+    ("stage", "align_loss", "share", "optimizer"),
     [
-        ("pretrain", "mse", 0.0),
-        ("distil", "mse", 0.0),
-        ("align", "mse", 0.0),
-        ("align", "ild", 0.0),
-        ("align", "sequential", 0.0),
-        ("pretrain", "mse", 0.6),
-        ("distil", "mse", 0.6),
+        ("pretrain", "mse", 0.0, "adamw"),
+        ("distil", "mse", 0.0, "adamw"),
+        ("distil", "mse", 0.0, "muon"),
+        ("align", "mse", 0.0, "adamw"),
+        ("align", "ild", 0.0, "adamw"),
+        ("align", "sequential", 0.0, "adamw"),
+        ("pretrain", "mse", 0.6, "adamw"),
+        ("distil", "mse", 0.6, "adamw"),
     ],
 )
-def test_recorded_steps_equal_others(settings, tmp_path, monkeypatch, stage, align_loss, share):
+def test_recorded_steps_equal_others(settings, tmp_path, monkeypatch, stage, align_loss, share, optimizer):
     """In fp32 and plain torch, where steps are all but reproducible; then a recorded run is resumed half-way by an eager one,
     and the other way round.
 
     Transformer Engine's Adam that can be recorded takes 1 - beta^step in fp32, its other one in fp64: the same kernel, never
-    recorded, is the oracle of the recorded steps, and the two kernels are compared as well.
+    recorded, is the oracle of the recorded steps, and the two kernels are compared as well. Muon's update is never recorded.
     """
     monkeypatch.setenv("HYLO_KERNELS", "attention=math,causal_conv1d=torch,gated_delta_rule=torch,ssd=torch")
 
@@ -66,12 +71,14 @@ def test_recorded_steps_equal_others(settings, tmp_path, monkeypatch, stage, ali
                 output=output,
                 cuda_graphs=graphs,
                 align=dict(loss=align_loss),
+                optimizer=replace(SETTINGS, name=optimizer, use_distributed_optimizer=optimizer == "adamw"),
                 recall=RecallSettings(share),
                 sequence_length=128 if share else 16,
                 train_tokens=12 * 4 * (128 if share else 16),
                 checkpoint=dict(save_interval=6),
             )
         )
+        assert states[0].capturable <= (optimizer == "adamw")
         for group in states[0].optimizer.param_groups:
             assert isinstance(group["lr"], torch.Tensor) == states[0].capturable  # which the update reads
             assert float(group["lr"]) == pytest.approx(states[0].scheduler.get_lr(group), rel=1e-6)
