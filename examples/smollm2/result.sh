@@ -28,6 +28,8 @@ usual TOKENS_8K 40000000 4096
 usual TOKENS_32K 40000000 4096
 usual TOKENS_64K 30000000 4096
 usual RECALL 0.2 0.25                # part of a window that is facts and questions
+usual ANSWER_WEIGHT 1.0 1.0          # of an answer's cross-entropy, a token of text's KL is 1
+OPTIMIZER="${OPTIMIZER:-muon}"       # or adamw; stage 1 has adamw
 usual MIXER_LR 7e-4 1.25e-4          # peak learning rate of mixers
 usual LR 1.5e-4 1e-4                 # of all else
 usual SELECT_TOKENS 65536 1024       # text that select measures on
@@ -46,7 +48,7 @@ declare -A factor=([align]=1 [2k]=${times[0]} [8k]=${times[1]} [32k]=${times[2]}
 declare -A tokens=([align]=$TOKENS_ALIGN [2k]=$TOKENS_2K [8k]=$TOKENS_8K [32k]=$TOKENS_32K [64k]=$TOKENS_64K)
 declare -A recipe=([align]=stage1_ild [2k]=stage2_ctx8k [8k]=stage2_ctx8k [32k]=stage3_ctx32k [64k]=stage3_ctx64k)
 windows=$((times[2] / times[1])) # of 8k, as many tokens a step as one of 32k
-declare -A more=([align]="stage: align, optimizer: {lr: 1.0e-3, mixer_lr: null}"
+declare -A more=([align]="stage: align, optimizer: {name: adamw, use_distributed_optimizer: true, lr: 1.0e-3, mixer_lr: null}"
   [2k]="global_batch_size: 8, micro_batch_size: 8, cuda_graphs: $GRAPHS"
   [8k]="global_batch_size: $windows, micro_batch_size: $windows" [32k]="global_batch_size: 1" [64k]="global_batch_size: 1")
 for name in $STAGES; do
@@ -81,7 +83,8 @@ cell() {
 }
 
 specification() {
-  local name layers by seed lengths="[${EVAL_LENGTHS// /, }]"
+  local name layers by seed lengths="[${EVAL_LENGTHS// /, }]" divided=true
+  [[ $OPTIMIZER != muon ]] || divided=false # its state is whole on every GPU
   cat <<SPEC
 # Written by examples/smollm2/result.sh
 output: $OUT/sweep
@@ -92,8 +95,8 @@ train:
   data: $OUT/data
   eval_data: [$OUT/unseen]
   precision: $PRECISION
-  recall: {share: $RECALL}
-  optimizer: {lr: $LR, mixer_lr: $MIXER_LR}
+  recall: {share: $RECALL, answer_weight: $ANSWER_WEIGHT}
+  optimizer: {name: $OPTIMIZER, use_distributed_optimizer: $divided, lr: $LR, mixer_lr: $MIXER_LR}
   eval_windows: $((TRIALS < 16 ? TRIALS : 16))
   checkpoint: {save_interval: 200}
 stages:

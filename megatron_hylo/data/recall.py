@@ -2,8 +2,9 @@
 
 A window of sequence_length + 1 tokens is made of a shorter one of another source and of exercises (recall_text.py), `share`
 of its length together. Distances between questions and the first fact are half log-uniform, so that every octave up to the
-window's length occurs, and half uniform. All of it is a function of (seed, window number): nothing is stored,
-and no number of ranks, workers or samples a batch changes it. Texts go to line ends where one is near. The room that is left
+window's length occurs, and half uniform. Of some exercises a fact is the first that the window says, where random places never
+are and models forget most. All of it is a function of (seed, window number): nothing is stored, and no number of ranks,
+workers or samples a batch changes it. Texts go to line ends where one is near. The room that is left
 over is filled with facts that nothing asks about, the last of them cut by the window's end.
 """
 
@@ -23,6 +24,8 @@ from megatron_hylo.data.windows import Window, WindowSource
 LEAST_ROOM = 64  # tokens of a window's exercises; a fact and a question take 30 to 60
 FACT_TOKENS = 25  # room counted for each fact where their number is chosen
 CHARACTERS_A_TOKEN = 3.0  # of exercises, fewer than most tokenizers', so that one batch is nearly always enough
+AT_START = 0.2  # part of the exercises that have a fact at the window's start
+ASKED_AT_END = 0.5  # part of those whose questions are at its end
 SNAP = 64  # tokens that a text may move to the next line end
 MISSES = 3  # exercises that do not fit before the rest is filled
 
@@ -93,6 +96,7 @@ class RecallWindows(WindowSource):
         self._encoder = encoder
         first = encoder.encode("\n", add_special_tokens=False)
         self._prefix = first.ids[0] if len(first) > 1 and first.tokens[0] == "▁" else None  # SentencePiece's, of any text
+        self._special = {number for number, token in encoder.get_added_tokens_decoder().items() if token.special}
         tokens = {number: token for token, number in encoder.get_vocab(with_added_tokens=True).items()}
         self._line_ends = np.array([tokens.get(i, "").endswith(("Ċ", "\n", "<0x0A>")) for i in range(max(tokens) + 2)])
 
@@ -176,12 +180,18 @@ class RecallWindows(WindowSource):
             first + int((distance + 1) * generator.random()) if i < after else reach + int((first - reach) * generator.random())
             for i in range(others)
         ]
-        places = [first, *between, *free] + [asked] * len(exercise.questions)
+        facts = [first, *between, *free]
+        start = None
+        if generator.random() < AT_START:  # any fact whose order is free, so that a place says nothing about what is asked
+            start = (0, *range(exercise.ordered, len(facts)))[int((others + 1) * generator.random())]
+            facts[start] = self._start(base, low)
+            asked = high if generator.random() < ASKED_AT_END else asked
+        places = facts + [asked] * len(exercise.questions)
         of_fact = [*range(len(exercise.facts)), *exercise.asked]
         found = []
         for number, (place, fact, text) in enumerate(zip(places, of_fact, (*exercise.facts, *exercise.questions), strict=True)):
             line = int(np.searchsorted(line_ends, place))
-            if line < len(line_ends) and line_ends[line] <= min(place + SNAP, high):
+            if number != start and line < len(line_ends) and line_ends[line] <= min(place + SNAP, high):
                 place = int(line_ends[line])
             found.append(_Piece(place, order + number, order + fact, text))
         return found
@@ -195,6 +205,10 @@ class RecallWindows(WindowSource):
             if number < len(base.document_starts):
                 stop = int(base.document_starts[number])
         return start + 1, max(stop - 1, start + 1)  # behind a document's first token, before its end token
+
+    def _start(self, base: Window, low: int) -> int:
+        """Place before all text of a segment whose first place is `low`: behind what must begin it, if there is such a token."""
+        return low - 1 if low == 1 and int(base.tokens[0]) not in self._special else low
 
     def _filling(self, exercises: Exercises, room: int) -> np.ndarray:
         ids = np.zeros(0, np.int64)
