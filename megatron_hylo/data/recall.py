@@ -207,7 +207,7 @@ class RecallWindows(WindowSource):
         return start + 1, max(stop - 1, start + 1)  # behind a document's first token, before its end token
 
     def _start(self, base: Window, low: int) -> int:
-        """Place before all text of a segment whose first place is `low`: behind what must begin it, if there is such a token."""
+        """Place before a segment's text, `low` its first other one: behind a special token and inside its document."""
         return low - 1 if low == 1 and int(base.tokens[0]) not in self._special else low
 
     def _filling(self, exercises: Exercises, room: int) -> np.ndarray:

@@ -100,7 +100,7 @@ def test_distances_reach_from_a_line_to_the_whole_window(source, tokenizer):
 
 
 def test_some_facts_begin_the_window_and_are_asked_at_its_end(source, tokenizer):
-    """Answers over nearly the whole window occur, and a window often begins with a fact; inside documents none leaves its own."""
+    """Answers over nearly the whole window occur, and a window often begins with a fact, which its distances count from."""
     windows = make(source, tokenizer, 4096, share=0.2, tasks=["key_value"])
     found = [windows.window(i) for i in range(30)]
     begins = [window for window in found if window.tokens[0] < TEXT]
