@@ -23,7 +23,7 @@ from megatron_hylo.plan.memory import GIB, MASTER, estimate_memory, moments, tra
 from megatron_hylo.train.checkpoint import checkpoint_step, latest_checkpoint
 from megatron_hylo.train.heldout import open_heldout
 from megatron_hylo.train.kept_state import check_kept_state
-from megatron_hylo.train.optimizer import check_muon
+from megatron_hylo.train.muon import check_muon
 from megatron_hylo.train.reporting import check_wandb
 from megatron_hylo.train.resume_check import check_resume
 from megatron_hylo.train.run_folder import check_run_folder

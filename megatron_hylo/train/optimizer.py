@@ -4,14 +4,12 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
-    HAVE_EMERGING_OPTIMIZERS,
-    ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
     ParamGroupOverride,
@@ -23,18 +21,15 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.config.mixers import MIXERS
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
+from megatron_hylo.train.muon import FP32_PARAMETERS, build_muon
 from megatron_hylo.train.optimizer_offload import OffloadedState
 
 logger = logging.getLogger("megatron_hylo.train")
 MIXER_PARAMETERS = "*.self_attention.*"
-FP32_PARAMETERS = tuple(sorted({f"*.{name}" for mixer in MIXERS.values() for name in mixer.fp32_parameters}))
 COPIES = "fp32_from_fp16_params"  # Megatron-Core's key of the fp32 copies of bf16 weights in a state, by group
-NO_MATRICES = (".rotary_mix", *(name.removeprefix("*") for name in FP32_PARAMETERS))  # though some have two dimensions
 
 
 @dataclass
@@ -86,7 +81,7 @@ class TrainingState:
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
     """Optimizers that an update consists of.
 
-    AdamW is one, and under expert parallelism another one for the experts, last; for `muon`'s see `_build_optimizer`.
+    AdamW is one, and under expert parallelism another one for the experts, last; for Muon's see `build_muon`.
     """
     return list(optimizer.chained_optimizers)
 
@@ -147,7 +142,7 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     capturable = config.cuda_graphs and USING_TE_OPTIMIZER and not settings.offload and settings.name == "adamw"
     bf16 = config.precision == "bf16"
     optimizer_config = OptimizerConfig(
-        optimizer="adam" if settings.name == "adamw" else settings.name,
+        optimizer="adam",
         lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
         weight_decay=settings.weight_decay,
@@ -175,59 +170,13 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     if settings.mixer_lr is not None and settings.mixer_lr != settings.lr:
         group = ParamGroupOverride(max_lr=settings.mixer_lr, min_lr=settings.mixer_lr * settings.min_lr_ratio)
         overrides[ParamKey(name=MIXER_PARAMETERS)] = group
-    optimizer = _build_optimizer(optimizer_config, wrapped, overrides)
+    build = build_muon if settings.name == "muon" else get_megatron_optimizer
+    optimizer = build(optimizer_config, wrapped, config_overrides=overrides)
     no_sync = [wrapper.no_sync for wrapper in wrapped]
     transformer_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     offloaded = OffloadedState(optimizer, chunks) if settings.offload else None
     scheduler = _scheduler(optimizer, settings, config.train_steps)
     return TrainingState(wrapped, optimizer, scheduler, optimizer.step, offloaded, capturable)
-
-
-def check_muon(config: TrainConfig, shapes: Sequence[ModelConfig]) -> None:
-    """Refuse `optimizer.name muon` where it does not work, before models are read.
-
-    Args:
-        config: settings of the run.
-        shapes: its models, the student first.
-
-    Raises:
-        ConfigError: the package that has Muon is not installed, or the student has experts.
-    """
-    if config.optimizer.name != "muon":
-        return
-    if not HAVE_EMERGING_OPTIMIZERS:
-        raise ConfigError(
-            "optimizer.name muon needs the package emerging-optimizers: pip install 'megatron-hylo[muon]', or set it to adamw"
-        )
-    if shapes and shapes[0].has_experts:
-        raise ConfigError("optimizer.name muon is not supported for mixtures of experts; set it to adamw")
-
-
-def _build_optimizer(
-    config: OptimizerConfig, wrapped: list[DistributedDataParallel], overrides: dict[ParamKey, ParamGroupOverride]
-) -> MegatronOptimizer:
-    """Build AdamW, or Muon and AdamW for what is no matrix; bf16 training then has a third part, AdamW for fp32 parameters.
-
-    Those are apart since Megatron-Core's optimizer of bf16 weights cannot save the state of fp32 ones beside them.
-    """
-    if config.optimizer == "muon":
-        for name, p in (named for wrapper in wrapped for named in wrapper.named_parameters()):
-            if name.endswith(NO_MATRICES):
-                p.is_embedding_or_output_parameter = True  # Megatron-Core's mark of a matrix that AdamW has
-    if config.optimizer != "muon" or not config.bf16:
-        return get_megatron_optimizer(config, wrapped, config_overrides=overrides)
-    trained = [p for wrapper in wrapped for p in wrapper.parameters() if p.requires_grad]
-    parts = []
-    for fp32, settings in ((False, config), (True, replace(config, optimizer="adam", bf16=False))):
-        for p in trained:  # Megatron-Core takes what has requires_grad
-            p.requires_grad = (p.dtype == torch.float32) == fp32
-        parts += optimizer_parts(get_megatron_optimizer(settings, wrapped, config_overrides=dict(overrides)))
-    for p in trained:
-        p.requires_grad = True
-    parts = [part for part in parts if not part.is_stub_optimizer]  # alike on all ranks: whether any has fp32 parameters
-    for part in parts:
-        part.config = config  # as Megatron-Core chains Muon and AdamW
-    return ChainedOptimizer(parts)
 
 
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:

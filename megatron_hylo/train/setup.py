@@ -29,8 +29,9 @@ from megatron_hylo.teachers.remote import RemoteTeacher
 from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.teachers.store import StoredTeacher, TeacherStore
 from megatron_hylo.train.data_loader import TimedBatches, rank_batches
+from megatron_hylo.train.muon import check_muon
 from megatron_hylo.train.objectives import Objective, get_objective
-from megatron_hylo.train.optimizer import TrainingState, build_training_state, check_muon, choose_trainable
+from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
 
 NO_PATH = "-"  # given for a path of a configuration whose models or batches come from the caller
 

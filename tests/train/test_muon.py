@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
 
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.train import OptimizerSettings
@@ -17,6 +18,7 @@ from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.plan.memory import estimate_memory, predict_memory
 from megatron_hylo.train.gradient_norms import gradient_norms
 from megatron_hylo.train.loop import train
+from megatron_hylo.train.muon import BatchedMuon
 from megatron_hylo.train.optimizer import allocate_optimizer_state, build_training_state, load_optimizer_state
 from tests.conftest import EXPERTS, tiny_config
 from tests.parity.worker import job, launch
@@ -52,7 +54,7 @@ def test_it_has_the_matrices_of_mixers_and_mlps_alone(settings, one_rank, patter
     names = {id(getattr(p, "main_param", p)): name for name, p in model.named_parameters()}
     seen = []
     for part in state.optimizer.chained_optimizers:
-        muon = type(part.optimizer).__name__ == "TensorParallelMuon"
+        muon = isinstance(part.optimizer, BatchedMuon)
         for group in part.param_groups:
             for name in (names[id(p)] for p in group["params"]):
                 seen.append(name)
@@ -106,6 +108,36 @@ def test_three_updates_equal_muon_written_plainly(settings, one_rank, precision,
             assert difference < tolerance
     for p in model.parameters():
         assert torch.equal(p, getattr(p, "main_param", p).to(p.dtype))
+
+
+@pytest.mark.parametrize("together", [1, 2**26])
+def test_matrices_together_take_the_steps_of_each_alone(monkeypatch, together):
+    """Megatron-Core's Muon, a matrix at a time, is the oracle; one product of a shape's matrices, or as many as fit."""
+    monkeypatch.setattr("megatron_hylo.train.muon.TOGETHER", together)
+    groups, calls = SimpleNamespace(tp=None, gtp_remat=None), 0
+    settings = dict(lr=0.1, weight_decay=0.1, fp32_matmul_prec="highest", pg_collection=groups)
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((6, 4), (4, 6), (6, 4), (6, 4), (4, 6))]
+    mine, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    ours, oracle = BatchedMuon(mine, **settings), TensorParallelMuon(theirs, **settings)
+    orthogonalize = ours.scaled_orthogonalize_fn
+
+    def counted(*given):
+        nonlocal calls
+        calls += 1
+        return orthogonalize(*given)
+
+    ours.scaled_orthogonalize_fn = counted
+    for _ in range(3):
+        for p, q in zip(mine, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        mine[3].grad = theirs[3].grad = None
+        ours.step()
+        oracle.step()
+    for p, q in zip(mine, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert calls == 3 * (2 if together > 1 else 4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -215,6 +247,6 @@ def test_what_does_not_work_is_refused(settings, tmp_path, monkeypatch):
     save_model(build_model(tiny_config("GE", vocab_size=VOCABULARY, **EXPERTS)), tmp_path / "experts")
     with pytest.raises(ConfigError, match="muon is not supported for mixtures of experts"):
         train(settings("pretrain", model=str(tmp_path / "experts"), optimizer=MUON))
-    monkeypatch.setattr("megatron_hylo.train.optimizer.HAVE_EMERGING_OPTIMIZERS", False)
+    monkeypatch.setattr("megatron_hylo.train.muon.HAVE_EMERGING_OPTIMIZERS", False)
     with pytest.raises(ConfigError, match="needs the package emerging-optimizers: pip install"):
         train(settings("pretrain", optimizer=MUON))
