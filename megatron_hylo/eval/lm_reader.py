@@ -21,11 +21,11 @@ class Reader:
     Args:
         model: causal LM of transformers.
         piece: tokens of a sequence in one pass.
+        cache: empty, of the model's kind; None: its own, which grows.
     """
 
-    def __init__(self, model: Any, piece: int = PREFILL_TOKENS) -> None:
-        self.model, self.piece = model, piece
-        self.cache: Any = None
+    def __init__(self, model: Any, piece: int = PREFILL_TOKENS, cache: Any = None) -> None:
+        self.model, self.piece, self.cache = model, piece, cache
         self.mask: Tensor | None = None  # bool [batch, tokens read], False at padding; None: there was none
         self.columns = 0  # tokens read, padding included
 
@@ -44,10 +44,7 @@ class Reader:
         logits = None
         for start in range(0, ids.shape[1], self.piece):
             part = slice(start, start + self.piece)
-            keep = torch.tensor(
-                [min(ids.shape[1] - start, self.piece) - 1] if last else [], device=ids.device, dtype=torch.long
-            )
-            logits = self._pass(ids[:, part], None if real is None else real[:, part], keep)
+            logits = self._pass(ids[:, part], None if real is None else real[:, part], 1)
         return logits[:, -1] if last and logits is not None else None
 
     @torch.inference_mode()
@@ -84,7 +81,7 @@ class Reader:
         if self.mask is not None:
             self.mask = self.mask[rows]
 
-    def _pass(self, ids: Tensor, real: Tensor | None, keep: Tensor, use_cache: bool = True) -> Tensor:
+    def _pass(self, ids: Tensor, real: Tensor | None, keep: Tensor | int, use_cache: bool = True) -> Tensor:
         batch, new = ids.shape
         inputs: dict[str, Any] = {}
         if real is not None or self.mask is not None:
@@ -113,7 +110,9 @@ def _pieces(wanted: Sequence[bool], piece: int, columns: int) -> Iterator[tuple[
     yield start, len(wanted)
 
 
-def read_prompts(model: Any, prompts: Sequence[Sequence[int]], device: torch.device, piece: int) -> tuple[Reader, Tensor]:
+def read_prompts(
+    model: Any, prompts: Sequence[Sequence[int]], device: torch.device, piece: int, cache: Any = None
+) -> tuple[Reader, Tensor]:
     """Read prompts of nearly one length, and keep their cache.
 
     What all are long enough for is read without padding, by the fused attention; the rest is padded on its left, so that
@@ -121,12 +120,13 @@ def read_prompts(model: Any, prompts: Sequence[Sequence[int]], device: torch.dev
 
     Args:
         prompts: token ids, at least one each.
+        cache: as of `Reader`.
 
     Returns:
         the reader, and the logits after each prompt [batch, vocabulary].
     """
     longest, shortest = max(map(len, prompts)), min(map(len, prompts))
-    reader = Reader(model, piece=piece)
+    reader = Reader(model, piece, cache)
     common = longest if longest == shortest else shortest - 1  # every row has a token in the rest
     start = torch.tensor([list(prompt[:common]) for prompt in prompts], dtype=torch.long, device=device)
     logits = reader.read(start, last=common == longest)

@@ -79,6 +79,7 @@ def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
     return first.detach().as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
+@torch.inference_mode(False)  # a weight made in that mode could not be trained any more
 @torch.no_grad()
 def put_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
     """Move parameters behind each other in memory, where they are alike; their values and names stay."""

@@ -13,6 +13,7 @@ from megatron_hylo.convert.open_model import cast_weights
 from megatron_hylo.eval import lm_decode
 from megatron_hylo.eval.lm import HyloLM
 from megatron_hylo.eval.lm_batches import BatchRunner, plan_batches
+from megatron_hylo.hf.decode_hylo import join_projections
 from megatron_hylo.io.progress import no_progress
 from tests.conftest import tiny_hf_model
 from tests.hf.conftest import random_model, save_tokenizer, serve_config
@@ -20,8 +21,15 @@ from tests.hf.conftest import random_model, save_tokenizer, serve_config
 MODELS = {
     "llama": lambda: tiny_hf_model("llama"),
     "hybrid": lambda: random_model(serve_config("G+M*K"), torch.float32),
+    "hybrid, fixed shapes": lambda: with_fixed_shapes(random_model(serve_config("G+M*K"), torch.float32)),
 }
 WINDOW = 48
+
+
+def with_fixed_shapes(model):
+    """The model, decoding as on a GPU, where such steps are captured."""
+    model.decodes_with_fixed_shapes = True
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +114,53 @@ def test_tasks_that_stop_alike_are_decoded_in_one_batch(both, monkeypatch):
     assert steps == [4]
     assert found[0] == found[2] and found[0].startswith(found[1]) and found[0].startswith(found[3])
     assert len(found[0]) > len(found[3]) > len(found[1]) > 0
+
+
+def test_captured_steps_wait_for_the_tokens_every_eighth_time(tokenizer, monkeypatch):
+    """One graph a batch, and no pass of a transformers model after the prompts; weights can still be trained afterwards."""
+    model = MODELS["hybrid, fixed shapes"]()
+    lm = HyloLM(model, tokenizer, max_length=WINDOW)
+    made, steps, waited, passes = [], [], [], []
+    for owner, name, calls in (
+        (lm_decode.DecodeGraph, "__init__", made),
+        (lm_decode.DecodeGraph, "_run", steps),
+        (type(model), "forward", passes),
+    ):
+        old = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, old=old, calls=calls, **more: calls.append(1) or old(*given, **more))
+    monkeypatch.setattr(lm_decode.Stopper, "end_of", lambda *given: waited.append(1))  # nothing ends early
+    prompts = [tokenizer(prompt).input_ids for prompt in ("abcdef", "bc", "defghijkl")]
+    lm.continuations(prompts, [20, 20, 5], [])
+    # after the eighth token, the sixteenth and the last; the third prompt has ended at the first look
+    assert (len(made), len(steps), len(waited), len(passes)) == (1, 19, 3 + 2 + 2, 2)
+    with torch.inference_mode():
+        join_projections(model)  # as on a GPU
+    model(torch.tensor([prompts[0]]), labels=torch.tensor([prompts[0]])).loss.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_generations_by_a_captured_graph_match_lm_evals_class(tokenizer, monkeypatch):
+    model = MODELS["hybrid"]().cuda()
+    generator, captured = random.Random(5), []
+    capture = lm_decode.DecodeGraph._capture
+    monkeypatch.setattr(lm_decode.DecodeGraph, "_capture", lambda graph: capture(graph) or captured.append(graph.graph))
+    asked = requests(
+        "generate_until",
+        [(text(generator, letters), {"until": [], "max_gen_toks": 20}) for letters in (4, 6, 6, 15, 28, 28)],
+    )
+    expected = HFLM(model, tokenizer=tokenizer, batch_size=1, max_length=WINDOW).generate_until(asked, disable_tqdm=True)
+    assert HyloLM(model, tokenizer, max_length=WINDOW).generate_until(asked) == expected
+    assert captured and all(graph is not None for graph in captured)
+
+
+def test_tokens_after_an_end_are_dropped(tokenizer):
+    stopper = lm_decode.Stopper(tokenizer, 7, ["de", "ab c"])
+    ids = tokenizer("xxab cabde").input_ids
+    assert stopper.end_of(ids[:5], 5) is None
+    assert [stopper.end_of(ids, new) for new in (len(ids), 5)] == [6, 6]
+    assert stopper.end_of(ids[5:], 5) == 5 and stopper.end_of(ids[5:], 1) == 5
+    assert stopper.end_of([20, 7, 21, tokenizer.eos_token_id], 4) == 2 and stopper.end_of([7, 20, 21], 2) is None
 
 
 def test_a_stop_string_ends_a_sequence_and_its_text(both, tokenizer):

@@ -49,7 +49,9 @@ class Copier(torch.nn.Module):
 
     def forward(self, input_ids, past_key_values=None, logits_to_keep=None, attention_mask=None, use_cache=True, **_):
         rows = [list(row) for row in past_key_values.rows] if past_key_values else [[] for _ in input_ids]
-        wanted, predicted = set(logits_to_keep.tolist()), []
+        last = isinstance(logits_to_keep, int)  # so many of the last ones, as in transformers
+        wanted = set(range(input_ids.shape[1])[-logits_to_keep:] if last else logits_to_keep.tolist())
+        predicted = []
         for number, new in enumerate(input_ids.tolist()):
             real = attention_mask[number, -len(new) :].tolist() if attention_mask is not None else [1] * len(new)
             for place, (token, counts) in enumerate(zip(new, real)):
