@@ -77,6 +77,7 @@ def sentence(error: Exception) -> tuple[str, int] | None:
     """(sentence, exit code) of an error of a known kind; None for any other, which is a fault of the program."""
     from megatron_hylo.io import DamagedError
 
+    raised, error = error, _met_by_compiler(error)
     if isinstance(error, (ConfigError, DamagedError)):
         return str(error), EXIT_ERROR
     if isinstance(error, RunFailure):
@@ -86,12 +87,13 @@ def sentence(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, _class("safetensors", "SafetensorError")):
         return f"a .safetensors file is damaged or cut off ({error}); copy or export it again", EXIT_ERROR
     if isinstance(error, _class("torch", "OutOfMemoryError")):
-        first = str(error).split(". ")[0]
+        first = str(error).split("\n")[0].split(". ")[0]
         return f"{first}; take a smaller micro-batch, a shorter sequence or more devices", EXIT_FAILURE
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):  # torch's
         return "the machine's memory is used up; take a smaller batch, or another machine", EXIT_FAILURE
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
+        compiler = "" if error is raised else "torch.compile, whose files are in TORCHINDUCTOR_CACHE_DIR: "
+        where = compiler + (f"{error.filename}: " if error.filename else "")
         return f"{where}{(error.strerror or str(error)).lower()}", EXIT_FAILURE
     return None
 
@@ -114,6 +116,16 @@ def fail(message: str, code: int, word: str = "error: ") -> None:
         word = f"rank {rank}: {word}"
     console.print(f"[bold red]{word}[/]{escape(message)}" if word else escape(message), highlight=False, soft_wrap=True)
     sys.exit(code)
+
+
+def _met_by_compiler(error: Exception) -> Exception:
+    """The error that ended a compilation by torch, such as a full disk; any other as it is.
+
+    torch's compiler raises an error of its own in its place, "from None", so that the first one is left as its context alone.
+    """
+    while isinstance(error, _class("torch._dynamo.exc", "TorchDynamoException")) and isinstance(error.__context__, Exception):
+        error = error.__context__
+    return error
 
 
 def _class(module: str, name: str) -> Any:

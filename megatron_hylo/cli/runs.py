@@ -16,7 +16,7 @@ def quickstart(
     text: Path | None = None,
     output: Path | None = None,
     train_tokens: int | None = None,
-) -> None:
+) -> int:
     """Real teacher to evaluated hybrid in one go: fetch, convert, verify, calibrate, upcycle, train, export, generate.
 
     Args:
@@ -28,8 +28,13 @@ def quickstart(
         train_tokens: tokens of stage 2; by default about six minutes' worth of the device.
     """
     from megatron_hylo.cli.quickstart import run_quickstart
+    from megatron_hylo.train.callback import Stopped
 
-    run_quickstart(linear, init, prompt, None if text is None else str(text), output, train_tokens, results, track=track)
+    try:
+        run_quickstart(linear, init, prompt, None if text is None else str(text), output, train_tokens, results, track=track)
+    except Stopped as stopped:
+        return _stopped(stopped)
+    return 0
 
 
 def train(config: TrainConfig, json: bool = False, dry_run: bool = False, ranks: int = 1) -> int:
@@ -60,9 +65,7 @@ def train(config: TrainConfig, json: bool = False, dry_run: bool = False, ranks:
     try:
         quality = run(config)
     except Stopped as stopped:
-        if is_main():
-            console.print(str(stopped))
-        return EXIT_STOPPED
+        return _stopped(stopped)
     if is_main():
         model = f"{config.output}/model"
         if json:
@@ -70,3 +73,12 @@ def train(config: TrainConfig, json: bool = False, dry_run: bool = False, ranks:
         else:
             results.print(f"model: {model}" + (f", held-out perplexity {quality.perplexity:.2f}" if quality else ""))
     return 0
+
+
+def _stopped(stopped: BaseException) -> int:
+    """Say where training stopped, on the main rank; returns the exit code."""
+    from megatron_hylo.platform.distributed import is_main
+
+    if is_main():
+        console.print(str(stopped))
+    return EXIT_STOPPED

@@ -17,10 +17,10 @@ from megatron_hylo.convert.hf_config import is_own
 
 SETTINGS = ("stage", "layout", "pattern", "init", "calibration_tokens", "sequential", "seed", "converted_from")
 RECIPE = (  # settings of a run that its row names where they are not the defaults; hylo_provenance.json has all
-    "trainable", "optimizer.lr", "optimizer.mixer_lr", "optimizer.adam_beta2", "recall.share", "recall.answer_weight",
-    "distil.kl_weight", "distil.ce_weight", "distil.kl_direction", "align.loss", "rope_scaling.rope_type",
-    "rope_scaling.factor", "teacher_window.mode", "text.packing", "text.long_share", "packed_documents", "precision",
-    "linear_precision", "seed",
+    "trainable", "optimizer.name", "optimizer.lr", "optimizer.mixer_lr", "optimizer.adam_beta2", "recall.share",
+    "recall.answer_weight", "distil.kl_weight", "distil.ce_weight", "distil.kl_direction", "align.loss",
+    "rope_scaling.rope_type", "rope_scaling.factor", "teacher_window.mode", "text.packing", "text.long_share",
+    "packed_documents", "precision", "linear_precision", "seed",
 )  # fmt: skip
 HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 ROWS = 40  # of the table of results; results.json has all

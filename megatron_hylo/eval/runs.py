@@ -22,7 +22,7 @@ State = Literal["running", "finished", "stopped", "failed", "killed"]
 STATES: dict[State, str] = {
     "running": "a process trains it now",
     "finished": "it took all its steps",
-    "stopped": "a signal ended it, after a checkpoint",
+    "stopped": "a signal or Ctrl-C ended it; the same command goes on",
     "failed": "an error ended it",
     "killed": "its process is gone without a word: killed, out of memory, or its machine went down",
 }

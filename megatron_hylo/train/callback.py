@@ -5,8 +5,13 @@ from dataclasses import dataclass, field
 from megatron_hylo.train.nan_guard import SkippedSteps
 
 
-class Stopped(Exception):
-    """Training was asked to stop before its end and has saved; the message says how to resume."""
+class Stopped(BaseException):
+    """Training was asked to stop before its end and has saved; the message says how to resume.
+
+    It is no `Exception`, as KeyboardInterrupt is none: before the first step a signal raises it inside whatever runs then, and
+    libraries take an Exception for a failure of their own. torch.compile wraps one into an error of its compiler, or passes
+    over it and goes on.
+    """
 
 
 @dataclass

@@ -166,7 +166,7 @@ def _callbacks(
     config, step = run.config, progress.step
     tokenizer = tokenizer_place(config.model or config.teacher or config.data, folder)
     reporter = Reporter(config, folder, run.device, run.flops_per_token, step, batches)
-    closing.push(lambda kind, error, trace: reporter.close(error))
+    closing.push(lambda kind, error, trace: reporter.close(stop.reason(error)))
     reporter.say(f"{config.stage}: {run.describe()}" + (f"; resumed at step {step}" if step else ""))
     reporter.say(f"loss: {config.loss_in_words}")
     assert run.dataset is not None

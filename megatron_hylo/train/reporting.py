@@ -217,7 +217,7 @@ class Reporter(Callback):
         """
         if not self.enabled:
             return
-        ended = "finished" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
+        ended = "finished" if error is None else "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
         message = "" if error is None else " ".join(str(error).split())[:MESSAGE_LENGTH] or type(error).__name__
         self._append(self.step, {"ended": ended, "message": message})
         if self.memory is not None:

@@ -48,14 +48,21 @@ class StopRequest:
 
     def _remember(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and (self.seen == number or self.starting):
-            raise KeyboardInterrupt
-        if self.seen is None and is_launched_first():  # not by print, which may be under way
+            raise KeyboardInterrupt("interrupted by Ctrl-C; the same command goes on from the newest checkpoint, or begins")
+        first, self.seen = self.seen is None, number
+        if first and is_launched_first():  # not by print, which may be under way
             again = "; Ctrl-C once more ends at once" if number == signal.SIGINT else ""
             what = "stopping before the first step" if self.starting else self.what_follows
             os.write(2, f"\n{signal.Signals(number).name}: {what}{again}\n".encode())
-        self.seen = number
-        if self.starting:
+        if first and self.starting:  # the same signal from Slurm and from torchrun must not break into what closes
             raise _stopped_in_startup()
+
+    def reason(self, error: BaseException | None) -> BaseException | None:
+        """Return what ended the run: `error`, or `Stopped` for a failure in start-up that followed a stop signal.
+
+        A rank that fails because another one has stopped, in a collective of both, has stopped too.
+        """
+        return _stopped_in_startup() if isinstance(error, Exception) and self.starting and self.seen is not None else error
 
     def agreed(self, device: torch.device, look: bool = True) -> int:
         """Agree on what all ranks do next, the same on each: NOTHING, SAVE or STOP, once any of them was asked.
@@ -91,8 +98,6 @@ def _stopped_in_startup() -> Stopped:
 def stop_request(folder: Path) -> Iterator[StopRequest]:
     """Context in which stop signals are obeyed, start-up included.
 
-    A rank that fails because another one has stopped before it has stopped too.
-
     Args:
         folder: run folder.
     """
@@ -102,9 +107,10 @@ def stop_request(folder: Path) -> Iterator[StopRequest]:
             raise _stopped_in_startup()
         yield request
     except Exception as error:
-        if isinstance(error, Stopped) or not request.starting or request.seen is None:
+        reason = request.reason(error)
+        if reason is None or reason is error:
             raise
-        raise _stopped_in_startup() from error
+        raise reason from error
     finally:
         request.restore()
 

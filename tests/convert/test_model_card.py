@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from huggingface_hub import ModelCard
 
+from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.convert.model_card import CardFacts, model_card
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.eval.results import EvalResult, Score
@@ -63,6 +64,20 @@ def test_a_windowed_llama_is_a_model_of_ours_and_a_mistral_is_not():
     assert "| `W` windowed attention | 0 | attention_window 32 | 32 |" in text
     text = model_card("mistral", llama.replace(hybrid_layer_pattern="W-W-", model_family="mistral"), 1000, {})
     assert "trust_remote_code=True" not in text and "vllm serve" in text
+
+
+def test_a_stages_row_names_its_optimizer_where_it_is_not_the_default():
+    def row(**optimizer) -> str:
+        settings = OptimizerSettings(lr=1e-3, **optimizer)
+        config = TrainConfig("pretrain", "data", "run", scratch="base", optimizer=settings)
+        step = {"verb": "train", "stage": "pretrain", "train_steps": 2, "seed": 7, "recipe": config.changed_settings()}
+        return next(line for line in model_card("m", serve_config("**"), 1000, step).splitlines() if "| pretrain |" in line)
+
+    assert (
+        row(name="muon", use_distributed_optimizer=False)
+        == "| pretrain |  |  | 2 | optimizer.name muon; optimizer.lr 0.001; seed 7 |"
+    )
+    assert row() == "| pretrain |  |  | 2 | optimizer.lr 0.001; seed 7 |"
 
 
 def test_a_card_says_what_it_does_not_know():

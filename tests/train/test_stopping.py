@@ -2,16 +2,22 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_hylo.cli.boundary import EXIT_INTERRUPTED, EXIT_STOPPED, plain_errors
+from megatron_hylo.cli.main import main
 from megatron_hylo.cli.runs import train as cli_train
 from megatron_hylo.eval import perplexity
-from megatron_hylo.eval.runs import read_lines
+from megatron_hylo.eval.runs import read_lines, read_run, run_state
+from megatron_hylo.kernels import elementwise
 from megatron_hylo.train import loop
 from megatron_hylo.train.checkpoint import CheckpointSaver, latest_checkpoint
 from megatron_hylo.train.loop import Stopped, train
+from megatron_hylo.train.reporting import Reporter
 
 STEPS = 6
 
@@ -43,14 +49,27 @@ def test_a_stop_asked_for_while_the_process_starts_ends_it_before_it_writes(sett
     monkeypatch.setenv("HYLO_STOP_FILE", str(tmp_path / "stop"))
     with pytest.raises(Stopped, match="before the first step"):
         train(config_of(settings, tmp_path / "run"))
-    assert cli_train(config_of(settings, tmp_path / "run")) == 3 and not (tmp_path / "run").exists()
+    assert cli_train(config_of(settings, tmp_path / "run")) == EXIT_STOPPED and not (tmp_path / "run").exists()
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> dict:
+def known() -> dict:
     """Losses and evaluations of the undisturbed run, once they are known."""
     return {}
+
+
+@pytest.fixture
+def undisturbed(known, settings, tmp_path) -> dict:
+    if not known:
+        train(config_of(settings, tmp_path / "undisturbed"))
+        known |= {name: records(tmp_path / "undisturbed", name) for name in ("loss", "heldout_perplexity")}
+        assert [s for s, _ in known["heldout_perplexity"]] == [2, 4, 6]
+    return known
+
+
+def signalled(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
 
 
 @pytest.mark.parametrize(
@@ -68,15 +87,11 @@ def undisturbed() -> dict:
 def test_a_run_stopped_at_any_moment_ends_like_an_undisturbed_one(
     settings, tmp_path, monkeypatch, undisturbed, where, function, call, step
 ):
-    if not undisturbed:
-        train(config_of(settings, tmp_path / "undisturbed"))
-        undisturbed |= {name: records(tmp_path / "undisturbed", name) for name in ("loss", "heldout_perplexity")}
-        assert [s for s, _ in undisturbed["heldout_perplexity"]] == [2, 4, 6]
     saving = dict(save_interval=3, async_save=False) if where is CheckpointSaver else dict(save_interval=100)
     run = tmp_path / "run"
     config = config_of(settings, run, checkpoint=saving)
     with monkeypatch.context() as patch:
-        at_call(patch, where, function, call, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        at_call(patch, where, function, call, lambda: signalled(signal.SIGUSR1))
         with pytest.raises(Stopped) as stopped:
             train(config)
     newest = latest_checkpoint(run)
@@ -84,6 +99,75 @@ def test_a_run_stopped_at_any_moment_ends_like_an_undisturbed_one(
     assert ("before the first step" in str(stopped.value)) == (step is None)
     train(config)
     assert {name: records(run, name) for name in undisturbed} == undisturbed
+
+
+def ended(config, run: Path) -> tuple[int, str, str]:
+    """Exit status of `hylo train`, state of the run in `hylo runs`, and its words."""
+    with pytest.raises(SystemExit) as left, plain_errors("train", run):
+        sys.exit(cli_train(config))
+    return left.value.code, *run_state(read_run(run, "run"))
+
+
+@pytest.mark.parametrize("phase", ["tracing", "lowering"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_run_stopped_while_torch_compiles_keeps_its_kind_and_goes_on(
+    settings, tmp_path, monkeypatch, undisturbed, phase, number
+):
+    """torch.compile wraps any Exception that is raised while it traces; its backends pass over some and go on."""
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+
+    def backend(graph, inputs):
+        try:
+            compiling.append(phase)
+            signalled(number) if phase == "lowering" else None
+        except Exception:  # as inductor does where it finds out what the compiler can do
+            pass
+        return graph.forward
+
+    compiling, run = [], tmp_path / "run"
+    torch._dynamo.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(elementwise, "library_unsupported", lambda *_: None)
+        patch.setattr(elementwise, "_compiled", lambda function, dynamic: torch.compile(function, backend=backend))
+        if phase == "tracing":
+            at_call(patch, InstructionTranslatorBase, "step", 5, lambda: signalled(number))
+        code, state, words = ended(config_of(settings, run), run)
+    assert compiling == (["lowering"] if phase == "lowering" else [])
+    said = "interrupted by Ctrl-C; " if number == signal.SIGINT else "stopped before the first step; "
+    assert (code, state) == (EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED, "stopped")
+    assert words.startswith(said) and words in (run / "log.txt").read_text() and "TORCHDYNAMO" not in words
+    train(config_of(settings, run))
+    assert {name: records(run, name) for name in undisturbed} == undisturbed
+
+
+def test_a_run_that_fails_because_another_rank_has_stopped_is_recorded_as_stopped(settings, tmp_path, monkeypatch):
+    def lost(*_, **__):
+        try:
+            signalled()
+        except Stopped:
+            raise RuntimeError("Connection closed by peer") from None
+
+    monkeypatch.setattr(loop, "training_step", lost)
+    code, state, words = ended(config_of(settings, tmp_path / "run"), tmp_path / "run")
+    assert (code, state) == (EXIT_STOPPED, "stopped") and words.startswith("stopped before the first step; ")
+
+
+def test_a_second_signal_does_not_break_into_the_end_of_a_run(settings, tmp_path, monkeypatch):
+    at_call(monkeypatch, loop, "training_step", 1, signalled)
+    at_call(monkeypatch, Reporter, "close", 1, lambda: signalled(signal.SIGUSR1))
+    code, state, words = ended(config_of(settings, tmp_path / "run"), tmp_path / "run")
+    assert (code, state) == (EXIT_STOPPED, "stopped") and words.startswith("stopped before the first step; ")
+
+
+def test_quickstart_that_is_stopped_ends_like_training(settings, tmp_path, monkeypatch, capsys):
+    config = config_of(settings, tmp_path / "run" / "distil")
+    monkeypatch.setattr("megatron_hylo.cli.quickstart.run_quickstart", lambda *_, **__: train(config))
+    at_call(monkeypatch, loop, "training_step", 2, signalled)
+    with pytest.raises(SystemExit) as left:
+        main(["quickstart", "--output", str(tmp_path / "run")])
+    said = " ".join(capsys.readouterr().err.split())
+    assert left.value.code == EXIT_STOPPED and "stopped at step 2 of 6 and saved; run the same command to resume" in said
+    assert "Traceback" not in said
 
 
 def test_the_save_switch_saves_once_and_training_goes_on(settings, tmp_path, monkeypatch):
