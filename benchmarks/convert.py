@@ -1,13 +1,17 @@
 """Time and peak memory of conversion, upcycling and export by size of the model, with `cp` of the same folder in the same run.
 
     python benchmarks/convert.py [--sizes 135m,1b,3b,8b] [--repeat N] [--scratch FOLDER] [--plot FILE.png] [--verify]
-        [--last STEP]
+        [--last STEP] [--rest SECONDS]
 
 Folders have the shapes of released Llamas (135m: SmolLM2) and random bf16 weights, made on the spot. Every step is a process of
 its own; CPU seconds and peak resident memory are that process's, start-up included. Copies and conversions take turns
 `--repeat` times, and their medians count. A conversion is compared with three copies: by `cp`, which leaves its bytes to the
 kernel; by `cp` and an fsync of each file, as a conversion ends; and by those and the sha256 of each file on both sides, which
-a conversion takes too. Twice the size of a model must be free on the disk; each folder is removed when no later step reads it.
+a conversion took too. Twice the size of a model must be free on the disk; each folder is removed when no later step reads it.
+
+Before each of them nothing waits to be written, and the machine rests for `--rest` seconds: a virtual machine gives free memory
+back to its host within seconds, and what is written first into memory that it has to ask for again takes up to five times the
+time. Without the rest, a copy that follows the removal of another one finds that one's memory, and other steps do not.
 `--verify` adds `hylo verify`, which computes logits.
 """
 
@@ -106,7 +110,13 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def measure_size(
-    name: str, work: Path, repeat: int, verify: bool, last: str, show: Callable[[str, dict[str, dict[str, float]]], None]
+    name: str,
+    work: Path,
+    repeat: int,
+    verify: bool,
+    last: str,
+    rest: float,
+    show: Callable[[str, dict[str, dict[str, float]]], None],
 ) -> None:
     """Run all steps on one model.
 
@@ -116,6 +126,7 @@ def measure_size(
         repeat: how often it is copied and converted.
         verify: compute logits too.
         last: step that is run last.
+        rest: seconds without work before a copy or a conversion.
         show: called after each step with its name and all that was measured.
     """
     hylo = [sys.executable, "-W", "ignore", "-m", "megatron_hylo.cli"]
@@ -123,16 +134,20 @@ def measure_size(
     found: dict[str, dict[str, float]] = {"folder": {"gb": write_source(source, name) / 1e9}}
     layers = BASES[name].num_hidden_layers
     pattern = "".join(islice(cycle(PATTERN), layers))
-    os.sync()
     runs: dict[str, list[dict[str, float]]] = {}
+
+    def measure_rested(step: str, command: list[str]) -> None:
+        os.sync()
+        time.sleep(rest)
+        runs.setdefault(step, []).append(measure(command))
+
     for _ in range(repeat):
         shutil.rmtree(teacher, ignore_errors=True)
         for step, command in COPIES.items():
             shell = command.format(source=shlex.quote(str(source)), copy=shlex.quote(str(work / "copy")))
-            runs.setdefault(step, []).append(measure(["sh", "-c", shell]))
+            measure_rested(step, ["sh", "-c", shell])
             shutil.rmtree(work / "copy")
-            os.sync()
-        runs.setdefault("convert", []).append(measure([*hylo, "convert", str(source), str(teacher), "--no_verify"]))
+        measure_rested("convert", [*hylo, "convert", str(source), str(teacher), "--no_verify"])
     for step, measured in runs.items():
         found[step] = medians(measured)
         show(step, found)
@@ -185,6 +200,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--rest", type=float, default=10.0, help="seconds before each copy and conversion")
     parser.add_argument("--last", choices=STEPS, default=STEPS[-1], help="the step after which a size is done")
     options = parser.parse_args()
     found = {}
@@ -204,7 +220,7 @@ def main() -> None:
             print(f"| {about} | {step} | {figures} |", flush=True)
 
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-            measure_size(SIZES[size], Path(scratch), options.repeat, options.verify, options.last, show)
+            measure_size(SIZES[size], Path(scratch), options.repeat, options.verify, options.last, options.rest, show)
     if options.plot:
         plot(found, options.plot)
     print(

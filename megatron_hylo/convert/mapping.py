@@ -23,6 +23,7 @@ class Entry:
     hugging_face: tuple[str, ...]
     merge: Callable[[list[Tensor]], Tensor]
     split: Callable[[Tensor], list[Tensor]]
+    interleaved: bool = False  # else the merged tensor holds them one after the other, and split returns views
 
 
 def _same(megatron: str, hugging_face: str) -> Entry:
@@ -47,7 +48,7 @@ def _interleaved_qkv(megatron: str, hugging_face: tuple[str, ...], config: Model
         grouped = tensor.reshape(groups, (per_group + 2) * head_dim, *tensor.shape[1:])
         return [part.flatten(0, 1) for part in grouped.split([per_group * head_dim, head_dim, head_dim], dim=1)]
 
-    return Entry(megatron, hugging_face, merge, split)
+    return Entry(megatron, hugging_face, merge, split, interleaved=True)
 
 
 def _attention(m: str, h: str, c: ModelConfig) -> list[Entry]:

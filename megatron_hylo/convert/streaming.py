@@ -25,9 +25,9 @@ from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.convert.mapping import Entry, model_entries
 from megatron_hylo.convert.safetensors_files import header_bytes, tensor_bytes
 from megatron_hylo.io import DamagedError, barrier, on_all, rank, read_json, staging_directory, world_size, write_json
-from megatron_hylo.io.overlap import HashedFile, Overlap
+from megatron_hylo.io.overlap import HashedFile, NewFile, Overlap, PartsFile
 from megatron_hylo.io.progress import Track, no_progress
-from megatron_hylo.models.weights_files import Piece, StoredLayout, write_parts
+from megatron_hylo.models.weights_files import Piece, Place, StoredLayout, place, write_parts
 
 TENSORS = "tensors.json"
 SHARD_BYTES = 2 * 10**9
@@ -57,15 +57,9 @@ class Shard:
     """A finished file."""
 
     file: Path
-    bytes: int
-    sha256: str
+    manifest_entry: dict[str, Any]
     tensors: dict[str, dict[str, Any]]  # Hugging Face name -> {"dtype", "shape", "sha256"}
     pieces: list[Piece]  # of Megatron's format
-
-    @property
-    def manifest_entry(self) -> dict[str, int | str]:
-        """Size and hash of the file."""
-        return {"bytes": self.bytes, "sha256": self.sha256}
 
     @property
     def tensor_bytes(self) -> int:
@@ -74,26 +68,38 @@ class Shard:
         return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in about)
 
 
+@dataclass
+class Prepared:
+    """What is stored of a group, in memory: `write` and `hash` may run in two threads."""
+
+    write: Callable[[Any], list[Piece]]  # to a file of the format's class
+    hash: Callable[[], list[bytes]]  # sha256 of each Hugging Face tensor
+
+
 class Format(Protocol):
     """How a shard is laid out."""
 
     name: str
 
+    def open(self, path: Path) -> NewFile:
+        """Create a shard's file."""
+        ...
+
     def arrange(self, groups: Sequence[Group]) -> list[Group]:
         """Order the groups of a shard."""
         ...
 
-    def begin(self, file: HashedFile, groups: Sequence[Group]) -> None:
+    def begin(self, file: Any, groups: Sequence[Group]) -> None:
         """Write what comes before the first group."""
         ...
 
-    def prepare(self, group: Group, tensors: list[Tensor]) -> Callable[[HashedFile], list[Piece]]:
-        """Compute what is stored of a group; the function that is returned writes it."""
+    def prepare(self, group: Group, tensors: list[Tensor]) -> Prepared:
+        """Compute what is stored of a group."""
         ...
 
 
 class Megatron:
-    """Files of a model folder's weights/.
+    """Files of a model folder's weights/, hashed in parts: of a tensor that is stored as it is, the hash is taken once.
 
     Args:
         layout: of the model that is written.
@@ -104,14 +110,18 @@ class Megatron:
     def __init__(self, layout: StoredLayout) -> None:
         self.layout = layout
 
+    def open(self, path: Path) -> PartsFile:
+        """Create a file that is hashed in parts."""
+        return PartsFile(path)
+
     def arrange(self, groups: Sequence[Group]) -> list[Group]:
         """Keep the order of the layers."""
         return list(groups)
 
-    def begin(self, file: HashedFile, groups: Sequence[Group]) -> None:
+    def begin(self, file: PartsFile, groups: Sequence[Group]) -> None:
         """Write nothing."""
 
-    def prepare(self, group: Group, tensors: list[Tensor]) -> Callable[[HashedFile], list[Piece]]:
+    def prepare(self, group: Group, tensors: list[Tensor]) -> Prepared:
         """Merge the tensors into Megatron's parameter.
 
         Raises:
@@ -122,13 +132,28 @@ class Megatron:
         if merged.shape != wanted:
             raise ConfigError(f"{' + '.join(names)}: {list(merged.shape)} does not fit {list(wanted)}")
         parts = self.layout.parts(name, merged)
-        return lambda file: write_parts(file, parts)
+        for part in parts:
+            part.data = part.data.contiguous()
+        kept = tensors if group.entry.interleaved else group.entry.split(merged)  # views; the tensors they are copies of can go
+        digests: dict[Place, bytes] = {}
+
+        def hash() -> list[bytes]:
+            for value in (*kept, *(part.data for part in parts)):
+                if place(value) not in digests:  # the same memory, and so the same bytes
+                    digests[place(value)] = tensor_sha256(value)
+            return [digests[place(value)] for value in kept]
+
+        return Prepared(lambda file: write_parts(file, parts, digests), hash)
 
 
 class Safetensors:
-    """Files of a Hugging Face folder."""
+    """Files of a Hugging Face folder, each with its own sha256, which others compute and publish too."""
 
     name = "safetensors"
+
+    def open(self, path: Path) -> HashedFile:
+        """Create a file that is hashed as a whole."""
+        return HashedFile(path)
 
     def arrange(self, groups: Sequence[Group]) -> list[Group]:
         """Put wider dtypes first, so that every tensor is aligned."""
@@ -139,7 +164,7 @@ class Safetensors:
         named = {name: (group.dtype, shape) for group in groups for name, shape in zip(group.entry.hugging_face, group.shapes)}
         file.write(header_bytes(named))
 
-    def prepare(self, group: Group, tensors: list[Tensor]) -> Callable[[HashedFile], list[Piece]]:
+    def prepare(self, group: Group, tensors: list[Tensor]) -> Prepared:
         """Take the tensors as they are."""
 
         def write(file: HashedFile) -> list[Piece]:
@@ -147,7 +172,7 @@ class Safetensors:
                 file.write(tensor_bytes(tensor))
             return []
 
-        return write
+        return Prepared(write, lambda: [tensor_sha256(tensor) for tensor in tensors])
 
 
 def model_groups(config: ModelConfig, layout: StoredLayout) -> list[Group]:
@@ -200,7 +225,7 @@ def shards_of(
         ConfigError: there is too little space for them, or what `read` and `form` raise.
     """
     planned = [form.arrange(shard) for shard in divide(groups, shard_bytes)]
-    described = {"format": form.name, "source": source, "shards": [[g.entry.megatron for g in shard] for shard in planned]}
+    described = {"format": [form.name, 2], "source": source, "shards": [[g.entry.megatron for g in shard] for shard in planned]}
     work = staging_directory(output, "shards", "shards", described)
     try:
         _check_space(output, work, planned)
@@ -232,7 +257,7 @@ def _write_own(work: Path, shards: Sequence[tuple[int, list[Group]]], read: Read
     todo = iter(track([(number, group) for number, shard in shards for group in shard], "write tensors"))
     with Overlap() as overlap:
         for number, shard in shards:
-            file = HashedFile(_file(work, number).with_suffix(".partial"))
+            file = form.open(_file(work, number).with_suffix(".partial"))
             tensors: dict[str, dict[str, Any]] = {}
             pieces: list[Piece] = []
             begun: list[Future[Any]] = []
@@ -245,36 +270,41 @@ def _write_own(work: Path, shards: Sequence[tuple[int, list[Group]]], read: Read
                         raise ConfigError(
                             f"tensor {name} has shape {list(value.shape)}, its configuration asks for {list(shape)}"
                         )
-                write = form.prepare(group, values)
+                prepared = form.prepare(group, values)
                 begun += overlap.add(
-                    group.bytes * min(2, len(values)),  # fused tensors are there twice
-                    write=partial(_append, file, write, pieces),
-                    hash=partial(_hash, group, values, tensors),
+                    group.bytes * (1 + group.entry.interleaved),  # such tensors are there twice
+                    write=partial(_append, file, prepared, pieces),
+                    hash=partial(_hash, group, prepared, tensors),
                 )
-                del values, write
+                del values, prepared
             overlap.finish(partial(_finish, work, number, file, tensors, pieces), begun)
         overlap.drain()
     next(todo, None)  # ends the display
 
 
-def _finish(work: Path, number: int, file: HashedFile, tensors: dict[str, dict[str, Any]], pieces: list[Piece]) -> None:
-    about = file.close()
+def _finish(work: Path, number: int, file: NewFile, tensors: dict[str, dict[str, Any]], pieces: list[Piece]) -> None:
+    about = {"file": file.close(), "tensors": tensors, "pieces": [asdict(piece) for piece in pieces]}
     file.path.rename(_file(work, number))
-    write_json(_record(work, number), about | {"tensors": tensors, "pieces": [asdict(piece) for piece in pieces]})
+    write_json(_record(work, number), about)
 
 
-def _append(file: HashedFile, write: Callable[[HashedFile], list[Piece]], pieces: list[Piece]) -> None:
-    pieces += write(file)
+def _append(file: NewFile, prepared: Prepared, pieces: list[Piece]) -> None:
+    pieces += prepared.write(file)
 
 
-def _hash(group: Group, values: Sequence[Tensor], tensors: dict[str, dict[str, Any]]) -> None:
-    tensors |= {name: tensor_entry(value) for name, value in zip(group.entry.hugging_face, values)}
+def _hash(group: Group, prepared: Prepared, tensors: dict[str, dict[str, Any]]) -> None:
+    for name, shape, digest in zip(group.entry.hugging_face, group.shapes, prepared.hash()):
+        tensors[name] = tensor_entry(group.dtype, shape, digest)
 
 
-def tensor_entry(value: Tensor) -> dict[str, Any]:
+def tensor_entry(dtype: torch.dtype, shape: Sequence[int], digest: bytes) -> dict[str, Any]:
     """Describe a tensor in tensors.json: dtype, shape, sha256 of its values."""
-    digest = hashlib.sha256(tensor_bytes(value)).hexdigest()
-    return {"dtype": str(value.dtype).split(".")[1], "shape": list(value.shape), "sha256": digest}
+    return {"dtype": str(dtype).split(".")[1], "shape": list(shape), "sha256": digest.hex()}
+
+
+def tensor_sha256(value: Tensor) -> bytes:
+    """Return the sha256 of the values of a contiguous CPU tensor."""
+    return hashlib.sha256(tensor_bytes(value)).digest()
 
 
 def _file(work: Path, number: int) -> Path:
@@ -286,9 +316,8 @@ def _record(work: Path, number: int) -> Path:
 
 
 def _finished(work: Path, number: int) -> Shard:
-    about = read_json(_record(work, number), ("bytes", "sha256", "tensors", "pieces"))
-    pieces = [Piece(**piece) for piece in about.pop("pieces")]
-    return Shard(_file(work, number), about["bytes"], about["sha256"], about["tensors"], pieces)
+    about = read_json(_record(work, number), ("file", "tensors", "pieces"))
+    return Shard(_file(work, number), about["file"], about["tensors"], [Piece(**piece) for piece in about["pieces"]])
 
 
 def _check_space(output: Path, work: Path, planned: Sequence[Sequence[Group]]) -> None:

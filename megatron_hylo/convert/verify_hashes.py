@@ -9,7 +9,7 @@ import torch
 from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.convert.folder_source import FolderSource
 from megatron_hylo.convert.hf_reader import TensorSource, open_source
-from megatron_hylo.convert.streaming import TENSORS, Read, tensor_entry
+from megatron_hylo.convert.streaming import TENSORS, Read, tensor_entry, tensor_sha256
 from megatron_hylo.data.tokenizer import vocabulary_difference
 from megatron_hylo.io import listed_files, read_verified_json
 from megatron_hylo.io.progress import Track, no_progress
@@ -84,5 +84,5 @@ def _hash(
         if name in stored and (dtype := getattr(torch, stored[name]["dtype"])) != value.dtype:
             cast = value.to(dtype)
             value = cast if torch.equal(cast.to(value.dtype), value) else value
-        found[name] = tensor_entry(value.contiguous())
+        found[name] = tensor_entry(value.dtype, value.shape, tensor_sha256(value.contiguous()))
     return found

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import expand_home
 
-READ_BYTES = 2**24  # bytes hashed at a time
+READ_BYTES = 2**20  # bytes hashed at a time: as many as stay in a core's cache
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a spent quota, a file-size limit
 ADVICE = {
     errno.EACCES: "change its permissions, or choose another place",
@@ -141,19 +142,28 @@ def write_json(path: Path, value: object) -> None:
     os.replace(beside, path)
 
 
-def sha256(file: Path, count: Callable[[int], None] = lambda _: None) -> str:
-    """Return the hexadecimal sha256 of a file.
+def sha256(file: Path, count: Callable[[int], None] = lambda _: None, parts: Sequence[int] | None = None) -> str:
+    """Return the hexadecimal sha256 of a file, or of the sha256 of its parts.
 
     Args:
         file: its path.
         count: progress callback, called with the number of bytes read since its last call.
+        parts: bytes of each part; the result is the sha256 of their binary sha256, one behind the other.
     """
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(READ_BYTES, file.stat().st_size + 1)))
+    buffer = memoryview(bytearray(min(READ_BYTES, file.stat().st_size + 1)))
     with open(file, "rb", buffering=0) as f:
-        while read := f.readinto(buffer):
-            digest.update(buffer[:read])
-            count(read)
-    return digest.hexdigest()
+
+        def hashed(size: float) -> "hashlib._Hash":
+            digest = hashlib.sha256()
+            while size and (read := f.readinto(buffer[: int(min(size, len(buffer)))])):
+                digest.update(buffer[:read])
+                count(read)
+                size -= read
+            return digest
+
+        if parts is None:
+            return hashed(math.inf).hexdigest()
+        return hashlib.sha256(b"".join(hashed(size).digest() for size in parts)).hexdigest()
 
 
 def place_file(file: Path, target: Path) -> Path:

@@ -232,8 +232,8 @@ def hash_for_manifest(folder: Path, files: Iterable[Path]) -> None:
     record_for_manifest(folder, {str(file.relative_to(folder)): _entry(file) for file in files})
 
 
-def record_for_manifest(folder: Path, entries: Mapping[str, Mapping[str, int | str]]) -> None:
-    """Record manifest entries, {"bytes", "sha256"} by name, of files that were hashed while they were written.
+def record_for_manifest(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Record manifest entries by name of files that were hashed while they were written.
 
     Args:
         folder: the directory that `atomic_directory` yielded.

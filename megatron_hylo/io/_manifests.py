@@ -1,8 +1,10 @@
 """Manifests of atomic directories and their verification: sizes every time, hashes once for each file and machine.
 
-DIR/manifest.json is {"files": {name: {"bytes", "sha256"}}}. A file whose hash matched is recorded in the cache directory by
-path, inode, size, change times and hash, so that the next process need not read it again. Ranks that see the same directory
-share the hashing.
+DIR/manifest.json is {"files": {name: {"bytes", "sha256"}}}. An entry with "parts", a list of bytes that add up to the file's,
+has the sha256 of the binary sha256 of those parts, one behind the other, in place of the file's own: such a file is written
+without being hashed a second time where its tensors are hashed anyway. A file whose hash matched is recorded in the cache
+directory by path, inode, size, change times and hash, so that the next process need not read it again. Ranks that see the same
+directory share the hashing.
 """
 
 import contextlib
@@ -30,7 +32,7 @@ PROGRESS_SECONDS = 30.0
 SETTLED_SECONDS = 2.0  # a file changed more recently may change again without new timestamps
 REMEMBERED_DAYS = 90  # unused records of verified files are removed after this
 
-Entry = dict[str, Any]  # {"bytes": int, "sha256": str}
+Entry = dict[str, Any]  # {"bytes": int, "sha256": str, "parts"?: list[int]}
 
 
 def has_manifest(path: str | Path) -> bool:
@@ -66,8 +68,13 @@ def listed_files(path: str | Path) -> dict[str, Entry]:
 
 
 def _is_ours(files: Any) -> bool:
-    entries = files.values() if isinstance(files, dict) else [None]
-    return all(isinstance(e, dict) and isinstance(e.get("bytes"), int) and isinstance(e.get("sha256"), str) for e in entries)
+    def is_entry(entry: Any) -> bool:
+        if not (isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)):
+            return False
+        parts = entry.get("parts", [entry["bytes"]])
+        return isinstance(parts, list) and all(isinstance(size, int) for size in parts) and sum(parts) == entry["bytes"]
+
+    return isinstance(files, dict) and all(map(is_entry, files.values()))
 
 
 def unlisted(path: Path) -> Path | None:
@@ -137,7 +144,7 @@ def verify_manifest(path: str | Path, only: Sequence[str] = (), hashes: bool = T
     if not hashes:
         return
     peers = [r for r, (seen, _) in enumerate(found) if seen == mine]  # directories on node-local disks have other inodes
-    to_hash = [(path / name, entry["sha256"]) for name, entry in sorted(entries.items(), key=lambda item: -item[1]["bytes"])]
+    to_hash = [(path / name, entry) for name, entry in sorted(entries.items(), key=lambda item: -item[1]["bytes"])]
     _check_hashes(path, to_hash[peers.index(rank()) :: len(peers)])
 
 
@@ -157,18 +164,18 @@ def _check_sizes(path: Path, entries: dict[str, Entry]) -> None:
             raise DamagedError(f"{file} has {size} bytes, its manifest says {entry['bytes']}: {_ADVICE}")
 
 
-def _check_hashes(path: Path, files: list[tuple[Path, str]]) -> None:
+def _check_hashes(path: Path, files: list[tuple[Path, Entry]]) -> None:
     """Hash this rank's files; a collective every half minute keeps ranks whose share is large from timing out the others."""
     verified = _VerifiedFiles()
-    files = [(file, digest) for file, digest in files if not verified.has(file, digest)]
+    files = [(file, entry) for file, entry in files if not verified.has(file, entry["sha256"])]
     total, done, started = sum(file.stat().st_size for file, _ in files), [0], time.monotonic()
 
-    def check(file: Path, digest: str) -> Exception | None:
+    def check(file: Path, entry: Entry) -> Exception | None:
         try:
             before = os.stat(file)
-            if sha256(file, count) != digest:
+            if sha256(file, count, entry.get("parts")) != entry["sha256"]:
                 return DamagedError(f"{file} does not have the sha256 of its manifest: {_ADVICE}")
-            verified.add(file, digest, before)
+            verified.add(file, entry["sha256"], before)
         except OSError as error:
             return error
         return None
@@ -179,7 +186,7 @@ def _check_hashes(path: Path, files: list[tuple[Path, str]]) -> None:
     if total > ANNOUNCED_BYTES:
         logger.info("checking %s: %.1f GB to hash, once on this machine", path, total / 1e9)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        checks = [pool.submit(check, file, digest) for file, digest in files]
+        checks = [pool.submit(check, file, entry) for file, entry in files]
         while True:
             _, waiting = wait(checks, PROGRESS_SECONDS)
             if not any(gather(bool(waiting))):

@@ -7,8 +7,9 @@ made file by file and by several processes; `finish_weights` then makes the `.me
 
 import contextlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -25,9 +26,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.utils import _create_file_view
+from torch.utils import serialization
 
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_hylo.io import DamagedError, place_file
+from megatron_hylo.io.overlap import PartsFile
 from megatron_hylo.models.checkpoint import BackgroundWrite, sharded_weights
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.models.placement import without_memory
@@ -35,6 +38,7 @@ from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.platform.safe_loading import ADVICE, install_safe_loading, unpickling_reason
 
 METADATA = ".metadata"
+Place = tuple[int, int]  # address and bytes of a tensor
 
 
 def skeleton(config: ModelConfig, params_dtype: torch.dtype, parallel: ParallelConfig | None = None) -> HyloModel:
@@ -131,12 +135,15 @@ def _replace(built: Any, read: Any) -> Any:
     return [_replace(part, read) for part in built]
 
 
-def write_parts(file: Any, parts: list[ShardedTensor]) -> list[Piece]:
+def write_parts(file: PartsFile, parts: list[ShardedTensor], digests: Mapping[Place, bytes]) -> list[Piece]:
     """Append the parts of a parameter to a file of weights.
 
+    torch's archives have no CRC-32 of the values, which nothing reads: their sha256 is in the folder's manifest.
+
     Args:
-        file: a stream with `write` and `tell`.
-        parts: made by `StoredLayout.parts`.
+        file: what they are appended to.
+        parts: made by `StoredLayout.parts`, contiguous.
+        digests: sha256 of the values by `place`; complete once the file is closed.
 
     Returns:
         Where each part is.
@@ -146,15 +153,30 @@ def write_parts(file: Any, parts: list[ShardedTensor]) -> list[Piece]:
     """
     pieces = []
     for part in parts:
-        start, value = file.tell(), part.data.reshape(stored_shape(part))
-        whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        start, value = file.tell(), _alone(part.data.detach()).view(stored_shape(part))
         try:
-            torch.save(value.detach() if whole else value.detach().clone(memory_format=torch.contiguous_format), file)
+            with (
+                file.hashed_elsewhere(value.nbytes, partial(digests.__getitem__, place(part.data))),
+                serialization.config.patch("save.compute_crc32", False),  # type: ignore[attr-defined]
+            ):
+                torch.save(value, cast(Any, file))
         except RuntimeError as error:  # of torch's archive, which a full disk has cut off, about its own length
             raise error.__context__ or error from None
         shape, offsets, sizes = (list(map(int, x)) for x in (part.global_shape, part.global_offset, value.shape))
         pieces.append(Piece(part.key, str(part.dtype).split(".")[1], shape, offsets, sizes, start, file.tell() - start))
     return pieces
+
+
+def place(value: Tensor) -> Place:
+    """Address and bytes of a contiguous tensor: what two tensors that are alive have in common if they are the same memory."""
+    return value.data_ptr(), value.nbytes
+
+
+def _alone(value: Tensor) -> Tensor:
+    """Return a contiguous tensor, in the same memory, whose storage is no larger: torch saves a whole storage."""
+    if value.untyped_storage().nbytes() == value.nbytes:
+        return value
+    return torch.frombuffer(memoryview(value.reshape(-1).view(torch.uint8).numpy()), dtype=value.dtype)
 
 
 def finish_weights(folder: Path, files: Sequence[tuple[Path, list[Piece]]]) -> list[Path]:

@@ -297,6 +297,15 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         ("transformers.utils.logging.disable_progress_bar",),
     ),
     ThirdPartyChange(
+        "no CRC-32 in weights",
+        "torch.utils.serialization.config.save.compute_crc32, while a model folder's weights are written",
+        "nothing reads the CRC-32 of torch's archives, and each tensor has its sha256",
+        "one call",
+        lambda: _loaded("torch.utils.serialization.config", "save", "compute_crc32") is False,
+        ("models/weights_files.py",),
+        ("torch.utils.serialization.config.patch",),
+    ),
+    ThirdPartyChange(
         "GGUF headers parsed once",
         "gguf.GGUFReader and gguf.get_tensor_name_map, while transformers loads from a GGUF file",
         "transformers parses a file's vocabulary three times and makes the map of tensor names for each module",

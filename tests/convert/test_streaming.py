@@ -1,5 +1,6 @@
 """Conversions by streaming: shards, memory, resumption, hashes, and what can go wrong with a disk or a source meanwhile."""
 
+import hashlib
 import os
 import resource
 import shutil
@@ -15,7 +16,7 @@ from megatron_hylo.convert.safetensors_reader import SafetensorsSource
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify_hashes import verify_hashes
-from megatron_hylo.io import read_json, verify_manifest
+from megatron_hylo.io import overlap, read_json, read_manifest, verify_manifest
 from megatron_hylo.models.checkpoint import load_model
 from tests.conftest import tiny_hf_model
 
@@ -68,6 +69,28 @@ def test_shards_do_not_change_the_model(one_rank, folder, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_tensor_that_is_stored_as_it_is_is_hashed_once(one_rank, folder, tmp_path, monkeypatch):
+    """Parts of files of weights have the hashes of tensors.json; others are taken only of interleaved linear_qkv."""
+    hashed: list[bytes] = []
+    right = streaming.tensor_sha256
+    monkeypatch.setattr(streaming, "tensor_sha256", lambda value: (hashed.append(right(value)), hashed[-1])[1])
+    monkeypatch.setattr(overlap, "LARGE_BYTES", 1)
+    convert_hf_to_megatron(folder, tmp_path / "out")
+    source = SafetensorsSource(folder)
+    assert len(hashed) == len(source.stored) + source.config.num_hidden_layers  # each layer's linear_qkv
+    manifest = read_manifest(tmp_path / "out")
+    listed = {entry["sha256"] for entry in read_json(tmp_path / "out" / "tensors.json")["tensors"].values()}
+    for name in (n for n in manifest if n.startswith("weights/weights_")):
+        content, entry, found = (tmp_path / "out" / name).read_bytes(), manifest[name], []
+        for size in entry["parts"]:
+            found.append(hashlib.sha256(content[:size]).digest())
+            content = content[size:]
+        assert not content and hashlib.sha256(b"".join(found)).hexdigest() == entry["sha256"]
+        interleaved = [digest for digest in listed if bytes.fromhex(digest) not in found]
+        assert len(interleaved) <= 3 * source.config.num_hidden_layers
+    verify_manifest(tmp_path / "out")
+
+
 def test_a_killed_conversion_goes_on_at_its_shard(one_rank, folder, tmp_path, monkeypatch):
     total = len(SafetensorsSource(folder).stored)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -110,7 +133,7 @@ def test_a_full_disk_keeps_what_is_done(one_rank, folder, tmp_path, monkeypatch)
     """A limit on the size of a file stops the writer as a full disk does; without it, the rest is made."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     grown = {"left": 12}  # in the sixth shard
-    write = streaming.HashedFile.write
+    write = streaming.PartsFile.write
 
     def limited(self, data):
         grown["left"] -= len(data) > 5000
@@ -120,7 +143,7 @@ def test_a_full_disk_keeps_what_is_done(one_rank, folder, tmp_path, monkeypatch)
 
     try:
         with monkeypatch.context() as patch, pytest.raises(ConfigError, match="the disk is full: .*out was not written"):
-            patch.setattr(streaming.HashedFile, "write", limited)
+            patch.setattr(streaming.PartsFile, "write", limited)
             convert_hf_to_megatron(folder, tmp_path / "out", verify=False, shard_bytes=SHARD)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -65,7 +65,7 @@ def test_json_of_a_finished_folder_is_compared_with_its_manifest(tmp_path):
 def hashed(monkeypatch, tmp_path) -> list[str]:
     """Names of files as they are hashed, with a cache folder of the test's own that trusts times at once."""
     names, right = [], _manifests.sha256
-    monkeypatch.setattr(_manifests, "sha256", lambda file, count: (names.append(file.name), right(file, count))[1])
+    monkeypatch.setattr(_manifests, "sha256", lambda file, *how: (names.append(file.name), right(file, *how))[1])
     monkeypatch.setattr(_manifests, "SETTLED_SECONDS", 0.0)
     monkeypatch.setenv("MEGATRON_HYLO_CACHE", str(tmp_path / "cache"))
     return names
@@ -125,12 +125,12 @@ torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", ra
 names, right = [], _manifests.sha256
 _manifests.PROGRESS_SECONDS = 0.05
 
-def slow(file, count):
+def slow(file, *how):
     names.append(file.name)
     if rank == 1:
         import time
         time.sleep(0.2)  # the other rank has done its share long before
-    return right(file, count)
+    return right(file, *how)
 
 _manifests.sha256 = slow
 verify_manifest(folder)

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_hylo"
 SETTERS = (
     "set_allocator", "use_deterministic_algorithms", "set_default_dtype", "set_default_device", "set_num_threads",
     "set_float32_matmul_precision", "disable_progress_bar", "basicConfig", "filterwarnings", "setLevel", "register",
+    "patch",
 )  # fmt: skip
 
 
