@@ -23,6 +23,7 @@ from megatron.core.optimizer.emerging_optimizers import (
     _muon_config_to_kwargs,
 )
 from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.utils import get_pg_size
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
@@ -62,7 +63,8 @@ class BatchedMuon(TensorParallelMuon):
             for p, update in zip(matrices, updates, strict=True):
                 alike[*p.shape, getattr(p, "partition_dim", -1)].append((p, update))
             for (rows, columns, divided), found in alike.items():
-                for batch in batched(found, max(1, TOGETHER // (rows * columns))):
+                whole = rows * columns * (1 if divided == -1 else get_pg_size(self.pg_collection.tp))
+                for batch in batched(found, max(1, TOGETHER // whole)):
                     self._take(batch, None if divided == -1 else divided, group["lr"])
 
     def _take(self, batch: Sequence[tuple[Tensor, Tensor]], divided: int | None, lr: float) -> None:

@@ -33,7 +33,7 @@ MESSAGE_LENGTH = 1000  # of an error in metrics.jsonl, in characters
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak memory so far in GiB: allocated on the GPU, or resident of the process on a CPU."""
+    """Return the peak memory so far in GiB: allocated on the GPU since the run began, or resident of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
@@ -77,6 +77,8 @@ class Reporter(Callback):
         self.stepped, self.enabled = False, is_main()
         if not self.enabled:
             return
+        if device.type == "cuda":  # `hylo sweep` trains several runs in one process
+            torch.cuda.reset_peak_memory_stats(device)
         run.mkdir(parents=True, exist_ok=True)
         self.log_file = open(run / "log.txt", "a", buffering=1)
         self.log_handler = logging.StreamHandler(self.log_file)

@@ -163,6 +163,28 @@ def test_tokens_after_an_end_are_dropped(tokenizer):
     assert stopper.end_of([20, 7, 21, tokenizer.eos_token_id], 4) == 2 and stopper.end_of([7, 20, 21], 2) is None
 
 
+def test_looking_at_eight_tokens_finds_the_end_that_looking_at_each_finds(tokenizer):
+    """The oracle decodes the whole text after every token; stops reach over two looks, and some texts end by a token."""
+    generator, ends = random.Random(3), []
+    stops = ["ab", "c\n", "bcade"]
+    letters = tokenizer("abcde\n").input_ids
+    for trial in range(200):
+        stopper = lm_decode.Stopper(tokenizer, 7, stops[trial % 3 :])
+        tokens = [generator.choice([*letters, *letters, 7]) if trial % 2 else generator.choice(letters) for _ in range(40)]
+        texts = {count: tokenizer.decode(tokens[:count], skip_special_tokens=True) for count in range(1, 41)}
+        plain = (n for n, text in texts.items() if tokens[n - 1] in stopper.end or any(stop in text for stop in stopper.stop))
+        looks = (stopper.end_of(tokens[:count], 8) for count in range(8, 41, 8))
+        ends.append(next(plain, None))
+        assert next((end for end in looks if end is not None), None) == ends[-1]
+    assert None in ends and len(set(ends)) > 20
+
+
+def test_prompts_are_tokenised_together_as_one_by_one(tokenizer):
+    lm = HyloLM(MODELS["llama"](), tokenizer, max_length=WINDOW)
+    texts = ["abc", f"{tokenizer.decode(lm.prefix_token_id)}abc", "", "de f"]
+    assert lm._tok_encode_all(texts) == [lm.tok_encode(text) for text in texts]
+
+
 def test_a_stop_string_ends_a_sequence_and_its_text(both, tokenizer):
     _, ours = both
     lm = ours()

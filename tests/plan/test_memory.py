@@ -21,7 +21,7 @@ from megatron_hylo.plan.memory import (
 )
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.optimizer import build_training_state, choose_trainable
-from megatron_hylo.train.reporting import Reporter
+from megatron_hylo.train.reporting import Reporter, peak_memory_gib
 from tests.train.conftest import material, settings, tokenizer  # noqa: F401  fixtures
 
 
@@ -160,6 +160,16 @@ def test_a_gpu_that_is_too_small_is_told(settings, monkeypatch, caplog, capsys, 
     assert "will hardly fit into the 0 of this GPU" in caplog.text
     shown = " ".join(capsys.readouterr().err.split())
     assert "memory of a GPU, predicted: 0.0 GiB (weights" in shown and "GiB, predicted 0.0" in shown
+
+
+def test_a_run_records_no_peak_of_the_one_before_it_in_the_process(settings, monkeypatch, tmp_path, one_rank):  # noqa: F811
+    """A stage of `hylo sweep` that needs less than the one before would look as large."""
+    device, peak = torch.device("cuda"), [5 * 2**30]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peak.__setitem__(0, 2**30))
+    monkeypatch.setattr("megatron_hylo.train.reporting.peak_flops", lambda _: (1.0, "made up"))
+    Reporter(settings("pretrain"), tmp_path / "run", device, 1.0, 0).close()
+    assert peak_memory_gib(device) == 1.0
 
 
 def test_expert_parallel_ranks_have_a_part_of_the_experts_and_of_all_optimizer_state():
