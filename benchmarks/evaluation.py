@@ -2,11 +2,11 @@
 
     python benchmarks/evaluation.py MODEL --length 32768 --examples 16
 
-MODEL is what `hylo eval` takes. Each contender first answers all examples in `WARM_TOKENS` tokens, in the batches that are
-timed afterwards, so that every kernel is compiled. Then all are timed in turn, `--rounds` times; the fastest round counts.
-Examples are made before the clock starts. Prefill is the time of the same requests for one token each, tokenising included;
-decode is the rest. lm-eval's class has batches of one, its default, and of `--peer_batch`; ours has its own and
-`--peer_batch` too.
+MODEL is what `hylo eval` takes. Each contender first answers all examples in `WARM_TOKENS` tokens, so that kernels are compiled
+(a batch that memory limits may hold more of them than when it is timed). Then all are timed in turn, `--rounds` times; the
+fastest round counts. Examples are made before the clock starts. Prefill is the time of the same requests for one token each,
+tokenising included; decode is the rest. lm-eval's class has batches of one, its default, and of `--peer_batch`; ours has its
+own and `--peer_batch` too.
 """
 
 import argparse
