@@ -142,6 +142,8 @@ class DecodeGraph:
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run()
+        except torch.OutOfMemoryError:  # whoever chose the batch may try a smaller one
+            raise
         except RuntimeError as error:
             self.failure = str(error).partition("\n")[0]
             logger.warning("the decode step could not be captured as a CUDA graph, it runs by single kernels: %s", self.failure)

@@ -105,7 +105,7 @@ def test_some_facts_begin_the_window_and_are_asked_at_its_end(source, tokenizer)
     found = [windows.window(i) for i in range(30)]
     begins = [window for window in found if window.tokens[0] < TEXT]
     whole = sum(int((window.answers > 0.9 * 4096).any()) for window in found)
-    assert 10 < len(begins) <= 30
+    assert 10 < len(begins) < 30  # not all of them
     assert whole > 10
     assert all((window.answers == np.arange(len(window.answers)))[window.answers > 0].any() for window in begins[:5])
 

@@ -174,6 +174,30 @@ def test_a_pass_of_fixed_shapes_neither_waits_nor_allocates_on_the_host(ids):
             graph._run()
 
 
+@pytest.mark.parametrize(("error", "kind"), [("full", torch.OutOfMemoryError), ("no capture", RuntimeError)])
+@torch.no_grad()
+def test_a_full_memory_ends_a_capture_and_other_failures_leave_single_kernels(ids, monkeypatch, error, kind):
+    """Whoever chose the batch can halve it; a graph that cannot be captured at all is no reason to stop."""
+
+    def capture(*given, **settings):
+        raise kind(error)
+
+    model, cache = random_model(serve_config("G+")), HyloCache(40)
+    model(ids[:, :20], past_key_values=cache)
+    graph = DecodeGraph(model, cache)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    graph._follow()
+    graph.ids.copy_(ids[:, 20:21])
+    if kind is torch.OutOfMemoryError:
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            graph._capture()
+        return
+    graph._capture()
+    assert graph.failure == "no capture"
+    torch.testing.assert_close(graph.logits, model(ids[:, :21], use_cache=False).logits[:, -1:], rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_what_a_fixed_size_cannot_do_is_refused(ids):
     model = random_model(serve_config("G+"))

