@@ -1,5 +1,6 @@
 """The verbs of `hylo` that train, and those that look at run folders."""
 
+import signal
 from pathlib import Path
 from typing import Literal
 
@@ -79,6 +80,9 @@ def _stopped(stopped: BaseException) -> int:
     """Say where training stopped, on the main rank; returns the exit code."""
     from megatron_hylo.platform.distributed import is_main
 
+    signal.signal(
+        signal.SIGINT, lambda number, frame: None
+    )  # all is saved: another Ctrl-C would break into Python's clearing up
     if is_main():
         console.print(str(stopped))
     return EXIT_STOPPED
