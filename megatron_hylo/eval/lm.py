@@ -132,13 +132,12 @@ class HyloLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Tokenise text; special tokens as the tokenizer adds them, but none before text that begins with one."""
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
-            add_special_tokens = False
-        given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **given)
+        if add_special_tokens is None:
+            return self._tok_encode_all([string])[0]
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def _tok_encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """`tok_encode` of many texts at once, on all cores where the tokenizer can."""
+        """Tokenise many texts at once as `tok_encode` does by default, on all cores where the tokenizer can."""
         begun = self.tokenizer.decode(self.prefix_token_id)
         found: list[list[int]] = [[] for _ in texts]
         for special in (True, False):
