@@ -42,11 +42,11 @@ from megatron_hylo.models.checkpoint import (
 )
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.train.optimizer import (
-    COPIES,
     TrainingState,
     allocate_optimizer_state,
     load_optimizer_state,
     load_schedule,
+    number_copies,
 )
 
 logger = logging.getLogger("megatron_hylo.train")
@@ -101,9 +101,7 @@ def _sharded_state(state: TrainingState, loading: bool) -> dict[str, Any]:
         optimizer = state.optimizer.sharded_state_dict(
             model if len(model) > 1 else model["model"], is_loading=loading, metadata=sharding_metadata()
         )
-    for part in [optimizer, *optimizer.values()]:
-        if isinstance(part, dict) and COPIES in part:  # lists of a group each, of which an empty one would vanish
-            part[COPIES] = {number: group for number, group in enumerate(part[COPIES]) if group}
+    number_copies(optimizer)
     return model | {"optimizer": optimizer, "scheduler": state.scheduler.state_dict()}
 
 

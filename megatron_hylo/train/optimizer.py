@@ -191,6 +191,17 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
                 part.optimizer.state[parameter] = {"step": torch.tensor(0.0)} | zeros
 
 
+def number_copies(state: dict[Any, Any]) -> None:
+    """Key the fp32 copies in an optimizer's state by their group's number; of a list an empty group would vanish in the file.
+
+    Args:
+        state: of an optimizer or of each of its parts; `_load_part` undoes it.
+    """
+    for part in [state, *state.values()]:
+        if isinstance(part, dict) and COPIES in part:
+            part[COPIES] = {number: group for number, group in enumerate(part[COPIES]) if group}
+
+
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Load moments and step count of an optimizer; settings stay those of this start.
 
@@ -240,7 +251,7 @@ def _load_part(part: Any, loaded: dict[str, Any]) -> None:
         kept = (counts[0] if counts else {}) | {name: saved[name] for name in ("params", "step") if name in saved}
         saved.clear()
         saved |= {name: value for name, value in own.items() if name not in ("params", "step")} | kept
-    if COPIES in loaded:
+    if COPIES in loaded:  # as `number_copies` has them
         loaded[COPIES] = [loaded[COPIES].get(number, []) for number in range(len(mine))]
     if not (distributed and isinstance(part.optimizer, torch.optim.Adam)):
         part.load_state_dict(loaded)
