@@ -80,9 +80,8 @@ def _stopped(stopped: BaseException) -> int:
     """Say where training stopped, on the main rank; returns the exit code."""
     from megatron_hylo.platform.distributed import is_main
 
-    signal.signal(
-        signal.SIGINT, lambda number, frame: None
-    )  # all is saved: another Ctrl-C would break into Python's clearing up
+    # all is saved: another Ctrl-C would only break into what Python clears up at its end
+    signal.signal(signal.SIGINT, lambda number, frame: None)
     if is_main():
         console.print(str(stopped))
     return EXIT_STOPPED

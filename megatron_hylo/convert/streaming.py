@@ -70,7 +70,7 @@ class Shard:
 
 @dataclass
 class Prepared:
-    """What is stored of a group, in memory: `write` and `hash` may run in two threads."""
+    """A group in memory, as it will be stored; `write` and `hash` may run in two threads."""
 
     write: Callable[[Any], list[Piece]]  # to a file of the format's class
     hash: Callable[[], list[bytes]]  # sha256 of each Hugging Face tensor
@@ -137,13 +137,13 @@ class Megatron:
         kept = tensors if group.entry.interleaved else group.entry.split(merged)  # views; the tensors they are copies of can go
         digests: dict[Place, bytes] = {}
 
-        def hash() -> list[bytes]:
+        def hash_tensors() -> list[bytes]:
             for value in (*kept, *(part.data for part in parts)):
                 if place(value) not in digests:  # the same memory, and so the same bytes
                     digests[place(value)] = tensor_sha256(value)
             return [digests[place(value)] for value in kept]
 
-        return Prepared(lambda file: write_parts(file, parts, digests), hash)
+        return Prepared(lambda file: write_parts(file, parts, digests), hash_tensors)
 
 
 class Safetensors:

@@ -207,7 +207,11 @@ class RecallWindows(WindowSource):
         return start + 1, max(stop - 1, start + 1)  # behind a document's first token, before its end token
 
     def _start(self, base: Window, low: int) -> int:
-        """Place before a segment's text, `low` its first other one: behind a special token and inside its document."""
+        """Return the first place of a segment whose other places begin at `low`.
+
+        It is before all text of a window, but behind a special token; in a later document behind the document's first token,
+        as a text before that would belong to the document above.
+        """
         return low - 1 if low == 1 and int(base.tokens[0]) not in self._special else low
 
     def _filling(self, exercises: Exercises, room: int) -> np.ndarray:
