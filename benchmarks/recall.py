@@ -22,8 +22,8 @@ from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config.evaluation import Suite
 from megatron_hylo.eval.lm import HyloLM
 from megatron_hylo.eval.lm_facts import describe_model, describe_run
+from megatron_hylo.eval.perplexity_positions import WINDOWS, run_by_position
 from megatron_hylo.eval.recall import LENGTHS, TRIALS, run_recall
-from megatron_hylo.eval.recall_positions import WINDOWS, run_by_position
 from megatron_hylo.eval.recall_text import RECALL_EVAL_TASKS
 from megatron_hylo.eval.results import EvalResult, Score
 from megatron_hylo.hf import HyloConfig

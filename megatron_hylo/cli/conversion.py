@@ -1,4 +1,4 @@
-"""The verbs of `hylo` between Hugging Face folders and Megatron's: convert, verify, export."""
+"""`hylo convert`, `hylo verify` and `hylo export`: between Hugging Face folders and Megatron's."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`hylo eval`: the suites of an evaluation through lm-eval, on any model of any stage."""
+"""`hylo eval`: suites through lm-eval, on any model of any stage; `hylo evaluate`: held-out perplexity and KL to a teacher."""
 
 import contextlib
 import os
@@ -11,7 +11,9 @@ from rich.table import Table
 
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveInt
+from megatron_hylo.config import TeacherWindow
 from megatron_hylo.config.evaluation import SMOKE, SUITES, SuiteSettings
+from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.eval.installed import require_lm_eval
 from megatron_hylo.io import is_launched_first
 from megatron_hylo.io.start_up import model_imports
@@ -83,7 +85,7 @@ def eval(
     if not is_launched_first():
         return
     if output is not None:
-        from megatron_hylo.eval.report import REPORT, write_report
+        from megatron_hylo.eval.results_page import REPORT, write_report
 
         found.write(output, overwrite, also=write_report)
         console.print(f"wrote {output}; open {output}/{REPORT}", soft_wrap=True)
@@ -91,6 +93,33 @@ def eval(
         print_json(found.to_dict())
     else:
         _show(found)
+
+
+def evaluate(
+    model: Path,
+    data: Path,
+    teacher: Path | None = None,
+    sequence_length: PositiveInt = 2048,
+    windows: PositiveInt = 32,
+    teacher_window: TeacherWindow = OWN_WINDOW,
+) -> None:
+    """Print held-out perplexity of a model as JSON and, with a teacher, KL to it and top-1 agreement.
+
+    Args:
+        model: model folder or training checkpoint.
+        data: dataset folder made by `hylo preprocess`.
+        teacher: model folder to compare with.
+        sequence_length: tokens a window.
+        windows: windows at most.
+        teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
+    """
+    with model_imports():
+        from megatron_hylo.eval.folders import evaluate_folder
+        from megatron_hylo.platform.distributed import session
+
+    with session():
+        quality = evaluate_folder(model, data, teacher, sequence_length, windows, track, teacher_window)
+    print_json(quality.to_dict())
 
 
 def measure(

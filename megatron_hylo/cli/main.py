@@ -12,15 +12,17 @@ from megatron_hylo.cli.console import console, set_up_logging
 from megatron_hylo.cli.conversion import convert, export, verify
 from megatron_hylo.cli.doctor import doctor
 from megatron_hylo.cli.evaluation import eval as eval_suites
+from megatron_hylo.cli.evaluation import evaluate
+from megatron_hylo.cli.generate import generate
+from megatron_hylo.cli.layouts import layouts, scripts
 from megatron_hylo.cli.parser import build_parser, command, parameters, settings_of
 from megatron_hylo.cli.plan import plan
 from megatron_hylo.cli.report import report
-from megatron_hylo.cli.runs import quickstart, train
 from megatron_hylo.cli.runs_list import runs
-from megatron_hylo.cli.sampling import sample_text
 from megatron_hylo.cli.sweep import sweep
+from megatron_hylo.cli.text import fetch, preprocess, sample_text
+from megatron_hylo.cli.train import quickstart, train
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
-from megatron_hylo.cli.verbs import evaluate, fetch, generate, layouts, preprocess, scripts
 from megatron_hylo.cli.watch import watch
 from megatron_hylo.config.paths import expand_home
 from megatron_hylo.config.renamed import refuse_renamed

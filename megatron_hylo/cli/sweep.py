@@ -89,7 +89,7 @@ def run_cell(cell: "Cell") -> int:
     """
     from filelock import FileLock, Timeout
 
-    from megatron_hylo.cli.runs import train
+    from megatron_hylo.cli.train import train
 
     with contextlib.suppress(OSError, AttributeError):  # when the sweep itself is killed its cells save and stop
         import ctypes
@@ -123,7 +123,7 @@ def measure_stage(stage: "Stage") -> None:
     import torch
 
     from megatron_hylo.cli.evaluation import measure
-    from megatron_hylo.eval.report import write_report
+    from megatron_hylo.eval.results_page import write_report
     from megatron_hylo.plan.job import shape
 
     gc.collect()  # the training that came before

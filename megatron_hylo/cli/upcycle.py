@@ -1,4 +1,4 @@
-"""The verbs of `hylo` around a teacher and the hybrid made of it."""
+"""`hylo calibrate`, `upcycle`, `select`, `assemble`: from a teacher to a hybrid; `cache-teacher`, `serve-teacher`."""
 
 from pathlib import Path
 from typing import Literal

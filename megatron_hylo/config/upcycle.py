@@ -18,7 +18,7 @@ class UpcycleConfig:
         teacher: model folder of the teacher.
         output: model folder to make.
         layout: a named layout (see `hylo layouts`), or
-        pattern: one mixer a layer out of * + M G K, e.g. "GG+G..."; MLPs may be written ("G-G-+-...").
+        pattern: one mixer a layer out of * W + M G K, e.g. "GG+G..."; MLPs may be written ("G-G-+-...").
         init: calibrated, paper (HyLo's own), or taylor (Taylor-Calibrate's start of Gated DeltaNet, to compare with); the
             first and the last need --calibration.
         calibration: folder made by `hylo calibrate`; with it any initialisation is also measured on held-out text.

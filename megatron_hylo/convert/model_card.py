@@ -159,7 +159,7 @@ def _use(is_hybrid: bool, sizes: Sequence[int], is_quantised: bool) -> str:
     trust = ", trust_remote_code=True" if is_hybrid else ""
     needs = "transformers, torch and compressed-tensors" if is_quantised else "transformers and torch alone"
     code = f"The modelling code is part of this folder and needs {needs}. " if is_hybrid else ""
-    plugin = "`pip install megatron-hylo[serve]`, then " if is_hybrid else ""
+    plugin = "`pip install '.[serve]'` in a checkout of megatron_hylo, then " if is_hybrid else ""
     served = (
         ""
         if not sizes

@@ -1,1 +1,1 @@
-"""Text to tokens: what can be fetched, Megatron-Core indexed datasets, packing into training windows."""
+"""Text to tokens to training windows: fetched sets, indexed datasets, blends, packing, synthetic recall exercises."""

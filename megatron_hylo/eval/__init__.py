@@ -1,1 +1,1 @@
-"""Quality of a model: held-out perplexity, KL and agreement with its teacher."""
+"""Evaluations: held-out perplexity and KL, the suites of `hylo eval` (recall, RULER, common sense), comparisons, HTML pages."""

@@ -13,7 +13,8 @@ from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.eval.compare import SUITES, Difference, Row
 from megatron_hylo.eval.page import details, paragraph, section, table, write_page
 from megatron_hylo.eval.plots import draw_differences, draw_svg
-from megatron_hylo.eval.report import (
+from megatron_hylo.eval.results import EvalResult
+from megatron_hylo.eval.results_page import (
     BY_POSITION,
     INTERVAL_NOTE,
     by_length_chart,
@@ -24,7 +25,6 @@ from megatron_hylo.eval.report import (
     shown_interval,
     shown_value,
 )
-from megatron_hylo.eval.results import EvalResult
 
 VERDICTS = {True: "better", False: "worse", None: "no difference seen"}
 PAIRED_NOTE = (

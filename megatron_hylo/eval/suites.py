@@ -10,7 +10,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.evaluation import Suite, SuiteSettings
 from megatron_hylo.data.artefacts import fetch_essays, fetch_questions
 from megatron_hylo.data.packed import DocumentStore
-from megatron_hylo.eval import commonsense, recall, recall_positions, suites_ppl
+from megatron_hylo.eval import commonsense, perplexity_positions, recall, suites_ppl
 from megatron_hylo.eval.results import Sample, Score
 from megatron_hylo.eval.ruler import run as ruler
 from megatron_hylo.io.progress import Track, no_progress
@@ -72,12 +72,12 @@ def _plan_ppl(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
     windows = suites_ppl.read_windows(lm, data, settings.sequence_length, settings.limit)
     longest = int(DocumentStore(Path(data) / "heldout").lengths.max())
     lengths = _lengths(lm, settings, recall.LENGTHS, longest)
-    count = min(settings.limit or recall_positions.WINDOWS, recall_positions.WINDOWS)
+    count = min(settings.limit or perplexity_positions.WINDOWS, perplexity_positions.WINDOWS)
 
     def run() -> Found:
         scores, samples = suites_ppl.run_heldout(lm, windows, track)
         if lengths:
-            more = recall_positions.run_by_position(lm, lengths, count, data=data, seed=settings.seed, track=track)
+            more = perplexity_positions.run_by_position(lm, lengths, count, data=data, seed=settings.seed, track=track)
             scores, samples = scores + more[0], samples + more[1]
         return scores, samples
 

@@ -1,6 +1,7 @@
 """Perplexity on the held-out windows of a dataset folder: those of `hylo evaluate`, by the model class of all suites.
 
-Each window is read by itself, in one pass, and its first token is not predicted; `recall_positions` adds values by position.
+Each window is read by itself, in one pass, and its first token is not predicted; perplexity_positions.py adds
+values by position.
 """
 
 import math

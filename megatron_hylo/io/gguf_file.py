@@ -61,7 +61,7 @@ def open_gguf(file: Path) -> Any:
 
 @lru_cache(maxsize=1)
 def _reader(file: Path, size: int, changed: int) -> Any:
-    from megatron_hylo.io.gguf_reader import QuickReader
+    from megatron_hylo.io.gguf_quick_reader import QuickReader
 
     return QuickReader(file)
 

@@ -1,1 +1,1 @@
-"""Token mixers and layer specs that plug into Megatron-Core's HybridModel."""
+"""Token mixers and layer specs for Megatron-Core's HybridModel; model folders, frozen and streamed models, kernel checks."""

@@ -1,1 +1,1 @@
-"""Using trained models: Hugging Face modelling code, its export, and generation with a carried cache."""
+"""Generation with a carried cache, datasets that a model writes, and vllm/, the plugin of vLLM; modelling code is in hf/."""

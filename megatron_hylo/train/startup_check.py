@@ -17,7 +17,7 @@ from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.io import DamagedError, cache_dir, read_json, write_json
 from megatron_hylo.kernels.delta_rule_state_pass import OPERATION as STATE_PASS
 from megatron_hylo.kernels.registry import ENVIRONMENT_VARIABLE
-from megatron_hylo.models import kernel_check
+from megatron_hylo.models import kernel_cases, kernel_check
 from megatron_hylo.models.kernel_check import Check, check_kernels
 
 logger = logging.getLogger("megatron_hylo.kernels")
@@ -86,7 +86,8 @@ def refuse_wrong(checks: Sequence[Check]) -> None:
 
 def _key(dtype: torch.dtype, device: torch.device) -> str:
     """Hash of everything but shapes that the result of a check depends on."""
-    sources = [*sorted(Path(kernels.__file__).parent.glob("*.py")), Path(kernel_check.__file__)]
+    checks = [Path(kernel_cases.__file__), Path(kernel_check.__file__)]
+    sources = [*sorted(Path(kernels.__file__).parent.glob("*.py")), *checks]
     own = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
     about = [torch.cuda.get_device_name(device), str(dtype), os.environ.get(ENVIRONMENT_VARIABLE, ""), versions(), own]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]

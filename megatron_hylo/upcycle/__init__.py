@@ -1,1 +1,1 @@
-"""From a pretrained Transformer to an untrained hybrid: initialisers of its mixers and per-layer assembly, on plain tensors."""
+"""Steps on model folders: a teacher to an untrained hybrid, two aligned models to one, which layers should be MLA."""

@@ -51,7 +51,7 @@ def commands(text: str) -> list[tuple[str, list[str], list[str]]]:
 
 def blocks(page: Path) -> str:
     """Everything in the shell blocks of a page."""
-    return "\n".join(re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.S))
+    return "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text(), flags=re.S))
 
 
 def comments(script: Path) -> str:
@@ -161,6 +161,26 @@ def test_every_results_page_is_listed():
     listed = (ROOT / "docs" / "results.md").read_text()
     names = [page.name for page in ROOT.glob("benchmarks/results/*.md")]
     assert names and [name for name in names if f"](../benchmarks/results/{name})" not in listed] == []
+
+
+def test_every_page_is_in_the_navigation():
+    """`make docs` refuses a page outside it, but is not part of `make test`."""
+    named = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M))
+    results = {f"results/{page.name}" for page in ROOT.glob("benchmarks/results/*.md")}
+    assert named == {page.name for page in ROOT.glob("docs/*.md")} | results | {"CONTRIBUTING.md", "CHANGELOG.md"}
+
+
+@pytest.mark.parametrize("page", ["docs/code.md", "docs/testing.md", "docs/upcycling.md", "CONTRIBUTING.md"])
+def test_files_and_folders_that_documents_name_exist(page):
+    """Names of files and folders of the code, perhaps with a name inside: `train/loop.py`, `models/specs.py: X`."""
+    missing, number, package = [], 0, ROOT / "megatron_hylo"
+    for code in re.findall(r"`((?:[\w-]+/)+(?:[\w-]+\.(?:py|yaml|sh))?(?:: [\w.]+)?)`", (ROOT / page).read_text()):
+        path, _, name = code.partition(": ")
+        number += 1
+        found = [place for place in (ROOT / path, package / path) if place.exists()]
+        if not found or (name and name.split(".")[-1] not in found[0].read_text()):
+            missing.append(code)
+    assert number > 5 and missing == []
 
 
 def test_make_targets_are_real(parser):

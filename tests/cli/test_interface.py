@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 import megatron_hylo as mh
-from megatron_hylo.cli import conversion, upcycle, verbs
+from megatron_hylo.cli import conversion, evaluation, generate, upcycle
 from megatron_hylo.serve.generate import generate_text
 
 SWITCHES = {"verify": "no_verify"}  # on by default in Python; on the command line an option switches them off
@@ -22,9 +22,9 @@ def settings(function) -> dict[str, object]:
     [
         (mh.convert.__wrapped__, conversion.convert),
         (mh.calibrate.__wrapped__, upcycle.calibrate),
-        (mh.evaluate, verbs.evaluate),
+        (mh.evaluate, evaluation.evaluate),
         (mh.export, conversion.export),
-        (generate_text, verbs.generate),
+        (generate_text, generate.generate),
     ],
     ids=["convert", "calibrate", "evaluate", "export", "generate"],
 )

@@ -15,8 +15,8 @@ from megatron_hylo.cli.compare import compare as compare_verb
 from megatron_hylo.config import ConfigError
 from megatron_hylo.eval.compare import Quantity, compare, estimate, t95, wilson
 from megatron_hylo.eval.plots import LIGHT, draw_buckets
-from megatron_hylo.eval.report import length_name, write_report
 from megatron_hylo.eval.results import EvalResult, Sample, Score, mean, mean_by_group
+from megatron_hylo.eval.results_page import length_name, write_report
 from tests.cli.test_report import loaded
 from tests.eval.results import make_result, scored, write_results
 

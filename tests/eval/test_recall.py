@@ -16,9 +16,9 @@ from megatron_hylo.data import recall_text as training
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval import recall_text
 from megatron_hylo.eval.lm import HyloLM
+from megatron_hylo.eval.perplexity_positions import run_by_position
 from megatron_hylo.eval.recall import DEPTHS, make_text, run_recall
 from megatron_hylo.eval.recall_haystack import TextEncoder, load_haystack
-from megatron_hylo.eval.recall_positions import run_by_position
 from megatron_hylo.eval.recall_text import FACTS, RECALL_EVAL_TASKS
 from megatron_hylo.eval.results import mean_by_group
 from tests.conftest import tiny_hf_model

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
-from megatron_hylo.models.kernel_check import _Middle, _middle_part
+from megatron_hylo.models.kernel_cases import _Middle, _middle_part
 from megatron_hylo.parallel import recurrence
 from tests.kernels import test_gated_delta_rule
 from tests.kernels.compare import relative_error

@@ -6,8 +6,7 @@ import torch
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import get_layout
 from megatron_hylo.kernels.recurrence_part import DeltaRulePart
-from megatron_hylo.models import decode_check
-from megatron_hylo.models import kernel_check as self_check
+from megatron_hylo.models import decode_check, kernel_cases, kernel_check
 from megatron_hylo.models.decode_check import check_decode_kernels
 from megatron_hylo.models.kernel_check import check_kernels
 from megatron_hylo.train import startup_check
@@ -67,7 +66,7 @@ def test_decode_steps_are_checked_and_wrong_ones_named(dtype, monkeypatch) -> No
 
 @pytest.mark.parametrize("fault", ["output", "gradient", "nan"])
 def test_a_wrong_kernel_is_named(fault, monkeypatch) -> None:
-    right = self_check.gated_delta_rule
+    right = kernel_cases.gated_delta_rule
 
     def wrong(q, k, v, g, beta):
         if fault == "gradient":  # as on Hopper with Triton before 3.7.1: outputs right, a gradient not
@@ -75,7 +74,7 @@ def test_a_wrong_kernel_is_named(fault, monkeypatch) -> None:
         out, state = right(q, k, v, g, beta)
         return (out.roll(1, dims=1) if fault == "output" else out * float("nan") if fault == "nan" else out), state
 
-    monkeypatch.setattr(self_check, "gated_delta_rule", wrong)
+    monkeypatch.setattr(kernel_cases, "gated_delta_rule", wrong)
     checks = check_kernels(tiny_config("G-"), torch.bfloat16, CPU)
     (bad,) = [c for c in checks if not c.ok]
     assert bad.operation == "gated_delta_rule" and (fault != "gradient" or bad.where == "g")
@@ -102,7 +101,7 @@ def test_doctor_fails_where_a_kernel_is_wrong(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["doctor", "--layout", "smollm2-135m-8mla22gdn-teacher"])
     assert ended.value.code == 0 and "WRONG" not in capsys.readouterr().out
-    monkeypatch.setattr(self_check, "causal_conv1d_sections", lambda sections, *_: [x * 1.1 for x in sections])
+    monkeypatch.setattr(kernel_cases, "causal_conv1d_sections", lambda sections, *_: [x * 1.1 for x in sections])
     with pytest.raises(SystemExit) as ended:
         main(["doctor", "--layout", "smollm2-135m-8mla22gdn-teacher"])
     assert ended.value.code == 1 and "WRONG" in capsys.readouterr().out
@@ -114,8 +113,8 @@ def test_each_shape_is_checked_once_on_a_machine(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     here = lambda config, dtype, device, known, parts: check_kernels(config, dtype, CPU, known, parts)  # noqa: E731
     monkeypatch.setattr(startup_check, "check_kernels", here)
-    right, run = self_check._check, []
-    monkeypatch.setattr(self_check, "_check", lambda case, dtype: run.append(case.operation) or right(case, dtype))
+    right, run = kernel_check._check, []
+    monkeypatch.setattr(kernel_check, "_check", lambda case, dtype: run.append(case.operation) or right(case, dtype))
 
     def checked(*patterns: str, dtype: torch.dtype = torch.float32) -> list[str]:
         run.clear()
@@ -128,7 +127,7 @@ def test_each_shape_is_checked_once_on_a_machine(monkeypatch, tmp_path) -> None:
     assert len(list((tmp_path / "kernel_checks").iterdir())) == 1
     assert "ssd" in checked("M-", dtype=torch.bfloat16)
     monkeypatch.setattr(startup_check, "versions", lambda: {"torch": "another"})
-    monkeypatch.setattr(self_check, "ssd", lambda x, **_: (x.roll(1, 1), None))
+    monkeypatch.setattr(kernel_cases, "ssd", lambda x, **_: (x.roll(1, 1), None))
     for _ in range(2):
         with pytest.raises(ConfigError, match="ssd .* is wrong on this machine"):
             checked("M-")
@@ -143,7 +142,7 @@ def test_fast_kernels_are_right_and_checked_once(layout, monkeypatch, tmp_path) 
     check_run_kernels([config], torch.bfloat16, cuda, parts=True)
     (file,) = (tmp_path / "kernel_checks").iterdir()
     assert '"triton"' in file.read_text()
-    monkeypatch.setattr(self_check, "_check", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(kernel_check, "_check", lambda *_: pytest.fail("checked again"))
     check_run_kernels([config], torch.bfloat16, cuda, parts=True)
     monkeypatch.undo()
     checks = check_decode_kernels(config, torch.bfloat16, cuda)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from megatron_hylo.cli.parser import build_parser
-from megatron_hylo.cli.runs import train
+from megatron_hylo.cli.train import train
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES, LAYOUTS
 from megatron_hylo.config.mixers import MIXERS

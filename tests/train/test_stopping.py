@@ -10,7 +10,7 @@ import torch
 
 from megatron_hylo.cli.boundary import EXIT_INTERRUPTED, EXIT_STOPPED, plain_errors
 from megatron_hylo.cli.main import main
-from megatron_hylo.cli.runs import train as cli_train
+from megatron_hylo.cli.train import train as cli_train
 from megatron_hylo.eval import perplexity
 from megatron_hylo.eval.runs import read_lines, read_run, run_state
 from megatron_hylo.kernels import elementwise

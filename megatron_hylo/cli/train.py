@@ -1,4 +1,4 @@
-"""The verbs of `hylo` that train, and those that look at run folders."""
+"""`hylo train` and `hylo quickstart`: training, and all steps from a teacher to an evaluated hybrid in one go."""
 
 import signal
 from pathlib import Path
