@@ -7,7 +7,7 @@ from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig, recom
 from megatron_hylo.config.mixers import complete, get_mixer
 from megatron_hylo.config.mlps import EXPERTS_SYMBOL, MLP_SYMBOL
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.plan.memory import mixer_counts
+from megatron_hylo.plan.parameters import mixer_counts
 
 STATE_BYTES = 4  # states and their transitions travel in fp32
 

@@ -16,8 +16,8 @@ from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.communication import Traffic, traffic
 from megatron_hylo.plan.flops import forward_flops_per_token, mlp_flops, teacher_flops_per_token
 from megatron_hylo.plan.hardware import Hardware
-from megatron_hylo.plan.memory import (
-    kept_numbers,
+from megatron_hylo.plan.memory import kept_numbers
+from megatron_hylo.plan.parameters import (
     layer_counts,
     mixer_counts,
     rank_parameters,
