@@ -49,6 +49,7 @@ class BatchedMuon(TensorParallelMuon):
         Args:
             closure: unsupported, None.
         """
+        ranks = get_pg_size(self.pg_collection.tp)
         for group in self.param_groups:
             self._init_group(group)
             matrices = [p for p in group["params"] if p.grad is not None]
@@ -60,9 +61,9 @@ class BatchedMuon(TensorParallelMuon):
             torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
             alike = defaultdict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tensor]]](list)
             for p, gradient, moment in zip(matrices, gradients, moments, strict=True):
-                alike[*p.shape, getattr(p, "partition_dim", -1)].append((p, gradient, moment))
+                alike[*p.shape, getattr(p, "partition_dim", -1) if ranks > 1 else -1].append((p, gradient, moment))
             for (rows, columns, divided), found in alike.items():
-                whole = rows * columns * (1 if divided == -1 else get_pg_size(self.pg_collection.tp))
+                whole = rows * columns * (1 if divided == -1 else ranks)
                 for batch in batched(found, max(1, TOGETHER // whole)):
                     self._take(batch, None if divided == -1 else divided, group["lr"], group["momentum"])
 
