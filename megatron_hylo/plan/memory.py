@@ -24,15 +24,18 @@ and stage `align`, 1B, 262,144 tokens, all Gated DeltaNet; all Mamba2           
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from megatron_hylo.config import ModelConfig, recomputed_layers
-from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mixers import Matrix, get_mixer
 from megatron_hylo.config.mlps import MLPS, get_mlp
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.plan.muon import buffer_bytes, matrix_elements, rank_matrices
 from megatron_hylo.plan.parameters import (
+    description,
     layer_counts,
     linear_parameters,
     model_parameters,
@@ -64,7 +67,7 @@ class Memory:
     optimizer: float
     teacher: float  # its weights, or its head alone
     kept: float  # activations kept for the backward pass
-    passing: float  # in use by the computation: a layer in its backward pass, a chunk of logits, the teacher's forward pass
+    passing: float  # in use by a layer in its backward pass, a chunk of logits, the teacher's forward pass or Muon's update
 
     @property
     def total(self) -> float:
@@ -102,13 +105,17 @@ def predict_memory(
         theirs.append(head)
     theirs_shape = teacher[0].config.hylo if teacher else None
     kept, passing = max((activations(config, chunks[0].config.hylo, theirs_shape) for chunks in students), key=sum)
-    optimizer = 0.0
+    optimizer, matrices, tensor = 0.0, Counter[Matrix](), config.parallel.tensor_model_parallel_size
     for p in trained:
         of_muon = config.optimizer.name == "muon" and p.dim() == 2 and not getattr(p, "is_embedding_or_output_parameter", False)
+        if of_muon:
+            divided = getattr(p, "partition_dim", -1)
+            rows, columns = (size * tensor if dimension == divided else size for dimension, size in enumerate(p.shape))
+            matrices[Matrix(rows, columns, divided >= 0)] += 1
         each = p.numel() * ((MOMENT if of_muon else MOMENTS) + (0 if p.element_size() == 4 else MASTER))
         optimizer += each / (optimizer_shards if getattr(p, "allreduce", True) else expert_shards)
-    if config.optimizer.offload:  # either the passes' activations or, later, the optimizer's state
-        optimizer, kept, passing = (0.0, kept, passing) if kept + passing > optimizer else (optimizer, 0.0, 0.0)
+    update = buffer_bytes(matrices, tensor, config.precision == "bf16")
+    optimizer, kept, passing = _fullest(config, optimizer, kept, passing, update)
     return Memory(
         weights=_bytes(parameters),
         gradients=GRADIENT * count,
@@ -155,8 +162,7 @@ def estimate_memory(
     theirs_shape = teachers[0] if teachers else None
     replicas = max(shards // p.context_parallel_size, 1)
     kept, passing = max((activations(config, c, theirs_shape, replicas) for c in students), key=sum)
-    if config.optimizer.offload:  # either the passes' activations or, later, the optimizer's state
-        optimizer, kept, passing = (0.0, kept, passing) if kept + passing > optimizer else (optimizer, 0.0, 0.0)
+    optimizer, kept, passing = _fullest(config, optimizer, kept, passing, max(update_bytes(config, c) for c in students))
     weights = number * count
     if config.linear_precision == "fp8":
         weights += FP8_COPIES * count / sum(map(model_parameters, students)) * sum(map(linear_parameters, students))
@@ -189,8 +195,23 @@ def _teacher_bytes(config: TrainConfig, teachers: Sequence[ModelConfig]) -> floa
 def moments(config: TrainConfig, shape: ModelConfig) -> float:
     """Bytes of the moments of a student's trained parameters on all ranks: Adam's two, of matrices Muon's one."""
     trained = trained_parameters(config, shape)
-    matrices = min(trained, linear_parameters(shape)) if config.optimizer.name == "muon" else 0
+    matrices = sum(map(matrix_elements, rank_matrices(config, shape)))
     return MOMENT * matrices + MOMENTS * (trained - matrices)
+
+
+def update_bytes(config: TrainConfig, shape: ModelConfig) -> float:
+    """Bytes of the buffers of Muon's update on the pipeline rank that needs most; 0 of AdamW's, which has none."""
+    tensor, bf16 = config.parallel.tensor_model_parallel_size, config.precision == "bf16"
+    return max(buffer_bytes(matrices, tensor, bf16) for matrices in rank_matrices(config, shape))
+
+
+def _fullest(config: TrainConfig, optimizer: float, kept: float, passing: float, update: float) -> tuple[float, float, float]:
+    """Bytes of (optimizer, kept, passing) at the fuller moment: the passes, or the optimizer's update with its buffers.
+
+    Activations are gone by the update; an offloaded optimizer's state is there for it alone.
+    """
+    during = 0.0 if config.optimizer.offload else optimizer
+    return (optimizer, 0.0, update) if optimizer + update > during + kept + passing else (during, kept, passing)
 
 
 def in_flight(pipeline: int, virtual: int, micro_batches: int) -> float:
@@ -259,7 +280,7 @@ def activation_parts(
 
 def kept_numbers(c: ModelConfig, symbol: str, ranks: int = 1) -> float:
     """Numbers a token that a mixer or MLP keeps for its backward pass on one of `ranks` tensor-parallel ranks."""
-    return (get_mlp(symbol) if symbol in MLPS else get_mixer(symbol)).kept_numbers(c, ranks)
+    return description(symbol).kept_numbers(c, ranks)
 
 
 def _scratch_numbers(c: ModelConfig, symbol: str, ranks: int) -> float:

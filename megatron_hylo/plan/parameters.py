@@ -7,17 +7,22 @@ from collections.abc import Mapping
 
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.layouts import parameter_count, pipeline_layers
-from megatron_hylo.config.mixers import get_mixer
-from megatron_hylo.config.mlps import MLPS, get_mlp
+from megatron_hylo.config.mixers import MixerDescription, get_mixer
+from megatron_hylo.config.mlps import MLPS, MlpDescription, get_mlp
 from megatron_hylo.config.train import TrainConfig
 
 model_parameters = functools.lru_cache(256)(parameter_count)
 
 
+def description(symbol: str) -> MixerDescription | MlpDescription:
+    """Description of a mixer or an MLP."""
+    return get_mlp(symbol) if symbol in MLPS else get_mixer(symbol)
+
+
 @functools.lru_cache(256)
 def layer_parameters(shape: ModelConfig, symbol: str) -> int:
     """Parameters of a mixer or an MLP, without its norm."""
-    return (get_mlp(symbol) if symbol in MLPS else get_mixer(symbol)).parameters(shape)
+    return description(symbol).parameters(shape)
 
 
 def stage_parameters(shape: ModelConfig, layers: Mapping[str, int], tensor: int = 1, expert: int = 1) -> float:
@@ -68,9 +73,14 @@ def linear_parameters(shape: ModelConfig) -> int:
     return sum(layer_parameters(shape, symbol) for symbol in shape.mixers + shape.mlps)
 
 
+def trains_mlps(config: TrainConfig) -> bool:
+    """Whether a run trains more than a student's mixers, as `train.optimizer.choose_trainable` chooses."""
+    return not (config.trainable == "mixers" or (config.stage == "align" and config.align.loss != "ild"))
+
+
 def trained_parameters(config: TrainConfig, shape: ModelConfig) -> int:
     """Parameters of a student that a run trains."""
-    if config.trainable == "mixers" or (config.stage == "align" and config.align.loss != "ild"):
+    if not trains_mlps(config):
         return sum(layer_parameters(shape, symbol) for symbol in shape.mixers)
     heads = 2 if shape.untie_embeddings_and_output_weights else 1
     return model_parameters(shape) - (heads * shape.vocab_size * shape.hidden_size if config.stage == "align" else 0)

@@ -29,11 +29,11 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.mixers import MIXERS
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.plan.muon import TOGETHER, check_muon_shape
 
 FP32_PARAMETERS = tuple(sorted({f"*.{name}" for mixer in MIXERS.values() for name in mixer.fp32_parameters}))
 NO_MATRICES = (".rotary_mix", *(name.removeprefix("*") for name in FP32_PARAMETERS))  # though some have two dimensions
 NAME = "hylo_muon"  # in Megatron-Core's registry
-TOGETHER = 2**26  # elements of matrices that are orthogonalised together at most: 256 MiB in fp32
 
 
 class BatchedMuon(TensorParallelMuon):
@@ -105,8 +105,8 @@ def check_muon(config: TrainConfig, shapes: Sequence[ModelConfig]) -> None:
         raise ConfigError(
             "optimizer.name muon needs the package emerging-optimizers: pip install 'megatron-hylo[muon]', or set it to adamw"
         )
-    if shapes and shapes[0].has_experts:
-        raise ConfigError("optimizer.name muon is not supported for mixtures of experts; set it to adamw")
+    if shapes:
+        check_muon_shape(shapes[0])
 
 
 def build_muon(
