@@ -19,6 +19,8 @@ from megatron_hylo.config import ConfigError, RunFailure
 EXIT_FAILURE, EXIT_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 3, 130
 FIRST_RANK_SECONDS = 5.0  # torchrun ends the other ranks within these when the first one fails
 
+NO_THREAD = ("can't start new thread", "unable to start watchdog thread", "Resource temporarily unavailable")
+NO_MAPPING = "failed to map segment from shared object"
 BESIDE = "nothing was written to {output}; the parts that are done are kept beside it, and the same command goes on"
 KEPT = {  # by verb, what Ctrl-C leaves and how to go on; others write their output whole or not at all
     "train": "finished checkpoints in {output}/checkpoints are kept; the same command goes on from the newest, or begins",
@@ -89,6 +91,14 @@ def sentence(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, _class("torch", "OutOfMemoryError")):
         first = str(error).split("\n")[0].split(". ")[0]
         return f"{first}; take a smaller micro-batch, a shorter sequence or more devices", EXIT_FAILURE
+    if (isinstance(error, RuntimeError) and str(error).startswith(NO_THREAD)) or (
+        isinstance(error, ImportError) and NO_MAPPING in str(error)
+    ):
+        first = " ".join(str(error).strip().splitlines()[-1].split())
+        return (
+            f"a limit of this process is too low ({first}); raise ulimit -v, ulimit -u or the container's pids.max",
+            EXIT_FAILURE,
+        )
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):  # torch's
         return "the machine's memory is used up; take a smaller batch, or another machine", EXIT_FAILURE
     if isinstance(error, OSError):

@@ -183,7 +183,12 @@ def _show_terms(title: str, one: dict[str, Any]) -> None:
     table = _table("", "", "")
     for term, entry in one["memory_gib"].items():
         table.add_row(f"memory, {term}", f"{entry['value']:.1f} GiB", entry["source"])
-    for part, name in (("layer", "a layer's backward pass"), ("loss", "the loss"), ("teacher", "the teacher's pass, before")):
+    for part, name in (
+        ("layer", "a layer's backward pass"),
+        ("loss", "the loss"),
+        ("teacher", "the teacher's pass, before"),
+        ("update", "Muon's update, after"),
+    ):
         if value := one["workspace_gib"][part]:
             table.add_row(Text(f"  {name}", "dim"), Text(f"{value:.1f} GiB", "dim"))
     table.add_row("peak memory of a GPU", Text(f"{one['peak_gib']:.1f} GiB", "bold"), "fits" if one["fits"] else "DOES NOT FIT")

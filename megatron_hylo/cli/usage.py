@@ -12,13 +12,15 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from megatron_hylo.cli.types import NUMBERS
+from megatron_hylo.config import ConfigError
 from megatron_hylo.config.renamed import recipes
+from megatron_hylo.config.settings_parser import SettingsParser
 from megatron_hylo.io import is_launched_first
 
 EXIT_USAGE = 2
 
 
-class Parser(ArgumentParser):
+class Parser(SettingsParser):
     """A parser that ends with exit code 2 and a sentence, where jsonargparse would print the usage of all options."""
 
     whole: "Parser | None" = None  # of a verb's parser: that of the whole command line
@@ -39,9 +41,13 @@ class Parser(ArgumentParser):
         Args:
             message: jsonargparse's.
             ex: its exception.
+
+        Raises:
+            ConfigError: this is no verb's parser.
         """
         whole = self.whole or self
-        assert whole._subcommands_action is not None, "every verb is one"
+        if whole._subcommands_action is None:  # jsonargparse's own parser of a class that an option may be
+            raise ConfigError(message)
         words, verbs = list(whole.args), whole._subcommands_action._name_parser_map
         verb = next((word for word in words if word in verbs), None)
         said = explain(message, verbs[verb] if verb else whole, verb, words, list(verbs))
@@ -77,6 +83,8 @@ def explain(message: str, parser: ArgumentParser, verb: str | None, words: list[
         return f"{found[1]} is a switch and takes no value, got {found[2]}; leave it out or write {found[1]} alone"
     if found := re.match(r'Parser key "config": (File does not exist|Path is not a file|.*?): \'?(.*?)\'?$', message):
         return f"--config: {found[1][0].lower()}{found[1][1:]}: {found[2]}"
+    if found := re.match(r"(\S+) (is null;|must be a mapping of settings)", message):
+        return f"{_place(recipe, found[1])}{message}"
     if message.startswith("not UTF-8"):
         return f"the recipe (--config) is not UTF-8: {recipe}{message.removeprefix('not UTF-8')}; save it so"
     if message.startswith("Problems parsing config"):

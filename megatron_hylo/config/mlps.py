@@ -7,11 +7,13 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 from megatron_hylo.config.errors import ConfigError
-from megatron_hylo.config.mixers.base import Shape
+from megatron_hylo.config.mixers.base import Matrix, Shape, trained_matrices
 
 if TYPE_CHECKING:
     from megatron_hylo.config.model import ModelConfig
     from megatron_hylo.config.parallel import ParallelConfig
+
+JOINED = ("gate_proj", "up_proj")  # projections of a SwiGLU that are one matrix in training
 
 
 class MlpDescription(abc.ABC):
@@ -31,6 +33,10 @@ class MlpDescription(abc.ABC):
     def parameters(self, config: ModelConfig) -> int:
         """Number of parameters, without the layer norm before the MLP."""
         return sum(math.prod(shape) for shape in self.tensors(config).values())
+
+    def matrices(self, config: ModelConfig) -> list[Matrix]:
+        """Weight matrices of a layer as they are trained: gate and up, which are computed in one product, are one."""
+        return trained_matrices(self.tensors(config), JOINED)
 
     def expert_parameters(self, config: ModelConfig) -> int:
         """Number of those parameters that expert parallelism divides."""
@@ -101,6 +107,12 @@ class MixtureOfExperts(MlpDescription):
         for expert in range(config.num_moe_experts):
             names |= _swiglu(f"mlp.experts.{expert}.", config.hidden_size, config.moe_ffn_hidden_size)
         return names
+
+    def matrices(self, config: ModelConfig) -> list[Matrix]:
+        """Router and two matrices an expert; tensor parallelism divides none."""
+        expert = trained_matrices(_swiglu("", config.hidden_size, config.moe_ffn_hidden_size), JOINED)
+        whole = [Matrix(config.num_moe_experts, config.hidden_size), *expert * config.num_moe_experts]
+        return [matrix._replace(divided=False) for matrix in whole]
 
     def parameters(self, config: ModelConfig) -> int:
         """Router and experts."""

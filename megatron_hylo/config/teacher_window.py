@@ -34,9 +34,13 @@ class TeacherWindow:
         if self.mode not in ("none", "rope", "windows"):
             raise ConfigError(f"teacher_window.mode {self.mode!r} is not supported; use none, rope or windows")
         if self._stretches and self.mode != "rope":
+            scaling, base = self.rope_scaling, self.rotary_base
+            given = {} if scaling.rope_type == "none" else {"rope_scaling": f"{scaling.rope_type} by {scaling.factor:g}"}
+            given |= {} if base is None else {"rotary_base": f"{base:g}"}
+            names = [f"teacher_window.{name}" for name in given]
             raise ConfigError(
-                f"teacher_window.rope_scaling and teacher_window.rotary_base are for teacher_window.mode rope, got mode "
-                f"{self.mode}"
+                f"teacher_window.mode rope alone takes {' and '.join(names)} ({', '.join(given.values())}), got mode "
+                f"{self.mode}; set {' and '.join(names)} null, which drops a recipe's, or take mode rope"
             )
         if self.length is not None and (self.mode != "windows" or self.length < 2):
             raise ConfigError(f"teacher_window.length {self.length} must be at least 2, and is for teacher_window.mode windows")

@@ -7,7 +7,8 @@ from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig, recom
 from megatron_hylo.config.mixers import complete, get_mixer
 from megatron_hylo.config.mlps import EXPERTS_SYMBOL, MLP_SYMBOL
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.plan.memory import mixer_counts
+from megatron_hylo.plan.muon import gathered_bytes, rank_matrices
+from megatron_hylo.plan.parameters import mixer_counts
 
 STATE_BYTES = 4  # states and their transitions travel in fp32
 
@@ -17,7 +18,7 @@ class Traffic:
     """Bytes that a rank receives in one step.
 
     Args:
-        tensor: activations, from tensor-parallel ranks.
+        tensor: activations, and parts of the matrices of Muon's update, from tensor-parallel ranks.
         context: what mixers exchange, from context-parallel ranks; student and teacher.
         context_forward: the student's part of `context` in forward passes, which benchmarks count.
         expert: tokens on their way to experts of other ranks and back, and their gradients; student and teacher.
@@ -164,11 +165,12 @@ def traffic(config: TrainConfig, ranks: int, ours: ModelConfig, theirs: ModelCon
     width = ours.hidden_size * (0 if config.stage == "align" else 2) + (theirs.hidden_size if theirs else 0)
     boundary = tokens * width * number / (tensor if p.sequence_parallel else 1) * p.virtual_pipeline_model_parallel_size
     shards = replicas * context
+    back = number if config.optimizer.use_distributed_optimizer else 4  # new weights of a share; else summed fp32 gradients
     return Traffic(
-        tensor=scale * (student[0] + teacher[0]),
+        tensor=scale * (student[0] + teacher[0]) + max(gathered_bytes(one, tensor) for one in rank_matrices(config, ours)),
         context=scale * (student[1] + teacher[1]),
         context_forward=scale * student[2],
         expert=scale * (to_experts(ours, True) + (to_experts(theirs, False) if theirs else 0.0)),
         pipeline=passes * boundary if pipeline > 1 else 0.0,
-        data=(shards - 1) / shards * parameters * (4 + number),
+        data=(shards - 1) / shards * parameters * (4 + back),
     )

@@ -10,7 +10,8 @@ from megatron_hylo.config.mlps import get_mlp
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.plan.hardware import GB, Hardware
-from megatron_hylo.plan.memory import GIB, layer_counts
+from megatron_hylo.plan.memory import GIB
+from megatron_hylo.plan.parameters import layer_counts
 from megatron_hylo.plan.rates import get_rates
 from megatron_hylo.plan.step import LayerTimes
 

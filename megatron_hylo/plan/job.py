@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 
 from megatron_hylo.config import ConfigError, ModelConfig, from_dict, interleaved
 from megatron_hylo.config.layouts import BASES, LAYOUTS, get_layout
 from megatron_hylo.config.paths import hugging_face_folder, plain_path
 from megatron_hylo.config.recipe_lines import FAMILIES, STAGES
 from megatron_hylo.config.recipes import DEFAULT_LAYOUT, recipe
+from megatron_hylo.config.settings_parser import SettingsParser
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.yaml_files import read_yaml
 
@@ -139,9 +140,9 @@ def read_settings(values: dict[str, Any], what: str) -> TrainConfig:
 
 
 @functools.cache
-def settings_parser(settings: type) -> ArgumentParser:
+def settings_parser(settings: type) -> SettingsParser:
     """Parser of a dataclass's fields that raises; made once, since a sweep has hundreds of runs to check."""
-    parser = ArgumentParser(exit_on_error=False)
+    parser = SettingsParser(exit_on_error=False)
     parser.add_class_arguments(settings, as_group=False)
     return parser
 

@@ -24,18 +24,26 @@ and stage `align`, 1B, 262,144 tokens, all Gated DeltaNet; all Mamba2           
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from megatron_hylo.config import ModelConfig, recomputed_layers
-from megatron_hylo.config.layouts import parameter_count, pipeline_layers
-from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mixers import Matrix, get_mixer
 from megatron_hylo.config.mlps import MLPS, get_mlp
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.plan.muon import buffer_bytes, matrix_elements, rank_matrices
+from megatron_hylo.plan.parameters import (
+    description,
+    layer_counts,
+    linear_parameters,
+    model_parameters,
+    rank_parameters,
+    stage_layers,
+    stage_parameters,
+    trained_parameters,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +67,7 @@ class Memory:
     optimizer: float
     teacher: float  # its weights, or its head alone
     kept: float  # activations kept for the backward pass
-    passing: float  # in use by the computation: a layer in its backward pass, a chunk of logits, the teacher's forward pass
+    passing: float  # in use by a layer in its backward pass, a chunk of logits, the teacher's forward pass or Muon's update
 
     @property
     def total(self) -> float:
@@ -97,13 +105,17 @@ def predict_memory(
         theirs.append(head)
     theirs_shape = teacher[0].config.hylo if teacher else None
     kept, passing = max((activations(config, chunks[0].config.hylo, theirs_shape) for chunks in students), key=sum)
-    optimizer = 0.0
+    optimizer, matrices, tensor = 0.0, Counter[Matrix](), config.parallel.tensor_model_parallel_size
     for p in trained:
         of_muon = config.optimizer.name == "muon" and p.dim() == 2 and not getattr(p, "is_embedding_or_output_parameter", False)
+        if of_muon:
+            divided = getattr(p, "partition_dim", -1)
+            rows, columns = (size * tensor if dimension == divided else size for dimension, size in enumerate(p.shape))
+            matrices[Matrix(rows, columns, divided >= 0)] += 1
         each = p.numel() * ((MOMENT if of_muon else MOMENTS) + (0 if p.element_size() == 4 else MASTER))
         optimizer += each / (optimizer_shards if getattr(p, "allreduce", True) else expert_shards)
-    if config.optimizer.offload:  # either the passes' activations or, later, the optimizer's state
-        optimizer, kept, passing = (0.0, kept, passing) if kept + passing > optimizer else (optimizer, 0.0, 0.0)
+    update = buffer_bytes(matrices, tensor, config.precision == "bf16")
+    optimizer, kept, passing = _fullest(config, optimizer, kept, passing, update)
     return Memory(
         weights=_bytes(parameters),
         gradients=GRADIENT * count,
@@ -124,9 +136,6 @@ def _on_cpu(teacher: Sequence[HyloModel]) -> float:
 
     units = [[_bytes([*unit.parameters()]) for unit in offloaded_units(chunk)] for chunk in teacher]
     return sum(sum(sizes) - 2 * max(sizes) for sizes in units)
-
-
-_count = functools.lru_cache(256)(parameter_count)
 
 
 def estimate_memory(
@@ -153,11 +162,10 @@ def estimate_memory(
     theirs_shape = teachers[0] if teachers else None
     replicas = max(shards // p.context_parallel_size, 1)
     kept, passing = max((activations(config, c, theirs_shape, replicas) for c in students), key=sum)
-    if config.optimizer.offload:  # either the passes' activations or, later, the optimizer's state
-        optimizer, kept, passing = (0.0, kept, passing) if kept + passing > optimizer else (optimizer, 0.0, 0.0)
+    optimizer, kept, passing = _fullest(config, optimizer, kept, passing, max(update_bytes(config, c) for c in students))
     weights = number * count
     if config.linear_precision == "fp8":
-        weights += FP8_COPIES * count / sum(map(_count, students)) * sum(map(linear_parameters, students))
+        weights += FP8_COPIES * count / sum(map(model_parameters, students)) * sum(map(linear_parameters, students))
     return Memory(weights, GRADIENT * trained, optimizer, _teacher_bytes(config, teachers), kept, passing)
 
 
@@ -178,124 +186,32 @@ def _teacher_bytes(config: TrainConfig, teachers: Sequence[ModelConfig]) -> floa
         ends = [0.0] * pipeline
         ends[0] = ends[-1] = end  # embedding; head, a copy of the embedding where they are tied
         if pipeline == 1:
-            ends = [_count(shape) - linear_parameters(shape)]
+            ends = [model_parameters(shape) - linear_parameters(shape)]
         ends = [number * each / p.tensor_model_parallel_size for each in ends]
         total += max(ends[rank] + bytes_each * sum(chunks[rank::pipeline]) for rank in range(pipeline))
     return total
 
 
-@functools.lru_cache(256)
-def layer_parameters(shape: ModelConfig, symbol: str) -> int:
-    """Parameters of a mixer or an MLP, without its norm."""
-    return (get_mlp(symbol) if symbol in MLPS else get_mixer(symbol)).parameters(shape)
-
-
-def stage_parameters(shape: ModelConfig, layers: Mapping[str, int], tensor: int = 1, expert: int = 1) -> float:
-    """Parameters of layers on one rank, without norms.
-
-    Args:
-        shape: the model.
-        layers: number of each kind.
-        tensor, expert: ranks that share each layer, and its experts.
-    """
-    total = 0.0
-    for symbol, count in layers.items():
-        experts = get_mlp(symbol).expert_parameters(shape) if symbol in MLPS else 0
-        total += count * ((layer_parameters(shape, symbol) - experts) / tensor + experts / expert)
-    return total
-
-
-def _given(config: TrainConfig) -> tuple[int, ...] | None:
-    """Layers of each pipeline stage, where the run sets them."""
-    return tuple(config.parallel.pipeline_layers) if config.parallel.pipeline_layers else None
-
-
-@functools.lru_cache(256)
-def stage_layers(shape: ModelConfig, stages: int, given: tuple[int, ...] | None = None) -> list[dict[str, int]]:
-    """Number of mixers and MLPs of each kind of every pipeline stage; see `config.layouts.pipeline_layers`."""
-    pairs, found = iter(zip(shape.mixers, shape.mlps)), list[dict[str, int]]()
-    for count in pipeline_layers(shape, stages, given):
-        mixers, mlps = zip(*itertools.islice(pairs, count))
-        found.append(dict(Counter(mixers)) | dict(Counter(mlps)))
-    return found
-
-
-@functools.lru_cache(256)
-def mixer_counts(shape: ModelConfig) -> dict[str, int]:
-    """Number of layers of each mixer."""
-    return dict(Counter(shape.mixers))
-
-
-@functools.lru_cache(256)
-def layer_counts(shape: ModelConfig) -> dict[str, int]:
-    """Number of layers of each mixer and each MLP."""
-    return mixer_counts(shape) | dict(Counter(shape.mlps))
-
-
-@functools.lru_cache(256)
-def linear_parameters(shape: ModelConfig) -> int:
-    """Parameters of the layers, without embedding, head and norms: nearly all are linear maps."""
-    return sum(layer_parameters(shape, symbol) for symbol in shape.mixers + shape.mlps)
-
-
-def trained_parameters(config: TrainConfig, shape: ModelConfig) -> int:
-    """Parameters of a student that a run trains."""
-    if config.trainable == "mixers" or (config.stage == "align" and config.align.loss != "ild"):
-        return sum(layer_parameters(shape, symbol) for symbol in shape.mixers)
-    heads = 2 if shape.untie_embeddings_and_output_weights else 1
-    return _count(shape) - (heads * shape.vocab_size * shape.hidden_size if config.stage == "align" else 0)
-
-
 def moments(config: TrainConfig, shape: ModelConfig) -> float:
     """Bytes of the moments of a student's trained parameters on all ranks: Adam's two, of matrices Muon's one."""
     trained = trained_parameters(config, shape)
-    matrices = min(trained, linear_parameters(shape)) if config.optimizer.name == "muon" else 0
+    matrices = sum(map(matrix_elements, rank_matrices(config, shape)))
     return MOMENT * matrices + MOMENTS * (trained - matrices)
 
 
-def rank_parameters(config: TrainConfig, shape: ModelConfig, trained: bool = False, divided: bool = True) -> float:
-    """Parameters of the pipeline rank that has most.
+def update_bytes(config: TrainConfig, shape: ModelConfig) -> float:
+    """Bytes of the buffers of Muon's update on the pipeline rank that needs most; 0 of AdamW's, which has none."""
+    tensor, bf16 = config.parallel.tensor_model_parallel_size, config.precision == "bf16"
+    return max(buffer_bytes(matrices, tensor, bf16) for matrices in rank_matrices(config, shape))
 
-    Args:
-        config: the run.
-        shape: the model.
-        trained: those that the run trains.
-        divided: those of one rank; else of all ranks of its pipeline stage.
+
+def _fullest(config: TrainConfig, optimizer: float, kept: float, passing: float, update: float) -> tuple[float, float, float]:
+    """Bytes of (optimizer, kept, passing) at the fuller moment: the passes, or the optimizer's update with its buffers.
+
+    Activations are gone by the update; an offloaded optimizer's state is there for it alone.
     """
-    p = config.parallel
-    tensor, expert = (p.tensor_model_parallel_size, p.expert_model_parallel_size) if divided else (1, 1)
-    sizes = (_given(config), tensor, p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size)
-    if not trained:
-        return _rank_parameters(shape, *sizes, expert)
-    count, experts = _count(shape), sum(get_mlp(symbol).expert_parameters(shape) for symbol in shape.mlps)
-    whole, own = trained_parameters(config, shape), _rank_parameters(shape, *sizes, expert)
-    if not experts or whole > count - experts:  # all but the ends, or all
-        return whole / count * own
-    return whole / (count - experts) * (own - _rank_experts(shape, *sizes, expert))
-
-
-def _rank_experts(
-    shape: ModelConfig, given: tuple[int, ...] | None, tensor: int, pipeline: int, virtual: int, expert: int
-) -> float:
-    """Parameters of experts on the pipeline rank that has most of them."""
-    stages = [
-        sum(count * get_mlp(s).expert_parameters(shape) / expert for s, count in layers.items() if s in MLPS)
-        for layers in stage_layers(shape, pipeline * virtual, given)
-    ]
-    return max(sum(stages[rank::pipeline]) for rank in range(pipeline))
-
-
-@functools.lru_cache(1024)
-def _rank_parameters(
-    shape: ModelConfig, given: tuple[int, ...] | None, tensor: int, pipeline: int, virtual: int, expert: int
-) -> float:
-    if pipeline == 1:
-        experts = sum(get_mlp(symbol).expert_parameters(shape) for symbol in shape.mlps)
-        return (_count(shape) - experts) / tensor + experts / expert
-    stages = [stage_parameters(shape, layers, tensor, expert) for layers in stage_layers(shape, pipeline * virtual, given)]
-    for end in (0, -1):  # embedding; head, a copy of the embedding where they are tied
-        stages[end] += shape.vocab_size * shape.hidden_size / tensor
-    return max(sum(stages[rank::pipeline]) for rank in range(pipeline))
+    during = 0.0 if config.optimizer.offload else optimizer
+    return (optimizer, 0.0, update) if optimizer + update > during + kept + passing else (during, kept, passing)
 
 
 def in_flight(pipeline: int, virtual: int, micro_batches: int) -> float:
@@ -364,7 +280,7 @@ def activation_parts(
 
 def kept_numbers(c: ModelConfig, symbol: str, ranks: int = 1) -> float:
     """Numbers a token that a mixer or MLP keeps for its backward pass on one of `ranks` tensor-parallel ranks."""
-    return (get_mlp(symbol) if symbol in MLPS else get_mixer(symbol)).kept_numbers(c, ranks)
+    return description(symbol).kept_numbers(c, ranks)
 
 
 def _scratch_numbers(c: ModelConfig, symbol: str, ranks: int) -> float:

@@ -11,7 +11,7 @@ from megatron_hylo.plan.flops import flops_by_layer, forward_flops_per_token
 from megatron_hylo.plan.hardware import Hardware
 from megatron_hylo.plan.inference import dense_base, longest_context, serving, state_bytes
 from megatron_hylo.plan.job import Job
-from megatron_hylo.plan.memory import GIB, activation_parts
+from megatron_hylo.plan.memory import GIB, activation_parts, update_bytes
 from megatron_hylo.plan.search import MARGIN, Candidate, Found
 from megatron_hylo.plan.step import Source
 
@@ -65,10 +65,11 @@ def describe(one: Candidate, job: Job, gpus: int, hardware: Hardware, price: flo
     seconds, moved = one.time.seconds, asdict(one.time.traffic)
     hours = steps * seconds / 3600
     _, workspace = activation_parts(one.config, job.student, job.teacher, gpus // one.config.parallel.model_parallel_size)
+    workspace["update"] = update_bytes(one.config, job.student)
     known = "MEASURED" if hardware.measured else "ESTIMATED"
 
     def source(term: str) -> Source:
-        if term in ("bubble", "pipeline", "launch", "expert") or not hardware.measured:
+        if term in ("bubble", "pipeline", "launch", "expert", "muon") or not hardware.measured:
             return "ESTIMATED"
         node = gpus <= hardware.gpus_per_node
         return "MEASURED" if node or term not in ("tensor", "context", "data") else "ESTIMATED"
@@ -159,6 +160,10 @@ def assumptions(job: Job, hardware: Hardware, rates: Path | None = None) -> list
     if any(model.has_experts for model in (job.student, job.teacher) if model):
         told.append(
             "mixtures of experts are not measured: their products at the rate of others, tokens spread evenly over experts"
+        )
+    if job.config.optimizer.name == "muon":
+        told.append(
+            "Muon's update is not measured: its products are counted, at the rate of others, its other passes as AdamW's"
         )
     if job.remote_teacher:
         told.append("the teacher's outputs come from elsewhere as fast as they are needed")

@@ -16,13 +16,15 @@ from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.communication import Traffic, traffic
 from megatron_hylo.plan.flops import forward_flops_per_token, mlp_flops, teacher_flops_per_token
 from megatron_hylo.plan.hardware import Hardware
-from megatron_hylo.plan.memory import (
-    kept_numbers,
+from megatron_hylo.plan.memory import MASTER, kept_numbers, moments
+from megatron_hylo.plan.muon import newton_schulz_flops, rank_matrices
+from megatron_hylo.plan.parameters import (
     layer_counts,
     mixer_counts,
     rank_parameters,
     stage_layers,
     stage_parameters,
+    trained_parameters,
 )
 from megatron_hylo.plan.rates import Rates, get_rates
 from megatron_hylo.plan.schedule import idle_seconds
@@ -36,7 +38,8 @@ class StepTime:
     """Seconds of one step of the slowest rank, by term.
 
     Args:
-        terms: seconds by name; those of `COMPUTE`, launch, optimizer, offload, tensor, context, expert, pipeline, data, bubble.
+        terms: seconds by name; those of `COMPUTE`, launch, optimizer, muon (products of its update), offload, tensor, context,
+            expert, pipeline, data, bubble.
         traffic: bytes received.
         flops: model FLOPs of the step on all ranks, recomputation not counted.
         micro_batches: forward passes of a rank.
@@ -201,7 +204,9 @@ def step_time(
     if config.optimizer.use_distributed_optimizer:
         updated = rank_parameters(config, ours, trained=True, divided=False) / max(ranks // pipeline, 1)
     terms["optimizer"] = rates.optimizer_bytes * updated / hardware.memory_gb_s / 1e9
-    terms["offload"] = _offload(config, updated, theirs, times.get("teacher"), passes, hardware, rates)
+    orthogonalised = max(map(newton_schulz_flops, rank_matrices(config, ours)))
+    terms["muon"] = orthogonalised / student.head_rate  # in bf16 or fp32, whatever the precision of linear maps
+    terms["offload"] = _offload(config, ours, updated, theirs, times.get("teacher"), passes, hardware, rates)
     return StepTime(terms, moved, step_flops(config, ours, theirs), passes)
 
 
@@ -225,6 +230,7 @@ def _communication(moved: Traffic, config: TrainConfig, ranks: int, hardware: Ha
 
 def _offload(
     config: TrainConfig,
+    ours: ModelConfig,
     share: float,
     theirs: ModelConfig | None,
     teacher: dict[str, tuple[_Pass, _Pass]] | None,
@@ -234,7 +240,8 @@ def _offload(
 ) -> float:
     """Seconds of copies from and to the CPU that nothing hides: the optimizer's state, and a teacher slower than its copies."""
     link = hardware.host_gb_s * 1e9 * rates.host
-    seconds = 2 * 12 * share / link if config.optimizer.offload else 0.0
+    state = moments(config, ours) / trained_parameters(config, ours) + (MASTER if config.precision == "bf16" else 0)
+    seconds = 2 * state * share / link if config.optimizer.offload else 0.0
     if config.teacher_offload and theirs and teacher:
         p = config.parallel
         counts, sizes = layer_counts(theirs), (p.tensor_model_parallel_size, p.expert_model_parallel_size)

@@ -15,6 +15,7 @@ import torch
 
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.platform.cpu import install_cpu_patches
+from megatron_hylo.platform.limits import check_address_space
 
 logger = logging.getLogger("megatron_hylo.platform")
 
@@ -50,7 +51,7 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
         The device of this rank.
 
     Raises:
-        ConfigError: the world size is not divisible by the sizes of the groups.
+        ConfigError: the world size is not divisible by the sizes of the groups, or `ulimit -v` is too low to make them.
     """
     parallel = parallel or ParallelConfig()
     install_cpu_patches()
@@ -62,6 +63,7 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
         torch.cuda.set_device(here)
         os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # autotuning takes minutes; keep its results on disk
     if not torch.distributed.is_initialized():
+        check_address_space()
         backend = "nccl" if here.type == "cuda" else "gloo"
         # no device_id: with it NCCL splits every group off one communicator, and two ranks hung while destroying them
         # (pytorch issue 190396)

@@ -19,7 +19,8 @@ from megatron_hylo.eval.runs import read_run
 from megatron_hylo.io import DamagedError
 from megatron_hylo.models.transformer_config import check_tensor_parallel
 from megatron_hylo.plan.flops import PEAK_FLOPS, forward_flops_per_token, teacher_flops_per_token
-from megatron_hylo.plan.memory import GIB, MASTER, estimate_memory, moments, trained_parameters
+from megatron_hylo.plan.memory import GIB, MASTER, estimate_memory, moments
+from megatron_hylo.plan.parameters import trained_parameters
 from megatron_hylo.train.checkpoint import checkpoint_step, latest_checkpoint
 from megatron_hylo.train.heldout import open_heldout
 from megatron_hylo.train.kept_state import check_kept_state

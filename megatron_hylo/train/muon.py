@@ -29,11 +29,11 @@ from torch import Tensor
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.mixers import MIXERS
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.plan.muon import TOGETHER, check_muon_shape
 
 FP32_PARAMETERS = tuple(sorted({f"*.{name}" for mixer in MIXERS.values() for name in mixer.fp32_parameters}))
 NO_MATRICES = (".rotary_mix", *(name.removeprefix("*") for name in FP32_PARAMETERS))  # though some have two dimensions
 NAME = "hylo_muon"  # in Megatron-Core's registry
-TOGETHER = 2**26  # elements of matrices that are orthogonalised together at most: 256 MiB in fp32
 
 
 class BatchedMuon(TensorParallelMuon):
@@ -49,6 +49,7 @@ class BatchedMuon(TensorParallelMuon):
         Args:
             closure: unsupported, None.
         """
+        ranks = get_pg_size(self.pg_collection.tp)
         for group in self.param_groups:
             self._init_group(group)
             matrices = [p for p in group["params"] if p.grad is not None]
@@ -58,23 +59,31 @@ class BatchedMuon(TensorParallelMuon):
                 self._apply_weight_decay_inplace(p, p.grad, group["lr"], group["weight_decay"])
             gradients, moments = [p.grad for p in matrices], [self.state[p]["momentum_buffer"] for p in matrices]
             torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
-            updates = torch._foreach_lerp(gradients, moments, group["momentum"]) if self.nesterov else moments
-            alike = defaultdict[tuple[Any, ...], list[tuple[Tensor, Tensor]]](list)
-            for p, update in zip(matrices, updates, strict=True):
-                alike[*p.shape, getattr(p, "partition_dim", -1)].append((p, update))
+            alike = defaultdict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tensor]]](list)
+            for p, gradient, moment in zip(matrices, gradients, moments, strict=True):
+                alike[*p.shape, getattr(p, "partition_dim", -1) if ranks > 1 else -1].append((p, gradient, moment))
             for (rows, columns, divided), found in alike.items():
-                whole = rows * columns * (1 if divided == -1 else get_pg_size(self.pg_collection.tp))
+                whole = rows * columns * (1 if divided == -1 else ranks)
                 for batch in batched(found, max(1, TOGETHER // whole)):
-                    self._take(batch, None if divided == -1 else divided, group["lr"])
+                    self._take(batch, None if divided == -1 else divided, group["lr"], group["momentum"])
 
-    def _take(self, batch: Sequence[tuple[Tensor, Tensor]], divided: int | None, lr: float) -> None:
-        """Take steps of matrices of one shape, which tensor-parallel ranks divide by dimension `divided`."""
+    def _take(self, batch: Sequence[tuple[Tensor, Tensor, Tensor]], divided: int | None, lr: float, momentum: float) -> None:
+        """Take steps of matrices of one shape, which tensor-parallel ranks divide by dimension `divided`.
+
+        Args:
+            batch: matrices [rows, columns], their gradients and new momenta; updates are made of these alone, for less memory.
+            divided: None: every rank has them whole.
+            lr: learning rate.
+            momentum: weight of the momentum in Nesterov's update.
+        """
         from emerging_optimizers.utils import fp32_matmul_precision
 
+        matrices, gradients, moments = zip(*batch, strict=True)
+        updates = torch.stack(torch._foreach_lerp(gradients, moments, momentum) if self.nesterov else moments)
         dimension = None if divided is None else divided - 2  # from the end, as the matrices are stacked
         with fp32_matmul_precision(self.fp32_matmul_prec):
-            steps = self.scaled_orthogonalize_fn(torch.stack([update for _, update in batch]), self.pg_collection.tp, dimension)
-        torch._foreach_add_([p for p, _ in batch], list(steps.unbind()), alpha=-lr)
+            steps = self.scaled_orthogonalize_fn(updates, self.pg_collection.tp, dimension)
+        torch._foreach_add_(matrices, list(steps.unbind()), alpha=-lr)
 
 
 _EMERGING_OPTIMIZERS[NAME] = EmergingOptimizerEntry(optimizer_cls=BatchedMuon, config_to_kwargs=_muon_config_to_kwargs)
@@ -96,8 +105,8 @@ def check_muon(config: TrainConfig, shapes: Sequence[ModelConfig]) -> None:
         raise ConfigError(
             "optimizer.name muon needs the package emerging-optimizers: pip install 'megatron-hylo[muon]', or set it to adamw"
         )
-    if shapes and shapes[0].has_experts:
-        raise ConfigError("optimizer.name muon is not supported for mixtures of experts; set it to adamw")
+    if shapes:
+        check_muon_shape(shapes[0])
 
 
 def build_muon(

@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
+from megatron_hylo.plan.muon import ITERATIONS
 from megatron_hylo.train.muon import FP32_PARAMETERS, build_muon
 from megatron_hylo.train.optimizer_offload import OffloadedState
 
@@ -156,6 +157,7 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
         optimizer_cuda_graph=capturable,
         muon_momentum=settings.muon_momentum,
         muon_nesterov=True,
+        muon_num_ns_steps=ITERATIONS,
         muon_split_qkv=False,
         muon_scale_mode="spectral",
         muon_extra_scale_factor=settings.muon_extra_scale_factor,

@@ -63,6 +63,25 @@ def test_a_fault_inside_the_compiler_keeps_its_traceback():
         torch.compile(lambda x: x + 2, backend=backend)(torch.ones(3))
 
 
+@pytest.mark.parametrize(
+    "met",
+    [
+        RuntimeError("can't start new thread"),
+        RuntimeError("Resource temporarily unavailable"),
+        ImportError("\nadvice\n\nOriginal error was: libblas.so: failed to map segment from shared object\n"),
+    ],
+)
+def test_a_limit_of_the_process_is_said_in_a_sentence(capsys, met):
+    def work():
+        raise met
+
+    code, words = ended(capsys, work)
+    assert code == EXIT_FAILURE and words.startswith("error: a limit of this process is too low ("), words
+    assert str(met).split("\n")[-2 if "\n" in str(met) else 0] in words and words.endswith(
+        "raise ulimit -v, ulimit -u or the container's pids.max"
+    )
+
+
 def test_too_large_a_tensor_on_a_cpu_is_said_in_a_sentence(capsys):
     code, words = ended(capsys, lambda: torch.empty(10**15))  # torch's CPU allocator raises a RuntimeError
     assert code == EXIT_FAILURE and words.startswith("error: the machine's memory is used up; "), words

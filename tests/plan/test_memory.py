@@ -16,9 +16,8 @@ from megatron_hylo.plan.memory import (
     activations,
     estimate_memory,
     predict_memory,
-    rank_parameters,
-    trained_parameters,
 )
+from megatron_hylo.plan.parameters import rank_parameters, trained_parameters
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.optimizer import build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter, peak_memory_gib

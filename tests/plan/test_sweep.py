@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from megatron_hylo.cli.main import main
-from megatron_hylo.config import ConfigError
+from megatron_hylo.config import ConfigError, TeacherWindow
+from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.plan.sweep import read_sweep, selected_layers
 from megatron_hylo.plan.sweep_report import fit_metric
 from megatron_hylo.plan.sweep_rows import row_of
@@ -309,6 +310,28 @@ def test_stages_evaluations_and_bases_are_checked(spec, changes, words):
     with pytest.raises(ConfigError) as error:
         read_sweep(spec(**changes))
     assert words in str(error.value)
+
+
+def test_null_in_a_cell_drops_what_a_recipe_sets(spec, tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+    recipe = {"teacher_window": {"mode": "rope", "rope_scaling": yarn}, "optimizer": {"lr": 1.0}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    cells = [
+        {"student.mla": 1},
+        {"student.mla": 1, "stages.a.teacher_window": {"mode": "windows", "rope_scaling": None}, "stages.a.optimizer": None},
+        {"student.mla": 1, "stages.a.teacher_window": None},
+    ]
+    file = spec(stages={"a": {"recipe": "recipe.yaml"}}, grid=None, cells=cells)
+    kept, windows, none = (cell.last.train for cell in read_sweep(file).cells)
+    assert kept.teacher_window.rope_scaling.factor == 4 and kept.optimizer.lr == 1
+    assert windows.teacher_window == TeacherWindow("windows") and windows.optimizer == OptimizerSettings()
+    assert none.teacher_window == TeacherWindow() and none.optimizer.lr == 1
+    with pytest.raises(ConfigError, match="a.teacher_window.*set teacher_window.rope_scaling null, which drops a recipe's"):
+        read_sweep(
+            spec(
+                stages={"a": {"recipe": "recipe.yaml"}}, grid={"student.mla": [1], "stages.a.teacher_window.mode": ["windows"]}
+            )
+        )
 
 
 def test_stages_of_a_specification_and_its_base_have_one_order(spec, tmp_path):

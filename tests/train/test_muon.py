@@ -142,7 +142,7 @@ def test_matrices_together_take_the_steps_of_each_alone(monkeypatch, together):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_predicted_state_is_what_there_is(settings, one_rank, precision):
-    """To a per cent where architectures alone are known: convolutions count as matrices then."""
+    """To three per mille where architectures alone are known: all parameters have an fp32 copy then, fp32 ones too."""
     shape = tiny_config("G-+-M-*-")
     model = build_model(shape, params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32).train()
     config = settings("pretrain", precision=precision, optimizer=MUON)
@@ -155,7 +155,7 @@ def test_the_predicted_state_is_what_there_is(settings, one_rank, precision):
         copies = [p for group in part.param_groups for p in group["params"] if p.data_ptr() not in weights]
         found += sum(x.numel() * x.element_size() for x in (*tensors, *copies))
     assert predict_memory(config, [[model]], None, None, 1).optimizer == found
-    assert estimate_memory(config, 1, [shape], []).optimizer == pytest.approx(found, rel=0.02)
+    assert estimate_memory(config, 1, [shape], []).optimizer == pytest.approx(found, rel=0.003)
 
 
 def test_it_learns_from_the_same_start_as_adamw(settings, tmp_path):

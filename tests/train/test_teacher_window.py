@@ -112,8 +112,11 @@ def test_a_sequence_longer_than_the_window_is_refused_with_the_ways_out(settings
     ("fields", "message"),
     [
         (dict(mode="window"), "'window' is not supported; use none, rope or windows"),
-        (dict(mode="windows", rope_scaling=YARN), "are for teacher_window.mode rope, got mode windows"),
-        (dict(rotary_base=1e6), "are for teacher_window.mode rope, got mode none"),
+        (dict(mode="windows", rope_scaling=YARN), "takes teacher_window.rope_scaling .yarn by 4., got mode windows"),
+        (
+            dict(rotary_base=1e6),
+            "takes teacher_window.rotary_base .1e\\+06., got mode none; set teacher_window.rotary_base null",
+        ),
         (dict(mode="rope", rotary_base=1e6, length=8), "length 8 .* is for teacher_window.mode windows"),
         (dict(mode="windows", length=1), "length 1 must be at least 2"),
         (dict(mode="rope", rotary_base=-1.0), "rotary_base must be positive"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.config.mixers.attention import Attention
-from megatron_hylo.config.mixers.base import Fields, MixerDescription, Shape
+from megatron_hylo.config.mixers.base import Fields, Matrix, MixerDescription, Shape
 from megatron_hylo.config.mixers.gdn import GatedDeltaNet
 from megatron_hylo.config.mixers.kda import KimiDeltaAttention
 from megatron_hylo.config.mixers.mamba2 import Mamba2
@@ -24,6 +24,7 @@ __all__ = [
     "MLA_SYMBOL",
     "WINDOW_SYMBOL",
     "Fields",
+    "Matrix",
     "MixerDescription",
     "Shape",
     "check_tensor_parallel",

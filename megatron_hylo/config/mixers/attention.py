@@ -15,6 +15,7 @@ class Attention(MixerDescription):
 
     symbol, name, block, recurrent = "*", "attention", "self_attn", False
     output_fit = "keep"
+    joined = ("q_proj", "k_proj", "v_proj")
 
     def default_sizes(self, base: ModelConfig, base_name: str | None, teacher_shapes: bool) -> Fields:
         """No fields: a layer that stays attention is copied, so its sizes are the base model's."""

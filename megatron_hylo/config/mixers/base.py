@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from megatron_hylo.config.errors import ConfigError
 
@@ -14,6 +14,30 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Fields = dict[str, Any]  # field of ModelConfig -> value
+
+
+class Matrix(NamedTuple):
+    """A weight matrix as it is trained: whole, over all tensor-parallel ranks, which have a part of a `divided` one each."""
+
+    rows: int
+    columns: int
+    divided: bool = True
+
+
+def trained_matrices(
+    tensors: Mapping[str, Shape], joined: tuple[str, ...] = (), undivided: tuple[str, ...] = ()
+) -> list[Matrix]:
+    """List the weight matrices of a layer; convolutions, biases, norms and the like are none.
+
+    Args:
+        tensors: Hugging Face names and shapes.
+        joined: last words of the names of projections that are computed in one product, and so are one matrix.
+        undivided: last words of those that every tensor-parallel rank has whole.
+    """
+    shapes = {name.split(".")[-2]: shape for name, shape in tensors.items() if name.endswith(".weight") and len(shape) == 2}
+    together = [shapes.pop(name) for name in joined if name in shapes]
+    found = [Matrix(sum(rows for rows, _ in together), together[0][1])] if together else []
+    return found + [Matrix(*shape, name not in undivided) for name, shape in shapes.items()]
 
 
 class MixerDescription(abc.ABC):
@@ -28,6 +52,8 @@ class MixerDescription(abc.ABC):
     recurrent: ClassVar[bool]  # carries a state of fixed size in place of a KV cache
     size_fields: ClassVar[tuple[str, ...]] = ()  # fields of ModelConfig that must be positive where the mixer occurs
     fp32_parameters: ClassVar[tuple[str, ...]] = ()  # kept in fp32 whatever the model's dtype
+    joined: ClassVar[tuple[str, ...]] = ()  # projections that are one matrix in training
+    undivided: ClassVar[tuple[str, ...]] = ()  # projections that every tensor-parallel rank has whole
     rotary_pairs_by_layer: ClassVar[bool] = False  # a layer has an entry of its own in ModelConfig.mla_rotary_pairs
     norm_after_gate: ClassVar[bool] = False  # its output norm sees the gated outputs, so a gate of one number a head is lost
     # what `calibrate.solve` does with the output projection: keep it (a copied layer), fit it with the initialiser's as the
@@ -58,6 +84,10 @@ class MixerDescription(abc.ABC):
     def parameters(self, config: ModelConfig) -> int:
         """Number of parameters, without the layer norm before the mixer."""
         return sum(math.prod(shape) for shape in self.tensors(config).values())
+
+    def matrices(self, config: ModelConfig) -> list[Matrix]:
+        """Weight matrices of a layer as they are trained."""
+        return trained_matrices(self.tensors(config), self.joined, self.undivided)
 
     def kv_numbers(self, config: ModelConfig) -> int:
         """Numbers that every further token adds to the cache; 0 for a recurrent mixer."""

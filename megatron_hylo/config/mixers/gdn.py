@@ -16,6 +16,7 @@ class GatedDeltaNet(MixerDescription):
     symbol, name, block, recurrent = "G", "Gated DeltaNet", "linear_attn", True
     size_fields: ClassVar[tuple[str, ...]] = ("linear_num_heads", "linear_key_head_dim", "linear_value_head_dim")
     fp32_parameters = ("A_log", "dt_bias")
+    joined = ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj")
     decay_range = (0.0, 16.0)
 
     def default_sizes(self, base: ModelConfig, base_name: str | None, teacher_shapes: bool) -> Fields:

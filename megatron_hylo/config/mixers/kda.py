@@ -19,6 +19,7 @@ class KimiDeltaAttention(GatedDeltaNet):
 
     symbol, name = "K", "KDA"
     size_fields = (*GatedDeltaNet.size_fields, "kda_decay_rank")
+    undivided = ("f_a_proj",)
     decay_range = (1.0, 16.0)
 
     def default_sizes(self, base: ModelConfig, base_name: str | None, teacher_shapes: bool) -> Fields:

@@ -27,6 +27,7 @@ class MultiLatentAttention(MixerDescription):
 
     symbol, name, block, recurrent = "+", "MLA", "self_attn", False
     rotary_pairs_by_layer, output_fit = True, "from_initial"
+    undivided = ("q_a_proj", "kv_a_proj_with_mqa")
     size_fields = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
     def check(self, config: ModelConfig) -> None:
