@@ -18,7 +18,7 @@ from megatron_hylo.cli.layouts import layouts, scripts
 from megatron_hylo.cli.parser import build_parser, command, parameters, settings_of
 from megatron_hylo.cli.plan import plan
 from megatron_hylo.cli.report import report
-from megatron_hylo.cli.runs_list import runs
+from megatron_hylo.cli.runs import runs
 from megatron_hylo.cli.sweep import sweep
 from megatron_hylo.cli.text import fetch, preprocess, sample_text
 from megatron_hylo.cli.train import quickstart, train

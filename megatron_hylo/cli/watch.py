@@ -14,7 +14,7 @@ from rich.text import Text
 
 from megatron_hylo.cli.boundary import EXIT_FAILURE, EXIT_STOPPED
 from megatron_hylo.cli.console import results
-from megatron_hylo.cli.runs_list import STATE_STYLES
+from megatron_hylo.cli.runs import STATE_STYLES
 from megatron_hylo.cli.types import PositiveFloat
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_hylo.cli import runs_list
+from megatron_hylo.cli import runs
 from megatron_hylo.cli.main import QUICK
 from megatron_hylo.cli.watch import LogTail, panel, sparkline, watch
 from megatron_hylo.config import ConfigError
@@ -121,11 +121,11 @@ def test_a_lock_file_of_another_program_is_none(run):
 def listed(capsys, *folders: Path, json: bool = False) -> str:
     """Output of `hylo runs` on a wide terminal."""
     output = io.StringIO()
-    console, runs_list.results = runs_list.results, Console(file=output, width=180)
+    console, runs.results = runs.results, Console(file=output, width=180)
     try:
-        runs_list.runs(tuple(folders), json)
+        runs.runs(tuple(folders), json)
     finally:
-        runs_list.results = console
+        runs.results = console
     return output.getvalue() + capsys.readouterr().out
 
 
@@ -155,8 +155,8 @@ def test_two_runs_are_compared_by_settings_and_last_figures(run, capsys):
 
 
 def test_columns_without_room_are_left_out_and_named(run, capsys, monkeypatch):
-    monkeypatch.setattr(runs_list, "results", Console(width=60))
-    runs_list.runs((run,))
+    monkeypatch.setattr(runs, "results", Console(width=60))
+    runs.runs((run,))
     said = capsys.readouterr()
     assert "commit" not in said.out and "held-out ppl" in said.out and "commit" in said.err
 
@@ -165,7 +165,7 @@ def test_columns_without_room_are_left_out_and_named(run, capsys, monkeypatch):
 def test_what_is_no_run_is_refused(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("text")
-    for verb in (lambda path: runs_list.runs((path,)), watch):
+    for verb in (lambda path: runs.runs((path,)), watch):
         with pytest.raises(ConfigError, match=f"{folder}.*(no such folder|not a run folder|not the output of a training run)"):
             verb(tmp_path / folder)
 
