@@ -48,7 +48,7 @@ logger = logging.getLogger("megatron_hylo.convert")
 FormatName = Literal["fp8", "int8", "int4"]
 CALIBRATION_TOKENS, WINDOW = 65536, 1024
 TOKENS_AT_ONCE = 8192  # that pass through a layer together
-INSTALL = "--quantize needs compressed-tensors, which is not installed; pip install 'megatron_hylo[quantize]'"
+INSTALL = "--quantize needs compressed-tensors, which is not installed; pip install 'megatron-hylo[quantize]'"
 
 
 @dataclass(frozen=True)

@@ -15,4 +15,4 @@ def require_lm_eval(what: str) -> None:
         ConfigError: it is not installed; says how to install it.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(f"{what} needs lm-eval, which is not installed; pip install 'megatron_hylo[eval]'")
+        raise ConfigError(f"{what} needs lm-eval, which is not installed; pip install 'megatron-hylo[eval]'")

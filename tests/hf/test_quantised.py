@@ -30,7 +30,7 @@ GROUPS = {"fp8": None, "int8": None, "int4": 32}
 
 @pytest.fixture(scope="session")
 def needs_compressed_tensors():
-    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors: pip install megatron_hylo[quantize]")
+    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors: pip install megatron-hylo[quantize]")
 
 
 @pytest.fixture(scope="session")
