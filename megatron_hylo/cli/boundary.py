@@ -5,6 +5,7 @@ Exit codes: 1 a failure or a check that did not pass, 2 bad input, 3 stopped by 
 
 import contextlib
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -91,10 +92,12 @@ def sentence(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, _class("torch", "OutOfMemoryError")):
         first = str(error).split("\n")[0].split(". ")[0]
         return f"{first}; take a smaller micro-batch, a shorter sequence or more devices", EXIT_FAILURE
-    if (isinstance(error, RuntimeError) and str(error).startswith(NO_THREAD)) or (
-        isinstance(error, ImportError) and NO_MAPPING in str(error)
-    ):
+    mapping = isinstance(error, ImportError) and NO_MAPPING in str(error)
+    if mapping or (isinstance(error, RuntimeError) and str(error).startswith(NO_THREAD)):
         first = " ".join(str(error).strip().splitlines()[-1].split())
+        if mapping and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+            cause = "the folder of that file may be on a disk that is mounted noexec; set TRITON_CACHE_DIR, TMPDIR to another"
+            return f"a compiled library cannot be loaded ({first}): {cause}", EXIT_FAILURE
         return (
             f"a limit of this process is too low ({first}); raise ulimit -v, ulimit -u or the container's pids.max",
             EXIT_FAILURE,

@@ -83,7 +83,10 @@ def explain(message: str, parser: ArgumentParser, verb: str | None, words: list[
         return f"{found[1]} is a switch and takes no value, got {found[2]}; leave it out or write {found[1]} alone"
     if found := re.match(r'Parser key "config": (File does not exist|Path is not a file|.*?): \'?(.*?)\'?$', message):
         return f"--config: {found[1][0].lower()}{found[1][1:]}: {found[2]}"
-    if found := re.match(r"(\S+) (is null;|must be a mapping of settings)", message):
+    if found := re.match(r"(\S+) is null;", message):
+        of = next((one for one in reversed([*recipes(words)]) if _is_null(one, found[1])), None)
+        return f"{_place(of, found[1])}{message}"
+    if found := re.match(r"(\S+) must be a mapping of settings", message):
         return f"{_place(recipe, found[1])}{message}"
     if message.startswith("not UTF-8"):
         return f"the recipe (--config) is not UTF-8: {recipe}{message.removeprefix('not UTF-8')}; save it so"
@@ -181,17 +184,30 @@ def _place(recipe: str | None, key: str) -> str:
     """FILE:LINE of a key in a recipe, with a colon; empty where it cannot be found."""
     if recipe is None:
         return ""
+    path = _nodes(recipe, key)
+    return f"{recipe}:{path[-1][0].start_mark.line + 1}: " if path else f"{recipe}: "
+
+
+def _is_null(recipe: str, key: str) -> bool:
+    """Whether a recipe has a key and its value is null."""
+    path = _nodes(recipe, key)
+    return bool(path) and path[-1][0].value == key.split(".")[-1] and path[-1][1].tag.endswith(":null")
+
+
+def _nodes(recipe: str, key: str) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Name and value of a recipe's key and of those around it, outer ones first, as far as they are there."""
     try:
         node = yaml.compose(Path(recipe).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return f"{recipe}: "
-    line = None
+        return []
+    path: list[tuple[yaml.Node, yaml.Node]] = []
     for part in [key] if _child(node, key) else key.split("."):
         found = _child(node, part)
         if found is None:
             break
-        line, node = found[0].start_mark.line + 1, found[1]
-    return f"{recipe}:{line}: " if line else f"{recipe}: "
+        path.append(found)
+        node = found[1]
+    return path
 
 
 def _child(node: Any, key: str) -> tuple[yaml.Node, yaml.Node] | None:

@@ -108,12 +108,6 @@ class MixtureOfExperts(MlpDescription):
             names |= _swiglu(f"mlp.experts.{expert}.", config.hidden_size, config.moe_ffn_hidden_size)
         return names
 
-    def matrices(self, config: ModelConfig) -> list[Matrix]:
-        """Router and two matrices an expert; tensor parallelism divides none."""
-        expert = trained_matrices(_swiglu("", config.hidden_size, config.moe_ffn_hidden_size), JOINED)
-        whole = [Matrix(config.num_moe_experts, config.hidden_size), *expert * config.num_moe_experts]
-        return [matrix._replace(divided=False) for matrix in whole]
-
     def parameters(self, config: ModelConfig) -> int:
         """Router and experts."""
         return config.num_moe_experts * config.hidden_size + self.expert_parameters(config)

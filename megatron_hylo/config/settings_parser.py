@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -20,7 +21,7 @@ class SettingsParser(ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Namespace:  # type: ignore[override]
         """Parse a command line as jsonargparse does, with `--optimizer null` besides."""
-        return super().parse_args(None if args is None else self._spelt_out(args), *others, **settings)
+        return super().parse_args(None if args is None else self._spelt_line(args), *others, **settings)
 
     def instantiate(self, namespace: Namespace, *others: Any, **settings: Any) -> Namespace:
         """Make objects of what was parsed, as jsonargparse does, with the defaults of groups that are null.
@@ -34,14 +35,33 @@ class SettingsParser(ArgumentParser):
                 raise
             raise own from None
 
-    def _groups(self) -> dict[str, Namespace]:
-        """Defaults of the groups of settings by name, outer ones before those inside them."""
-        defaults = self.get_defaults()
-        return {name: group for name in self.groups or () if isinstance(group := defaults.get(name), Namespace)}
+    def spelt_out(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Settings with a group's defaults in place of its null, so that what they are merged over has no effect there.
 
-    def _spelt_out(self, args: Sequence[str]) -> list[str]:
+        Args:
+            values: nested settings as a YAML file has them; not changed.
+        """
+        found = dict(values)
+        for name, group in self._default_groups.items():
+            first, _, rest = name.partition(".")
+            if not rest and first in found and found[first] is None:
+                found[first] = group.as_dict()
+            elif rest and "." not in rest and isinstance(found.get(first), dict) and found[first].get(rest, 0) is None:
+                found[first] = found[first] | {rest: group.as_dict()}
+        return found
+
+    @cached_property
+    def _own_defaults(self) -> Namespace:
+        return self.get_defaults()
+
+    @cached_property
+    def _default_groups(self) -> dict[str, Namespace]:
+        """Defaults of the groups of settings by name, outer ones before those inside them."""
+        return {name: group for name in self.groups or () if isinstance(group := self._own_defaults.get(name), Namespace)}
+
+    def _spelt_line(self, args: Sequence[str]) -> list[str]:
         """The command line with a group's defaults, as JSON, for its null: options before it are to have no effect."""
-        words, groups = list(args), self._groups()
+        words, groups = list(args), self._default_groups
         for place, word in enumerate(args):
             option, equals, value = word.partition("=")
             if (group := groups.get(option.removeprefix("--"))) is None or not option.startswith("--"):
@@ -53,15 +73,14 @@ class SettingsParser(ArgumentParser):
         return words
 
     def _without_nulls(self, parsed: Namespace) -> Namespace:
-        for name, group in self._groups().items():
+        for name, group in self._default_groups.items():
             value = parsed.get(name)
             if value is None:
                 parsed[name] = group.clone()
             elif not isinstance(value, Namespace):
                 self.error(f"{name} must be a mapping of settings, got {value!r}")
-        defaults = self.get_defaults()
         for name, value in parsed.items():
-            if value is not None or (default := defaults.get(name)) is None:
+            if value is not None or (default := self._own_defaults.get(name)) is None:
                 continue
             try:
                 self.validate(Namespace({name: None}), skip_unset=False, skip_required=True)

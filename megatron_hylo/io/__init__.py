@@ -2,7 +2,7 @@
 
 Everything this project writes for later use (converted models, checkpoints, datasets, exports) goes through
 `atomic_directory`, and is checked by `verify_manifest` when it is opened. The names below are imported from this package; its
-modules without a leading underscore (cache, foreign, gguf_file, gguf_reader, identity, overlap, progress, provenance) are
+modules without a leading underscore (cache, foreign, gguf_file, gguf_quick_reader, identity, overlap, progress, provenance) are
 imported directly.
 """
 

@@ -85,6 +85,7 @@ def read_sweep(file: Path) -> Sweep:
     base = {name: spec.get(name) for name in CELL_GROUPS} | {"train": spec.get("train") or {}}
     if spec.get("stages") is None:
         del base["stages"]
+    base = _spelt_out(base)
     measurements = read_measurements(spec, file)
     retries, at_once = whole_number(spec, "retries", 1, 0), whole_number(spec, "at_once", 1, 1)
     points = [*grid_points(spec.get("grid") or {}, file), *(spec.get("cells") or [])]
@@ -123,7 +124,7 @@ def _settings(base: dict[str, Any], varied: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{name!r} is of no stage; the stages are {', '.join(base.get('stages') or {}) or 'not given'}")
         for key in reversed(rest):
             value = {key: value}
-        settings = merged(settings, {first: value})
+        settings = merged(settings, _spelt_out({first: value}))
     for group, given in (("student", settings["student"]), ("train", settings["train"])):
         if "output" in (given or {}):
             raise ConfigError(f"{group}.output must be left out: each cell has a folder of its own below output")
@@ -131,6 +132,19 @@ def _settings(base: dict[str, Any], varied: dict[str, Any]) -> dict[str, Any]:
     if student is not None and isinstance(student.get("mla"), dict):
         settings = settings | {"student": student | {"mla": selected_layers(student["mla"])}}
     return settings
+
+
+def _spelt_out(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by cell group, where null in place of a group of `hylo train`'s settings is its defaults."""
+    parser = settings_parser(TrainConfig)
+    found = dict(settings)
+    if isinstance(found.get("train"), dict):
+        found["train"] = parser.spelt_out(found["train"])
+    if isinstance(found.get("stages"), dict):
+        found["stages"] = {
+            name: parser.spelt_out(own) if isinstance(own, dict) else own for name, own in found["stages"].items()
+        }
+    return found
 
 
 def _cell(number: int, base: dict[str, Any], varied: dict[str, Any], output: Path, measurements: list[Measurement]) -> Cell:

@@ -7,10 +7,7 @@ from megatron_hylo.config import ConfigError
 
 KIB = 1024
 THREADS = 72  # of the 24 process groups of one rank over gloo, counted with torch 2.11 and Megatron-Core 0.19.2
-ARENA, ARENAS = (
-    64 * 2**20,
-    8,
-)  # what glibc reserves for a thread's allocations; for about twice as many as there were on two cores
+RESERVE = 64 * 2**20  # for their allocations; groups were made, three times of three, with 24 MiB beside the stacks
 USUAL_STACK = 8 * 2**20  # of a thread where stacks are unlimited; glibc takes less
 
 
@@ -33,11 +30,11 @@ def check_address_space() -> None:
     if limit == resource.RLIM_INFINITY:
         return
     stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
-    needed = THREADS * (USUAL_STACK if stack == resource.RLIM_INFINITY else stack) + ARENAS * ARENA
+    needed = THREADS * (USUAL_STACK if stack == resource.RLIM_INFINITY else stack) + RESERVE
     used = in_use()
     if used + needed > limit:
         raise ConfigError(
             f"the limit of addresses, {limit // KIB} KiB (ulimit -v), is too low for {THREADS} threads of torch.distributed, "
-            f"which reserve up to {needed // KIB} besides the {used // KIB} in use; start with a limit of at least "
+            f"which reserve up to {needed // KIB} KiB besides the {used // KIB} KiB in use; start with a limit of at least "
             f"{(used + needed) // KIB} KiB, better with `ulimit -v unlimited`"
         )

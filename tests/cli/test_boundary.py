@@ -1,6 +1,7 @@
 """Errors that torch's compiler or allocator meets keep their kind at the edge of the program: sentence and exit code."""
 
 import errno
+import resource
 
 import pytest
 import torch
@@ -71,15 +72,25 @@ def test_a_fault_inside_the_compiler_keeps_its_traceback():
         ImportError("\nadvice\n\nOriginal error was: libblas.so: failed to map segment from shared object\n"),
     ],
 )
-def test_a_limit_of_the_process_is_said_in_a_sentence(capsys, met):
+def test_a_limit_of_the_process_is_said_in_a_sentence(capsys, monkeypatch, met):
     def work():
         raise met
 
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (2**32, 2**32))
     code, words = ended(capsys, work)
     assert code == EXIT_FAILURE and words.startswith("error: a limit of this process is too low ("), words
     assert str(met).split("\n")[-2 if "\n" in str(met) else 0] in words and words.endswith(
         "raise ulimit -v, ulimit -u or the container's pids.max"
     )
+
+
+def test_a_library_that_cannot_be_mapped_without_a_limit_may_be_on_a_noexec_disk(capsys, monkeypatch):
+    def work():
+        raise ImportError("/tmp/a.so: failed to map segment from shared object")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
+    code, words = ended(capsys, work)
+    assert code == EXIT_FAILURE and "/tmp/a.so" in words and "noexec" in words and "ulimit" not in words
 
 
 def test_too_large_a_tensor_on_a_cpu_is_said_in_a_sentence(capsys):

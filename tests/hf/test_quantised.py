@@ -160,7 +160,7 @@ def test_bad_exports_are_refused(exports, tmp_path, monkeypatch, capsys):
     with pytest.raises(ConfigError, match="has layers with experts, which are not quantised yet"):
         export_quantised(exports / "hf", tmp_path / "out", "fp8")
     monkeypatch.setitem(__import__("sys").modules, "compressed_tensors.compressors", None)
-    with pytest.raises(ConfigError, match=r"needs compressed-tensors, .* pip install 'megatron_hylo\[quantize\]'"):
+    with pytest.raises(ConfigError, match=r"needs compressed-tensors, .* pip install 'megatron-hylo\[quantize\]'"):
         export_quantised(exports / "hf", tmp_path / "out", "fp8")
     code, said = run(capsys, "export", exports / "hf", tmp_path / "out", "--calibration_data", "d")
     assert code == 2 and "give --quantize fp8, int8 or int4 with it" in said and not (tmp_path / "out").exists()

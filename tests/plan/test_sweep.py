@@ -326,6 +326,18 @@ def test_null_in_a_cell_drops_what_a_recipe_sets(spec, tmp_path):
     assert kept.teacher_window.rope_scaling.factor == 4 and kept.optimizer.lr == 1
     assert windows.teacher_window == TeacherWindow("windows") and windows.optimizer == OptimizerSettings()
     assert none.teacher_window == TeacherWindow() and none.optimizer.lr == 1
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"optimizer": {"lr": 1.0, "mixer_lr": 2.0}}))
+    rate = {"student.mla": 1, "stages.a.optimizer.lr": 7.0}
+    for stage, train, cell in (
+        ({"optimizer": None}, {}, rate),
+        ({}, {}, {"student.mla": 1, "stages.a.optimizer": None} | rate),
+        ({}, {"optimizer": None}, {"student.mla": 1, "train.optimizer.lr": 7.0}),
+    ):
+        stages = {"a": {"recipe": "recipe.yaml"} | stage}
+        given = yaml.safe_load(file.read_text())["train"] | train
+        found = read_sweep(spec(stages=stages, train=given, grid=None, cells=[cell])).cells[0].last.train
+        assert (found.optimizer.lr, found.optimizer.mixer_lr) == (7.0, None)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(ConfigError, match="a.teacher_window.*set teacher_window.rope_scaling null, which drops a recipe's"):
         read_sweep(
             spec(

@@ -27,7 +27,7 @@ def limit(monkeypatch, **limits: int) -> None:
 
 def test_a_limit_leaves_room_for_stacks_and_allocations_of_the_threads(monkeypatch):
     monkeypatch.setattr("megatron_hylo.platform.limits.in_use", lambda: 2**30)
-    needed = 72 * 8 * 2**20 + 8 * 64 * 2**20
+    needed = 72 * 8 * 2**20 + 64 * 2**20
     limit(monkeypatch, RLIMIT_AS=2**30 + needed, RLIMIT_STACK=8 * 2**20)
     check_address_space()
     limit(monkeypatch, RLIMIT_AS=2**30 + needed, RLIMIT_STACK=resource.RLIM_INFINITY)
@@ -39,9 +39,9 @@ def test_a_limit_leaves_room_for_stacks_and_allocations_of_the_threads(monkeypat
     check_address_space()
 
 
-@pytest.mark.parametrize("mib", [44, 1200])
+@pytest.mark.parametrize("mib", [44, 700])
 def test_process_groups_are_made_or_refused_and_do_not_hang(mib):
     done = subprocess.run([sys.executable, "-c", SESSION.format(mib=mib)], capture_output=True, text=True, timeout=120)
-    made = mib > 1000
+    made = mib > 640
     assert (done.returncode, "made" in done.stdout) == (0 if made else 1, made), done.stderr[-500:]
     assert made or "is too low for 72 threads of torch.distributed" in done.stderr.splitlines()[-1]
