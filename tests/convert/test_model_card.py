@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import pytest
 from huggingface_hub import ModelCard
 
+from megatron_hylo.config.layouts import get_layout
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.convert.model_card import CardFacts, model_card
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
@@ -64,6 +66,16 @@ def test_a_windowed_llama_is_a_model_of_ours_and_a_mistral_is_not():
     assert "| `W` windowed attention | 0 | attention_window 32 | 32 |" in text
     text = model_card("mistral", llama.replace(hybrid_layer_pattern="W-W-", model_family="mistral"), 1000, {})
     assert "trust_remote_code=True" not in text and "vllm serve" in text
+
+
+@pytest.mark.parametrize("layout, sizes", [
+    ("smollm2-135m-8mla22gdn-teacher", "1, 3"), ("smollm2-135m-8mla22gdn", "1, 3"), ("smollm2-135m-8mla22m2", "1, 3"),
+    ("llama3.2-1b-4mla12gdn", "1, 2"), ("llama3.2-1b-4mla12m2", "1, 2, 4, 8"),
+])  # fmt: skip
+def test_a_card_names_the_tensor_parallel_sizes_that_divide_all_heads(layout, sizes):
+    """SmolLM2-135M has 9 heads on 3 KV heads and Llama-3.2-1B 32 on 8; HyLo's Gated DeltaNet has 3 and 6 heads in them."""
+    text = model_card("hybrid", get_layout(layout).config, 1000, {})
+    assert f"tensor-parallel sizes that work: {sizes}." in text
 
 
 def test_a_stages_row_names_its_optimizer_where_it_is_not_the_default():

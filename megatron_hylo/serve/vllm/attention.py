@@ -18,8 +18,7 @@ class HyloAttention(nn.Module):
 
     def __init__(self, config: Any, layer: int, vllm_config: Any, prefix: str) -> None:
         super().__init__()
-        c = config.architecture()
-        tp = get_tensor_model_parallel_world_size()
+        c, tp = config.architecture(), get_tensor_model_parallel_world_size()
         self.head_dim, heads, groups = c.kv_channels, c.num_attention_heads, c.num_query_groups
         self.sections = [heads // tp * self.head_dim, groups // tp * self.head_dim, groups // tp * self.head_dim]
         self.qkv_proj = QKVParallelLinear(

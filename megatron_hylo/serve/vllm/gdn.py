@@ -11,7 +11,6 @@ from vllm.third_party.flash_linear_attention.ops import fused_gdn_prefill_post_c
 from vllm.triton_utils import triton
 
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
-from megatron_hylo.serve.vllm.config import uses_reference
 from megatron_hylo.serve.vllm.recurrence import ReferenceMixin, sharded
 
 # Triton refuses vLLM's kernel before the recurrence where blocks of values are wider than those of keys
@@ -34,12 +33,11 @@ class HyloGatedDeltaNet(ReferenceMixin, QwenGatedDeltaNetAttention):
         )  # fmt: skip
         super().__init__(sizes, vllm_config, prefix)
         self.register_parameter("dt_bias", sharded(len(self.dt_bias), dtype=torch.float32))  # as the exported tensor
-        self.reference = uses_reference(vllm_config)
+        self.choose_kernels(vllm_config)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Make q, k, v [tokens, channels], to be convolved, and the gate [tokens, heads, value channels]."""
-        values = self.value_dim // self.tp_size
-        joined = self.in_proj_qkvz(x)[0]
+        joined, values = self.in_proj_qkvz(x)[0], self.value_dim // self.tp_size
         return joined[:, :-values], joined[:, -values:].unflatten(-1, (-1, self.head_v_dim))
 
     def decay_and_strength(self, x: Tensor) -> tuple[Tensor, Tensor]:

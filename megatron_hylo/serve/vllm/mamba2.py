@@ -9,7 +9,6 @@ from torch import Tensor
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 
 from megatron_hylo.kernels.ssd import ssd
-from megatron_hylo.serve.vllm.config import uses_reference
 from megatron_hylo.serve.vllm.recurrence import ReferenceMixin, sharded
 from megatron_hylo.serve.vllm.versions import known
 
@@ -28,7 +27,7 @@ class HyloMamba2(ReferenceMixin, MambaMixer2):
         )  # fmt: skip
         for name in ("dt_bias", "D"):  # as the exported tensors
             self.register_parameter(name, sharded(len(getattr(self, name)), dtype=torch.float32))
-        self.reference = uses_reference(vllm_config)
+        self.choose_kernels(vllm_config)
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
         """Describe the states; the reference has none within a prefill to checkpoint."""

@@ -63,7 +63,8 @@ class HyloModel(nn.Module):
         super().__init__()
         config = vllm_config.model_config.hf_config
         c = config.architecture()
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        padding = 64 * vllm_config.parallel_config.tensor_parallel_size  # vLLM's 64 is no multiple of three ranks
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, padding_size=padding)
         self.layers = nn.ModuleList(
             HyloLayer(config, i, vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
         )
@@ -115,7 +116,7 @@ class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
         self.model = HyloModel(vllm_config, f"{prefix}.model" if prefix else "model")
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, padding_size=self.model.embed_tokens.padding_size)
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)

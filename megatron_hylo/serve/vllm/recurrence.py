@@ -12,6 +12,7 @@ from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 from megatron_hylo.serve.vllm.backends import StateBackend, StateMetadata
+from megatron_hylo.serve.vllm.config import uses_reference
 
 
 def states_of(layer: Any) -> tuple[Tensor, Tensor]:
@@ -29,6 +30,12 @@ class ReferenceMixin:
     # convolved inputs [1, tokens, channels], other inputs, a state or None -> outputs [1, tokens, heads, channels], next state
     step: Callable[..., tuple[Tensor, Tensor | None]]
     forward_reference: Callable[[Tensor], Tensor]
+
+    def choose_kernels(self, vllm_config: Any) -> None:
+        """Set `reference`; keep the convolution's weight as loaded then, which vLLM packs for its kernels on some CPUs."""
+        self.reference = uses_reference(vllm_config)
+        if self.reference:
+            self.conv1d.quant_method = None
 
     def get_attn_backend(self) -> Any:
         """Backend whose metadata the kernels read."""

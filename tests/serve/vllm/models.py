@@ -22,6 +22,8 @@ BASE = {
 CALIBRATED = {"mla_bias": True, "qk_head_dim": 64, "kv_lora_rank": 112, "qk_pos_emb_head_dim": 48}
 FIRST, LATER = list(range(24)), [0, 0, 1, 1, *range(11, 31)]
 PAIRS = [FIRST, [], LATER, []]
+# heads as in SmolLM2-135M, for three ranks; they do not divide the vocabulary of 256
+NINE = {"num_attention_heads": 9, "num_query_groups": 3, "linear_num_heads": 3, "mamba_num_heads": 9, "ffn_hidden_size": 288}
 MODELS: dict[str, dict] = {
     "mla_gdn": {"hybrid_layer_pattern": "G-+-G-G-"},
     "gdn_wide_heads": {"hybrid_layer_pattern": "G-G-+-G-", "linear_num_heads": 1, "linear_key_head_dim": 256,
@@ -36,6 +38,9 @@ MODELS: dict[str, dict] = {
     "mla_only": {"hybrid_layer_pattern": "+-+-", "qk_layernorm": True},
     "mla_gdn_mamba2": {"hybrid_layer_pattern": "+-G-+-M-", "mla_rotary_pairs": PAIRS, **CALIBRATED},
     "mla_all_linear": {"hybrid_layer_pattern": "+-G-M-K-"},
+    "nine_heads": {"hybrid_layer_pattern": "+-G-M-K-", **NINE},
+    # in three ranks `*` has one KV head each and caches less a token than `+`
+    "attention_nine_heads": {"hybrid_layer_pattern": "*-+-G-M-K-", **NINE},
 }  # fmt: skip
 
 

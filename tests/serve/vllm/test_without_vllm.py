@@ -146,3 +146,4 @@ def test_registering_never_raises_and_the_model_is_refused_with_the_reason(tmp_p
 def test_tensor_parallel_sizes_divide_all_heads():
     assert tensor_parallel_sizes(config_of("mla_gdn").architecture()) == [1, 2]
     assert tensor_parallel_sizes(config_of("gdn_wide_heads").architecture()) == [1]
+    assert tensor_parallel_sizes(config_of("nine_heads").architecture()) == [1, 3]
