@@ -72,7 +72,7 @@ def generate(
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     with session() if several else contextlib.nullcontext():
         if prompt == "-":  # the ranks of a machine share its standard input
-            said = [sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape") if is_main() else ""]
+            said = [_standard_input() if is_main() else ""]
             if several:
                 torch.distributed.broadcast_object_list(said)
             prompt = said[0]
@@ -104,7 +104,7 @@ def _generate_many(model: Path, lines: str, **settings: Any) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--batch decodes in one process; start it without torchrun, or leave --batch out")
     if lines == "-":
-        lines = sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape")
+        lines = _standard_input()
     prompts, start = read_prompts(lines), time.perf_counter()
 
     def show(number: int, result: Any) -> None:
@@ -118,3 +118,8 @@ def _generate_many(model: Path, lines: str, **settings: Any) -> None:
         f"{'a CUDA graph' if 'a CUDA graph' in ways else ways[-1]}",
         style="dim",
     )
+
+
+def _standard_input() -> str:
+    """All of the standard input; bytes that are not UTF-8 stay as surrogates, which the check of prompts names."""
+    return sys.stdin.buffer.read().decode("utf-8-sig", errors="surrogateescape")
