@@ -231,6 +231,19 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         ("megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue",),
     ),
     ThirdPartyChange(
+        "functions on lists of tensors",
+        "Megatron-Core's own norm and scaling of an optimizer's tensors, where Transformer Engine and Apex are not installed",
+        "they wait for the GPU or start kernels once a tensor; torch's foreach functions take them all at once",
+        "process",
+        lambda: getattr(_loaded("megatron.core.optimizer.clip_grads", "l2_norm_impl"), "__module__", "").startswith("megatron_hylo."),
+        ("train/multi_tensor.py",),
+        (
+            "megatron.core.optimizer.clip_grads.l2_norm_impl",
+            "megatron.core.optimizer.clip_grads.multi_tensor_scale_impl",
+            "megatron.core.optimizer.optimizer.multi_tensor_scale_impl",
+        ),
+    ),
+    ThirdPartyChange(
         "model class in transformers",
         "AutoConfig, AutoModel and its causal LM and classifier know the model type of exported models",
         "exported models load by their type, without code from their folder",

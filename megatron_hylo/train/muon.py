@@ -55,8 +55,8 @@ class BatchedMuon(TensorParallelMuon):
             matrices = [p for p in group["params"] if p.grad is not None]
             if not matrices:
                 continue
-            for p in matrices:
-                self._apply_weight_decay_inplace(p, p.grad, group["lr"], group["weight_decay"])
+            if group["weight_decay"]:  # decoupled, as the optimizer's settings have it
+                torch._foreach_add_(matrices, matrices, alpha=-group["weight_decay"] * group["lr"])
             gradients, moments = [p.grad for p in matrices], [self.state[p]["momentum_buffer"] for p in matrices]
             torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
             alike = defaultdict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tensor]]](list)

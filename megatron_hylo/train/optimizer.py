@@ -25,6 +25,7 @@ from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.plan.muon import ITERATIONS
+from megatron_hylo.train.multi_tensor import use_foreach_functions
 from megatron_hylo.train.muon import FP32_PARAMETERS, build_muon
 from megatron_hylo.train.optimizer_offload import OffloadedState
 
@@ -172,6 +173,7 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     if settings.mixer_lr is not None and settings.mixer_lr != settings.lr:
         group = ParamGroupOverride(max_lr=settings.mixer_lr, min_lr=settings.mixer_lr * settings.min_lr_ratio)
         overrides[ParamKey(name=MIXER_PARAMETERS)] = group
+    use_foreach_functions()
     build = build_muon if settings.name == "muon" else get_megatron_optimizer
     optimizer = build(optimizer_config, wrapped, config_overrides=overrides)
     no_sync = [wrapper.no_sync for wrapper in wrapped]

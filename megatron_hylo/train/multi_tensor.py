@@ -1,0 +1,52 @@
+"""Norm, clipping and copies of all of an optimizer's tensors at once, where Transformer Engine and Apex are not installed."""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import clip_grads
+from megatron.core.optimizer import optimizer as megatron_optimizer
+from megatron.core.utils import local_multi_tensor_l2_norm
+from torch import Tensor
+
+
+def use_foreach_functions() -> None:
+    """Replace Megatron-Core's own functions on lists of tensors by torch's.
+
+    Its norm waits for the GPU once a tensor, and its scaling starts two kernels a tensor: of a small model's update that is
+    most of the time. Those of Transformer Engine and Apex stay.
+    """
+    if clip_grads.l2_norm_impl is not local_multi_tensor_l2_norm:  # a library's, or ours already
+        return
+    clip_grads.l2_norm_impl = l2_norm
+    clip_grads.multi_tensor_scale_impl = scale
+    megatron_optimizer.multi_tensor_scale_impl = scale
+
+
+def l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool, *args: Any) -> Any:
+    """Norm of all tensors of the first list together, with the arguments of Apex's function of this name.
+
+    Args:
+        chunk_size: ignored, as are `noop_flag`, `per_tensor` and all that follows.
+        tensor_lists: one list, of at least one tensor.
+
+    Returns:
+        The norm [1], in the tensors' dtype and on their device, and None: no norm of each.
+    """
+    return torch.nn.utils.get_total_norm(tensor_lists[0]).reshape(1), None
+
+
+def scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], factor: float) -> None:
+    """Write tensors times a factor into others, with the arguments of Apex's multi_tensor_scale.
+
+    Args:
+        chunk_size: ignored, as is `noop_flag`.
+        tensor_lists: sources and targets, of the same shapes; they may be the same list, and their dtypes may differ.
+        factor: rounded products are in the targets' dtype; Megatron-Core has 1.0 where the dtypes differ.
+    """
+    sources, targets = tensor_lists
+    if not targets:
+        return
+    if targets is not sources:
+        torch._foreach_copy_(targets, sources)
+    if factor != 1.0:
+        torch._foreach_mul_(targets, factor)
