@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from megatron_hylo.cli.types import NUMBERS
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.renamed import recipes
-from megatron_hylo.config.settings_parser import SettingsParser
+from megatron_hylo.config.settings_parser import SettingsParser, whole_name
 from megatron_hylo.io import is_launched_first
 
 EXIT_USAGE = 2
@@ -45,7 +44,7 @@ class Parser(SettingsParser):
         Raises:
             ConfigError: this is no verb's parser.
         """
-        whole = self.whole or self
+        message, whole = whole_name(message), self.whole or self
         if whole._subcommands_action is None:  # jsonargparse's own parser of a class that an option may be
             raise ConfigError(message)
         words, verbs = list(whole.args), whole._subcommands_action._name_parser_map
@@ -56,7 +55,7 @@ class Parser(SettingsParser):
         sys.exit(EXIT_USAGE)
 
 
-def explain(message: str, parser: ArgumentParser, verb: str | None, words: list[str], verbs: list[str]) -> str:
+def explain(message: str, parser: SettingsParser, verb: str | None, words: list[str], verbs: list[str]) -> str:
     """Turn a message of jsonargparse into a sentence.
 
     Args:
@@ -75,6 +74,8 @@ def explain(message: str, parser: ArgumentParser, verb: str | None, words: list[
         return f"hylo needs a verb: {', '.join(verbs)}"
     if found := re.match(r"Subcommand '.*?' does not accept option '(.*?)'", message):
         return f"{_place(recipe, found[1])}unknown key {found[1]}{near(found[1], _keys(parser), 'did you mean {}?')}"
+    if found := re.match(r"Group '(.*?)' does not accept option '(.*?)'", message):
+        return _unknown_inside(found, parser, verb, words, recipe)
     if found := re.match(r"the following arguments are required: (.*)", message):
         return f"hylo {verb} needs {', '.join(_shown(name, parser) for name in found[1].split(', '))}"
     if found := re.match(r"argument (--\S+): expected one argument", message):
@@ -114,7 +115,7 @@ def near(word: str, known: Iterable[str], ask: str = "did you mean {}?") -> str:
     return f"; {ask.format(' or '.join(found[:3]))}" if found else ""
 
 
-def _unrecognised(words: list[str], parser: ArgumentParser, verb: str | None, verbs: list[str]) -> str:
+def _unrecognised(words: list[str], parser: SettingsParser, verb: str | None, verbs: list[str]) -> str:
     option = next((word for word in words if word.startswith("-")), None)
     if option is None:
         switch = " (switches such as --overwrite take none)" if words[0].lower() in ("true", "false") else ""
@@ -129,21 +130,40 @@ def _unrecognised(words: list[str], parser: ArgumentParser, verb: str | None, ve
     return f"hylo {verb} has no option {name}{meant}"
 
 
-def _keys(parser: ArgumentParser) -> list[str]:
+def _is_on(words: list[str], key: str) -> bool:
+    """Whether a command line gives an option, or a group of settings with it."""
+    parts = key.split(".")
+    options = {f"--{'.'.join(parts[:end])}" for end in range(1, len(parts) + 1)}
+    return any(word.split("=")[0].removesuffix("+") in options for word in words)
+
+
+def _unknown_inside(found: re.Match, parser: SettingsParser, verb: str | None, words: list[str], recipe: str | None) -> str:
+    """The sentence on an unknown key inside an option that is settings or null, or a list of settings."""
+    option, name = found[1], f"{found[1]}.{found[2]}"
+    meant = near(name, [f"{option}.{key}" for key in _keys(parser.inner_parsers[option])])
+    if recipe is None or _is_on(words, name):
+        return f"hylo {verb} has no option --{name}{meant.replace('mean ', 'mean --').replace(' or ', ' or --')}"
+    return f"{_place(recipe, name)}unknown key {name}{meant}"
+
+
+def _keys(parser: SettingsParser) -> list[str]:
     """Options of a verb as YAML keys."""
     hidden = ("help", "print_config", "print_shtab", "config")
     names = [a.dest for a in parser._actions if a.dest not in hidden and not a.dest.endswith(".help")]
     return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]  # no groups of settings
 
 
-def _shown(name: str, parser: ArgumentParser) -> str:
+def _shown(name: str, parser: SettingsParser) -> str:
     """A required argument as the usage writes it; jsonargparse puts the verb before its name."""
     key = name.split(".", 1)[-1]
     action = next((a for a in parser._actions if a.dest == key), None)
     return f"--{key}" if action is None or action.option_strings else key.upper()
 
 
-def _type(key: str, parser: ArgumentParser) -> Any:
+def _type(key: str, parser: SettingsParser) -> Any:
+    for name, inner in parser.inner_parsers.items():
+        if key.startswith(f"{name}."):
+            return _type(key.removeprefix(f"{name}."), inner)
     action = next((a for a in parser._actions if a.dest == key), None)
     return getattr(action, "_typehint", None) or getattr(action, "type", None)
 
@@ -165,7 +185,7 @@ def _allowed(kind: Any) -> str:
     return names.get(kind) or ("a path" if "Path" in str(kind) else "a mapping")
 
 
-def _wrong_value(key: str, message: str, parser: ArgumentParser, words: list[str], recipe: str | None) -> str:
+def _wrong_value(key: str, message: str, parser: SettingsParser, words: list[str], recipe: str | None) -> str:
     kind = _type(key, parser)
     value = re.search(r"(?:Got value|Given value): (.*)", message) or re.search(
         r"(\S+) does not conform|literal for .*: '(.*)'", message
@@ -175,7 +195,7 @@ def _wrong_value(key: str, message: str, parser: ArgumentParser, words: list[str
     literals = [str(part) for part in typing.get_args(kind)] if typing.get_origin(kind) is typing.Literal else []
     action = next((a for a in parser._actions if a.dest == key), None)
     positional = action is not None and not action.option_strings
-    on_line = positional or any(word.split("=")[0] in (f"--{key}", f"--{key}+") for word in words)
+    on_line = positional or _is_on(words, key)
     name = (key.upper() if positional else f"--{key}") if on_line or recipe is None else f"{_place(recipe, key)}{key}"
     return f"{name} must be {_allowed(kind)}{given}{near(got, literals) if literals else ''}"
 

@@ -70,7 +70,8 @@ def test_null_is_a_value_where_the_type_has_it(parser):
         ({"seed": None}, "seed is null; give a value, or leave it out for its default 1234"),
         ({"optimizer": {"lr": None}}, "optimizer.lr is null; give a value, or leave it out for its default 6e-05"),
         ({"text": {"blend": None}}, "text.blend is null"),
-        ({"rope_scaling": {"factor": None}}, "factor is null; give a value, or leave it out for its default 1.0"),
+        ({"rope_scaling": {"factor": None}}, "rope_scaling.factor is null; give a value, or leave it out for its default 1.0"),
+        ({"text": {"blend": [{"data": "a", "weight": None}]}}, "text.blend.weight is null"),
         ({"optimizer": 3}, "optimizer must be a mapping of settings, got 3"),
         ({"rope_scaling": YARN | {"factor": 0.5}}, "yarn needs factor >= 1, got 0.5"),
         (
@@ -88,3 +89,36 @@ def test_other_nulls_and_values_that_cannot_work_are_refused_by_name(parser, tmp
         with pytest.raises((ConfigError, ArgumentError)) as error:
             config(parser, parsed)
         assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("scaling", [("rope_scaling",), ("teacher_window", "rope_scaling")])
+@pytest.mark.parametrize(
+    ("given", "key", "mistake"),
+    [
+        ({"factor": "far"}, "factor", "Got value: far"),
+        ({"attention_factor": "far"}, "attention_factor", "Given value: far"),
+        ({"rope_type": "yran"}, "rope_type", "Got value: yran"),
+    ],
+)
+def test_a_wrong_value_is_named_alike_in_a_group_and_in_one_that_may_be_null(parser, scaling, given, key, mistake):
+    values = given
+    for name in reversed(scaling):
+        values = {name: values}
+    with pytest.raises(ArgumentError) as error:
+        parser.parse_object(BASE | values)
+    said = str(error.value)
+    assert said.startswith(f'Parser key "{".".join(scaling)}.{key}":') and said.endswith(mistake)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"rope_scaling": {"factors": 2}}, "Group 'rope_scaling' does not accept option 'factors'"),
+        ({"text": {"blend": [{"data": "a", "weigh": 2}]}}, "Group 'text.blend' does not accept option 'weigh'"),
+        ({"text": {"blend": [{"data": "a", "weight": "heavy"}]}}, 'Parser key "text.blend.weight":'),
+    ],
+)
+def test_a_mistake_inside_an_option_of_settings_is_named_with_the_option(parser, given, sentence):
+    with pytest.raises(ArgumentError) as error:
+        parser.parse_object(BASE | given)
+    assert str(error.value).startswith(sentence)
