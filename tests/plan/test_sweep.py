@@ -17,6 +17,7 @@ import yaml
 from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError, TeacherWindow
 from megatron_hylo.config.train import OptimizerSettings
+from megatron_hylo.io import read_lock
 from megatron_hylo.plan.sweep import read_sweep, selected_layers
 from megatron_hylo.plan.sweep_report import fit_metric
 from megatron_hylo.plan.sweep_rows import row_of
@@ -81,19 +82,33 @@ def test_cells_run_each_by_itself_and_are_reported(spec, one_rank, capsys):
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_bad_input_is_not_tried_again(spec, material, tmp_path, capsys):  # noqa: F811
-    """Two real cells side by side, killed in the middle; they save, and resume. A third cell has no text."""
+    """Two real cells side by side, killed in the middle; they save, and resume. A third cell has no text.
+
+    On a loaded machine one cell may start many seconds after the other, which would be through by then. So each is halted once
+    it trains, until the sweep is dead.
+    """
     bad = {"student.mla": 1, "train.data": "/nowhere"}
     file = spec(grid={"student.mla": [1], "train.train_tokens": [12_800, 25_600]}, cells=[bad], at_once=3)
     command = [sys.executable, "-m", "megatron_hylo.cli", "sweep", str(file)]
-    first, deadline = subprocess.Popen(command), time.monotonic() + 300
+    first, deadline = subprocess.Popen(command), time.monotonic() + 600
     *good, missing = read_sweep(file).cells
-    while not all((cell.last.run / "metrics.jsonl").is_file() for cell in good):
-        assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.5)
-    first.kill()
+    halted: dict[int, int] = {}  # process by cell
+    try:
+        while len(halted) < len(good):
+            assert first.poll() is None and time.monotonic() < deadline
+            for cell in good:
+                if cell.number not in halted and (cell.last.run / "metrics.jsonl").is_file():
+                    halted[cell.number] = read_lock(cell.last.run).about["pid"]
+                    os.kill(halted[cell.number], signal.SIGSTOP)
+            time.sleep(0.05)
+    finally:
+        first.kill()
+        first.wait()  # the cells have the signal of its death by now
+        for process in halted.values():
+            os.kill(process, signal.SIGCONT)
     while any(cell.state()[0] in ("waiting", "running") for cell in good):
         assert time.monotonic() < deadline
-        time.sleep(0.5)
+        time.sleep(0.1)
     assert [cell.state()[0] for cell in good] == ["stopped", "stopped"]
     assert subprocess.run(command).returncode == 1
     assert [cell.state()[0] for cell in (*good, missing)] == ["finished", "finished", "failed"]
