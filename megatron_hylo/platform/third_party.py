@@ -84,6 +84,11 @@ def _is_vllm_config_registered() -> bool:
     return getattr(config, "__module__", "").startswith("megatron_hylo.serve.vllm")
 
 
+def _has_foreach_functions() -> bool:
+    norm = _loaded("megatron.core.optimizer.clip_grads", "l2_norm_impl")
+    return getattr(norm, "__module__", "").startswith("megatron_hylo.")
+
+
 def _is_results_queue_replaced() -> bool:
     found = _loaded("megatron.core.dist_checkpointing.strategies.filesystem_async", "_results_queue")
     return type(found) is queue.Queue
@@ -235,7 +240,7 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         "Megatron-Core's own norm and scaling of an optimizer's tensors, where Transformer Engine and Apex are not installed",
         "they wait for the GPU or start kernels once a tensor; torch's foreach functions take them all at once",
         "process",
-        lambda: getattr(_loaded("megatron.core.optimizer.clip_grads", "l2_norm_impl"), "__module__", "").startswith("megatron_hylo."),
+        _has_foreach_functions,
         ("train/multi_tensor.py",),
         (
             "megatron.core.optimizer.clip_grads.l2_norm_impl",

@@ -57,7 +57,9 @@ def test_a_run_uses_it_unless_a_library_is_there(settings, one_rank, monkeypatch
     monkeypatch.setattr(clip_grads, "l2_norm_impl", library)
     model = build_model(tiny_config("*-"), params_dtype=torch.float32)
     build_training_state([model], settings("pretrain"))
-    assert clip_grads.l2_norm_impl is clip_grads.multi_tensor_scale_impl is megatron_optimizer.multi_tensor_scale_impl is library
+    assert (
+        clip_grads.l2_norm_impl is clip_grads.multi_tensor_scale_impl is megatron_optimizer.multi_tensor_scale_impl is library
+    )
     monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
     build_training_state([model], settings("pretrain"))
     assert clip_grads.l2_norm_impl is multi_tensor.l2_norm
