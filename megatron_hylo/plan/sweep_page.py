@@ -12,13 +12,15 @@ LOSSES = ("heldout_kl", "heldout_cross_entropy")
 Rows = Sequence[tuple[Cell, dict[str, Any]]]
 
 
-def page(sweep: Sweep, rows: Rows, fits: Sequence[dict[str, Any]]) -> str:
+def page(sweep: Sweep, rows: Rows, fits: Sequence[dict[str, Any]], fitted: Sequence[int], pictured: bool) -> str:
     """Return the text of report.md.
 
     Args:
         sweep: its cells.
         rows: each cell's rows, as `sweep_rows.rows_of` returns them.
         fits: as `sweep_report.fit_metric` returns them.
+        fitted: numbers of the cells that they are of.
+        pictured: whether there is a picture of all cells, cells.png.
     """
     own = [fit["metric"] for fit in fits] or [name for name in LOSSES if any(name in row for _, row in rows)]
     measured = [name for name in _measured(rows) if "/heldout/" in name]  # perplexity of windows, beside the metrics of runs
@@ -26,7 +28,12 @@ def page(sweep: Sweep, rows: Rows, fits: Sequence[dict[str, Any]]) -> str:
     lines = [f"# Sweep {sweep.file.stem}", "", *(f"- {fit['sentence']}" for fit in fits), ""]
     why = "No fit: too few finished cells, or tokens and cache bytes vary together in all of them."
     lines += ["![fits](report.png)", ""] if fits else [why, ""]
-    lines += ["Shaded: 95 % of the bootstrap over cells, which says nothing of other seeds of one cell.", ""] if fits else []
+    shaded = "Shaded: 95 % of the bootstrap over cells, which says nothing of other seeds of one cell."
+    if pictured:
+        numbers = ", ".join(map(str, fitted))
+        shaded = f"Fitted: cells {numbers}, which differ in tokens, seed and number of MLA layers alone. {shaded}"
+    lines += [shaded, ""] if fits else []
+    lines += ["![cells](cells.png)", "", "Dashed: the first cell. Bars: one standard error.", ""] if pictured else []
     varied, staged = varied_names(sweep), any(row["stage"] for _, row in rows)
     columns = ["cell", *varied, *(["stage"] if staged else []), "state", "starts", "tokens", "cache bytes a token"]
     found = []

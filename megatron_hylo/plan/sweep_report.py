@@ -10,16 +10,18 @@ from numpy.typing import NDArray
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.plan.sweep import Cell, Sweep, settings_of
-from megatron_hylo.plan.sweep_page import page
+from megatron_hylo.plan.sweep_page import page, varied_names
+from megatron_hylo.plan.sweep_plots import AXES, draw_cells, draw_fits
 from megatron_hylo.plan.sweep_rows import row_of, rows_of
 
 LOSSES = ("heldout_kl", "heldout_cross_entropy")
 RECALLS = ("eval/recall/mean/exact", "heldout_recall_accuracy")  # of training, where no evaluation measured recall
+FITTED = ("label", ".train_tokens", ".seed", "student.mla")  # ends of settings in which cells of a fit may differ
 Floats = NDArray[np.float64]
 
 
 def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
-    """Write results.parquet, report.md and report.png beside the cells.
+    """Write results.parquet, report.md and, of fits, report.png beside the cells; of cells that no fit is of, cells.png.
 
     Args:
         sweep: with some finished cells.
@@ -39,20 +41,49 @@ def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
     table = sweep.output / "results.parquet"
     _write_parquet(stages, table)
     trained = [row for row in finished if "tokens" in row]
-    fits, known = list[dict[str, Any]](), {name for row in trained for name in row}
-    recalls = (*measured_recall(trained), *RECALLS)
-    for measures, words, power in ((LOSSES, "loss", True), (recalls, "recall", False)):
-        if fit := fit_metric(trained, next((m for m in measures if m in known), ""), words, power, samples):
-            fits.append(fit)
+    known = {name for row in trained for name in row}
+    loss = next((name for name in LOSSES if name in known), "")
+    recall = next((name for name in (*measured_recall(trained), *RECALLS) if name in known), "")
+    alike = comparable([cell for cell in sweep.cells if any(row["cell"] == cell.number for row in trained)])
+    fitted = [row for row in trained if row["cell"] in alike]
+    fits = [
+        fit
+        for metric, words, power in ((loss, "loss", True), (recall, "recall", False))
+        if (fit := fit_metric(fitted, metric, words, power, samples))
+    ]
     files = [table]
     if fits:
-        files.append(_draw(trained, fits, sweep.output / "report.png"))
+        files.append(draw_fits(fitted, fits, sweep.output / "report.png"))
+    pictured = (loss or recall) and len(trained) > max(len(fitted), 1)
+    if pictured:  # cells that no line goes through
+        varied = varied_names(sweep)
+        named = [(cell_name(cell, varied), row) for cell, row in zip(sweep.cells, rows) if row["state"] == "finished"]
+        shown = [one for one in named if any(one[1].get(metric) is not None for metric in (loss, recall))]
+        files.append(draw_cells(shown, loss, recall, sweep.output / "cells.png"))
     report = sweep.output / "report.md"
-    report.write_text(page(sweep, stages, fits))
+    report.write_text(page(sweep, stages, fits, sorted(alike) if fits else [], bool(pictured)))
     return {
         "cells": len(rows), "finished": len(finished), "states": {row["name"]: row["state"] for row in rows},
         "fits": [{k: v for k, v in fit.items() if k != "predict"} for fit in fits], "files": [str(f) for f in (*files, report)],
     }  # fmt: skip
+
+
+def comparable(cells: Sequence[Cell]) -> set[int]:
+    """Numbers of the cells that one line may go through: most that differ in tokens, seed and number of MLA layers alone.
+
+    Layers that are counted, and so evenly spread, are told from chosen ones.
+    """
+    groups: dict[str, set[int]] = {}
+    for cell in cells:
+        same = {name: value for name, value in cell.varied.items() if not name.endswith(FITTED)}
+        evenly = isinstance(cell.varied.get("student.mla"), int)
+        groups.setdefault(json.dumps([same, evenly], sort_keys=True, default=str), set()).add(cell.number)
+    return max(groups.values(), key=len, default=set())
+
+
+def cell_name(cell: Cell, varied: Sequence[str]) -> str:
+    """A cell's label, else what it varies."""
+    return str(cell.varied.get("label") or ", ".join(f"{name} {cell.varied[name]}" for name in varied if name in cell.varied))
 
 
 def measured_recall(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -138,56 +169,10 @@ def fit_metric(rows: Sequence[dict[str, Any]], metric: str, words: str, power: b
         return (np.exp(found[0]), np.exp(found[1]), np.exp(found[2])) if power else found
 
     said = ", ".join(
-        f"{'exponent' if power else 'slope'} by {_words(name)} {c['value']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]"
+        f"{'exponent' if power else 'slope'} by {AXES[name]} {c['value']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]"
         for name, c in coefficients.items()
         if name != "constant"
     )
     sentence = f"{metric}: {said} (95 % of {samples:,} bootstrap samples of {len(y)} cells), R2 {1 - residual:.3f}"
     return dict(metric=metric, words=words, power=power, cells=len(y), names=names, coefficients=coefficients, r2=1 - residual,
                 sentence=sentence, predict=predict)  # fmt: skip
-
-
-def _words(name: str) -> str:
-    return {"tokens": "tokens", "kv_bytes_per_token": "cache bytes a token"}[name]
-
-
-def _draw(rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]], file: Path) -> Path:
-    """Each metric by tokens, one line a cache size, and by cache size, one line an amount of tokens."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
-
-    from megatron_hylo.eval.plots import rc, style
-    from megatron_hylo.eval.theme import LIGHT
-
-    with matplotlib.rc_context(rc(LIGHT)):
-        figure = Figure(figsize=(10, 4.2 * len(fits)), layout="constrained")
-        panels = figure.subplots(len(fits), 2, squeeze=False)
-        for fit, axes in zip(fits, panels):
-            for panel, (along, other) in zip(axes, (("tokens", "kv_bytes_per_token"), ("kv_bytes_per_token", "tokens"))):
-                for number, value in enumerate(sorted({row[other] for row in rows})):
-                    mine = sorted(
-                        (row[along], row[fit["metric"]]) for row in rows if row[other] == value and fit["metric"] in row
-                    )
-                    if not mine:
-                        continue
-                    look = style(LIGHT, number)
-                    panel.plot(*zip(*mine), "o", color=look["color"], label=f"{value:,.0f} {_words(other)}")
-                    if along in fit["names"]:
-                        ends = np.geomspace(min(row[along] for row in rows), max(row[along] for row in rows), 40)
-                        point = {along: ends, other: np.full(40, float(value))}
-                        middle, low, high = fit["predict"](np.column_stack([point[name] for name in fit["names"]]))
-                        panel.plot(ends, middle, **look, linewidth=1.5)
-                        panel.fill_between(ends, low, high, color=look["color"], alpha=0.15, linewidth=0)
-                panel.set(xscale="log", xlabel=_words(along), ylabel=fit["metric"], yscale="log" if fit["power"] else "linear")
-                panel.legend(fontsize=7)
-                measured = sorted({row[along] for row in rows})
-                measured = measured[:: -(-len(measured) // 5)]  # five labels fit
-                panel.set_xticks(measured, [f"{value:,.0f}" for value in measured])
-                panel.xaxis.set_minor_locator(NullLocator())
-                if fit["power"]:  # a loss spans less than a decade
-                    panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
-                    panel.yaxis.set_major_formatter("{x:g}")
-                    panel.yaxis.set_minor_formatter(NullFormatter())
-        figure.savefig(file, dpi=120)
-    return file

@@ -19,7 +19,9 @@ from megatron_hylo.config import ConfigError, TeacherWindow
 from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.io import read_lock
 from megatron_hylo.plan.sweep import read_sweep, selected_layers
-from megatron_hylo.plan.sweep_report import fit_metric
+from megatron_hylo.plan.sweep_cells import Cell
+from megatron_hylo.plan.sweep_plots import draw_cells
+from megatron_hylo.plan.sweep_report import cell_name, comparable, fit_metric
 from megatron_hylo.plan.sweep_rows import row_of
 from tests.train.conftest import material, tokenizer  # noqa: F401  fixtures
 
@@ -169,6 +171,35 @@ def test_every_cell_is_checked_before_any_runs(spec, changes, words):
     assert words in str(error.value)
 
 
+def test_a_fit_is_of_cells_that_differ_in_tokens_seed_and_layers_alone():
+    def cell(number, **varied):
+        return Cell(number, str(number), Path(), {name.replace("__", "."): value for name, value in varied.items()})
+
+    cells = [
+        cell(0, label="a", student__mla=[1, 2]), cell(1, label="b", stages__2k__train_tokens=5, student__mla=[2]),
+        cell(2, label="c", train__seed=4), cell(3, label="evenly", student__mla=4), cell(4, student__init="paper"),
+        cell(5, student__init="paper", train__train_tokens=7),
+    ]  # fmt: skip
+    assert comparable(cells) == {0, 1, 2} and comparable(cells[3:]) == {4, 5} and comparable([]) == set()
+    assert [cell_name(one, ["label", "student.init"]) for one in cells[3:5]] == ["evenly", "student.init paper"]
+
+
+def test_a_picture_of_cells_has_a_dot_for_each_measured_one(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plain = [], Axes.errorbar
+
+    def errorbar(axes, values, places, **looks):
+        drawn.append((list(values), list(places), list(looks["xerr"])))
+        return plain(axes, values, places, **looks)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    named = [("dense", {"r": 0.9, "r s.e.": 0.1}), ("ours" * 30, {"kl": 0.3, "r": 0.5}), ("paper", {"kl": 2.0})]
+    file = draw_cells(named, "kl", "r", tmp_path / "cells.png")
+    assert drawn == [([0.3, 2.0], [1, 2], [0.0, 0.0]), ([0.9, 0.5], [0, 1], [0.1, 0.0])]
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_fit_finds_the_power_law_that_made_the_numbers_and_covers_it():
     noise, rows = np.random.default_rng(1), []
     for tokens in (1e5, 3e5, 1e6):
@@ -299,8 +330,10 @@ def test_stages_follow_each_other_are_shared_and_are_measured(spec, material, on
     assert run(file, "--cell", 2) == 0
     capsys.readouterr()
     assert run("report", file, "--json", "--samples", 9) == 0
-    (fit,) = json.loads(capsys.readouterr().out)["fits"]
-    assert (fit["metric"], fit["cells"]) == ("heldout_kl", 3), "tokens differ; the teacher, which has none, is in no fit"
+    report = json.loads(capsys.readouterr().out)
+    assert report["fits"] == [], "one differs from another in its seed alone, from the others in more"
+    assert str(tmp_path / "sweep" / "cells.png") in report["files"]
+    assert "![cells](cells.png)" in (tmp_path / "sweep" / "report.md").read_text()
     assert f"hylo export {one.last.model} {tmp_path}/sweep/exports/one-{one.last.folder.name}\n" in page
     assert "## text: ppl, by_position, perplexity\n\n| cell | label | stage | tokens | 64 | 128 |" in page, (
         "4,096 is past the window"
