@@ -1,6 +1,6 @@
 """Initialisers by name: functions from one attention layer of the teacher to one mixer of the student.
 
-An initialiser is registered for a name and a mixer symbol, e.g. ("paper", "G"). It sees plain CPU tensors of
+An initialiser is registered for a name and a mixer symbol, e.g. ("paper", "G"). It sees plain tensors of
 one layer and knows nothing of files, Megatron or parallelism. A new one is a new file in this package, imported
 by its `__init__.py`; every later step is blind to which was used.
 """
@@ -20,7 +20,8 @@ TeacherLayer = Mapping[str, Tensor]
 
 CalibrationStatistics = Mapping[str, Tensor]
 """Measurements of one layer of the teacher, by name (the list is in `megatron_hylo.calibrate.statistics`); an
-initialiser that needs none ignores it."""
+initialiser that needs none ignores it. They may lie on a GPU while the teacher's tensors lie on the CPU: an initialiser
+computes where the statistics are, and so moves weights there first."""
 
 Initialiser = Callable[
     [TeacherLayer, ModelConfig, ModelConfig, torch.Generator, CalibrationStatistics | None],
@@ -29,7 +30,7 @@ Initialiser = Callable[
 """(teacher, config, teacher_config, generator, statistics) -> the student's mixer.
 
 `config` is the student's. All random numbers come from `generator` (a CPU one). The result holds exactly the
-names and shapes of `get_mixer(symbol).tensors(config)`, fp32, contiguous, sharing no memory with the teacher.
+names and shapes of `get_mixer(symbol).tensors(config)`, fp32, contiguous, on the CPU, sharing no memory with the teacher.
 Raises ConfigError where the student's dimensions do not fit the map."""
 
 _INITIALISERS: dict[tuple[str, str], Initialiser] = {}

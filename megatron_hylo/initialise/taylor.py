@@ -67,15 +67,16 @@ def gated_delta_net_from_attention(
     if "attention_entropy" not in statistics:
         raise ConfigError("the calibration folder has no attention_entropy, which `taylor` needs; run `hylo calibrate` again")
     repeats = heads // teacher_config.num_query_groups
-    value = expand_heads(teacher["v_proj.weight"].float(), width, repeats)
+    moment = statistics["input_second_moment"].double()
+    value = expand_heads(teacher["v_proj.weight"].to(moment.device, torch.float32), width, repeats)
     decay = (math.log(2) / statistics["attention_distance"].double().clamp(min=SHORTEST)).clamp(*DECAYS)
     entropy = statistics["attention_entropy"].double()
     narrow = 1 - (entropy - entropy.min()) / (entropy.max() - entropy.min()).clamp(min=1e-12)
     writing = (WRITING[0] + (WRITING[1] - WRITING[0]) * narrow).logit() / config.hidden_size**0.5
-    variance = torch.einsum("ij,jk,ik->i", value.double(), statistics["input_second_moment"].double(), value.double())
+    variance = torch.einsum("ij,jk,ik->i", value.double(), moment, value.double())
     context = (statistics["head_energy"].double().mean() / width).sqrt()
     mixer = gated_delta_net_defaults(config, generator)
-    rows = mixer["linear_attn.b_proj.weight"]
+    rows = mixer["linear_attn.b_proj.weight"].to(moment.device)
     shapes = get_mixer("G").tensors(config)
     mixer |= {
         "linear_attn.q_proj.weight": teacher["q_proj.weight"],
@@ -94,5 +95,5 @@ def gated_delta_net_from_attention(
 def silu_rms(variance: Tensor) -> Tensor:
     """Root of the mean square of silu(v) for normal v of these variances, over all of them: [channels] -> []."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
-    values = silu(variance.sqrt()[:, None] * torch.as_tensor(nodes)) ** 2
-    return ((values @ torch.as_tensor(weights)).mean() / math.sqrt(2 * math.pi)).sqrt()
+    values = silu(variance.sqrt()[:, None] * variance.new_tensor(nodes)) ** 2
+    return ((values @ variance.new_tensor(weights)).mean() / math.sqrt(2 * math.pi)).sqrt()

@@ -4,8 +4,8 @@ Causality is aligned to the end: the last query sees every key, as in prefill an
 CUDA the backend is chosen here, in the order cuDNN, flash, memory-efficient, math (cuDNN is the fastest on
 Hopper and takes value heads that differ from query heads, as MLA has), and logged. Where queries are fewer than keys, as on
 a rank of context parallelism that has gathered keys, cuDNN computes two blocks (attention_after_prefix.py) and flash aligns to
-the end by itself; the others need a mask in memory. Where no gradient is needed, FlashAttention-3's forward kernels go before
-(flash_attention_3.py).
+the end by itself; the others need a mask in memory. Heads whose width is no multiple of 8 are padded, since fused kernels
+take no others. Where no gradient is needed, FlashAttention-3's forward kernels go before (flash_attention_3.py).
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from megatron_hylo.kernels.attention_after_prefix import attention_after_prefix
 from megatron_hylo.kernels.flash_attention_3 import Documents, choose_forward, flash_attention_3
-from megatron_hylo.kernels.fused_inputs import readable, same_width
+from megatron_hylo.kernels.fused_inputs import padded, readable, same_width
 from megatron_hylo.kernels.registry import overridden, use
 
 BACKENDS = {
@@ -72,16 +72,18 @@ def attention(
         outs = [attention(q[:, own], k[:, seen], v[:, seen], scale, causal) for own, seen in documents]
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, heads, tokens, channels]
+    if q.is_cuda:  # torch pads for flash alone, which takes no mask; with one, all scores would go to memory
+        q, k, v = padded(q, k, v)
     if mask is not None:  # torch chooses; with repeated heads its memory-efficient kernel can run, which has no grouped ones
         if hq != hkv:
             k, v = (x.repeat_interleave(hq // hkv, 1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)[..., :dv].transpose(1, 2)
     is_causal, is_lower_right = causal and t == s and t > 1, causal and 1 < t < s
     backend = choose_backend(q, k, v, is_causal)
     if backend in ("cudnn", "flash", "efficient"):
         q, k, v = (readable(x) for x in (q, k, v))
     if is_lower_right and backend == "cudnn":
-        return attention_after_prefix(q, k, v, scale).transpose(1, 2)
+        return attention_after_prefix(q, k, v, scale)[..., :dv].transpose(1, 2)
     mask = None
     if is_lower_right:  # flash needs no mask, which with long sequences is larger than all else
         mask = (

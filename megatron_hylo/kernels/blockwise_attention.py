@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_hylo.kernels.attention import choose_backend
 from megatron_hylo.kernels.flash_attention_3 import choose_forward, flash_attention_3
-from megatron_hylo.kernels.fused_inputs import readable, same_width
+from megatron_hylo.kernels.fused_inputs import padded, readable, same_width
 
 aten = torch.ops.aten
 SCORES = 2**25  # numbers that the plain form holds at a time, in fp32
@@ -58,14 +58,17 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) ->
     if choose_forward(q, k, v) != "torch":  # in bf16: with centred keys logarithms of blocks would not be comparable
         out, log_sum = flash_attention_3(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, causal)
         return out.transpose(1, 2).to(wide), log_sum
+    if q.is_cuda:  # these operators do not pad by themselves, as scaled_dot_product_attention does
+        q, k, v = padded(q, k, v)
     backend = choose_backend(q, k, v, causal)
-    if backend not in ("cudnn", "flash"):
-        return _plain(q.to(wide), k.to(wide), v.to(wide), scale, causal)
-    q, k, v = (readable(x) for x in (q, k, v))
+    if backend in ("cudnn", "flash"):
+        q, k, v = (readable(x) for x in (q, k, v))
     if backend == "cudnn":
         out, log_sum, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-    else:
+    elif backend == "flash":
         out, log_sum, *_ = aten._scaled_dot_product_flash_attention(*same_width(q, k, v), 0.0, causal, False, scale=scale)
+    else:
+        out, log_sum = _plain(q.to(wide), k.to(wide), v.to(wide), scale, causal)
     return out[..., :width].to(wide), log_sum.reshape(q.shape[:3]).to(wide)
 
 

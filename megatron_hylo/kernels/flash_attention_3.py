@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron_hylo.kernels.fused_inputs import readable, same_width
+from megatron_hylo.kernels.fused_inputs import padded, readable, same_width
 from megatron_hylo.kernels.registry import Unsupported, import_error, overridden, select
 
 OPERATION = "attention_forward"
@@ -59,20 +59,20 @@ def choose_forward(q: Tensor, k: Tensor, v: Tensor) -> str:
     wanted = overridden(OPERATION)
     if wanted is None and (overridden("attention") is not None or not q.is_cuda):
         return "torch"
-    return select(OPERATION, wanted if wanted in ("fa3", "fa3_fp8") else "fa3", unsupported(*tensors, wanted == "fa3_fp8"))
+    return select(OPERATION, wanted if wanted in ("fa3", "fa3_fp8") else "fa3", unsupported(*tensors))
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, fp8: bool = False) -> Unsupported | None:
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> Unsupported | None:
     """Why FlashAttention-3 cannot run on these inputs; None if it can."""
-    width, multiple = max(q.shape[-1], v.shape[-1]), 16 if fp8 else 8
+    width = max(q.shape[-1], v.shape[-1])
     if not q.is_cuda:
         return Unsupported("FlashAttention-3 needs a CUDA device")
     if torch.cuda.get_device_capability(q.device) != (9, 0):
         return Unsupported("FlashAttention-3 needs a Hopper GPU")
     if q.dtype != torch.bfloat16:
         return Unsupported(f"FlashAttention-3 takes bf16, not {str(q.dtype).removeprefix('torch.')}")
-    if width > WIDEST or width % multiple:
-        return Unsupported(f"FlashAttention-3 takes heads of up to {WIDEST} channels, a multiple of {multiple}, not {width}")
+    if width > WIDEST:
+        return Unsupported(f"FlashAttention-3 takes heads of up to {WIDEST} channels, not {width}")
     if error := import_error(MODULE):
         return Unsupported(f"{MODULE} does not import: {error}", "pip install fa3-fwd")
     return None
@@ -96,7 +96,8 @@ def flash_attention_3(
         Output [b, t, hq, dv] bf16 and, fp32, the logarithms of the softmax's sums: [b, hq, t], with documents [hq, t].
     """
     width, groups = v.shape[-1], k.shape[2]
-    if (q.shape[-1], width) not in PAIRS_OF_WIDTHS:
+    q, k, v = padded(q, k, v, multiple=16 if fp8 else 8)
+    if (q.shape[-1], v.shape[-1]) not in PAIRS_OF_WIDTHS:
         q, k, v = same_width(q, k, v)
     settings: dict[str, object] = dict(softmax_scale=scale, causal=causal, return_attn_probs=True)
     if fp8:

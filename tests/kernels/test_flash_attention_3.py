@@ -22,6 +22,7 @@ from tests.kernels.test_attention import explicit
 DOCUMENTS = [(slice(0, 5), slice(3, 12)), (slice(5, 6), slice(12, 13)), (slice(6, 40), slice(13, 47))]
 # [t, s, query heads, KV heads, width of keys, of values]
 SHAPES = [(40, 40, 6, 2, 64, 64), (33, 70, 4, 4, 128, 128), (40, 47, 8, 1, 96, 64), (40, 40, 4, 2, 192, 128)]
+PADDED = [(40, 47, 8, 2, 98, 64), (33, 40, 4, 2, 70, 64), (40, 40, 4, 2, 186, 124)]  # to multiples of 8, for FP8 of 16
 
 
 def inputs(t: int, s: int, heads: int, groups: int, d: int, dv: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
@@ -43,6 +44,8 @@ class PlainKernels(types.ModuleType):
         q, k, v, softmax_scale, causal, return_attn_probs, q_descale=None, k_descale=None, v_descale=None
     ) -> tuple[Tensor, Tensor]:
         (b, t, heads, d), (s, groups), dv = q.shape, k.shape[1:3], v.shape[-1]
+        multiple = 16 if q.dtype == torch.float8_e4m3fn else 8
+        assert d % multiple == dv % multiple == 0
         assert d == dv or (128 < d <= 192 and 96 < dv <= 128)
         assert return_attn_probs and all(x.stride(-1) == 1 for x in (q, k, v))
         if q.dtype == torch.float8_e4m3fn:
@@ -85,7 +88,7 @@ def plain_kernels(monkeypatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + PADDED)
 def test_plain_kernels_match_explicit_softmax(shape, causal, plain_kernels) -> None:
     q, k, v = inputs(*shape, torch.float64)
     assert relative_error(attention(q, k, v, 0.1, causal), explicit(q, k, v, 0.1, causal)) < 1e-10
@@ -111,6 +114,13 @@ def test_fp8_is_off_by_rounding_and_less_with_centred_keys(plain_kernels, monkey
         with override(fa3.OPERATION, "fa3_fp8"):
             errors.append(relative_error(attention(q, k, v, 0.125), truth))
     assert 1e-3 < errors[0] < 0.07 and errors[0] < 0.8 * errors[1]
+
+
+def test_fp8_heads_of_any_width_are_off_by_rounding(plain_kernels) -> None:
+    q, k, v = inputs(40, 47, 8, 2, 98, 72, torch.bfloat16)
+    with override(fa3.OPERATION, "fa3_fp8"):
+        error = relative_error(attention(q, k, v, 0.1), explicit(q.float(), k.float(), v.float(), 0.1))
+    assert 1e-3 < error < 0.1
 
 
 def test_quantisation_uses_all_of_the_range() -> None:
@@ -181,12 +191,9 @@ def test_what_cannot_run_says_why(monkeypatch) -> None:
     monkeypatch.setattr(fa3, "import_error", lambda module: "no such module")
     missing = fa3.unsupported(q, k, v)
     assert missing == Unsupported("fa3_fwd_interface does not import: no such module", "pip install fa3-fwd")
-    for given, fp8, reason in (
-        ((q.float(), k, v), False, "bf16, not float32"),
-        ((q[..., :20], k[..., :20], v[..., :20]), False, "multiple of 8, not 20"),
-        ((q[..., :24], k[..., :24], v[..., :24]), True, "multiple of 16, not 24"),
-    ):  # fmt: skip
-        found = fa3.unsupported(*given, fp8)
+    wide = torch.zeros(1, 8, 2, 258, dtype=torch.bfloat16)
+    for given, reason in (((q.float(), k, v), "bf16, not float32"), ((wide, wide, v), "up to 256 channels, not 258")):
+        found = fa3.unsupported(*given)
         assert found is not None and reason in found.reason and not found.advice
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     found = fa3.unsupported(q, k, v)
@@ -203,7 +210,7 @@ needs_kernels = pytest.mark.skipif(
 @needs_kernels
 @pytest.mark.parametrize("kernel", ["fa3", "fa3_fp8"])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("shape", [(40, 47, 32, 8, 128, 128), *SHAPES, (1500, 2000, 9, 3, 64, 64)])
+@pytest.mark.parametrize("shape", [(40, 47, 32, 8, 128, 128), *SHAPES, *PADDED, (1500, 2000, 9, 3, 64, 64)])
 def test_kernels_match_explicit_softmax_in_fp32(kernel, packed, shape) -> None:
     if packed:
         shape = (40, 47, *shape[2:])

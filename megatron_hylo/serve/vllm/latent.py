@@ -25,11 +25,11 @@ from megatron_hylo.serve.vllm.versions import known
 
 def choose_kernels(vllm_config: Any, c: Any) -> tuple[Any, Any]:
     """Choose the kernels of decode steps and of prompts by device, dtype and sizes, and say which."""
-    decode, prefill, qk = decode_torch, prefill_torch, c.qk_head_dim + c.qk_pos_emb_head_dim
+    decode, prefill, width = decode_torch, prefill_torch, max(c.qk_head_dim + c.qk_pos_emb_head_dim, c.v_head_dim)
     if current_platform.is_cuda() and not asks_for_reference(vllm_config):
         from megatron_hylo.serve.vllm.latent_triton import decode_triton as decode
 
-        if vllm_config.model_config.dtype != torch.float32 and qk % 8 == 0 and max(qk, c.v_head_dim) <= 256:
+        if vllm_config.model_config.dtype != torch.float32 and width % 8 == 0 and width <= 256:
             prefill = prefill_flash
     logger.info_once("HyLo MLA: %d numbers a token, kernels %s and %s", latent_row(c), decode.__name__, prefill.__name__)
     return decode, prefill
