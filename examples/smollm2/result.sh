@@ -36,7 +36,7 @@ usual SELECT_TOKENS 65536 1024       # text that select measures on
 usual ORDERED 13 0                   # MLA layers that select puts in order, at least
 usual TRIALS 128 2                   # questions of a recall task and length, windows of perplexity
 usual EVAL_LENGTHS "512 1024 2048 4096 8192 16384 32768 65536" "512 1024 2048" # of recall and of loss by position
-usual RULER 20 0                     # examples of a RULER task and length, after the last stage; 0: none
+usual RULER 20 0                     # examples of a RULER task and length: recall in words of no exercise; 0: none
 usual AT_ONCE 2 1                    # hybrids trained side by side: up to 50 GiB each at 64K
 usual PRECISION bf16 fp32
 usual GRAPHS true false              # CUDA graphs at 2K
@@ -110,7 +110,7 @@ evaluate:                             # at lengths within a model's window
   text: {suites: [ppl, recall], limit: $TRIALS, lengths: $lengths, sequence_length: $LENGTH}
   unseen: {suites: [ppl], data: $OUT/unseen, limit: $TRIALS, lengths: $lengths, sequence_length: $LENGTH}
 SPEC
-  ((RULER == 0)) || echo "  ruler: {suites: [ruler], limit: $RULER, lengths: [4096, 16384, 32768], after: [${STAGES##* }]}"
+  ((RULER == 0)) || echo "  ruler: {suites: [ruler], limit: $RULER, lengths: [4096, 16384, 32768]}"
   echo "cells:"
   echo "  - {label: teacher, student: null, stages: null, train.model: $OUT/teacher}"
   for layers in $MLA_LAYERS; do cell "$layers" "$BY" "$SEED"; done
