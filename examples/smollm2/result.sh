@@ -110,7 +110,7 @@ evaluate:                             # at lengths within a model's window
   text: {suites: [ppl, recall], limit: $TRIALS, lengths: $lengths, sequence_length: $LENGTH}
   unseen: {suites: [ppl], data: $OUT/unseen, limit: $TRIALS, lengths: $lengths, sequence_length: $LENGTH}
 SPEC
-  ((RULER == 0)) || echo "  ruler: {suites: [ruler], limit: $RULER, lengths: [4096, 16384, 32768]}"
+  ((RULER == 0)) || echo "  ruler: {suites: [ruler], limit: $RULER, lengths: [4096, 8192, 16384, 32768]}"
   echo "cells:"
   echo "  - {label: teacher, student: null, stages: null, train.model: $OUT/teacher}"
   for layers in $MLA_LAYERS; do cell "$layers" "$BY" "$SEED"; done

@@ -29,11 +29,15 @@ def page(sweep: Sweep, rows: Rows, fits: Sequence[dict[str, Any]], fitted: Seque
     why = "No fit: too few finished cells, or tokens and cache bytes vary together in all of them."
     lines += ["![fits](report.png)", ""] if fits else [why, ""]
     shaded = "Shaded: 95 % of the bootstrap over cells, which says nothing of other seeds of one cell."
-    if pictured:
+    if pictured:  # other cells are finished too
         numbers = ", ".join(map(str, fitted))
         shaded = f"Fitted: cells {numbers}, which differ in tokens, seed and number of MLA layers alone. {shaded}"
     lines += [shaded, ""] if fits else []
-    lines += ["![cells](cells.png)", "", "Dashed: the first cell. Bars: one standard error.", ""] if pictured else []
+    lines += (
+        ["![cells](cells.png)", "", "Dashed: in each panel the first cell that has the figure. Bars: one standard error.", ""]
+        if pictured
+        else []
+    )
     varied, staged = varied_names(sweep), any(row["stage"] for _, row in rows)
     columns = ["cell", *varied, *(["stage"] if staged else []), "state", "starts", "tokens", "cache bytes a token"]
     found = []

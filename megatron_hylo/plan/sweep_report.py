@@ -9,19 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.layouts import uniform_mixers
+from megatron_hylo.config.mixers import MLA_SYMBOL
 from megatron_hylo.plan.sweep import Cell, Sweep, settings_of
-from megatron_hylo.plan.sweep_page import page, varied_names
+from megatron_hylo.plan.sweep_page import LOSSES, page, varied_names
 from megatron_hylo.plan.sweep_plots import AXES, draw_cells, draw_fits
 from megatron_hylo.plan.sweep_rows import row_of, rows_of
 
-LOSSES = ("heldout_kl", "heldout_cross_entropy")
 RECALLS = ("eval/recall/mean/exact", "heldout_recall_accuracy")  # of training, where no evaluation measured recall
-FITTED = ("label", ".train_tokens", ".seed", "student.mla")  # ends of settings in which cells of a fit may differ
+MAY_DIFFER = ("label", ".train_tokens", ".seed", "student.mla")  # ends of names of settings, among cells of a fit
 Floats = NDArray[np.float64]
 
 
 def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
-    """Write results.parquet, report.md and, of fits, report.png beside the cells; of cells that no fit is of, cells.png.
+    """Write results.parquet and report.md beside the cells, and report.png of fits, cells.png where cells are in no fit.
 
     Args:
         sweep: with some finished cells.
@@ -54,14 +55,15 @@ def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
     files = [table]
     if fits:
         files.append(draw_fits(fitted, fits, sweep.output / "report.png"))
-    pictured = (loss or recall) and len(trained) > max(len(fitted), 1)
-    if pictured:  # cells that no line goes through
-        varied = varied_names(sweep)
-        named = [(cell_name(cell, varied), row) for cell, row in zip(sweep.cells, rows) if row["state"] == "finished"]
-        shown = [one for one in named if any(one[1].get(metric) is not None for metric in (loss, recall))]
-        files.append(draw_cells(shown, loss, recall, sweep.output / "cells.png"))
+    pictured = bool(loss or recall) and len(trained) > 1 and (not fits or len(trained) > len(fitted))
+    if pictured:  # there are cells that no line goes through
+        measured = [row for row in finished if any(row.get(metric) is not None for metric in (loss, recall))]
+        varied, several = varied_names(sweep), len({row["stage"] for row in measured if "tokens" in row}) > 1
+        names = {cell.number: cell_name(cell, varied) for cell in sweep.cells}
+        named = [(names[row["cell"]] + (f" ({row['stage']})" if several else ""), row) for row in measured]
+        files.append(draw_cells(named, loss, recall, sweep.output / "cells.png"))
     report = sweep.output / "report.md"
-    report.write_text(page(sweep, stages, fits, sorted(alike) if fits else [], bool(pictured)))
+    report.write_text(page(sweep, stages, fits, sorted(alike), pictured))
     return {
         "cells": len(rows), "finished": len(finished), "states": {row["name"]: row["state"] for row in rows},
         "fits": [{k: v for k, v in fit.items() if k != "predict"} for fit in fits], "files": [str(f) for f in (*files, report)],
@@ -71,14 +73,34 @@ def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
 def comparable(cells: Sequence[Cell]) -> set[int]:
     """Numbers of the cells that one line may go through: most that differ in tokens, seed and number of MLA layers alone.
 
-    Layers that are counted, and so evenly spread, are told from chosen ones.
+    Evenly spread layers are told from chosen ones, and of several choices of as many layers the most frequent one is taken.
     """
-    groups: dict[str, set[int]] = {}
+    groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        same = {name: value for name, value in cell.varied.items() if not name.endswith(FITTED)}
-        evenly = isinstance(cell.varied.get("student.mla"), int)
-        groups.setdefault(json.dumps([same, evenly], sort_keys=True, default=str), set()).add(cell.number)
-    return max(groups.values(), key=len, default=set())
+        same = {name: value for name, value in cell.varied.items() if not name.endswith(MAY_DIFFER)}
+        groups.setdefault(json.dumps([same, _is_even(cell)], sort_keys=True, default=str), []).append(cell)
+    kept = [[cell for cell in group if _pattern(cell) == _usual(group, _count(cell))] for group in groups.values()]
+    return {cell.number for cell in max(kept, key=len, default=[])}
+
+
+def _pattern(cell: Cell) -> str:
+    return (cell.upcycle.pattern or "") if cell.upcycle else ""
+
+
+def _count(cell: Cell) -> int:
+    return _pattern(cell).count(MLA_SYMBOL)
+
+
+def _is_even(cell: Cell) -> bool:
+    """Whether a cell's MLA layers are spread as `student.mla: NUMBER` spreads them, among layers of one other kind."""
+    pattern, others = _pattern(cell), sorted(set(_pattern(cell)) - {MLA_SYMBOL})
+    return len(others) == 1 and pattern == uniform_mixers(len(pattern), _count(cell), others[0])
+
+
+def _usual(group: Sequence[Cell], count: int) -> str:
+    """The pattern of a group that most of its cells with so many MLA layers have; of several the first."""
+    patterns = [_pattern(cell) for cell in group if _count(cell) == count]
+    return max(patterns, key=patterns.count)
 
 
 def cell_name(cell: Cell, varied: Sequence[str]) -> str:

@@ -16,7 +16,9 @@ import yaml
 
 from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError, TeacherWindow
+from megatron_hylo.config.layouts import uniform_mixers
 from megatron_hylo.config.train import OptimizerSettings
+from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.io import read_lock
 from megatron_hylo.plan.sweep import read_sweep, selected_layers
 from megatron_hylo.plan.sweep_cells import Cell
@@ -172,16 +174,23 @@ def test_every_cell_is_checked_before_any_runs(spec, changes, words):
 
 
 def test_a_fit_is_of_cells_that_differ_in_tokens_seed_and_layers_alone():
-    def cell(number, **varied):
-        return Cell(number, str(number), Path(), {name.replace("__", "."): value for name, value in varied.items()})
+    def cell(number, pattern, **varied):
+        upcycle = UpcycleConfig(teacher="teacher", output="student", pattern=pattern)
+        named = {name.replace("__", "."): value for name, value in varied.items()}
+        return Cell(number, str(number), Path(), named, upcycle=upcycle)
 
     cells = [
-        cell(0, label="a", student__mla=[1, 2]), cell(1, label="b", stages__2k__train_tokens=5, student__mla=[2]),
-        cell(2, label="c", train__seed=4), cell(3, label="evenly", student__mla=4), cell(4, student__init="paper"),
-        cell(5, student__init="paper", train__train_tokens=7),
+        cell(0, "++GGGG", label="a"), cell(1, "++GGGG", label="b", stages__2k__train_tokens=5),
+        cell(2, "+GGGGG", label="c", train__seed=4, student__mla=[0]), cell(3, "GG++GG", student__mla=[2, 3]),
+        cell(4, uniform_mixers(6, 2, "G"), label="even", student__mla=2), cell(5, "++GGGG", student__init="paper"),
+        cell(6, "++GGGG", student__init="paper", train__train_tokens=7),
     ]  # fmt: skip
-    assert comparable(cells) == {0, 1, 2} and comparable(cells[3:]) == {4, 5} and comparable([]) == set()
-    assert [cell_name(one, ["label", "student.init"]) for one in cells[3:5]] == ["evenly", "student.init paper"]
+    assert comparable(cells) == {0, 1, 2}, "3 chose other layers than 0 and 1"
+    assert comparable(cells[3:]) == {5, 6} and comparable([]) == set()
+    given = {0: {}, 1: {"student__mla": 1}, 2: {"student__mla": 3}}
+    even = [cell(number, uniform_mixers(6, own.get("student__mla", 2), "G"), **own) for number, own in given.items()]
+    assert comparable(even) == {0, 1, 2}, "the number of evenly spread layers may be the specification's own"
+    assert [cell_name(one, ["label", "student.init"]) for one in cells[4:6]] == ["even", "student.init paper"]
 
 
 def test_a_picture_of_cells_has_a_dot_for_each_measured_one(tmp_path, monkeypatch):
