@@ -18,7 +18,7 @@ class RecallSettings:
             0: none.
         tasks: drawn with equal probability, twice where named twice: key_value: one fact; several_keys: one to four of up to
             twelve facts like each other; several_values: all facts of one key; variable_chain: a value handed from name to
-            name; passkey: a number that the text asks to remember; counting: how often something occurs.
+            name; passkey: a number or code that the text asks to remember; counting: how often something occurs.
         answer_weight: weight of cross-entropy at the answers' tokens, per token, beside the KL (distil) or the cross-entropy
             (pretrain) of all tokens; stage align ignores it.
         kl_within: an answer's tokens have a KL only where the fact is at most so many tokens back. 0: none has, since a teacher
