@@ -1,96 +1,37 @@
-"""Templates and vocabularies of the recall exercises that models are trained on.
+"""Recall exercises as text: facts, questions and their answers, drawn from the wording of recall_wording.py.
 
-All wording is here, so that an evaluation of recall can be tested to share no template and no key with training
-(`TEMPLATES`, `KEY_WORDS`). An exercise is facts, questions and their answers; where they go in a text is recall.py's matter.
+Where they go in a window is recall.py's matter.
 """
 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from megatron_hylo.config.recall import RecallTask
+from megatron_hylo.data.recall_wording import (
+    CHAIN,
+    COUNTING,
+    ECHOES,
+    EVENTS,
+    FACTS,
+    GOODS,
+    NOUNS,
+    NUMBERS,
+    PASSKEYS,
+    PEOPLE,
+    QUALITIES,
+    SECRET_WORDINGS,
+    SECRETS,
+    SEVERAL,
+    THINGS,
+)
 
 T = TypeVar("T")
-QUALITIES = (
-    "amber", "brisk", "copper", "dappled", "earnest", "faded", "gilded", "hollow", "indigo", "jagged", "knotted", "lilac",
-    "mossy", "narrow", "ochre", "pewter", "quilted", "russet", "slanted", "tawny", "umber", "velvet", "wicker", "woven",
-    "ashen", "braided", "chalky", "dusky", "etched", "fluted", "glazed", "hushed", "ivied", "lacquered", "mottled", "notched",
-    "pleated", "ribbed", "salted", "tufted",
-)  # fmt: skip
-THINGS = (
-    "lantern", "orchard", "kiln", "ferry", "granary", "loom", "belfry", "quarry", "cistern", "harrow", "jetty", "mill",
-    "paddock", "rafter", "sluice", "turret", "vestry", "wharf", "anvil", "bellows", "causeway", "dovecote", "foundry", "gantry",
-    "hayloft", "inkwell", "lintel", "mooring", "nursery", "oast", "pulpit", "rookery", "scullery", "tannery", "undercroft",
-    "viaduct", "weir", "almshouse", "boathouse", "cloister",
-)  # fmt: skip
-PEOPLE = (
-    "Aldous", "Brielle", "Casimir", "Delphine", "Evander", "Fenella", "Gideon", "Hesper", "Ignatius", "Jolanda", "Kester",
-    "Lavinia", "Merrick", "Nerissa", "Osric", "Petronella", "Quillon", "Rosalba", "Soren", "Tamsin", "Ulric", "Verity",
-    "Wystan", "Xanthe", "Yorick", "Zelda",
-)  # fmt: skip
-GOODS = (
-    "barley", "beeswax", "cardamom", "cobalt", "damask", "flax", "ginger", "hemp", "juniper", "kelp", "linen", "madder",
-    "mercury", "nutmeg", "onyx", "paprika", "quartz", "resin", "saffron", "tallow", "turpentine", "vanilla", "walnuts", "zinc",
-)  # fmt: skip
-EVENTS = (
-    "the tide bell rang", "a grey heron crossed the yard", "the night coach arrived", "the signal lamp was lit",
-    "the east gate was opened", "a letter came from the coast", "the pump was primed", "the choir rehearsed",
-)  # fmt: skip
-KEY_WORDS = frozenset(QUALITIES + THINGS + PEOPLE + GOODS)
 MOST_KEYS = 12  # facts like each other
 MOST_QUESTIONS = 4  # about them
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-
-# one attribute of a thing: (the fact, ways to ask for it); {answer} stands where the answer begins
-ATTRIBUTES = (
-    ("The entry number of the {key} was set to {value}.",
-     ("What was the entry number of the {key} set to? It was set to {answer}.",
-      "Recall: the entry number of the {key} was set to {answer}.")),
-    ("In the ledger, the {key} is listed under {value}.",
-     ("Under what is the {key} listed in the ledger? Under {answer}.", "As noted, the {key} is listed under {answer}.")),
-    ("Note for later: whoever asks about the {key} should be told {value}.",
-     ("Someone asks about the {key}. Tell them: {answer}.", "Q: What should one be told about the {key}?\nA: {answer}\n")),
-    ("{value} is what they painted on the door of the {key}.",
-     ("What did they paint on the door of the {key}? They painted {answer}.",
-      "Q: What is on the door of the {key}?\nA: {answer}\n")),
-    ("[index] {key} => {value}", ("[lookup] {key} => {answer}\n", "According to the index, {key} maps to {answer}.")),
-)  # fmt: skip
-SEVERAL = (
-    ("A crate of {value} was left at the {key}.",
-     ("In order, the crates left at the {key} held {answer}.", "Q: What was left at the {key}, in order?\nA: {answer}\n")),
-    ("{value} was added to the stores of the {key}.",
-     ("List what was added to the stores of the {key}: {answer}.", "The stores of the {key} received, in order, {answer}.")),
-)  # fmt: skip
-CHAIN = (
-    ("{name} was handed a card with {value} on it.", "{name} copied the card of {source}.",
-     "Q: What is on the card of {name}?\nA: {answer}\n"),
-    ("let {name} be {value};", "let {name} be {source};", "So {name} evaluates to {answer}"),
-    ("Cell {name} holds {value}.", "Cell {name} mirrors cell {source}.", "Reading cell {name} gives {answer}."),
-)  # fmt: skip
-PASSKEYS = (
-    ("Keep this in mind: the vault opens with {value}.", ("Which number opens the vault? The vault opens with {answer}.",)),
-    ("Important, do not lose this number: {value}.",
-     ("You were told not to lose a number. The number was {answer}.", "Q: Which number was not to be lost?\nA: {answer}\n")),
-    ("(The caretaker's combination today is {value}, memorise it.)",
-     ("The caretaker's combination today, as memorised: {answer}.", "Q: What is the caretaker's combination?\nA: {answer}\n")),
-    ("The tower guard whispers tonight's watchword number: {value}.",
-     ("The guard asks for the watchword number. One answers {answer}.", "Tonight's watchword number at the tower: {answer}\n")),
-    ("Before leaving, the captain wrote {value} in chalk on the hull.",
-     ("Q: What did the captain chalk on the hull?\nA: {answer}\n", "In chalk on the hull one still reads {answer}.")),
-    ("safe_dial = {value}  # needed further down", ("assert safe_dial == {answer}\n", "print(safe_dial)  # prints {answer}\n")),
-)  # fmt: skip
-COUNTING = (
-    ("At the {key}, {event}.",
-     ("Counting the times at the {key} that {event}: {answer}.",
-      "Q: At the {key}, how often does the text say that {event}?\nA: {answer}\n")),
-)  # fmt: skip
-TEMPLATES: frozenset[str] = frozenset(
-    [fact for fact, _ in (*ATTRIBUTES, *SEVERAL, *PASSKEYS, *COUNTING)]
-    + [question for _, questions in (*ATTRIBUTES, *SEVERAL, *PASSKEYS, *COUNTING) for question in questions]
-    + [template for templates in CHAIN for template in templates]
-)
+ECHOED = 0.25  # part of the questions that are the fact's own first words, where these can ask
 
 
 @dataclass(frozen=True)
@@ -112,8 +53,25 @@ class Exercise:
     questions: tuple[Question, ...]
 
 
+class _Wording(NamedTuple):
+    """How facts of one kind are told and asked for."""
+
+    fact: str
+    questions: tuple[str, ...]
+    noun: str = ""  # what is said of a thing
+    secret: str = ""
+
+    def words(self, key: str = "", article: str = "") -> dict[str, str]:
+        """Return the words that stand for the templates' placeholders."""
+        the, secret = article + key, self.secret
+        return {
+            "key": key, "the": the, "The": article.capitalize() + key, "noun": self.noun,
+            "secret": secret, "Secret": secret[:1].upper() + secret[1:],
+        }  # fmt: skip
+
+
 class Exercises:
-    """Exercises of one window; no two have a key, a name or a passkey's template in common, so that each has one answer.
+    """Exercises of one window; no two have a key, a name or a secret in common, so that each has one answer.
 
     Args:
         generator: decides all of them.
@@ -139,22 +97,20 @@ class Exercises:
 
     def fact(self) -> str:
         """A fact that nothing asks about."""
-        fact, _ = self._pick(ATTRIBUTES)
-        return fact.format(key=self._key(), value=self._value())
+        wording, (words,) = self._attributes(1)
+        return wording.fact.format(**words, value=self._value())
 
     def _key_value(self, most: int) -> Exercise:
-        fact, questions = self._pick(ATTRIBUTES)
-        key, value = self._key(), self._value()
-        return _exercise((fact.format(key=key, value=value),), self._pick(questions), value, key=key)
+        wording, (words,) = self._attributes(1)
+        return self._single(wording, words, self._value())
 
     def _several_keys(self, most: int) -> Exercise:
-        fact, questions = self._pick(ATTRIBUTES)
+        wording, things = self._attributes(self._between(2, min(most, MOST_KEYS)))
         kind = self._pick(self._kinds)
-        keys = self._keys(self._between(2, min(most, MOST_KEYS)))
-        pairs = [(key, kind(self)) for key in keys]
-        facts = tuple(fact.format(key=key, value=value) for key, value in pairs)
-        asked = range(self._between(1, min(len(pairs), MOST_QUESTIONS)))
-        return Exercise(facts, 1, tuple(_question(i, self._pick(questions), pairs[i][1], key=pairs[i][0]) for i in asked))
+        values = [kind(self) for _ in things]
+        facts = tuple(wording.fact.format(**words, value=value) for words, value in zip(things, values))
+        asked = range(self._between(1, min(len(things), MOST_QUESTIONS)))
+        return Exercise(facts, 1, tuple(_question(i, self._asked(wording), values[i], **things[i]) for i in asked))
 
     def _several_values(self, most: int) -> Exercise:
         fact, questions = self._pick(SEVERAL)
@@ -172,13 +128,35 @@ class Exercises:
         return _exercise(tuple(facts), question, value, name=names[-1])
 
     def _passkey(self, most: int) -> Exercise:
-        left = [pair for pair in PASSKEYS if pair[0] not in self._used]
+        left = [about for about in (*PASSKEYS, *SECRETS) if about not in self._used]
         if not left:
             return self._key_value(most)
-        fact, questions = self._pick(left)
-        self._used.add(fact)
-        value = self._digits()
-        return _exercise((fact.format(value=value),), self._pick(questions), value)
+        about = self._pick(left)
+        self._used.add(about)
+        if about in PASSKEYS:
+            return self._single(_Wording(about, PASSKEYS[about]), {}, self._digits())
+        wording = _Wording(*self._pick(SECRET_WORDINGS), secret=about)
+        return self._single(wording, wording.words(), self._pick(self._codes)(self))
+
+    def _single(self, wording: _Wording, words: dict[str, str], value: str) -> Exercise:
+        return _exercise((wording.fact.format(**words, value=value),), self._asked(wording), value, **words)
+
+    def _attributes(self, count: int) -> tuple[_Wording, list[dict[str, str]]]:
+        """One wording, and what stands for its placeholders for each of so many things of one style of name."""
+        wording = _Wording(*self._pick(FACTS), noun=self._pick(NOUNS))
+        style = self._below(8)  # half of the names are plain
+        if style == 4:
+            things = self._some(THINGS, 1) if self._below(2) else THINGS
+            keys = [self._unused(lambda: f"{self._pick(things)} {self._between(100, 999)}") for _ in range(count)]
+        else:
+            keys = self._keys(count) if count > 1 else [self._key()]
+            if style > 4:
+                keys = [_STYLES[style - 5](key) for key in keys]
+        return wording, [wording.words(key, "the " if style < 4 else "") for key in keys]
+
+    def _asked(self, wording: _Wording) -> str:
+        echo = ECHOES.get(wording.fact)
+        return echo if echo is not None and self._random() < ECHOED else self._pick(wording.questions)
 
     def _counting(self, most: int) -> Exercise:
         fact, questions = self._pick(COUNTING)
@@ -234,7 +212,7 @@ class Exercises:
         return f"{self._pick(PEOPLE)}{self._between(1, 999)}"
 
     def _digits(self) -> str:
-        digits = self._between(3, 7)
+        digits = self._between(3, 9)
         return str(self._between(10 ** (digits - 1), 10**digits - 1))
 
     def _code(self) -> str:
@@ -244,7 +222,15 @@ class Exercises:
     def _pair(self) -> str:
         return f"{self._pick(PEOPLE)} and {self._pick(PEOPLE)}"
 
-    _kinds: tuple[Callable[["Exercises"], str], ...] = (_digits, _digits, _code, _pair)
+    def _words(self) -> str:
+        return " ".join(self._some(GOODS, 2))
+
+    def _hexadecimal(self) -> str:
+        digits = self._between(6, 12)
+        return f"{self._below(16**digits):0{digits}x}"
+
+    _kinds: tuple[Callable[["Exercises"], str], ...] = (_digits, _digits, _digits, _code, _pair, _words, _hexadecimal)
+    _codes: tuple[Callable[["Exercises"], str], ...] = (_digits, _digits, _code, _hexadecimal)
 
     def _value(self) -> str:
         return self._pick(self._kinds)(self)
@@ -256,4 +242,15 @@ def _exercise(facts: tuple[str, ...], template: str, answer: str, **words: str) 
 
 def _question(fact: int, template: str, answer: str, **words: str) -> Question:
     before, after = template.split("{answer}")
-    return Question(fact, before.format(**words), answer, after)
+    return Question(fact, before.format(**words), answer, after.format(**words))
+
+
+def _camel_case(key: str) -> str:
+    first, *others = key.split()
+    return first + "".join(word.capitalize() for word in others)
+
+
+# a key's words as one name
+_STYLES: tuple[Callable[[str], str], ...] = (
+    lambda key: key.replace(" ", "-").lower(), lambda key: key.replace(" ", "_").lower(), _camel_case
+)  # fmt: skip

@@ -1,7 +1,8 @@
 """Sentences of the recall evaluation: facts, questions about them, and the words of their keys.
 
-None of it is in the exercises that models are trained on (data/recall_text.py); a test compares templates and words. A question
-ends in the words that the fact has before its value, as in the usual passkey test, and its answer is a number of five digits.
+None of it is in the exercises that models are trained on (data/recall_wording.py); a test compares sentences and words. A
+question ends in the words that the fact has before its value, as in the usual passkey test, and its answer is a number of five
+digits.
 """
 
 import random

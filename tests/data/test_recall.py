@@ -7,11 +7,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.config.recall import RECALL_TASKS, RecallSettings
-from megatron_hylo.data import recall_text
+from megatron_hylo.config.recall import DEFAULT_TASKS, RecallSettings
+from megatron_hylo.data import recall_wording
 from megatron_hylo.data.encode import plain_encoder
 from megatron_hylo.data.packed import PackedDataset, batches
 from megatron_hylo.data.recall import RecallWindows
+from tests.data.recall_facts import parse_fact
 from tests.data.test_packed import write
 
 TEXT, LENGTH = 1000, 2048  # ids of the text are from TEXT on, none of the tokenizer's
@@ -31,7 +32,7 @@ def source(tmp_path):
     return lambda length: Shifted(prefix, length, seed=5)
 
 
-def make(source, tokenizer, length=LENGTH, share=0.5, tasks=RECALL_TASKS, within=False):
+def make(source, tokenizer, length=LENGTH, share=0.5, tasks=DEFAULT_TASKS, within=False):
     return RecallWindows(source, length, RecallSettings(share, list(tasks)), plain_encoder(tokenizer), 7, within)
 
 
@@ -50,7 +51,7 @@ def test_a_window_is_the_sources_with_texts_between(source, tokenizer, within):
             assert mine.document_starts.tolist() == [0, *kept[base.document_starts[1:]]]  # a fact may be before all text
 
 
-@pytest.mark.parametrize("task", RECALL_TASKS)
+@pytest.mark.parametrize("task", DEFAULT_TASKS)
 def test_marks_are_on_the_answers_and_facts_come_before(source, tokenizer, task):
     """The text of each marked run is the answer of a question whose facts are above it, at the distance that is given."""
     windows = make(source, tokenizer, 4096, tasks=[task])
@@ -59,7 +60,7 @@ def test_marks_are_on_the_answers_and_facts_come_before(source, tokenizer, task)
         window = windows.window(index)
         edges = np.flatnonzero(np.diff(np.concatenate([[0], (window.answers > 0).astype(int), [0]])))
         for start, stop in zip(edges[::2], edges[1::2]):
-            answer = tokenizer.decode(window.tokens[start:stop]).strip(" .\n")
+            answer = tokenizer.decode(window.tokens[start:stop]).strip(" .,\"'|)}<\n")
             first = start - int(window.answers[start])  # the fact's first token
             assert (window.answers[start:stop] == np.arange(start, stop) - first).all()
             between = window.tokens[first:start]
@@ -67,7 +68,7 @@ def test_marks_are_on_the_answers_and_facts_come_before(source, tokenizer, task)
             seen += 1
             if task == "counting":
                 event = re.search(r"At the (.*), (.*)\.", text.splitlines()[1])
-                assert text.count(event[0]) == recall_text.NUMBERS.index(answer)
+                assert text.count(event[0]) == recall_wording.NUMBERS.index(answer)
             elif task == "several_values":
                 values = re.split(", | and ", answer)
                 lines = text.lower().split("\n")
@@ -123,14 +124,14 @@ def test_a_token_that_begins_the_text_stays_the_first(source, tokenizer):
 def test_the_latest_of_several_facts_is_seldom_the_right_one(source, tokenizer):
     """Facts of one exercise stand in any order, so training does not reward an answer by the latest."""
     windows = make(source, tokenizer, 8192, share=0.8, tasks=["several_keys"])
-    wordings = [max(re.split("{key}|{value}", fact), key=len) for fact, _ in recall_text.ATTRIBUTES]
     latest = []
     for window in (windows.window(i) for i in range(6)):
         for start in np.flatnonzero((window.answers > 0) & (np.roll(window.answers, 1) == 0)):
             between = window.tokens[start - window.answers[start] : start]
             text = tokenizer.decode(between[between < TEXT])
-            wording = next(w for w in wordings if w in text.split("\n")[1])
-            latest.append(text.count(wording) == 1)
+            wording, _ = parse_fact(text.split("\n")[1])
+            others = [parse_fact(line) for line in text.split("\n")[2:]]
+            latest.append(wording not in [other[0] for other in others if other is not None])
     assert len(latest) > 100
     assert np.mean(latest) < 0.25
 
@@ -152,42 +153,6 @@ def test_windows_are_functions_of_seed_and_number(source, tokenizer):
     again = make(source, tokenizer).window(one.windows_per_epoch)  # an epoch later the exercises are others
     fresh = [w.tokens[w.tokens < TEXT].tolist() for w in (again, forward[0])]
     assert fresh[0] != fresh[1]
-
-
-def test_no_two_exercises_of_a_window_have_a_key_in_common():
-    """A question has one answer: keys, names and passkey templates are drawn without replacement."""
-    import random
-
-    exercises = recall_text.Exercises(random.Random(0))
-    facts = [fact for _ in range(400) for fact in exercises.make("passkey", 2).facts]
-    facts += [exercises.make("several_keys", 2).facts[0] for _ in range(400)]
-    values = "|".join(
-        ["[A-Z]{2,3}-[0-9]+", "[0-9]{3,}", rf"(?:{'|'.join(recall_text.PEOPLE)}) and (?:{'|'.join(recall_text.PEOPLE)})"]
-    )
-    asked = [re.sub(values, "", fact) for fact in facts]
-    assert len(asked) == len(set(asked))
-
-
-def test_keys_of_an_exercise_are_often_alike():
-    """A third of the sets share all words but one, a third are of a few words in all; no key is drawn twice."""
-    import random
-
-    exercises = recall_text.Exercises(random.Random(1))
-    sets = [exercises._keys(6) for _ in range(200)]
-    words = [[set(key.split()) for key in keys] for keys in sets]
-    differing = [len(set.union(*keys) - set.intersection(*keys)) for keys in words]  # in how many words a set's keys differ
-    assert 40 < sum(count == 6 for count in differing) < 95
-    assert 40 < sum(count > 6 and len(set.union(*keys)) <= 4 + 4 + 2 for count, keys in zip(differing, words)) < 110
-    drawn = [key for keys in sets for key in keys]
-    assert len(drawn) == len(set(drawn))
-
-
-def test_numbers_of_all_lengths_are_drawn():
-    import random
-
-    exercises = recall_text.Exercises(random.Random(2))
-    lengths = [len(exercises._digits()) for _ in range(500)]
-    assert all(60 < lengths.count(digits) < 140 for digits in range(3, 8))
 
 
 def test_a_tokenizer_that_begins_every_text_with_a_mark_puts_none_in_the_middle(source):

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data import recall_text as training
+from megatron_hylo.data import recall_wording as training
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval import recall_text
 from megatron_hylo.eval.lm import HyloLM
@@ -21,6 +21,7 @@ from megatron_hylo.eval.recall import DEPTHS, make_text, run_recall
 from megatron_hylo.eval.recall_haystack import TextEncoder, load_haystack
 from megatron_hylo.eval.recall_text import FACTS, RECALL_EVAL_TASKS
 from megatron_hylo.eval.results import mean_by_group
+from megatron_hylo.eval.ruler.sources import generators
 from tests.conftest import tiny_hf_model
 from tests.data.conftest import WORDS, tokenizer  # noqa: F401  the fixture
 
@@ -110,16 +111,82 @@ def value(scores, task, metric="exact", depth=None) -> float:
     return found.value
 
 
+def ruler_templates() -> dict[str, str]:
+    """RULER's sentences as lm-eval has them, {key} and {value} where they stand, without the context."""
+    modules = generators()
+    example, _, _ = modules.prepare_niah.generate_input_output(
+        5, modules.prepare_niah.get_haystack("needle"), type_haystack="needle", num_needle_k=1, type_needle_k="words",
+        num_needle_v=1, type_needle_v="numbers", template=modules.niah_utils.TEMPLATE,
+    )  # fmt: skip
+    assert re.search(r"One of the special magic numbers for \S+ is: [0-9]+\.", example)
+    source = Path(modules.prepare_niah.__file__).read_text()
+    prefixes = re.findall(r'f"(The special magic .*)"', source)
+    assert len(prefixes) == 2
+    found = {"needle": modules.prepare_niah.NEEDLE, **{f"prefix {i}": text + " {value}" for i, text in enumerate(prefixes)}}
+    found |= {f"niah {i}": text for i, text in enumerate(modules.niah_utils.TEMPLATE.split("{context}"))}
+    vt, cwe, fwe = modules.vt_utils.CONFIG["variable_tracking"], modules.cwe_utils.CONFIG, modules.fwe_utils.CONFIG
+    for name, config in {"vt": vt, "cwe": cwe, "fwe": fwe, "qa": modules.qa_utils.CONFIG}.items():
+        parts = [part for text in (config["template"], config["answer_prefix"]) for part in text.split("{context}")]
+        found |= {f"{name} {i}": text for i, text in enumerate(parts) if re.search(r"\w \w", text)}  # not "Answer:" alone
+    found |= {"vt first": "VAR {key} = {value}", "vt next": "VAR {key} = VAR {value}"}
+    found = {name: re.sub(r"\{type_needle_v\}", "numbers", text) for name, text in found.items()}
+    found = {name: re.sub(r"\{type_needle_v\[:-1\]\}", "number", text) for name, text in found.items()}
+    return {name: re.sub(r"\{query\}", "{key}", text) for name, text in found.items()}
+
+
+def training_texts() -> list[str]:
+    """All templates of the exercises, each with every noun and secret."""
+    nouns, secrets = [("{noun}", noun) for noun in training.NOUNS], [("{secret}", secret) for secret in training.SECRETS]
+    secrets += [("{Secret}", secret) for secret in training.SECRETS]
+    found = []
+    for text in training.TEMPLATES:
+        names = [(mark, word) for mark, word in nouns + secrets if mark in text]
+        found += [text.replace(mark, word) for mark, word in names] or [text]
+    return found
+
+
 def test_templates_and_keys_are_none_of_the_training_exercises():
-    """No template is shared, whatever stands for its values, and no word of a key."""
+    """No template is shared, whatever stands for its values, nouns and secrets, and no word of a key."""
     assert not recall_text.KEY_WORDS & {word.lower() for word in training.KEY_WORDS}
 
     def plain(templates) -> set[str]:
-        return {re.sub(r"\W+", " ", re.sub(r"\{\w+\}", "", text)).strip().lower() for text in templates}
+        return {re.sub(r"\W+", " ", re.sub(r"\{\w+\}", "", text)).strip().lower() for text in templates} - {""}
 
-    ours, theirs = plain(recall_text.TEMPLATES), plain(training.TEMPLATES)
-    assert len(ours) > 15 and len(theirs) > 20
+    ours, theirs = plain(recall_text.TEMPLATES), plain(training_texts())
+    assert len(ours) > 15 and len(theirs) > 2000
     assert not [(a, b) for a in ours for b in theirs if a in b or b in a]
+    ruler = plain(ruler_templates().values())
+    assert not [
+        (a, b) for a in ruler for b in theirs if a in b and len(a.split()) > 1 or b in a and len(b.split()) > 2 or a == b
+    ]
+
+
+def test_no_frame_of_training_makes_an_evaluations_sentence():
+    """Whatever noun, secret or key is put into a frame, the sentence is none of our evaluation's and none of RULER's."""
+    held_out = [text for pair in (*recall_text.PASSKEYS, *recall_text.NEEDLES, *recall_text.PAIRS)
+                for text in (pair[0], pair[1] + " {value}")]  # fmt: skip
+    held_out += list(ruler_templates().values())
+    plain = [re.sub("[ \n]+", " ", re.sub(r"\{(key|value)\}", r"\1\1\1", text).lower()) for text in held_out]
+    assert "the special magic number for keykeykey mentioned in the provided text is valuevaluevalue" in plain
+    kinds = {"key": "(the )?keykeykey", "value": "valuevaluevalue", "words": "[^.?!:=]+"}
+    kind_of = dict.fromkeys(("key", "the", "The", "name", "source"), "key") | dict.fromkeys(("value", "answer"), "value")
+    for template in training.TEMPLATES:
+        text = template.replace("{{", "{").replace("}}", "}").strip().strip(".")
+        if not re.search(r"\{(value|answer)\}", text):
+            continue  # a question about nothing, a quotation's frame
+        parts = re.split(r"\{(\w+)\}", re.sub("[ \n]+", " ", text))
+        pattern = "".join(
+            kinds[kind_of.get(part, "words")] if number % 2 else re.escape(part.lower()) for number, part in enumerate(parts)
+        )
+        assert not [sentence for sentence in plain if re.search(pattern, sentence)], template
+    assert not [text for text in training_texts() if "special magic" in text.lower() or "provided text" in text.lower()]
+
+
+def test_hyphenated_names_are_none_of_rulers_keys():
+    """RULER's keys are an adjective and a noun with a hyphen, as some names of the exercises are."""
+    theirs = set(generators().prepare_niah.WORDS)
+    assert len(theirs) > 10**6
+    assert not [name for q in training.QUALITIES for t in training.THINGS if (name := f"{q}-{t}") in theirs]
 
 
 @pytest.mark.parametrize("task", RECALL_EVAL_TASKS)

@@ -170,7 +170,7 @@ def test_the_whole_chain_runs_on_tiny_models(one_rank, tmp_path, tokenizer, caps
     program(tmp_path, "hylo", f'printf \'%s\\0\' "$@" >{calls}; read -r code answer <{answers}; echo "$answer"; exit $code')
     program(tmp_path, "nvidia-smi", "exit 9")
     sizes = {
-        "LENGTH": "256", "GROWTH": "1 1 2 2", "CALIBRATION_TOKENS": "1024", "SELECT_TOKENS": "512", "EVAL_LENGTHS": "768",
+        "LENGTH": "256", "GROWTH": "1 1 2 2", "CALIBRATION_TOKENS": "1024", "SELECT_TOKENS": "4096", "EVAL_LENGTHS": "768",
         "MLA_LAYERS": "1", "MORE_CELLS": "-", "TRIALS": "1", "BY": "kl",
     }  # fmt: skip
     sizes |= {f"TOKENS_{stage}": "512" for stage in ("ALIGN", "2K", "8K", "32K", "64K")}

@@ -1,0 +1,113 @@
+"""Wording of recall exercises: one answer a question, much variety, and all kinds of names and values."""
+
+import random
+import re
+from collections import Counter
+
+from megatron_hylo.data.recall_text import ECHOED, Exercises
+from megatron_hylo.data.recall_wording import ECHOES, FACT_FRAMES, FACTS, NOUNS, PASSKEYS, PEOPLE, QUESTION_FRAMES, SECRETS
+from tests.data.recall_facts import parse_fact, plain_key
+
+STYLES = {
+    "plain": r"[a-z]+ [a-z]+( of [A-Z][a-z]+)?", "number": "[a-z]+ [0-9]{3}", "hyphens": r"[a-z]+(-[a-z]+)+",
+    "underscores": r"[a-z]+(_[a-z]+)+", "camel case": r"[a-z]+([A-Z][a-z]+)+",
+}  # fmt: skip
+VALUES = {
+    "digits": "[1-9][0-9]{2,8}", "code": "[A-Z]{2,3}-[0-9]{3,4}", "pair": rf"({'|'.join(PEOPLE)}) and ({'|'.join(PEOPLE)})",
+    "words": "[a-z]+ [a-z]+", "hexadecimal": "[0-9a-f]{6,12}",
+}  # fmt: skip
+
+
+def kinds(patterns, texts) -> Counter[str]:
+    """How many of the texts are of each kind; all are of one."""
+    return Counter(next(name for name, pattern in patterns.items() if re.fullmatch(pattern, text)) for text in texts)
+
+
+def test_no_thing_of_a_window_has_two_values():
+    """(Noun, thing) and secrets, however the thing's name is written, are drawn without replacement."""
+    secrets = {plain_key(secret) for secret in SECRETS}
+    for seed in range(4):
+        exercises = Exercises(random.Random(seed))
+        lines = [fact for _ in range(400) for task in ("passkey", "several_keys", "key_value")
+                 for fact in exercises.make(task, 6).facts]  # fmt: skip
+        lines += [exercises.fact() for _ in range(100)]
+        parsed = [parse_fact(line) for line in lines]
+        assert None not in parsed
+        names = [plain_key(parts.name) for _, parts in parsed]  # stricter: not even with another noun
+        assert len(names) == len(set(names)) > 2000
+        assert sum(plain_key(parts.name) in secrets for _, parts in parsed) == len(secrets) == len(SECRETS)
+        assert sum(fact in PASSKEYS for (fact, _), _ in parsed) == len(PASSKEYS)
+
+
+def test_a_question_names_what_its_fact_is_about():
+    """The thing as the fact writes it, the noun of a composed fact, or the secret; and the answer is the fact's value."""
+    exercises = Exercises(random.Random(5))
+    for number in range(1500):
+        made = exercises.make(("key_value", "several_keys", "passkey")[number % 3], 5)
+        for question in made.questions:
+            (fact, noun), parts = parse_fact(made.facts[question.fact])
+            assert question.answer == parts.value
+            text = question.text.lower()
+            if fact not in PASSKEYS:
+                assert parts.name.lower() in text
+            if fact in FACT_FRAMES:
+                assert re.search(rf"\b{noun}\b", text)
+            assert not re.search(r"[{}]\w*[{}]", question.text + question.rest)  # no placeholder is left
+
+
+def test_wordings_are_thousands():
+    """Any noun, fact and question go together; of a thousand composed exercises hardly two are worded alike."""
+    assert len(NOUNS) >= 40 and len(FACT_FRAMES) >= 15 and len(QUESTION_FRAMES) >= 20
+    exercises = Exercises(random.Random(6))
+    wordings, echoes, able = [], 0, 0
+    for _ in range(1300):
+        made = exercises.make("key_value", 2)
+        (question,) = made.questions
+        wording, parts = parse_fact(made.facts[0])
+        if wording[0] in FACT_FRAMES:
+            wordings.append((wording, question.text.lower().replace(parts.name.lower(), ""), question.rest))
+        able += wording[0] in ECHOES
+        echoes += made.facts[0].startswith(question.text)
+    assert len(wordings) > 950
+    assert len(set(wordings)) > 0.93 * len(wordings)
+    assert len(FACTS) * 0.6 < len(ECHOES)
+    assert 0.8 * ECHOED < echoes / able < 1.2 * ECHOED  # a fact's own first words
+
+
+def test_names_and_values_are_of_all_kinds():
+    exercises = Exercises(random.Random(7))
+    parsed = [parse_fact(fact)[1] for _ in range(1400) for fact in exercises.make("key_value", 2).facts]
+    names = kinds(STYLES, (parts.name for parts in parsed))
+    assert 600 < names["plain"] < 800 and all(names[style] > 120 for style in STYLES)
+    values = kinds(VALUES, (parts.value for parts in parsed))
+    assert 500 < values["digits"] < 700 and all(values[kind] > 140 for kind in VALUES)
+
+
+def test_things_of_an_exercise_are_told_alike():
+    """One frame, noun, style of names and kind of values, so that nothing but the name tells which is asked for."""
+    exercises = Exercises(random.Random(8))
+    for _ in range(300):
+        parsed = [parse_fact(fact) for fact in exercises.make("several_keys", 12).facts]
+        assert len({wording for wording, _ in parsed}) == 1
+        assert len(kinds(STYLES, (parts.name for _, parts in parsed))) == 1
+    alike = [[parse_fact(f)[1].name for f in exercises.make("several_keys", 12).facts] for _ in range(600)]
+    numbered = [{name.split()[0] for name in names} for names in alike if names[0].split()[-1].isdigit()]
+    assert 0.25 < sum(len(things) == 1 for things in numbered) / len(numbered) < 0.75  # half: kiln 418, kiln 481
+
+
+def test_keys_of_an_exercise_are_often_alike():
+    """A third of the sets share all words but one, a third are of a few words in all; no key is drawn twice."""
+    exercises = Exercises(random.Random(1))
+    sets = [exercises._keys(6) for _ in range(200)]
+    words = [[set(key.split()) for key in keys] for keys in sets]
+    differing = [len(set.union(*keys) - set.intersection(*keys)) for keys in words]  # in how many words a set's keys differ
+    assert 40 < sum(count == 6 for count in differing) < 95
+    assert 40 < sum(count > 6 and len(set.union(*keys)) <= 4 + 4 + 2 for count, keys in zip(differing, words)) < 110
+    drawn = [key for keys in sets for key in keys]
+    assert len(drawn) == len(set(drawn))
+
+
+def test_numbers_of_all_lengths_are_drawn():
+    exercises = Exercises(random.Random(2))
+    lengths = [len(exercises._digits()) for _ in range(700)]
+    assert all(60 < lengths.count(digits) < 140 for digits in range(3, 10))
