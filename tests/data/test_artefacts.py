@@ -17,7 +17,7 @@ from megatron_hylo.data.artefacts import (
     fetch_qwen3_tokenizer,
     fetch_teacher,
 )
-from megatron_hylo.data.debian import PACKAGES, read_texts
+from megatron_hylo.data.debian import DOCUMENTS, PACKAGES, read_texts
 from megatron_hylo.data.inputs import read_documents
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.io import cache_dir, sha256
@@ -140,7 +140,7 @@ def test_qwen3_tokenizer_survives_damage(cache):
 def test_documents_tokenised_with_the_teachers_tokenizer(tmp_path):
     documents = fetch_documents()
     read = list(read_documents(documents))
-    assert {document.source for document in read} == set(PACKAGES) and len(read) > 5000
+    assert {document.source for document in read} == set(DOCUMENTS) and len(read) > 5000
     assert len({document.text for document in read}) == len(read)
     description = preprocess(str(documents), str(tmp_path / "data"), str(fetch_teacher()), max_documents=20, vocab_size=49_152)
     assert description.end_token_id == 0 and description.train_documents + description.heldout_documents == 20
