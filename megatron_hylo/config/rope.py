@@ -36,17 +36,17 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.rope_type not in ("none", "linear", "llama3", "yarn", "nope"):
-            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; use none, linear, llama3, yarn or nope")
+            raise ConfigError(
+                f"rope_scaling: rope_type {self.rope_type!r} is not supported; use none, linear, llama3, yarn or nope"
+            )
         if self.rope_type not in ("none", "nope") and not self.factor >= 1:
-            raise ConfigError(f"{self.rope_type} needs factor >= 1, got {self.factor}")
+            raise ConfigError(f"rope_scaling: {self.rope_type} needs factor >= 1, got {self.factor}")
         if self.rope_type in ("llama3", "yarn") and self.original_max_position_embeddings < 1:
-            raise ConfigError(
-                f"{self.rope_type} needs original_max_position_embeddings >= 1, got {self.original_max_position_embeddings}"
-            )
+            length = self.original_max_position_embeddings
+            raise ConfigError(f"rope_scaling: {self.rope_type} needs original_max_position_embeddings >= 1, got {length}")
         if self.rope_type == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0:
-            raise ConfigError(
-                f"llama3 needs high_freq_factor > low_freq_factor > 0, got {self.high_freq_factor} and {self.low_freq_factor}"
-            )
+            factors = f"{self.high_freq_factor} and {self.low_freq_factor}"
+            raise ConfigError(f"rope_scaling: llama3 needs high_freq_factor > low_freq_factor > 0, got {factors}")
 
     @property
     def cos_sin_multiplier(self) -> float:

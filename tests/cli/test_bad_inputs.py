@@ -96,7 +96,7 @@ CASES: list[tuple] = [
     (f"{TRAIN} --rope_scaling '{{factor: far}}'", "--rope_scaling.factor must be a number, got far"),
     (f"{TRAIN} --rope_scaling.rope_type yran", "--rope_scaling.rope_type must be one of none, linear, llama3, yarn"),
     (f"{TRAIN} --rope_scaling.facto 2", "hylo train has no option --rope_scaling.facto; did you mean --rope_scaling.factor?"),
-    (f"{TRAIN} --rope_scaling.rope_type yarn --rope_scaling.factor 0.5", "yarn needs factor >= 1, got 0.5"),
+    (f"{TRAIN} --rope_scaling.rope_type yarn --rope_scaling.factor 0.5", "rope_scaling: yarn needs factor >= 1, got 0.5"),
     ("train --config list.yaml", "list.yaml holds no settings"),
     ("train --config empty.yaml", "empty.yaml holds no settings"),
     ("train --config latin.yaml", "is not UTF-8: latin.yaml"),

@@ -73,7 +73,7 @@ def test_null_is_a_value_where_the_type_has_it(parser):
         ({"rope_scaling": {"factor": None}}, "rope_scaling.factor is null; give a value, or leave it out for its default 1.0"),
         ({"text": {"blend": [{"data": "a", "weight": None}]}}, "text.blend.weight is null"),
         ({"optimizer": 3}, "optimizer must be a mapping of settings, got 3"),
-        ({"rope_scaling": YARN | {"factor": 0.5}}, "yarn needs factor >= 1, got 0.5"),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, "rope_scaling: yarn needs factor >= 1, got 0.5"),
         (
             {"teacher_window": {"mode": "windows", "rope_scaling": YARN}},
             "rope alone takes teacher_window.rope_scaling (yarn by 4), got mode windows; set teacher_window.rope_scaling null",
