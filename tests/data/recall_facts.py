@@ -14,7 +14,7 @@ GROUPS = {
 
 
 class Parts(NamedTuple):
-    """What a fact is about: a thing's name, or a secret, and what of it."""
+    """Parts of a fact: the name of its thing, or its secret; the noun of what is told; the value."""
 
     name: str
     noun: str

@@ -173,16 +173,16 @@ def recall_data(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / "tokenizer")
     builder = IndexedDatasetBuilder(str(folder / "train.bin"), dtype=np.uint16)
-    builder.add_document(np.random.default_rng(0).integers(1, 97, 2000).tolist(), [2000])
+    builder.add_document(np.random.default_rng(0).integers(1, 97, 4000).tolist(), [4000])
     builder.finalize(str(folder / "train.idx"))
     return folder
 
 
 def test_recall_equals_assembled_models_losses_at_answers(select, material, recall_data, tmp_path, capsys):
     """Layer by layer, and as chosen; the answers' loss decides, or its sum with the KL, each as a part of the all-linear's."""
-    tokens, length = 1800, 900
+    tokens, length = 3600, 1800
     windows, answers = selection_windows(recall_data, tokens, length, "recall")
-    assert answers.sum() >= 10 and windows.shape == answers.shape == (2, length + 1)
+    assert answers.sum() > 20 and windows.shape == answers.shape == (2, length + 1)
     text, teacher = HeldoutText(windows, None, answers.int()), load_model(material.teacher)
 
     def losses(model) -> tuple[float, float]:
