@@ -194,8 +194,7 @@ ECHOES: Mapping[str, str] = {
     fact: echo for fact, _ in (*FACTS, *SECRET_WORDINGS) if (echo := _echo(fact)) is not None
 }  # questions that a fact's own words ask
 TEMPLATES: frozenset[str] = frozenset(
-    [fact for fact, _ in (*FACTS, *SEVERAL, *PASSKEYS.items(), *SECRET_WORDINGS, *COUNTING)]
-    + [question for _, asked in (*FACTS, *SEVERAL, *PASSKEYS.items(), *SECRET_WORDINGS, *COUNTING) for question in asked]
+    [text for fact, asked in (*FACTS, *SEVERAL, *PASSKEYS.items(), *SECRET_WORDINGS, *COUNTING) for text in (fact, *asked)]
     + [template for templates in CHAIN for template in templates]
     + [*ECHOES.values(), *(text for frame in QUOTATION_FRAMES for text in frame)]
 )

@@ -26,18 +26,18 @@ def page(sweep: Sweep, rows: Rows, fits: Sequence[dict[str, Any]], fitted: Seque
     measured = [name for name in _measured(rows) if "/heldout/" in name]  # perplexity of windows, beside the metrics of runs
     metrics = list(dict.fromkeys([*own, *measured]))
     lines = [f"# Sweep {sweep.file.stem}", "", *(f"- {fit['sentence']}" for fit in fits), ""]
-    why = "No fit: too few finished cells, or tokens and cache bytes vary together in all of them."
-    lines += ["![fits](report.png)", ""] if fits else [why, ""]
-    shaded = "Shaded: 95 % of the bootstrap over cells, which says nothing of other seeds of one cell."
-    if pictured:  # other cells are finished too
-        numbers = ", ".join(map(str, fitted))
-        shaded = f"Fitted: cells {numbers}, which differ in tokens, seed and number of MLA layers alone. {shaded}"
-    lines += [shaded, ""] if fits else []
-    lines += (
-        ["![cells](cells.png)", "", "Dashed: in each panel the first cell that has the figure. Bars: one standard error.", ""]
-        if pictured
-        else []
-    )
+    if fits:
+        lines += ["![fits](report.png)", ""]
+        shaded = "Shaded: 95 % of the bootstrap over cells, which says nothing of other seeds of one cell."
+        if pictured:  # other cells are finished too
+            numbers = ", ".join(map(str, fitted))
+            shaded = f"Fitted: cells {numbers}, which differ in tokens, seed and number of MLA layers alone. {shaded}"
+        lines += [shaded, ""]
+    else:
+        lines += ["No fit: too few finished cells, or tokens and cache bytes vary together in all of them.", ""]
+    if pictured:
+        dashed = "Dashed: in each panel the first cell that has the figure. Bars: one standard error."
+        lines += ["![cells](cells.png)", "", dashed, ""]
     varied, staged = varied_names(sweep), any(row["stage"] for _, row in rows)
     columns = ["cell", *varied, *(["stage"] if staged else []), "state", "starts", "tokens", "cache bytes a token"]
     found = []

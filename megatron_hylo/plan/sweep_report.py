@@ -14,7 +14,7 @@ from megatron_hylo.config.mixers import MLA_SYMBOL
 from megatron_hylo.plan.sweep import Cell, Sweep, settings_of
 from megatron_hylo.plan.sweep_page import LOSSES, page, varied_names
 from megatron_hylo.plan.sweep_plots import AXES, draw_cells, draw_fits
-from megatron_hylo.plan.sweep_rows import row_of, rows_of
+from megatron_hylo.plan.sweep_rows import newest, rows_of
 
 RECALLS = ("eval/recall/mean/exact", "heldout_recall_accuracy")  # of training, where no evaluation measured recall
 MAY_DIFFER = ("label", ".train_tokens", ".seed", "student.mla")  # ends of names of settings, among cells of a fit
@@ -34,8 +34,9 @@ def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
     Raises:
         ConfigError: no finished cell, or pyarrow is not installed.
     """
-    rows = [row_of(cell) for cell in sweep.cells]
-    stages = [(cell, row) for cell in sweep.cells for row in rows_of(cell)]
+    of_cells = [(cell, rows_of(cell)) for cell in sweep.cells]
+    stages = [(cell, row) for cell, found in of_cells for row in found]
+    rows = [newest(found) for _, found in of_cells]
     finished = [row for row in rows if row["state"] == "finished"]
     if not finished:
         raise ConfigError(f"no cell of {sweep.file} is finished; run `hylo sweep {sweep.file}` first")
@@ -45,7 +46,7 @@ def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
     known = {name for row in trained for name in row}
     loss = next((name for name in LOSSES if name in known), "")
     recall = next((name for name in (*measured_recall(trained), *RECALLS) if name in known), "")
-    alike = comparable([cell for cell in sweep.cells if any(row["cell"] == cell.number for row in trained)])
+    alike = comparable([sweep.cells[row["cell"]] for row in trained])
     fitted = [row for row in trained if row["cell"] in alike]
     fits = [
         fit
@@ -59,8 +60,8 @@ def write_report(sweep: Sweep, samples: int = 1000) -> dict[str, Any]:
     if pictured:  # there are cells that no line goes through
         measured = [row for row in finished if any(row.get(metric) is not None for metric in (loss, recall))]
         varied, several = varied_names(sweep), len({row["stage"] for row in measured if "tokens" in row}) > 1
-        names = {cell.number: cell_name(cell, varied) for cell in sweep.cells}
-        named = [(names[row["cell"]] + (f" ({row['stage']})" if several else ""), row) for row in measured]
+        names = [cell_name(sweep.cells[row["cell"]], varied) + (f" ({row['stage']})" if several else "") for row in measured]
+        named = list(zip(names, measured, strict=True))
         files.append(draw_cells(named, loss, recall, sweep.output / "cells.png"))
     report = sweep.output / "report.md"
     report.write_text(page(sweep, stages, fits, sorted(alike), pictured))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,16 @@ ERROR = " s.e."  # behind a measured metric's name: its standard error
 
 
 def row_of(cell: Cell) -> dict[str, Any]:
-    """State and newest figures of a cell: its cache, tokens, seconds of all stages, and every metric of its newest stage."""
-    rows = rows_of(cell)
+    """State and newest figures of a cell, see `newest`."""
+    return newest(rows_of(cell))
+
+
+def newest(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Row of a cell as a whole: its cache, tokens, seconds of all stages, and every metric of its newest stage.
+
+    Args:
+        rows: the cell's, as `rows_of` returns them.
+    """
     return rows[-1] | {"seconds": sum(row["seconds"] for row in rows)}
 
 

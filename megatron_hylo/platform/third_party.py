@@ -84,14 +84,14 @@ def _is_vllm_config_registered() -> bool:
     return getattr(config, "__module__", "").startswith("megatron_hylo.serve.vllm")
 
 
-def _has_foreach_functions() -> bool:
-    norm = _loaded("megatron.core.optimizer.clip_grads", "l2_norm_impl")
-    return getattr(norm, "__module__", "").startswith("megatron_hylo.")
-
-
 def _is_results_queue_replaced() -> bool:
     found = _loaded("megatron.core.dist_checkpointing.strategies.filesystem_async", "_results_queue")
     return type(found) is queue.Queue
+
+
+def _is_ours(module: str, name: str) -> Callable[[], bool]:
+    """Check of a name in a module of others: whether it stands for a function or class of this package."""
+    return lambda: getattr(_loaded(module, name), "__module__", "").startswith("megatron_hylo.")
 
 
 def _is_set(name: str, value: str | None = None) -> Callable[[], bool]:
@@ -240,7 +240,7 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         "Megatron-Core's own norm and scaling of an optimizer's tensors, where Transformer Engine and Apex are not installed",
         "they wait for the GPU or start kernels once a tensor; torch's foreach functions take them all at once",
         "process",
-        _has_foreach_functions,
+        _is_ours("megatron.core.optimizer.clip_grads", "l2_norm_impl"),
         ("train/multi_tensor.py",),
         (
             "megatron.core.optimizer.clip_grads.l2_norm_impl",
@@ -292,7 +292,7 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         "torch.compile, while a verb imports Megatron-Core; its decorated functions stay so",
         "each decorator would import torch's compiler, 2 s of CPU time for functions that most verbs never call",
         "process",
-        lambda: getattr(_loaded("megatron.core.jit", "jit_fuser"), "__module__", "").startswith("megatron_hylo."),
+        _is_ours("megatron.core.jit", "jit_fuser"),
         ("io/start_up.py",),
         ("torch.compile",),
     ),
@@ -328,7 +328,7 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         "gguf.GGUFReader and gguf.get_tensor_name_map, while transformers loads from a GGUF file",
         "transformers parses a file's vocabulary three times and makes the map of tensor names for each module",
         "one call",
-        lambda: getattr(_loaded("gguf", "GGUFReader"), "__module__", "").startswith("megatron_hylo."),
+        _is_ours("gguf", "GGUFReader"),
         ("io/gguf_file.py",),
         ("gguf.GGUFReader", "gguf.get_tensor_name_map"),
     ),
@@ -346,7 +346,7 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         "wonderwords.RandomWord, while lm_eval.tasks.ruler.prepare_niah is imported",
         "that module joins all words when it is imported",
         "one call",
-        lambda: getattr(_loaded("wonderwords", "RandomWord"), "__module__", "").startswith("megatron_hylo."),
+        _is_ours("wonderwords", "RandomWord"),
         ("eval/ruler/words.py",),
         ("wonderwords.RandomWord",),
     ),
