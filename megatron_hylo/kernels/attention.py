@@ -106,7 +106,17 @@ def _asked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, g
 
 
 def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool) -> str:
-    """Name of the first usable backend; "torch" off CUDA, where torch itself chooses."""
+    """Name of the backend of scaled-dot-product attention for these inputs; the registry's override comes first.
+
+    Args:
+        q: [b, hq, t, d], padded to what fused kernels take.
+        k, v: [b, hkv, s, d or dv], likewise; hkv divides hq.
+        is_causal: with as many keys as queries.
+
+    Returns:
+        "cudnn", "flash" or "efficient", the first that torch says it can use; "math", with a warning, if none; "torch" off
+        CUDA, where torch itself chooses.
+    """
     name = overridden("attention")
     if name is not None:
         use("attention", name, "forced")

@@ -34,6 +34,7 @@ def attention_after_prefix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Ten
 class _AfterPrefix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Return the outputs [b, hq, t, dv]; keeps them and the softmax's log sums, as the backward kernels need them."""
         before = k.shape[2] - q.shape[2]
         blocks = [(k[:, :, :before], v[:, :, :before], False), (k[:, :, before:], v[:, :, before:], True)]
         (seen, log_seen, *_), (own, log_own, *rest) = (_block(q, *block, scale) for block in blocks)
@@ -47,6 +48,7 @@ class _AfterPrefix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of q, k and v, each block's with the outputs and log sums of the whole."""
         q, k, v, out, log_sum = ctx.saved_tensors
         blocks = [(slice(0, ctx.before), False), (slice(ctx.before, None), True)]
         (dq, *seen), (dq_own, *own) = (

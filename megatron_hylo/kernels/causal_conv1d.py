@@ -166,6 +166,10 @@ class _Fla(torch.autograd.Function):
         implementation: str,
         *sections: Tensor,
     ) -> tuple[Tensor, ...]:
+        """Convolve sections [b, t, width]; returns as many tensors of the same shapes.
+
+        `before` is [b, k - 1, all channels] or None, `positions` as of `causal_conv1d`, `implementation` "fla" or "gluon".
+        """
         documents = None
         if positions is not None:  # where each token's document begins in x
             starts = (torch.arange(len(positions), device=weight.device) - positions).clamp(min=0)
@@ -190,6 +194,7 @@ class _Fla(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of weight, bias, `before` and the sections; None for those that have none."""
         weight, bias, before, positions, *sections = ctx.saved_tensors
         found = [
             ctx.differentiate(x=x, dy=grad, dht=None, weight=w, bias=offset, **ctx.settings)[:3]

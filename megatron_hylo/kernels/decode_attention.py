@@ -107,7 +107,12 @@ def split_attention(
     q: Tensor, k: Tensor, v: Tensor | int, scale: float, length: Tensor | None, real: Tensor | None, scales: Tensor | None,
     starts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`decode_attention` by the Triton kernels."""
+    """Attend as `decode_attention` by the Triton kernels, whose arguments and result it has, without its checks.
+
+    The keys of each sequence are divided among several programs, which write fp32 outputs and softmax sums of their part; a
+    second kernel combines them (flash decoding). In a packed batch (`starts`) all parts but a sequence's last one are equally
+    long.
+    """
     from megatron_hylo.kernels.triton_decode_attention import attend_part, combine_packed_parts, combine_parts
 
     (b, hq, d), (rows, hkv) = q.shape, k.shape[1:3]

@@ -40,23 +40,29 @@ def register() -> None:
         priority = -1  # before all that come with fla
 
         def chunk_gated_delta_rule_fwd_h_verifier(self, *, k, w, u, g=None, **others) -> tuple[bool, str | None]:
+            """Say whether `_takes` the call, else why not."""
             return _takes(k, (w, u), g, **others)
 
         def chunk_gated_delta_rule_fwd_h(self, *, k, w, u, g, initial_state=None, output_final_state=False, **others):
+            """States before each chunk, v_new, and the state after the last chunk or None; see `states_forward`."""
             return states_forward(k, w, u, g, initial_state, output_final_state)
 
         def chunk_gated_delta_rule_bwd_dhu_verifier(self, *, q, k, w, do, dv, g=None, **others) -> tuple[bool, str | None]:
+            """Say whether `_takes` the call, else why not."""
             return _takes(k, (q, w, do, dv), g, **others)
 
         def chunk_gated_delta_rule_bwd_dhu(self, *, q, k, w, do, dv, g, scale, h0=None, dht=None, **others):
+            """Gradients of the states, the initial state and v_new; see `states_backward`."""
             return states_backward(q, k, w, do, dv, g, h0, dht, scale)
 
         def chunk_bwd_dqkwg_verifier(self, *, q, k, v, do, h, dh, w=None, dv=None, g=None, **others) -> tuple[bool, str | None]:
+            """Say whether `_takes` the call, which must be a delta rule's (with w and dv), else why not."""
             if w is None or dv is None:
                 return False, "made for delta rules"
             return _takes(k, (q, w, do, dv, v), g, **others)
 
         def chunk_bwd_dqkwg(self, *, q, k, v, do, h, dh, w, dv, g, scale, **others):
+            """Gradients of q, k, w and g from those of outputs and states; see `chunk_gradients`."""
             return chunk_gradients(q, k, v, do, h, dh, w, dv, g, scale)
 
     backends.register("common")(HopperStatePass)

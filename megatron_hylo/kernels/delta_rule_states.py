@@ -22,7 +22,7 @@ class KeptStates(torch.autograd.Function):
     def forward(
         ctx, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, output_final_state: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The outputs, and the state after the last token where it is asked for."""
+        """Return the outputs [b, t, h, dv], and the state [b, h, dk, dv], float32, if `output_final_state`; else None."""
         fla, norm = importlib.import_module(FLA_CHUNK), importlib.import_module(FLA_NORM)
         q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
         initial_state = None if initial_state is None else initial_state.contiguous()
@@ -40,7 +40,7 @@ class KeptStates(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v, g, beta and the initial state."""
+        """Return the gradients of q, k, v, g, beta and the initial state, in their shapes."""
         fla, norm = importlib.import_module(FLA_CHUNK), importlib.import_module(FLA_NORM)
         q, q_scale, k, k_scale, v, g, beta, inverse, initial_state, w, states, v_new = ctx.saved_tensors
         grad_out, grad_last = grad_out.contiguous(), None if grad_last is None else grad_last.contiguous()

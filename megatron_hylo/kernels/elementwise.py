@@ -24,6 +24,7 @@ def elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(x: torch.Tensor, *args: Any, **settings: Any) -> Any:
+        """Call the function, or on a GPU a kernel: for the shape of x, or for any shape after the first OWN_SHAPES ones."""
         unsupported = library_unsupported("torch.compile", "triton", x, "pip install triton")
         if select("elementwise", "inductor", unsupported) == "torch":
             return function(x, *args, **settings)
@@ -54,6 +55,7 @@ def on_request(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(x: torch.Tensor, *args: Any, **settings: Any) -> Any:
+        """Call the function, or its kernel where all that `on_request` asks for holds."""
         if not _requested or not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return function(x, *args, **settings)
         return compiled(x, *args, **settings)

@@ -63,7 +63,12 @@ def choose_forward(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> Unsupported | None:
-    """Why FlashAttention-3 cannot run on these inputs; None if it can."""
+    """Why FlashAttention-3 cannot run on these inputs; None if it can.
+
+    Args:
+        q: [..., d], on any device, of any dtype; tokens and heads in any order.
+        k, v: likewise, [..., d] and [..., dv].
+    """
     width = max(q.shape[-1], v.shape[-1])
     if not q.is_cuda:
         return Unsupported("FlashAttention-3 needs a CUDA device")

@@ -5,7 +5,10 @@ import torch.nn.functional as F
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:
-    """Copy x where it is not aligned to the 16 bytes that fused kernels read at a time (a section of odd width)."""
+    """Copy x [..., channels] where it is not aligned to the 16 bytes that fused kernels read at a time.
+
+    So it is with a section of odd width. Returns x itself where it is aligned and its channels are contiguous.
+    """
     places = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
     return x.contiguous() if x.stride(-1) != 1 or any(place % 16 for place in places) else x
 
@@ -27,6 +30,9 @@ def padded(*tensors: torch.Tensor, multiple: int = 8) -> tuple[torch.Tensor, ...
 
 
 def same_width(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Pad with zero channels, which change nothing: flash kernels want queries, keys and values equally wide."""
+    """Pad tensors [..., channels] with zeros to the widest: flash kernels want queries, keys and values equally wide.
+
+    Scores stay what they were; outputs end with a zero for each channel that the values got.
+    """
     width = max(x.shape[-1] for x in tensors)
     return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)

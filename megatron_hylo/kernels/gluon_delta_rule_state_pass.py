@@ -26,8 +26,11 @@ SLOTS = gl.constexpr(2)  # of what comes once a chunk
 
 @triton.jit(do_not_specialize=["tokens"])
 def decay_factors(g, factors, tokens, HEADS: tl.constexpr, CHUNK: tl.constexpr):
-    """Fill `factors` fp32 [b, h, chunks, 2, CHUNK], from g [b, t, h], the log2 of decays since the chunk's start: decays from
-    each token to the chunk's end, and, in all columns, that over the chunk."""
+    """Fill `factors` from the log2 of decays since the chunk's start.
+
+    Decays from each token to the chunk's end, and, in all columns, that over the chunk: fp32 [b, h, chunks, 2, CHUNK], from
+    g [b, t, h].
+    """
     chunk, row = tl.program_id(0), tl.program_id(1)
     sequence, head = row // HEADS, row % HEADS
     column = tl.arange(0, CHUNK)
@@ -174,8 +177,10 @@ def states_forward(
     k, w, u, factors, states, v_new, initial, last, tokens,
     HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
-    """Fill `states` [b, chunks, h, DK, DV] with those before each chunk, `v_new` [b, t, h, DV] with u - w S,
-    and `last` fp32 [b, h, DK, DV] with the state after the last chunk. Grid: DV / VALUES, b h."""
+    """Fill `states` with those before each chunk, `v_new` with u - w S, and `last` with the state after the last chunk.
+
+    They are [b, chunks, h, DK, DV], [b, t, h, DV], and fp32 [b, h, DK, DV]. Grid: DV / VALUES, b h.
+    """
     dtype: gl.constexpr = k.dtype.element_ty
     of_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
     row, column = gl.program_id(1), gl.program_id(0) * VALUES
@@ -275,9 +280,11 @@ def states_backward(
     q, k, w, factors, grad_out, grad_local, grad_states, grad_v_new, grad_last, grad_initial, tokens,
     HEADS: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, CHUNK: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
-    """Fill `grad_states` [b, chunks, h, DK, DV] with the gradients of the states after each chunk, `grad_v_new` [b, t, h, DV]
-    with those of `v_new`, of which grad_local is the share of the chunk's own outputs, and `grad_initial`; q are those of
-    `decayed_queries`. Grid: DV / VALUES, b h."""
+    """Fill `grad_states` with the gradients of the states after each chunk, and `grad_v_new` and `grad_initial`.
+
+    `grad_states` is [b, chunks, h, DK, DV]; `grad_v_new` [b, t, h, DV] is the gradient of `v_new`, of which grad_local is the
+    share of the chunk's own outputs; q are those of `decayed_queries`. Grid: DV / VALUES, b h.
+    """
     dtype: gl.constexpr = k.dtype.element_ty
     of_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
     row, column = gl.program_id(1), gl.program_id(0) * VALUES

@@ -39,7 +39,7 @@ class Statistics:
 
 
 def unsupported(x: Tensor) -> Unsupported | None:
-    """Why the Triton kernels cannot run on logits like x; None if they can."""
+    """Why the Triton kernels cannot run on logits like x [n, V / TP]; None if they can (CUDA, not float64, Triton)."""
     return library_unsupported("triton", MODULE, x, "pip install triton")
 
 

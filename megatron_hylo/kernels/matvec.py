@@ -50,7 +50,16 @@ def matvec(
 
 
 def one_vector(x: Tensor, weight: Tensor, residual: Tensor | None, swiglu: bool, scale: Tensor | None = None) -> Tensor:
-    """`matvec` of one vector by the Triton kernel."""
+    """Compute `matvec` of one vector by the Triton kernel.
+
+    Args:
+        x: [..., k] with one row, on a GPU.
+        weight: [n, k], or [2 n, k] with `swiglu`; rows contiguous; x's dtype, or 8 bits with `scale`.
+        residual, swiglu, scale: as of `matvec`.
+
+    Returns:
+        [..., n] in x's dtype.
+    """
     from megatron_hylo.kernels.triton_matvec import multiply
 
     rows, k = weight.shape[0] // (2 if swiglu else 1), weight.shape[1]

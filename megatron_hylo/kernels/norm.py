@@ -81,6 +81,10 @@ def gated_rms_norm(
 
 
 def check_weight(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Raise ValueError if weight is not as wide as x."""
+    """Check that `weight` is a vector as wide as x [..., n]; `name` is the operation in the message.
+
+    Raises:
+        ValueError: weight is not [n].
+    """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{name}: weight has shape {tuple(weight.shape)}, x {tuple(x.shape)}; weight must be [{x.shape[-1]}]")

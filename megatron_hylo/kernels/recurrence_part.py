@@ -66,7 +66,14 @@ class DeltaRulePart(NamedTuple):
 
     @classmethod
     def begin(cls, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple["DeltaRulePart", AffineMap]:
-        """One pass over values [v, 0] from the state [0, I]."""
+        """Run one pass over values [v, 0] from the state [0, I], which shows the part's whole affine map.
+
+        Args:
+            q, k, v, g, beta: as of `gated_delta_rule`.
+
+        Returns:
+            What the backward pass needs, and the map of the state before the part.
+        """
         part, (values, state), dv = cls(q, k, v, g, beta), _extended(k, v), v.shape[-1]
         if delta_rule_implementation(k, v, differentiates=True) == "fla":
             part, out, state = part._fla(values, state)
@@ -118,14 +125,14 @@ class KdaPart(NamedTuple):
 
     @classmethod
     def begin(cls, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple["KdaPart", AffineMap]:
-        """One pass over values [v, 0] from the state [0, I]."""
+        """Run one pass over values [v, 0] from the state [0, I]; as `DeltaRulePart.begin`, with the arguments of `kda`."""
         (values, state), dv = _extended(k, v), v.shape[-1]
         out, after = kda(q, k, values, g, beta, state, output_final_state=True)
         assert after is not None
         return cls(q, k, v, g, beta), AffineMap(out[..., :dv], out[..., dv:], after[..., dv:], after[..., :dv])
 
     def gradients(self, before: Tensor, grad_out: Tensor, grad_after: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of q, k, v, g, beta; arguments as those of `DeltaRulePart.gradients`."""
+        """Gradients of q, k, v, g, beta, g's [b, t, h, dk]; arguments as those of `DeltaRulePart.gradients`."""
         return _again(functools.partial(kda, output_final_state=True), self, before, grad_out, grad_after)
 
 
@@ -144,7 +151,14 @@ class SsdPart(NamedTuple):
     def begin(
         cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, reset_mask: Tensor | None
     ) -> tuple["SsdPart", AffineMap]:
-        """Run one pass from a zero state; y_t also gains exp(A sum_{s <= t} dt_s) h C_t of the state h before the part."""
+        """Run one pass from a zero state; y_t also gains exp(A sum_{s <= t} dt_s) h C_t of the state h before the part.
+
+        Args:
+            x, dt, A, B, C, D, reset_mask: as of `ssd`.
+
+        Returns:
+            What the backward pass needs, and the map of the state [b, h, n, p] before the part; its transition is [b, h, 1, 1].
+        """
         out, state = ssd(x, dt, A, B, C, D, output_final_state=True, reset_mask=reset_mask)
         assert state is not None
         decay = log_decay(dt, A, reset_mask).transpose(1, 2).contiguous()  # a GPU sums fast along the last dimension alone

@@ -40,6 +40,7 @@ def rms_norm_and_residual(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
 class _Triton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return RMSNorm(x) and x itself, [..., n]; keeps one float32 scale a row."""
         width, rows = x.shape[-1], x.numel() // x.shape[-1]
         out, scales = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
         importlib.import_module(MODULE).normalise[(-(-rows // 2),)](
@@ -51,6 +52,7 @@ class _Triton(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        """Return the gradient of x, the residual's added, and the weight's [n]; either upstream gradient may be None."""
         if upstream is None:  # only the residual was used
             return residual, None, None
         x, weight, scales = ctx.saved_tensors

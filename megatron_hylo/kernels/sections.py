@@ -22,10 +22,12 @@ def split_sections(projected: Tensor, widths: Sequence[int]) -> tuple[Tensor, ..
 class _Sections(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+        """Return views of x [..., sum of widths], [..., width] each."""
         return x.split(widths, dim=-1)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        """Concatenate the sections' gradients to that of x; those of width 0 are left out."""
         return concatenate([grad for grad in grads if grad.shape[-1]]), None
 
 
@@ -45,7 +47,7 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
 
 
 def concatenate_by_triton(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate by our Triton kernel, in one launch."""
+    """Concatenate tensors [..., width] of one dtype on a GPU to [..., sum of widths] by our Triton kernel, in one launch."""
     widths, rows = tuple(x.shape[-1] for x in parts), parts[0].shape[:-1].numel()
     out = parts[0].new_empty(*parts[0].shape[:-1], sum(widths))
     columns = tuple(1 << (width - 1).bit_length() for width in widths)  # powers of two

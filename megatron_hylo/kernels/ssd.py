@@ -118,6 +118,7 @@ class _MambaSsm(torch.autograd.Function):
         initial_state: torch.Tensor | None,
         documents: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return outputs [b, t, h, p] and the last state [b, h, p, n], float32; arguments as of `mamba_ssm_gradients`."""
         out, _, _, _, _, last = importlib.import_module(MAMBA_MODULE)._mamba_chunk_scan_combined_fwd(
             x, dt, A, B, C, MAMBA_CHUNK, D=D, initial_states=initial_state, seq_idx=documents
         )
@@ -128,6 +129,7 @@ class _MambaSsm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: torch.Tensor | None, grad_last: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of x, dt, A, B, C, D and the initial state; either upstream gradient may be None."""
         x, dt, A, B, C, D, initial_state, documents = ctx.saved_tensors
         grad_out = torch.zeros_like(x) if grad_out is None else grad_out
         return *mamba_ssm_gradients(x, dt, A, B, C, D, initial_state, documents, grad_out, grad_last), None
@@ -148,13 +150,15 @@ def mamba_ssm_gradients(
     """The backward pass of `ssd` by mamba_ssm's kernels, its forward pass run again as far as needed.
 
     Args:
-        x, B, C: of one dtype; dt, A, D and states float32; else as of `ssd`.
+        x, B, C: [b, t, h, p] and [b, t, h, n], of one dtype.
+        dt, A, D: [b, t, h], [h] and [h] or None, float32.
+        initial_state: [b, h, p, n], float32, or None.
         documents: of `document_numbers`.
         grad_out: of the outputs, like x.
         grad_last: of the last state, float32, or None.
 
     Returns:
-        Gradients of x, dt, A, B, C, D and the initial state; None for those that are None.
+        Gradients of x, dt, A, B, C, D and the initial state, in their shapes; None for those that are None.
     """
     with _SumsOfOne():
         dx, ddt, dA, dB, dC, dD, _, _, dstate = importlib.import_module(MAMBA_MODULE)._mamba_chunk_scan_combined_bwd(
@@ -165,8 +169,11 @@ def mamba_ssm_gradients(
 
 
 class _SumsOfOne(TorchFunctionMode):
-    """Sums over a dimension of one element without a copy. mamba_ssm sums over the programs that share a group of heads: each
-    of our heads is a group, and those copies, of up to 2 GB a layer at 64K tokens, took a quarter of its time."""
+    """Sums over a dimension of one element without a copy.
+
+    mamba_ssm sums over the programs that share a group of heads: each of our heads is a group, and those copies, of up to 2 GB
+    a layer at 64K tokens, took a quarter of its time.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

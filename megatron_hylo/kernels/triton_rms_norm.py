@@ -22,8 +22,11 @@ def differentiate(
     x, weight, scales, upstream, residual, gradient, weight_gradient, rows,
     SHARE: tl.constexpr, RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Fill `gradient` [rows, WIDTH] with that of x, `residual` added; a program has SHARE rows, and puts the sum over them
-    that the weight's gradient consists of into its row of `weight_gradient`, fp32 [programs, WIDTH]."""
+    """Fill `gradient` [rows, WIDTH] with that of x, `residual` added.
+
+    A program has SHARE rows, and puts the sum over them that the weight's gradient consists of into its row of
+    `weight_gradient`, fp32 [programs, WIDTH].
+    """
     program, column = tl.program_id(0), tl.arange(0, COLUMNS)
     valid = column < WIDTH
     factor = tl.load(weight + column, mask=valid, other=0.0).to(tl.float32)
