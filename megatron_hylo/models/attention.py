@@ -88,7 +88,7 @@ class GroupedQueryAttention(Mixer):
         return self.linear_proj(sequence_first(out, packed))  # [s, b, h]
 
     def softmax_attention(self) -> Callable[..., Tensor]:
-        """Attention of query, key and value, causal and aligned to the end."""
+        """Causal attention, the last query aligned with the last key: function of q [b, t, hq, d] and k, v [b, s, hkv, d]."""
         return functools.partial(attention, scale=self.head_dim**-0.5)
 
     def mix(self, hidden_states: Tensor, packed: Packed) -> tuple[Tensor, None]:
@@ -107,6 +107,6 @@ class WindowAttention(GroupedQueryAttention):
         super().build(c, submodules)
 
     def softmax_attention(self) -> Callable[..., Tensor]:
-        """Attention of query, key and value within the window, aligned to the end."""
+        """Attention within the window; shapes and alignment as of `GroupedQueryAttention.softmax_attention`."""
         assert self.window is not None, "build sets it"
         return functools.partial(window_attention, scale=self.head_dim**-0.5, window=self.window)

@@ -135,6 +135,7 @@ class BackgroundWrite:
             files = [Path(file) for file, *_ in buckets]
 
             def write() -> None:
+                """Write this rank's buckets and hash the files for the manifest; what fails is told by `finish`."""
                 request.async_fn(rank, buckets, results)
                 with contextlib.suppress(OSError):  # of a full disk; `finish` says so
                     hash_for_manifest(sealed, files)
@@ -166,6 +167,13 @@ def _own_storages(state: dict[str, Any]) -> None:
 
 def load_weights(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Read what a sharded state dict asks for out of `folder`, which may come from anybody: nothing in it is run.
+
+    Args:
+        state: Megatron-Core's sharded state dict, names -> `ShardedTensor` or factories.
+        folder: weights/ of a model folder or checkpoint.
+
+    Returns:
+        The state dict with the tensors of this rank.
 
     Raises:
         ConfigError: the folder holds what could run code, or what this project does not write.

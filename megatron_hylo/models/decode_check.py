@@ -83,6 +83,7 @@ def _packed(case: Case, rank: int = 0) -> Case:
     operation, shape, _, inputs = case
 
     def run(q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
+        """Attend with two sequences of unlike lengths out of the rows of both, [1, 2 CACHED, groups, channels]."""
         starts, length = (torch.tensor(x, dtype=torch.int32, device=q.device) for x in ([CACHED, 7], [CACHED, 300]))
         values = rank if v is None else v.flatten(0, 1)[None]
         return decode_attention(q, k.flatten(0, 1)[None], values, q.shape[-1] ** -0.5, length, starts=starts)
@@ -109,6 +110,7 @@ def _delta_rule(c: ModelConfig, draw: Callable[..., Tensor], operation: str, *ch
     heads, keys, values = c.linear_num_heads, c.linear_key_head_dim, c.linear_value_head_dim
 
     def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+        """Step once; returns the outputs and the changed state as one float32 vector, so that both are compared."""
         out = delta_rule_step(q, k, v, -decay.abs(), beta.sigmoid(), state)
         return torch.cat([out.flatten().float(), state.flatten()])
 
@@ -122,6 +124,7 @@ def _mamba2(c: ModelConfig, draw: Callable[..., Tensor]) -> Case:
     heads, width, size = c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_dim
 
     def run(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
+        """Step once; returns the outputs and the changed state as one float32 vector, so that both are compared."""
         rate = -torch.linspace(0.5, 2, heads, device=x.device)
         out = ssd_step(x, dt.abs(), rate, B, C, torch.ones_like(rate), state)
         return torch.cat([out.flatten().float(), state.flatten()])

@@ -32,7 +32,7 @@ class GatheredModel:
     parameters: dict[str, Tensor]
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and parameters, as `torch.nn.Module` has them."""
+        """Names and whole tensors on the CPU, as `torch.nn.Module` yields them."""
         return iter(self.parameters.items())
 
 

@@ -56,7 +56,15 @@ class GatedDeltaNet(Mixer):
         return sections.pop("alpha")
 
     def gates(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        """Log decay (fp32) and writing strength as `recurrence` takes them, of the heads this rank computes."""
+        """Log decay (fp32) and writing strength as `recurrence` takes them, of the heads this rank computes.
+
+        Args:
+            alpha: `decay_input`, [batch, sequence, decays].
+            beta: writing strength before its sigmoid, [batch, sequence, heads].
+
+        Returns:
+            Two tensors of the same shapes.
+        """
         own = self.context.head_shard
         return gates_of(alpha, beta, own(self.A_log), own(self.dt_bias))
 

@@ -314,6 +314,7 @@ def _head_kl(student: Tensor, teacher: Tensor) -> Tensor:
 class _HeadKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return KL(teacher || student) summed over tokens, [1], of logits [n, V]; keeps the gradient that the kernel made."""
         logits, dtype = student.clone(), student.dtype
         scales = torch.tensor([1.0, 0.0], device=student.device)
         kl, _, gradient = head_softmax(logits, teacher.to(dtype), None, 0, scales, grad_dtype=dtype)
@@ -322,4 +323,5 @@ class _HeadKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
+        """Return the student's gradient [n, V]; the teacher has none."""
         return ctx.saved_tensors[0] * upstream.to(ctx.saved_tensors[0].dtype), None

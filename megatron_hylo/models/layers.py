@@ -130,7 +130,13 @@ def rotary_table(dim: int, base: float, scaling: RopeScaling, length: int, where
 
 
 def tensor_parallel_parameter(data: Tensor, keep_fp32: bool = False, dtype: torch.dtype | None = None) -> nn.Parameter:
-    """A parameter whose first dimension is this rank's slice; `keep_fp32` for A_log, dt_bias and D."""
+    """A parameter whose first dimension is this rank's slice, in the attributes that Megatron-Core reads.
+
+    Args:
+        data: [this rank's rows, ...].
+        keep_fp32: float32 whatever `dtype` is, as A_log, dt_bias and D are kept.
+        dtype: of the parameter; None: data's.
+    """
     parameter = nn.Parameter(data.float() if keep_fp32 else data.to(dtype or data.dtype))
     set_attributes(parameter, tensor_model_parallel=True, partition_dim=0, partition_stride=1)
     return parameter

@@ -38,7 +38,12 @@ def own_rows(rows: int, vocabulary: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def clear_padding(parameters: Iterable[Tensor], vocabulary: int) -> None:
-    """Make the rows after the vocabulary's zero, for norms of weights and gradients that do not depend on the ranks."""
+    """Make the rows after the vocabulary's zero, in place, for norms that do not depend on the ranks.
+
+    Args:
+        parameters: this tensor-parallel rank's rows of embedding or head, or their gradients: [rows, hidden] each.
+        vocabulary: tokens.
+    """
     for parameter in parameters:
         parameter[own_rows(len(parameter), vocabulary)[1] :] = 0
 

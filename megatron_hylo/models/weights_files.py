@@ -64,7 +64,13 @@ class PartReader(Protocol):
     """Reader of parts of global tensors."""
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """Read a part of the tensor of that key, on the CPU."""
+        """Read a part of the global tensor of that key, on the CPU.
+
+        Args:
+            key: Megatron-Core's name of the tensor in a checkpoint.
+            offsets: of the part's first element, in each dimension of the global tensor.
+            sizes: of the part, likewise.
+        """
         ...
 
 
@@ -88,7 +94,10 @@ class StoredLayout:
         return str(described.key).replace(".experts.experts.", f".experts.local_experts.{part.global_offset[0]}.")
 
     def parts(self, name: str, value: Tensor) -> list[ShardedTensor]:
-        """Divide the value of a parameter into the parts it is stored in."""
+        """Divide the value of a parameter, of the parameter's shape, into the parts it is stored in.
+
+        On device "meta" the parts have no data.
+        """
         described = self.sharded[name]
         if isinstance(described, ShardedTensorFactory):
             built = described.build_fn(described.key, value, described.replica_id, None)
@@ -96,7 +105,12 @@ class StoredLayout:
         return [described.without_data() if value.device.type == "meta" else _with_data(described, value)]
 
     def merge(self, name: str, reader: PartReader) -> Tensor:
-        """Read a parameter: the inverse of `parts`."""
+        """Read a parameter, on the CPU, in the dtype that is stored: the inverse of `parts`.
+
+        Args:
+            name: of the parameter in the model.
+            reader: reads each part; its errors are passed on.
+        """
         described = self.sharded[name]
 
         def read(part: ShardedTensor) -> Tensor:
@@ -150,6 +164,7 @@ def write_parts(file: PartsFile, parts: list[ShardedTensor], digests: Mapping[Pl
 
     Raises:
         OSError: the disk is full, say.
+        RuntimeError: torch cannot write its archive for another reason.
     """
     pieces = []
     for part in parts:
@@ -218,6 +233,7 @@ class WeightsReader:
 
     Raises:
         ConfigError: the folder holds what could run code, or what this project does not write.
+        DamagedError: its description cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -232,10 +248,10 @@ class WeightsReader:
         self.tensors, self.places = metadata.state_dict_metadata, metadata.storage_data
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """Read a part of a global tensor, on the CPU.
+        """Read a part of a global tensor, on the CPU; arguments as of `PartReader.read`.
 
         Raises:
-            ConfigError: the folder has no such tensor.
+            ConfigError: the folder has no such tensor, or less of it than is asked for.
             DamagedError: it cannot be read.
         """
         entry = self.tensors.get(key)

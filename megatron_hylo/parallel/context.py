@@ -1,4 +1,6 @@
-"""Context parallelism: rank r of n has the r-th of n equal, contiguous parts of every sequence. Two ways, `cp_comm_type`:
+"""Context parallelism: rank r of n has the r-th of n equal, contiguous parts of every sequence.
+
+There are two ways, `cp_comm_type`:
 
 `all_gather`: layers move what is small. Attention and MLA gather keys and values, MLA as its latent and rotary key; a
 convolution gathers the last inputs of each part; a linear layer gathers what each part does to the recurrent state, whose
@@ -134,7 +136,16 @@ class ContextGroup:
         return self._all_to_all(by_rank).permute(1, 2, 0, 3).flatten(2)
 
     def head_shard(self, x: Tensor, widths: Iterable[int] | None = None, dim: int = 0) -> Tensor:
-        """Slice of this rank's heads out of dimension `dim` of a tensor or parameter, section by section."""
+        """Slice of this rank's heads out of dimension `dim`, section by section; x itself without `a2a`.
+
+        Args:
+            x: tensor or parameter, e.g. [channels, ...].
+            widths: sizes of the sections along `dim`, each divided by the ranks; None: one section.
+            dim: the dimension.
+
+        Returns:
+            x with dimension `dim` divided by the number of ranks.
+        """
         if not self.uses_all_to_all:
             return x
         widths = list(widths) if widths is not None else [x.shape[dim]]
@@ -206,6 +217,9 @@ class ContextGroup:
         Returns:
             The sections, to be read by the convolution alone, and [batch, all channels, count], oldest first, zeros on the
             first rank; None where a rank has all tokens.
+
+        Raises:
+            ConfigError: a rank has fewer tokens than `count`.
         """
         if not self.uses_all_gather:
             return sections, None
@@ -271,10 +285,12 @@ class _WithEnd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, count: int, *sections: Tensor) -> tuple[Tensor, ...]:
+        """Return the sections and [batch, count, all channels]; the sections are views, so their memory is not copied."""
         return *(x.view_as(x) for x in sections), torch.cat([x[:, -count:] for x in sections], -1)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the sections' gradients, changed in place at their last `count` tokens."""
         *section_grads, grad_end = grads
         for grad, end in zip(section_grads, grad_end.split([grad.shape[-1] for grad in section_grads], -1)):
             grad[:, -end.shape[1] :] += end

@@ -72,7 +72,10 @@ def apart(handed_on: Tensor, own: Sequence[int], width: int, rows: int) -> tuple
 
 
 def share_last_stages(value: Tensor) -> None:
-    """Broadcast the last pipeline stage's `value` to all pipeline stages, in place."""
+    """Broadcast the last pipeline stage's `value`, of any shape, to all pipeline stages, in place.
+
+    All ranks call it with tensors of one shape and dtype.
+    """
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         source = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(value, source, group=parallel_state.get_pipeline_model_parallel_group())

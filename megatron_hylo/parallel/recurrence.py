@@ -36,7 +36,7 @@ class StateExchange(Protocol):
     rank: int
 
     def gather_affine_maps(self, transition: Tensor, increment: Tensor, backward: bool = False) -> list[tuple[Tensor, Tensor]]:
-        """Gather (transition, increment) of every rank, see `ContextGroup`."""
+        """Gather transition [b, h, dk, dk] (or [b, h, 1, 1]) and increment [b, h, dk, dv] of every rank; see `ContextGroup`."""
 
 
 def delta_rule_over_ranks(
@@ -104,6 +104,18 @@ class _InParts(torch.autograd.Function):
         kind: type[Part],
         *inputs: Any,  # tensors or None: the fields of `kind`
     ) -> Tensor:
+        """Compose this rank's maps, gather those of all ranks, and return the outputs from the state before each part.
+
+        Args:
+            ctx: keeps the state before each part.
+            context: the ranks.
+            parts: parts of this rank's tokens.
+            kind: the recurrence.
+            inputs: fields of `kind`.
+
+        Returns:
+            [batch * parts, tokens of a part, heads, value channels].
+        """
         part, affine = kind.begin(*inputs)
         steps = list(zip(_by_part(affine.transition, parts), _by_part(affine.increment, parts)))
         earlier = context.gather_affine_maps(*_composed(steps))[: context.rank]
@@ -115,6 +127,7 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of `inputs`; those of the states come from the later parts and ranks, as in the forward pass."""
         readout, transition, before, *part = ctx.saved_tensors
         context, parts = ctx.context, ctx.parts
         back = [x.transpose(-1, -2) for x in _by_part(transition, parts)]
