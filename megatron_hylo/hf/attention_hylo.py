@@ -60,7 +60,7 @@ class HyloAlignedKeyNorm(HyloRMSNorm):
 
 @functools.lru_cache(maxsize=256)
 def index_tensor(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return numbers as int64 on the device, copied there once: a captured graph cannot copy from the host."""
+    """Return numbers as int64 [n] on the device, copied there once: a captured graph cannot copy from the host."""
     with torch.inference_mode(False):
         return torch.tensor(numbers, device=device)
 
@@ -82,7 +82,14 @@ def choose_tokens(stored: Tensor, rows: slice, tokens: slice | Tensor) -> Tensor
 
 
 def in_blocks(query: Tensor, total: int, inputs: SequenceInputs, makes_keys: bool) -> bool:
-    """Whether new tokens attend block by block: too many keys to make at once, or too large a mask."""
+    """Whether new tokens attend block by block: too many keys to make at once, or too large a mask.
+
+    Args:
+        query: [batch, new tokens, heads, channels].
+        total: tokens, cached ones included.
+        inputs: of the sequences; never with probabilities asked for, with a cache of fixed size, or with gradients.
+        makes_keys: keys and values are made of what is cached.
+    """
     b, t = query.shape[:2]
     if inputs.attentions is not None or inputs.length is not None or torch.is_grad_enabled():
         return False
@@ -195,7 +202,12 @@ class HyloAttention(nn.Module):
 
 
 def decodes(query: Tensor, inputs: SequenceInputs) -> bool:
-    """Whether one token attends by the kernel of decoding: on a GPU, and where keys are more rows than are written."""
+    """Whether one token attends by the kernel of decoding: on a GPU, and where keys are more rows than are written.
+
+    Args:
+        query: [batch, new tokens, heads, channels].
+        inputs: of the sequences; `length` is there where the cache has more rows than tokens.
+    """
     if inputs.length is not None:
         return True
     plain = query.is_cuda and query.shape[1] == 1 and inputs.attentions is None
@@ -254,6 +266,7 @@ class HyloLatentAttention(nn.Module):
             )
 
         def make(rows: slice, tokens: slice | Tensor) -> tuple[Tensor, Tensor]:
+            """Make keys and values of these sequences' cached tokens, [sequences, tokens, heads, channels] each."""
             turns: Rope = (rope[0], rope[1])
             if self.norms:  # cached keys are rotated
                 turns = tuple((table[rows] if len(table) > 1 else table)[:, tokens] for table in rope)  # type: ignore[assignment]

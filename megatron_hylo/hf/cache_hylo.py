@@ -36,7 +36,10 @@ class Recent(NamedTuple):
 
 
 def run(step: Step, inputs: tuple[Tensor, ...], states: States) -> tuple[Tensor, States]:
-    """Take a step over inputs whose last part is the padding mask."""
+    """Take a step over inputs [batch, tokens, ...] whose last part is the padding mask, bool [batch, tokens].
+
+    The step gets None for a mask without padding. Returns its outputs [batch, tokens, ...] and the states after it.
+    """
     *parts, padding = inputs
     return step(tuple(parts), None if padding.all() else padding, states)
 
@@ -238,7 +241,7 @@ class HyloCache:
         self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences with these numbers."""
+        """Keep the sequences with these numbers, int64 [sequences that stay]."""
         self.reorder_cache(indices)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -255,7 +258,7 @@ class HyloCache:
         return self.token_nbytes() + states
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace sequence i by a copy of sequence beam_idx[i] (beam search)."""
+        """Replace sequence i by a copy of sequence beam_idx[i], int64 [sequences] (beam search)."""
         fixed = self.max_cache_len is not None
         same = fixed and len(beam_idx) == self.batch_size
         stores: list[tuple[dict[int, Any], int | None]] = [(self.rows, self.length), (self.states, None)]
@@ -279,7 +282,7 @@ class HyloCache:
 
 
 def plain_bytes(x: Tensor) -> Tensor:
-    """View a float8 tensor as bytes, for which every device has kernels; others stay."""
+    """View a tensor of 8-bit elements (float8) as uint8, for which every device has kernels; others stay."""
     return x.view(torch.uint8) if x.element_size() == 1 else x
 
 

@@ -56,6 +56,7 @@ class HyloConfig(transformers.PretrainedConfig):
             given.
         use_cache: whether a forward pass makes a cache.
         initializer_range: standard deviation of new weights.
+        bos_token_id, eos_token_id, pad_token_id: token ids that begin, end and pad a text; None: there is none.
         kwargs: other standard fields of a Hugging Face configuration.
 
     Raises:

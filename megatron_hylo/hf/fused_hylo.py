@@ -22,13 +22,13 @@ Weight = tuple[Tensor, Tensor | None]  # of a map, and the scales of its rows wh
 
 @on_request
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Compute silu(gate) * up."""
+    """Compute silu(gate) * up, elementwise; all three [..., channels]."""
     return F.silu(gate) * up
 
 
 @on_request
 def add_and_normalise(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Compute x + added and its RMSNorm."""
+    """Return x + added [..., channels], and its RMSNorm with `weight` [channels]."""
     x = x + added
     return x, rms_norm(x, weight, eps)
 
@@ -47,7 +47,10 @@ def linear(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tens
 
 
 def gated_linear(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
-    """Compute silu(gate(x)) * up(x); one kernel for one vector on a GPU where the weights lie behind each other."""
+    """Compute silu(gate(x)) * up(x) of x [batch, tokens, channels]: [batch, tokens, rows of each map].
+
+    One kernel does it for one vector on a GPU where the weights lie behind each other.
+    """
     if one_vector(x) and (found := joined_weight([gate, up])) is not None:
         return matvec(x, found[0], swiglu=True, scale=found[1])
     return swiglu(*project(x, [[gate], [up]]))
@@ -67,7 +70,15 @@ def joined_weight(modules: Sequence[nn.Module]) -> Weight | None:
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
-    """Return tensors that lie behind each other in memory as one, joined in their first dimension; None where they do not."""
+    """Return tensors that lie behind each other in memory as one view, joined in their first dimension.
+
+    Args:
+        parts: [rows, ...] each.
+
+    Returns:
+        [all rows, ...]; None where they do not lie so, differ in more than their rows, a gradient is recorded or torch
+        compiles.
+    """
     first = parts[0]
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or len({(p.dtype, p.device, p.shape[1:]) for p in parts}) > 1:
         return None

@@ -219,7 +219,16 @@ class HyloGatedDeltaNet(nn.Module):
         return scalar_gates(raw, strength, self.A_log, self.dt_bias)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, raw: Tensor, strength: Tensor, state: Tensor) -> Tensor:
-        """Take the recurrence's step of one token, with projections of the gates; the state is changed."""
+        """Take the recurrence's step of one token; the state is changed.
+
+        Args:
+            q, k, v: [batch, 1, heads, channels].
+            raw, strength: projections of decay and writing strength, [batch, 1, heads].
+            state: float32 [batch, heads, key channels, value channels].
+
+        Returns:
+            [batch, 1, heads, value channels].
+        """
         return delta_rule_step(q, k, v, raw, strength, state, (self.A_log, self.dt_bias))
 
     def forward(self, x: Tensor, inputs: SequenceInputs, rope: None, cache: HyloCache | None) -> Tensor:
@@ -280,7 +289,7 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
         return channel_gates(linear(self.f_b_proj, raw), strength, self.A_log, self.dt_bias)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, raw: Tensor, strength: Tensor, state: Tensor) -> Tensor:
-        """Take the recurrence's step of one token, with projections of the gates; the state is changed."""
+        """Take the recurrence's step of one token, as `HyloGatedDeltaNet.step`; `raw` is [batch, 1, rank of the decay]."""
         return delta_rule_step(q, k, v, *self.gates(raw, strength), state)
 
 

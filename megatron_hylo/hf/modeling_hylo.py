@@ -96,6 +96,10 @@ class HyloModel(HyloPreTrainedModel):
             last_hidden_state [batch, new tokens, hidden], past_key_values, and with output_hidden_states the embeddings, what
             each layer but the last gives, and last_hidden_state; with output_attentions the probabilities of the attention and
             MLA layers, [batch, heads, new tokens, all tokens] each (recurrent and windowed layers have none).
+
+        Raises:
+            ValueError: both input_ids and inputs_embeds, or neither; a cache of another model.
+            TypeError: an argument that a HyLo model does not use.
         """
         _check_keyword_arguments(kwargs)
         _check_cache(past_key_values)

@@ -75,6 +75,10 @@ def make_plain(model: nn.Module) -> None:
 
     Left as they are, weights would be dequantised by the first call of the whole model, not by one of its parts, and code that
     reads a weight in place of calling its map would read values without scales.
+
+    Raises:
+        ImportError: compressed-tensors is not installed.
+        ValueError: weights are offloaded to memory or disk.
     """
     modules = [module for module in model.modules() if getattr(module, "quantization_scheme", None) is not None]
     if not modules:

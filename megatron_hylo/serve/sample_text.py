@@ -220,6 +220,7 @@ def _fill(
     next(ticks, None)
 
     def show(share: float) -> None:
+        """Move the progress bar to this share of the tokens, between 0 and 1."""
         nonlocal ticked
         while ticked + 1 < min(share, 1.0) * TICKS:
             ticked += 1

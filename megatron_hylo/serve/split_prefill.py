@@ -32,13 +32,13 @@ class Ring:
                 self.receive(torch.empty(1, device=device))
 
     def send(self, x: Tensor) -> None:
-        """Start to send x to the next rank; its memory must not be written to until `finish`."""
+        """Start to send x, of any shape and dtype, to the next rank; its memory must not be written to until `finish`."""
         x = _bytes(x.contiguous())
         work = dist.isend(x, (self.rank + 1) % self.size, group=self.groups[self.rank])
         self.pending = [(w, kept) for w, kept in self.pending if w is not None and not w.is_completed()] + [(work, x)]
 
     def receive(self, x: Tensor) -> None:
-        """Fill x with what the previous rank sends."""
+        """Fill x with what the previous rank sends, which has as many bytes; waits for it."""
         whole = x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
         before = (self.rank - 1) % self.size
         work = dist.irecv(_bytes(whole), before, group=self.groups[before])
@@ -94,7 +94,15 @@ class RingCache(HyloCache):
         return self.piece + 2 == len(self.ends)
 
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
-        """Append the rows of the piece's tokens, get those of other ranks' pieces before it, and return all up to its end."""
+        """Append the rows of the piece's tokens, get those of other ranks' pieces before it, and return all up to its end.
+
+        Args:
+            layer: its number.
+            new: [batch, tokens of the piece, ...] each.
+
+        Returns:
+            [batch, tokens up to the piece's end, ...] each.
+        """
         found = super().append(layer, *new)
         first, others = self.ends[self.piece], self.ring.size - 1
         missing, sent = (self.ends[max(0, self.piece - count)] for count in (others, others - 1))
@@ -107,7 +115,17 @@ class RingCache(HyloCache):
         return found
 
     def advance(self, layer: int, step: Step, parts: tuple[Tensor, ...], padding: Tensor | None) -> Tensor:
-        """Take a linear layer's step over the piece, from the state after the piece before it; hand its own state on."""
+        """Take a linear layer's step over the piece, from the state after the piece before it; hand its own state on.
+
+        Args:
+            layer: its number.
+            step: see `HyloCache.advance`.
+            parts: inputs, [batch, tokens of the piece, ...] each.
+            padding: bool [batch, tokens of the piece], or None.
+
+        Returns:
+            Outputs [batch, tokens of the piece, ...].
+        """
         if self.piece:
             conv, state = (torch.empty_like(x) for x in self.like[layer])
             self.ring.receive(conv)

@@ -43,10 +43,13 @@ def _refuse(reason: str) -> None:
         from transformers import AutoConfig, PretrainedConfig
 
         class RefusedHyloConfig(PretrainedConfig):
+            """Configuration of model_type "hylo" that cannot be loaded."""
+
             model_type = "hylo"
 
             @classmethod
             def from_dict(cls, config_dict, **kwargs):
+                """Raise ImportError with the reason."""
                 raise ImportError(reason)
 
         AutoConfig.register(RefusedHyloConfig.model_type, RefusedHyloConfig, exist_ok=True)

@@ -45,7 +45,11 @@ class HyloVllmConfig(HyloConfig):
 
 
 def asks_for_reference(vllm_config: Any) -> bool:
-    """Whether this project's torch kernels are asked for, by additional_config."""
+    """Whether this project's torch kernels are asked for, by additional_config.
+
+    Raises:
+        ConfigError: it asks for other kernels.
+    """
     asked = (vllm_config.additional_config or {}).get(REFERENCE)
     if asked not in (None, "reference"):
         raise ConfigError(f"additional_config {REFERENCE} is 'reference', got {asked!r}; leave it out for the fastest kernels")
@@ -58,7 +62,14 @@ def uses_reference(vllm_config: Any) -> bool:
 
 
 def check_options(vllm_config: Any) -> None:
-    """Refuse options that HyLo models are not served with, and that vLLM would not refuse by itself or only later."""
+    """Refuse options that HyLo models are not served with, and that vLLM would not refuse by itself or only later.
+
+    Args:
+        vllm_config: vLLM's VllmConfig; its model is a HyLo model.
+
+    Raises:
+        ConfigError: names all such options, or the size that tensor parallelism does not divide.
+    """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     check_tensor_parallel(model.hf_config.architecture(), parallel.tensor_parallel_size, "tensor_parallel_size")
     refused = {

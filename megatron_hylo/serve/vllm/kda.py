@@ -17,7 +17,11 @@ from megatron_hylo.serve.vllm.recurrence import sharded, states_of
 
 
 class HyloKimiDeltaAttention(HyloGatedDeltaNet):
-    """Gated DeltaNet's layer and states with another decay; gate and norm are Gated DeltaNet's, not Kimi Linear's."""
+    """Gated DeltaNet's layer and states with another decay; gate and norm are Gated DeltaNet's, not Kimi Linear's.
+
+    Raises:
+        ConfigError: vLLM's kernel does not take the sizes of keys and values.
+    """
 
     recurrence: Any = staticmethod(kda)
 

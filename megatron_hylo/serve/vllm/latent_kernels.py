@@ -75,7 +75,17 @@ def prefill_torch(query: Tensor, key: Tensor, value: Tensor, prefill: Prefill, s
 
 
 def prefill_flash(query: Tensor, key: Tensor, value: Tensor, prefill: Prefill, scale: float) -> Tensor:
-    """Attend as `prefill_torch`, by vLLM's FlashAttention, which wants keys and values of one width."""
+    """Attend as `prefill_torch`, by vLLM's FlashAttention, which wants keys and values of one width.
+
+    Args:
+        query: [tokens, heads, qk].
+        key, value: [keys of all requests, KV heads, qk] and [..., value]; the narrower ones are padded with zeros.
+        prefill: of the requests.
+        scale: factor on the scores.
+
+    Returns:
+        [tokens, heads, value].
+    """
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
     width, channels = max(query.shape[-1], value.shape[-1]), value.shape[-1]

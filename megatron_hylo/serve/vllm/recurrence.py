@@ -46,7 +46,7 @@ class ReferenceMixin:
         return self.forward_reference(hidden_states) if self.reference else self.forward_fast(hidden_states)
 
     def forward_fast(self, hidden_states: Tensor) -> Tensor:
-        """Apply the layer by vLLM's kernels."""
+        """Apply the layer to [tokens, hidden] by vLLM's kernels -> the same shape."""
         return super().forward(hidden_states)  # type: ignore[misc]
 
     def convolve_and_recur(self, x: Tensor, *others: Tensor) -> Tensor:
