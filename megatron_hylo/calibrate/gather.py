@@ -241,7 +241,12 @@ class LayerSums:
         }
 
     def means(self, layer: int) -> dict[str, Tensor]:
-        """Return means over all ranks' tokens, CPU fp32, all heads; see `megatron_hylo.calibrate.statistics`."""
+        """Return means over all ranks' tokens, all heads; the data- and tensor-parallel ranks of a layer call it together.
+
+        Returns:
+            The tensors that `megatron_hylo.calibrate.statistics` lists, with their shapes: float32, and int64 for layer and
+            tokens. On the CPU.
+        """
         group = parallel_state.get_data_parallel_group()
         shapes = [{name: tensor.shape for name, tensor in self.sums.items()}]
         torch.distributed.broadcast_object_list(shapes, torch.distributed.get_global_rank(group, 0), group)

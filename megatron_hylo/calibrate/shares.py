@@ -59,14 +59,19 @@ class Share:
 
 
 def from_first_rank(make: Callable[[], Tensor], like: Tensor) -> Tensor:
-    """Compute a float64 tensor of the shape of `like` on the first rank and give it to all of them; contiguous."""
+    """Compute a float64 tensor of the shape of `like` on the first rank and give it to all of them; contiguous.
+
+    Args:
+        make: called on the first rank alone.
+        like: gives shape and device.
+    """
     if rank() == 0:
         return broadcast(make().contiguous())
     return broadcast(torch.empty(like.shape, dtype=torch.float64, device=like.device))
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """Replace a contiguous tensor by the first rank's, in place, on all ranks."""
+    """Replace a contiguous tensor, of one shape and dtype on all ranks, by the first rank's, in place; returns it."""
     if world_size() > 1:
         torch.distributed.broadcast(tensor, 0)
     return tensor

@@ -232,6 +232,7 @@ def _weight(taught: Tensor, studied: Tensor) -> Tensor:
 
 def _relative_error(share: Share, features: Hidden, targets: Hidden, weight: Tensor) -> float:
     def terms(f: Tensor, y: Tensor) -> tuple[float, float]:
+        """Sums of squares of what features [n, in] miss of targets [n, out], and of the targets."""
         lost = (f @ weight.T.to(f) - y).float().square().sum()
         return float(lost), float(y.float().square().sum())
 

@@ -45,7 +45,15 @@ TOKENS_PER_CHANNEL = 4  # fewer tokens than this times the hidden size leave sec
 
 
 def save_whole(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a .safetensors file beside its place and rename it: it is there as a whole or not at all."""
+    """Write a .safetensors file beside its place and rename it: it is there as a whole or not at all.
+
+    Args:
+        tensors: of any shapes and dtypes; copied where not contiguous.
+        file: its place, in a folder that exists.
+
+    Raises:
+        OSError: the disk is full, say.
+    """
     beside = file.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
     beside.rename(file)
@@ -100,6 +108,9 @@ class CalibrationFolder(Mapping[int, dict[str, Tensor]]):
 
 def check_statistics(statistics: Mapping[str, Tensor]) -> None:
     """Refuse statistics that an initialiser could only turn into a bad layer.
+
+    Args:
+        statistics: of one layer, as the module's description lists them.
 
     Raises:
         ConfigError: NaN or infinite activations, too few tokens, a singular covariance, a head that never fires.

@@ -45,7 +45,7 @@ class FolderSource:
         self._last: tuple[Entry, list[Tensor]] | None = None
 
     def read(self, name: str) -> Tensor:
-        """Read the tensor of a Hugging Face name as it is stored.
+        """Read the tensor of a Hugging Face name, in Hugging Face's shape and the dtype that is stored, on the CPU.
 
         Raises:
             ConfigError: it holds NaN or infinite values, or the folder has no such tensor.
@@ -64,7 +64,12 @@ class FolderSource:
         return _finite(tensors[place].contiguous(), name, entry)
 
     def parameter(self, name: str) -> Tensor:
-        """Read a parameter of the Megatron model by its name there."""
+        """Read a whole parameter of the Megatron model by its name there, on the CPU, in the dtype that is stored.
+
+        Raises:
+            ConfigError: the folder has no such tensor.
+            DamagedError: it cannot be read.
+        """
         return self.layout.merge(name, self.reader)
 
     def dtype(self) -> torch.dtype:

@@ -179,10 +179,13 @@ class GgufSource:
         return torch.from_numpy(made)
 
     def read(self, name: str) -> Tensor:
-        """Read the tensor of a Hugging Face name, fp32.
+        """Read the tensor of a Hugging Face name, float32, in Hugging Face's shape.
 
         Rows of Llama's queries and keys lie in llama.cpp's order there, where channels 2i and 2i+1 of a head turn together, and
         come back in Hugging Face's, where i and i + d/2 do.
+
+        Raises:
+            ConfigError: it holds values that are no numbers, or the file was changed since it was opened.
         """
         tensor = self._read(self._stored[name])
         if self.architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):

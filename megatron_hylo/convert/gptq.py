@@ -44,7 +44,16 @@ FORMATS = {
 
 
 def to_values(weight: Tensor, scale: Tensor, form: Format) -> Tensor:
-    """Divide by scales and round to the format's values, float32; what is too large becomes the largest."""
+    """Divide by scales and round to the format's values; what is too large becomes the largest.
+
+    Args:
+        weight: float32, of any shape.
+        scale: float32, positive, of a shape that broadcasts to the weight's.
+        form: the format.
+
+    Returns:
+        float32, of the weight's shape.
+    """
     if form.is_float:
         return (weight / scale).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn).float()
     half = 2 ** (form.bits - 1)

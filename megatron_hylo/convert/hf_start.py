@@ -104,6 +104,7 @@ def load_model_chunks(
     Raises:
         ConfigError: what cannot be read or built; a folder that changes meanwhile.
         DamagedError: a folder that was made here is not what its manifest says.
+        OSError: the disk fails. An error of one rank is raised on all.
     """
     folder = hugging_face_folder(path)
     if folder is None:

@@ -165,7 +165,15 @@ def model_entries(config: ModelConfig) -> list[Entry]:
 
 
 def parameter_reader(config: ModelConfig, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """Turn a reader of Hugging Face tensors into one of Megatron parameters, by their names."""
+    """Turn a reader of Hugging Face tensors into one of Megatron parameters, by their names.
+
+    Args:
+        config: of the model.
+        read: Hugging Face name -> tensor.
+
+    Returns:
+        Name of a parameter in the whole Megatron model -> tensor; KeyError for a name that the model does not have.
+    """
     entries = {entry.megatron: entry for entry in model_entries(config)}
 
     def read_parameter(name: str) -> Tensor:

@@ -46,7 +46,7 @@ class Oracle:
     on_disk: Mapping[str, Tensor] | None = None  # weights by name, where they are read when they are needed
 
     def tensor(self, name: str) -> Tensor:
-        """Return the weight of that name; an expert's is a part of a stacked one in transformers 5."""
+        """Return the weight of that Hugging Face name; an expert's is a part of a stacked one in transformers 5."""
         if (found := _EXPERT.fullmatch(name)) and name not in self._parameters:
             experts, number, part = found[1], int(found[2]), found[3]
             if part == "down":

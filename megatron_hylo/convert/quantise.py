@@ -59,7 +59,7 @@ class Rounded:
     scales: Tensor  # float32 [rows, groups]
 
     def weight(self) -> Tensor:
-        """Return the weight that values and scales stand for, float32."""
+        """Return the weight that values and scales stand for, float32 [rows, columns]."""
         return self.values * self.scales.repeat_interleave(self.values.shape[1] // self.scales.shape[1], 1)
 
 
@@ -230,6 +230,7 @@ def _moments(linears: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
 
     def counting(name: str) -> Any:
         def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            """Forward pre-hook: add x^T x of the input's rows [..., columns], unless the map before it had the same input."""
             if inputs[0] is last[0]:
                 found[name] = found[last[1]]
                 return
@@ -291,7 +292,13 @@ class Compressor:
         return {"version": compressed_tensors.__version__, **config.model_dump(mode="json")}
 
     def state_dict(self, model: HyloForCausalLM, rounded: Mapping[str, Rounded], group: int | None) -> dict[str, Tensor]:
-        """Return all tensors of the folder, on the CPU."""
+        """Return all tensors of the folder, on the CPU, by the names that compressed-tensors reads.
+
+        Args:
+            model: with its weights.
+            rounded: by the name of the linear map.
+            group: columns with one scale; None: all.
+        """
         left_out = {f"{name}.weight" for name in rounded} | ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
         # copies: a tensor may be a part of another's storage
         tensors = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items() if name not in left_out}

@@ -50,7 +50,7 @@ def read_quantisation(folder: Path, values: Mapping[str, Any]) -> Quantisation |
         values: its config.json.
 
     Raises:
-        ConfigError: a format that is not read.
+        ConfigError: a format that is not read, or a declaration that is no such thing.
     """
     declared = values.get("quantization_config") or values.get("compression_config")
     if declared is None and (folder / MODELOPT_CONFIG).is_file():

@@ -63,7 +63,7 @@ class SafetensorsFile:
         return os.pread(self.file.fileno(), length, start)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """Read a tensor, or rows of it, into memory of its own.
+        """Read a tensor, or rows of it, into memory of its own, in the stored dtype.
 
         Args:
             name: of the tensor.
@@ -139,5 +139,5 @@ def header_bytes(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> by
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor, without a copy."""
+    """Return the bytes of a contiguous CPU tensor of any shape and dtype, without a copy."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")

@@ -35,6 +35,17 @@ class SafetensorsSource:
 
     Which file is read, what is tied and which tensors may be passed over follows transformers 5, except that what it
     drops with a warning is refused here.
+
+    Args:
+        folder: with config.json and weights.
+
+    Attributes:
+        config: the model's.
+        quantisation: what config.json says of it; None for a folder that is not quantised.
+        stored: name -> (safetensors' dtype, shape), as in the files.
+
+    Raises:
+        ConfigError: the model or a format is not read, or a file or a tensor is missing, left over or of another shape.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -185,7 +196,7 @@ class SafetensorsSource:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has no NaN and no infinite values; in one pass, without a mask as large as the tensor."""
+    """Whether a tensor of any shape has no NaN and no infinite values; in one pass, without a mask as large as it."""
     if not tensor.numel():
         return True
     ends = torch.stack(torch.aminmax(tensor))

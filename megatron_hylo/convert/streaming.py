@@ -94,7 +94,12 @@ class Format(Protocol):
         ...
 
     def prepare(self, group: Group, tensors: list[Tensor]) -> Prepared:
-        """Compute what is stored of a group."""
+        """Compute what is stored of a group.
+
+        Args:
+            group: Hugging Face names, and the Megatron parameter that they make.
+            tensors: of those names, on the CPU.
+        """
         ...
 
 
@@ -138,6 +143,7 @@ class Megatron:
         digests: dict[Place, bytes] = {}
 
         def hash_tensors() -> list[bytes]:
+            """Return the sha256 of the tensors, and note those of the parts; what is the same memory is hashed once."""
             for value in (*kept, *(part.data for part in parts)):
                 if place(value) not in digests:  # the same memory, and so the same bytes
                     digests[place(value)] = tensor_sha256(value)
@@ -232,6 +238,7 @@ def shards_of(
         own = list(enumerate(planned))[rank() :: world_size()]
 
         def write() -> None:
+            """Write this rank's shards that have no record; after an error remove the files of those that still have none."""
             todo = [(number, shard) for number, shard in own if not _record(work, number).is_file()]
             try:
                 _write_own(work, todo, read, form, track)
@@ -303,7 +310,7 @@ def tensor_entry(dtype: torch.dtype, shape: Sequence[int], digest: bytes) -> dic
 
 
 def tensor_sha256(value: Tensor) -> bytes:
-    """Return the sha256 of the values of a contiguous CPU tensor."""
+    """Return the sha256, 32 bytes, of the values of a contiguous CPU tensor."""
     return hashlib.sha256(tensor_bytes(value)).digest()
 
 

@@ -28,7 +28,11 @@ from megatron_hylo.models.hylo_model import HyloModel
 
 
 def hf_tensors(model: HyloModel | GatheredModel, track: Track = no_progress) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, tensor) of a whole Megatron model, on the CPU.
+    """Yield (Hugging Face name, tensor) of a whole Megatron model, contiguous, on the CPU, in the parameters' dtypes.
+
+    Args:
+        model: not divided over ranks.
+        track: progress display over an iterable.
 
     Raises:
         ConfigError: a tensor holds NaN or infinite values.

@@ -93,6 +93,7 @@ def convert_hf_to_megatron(
             return made.result()
 
         def check(folder: Path) -> None:
+            """Refuse a source that has changed and, with `verify`, a folder whose weights or logits are not the source's."""
             opened.require_unchanged()
             if verify:
                 require_equal(FolderSource(folder, verify_hashes=False), opened, source, track)

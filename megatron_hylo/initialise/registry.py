@@ -59,6 +59,7 @@ def register_initialiser(name: str, symbol: str) -> Callable[[Initialiser], Init
     """
 
     def register(function: Initialiser) -> Initialiser:
+        """Register the function and return it; ConfigError for a name and mixer that are taken."""
         if (name, symbol) in _INITIALISERS:
             raise ConfigError(f"initialiser {name!r} for mixer {symbol!r} is already registered; choose another name")
         _INITIALISERS[name, symbol] = function

@@ -101,7 +101,16 @@ def check_place(path: Path) -> None:
 
 
 def parse_json(content: bytes, file: Path, needs: Sequence[str] = ()) -> dict[str, Any]:
-    """Parse the content of a JSON file as an object; see `read_json`."""
+    """Parse the content of a JSON file as an object; see `read_json`.
+
+    Args:
+        content: bytes of the file.
+        file: for messages.
+        needs: keys that must be there.
+
+    Raises:
+        DamagedError: it is no JSON, no object, or lacks a key.
+    """
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -154,6 +163,7 @@ def sha256(file: Path, count: Callable[[int], None] = lambda _: None, parts: Seq
     with open(file, "rb", buffering=0) as f:
 
         def hashed(size: float) -> "hashlib._Hash":
+            """Hash the next `size` bytes of the file, or what is left of it."""
             digest = hashlib.sha256()
             while size and (read := f.readinto(buffer[: int(min(size, len(buffer)))])):
                 digest.update(buffer[:read])

@@ -190,6 +190,7 @@ def staging_directory(output: Path, parts: str, key: str, description: dict[str,
     file = work / f"{key}.json"
 
     def prepare() -> None:
+        """Make the directory, and empty it where it was begun with another description."""
         work.mkdir(parents=True, exist_ok=True)
         if _former(file) != description:
             for old in work.iterdir():

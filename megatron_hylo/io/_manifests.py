@@ -69,6 +69,7 @@ def listed_files(path: str | Path) -> dict[str, Entry]:
 
 def _is_ours(files: Any) -> bool:
     def is_entry(entry: Any) -> bool:
+        """Whether it is {"bytes", "sha256"}, perhaps with "parts" that add up to the bytes."""
         if not (isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)):
             return False
         parts = entry.get("parts", [entry["bytes"]])
@@ -171,6 +172,7 @@ def _check_hashes(path: Path, files: list[tuple[Path, Entry]]) -> None:
     total, done, started = sum(file.stat().st_size for file, _ in files), [0], time.monotonic()
 
     def check(file: Path, entry: Entry) -> Exception | None:
+        """Return what is wrong with a file, or None; one that is right is not hashed again while it stays as it is."""
         try:
             before = os.stat(file)
             if sha256(file, count, entry.get("parts")) != entry["sha256"]:

@@ -60,6 +60,7 @@ class Overlap:
         """Queue the end of a file, which waits for the disk, behind tasks on it; an error of theirs takes its place."""
 
         def run() -> None:
+            """Wait for the tasks before it, whose first error is raised, then run this one."""
             for future in after:
                 future.result()
             task()

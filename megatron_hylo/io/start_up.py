@@ -43,6 +43,7 @@ def model_imports() -> Iterator[None]:
     compile_now = module.compile
 
     def when_called(model: Any = None, **settings: Any) -> Any:
+        """Stand in for torch.compile: a function is compiled at its first call, anything else at once."""
         if model is None:
             return functools.partial(when_called, **settings)
         if not isinstance(model, types.FunctionType):

@@ -38,10 +38,12 @@ class _CpuTorch(ModuleType):
 
     @staticmethod
     def zeros(*args: Any, **kwargs: Any) -> torch.Tensor:
+        """Make zeros as torch does, on the CPU where a CUDA device is asked for."""
         return torch.zeros(*args, **_on_cpu(kwargs))
 
     @staticmethod
     def tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+        """Make a tensor as torch does, on the CPU where a CUDA device is asked for."""
         return torch.tensor(*args, **_on_cpu(kwargs))
 
 
@@ -80,12 +82,13 @@ class _NoStream:
     """Stream and event of a machine without CUDA, where all work is done when the call returns."""
 
     def wait_stream(self, stream: Any) -> None:
-        pass
+        """Return at once, as everything else here: nothing is under way."""
 
     def synchronize(self) -> None:
-        pass
+        """Return at once."""
 
     def record_event(self) -> "_NoStream":
+        """Return this object, which is an event too."""
         return self
 
 
@@ -114,6 +117,7 @@ def _tensor_type() -> None:
     original = tensor.type
 
     def type_as_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Answer `Tensor.type()` inside Megatron-Core's optimizer with the CUDA name of the type, which it compares with."""
         result = original(self, *args, **kwargs)
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if isinstance(result, str) and caller.startswith(f"{_MEGATRON}.optimizer"):

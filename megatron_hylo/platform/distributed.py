@@ -111,7 +111,7 @@ def _log_once(message: str) -> None:
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Whether an error is the timeout of a gloo collective. (After a timeout NCCL logs it and ends the process itself.)"""
+    """Whether an error is the timeout of a gloo collective; after its own, NCCL ends the process itself and logs why."""
     return isinstance(error, RuntimeError) and "timed out" in str(error).lower()
 
 
