@@ -1,4 +1,6 @@
-"""Alignment (stage 1): every student layer learns its teacher layer's output, with gradients inside the layer. Three losses:
+"""Alignment (stage 1): every student layer learns its teacher layer's output, with gradients inside the layer.
+
+Three losses:
 
     mse         L = sum_l  mean_w (sum_t ||a_l^s - a_l^t||_2^2 / sum_t ||a_l^t||_2^2)
     ild         L = sum_l  hidden_weight * mean_t ||h_l^s - h_l^t||_2  +  mixer_weight * mean_t ||a_l^s - a_l^t||_2

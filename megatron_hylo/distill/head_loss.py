@@ -286,6 +286,19 @@ def _kept_tokens(
 class _LinearHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, teacher_hidden, teacher_weight, settings, counts, chunk_tokens, group, vocabulary):
+        """Return the loss [] and its sums [2] (KL, cross-entropy) of this rank's tokens; gradients are made here, by chunk.
+
+        Args:
+            ctx: keeps the gradients.
+            hidden, teacher_hidden: [n, H] of student and teacher; the latter may be None.
+            weight, teacher_weight: this rank's rows of the heads, [V / TP, H].
+            labels: int64 [n], or None.
+            settings: weights, direction and temperature.
+            counts: the first two are what KL and cross-entropy are divided by, in tokens.
+            chunk_tokens: tokens whose logits are made at a time.
+            group: ranks that share the vocabulary, or None.
+            vocabulary: its size without padding.
+        """
         kl_weight, ce_weight, temperature, top_k = (
             settings.kl_weight, settings.ce_weight, settings.kl_temperature, settings.kl_top_k,
         )  # fmt: skip
@@ -340,6 +353,7 @@ class _LinearHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
+        """Multiply the gradients of `hidden` and `weight` by the loss's, in place, and return them; the sums have none."""
         grad_hidden, grad_weight = ctx.grads
         ctx.grads = None
         scale = lambda g: g if g is None else g.mul_(grad_loss.to(g.dtype))  # noqa: E731

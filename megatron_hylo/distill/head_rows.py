@@ -68,6 +68,13 @@ def head_part(head: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def rows_to_use(weight: Tensor, teacher_weight: Tensor | None, first: int, vocabulary: int) -> int:
-    """Number of this rank's rows, the first of which is number `first`, that are not padding of either head."""
+    """Number of this rank's rows that are not padding of either head.
+
+    Args:
+        weight: this rank's rows of the student's head, [rows, hidden].
+        teacher_weight: the teacher's, likewise, or None.
+        first: number of the first one in the whole head.
+        vocabulary: tokens.
+    """
     rows = min(len(weight), max(vocabulary - first, 0))
     return min(rows, len(teacher_weight)) if teacher_weight is not None else rows

@@ -117,7 +117,7 @@ def _kl(
 
 
 def _rest_like_student(log_p: Tensor, log_q: Tensor, k: int, group: dist.ProcessGroup | None) -> Tensor:
-    """log q' of the module's formula, [n, V / TP]: in K the teacher's; elsewhere the student's, scaled to the teacher's mass.
+    """Logarithm of the module's q', [n, V / TP]: in K the teacher's; elsewhere the student's, scaled to the teacher's mass.
 
     Args:
         log_p, log_q: this rank's part of both log soft-maxes, [n, V / TP].

@@ -110,13 +110,13 @@ class HiddenCodec:
         return out.unflatten(0, codes.shape[:-1])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the codec as named tensors for a safetensors file."""
+        """Return the codec as named tensors for a safetensors file: its fields, and "step", float64 [2], step and least."""
         step = torch.tensor([self.step, self.least], dtype=torch.float64)
         return {"mean": self.mean, "to_axes": self.to_axes, "from_axes": self.from_axes, "levels": self.levels, "step": step}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "HiddenCodec":
-        """Rebuild a codec from the result of `tensors`."""
+        """Rebuild a codec from the result of `tensors`, on the tensors' device; KeyError where one is missing."""
         step, least = tensors["step"].tolist()
         return cls(tensors["mean"], tensors["to_axes"], tensors["from_axes"], tensors["levels"], step, least)
 

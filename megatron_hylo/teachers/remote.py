@@ -166,7 +166,15 @@ class Connection:
             raise self._lost(error) from error
 
     def ask(self, ids: Tensor, starts: Tensor | None) -> None:
-        """Request the hidden states of a micro-batch: ids [windows, length] int64, starts [documents] int64."""
+        """Request the hidden states of a micro-batch.
+
+        Args:
+            ids: int64 [windows, length], on the CPU.
+            starts: int64 [documents], on the CPU: first tokens of packed documents; None without.
+
+        Raises:
+            ConfigError: the teacher is lost, or has refused and ended the connection.
+        """
         try:
             self.link.send(IDS, ids)
             self.link.send(STARTS, torch.zeros(0, dtype=torch.int64) if starts is None else starts)
@@ -175,7 +183,15 @@ class Connection:
             raise self._lost(error) from error
 
     def receive(self, kind: int, shape: Shape, dtype: torch.dtype, pinned: bool = False) -> Tensor:
-        """Receive the teacher's next message, which must be of the expected kind, dtype and shape."""
+        """Receive the teacher's next message, which must be of the expected kind, dtype and shape.
+
+        Args:
+            kind, shape, dtype: of the message.
+            pinned: receive into memory that a GPU reads fast.
+
+        Raises:
+            ConfigError: the teacher refuses, with its reason, sends another message, or is lost.
+        """
         try:
             got, x = self.link.receive(lambda *message: message == (kind, shape, dtype) or _is_error(*message), pinned=pinned)
         except (GoneError, NotTheProtocolError) as error:

@@ -144,13 +144,17 @@ def admit(link: Link, deadline: float, secret: bytes | None) -> None:
 
 
 def introduce(link: Link, deadline: float, secret: bytes | None, where: str) -> None:
-    """Student's side of the handshake, with a deadline in time.monotonic() seconds.
+    """Student's side of the handshake, in which both sides prove that they know the secret.
 
     Args:
+        link: connection to the teacher.
+        deadline: time of time.monotonic(), in seconds, by which the teacher must have answered.
+        secret: this side's, or None.
         where: the teacher's address, for messages.
 
     Raises:
         RefusedError: what answers is no teacher, or one side has no secret or another one.
+        GoneError: the teacher closed the connection, or did not answer in time.
     """
     mine = secrets.token_bytes(NONCE)
     link.write(GREETING + mine, deadline)

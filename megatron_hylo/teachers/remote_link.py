@@ -48,7 +48,12 @@ class Link:
         self.peer = shown(sock.getpeername())
 
     def send(self, kind: int, x: Tensor) -> None:
-        """Send a CPU tensor of at most three dimensions; returns when the kernel has all of it."""
+        """Send a CPU tensor of at most three dimensions and a dtype of DTYPES; returns when the kernel has all of it.
+
+        Raises:
+            GoneError: the connection broke, or the other side takes nothing.
+            ValueError: another dtype.
+        """
         x = x.detach().contiguous()
         sizes = (*x.shape, 0, 0, 0)[:3]
         data = memoryview(x.view(-1).view(torch.uint8).numpy())
@@ -98,13 +103,21 @@ class Link:
         return kind, as_text(x)
 
     def read(self, count: int, deadline: float | None = None) -> bytes:
-        """Read exactly that many bytes before a deadline in time.monotonic() seconds."""
+        """Read exactly that many bytes before a deadline in time.monotonic() seconds; None: as long as any come.
+
+        Raises:
+            GoneError: the connection broke or was closed, or the bytes did not come in time.
+        """
         data = bytearray(count)
         self._fill(memoryview(data), deadline)
         return bytes(data)
 
     def write(self, data: bytes | memoryview, deadline: float | None = None) -> None:
-        """Write all of the bytes."""
+        """Write all of the bytes before a deadline in time.monotonic() seconds; None: as long as the other side takes any.
+
+        Raises:
+            GoneError: the connection broke, or the other side takes nothing, or the deadline has passed.
+        """
         view, at = memoryview(data), 0
         while at < len(view):
             try:
@@ -137,8 +150,10 @@ class Link:
             raise GoneError(late)
 
     def drain(self, seconds: float) -> None:
-        """Send nothing more, and drop what still comes, for so long: closing at once would take from the other side what it has
-        not read yet."""
+        """Send nothing more, and drop what still comes, for so many seconds.
+
+        Closing at once would take from the other side what it has not read yet.
+        """
         deadline = time.monotonic() + seconds
         try:
             self.sock.shutdown(socket.SHUT_WR)
@@ -161,7 +176,7 @@ def is_text(shape: Shape, dtype: torch.dtype) -> bool:
 
 
 def as_text(x: Tensor) -> str:
-    """Text of the other side without characters that would disturb a terminal or a log."""
+    """Text of the other side, uint8 [bytes] of UTF-8, without characters that would disturb a terminal or a log."""
     text = x.numpy().tobytes().decode(errors="replace")
     return "".join(c if c.isprintable() else " " for c in text)
 

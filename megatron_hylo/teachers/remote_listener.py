@@ -238,6 +238,7 @@ class Listener:
         limits = self.limits
 
         def ids_expected(kind: int, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+            """Whether a message may be the ids of a request, int64 [windows, length]; raises for those beyond the limits."""
             if kind != IDS or dtype != torch.int64 or len(shape) != 2 or 0 in shape:
                 return False
             if shape[0] * shape[1] > limits.tokens:

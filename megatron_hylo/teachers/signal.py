@@ -19,4 +19,5 @@ class TeacherSignal(Protocol):
     def with_hidden(self, batches: Iterator[dict], dataset: WindowSource) -> Iterator[dict]:
         """Yield the same micro-batches, each with "teacher_hidden", a function that all ranks of a replica call.
 
-        It returns this rank's part of the hidden states, [sequence / context-parallel ranks, micro batch, H] on its device."""
+        It returns this rank's part of the hidden states, [sequence / context-parallel ranks, micro batch, H] on its device.
+        """

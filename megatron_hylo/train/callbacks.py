@@ -43,7 +43,11 @@ class Checkpoints(Callback):
         self.run, self.saver, self.saved, self.stop = run, saver, saved, stop
 
     def after_step(self, progress: Progress) -> None:
-        """Save, then obey a stop signal; the order is what makes a stopped run resumable."""
+        """Save, then obey a stop signal; the order is what makes a stopped run resumable.
+
+        Raises:
+            Stopped: a stop was asked for, and the checkpoint of this step is saved.
+        """
         config, step = self.run.config, progress.step
         self.stop.starting = False  # from the first step on there is something to save
         unfinished, skipping = step < config.train_steps, progress.skipped.in_a_row

@@ -1,5 +1,7 @@
-"""Per-rank data loader: selects this rank's samples and sequence slice, moves them to the device and attaches the hidden
-states of a stored or remote teacher."""
+"""Per-rank data loader: selects this rank's samples and sequence slice, and moves them to the device.
+
+It also attaches the hidden states of a stored or remote teacher.
+"""
 
 import time
 from collections.abc import Generator, Iterator

@@ -22,8 +22,9 @@ ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTI
 
 @contextlib.contextmanager
 def determinism(enabled: bool) -> Iterator[None]:
-    """Make the `with` block deterministic; to be entered before anything runs on a GPU. Environment variables that it sets
-    stay, since libraries read them once.
+    """Make the `with` block deterministic; to be entered before anything runs on a GPU.
+
+    Environment variables that it sets stay, since libraries read them once.
 
     Args:
         enabled: whether anything is changed.

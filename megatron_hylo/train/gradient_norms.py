@@ -24,8 +24,9 @@ def gradient_norms(state: TrainingState) -> dict[str, Tensor]:
     All ranks call it between the backward passes and the update; nothing waits for the GPU.
 
     Returns:
-        By kind of layer, the same on all ranks: the model's mixers ("attention", "mla", "gated_deltanet", ...), each with its
-        norm; "mlp", with its norm; "embeddings": embedding, output head and final norm. 0 where nothing of a kind is trained.
+        By kind of layer, the same on all ranks, float32 [] on the device: the model's mixers ("attention", "mla",
+        "gated_deltanet", ...), each with its norm; "mlp", with its norm; "embeddings": embedding, output head and final norm. 0
+        where nothing of a kind is trained.
     """
     mixers = state.config.hylo.mixers
     kinds = [_kind(symbol) for symbol in MIXERS if symbol in mixers] + [MLP, EMBEDDINGS]
@@ -53,6 +54,7 @@ def parameters_by_kind(chunk: HyloModel) -> dict[str, list[nn.Parameter]]:
     inside: set[int] = set()
 
     def add(kind: str, parameters: Iterable[nn.Parameter]) -> None:
+        """Count parameters to a kind; they are none of "embeddings" any longer."""
         mine = list(parameters)
         inside.update(map(id, mine))
         found.setdefault(kind, []).extend(mine)

@@ -26,7 +26,7 @@ def l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]]
     """Norm of all tensors of the first list together, with the arguments of Apex's function of this name.
 
     Args:
-        chunk_size: ignored, as are `noop_flag`, `per_tensor` and all that follows.
+        chunk_size, noop_flag, per_tensor, args: ignored.
         tensor_lists: one list, of at least one tensor.
 
     Returns:
@@ -39,7 +39,7 @@ def scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], 
     """Write tensors times a factor into others, with the arguments of Apex's multi_tensor_scale.
 
     Args:
-        chunk_size: ignored, as is `noop_flag`.
+        chunk_size, noop_flag: ignored.
         tensor_lists: sources and targets, of the same shapes; they may be the same list, and their dtypes may differ.
         factor: rounded products are in the targets' dtype; Megatron-Core has 1.0 where the dtypes differ.
     """

@@ -30,7 +30,7 @@ class SkippedSteps:
 
         Args:
             states: the students, with this step's reduced gradients.
-            metrics: metrics of this rank, its loss among them.
+            metrics: metrics of this rank, its loss among them; numbers [].
             step: counted from 1.
 
         Raises:
@@ -61,6 +61,7 @@ class SkippedSteps:
 
     def _watcher(self, name: str) -> Any:
         def look(_: nn.Module, __: Any, output: Any) -> None:
+            """Forward hook: note the first layer whose output is not finite."""
             out = output[0] if isinstance(output, tuple) else output
             if self.first_layer is None and not out.isfinite().all():
                 self.first_layer = name

@@ -59,7 +59,8 @@ class Objective:
             micro_batches: how many of them a step has.
 
         Returns:
-            By name; the mean over the data- and context-parallel ranks is what the optimizer minimises.
+            Numbers [] by name; the mean over the data- and context-parallel ranks is what the optimizer minimises. Empty on
+            ranks before the last pipeline stage.
         """
         (state,) = states
         run, packed = get_forward_backward_func(), self.config.packed_documents
@@ -214,6 +215,7 @@ class AlignObjective(Objective):
         c, ids, found = self.config, batch["input_ids"], []
 
         def run(index: int, received: Tensor | None) -> Tensor:
+            """Run this rank's chunk `index` of teacher and students; returns what the next pipeline stage receives."""
             losses, handed_on = align_layers(
                 [state.chunks[index] for state in states], self._teacher[index], ids, c.align.loss, c.align.hidden_weight,
                 c.align.mixer_weight, gradient_scale, batch.get("documents"), received, c.micro_batch_size,

@@ -60,7 +60,7 @@ class TrainingState:
         return self.offloaded.resident() if self.offloaded else contextlib.nullcontext()
 
     def update(self) -> Tensor | float:
-        """Take the optimizer's step; returns the gradient norm before clipping."""
+        """Take the optimizer's step; returns the norm of all gradients before clipping, a number or a tensor of one."""
         with self.resident():
             norm = self.take_step()[1]
         return 0.0 if norm is None else norm
@@ -89,7 +89,7 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
 
 
 def is_expert_parallel(parameter: Tensor) -> bool:
-    """Whether a parameter is divided over expert-parallel ranks, so that fewer ranks have the same."""
+    """Whether a parameter is divided over expert-parallel ranks, so that fewer ranks have the same (Megatron's `allreduce`)."""
     return not getattr(parameter, "allreduce", True)
 
 

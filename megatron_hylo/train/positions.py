@@ -44,7 +44,8 @@ class PositionLosses:
         """Measure every n-th token of a micro-batch; the tensor-parallel ranks of the last pipeline stage call it together.
 
         Args:
-            student, hidden, teacher, teacher_hidden: see `model_head_loss`.
+            student, teacher, teacher_hidden: see `model_head_loss`.
+            hidden: [sequence (/ TP with sequence parallelism), batch, hidden]; no gradient flows into it.
             batch: with "labels", and "documents" where these are packed.
         """
         labels, documents = batch["labels"], batch.get("documents")

@@ -256,7 +256,11 @@ def _is_before(line: str, step: int) -> bool:
 
 
 def check_wandb(config: TrainConfig) -> None:
-    """Refuse a run that logs to Weights & Biases where it is not installed, before the run folder has anything."""
+    """Refuse a run that logs to Weights & Biases where it is not installed, before the run folder has anything.
+
+    Raises:
+        ConfigError: wandb is not installed.
+    """
     if config.logging.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb is asked for but not installed; pip install wandb, or set logging.wandb disabled")
 

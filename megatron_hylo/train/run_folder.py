@@ -42,6 +42,7 @@ def keep_tokenizer(config: TrainConfig, run: Path) -> None:
     """Write RUN/tokenizer, for the run's checkpoints, where its model or else its teacher is `hf:PATH`; all ranks call it."""
 
     def write() -> None:
+        """Save the tokenizer, unless it is there, beside its place and rename it."""
         source = next(filter(None, (hugging_face_folder(path) for path in (config.model, config.teacher) if path)), None)
         place, made = run / "tokenizer", run / ".tokenizer.partial"
         if source is not None and not place.exists():

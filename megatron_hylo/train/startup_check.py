@@ -1,5 +1,7 @@
-"""Kernel check before a run on a GPU: compares its kernels with plain-torch definitions, each shape once for a kind of GPU,
-library versions and our own code."""
+"""Kernel check before a run on a GPU: compares its kernels with plain-torch definitions.
+
+Each shape is checked once for a kind of GPU, library versions and our own code.
+"""
 
 import hashlib
 import json
@@ -26,8 +28,9 @@ LIBRARIES = ("torch", "triton", "flash-linear-attention", "mamba-ssm", "fa3-fwd"
 
 
 def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device, parts: bool = False) -> None:
-    """Refuse kernels that are wrong on this machine; passed checks are kept in the cache folder. On a CPU, where all is plain
-    torch, nothing is done.
+    """Refuse kernels that are wrong on this machine; passed checks are kept in the cache folder.
+
+    On a CPU, where all is plain torch, nothing is done.
 
     Args:
         configs: configurations of the models of a run.

@@ -100,6 +100,9 @@ def stop_request(folder: Path) -> Iterator[StopRequest]:
 
     Args:
         folder: run folder.
+
+    Raises:
+        Stopped: a signal came before the first step was done; in place of errors that followed from it on other ranks.
     """
     request = StopRequest(folder)
     try:
@@ -122,6 +125,9 @@ def stopping_track(request: StopRequest, device: torch.device, shared: int) -> C
         request: of the run.
         device: of this rank.
         shared: number of batches that every rank has; the ranks agree before each of these.
+
+    Returns:
+        (batches, description) -> the same batches; raises EvaluationStopped before a batch, on all ranks before the same one.
     """
 
     def track(batches: Any, _: str) -> Iterator[Any]:

@@ -25,6 +25,7 @@ def check_run_tokens(config: TrainConfig, vocab_size: int) -> None:
     """
 
     def compare() -> None:
+        """Read token ids and tokenizers on rank 0; ConfigError for a model that the dataset is not for."""
         check_dataset_ids(config.data, vocab_size, config.model or config.scratch or "")
         for folder in filter(None, (config.model, config.second_model, config.teacher)):
             check_dataset(config.data, plain_path(folder), read_model_config(folder).vocab_size)
@@ -45,6 +46,7 @@ def check_teacher_tokens(config: TrainConfig, vocab_size: int, about: Mapping[st
     """
 
     def compare() -> None:
+        """Read token ids on rank 0; ConfigError for a teacher of another vocabulary."""
         check_dataset_ids(config.data, vocab_size, config.teacher_store or config.teacher_address or "")
         if about is not None:
             assert config.teacher_address is not None, "only a remote teacher is described by a server"
