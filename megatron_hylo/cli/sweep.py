@@ -162,6 +162,7 @@ def run_all(sweep: "Sweep", at_once: int) -> None:
         slots.put(slot)
 
     def one(cell: "Cell") -> None:
+        """Run a cell in a free slot; with several GPUs it sees one of them alone."""
         slot = slots.get()
         try:
             start(cell, {"CUDA_VISIBLE_DEVICES": str(slot % sweep.gpus)} if sweep.gpus > 1 else {})
@@ -169,6 +170,7 @@ def run_all(sweep: "Sweep", at_once: int) -> None:
             slots.put(slot)
 
     def start(cell: "Cell", environment: dict[str, str]) -> None:
+        """Start a cell's process, again up to `retries` times where it fails; each attempt is a line of attempts.jsonl."""
         for _ in range(sweep.retries + 1):
             if stopping.is_set():
                 return
@@ -200,6 +202,7 @@ def run_all(sweep: "Sweep", at_once: int) -> None:
                 return
 
     def stop(signum: int, frame: Any) -> None:
+        """Start nothing more, and signal the cells that run."""
         stopping.set()
         for child in list(children):  # training finishes its step and saves
             with contextlib.suppress(OSError):

@@ -141,7 +141,16 @@ def expand_pattern(pattern: str, num_layers: int, base_mlps: str | None = None) 
 
 
 def uniform_mixers(num_layers: int, num_mla: int, linear: str = "G") -> str:
-    """Mixers of `num_mla` MLA layers spread evenly and linear layers elsewhere: "G+GGG+GG" for 8 and 2."""
+    """Mixers of `num_mla` MLA layers spread evenly and linear layers elsewhere: "G+GGG+GG" for 8 and 2.
+
+    Args:
+        num_layers: of the model.
+        num_mla: of them.
+        linear: symbol of the others.
+
+    Raises:
+        ConfigError: num_mla is negative or larger than num_layers.
+    """
     if not 0 <= num_mla <= num_layers:
         raise ConfigError(f"number of MLA layers must lie between 0 and {num_layers}, got {num_mla}")
     chosen = {int((i + 0.5) * num_layers / num_mla) for i in range(num_mla)}

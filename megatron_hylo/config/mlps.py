@@ -86,7 +86,11 @@ class MixtureOfExperts(MlpDescription):
     symbol, name = "E", "mixture of experts"
 
     def check(self, config: ModelConfig) -> None:
-        """Sizes are positive, a token's experts are there, and the router gets a gradient."""
+        """Check that sizes are positive, a token's experts are there, and the router gets a gradient.
+
+        Raises:
+            ConfigError: one of them does not hold.
+        """
         for field in ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk"):
             if getattr(config, field) < 1:
                 raise ConfigError(f"{self.name} layer `E` needs {field} >= 1, got {getattr(config, field)}")

@@ -44,6 +44,10 @@ class SettingsParser(ArgumentParser):
         """Make objects of what was parsed, as jsonargparse does, with the defaults of groups that are null.
 
         A null that an option does not take, and a group that is no mapping, are errors as in parsing.
+
+        Raises:
+            ConfigError: what a settings class says of its values; or ArgumentError, where that comes from jsonargparse.
+            ValueError: any other one of jsonargparse.
         """
         try:
             return super().instantiate(self._without_nulls(namespace.clone()), *others, **settings)

@@ -162,8 +162,10 @@ def own_window(teacher: ModelConfig) -> int:
 
 
 def yarn_origin(teacher: ModelConfig) -> int:
-    """Tokens that a teacher's frequencies were trained for, which YaRN stretches: its `max_position_embeddings`, what its own
-    YaRN stretches, or Qwen3's 32,768, below its `max_position_embeddings`."""
+    """Tokens that a teacher's frequencies were trained for, which YaRN stretches.
+
+    They are its `max_position_embeddings`, what its own YaRN stretches, or Qwen3's 32,768, below its `max_position_embeddings`.
+    """
     if teacher.rope_scaling.rope_type == "yarn":
         return teacher.rope_scaling.original_max_position_embeddings
     window = teacher.max_position_embeddings

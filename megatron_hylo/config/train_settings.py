@@ -15,7 +15,16 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def at_least_one(settings: object, prefix: str, *names: str) -> None:
-    """Refuse values below 1; `prefix` is what the group is called on the command line, with its dot."""
+    """Refuse values below 1.
+
+    Args:
+        settings: group of settings.
+        prefix: what the group is called on the command line, with its dot.
+        names: fields to check.
+
+    Raises:
+        ConfigError: one of them is below 1.
+    """
     for name in names:
         if (value := getattr(settings, name)) < 1:
             raise ConfigError(f"{prefix}{name} must be at least 1, got {value}")

@@ -23,6 +23,9 @@ def chat_field(tokenizer: Any, key: str, answers_only: bool = False) -> TextFiel
         key: of the conversation.
         answers_only: find the answers; conversations without any, or of which they cannot be told, give no document.
 
+    Returns:
+        A field whose function raises NoAnswerError for those that give none.
+
     Raises:
         ConfigError: the tokenizer has no chat template.
     """
@@ -33,6 +36,7 @@ def chat_field(tokenizer: Any, key: str, answers_only: bool = False) -> TextFiel
     find = _marked_answers if _MARKED.search(tokenizer.get_chat_template()) else _answers_by_difference
 
     def render(messages: Any) -> tuple[str, Spans | None]:
+        """Return the text of a conversation and the spans of its answers; NoAnswerError without any."""
         text, spans = find(tokenizer, messages)
         if not spans:
             raise NoAnswerError("no answer to learn", f"no message of role {ROLE}")

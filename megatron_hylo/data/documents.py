@@ -1,7 +1,7 @@
-"""Documents, places that give none, and the check of what can be tokenised.
+r"""Documents, places that give none, and the check of what can be tokenised.
 
 A byte that is invalid in a file's encoding is read as the half surrogate pair `INVALID`, so that one check finds it and the
-half pairs that JSON escapes such as "\\ud83d" can make: no tokenizer, and no file in UTF-8, can hold either.
+half pairs that JSON escapes such as "\ud83d" can make: no tokenizer, and no file in UTF-8, can hold either.
 """
 
 import logging

@@ -85,10 +85,12 @@ class _Batch:
 
     @property
     def texts(self) -> list[str]:
+        """Texts of the documents, in order."""
         return [document.text for document in self.documents]
 
     @property
     def answers(self) -> list[Spans | None] | None:
+        """Spans of the answers in each text; None where no document has any."""
         found: list[Spans | None] = [document.answers for document in self.documents]
         return found if any(answers is not None for answers in found) else None
 
@@ -103,7 +105,21 @@ def dataset_settings(
     special_tokens: bool,
     loss: Loss,
 ) -> DatasetSettings:
-    """The settings, checked."""
+    """The settings of a dataset, checked; arguments are options of `hylo preprocess`.
+
+    Args:
+        tokenizer: of transformers.
+        heldout_fraction: part of the documents, at least 0 and below 1.
+        end_token_id: id that ends each document; None: the tokenizer's.
+        max_documents: at least 1; None: all.
+        vocab_size: of the model, which the tokenizer's may exceed (with a warning); None: not compared.
+        on_bad_text: what happens with text that cannot be tokenised.
+        special_tokens: text that looks like a special token is that token.
+        loss: tokens that count.
+
+    Raises:
+        ConfigError: a number outside its range, or an end token that the tokenizer or the model does not have.
+    """
     if not 0 <= heldout_fraction < 1:
         raise ConfigError(f"heldout_fraction must be at least 0 and below 1, got {heldout_fraction}")
     if max_documents is not None and max_documents < 1:
@@ -132,7 +148,22 @@ def make_dataset(
     processes: int,
     track: Track,
 ) -> DataDescription:
-    """Tokenise into the parts, from where they are on, and put the dataset together."""
+    """Tokenise into the parts, from where they are on, and put the dataset together.
+
+    Args:
+        items: position to begin at -> documents, and places that give none.
+        reader: tells the position of `items` and the share that is read; None: there is none, and all are tokenised at once.
+        tokenizer: of transformers.
+        settings: of `dataset_settings`.
+        parts: folder of what is finished.
+        out_dir: the dataset's.
+        overwrite: replace what is there.
+        processes: that tokenise.
+        track: shows progress.
+
+    Raises:
+        ConfigError: there is no text, a split gets no document, or there is bad text that `on_bad_text` does not allow.
+    """
     dtype = np.dtype(DType.optimal_dtype(settings.vocabulary))
     with contextlib.ExitStack() as stack:
         files = stack.enter_context(contextlib.closing(DatasetFiles(parts, settings.splits, dtype, settings.loss == "answers")))

@@ -15,6 +15,7 @@ def ahead(items: Iterator[Any], count: int = AHEAD) -> Iterator[Any]:
     stop = threading.Event()
 
     def put(entry: tuple[Any, BaseException | None]) -> bool:
+        """Put an entry as soon as there is room; False once nobody reads any longer."""
         while not stop.is_set():
             try:
                 ready.put(entry, timeout=0.1)
@@ -24,6 +25,7 @@ def ahead(items: Iterator[Any], count: int = AHEAD) -> Iterator[Any]:
         return False
 
     def make() -> None:
+        """Put all items, or the error that ends them, from the thread."""
         try:
             for item in items:
                 if not put((item, None)):

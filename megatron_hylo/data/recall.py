@@ -45,6 +45,7 @@ class _Exercise(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Tokens of all facts and questions."""
         return sum(len(text.ids) for text in (*self.facts, *self.questions))
 
 
@@ -55,6 +56,7 @@ class _Quote(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Tokens, the quoted ones included."""
         return len(self.before) + self.quotation.copied + len(self.after)
 
 

@@ -186,8 +186,10 @@ class Exercises:
         )
 
     def _keys(self, count: int) -> list[str]:
-        """So many keys, in a third of the cases each drawn alone, in a third all alike but for one word, and in a third from
-        a grid of few words, of which it takes two to tell a key.
+        """Draw that many different keys.
+
+        In a third of the cases each is drawn alone, in a third all are alike but for one word, and in a third they are from a
+        grid of few words, of which it takes two to tell a key.
         """
         kind = self._below(3)
         if kind == 0:

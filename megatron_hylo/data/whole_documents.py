@@ -15,13 +15,17 @@ PIECE_ORDER = 2  # stream of random numbers of an epoch
 
 
 class BestFitWindows(PackedDataset):
-    """Endless windows of whole documents; arguments and addressing as of `PackedDataset`.
+    """Endless windows of whole documents, addressed as those of `PackedDataset`.
 
     What lengths go together is the same in each epoch; which of the documents of a length, the order of the windows, and the
     order of the documents in a window are drawn anew.
 
     Args:
+        path_prefix, sequence_length, seed, shuffle, filters: as of `PackedDataset`.
         most_documents: pieces of documents in one window; one that is not full with them ends in padding, which is no label.
+
+    Raises:
+        ConfigError: the text fills no window.
     """
 
     def __init__(

@@ -146,6 +146,7 @@ def _in_points(row: Row, difference: Difference) -> tuple[float, float | None, f
     """Difference and interval in percentage points, per cent of the baseline, or the unit of the values."""
 
     def scaled(value: float | None) -> float | None:
+        """Percentage points of a share, per cent from the logarithm of a ratio; other values stay."""
         if value is None:
             return None
         return 100 * math.expm1(value) if row.quantity.is_ratio else value * (100 if is_share(row) else 1)

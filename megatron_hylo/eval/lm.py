@@ -299,6 +299,7 @@ class HyloLM(TemplateLM):
         stopper = Stopper(self.tokenizer, self.model.generation_config.eos_token_id, stop)
 
         def work(batch: list[int]) -> None:
+            """Continue the prompts of one batch and put the texts, cut at `stop`, in their places."""
             chosen, most = [cut[i] for i in batch], [limits[i] for i in batch]
             new = decode_greedily(self.model, chosen, most, stopper, self._device, self.prefill_tokens, self.track)
             for index, tokens in zip(batch, new):
@@ -313,6 +314,7 @@ class HyloLM(TemplateLM):
         results: list[Any] = [None] * len(rows)
 
         def work(batch: list[int]) -> None:
+            """Score one batch of rows, padded on the right, and put the results, on the CPU, in their places."""
             ids = pad_right([rows[i][:-1] for i in batch], 0, self._device)
             wanted = [[IGNORED] * (len(rows[i]) - 1 - counts[i]) + rows[i][len(rows[i]) - counts[i] :] for i in batch]
             targets = pad_right(wanted, IGNORED, self._device)
@@ -342,6 +344,7 @@ class HyloLM(TemplateLM):
         """
 
         def work(batch: list[int]) -> None:
+            """Read the prompts of one batch once each, and score all answers from copies of their caches."""
             reader, logits = read_prompts(self.model, [groups[i][0] for i in batch], self._device, self.prefill_tokens)
             owners = [line for line, i in enumerate(batch) for _ in groups[i][1]]
             numbers = [number for i in batch for number in groups[i][1]]

@@ -90,6 +90,7 @@ def decode_greedily(
         graph = DecodeGraph(model, cache, compiles=False)
 
     def step(chosen: torch.Tensor) -> torch.Tensor:
+        """Return the logits [batch, vocabulary] after the chosen tokens [batch], by the CUDA graph where there is one."""
         found = reader.read(chosen[:, None], last=True) if graph is None else graph(chosen[:, None])[:, -1]
         assert found is not None, "asked for by last"
         return found

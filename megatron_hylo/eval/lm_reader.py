@@ -119,11 +119,14 @@ def read_prompts(
     each prompt's last token is in the last column.
 
     Args:
+        model: as of `Reader`.
         prompts: token ids, at least one each.
+        device: of the model.
+        piece: tokens that are read at a time.
         cache: as of `Reader`.
 
     Returns:
-        the reader, and the logits after each prompt [batch, vocabulary].
+        The reader, and the logits after each prompt [batch, vocabulary].
     """
     longest, shortest = max(map(len, prompts)), min(map(len, prompts))
     reader = Reader(model, piece, cache)

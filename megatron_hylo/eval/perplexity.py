@@ -216,6 +216,9 @@ def _passes(
 
 
 def sum_over_ranks(sums: Tensor) -> None:
-    """Sum over the data- and context-parallel ranks of the last pipeline stage, and give all stages the result, in place."""
+    """Sum over the data- and context-parallel ranks of the last pipeline stage, and give all stages the result, in place.
+
+    All ranks call it with tensors of one shape and dtype; those of other stages are only written to.
+    """
     torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     share_last_stages(sums)

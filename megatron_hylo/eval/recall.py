@@ -251,6 +251,7 @@ def _scores(measured: list[tuple[RecallEvalTask, int, int, list[Sample]]], windo
             pairs: list[tuple[int, float]], metric: str = "exact", depth: float | None = None,
             task: RecallEvalTask = task, length: int = length, note: str = "; ".join(notes),
         ) -> None:  # fmt: skip
+            """Add the mean of (number of the text, value) pairs, with the standard error between texts."""
             value, error = mean_by_group([value for _, value in pairs], [number for number, _ in pairs])
             scores.append(Score("recall", task, metric, value, error, len(pairs), length, depth, note=note))
 

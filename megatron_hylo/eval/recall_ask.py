@@ -43,6 +43,7 @@ def teacher_forced(lm: Any, texts: Sequence[list[int]], questions: Sequence[Sequ
     shared = [i for i, asked in enumerate(questions) if len(asked) > 1]
 
     def work(batch: list[int]) -> None:
+        """Read the texts of one batch once each, and ask each text's questions from copies of its cache."""
         chosen = [shared[i] for i in batch]
         reader, _ = read_prompts(lm.model, [texts[i] for i in chosen], lm.device, lm.prefill_tokens)
         reader.select(torch.tensor([line for line, i in enumerate(chosen) for _ in questions[i]], device=lm.device))

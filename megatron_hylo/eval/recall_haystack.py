@@ -27,6 +27,9 @@ class TextEncoder:
 
     Args:
         tokenizer: of transformers, with a tokenizer.json.
+
+    Raises:
+        ConfigError: it has none.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -82,6 +85,9 @@ class Haystack:
     Attributes:
         ids: see above.
         tokens: how many there are; longer texts are made by repetition.
+
+    Raises:
+        ConfigError: there are no ids.
     """
 
     def __init__(self, ids: np.ndarray, edges: np.ndarray, source: str) -> None:

@@ -124,7 +124,15 @@ def shape(name: str) -> ModelConfig:
 
 
 def read_settings(values: dict[str, Any], what: str) -> TrainConfig:
-    """Settings of a recipe; paths that it leaves out are filled in, since a plan reads none of them."""
+    """Settings of a recipe; paths that it leaves out are filled in, since a plan reads none of them.
+
+    Args:
+        values: keys of the recipe.
+        what: name of the recipe, for messages.
+
+    Raises:
+        ConfigError: a key or value that `hylo train` would refuse.
+    """
     paths = {"data": GIVEN_LATER, "output": GIVEN_LATER}
     if values.get("stage") == "pretrain":
         paths |= {} if values.get("model") or values.get("scratch") else {"scratch": GIVEN_LATER}

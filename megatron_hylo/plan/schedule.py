@@ -89,6 +89,7 @@ def simulate(
 
     Raises:
         ConfigError: as many times as there are stages are not given.
+        RuntimeError: the order of the passes has a deadlock, which is a mistake in `order`.
     """
     if len(forward) != ranks * chunks or len(backward) != ranks * chunks:
         raise ConfigError(

@@ -215,6 +215,7 @@ def _communication(moved: Traffic, config: TrainConfig, ranks: int, hardware: Ha
     p = config.parallel
 
     def seconds(moved: float, span: int) -> float:
+        """Seconds that so many bytes take among `span` consecutive ranks: within a node by its links, else over the network."""
         share = rates.link if span <= hardware.gpus_per_node else rates.network
         return moved / (hardware.bandwidth(span) * share)
 

@@ -112,7 +112,11 @@ def read_measurements(spec: dict[str, Any], file: Path) -> list[Measurement]:
 
 
 def whole_number(spec: dict[str, Any], name: str, default: int, least: int) -> int:
-    """Return a key of a specification that is a whole number of at least `least`."""
+    """Return a key of a specification that is a whole number of at least `least`; `default` where it is not there.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     value = spec.get(name, default)
     if type(value) is not int or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
@@ -120,7 +124,15 @@ def whole_number(spec: dict[str, Any], name: str, default: int, least: int) -> i
 
 
 def grid_points(grid: dict[str, Any], file: Path) -> list[dict[str, Any]]:
-    """List all combinations of a grid's values, each as settings by name."""
+    """List all combinations of a grid's values, each as settings by name; the last name varies fastest.
+
+    Args:
+        grid: name -> list of values; empty for no combinations.
+        file: the specification, for messages.
+
+    Raises:
+        ConfigError: something else than a list of values, or an empty one.
+    """
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{file}: grid.{name} must be a list of values, got {values!r}")

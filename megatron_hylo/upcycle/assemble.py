@@ -80,6 +80,7 @@ def upcycled(
     last: dict[int, dict[str, Tensor]] = {}
 
     def mixer_of(layer: int) -> dict[str, Tensor]:
+        """Make the mixer of a layer from its attention, with random numbers of that layer alone; the last one made is kept."""
         if layer not in last:
             last.clear()
             attention = attention_tensors(read_teacher, teacher_config, layer)
@@ -91,6 +92,7 @@ def upcycled(
         return last[layer]
 
     def read(name: str) -> Tensor:
+        """Return a tensor of the student by its Hugging Face name: made by the initialiser, or the teacher's of that name."""
         if (found := LAYER.match(name)) is None:
             return _end_tensor(Source(teacher_config, read_teacher), name, shapes[name])
         layer, own = int(found[1]), found[2]
@@ -110,7 +112,11 @@ def upcycle_state(
     seed: int = 0,
     statistics: Mapping[int, CalibrationStatistics] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of all that `upcycled` reads, in the order of `tensor_names(student_config)`; same arguments."""
+    """Yield (name, tensor) of all that `upcycled` reads, in the order of `tensor_names(student_config)`; same arguments.
+
+    Raises:
+        ConfigError: as `upcycled`, at the call; as its reader, while the tensors are read.
+    """
     read = upcycled(read_teacher, teacher_config, student_config, initialiser, seed, statistics)
     return ((name, read(name)) for name in tensor_names(student_config))
 
@@ -159,6 +165,7 @@ def assembled(mla: Source, linear: Source, base: Source, target_config: ModelCon
     shapes = tensor_names(target_config)
 
     def read(name: str) -> Tensor:
+        """Return a tensor of the hybrid by its Hugging Face name, from the model that has the layer's kind of mixer."""
         if (found := LAYER.match(name)) is None:
             return _end_tensor(base, name, shapes[name])
         return _checked(sources[target_config.mixers[int(found[1])]].read, name, shapes[name])
@@ -168,6 +175,14 @@ def assembled(mla: Source, linear: Source, base: Source, target_config: ModelCon
 
 def attention_tensors(read: Read, config: ModelConfig, layer: int) -> dict[str, Tensor]:
     """One attention layer of a teacher as initialisers see it (`registry.TeacherLayer`), dtypes as read.
+
+    Args:
+        read: Hugging Face name -> tensor.
+        config: of the teacher.
+        layer: number of the layer, from 0.
+
+    Returns:
+        Name within the attention ("q_proj.weight", ...) -> tensor.
 
     Raises:
         ConfigError: a tensor has another shape than the configuration says.

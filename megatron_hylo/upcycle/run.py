@@ -134,6 +134,7 @@ def _with_rotary_pairs(
     span = statistics.description["sequence_length"]
 
     def choose(layer: int) -> tuple[int, ...]:
+        """Choose the rotary pairs of a layer from its attention and statistics."""
         attention = attention_tensors(source.read, teacher_config, layer)
         return choose_rotary_pairs(attention, config, teacher_config, statistics[layer], choice, span)
 

@@ -172,6 +172,7 @@ def select_folder(
         rounds: list[dict[int, SwapLoss]] = []
 
         def measure(mla_layers: tuple[int, ...], candidates: list[int]) -> dict[int, float]:
+            """Measure one step: the loss with each candidate changed, by layer, in the units of `by`."""
             step = f"step {len(rounds) + 1} of {count if method == 'greedy' else depth - count}"
             rounds.append(evaluation.losses_with_change(mla_layers, candidates, step))
             return {layer: loss.by(by, all_linear) for layer, loss in rounds[-1].items()}

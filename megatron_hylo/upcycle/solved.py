@@ -52,6 +52,7 @@ class SolvedLayers:
         wanted = on_main(lambda: [i for i in mixers if i not in self.done and not self._initialised(i).is_file()])
 
         def make() -> None:
+            """Make and write this rank's share of the missing mixers."""
             for layer in track(wanted[rank() :: world_size()], "initialise"):
                 names = [f"model.layers.{layer}.{n}" for n in get_mixer(self.config.mixers[layer]).tensors(self.config)]
                 save_whole({name: self.initial(name) for name in names}, self._initialised(layer))
@@ -70,6 +71,7 @@ class SolvedLayers:
         )
 
         def write() -> None:
+            """Write the layer's tensors and then its errors, which say that it is done; its initialised mixer is removed."""
             values = {prefix + name: p.detach() for prefix, part in places.items() for name, p in part.named_parameters()}
             entries = [entry for entry in layer_entries(self.config, layer) if entry.megatron in values]
             parts = [(name, part) for e in entries for name, part in zip(e.hugging_face, e.split(values[e.megatron]))]

@@ -23,7 +23,11 @@ class Mamba2(MixerDescription):
     norm_after_gate = True
 
     def check(self, config: ModelConfig) -> None:
-        """Check that heads share their x and B evenly."""
+        """Check that heads share their x and B evenly.
+
+        Raises:
+            ConfigError: num_query_groups does not divide mamba_num_heads, or a size is not positive.
+        """
         super().check(config)
         if config.mamba_num_heads % config.num_query_groups:
             raise ConfigError(

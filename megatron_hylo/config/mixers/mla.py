@@ -31,7 +31,12 @@ class MultiLatentAttention(MixerDescription):
     size_fields = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
     def check(self, config: ModelConfig) -> None:
-        """Check that ranks fit what they factor, rotary channels come in pairs, and a q/k-norm has a meaning."""
+        """Check that ranks fit what they factor, rotary channels come in pairs, and a q/k-norm has a meaning.
+
+        Raises:
+            ConfigError: a rank is larger than that, there is an odd number of rotary channels, a norm's channels are not the
+                teacher's, or a size is not positive.
+        """
         super().check(config)
         c = config
         kv_width = c.num_query_groups * (c.qk_head_dim + c.v_head_dim)

@@ -96,11 +96,13 @@ def find_sizes(
     """
 
     def measure(searches: list[_Search]) -> None:
+        """Search on until each has its size; every round makes and counts an example of each that has not."""
         while searches:
             made = [make_example(texts, task, length, seed, search.index, search.size) for search in searches]
             searches = [s for s, example, n in zip(searches, made, count(made)) if not s.update(example, n, length)]
 
     def start(index: int, size: int, slope: float) -> _Search:
+        """Begin the search for an example at a size, moved between the least and the most that there is."""
         least = texts.least(index)
         return _Search(index, min(max(size, least), texts.most), slope, least, texts.most)
 

@@ -77,6 +77,7 @@ def plan_ruler(
         ready[length, task] = cell, texts, cached_sizes(texts, task, length, limit, seed, count, key, cache, track)
 
     def answer() -> tuple[list[Score], list[Sample]]:
+        """Ask the model, some lengths at a time, and score; returns the scores, means by length last, and all samples."""
         scores: list[Score] = []
         samples: list[Sample] = []
         for call in track(_calls(cells, limit), "RULER: answers"):
@@ -122,6 +123,7 @@ def counter(lm: Any, task: RulerTask, answer: int, template: Callable | None) ->
     backend = getattr(lm.tokenizer, "backend_tokenizer", None)
 
     def count(examples: Sequence[Example]) -> list[int]:
+        """Count the tokens of prompts as lm-eval's model would encode them, and of the answer."""
         prompts = [task.model_input(example, template) for example in examples]
         if backend is None:
             return [len(lm.tok_encode(prompt)) + answer for prompt in prompts]

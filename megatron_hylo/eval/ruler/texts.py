@@ -82,6 +82,7 @@ def _niah(modules: SimpleNamespace, options: dict[str, Any], length: int, essays
     kind = options["type_needle_v"]
 
     def make(index: int, size: int) -> Example:
+        """Hide needles in a haystack of `size` words of essays, lines or needles, by lm-eval's generator."""
         text, answers, query = modules.prepare_niah.generate_input_output(size, haystack, **arguments)
         noun, verb = (kind[:-1], "is") if asked * values == 1 else (kind, "are")
         prefix = f"The special magic {noun} for {query} mentioned in the provided text {verb}"
@@ -100,6 +101,7 @@ def _variable_tracking(module: Any, length: int, seed: int, tokenizer: Any) -> T
     start = module.CONFIG["variable_tracking"]["template"][:20]
 
     def make(index: int, size: int) -> Example:
+        """Hide a chain of assignments in `size` sentences of noise, after a solved example in the same form."""
         text, answers = module.generate_input_output(size, 1, 4, is_icl=False)
         cut = text.index(start)
         text = text[:cut] + module.randomize_icl(solved) + "\n\n" + text[cut:]
@@ -111,6 +113,7 @@ def _variable_tracking(module: Any, length: int, seed: int, tokenizer: Any) -> T
 
 def _common_words(module: Any, length: int) -> Texts:
     def make(index: int, size: int) -> Example:
+        """List words of which `size` are different; the ten that come most often are asked for."""
         _, text, answers = module.generate_input_output(size, length)
         prefix = module.CONFIG["answer_prefix"]
         return _example(text[: text.rfind(prefix)].strip(), answers, prefix.strip(), length)
@@ -123,6 +126,7 @@ def _frequent_words(module: Any, length: int) -> Texts:
         return SimpleNamespace(input_ids=())  # the generator is not to shrink the text: its size is chosen here
 
     def make(index: int, size: int) -> Example:
+        """Write `size` invented words, drawn from a distribution of which the three most frequent are asked for."""
         text, answers, _ = module.generate_input_output(length, uncounted, num_words=size, vocab_size=length // 50)
         prefix = module.CONFIG["answer_prefix"]
         return _example(text[: text.rfind(prefix)].strip(), answers, prefix.strip(), length)
@@ -132,6 +136,7 @@ def _frequent_words(module: Any, length: int) -> Texts:
 
 def _questions(module: Any, length: int, qa: Questions) -> Texts:
     def make(index: int, size: int) -> Example:
+        """Put question `index` behind `size` documents, its own among them."""
         text, answers = module.generate_input_output(index, size, qas=qa.questions, docs=qa.documents)
         return _example(text, answers, "Answer:", length)
 
