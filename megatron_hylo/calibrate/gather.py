@@ -81,10 +81,8 @@ def calibrate(
     config, _ = read_description(teacher)
     if not config.is_transformer:
         raise ConfigError(f"calibrate needs a teacher with attention (`*`, `W`) in every layer, {teacher} has {config.mixers}")
-    if parallel is not None and (
-        parallel.pipeline_stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1
-    ):
-        raise ConfigError("calibrate works with tensor and data parallelism alone; set the other sizes to 1")
+    if parallel is not None:
+        parallel.check_tensor_parallel_alone("calibrate")
     windows = _calibration_windows(data, tokens, sequence_length, seed)
     warn_beyond_context(config, sequence_length, teacher)
     kept = heldout_windows(f"{data}/heldout", sequence_length, heldout)

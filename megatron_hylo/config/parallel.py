@@ -59,6 +59,22 @@ class ParallelConfig:
         """Number of pipeline stages, virtual ones included; stage i is on pipeline rank i modulo the ranks."""
         return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
 
+    def check_tensor_parallel_alone(self, verb: str) -> None:
+        """Refuse ways to divide a model or a sequence other than tensor parallelism.
+
+        Args:
+            verb: what runs with tensor and data parallelism alone, for the message.
+
+        Raises:
+            ConfigError: names the settings.
+        """
+        others = ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size",
+                  "sequence_parallel")  # fmt: skip
+        given = [name for name in others if getattr(self, name) != getattr(ParallelConfig, name)]
+        if given:
+            said = " and ".join(f"{name} {getattr(self, name)}" for name in given)
+            raise ConfigError(f"{verb} works with tensor and data parallelism alone, got {said}; leave that out")
+
     def check_experts(self, ranks: int) -> None:
         """Refuse an expert-parallel size that does not divide the ranks of a pipeline stage.
 

@@ -207,10 +207,10 @@ class TrainConfig:
                 "bf16 weights beside the fp32 A_log and dt_bias of linear layers"
             )
         if self.cuda_graphs and (self.recompute or self.packed_documents or self.parallel.pipeline_stages > 1):
-            raise ConfigError(
-                "cuda_graphs cannot capture recompute, packed_documents or pipeline stages; set cuda_graphs false, or leave "
-                "those out"
-            )
+            asked = {f"recompute {self.recompute}": self.recompute, "packed_documents": self.packed_documents}
+            asked[f"{self.parallel.pipeline_stages} pipeline stages"] = self.parallel.pipeline_stages > 1
+            said = " and ".join(name for name, given in asked.items() if given)
+            raise ConfigError(f"cuda_graphs cannot capture {said}; set cuda_graphs false, or leave that out")
         if self.teacher_store and self.text != TextSettings():
             raise ConfigError(
                 f"teacher_store {self.teacher_store} is of the documents of data, end to end; leave text as it is"

@@ -53,10 +53,8 @@ class SafetensorsSource:
         values = read_hf_config(self.folder)
         self.config = model_config_from_hf(values)
         refuse_adapter(self.folder)
-        if values.get("transformers_weights") not in (None, SINGLE, INDEX):
-            raise ConfigError(
-                f"{self.folder}: config.json names other weights in transformers_weights; read are {SINGLE} or {INDEX}"
-            )
+        if (named := values.get("transformers_weights")) not in (None, SINGLE, INDEX):
+            raise ConfigError(f"{self.folder}: config.json has transformers_weights {named!r}; read are {SINGLE} or {INDEX}")
         self.quantisation = read_quantisation(self.folder, values)
         self._config_state = file_state(self.folder / "config.json")
         self._files: dict[str, SafetensorsFile] = {}

@@ -103,7 +103,11 @@ def _padding_mask(mask: Tensor | None, batch: int, cached: int, new: int, cache:
             f"attention_mask must be [{batch}, {cached + new}] for {cached} cached and {new} new tokens, got {list(mask.shape)}"
         )
     if mask.is_floating_point() and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("attention_mask [batch, tokens] must hold 1 at tokens and 0 at padding; additive masks are not read")
+        least, most = (float(end) for end in mask.aminmax())
+        raise ValueError(
+            f"attention_mask [batch, tokens] must hold 1 at tokens and 0 at padding, got {least:g} to {most:g}; additive masks "
+            f"are not read"
+        )
     real = mask.bool()
     if cached and (known is not None or not real[:, :cached].all()):
         before = real.new_ones(batch, cached) if known is None else known

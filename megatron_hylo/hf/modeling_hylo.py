@@ -104,7 +104,7 @@ class HyloModel(HyloPreTrainedModel):
         _check_keyword_arguments(kwargs)
         _check_cache(past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError(f"give either input_ids or inputs_embeds, not {'neither' if input_ids is None else 'both'}")
         attends = self.config.output_attentions if output_attentions is None else output_attentions
         cache = self._choose_cache(past_key_values, self.config.use_cache if use_cache is None else use_cache)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds

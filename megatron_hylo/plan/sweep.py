@@ -87,7 +87,7 @@ def read_sweep(file: Path) -> Sweep:
         del base["stages"]
     base = _spelt_out(base)
     measurements = read_measurements(spec, file)
-    retries, at_once = whole_number(spec, "retries", 1, 0), whole_number(spec, "at_once", 1, 1)
+    retries, at_once = whole_number(spec, file, "retries", 1, 0), whole_number(spec, file, "at_once", 1, 1)
     points = [*grid_points(spec.get("grid") or {}, file), *(spec.get("cells") or [])]
     output = Path(spec["output"]).expanduser()
     cells, known = list[Cell](), set[str]()
@@ -102,7 +102,7 @@ def read_sweep(file: Path) -> Sweep:
             raise ConfigError(f"{file}: cell {number} {varied} is there twice; leave one out")
         known.add(own)
         cells.append(cell)
-    return Sweep(file, output, cells, retries, at_once, whole_number(spec, "gpus", 1, 1))
+    return Sweep(file, output, cells, retries, at_once, whole_number(spec, file, "gpus", 1, 1))
 
 
 def _settings(base: dict[str, Any], varied: dict[str, Any]) -> dict[str, Any]:

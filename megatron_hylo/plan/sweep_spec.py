@@ -111,7 +111,7 @@ def read_measurements(spec: dict[str, Any], file: Path) -> list[Measurement]:
     return found
 
 
-def whole_number(spec: dict[str, Any], name: str, default: int, least: int) -> int:
+def whole_number(spec: dict[str, Any], file: Path, name: str, default: int, least: int) -> int:
     """Return a key of a specification that is a whole number of at least `least`; `default` where it is not there.
 
     Raises:
@@ -119,7 +119,7 @@ def whole_number(spec: dict[str, Any], name: str, default: int, least: int) -> i
     """
     value = spec.get(name, default)
     if type(value) is not int or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        raise ConfigError(f"{file}: {name} must be a whole number of at least {least}, got {value!r}")
     return value
 
 

@@ -82,7 +82,10 @@ class Prompts:
             said = ", ".join(f"{name} {share:g}" for name, share in shares.items())
             raise ConfigError(f"shares of documents must be between 0 and 1 and at most 1 together, got {said}")
         if (starts is None) != (starts_share == 0):
-            raise ConfigError("documents that begin as those of a dataset need both starts, its folder, and a starts_share")
+            raise ConfigError(
+                f"documents that begin as those of a dataset need both starts, its folder, and a starts_share, got "
+                f"{'no starts' if starts is None else 'starts'} and starts_share {starts_share:g}"
+            )
         self.ends, self.chat_share, self.starts_share = frozenset(ends), chat_share, starts_share
         self.before = list(tokenizer("").input_ids) or [end]
         self.chat = chat_pieces(tokenizer) if chat_share else None

@@ -121,10 +121,8 @@ def write_store(
         )
     if not 0 <= overlap < sequence_length:
         raise ConfigError(f"overlap {overlap} must be at least 0 and below sequence_length {sequence_length}")
-    if parallel is not None and (
-        parallel.pipeline_stages > 1 or parallel.sequence_parallel or parallel.context_parallel_size > 1
-    ):
-        raise ConfigError("cache-teacher works with tensor and data parallelism alone; set the other sizes to 1")
+    if parallel is not None:
+        parallel.check_tensor_parallel_alone("cache-teacher")
     documents = DocumentStore(f"{data}/train")
     model = load_model(teacher, parallel, params_dtype=precision, **ways.changes()).eval()
     require_finite(model, teacher)

@@ -60,7 +60,7 @@ def student_config(teacher: ModelConfig, settings: UpcycleConfig) -> ModelConfig
     if pattern is not None and layout is None:
         return hybrid_config(teacher, pattern, shapes=settings.mixer_shapes, **overrides)
     if layout is None or pattern is not None:
-        raise ConfigError("give either a layout name or a pattern")
+        raise ConfigError(f"give either a layout name or a pattern, not {'neither' if layout is None else 'both'}")
     named = get_layout(layout)
     config = named.config
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size"):

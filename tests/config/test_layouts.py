@@ -162,6 +162,13 @@ def test_a_split_of_ones_own_is_taken_or_refused():
         ParallelConfig(virtual_pipeline_model_parallel_size=2)
 
 
+def test_parallelism_that_a_verb_lacks_is_named():
+    ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=2).check_tensor_parallel_alone("calibrate")
+    split = ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2, sequence_parallel=True)
+    with pytest.raises(ConfigError, match="calibrate .* alone, got context_parallel_size 2 and sequence_parallel True; leave"):
+        split.check_tensor_parallel_alone("calibrate")
+
+
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         BASES["llama3.2-1b"].hidden_size = 1

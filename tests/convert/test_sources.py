@@ -181,4 +181,4 @@ def test_other_weight_files_are_named_with_what_to_do(folder):
     refused(folder, "is corrupt or cut short")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "consolidated.safetensors"}))
-    refused(folder, "transformers_weights")
+    refused(folder, "transformers_weights 'consolidated.safetensors'; read are model.safetensors")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import numpy as np
@@ -306,6 +307,11 @@ def test_lengths_beyond_the_window_are_refused_with_the_effective_one(tokenizer)
         run.plan_ruler(lm, (1024,), ["ruler_cwe"])
     with pytest.raises(ConfigError, match="qa_1.*published file as squad"):
         run.plan_ruler(lm, (1024,), ["qa_1"])
+    for lengths, names, limit in (((), ["vt"], 3), ((1024,), [], 3), ((1024,), None, 0)):
+        with pytest.raises(
+            ConfigError, match=rf"one example at least, got lengths {re.escape(str(lengths))}, .* {limit} examples"
+        ):
+            run.plan_ruler(lm, lengths, names, limit=limit)
     with pytest.raises(ConfigError, match="vt does not fit 256 tokens"):
         run.plan_ruler(lm, (256,), ["vt"])
 

@@ -114,12 +114,16 @@ def test_positions_count_on_from_those_given_before(three):
 
 REFUSED = {
     "4-d mask": (dict(attention_mask=torch.ones(3, 1, WIDTH, WIDTH)), "only padding can be masked: give .batch, tokens."),
-    "additive mask": (dict(attention_mask=torch.zeros(3, WIDTH) - 1.5), "additive masks are not read"),
+    "additive mask": (
+        dict(attention_mask=torch.zeros(3, WIDTH) - 1.5),
+        r"must hold 1 at tokens and 0 at padding, got -1.5 to -1.5; additive masks are not read",
+    ),
     "mask of another length": (dict(attention_mask=torch.ones(3, 4)), r"must be \[3, 75\] for 0 cached and 75 new tokens"),
     "positions of another length": (dict(position_ids=torch.arange(4)[None]), r"must be \[3 or 1, 75\]"),
     "packed documents": (dict(position_ids=(torch.arange(WIDTH) % 40)[None]), r"0 follows 39 .*give each document a row"),
     "another model's cache": (dict(past_key_values=transformers.DynamicCache()), "is a DynamicCache, .* leave it out"),
-    "two inputs": (dict(inputs_embeds=torch.zeros(3, WIDTH, 48)), "either input_ids or inputs_embeds"),
+    "two inputs": (dict(inputs_embeds=torch.zeros(3, WIDTH, 48)), "either input_ids or inputs_embeds, not both"),
+    "no input": (dict(input_ids=None), "either input_ids or inputs_embeds, not neither"),
 }
 
 
@@ -127,7 +131,7 @@ REFUSED = {
 def test_what_cannot_be_honoured_is_refused(settings, message, three):
     model = random_model(serve_config("G+"))
     with pytest.raises(ValueError, match=message):
-        model(three, **settings)
+        model(**({"input_ids": three} | settings))
     with pytest.raises(TypeError, match="does not use the argument cu_seq_lens_q"):
         model(three, cu_seq_lens_q=torch.tensor([0, WIDTH]))
 

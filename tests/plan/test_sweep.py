@@ -160,7 +160,7 @@ def test_a_report_of_nothing_is_refused(spec, capsys):
             {"grid": {"student.mla": [1], "train.micro_batch_size": [3]}},
             "global_batch_size 4 must be a multiple of micro_batch_size 3",
         ),
-        ({"retries": -1}, "retries must be a whole number of at least 0"),
+        ({"retries": -1}, ".yaml: retries must be a whole number of at least 0, got -1"),
         ({"grid": [1]}, "grid must be lists of values by name, got [1]"),
         ({"grid": None, "cells": [1]}, "cell 0 1: a cell must be settings by name"),
         ({"grid": {"student.mla": ["4"]}}, "student.mla must be a number of layers or a list of layers, got '4'"),

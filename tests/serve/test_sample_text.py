@@ -178,7 +178,7 @@ def test_text_that_repeats_itself_is_left_out_and_counted(teacher, tmp_path):
         ({"length": 129}, "past the 128 positions"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"chat_share": 0.7, "starts_share": 0.7}, "at most 1 together"),
-        ({"starts_share": 0.5}, "need both starts"),
+        ({"starts_share": 0.5}, "need both starts, .*, got no starts and starts_share 0.5"),
         ({"chat_share": 0.5}, "has no chat template"),
         ({"length": 6, "starts": "starts", "start_tokens": 9}, "leave no room in rows of 6"),
         ({"starts": "starts", "start_tokens": 9000}, "is longer than start_tokens"),

@@ -1,4 +1,4 @@
-"""A recorded step is the step: same losses and weights, for every stage, and across a stop and a resume."""
+"""A captured step is the step: same losses and weights, for every stage, and across a stop and a resume."""
 
 import shutil
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_hylo.config import ConfigError
+from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.models.hylo_model import build_model
@@ -25,9 +25,17 @@ def test_refused_without_a_gpu(settings):
         train(settings(cuda_graphs=True))
 
 
-@pytest.mark.parametrize("changes", [dict(recompute=True), dict(packed_documents=True)])
-def test_what_cannot_be_recorded_is_refused(settings, changes):
-    with pytest.raises(ConfigError, match="cuda_graphs cannot capture"):
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (dict(recompute=True), "recompute True"),
+        (dict(packed_documents=True), "packed_documents"),
+        (dict(recompute="G", packed_documents=True), "recompute G and packed_documents"),
+        (dict(parallel=ParallelConfig(pipeline_model_parallel_size=2)), "2 pipeline stages"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(settings, changes, named):
+    with pytest.raises(ConfigError, match=f"cuda_graphs cannot capture {named}; set cuda_graphs false"):
         settings(cuda_graphs=True, **changes)
 
 

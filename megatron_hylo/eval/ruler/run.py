@@ -148,7 +148,10 @@ def _check_lengths(lengths: Sequence[int], window: int, tasks: Sequence[str] | N
     if unknown:
         raise ConfigError(f"no RULER task {unknown[0]!r}; choose out of {', '.join(TASKS)}")
     if not lengths or limit < 1 or tasks is not None and not tasks:
-        raise ConfigError("RULER needs one length, one task and one example at least")
+        raise ConfigError(
+            f"RULER needs one length, one task and one example at least, got lengths {tuple(lengths)}, tasks "
+            f"{'(all)' if tasks is None else tuple(tasks)} and {limit} examples"
+        )
     for length in lengths:
         if length > window:
             room = max(answer_tokens(task) for task in tasks or TASKS)
