@@ -160,11 +160,6 @@ class ModelConfig:
         """Transformer layers (mixer + MLP); Megatron counts twice as many."""
         return len(self.mixers)
 
-    @property
-    def mamba_key_value_dim(self) -> int:
-        """Channels of Mamba2's x (d_xb = H_kv * head_dim); B has num_query_groups * state_dim."""
-        return self.num_query_groups * self.mamba_head_dim
-
     def with_mixers(self, mixers: str) -> "ModelConfig":
         """Other mixers of the same shapes and MLPs, one symbol a layer; only MLA layers keep rotary pairs of their own."""
         pairs = [

@@ -274,15 +274,3 @@ def load_chunks(
     chunks = build_chunks(config.replace(**changes), parallel, dtype, backend, recompute, fp8)
     put_chunks(chunks, load_weights(sharded_chunks(chunks), Path(path) / "weights"))
     return chunks
-
-
-def tokenizer_directory(path: str | Path) -> Path:
-    """The tokenizer inside a model folder.
-
-    Raises:
-        ConfigError: the folder has none.
-    """
-    folder = Path(path) / "tokenizer"
-    if not folder.is_dir():
-        raise ConfigError(f"{path} holds no tokenizer; convert it again from a folder that has tokenizer files")
-    return folder
