@@ -130,7 +130,16 @@ class NormalEquations:
                 self._include(*buffers)
 
     def solve(self, prior: Tensor, damping: float, missing: bool = False) -> Tensor:
-        """Solve for the projection [out, in], float64, regularised towards `prior`, for the own target or all of it."""
+        """Solve for the projection, regularised towards `prior`: ridge regression by the Cholesky factor.
+
+        Args:
+            prior: [out, in].
+            damping: weight of the squared distance from `prior`, relative to the mean of the features' sums of squares.
+            missing: for all of the target; else for the layer's own one.
+
+        Returns:
+            [out, in], float64, on the sums' device.
+        """
         assert self.sums is not None, "no micro-batch was added"
         gram, own, residual, _ = self.sums
         level = damping * gram.diagonal().mean()

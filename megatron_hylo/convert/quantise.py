@@ -154,7 +154,16 @@ def choose_group(model: nn.Module, form: Format) -> int | None:
 
 
 def calibration_windows(data: str | Path, model: str | Path, vocab_size: int, tokens: int) -> Tensor:
-    """Read windows of a dataset's training text, int64 [windows, tokens of a window].
+    """Read windows of a dataset's training text, in an order that is always the same.
+
+    Args:
+        data: dataset folder.
+        model: folder of the model, whose tokenizer the text must have.
+        vocab_size: of the model.
+        tokens: to read, rounded up to whole windows.
+
+    Returns:
+        int64 [windows, WINDOW].
 
     Raises:
         ConfigError: too little text, or text of another tokenizer.

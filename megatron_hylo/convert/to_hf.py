@@ -55,7 +55,14 @@ def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, trac
 
 
 def add_files(config: ModelConfig, dtype: torch.dtype, folder: Path, tokenizer: Path | None) -> None:
-    """Write config.json, the tokenizer and, for a hybrid, its modelling code into a folder."""
+    """Write config.json, the tokenizer and, for a hybrid, its modelling code into a folder.
+
+    Args:
+        config: of the model.
+        dtype: of the weights, as config.json names it.
+        folder: existing.
+        tokenizer: folder that is copied; None, or one that does not exist: no tokenizer.
+    """
     from megatron_hylo.convert.portable_tokenizer import make_tokenizer_portable
     from megatron_hylo.hf.code_files import copy_modelling_code
 

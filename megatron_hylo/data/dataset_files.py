@@ -58,7 +58,14 @@ class DatasetFiles:
             self.counts[split] = [len(lengths), int(lengths.sum())]
 
     def add(self, split: str, name: str, ids: memoryview | bytes, answers: list[tuple[int, int]] | None) -> None:
-        """Append a document: its ids, as bytes, with the end token."""
+        """Append a document.
+
+        Args:
+            split: "train" or "heldout".
+            name: kept of held-out documents.
+            ids: in the dataset's dtype, as bytes, with the end token.
+            answers: [first, end) of the tokens that are learnt, where the dataset tells; None: all of them.
+        """
         count, length = self.counts[split], len(ids) // self.dtype.itemsize
         self._files[f"{split}.bin"].write(ids)
         self._files[f"{split}.lengths"].write(np.int64(length).tobytes())

@@ -156,7 +156,12 @@ class TextCheck:
         return both
 
     def skip(self, where: str, reason: str, detail: str = "") -> None:
-        """Leave something out.
+        """Leave something out, count it by its reason, and warn where it is among the first.
+
+        Args:
+            where: file and line, say.
+            reason: counted by this text; `EMPTY` and `BLANK_LINE` are no loss.
+            detail: for the message alone.
 
         Raises:
             ConfigError: `on_bad_text` is error, or nothing so far could be used and there were many.

@@ -163,7 +163,14 @@ def _parse_line(line: str, where: str, source: str, field: TextField) -> Documen
 
 
 def row_document(value: dict[str, Any], where: str, source: str, field: TextField) -> Document | Unreadable:
-    """The document of an object that has the field's key."""
+    """The document of an object that has the field's key; `Unreadable` where the field finds no text.
+
+    Args:
+        value: object of a line or row; "name" and "source" of it are the document's, else a hash of the text and `source`.
+        where: file and line, for messages.
+        source: of what does not name one.
+        field: tells the key and reads its value.
+    """
     found = field.text(value[field.key])
     if isinstance(found, Unreadable):
         return Unreadable(where, found.reason, found.detail)

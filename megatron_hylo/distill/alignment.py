@@ -58,7 +58,16 @@ def check_alignable(student: HyloModel, teacher: HyloModel) -> None:
 
 
 def mixer_output(layer: Any, hidden: Tensor, packed: Packed = None) -> Tensor:
-    """Compute a mixer layer's output before the residual: [sequence, batch, hidden] -> [sequence, batch, hidden]."""
+    """Compute a mixer layer's output before the residual.
+
+    Args:
+        layer: Megatron-Core's layer of a mixer, with its input norm.
+        hidden: [sequence (/ TP with sequence parallelism), batch, hidden].
+        packed: documents of packed sequences.
+
+    Returns:
+        The same shape.
+    """
     return layer.self_attention(layer.input_layernorm(hidden)[0], attention_mask=None, packed_seq_params=packed)[0]
 
 

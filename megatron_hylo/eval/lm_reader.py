@@ -144,6 +144,6 @@ def read_prompts(
 
 
 def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> Tensor:
-    """Stack rows of several lengths: int64 [rows, longest]."""
+    """Stack rows of several lengths, at least one, filled up on the right with `fill`: int64 [rows, longest] on the device."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.long, device=device)

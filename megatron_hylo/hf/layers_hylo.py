@@ -153,11 +153,18 @@ class HyloMamba2(nn.Module):
     def scan(
         self, parts: tuple[Tensor, ...], padding: Tensor | None, states: States, keep: bool = True, in_place: bool = False
     ) -> tuple[Tensor, States]:
-        """Convolve and run the recurrence over x, B and C [batch, tokens, channels] and steps dt [batch, tokens, heads].
+        """Convolve and run the recurrence.
+
+        Args:
+            parts: x, B and C side by side [batch, tokens, channels], and steps dt [batch, tokens, heads].
+            padding: bool [batch, tokens], False at padding, where nothing is written; None: none.
+            states: of the convolution [batch, channels, taps - 1] and of the recurrence [batch, heads, head_dim, state]; or
+                None.
+            keep: return the states after the tokens.
+            in_place: they may be the ones given, changed.
 
         Returns:
-            [batch, tokens, heads, head_dim], and the states after them, None without `keep`. `in_place`: they may be the
-            ones given, changed.
+            [batch, tokens, heads, head_dim], and the states after them, None without `keep`.
         """
         xbc, dt = parts
         xbc, conv_state = convolve(xbc, [self.conv1d], states[0], padding, keep, in_place)
@@ -244,11 +251,17 @@ class HyloGatedDeltaNet(nn.Module):
     def scan(
         self, parts: tuple[Tensor, ...], padding: Tensor | None, states: States, keep: bool = True, in_place: bool = False
     ) -> tuple[Tensor, States]:
-        """Convolve and run the recurrence over q, k and v [batch, tokens, channels], with projections of the gates.
+        """Convolve and run the recurrence.
+
+        Args:
+            parts: q, k and v side by side [batch, tokens, channels], and the projections of decay and writing strength.
+            padding: bool [batch, tokens], False at padding, where nothing is written; None: none.
+            states: of the convolution [batch, channels, taps - 1] and of the recurrence [batch, heads, keys, values]; or None.
+            keep: return the states after the tokens.
+            in_place: they may be the ones given, changed.
 
         Returns:
-            [batch, tokens, heads, value channels], and the states after them, None without `keep`. `in_place`: the recurrent
-            state may be the one given, changed.
+            [batch, tokens, heads, value channels], and the states after them, None without `keep`.
         """
         qkv, raw, strength = parts
         convolutions = [self.q_conv1d, self.k_conv1d, self.v_conv1d]

@@ -85,7 +85,18 @@ def one_token_implementation(x: Tensor, state: Tensor) -> str:
 
 
 def convolve_one_token(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """Return the outputs [b, 1, c] of one token by the Triton kernel; the state is changed."""
+    """Convolve one token by the Triton kernel; the state is changed.
+
+    Args:
+        x: [b, 1, c], channels contiguous.
+        state: [b, c, k - 1], contiguous, of x's dtype: the tokens before, oldest first.
+        weight: [c, k], contiguous.
+        bias: [c] or None.
+        activation: "silu" or None.
+
+    Returns:
+        [b, 1, c] in x's dtype.
+    """
     from megatron_hylo.kernels.triton_causal_conv1d_step import step
 
     b, _, c = x.shape

@@ -69,7 +69,16 @@ class GatedDeltaNet(Mixer):
         return gates_of(alpha, beta, own(self.A_log), own(self.dt_bias))
 
     def recurrence(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-        """Outputs [batch, sequence, heads, value_head_dim] from queries, keys, values, log decay and writing strength."""
+        """Run the recurrence over all tokens that this rank computes.
+
+        Args:
+            hidden_states: the mixer's input, which tells whether activations are recomputed.
+            q, k, v: [batch, sequence, heads, channels].
+            g, beta: log decay, fp32, and writing strength, of `gates`.
+
+        Returns:
+            [batch, sequence, heads, value_head_dim].
+        """
         if self.context.uses_all_gather:
             return delta_rule_over_ranks(self.context, q, k, v, g, beta)
         keep_states = is_recomputed(self.config, self.symbol, hidden_states)

@@ -124,7 +124,15 @@ class ReplicatedLinear(nn.Module):
 
 @lru_cache(maxsize=16)
 def rotary_table(dim: int, base: float, scaling: RopeScaling, length: int, where: torch.device) -> tuple[Tensor, Tensor]:
-    """Compute cos and sin of positions 0..length-1: two fp32 tensors [length, dim / 2]."""
+    """Compute cos and sin of positions 0..length-1: two fp32 tensors [length, dim / 2]; the last 16 tables are kept.
+
+    Args:
+        dim: rotary channels, even.
+        base: of the frequencies (rope_theta).
+        scaling: of the frequencies.
+        length: positions.
+        where: device.
+    """
     inverse = rope_frequencies(dim, base, scaling).to(where)
     return rope_cos_sin(torch.arange(length, device=where), inverse, scaling.cos_sin_multiplier)
 

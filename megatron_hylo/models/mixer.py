@@ -35,7 +35,19 @@ def column_linear(
     tp_group: Any,
     bias: bool = False,
 ) -> nn.Module:
-    """A linear map whose outputs are split over the tensor-parallel ranks."""
+    """A linear map whose outputs are split over the tensor-parallel ranks.
+
+    Args:
+        submodules: has the class, of Transformer Engine or Megatron-Core.
+        config: of the model.
+        in_features: of the whole map.
+        out_features: of the whole map, a multiple of the ranks.
+        tp_group: tensor-parallel group.
+        bias: with a bias, which the map adds.
+
+    Returns:
+        Module: [sequence (/ TP with sequence parallelism), batch, in] -> ([sequence, batch, out / TP], None).
+    """
     return submodules.column_parallel_linear(
         in_features,
         out_features,
@@ -52,7 +64,11 @@ def column_linear(
 def fused_column_linear(
     submodules: MixerSubmodules, config: HyloTransformerConfig, in_features: int, out_features: int, tp_group: Any
 ) -> nn.Module:
-    """A linear map to several sections, split over the tensor-parallel ranks; `kernels.sections` reads its output."""
+    """A linear map to several sections, split over the tensor-parallel ranks; `kernels.sections` reads its output.
+
+    A rank's outputs are padded to a multiple of ALIGNMENT; in FP8 a map without a multiple of FP8_ALIGNMENT is computed in
+    bf16. Arguments as of `column_linear`.
+    """
     if out_features // tp_group.size() % (FP8_ALIGNMENT if config.fp8 else ALIGNMENT):
         submodules = replace(submodules, column_parallel_linear=PaddedColumnLinear)
     return column_linear(submodules, config, in_features, out_features, tp_group)
@@ -77,7 +93,11 @@ class PaddedColumnLinear(ColumnParallelLinear):
 def row_linear(
     submodules: MixerSubmodules, config: HyloTransformerConfig, in_features: int, out_features: int, tp_group: Any
 ) -> nn.Module:
-    """A linear map whose inputs are split over the tensor-parallel ranks."""
+    """A linear map whose inputs are split over the tensor-parallel ranks; arguments as of `column_linear`, without a bias.
+
+    Returns:
+        Module: [sequence, batch, in / TP] -> ([sequence (/ TP with sequence parallelism), batch, out], None).
+    """
     return submodules.row_parallel_linear(
         in_features,
         out_features,

@@ -42,7 +42,13 @@ Place = tuple[int, int]  # address and bytes of a tensor
 
 
 def skeleton(config: ModelConfig, params_dtype: torch.dtype, parallel: ParallelConfig | None = None) -> HyloModel:
-    """Build this rank's part of a model without memory: every parameter on the meta device."""
+    """Build this rank's part of a model without memory: every parameter on the meta device.
+
+    Args:
+        config: of the model.
+        params_dtype: of the parameters but those kept in fp32.
+        parallel: sizes of the groups; None: one rank has all.
+    """
     with without_memory():
         return build_model(config, parallel, params_dtype=params_dtype, backend="local")
 

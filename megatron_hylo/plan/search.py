@@ -91,6 +91,13 @@ class Found:
 def predict(job: Job, config: TrainConfig, gpus: int, hardware: Hardware, rates: Rates | None = None) -> Candidate:
     """Predict memory and time of one configuration of a run.
 
+    Args:
+        job: student and teacher.
+        config: settings of the run.
+        gpus: number of GPUs.
+        hardware: kind of GPU and network.
+        rates: measured ones; None: those of rates.yaml.
+
     Raises:
         ConfigError: settings that do not divide the GPUs, the batch or the heads.
     """

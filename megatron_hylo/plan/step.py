@@ -254,7 +254,13 @@ def _offload(
 
 
 def step_flops(config: TrainConfig, ours: ModelConfig, theirs: ModelConfig | None) -> float:
-    """Model FLOPs of a step on all ranks, as a run counts them for MFU (train/setup.py)."""
+    """Model FLOPs of a step on all ranks, as a run counts them for MFU (train/setup.py); recomputation counts nothing.
+
+    Args:
+        config: settings of the run.
+        ours: the student.
+        theirs: a teacher that this run computes, or None.
+    """
     head, length = config.stage != "align", config.sequence_length
     each = 3 * forward_flops_per_token(ours, length, head)
     each += teacher_flops_per_token(theirs, length, config.teacher_window.window(theirs, length), head) if theirs else 0.0

@@ -112,7 +112,14 @@ def read_measurements(spec: dict[str, Any], file: Path) -> list[Measurement]:
 
 
 def whole_number(spec: dict[str, Any], file: Path, name: str, default: int, least: int) -> int:
-    """Return a key of a specification that is a whole number of at least `least`; `default` where it is not there.
+    """Return a key of a specification that is a whole number of at least `least`.
+
+    Args:
+        spec: the specification.
+        file: it is from, for messages.
+        name: the key.
+        default: its value where it is not there.
+        least: smallest value.
 
     Raises:
         ConfigError: it is something else.

@@ -31,13 +31,23 @@ class Extent:
 
 
 def pool_nbytes(model: HyloForCausalLM, slots: int, tokens: int, latents: str | None = None) -> int:
-    """Return the bytes of a pool of so many tokens and of the states of `slots` sequences."""
+    """Return the bytes of a pool of cached tokens and of the states of `slots` sequences.
+
+    Args:
+        model: whose layers cache.
+        slots: sequences that are decoded together.
+        tokens: rows that all of them share; one more takes the tokens of empty slots.
+        latents: 8-bit format of MLA's latents, or None.
+    """
     row, states = (cache_nbytes(model.config, n, model.dtype.itemsize, latents) for n in (tokens + 1, 0))
     return row + (slots - 1) * states
 
 
 def tokens_that_fit(model: HyloForCausalLM, slots: int, memory: float, latents: str | None = None) -> int:
-    """Return the tokens of the largest pool that takes no more than so many bytes with its states; 0 where there is none."""
+    """Return the tokens of the largest pool that takes no more than `memory` bytes with its states.
+
+    Other arguments as of `pool_nbytes`. 0 where there is none; 2^40 where no layer caches tokens and the states fit.
+    """
     least, more = (pool_nbytes(model, slots, n, latents) for n in (0, 1))
     if more == least:  # no layer caches tokens
         return 2**40 if memory >= least else 0

@@ -74,7 +74,13 @@ class _Search:
 
 
 def make_example(texts: Texts, task: str, length: int, seed: int, index: int, size: int) -> Example:
-    """Make one example of a given size from its own random numbers."""
+    """Make one example of a given size from its own random numbers.
+
+    Args:
+        texts: the task's generator.
+        task, length, seed, index: what the random numbers are seeded with; `index` is the example's number.
+        size: see `Texts`.
+    """
     with seeded(seed, task, length, index):
         return texts.make(index, size) | {"index": index, "size": size}
 
@@ -165,6 +171,10 @@ def cached_sizes(
 
 def sized_examples(texts: Texts, task: str, length: int, seed: int, sizes: Sequence[Sized]) -> list[Example]:
     """Make the examples of given sizes; "length" is added, the tokens as they were counted.
+
+    Args:
+        texts, task, length, seed: as of `make_example`.
+        sizes: of `find_sizes`.
 
     Raises:
         DamagedError: they are not those whose sizes were found.
