@@ -119,7 +119,7 @@ def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal:
     """
     name = overridden("attention")
     if name is not None:
-        use("attention", name, "forced")
+        use("attention", name, "override")
         return name
     if not q.is_cuda:
         use("attention", "torch", "cuDNN and flash need a CUDA device")

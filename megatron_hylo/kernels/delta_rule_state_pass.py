@@ -78,7 +78,7 @@ def _takes(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, **others) -
 
 def _unsupported(k: Tensor, tensors: tuple[Tensor, ...], g: Tensor | None, **others) -> str | None:
     if overridden(OPERATION) == "fla":
-        return "forced"
+        return "override"
     if not k.is_cuda or torch.cuda.get_device_capability(k.device)[0] != 9:
         return "made for Hopper"
     usual = {"chunk_size": CHUNK, "save_new_value": True}

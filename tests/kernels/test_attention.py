@@ -97,7 +97,7 @@ def test_float32_matches_explicit_softmax() -> None:
     assert worst_error(inputs(40, 70, 32, 32, dtype=torch.float32), causal=True) < 1e-5
 
 
-def test_forced_math_backend_matches_explicit_softmax() -> None:
+def test_math_backend_by_override_matches_explicit_softmax() -> None:
     with override("attention", "math"):
         assert worst_error(inputs(9, 9, 16, 24), causal=True) < 1e-10
     assert in_use()["attention"] == "math"

@@ -54,12 +54,12 @@ def test_what_cannot_be_captured_is_refused(settings, changes, named):
         ("distil", "mse", 0.6, "adamw"),
     ],
 )
-def test_recorded_steps_equal_others(settings, tmp_path, monkeypatch, stage, align_loss, share, optimizer):
-    """In fp32 and plain torch, where steps are all but reproducible; then a recorded run is resumed half-way by an eager one,
+def test_captured_steps_equal_others(settings, tmp_path, monkeypatch, stage, align_loss, share, optimizer):
+    """In fp32 and plain torch, where steps are all but reproducible; then a captured run is resumed half-way by an eager one,
     and the other way round.
 
-    Transformer Engine's Adam that can be recorded takes 1 - beta^step in fp32, its other one in fp64: the same kernel, never
-    recorded, is the oracle of the recorded steps, and the two kernels are compared as well. Muon's update is never recorded.
+    Transformer Engine's Adam that can be captured takes 1 - beta^step in fp32, its other one in fp64: the same kernel, never
+    captured, is the oracle of the captured steps, and the two kernels are compared as well. Muon's update is never captured.
     """
     monkeypatch.setenv("HYLO_KERNELS", "attention=math,causal_conv1d=torch,gated_delta_rule=torch,ssd=torch")
 
@@ -92,13 +92,13 @@ def test_recorded_steps_equal_others(settings, tmp_path, monkeypatch, stage, ali
             assert float(group["lr"]) == pytest.approx(states[0].scheduler.get_lr(group), rel=1e-6)
         return metrics(output), metrics(output, "learning_rate_mixers"), weights(output / "model")
 
-    unrecorded, recorded, eager = run("unrecorded", True, warm_up=99), run("recorded", True), run("eager", False)
-    assert len(set(recorded[0].values())) == len(set(recorded[1].values())) == 12
+    uncaptured, captured, eager = run("uncaptured", True, warm_up=99), run("captured", True), run("eager", False)
+    assert len(set(captured[0].values())) == len(set(captured[1].values())) == 12
     for found, truth, loss_limit, limit in (
-        (recorded, unrecorded, 1e-5, 1e-4),
-        (recorded, eager, 5e-4, 2e-3),
-        (run("recorded", False), eager, 5e-4, 2e-3),
-        (run("eager", True), recorded, 5e-4, 2e-3),
+        (captured, uncaptured, 1e-5, 1e-4),
+        (captured, eager, 5e-4, 2e-3),
+        (run("captured", False), eager, 5e-4, 2e-3),
+        (run("eager", True), captured, 5e-4, 2e-3),
     ):
         assert found[0] == pytest.approx(truth[0], rel=loss_limit)
         assert found[1] == truth[1]
@@ -106,7 +106,7 @@ def test_recorded_steps_equal_others(settings, tmp_path, monkeypatch, stage, ali
         assert difference < limit, name
 
 
-def test_a_checkpoint_has_numbers_where_a_recorded_update_has_tensors(settings, one_rank):
+def test_a_checkpoint_has_numbers_where_a_captured_update_has_tensors(settings, one_rank):
     model = build_model(tiny_config("G-*-")).train()
     state = build_training_state([model], settings("pretrain"))
     groups = state.optimizer.param_groups
