@@ -207,6 +207,19 @@ def number_copies(state: dict[Any, Any]) -> None:
             part[COPIES] = {number: group for number, group in enumerate(part[COPIES]) if group}
 
 
+def counts_on_cpu(state: dict[Any, Any]) -> None:
+    """Move the counts of steps in an optimizer's state to the CPU, where checkpoints have them; a fused AdamW's are on the GPU.
+
+    Args:
+        state: of an optimizer or of each of its parts, changed; Megatron-Core has one count for all parameters of a part.
+    """
+    for key, value in state.items():
+        if isinstance(value, dict):
+            counts_on_cpu(value)
+        elif key == "common_step" and isinstance(value, Tensor):
+            state[key] = value.cpu()
+
+
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Load moments and step count of an optimizer; settings stay those of this start.
 

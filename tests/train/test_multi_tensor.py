@@ -7,12 +7,13 @@ import torch
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train import multi_tensor
 from megatron_hylo.train.loop import train
-from megatron_hylo.train.optimizer import build_training_state, optimizer_parts
+from megatron_hylo.train.optimizer import build_training_state, counts_on_cpu, optimizer_parts
 from tests.conftest import tiny_config
 from tests.train.runs import metrics, weights
 
@@ -114,6 +115,15 @@ def test_adamw_is_fused_on_a_gpu_alone_and_other_optimizers_stay():
     groups = [dict(group) for group in other.param_groups]
     multi_tensor.fuse_adamw([other, None])
     assert other.param_groups == groups
+
+
+def test_counts_of_steps_leave_the_gpu_before_they_are_saved():
+    with FakeTensorMode():
+        count, moment = torch.ones((), device="cuda"), torch.ones(3, device="cuda")
+        state = {0: {"optimizer": {"state": {"common_step": count, 7: {"exp_avg": moment}}}}, 1: {"state": {}}}
+        counts_on_cpu(state)
+    assert state[0]["optimizer"]["state"]["common_step"].device.type == "cpu"
+    assert state[0]["optimizer"]["state"][7]["exp_avg"] is moment
 
 
 @pytest.mark.parametrize(
