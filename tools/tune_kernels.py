@@ -29,6 +29,7 @@ from jsonargparse import auto_cli
 from megatron_hylo.config.layouts import LAYOUTS
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
+from megatron_hylo.kernels.kda import kda
 from megatron_hylo.kernels.recurrence_part import DeltaRulePart
 from megatron_hylo.kernels.registry import override
 from megatron_hylo.kernels.ssd import ssd
@@ -107,7 +108,7 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
         if "M" in c.mixers
     }
     found = []
-    for shape, call in itertools.product(sorted(deltas, reverse=True), (delta, part, prefill, delta_by_fla)):
+    for shape, call in itertools.product(sorted(deltas, reverse=True), (delta, part, prefill, delta_by_fla, channel_delta)):
         found.append((f"{call.__name__} {shape}", lambda shape=shape, call=call: call(*delta_inputs(*shape))))
     for shape, reset_mask, state in itertools.product(sorted(scans), (False, True), (False, True)):
         name = f"ssd {shape} packed={reset_mask} state={state}"
@@ -155,6 +156,16 @@ def prefill(*inputs: torch.Tensor) -> None:
     """A prompt, from nothing and going on."""
     gated_delta_rule(*inputs[:5], output_final_state=True)
     gated_delta_rule(*inputs, output_final_state=True)
+
+
+def channel_delta(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, *others: torch.Tensor) -> None:
+    """KDA, in a layer's place of Gated DeltaNet: forward and backward, then a prompt, from nothing and going on."""
+    beta, state = others
+    by_channel = g.detach()[..., None].repeat(1, 1, 1, q.shape[-1]).requires_grad_()
+    kda(q, k, v, by_channel, beta)[0].sum().backward()
+    with torch.no_grad():
+        for before in (None, state):
+            kda(q, k, v, by_channel, beta, before, output_final_state=True)
 
 
 def scan(heads: int, width: int, width_of_state: int, packed: bool, state: bool) -> None:

@@ -44,6 +44,7 @@ from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.train.optimizer import (
     TrainingState,
     allocate_optimizer_state,
+    counts_on_cpu,
     load_optimizer_state,
     load_schedule,
     number_copies,
@@ -102,6 +103,7 @@ def _sharded_state(state: TrainingState, loading: bool) -> dict[str, Any]:
             model if len(model) > 1 else model["model"], is_loading=loading, metadata=sharding_metadata()
         )
     number_copies(optimizer)
+    counts_on_cpu(optimizer)
     return model | {"optimizer": optimizer, "scheduler": state.scheduler.state_dict()}
 
 

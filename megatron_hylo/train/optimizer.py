@@ -25,7 +25,7 @@ from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.plan.muon import ITERATIONS
-from megatron_hylo.train.multi_tensor import use_foreach_functions
+from megatron_hylo.train.multi_tensor import fuse_adamw, use_foreach_functions
 from megatron_hylo.train.muon import FP32_PARAMETERS, build_muon
 from megatron_hylo.train.optimizer_offload import OffloadedState
 
@@ -176,6 +176,7 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     use_foreach_functions()
     build = build_muon if settings.name == "muon" else get_megatron_optimizer
     optimizer = build(optimizer_config, wrapped, config_overrides=overrides)
+    fuse_adamw(part.optimizer for part in optimizer_parts(optimizer))
     no_sync = [wrapper.no_sync for wrapper in wrapped]
     transformer_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     offloaded = OffloadedState(optimizer, chunks) if settings.offload else None
@@ -204,6 +205,19 @@ def number_copies(state: dict[Any, Any]) -> None:
     for part in [state, *state.values()]:
         if isinstance(part, dict) and COPIES in part:
             part[COPIES] = {number: group for number, group in enumerate(part[COPIES]) if group}
+
+
+def counts_on_cpu(state: dict[Any, Any]) -> None:
+    """Move the counts of steps in an optimizer's state to the CPU, where checkpoints have them; a fused AdamW's are on the GPU.
+
+    Args:
+        state: of an optimizer or of each of its parts, changed; Megatron-Core has one count for all parameters of a part.
+    """
+    for key, value in state.items():
+        if isinstance(value, dict):
+            counts_on_cpu(value)
+        elif key == "common_step" and isinstance(value, Tensor):
+            state[key] = value.cpu()
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:

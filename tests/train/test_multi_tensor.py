@@ -1,15 +1,21 @@
-"""Norm, scaling and copies of lists of tensors against Megatron-Core's own functions, which take them one by one."""
+"""Norm, scaling, copies and AdamW of lists of tensors against Megatron-Core's and torch's own functions, one by one."""
+
+import shutil
 
 import pytest
 import torch
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train import multi_tensor
-from megatron_hylo.train.optimizer import build_training_state
+from megatron_hylo.train.loop import train
+from megatron_hylo.train.optimizer import build_training_state, counts_on_cpu, optimizer_parts
 from tests.conftest import tiny_config
+from tests.train.runs import metrics, weights
 
 SHAPES = ((3, 5), (1,), (64, 17), (2, 3, 4))
 
@@ -64,3 +70,95 @@ def test_a_run_uses_it_unless_a_library_is_there(settings, one_rank, monkeypatch
     build_training_state([model], settings("pretrain"))
     assert clip_grads.l2_norm_impl is multi_tensor.l2_norm
     assert clip_grads.multi_tensor_scale_impl is megatron_optimizer.multi_tensor_scale_impl is multi_tensor.scale
+
+
+def adamw_updates(device, fused):
+    """Parameters after three updates of torch's AdamW with weight decay, and the optimizer."""
+    parameters = [torch.nn.Parameter(x) for x in lists(device)]
+    optimizer = torch.optim.AdamW(
+        [dict(params=parameters[:2], weight_decay=0.1), dict(params=parameters[2:], lr=3e-3)], lr=1e-2, weight_decay=0.0
+    )
+    if fused:
+        multi_tensor.fuse_adamw([optimizer])
+    for number in range(3):
+        for p in parameters:
+            p.grad = (1 + number) * p.detach().cos()
+        optimizer.step()
+    return parameters, optimizer
+
+
+def check_adamw(device):
+    (mine, optimizer), (theirs, other) = (adamw_updates(device, fused) for fused in (True, False))
+    assert all(group["fused"] for group in optimizer.param_groups)
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
+        state, expected = optimizer.state[a], other.state[b]
+        assert float(state["step"]) == float(expected["step"]) == 3 and state["step"].device.type == device
+        assert all(torch.allclose(state[name], expected[name], rtol=1e-5) for name in ("exp_avg", "exp_avg_sq"))
+
+
+def test_fused_adamw_equals_torchs_own(monkeypatch):
+    monkeypatch.setattr(multi_tensor, "FUSED_ON", ("cpu",))
+    check_adamw("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_fused_adamw_equals_torchs_own_on_a_gpu():
+    check_adamw("cuda")
+
+
+def test_adamw_is_fused_on_a_gpu_alone_and_other_optimizers_stay():
+    optimizer = adamw_updates("cpu", fused=True)[1]
+    assert not any(group["fused"] for group in optimizer.param_groups)
+    other = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    groups = [dict(group) for group in other.param_groups]
+    multi_tensor.fuse_adamw([other, None])
+    assert other.param_groups == groups
+
+
+def test_counts_of_steps_leave_the_gpu_before_they_are_saved():
+    with FakeTensorMode():
+        count, moment = torch.ones((), device="cuda"), torch.ones(3, device="cuda")
+        state = {0: {"optimizer": {"state": {"common_step": count, 7: {"exp_avg": moment}}}}, 1: {"state": {}}}
+        counts_on_cpu(state)
+    assert state[0]["optimizer"]["state"]["common_step"].device.type == "cpu"
+    assert state[0]["optimizer"]["state"][7]["exp_avg"] is moment
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "distributed"),
+    [("adamw", "fp32", True), ("adamw", "bf16", True), ("adamw", "fp32", False), ("muon", "bf16", False)],
+)
+def test_a_run_with_fused_adamw_resumes_to_the_last_bit_and_takes_older_checkpoints(
+    settings, tmp_path, monkeypatch, name, precision, distributed
+):
+    """An older checkpoint is one of torch's own AdamW; fused updates differ from that by rounding."""
+
+    optimizer = OptimizerSettings(name=name, lr=2e-3, warmup_ratio=0.0, adam_eps=1e-3, use_distributed_optimizer=distributed)
+
+    def config(run: str):
+        return settings("pretrain", steps=4, output=tmp_path / run, precision=precision, checkpoint=dict(save_interval=2),
+                        optimizer=optimizer)  # fmt: skip
+
+    def resumed(run: str, start: str) -> dict:
+        checkpoint = tmp_path / start / "checkpoints" / "step_00000002"
+        shutil.copytree(checkpoint, tmp_path / run / "checkpoints" / checkpoint.name)
+        train(config(run))
+        return weights(tmp_path / run / "checkpoints" / "step_00000004")
+
+    train(config("own"))
+    monkeypatch.setattr(multi_tensor, "FUSED_ON", ("cpu",))
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    state = build_training_state([build_model(tiny_config("*-"), params_dtype=dtype)], config("unused"))
+    adamw = [p.optimizer for p in optimizer_parts(state.optimizer) if isinstance(p.optimizer, torch.optim.AdamW)]
+    assert adamw and all(group["fused"] for one in adamw for group in one.param_groups)
+    train(config("whole"))
+    whole, mine = weights(tmp_path / "whole" / "checkpoints" / "step_00000004"), resumed("resumed", "whole")
+    assert all(torch.equal(mine[key], x) for key, x in whole.items() if isinstance(x, torch.Tensor))
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    resumed("from_own", "own")
+    for run, steps in (("whole", [1, 2, 3, 4]), ("from_own", [3, 4])):
+        losses, expected = metrics(tmp_path / run), metrics(tmp_path / "own")
+        assert list(losses) == steps
+        assert losses == pytest.approx({step: expected[step] for step in steps}, rel=tolerance)
