@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor, split_decodes_and_prefills
 
@@ -59,7 +60,10 @@ class LatentBuilder(Builder):
         m = common_attn_metadata
         decodes = split_decodes_and_prefills(m, decode_threshold=1)[0]
         starts = m.query_start_loc_cpu.tolist()
-        lengths = m.seq_lens[decodes:].tolist() if decodes < m.num_reqs else []
+        lengths: list[int] = []
+        if decodes < m.num_reqs:  # prompts' lengths are exact in the CPU's copy; to read the GPU's waits for the step before
+            known = m.seq_lens if m.seq_lens_cpu_upper_bound is None else m.seq_lens_cpu_upper_bound
+            lengths = known[decodes : m.num_reqs].tolist()
         limits = [decodes, m.num_reqs] if sum(lengths) <= CACHED_TOKENS else range(decodes, m.num_reqs + 1)
         prefills = [
             self._prefill(starts[first : last + 1], lengths[first - decodes : last - decodes], m.block_table_tensor[first:last])
@@ -72,10 +76,10 @@ class LatentBuilder(Builder):
     def _prefill(self, starts: list[int], keys: list[int], block_table: Tensor) -> Prefill:
         size, device = self.kv_cache_spec.block_size, block_table.device
         queries = [end - begin for begin, end in zip(starts, starts[1:])]
-        positions = torch.cat([torch.arange(length) for length in keys]).to(device)
-        requests = torch.repeat_interleave(torch.arange(len(keys)), torch.tensor(keys)).to(device)
+        positions = async_tensor_h2d(torch.cat([torch.arange(length) for length in keys]), device)
+        requests = async_tensor_h2d(torch.repeat_interleave(torch.arange(len(keys)), torch.tensor(keys)), device)
         blocks = block_table[requests, positions // size].long()
-        sums = [torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device) for counts in (queries, keys)]
+        sums = [async_tensor_h2d([0, *accumulate(counts)], device, torch.int32) for counts in (queries, keys)]
         return Prefill(slice(starts[0], starts[-1]), queries, keys, sums[0], sums[1], blocks, positions % size)
 
 
