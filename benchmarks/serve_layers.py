@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from megatron_hylo.cli.boundary import plain_errors
 
 CALLS = 20  # of the layer in a CUDA graph
+VLLM_TUNING = 64  # tokens of the sequence that Triton tunes vLLM's layers with
 
 
 @contextlib.contextmanager
@@ -187,7 +188,7 @@ def main(
         batches: requests of a decode step.
         repeats: timed calls.
         width: channels of a head of vLLM's layers.
-        tuning_tokens: of the sequence that Triton tunes our layer's kernels with; the plugin's by default, vLLM's is 64.
+        tuning_tokens: of the sequence that Triton tunes our layer's kernels with; the plugin's by default.
         results: path without suffix of the .md to write.
         commit: of the code, for the results file.
     """
@@ -195,15 +196,14 @@ def main(
 
     register()
     with settings(layout, tokens, max(batches)) as config:
-        from megatron_hylo.serve.vllm import gdn
+        from megatron_hylo.serve.vllm.gdn import qwen
 
-        gdn.TUNING_TOKENS = tuning_tokens or gdn.TUNING_TOKENS
-        rows = []
+        ours, rows = tuning_tokens or qwen.FLA_CHUNK_SIZE, []
         for name, (layer, dtype) in make_layers(config, width).items():
             config.cache_config.mamba_ssm_cache_dtype = dtype
+            qwen.FLA_CHUNK_SIZE = VLLM_TUNING if name.startswith("vLLM") else ours
             rows.append(measure(name, layer, config, tokens, batches, repeats))
-        tuned = gdn.TUNING_TOKENS
-    write_report(rows, {"layout": layout, "tokens": tokens, "tuning_tokens": tuned}, batches, results, commit)
+    write_report(rows, {"layout": layout, "tokens": tokens, "tuning_tokens": ours}, batches, results, commit)
 
 
 def write_report(rows: list[dict[str, Any]], options: dict[str, Any], batches: list[int], results: Path, commit: str) -> None:

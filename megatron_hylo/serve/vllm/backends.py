@@ -59,18 +59,14 @@ class LatentBuilder(Builder):
         """Divide the requests, and find the pages of all tokens that prefills see."""
         m = common_attn_metadata
         decodes = split_decodes_and_prefills(m, decode_threshold=1)[0]
-        starts = m.query_start_loc_cpu.tolist()
-        lengths: list[int] = []
-        if decodes < m.num_reqs:  # prompts' lengths are exact in the CPU's copy; to read the GPU's waits for the step before
-            known = m.seq_lens if m.seq_lens_cpu_upper_bound is None else m.seq_lens_cpu_upper_bound
-            lengths = known[decodes : m.num_reqs].tolist()
+        starts, slots = m.query_start_loc_cpu.tolist(), m.slot_mapping[: m.num_actual_tokens]
+        lengths = m.seq_lens_cpu_upper_bound[decodes : m.num_reqs].tolist()  # exact; the GPU's are made by the step before
         limits = [decodes, m.num_reqs] if sum(lengths) <= CACHED_TOKENS else range(decodes, m.num_reqs + 1)
         prefills = [
             self._prefill(starts[first : last + 1], lengths[first - decodes : last - decodes], m.block_table_tensor[first:last])
             for first, last in pairwise(limits)
             if first < last
         ]
-        slots = m.slot_mapping[: m.num_actual_tokens]
         return LatentMetadata(slots, decodes, m.block_table_tensor[:decodes], m.seq_lens[:decodes], prefills)
 
     def _prefill(self, starts: list[int], keys: list[int], block_table: Tensor) -> Prefill:
@@ -115,8 +111,7 @@ class StateBuilder(Builder):
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StateMetadata:
         """Read the blocks of states for the cache mode that is set."""
-        m = common_attn_metadata
-        mode = self.vllm_config.cache_config.mamba_cache_mode
+        m, mode = common_attn_metadata, self.vllm_config.cache_config.mamba_cache_mode
         table = mamba_get_block_table_tensor(m.block_table_tensor, m.seq_lens, self.kv_cache_spec, mode)
         starts = m.query_start_loc_cpu.tolist()
         continued = [length > end - begin for length, begin, end in zip(m.seq_lens.tolist(), starts, starts[1:])]

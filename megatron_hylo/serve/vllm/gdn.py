@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from vllm.triton_utils import triton
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.serve.vllm.recurrence import ReferenceMixin, sharded
 
-TUNING_TOKENS = 4096  # of the sequence that Triton tunes the kernels of prompts with
+qwen.FLA_CHUNK_SIZE = 4096  # tokens that Triton tunes the kernels of prompts with; vLLM's 64 time the start of a kernel
 # Triton refuses vLLM's kernel before the recurrence where blocks of values are wider than those of keys
 widest = dict.fromkeys(("BK", "BV"), lambda launch: max(launch["BK"], launch["BV"]))
 preparation._fused_post_conv_kernel = triton.heuristics(widest)(preparation._fused_post_conv_kernel)
@@ -36,14 +35,6 @@ class HyloGatedDeltaNet(ReferenceMixin, qwen.QwenGatedDeltaNetAttention):
         super().__init__(sizes, vllm_config, prefix)
         self.register_parameter("dt_bias", sharded(len(self.dt_bias), dtype=torch.float32))  # as the exported tensor
         self.choose_kernels(vllm_config)
-
-    def _warmup_prefill_kernels(self, *args: Any, **kwargs: Any) -> None:
-        """Let Triton tune the kernels of prompts, once, as vLLM does, but with a sequence that fills a GPU.
-
-        vLLM's has one chunk of 64 tokens: that times the start of a kernel, not its passage over a prompt's many chunks.
-        """
-        with mock.patch.object(qwen, "FLA_CHUNK_SIZE", TUNING_TOKENS):
-            super()._warmup_prefill_kernels(*args, **kwargs)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Make q, k, v [tokens, channels], to be convolved, and the gate [tokens, heads, value channels]."""

@@ -80,8 +80,9 @@ def test_a_captured_decode_step_reads_the_tensors_that_vllm_updates():
     }
     starts = torch.tensor([0, 1, 2], dtype=torch.int32)
     m = SimpleNamespace(
-        num_reqs=2, num_actual_tokens=2, max_query_len=1, query_start_loc_cpu=starts, is_prefilling=None, **tensors
-    )
+        num_reqs=2, num_actual_tokens=2, max_query_len=1, query_start_loc_cpu=starts, is_prefilling=None,
+        seq_lens_cpu_upper_bound=torch.tensor([20, 0]), **tensors,
+    )  # fmt: skip
     made = LatentBuilder(None, ["layer"], None, torch.device("cpu")).build(0, m)
     assert made.decodes == 2 and not made.prefills
     read = (made.slots, made.block_table, made.lengths)
@@ -104,19 +105,16 @@ def test_a_step_that_reads_prompts_is_prepared_from_lengths_on_the_cpu():
     assert prefill.blocks.tolist() == [3, 3, 3, 3, 4, 4, 5, 5, 5] and prefill.places.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
 
 
-def test_triton_tunes_the_kernels_of_prompts_with_a_long_sequence(monkeypatch):
+def test_triton_tunes_the_kernels_of_prompts_with_a_long_sequence():
     """vLLM's own method makes the sequence, of a length that its file names; other files' chunks stay as they are."""
     from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as qwen
     from vllm.third_party.flash_linear_attention.ops import utils
 
     from megatron_hylo.serve.vllm import gdn
 
-    assert "T = FLA_CHUNK_SIZE" in inspect.getsource(qwen.QwenGatedDeltaNetAttention._warmup_prefill_kernels)
-    seen = []
-    stock = qwen.QwenGatedDeltaNetAttention
-    monkeypatch.setattr(stock, "_warmup_prefill_kernels", lambda *_: seen.append((qwen.FLA_CHUNK_SIZE, utils.FLA_CHUNK_SIZE)))
-    gdn.HyloGatedDeltaNet._warmup_prefill_kernels(object.__new__(gdn.HyloGatedDeltaNet), torch.empty(0), 0)
-    assert seen == [(gdn.TUNING_TOKENS, 64)] and qwen.FLA_CHUNK_SIZE == 64
+    uses = [line.strip() for line in inspect.getsource(gdn.qwen).splitlines() if "FLA_CHUNK_SIZE" in line]
+    assert len(uses) == 2 and uses[1] == "T = FLA_CHUNK_SIZE", "its import, and the length of the sequence alone"
+    assert (qwen.FLA_CHUNK_SIZE, utils.FLA_CHUNK_SIZE) == (4096, 64)
 
 
 @pytest.mark.parametrize("name", ["mla_gdn", "mla_mamba2", "mla_kda"])
