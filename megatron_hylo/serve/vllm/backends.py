@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor, split_decodes_and_prefills
 
@@ -58,24 +59,23 @@ class LatentBuilder(Builder):
         """Divide the requests, and find the pages of all tokens that prefills see."""
         m = common_attn_metadata
         decodes = split_decodes_and_prefills(m, decode_threshold=1)[0]
-        starts = m.query_start_loc_cpu.tolist()
-        lengths = m.seq_lens[decodes:].tolist() if decodes < m.num_reqs else []
+        starts, slots = m.query_start_loc_cpu.tolist(), m.slot_mapping[: m.num_actual_tokens]
+        lengths = m.seq_lens_cpu_upper_bound[decodes : m.num_reqs].tolist()  # exact; the GPU's are made by the step before
         limits = [decodes, m.num_reqs] if sum(lengths) <= CACHED_TOKENS else range(decodes, m.num_reqs + 1)
         prefills = [
             self._prefill(starts[first : last + 1], lengths[first - decodes : last - decodes], m.block_table_tensor[first:last])
             for first, last in pairwise(limits)
             if first < last
         ]
-        slots = m.slot_mapping[: m.num_actual_tokens]
         return LatentMetadata(slots, decodes, m.block_table_tensor[:decodes], m.seq_lens[:decodes], prefills)
 
     def _prefill(self, starts: list[int], keys: list[int], block_table: Tensor) -> Prefill:
         size, device = self.kv_cache_spec.block_size, block_table.device
         queries = [end - begin for begin, end in zip(starts, starts[1:])]
-        positions = torch.cat([torch.arange(length) for length in keys]).to(device)
-        requests = torch.repeat_interleave(torch.arange(len(keys)), torch.tensor(keys)).to(device)
+        positions = async_tensor_h2d(torch.cat([torch.arange(length) for length in keys]), device)
+        requests = async_tensor_h2d(torch.repeat_interleave(torch.arange(len(keys)), torch.tensor(keys)), device)
         blocks = block_table[requests, positions // size].long()
-        sums = [torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device) for counts in (queries, keys)]
+        sums = [async_tensor_h2d([0, *accumulate(counts)], device, torch.int32) for counts in (queries, keys)]
         return Prefill(slice(starts[0], starts[-1]), queries, keys, sums[0], sums[1], blocks, positions % size)
 
 
@@ -111,8 +111,7 @@ class StateBuilder(Builder):
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StateMetadata:
         """Read the blocks of states for the cache mode that is set."""
-        m = common_attn_metadata
-        mode = self.vllm_config.cache_config.mamba_cache_mode
+        m, mode = common_attn_metadata, self.vllm_config.cache_config.mamba_cache_mode
         table = mamba_get_block_table_tensor(m.block_table_tensor, m.seq_lens, self.kv_cache_spec, mode)
         starts = m.query_start_loc_cpu.tolist()
         continued = [length > end - begin for length, begin, end in zip(m.seq_lens.tolist(), starts, starts[1:])]

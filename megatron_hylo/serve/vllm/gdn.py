@@ -6,19 +6,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
+from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as qwen
 from vllm.third_party.flash_linear_attention.ops import fused_gdn_prefill_post_conv as preparation
 from vllm.triton_utils import triton
 
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
 from megatron_hylo.serve.vllm.recurrence import ReferenceMixin, sharded
 
+qwen.FLA_CHUNK_SIZE = 4096  # tokens that Triton tunes the kernels of prompts with; vLLM's 64 time the start of a kernel
 # Triton refuses vLLM's kernel before the recurrence where blocks of values are wider than those of keys
 widest = dict.fromkeys(("BK", "BV"), lambda launch: max(launch["BK"], launch["BV"]))
 preparation._fused_post_conv_kernel = triton.heuristics(widest)(preparation._fused_post_conv_kernel)
 
 
-class HyloGatedDeltaNet(ReferenceMixin, QwenGatedDeltaNetAttention):
+class HyloGatedDeltaNet(ReferenceMixin, qwen.QwenGatedDeltaNetAttention):
     """Gated DeltaNet in Qwen3.5's layout of weights; states are [heads, value channels, key channels]."""
 
     recurrence: Any = staticmethod(gated_delta_rule)

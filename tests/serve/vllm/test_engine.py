@@ -1,5 +1,6 @@
 """Greedy tokens of vLLM equal transformers', for every mixer and variant, however requests are batched, cut and cached."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -79,12 +80,41 @@ def test_a_captured_decode_step_reads_the_tensors_that_vllm_updates():
     }
     starts = torch.tensor([0, 1, 2], dtype=torch.int32)
     m = SimpleNamespace(
-        num_reqs=2, num_actual_tokens=2, max_query_len=1, query_start_loc_cpu=starts, is_prefilling=None, **tensors
-    )
+        num_reqs=2, num_actual_tokens=2, max_query_len=1, query_start_loc_cpu=starts, is_prefilling=None,
+        seq_lens_cpu_upper_bound=torch.tensor([20, 0]), **tensors,
+    )  # fmt: skip
     made = LatentBuilder(None, ["layer"], None, torch.device("cpu")).build(0, m)
     assert made.decodes == 2 and not made.prefills
     read = (made.slots, made.block_table, made.lengths)
     assert [tensor.data_ptr() for tensor in read] == [tensor.data_ptr() for tensor in tensors.values()]
+
+
+def test_a_step_that_reads_prompts_is_prepared_from_lengths_on_the_cpu():
+    """Lengths on the GPU are there only after the step before: to read them would leave the GPU without work meanwhile."""
+    from megatron_hylo.serve.vllm.backends import LatentBuilder
+
+    m = SimpleNamespace(
+        num_reqs=3, num_actual_tokens=8, max_query_len=4, is_prefilling=None, slot_mapping=torch.arange(8),
+        query_start_loc_cpu=torch.tensor([0, 1, 5, 8]), seq_lens=torch.empty(3, dtype=torch.int32, device="meta"),
+        seq_lens_cpu_upper_bound=torch.tensor([9, 6, 3]), block_table_tensor=torch.tensor([[1, 2], [3, 4], [5, 0]]),
+    )  # fmt: skip
+    made = LatentBuilder(SimpleNamespace(block_size=4), ["layer"], None, torch.device("cpu")).build(0, m)
+    (prefill,) = made.prefills
+    assert made.decodes == 1 and (prefill.tokens, prefill.queries, prefill.keys) == (slice(1, 8), [4, 3], [6, 3])
+    assert prefill.query_starts.tolist() == [0, 4, 7] and prefill.key_starts.tolist() == [0, 6, 9]
+    assert prefill.blocks.tolist() == [3, 3, 3, 3, 4, 4, 5, 5, 5] and prefill.places.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
+
+
+def test_triton_tunes_the_kernels_of_prompts_with_a_long_sequence():
+    """vLLM's own method makes the sequence, of a length that its file names; other files' chunks stay as they are."""
+    from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as qwen
+    from vllm.third_party.flash_linear_attention.ops import utils
+
+    from megatron_hylo.serve.vllm import gdn
+
+    uses = [line.strip() for line in inspect.getsource(gdn.qwen).splitlines() if "FLA_CHUNK_SIZE" in line]
+    assert len(uses) == 2 and uses[1] == "T = FLA_CHUNK_SIZE", "its import, and the length of the sequence alone"
+    assert (qwen.FLA_CHUNK_SIZE, utils.FLA_CHUNK_SIZE) == (4096, 64)
 
 
 @pytest.mark.parametrize("name", ["mla_gdn", "mla_mamba2", "mla_kda"])
