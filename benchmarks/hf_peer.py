@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from report import architecture, free_memory, seconds
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel
 
 from megatron_hylo.config.layouts import BASES
@@ -53,15 +52,14 @@ def build_peer(layout: str, teacher: str | None, recompute: bool) -> Callable[[i
         student = HyloForCausalLM(HyloConfig(**hf_config_from_model(config, "bfloat16"))).to(dtype).train()
         frozen, head = _teacher(teacher, dtype) if teacher else (None, None)
     if recompute:
-        for layer in student.model.layers:
-            layer.forward = _checkpointed(layer.forward)
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=device.type == "cuda")
     loss_of = _kl(device) if teacher else _cross_entropy(device)
 
     @override("delta_rule_state_pass", "fla")  # as a user of fla has it
     def step(batch: int, length: int) -> None:
         ids = torch.randint(config.vocab_size, (batch, length + 1), device=device)
-        hidden = student.model(ids[:, :-1], None).flatten(0, 1)
+        hidden = student.model(ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
         if teacher is None:
             loss = loss_of(hidden, ids[:, 1:].flatten(), student.lm_head.weight)
         else:
@@ -82,10 +80,6 @@ def _teacher(base: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     model = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa").eval().requires_grad_(False)
     return model, torch.randn(config.vocab_size, config.hidden_size, dtype=dtype) * 0.02
-
-
-def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
 
 
 def _kl(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

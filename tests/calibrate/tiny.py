@@ -47,6 +47,7 @@ def measure(model: HyloModel, x: Tensor, layer: int = 0) -> dict[str, Tensor]:
     """Statistics of one layer on inputs of its mixer, [sequence, batch, hidden]."""
     attention = model.mixer_layers()[layer][0].self_attention
     sums = LayerSums(attention)
+    x = x.to(next(model.parameters()).device)
     query, key, value = attention.query_key_value(x)
     sums.add(x, query, key, value, attention.attend(query, key, value)[0])
     return sums.means(layer)

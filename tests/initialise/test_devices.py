@@ -31,7 +31,8 @@ Layer = tuple[ModelConfig, dict[str, Tensor], dict[str, Tensor]]  # a teacher, i
 def layer(request, one_rank) -> Layer:
     base = tiny_config("*-", **FAMILIES[request.param])
     teacher = random_teacher(base)
-    return base, attention_layer(teacher), measure(teacher, uneven_input(base))
+    weights, statistics = attention_layer(teacher), measure(teacher, uneven_input(base))
+    return base, *({name: x.cpu() for name, x in tensors.items()} for tensors in (weights, statistics))
 
 
 def cases() -> list[Case]:
