@@ -1,4 +1,4 @@
-"""Docstrings say what ruff's rules do not check: that all arguments and errors are there, and how the first line begins."""
+"""Docstrings say what ruff's rules do not check: a list of arguments or fields is whole, errors are there, lines begin well."""
 
 import ast
 import re
@@ -39,6 +39,12 @@ def arguments(function: ast.FunctionDef) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
+def fields(node: ast.ClassDef) -> set[str]:
+    """Names of a dataclass's or named tuple's own fields."""
+    found = [part for part in node.body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)]
+    return {x.target.id for x in found if x.target.id[0] != "_" and "ClassVar" not in ast.unparse(x.annotation)}
+
+
 def errors(function: ast.FunctionDef) -> set[str]:
     """Classes of errors that a function raises itself, by name."""
     inside = {id(part) for node in ast.walk(function) if node is not function and isinstance(node, ast.FunctionDef)
@@ -56,13 +62,15 @@ def mistakes(source: str, verbs: bool = False) -> list[str]:
         where = f"{node.lineno} {node.name}"
         if FRAGMENT.match(text):
             found.append(f"{where}: begins with a fragment: {text.splitlines()[0]}")
-        if function is None:
-            continue
         section = text.partition("\nArgs:\n")[2].partition("\n\n")[0]
-        named = {name.strip(" *") for entry in ENTRY.findall(f"{section}\n") for name in entry.split(",")}
-        named, own = named - IMPLIED, arguments(function) - IMPLIED
+        named = {name.strip(" *") for entry in ENTRY.findall(f"{section}\n") for name in entry.split(",")} - IMPLIED
+        own = fields(node) if function is None else arguments(function) - IMPLIED
+        if function is None and node.bases:  # a base class's fields may be there
+            own |= named
         if section and named != own:
             found.append(f"{where}: Args has {sorted(named - own)} too many and lacks {sorted(own - named)}")
+        if function is None:
+            continue
         if public and not verbs and (missing := sorted(name for name in errors(function) if name not in text)):
             found.append(f"{where}: raises {', '.join(missing)} and does not say so")
     return found
@@ -73,6 +81,14 @@ def test_docstrings_name_all_arguments_and_errors(room):
     files = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).rglob("*.py"))
     found = {str(file.relative_to(PACKAGE)): mistakes(file.read_text(), verbs=room == "cli") for file in files}
     assert not {file: wrong for file, wrong in found.items() if wrong}
+
+
+@pytest.mark.parametrize("bases, lacks", [("", "Args has ['c'] too many and lacks ['b']"), ("(Base)", "lacks ['b']")])
+def test_a_field_that_is_not_there_is_found(bases, lacks):
+    docstring = "Numbers.\n\n    Args:\n        a, c: numbers.\n    "
+    fields = "a: int\n    b: int\n    d: ClassVar[int] = 0"
+    (found,) = mistakes(f'@dataclass\nclass Pair{bases}:\n    """{docstring}"""\n\n    {fields}\n')
+    assert lacks in found
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ schedule. Order per rank (Megatron-Core 0.19, `core/pipeline_parallel/schedules.
 backward in turn, then the backward passes that are left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_hylo.config import ConfigError
@@ -152,3 +152,22 @@ def idle_seconds(ranks: int, micro_batches: int, forward: Sequence[float], backw
 def step_seconds(events: Sequence[Event]) -> float:
     """Seconds of the whole step."""
     return max(event.end for event in events)
+
+
+def ascii_chart(
+    events: Sequence[Event], width: int = 96, name: Callable[[Event], str] = lambda e: f"{e.micro_batch % 10}"
+) -> str:
+    """Draw a schedule, one line a rank: a forward pass is a row of its digit, a backward pass its digit and dots.
+
+    Args:
+        events: of `simulate`.
+        width: characters of a line.
+        name: one character for a pass, by default the last digit of its micro-batch.
+    """
+    end, ranks = step_seconds(events), 1 + max(event.rank for event in events)
+    lines = [[" "] * width for _ in range(ranks)]
+    for event in events:
+        first, last = int(event.start / end * width), max(int(event.end / end * width), int(event.start / end * width) + 1)
+        for place in range(first, min(last, width)):
+            lines[event.rank][place] = name(event) if event.kind == "F" or place == first else "."
+    return "\n".join("".join(line) for line in lines)

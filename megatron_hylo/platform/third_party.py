@@ -99,6 +99,7 @@ def _is_set(name: str, value: str | None = None) -> Callable[[], bool]:
 
 
 _PREPARATION = "vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv"
+_VLLM_GDN = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
 _CPU_TARGETS = {
     "current_device": ("torch.cuda.current_device",),
     "random_state": (
@@ -367,5 +368,14 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         lambda: _loaded(_PREPARATION, "_fused_post_conv_kernel", "values") is not None,  # of triton.heuristics
         ("serve/vllm/gdn.py",),
         ("vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv._fused_post_conv_kernel",),
+    ),
+    ThirdPartyChange(
+        "long prompts to tune vLLM's Gated DeltaNet with",
+        f"{_VLLM_GDN}.FLA_CHUNK_SIZE, in processes of vLLM",
+        "Triton tunes kernels with a sequence of so many tokens at start; vLLM's 64 time the start of a kernel",
+        "process",
+        lambda: _loaded(_VLLM_GDN, "FLA_CHUNK_SIZE") not in (None, 64),
+        ("serve/vllm/gdn.py",),
+        (f"{_VLLM_GDN}.FLA_CHUNK_SIZE",),
     ),
 )

@@ -1,6 +1,8 @@
 """Commands that documents, examples, recipes and scripts show are accepted by the real parser."""
 
+import ast
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -181,6 +183,15 @@ def test_files_and_folders_that_documents_name_exist(page):
         if not found or (name and name.split(".")[-1] not in found[0].read_text()):
             missing.append(code)
     assert number > 5 and missing == []
+
+
+def test_what_python_blocks_import_is_there():
+    """Names out of this package; a function that a document alone shows is none that nothing uses."""
+    blocks = [(page, b) for page in PAGES for b in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)]
+    imports = [(page.name, node) for page, b in blocks for node in ast.walk(ast.parse(b)) if isinstance(node, ast.ImportFrom)]
+    names = [(page, node.module, alias.name) for page, node in imports for alias in node.names]
+    ours = [found for found in names if found[1].startswith("megatron_hylo")]
+    assert len(ours) > 2 and [found for found in ours if not hasattr(importlib.import_module(found[1]), found[2])] == []
 
 
 def test_make_targets_are_real(parser):

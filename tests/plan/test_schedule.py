@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.plan.schedule import bubble, idle_seconds, order, simulate, step_seconds
+from megatron_hylo.plan.schedule import ascii_chart, bubble, idle_seconds, order, simulate, step_seconds
 
 
 def test_1f1b_as_drawn_in_its_paper():
@@ -35,6 +35,7 @@ def test_bubble_of_even_stages_is_the_known_share(ranks, micro_batches, chunks):
     idle = (ranks - 1) / chunks / micro_batches
     assert bubble(events) == pytest.approx(idle / (1 + idle))
     assert step_seconds(events) == pytest.approx(3 * chunks * (micro_batches + (ranks - 1) / chunks))
+    assert len(ascii_chart(events).splitlines()) == ranks
     even = [1.0] * ranks * chunks, [2.0] * ranks * chunks
     assert idle_seconds(ranks, micro_batches, *even, chunks=chunks) == pytest.approx(3 * (ranks - 1))
 

@@ -8,10 +8,10 @@ cache's dtype, whose sum has twice its digits.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hylo.kernels.attention import attention
+from megatron_hylo.kernels.fused_inputs import readable, same_width
 
 
 class Cached(NamedTuple):
@@ -88,8 +88,8 @@ def prefill_flash(query: Tensor, key: Tensor, value: Tensor, prefill: Prefill, s
     """
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-    width, channels = max(query.shape[-1], value.shape[-1]), value.shape[-1]
-    query, key, value = (F.pad(x, (0, n)) if (n := width - x.shape[-1]) else x for x in (query, key, value))  # by 0 copies
+    channels = value.shape[-1]
+    query, key, value = (readable(x) for x in same_width(query, key, value))  # values may be a view in the midst of rows
     return flash_attn_varlen_func(
         q=query, k=key, v=value, max_seqlen_q=max(prefill.queries), cu_seqlens_q=prefill.query_starts,
         max_seqlen_k=max(prefill.keys), cu_seqlens_k=prefill.key_starts, softmax_scale=scale, causal=True,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from megatron_hylo.config.mixers import tensor_parallel_sizes
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
 from megatron_hylo.hf.layers_hylo import HyloMamba2
 from megatron_hylo.serve.vllm import check_version
-from megatron_hylo.serve.vllm.latent_kernels import Cached, decode_torch, key_scales, split_scales
+from megatron_hylo.serve.vllm.latent_kernels import (
+    Cached,
+    Prefill,
+    decode_torch,
+    key_scales,
+    prefill_flash,
+    prefill_torch,
+    split_scales,
+)
 from megatron_hylo.serve.vllm.weights import load_tensors, repeat_mamba_groups, tensor_table
 from tests.serve.vllm.models import BASE, MODELS
 
@@ -113,6 +122,32 @@ def test_attention_to_pages_of_latents_equals_softmax_over_whole_keys(scaled):
                 scores = (scores + offset[i, head]) * factor
             torch.testing.assert_close(out[i, head], (scores * scale).softmax(0) @ rows[:, :rank], rtol=1e-5, atol=1e-6)
     assert not out[3].any(), "a request of padding"
+
+
+@pytest.mark.parametrize(("plain", "rotary", "value", "copies"), [(12, 4, 16, True), (16, 8, 24, False), (16, 8, 16, True)])
+def test_flash_attention_is_given_aligned_tensors_of_one_width(monkeypatch, plain, rotary, value, copies):
+    """Values are a view behind a head's unrotated keys; a flash kernel reads 16 bytes at a time, and fails between them."""
+    given = {}
+
+    def flash(q, k, v, **others):
+        given.update(q=q, k=k, v=v)
+        return prefill_torch(q, k, v, prefill, others["softmax_scale"])
+
+    stub = SimpleNamespace(flash_attn_varlen_func=flash, get_flash_attn_version=lambda: 3)
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.fa_utils", stub)
+    for name in ("vllm.v1.attention.backends", "vllm.v1.attention", "vllm.v1", "vllm"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
+    both = torch.randn(9, 2, plain + value).bfloat16()
+    keys, values = both.split([plain, value], dim=-1)
+    keys = torch.cat([keys, torch.randn(9, 2, rotary).bfloat16()], dim=-1)
+    query = torch.randn(7, 4, plain + rotary).bfloat16()
+    prefill = Prefill(slice(0, 7), [4, 3], [6, 3], torch.tensor([0, 4, 7]), torch.tensor([0, 6, 9]), None, None)
+    out = prefill_flash(query, keys, values, prefill, 0.3)
+    torch.testing.assert_close(out, prefill_torch(query, keys, values, prefill, 0.3))
+    for x in given.values():
+        assert x.shape[-1] == max(plain + rotary, value) and x.stride(-1) == 1
+        assert not any(place % 16 for place in (x.data_ptr(), *(2 * step for step in x.stride()[:-1])))
+    assert (given["v"].data_ptr() != values.data_ptr()) == copies
 
 
 def test_scales_in_two_parts_have_twice_the_digits():
