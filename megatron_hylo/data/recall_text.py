@@ -25,6 +25,7 @@ from megatron_hylo.data.recall_wording import (
     SECRET_WORDINGS,
     SECRETS,
     SEVERAL,
+    SEVERAL_FRAMES,
     THINGS,
 )
 
@@ -113,11 +114,18 @@ class Exercises:
         return Exercise(facts, 1, tuple(_question(i, self._asked(wording), values[i], **things[i]) for i in asked))
 
     def _several_values(self, most: int) -> Exercise:
-        fact, questions = self._pick(SEVERAL)
-        key, values = self._key(), self._some(GOODS, self._between(2, min(most, 4)))
-        facts = [fact.format(key=key, value=value) for value in values]
+        count = self._between(2, min(most, 4))
+        if self._below(2):
+            fact, questions = self._pick(SEVERAL)
+            words, values = {"key": self._key()}, self._some(GOODS, count)
+        else:
+            fact, questions = self._pick(SEVERAL_FRAMES)
+            words = _Wording(fact, questions, noun=self._pick(NOUNS)).words(self._key(), "the ")
+            code = self._pick(self._codes)
+            values = [code(self) for _ in range(count)]
+        facts = (fact.format(**words, value=value) for value in values)
         answer = f"{', '.join(values[:-1])} and {values[-1]}"
-        return _exercise(tuple(text[0].upper() + text[1:] for text in facts), self._pick(questions), answer, key=key)
+        return _exercise(tuple(text[0].upper() + text[1:] for text in facts), self._pick(questions), answer, **words)
 
     def _variable_chain(self, most: int) -> Exercise:
         first, following, question = self._pick(CHAIN)

@@ -133,6 +133,19 @@ QUESTION_FRAMES = (
     "SELECT {noun} FROM items WHERE name = '{key}';\n{answer}\n",
     "assert get(\"{key}\").{noun} == \"{answer}\"\n",
 )  # fmt: skip
+# The question's words come again before the answer, as in a whole sentence. A model that has seen few of these goes on with the
+# question where its words come again, since it learns to go on as it went on before.
+RESTATED_QUESTION_FRAMES = (
+    "What is the {noun} that {the} has? The {noun} that {the} has is {answer}.",
+    "What was the {noun} of {the}, as told above? The {noun} of {the}, as told above, was {answer}.",
+    "Tell me the {noun} of {the} again. The {noun} of {the}, again, is {answer}.",
+    "Which {noun} belongs to {the}? The {noun} that belongs to {the} is {answer}.",
+    "What does it say is the {noun} of {the}? It says the {noun} of {the} is {answer}.",
+    "Q: What is the {noun} given for {the}?\nA: The {noun} given for {the} is {answer}.\n",
+    "Question: By what {noun} does {the} go?\nAnswer: {The} goes by the {noun} {answer}.\n",
+    "User: I need to know what the {noun} of {the} is.\nAssistant: The {noun} of {the} that you need is {answer}.\n",
+    "\"What is the {noun} of {the} now?\" - \"The {noun} of {the} is now {answer}.\"",
+)  # fmt: skip
 SECRETS = (
     "the combination of the cellar", "the password of the harbour office", "the alarm code", "the PIN of the strongbox",
     "the voucher number", "the launch sequence", "the code for the rear gate", "the confirmation number",
@@ -170,6 +183,20 @@ SECRET_QUESTIONS = (
     "It was easy to remember {secret}: {answer}.",
     "Before that, {secret} was said to be {answer}.",
     "Which was {secret}? It was {answer}.",
+    "What is {secret}, once more? {Secret}, once more, is {answer}.",
+    "What was {secret} that had to be remembered? {Secret} that had to be remembered was {answer}.",
+    "Q: Say again what {secret} is.\nA: {Secret} is {answer}.\n",
+    "User: What did they say {secret} was?\nAssistant: They said {secret} was {answer}.\n",
+)  # fmt: skip
+SEVERAL_FRAMES = (
+    ("Listed as a {noun} of {the}: {value}.",
+     ("What is listed as a {noun} of {the}, in order? Listed as a {noun} of {the}, in order: {answer}.",
+      "Q: Name each {noun} of {the}.\nA: {answer}\n")),
+    ("{The} was also given the {noun} {value}.",
+     ("Which {noun} was ever given to {the}? In order: {answer}.",
+      "Whenever {the} was given a {noun}, it was one of these: {answer}.")),
+    ("[add] {key} += {noun} {value}",
+     ("[list] {key}, every {noun}: {answer}\n", "What was added as a {noun} to {key}? As a {noun} was added to {key}: {answer}.")),
 )  # fmt: skip
 # what stands before and after the window's own words, quoted again
 QUOTATION_FRAMES = (
@@ -179,7 +206,10 @@ QUOTATION_FRAMES = (
 )  # fmt: skip
 
 # facts about a thing and the ways to ask for each: those written for it, or any frame
-FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (*ATTRIBUTES, *((frame, QUESTION_FRAMES) for frame in FACT_FRAMES))
+FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    *ATTRIBUTES,
+    *((frame, QUESTION_FRAMES + RESTATED_QUESTION_FRAMES) for frame in FACT_FRAMES),
+)
 SECRET_WORDINGS = tuple((fact, SECRET_QUESTIONS) for fact in SECRET_FACTS)
 
 
@@ -194,7 +224,7 @@ ECHOES: Mapping[str, str] = {
     fact: echo for fact, _ in (*FACTS, *SECRET_WORDINGS) if (echo := _echo(fact)) is not None
 }  # questions that a fact's own words ask
 TEMPLATES: frozenset[str] = frozenset(
-    [text for fact, asked in (*FACTS, *SEVERAL, *PASSKEYS.items(), *SECRET_WORDINGS, *COUNTING) for text in (fact, *asked)]
+    [text for fact, asked in (*FACTS, *SEVERAL, *SEVERAL_FRAMES, *PASSKEYS.items(), *SECRET_WORDINGS, *COUNTING) for text in (fact, *asked)]
     + [template for templates in CHAIN for template in templates]
     + [*ECHOES.values(), *(text for frame in QUOTATION_FRAMES for text in frame)]
 )

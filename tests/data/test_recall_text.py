@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 from megatron_hylo.data.recall_text import ECHOED, Exercises
-from megatron_hylo.data.recall_wording import ECHOES, FACT_FRAMES, FACTS, NOUNS, PASSKEYS, PEOPLE, QUESTION_FRAMES, SECRETS
+from megatron_hylo.data.recall_wording import ECHOES, FACT_FRAMES, FACTS, NOUNS, PASSKEYS, PEOPLE, QUESTION_FRAMES, RESTATED_QUESTION_FRAMES, SECRETS
 from tests.data.recall_facts import parse_fact, plain_key
 
 STYLES = {
@@ -72,6 +72,17 @@ def test_wordings_are_thousands():
     assert len(set(wordings)) > 0.93 * len(wordings)
     assert len(FACTS) * 0.6 < len(ECHOES)
     assert 0.8 * ECHOED < echoes / able < 1.2 * ECHOED  # a fact's own first words
+
+
+def test_restated_questions_come_again_before_the_answer():
+    """Each names noun and thing twice, the second time before the answer; of composed exercises a fifth are asked so."""
+    for frame in RESTATED_QUESTION_FRAMES:
+        question = frame.split("{answer}")[0]
+        assert question.count("{noun}") == 2 and len(re.findall(r"\{[tT]he\}", question)) == 2, frame
+    exercises = Exercises(random.Random(9))
+    restated = [len(re.findall(rf"\b{noun}\b", question.text)) == 2 for made in (exercises.make("key_value", 2) for _ in range(900))
+                for (fact, noun), _ in [parse_fact(made.facts[0])] for question in made.questions if fact in FACT_FRAMES]  # fmt: skip
+    assert 0.15 < sum(restated) / len(restated) < 0.35
 
 
 def test_names_and_values_are_of_all_kinds():
