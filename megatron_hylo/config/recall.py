@@ -5,9 +5,8 @@ from typing import Literal, get_args
 
 from megatron_hylo.config.errors import ConfigError
 
-RecallTask = Literal["key_value", "several_keys", "several_values", "variable_chain", "passkey", "counting", "quotation"]
+RecallTask = Literal["key_value", "several_keys", "several_values", "variable_chain", "passkey", "counting"]
 RECALL_TASKS: tuple[RecallTask, ...] = get_args(RecallTask)
-DEFAULT_TASKS: tuple[RecallTask, ...] = tuple(task for task in RECALL_TASKS if task != "quotation")  # the measured ones
 
 
 @dataclass
@@ -19,8 +18,7 @@ class RecallSettings:
             0: none.
         tasks: drawn with equal probability, twice where named twice: key_value: one fact; several_keys: one to four of up to
             twelve facts like each other; several_values: all facts of one key; variable_chain: a value handed from name to
-            name; passkey: a number or code that the text asks to remember; counting: how often something occurs; quotation: how
-            words of the window's own text, quoted further down, go on. By default all but quotation, which is not measured yet.
+            name; passkey: a number or code that the text asks to remember; counting: how often something occurs.
         answer_weight: weight of cross-entropy at the answers' tokens, per token, beside the KL (distil) or the cross-entropy
             (pretrain) of all tokens; stage align ignores it.
         kl_within: an answer's tokens have a KL only where the fact is at most so many tokens back. 0: none has, since a teacher
@@ -28,7 +26,7 @@ class RecallSettings:
     """
 
     share: float = 0.0
-    tasks: list[RecallTask] = field(default_factory=lambda: list(DEFAULT_TASKS))
+    tasks: list[RecallTask] = field(default_factory=lambda: list(RECALL_TASKS))
     answer_weight: float = 1.0
     kl_within: int | None = 0
 

@@ -3,10 +3,9 @@
 A window of sequence_length + 1 tokens is made of a shorter one of another source and of exercises (recall_text.py), `share`
 of its length together. Distances between questions and the first fact are half log-uniform, so that every octave up to the
 window's length occurs, and half uniform. Of some exercises a fact is the first that the window says, where random places never
-are and models forget most. Quotations (recall_quotes.py) go in last, since no exercise may part the text that they quote.
-Texts go to line ends where one is near. The room that is left over is filled with facts that nothing asks about, the last of
-them cut by the window's end. All of it is a function of (seed, window number): nothing is stored, and no number of ranks,
-workers or samples a batch changes it.
+are and models forget most. Texts go to line ends where one is near. The room that is left over is filled with facts that
+nothing asks about, the last of them cut by the window's end. All of it is a function of (seed, window number): nothing is
+stored, and no number of ranks, workers or samples a batch changes it.
 """
 
 import random
@@ -19,7 +18,6 @@ from tokenizers import Encoding, Tokenizer
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.recall import RecallSettings
-from megatron_hylo.data.recall_quotes import TRIES, Quotation, Sources, draw_quotation
 from megatron_hylo.data.recall_text import Exercise, Exercises
 from megatron_hylo.data.windows import Window, WindowSource
 
@@ -49,23 +47,11 @@ class _Exercise(NamedTuple):
         return sum(len(text.ids) for text in (*self.facts, *self.questions))
 
 
-class _Quote(NamedTuple):
-    quotation: Quotation
-    before: np.ndarray  # int64, the tokens around it
-    after: np.ndarray
-
-    @property
-    def size(self) -> int:
-        """Tokens, the quoted ones included."""
-        return len(self.before) + self.quotation.copied + len(self.after)
-
-
 class _Piece(NamedTuple):
     place: int  # the token of the base window that it goes before
     order: int  # among those of one place
     fact: int  # order of the first fact that it answers, its own if it is none
     text: _Text
-    source: int | None = None  # the token of the base window that it quotes first, in place of a fact
 
 
 def exercise_tokens(settings: RecallSettings, sequence_length: int) -> int:
@@ -122,20 +108,10 @@ class RecallWindows(WindowSource):
         line_ends = np.flatnonzero(self._line_ends.take(base.tokens, mode="clip")) + 1
         exercises = Exercises(generator)
         pieces: list[_Piece] = []
-        quotes: list[_Quote] = []
         room = self.room
         for exercise in self._chosen(exercises, generator, room):
             room -= exercise.size
-            if isinstance(exercise, _Quote):
-                quotes.append(exercise)
-            else:
-                pieces += self._place(exercise, base, line_ends, generator, len(pieces))
-        if quotes:
-            sources = Sources(base, self._special, [piece.place for piece in pieces])
-            for quote in quotes:
-                found = self._quote(quote, sources, base, line_ends, generator, len(pieces))
-                pieces += found
-                room += 0 if found else quote.size
+            pieces += self._place(exercise, base, line_ends, generator, len(pieces))
         return _merge(base, pieces, self._filling(exercises, room))
 
     @property
@@ -150,31 +126,22 @@ class RecallWindows(WindowSource):
             f"{', '.join(self.settings.tasks)}"
         )
 
-    def _chosen(self, exercises: Exercises, generator: random.Random, room: int) -> Iterator[_Exercise | _Quote]:
+    def _chosen(self, exercises: Exercises, generator: random.Random, room: int) -> Iterator[_Exercise]:
         """Exercises that together take at most `room` tokens."""
-        misses = 0
+        tasks, misses = self.settings.tasks, 0
         while room >= LEAST_ROOM // 2 and misses < MISSES:
-            made: list[Exercise | Quotation] = []
+            made: list[Exercise] = []
             texts: list[tuple[str, tuple[int, int]]] = []  # of all exercises, and where in each the answer is
-            size = 0.0  # in characters
+            size = 0  # in characters
             while size < room * CHARACTERS_A_TOKEN:
-                task = self.settings.tasks[int(generator.random() * len(self.settings.tasks))]
-                one = draw_quotation(generator) if task == "quotation" else exercises.make(task, room // FACT_TOKENS)
-                made.append(one)
-                texts += (new := _texts(one))
+                made.append(exercises.make(tasks[int(generator.random() * len(tasks))], room // FACT_TOKENS))
+                texts += (new := _texts(made[-1]))
                 size += sum(len(text) for text, _ in new)
-                if isinstance(one, Quotation):
-                    size += one.copied * CHARACTERS_A_TOKEN
             encodings = self._encoder.encode_batch([text for text, _ in texts], add_special_tokens=False)
-            pairs = zip(encodings, texts, strict=True)
+            encoded = (self._text(encoding, span) for encoding, (_, span) in zip(encodings, texts, strict=True))
             for one in made:
-                if isinstance(one, Quotation):
-                    before, after = (encoding for encoding, _ in islice(pairs, 2))
-                    exercise: _Exercise | _Quote = _Quote(one, self._text(before, (0, 0)).ids, _behind_line_end(after))
-                else:
-                    encoded = [self._text(e, span) for e, (_, span) in islice(pairs, len(one.facts) + len(one.questions))]
-                    facts, questions = encoded[: len(one.facts)], encoded[len(one.facts) :]
-                    exercise = _Exercise(facts, one.ordered, questions, [question.fact for question in one.questions])
+                facts, questions = list(islice(encoded, len(one.facts))), list(islice(encoded, len(one.questions)))
+                exercise = _Exercise(facts, one.ordered, questions, [question.fact for question in one.questions])
                 if exercise.size <= room:
                     yield exercise
                     room, misses = room - exercise.size, 0
@@ -199,7 +166,7 @@ class RecallWindows(WindowSource):
         """
         low, high = self._segment(base, generator)
         width = high - low
-        distance = _distance(width, generator)
+        distance = int(width ** generator.random() if generator.random() < 0.5 else width * generator.random())
         asked = low + distance + int((width - distance + 1) * generator.random())
         first = asked - distance
         between = sorted(first + int((distance + 1) * generator.random()) for _ in range(exercise.ordered - 1))
@@ -222,32 +189,11 @@ class RecallWindows(WindowSource):
         of_fact = [*range(len(exercise.facts)), *exercise.asked]
         found = []
         for number, (place, fact, text) in enumerate(zip(places, of_fact, (*exercise.facts, *exercise.questions), strict=True)):
-            if number != start:
-                place = _line_end(place, line_ends, high)
+            line = int(np.searchsorted(line_ends, place))
+            if number != start and line < len(line_ends) and line_ends[line] <= min(place + SNAP, high):
+                place = int(line_ends[line])
             found.append(_Piece(place, order + number, order + fact, text))
         return found
-
-    def _quote(
-        self, quote: _Quote, sources: Sources, base: Window, line_ends: np.ndarray, generator: random.Random, order: int
-    ) -> list[_Piece]:
-        """Choose a quotation's words at the drawn distance, and place it; nothing where no text drawn can be quoted."""
-        lead, copied = quote.quotation.lead, quote.quotation.copied
-        for _ in range(TRIES):
-            low, high = self._segment(base, generator)
-            width = high - low - copied
-            if width < 0:
-                continue
-            distance = copied + _distance(width, generator)
-            first = low + int((high - low - distance + 1) * generator.random())
-            asked = _line_end(first + distance, line_ends, high)
-            tokens = sources.take(first, quote.quotation, asked)
-            if tokens is None:
-                continue
-            ids = np.concatenate([quote.before, tokens, quote.after])
-            answer = np.zeros(len(ids), dtype=bool)
-            answer[len(quote.before) + lead : len(quote.before) + copied] = True
-            return [_Piece(asked, order, order, _Text(ids, answer), first)]
-        return []
 
     def _segment(self, base: Window, generator: random.Random) -> tuple[int, int]:
         """First and last place for the texts of an exercise: in the window, or in a document of it, by length."""
@@ -275,33 +221,14 @@ class RecallWindows(WindowSource):
         return ids[:room]
 
 
-def _texts(exercise: Exercise | Quotation) -> list[tuple[str, tuple[int, int]]]:
-    """Texts of an exercise, and where in each the answer is."""
-    if isinstance(exercise, Quotation):
-        return [(f"\n{exercise.before}", (0, 0)), (f"\n{exercise.after}", (0, 0))]
+def _texts(exercise: Exercise) -> list[tuple[str, tuple[int, int]]]:
+    """Texts of an exercise, facts before questions, and where in each the answer is."""
     texts = [(f"\n{fact}\n", (0, 0)) for fact in exercise.facts]
     for question in exercise.questions:
         start = 1 + len(question.text)
         text = f"\n{question.text}{question.answer}{question.rest}"
         texts.append((text if text.endswith("\n") else f"{text}\n", (start, start + len(question.answer))))
     return texts
-
-
-def _behind_line_end(encoding: Encoding) -> np.ndarray:
-    """Tokens behind a text's first character, a line end that keeps a tokenizer from adding a space where a text begins."""
-    return np.array([number for number, (_, stop) in zip(encoding.ids, encoding.offsets) if stop > 1], dtype=np.int64)
-
-
-def _distance(width: int, generator: random.Random) -> int:
-    """A distance of at most `width` tokens: half of them log-uniform, half uniform."""
-    return int(width ** generator.random() if generator.random() < 0.5 else width * generator.random())
-
-
-def _line_end(place: int, line_ends: np.ndarray, high: int) -> int:
-    """The next line end where one is near and at most `high`, else the place itself."""
-    line = int(np.searchsorted(line_ends, place))
-    near = line < len(line_ends) and line_ends[line] <= min(place + SNAP, high)
-    return int(line_ends[line]) if near else place
 
 
 def _merge(base: Window, pieces: list[_Piece], filling: np.ndarray) -> Window:
@@ -311,7 +238,6 @@ def _merge(base: Window, pieces: list[_Piece], filling: np.ndarray) -> Window:
     places = np.array([piece.place for piece in ordered], dtype=np.int64)
     before = np.concatenate([[0], np.cumsum(sizes)])  # tokens of all pieces before each
     starts = places + before[:-1]
-    moved = _moved(np.arange(len(base.tokens)), places, before)
     start_of = {piece.order: int(start) for piece, start in zip(ordered, starts)}
     parts = []
     answers = np.zeros(len(base.tokens) + int(before[-1]) + len(filling), np.int32)
@@ -320,11 +246,12 @@ def _merge(base: Window, pieces: list[_Piece], filling: np.ndarray) -> Window:
         parts += [base.tokens[done : piece.place], piece.text.ids]
         done = piece.place
         at = int(start) + np.flatnonzero(piece.text.answer)
-        answers[at] = at - (start_of[piece.fact] if piece.source is None else moved[piece.source])
+        answers[at] = at - start_of[piece.fact]
     tokens = np.concatenate([*parts, base.tokens[done:], filling])
     document_starts = _moved(base.document_starts, places, before)
     document_starts[0] = 0
     cuts = None if base.cuts is None else _moved(base.cuts, places, before)
+    moved = _moved(np.arange(len(base.tokens)), places, before)
     mask = None
     if base.loss_mask is not None:  # of the exercises the answers alone are learnt, too
         mask = answers > 0

@@ -198,12 +198,6 @@ SEVERAL_FRAMES = (
     ("[add] {key} += {noun} {value}",
      ("[list] {key}, every {noun}: {answer}\n", "What was added as a {noun} to {key}? As a {noun} was added to {key}: {answer}.")),
 )  # fmt: skip
-# what stands before and after the window's own words, quoted again
-QUOTATION_FRAMES = (
-    ("As it says above: \"", "\"\n"), ("To quote the text: \"", "\", and so on.\n"), ("> ", "\n"), ("Once more:", "\n"),
-    ("The passage went like this:", "\n"), ("Q: How does this continue?\nA: ", "\n"), ("(see above: ", ")\n"),
-    ("<quote>", "</quote>\n"), ("\"\"\"", "\"\"\"\n"), ("Recall the words that were used before: ", "\n"),
-)  # fmt: skip
 
 # facts about a thing and the ways to ask for each: those written for it, or any frame
 FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -226,5 +220,5 @@ ECHOES: Mapping[str, str] = {
 TEMPLATES: frozenset[str] = frozenset(
     [text for fact, asked in (*FACTS, *SEVERAL, *SEVERAL_FRAMES, *PASSKEYS.items(), *SECRET_WORDINGS, *COUNTING) for text in (fact, *asked)]
     + [template for templates in CHAIN for template in templates]
-    + [*ECHOES.values(), *(text for frame in QUOTATION_FRAMES for text in frame)]
+    + list(ECHOES.values())
 )

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.config.recall import DEFAULT_TASKS, RecallSettings
+from megatron_hylo.config.recall import RECALL_TASKS, RecallSettings
 from megatron_hylo.data import recall_wording
 from megatron_hylo.data.encode import plain_encoder
 from megatron_hylo.data.packed import PackedDataset, batches
@@ -32,7 +32,7 @@ def source(tmp_path):
     return lambda length: Shifted(prefix, length, seed=5)
 
 
-def make(source, tokenizer, length=LENGTH, share=0.5, tasks=DEFAULT_TASKS, within=False):
+def make(source, tokenizer, length=LENGTH, share=0.5, tasks=RECALL_TASKS, within=False):
     return RecallWindows(source, length, RecallSettings(share, list(tasks)), plain_encoder(tokenizer), 7, within)
 
 
@@ -51,7 +51,7 @@ def test_a_window_is_the_sources_with_texts_between(source, tokenizer, within):
             assert mine.document_starts.tolist() == [0, *kept[base.document_starts[1:]]]  # a fact may be before all text
 
 
-@pytest.mark.parametrize("task", DEFAULT_TASKS)
+@pytest.mark.parametrize("task", RECALL_TASKS)
 def test_marks_are_on_the_answers_and_facts_come_before(source, tokenizer, task):
     """The text of each marked run is the answer of a question whose facts are above it, at the distance that is given."""
     windows = make(source, tokenizer, 4096, tasks=[task])

@@ -173,7 +173,7 @@ def test_no_frame_of_training_makes_an_evaluations_sentence():
     for template in training.TEMPLATES:
         text = template.replace("{{", "{").replace("}}", "}").strip().strip(".")
         if not re.search(r"\{(value|answer)\}", text):
-            continue  # a question about nothing, a quotation's frame
+            continue  # a fact that gives no value: a later one of a chain, one that is counted
         parts = re.split(r"\{(\w+)\}", re.sub("[ \n]+", " ", text))
         pattern = "".join(
             kinds[kind_of.get(part, "words")] if number % 2 else re.escape(part.lower()) for number, part in enumerate(parts)
