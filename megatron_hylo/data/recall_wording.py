@@ -196,7 +196,8 @@ SEVERAL_FRAMES = (
      ("Which {noun} was ever given to {the}? In order: {answer}.",
       "Whenever {the} was given a {noun}, it was one of these: {answer}.")),
     ("[add] {key} += {noun} {value}",
-     ("[list] {key}, every {noun}: {answer}\n", "What was added as a {noun} to {key}? As a {noun} was added to {key}: {answer}.")),
+     ("[list] {key}, every {noun}: {answer}\n",
+      "What was added as a {noun} to {key}? As a {noun} was added to {key}: {answer}.")),
 )  # fmt: skip
 
 # facts about a thing and the ways to ask for each: those written for it, or any frame
@@ -217,8 +218,9 @@ def _echo(fact: str) -> str | None:
 ECHOES: Mapping[str, str] = {
     fact: echo for fact, _ in (*FACTS, *SECRET_WORDINGS) if (echo := _echo(fact)) is not None
 }  # questions that a fact's own words ask
+_TOLD = (*FACTS, *SEVERAL, *SEVERAL_FRAMES, *PASSKEYS.items(), *SECRET_WORDINGS, *COUNTING)
 TEMPLATES: frozenset[str] = frozenset(
-    [text for fact, asked in (*FACTS, *SEVERAL, *SEVERAL_FRAMES, *PASSKEYS.items(), *SECRET_WORDINGS, *COUNTING) for text in (fact, *asked)]
+    [text for fact, asked in _TOLD for text in (fact, *asked)]
     + [template for templates in CHAIN for template in templates]
-    + list(ECHOES.values())
+    + [*ECHOES.values()]
 )

@@ -5,7 +5,17 @@ import re
 from collections import Counter
 
 from megatron_hylo.data.recall_text import ECHOED, Exercises
-from megatron_hylo.data.recall_wording import ECHOES, FACT_FRAMES, FACTS, NOUNS, PASSKEYS, PEOPLE, QUESTION_FRAMES, RESTATED_QUESTION_FRAMES, SECRETS
+from megatron_hylo.data.recall_wording import (
+    ECHOES,
+    FACT_FRAMES,
+    FACTS,
+    NOUNS,
+    PASSKEYS,
+    PEOPLE,
+    QUESTION_FRAMES,
+    RESTATED_QUESTION_FRAMES,
+    SECRETS,
+)
 from tests.data.recall_facts import parse_fact, plain_key
 
 STYLES = {
@@ -79,9 +89,12 @@ def test_restated_questions_come_again_before_the_answer():
     for frame in RESTATED_QUESTION_FRAMES:
         question = frame.split("{answer}")[0]
         assert question.count("{noun}") == 2 and len(re.findall(r"\{[tT]he\}", question)) == 2, frame
-    exercises = Exercises(random.Random(9))
-    restated = [len(re.findall(rf"\b{noun}\b", question.text)) == 2 for made in (exercises.make("key_value", 2) for _ in range(900))
-                for (fact, noun), _ in [parse_fact(made.facts[0])] for question in made.questions if fact in FACT_FRAMES]  # fmt: skip
+    exercises, restated = Exercises(random.Random(9)), []
+    for _ in range(900):
+        made = exercises.make("key_value", 2)
+        (fact, noun), _ = parse_fact(made.facts[0])
+        if fact in FACT_FRAMES:
+            restated.append(len(re.findall(rf"\b{noun}\b", made.questions[0].text)) == 2)
     assert 0.15 < sum(restated) / len(restated) < 0.35
 
 
