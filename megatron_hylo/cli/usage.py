@@ -168,6 +168,11 @@ def _type(key: str, parser: SettingsParser) -> Any:
     return getattr(action, "_typehint", None) or getattr(action, "type", None)
 
 
+def _literals(kind: Any) -> tuple[Any, ...]:
+    """Values of a Literal; none of another type."""
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+
+
 def _allowed(kind: Any) -> str:
     """Values that a type takes, in words."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
@@ -178,7 +183,7 @@ def _allowed(kind: Any) -> str:
     if origin is dict:
         return f"a mapping such as {{name: {_allowed(parts[1])}}}"
     if origin is list:
-        return "a list such as [a, b]"
+        return f"a list of {', '.join(map(str, named))}" if (named := _literals(parts[0])) else "a list such as [a, b]"
     if (name := getattr(kind, "__name__", "")) in NUMBERS:
         return f"{'an' if name.endswith('Int') else 'a'} {NUMBERS[name]}"
     names = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
@@ -192,7 +197,7 @@ def _wrong_value(key: str, message: str, parser: SettingsParser, words: list[str
     )
     got = next((group for group in value.groups() if group), "nothing") if value else ""
     given = f", got {got}" if value else ""
-    literals = [str(part) for part in typing.get_args(kind)] if typing.get_origin(kind) is typing.Literal else []
+    literals = [str(part) for part in _literals(kind) or _literals(next(iter(typing.get_args(kind)), None))]
     action = next((a for a in parser._actions if a.dest == key), None)
     positional = action is not None and not action.option_strings
     on_line = positional or _is_on(words, key)

@@ -92,6 +92,7 @@ CASES: list[tuple] = [
     ("train --config blend.yaml", "blend.yaml:4: text.blend.weight must be a number, got heavy"),
     ("train --config blend_key.yaml", "blend_key.yaml:4: unknown key text.blend.weigh; did you mean text.blend.weight?"),
     ("train --config blend_null.yaml", "text.blend.weight is null; give a value"),
+    (f"{TRAIN} --recall.tasks [passkeys,counting]", "variable_chain, passkey, counting, got passkeys; did you mean passkey?"),
     (f"{TRAIN} --rope_scaling.factor far", "--rope_scaling.factor must be a number, got far"),
     (f"{TRAIN} --rope_scaling '{{factor: far}}'", "--rope_scaling.factor must be a number, got far"),
     (f"{TRAIN} --rope_scaling.rope_type yran", "--rope_scaling.rope_type must be one of none, linear, llama3, yarn"),
