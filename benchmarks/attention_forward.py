@@ -1,4 +1,4 @@
-"""Attention without a gradient, as frozen teachers, evaluation and prefill compute it: FlashAttention-3 against cuDNN.
+"""Attention without a gradient, as frozen teachers, evaluation and prefill compute it: FlashAttention-3 and -4 against cuDNN.
 
     python benchmarks/attention_forward.py                              # 64K and 16K tokens, half a minute on an H200
     python benchmarks/attention_forward.py --tokens 256 --repeats 1     # small, on a CPU, where all is plain torch
@@ -26,7 +26,10 @@ SHAPES = (  # query heads, KV heads, width of queries and keys, width of values,
     (32, 8, 128, 128, 1, "8B teacher"), (32, 8, 128, 128, 8, "8B teacher"), (32, 8, 64, 64, 1, "1B teacher"),
     (32, 8, 96, 64, 1, "MLA"), (32, 8, 192, 128, 1, "wide MLA"),
 )  # fmt: skip
-KERNELS = {"cudnn": ("attention", "cudnn"), "fa3": ("attention_forward", "fa3"), "fa3_fp8": ("attention_forward", "fa3_fp8")}
+KERNELS = {
+    "cudnn": ("attention", "cudnn"), "fa4": ("attention", "fa4"),
+    "fa3": ("attention_forward", "fa3"), "fa3_fp8": ("attention_forward", "fa3_fp8"),
+}  # fmt: skip
 COLUMNS = ("heads", "channels", "tokens", "documents", "kernel", "ms", "TFLOP/s", "x cuDNN", "error")
 
 

@@ -38,7 +38,9 @@ TABLES = {  # of scaling.md, in order: (recompute, GPU)
         (True, "h200-141gb"),
         ("GM-", "h200-141gb"),
         ("GM-", "h200-141gb"),
-        None,
+        ("GM-", "h200-141gb"),
+        None,  # goals
+        None,  # losses
         (True, "h100-80gb"),
     ],
 }

@@ -15,6 +15,7 @@ PACKAGES = (  # distribution, what it is for; None: needed
     ("transformer-engine", "backend te: linear maps, SwiGLU, Adam, FP8"), ("triton", "all fast kernels of linear layers"),
     ("flash-linear-attention", "Gated DeltaNet, convolutions"), ("mamba-ssm", "Mamba2"),
     ("fa3-fwd", "attention of frozen models, evaluation and prefill on Hopper"),
+    ("flash-attn-4", "HYLO_KERNELS=attention=fa4: attention that trains, on Hopper"),
     ("apex", "Megatron-Core's fused optimizer, where Transformer Engine is not there"), ("wandb", "logging there"),
 )  # fmt: skip
 

@@ -5,7 +5,8 @@ CUDA the backend is chosen here, in the order cuDNN, flash, memory-efficient, ma
 Hopper and takes value heads that differ from query heads, as MLA has), and logged. Where queries are fewer than keys, as on
 a rank of context parallelism that has gathered keys, cuDNN computes two blocks (attention_after_prefix.py) and flash aligns to
 the end by itself; the others need a mask in memory. Heads whose width is no multiple of 8 are padded, since fused kernels
-take no others. Where no gradient is needed, FlashAttention-3's forward kernels go before (flash_attention_3.py).
+take no others. Where no gradient is needed, FlashAttention-3's forward kernels go before (flash_attention_3.py). The override
+`fa4` puts FlashAttention-4 before the backends, forward and backward (flash_attention_4.py).
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from megatron_hylo.kernels.attention_after_prefix import attention_after_prefix
 from megatron_hylo.kernels.flash_attention_3 import Documents, choose_forward, flash_attention_3
+from megatron_hylo.kernels.flash_attention_4 import ELSEWHERE, flash_attention_4, runs_flash_attention_4
+from megatron_hylo.kernels.flash_attention_4 import NAME as FLASH_ATTENTION_4
 from megatron_hylo.kernels.fused_inputs import padded, readable, same_width
 from megatron_hylo.kernels.registry import overridden, use
 
@@ -71,6 +74,8 @@ def attention(
     if documents is not None:
         outs = [attention(q[:, own], k[:, seen], v[:, seen], scale, causal) for own, seen in documents]
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+    if mask is None and runs_flash_attention_4(q, k, v, causal):
+        return flash_attention_4(q, k, v, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, heads, tokens, channels]
     if q.is_cuda:  # torch pads for flash alone, which takes no mask; with one, all scores would go to memory
         q, k, v = padded(q, k, v)
@@ -115,10 +120,11 @@ def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal:
 
     Returns:
         "cudnn", "flash" or "efficient", the first that torch says it can use; "math", with a warning, if none; "torch" off
-        CUDA, where torch itself chooses.
+        CUDA, where torch itself chooses. The override "fa4", which no backend answers to, leaves the choice as it is.
     """
     name = overridden("attention")
-    if name is not None:
+    fa4 = name == FLASH_ATTENTION_4
+    if name is not None and not fa4:
         use("attention", name, "override")
         return name
     if not q.is_cuda:
@@ -137,6 +143,8 @@ def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal:
         name = "efficient" if usable else "math"
     if name == "math":
         use("attention", name, "no fused backend takes these inputs: all scores go to memory", logging.WARNING)
+    elif fa4:
+        use("attention", name, ELSEWHERE, logging.WARNING)
     else:
         use("attention", name, "first usable of cuDNN, flash, efficient")
     return name

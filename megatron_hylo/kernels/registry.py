@@ -24,7 +24,7 @@ import torch
 from megatron_hylo.kernels.tuned import install
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "attention": ("torch", "cudnn", "flash", "efficient", "math"),
+    "attention": ("torch", "cudnn", "flash", "efficient", "math", "fa4"),
     "attention_forward": ("torch", "fa3", "fa3_fp8"),
     "causal_conv1d": ("torch", "fla", "gluon"),
     "causal_conv1d_step": ("torch", "triton"),

@@ -24,7 +24,7 @@ from megatron_hylo.models.kernel_check import Check, check_kernels
 
 logger = logging.getLogger("megatron_hylo.kernels")
 STATE_PASS_ADVICE = f" (on Hopper try {ENVIRONMENT_VARIABLE}={STATE_PASS}=fla first: fla's own kernels in place of ours)"
-LIBRARIES = ("torch", "triton", "flash-linear-attention", "mamba-ssm", "fa3-fwd")
+LIBRARIES = ("torch", "triton", "flash-linear-attention", "mamba-ssm", "fa3-fwd", "flash-attn-4")
 
 
 def check_run_kernels(configs: Sequence[ModelConfig], dtype: torch.dtype, device: torch.device, parts: bool = False) -> None:
