@@ -47,6 +47,24 @@ def tokens(outputs: list[Any]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def compare_with_fp32(folder: Path, prompts: list[list[int]], outputs: list[Any], device: str = "cpu") -> tuple[Any, Any, Any]:
+    """Compare outputs of requests with `logprobs` with transformers in fp32, which is given the same tokens.
+
+    Returns:
+        Of all answers' tokens, fp32 [tokens]: vLLM's log-probabilities, transformers', and by how much those of the most
+        probable tokens are higher.
+    """
+    import torch
+
+    from tests.serve.vllm.models import log_probabilities, of_tokens
+
+    answers = tokens(outputs)
+    served = [at[token].logprob for out, answer in zip(outputs, answers) for at, token in zip(out.outputs[0].logprobs, answer)]
+    exact = log_probabilities(folder, torch.float32, device, prompts, answers)
+    right = of_tokens(exact, answers)
+    return torch.tensor(served), right, torch.cat(exact).max(1).values - right
+
+
 def preemptions(llm: Any) -> int:
     """Number of requests that were put back to wait; the engine was started with disable_log_stats=False."""
     return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")

@@ -100,3 +100,8 @@ def log_probabilities(
         ids = torch.tensor([prompt + answer[:-1]], device=device)
         found.append(model(ids, logits_to_keep=len(answer)).logits[0].float().log_softmax(-1).cpu())
     return found
+
+
+def of_tokens(log_probabilities: list[torch.Tensor], answers: list[list[int]]) -> torch.Tensor:
+    """Log-probabilities [all answers' tokens] of the tokens themselves, out of those of all tokens."""
+    return torch.cat(log_probabilities).gather(1, torch.tensor(sum(answers, []))[:, None])[:, 0]

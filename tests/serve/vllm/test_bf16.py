@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.serve.vllm.engine import complete, engine
-from tests.serve.vllm.models import log_probabilities, make_model
+from tests.serve.vllm.engine import compare_with_fp32, complete, engine, tokens
+from tests.serve.vllm.models import log_probabilities, make_model, of_tokens
 from tests.serve.vllm.prompts import random_prompts, text_prompts
 
 pytest.importorskip("vllm", reason="needs vLLM: make serve-test")
@@ -32,16 +32,10 @@ def test_bf16_log_probabilities_are_as_near_to_fp32_as_those_of_transformers(dev
     prompts = list(named.values())
     with engine(folder, dtype="bfloat16", max_model_len=longest, max_num_batched_tokens=512) as llm:
         outputs = complete(llm, prompts, NEW, logprobs=0)
-    answers = [list(output.outputs[0].token_ids) for output in outputs]
-    served = [
-        torch.tensor([at[token].logprob for at, token in zip(output.outputs[0].logprobs, answer)])
-        for output, answer in zip(outputs, answers)
-    ]
-    exact, rounded = (log_probabilities(folder, t, device, prompts, answers) for t in (torch.float32, torch.bfloat16))
-    right, theirs = (torch.cat([every.gather(1, torch.tensor(answer)[:, None])[:, 0] for every, answer in zip(found, answers)])
-                     for found in (exact, rounded))  # fmt: skip
-    ours, theirs = (torch.cat(served) - right).abs(), (theirs - right).abs()
-    behind = torch.cat([every.max(1).values for every in exact]) - right
+    served, right, behind = compare_with_fp32(folder, prompts, outputs, device)
+    answers = tokens(outputs)
+    rounded = of_tokens(log_probabilities(folder, torch.bfloat16, device, prompts, answers), answers)
+    ours, theirs = (served - right).abs(), (rounded - right).abs()
     print(
         f"\n{name} on {device}: {int((behind == 0).sum())} of {len(behind)} tokens are fp32's most probable, the others at "
         f"most {behind.max():.4f} less so; errors of log-probabilities: vLLM mean {ours.mean():.4f}, largest {ours.max():.4f}; "

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.serve.vllm.engine import complete, engine, preemptions, tokens
+from tests.serve.vllm.engine import compare_with_fp32, complete, engine, preemptions, tokens
 from tests.serve.vllm.models import MODELS, greedy_tokens, make_model
 
 pytest.importorskip("vllm", reason="needs vLLM: make serve-test")
@@ -42,12 +42,23 @@ def model(tmp_path_factory, prompts):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_equal_transformers(name, model, prompts):
-    """Batched with mixed lengths, then one by one, the longest of which finds its prefix cached."""
+    """Batched with mixed lengths, then one by one, the longest of which finds its prefix cached.
+
+    vLLM's `*` in fp32 on a GPU is Triton's attention, whose products take 10 bits of each factor (TF32). That may turn a token
+    that is nearly as probable as another, so there its log-probabilities are compared, within bounds that the same rounding on
+    a CPU keeps (mean .0016, largest .006 of these models) and a scale of scores that is 2 % off does not (.009, .03).
+    """
     folder, expected = model(name)
     with engine(folder, enable_prefix_caching=True) as llm:
-        assert tokens(complete(llm, prompts, NEW)) == expected
-        alone = [complete(llm, [prompt], NEW)[0] for prompt in prompts]
-        assert tokens(alone) == expected
+        batched = complete(llm, prompts, NEW, logprobs=0)
+        alone = [complete(llm, [prompt], NEW, logprobs=0)[0] for prompt in prompts]
+        for outputs in (batched, alone):
+            if torch.cuda.is_available() and "*" in MODELS[name]["hybrid_layer_pattern"]:
+                served, right, behind = compare_with_fp32(folder, prompts, outputs)
+                errors = (served - right).abs()
+                assert errors.mean() < 4e-3 and errors.max() < 1.5e-2 and behind.max() < 1.5e-2
+            else:
+                assert tokens(outputs) == expected
         cache = llm.llm_engine.vllm_config.cache_config
         assert cache.enable_prefix_caching == caches_prefixes(name)
         if caches_prefixes(name) and cache.block_size < len(prompts[-1]):
