@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from megatron_hylo.kernels.norm import rms_norm
-from megatron_hylo.kernels.rope import apply_rope, unfold_rotary_key
+from megatron_hylo.kernels.rope import unfold_rotary_key
 from megatron_hylo.serve.vllm.attention import Rope
 from megatron_hylo.serve.vllm.backends import LatentBackend, LatentMetadata
 from megatron_hylo.serve.vllm.config import asks_for_reference, latent_row, logger
@@ -86,8 +86,8 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         """Apply the mixer to x: [tokens, hidden] -> the same shape."""
-        rope = (rope[0][:, self.pairs], rope[1][:, self.pairs])
-        query, rows = self.make_queries(x, rope), self.make_rows(x, rope)
+        turns = torch.complex(*rope)[:, self.pairs]
+        query, rows = self.make_queries(x, turns), self.make_rows(x, turns)
         out = x.new_zeros(len(x), self.heads, self.value)
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # vLLM profiles
@@ -103,18 +103,18 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
             out[prefill.tokens] = self.prefill_kernel(query[prefill.tokens], key, value, prefill, self.qk**-0.5)
         return self.o_proj(out.flatten(1))[0]
 
-    def make_queries(self, x: Tensor, rope: Rope) -> Tensor:
+    def make_queries(self, x: Tensor, turns: Tensor) -> Tensor:
         """Make rotated queries [tokens, heads, qk] of x [tokens, hidden]."""
         query = self.q_b_proj(self.q_a_proj(x)[0])[0].unflatten(-1, (self.heads, self.qk))
         if self.norms:
             query = rms_norm(query, self.q_norm.weight, self.eps, query[..., : self.plain] if self.whole_head else None)
-        return self.rotate(query, rope)
+        return self.rotate(query, turns)
 
-    def make_rows(self, x: Tensor, rope: Rope) -> Tensor:
+    def make_rows(self, x: Tensor, turns: Tensor) -> Tensor:
         """Make the rows that are cached [tokens, row] of x [tokens, hidden]: latent, rotated key and, with q/k-norm, scales."""
         rows = self.kv_a_proj_with_mqa(x)[0]
         if not self.norms:
-            return self.rotate(rows, rope)
+            return self.rotate(rows, turns)
         latent, rotary = rows.split([self.rank, self.rotary], dim=-1)
         plain, _ = self.up_project(latent)
         if self.whole_head:
@@ -123,12 +123,19 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
             reference = torch.cat([plain, rotary[:, None].expand(-1, self.groups, -1)], dim=-1).float()
         scales = (reference.square().mean(-1) + self.eps).rsqrt()
         weighted = (rotary.float() * self.k_norm.weight[self.plain :].float()).to(rotary.dtype)
-        return torch.cat([self.rotate(torch.cat([latent, weighted], dim=-1), rope), split_scales(scales, latent.dtype)], dim=-1)
+        rows = self.rotate(torch.cat([latent, weighted], dim=-1), turns)
+        return torch.cat([rows, split_scales(scales, latent.dtype)], dim=-1)
 
-    def rotate(self, x: Tensor, rope: Rope) -> Tensor:
-        """Rotate the last channels of x: [tokens, (heads,) channels] -> the same shape."""
-        plain, rotary = x.split([x.shape[-1] - self.rotary, self.rotary], dim=-1)
-        return torch.cat([plain, apply_rope(rotary[None], *rope, interleaved=True)[0]], dim=-1)
+    def rotate(self, x: Tensor, turns: Tensor) -> Tensor:
+        """Rotate the last channels of x [tokens, (heads,) channels] in place, pairs (2i, 2i + 1), and return x.
+
+        `turns`, complex64 [tokens, rotary / 2], are the tokens' rotations: as numbers in the complex plane, pairs take three
+        kernels rather than ten, and a third of the traffic.
+        """
+        rotary = x[..., -self.rotary :]
+        pairs = torch.view_as_complex(rotary.float().contiguous().unflatten(-1, (-1, 2)))
+        rotary.copy_(torch.view_as_real(pairs * (turns if x.dim() == 2 else turns[:, None])).flatten(-2))
+        return x
 
     def up_project(self, latent: Tensor) -> tuple[Tensor, ...]:
         """Make unrotated keys and values [tokens, KV heads, channels] of latents [tokens, rank]."""

@@ -80,6 +80,20 @@ def test_prompts_cut_into_pieces_and_requests_that_wait(name, model, prompts, mo
         assert tokens(complete(llm, prompts, NEW)) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotations_of_latent_attention_equal_apply_rope(dtype):
+    """Of keys, and of queries by heads, behind an odd number of channels."""
+    from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies
+    from megatron_hylo.serve.vllm.latent import HyloLatentAttention
+
+    cos, sin = rope_cos_sin(torch.tensor([0, 7, 900, 3, 65_000]), rope_frequencies(6, 10_000.0))
+    for shape in ((5, 13), (5, 3, 13)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        expected = torch.cat([x[..., :7], apply_rope(x[None, ..., 7:], cos, sin, interleaved=True)[0]], dim=-1)
+        rotated = HyloLatentAttention.rotate(SimpleNamespace(rotary=6), x.clone(), torch.complex(cos, sin))
+        torch.testing.assert_close(rotated, expected)
+
+
 def test_a_captured_decode_step_reads_the_tensors_that_vllm_updates():
     """A CUDA graph keeps the addresses of its capture: metadata made anew each step may hold no tensors of its own."""
     from megatron_hylo.serve.vllm.backends import LatentBuilder
