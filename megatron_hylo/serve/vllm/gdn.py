@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as qwen
 from vllm.third_party.flash_linear_attention.ops import fused_gdn_prefill_post_conv as preparation
+from vllm.third_party.flash_linear_attention.ops import fused_recurrent as decoding
 from vllm.triton_utils import triton
 
 from megatron_hylo.kernels.gated_delta_rule import gated_delta_rule
@@ -17,6 +18,10 @@ qwen.FLA_CHUNK_SIZE = 4096  # tokens that Triton tunes the kernels of prompts wi
 # Triton refuses vLLM's kernel before the recurrence where blocks of values are wider than those of keys
 widest = dict.fromkeys(("BK", "BV"), lambda launch: max(launch["BK"], launch["BV"]))
 preparation._fused_post_conv_kernel = triton.heuristics(widest)(preparation._fused_post_conv_kernel)
+# vLLM's kernel of decode steps holds a block of a state in the registers of one warp, which 256 key channels overflow
+enough = {"num_warps": lambda launch: max(launch["num_warps"], launch["BK"] * launch["BV"] // 4096)}
+decode_kernel = triton.heuristics(enough)(decoding.fused_recurrent_gated_delta_rule_packed_decode_kernel)
+decoding.fused_recurrent_gated_delta_rule_packed_decode_kernel = decode_kernel
 
 
 class HyloGatedDeltaNet(ReferenceMixin, qwen.QwenGatedDeltaNetAttention):
