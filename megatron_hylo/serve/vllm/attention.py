@@ -25,8 +25,8 @@ class HyloAttention(nn.Module):
             config.hidden_size, self.head_dim, heads, groups, bias=c.add_qkv_bias, prefix=f"{prefix}.qkv_proj"
         )
         self.o_proj = RowParallelLinear(heads * self.head_dim, config.hidden_size, bias=False, prefix=f"{prefix}.o_proj")
-        self.q_norm = RMSNorm(self.head_dim, eps=c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, eps=c.layernorm_epsilon) if c.qk_layernorm else nn.Identity()
+        norms = (RMSNorm(self.head_dim, eps=c.layernorm_epsilon) if c.qk_layernorm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = norms
         self.attn = Attention(
             heads // tp, self.head_dim, self.head_dim**-0.5, num_kv_heads=groups // tp,
             cache_config=vllm_config.cache_config, quant_config=vllm_config.quant_config, prefix=f"{prefix}.attn",

@@ -22,22 +22,6 @@ class Builder(AttentionMetadataBuilder[Any]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
 
-class Backend(AttentionBackend):
-    """Backend with a name outside vLLM's own, whose `builder` makes the metadata."""
-
-    builder: type[Builder]
-
-    @staticmethod
-    def get_name() -> str:
-        """A name outside vLLM's own."""
-        return "CUSTOM"
-
-    @classmethod
-    def get_builder_cls(cls) -> type[Builder]:
-        """Class of the builder."""
-        return cls.builder
-
-
 @dataclass
 class LatentMetadata:
     """Requests of one step: first those with one token each, then the others."""
@@ -79,15 +63,12 @@ class LatentBuilder(Builder):
         return Prefill(slice(starts[0], starts[-1]), queries, keys, sums[0], sums[1], blocks, positions % size)
 
 
-class LatentBackend(Backend):
+class LatentBackend(AttentionBackend):
     """Pages of one head whose K and V side by side are a token's row of latents, so half of it is the head's size."""
 
-    builder = LatentBuilder
-
-    @classmethod
-    def indexes_kv_by_block_stride(cls) -> bool:
-        """Whether pages may be padded; asked by vLLM before 0.30."""
-        return True
+    get_name = staticmethod(lambda: "CUSTOM")  # a name outside vLLM's own
+    get_builder_cls = staticmethod(lambda: LatentBuilder)
+    indexes_kv_by_block_stride = classmethod(lambda cls: True)  # pages may be padded; asked by vLLM before 0.30
 
     @staticmethod
     def get_kv_cache_shape(
@@ -118,12 +99,9 @@ class StateBuilder(Builder):
         return StateMetadata(starts, table[:, 0].tolist(), continued)
 
 
-class StateBackend(Backend):
+class StateBackend(AttentionBackend):
     """Backend of linear layers, as far as vLLM asks."""
 
-    builder = StateBuilder
-
-    @classmethod
-    def is_ssm(cls) -> bool:
-        """Whether pages hold states of fixed size."""
-        return True
+    get_name = staticmethod(lambda: "CUSTOM")
+    get_builder_cls = staticmethod(lambda: StateBuilder)
+    is_ssm = classmethod(lambda cls: True)  # pages hold states of fixed size

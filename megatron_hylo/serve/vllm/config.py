@@ -16,7 +16,7 @@ from megatron_hylo.config.mixers.mamba2 import Mamba2
 from megatron_hylo.config.mlps import EXPERTS_SYMBOL
 from megatron_hylo.hf.configuration_hylo import HyloConfig
 from megatron_hylo.serve.vllm import ARCHITECTURE
-from megatron_hylo.serve.vllm.versions import caches_unlike_states
+from megatron_hylo.serve.vllm.versions import CACHES_UNLIKE_STATES
 
 logger = init_logger("vllm.hylo")
 REFERENCE = "hylo_kernels"  # in additional_config: "reference" for this project's torch kernels
@@ -45,11 +45,7 @@ class HyloVllmConfig(HyloConfig):
 
 
 def asks_for_reference(vllm_config: Any) -> bool:
-    """Whether this project's torch kernels are asked for, by additional_config.
-
-    Raises:
-        ConfigError: it asks for other kernels.
-    """
+    """Whether additional_config asks for this project's torch kernels; raises ConfigError where it asks for others."""
     asked = (vllm_config.additional_config or {}).get(REFERENCE)
     if asked not in (None, "reference"):
         raise ConfigError(f"additional_config {REFERENCE} is 'reference', got {asked!r}; leave it out for the fastest kernels")
@@ -63,9 +59,6 @@ def uses_reference(vllm_config: Any) -> bool:
 
 def check_options(vllm_config: Any) -> None:
     """Refuse options that HyLo models are not served with, and that vLLM would not refuse by itself or only later.
-
-    Args:
-        vllm_config: vLLM's VllmConfig; its model is a HyLo model.
 
     Raises:
         ConfigError: names all such options, or the size that tensor parallelism does not divide.
@@ -97,7 +90,7 @@ class HyloVllmUpdate(VerifyAndUpdateConfig):
         if cache.mamba_ssm_cache_dtype == "auto":
             cache.mamba_ssm_cache_dtype = "float32"  # as HyloCache keeps states
         linear = set(config.mixers) & set(LINEAR_SYMBOLS)
-        if (not linear or (Mamba2.symbol in linear and len(linear) > 1)) and not caches_unlike_states():
+        if (not linear or (Mamba2.symbol in linear and len(linear) > 1)) and not CACHES_UNLIKE_STATES:
             cache.enable_prefix_caching, cache.mamba_cache_mode = False, "none"
         reference = uses_reference(vllm_config)
         logger.info("HyLo %s: kernels of linear layers: %s", config.mixers, "reference (torch)" if reference else "vLLM's")

@@ -63,16 +63,7 @@ class HyloGatedDeltaNet(ReferenceMixin, qwen.QwenGatedDeltaNetAttention):
         return self._output_projection(self.convolve_and_recur(qkv, *self.decay_and_strength(hidden_states)), gate)
 
     def step(self, x: Tensor, decay: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Run the recurrence on one request's tokens.
-
-        Args:
-            x: convolved q, k, v, [1, tokens, channels].
-            decay, beta: log decay and writing strength, [1, tokens, heads, ...].
-            state: [1, heads, value channels, key channels], as vLLM's pages have it; None: zeros.
-
-        Returns:
-            [1, tokens, heads, value channels], and the state after them, float32.
-        """
+        """Step over convolved q, k, v with log decays and writing strengths; states [1, heads, value, key channels]."""
         state = None if state is None else state.transpose(-1, -2).float()
         y, after = self.recurrence(*self.heads(x), decay, beta, state, output_final_state=True)
         return y, after.transpose(-1, -2)

@@ -42,8 +42,10 @@ class HyloKimiDeltaAttention(HyloGatedDeltaNet):
         step = F.softplus(self.f_b_proj(self.f_a_proj(x)[0])[0].float() + self.dt_bias)
         return -self.A_log.exp()[:, None] * step.unflatten(-1, (-1, self.head_k_dim)), self.b_proj(x)[0].float().sigmoid()
 
-    def forward_fast(self, hidden_states: Tensor) -> Tensor:
-        """Apply the layer to [tokens, hidden] by vLLM's Triton kernels."""
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Apply the layer to [tokens, hidden] -> the same shape, by vLLM's Triton kernels or the reference."""
+        if self.reference:
+            return self.forward_reference(hidden_states)
         from vllm.third_party.flash_linear_attention.ops.kda import chunk_kda, fused_recurrent_kda
 
         qkv, gate = self.project(hidden_states)

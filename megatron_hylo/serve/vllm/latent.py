@@ -127,10 +127,9 @@ class HyloLatentAttention(nn.Module, AttentionLayerBase):
         return torch.cat([rows, split_scales(scales, latent.dtype)], dim=-1)
 
     def rotate(self, x: Tensor, turns: Tensor) -> Tensor:
-        """Rotate the last channels of x [tokens, (heads,) channels] in place, pairs (2i, 2i + 1), and return x.
+        """Rotate the last channels of x [tokens, (heads,) channels] in place, by `turns`, complex64 [tokens, rotary / 2].
 
-        `turns`, complex64 [tokens, rotary / 2], are the tokens' rotations: as numbers in the complex plane, pairs take three
-        kernels rather than ten, and a third of the traffic.
+        Pairs (2i, 2i + 1) are complex numbers, whose product is three kernels and a third of `apply_rope`'s traffic.
         """
         rotary = x[..., -self.rotary :]
         pairs = torch.view_as_complex(rotary.float().contiguous().unflatten(-1, (-1, 2)))

@@ -39,7 +39,8 @@ class Prefill(NamedTuple):
 def decode_torch(query: Tensor, offset: Tensor | None, cached: Cached, scale: float) -> Tensor:
     """Attend to latents, request by request: query [requests, heads, rank + rotary], absorbed -> [requests, heads, rank].
 
-    offset, fp32 [requests, heads], is added to scores before a key's scale; None where keys have no scales. Zeros for padding.
+    offset, fp32 [requests, heads], is added to scores before a key's scale, None where keys have none; `scale` multiplies all.
+    Outputs have the query's dtype; zeros for padding.
     """
     pages, _, _, rank, groups = cached
     heads, width = query.shape[1:]
@@ -69,23 +70,16 @@ def split_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def prefill_torch(query: Tensor, key: Tensor, value: Tensor, prefill: Prefill, scale: float) -> Tensor:
-    """Causal attention of each request's tokens to all of its: [tokens, heads, qk] -> [tokens, heads, value]."""
+    """Causal attention of each request's tokens to all of its: [tokens, heads, qk] -> [tokens, heads, value].
+
+    key and value are [keys of all requests, KV heads, qk or value]; scale is a factor on the scores.
+    """
     parts = zip(query.split(prefill.queries), key.split(prefill.keys), value.split(prefill.keys))
     return torch.cat([attention(q[None], k[None], v[None], scale)[0] for q, k, v in parts])
 
 
 def prefill_flash(query: Tensor, key: Tensor, value: Tensor, prefill: Prefill, scale: float) -> Tensor:
-    """Attend as `prefill_torch`, by vLLM's FlashAttention, which wants keys and values of one width.
-
-    Args:
-        query: [tokens, heads, qk].
-        key, value: [keys of all requests, KV heads, qk] and [..., value]; the narrower ones are padded with zeros.
-        prefill: of the requests.
-        scale: factor on the scores.
-
-    Returns:
-        [tokens, heads, value].
-    """
+    """Attend as `prefill_torch`, by vLLM's FlashAttention, which wants keys and values of one width: zeros are added."""
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
     channels = value.shape[-1]

@@ -9,17 +9,7 @@ from megatron_hylo.serve.vllm.latent_kernels import Cached
 
 
 def decode_triton(query: Tensor, offset: Tensor | None, cached: Cached, scale: float) -> Tensor:
-    """Attend to latents as `decode_torch`, on a GPU; the grid follows from shapes alone, so it can be captured.
-
-    Args:
-        query: [requests, heads, rank + rotary], absorbed.
-        offset: fp32 [requests, heads], or None where keys have no scales.
-        cached: pages, their table and lengths.
-        scale: factor on the scores.
-
-    Returns:
-        [requests, heads, rank] in the query's dtype; zeros for padding.
-    """
+    """Attend to latents as `decode_torch` does, on a GPU; the grid follows from shapes alone, so it can be captured."""
     (requests, heads, width), (pages, table, lengths, rank, groups) = query.shape, cached
     query, head_blocks = query.contiguous(), triton.cdiv(heads, 16)
     splits = min(64, max(1, triton.next_power_of_2(528 // max(1, requests * head_blocks))))  # 4 programs a multiprocessor

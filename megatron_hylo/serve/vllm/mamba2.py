@@ -43,15 +43,6 @@ class HyloMamba2(ReferenceMixin, MambaMixer2):
         return self.out_proj(self.norm(out.flatten(1), gate))[0]
 
     def step(self, x: Tensor, dt: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Run the recurrence on one request's tokens.
-
-        Args:
-            x: convolved x, B, C, [1, tokens, channels].
-            dt: step sizes, [1, tokens, heads].
-            state: [1, heads, head_dim, state], or None for zeros.
-
-        Returns:
-            [1, tokens, heads, head_dim], and the state after them.
-        """
+        """Step over convolved x, B, C with step sizes dt [1, tokens, heads]; states [1, heads, head_dim, state]."""
         value, state_in, state_out = (part.unflatten(-1, (dt.shape[-1], -1)) for part in self.split_hidden_states_B_C_fn(x))
         return ssd(value, dt, self.A.float(), state_in, state_out, self.D, state, output_final_state=True)

@@ -136,9 +136,5 @@ class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the tensors of an exported folder, all of them; returns the names of the parameters.
-
-        Raises:
-            ConfigError: a tensor is missing or unknown; see `load_tensors`.
-        """
+        """Load the tensors of an exported folder, all of them, as `load_tensors` does; returns the parameters' names."""
         return load_tensors(self.config, dict(self.named_parameters()), weights, default_weight_loader)

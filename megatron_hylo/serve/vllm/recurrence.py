@@ -22,12 +22,15 @@ def states_of(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 class ReferenceMixin:
-    """A linear layer of vLLM that this project's torch kernels compute where `reference` is set, by `forward_reference`."""
+    """A linear layer of vLLM that this project's torch kernels compute where `reference` is set.
+
+    `step` runs the recurrence on a request's tokens: convolved inputs [1, tokens, channels], others [1, tokens, heads, ...], a
+    state as vLLM's pages have it, [1, heads, ...], or None for zeros -> outputs [1, tokens, heads, channels], next state.
+    """
 
     reference: bool
     prefix: str
     conv1d: Any
-    # convolved inputs [1, tokens, channels], other inputs, a state or None -> outputs [1, tokens, heads, channels], next state
     step: Callable[..., tuple[Tensor, Tensor | None]]
     forward_reference: Callable[[Tensor], Tensor]
 
@@ -43,17 +46,12 @@ class ReferenceMixin:
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the layer to [tokens, hidden] -> the same shape."""
-        return self.forward_reference(hidden_states) if self.reference else self.forward_fast(hidden_states)
-
-    def forward_fast(self, hidden_states: Tensor) -> Tensor:
-        """Apply the layer to [tokens, hidden] by vLLM's kernels -> the same shape."""
-        return super().forward(hidden_states)  # type: ignore[misc]
+        return self.forward_reference(hidden_states) if self.reference else super().forward(hidden_states)  # type: ignore[misc]
 
     def convolve_and_recur(self, x: Tensor, *others: Tensor) -> Tensor:
         """Convolve x [tokens, channels] and step over it, request by request, from their states and into them.
 
-        `others` [tokens, ...] are inputs of the step that are not convolved. Returns [tokens, heads, channels], with zeros
-        for padding.
+        `others` [tokens, ...] are inputs of the step that are not convolved. Returns [tokens, heads, channels], 0 for padding.
         """
         metadata = get_forward_context().attn_metadata
         m = StateMetadata([0, len(x)], [0], [False]) if metadata is None else metadata[self.prefix]  # None: vLLM profiles

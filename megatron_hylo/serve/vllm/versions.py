@@ -5,6 +5,8 @@ from typing import Any
 
 from vllm.model_executor.models.interfaces import IsHybrid
 
+CACHES_UNLIKE_STATES = hasattr(IsHybrid, "get_mamba_state_copy_funcs")  # prefixes, for states of several shapes; since 0.30
+
 
 def known(spec: Any, **values: Any) -> dict[str, Any]:
     """Return those of `values` that are fields of a dataclass in this version.
@@ -13,8 +15,3 @@ def known(spec: Any, **values: Any) -> dict[str, Any]:
     more; `num_prefill_checkpoint_blocks` and `prefill_checkpoint_alignment` (states inside a prefill) came with 0.30.
     """
     return {field.name: values[field.name] for field in fields(spec) if field.name in values}
-
-
-def caches_unlike_states() -> bool:
-    """Whether prefixes are cached for layers with states of several shapes; since 0.30."""
-    return hasattr(IsHybrid, "get_mamba_state_copy_funcs")

@@ -90,23 +90,22 @@ def load_tensors(
         raise ConfigError(f"the served model and its table of tensors differ in {sorted(wrong)[:3]}, {len(wrong)} in all")
     target = {source: name for name, sources in table.items() for source in sources}
     waiting: dict[str, dict[str, Tensor]] = {}
-    seen: set[str] = set()
+    left = set(target)
     for source, tensor in weights:
         if source == "lm_head.weight" and config.tie_word_embeddings:
             continue  # the embedding's
-        if source not in target or source in seen:
-            raise ConfigError(f"the folder holds a tensor {source}, which is {'there twice' if source in seen else 'unknown'}")
-        seen.add(source)
+        if source not in left:
+            raise ConfigError(f"the folder holds {source}, which is {'there twice' if source in target else 'unknown'}")
+        left.remove(source)
         name = target[source]
-        parts = waiting.setdefault(name, {})
-        parts[source] = tensor
-        if len(parts) < len(table[name]):
+        waiting.setdefault(name, {})[source] = tensor
+        if len(waiting[name]) < len(table[name]):
             continue
-        del waiting[name]
+        parts = waiting.pop(name)
         value = torch.cat([parts[part] for part in table[name]]) if len(parts) > 1 else tensor
         if ".mamba." in name and name.split(".mamba.")[1] in ("in_proj.weight", "conv1d.weight", "conv1d.bias"):
             value = repeat_mamba_groups(value, name, c)
         getattr(parameters[name], "weight_loader", default)(parameters[name], value)
-    if missing := sorted(set(target) - seen):
-        raise ConfigError(f"the folder lacks {len(missing)} of {len(target)} tensors, as {missing[0]}; export the model again")
+    if left:
+        raise ConfigError(f"the folder lacks {len(left)} of {len(target)} tensors, as {min(left)}; export the model again")
     return set(parameters)

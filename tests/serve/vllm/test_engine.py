@@ -15,7 +15,7 @@ from tests.serve.vllm.models import MODELS, greedy_tokens, make_model
 
 pytest.importorskip("vllm", reason="needs vLLM: make serve-test")
 from megatron_hylo.serve.vllm import backends
-from megatron_hylo.serve.vllm.versions import caches_unlike_states
+from megatron_hylo.serve.vllm.versions import CACHES_UNLIKE_STATES
 
 pytestmark = pytest.mark.vllm
 NEW = 16
@@ -68,7 +68,7 @@ def test_tokens_equal_transformers(name, model, prompts):
 def caches_prefixes(name: str) -> bool:
     """Whether the version caches prefixes of this model: before vLLM 0.30 where all states are alike, and there are some."""
     kinds = set(MODELS[name]["hybrid_layer_pattern"]) & set("GKM")
-    return caches_unlike_states() or bool(kinds) and not ("M" in kinds and len(kinds) > 1)
+    return CACHES_UNLIKE_STATES or bool(kinds) and not ("M" in kinds and len(kinds) > 1)
 
 
 @pytest.mark.parametrize("name", ["mla_gdn", "mla_mamba2", "mla_kda", "aligned_bias_gdn"])
@@ -181,7 +181,7 @@ def right_tokens(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 # before vLLM 0.30 pages of `*` are not padded on CPUs, as they are to be where those of `+` are larger
-THREE = "attention_nine_heads" if caches_unlike_states() else "nine_heads"
+THREE = "attention_nine_heads" if CACHES_UNLIKE_STATES else "nine_heads"
 
 
 @pytest.mark.parametrize("name, ranks", [("aligned_bias_gdn", 2), (THREE, 3)])
