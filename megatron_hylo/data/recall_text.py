@@ -27,6 +27,7 @@ from megatron_hylo.data.recall_wording import (
     SEVERAL,
     SEVERAL_FRAMES,
     THINGS,
+    with_article,
 )
 
 T = TypeVar("T")
@@ -67,6 +68,7 @@ class _Wording(NamedTuple):
         the, secret = article + key, self.secret
         return {
             "key": key, "the": the, "The": article.capitalize() + key, "noun": self.noun,
+            "a": with_article(self.noun) if self.noun else "",
             "secret": secret, "Secret": secret[:1].upper() + secret[1:],
         }  # fmt: skip
 

@@ -1,11 +1,12 @@
 """All wording of the recall exercises that models are trained on: vocabularies, written templates and frames to compose.
 
 It is apart so that an evaluation of recall can be tested to share no template and no key with training (`TEMPLATES`,
-`KEY_WORDS`). A model looks things up only at wordings like those that it learnt at, so most exercises are composed: a noun of
+`KEY_WORDS`). A model looks things up more at wordings like those that it learnt at, so most exercises are composed: a noun of
 what is said about a thing, a frame of the fact and one of the question, any with any.
 
 Placeholders: {key} is a thing's name, {the} the same with an article where it has one, {The} that at a sentence's start; {noun}
-is what is said of it and {secret}, {Secret} what to remember; {value} stands in a fact, {answer} where an answer begins.
+is what is said of it, {a} that after `a` or `an`, and {secret}, {Secret} what to remember; {value} stands in a fact, {answer}
+where an answer begins.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ PEOPLE = (
 )  # fmt: skip
 GOODS = (
     "barley", "beeswax", "cardamom", "cobalt", "damask", "flax", "ginger", "hemp", "juniper", "kelp", "linen", "madder",
-    "mercury", "nutmeg", "onyx", "paprika", "quartz", "resin", "saffron", "tallow", "turpentine", "vanilla", "walnuts", "zinc",
+    "mercury", "nutmeg", "onyx", "paprika", "quartz", "resin", "saffron", "tallow", "turpentine", "vanilla", "wool", "zinc",
 )  # fmt: skip
 EVENTS = (
     "the tide bell rang", "a grey heron crossed the yard", "the night coach arrived", "the signal lamp was lit",
@@ -133,8 +134,8 @@ QUESTION_FRAMES = (
     "SELECT {noun} FROM items WHERE name = '{key}';\n{answer}\n",
     "assert get(\"{key}\").{noun} == \"{answer}\"\n",
 )  # fmt: skip
-# The question's words come again before the answer, as in a whole sentence. A model that has seen few of these goes on with the
-# question where its words come again, since it learns to go on as it went on before.
+# The question's words come again before the answer, as in a whole sentence. Models that had seen few of these often went on
+# with the question where its words came again, perhaps since they had learnt to go on as it went on before.
 RESTATED_QUESTION_FRAMES = (
     "What is the {noun} that {the} has? The {noun} that {the} has is {answer}.",
     "What was the {noun} of {the}, as told above? The {noun} of {the}, as told above, was {answer}.",
@@ -159,7 +160,7 @@ SECRET_FACTS = (
     "Remember this: {secret} is now {value}.",
     "{Secret} has been changed to {value}. Do keep it in mind.",
     "(Note to self: {value} is {secret}.)",
-    "Whatever happens, do not lose {secret}, which is {value}.",
+    "Whatever happens, hold on to {secret}, which is {value}.",
     "{value}: that is {secret} from today on.",
     "NOTICE! {Secret} = {value}",
     "He told her {secret} in a low voice: {value}.",
@@ -189,15 +190,15 @@ SECRET_QUESTIONS = (
     "User: What did they say {secret} was?\nAssistant: They said {secret} was {answer}.\n",
 )  # fmt: skip
 SEVERAL_FRAMES = (
-    ("Listed as a {noun} of {the}: {value}.",
-     ("What is listed as a {noun} of {the}, in order? Listed as a {noun} of {the}, in order: {answer}.",
+    ("Listed as {a} of {the}: {value}.",
+     ("What is listed as {a} of {the}, in order? Listed as {a} of {the}, in order: {answer}.",
       "Q: Name each {noun} of {the}.\nA: {answer}\n")),
     ("{The} was also given the {noun} {value}.",
-     ("Which {noun} was ever given to {the}? In order: {answer}.",
-      "Whenever {the} was given a {noun}, it was one of these: {answer}.")),
+     ("Name every {noun} that was given to {the}, in order: {answer}.",
+      "Whenever {the} was given {a}, it was one of these: {answer}.")),
     ("[add] {key} += {noun} {value}",
      ("[list] {key}, every {noun}: {answer}\n",
-      "What was added as a {noun} to {key}? As a {noun} was added to {key}: {answer}.")),
+      "What was added to {key} as {a}? Added to {key} as {a}: {answer}.")),
 )  # fmt: skip
 
 # facts about a thing and the ways to ask for each: those written for it, or any frame
@@ -206,6 +207,11 @@ FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     *((frame, QUESTION_FRAMES + RESTATED_QUESTION_FRAMES) for frame in FACT_FRAMES),
 )
 SECRET_WORDINGS = tuple((fact, SECRET_QUESTIONS) for fact in SECRET_FACTS)
+
+
+def with_article(noun: str) -> str:
+    """The noun after `a` or `an`."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _echo(fact: str) -> str | None:

@@ -98,6 +98,15 @@ def test_restated_questions_come_again_before_the_answer():
     assert 0.15 < sum(restated) / len(restated) < 0.35
 
 
+def test_a_noun_has_the_article_that_it_takes():
+    """No `a alias`: facts and questions about several values of any noun."""
+    exercises = Exercises(random.Random(10))
+    made = [exercises.make("several_values", 3) for _ in range(500)]
+    texts = " ".join(text for one in made for text in (*one.facts, *(question.text for question in one.questions)))
+    assert re.search(r"\ban (alias|entry|index) ", texts) and re.search(r"\ba (tag|seal|lot) ", texts)
+    assert not re.findall(r"\b[Aa] [aeiou]\w*|\b[Aa]n [^aeiou]\w*", texts)
+
+
 def test_names_and_values_are_of_all_kinds():
     exercises = Exercises(random.Random(7))
     parsed = [parse_fact(fact)[1] for _ in range(1400) for fact in exercises.make("key_value", 2).facts]

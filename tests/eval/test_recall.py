@@ -137,6 +137,7 @@ def ruler_templates() -> dict[str, str]:
 def training_texts() -> list[str]:
     """All templates of the exercises, each with every noun and secret."""
     nouns, secrets = [("{noun}", noun) for noun in training.NOUNS], [("{secret}", secret) for secret in training.SECRETS]
+    nouns += [("{a}", training.with_article(noun)) for noun in training.NOUNS]
     secrets += [("{Secret}", secret) for secret in training.SECRETS]
     found = []
     for text in training.TEMPLATES:
