@@ -99,6 +99,7 @@ def _is_set(name: str, value: str | None = None) -> Callable[[], bool]:
 
 
 _PREPARATION = "vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv"
+_DECODING = "vllm.third_party.flash_linear_attention.ops.fused_recurrent"
 _VLLM_GDN = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
 _CPU_TARGETS = {
     "current_device": ("torch.cuda.current_device",),
@@ -368,6 +369,15 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         lambda: _loaded(_PREPARATION, "_fused_post_conv_kernel", "values") is not None,  # of triton.heuristics
         ("serve/vllm/gdn.py",),
         ("vllm.third_party.flash_linear_attention.ops.fused_gdn_prefill_post_conv._fused_post_conv_kernel",),
+    ),
+    ThirdPartyChange(
+        "enough warps for decode steps of vLLM's Gated DeltaNet",
+        f"{_DECODING}.fused_recurrent_gated_delta_rule_packed_decode_kernel, in processes of vLLM",
+        "its one warp has too few registers for a block of a state of 256 key channels",
+        "process",
+        lambda: _loaded(_DECODING, "fused_recurrent_gated_delta_rule_packed_decode_kernel", "values") is not None,
+        ("serve/vllm/gdn.py",),
+        (f"{_DECODING}.fused_recurrent_gated_delta_rule_packed_decode_kernel",),
     ),
     ThirdPartyChange(
         "long prompts to tune vLLM's Gated DeltaNet with",
