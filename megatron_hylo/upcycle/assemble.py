@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.config.layer import Shape
 from megatron_hylo.config.mixers import ATTENTION_SYMBOL, COPIED_SYMBOLS, LINEAR_SYMBOLS, MLA_SYMBOL, get_mixer
-from megatron_hylo.config.tensor_names import Shape, tensor_names
+from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.initialise.registry import CalibrationStatistics, get_initialiser
 
 Read = Callable[[str], Tensor]  # canonical name -> CPU tensor
