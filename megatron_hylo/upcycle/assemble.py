@@ -7,7 +7,7 @@ computed when it is asked for, so that a writer can stream.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -103,23 +103,6 @@ def upcycled(
         return _checked(read_teacher, name, shapes[name])
 
     return read
-
-
-def upcycle_state(
-    read_teacher: Read,
-    teacher_config: ModelConfig,
-    student_config: ModelConfig,
-    initialiser: str = "paper",
-    seed: int = 0,
-    statistics: Mapping[int, CalibrationStatistics] | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of all that `upcycled` reads, in the order of `tensor_names(student_config)`; same arguments.
-
-    Raises:
-        ConfigError: as `upcycled`, at the call; as its reader, while the tensors are read.
-    """
-    read = upcycled(read_teacher, teacher_config, student_config, initialiser, seed, statistics)
-    return ((name, read(name)) for name in tensor_names(student_config))
 
 
 def assembled(mla: Source, linear: Source, base: Source, target_config: ModelConfig) -> Read:
