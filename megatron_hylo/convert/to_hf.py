@@ -26,18 +26,17 @@ from megatron_hylo.models.gather import GatheredModel
 from megatron_hylo.models.hylo_model import HyloModel
 
 
-def hf_tensors(model: HyloModel | GatheredModel, track: Track = no_progress) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(model: HyloModel | GatheredModel) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) of a whole Megatron model, contiguous, on the CPU, in the parameters' dtypes.
 
     Args:
         model: not divided over ranks.
-        track: progress display over an iterable.
 
     Raises:
         ConfigError: a tensor holds NaN or infinite values.
     """
     parameters = dict(model.named_parameters())
-    for entry in track(model_entries(model.config.hylo), "write tensors"):
+    for entry in model_entries(model.config.hylo):
         for name, tensor in zip(entry.hugging_face, entry.split(parameters[entry.megatron].detach())):
             if not is_finite(tensor):
                 raise ConfigError(
