@@ -255,6 +255,19 @@ def test_a_message_has_a_time_to_be_whole():
     link.sock.close()
 
 
+@pytest.mark.parametrize(
+    ("x", "sent"),
+    [(torch.zeros(2, dtype=torch.float16), "torch.float16 of 1"), (torch.zeros(1, 1, 1, 1), "torch.float32 of 4")],
+)
+def test_what_the_protocol_does_not_carry_is_named_and_nothing_is_sent(x, sent):
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()) as theirs:
+        link = Link(listening.accept()[0], 30)
+        with pytest.raises(ValueError, match=f"cannot send {sent} dimensions: .* one of torch.uint8, .*bfloat16"):
+            link.send(HIDDEN, x)
+        link.sock.close()
+        assert theirs.recv(1) == b""
+
+
 def test_strangers_have_a_time_to_prove_themselves(monkeypatch):
     from megatron_hylo.teachers import remote_listener
 
