@@ -285,7 +285,7 @@ def _upcycle(teacher: Path, hybrid: Path, linear: str, init: str, output: Path, 
     layout = LAYOUT[init, linear]
     if has_manifest(hybrid):
         config, description = read_description(hybrid)
-        if config.mixers != get_layout(layout).config.mixers or description["provenance"]["init"] != init:
+        if config.mixers != get_layout(layout).config.mixers or description["provenance"].get("init") != init:
             raise ConfigError(f"{hybrid} is another model than {layout}, {init}; give another --output for it")
         return
     with session():

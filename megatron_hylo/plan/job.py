@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_hylo.config.recipe_lines import FAMILIES, STAGES
 from megatron_hylo.config.recipes import DEFAULT_LAYOUT, recipe
 from megatron_hylo.config.settings_parser import SettingsParser
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.io import read_json
 from megatron_hylo.plan.yaml_files import read_yaml
 
 GIVEN_LATER = "-"  # stands for a path that a recipe leaves out
@@ -101,6 +101,16 @@ def recipe_text(what: str, stage: str) -> str:
     return recipe(what, stage)
 
 
+def folder_shape(file: Path) -> ModelConfig:
+    """Configuration in hylo.json of a model folder, whose other files need not be there.
+
+    Raises:
+        ConfigError: a key that is unknown or missing, or another kind of value.
+        DamagedError: no JSON with a model.
+    """
+    return from_dict(ModelConfig, read_json(file, ("model",))["model"], str(file))
+
+
 def shape(name: str) -> ModelConfig:
     """Configuration of a layout, a base model, a model folder or `hf:PATH`; "NAME:GGMM..." has these mixers, not its own.
 
@@ -115,7 +125,7 @@ def shape(name: str) -> ModelConfig:
     if name in BASES:
         found = BASES[name]
     elif (folder := Path(name).expanduser() / "hylo.json").is_file():
-        found = from_dict(ModelConfig, json.loads(folder.read_text())["model"], str(folder))
+        found = folder_shape(folder)
     elif name in LAYOUTS or not Path(name).exists():
         found = get_layout(name).config
     else:
