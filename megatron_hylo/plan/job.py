@@ -12,7 +12,7 @@ from jsonargparse import ArgumentError
 from megatron_hylo.config import ConfigError, ModelConfig, from_dict, interleaved
 from megatron_hylo.config.layouts import BASES, LAYOUTS, get_layout
 from megatron_hylo.config.paths import hugging_face_folder, plain_path
-from megatron_hylo.config.recipe_lines import FAMILIES, STAGES
+from megatron_hylo.config.recipe_families import FAMILIES, STAGES
 from megatron_hylo.config.recipes import DEFAULT_LAYOUT, recipe
 from megatron_hylo.config.settings_parser import SettingsParser
 from megatron_hylo.config.train import TrainConfig
@@ -50,7 +50,7 @@ def read_job(
 
     Args:
         what: recipe file, or a named layout.
-        stage: of the layout's recipe, a key of `config.recipe_lines.STAGES`.
+        stage: of the layout's recipe, a key of `config.recipe_families.STAGES`.
         student, teacher: layout, base model or model folder; by default those of the recipe's paths, else of its name.
         changes: settings that override the recipe's.
 
