@@ -29,7 +29,8 @@ from megatron_hylo.models.frozen import as_frozen
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.teachers.entropy_coding import compress_block, decompress_block
 from megatron_hylo.teachers.hidden_codec import HiddenCodec, fit_axes, fit_step, token_kl
-from megatron_hylo.teachers.store import BLOCK, SegmentReader, fit_sample
+from megatron_hylo.teachers.store import BLOCK
+from megatron_hylo.teachers.store_writer import SegmentReader, fit_sample
 
 COLUMNS = ("stored", "bytes a token", "mean KL", "99 % below", "largest", "read, tokens/s")
 

@@ -26,7 +26,7 @@ from report import device_name, draw_panels, free_memory, line, report
 
 from megatron_hylo.calibrate.gather import calibrate
 from megatron_hylo.cli.boundary import plain_errors
-from megatron_hylo.cli.quickstart import BUDGETS, stage_config
+from megatron_hylo.cli.quickstart_budgets import BUDGETS, stage_config
 from megatron_hylo.config.layouts import get_layout, kv_percent
 from megatron_hylo.config.train import CheckpointSettings, LoggingSettings
 from megatron_hylo.config.upcycle import UpcycleConfig

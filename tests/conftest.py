@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_hylo.config import ModelConfig
+from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.platform.distributed import session
 
@@ -150,6 +151,16 @@ def folder_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
             parts = {"down_proj": one} if last == "down_proj" else dict(zip(("gate_proj", "up_proj"), one.chunk(2)))
             found |= {f"{place}.{number}.{part}.weight": part_of for part, part_of in parts.items()}
     return found
+
+
+@torch.no_grad()
+def fill_model(model: HyloModel, read: Callable[[str], torch.Tensor]) -> None:
+    """Fill a whole model with tensors by their Hugging Face names, as the conversion's table joins them."""
+    entries = {entry.megatron: entry for entry in model_entries(model.config.hylo)}
+    for name, parameter in model.named_parameters():
+        tensor = entries[name].merge([read(n) for n in entries[name].hugging_face])
+        assert tensor.shape == parameter.shape, name
+        parameter.copy_(tensor)
 
 
 def tiny_config(pattern: str = "G-+-M-*-", **changes) -> ModelConfig:

@@ -11,19 +11,18 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from megatron_hylo.calibrate.gather import calibrate
+from megatron_hylo.cli.quickstart_budgets import BUDGETS, Budget, stage_config
 from megatron_hylo.cli.quickstart_report import next_commands, plot_quickstart, quality_rows, write_report
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import get_layout, kv_bytes_per_token, kv_percent
-from megatron_hylo.config.train import AlignSettings, CheckpointSettings, LoggingSettings, OptimizerSettings, TrainConfig
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
@@ -56,47 +55,6 @@ ALIGN_LOSS = {
     "mse": "normalised error of its mixer's output",
     "ild": "Enhanced ILD",
     "sequential": "distance of the hidden states it makes",
-}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much a quickstart trains: on a CPU so much that all ends within 15 minutes."""
-
-    sequence_length: int
-    align_batch_size: int
-    distil_batch_size: int
-    micro_batch_size: int
-    calibration_tokens: int
-    calibration_length: int
-    sequential: bool  # let calibrated layers correct those before them
-    align_loss: Literal["mse", "ild", "sequential"]
-    align_tokens: int
-    distil_tokens: int
-    eval_windows: int
-    precision: Literal["bf16", "fp32"]
-    align_mixer_lr: float
-    mixer_lr: float
-    lr: float
-    cuda_graphs: bool = False
-
-
-CPU = Budget(
-    sequence_length=256, align_batch_size=2, distil_batch_size=2, micro_batch_size=2, calibration_tokens=16_384,
-    calibration_length=512, sequential=False, align_loss="mse", align_tokens=4_096, distil_tokens=18_432,
-    eval_windows=8, precision="fp32", align_mixer_lr=1.25e-4, mixer_lr=1.25e-4, lr=1e-4,
-)  # fmt: skip
-GPU = Budget(
-    sequence_length=2048, align_batch_size=8, distil_batch_size=8, micro_batch_size=8, calibration_tokens=262_144,
-    calibration_length=2048, sequential=False, align_loss="mse", align_tokens=655_360,
-    distil_tokens=16_777_216, eval_windows=128, precision="bf16", align_mixer_lr=1e-3, mixer_lr=1e-3, lr=2e-4,
-    cuda_graphs=True,
-)  # fmt: skip
-BUDGETS = {  # the paper's start has further to go: larger steps, a longer stage 1
-    ("cpu", "calibrated"): CPU,
-    ("cpu", "paper"): replace(CPU, align_loss="ild", align_tokens=6_144, align_mixer_lr=2e-3, mixer_lr=1e-3, lr=5e-4),
-    ("cuda", "calibrated"): GPU,
-    ("cuda", "paper"): replace(GPU, align_loss="ild", align_tokens=655_360, align_mixer_lr=2e-3),
 }
 
 
@@ -285,7 +243,7 @@ def _upcycle(teacher: Path, hybrid: Path, linear: str, init: str, output: Path, 
     layout = LAYOUT[init, linear]
     if has_manifest(hybrid):
         config, description = read_description(hybrid)
-        if config.mixers != get_layout(layout).config.mixers or description["provenance"]["init"] != init:
+        if config.mixers != get_layout(layout).config.mixers or description["provenance"].get("init") != init:
             raise ConfigError(f"{hybrid} is another model than {layout}, {init}; give another --output for it")
         return
     with session():
@@ -319,48 +277,6 @@ def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output
                 found["paper_init"] = quality(load_model(Path(scratch) / "paper", params_dtype=dtype), reference)
         _record(output, **found)
     return _results(output)
-
-
-def stage_config(
-    stage: Literal["align", "distil"], budget: Budget, model: Path, teacher: Path, data: Path, output: Path, tokens: int
-) -> TrainConfig:
-    """The settings of one stage within a budget.
-
-    Args:
-        stage: "align" or "distil".
-        budget: how to train.
-        model, teacher, data: folders to start from.
-        output: folder of runs; this one goes into OUTPUT/STAGE.
-        tokens: of this stage.
-    """
-    align = stage == "align"
-    batch = budget.align_batch_size if align else budget.distil_batch_size
-    quarter = max(1, tokens // (batch * budget.sequence_length) // 4)
-    return TrainConfig(
-        stage=stage,
-        data=str(data),
-        output=str(output / stage),
-        model=str(model),
-        teacher=str(teacher),
-        sequence_length=budget.sequence_length,
-        global_batch_size=batch,
-        micro_batch_size=budget.micro_batch_size,
-        train_tokens=tokens,
-        trainable="mixers" if align else "all",
-        align=AlignSettings(loss=budget.align_loss),
-        precision=budget.precision,
-        cuda_graphs=budget.cuda_graphs,
-        optimizer=OptimizerSettings(
-            lr=budget.lr,
-            mixer_lr=budget.align_mixer_lr if align else budget.mixer_lr,
-            warmup_ratio=0.05,
-            min_lr_ratio=0.05,
-        ),
-        eval_windows=budget.eval_windows,
-        eval_interval=0 if align else quarter,
-        checkpoint=CheckpointSettings(save_interval=quarter, keep=1, async_save=False),  # without memory for copies
-        logging=LoggingSettings(log_interval=5),
-    )
 
 
 def _results(output: Path) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def cache_teacher(
     with model_imports():
         from megatron_hylo.config import ParallelConfig
         from megatron_hylo.platform.distributed import is_main, session
-        from megatron_hylo.teachers.store import write_store
+        from megatron_hylo.teachers.store_writer import write_store
 
     parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
     with session(parallel):

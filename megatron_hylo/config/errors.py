@@ -22,8 +22,10 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
         where: what to call the source in an error message (a file name, an option).
 
     Raises:
-        ConfigError: an unknown key, or a required one that is missing.
+        ConfigError: no mapping, an unknown key, or a required one that is missing.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} must be a mapping of {cls.__name__}'s fields to values, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:

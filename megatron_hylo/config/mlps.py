@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 import abc
-import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from megatron_hylo.config.errors import ConfigError
-from megatron_hylo.config.mixers.base import Matrix, Shape, trained_matrices
+from megatron_hylo.config.layer import LayerDescription, Shape
 
 if TYPE_CHECKING:
     from megatron_hylo.config.model import ModelConfig
     from megatron_hylo.config.parallel import ParallelConfig
 
-JOINED = ("gate_proj", "up_proj")  # projections of a SwiGLU that are one matrix in training
 
+class MlpDescription(LayerDescription):
+    """Description of one kind of MLP."""
 
-class MlpDescription(abc.ABC):
-    """Description of one kind of MLP, in numbers. Subclasses hold no state; `config` is the model the MLP belongs to."""
-
-    symbol: ClassVar[str]  # one character of a pattern
-    name: ClassVar[str]  # in messages
-
-    @abc.abstractmethod
-    def check(self, config: ModelConfig) -> None:
-        """Raise ConfigError where the model's sizes do not suit this MLP."""
-
-    @abc.abstractmethod
-    def tensors(self, config: ModelConfig) -> dict[str, Shape]:
-        """Hugging Face names, e.g. "mlp.gate_proj.weight", and shapes."""
-
-    def parameters(self, config: ModelConfig) -> int:
-        """Number of parameters, without the layer norm before the MLP."""
-        return sum(math.prod(shape) for shape in self.tensors(config).values())
-
-    def matrices(self, config: ModelConfig) -> list[Matrix]:
-        """Weight matrices of a layer as they are trained: gate and up, which are computed in one product, are one."""
-        return trained_matrices(self.tensors(config), JOINED)
+    joined = ("gate_proj", "up_proj")
 
     def expert_parameters(self, config: ModelConfig) -> int:
         """Number of those parameters that expert parallelism divides."""
@@ -46,22 +26,12 @@ class MlpDescription(abc.ABC):
     def active_parameters(self, config: ModelConfig) -> int:
         """Number of parameters that a token is multiplied with."""
 
-    @abc.abstractmethod
-    def kept_numbers(self, config: ModelConfig, ranks: int) -> float:
-        """Numbers a token that one of `ranks` tensor-parallel ranks keeps for the backward pass, the norm's output included."""
-
-    @abc.abstractmethod
-    def tensor_parallel_counts(self, config: ModelConfig) -> dict[str, int]:
-        """Fields whose counts the tensor-parallel size must divide."""
-
 
 class SwiGlu(MlpDescription):
     """SwiGLU without biases: down(silu(gate(x)) up(x)), `ffn_hidden_size` wide."""
 
     symbol, name = "-", "MLP"
-
-    def check(self, config: ModelConfig) -> None:
-        """Any width works."""
+    tensor_parallel_fields = ("ffn_hidden_size",)
 
     def tensors(self, config: ModelConfig) -> dict[str, Shape]:
         """Its three matrices."""
@@ -75,15 +45,13 @@ class SwiGlu(MlpDescription):
         """Norm's output; both halves of SwiGLU and their product."""
         return config.hidden_size + 3 * config.ffn_hidden_size / ranks
 
-    def tensor_parallel_counts(self, config: ModelConfig) -> dict[str, int]:
-        """The width."""
-        return {"ffn_hidden_size": config.ffn_hidden_size}
-
 
 class MixtureOfExperts(MlpDescription):
     """Router and `num_moe_experts` SwiGLUs of `moe_ffn_hidden_size`, of which each token goes through `moe_router_topk`."""
 
     symbol, name = "E", "mixture of experts"
+    tensor_parallel_fields = ()  # an expert is whole on its rank
+    size_fields = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")
 
     def check(self, config: ModelConfig) -> None:
         """Check that sizes are positive, a token's experts are there, and the router gets a gradient.
@@ -91,9 +59,7 @@ class MixtureOfExperts(MlpDescription):
         Raises:
             ConfigError: one of them does not hold.
         """
-        for field in ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk"):
-            if getattr(config, field) < 1:
-                raise ConfigError(f"{self.name} layer `E` needs {field} >= 1, got {getattr(config, field)}")
+        super().check(config)
         if config.moe_router_topk > config.num_moe_experts:
             raise ConfigError(
                 f"moe_router_topk {config.moe_router_topk} is more than num_moe_experts {config.num_moe_experts}; a token goes "
@@ -133,10 +99,6 @@ class MixtureOfExperts(MlpDescription):
         c = config
         each = 2 * c.hidden_size + 3 * c.moe_ffn_hidden_size
         return c.hidden_size + (2 * c.num_moe_experts + c.moe_router_topk * each) / ranks
-
-    def tensor_parallel_counts(self, config: ModelConfig) -> dict[str, int]:
-        """None: an expert is whole on its rank."""
-        return {}
 
 
 def _swiglu(prefix: str, hidden: int, ffn: int) -> dict[str, Shape]:

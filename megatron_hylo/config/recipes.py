@@ -13,7 +13,8 @@ from pathlib import Path
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import LAYOUTS, get_layout
-from megatron_hylo.config.recipe_lines import FAMILIES, SCRIPTED, STAGES, Recipe
+from megatron_hylo.config.recipe_families import FAMILIES, SCRIPTED, STAGES
+from megatron_hylo.config.recipe_lines import Recipe
 
 DEFAULT_LAYOUT = "llama3.2-1b-4mla12gdn"
 

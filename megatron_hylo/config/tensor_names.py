@@ -6,7 +6,8 @@ from here, so that it is written down once.
 """
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.config.mixers import Shape, get_mixer
+from megatron_hylo.config.layer import Shape
+from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.config.mlps import get_mlp
 
 

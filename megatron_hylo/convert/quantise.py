@@ -98,6 +98,8 @@ def export_quantised(
             tokenizer, compressed-tensors not installed, or transformers reads another model in what was written.
     """
     check_free(output, overwrite, [source, calibration_data])
+    if quantize not in FORMATS:
+        raise ConfigError(f"quantize {quantize!r} is no format; use one of {', '.join(FORMATS)}")
     form = FORMATS[quantize]
     compressor = Compressor(form)
     model, _ = open_model(source)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Iterator
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
@@ -15,7 +14,7 @@ from megatron_hylo.convert.hf_config import HYLO_MODEL_TYPE, hf_config_from_mode
 from megatron_hylo.convert.hf_reader import open_source
 from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.model_card import NO_FACTS, CardFacts, model_card
-from megatron_hylo.convert.safetensors_reader import SINGLE, is_finite
+from megatron_hylo.convert.safetensors_reader import is_finite
 from megatron_hylo.convert.streaming import SHARD_BYTES, Safetensors, model_groups, shards_of
 from megatron_hylo.convert.token_ids import stored_token_ids
 from megatron_hylo.convert.verify import require_equal
@@ -27,18 +26,17 @@ from megatron_hylo.models.gather import GatheredModel
 from megatron_hylo.models.hylo_model import HyloModel
 
 
-def hf_tensors(model: HyloModel | GatheredModel, track: Track = no_progress) -> Iterator[tuple[str, Tensor]]:
+def hf_tensors(model: HyloModel | GatheredModel) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) of a whole Megatron model, contiguous, on the CPU, in the parameters' dtypes.
 
     Args:
         model: not divided over ranks.
-        track: progress display over an iterable.
 
     Raises:
         ConfigError: a tensor holds NaN or infinite values.
     """
     parameters = dict(model.named_parameters())
-    for entry in track(model_entries(model.config.hylo), "write tensors"):
+    for entry in model_entries(model.config.hylo):
         for name, tensor in zip(entry.hugging_face, entry.split(parameters[entry.megatron].detach())):
             if not is_finite(tensor):
                 raise ConfigError(
@@ -46,12 +44,6 @@ def hf_tensors(model: HyloModel | GatheredModel, track: Track = no_progress) -> 
                     "an earlier checkpoint, or make the model again"
                 )
             yield name, tensor.cpu().contiguous()
-
-
-def write_hf_folder(model: HyloModel, folder: Path, tokenizer: Path | None, track: Track = no_progress) -> None:
-    """Write a whole model that is in memory, with all of its files, into an existing folder; its weights are one file."""
-    save_file(dict(hf_tensors(model, track)), folder / SINGLE, metadata={"format": "pt"})
-    add_files(model.config.hylo, model.config.params_dtype, folder, tokenizer)
 
 
 def add_files(config: ModelConfig, dtype: torch.dtype, folder: Path, tokenizer: Path | None) -> None:

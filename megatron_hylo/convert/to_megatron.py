@@ -1,17 +1,12 @@
 """Conversion of a Hugging Face folder or GGUF file to a Megatron model folder."""
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.config import ModelConfig
 from megatron_hylo.convert.folder_source import FolderSource
 from megatron_hylo.convert.hf_reader import open_source
-from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.streaming import SHARD_BYTES
 from megatron_hylo.convert.token_ids import GENERATION_CONFIG, generation_settings
 from megatron_hylo.convert.verify import require_equal
@@ -22,33 +17,6 @@ from megatron_hylo.io.foreign import load_transformers
 from megatron_hylo.io.gguf_file import gguf_file
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.io.provenance import made_by
-from megatron_hylo.models.hylo_model import HyloModel
-
-
-def fill_model(model: HyloModel, config: ModelConfig, read: Callable[[str], Tensor], track: Track = no_progress) -> None:
-    """Copy Hugging Face tensors into a whole (unsharded) Megatron model.
-
-    Args:
-        model: built with every parallel size 1.
-        config: its configuration.
-        read: Hugging Face name -> tensor.
-        track: progress display over an iterable.
-
-    Raises:
-        ConfigError: a tensor has another shape, or the model has parameters that nothing fills.
-    """
-    parameters = dict(model.named_parameters())
-    unfilled = set(parameters)
-    with torch.no_grad():
-        for entry in track(model_entries(config), "convert tensors"):
-            tensor = entry.merge([read(name) for name in entry.hugging_face])
-            target = parameters[entry.megatron]
-            if tensor.shape != target.shape:
-                raise ConfigError(f"{' + '.join(entry.hugging_face)}: {list(tensor.shape)} does not fit {list(target.shape)}")
-            target.copy_(tensor)
-            unfilled.discard(entry.megatron)
-    if unfilled:
-        raise ConfigError(f"nothing in the checkpoint fills {sorted(unfilled)[0]}")
 
 
 def convert_hf_to_megatron(

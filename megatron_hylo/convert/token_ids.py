@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.hf_config import TOKEN_IDS
+from megatron_hylo.convert.hf_keys import TOKEN_IDS
 from megatron_hylo.io.gguf_file import gguf_file, gguf_token_ids
 
 GENERATION_CONFIG = "generation_config.json"

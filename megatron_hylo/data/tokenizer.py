@@ -8,7 +8,7 @@ embedding.
 import functools
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,18 +136,18 @@ def check_ids(ids: Tensor | int, vocab_size: int, data: str | Path, model: str |
     """Refuse token ids outside a model's vocabulary before they reach its embedding.
 
     Args:
-        ids: all of them, or the largest.
+        ids: all of them, or the one that lies outermost.
         vocab_size: rows of the embedding.
         data, model: where they are from, and whose embedding it is, for the message.
 
     Raises:
         ConfigError: there is one.
     """
-    largest = int(ids.max()) if isinstance(ids, Tensor) else ids
-    if largest >= vocab_size:
+    low, high = (int(found) for found in torch.aminmax(ids)) if isinstance(ids, Tensor) else (ids, ids)
+    if low < 0 or high >= vocab_size:
         raise ConfigError(
-            f"{data} holds token id {largest}, the vocabulary of {model} has {vocab_size} (0 to {vocab_size - 1}); "
-            f"preprocess with that model's tokenizer"
+            f"{data} holds token id {low if low < 0 else high}, the vocabulary of {model} has {vocab_size} "
+            f"(0 to {vocab_size - 1}); preprocess with that model's tokenizer"
         )
 
 
@@ -182,18 +182,18 @@ def check_dataset_ids(data: str | Path, vocab_size: int, model: str | Path) -> N
     if "largest_token_id" in described:
         check_ids(described["largest_token_id"], vocab_size, data, model)
     elif described.get("vocab_size", vocab_size + 1) > vocab_size:
-        check_ids(_largest_stored(data), vocab_size, data, model)
+        for outermost in _outermost_stored(data):
+            check_ids(outermost, vocab_size, data, model)
 
 
-def _largest_stored(data: str | Path) -> int:
-    """Largest id in the files of a dataset folder; -1 where there is none."""
-    found = -1
+def _outermost_stored(data: str | Path) -> Iterator[int]:
+    """Smallest and largest id of each `SCAN` tokens in the files of a dataset folder."""
     for split in ("train", "heldout"):
         prefix = str(Path(data) / split)
         if IndexedDataset.exists(prefix):
             tokens = np.memmap(f"{prefix}.bin", IndexedDataset(prefix).index.dtype, "r")
-            found = max([found, *(int(tokens[i : i + SCAN].max()) for i in range(0, len(tokens), SCAN))])
-    return found
+            for part in (tokens[i : i + SCAN] for i in range(0, len(tokens), SCAN)):
+                yield from (int(part.min()), int(part.max()))
 
 
 def _two(one: str | Path, other: str | Path) -> tuple[Vocabulary, Vocabulary] | None:

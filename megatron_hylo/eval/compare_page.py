@@ -11,7 +11,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import short_names
 from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.eval.compare import SUITES, Difference, Row
-from megatron_hylo.eval.page import details, paragraph, section, table, write_page
+from megatron_hylo.eval.page import cell, details, paragraph, section, table, write_page
 from megatron_hylo.eval.plots import draw_differences, draw_svg
 from megatron_hylo.eval.results import EvalResult
 from megatron_hylo.eval.results_page import (
@@ -208,8 +208,4 @@ def _tasks(names: Sequence[str], rows: Sequence[Row], shown: Sequence[Row]) -> I
 def _facts(names: Sequence[str], results: Sequence[EvalResult]) -> str:
     every = [flatten({"model": result.model, "run": result.run}) for result in results]
     keys = dict.fromkeys(key for found in every for key in found)
-    return table(["", *names], [[key, *(_text(found.get(key, "")) for found in every)] for key in keys], text=True)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return table(["", *names], [[key, *(cell(found.get(key, "")) for found in every)] for key in keys], text=True)

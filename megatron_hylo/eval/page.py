@@ -1,13 +1,15 @@
 """Building blocks of the self-contained HTML pages: everything is inside one file, and nothing is loaded from elsewhere."""
 
+import json
 from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from megatron_hylo.eval.theme import DARK, LIGHT, Theme
 
-__all__ = ["blockquote", "code", "details", "escape", "paragraph", "section", "table", "write_page"]
+__all__ = ["blockquote", "cell", "code", "details", "escape", "paragraph", "section", "table", "write_page"]
 
 
 def _variables(theme: Theme, soft: str) -> str:
@@ -94,6 +96,11 @@ def table(
     body = "".join(f"<tr>{line}</tr>\n" for line in lines)
     top = "" if plain else f"<thead><tr>{titles}</tr></thead>"
     return f"<table{' class=text' if text else ''}>{top}<tbody>\n{body}</tbody></table>"
+
+
+def cell(value: Any) -> str:
+    """A setting or fact as plain text: strings as they are, all else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def write_page(file: Path, title: str, parts: Iterable[str]) -> Path:

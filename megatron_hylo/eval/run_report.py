@@ -4,7 +4,6 @@ Only files of the run folders are read: config.json, metrics.jsonl, history.json
 a run does not have, such as the model of one that is not finished, is left out of the page.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import short_names
-from megatron_hylo.eval.page import details, paragraph, section, table, write_page
+from megatron_hylo.eval.page import cell, details, paragraph, section, table, write_page
 from megatron_hylo.eval.plots import Curve, draw_buckets, draw_curves, draw_svg, short_number
 from megatron_hylo.eval.runs import Run, differing, read_run, run_folders, run_state
 
@@ -215,7 +214,7 @@ def _settings(runs: Sequence[Run]) -> str:
 
 
 def _changes(runs: Sequence[Run]) -> Iterable[str]:
-    rows = [(run.name, *(f"{key}: {_text(value)}" for key, value in change.items())) for run in runs for change in run.changes]
+    rows = [(run.name, *(f"{key}: {cell(value)}" for key, value in change.items())) for run in runs for change in run.changes]
     if rows:
         width = max(map(len, rows))
         yield section(
@@ -241,15 +240,11 @@ def _provenance(runs: Sequence[Run]) -> Iterable[str]:
 
 
 def _rows(names: Iterable[str], values: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    return [(name, *(_text(value.get(name, "")) for value in values)) for name in names]
+    return [(name, *(cell(value.get(name, "")) for value in values)) for name in names]
 
 
 def _padded(row: tuple[str, ...], width: int) -> tuple[str, ...]:
     return (*row, *[""] * (width - len(row)))
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _number(value: float | None) -> str:

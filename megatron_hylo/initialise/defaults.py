@@ -11,11 +11,9 @@ import torch
 from torch import Generator, Tensor
 
 from megatron_hylo.config import ModelConfig
+from megatron_hylo.config.layer import Shape
 from megatron_hylo.config.mixers import get_mixer
-from megatron_hylo.config.mixers.gdn import GatedDeltaNet
-from megatron_hylo.config.mixers.kda import KimiDeltaAttention
 from megatron_hylo.config.mixers.mamba2 import Mamba2
-from megatron_hylo.config.tensor_names import Shape
 
 
 def uniform_fan_in(shape: Shape, generator: Generator, fan_in: int | None = None) -> Tensor:
@@ -101,44 +99,24 @@ def mamba2_defaults(config: ModelConfig, generator: Generator) -> dict[str, Tens
     }
 
 
-def gated_delta_net_defaults(config: ModelConfig, generator: Generator) -> dict[str, Tensor]:
-    """A Gated DeltaNet mixer as fla's layer makes it: A uniform in (0, 16], norm 1, Linear and Conv1d of torch's defaults.
+def delta_rule_defaults(symbol: str, config: ModelConfig, generator: Generator) -> dict[str, Tensor]:
+    """A Gated DeltaNet or KDA mixer as fla makes it: A uniform in the mixer's range, norm 1, torch's defaults elsewhere.
 
     Args:
+        symbol: `G`, whose A is in (0, 16] and which has a step size for each head, or `K`: [1, 16], one for each key channel.
         config: of the student.
         generator: CPU generator to draw from.
 
     Returns:
-        All tensors of `get_mixer("G").tensors(config)`, fp32.
+        All tensors of `get_mixer(symbol).tensors(config)`, fp32.
     """
-    shapes, heads = get_mixer("G").tensors(config), config.linear_num_heads
-    drawn = _projections(shapes, generator) | {
-        "linear_attn.A_log": log_decay_rate(heads, GatedDeltaNet.decay_range, generator),
-        "linear_attn.dt_bias": inverse_softplus_step(heads, generator),
-        "linear_attn.o_norm.weight": torch.ones(config.linear_value_head_dim),
-    }
-    return {name: drawn[name] for name in shapes}
-
-
-def kda_defaults(config: ModelConfig, generator: Generator) -> dict[str, Tensor]:
-    """A KDA mixer as fla's layer makes it: A uniform in [1, 16], a step size for each channel, torch's defaults elsewhere.
-
-    Args:
-        config: of the student.
-        generator: CPU generator to draw from.
-
-    Returns:
-        All tensors of `get_mixer("K").tensors(config)`, fp32.
-    """
-    shapes, heads = get_mixer("K").tensors(config), config.linear_num_heads
-    drawn = _projections(shapes, generator) | {
-        "linear_attn.A_log": log_decay_rate(heads, KimiDeltaAttention.decay_range, generator),
+    mixer = get_mixer(symbol)
+    shapes, bounds = mixer.tensors(config), mixer.decay_range
+    assert bounds is not None, f"mixer {symbol} has no decay"
+    linear = [name for name in shapes if name.endswith(("proj.weight", "conv1d.weight"))]
+    drawn = {name: uniform_fan_in(shapes[name], generator) for name in linear} | {
+        "linear_attn.A_log": log_decay_rate(config.linear_num_heads, bounds, generator),
         "linear_attn.dt_bias": inverse_softplus_step(shapes["linear_attn.dt_bias"][0], generator),
         "linear_attn.o_norm.weight": torch.ones(config.linear_value_head_dim),
     }
     return {name: drawn[name] for name in shapes}
-
-
-def _projections(shapes: dict[str, Shape], generator: Generator) -> dict[str, Tensor]:
-    """Linear and Conv1d weights by torch's defaults."""
-    return {n: uniform_fan_in(s, generator) for n, s in shapes.items() if n.endswith(("proj.weight", "conv1d.weight"))}

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.initialise.defaults import gated_delta_net_defaults, kda_defaults, mamba2_defaults
+from megatron_hylo.initialise.defaults import delta_rule_defaults, mamba2_defaults
 from megatron_hylo.initialise.registry import CalibrationStatistics, TeacherLayer, register_initialiser
 
 
@@ -124,13 +124,13 @@ def gated_delta_net_from_attention(
         teacher: one attention layer.
         config: of the student; any number and size of heads.
         teacher_config: of the teacher.
-        generator: draws everything that is not copied (see `gated_delta_net_defaults`).
+        generator: draws everything that is not copied (see `delta_rule_defaults`).
         statistics: unused.
 
     Returns:
         The `linear_attn.*` tensors of `get_mixer("G").tensors(config)`, fp32.
     """
-    return _overlap(gated_delta_net_defaults(config, generator), teacher, teacher_config)
+    return _overlap(delta_rule_defaults("G", config, generator), teacher, teacher_config)
 
 
 @register_initialiser("paper", "K")
@@ -146,7 +146,7 @@ def kda_from_attention(
     Returns:
         The `linear_attn.*` tensors of `get_mixer("K").tensors(config)`, fp32.
     """
-    return _overlap(kda_defaults(config, generator), teacher, teacher_config)
+    return _overlap(delta_rule_defaults("K", config, generator), teacher, teacher_config)
 
 
 def _overlap(mixer: dict[str, Tensor], teacher: TeacherLayer, teacher_config: ModelConfig) -> dict[str, Tensor]:

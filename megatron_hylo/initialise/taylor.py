@@ -17,7 +17,7 @@ from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.initialise.calibrated_linear import pass_current
 from megatron_hylo.initialise.calibrated_mla import mla_from_attention
-from megatron_hylo.initialise.defaults import gated_delta_net_defaults
+from megatron_hylo.initialise.defaults import delta_rule_defaults
 from megatron_hylo.initialise.paper import expand_heads
 from megatron_hylo.initialise.registry import CalibrationStatistics, TeacherLayer, needed_statistics, register_initialiser
 
@@ -75,7 +75,7 @@ def gated_delta_net_from_attention(
     writing = (WRITING[0] + (WRITING[1] - WRITING[0]) * narrow).logit() / config.hidden_size**0.5
     variance = torch.einsum("ij,jk,ik->i", value.double(), moment, value.double())
     context = (statistics["head_energy"].double().mean() / width).sqrt()
-    mixer = gated_delta_net_defaults(config, generator)
+    mixer = delta_rule_defaults("G", config, generator)
     rows = mixer["linear_attn.b_proj.weight"].to(moment.device)
     shapes = get_mixer("G").tensors(config)
     mixer |= {

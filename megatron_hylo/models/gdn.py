@@ -41,8 +41,7 @@ class GatedDeltaNet(Mixer):
         self.sections = {"query": keys, "key": keys, "value": values, "gate": values, "beta": self.heads}
         self.build_decay(c, submodules)
         self.in_proj = fused_column_linear(submodules, config, c.hidden_size, tp * sum(self.sections.values()), self.tp_group)
-        self.conv1d = ShortConvolution(config, 2 * keys + values, bias=False)
-        self.conv1d.tp_group = self.tp_group
+        self.conv1d = ShortConvolution(config, 2 * keys + values, bias=False, tp_group=self.tp_group)
         self.A_log, self.dt_bias = decay_parameters(self.symbol, self.heads, self.decays)
         self.out_norm = HeadNorm(config, c.linear_value_head_dim)
         self.out_proj = row_linear(submodules, config, tp * values, c.hidden_size, self.tp_group)

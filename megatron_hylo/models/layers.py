@@ -8,12 +8,14 @@ Gradients under tensor parallelism, the rules kept here:
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, get_cuda_rng_tracker
 from megatron.core.tensor_parallel.random import get_data_parallel_rng_tracker_name
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
@@ -173,3 +175,15 @@ def sharded_mixer_state(
         key = f"{prefix}{name}"
         state[key] = _split_tensor_factory(state[key], list(sections.values()), list(sections), 0)
     return state
+
+
+class ChannelParallelModule(MegatronModule):
+    """Base class of a mixer's part whose parameters are all split over the tensor-parallel ranks, by their first dimension."""
+
+    def __init__(self, config: TransformerConfig, tp_group: Any) -> None:
+        super().__init__(config=config)
+        self.tp_group = tp_group
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Channels are split over the tensor-parallel ranks."""
+        return sharded_mixer_state(self, prefix, sharded_offsets, metadata, self.tp_group, {})

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megatron_hylo.config.mixers import MIXERS
 from megatron_hylo.initialise.defaults import inverse_softplus_step, log_decay_rate
 from megatron_hylo.kernels.causal_conv1d import causal_conv1d_sections
-from megatron_hylo.models.layers import sharded_mixer_state, tensor_parallel_parameter
+from megatron_hylo.models.layers import ChannelParallelModule, tensor_parallel_parameter
 from megatron_hylo.models.placement import weights_device
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 
@@ -35,11 +35,11 @@ def decay_parameters(symbol: str, heads: int, steps: int | None = None) -> tuple
     return tensor_parallel_parameter(decay, keep_fp32=True), tensor_parallel_parameter(step, keep_fp32=True)
 
 
-class ShortConvolution(MegatronModule):
+class ShortConvolution(ChannelParallelModule):
     """Depthwise causal convolution over `channels` of this rank, SiLU after it. Weight [channels, 1, kernel]."""
 
-    def __init__(self, config: HyloTransformerConfig, channels: int, bias: bool) -> None:
-        super().__init__(config=config)
+    def __init__(self, config: HyloTransformerConfig, channels: int, bias: bool, tp_group: Any) -> None:
+        super().__init__(config, tp_group)
         kernel, where = config.hylo.linear_conv_kernel_dim, weights_device()
         bound = 1 / math.sqrt(kernel)  # nn.Conv1d's default for one input channel a group
         with get_cuda_rng_tracker().fork():
@@ -65,7 +65,3 @@ class ShortConvolution(MegatronModule):
         """
         weight, bias = own(self.weight.squeeze(1)), own(self.bias) if self.bias is not None else None
         return causal_conv1d_sections(sections, weight, bias, "silu", before, positions)
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """Channels are split over the tensor-parallel ranks."""
-        return sharded_mixer_state(self, prefix, sharded_offsets, metadata, self.tp_group, {})

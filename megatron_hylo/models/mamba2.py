@@ -5,15 +5,20 @@ group of its own. h_t = exp(dt A) h_{t-1} + dt x_t B_t^T,  y_t = h_t C_t + D x_t
 """
 
 import functools
+from typing import Any
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.kernels.sections import split_sections
 from megatron_hylo.kernels.ssd import ssd
-from megatron_hylo.models.layers import fused_gated_rms_norm, sharded_mixer_state, tensor_parallel_parameter
+from megatron_hylo.models.layers import (
+    ChannelParallelModule,
+    fused_gated_rms_norm,
+    sharded_mixer_state,
+    tensor_parallel_parameter,
+)
 from megatron_hylo.models.linear_mixer import ShortConvolution, decay_parameters
 from megatron_hylo.models.mixer import Mixer, MixerSubmodules, fused_column_linear, row_linear
 from megatron_hylo.models.placement import weights_device
@@ -22,11 +27,11 @@ from megatron_hylo.parallel.documents import Packed, batch_first, sequence_first
 from megatron_hylo.parallel.recurrence import ssd_over_ranks
 
 
-class GatedGroupNorm(MegatronModule):
+class GatedGroupNorm(ChannelParallelModule):
     """RMSNorm(y * silu(z)) over groups of `group_size` channels; one weight a channel of this rank."""
 
-    def __init__(self, config: HyloTransformerConfig, channels: int, group_size: int) -> None:
-        super().__init__(config=config)
+    def __init__(self, config: HyloTransformerConfig, channels: int, group_size: int, tp_group: Any) -> None:
+        super().__init__(config, tp_group)
         self.group_size = group_size
         self.weight = tensor_parallel_parameter(torch.ones(channels, device=weights_device()), dtype=config.params_dtype)
 
@@ -34,10 +39,6 @@ class GatedGroupNorm(MegatronModule):
         """Gate y by silu(z) and normalise it by groups: [batch, sequence, channels] each, and out."""
         eps = self.config.layernorm_epsilon
         return fused_gated_rms_norm(y, z, self.weight, eps, group_size=self.group_size, norm_before_gate=False)
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """Channels are split over the tensor-parallel ranks."""
-        return sharded_mixer_state(self, prefix, sharded_offsets, metadata, self.tp_group, {})
 
 
 class Mamba2(Mixer):
@@ -59,9 +60,8 @@ class Mamba2(Mixer):
             "dt": self.heads,
         }
         self.in_proj = fused_column_linear(submodules, config, c.hidden_size, tp * sum(self.sections.values()), self.tp_group)
-        self.conv1d = ShortConvolution(config, sum(self.sections[n] for n in "xBC"), bias=True)
-        self.norm = GatedGroupNorm(config, inner, c.mamba_head_dim)
-        self.conv1d.tp_group = self.norm.tp_group = self.tp_group
+        self.conv1d = ShortConvolution(config, sum(self.sections[n] for n in "xBC"), bias=True, tp_group=self.tp_group)
+        self.norm = GatedGroupNorm(config, inner, c.mamba_head_dim, self.tp_group)
         self.A_log, self.dt_bias = decay_parameters(self.symbol, self.heads)
         self.D = tensor_parallel_parameter(torch.ones(self.heads, device=weights_device()), keep_fp32=True)
         self.out_proj = row_linear(submodules, config, tp * inner, c.hidden_size, self.tp_group)

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,11 @@ from jsonargparse import ArgumentError
 from megatron_hylo.config import ConfigError, ModelConfig, from_dict, interleaved
 from megatron_hylo.config.layouts import BASES, LAYOUTS, get_layout
 from megatron_hylo.config.paths import hugging_face_folder, plain_path
-from megatron_hylo.config.recipe_lines import FAMILIES, STAGES
+from megatron_hylo.config.recipe_families import FAMILIES, STAGES
 from megatron_hylo.config.recipes import DEFAULT_LAYOUT, recipe
 from megatron_hylo.config.settings_parser import SettingsParser
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.io import read_json
 from megatron_hylo.plan.yaml_files import read_yaml
 
 GIVEN_LATER = "-"  # stands for a path that a recipe leaves out
@@ -50,7 +50,7 @@ def read_job(
 
     Args:
         what: recipe file, or a named layout.
-        stage: of the layout's recipe, a key of `config.recipe_lines.STAGES`.
+        stage: of the layout's recipe, a key of `config.recipe_families.STAGES`.
         student, teacher: layout, base model or model folder; by default those of the recipe's paths, else of its name.
         changes: settings that override the recipe's.
 
@@ -101,6 +101,16 @@ def recipe_text(what: str, stage: str) -> str:
     return recipe(what, stage)
 
 
+def folder_shape(file: Path) -> ModelConfig:
+    """Configuration in hylo.json of a model folder, whose other files need not be there.
+
+    Raises:
+        ConfigError: a key that is unknown or missing, or another kind of value.
+        DamagedError: no JSON with a model.
+    """
+    return from_dict(ModelConfig, read_json(file, ("model",))["model"], str(file))
+
+
 def shape(name: str) -> ModelConfig:
     """Configuration of a layout, a base model, a model folder or `hf:PATH`; "NAME:GGMM..." has these mixers, not its own.
 
@@ -115,7 +125,7 @@ def shape(name: str) -> ModelConfig:
     if name in BASES:
         found = BASES[name]
     elif (folder := Path(name).expanduser() / "hylo.json").is_file():
-        found = from_dict(ModelConfig, json.loads(folder.read_text())["model"], str(folder))
+        found = folder_shape(folder)
     elif name in LAYOUTS or not Path(name).exists():
         found = get_layout(name).config
     else:

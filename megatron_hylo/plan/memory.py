@@ -30,7 +30,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from megatron_hylo.config import ModelConfig, recomputed_layers
-from megatron_hylo.config.mixers import Matrix, get_mixer
+from megatron_hylo.config.layer import Matrix
+from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.config.mlps import MLPS, get_mlp
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.muon import buffer_bytes, matrix_elements, rank_matrices

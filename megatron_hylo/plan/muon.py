@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.config.mixers import Matrix
+from megatron_hylo.config.layer import Matrix
 from megatron_hylo.config.mlps import MLPS
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.parameters import description, given_layers, stage_layers, trains_mlps

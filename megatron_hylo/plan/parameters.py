@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Mapping
 
 from megatron_hylo.config import ModelConfig
+from megatron_hylo.config.layer import LayerDescription
 from megatron_hylo.config.layouts import parameter_count, pipeline_layers
-from megatron_hylo.config.mixers import MixerDescription, get_mixer
-from megatron_hylo.config.mlps import MLPS, MlpDescription, get_mlp
+from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mlps import MLPS, get_mlp
 from megatron_hylo.config.train import TrainConfig
 
 model_parameters = functools.lru_cache(256)(parameter_count)
 
 
-def description(symbol: str) -> MixerDescription | MlpDescription:
+def description(symbol: str) -> LayerDescription:
     """Description of a mixer or an MLP."""
     return get_mlp(symbol) if symbol in MLPS else get_mixer(symbol)
 

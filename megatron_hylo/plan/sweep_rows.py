@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_hylo.config import ModelConfig, from_dict
+from megatron_hylo.config import ModelConfig
 from megatron_hylo.config.layouts import kv_bytes_per_token, kv_percent, parameter_count
 from megatron_hylo.eval.results import RESULTS
 from megatron_hylo.eval.runs import Run, read_run, seconds_of
 from megatron_hylo.io import read_json
-from megatron_hylo.plan.job import shape
+from megatron_hylo.plan.job import folder_shape, shape
 from megatron_hylo.plan.sweep import STOPPED, Cell, Stage, student_shape
 
 ERROR = " s.e."  # behind a measured metric's name: its standard error
@@ -86,7 +86,7 @@ def _model(cell: Cell) -> ModelConfig | None:
     start = str(cell.last.model) if train is None else train.model or train.scratch
     for folder in (cell.last.run / "model", Path(start or "")):
         if (folder / "hylo.json").is_file():
-            return from_dict(ModelConfig, json.loads((folder / "hylo.json").read_text())["model"], str(folder))
+            return folder_shape(folder / "hylo.json")
     if cell.upcycle:
         return student_shape(cell.upcycle)
     chained = len(cell.stages) > 1

@@ -219,8 +219,10 @@ def open_for_generation(path: str | Path, weights: str | None) -> tuple[Any, Any
     """Open a model and its tokenizer; `weights` "fp8" keeps a hybrid's in FP8.
 
     Raises:
-        ConfigError: nothing loadable at `path`, or FP8 weights of another model than a hybrid.
+        ConfigError: nothing loadable at `path`, another format than FP8, or FP8 weights of another model than a hybrid.
     """
+    if weights not in (None, "fp8"):
+        raise ConfigError(f"weights {weights!r} is no format that weights are kept in; use 'fp8' or None")
     model, tokenizer = open_model(path)
     if weights is not None:
         if not isinstance(model, HyloForCausalLM):

@@ -52,8 +52,11 @@ class Link:
 
         Raises:
             GoneError: the connection broke, or the other side takes nothing.
-            ValueError: another dtype.
+            ValueError: more dimensions, or another dtype.
         """
+        if x.dim() > 3 or x.dtype not in DTYPES:
+            sent = f"{x.dtype} of {x.dim()} dimensions"
+            raise ValueError(f"cannot send {sent}: it must be of at most 3, and one of {', '.join(map(str, DTYPES))}")
         x = x.detach().contiguous()
         sizes = (*x.shape, 0, 0, 0)[:3]
         data = memoryview(x.view(-1).view(torch.uint8).numpy())

@@ -85,9 +85,9 @@ class Student:
                     self.link.send_text(kind, content)
                     self.link.drain(LINGER)
                     break
+                self.answered += kind == HIDDEN  # before it is sent: who has it may leave at once
                 self.link.send(kind, content)
                 if kind == HIDDEN:
-                    self.answered += 1
                     self.free.release()
         except GoneError as error:
             logger.info("student %s took no answer: %s", self.name, error)

@@ -7,15 +7,16 @@ computed when it is asked for, so that a writer can stream.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
+from megatron_hylo.config.layer import Shape
 from megatron_hylo.config.mixers import ATTENTION_SYMBOL, COPIED_SYMBOLS, LINEAR_SYMBOLS, MLA_SYMBOL, get_mixer
-from megatron_hylo.config.tensor_names import Shape, tensor_names
+from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.initialise.registry import CalibrationStatistics, get_initialiser
 
 Read = Callable[[str], Tensor]  # canonical name -> CPU tensor
@@ -102,23 +103,6 @@ def upcycled(
         return _checked(read_teacher, name, shapes[name])
 
     return read
-
-
-def upcycle_state(
-    read_teacher: Read,
-    teacher_config: ModelConfig,
-    student_config: ModelConfig,
-    initialiser: str = "paper",
-    seed: int = 0,
-    statistics: Mapping[int, CalibrationStatistics] | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of all that `upcycled` reads, in the order of `tensor_names(student_config)`; same arguments.
-
-    Raises:
-        ConfigError: as `upcycled`, at the call; as its reader, while the tensors are read.
-    """
-    read = upcycled(read_teacher, teacher_config, student_config, initialiser, seed, statistics)
-    return ((name, read(name)) for name in tensor_names(student_config))
 
 
 def assembled(mla: Source, linear: Source, base: Source, target_config: ModelConfig) -> Read:

@@ -10,14 +10,13 @@ from megatron_hylo.calibrate.solve import output_projection, solve_outputs
 from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.to_hf import hf_tensors
-from megatron_hylo.convert.to_megatron import fill_model
 from megatron_hylo.distill.alignment import relative_distance
 from megatron_hylo.eval.perplexity import evaluate
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
-from megatron_hylo.upcycle.assemble import upcycle_state
+from megatron_hylo.upcycle.assemble import upcycled
 from tests.calibrate.tiny import random_teacher
-from tests.conftest import EXPERTS, tiny_config
+from tests.conftest import EXPERTS, fill_model, tiny_config
 from tests.kernels.compare import relative_error
 
 
@@ -46,10 +45,8 @@ def make_student(material, teacher):
         )  # fmt: skip
         statistics = CalibrationFolder(material.done, material.teacher)
         source = {name: t.detach() for name, t in hf_tensors(teacher)}
-        state = dict(upcycle_state(source.__getitem__, base, config, "calibrated", 0, statistics))
         student = build_model(config)
-        with torch.no_grad():
-            fill_model(student, config, state.__getitem__)
+        fill_model(student, upcycled(source.__getitem__, base, config, "calibrated", 0, statistics))
         return student
 
     return make

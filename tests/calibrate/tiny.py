@@ -6,8 +6,8 @@ from torch import Tensor
 from megatron_hylo.calibrate.gather import LayerSums
 from megatron_hylo.config import ModelConfig
 from megatron_hylo.convert.to_hf import hf_tensors
-from megatron_hylo.convert.to_megatron import fill_model
 from megatron_hylo.models.hylo_model import HyloModel, build_model
+from tests.conftest import fill_model
 
 
 def random_teacher(config: ModelConfig, seed: int = 0) -> HyloModel:
@@ -57,8 +57,7 @@ def with_mixer(teacher: HyloModel, config: ModelConfig, mixer: dict[str, Tensor]
     """The one-layer student of `config` with that mixer, the rest the teacher's."""
     state = {name: t.detach().clone() for name, t in hf_tensors(teacher)}
     student = build_model(config)
-    with torch.no_grad():
-        fill_model(student, config, (state | {f"model.layers.0.{n}": t for n, t in mixer.items()}).__getitem__)
+    fill_model(student, (state | {f"model.layers.0.{n}": t for n, t in mixer.items()}).__getitem__)
     return student
 
 

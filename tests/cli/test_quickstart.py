@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from megatron_hylo.cli.quickstart import BUDGETS, _prepare_text, run_quickstart
+from megatron_hylo.cli.quickstart import _prepare_text, run_quickstart
+from megatron_hylo.cli.quickstart_budgets import BUDGETS
 from megatron_hylo.config import ConfigError
 from tests.data.conftest import make_documents, tokenizer  # noqa: F401  the fixture
 

@@ -1,6 +1,7 @@
 """A mixer is described in one place: nothing else branches on symbols, and no table or estimate misses one."""
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.layouts import get_layout, kv_elements, parameter_count
 from megatron_hylo.config.mixers import MIXERS, complete
+from megatron_hylo.config.mlps import MLPS
 from megatron_hylo.config.tensor_names import layer_tensor_names, tensor_names
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.flops import forward_flops_per_token
@@ -73,6 +75,13 @@ def test_a_table_that_misses_a_mixer_or_has_another_is_refused():
         complete(set(MIXERS) - {"K"}, "here")
     with pytest.raises(RuntimeError, match="here has an entry for 'X', which is no mixer"):
         complete({*MIXERS, "X"}, "here")
+
+
+@pytest.mark.parametrize("symbol", [*MIXERS, *MLPS])
+def test_a_description_has_what_the_interface_leaves_to_it_and_names_fields_of_a_model(symbol):
+    description, fields = (MIXERS | MLPS)[symbol], {field.name for field in dataclasses.fields(ModelConfig)}
+    assert (description.symbol, type(description.name)) == (symbol, str)
+    assert {*description.tensor_parallel_fields, *description.size_fields} <= fields
 
 
 CONFIG = get_layout("smollm2-135m-8mla22gdn").config

@@ -11,7 +11,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_hylo.config import ConfigError, RopeScaling, interleaved
-from megatron_hylo.convert import hf_config
+from megatron_hylo.convert import hf_keys
 from megatron_hylo.convert.hf_config import hf_config_from_model, model_config_from_hf
 from megatron_hylo.convert.hf_rope import rope_from_hf, rope_to_hf
 from megatron_hylo.kernels.rope import rope_frequencies
@@ -260,7 +260,7 @@ def test_a_missing_size_is_named() -> None:
 @pytest.mark.parametrize("family", CLASSES)
 def test_every_key_of_transformers_class_is_classified(family: str, caplog: pytest.LogCaptureFixture) -> None:
     """A field that a later transformers adds must be looked at, and put among the used or the harmless ones."""
-    known = hf_config._USED | hf_config._HARMLESS | set(hf_config._NEUTRAL)
+    known = hf_keys.USED | hf_keys.HARMLESS | set(hf_keys.NEUTRAL)
     config = CLASSES[family](**SIZES)
     assert {f.name for f in dataclasses.fields(config)} | set(config.to_dict()) <= known
     values = config.to_dict() | {"model_type": family, "attention_dropout": 0.1, "pretraining_tp": 2, "eos_token_id": [1, 2]}
@@ -277,7 +277,7 @@ import json, transformers
 names = ("LlamaConfig", "Qwen2Config", "Qwen3Config", "Qwen3MoeConfig")
 print(json.dumps({name: sorted(getattr(transformers, name)().to_dict()) for name in names}))
 """
-    known = hf_config._USED | hf_config._HARMLESS | set(hf_config._NEUTRAL)
+    known = hf_keys.USED | hf_keys.HARMLESS | set(hf_keys.NEUTRAL)
     for name, keys in json.loads(transformers4(program)).items():
         assert not set(keys) - known, name
 

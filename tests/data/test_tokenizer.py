@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
@@ -119,4 +120,11 @@ def test_a_dataset_of_an_earlier_version_is_read_for_its_largest_id(folders, tmp
             check_dataset(tmp_path / "data", folders / "added", 300)
     else:
         check_dataset(tmp_path / "data", folders / "added", 300)
+
+
+def test_ids_outside_a_vocabulary_are_refused_on_either_side():
     check_ids(299, 300, "data", "model")
+    check_ids(torch.tensor([[0, 299]]), 300, "data", "model")
+    for ids, named in ((300, 300), (-1, -1), (torch.tensor([[4, 300]]), 300), (torch.tensor([[4, -7], [300, 0]]), -7)):
+        with pytest.raises(ConfigError, match=rf"data holds token id {named}, the vocabulary of model has 300 \(0 to 299\)"):
+            check_ids(ids, 300, "data", "model")

@@ -73,6 +73,12 @@ def save_tokenizer(folder):
     fast.save_pretrained(folder)
 
 
+def export(model: HyloModel, folder: Path, tokenizer: Path | None = None) -> None:
+    """Export a model as `hylo export` does, to FOLDER/hf from FOLDER/model; tests compare it themselves."""
+    save_model(model, folder / "model", tokenizer)
+    convert_megatron_to_hf(folder / "model", folder / "hf", verify=False)
+
+
 @pytest.fixture(scope="session")
 def save_hybrid(one_rank) -> Callable[[Path, ModelConfig], None]:
     """save(folder, config): a random hybrid as FOLDER/model, its export FOLDER/hf, and their tokenizer FOLDER/tokenizer."""

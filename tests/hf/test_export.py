@@ -7,12 +7,10 @@ import torch
 
 from megatron_hylo.config import RopeScaling
 from megatron_hylo.convert.open_model import hf_model
-from megatron_hylo.convert.to_hf import write_hf_folder
-from megatron_hylo.hf import HyloConfig, HyloForCausalLM
-from megatron_hylo.hf import code_files as export
+from megatron_hylo.hf import HyloConfig, HyloForCausalLM, code_files
 from megatron_hylo.hf.code_files import copy_modelling_code
 from tests.conftest import EXPERTS
-from tests.hf.conftest import ALIGNED, PAIRS, YARN, random_megatron_model, serve_config
+from tests.hf.conftest import ALIGNED, PAIRS, YARN, export, random_megatron_model, serve_config
 from tests.kernels.compare import relative_error
 
 NOPE = RopeScaling("nope")
@@ -37,18 +35,11 @@ CASES = {
 }
 
 
-def exported(config, folder):
-    """A random Megatron model and its exported folder."""
-    model = random_megatron_model(config)
-    folder.mkdir()
-    write_hf_folder(model, folder, tokenizer=None)
-    return model
-
-
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 @torch.no_grad()
 def test_logits_equal_the_megatron_models(config, one_rank, tmp_path, ids):
-    megatron = exported(config, tmp_path / "hf")
+    megatron = random_megatron_model(config)
+    export(megatron, tmp_path)
     model = HyloForCausalLM.from_pretrained(tmp_path / "hf").eval()
     expected = megatron.logits(megatron(ids.to(one_rank))).cpu()
     assert expected.std() > 0.3
@@ -87,7 +78,7 @@ def test_code_that_needs_more_of_ours_than_kernels_is_not_exported(tmp_path, mon
     (tmp_path / "from").mkdir()
     (tmp_path / "to").mkdir()
     (tmp_path / "from" / "modeling_hylo.py").write_text("from megatron_hylo.config import ModelConfig\n")
-    monkeypatch.setattr(export, "MODELLING", tmp_path / "from")
+    monkeypatch.setattr(code_files, "MODELLING", tmp_path / "from")
     with pytest.raises(RuntimeError, match="modeling_hylo.py cannot be exported.*megatron_hylo.config import ModelConfig"):
         copy_modelling_code(tmp_path / "to")
 

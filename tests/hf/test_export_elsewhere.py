@@ -11,10 +11,9 @@ import transformers
 
 from megatron_hylo.convert.hf_config import TRANSFORMERS_VERSIONS
 from megatron_hylo.convert.portable_tokenizer import make_tokenizer_portable
-from megatron_hylo.convert.to_hf import write_hf_folder
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.hf import HyloForCausalLM, configuration_hylo
-from tests.hf.conftest import random_megatron_model, save_tokenizer, serve_config
+from tests.hf.conftest import export, random_megatron_model, save_tokenizer, serve_config
 from tests.hf.test_export import CASES
 
 PROMPTS = ["the quick brown fox", "a", "jumps over"]
@@ -110,8 +109,7 @@ def test_a_stranger_gets_the_megatron_models_logits_and_the_full_forwards_text(o
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
     tokenizer.save_pretrained(tmp_path / "tokenizer")  # as transformers 5 does
     megatron = random_megatron_model(CASES["G+M* experts, q/k-norm, yarn"])
-    (tmp_path / "hf").mkdir()
-    write_hf_folder(megatron, tmp_path / "hf", tmp_path / "tokenizer")
+    export(megatron, tmp_path, tmp_path / "tokenizer")
     assert run(ELSEWHERE, tmp_path / "hf", tmp_path / "found.pt").split() == [version]
     found = torch.load(tmp_path / "found.pt")
 
@@ -192,7 +190,6 @@ def test_our_verbs_read_an_exports_tokenizer_without_asking_for_the_models_code(
     monkeypatch.setattr("builtins.input", lambda text: pytest.fail(f"asked: {text}"))
     monkeypatch.delitem(transformers.CONFIG_MAPPING._extra_content, "hylo")  # as where the classes were not imported
     save_tokenizer(tmp_path / "tokenizer")
-    (tmp_path / "hf").mkdir()
-    write_hf_folder(random_megatron_model(serve_config("G+")), tmp_path / "hf", tmp_path / "tokenizer")
+    export(random_megatron_model(serve_config("G+")), tmp_path, tmp_path / "tokenizer")
     found, expected = (load_transformers_tokenizer(tmp_path / name)("the fox").input_ids for name in ("hf", "tokenizer"))
     assert found == expected

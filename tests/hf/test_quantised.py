@@ -159,6 +159,8 @@ def test_bad_exports_are_refused(exports, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quantise, "open_model", lambda _: (model, None))
     with pytest.raises(ConfigError, match="has layers with experts, which are not quantised yet"):
         export_quantised(exports / "hf", tmp_path / "out", "fp8")
+    with pytest.raises(ConfigError, match="quantize 'int3' is no format; use one of fp8, int8, int4"):
+        export_quantised(exports / "hf", tmp_path / "out", "int3")
     monkeypatch.setitem(__import__("sys").modules, "compressed_tensors.compressors", None)
     with pytest.raises(ConfigError, match=r"needs compressed-tensors, .* pip install 'megatron-hylo\[quantize\]'"):
         export_quantised(exports / "hf", tmp_path / "out", "fp8")

@@ -10,7 +10,7 @@ from torch.nn.functional import softplus
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES, LAYOUTS, hybrid_config
 from megatron_hylo.config.mixers import get_mixer
-from megatron_hylo.initialise.defaults import gated_delta_net_defaults, mamba2_defaults, uniform_fan_in
+from megatron_hylo.initialise.defaults import delta_rule_defaults, mamba2_defaults, uniform_fan_in
 from megatron_hylo.initialise.paper import gated_delta_net_from_attention, mamba2_from_attention
 
 
@@ -125,7 +125,7 @@ def test_gdn_defaults_are_distributed_like_fla_layer():
     config = hybrid_config(base, "G" * 30, linear_num_heads=600, linear_key_head_dim=2, linear_value_head_dim=4)
     torch.manual_seed(0)
     wanted = {f"linear_attn.{name}": p.detach() for name, p in _fla_layer(config).state_dict().items()}
-    made = gated_delta_net_defaults(config, _generator(1))
+    made = delta_rule_defaults("G", config, _generator(1))
     assert made.keys() == wanted.keys()
     for name, tensor in made.items():
         # two samples of at least 600 draws; a bounded distribution's quantiles agree within a few percent of its width
@@ -141,7 +141,7 @@ def test_gdn_overlap_equals_teacher_rows_at_the_sizes_of_smollm2_135m(make_layer
     assert (config.linear_num_heads, config.linear_key_head_dim, config.linear_value_head_dim) == (3, 144, 288)
     layer = make_layer(base)
     mixer = _make(gated_delta_net_from_attention, "G", layer, config, base)
-    fresh = gated_delta_net_defaults(config, _generator())
+    fresh = delta_rule_defaults("G", config, _generator())
     # attention channel r belongs to query head r // 64, which reads key/value head (r // 64) // 3
     rows = torch.tensor([(r // 64) // 3 * 64 + r % 64 for r in range(576)])
     assert torch.equal(mixer["q_proj.weight"], layer["q_proj.weight"][:432])
@@ -161,7 +161,7 @@ def test_gdn_overlap_equals_teacher_rows_when_student_is_narrower_or_wider(teach
     )
     layer = make_layer(teacher_config)
     mixer = _make(gated_delta_net_from_attention, "G", layer, config, teacher_config)
-    fresh = gated_delta_net_defaults(config, _generator())
+    fresh = delta_rule_defaults("G", config, _generator())
     for part, width in (("q", 3 * key_dim), ("k", 3 * key_dim), ("v", 3 * value_dim), ("o", 3 * value_dim)):
         made, weight = mixer[f"{part}_proj.weight"], layer[f"{part}_proj.weight"]
         untouched = fresh[f"linear_attn.{part}_proj.weight"]

@@ -21,9 +21,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 from megatron_hylo.config import ModelConfig, RopeScaling
 from megatron_hylo.convert.hf_config import model_config_from_hf
 from megatron_hylo.convert.mapping import model_entries
-from megatron_hylo.convert.to_megatron import fill_model
 from megatron_hylo.models.hylo_model import build_model
-from tests.conftest import folder_tensors, tiny_config, tiny_hf_model
+from tests.conftest import fill_model, folder_tensors, tiny_config, tiny_hf_model
 from tests.kernels.compare import relative_error
 from tests.models.mixers import TOKENS, TOLERANCE, Oracle, Weights, errors, random_mixer
 
@@ -201,7 +200,7 @@ def test_attention_model_gradients_match_transformers(family, tied, changes, one
     theirs = tiny_hf_model(family, tied, **changes)
     config = model_config_from_hf(theirs.config.to_dict())
     ours = build_model(config)
-    fill_model(ours, config, folder_tensors(theirs.state_dict()).__getitem__)
+    fill_model(ours, folder_tensors(theirs.state_dict()).__getitem__)
     ids = torch.randint(config.vocab_size, (2, 41))
     inputs, labels = ids[:, :-1], ids[:, 1:]
     losses = [F.cross_entropy(x.flatten(0, 1), labels.flatten()) for x in (ours.logits(ours(inputs)), theirs(inputs).logits)]

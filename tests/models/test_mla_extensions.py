@@ -19,13 +19,12 @@ from megatron_hylo.config.mixers import get_mixer
 from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.convert.to_hf import hf_tensors
-from megatron_hylo.convert.to_megatron import fill_model
 from megatron_hylo.kernels.rope import rope_frequencies
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train.optimizer import build_training_state, choose_trainable
 from megatron_hylo.upcycle.run import assemble_folder
-from tests.conftest import tiny_config
+from tests.conftest import fill_model, tiny_config
 from tests.kernels.compare import relative_error
 from tests.models.mixers import TOKENS, TOLERANCE, Oracle, Weights, errors, random_mixer
 
@@ -96,7 +95,7 @@ def test_fully_rotary_mla_equals_the_attention_it_is_made_of(family, one_rank):
     layer = {n.split("self_attn.")[1]: t for n, t in tensors.items() if "self_attn." in n}
     mixer = exact_mla(layer, config, torch.linalg.qr(torch.randn(dh // 2, groups, groups))[0])
     assert {n: tuple(t.shape) for n, t in mixer.items()} == get_mixer("+").tensors(config)
-    fill_model(student, config, (tensors | {f"model.layers.0.{n}": t for n, t in mixer.items()}).__getitem__)
+    fill_model(student, (tensors | {f"model.layers.0.{n}": t for n, t in mixer.items()}).__getitem__)
 
     x = torch.randn(TOKENS, 2, base.hidden_size)
     results, cotangent = [], torch.randn(TOKENS, 2, base.hidden_size)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.train import CheckpointSettings, LoggingSettings, OptimizerSettings, TrainConfig
 from megatron_hylo.models.padded_vocabulary import padded_vocabulary
-from megatron_hylo.teachers.store import write_store
+from megatron_hylo.teachers.store_writer import write_store
 from megatron_hylo.train.loop import train
 from tests.conftest import tiny_config
 from tests.parity.cases import make_dataset, make_model

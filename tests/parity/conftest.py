@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
-from megatron_hylo.teachers.store import write_store
+from megatron_hylo.teachers.store_writer import write_store
 from tests.parity.cases import (
     MODELS,
     PARALLELISMS,

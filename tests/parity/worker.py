@@ -234,7 +234,7 @@ def main(file: str) -> None:
     from megatron_hylo.config.train import TrainConfig
     from megatron_hylo.models.checkpoint import load_chunks, save_model
     from megatron_hylo.platform.distributed import device, initialize, shutdown
-    from megatron_hylo.teachers.store import write_store
+    from megatron_hylo.teachers.store_writer import write_store
     from megatron_hylo.train.loop import train
     from tests.parity.faults import FAULTS
 

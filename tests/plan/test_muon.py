@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_hylo.config import ConfigError, ParallelConfig
+from megatron_hylo.config.layer import Matrix
 from megatron_hylo.config.layouts import get_layout
-from megatron_hylo.config.mixers import Matrix
 from megatron_hylo.config.train import AlignSettings, OptimizerSettings, TrainConfig
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.plan.communication import traffic

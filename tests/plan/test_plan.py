@@ -15,12 +15,13 @@ from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.layouts import BASES, get_layout, parameter_count, pipeline_layers
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.io import DamagedError
 from megatron_hylo.plan.calibrate import measure_rates, write_rates
 from megatron_hylo.plan.communication import traffic
 from megatron_hylo.plan.flops import forward_flops_per_token
 from megatron_hylo.plan.hardware import get_hardware, names, of_device
 from megatron_hylo.plan.inference import dense_base, longest_context, serving
-from megatron_hylo.plan.job import read_job
+from megatron_hylo.plan.job import read_job, shape
 from megatron_hylo.plan.memory import GIB, estimate_memory, in_flight
 from megatron_hylo.plan.plan import describe
 from megatron_hylo.plan.rates import get_rates
@@ -222,6 +223,13 @@ def test_a_gpu_file_of_ones_own_is_checked(tmp_path, changed, words):
 def test_what_cannot_be_planned_is_refused(what, words):
     with pytest.raises(ConfigError, match=words):
         read_job(what)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"model": 3}', '{"model": {"x": 1}}'])
+def test_a_damaged_model_folder_is_named(tmp_path, text):
+    (tmp_path / "hylo.json").write_text(text)
+    with pytest.raises((ConfigError, DamagedError), match=f"^{re.escape(str(tmp_path / 'hylo.json'))}"):
+        shape(str(tmp_path))
 
 
 def test_activations_in_flight_are_those_of_the_schedules():

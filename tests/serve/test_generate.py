@@ -187,6 +187,7 @@ def test_teacher_folders(one_rank, tmp_path):
         ({"repetition_penalty": 0.0}, "repetition_penalty > 0"),
         ({"prompt": ""}, "prompt is empty"),
         ({"latents": "int4"}, "latents 'int4' is no format of a cache"),
+        ({"weights": "int4"}, "weights 'int4' is no format that weights are kept in; use 'fp8'"),
         ({"prompt": "caf\udce9"}, "prompt is not text.*at character 3"),
     ],
 )

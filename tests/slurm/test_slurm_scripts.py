@@ -19,8 +19,8 @@ from megatron_hylo.cli.train import train
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES, LAYOUTS
 from megatron_hylo.config.mixers import MIXERS
-from megatron_hylo.config.recipe_lines import FAMILIES
-from megatron_hylo.config.recipe_lines import STAGES as TRAINING_STAGES
+from megatron_hylo.config.recipe_families import FAMILIES
+from megatron_hylo.config.recipe_families import STAGES as TRAINING_STAGES
 from megatron_hylo.config.recipes import default_files, recipe, recipe_files, stage_scripts
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import flatten

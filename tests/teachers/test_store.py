@@ -21,8 +21,10 @@ from megatron_hylo.io import DamagedError
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import initialize
-from megatron_hylo.teachers import store as teacher_store
-from megatron_hylo.teachers.store import TeacherStore, write_store
+from megatron_hylo.teachers import store as reader
+from megatron_hylo.teachers import store_writer
+from megatron_hylo.teachers.store import TeacherStore
+from megatron_hylo.teachers.store_writer import write_store
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.positions import PositionLosses
 from megatron_hylo.train.setup import build_run
@@ -50,9 +52,10 @@ def material(tmp_path_factory, one_rank) -> SimpleNamespace:
     """Folders `data`, `teacher`, `other` (a teacher), `student`; blocks of 32 tokens and shards of 128."""
     root = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher_store, "BLOCK", 32)
-        patch.setattr(teacher_store, "SHARD", 128)
-        patch.setattr(teacher_store, "FIT_PIECE", 32)
+        for module in (reader, store_writer):
+            patch.setattr(module, "BLOCK", 32)
+            patch.setattr(module, "SHARD", 128)
+        patch.setattr(store_writer, "FIT_PIECE", 32)
         make_data(root / "data", LENGTHS)
         for name, pattern, seed in (("teacher", "*-*-", 1), ("other", "*-*-", 2), ("student", "G-+-", 3)):
             initialize(seed=seed)  # gates too are drawn from it
@@ -114,7 +117,7 @@ def test_describes_itself(material, store):
 
 def test_an_interrupted_writer_goes_on(material, monkeypatch):
     """Killed while it writes the third shard; started again it writes two, and the store is the same as in one go."""
-    output, written, right = material.root / "interrupted", [], teacher_store._write_shard
+    output, written, right = material.root / "interrupted", [], store_writer._write_shard
 
     def killed(path: Path, *codes: np.ndarray) -> None:
         if len(written) == 2:
@@ -123,11 +126,11 @@ def test_an_interrupted_writer_goes_on(material, monkeypatch):
         written.append(path.name)
         right(path, *codes)
 
-    monkeypatch.setattr(teacher_store, "_write_shard", killed)
+    monkeypatch.setattr(store_writer, "_write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         write(material, output)
     assert not output.exists()
-    monkeypatch.setattr(teacher_store, "_write_shard", lambda path, *codes: (written.append(path.name), right(path, *codes)))
+    monkeypatch.setattr(store_writer, "_write_shard", lambda path, *codes: (written.append(path.name), right(path, *codes)))
     write(material, output)
     assert written == ["00000", "00001", "00002", "00003"]
     for file in (material.root / "store" / "shards").iterdir():
@@ -172,7 +175,7 @@ def test_strangers_are_refused(material, store, tmp_path, monkeypatch):
         TeacherStore(store.path, material.data, material.other)
     with pytest.raises(ConfigError, match="not a finished teacher store"):
         TeacherStore(material.teacher, material.data)
-    monkeypatch.setattr(teacher_store, "VERSION", 3)
+    monkeypatch.setattr(reader, "VERSION", 3)
     with pytest.raises(ConfigError, match="has format 2, this version reads 3; cache the teacher again"):
         TeacherStore(store.path, material.data)
     with pytest.raises(ConfigError, match="overlap 48 must be at least 0 and below sequence_length 48"):

@@ -16,7 +16,8 @@ from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.distill.head_loss import model_head_loss
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.frozen import freeze
-from megatron_hylo.teachers.store import StoredTeacher, TeacherStore, write_store
+from megatron_hylo.teachers.store import StoredTeacher, TeacherStore
+from megatron_hylo.teachers.store_writer import write_store
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.setup import build_run
 from tests.conftest import tiny_config, tiny_hf_model, uneven_model

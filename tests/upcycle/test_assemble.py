@@ -11,13 +11,17 @@ from megatron_hylo.config.layouts import BASES, LAYOUTS, hybrid_config
 from megatron_hylo.config.mixers import LINEAR_SYMBOLS, get_mixer
 from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.initialise.registry import get_initialiser
-from megatron_hylo.upcycle.assemble import Source, assembled, layer_generator, upcycle_state
+from megatron_hylo.upcycle.assemble import Source, assembled, layer_generator, upcycled
 from tests.conftest import EXPERTS
 
 
-def _upcycle(state, teacher_config, pattern, **arguments):
-    config = hybrid_config(teacher_config, pattern)
-    return dict(upcycle_state(state.__getitem__, teacher_config, config, **arguments))
+def _made(read, config):
+    return {name: read(name) for name in tensor_names(config)}
+
+
+def _upcycle(state, teacher_config, student, **arguments):
+    config = hybrid_config(teacher_config, student) if isinstance(student, str) else student
+    return _made(upcycled(state.__getitem__, teacher_config, config, **arguments), config)
 
 
 def _shapes(tensors):
@@ -31,7 +35,7 @@ def test_scaled_down_layout_has_exactly_the_tensors_of_tensor_names(name, make_s
     base = BASES[layout.base].replace(hidden_size=64, ffn_hidden_size=48, kv_channels=8, vocab_size=32, **experts)
     config = hybrid_config(base, layout.config.mixers)
     state = make_state(base)
-    made = dict(upcycle_state(state.__getitem__, base, config))
+    made = _upcycle(state, base, config)
     assert list(_shapes(made).items()) == list(tensor_names(config).items())  # order too
     assert all(tensor.is_contiguous() and tensor.isfinite().all() for tensor in made.values())
 
@@ -56,14 +60,14 @@ def test_experts_are_the_teachers_and_others_are_refused(teacher_config, make_st
     student = hybrid_config(config, "G+*M")
     for change in (dict(moe_router_topk=3), dict(hybrid_layer_pattern="GE+E*EME")):
         with pytest.raises(ConfigError, match="a student keeps its teacher's backbone"):
-            dict(upcycle_state(state.__getitem__, config, student.replace(**change)))
+            upcycled(state.__getitem__, config, student.replace(**change))
     with pytest.raises(ConfigError, match="has the MLPs ----, the base model E-EE, which are copied: leave them out"):
         hybrid_config(config, "G-+-*-M-")
 
 
 def test_all_attention_tied_student_equals_teacher(teacher_config, make_state):
     state = make_state(teacher_config)
-    made = dict(upcycle_state(state.__getitem__, teacher_config, teacher_config))
+    made = _upcycle(state, teacher_config, teacher_config)
     assert list(made) == list(state) and all(torch.equal(made[name], state[name]) for name in state)
 
 
@@ -84,7 +88,7 @@ def test_head_of_untied_teacher_is_its_own(teacher_config, make_state):
 def test_mixers_equal_the_registered_initialiser_of_their_layer(teacher_config, make_state):
     state = make_state(teacher_config)
     config = hybrid_config(teacher_config, "G+MG")
-    made = dict(upcycle_state(state.__getitem__, teacher_config, config, seed=7))
+    made = _upcycle(state, teacher_config, config, seed=7)
     for layer, symbol in enumerate("G+MG"):
         prefix = f"model.layers.{layer}."
         attention = {name.removeprefix("self_attn."): state[prefix + name] for name in get_mixer("*").tensors(teacher_config)}
@@ -125,7 +129,10 @@ def test_layers_are_read_one_at_a_time(teacher_config, make_state):
         read.append(name)
         return state[name]
 
-    for name, _ in upcycle_state(logged, teacher_config, hybrid_config(teacher_config, "G+GM")):
+    student = hybrid_config(teacher_config, "G+GM")
+    read_student = upcycled(logged, teacher_config, student)
+    for name in tensor_names(student):
+        read_student(name)
         if name.startswith("model.layers."):
             layer = int(name.split(".")[2])
             assert not any(r.startswith(f"model.layers.{later}.") for r in read for later in range(layer + 1, 4))
@@ -169,21 +176,21 @@ def test_initialiser_that_makes_a_wrong_shape_is_named(teacher_config, make_stat
 def test_student_that_does_not_fit_is_refused_before_reading(teacher_config, changes, message):
     student = hybrid_config(teacher_config, "G+*M").replace(**changes)
     with pytest.raises(ConfigError, match=message):
-        upcycle_state({}.__getitem__, teacher_config, student)
+        upcycled({}.__getitem__, teacher_config, student)
 
 
 def test_tied_student_of_untied_teacher_is_refused(teacher_config):
     student = hybrid_config(teacher_config, "G+GG", untie_embeddings_and_output_weights=False)
     with pytest.raises(ConfigError, match="untie_embeddings_and_output_weights"):
-        upcycle_state({}.__getitem__, teacher_config.replace(untie_embeddings_and_output_weights=True), student)
+        upcycled({}.__getitem__, teacher_config.replace(untie_embeddings_and_output_weights=True), student)
 
 
 def test_hybrid_teacher_and_unknown_initialiser_are_refused(teacher_config):
     hybrid = hybrid_config(teacher_config, "G+GG")
     with pytest.raises(ConfigError, match="teacher must be attention"):
-        upcycle_state({}.__getitem__, hybrid, hybrid)
+        upcycled({}.__getitem__, hybrid, hybrid)
     with pytest.raises(ConfigError, match="unknown initialiser 'magic'"):
-        upcycle_state({}.__getitem__, teacher_config, hybrid, initialiser="magic")
+        upcycled({}.__getitem__, teacher_config, hybrid, initialiser="magic")
 
 
 def test_teacher_tensor_of_wrong_shape_is_named(teacher_config, make_state):
@@ -203,7 +210,7 @@ def test_assembled_layers_come_whole_from_their_model_and_the_rest_from_the_base
     mla, pure = hybrid_config(teacher_config, "++++"), hybrid_config(teacher_config, linear * 4)
     target = hybrid_config(teacher_config, f"{linear}+{linear}+")
     read = assembled(_source(mla, 1.0), _source(pure, 2.0), _source(teacher_config, 3.0), target)
-    made = {name: read(name) for name in tensor_names(target)}
+    made = _made(read, target)
     assert list(_shapes(made).items()) == list(tensor_names(target).items())
     for name, tensor in made.items():
         layer = int(name.split(".")[2]) if name.startswith("model.layers.") else None
@@ -218,7 +225,7 @@ def test_assembled_upcycled_models_equal_directly_upcycled_hybrid(teacher_config
         pure[pattern] = Source(hybrid_config(teacher_config, pattern), _upcycle(state, teacher_config, pattern).__getitem__)
     base, target = Source(teacher_config, state.__getitem__), hybrid_config(teacher_config, "G++G")
     read = assembled(pure["++++"], pure["GGGG"], base, target)
-    made = {name: read(name) for name in tensor_names(target)}
+    made = _made(read, target)
     wanted = _upcycle(state, teacher_config, "G++G")
     assert list(made) == list(wanted) and all(torch.equal(made[name], wanted[name]) for name in wanted)
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.config.mixers.attention import Attention
-from megatron_hylo.config.mixers.base import Fields, Matrix, MixerDescription, Shape
+from megatron_hylo.config.mixers.base import Fields, MixerDescription
 from megatron_hylo.config.mixers.gdn import GatedDeltaNet
 from megatron_hylo.config.mixers.kda import KimiDeltaAttention
 from megatron_hylo.config.mixers.mamba2 import Mamba2
 from megatron_hylo.config.mixers.mla import MultiLatentAttention
 from megatron_hylo.config.mixers.window import WindowAttention
+from megatron_hylo.config.mlps import MLPS
 
 __all__ = [
     "ATTENTION_SYMBOL",
@@ -24,9 +25,7 @@ __all__ = [
     "MLA_SYMBOL",
     "WINDOW_SYMBOL",
     "Fields",
-    "Matrix",
     "MixerDescription",
-    "Shape",
     "check_tensor_parallel",
     "complete",
     "get_mixer",
@@ -78,8 +77,6 @@ def complete(symbols: Iterable[str], where: str, besides: str = "") -> None:
 
 def tensor_parallel_counts(config: Any) -> dict[str, int]:
     """Counts of a model that a tensor-parallel size must divide, by field; the vocabulary is padded."""
-    from megatron_hylo.config.mlps import MLPS  # imports this package
-
     pattern, counts = config.hybrid_layer_pattern.replace("|", ""), dict[str, int]()
     for symbol in dict.fromkeys(pattern[1::2]):
         counts |= MLPS[symbol].tensor_parallel_counts(config)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_hylo.config.mixers.base import Fields, MixerDescription, Shape
+from megatron_hylo.config.layer import Shape
+from megatron_hylo.config.mixers.base import Fields, MixerDescription
 
 if TYPE_CHECKING:
     from megatron_hylo.config.model import ModelConfig
@@ -15,6 +16,7 @@ class Attention(MixerDescription):
 
     symbol, name, block, recurrent = "*", "attention", "self_attn", False
     output_fit = "keep"
+    tensor_parallel_fields = ("num_attention_heads", "num_query_groups")
     joined = ("q_proj", "k_proj", "v_proj")
 
     def default_sizes(self, base: ModelConfig, base_name: str | None, teacher_shapes: bool) -> Fields:
@@ -50,7 +52,3 @@ class Attention(MixerDescription):
         c = config
         heads = 2 * (c.num_attention_heads + 2 * c.num_query_groups) + c.num_attention_heads
         return c.hidden_size + heads * c.kv_channels / ranks
-
-    def tensor_parallel_counts(self, config: ModelConfig) -> dict[str, int]:
-        """Query heads and key/value heads."""
-        return {"num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_query_groups}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from megatron_hylo.config.mixers.base import Fields, MixerDescription, Shape
+from megatron_hylo.config.layer import Shape
+from megatron_hylo.config.mixers.base import Fields, MixerDescription
 
 if TYPE_CHECKING:
     from megatron_hylo.config.model import ModelConfig
@@ -14,6 +15,7 @@ class GatedDeltaNet(MixerDescription):
     """Delta-rule recurrence with one decay a head and an output gate."""
 
     symbol, name, block, recurrent = "G", "Gated DeltaNet", "linear_attn", True
+    tensor_parallel_fields = ("linear_num_heads",)
     size_fields: ClassVar[tuple[str, ...]] = ("linear_num_heads", "linear_key_head_dim", "linear_value_head_dim")
     fp32_parameters = ("A_log", "dt_bias")
     joined = ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj")
@@ -73,7 +75,3 @@ class GatedDeltaNet(MixerDescription):
     def scratch_numbers(self, config: ModelConfig, ranks: int) -> float:
         """Solutions of the chunks' triangular systems."""
         return 2 * config.linear_num_heads * (config.linear_key_head_dim + config.linear_value_head_dim) / ranks
-
-    def tensor_parallel_counts(self, config: ModelConfig) -> dict[str, int]:
-        """Number of heads."""
-        return {"linear_num_heads": config.linear_num_heads}

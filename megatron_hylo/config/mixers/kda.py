@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_hylo.config.mixers.base import Fields, Shape
+from megatron_hylo.config.layer import Shape
+from megatron_hylo.config.mixers.base import Fields
 from megatron_hylo.config.mixers.gdn import GatedDeltaNet
 
 if TYPE_CHECKING:

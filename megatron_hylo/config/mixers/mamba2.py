@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_hylo.config.errors import ConfigError
-from megatron_hylo.config.mixers.base import Fields, MixerDescription, Shape
+from megatron_hylo.config.layer import Shape
+from megatron_hylo.config.mixers.base import Fields, MixerDescription
 
 if TYPE_CHECKING:
     from megatron_hylo.config.model import ModelConfig
@@ -17,6 +18,7 @@ class Mamba2(MixerDescription):
     """State-space layer; x and B come from `num_query_groups` heads and are repeated after the convolution."""
 
     symbol, name, block, recurrent = "M", "Mamba2", "mamba", True
+    tensor_parallel_fields = ("num_attention_heads", "num_query_groups", "mamba_num_heads")  # x and B: of key/value heads
     size_fields = ("mamba_num_heads", "mamba_head_dim", "mamba_state_dim")
     fp32_parameters = ("A_log", "dt_bias", "D")
     decay_range = (1.0, 16.0)
@@ -72,15 +74,6 @@ class Mamba2(MixerDescription):
     def scratch_numbers(self, config: ModelConfig, ranks: int) -> float:
         """Scratch tensors of mamba_ssm's backward pass."""
         return BACKWARD_SCRATCH * config.mamba_num_heads / ranks
-
-    def tensor_parallel_counts(self, config: ModelConfig) -> dict[str, int]:
-        """Number of heads, and of the key/value heads that x and B come from."""
-        c = config
-        return {
-            "num_attention_heads": c.num_attention_heads,
-            "num_query_groups": c.num_query_groups,
-            "mamba_num_heads": c.mamba_num_heads,
-        }
 
 
 def _convolved(c: ModelConfig) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_hylo.config.errors import ConfigError
-from megatron_hylo.config.mixers.base import Fields, MixerDescription, Shape
+from megatron_hylo.config.layer import Shape
+from megatron_hylo.config.mixers.base import Fields, MixerDescription
 
 if TYPE_CHECKING:
     from megatron_hylo.config.model import ModelConfig
@@ -28,6 +29,7 @@ class MultiLatentAttention(MixerDescription):
     symbol, name, block, recurrent = "+", "MLA", "self_attn", False
     rotary_pairs_by_layer, output_fit = True, "from_initial"
     undivided = ("q_a_proj", "kv_a_proj_with_mqa")
+    tensor_parallel_fields = ("num_attention_heads", "num_query_groups")
     size_fields = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
     def check(self, config: ModelConfig) -> None:
@@ -114,7 +116,3 @@ class MultiLatentAttention(MixerDescription):
         width, latent = c.qk_head_dim + c.qk_pos_emb_head_dim, c.kv_lora_rank + c.qk_pos_emb_head_dim
         keys = c.num_query_groups * (c.qk_head_dim + c.v_head_dim + width)
         return c.hidden_size + c.q_lora_rank + latent + (2 * heads * width + keys + heads * c.v_head_dim) / ranks
-
-    def tensor_parallel_counts(self, config: ModelConfig) -> dict[str, int]:
-        """Query heads and key/value heads."""
-        return {"num_attention_heads": config.num_attention_heads, "num_query_groups": config.num_query_groups}
