@@ -18,7 +18,7 @@ sys.modules["vllm"] = types.ModuleType("vllm")
 sys.modules["vllm.triton_utils"] = types.SimpleNamespace(triton=triton, tl=tl)
 sys.modules["ops"] = package = types.ModuleType("ops")
 package.__path__ = [f"{root}/third_party/flash_linear_attention/ops"]
-sys.modules["ops.op"] = types.SimpleNamespace(exp=tl.exp)
+sys.modules["ops.op"] = types.SimpleNamespace(exp=tl.exp, log=tl.log)
 
 def compiled(kernel, pointers, sizes, warps=4):
     names = kernel.arg_names
