@@ -63,6 +63,7 @@ def generate(
     begun = False
 
     def show(text: str) -> None:
+        """Print a piece of the answer, before the first one the prompt."""
         nonlocal begun
         if not begun:  # nothing is shown of a prompt that is refused
             results.print(prompt, style="dim", end="", highlight=False, markup=False, soft_wrap=True)
@@ -108,6 +109,7 @@ def _generate_many(model: Path, lines: str, **settings: Any) -> None:
     prompts, start = read_prompts(lines), time.perf_counter()
 
     def show(number: int, result: Any) -> None:
+        """Print one prompt's result as a JSON line, with the prompt's fields and number."""
         print(dumps({"number": number} | prompts[number] | asdict(result)), flush=True)
 
     found = generate_texts(model, [one["prompt"] for one in prompts], on_result=show, **settings)

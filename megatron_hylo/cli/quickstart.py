@@ -267,6 +267,7 @@ def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output
         reference = load_model(teacher, params_dtype=dtype)
 
         def quality(model: HyloModel, compared: HyloModel | None) -> dict[str, Any]:
+            """Perplexity of a model on the held-out windows and, with one to compare, its KL, as JSON values."""
             return evaluate(model, windows, compared, budget.micro_batch_size).to_dict()
 
         found = {"teacher": quality(reference, None), "init": quality(load_model(hybrid, params_dtype=dtype), reference)}

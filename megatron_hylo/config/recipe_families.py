@@ -1,4 +1,4 @@
-"""What recipes are written for: the training stages, and the hyperparameters of each base model that has layouts."""
+"""Training stages that recipes are written for, and the hyperparameters of each base model that has layouts."""
 
 from dataclasses import dataclass
 

@@ -35,6 +35,7 @@ def register_family(model_type: str) -> Callable:
     """Register `function(config.json as a dict) -> ModelConfig` for a model_type."""
 
     def add(function: Callable[[dict[str, Any]], ModelConfig]) -> Callable:
+        """Register the function; returns it."""
         _TO_MODEL_CONFIG[model_type] = function
         return function
 

@@ -41,10 +41,12 @@ def _interleaved_qkv(megatron: str, hugging_face: tuple[str, ...], config: Model
     per_group = config.num_attention_heads // groups
 
     def merge(tensors: list[Tensor]) -> Tensor:
+        """Interleave q, k and v, [heads x head_dim, ...] each, to [groups x (queries a group + 2) x head_dim, ...]."""
         parts = [t.reshape(groups, n * head_dim, *t.shape[1:]) for t, n in zip(tensors, (per_group, 1, 1))]
         return torch.cat(parts, dim=1).flatten(0, 1)
 
     def split(tensor: Tensor) -> list[Tensor]:
+        """Divide the interleaved tensor into q, k and v; inverse of `merge`."""
         grouped = tensor.reshape(groups, (per_group + 2) * head_dim, *tensor.shape[1:])
         return [part.flatten(0, 1) for part in grouped.split([per_group * head_dim, head_dim, head_dim], dim=1)]
 
@@ -177,6 +179,7 @@ def parameter_reader(config: ModelConfig, read: Callable[[str], Tensor]) -> Call
     entries = {entry.megatron: entry for entry in model_entries(config)}
 
     def read_parameter(name: str) -> Tensor:
+        """Read one of Megatron-Core's parameters, by its name, from its Hugging Face tensors."""
         entry = entries[name]
         return entry.merge([read(part) for part in entry.hugging_face])
 

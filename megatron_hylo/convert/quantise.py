@@ -240,6 +240,8 @@ def _moments(linears: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
     last: list[Any] = [None, ""]  # input, and the map that counted it
 
     def counting(name: str) -> Any:
+        """Make the hook that adds up the inputs of the map of this name."""
+
         def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             """Forward pre-hook: add x^T x of the input's rows [..., columns], unless the map before it had the same input."""
             if inputs[0] is last[0]:

@@ -174,6 +174,7 @@ class Safetensors:
         """Take the tensors as they are."""
 
         def write(file: HashedFile) -> list[Piece]:
+            """Write the tensors' bytes; no piece is left to write later."""
             for tensor in tensors:
                 file.write(tensor_bytes(tensor))
             return []

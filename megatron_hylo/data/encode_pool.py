@@ -62,6 +62,7 @@ def encode_batches(batches: Iterable[B], settings: EncoderSettings, processes: i
             free.put(children[-1])
 
         def encode(batch: B) -> Encoded:
+            """Encode a batch in the next child process that is free."""
             child = free.get()
             try:
                 return child.encode(batch)

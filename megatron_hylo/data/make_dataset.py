@@ -294,6 +294,7 @@ def _batches(
     characters = 0
 
     def batch(ended: bool) -> _Batch:
+        """Close the batch of documents read so far; `ended`: no document follows."""
         nonlocal threshold
         if threshold is None:
             fraction = settings.heldout_fraction

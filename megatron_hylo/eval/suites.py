@@ -75,6 +75,7 @@ def _plan_ppl(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
     count = min(settings.limit or perplexity_positions.WINDOWS, perplexity_positions.WINDOWS)
 
     def run() -> Found:
+        """Measure perplexity on the held-out windows and, where there are lengths, by position."""
         scores, samples = suites_ppl.run_heldout(lm, windows, track)
         if lengths:
             more = perplexity_positions.run_by_position(lm, lengths, count, data=data, seed=settings.seed, track=track)

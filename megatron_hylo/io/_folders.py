@@ -50,6 +50,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False, sources: Sequenc
     partial = path.parent / f".{path.name}.partial"
 
     def create() -> None:
+        """Make the partial folder, empty."""
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 

@@ -183,7 +183,8 @@ def _check_hashes(path: Path, files: list[tuple[Path, Entry]]) -> None:
         return None
 
     def count(read: int) -> None:
-        done[0] += read  # races between threads do not matter: it is only displayed
+        """Count bytes that were hashed; races between threads do not matter, since the sum is only displayed."""
+        done[0] += read
 
     if total > ANNOUNCED_BYTES:
         logger.info("checking %s: %.1f GB to hash, once on this machine", path, total / 1e9)

@@ -78,6 +78,7 @@ def hash_ahead(path: str | Path) -> None:
     folder = Path(path)
 
     def run(mine: list[Path]) -> None:
+        """Hash one thread's files for the cache of hashes; what fails is found again where it is needed."""
         with contextlib.suppress(Exception):
             for file in mine:
                 file_hash(file)

@@ -265,7 +265,8 @@ def _torch(
     history = F.pad(x, (0, 0, k - 1, 0)) if before is None else torch.cat([before, x], 1)
     history, taps = history.to(wide), weight.to(wide).t().contiguous().unbind()  # a strided tap is no vector to a CPU
 
-    def earlier(j: int) -> Tensor:  # the inputs of tap j, of the same document
+    def earlier(j: int) -> Tensor:
+        """Inputs of tap j of each token, [b, t, channels]; zeros where they are of the document before."""
         inputs = history[:, j : j + t]
         return inputs if positions is None else inputs * (positions >= k - 1 - j)[:, None]
 

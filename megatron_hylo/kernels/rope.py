@@ -62,7 +62,8 @@ def _llama3(frequencies: torch.Tensor, scaling: Any) -> torch.Tensor:
 def _yarn(frequencies: torch.Tensor, dim: int, base: float, scaling: Any) -> torch.Tensor:
     """YaRN's "NTK by parts": a linear ramp from kept to divided frequencies over the channel index."""
 
-    def channel(rotations: float) -> float:  # whose wavelength makes that many turns in the original length
+    def channel(rotations: float) -> float:
+        """Index of the channel whose wavelength makes so many turns in the original length."""
         return dim * math.log(scaling.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)

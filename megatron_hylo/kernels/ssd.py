@@ -200,7 +200,8 @@ def _chunked(
     chunk = min(CHUNK, t)
     pad = -t % chunk  # padded tokens have dt = 0: no decay, no input
 
-    def chunks(value: torch.Tensor) -> torch.Tensor:  # [b, t, h, ...] -> [b, h, chunks, chunk, ...]
+    def chunks(value: torch.Tensor) -> torch.Tensor:
+        """Pad and divide [b, t, h, ...] into [b, h, chunks, chunk, ...]."""
         padded = F.pad(value.to(wide), (0, 0) * (value.dim() - 2) + (0, pad))
         return padded.unflatten(1, (-1, chunk)).movedim(3, 1)
 

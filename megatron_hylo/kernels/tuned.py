@@ -56,6 +56,7 @@ def modest(configs: list[Any]) -> Any:
     """The triton.Config of about 4 warps with the fewest stages and smallest blocks: it asks for the least shared memory."""
 
     def size(config: Any) -> tuple[float, ...]:
+        """Rank a configuration: distance from 4 warps, stages, product of its blocks."""
         blocks = [value for value in config.kwargs.values() if _is_size(value)]
         return abs(math.log2(config.num_warps / 4)), config.num_stages, math.prod(blocks)
 

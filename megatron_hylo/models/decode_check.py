@@ -32,6 +32,7 @@ def check_decode_kernels(
     generator, found = torch.Generator().manual_seed(0), []
 
     def draw(*shape: int) -> Tensor:
+        """Draw normal numbers of this shape on the device, from a seed of the check's own."""
         return torch.randn(shape, generator=generator).to(device)
 
     with torch.no_grad():

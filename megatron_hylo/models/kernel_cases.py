@@ -270,6 +270,7 @@ def _convolutions(c: ModelConfig, widths: list[int], draw: Draw, parts: bool) ->
     shape = f"{' + '.join(f'{width:,}' for width in widths)} channels, {taps} taps"
 
     def convolve(x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
+        """Convolve the sections of x [b, t, channels]; returns them joined."""
         return torch.cat(causal_conv1d_sections(x.split(widths, -1), weight, None, "silu", before), -1)
 
     inputs = {

@@ -61,10 +61,12 @@ def without_padding(sharded: ShardedTensor, vocabulary: int) -> ShardedTensor | 
     first, rows = own_rows(padded, vocabulary)
 
     def build(key: str, data: Tensor, replica: ReplicaId, flattened_range: slice | None) -> list[ShardedTensor]:
+        """Make the shard that is stored: this rank's rows of the vocabulary, without padding."""
         # shards of different sizes are no regular grid, hence no `axis_fragmentations`
         return [ShardedTensor(key, data[:rows], data.dtype, (rows, hidden), (vocabulary, hidden), (first, 0), None, replica)]
 
     def merge(stored: Any) -> Tensor:
+        """Pad the stored rows with zeros to this rank's share."""
         return torch.nn.functional.pad(stored[0], (0, 0, 0, padded - rows))
 
     return ShardedTensorFactory(sharded.key, sharded.data, build, merge, sharded.replica_id)

@@ -120,6 +120,7 @@ class StoredLayout:
         described = self.sharded[name]
 
         def read(part: ShardedTensor) -> Tensor:
+            """Read one shard, in the shape that it has on this rank."""
             return reader.read(part.key, part.global_offset, stored_shape(part)).view(part.local_shape)
 
         if not isinstance(described, ShardedTensorFactory):

@@ -69,6 +69,7 @@ def describe(one: Candidate, job: Job, gpus: int, hardware: Hardware, price: flo
     known = "MEASURED" if hardware.measured else "ESTIMATED"
 
     def source(term: str) -> Source:
+        """Say whether the term's rate was measured on this hardware."""
         if term in ("bubble", "pipeline", "launch", "expert", "muon") or not hardware.measured:
             return "ESTIMATED"
         node = gpus <= hardware.gpus_per_node

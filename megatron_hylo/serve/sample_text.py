@@ -188,6 +188,7 @@ def sample_text(
             check.skipped.update(figures.left_out)
 
             def describe(folder: Path) -> None:
+                """Write sampled.json beside the dataset: teacher, settings and figures of the text."""
                 named = about | {"teacher": str(teacher), "teacher_identity": about["teacher"]}
                 write_json(folder / "sampled.json", named | {"text": figures.to_dict()})
 
@@ -235,6 +236,7 @@ def _fill(
         start, before, size = time.monotonic(), figures.tokens, wanted * settings.length * kept
 
         def each_step(step: int, before: int = before, size: float = size) -> None:
+            """Show the part of all tokens that is sampled after a step of this batch."""
             show((before + step / settings.length * size) / settings.tokens)
 
         documents = list(

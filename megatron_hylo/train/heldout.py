@@ -62,6 +62,7 @@ def _recall(config: TrainConfig) -> HeldoutText:
     """Windows with exercises in held-out text, the same for every run with these settings, in documents that may be short."""
 
     def source(length: int) -> PackedDataset:
+        """Held-out windows of so many tokens, in the order of the text."""
         return PackedDataset(f"{config.data}/heldout", length, seed=0, shuffle=False)
 
     return _first_windows(recall_windows(config, source, RECALL_SEED), config.eval_windows, config.packed_documents, "")

@@ -131,6 +131,7 @@ def stopping_track(request: StopRequest, device: torch.device, shared: int) -> C
     """
 
     def track(batches: Any, _: str) -> Iterator[Any]:
+        """Yield the batches until the ranks agree to stop."""
         for index, batch in enumerate(batches):
             if index < shared and request.agreed(device, look=False) == STOP:
                 raise EvaluationStopped

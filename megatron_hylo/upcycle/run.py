@@ -225,10 +225,12 @@ def _write(
     tokenizer = sources[0].path / "tokenizer"
 
     def add_tokenizer(folder: Path) -> None:
+        """Copy the first source's tokenizer, where it has one."""
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, folder / "tokenizer")
 
     def check(_: Path) -> None:
+        """Refuse sources that have changed since they were opened."""
         for source in sources:
             source.require_unchanged()
 

@@ -226,6 +226,7 @@ def plot_selection(selection: Selection, file: Path) -> None:
     change = "lost by it alone as linear" if selection.method == "backward" else "saved by it alone as MLA"
 
     def draw(axes: Axes, theme: Theme) -> None:
+        """Draw each layer's gain as a bar, in the colour of what it becomes."""
         linear = selection.pattern.replace("+", "")[0]
         for label, color, wanted in (("MLA", theme.series[1], True), (linear, theme.series[0], False)):
             layers = [layer for layer in range(len(gains)) if (layer in selection.mla_layers) == wanted]

@@ -175,6 +175,7 @@ def selection_windows(data: str | Path, tokens: int, sequence_length: int, by: B
         raise ConfigError(f"tokens {tokens} is less than one window of sequence_length {sequence_length}; give more, or less")
 
     def plain(length: int) -> PackedDataset:
+        """Training windows of so many tokens, without exercises."""
         return PackedDataset(f"{data}/train", length, seed=0)
 
     source: WindowSource = plain(sequence_length)

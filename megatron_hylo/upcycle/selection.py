@@ -44,6 +44,7 @@ def smart_layers(gains: Sequence[float], count: int) -> tuple[int, ...]:
     check_count(count, layers)
 
     def most_sensitive(among: range) -> int:
+        """Layer of largest gain."""
         return max(among, key=lambda layer: gains[layer])
 
     if count == 1:

@@ -48,6 +48,7 @@ class RulerTask(ConfigurableTask):
         mean = generators().common_utils.aggregate_metrics
 
         def score(example: Example, answers: list[str]) -> dict[str, float]:
+            """Score an example's answers as lm-eval's task does, under the name of this project's metric."""
             return {METRIC: scorer(example, answers)[str(length)]}
 
         super().__init__(

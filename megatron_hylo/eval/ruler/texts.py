@@ -123,7 +123,8 @@ def _common_words(module: Any, length: int) -> Texts:
 
 def _frequent_words(module: Any, length: int) -> Texts:
     def uncounted(text: str) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=())  # the generator is not to shrink the text: its size is chosen here
+        """Stand for a tokenizer that counts no token: the generator is not to shrink the text, whose size is chosen here."""
+        return SimpleNamespace(input_ids=())
 
     def make(index: int, size: int) -> Example:
         """Write `size` invented words, drawn from a distribution of which the three most frequent are asked for."""

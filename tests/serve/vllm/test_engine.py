@@ -82,7 +82,7 @@ def test_prompts_cut_into_pieces_and_requests_that_wait(name, model, prompts, mo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotations_of_latent_attention_equal_apply_rope(dtype):
-    """Of keys, and of queries by heads, behind an odd number of channels."""
+    """Keys, and queries by heads, are rotated behind an odd number of channels too."""
     from megatron_hylo.kernels.rope import apply_rope, rope_cos_sin, rope_frequencies
     from megatron_hylo.serve.vllm.latent import HyloLatentAttention
 
