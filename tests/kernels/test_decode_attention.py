@@ -158,8 +158,9 @@ def test_kernels_equal_the_plain_form_on_the_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_rows_past_two_to_the_31st_element_are_read() -> None:
-    b, rows, width = 6, 2**21, 192  # 2.4e9 numbers
+@pytest.mark.parametrize("b, rows", [(7, 2**21), (1, 12 * 2**20)])  # the last batch, or the last row, begins past 2^31
+def test_rows_past_two_to_the_31st_element_are_read(b: int, rows: int) -> None:
+    width = 192
     k = torch.zeros(b, rows, 1, width, dtype=torch.bfloat16, device="cuda")
     k[-1, -1] = k[-1, 1_900_000] = 1.0
     q = torch.full((b, 24, width), 0.5, dtype=torch.bfloat16, device="cuda")
