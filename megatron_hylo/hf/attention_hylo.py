@@ -58,9 +58,15 @@ class HyloAlignedKeyNorm(HyloRMSNorm):
         return super().forward(key, unfold_rotary_key(key[..., :plain], key[..., 0, plain:], self.rotary_mix, pairs))
 
 
-@functools.lru_cache(maxsize=256)
 def index_tensor(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Return numbers as int64 [n] on the device, copied there once: a captured graph cannot copy from the host."""
+    if torch.compiler.is_compiling():  # torch.export traces with false tensors, which must not be kept
+        return torch.tensor(numbers, device=device)
+    return _kept_index_tensor(numbers, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_index_tensor(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(numbers, device=device)
 

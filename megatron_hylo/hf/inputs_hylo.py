@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from .cache_hylo import HyloCache
+from megatron_hylo.kernels.registry import exporting
+
 
 
 @dataclass
@@ -79,7 +81,7 @@ def sequence_inputs(
         cache.last_position = (positions if real is None else torch.where(real[:, cached:], positions, last)).amax(
             1, keepdim=True
         )
-    added = None if real is None or real[:, cached:].all() else real[:, cached:]
+    added = None if real is None or (not exporting() and real[:, cached:].all()) else real[:, cached:]
     return SequenceInputs(everything if every else positions, added, real)
 
 
@@ -116,7 +118,7 @@ def _padding_mask(mask: Tensor | None, batch: int, cached: int, new: int, cache:
                 f"attention_mask marks other tokens as padding than when the {cached} cached ones were read, and recurrent "
                 f"states cannot forget a token; give the mask they were read with, or start without past_key_values"
             )
-    return None if real.all() else real
+    return None if not exporting() and real.all() else real
 
 
 def _check_rising(last: Tensor, positions: Tensor, real: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from megatron_hylo.kernels.gated_delta_rule import (
     pass_state,
     unit_lower_inverse,
 )
-from megatron_hylo.kernels.registry import select
+from megatron_hylo.kernels.registry import exporting, select
 from megatron_hylo.kernels.ssd import segment_sum
 
 FLA_MODULE = "fla.ops.kda"
@@ -118,7 +118,7 @@ def _decayed_products(
         keys, queries, log_decay: [n, b h, c, dk].
         total: float64, sums of `log_decay` from the chunk's start.
     """
-    if keys.is_cuda:  # no choice by the data, which a captured graph cannot make
+    if keys.is_cuda or exporting():  # no choice by the data, which a captured graph or an exported program cannot make
         return _products_by_pair(keys, queries, log_decay)
     away = total - (total[..., :1, :] + total[..., -1:, :]) / 2
     strong = (total[..., 0, :] - total[..., -1, :]).amax(-1) > FACTORED  # [n, b h]

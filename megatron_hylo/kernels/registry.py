@@ -198,6 +198,11 @@ def library_unsupported(library: str, module: str, x: torch.Tensor, advice: str)
     return Unsupported(f"{module} does not import: {error}", advice) if error else None
 
 
+def exporting() -> bool:
+    """Whether torch.export is tracing, where nothing may depend on the data; torch before 2.7 does not say so."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
 def triton_version() -> tuple[int, ...]:
     """Version of the installed Triton: (major, minor, patch)."""
     return tuple(int(part) for part in re.findall(r"\d+", importlib.import_module("triton").__version__)[:3])

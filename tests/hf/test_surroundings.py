@@ -1,4 +1,4 @@
-"""Models in other parts of transformers and in other libraries: offloading, classifiers, prompts that are learnt."""
+"""Models in other parts of transformers and in other libraries: offloading, classifiers, prompts that are learnt, programs."""
 
 import copy
 
@@ -88,6 +88,20 @@ def test_a_saved_model_has_its_code_beside_it(tmp_path):
     for place in config["auto_map"].values():
         module, name = place.split(".")
         assert f"class {name}(" in (tmp_path / "saved" / f"{module}.py").read_text()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "config", [serve_config("GK+M*W"), serve_config("G+*+", **ALIGNED["G+*+ pairs, bias, aligned q/k-norm"])]
+)
+@torch.no_grad()
+def test_an_exported_program_gives_the_models_logits(config, padded, ids):
+    model, mask = random_model(config, torch.float32), torch.ones_like(ids)
+    mask[0, :9] = 0
+    settings = dict(use_cache=False) | (dict(attention_mask=mask) if padded else {})
+    program = torch.export.export(model, (ids,), settings, strict=False)
+    found, expected = program.module()(ids, **settings).logits, model(ids, **settings).logits  # eager after the export
+    torch.testing.assert_close(found[:, 9:], expected[:, 9:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
