@@ -133,7 +133,7 @@ class HyloModel(HyloPreTrainedModel):
             hidden_states: gets the embeddings, what each layer but the last gives, and the result.
         """
         ropes = self.ropes(inputs, x.shape[1])
-        for symbol, layer in zip(self.mixers, self.layers):
+        for symbol, layer in zip(self.mixers, self.layers[: self.config.num_hidden_layers]):  # fewer: assistant_early_exit
             if hidden_states is not None:
                 hidden_states.append(x)
             x = layer(x, inputs, position_embeddings=ropes.get(symbol), past_key_values=cache)
@@ -303,7 +303,8 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() looks at its parameters
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Drop positions that transformers 4 counts over padding; called by generate() before each pass."""
+        """Drop positions that transformers 4 counts over padding, and the tokenizer of stop strings, before each pass."""
+        kwargs.pop("tokenizer", None)
         positions, columns = kwargs.get("position_ids"), kwargs.get("cache_position")
         if positions is not None and columns is not None and torch.equal(positions, columns[None]):
             kwargs["position_ids"] = None  # they are counted from the mask then

@@ -81,3 +81,15 @@ def test_assisted_generation_gives_the_greedy_text(ids):
         assert torch.equal(target.generate(prompt, **greedy, **helps), expected)
         if helps.get("assistant_model") is same:
             assert len(found) < 10  # passes of the target are what it saves
+
+
+@torch.no_grad()
+def test_the_first_layers_draft_for_the_whole(ids):
+    model, prompt = random_model(serve_config("GM+*"), torch.float32), ids[:1, :20]
+    greedy = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    expected = model.generate(prompt, **greedy)
+    read = {layer: [] for layer in range(4)}
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda module, inputs, output, number=number: read[number].append(output.shape[1]))
+    assert torch.equal(model.generate(prompt, **greedy, assistant_early_exit=2), expected)
+    assert len(read[0]) == len(read[1]) > len(read[2]) == len(read[3])

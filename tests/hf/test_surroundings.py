@@ -9,7 +9,7 @@ import transformers
 
 from megatron_hylo.hf import HyloForCausalLM, HyloForSequenceClassification
 from megatron_hylo.hf.code_files import copy_modelling_code
-from tests.hf.conftest import ALIGNED, random_model, serve_config
+from tests.hf.conftest import ALIGNED, random_model, save_tokenizer, serve_config
 
 GREEDY = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
 
@@ -88,6 +88,17 @@ def test_a_saved_model_has_its_code_beside_it(tmp_path):
     for place in config["auto_map"].values():
         module, name = place.split(".")
         assert f"class {name}(" in (tmp_path / "saved" / f"{module}.py").read_text()
+
+
+def test_a_stop_string_ends_the_text(tmp_path, ids):
+    save_tokenizer(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    model, settings = random_model(serve_config("G+"), torch.float32), dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    model.lm_head.weight.data[:2] = model.lm_head.weight.data[28:] = 0  # letters alone
+    whole = model.generate(ids[:1], **settings)[0, 75:].tolist()
+    stop = tokenizer.decode(whole[3])
+    found = model.generate(ids[:1], **settings, stop_strings=[stop], tokenizer=tokenizer)[0, 75:].tolist()
+    assert found == whole[: whole.index(whole[3]) + 1]
 
 
 @pytest.mark.parametrize("padded", [False, True])
