@@ -73,6 +73,7 @@ class HyloCache:
         self.positions: Tensor | None = None  # int64 [batch or 1, sequence], where a caller gave others than counted ones
         self.padding: Tensor | None = None  # bool [batch, first tokens], False at padding; None: there is none
         self.batch_size = 0  # 0 before the first token
+        self.description: dict[str, Any] | None = None  # `hylo` of the configuration of the model that fills it
         self.records_past = False
         self.recent: dict[int, Recent] = {}  # linear layers, where the past is recorded
         # int64, where the one new token goes, while decode_hylo.py runs or captures a pass: [1], or [batch] of a packed one

@@ -1,13 +1,14 @@
 """Positions and masks of a HyLo model's tokens, checked and derived from the caller's inputs and the cache."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cache_hylo import HyloCache
 from megatron_hylo.kernels.registry import exporting
 
+from .cache_hylo import HyloCache
 
 
 @dataclass
@@ -32,13 +33,41 @@ class SequenceInputs:
         return self.mask
 
 
+def check_cache(cache: Any, config: Any) -> None:
+    """Refuse the caches of other models; an empty one belongs to this model from here on.
+
+    Args:
+        cache: `past_key_values` of a forward pass, or None.
+        config: HyloConfig of the model.
+
+    Raises:
+        ValueError: no HyloCache, or one that a model of other layers or sizes has filled.
+    """
+    if cache is None:
+        return
+    if not isinstance(cache, HyloCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}, but a HyLo model has latents and recurrent states, in a HyloCache: "
+            f"leave it out; with use_cache=True the output holds one as past_key_values, to be given with the next tokens"
+        )
+    if cache.description is None or not cache.length:
+        cache.description = config.hylo
+    elif cache.description is not config.hylo and cache.description != config.hylo:
+        other, own = cache.description, config.hylo
+        name = next(name for name in own | other if own.get(name) != other.get(name))
+        raise ValueError(
+            f"past_key_values was filled by another model, whose {name} is {other.get(name)!r}, not {own.get(name)!r}; give "
+            f"this model the cache of its own outputs, or leave past_key_values out and read the prompt again"
+        )
+
+
 def sequence_inputs(
     tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: HyloCache | None, every: bool = False
 ) -> SequenceInputs:
     """Check the inputs of a forward pass and add them to the cache's positions and padding.
 
     Args:
-        tokens: [batch, new tokens, ...], ids or embeddings; only the shape and the device are used.
+        tokens: embeddings [batch, new tokens, hidden]; only the shape and the device are used.
         attention_mask: [batch, cached + new tokens], 1 at tokens and 0 at padding, which may stand anywhere; None: the new
             tokens have no padding.
         position_ids: int64 [batch or 1, new tokens], rising along a sequence; None: counted, padding left out.
@@ -46,9 +75,14 @@ def sequence_inputs(
         every: return the positions of cached tokens too.
 
     Raises:
-        ValueError: shapes that disagree, a 4-d or additive mask, positions that start again or are below 0, another padding of
-            cached tokens, more tokens than a cache of fixed size has room for.
+        ValueError: no tokens, shapes that disagree, a 4-d or additive mask, positions that are no integers, start again or are
+            below 0, another padding of cached tokens, more tokens than a cache of fixed size has room for.
     """
+    if tokens.dim() != 3 or not tokens.shape[1]:
+        raise ValueError(
+            f"give input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden] of a token at least; the embeddings are "
+            f"{list(tokens.shape)}"
+        )
     batch, new = tokens.shape[:2]
     cached = 0 if cache is None else cache.get_seq_length()
     if cache is not None:
@@ -63,6 +97,8 @@ def sequence_inputs(
     own = False  # whether positions are others than counted ones
     if position_ids is not None:
         given = position_ids.to(tokens.device)
+        if given.is_floating_point():
+            raise ValueError(f"position_ids must be integers, got {given.dtype}")
         if given.dim() != 2 or given.shape[0] not in (1, batch) or given.shape[1] != new:
             raise ValueError(f"position_ids must be [{batch} or 1, {new}], got {list(given.shape)}")
         if len(given) > 1 and (given == given[:1]).all():

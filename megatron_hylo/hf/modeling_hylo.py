@@ -20,10 +20,10 @@ from megatron_hylo.kernels.elementwise import on_request
 from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 
 from .attention_hylo import HyloRMSNorm, Rope
-from .cache_hylo import HyloCache, cache_nbytes, free_bytes
+from .cache_hylo import HyloCache
 from .configuration_hylo import HyloConfig
 from .decode_hylo import DecodeGraph, unsupported
-from .inputs_hylo import SequenceInputs, sequence_inputs
+from .inputs_hylo import SequenceInputs, check_cache, sequence_inputs
 from .layers_hylo import HyloLayer
 from .pretrained_hylo import HyloPreTrainedModel
 
@@ -43,19 +43,6 @@ def _check_keyword_arguments(given: dict[str, Any], used: tuple[str, ...] = ()) 
     if unknown:
         raise TypeError(f"a HyLo model does not use the argument {unknown[0]}; leave it out")
     return {name: given[name] for name in used if name in given}
-
-
-def _check_cache(cache: Any) -> None:
-    """Refuse the caches of other models.
-
-    Raises:
-        ValueError: not None and not a HyloCache.
-    """
-    if cache is not None and not isinstance(cache, HyloCache):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}, but a HyLo model has latents and recurrent states, in a HyloCache: "
-            f"leave it out; with use_cache=True the output holds one as past_key_values, to be given with the next tokens"
-        )
 
 
 class HyloModel(HyloPreTrainedModel):
@@ -102,11 +89,11 @@ class HyloModel(HyloPreTrainedModel):
             TypeError: an argument that a HyLo model does not use.
         """
         _check_keyword_arguments(kwargs)
-        _check_cache(past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"give either input_ids or inputs_embeds, not {'neither' if input_ids is None else 'both'}")
         attends = self.config.output_attentions if output_attentions is None else output_attentions
         cache = self._choose_cache(past_key_values, self.config.use_cache if use_cache is None else use_cache)
+        check_cache(cache, self.config)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         inputs = sequence_inputs(x, attention_mask, position_ids, cache, every=bool(self.rotates_anew & set(self.mixers)))
         inputs.attentions = [] if attends else None
@@ -268,15 +255,8 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             ValueError: it would be larger than the free memory, or as for `HyloCache`.
         """
         cache = HyloCache(max_cache_len, latents)
-        free = free_bytes(self.device)
-        if max_cache_len is not None and free is not None:
-            wanted = batch_size * cache_nbytes(self.config, max_cache_len, self.dtype.itemsize, latents)
-            if wanted > free:
-                raise ValueError(
-                    f"a cache of {max_cache_len:,} tokens for {batch_size:,} sequences takes {wanted / 2**30:.1f} GiB, but "
-                    f"{free / 2**30:.1f} GiB of the memory are free; use fewer sequences or tokens"
-                    + ("" if latents else ", or latents='fp8'")
-                )
+        if max_cache_len is not None:
+            self.check_cache_fits(batch_size, max_cache_len, latents)
         return cache
 
     def _decode_graph(
@@ -286,6 +266,7 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         if not isinstance(cache, HyloCache) or cache.max_cache_len is None or not cache.length or ids.shape[1] != 1:
             return None
         settled = not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        check_cache(cache, self.config)
         if not settled or not (ids.is_cuda or self.decodes_with_fixed_shapes) or unsupported(self, cache) is not None:
             return None
         if self.config.output_attentions or self.config.output_hidden_states or (mask is not None and mask.dim() != 2):
@@ -315,7 +296,7 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int, *_: Any
     ) -> None:
         """Make a HyloCache; called by generate() before the first pass, in place of transformers' own cache."""
-        _check_cache(model_kwargs.get("past_key_values"))
+        check_cache(model_kwargs.get("past_key_values"), self.config)
         mask = model_kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
             raise ValueError(
@@ -330,7 +311,9 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             sequences = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
-            model_kwargs["past_key_values"] = self.new_cache(sequences, longest) if wanted == "static" else HyloCache()
+            if wanted != "static":
+                self.check_growth(sequences, 0 if mask is None else mask.shape[1], longest)
+            model_kwargs["past_key_values"] = self.new_cache(sequences, longest if wanted == "static" else None)
         cache = model_kwargs.get("past_key_values")
         if cache is not None and (generation_config.is_assistant or mode == GenerationMode.ASSISTED_GENERATION):
             cache.activate_past_recording()  # rejected tokens are taken out

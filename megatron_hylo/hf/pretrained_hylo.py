@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .attention_hylo import HyloLatentAttention
+from .cache_hylo import cache_nbytes, free_bytes
 from .configuration_hylo import HyloConfig
 from .layers_hylo import HyloGatedDeltaNet, HyloMamba2
 from .quantised_hylo import check_declared, check_loaded, make_plain
 
+logger = logging.get_logger(__name__)
 AUTO_MAP = {
     "AutoConfig": "configuration_hylo.HyloConfig",
     "AutoModel": "modeling_hylo.HyloModel",
@@ -70,6 +73,42 @@ class HyloPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.write_code is not None and Path(save_directory).is_dir():
             self.write_code(Path(save_directory))
+
+    def check_cache_fits(self, sequences: int, tokens: int, latents: str | None = None) -> None:
+        """Refuse a cache of so many sequences of so many tokens that is larger than the free memory.
+
+        Args:
+            sequences: of the batch, copies for beams included.
+            tokens: of each sequence, cached in the model's dtype.
+            latents: 8-bit format of MLA's latents, or None.
+
+        Raises:
+            ValueError: it is.
+        """
+        free, wanted = free_bytes(self.device), sequences * cache_nbytes(self.config, tokens, self.dtype.itemsize, latents)
+        if free is not None and wanted > free:
+            raise ValueError(
+                f"a cache of {tokens:,} tokens for {sequences:,} sequences takes {wanted / 2**30:.1f} GiB, but "
+                f"{free / 2**30:.1f} GiB of the memory are free; use fewer sequences or tokens"
+                + ("" if latents else ", or latents='fp8'")
+            )
+
+    def check_growth(self, sequences: int, prompt: int, longest: int) -> None:
+        """Refuse a prompt whose cache is larger than the free memory; a warning where it may grow larger than that.
+
+        Args:
+            sequences: of the batch, copies for beams included.
+            prompt: tokens of each sequence at first, padding included.
+            longest: tokens of each at most.
+
+        Raises:
+            ValueError: the prompt's cache does not fit.
+        """
+        self.check_cache_fits(sequences, prompt)
+        try:
+            self.check_cache_fits(sequences, longest)
+        except ValueError as error:
+            logger.warning("texts that do not end before will fill the memory: %s", error)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize as other models do, in the description too."""

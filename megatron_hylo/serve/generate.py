@@ -161,6 +161,7 @@ def _cache(model: Any, path: str | Path, tokens: int, new_tokens: int, latents: 
         return None, "a model of transformers"
     reason = not_captured(model, new_tokens)
     try:
+        model.check_cache_fits(1, tokens, latents)
         cache = model.new_cache(1, None if reason else tokens, latents)
     except ValueError as error:
         raise ConfigError(str(error)) from error

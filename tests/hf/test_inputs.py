@@ -6,7 +6,8 @@ import transformers
 
 from megatron_hylo.config import RopeScaling
 from megatron_hylo.convert.hf_config import model_config_from_hf
-from megatron_hylo.hf import HyloCache, HyloConfig, HyloForCausalLM
+from megatron_hylo.hf import HyloCache, HyloConfig, HyloForCausalLM, pretrained_hylo
+from megatron_hylo.hf.cache_hylo import cache_nbytes
 from tests.conftest import tiny_hf_model
 from tests.hf.conftest import ALIGNED, YARN, random_model, serve_config
 
@@ -121,6 +122,12 @@ REFUSED = {
     "mask of another length": (dict(attention_mask=torch.ones(3, 4)), r"must be \[3, 75\] for 0 cached and 75 new tokens"),
     "positions of another length": (dict(position_ids=torch.arange(4)[None]), r"must be \[3 or 1, 75\]"),
     "packed documents": (dict(position_ids=(torch.arange(WIDTH) % 40)[None]), r"0 follows 39 .*give each document a row"),
+    "positions that are no integers": (
+        dict(position_ids=torch.arange(WIDTH)[None] + 0.5),
+        "position_ids must be integers, got torch.float32",
+    ),
+    "no batch": (dict(input_ids=torch.tensor([3, 4])), r"give input_ids \[batch, tokens\] .* embeddings are \[2, 48\]"),
+    "no tokens": (dict(input_ids=torch.zeros(1, 0, dtype=torch.long)), r"of a token at least; the embeddings are \[1, 0, 48\]"),
     "another model's cache": (dict(past_key_values=transformers.DynamicCache()), "is a DynamicCache, .* leave it out"),
     "two inputs": (dict(inputs_embeds=torch.zeros(3, WIDTH, 48)), "either input_ids or inputs_embeds, not both"),
     "no input": (dict(input_ids=None), "either input_ids or inputs_embeds, not neither"),
@@ -146,6 +153,39 @@ def test_a_cache_is_continued_only_as_it_was_begun(three):
         model(tokens[:, :1], attention_mask=torch.ones(3, WIDTH + 1), past_key_values=cache)
     with pytest.raises(ValueError, match="must rise"):
         model(tokens[:, :1], position_ids=torch.tensor([[10]]), past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [None, 90], ids=["the output's", "of fixed size"])
+def test_the_cache_of_another_hybrid_is_refused(size, three):
+    model, other = random_model(serve_config("G+")), random_model(serve_config("+G"))
+    model.decodes_with_fixed_shapes = True
+    cache = other(three, past_key_values=None if size is None else other.new_cache(3, size)).past_key_values
+    message = (
+        r"filled by another model, whose hybrid_layer_pattern is '\+-G-', not 'G-\+-'; give this model the cache of its own"
+    )
+    with pytest.raises(ValueError, match=message):
+        model(three[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.cat([three, three[:, :1]], 1), past_key_values=cache, max_new_tokens=2)
+    expected = other(torch.cat([three, three[:, :1]], 1)).logits[:, -1:]
+    torch.testing.assert_close(other(three[:, :1], past_key_values=cache).logits, expected, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_batch_too_large_for_the_memory_is_refused_before_it_is_read(three, monkeypatch):
+    model = random_model(serve_config("G+"))
+    settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    row, state = (cache_nbytes(model.config, n, 8) for n in (1, 0))
+    monkeypatch.setattr(pretrained_hylo, "free_bytes", lambda device: 3 * (state + WIDTH * (row - state)))
+    expected, warnings = model.generate(three, **settings), []
+    monkeypatch.setattr(pretrained_hylo.logger, "warning", lambda *words: warnings.append(words[0] % words[1:]))
+    assert torch.equal(model.generate(three, **settings), expected)
+    (warning,) = warnings
+    assert "will fill the memory: a cache of 79 tokens for 3 sequences takes" in warning
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, inputs: pytest.fail("something was read"))
+    with pytest.raises(ValueError, match=r"a cache of 75 tokens for 6 sequences takes .* GiB, but .*; use fewer sequences or"):
+        model.generate(three, num_beams=2, **settings)
 
 
 def test_generation_refuses_what_it_would_do_wrongly(three):

@@ -196,6 +196,13 @@ def test_bad_settings(folders, changes, message):
         generate_text(folders[1], **({"prompt": PROMPT} | changes))
 
 
+def test_a_cache_larger_than_the_memory_is_refused_where_it_would_grow_too(folders):
+    with pytest.raises(
+        ConfigError, match=r"a cache of 1,000,000,000,019 tokens for 1 sequences takes .* use fewer sequences or"
+    ):
+        generate_text(folders[1], PROMPT, max_new_tokens=10**12)
+
+
 def test_folder_without_tokenizer(folders):
     (folders[1] / "manifest.json").unlink()  # the export is changed on purpose
     (folders[1] / "tokenizer.json").unlink()
