@@ -291,6 +291,17 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             kwargs["position_ids"] = None  # they are counted from the mask then
         return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse transformers' continuous batching (`generate_batch`), whose pages hold keys and values alone.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "generate_batch and continuous batching page keys and values, but a HyLo model has latents and recurrent states; "
+            "use generate() with padding on the left, `hylo generate --batch` or vLLM"
+        )
+
     # transformers 4 and 5 hand over different arguments after the first three
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int, *_: Any

@@ -198,3 +198,5 @@ def test_generation_refuses_what_it_would_do_wrongly(three):
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(tokens, max_new_tokens=2, **settings)
+    with pytest.raises(ValueError, match="generate_batch and continuous batching page keys and values, .* use generate"):
+        model.generate_batch(tokens.tolist(), transformers.GenerationConfig(max_new_tokens=2))
