@@ -79,16 +79,16 @@ def decode_rates(models: dict[str, Any], ids: torch.Tensor, steps: int) -> dict[
     """Median CPU milliseconds of one-token steps after the same prompt, the models in turn."""
     caches = {name: model(ids, use_cache=True, logits_to_keep=1).past_key_values for name, model in models.items()}
     times: dict[str, list[float]] = {}
-    absorbs = HyloLatentAttention._absorbs
+    absorbs = HyloLatentAttention.absorbs
     for step in range(steps + 2):
         for name in ("hybrid", "hybrid, made anew", "dense"):
             key = name.partition(",")[0]
-            HyloLatentAttention._absorbs = (lambda *_: False) if "anew" in name else absorbs  # type: ignore[method-assign]
+            HyloLatentAttention.absorbs = (lambda *_: False) if "anew" in name else absorbs  # type: ignore[method-assign]
             start = time.process_time()
             models[key](ids[:, -1:], past_key_values=caches[key], use_cache=True)
             if step > 1:
                 times.setdefault(name, []).append(time.process_time() - start)
-    HyloLatentAttention._absorbs = absorbs  # type: ignore[method-assign]
+    HyloLatentAttention.absorbs = absorbs  # type: ignore[method-assign]
     found = {}
     for name, values in times.items():
         key = name.partition(",")[0]

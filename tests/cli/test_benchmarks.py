@@ -4,6 +4,11 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+from megatron_hylo.hf.attention_hylo import HyloLatentAttention
+from tests.conftest import tiny_hf_model
+from tests.hf.conftest import random_model, serve_config
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -24,3 +29,18 @@ def test_a_missing_model_is_one_sentence(monkeypatch, capsys):
         runpy.run_path(str(FOLDER / "evaluation.py"), run_name="__main__")
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.startswith("error: /nowhere") and "Traceback" not in said
+
+
+def test_decode_on_the_cpu_is_timed_with_absorbed_and_with_expanded_keys(monkeypatch):
+    """The same hybrid twice and a dense model; the attention is as it was afterwards."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    program = runpy.run_path(str(FOLDER / "cpu_decode.py"))
+    absorbs, chosen = HyloLatentAttention.absorbs, []
+    monkeypatch.setattr(HyloLatentAttention, "absorbs", lambda *given: chosen.append(absorbs(*given)) or chosen[-1])
+    ids = torch.randint(160, (1, 75))
+    models = {"hybrid": random_model(serve_config("G+"), torch.float32), "dense": tiny_hf_model("llama")}
+    found = program["decode_rates"](models, ids, 2)
+    assert list(found) == ["hybrid", "hybrid, made anew", "dense"] and chosen.count(True) == 4  # steps, two of them untimed
+    assert found["hybrid"]["cache_bytes"] < found["dense"]["cache_bytes"]
+    draft = program["acceptance"](models["hybrid"], models["dense"], [ids[:, :20]], 4, 2)
+    assert draft["proposed"] >= draft["accepted"] >= 0 and draft["speed"] > 0
