@@ -6,20 +6,37 @@ there. A rank lags behind the one before it by the time of a layer or less, and 
 pieces. Messages go one way around a ring: a state, or the rows of the last n - 1 pieces, which the next rank does not have.
 """
 
+import os
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_hylo.config import ConfigError
 from megatron_hylo.hf import HyloCache, HyloForCausalLM
 from megatron_hylo.hf.cache_hylo import Step
 
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"  # of a GPU's work, 8 where it is not set; CUDA reads it when a process starts
+STREAMS = 3  # of a rank: what it computes, sends and receives
+
 
 class Ring:
-    """Connections of all ranks, each to the next one; made by all of them together."""
+    """Connections of all ranks, each to the next one; made by all of them together.
+
+    Args:
+        device: what messages lie on.
+
+    Raises:
+        ConfigError: the GPU takes its work from so few queues that a message which waits for its receiver holds up the rest.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and int(os.environ.get(QUEUES, STREAMS)) < STREAMS:
+            raise ConfigError(
+                f"{QUEUES} is {os.environ[QUEUES]}: a prompt split over GPUs would wait for itself, as a GPU's messages and "
+                f"kernels need {STREAMS} queues; unset it, or give 8"
+            )
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device = device
         self.pending: list[tuple[dist.Work | None, Tensor]] = []  # sent, perhaps not received yet

@@ -1,8 +1,11 @@
 """A prompt that two ranks read together."""
 
 import pytest
+import torch
 
+from megatron_hylo.config import ConfigError
 from megatron_hylo.serve.generate import generate_text
+from megatron_hylo.serve.split_prefill import Ring
 from tests.forked import run_ranks
 from tests.hf.conftest import serve_config
 
@@ -15,3 +18,10 @@ def test_two_ranks_fill_the_cache_that_one_rank_fills(save_hybrid, tmp_path):
     said = run_ranks("tests.serve.split_prefill_ranks", [tmp_path / "hf"], 2, tmp_path)
     assert said.count("equal on 2") == 2
     assert [line for line in said.splitlines() if line.startswith("TEXT")] == [f"TEXT {alone}"] * 2
+
+
+def test_too_few_queues_of_a_gpu_are_refused(monkeypatch):
+    """Where one is left, messages to a rank wait in it before what that rank waits for."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with pytest.raises(ConfigError, match="CUDA_DEVICE_MAX_CONNECTIONS is 1: .* need 3 queues; unset it, or give 8"):
+        Ring(torch.device("cuda"))
