@@ -37,6 +37,13 @@ def test_what_does_not_work_is_refused_with_a_sentence(folder, settings, message
         EngineArgs(model=str(folder), **(arguments | settings)).create_engine_config()
 
 
+def test_a_token_beyond_the_vocabulary_ends_no_engine(folder):
+    """The tokenizer's size in place of its last id is what vLLM compares with; without a tokenizer, nothing."""
+    with engine(folder) as llm:
+        found = tokens(complete(llm, [[5, 256, 7], [5, 255, 7], [300]], NEW))
+    assert found[0] == found[1] and len(found[2]) == NEW
+
+
 def test_what_works_gives_right_answers(folder):
     """Log-probabilities of prompts and answers, several answers a prompt; with `enforce_eager`, one request at a time."""
     from vllm import SamplingParams
