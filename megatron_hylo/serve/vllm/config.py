@@ -15,6 +15,7 @@ from megatron_hylo.config.mixers import ATTENTION_SYMBOL, LINEAR_SYMBOLS, MLA_SY
 from megatron_hylo.config.mixers.mamba2 import Mamba2
 from megatron_hylo.config.mlps import EXPERTS_SYMBOL
 from megatron_hylo.hf.configuration_hylo import HyloConfig
+from megatron_hylo.io import listed_files, verify_manifest
 from megatron_hylo.serve.vllm import ARCHITECTURE
 from megatron_hylo.serve.vllm.versions import CACHES_UNLIKE_STATES
 
@@ -35,8 +36,6 @@ class HyloVllmConfig(HyloConfig):
         if hylo is None:
             return
         c = self.architecture()
-        self.num_attention_heads = c.num_attention_heads
-        self.num_key_value_heads, self.head_dim = c.num_query_groups, c.kv_channels
         row = latent_row(c) if MLA_SYMBOL in self.mixers else 0
         if row > (ATTENTION_SYMBOL in self.mixers) * 2 * c.num_query_groups * c.kv_channels:  # the larger page counts
             self.num_key_value_heads, self.head_dim = 1, row // 2
@@ -62,11 +61,12 @@ def check_options(vllm_config: Any) -> None:
 
     Raises:
         ConfigError: names all such options, or the size that tensor parallelism does not divide.
+        DamagedError: a file of weights is missing or cut; names it.
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     check_tensor_parallel(model.hf_config.architecture(), parallel.tensor_parallel_size, "tensor_parallel_size")
     refused = {
-        f"quantization {model.quantization}": model.quantization is not None,
+        f"--quantization, or `hylo export --quantize` ({model.quantization}),": model.quantization is not None,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
         "a mixture of experts": EXPERTS_SYMBOL in model.hf_config.mlps,
         "windowed attention `W`": WINDOW_SYMBOL in model.hf_config.mixers,
@@ -77,6 +77,8 @@ def check_options(vllm_config: Any) -> None:
     }
     if found := [what for what, given in refused.items() if given]:
         raise ConfigError(f"{' and '.join(found)} is not supported for HyLo models; docs/serving.md lists what works")
+    if files := [name for name in listed_files(model.model) if name.endswith(".safetensors")]:
+        verify_manifest(model.model, files, hashes=False)
 
 
 class HyloVllmUpdate(VerifyAndUpdateConfig):

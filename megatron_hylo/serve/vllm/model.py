@@ -65,9 +65,8 @@ class HyloModel(nn.Module):
         c = config.architecture()
         padding = 64 * vllm_config.parallel_config.tensor_parallel_size  # vLLM's 64 is no multiple of three ranks
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, padding_size=padding)
-        self.layers = nn.ModuleList(
-            HyloLayer(config, i, vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
-        )
+        layers = (HyloLayer(config, i, vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, eps=c.layernorm_epsilon)
         latent = c.kv_channels if c.mla_rotary_pairs else c.qk_pos_emb_head_dim  # layers choose out of the base model's table
         rotations = {ATTENTION_SYMBOL: (c.kv_channels, c.rope_scaling), MLA_SYMBOL: (latent, c.mla_rope_scaling)}
@@ -77,9 +76,9 @@ class HyloModel(nn.Module):
             if symbol in config.mixers
         }
 
-    def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
-        """Compute hidden states [tokens, hidden] of all requests' tokens."""
-        x, residual = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds, None
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Compute hidden states [tokens, hidden] of all requests' tokens from their embeddings x [tokens, hidden]."""
+        residual = None
         ropes = {symbol: rope_cos_sin(positions, *rotation) for symbol, rotation in self.rotations.items()}
         for layer in self.layers:
             x, residual = layer(x, residual, ropes)
@@ -122,14 +121,14 @@ class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [tokens, hidden] of token ids [tokens]."""
-        return self.model.embed_tokens(input_ids)
+        """Embeddings [tokens, hidden] of ids [tokens]; those past the last, which vLLM lets clients send, are read as it."""
+        return self.model.embed_tokens(input_ids.clamp(max=self.config.vocab_size - 1))
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: None = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
         """Compute hidden states [tokens, hidden] of all requests' tokens, from their pages and into them."""
-        return self.model(input_ids, positions, inputs_embeds)
+        return self.model(self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds, positions)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits [tokens, vocabulary] of hidden states."""

@@ -68,8 +68,7 @@ class ReferenceMixin:
                 assert conv is not None and state is not None, "asked for"
                 for kept, new in zip(states_of(self), (conv, state)):
                     kept[slot] = new[0]
-        out = torch.cat(outputs)
-        return F.pad(out, (0, 0, 0, 0, 0, len(x) - len(out)))
+        return F.pad(out := torch.cat(outputs), (0, 0, 0, 0, 0, len(x) - len(out)))
 
 
 def sharded(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.config.mixers import complete
+from megatron_hylo.hf import HyloForCausalLM
 
 Table = dict[str, tuple[str, ...]]  # parameter -> the exported tensors whose rows it holds, one after the other
 
@@ -29,9 +30,7 @@ MLP: Table = {"mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.w
 MIXERS: dict[str, Table] = {
     "*": {"self_attn.qkv_proj.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv")}
     | _same("self_attn", "o_proj.weight"),
-    "+": _same(
-        "self_attn", "q_a_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight", "kv_b_proj.weight", "o_proj.weight"
-    ),
+    "+": _same("self_attn", "kv_a_proj_with_mqa.weight", *(f"{part}_proj.weight" for part in ("q_a", "q_b", "kv_b", "o"))),
     "M": _same("mamba", "in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "D", "norm.weight", "out_proj.weight")
     | {"mamba.A": ("mamba.A_log",)},
     "G": _delta_rule() | {"linear_attn.in_proj_ba.weight": ("linear_attn.b_proj.weight", "linear_attn.a_proj.weight")},
@@ -83,26 +82,27 @@ def load_tensors(
     A parameter's own `weight_loader` takes this rank's part, or `default` loads it. Returns the names of all parameters.
 
     Raises:
-        ConfigError: a tensor missing or unknown, or a parameter that no tensor is for.
+        ConfigError: a tensor missing, unknown or of another shape, or a parameter that no tensor is for.
     """
     c, table = config.architecture(), tensor_table(config)
     if wrong := set(table) ^ set(parameters):
         raise ConfigError(f"the served model and its table of tensors differ in {sorted(wrong)[:3]}, {len(wrong)} in all")
     target = {source: name for name, sources in table.items() for source in sources}
-    waiting: dict[str, dict[str, Tensor]] = {}
-    left = set(target)
+    read: dict[str, Tensor] = {}
+    with torch.device("meta"):  # loaders of ranks take their part of a tensor that is too large, and say nothing
+        left = {name: value.shape for name, value in HyloForCausalLM(config).state_dict().items() if name in target}
     for source, tensor in weights:
         if source == "lm_head.weight" and config.tie_word_embeddings:
             continue  # the embedding's
         if source not in left:
-            raise ConfigError(f"the folder holds {source}, which is {'there twice' if source in target else 'unknown'}")
-        left.remove(source)
-        name = target[source]
-        waiting.setdefault(name, {})[source] = tensor
-        if len(waiting[name]) < len(table[name]):
+            raise ConfigError(f"{source} is {'there twice' if source in target else 'unknown'}; export the model again")
+        if tensor.shape != (shape := left.pop(source)):
+            raise ConfigError(f"{source} is {list(tensor.shape)}, for config.json {list(shape)}; export the model again")
+        name, read[source] = target[source], tensor
+        if any(part in left for part in table[name]):
             continue
-        parts = waiting.pop(name)
-        value = torch.cat([parts[part] for part in table[name]]) if len(parts) > 1 else tensor
+        parts = [read.pop(part) for part in table[name]]
+        value = torch.cat(parts) if len(parts) > 1 else tensor
         if ".mamba." in name and name.split(".mamba.")[1] in ("in_proj.weight", "conv1d.weight", "conv1d.bias"):
             value = repeat_mamba_groups(value, name, c)
         getattr(parameters[name], "weight_loader", default)(parameters[name], value)

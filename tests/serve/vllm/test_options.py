@@ -1,8 +1,13 @@
 """Options of vLLM that users give: each works with HyLo models, or is refused before weights are loaded, with a sentence."""
 
+import json
+import os
+import shutil
+
 import pytest
 import torch
 
+from megatron_hylo.io import DamagedError
 from tests.serve.vllm.engine import complete, engine, tokens
 from tests.serve.vllm.models import greedy_tokens, log_probabilities, make_model
 from tests.serve.vllm.test_engine import random_tokens
@@ -20,7 +25,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("settings, message", [
     ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8.* is not supported for HyLo models; docs/serving.md"),
     ({"kv_cache_dtype": "bfloat16"}, "--kv-cache-dtype bfloat16 is not supported"),
-    ({"quantization": "fp8"}, "quantization fp8 is not supported"),
+    ({"quantization": "fp8"}, "--quantization, or `hylo export --quantize` \\(fp8\\), is not supported"),
     ({"enable_lora": True}, "--enable-lora is not supported"),
     ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
      "--speculative-config is not supported"),
@@ -35,6 +40,25 @@ def test_what_does_not_work_is_refused_with_a_sentence(folder, settings, message
     arguments = {"max_model_len": 256, "dtype": "float32", "skip_tokenizer_init": True}
     with pytest.raises(Exception, match=message):
         EngineArgs(model=str(folder), **(arguments | settings)).create_engine_config()
+
+
+def test_a_file_of_weights_that_is_cut_is_named_before_it_is_loaded(folder, tmp_path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    size = weights.stat().st_size
+    os.truncate(weights, size // 2)
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {weights.name: {"bytes": size, "sha256": "0" * 64}}}))
+    with pytest.raises(DamagedError, match=f"{weights.name} has {size // 2} bytes, its manifest says {size}"):
+        EngineArgs(model=str(tmp_path), max_model_len=256, skip_tokenizer_init=True).create_engine_config()
+
+
+def test_a_token_beyond_the_vocabulary_ends_no_engine(folder):
+    """The tokenizer's size in place of its last id is what vLLM compares with; without a tokenizer, nothing."""
+    with engine(folder) as llm:
+        found = tokens(complete(llm, [[5, 256, 7], [5, 255, 7], [300]], NEW))
+    assert found[0] == found[1] and len(found[2]) == NEW
 
 
 def test_what_works_gives_right_answers(folder):

@@ -79,9 +79,11 @@ def test_joined_parameters_are_the_exported_tensors_in_any_order(tensors):
 @pytest.mark.parametrize("change, message", [
     ({"model.norm.weight": None}, "lacks 1 of .* model.norm.weight"),
     ({"model.layers.0.linear_attn.k_conv1d.weight": None}, "lacks 1 of"),
-    ({"model.layers.0.linear_attn.k_conv1d.bias": torch.zeros(3)}, "k_conv1d.bias, which is unknown"),
+    ({"model.layers.0.linear_attn.k_conv1d.bias": torch.zeros(3)}, "k_conv1d.bias is unknown; export the model again"),
+    ({"model.layers.0.linear_attn.A_log": torch.zeros(4)}, r"linear_attn.A_log is \[4\], for config.json \[2\]; export"),
+    ({"model.layers.0.mlp.up_proj.weight": torch.zeros(256, 127)}, r"up_proj.weight is \[256, 127\], for .* \[256, 128\]"),
 ])  # fmt: skip
-def test_a_missing_or_unknown_tensor_is_named(tensors, change, message):
+def test_a_missing_unknown_or_wrong_tensor_is_named(tensors, change, message):
     config, exported = tensors
     weights = [(name, tensor) for name, tensor in (exported | change).items() if tensor is not None]
     with pytest.raises(ConfigError, match=message):
