@@ -2,7 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test tests style types test-all test-parity test-parity-gpu test-gpu slurm-test serve-test lint docs format quickstart clean
+.PHONY: help install test tests style types test-all test-parity test-parity-gpu test-gpu test-gpu-faults slurm-test serve-test lint docs format quickstart clean
 
 EXTRAS ?= dev
 ARGS ?=
@@ -42,6 +42,9 @@ GPU_WORKERS ?= 8
 # kernels compile on CPU cores, so several processes share the card; without minutes of tuning Triton kernels
 test-gpu: .venv/installed ## all tests of one GPU, with the slowest ones; GPU_WORKERS=8 processes share the card
 	HYLO_AUTOTUNE=never OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "gpu and not slow" -n $(GPU_WORKERS) --dist worksteal -q -rs --durations 15 $(ARGS)
+
+test-gpu-faults: .venv/installed ## plant faults in GPU kernels, one at a time: each must fail its tests; ARGS="--only REGEX"
+	$(BIN)/python -m tests.kernels.fault_runs --workers $(GPU_WORKERS) $(ARGS)
 
 slurm-test: .venv/installed ## slurm/*.sh under a real Slurm of two nodes here: preempted, requeued, nodes killed (an hour on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.slurm.drills $(ARGS)
