@@ -38,6 +38,15 @@ def test_every_fault_s_tests_are_there(request) -> None:
             assert item.get_closest_marker("gpu") and not item.get_closest_marker("slow"), item.name
 
 
+def test_every_fault_is_listed_in_the_document() -> None:
+    _, _, section = (ROOT / "docs" / "testing.md").read_text().partition("## Planted faults of GPU kernels\n")
+    rows = re.findall(r"^\| (.+?) \| `(.+?)`: `(.+?)` \|", section, re.M)
+    assert [name for name, *_ in rows] == list(FAULTS)
+    for name, file, test in rows:
+        tests = FAULTS[name].tests
+        assert tests.file == f"tests/kernels/{file}" and test in tests.expression, name
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
