@@ -39,6 +39,7 @@ TABLES = {  # of scaling.md, in order: (recompute, GPU)
         ("GM-", "h200-141gb"),
         ("GM-", "h200-141gb"),
         ("GM-", "h200-141gb"),
+        ("GM-", "h200-141gb"),
         None,  # goals
         None,  # losses
         (True, "h100-80gb"),
