@@ -60,7 +60,7 @@ class HyloConfig(transformers.PretrainedConfig):
         kwargs: other standard fields of a Hugging Face configuration.
 
     Raises:
-        ValueError: `hylo` has MLA settings that the modelling code would read wrongly.
+        ValueError: `hylo` is no dictionary, or has MLA settings that the modelling code would read wrongly.
     """
 
     model_type = "hylo"
@@ -82,6 +82,10 @@ class HyloConfig(transformers.PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         # None is for the empty configurations that transformers compares with; no model is built of them
+        if not isinstance(hylo, dict | None):
+            raise ValueError(
+                f"config.json: hylo must be a dictionary of the architecture, got {hylo!r}; export the model again"
+            )
         self.hylo = cast(dict[str, Any], hylo)
         self.vocab_size = cast(int, vocab_size)
         self.hidden_size = cast(int, hidden_size)
@@ -107,29 +111,45 @@ class HyloConfig(transformers.PretrainedConfig):
     @property
     def mixers(self) -> str:
         """The mixer symbols, one a layer, e.g. "G+GG" for "G-+-G-G-"."""
-        return self.hylo["hybrid_layer_pattern"].replace("|", "")[0::2]
+        return self._pattern[0::2]
 
     @property
     def mlps(self) -> str:
         """The MLP symbols, one a layer: `-`, or `E` for a mixture of experts."""
-        return self.hylo["hybrid_layer_pattern"].replace("|", "")[1::2]
+        return self._pattern[1::2]
+
+    @property
+    def _pattern(self) -> str:
+        if self.hylo is None:
+            raise ValueError("config.json has no hylo, the architecture of the model; export the model again")
+        return self.hylo["hybrid_layer_pattern"].replace("|", "")
 
     def architecture(self) -> SimpleNamespace:
         """Return `hylo` with attribute access, with `mla_whole_head_norm` and its RoPE scalings' `cos_sin_multiplier`.
 
         The multiplier is YaRN's attention factor on cos and sin, 0.1 ln(factor) + 1 where none is given (Peng et al.,
         2023, equation 22), and 1 for other scalings. Older folders have neither `mla_bias` nor `mla_rotary_pairs`.
+
+        Raises:
+            AttributeError: `hylo` lacks a name; also where that attribute is read later.
         """
-        c = SimpleNamespace(**{"mla_bias": False, "mla_rotary_pairs": (), **self.hylo})
+        c = _Architecture(**{"mla_bias": False, "mla_rotary_pairs": (), **self.hylo})
         c.mla_whole_head_norm = c.qk_layernorm and c.qk_head_dim == c.kv_channels
         for name in ("rope_scaling", "mla_rope_scaling"):
-            scaling = SimpleNamespace(**self.hylo[name])
+            scaling = SimpleNamespace(**getattr(c, name))
             scaling.cos_sin_multiplier = 1.0
             if scaling.rope_type == "yarn":
                 given = scaling.attention_factor
                 scaling.cos_sin_multiplier = 0.1 * math.log(scaling.factor) + 1.0 if given is None else given
             setattr(c, name, scaling)
         return c
+
+
+class _Architecture(SimpleNamespace):
+    """Names of `hylo`, of which a missing one is said to be missing there."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"config.json: hylo has no {name}; export the model again")
 
 
 def _check_latent_attention(c: SimpleNamespace, mixers: str) -> None:

@@ -200,3 +200,19 @@ def test_generation_refuses_what_it_would_do_wrongly(three):
             model.generate(tokens, max_new_tokens=2, **settings)
     with pytest.raises(ValueError, match="generate_batch and continuous batching page keys and values, .* use generate"):
         model.generate_batch(tokens.tolist(), transformers.GenerationConfig(max_new_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("hylo", "sentence"),
+    [
+        (None, "config.json has no hylo, the architecture of the model; export the model again"),
+        ([1], r"config.json: hylo must be a dictionary of the architecture, got \[1\]; export the model again"),
+        (
+            {k: v for k, v in serve_config("G+").to_dict().items() if k != "kv_lora_rank"},
+            "config.json: hylo has no kv_lora_rank;",
+        ),
+    ],
+)
+def test_a_damaged_description_says_what_it_lacks(hylo, sentence):
+    with pytest.raises((ValueError, AttributeError), match=sentence):
+        HyloForCausalLM(HyloConfig(hylo=hylo))
