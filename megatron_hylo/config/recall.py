@@ -20,7 +20,8 @@ class RecallSettings:
             twelve facts like each other; several_values: all facts of one key; variable_chain: a value handed from name to
             name; passkey: a number or code that the text asks to remember; counting: how often something occurs.
         answer_weight: weight of cross-entropy at the answers' tokens, per token, beside the KL (distil) or the cross-entropy
-            (pretrain) of all tokens; stage align ignores it.
+            (pretrain) of all tokens; stage align ignores it. Raise it where windows are longer than the teacher's own: recipes
+            have 10 there, as the best run had. Inside, more than 1 brought fewer of RULER's answers back (docs/text.md).
         kl_within: an answer's tokens have a KL only where the fact is at most so many tokens back. 0: none has, since a teacher
             that did not find the fact teaches a guess; null: all have.
     """

@@ -8,7 +8,7 @@ from megatron_hylo.config.layouts import BASES, NamedLayout
 from megatron_hylo.config.mixers import MIXERS
 from megatron_hylo.config.mlps import EXPERTS_SYMBOL, MLP_SYMBOL
 from megatron_hylo.config.recipe_families import FAMILIES, SCRIPTED, STAGES, Family
-from megatron_hylo.config.teacher_window import FAR, own_window, yarn_origin
+from megatron_hylo.config.teacher_window import FAR, own_window
 
 COMMENT_COLUMN = 36
 
@@ -89,6 +89,11 @@ class Recipe:
         """Configuration of the base model."""
         return BASES[self.layout.base]
 
+    @property
+    def teacher_reads(self) -> int:
+        """Tokens of the window of the teacher of stages 2 and 3."""
+        return own_window(BASES[self.family.teacher[1]])
+
     def lines(self) -> Iterator[str]:
         """All lines of the file."""
         yield from self._head()
@@ -155,8 +160,14 @@ class Recipe:
         yield row(f"sequence_length: {self.length}", said("tokens", paper))
         if not self.align:
             yield row("recall:", "facts and questions inserted in the text")
-            yield row("  share: 0.1", "part of a window's tokens, which brought recall back at 135M [recall]; HyLo: 0")
-            yield row("  answer_weight: 1.0", "weight of cross-entropy at answers, per token [recall]")
+            past = self.length > self.teacher_reads
+            share, weight, where, heavy = (0.3, 10.0, "past", "so much") if past else (0.2, 1.0, "inside", "10")
+            best = f"as the best run at 135M {where} a teacher's window"
+            yield row(f"  share: {share}", f"part of a window's tokens, {best} [recall]; HyLo: 0")
+            yield row(
+                f"  answer_weight: {weight}",
+                f"of an answer token's cross-entropy; {heavy} is good past that window alone [recall]",
+            )
             yield row("  kl_within: 0", "an answer has a KL where its fact is so near, in tokens; 0: none has, better [recall]")
         yield row("text:", "what a window is made of")
         if self.long:
@@ -177,7 +188,8 @@ class Recipe:
             source = "[HyLo]" if self.length == 65536 else "our choice: least memory, same result"
             yield row("micro_batch_size: 1", said("sequences a forward pass of one rank", source))
         if self.small:
-            tokens, source = (600_000, "as examples/smollm2/run.sh") if self.align else (4_000_000, "tokens, measured [recall]")
+            tokens = 600_000 if self.align else {32768: 10_000_000, 65536: 14_000_000}.get(self.length, 4_000_000)
+            source = "as examples/smollm2/run.sh" if self.align else "tokens, measured [recall]"
         elif self.align:
             tokens, source = 2_000_000_000, "HyLo: 20% of the mix; about 10 B overall, no split by stage: we take 20% of 10 B"
         elif self.length in (8192, 65536):
@@ -250,7 +262,7 @@ class Recipe:
 
     def _positions(self) -> Iterator[str]:
         """The student's YaRN, and how the teacher reads what is longer than its window."""
-        original, teacher = self.yarn_from, own_window(BASES[self.family.teacher[1]])
+        original, teacher = self.yarn_from, self.teacher_reads
         calibrated = self.layout.shapes == "teacher"
         source = "our choice, for teacher shapes" if calibrated else "[HyLo]"
         if self.align and not calibrated and original == self.length:
@@ -272,22 +284,12 @@ class Recipe:
             return
         if self.length <= teacher:
             yield row("teacher_window:", f"how the teacher reads what is longer than its window of {teacher} tokens")
-            yield row("  mode: none", "no sequence is longer; else rope up to 4 times as long, windows beyond [recall]")
+            yield row("  mode: none", "no sequence is longer; windows where one is [recall]")
             return
-        reach = yarn_origin(BASES[self.family.teacher[1]])
         yield row("teacher_window:", f"how the teacher reads more than its window of {teacher} tokens")
-        if self.length > FAR * reach:
-            yield row("  mode: windows", f"overlapping ones; stretched by more than {FAR:g} a teacher teaches little [recall]")
-            yield row("  length: null", "tokens of one; null: the teacher's window")
-            return
-        yield row("  mode: rope", "stretched positions; better for recall than windows, up to 4 times the window [recall]")
-        yield row("  rope_scaling:", "of the teacher's attention")
-        yield row("    rope_type: yarn", "teaches past the window without training [recall]")
-        yield row(
-            f"    factor: {self.length / reach:.1f}",
-            f"{self.length} / {reach}: the smallest that reaches, as without rope_scaling",
-        )
-        yield row(f"    original_max_position_embeddings: {reach}", "tokens")
+        stretched = "teach little" if self.length > FAR * teacher else "find no more passkeys"
+        yield row("  mode: windows", f"overlapping ones; stretched positions (rope) {stretched} [recall]")
+        yield row("  length: null", "tokens of one; null: the teacher's window")
 
     def _where(self) -> Iterator[str]:
         tensor, context = self.tensor_parallel, self.context_parallel

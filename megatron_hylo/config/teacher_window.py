@@ -16,9 +16,10 @@ class TeacherWindow:
     """How a teacher reads sequences longer than its window (`max_position_embeddings`); see docs/long_context.md.
 
     Args:
-        mode: none: it reads nothing longer; rope: other rotary positions stretch its window, which teaches recall better up to
-            4 times its length; windows: it reads overlapping windows of its own length, and every token but those at a
-            sequence's start has half a window or more before it; better for longer sequences.
+        mode: none: it reads nothing longer; rope: other rotary positions stretch its window, which with answers at weight 1
+            teaches recall better up to 4 times its length; windows: it reads overlapping windows of its own length, and every
+            token but those at a sequence's start has half a window or more before it; better for longer sequences, and what
+            recipes have for all, with heavy answers (recall.answer_weight 10).
         rope_scaling: rope: takes the place of the teacher's own scaling. With neither it nor rotary_base: YaRN, by the smallest
             factor that reaches the sequence's length.
         rotary_base: rope: takes the place of the teacher's theta; null: its own.
@@ -146,10 +147,14 @@ def check_reach(reach: int | None, sequence_length: int, name: str, mode: str = 
         "rope": f"--teacher_window.mode rope ({derived}: its positions are stretched)",
         "windows": "--teacher_window.mode windows (it reads overlapping windows of its own length)",
     }
-    better, other = ("rope", "windows") if sequence_length <= FAR * reach else ("windows", "rope")
+    near = sequence_length <= FAR * reach
+    windows = (
+        "as recipes do with heavy answers (recall.answer_weight 10)" if near else "the better way for recall at this length"
+    )
+    rope = ", the better way for recall with a weight of 1" if near else ""
     raise ConfigError(
         f"sequence_length {sequence_length} is more than the window of {reach} tokens that {name} was trained for, beyond "
-        f"which it predicts noise. Add {ways[better]}, the better way for recall at this length, or {ways[other]}; or take "
+        f"which it predicts noise. Add {ways['windows']}, {windows}, or {ways['rope']}{rope}; or take "
         f"--sequence_length {reach}, or a teacher with a longer window"
     )
 

@@ -18,7 +18,7 @@ from megatron_hylo.cli.main import VERBS, main
 from megatron_hylo.cli.parser import build_parser
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.config.recipes import recipe_files
-from megatron_hylo.plan.sweep import read_sweep
+from megatron_hylo.plan.sweep import Cell, read_sweep
 from megatron_hylo.plan.sweep_rows import row_of
 from tests.conftest import tiny_hf_model
 from tests.data.conftest import tokenizer  # noqa: F401  the fixture
@@ -96,6 +96,11 @@ def test_the_parts_are_commands_that_are_accepted(script, tmp_path, gpu):
     assert [call[0] for call in script(gpu)[1]] == ["sweep", "sweep"], "the rest is there"
 
 
+def recall_by_stage(cell: Cell) -> list[tuple[float, float]]:
+    """Share of the text and weight of answers in each stage."""
+    return [(stage.train.recall.share, stage.train.recall.answer_weight) for stage in cell.stages]
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_its_specification_has_three_budgets_and_growing_lengths(script, tmp_path, gpu):
     done, _ = script(gpu, "train")
@@ -109,21 +114,39 @@ def test_its_specification_has_three_budgets_and_growing_lengths(script, tmp_pat
     for cell in hybrids:
         assert [stage.name for stage in cell.stages] == ["align", "2k", "8k", "32k", "64k"]
         assert [stage.train.sequence_length for stage in cell.stages] == lengths
-        assert [stage.train.teacher_window.mode for stage in cell.stages] == ["none", "none", "none", "rope", "windows"]
+        assert [stage.train.teacher_window.mode for stage in cell.stages] == ["none"] * 3 + ["windows"] * 2
         steps = [stage.train.global_batch_size * stage.train.sequence_length for stage in cell.stages]
         assert steps == ([16384, 16384, 32768, 32768, 65536] if gpu else [2048, 2048, 1024, 1024, 2048])
         assert [len(stage.measurements) for stage in cell.stages] == [3 if gpu else 2] * 5
-        assert cell.last.train.eval_data == [f"{tmp_path}/out/unseen"] and cell.last.train.recall.share == (
-            0.2 if gpu else 0.25
-        )
+        assert cell.last.train.eval_data == [f"{tmp_path}/out/unseen"]
+        assert recall_by_stage(cell) == [(0.2 if gpu else 0.25, 1.0)] * 3 + [(0.3, 10.0)] * 2
     assert sum(stage.train.train_tokens for stage in hybrids[0].stages) == (143_000_000 if gpu else 18_432)
     done, _ = script(gpu, "train", STAGES="align 2k", MLA_LAYERS="8", MORE_CELLS="-")
     _, alone = read_sweep(tmp_path / "out" / "result.yaml").cells
     assert alone.stages[0].folder in [cell.stages[0].folder for cell in hybrids], "what was trained of it stays"
+    script(gpu, "train", STAGES="2k 64k", RECALL="0.4", ANSWER_WEIGHT="2", LONG_RECALL="0.5", LONG_ANSWER_WEIGHT="20")
+    assert recall_by_stage(read_sweep(tmp_path / "out" / "result.yaml").cells[1]) == [(0.4, 2.0), (0.5, 20.0)]
     done, calls = script(gpu, "train", STAGES="align 9k")
     assert done.returncode == 2 and "there is no stage 9k; choose out of align 2k" in done.stderr and not calls
     done, calls = script(gpu, "tables")
     assert done.returncode == 2 and "there is no part tables" in done.stderr and not calls
+
+
+def test_the_benchmark_of_recall_has_the_recipes_settings_at_each_length(script, tmp_path, monkeypatch):
+    script(True, "train", STAGES="2k 8k 32k 64k")
+    ours = read_sweep(tmp_path / "out" / "result.yaml").cells[1]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "out").rename(tmp_path / "runs" / "result")
+    monkeypatch.chdir(tmp_path)
+    best, *weights = read_sweep(ROOT / "benchmarks" / "recall_135m.yaml").cells
+    assert recall_by_stage(best) == recall_by_stage(ours) == [(0.2, 1.0)] * 2 + [(0.3, 10.0)] * 2
+    for stage, same in zip(best.stages, ours.stages, strict=True):
+        assert stage.train.teacher_window == same.train.teacher_window
+        assert stage.train.rope_scaling == same.train.rope_scaling
+    for length in (32, 64):
+        recipe = yaml.safe_load(recipe_files(LAYOUT)[f"stage3_ctx{length}k_{LAYOUT}.yaml"])
+        assert {stage.name: stage.train.train_tokens for stage in best.stages}[f"{length}k"] == recipe["train_tokens"]
+    assert [recall_by_stage(cell) for cell in weights] == [[(0.2, 3.0)], [(0.2, 10.0)]]
 
 
 SPECIFICATIONS = (*sorted(EXAMPLES.glob("ablations/*.yaml")), ROOT / "benchmarks" / "ablations_135m.yaml")
@@ -154,9 +177,12 @@ def test_ablations_are_specifications(file, tmp_path, monkeypatch):
 
 
 def test_the_whole_chain_runs_on_tiny_models(one_rank, tmp_path, tokenizer, capsys, request):  # noqa: F811
-    """Every command of the script is run in this process, on a random Llama of 4 layers, a few steps a stage."""
+    """Every command of the script is run in this process, on a random Llama of 4 layers, a few steps a stage.
+
+    Sequences of the last stage are longer than the teacher's window, so it reads overlapping windows.
+    """
     calls, answers, folder = tmp_path / "calls", tmp_path / "answers", tmp_path / "model"
-    model = tiny_hf_model("llama", num_hidden_layers=4, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    model = tiny_hf_model("llama", num_hidden_layers=4, vocab_size=len(tokenizer), max_position_embeddings=768)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     generator = random.Random(0)
@@ -170,7 +196,7 @@ def test_the_whole_chain_runs_on_tiny_models(one_rank, tmp_path, tokenizer, caps
     program(tmp_path, "hylo", f'printf \'%s\\0\' "$@" >{calls}; read -r code answer <{answers}; echo "$answer"; exit $code')
     program(tmp_path, "nvidia-smi", "exit 9")
     sizes = {
-        "LENGTH": "256", "GROWTH": "1 1 2 2", "CALIBRATION_TOKENS": "1024", "SELECT_TOKENS": "4096", "EVAL_LENGTHS": "768",
+        "LENGTH": "256", "GROWTH": "1 1 2 4", "CALIBRATION_TOKENS": "1024", "SELECT_TOKENS": "4096", "EVAL_LENGTHS": "768",
         "MLA_LAYERS": "1", "MORE_CELLS": "-", "TRIALS": "1", "BY": "kl",
     }  # fmt: skip
     sizes |= {f"TOKENS_{stage}": "512" for stage in ("ALIGN", "2K", "8K", "32K", "64K")}
@@ -198,6 +224,8 @@ def test_the_whole_chain_runs_on_tiny_models(one_rank, tmp_path, tokenizer, caps
     assert verbs[-6:] == ["select", "select", "select", "sweep", "sweep", "export"]
     teacher, hybrid = read_sweep(tmp_path / "out" / "result.yaml").cells
     assert hybrid.state() == teacher.state() == ("finished", "")
+    last = hybrid.last.train
+    assert last is not None and (last.teacher_window.mode, last.sequence_length) == ("windows", 1024)
     page, results = (tmp_path / "page").read_text(), SimpleNamespace(**row_of(hybrid))
     assert results.tokens == 5 * 512 or results.tokens > 5 * 512
     for title in ("recall, passkey, exact", "ppl, by_position, perplexity"):

@@ -116,8 +116,9 @@ def test_recipes_of_other_layouts_load_and_fit_model_and_teacher(layout, tmp_pat
         teacher = BASES[family.teacher[1]] if config.stage == "distil" else BASES[LAYOUTS[layout].base]
         config.teacher_window.check(teacher, config.sequence_length, "the teacher")
         times = config.sequence_length / teacher.max_position_embeddings
-        assert config.teacher_window.mode == ("none" if times <= 1 else "rope" if times <= 4 else "windows")
-        assert bool(config.recall.share) == (config.stage == "distil")
+        assert config.teacher_window.mode == ("none" if times <= 1 else "windows")
+        recall = (0.0, 1.0) if config.stage == "align" else (0.2, 1.0) if times <= 1 else (0.3, 10.0)
+        assert (config.recall.share, config.recall.answer_weight) == recall
 
 
 def test_scripts_of_another_layout_name_its_recipes_models_and_gpus():

@@ -96,8 +96,8 @@ def test_loss_and_gradients_are_those_of_windows_read_by_hand(packed, settings, 
 
 def test_a_sequence_longer_than_the_window_is_refused_with_the_ways_out(settings, material, tmp_path):
     ways = (
-        "window of 128 tokens.*Add --teacher_window.mode rope .YaRN by 1.125.*the better way.*--teacher_window.mode windows.*"
-        "--sequence_length 128.*a longer window"
+        "window of 128 tokens.*Add --teacher_window.mode windows .*as recipes do with .*answer_weight 10.*"
+        "--teacher_window.mode rope .YaRN by 1.125.*recall with a weight of 1; or take --sequence_length 128.*a longer"
     )
     with pytest.raises(ConfigError, match=f"sequence_length 144.*{ways}"):
         train(settings(sequence_length=144))
