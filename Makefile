@@ -25,10 +25,10 @@ install: .venv/installed ## make .venv (PYTHON=... to choose the interpreter, EX
 test: style ## lint, and all tests that need no network and little time (GPU tests are skipped, and said so); what CI runs
 	@$(MAKE) --no-print-directory --jobs=2 types tests
 
-tests: .venv/installed
+tests: .venv/installed .venv/transformers-source/unpacked
 	$(TEST) -m "not network and not slow" $(ARGS)
 
-test-all: lint ## all tests; those that this machine cannot run are skipped, with the reason
+test-all: lint .venv/transformers-source/unpacked ## all tests; those that this machine cannot run are skipped, with the reason
 	$(TEST) $(ARGS)
 	@if nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU '; then $(MAKE) --no-print-directory test-gpu; fi
 
@@ -109,6 +109,19 @@ clean: ## remove .venv, .venv-serve-* and caches; runs/ stays
 	@# an older transformers in a folder of its own, for the tests of what it makes of the files that we write
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target .venv/transformers4 --requirement tests/transformers4.txt
 	@touch $@
+
+# transformers' tests of models, read from its source package: nothing of it is installed. Without a network their tests are skipped.
+.venv/transformers-source/unpacked: .venv/installed tests/transformers_source.txt
+	@rm -rf $(@D)
+	@mkdir $(@D)
+	@if $(BIN)/python -m pip download --disable-pip-version-check --quiet --retries 1 --no-deps --no-build-isolation \
+	  --requirement tests/transformers_source.txt --dest $(@D); then \
+	  tar --extract --file $(@D)/transformers-*.tar.gz --directory $(@D) --strip-components 1 --no-same-owner --wildcards 'transformers-*/tests'; \
+	  rm $(@D)/transformers-*.tar.gz; \
+	  touch $@; \
+	else \
+	  echo "transformers' source package could not be downloaded: tests/hf/test_transformers_mixins.py will be skipped" >&2; \
+	fi
 
 # Each version of vLLM has an environment that sees .venv's packages, with its own beside them; of 0.32.0 they include torch.
 .venv-serve-%/installed: .venv/installed tests/serve/vllm/requirements.txt tests/serve/vllm/requirements-%.txt

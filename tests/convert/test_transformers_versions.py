@@ -117,3 +117,4 @@ def test_versions_stated_are_those_that_are_tested() -> None:
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     older = dict(line.split("==") for line in (ROOT / "tests/transformers4.txt").read_text().split() if "==" in line)
     assert TRANSFORMERS_VERSIONS == (older["transformers"], pinned["transformers"])
+    assert f"transformers=={pinned['transformers']} " in (ROOT / "tests/transformers_source.txt").read_text()
