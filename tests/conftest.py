@@ -39,6 +39,7 @@ LONGEST = (
     "kernels/test_head_softmax.py",
     "kernels/test_recurrence_part.py",
     "data/test_resume_preprocess.py",
+    "hf/test_transformers_mixins.py",
 )
 
 
