@@ -1,21 +1,24 @@
-"""Decode of a hybrid on the CPU beside its dense teacher, and the hybrid as the draft of its teacher (assisted generation).
+"""Decode of a hybrid on the CPU beside its dense teacher, and assisted generation with drafts of different kinds.
 
-    python benchmarks/cpu_decode.py runs/quickstart/export TEACHER --text TEXT.txt        # TEACHER: Hugging Face folder or GGUF
+    python benchmarks/cpu_decode.py runs/quickstart/export TEACHER runs/quickstart/data   # TEACHER: Hugging Face folder or GGUF
 
 The models take turns, token by token, after the same prompt; seconds are those of this process on the CPU (one thread by
-default), so that other work on the machine weighs less. "made anew" makes all keys and values of MLA layers in every step. A
-draft's acceptance is the part of its proposed tokens that the teacher keeps; greedy, so that the text is the teacher's own.
-Prints a table and, last, one JSON line; writes RESULTS.md.
+default), so that other work on the machine weighs less. "made anew" makes all keys and values of MLA layers in every step.
+Drafts propose tokens, which the model that is to be sped up checks in one pass; greedy, so that the text is that model's own.
+They are the hybrid for its teacher, the teacher for the hybrid, the hybrid's first layers for itself (assistant_early_exit),
+and what followed the last tokens where they stood before (prompt_lookup_num_tokens). Each prompt is continued without and
+with the draft in turn. Prints tables and, last, one JSON line; writes RESULTS.md.
 """
 
 import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from report import device_name, report
 
 from megatron_hylo.cli.boundary import plain_errors
@@ -23,59 +26,95 @@ from megatron_hylo.convert.open_model import open_model
 from megatron_hylo.hf import HyloCache
 from megatron_hylo.hf.attention_hylo import HyloLatentAttention
 
+COLUMNS = ("model", "draft", "tokens proposed", "kept", "tokens a pass", "ms a token without", "with", "speed", "texts equal")
+
 
 def main(
     hybrid: Path,
     teacher: Path,
-    text: Path,
+    data: Path,
     context: int = 4096,
     tokens: int = 24,
-    prompts: int = 4,
-    prompt_tokens: int = 256,
+    dtypes: list[Literal["float32", "bfloat16"]] = ["float32"],  # noqa: B006
+    prompts: int = 16,
+    prompt_tokens: tuple[int, int] = (200, 1000),
+    new_tokens: int = 64,
     drafted: int = 4,
+    exits: list[int] = [8, 16],  # noqa: B006
     threads: int = 1,
     results: Path = Path("benchmarks/results/cpu_decode"),
     commit: str = "",
 ) -> None:
-    """Measure decode and acceptance.
+    """Measure decode and drafts.
 
     Args:
         hybrid, teacher: models of one tokenizer.
-        text: real text; the decode's prompt is its beginning, the draft's prompts are spread over it.
+        data: dataset folder; its held-out text is the decode's prompt, beginnings of its held-out documents are the drafts'.
         context: tokens in the cache before the first measured step.
-        tokens: measured steps of each model, and new tokens of each prompt with a draft.
-        prompts, prompt_tokens: of the draft.
-        drafted: tokens that the draft proposes at a time.
+        tokens: measured steps of each model.
+        dtypes: of both models' weights, for the steps; drafts are measured with the first.
+        prompts, prompt_tokens: how many continue with drafts, and the least and the most tokens of one.
+        new_tokens: of each prompt, without and with a draft.
+        drafted: tokens that a draft proposes at a time.
+        exits: layers of the hybrid that draft for it.
         threads: of torch.
         results: path without suffix of the .md to write.
         commit: of the code, for the results file.
     """
     torch.set_num_threads(threads)
-    (student, tokenizer), (dense, _) = open_model(hybrid), open_model(teacher)
-    ids = tokenizer(text.read_text(), return_tensors="pt").input_ids
+    documents = [torch.as_tensor(document).long() for document in IndexedDataset(str(data / "heldout"))]
+    ids = torch.cat(documents)[None]
     if ids.shape[1] < context:
-        raise SystemExit(f"{text} has {ids.shape[1]:,} tokens, fewer than --context {context:,}; give a longer text")
-    decode = decode_rates({"hybrid": student, "dense": dense}, ids[:, :context], tokens)
-    spread = [
-        ids[:, start : start + prompt_tokens] for start in torch.linspace(0, ids.shape[1] - prompt_tokens, prompts).long()
-    ]
-    draft = acceptance(student, dense, spread, tokens, drafted)
-    rows = [(name, f"{row['ms']:.1f}", f"{1e3 / row['ms']:.1f}", f"{row['cache_bytes'] / 2**20:.1f}")
-            for name, row in decode.items()]  # fmt: skip
+        raise SystemExit(f"{data} holds {ids.shape[1]:,} held-out tokens, fewer than --context {context:,}")
+    starts = beginnings(documents, prompts, *prompt_tokens)
+    decode, drafts = [], []
+    for dtype in dtypes:
+        models = {name: open_model(path, getattr(torch, dtype))[0] for name, path in (("hybrid", hybrid), ("dense", teacher))}
+        decode += decode_rates(models, ids[:, :context], tokens)
+        if dtype == dtypes[0]:
+            student, dense = models["hybrid"], models["dense"]
+            kinds: list[tuple[str, Any, str, dict[str, Any]]] = [
+                ("dense", dense, "the hybrid", {"assistant_model": student}),
+                ("hybrid", student, "the dense model", {"assistant_model": dense}),
+                *(("hybrid", student, f"its first {n} layers", {"assistant_early_exit": n}) for n in exits),
+                ("hybrid", student, "n-grams of the text", {"prompt_lookup_num_tokens": drafted}),
+                ("dense", dense, "n-grams of the text", {"prompt_lookup_num_tokens": drafted}),
+            ]
+            for name, model, draft, how in kinds:
+                row = {"model": name, "draft": draft} | acceptance(model, how, starts, new_tokens, drafted)
+                print(row, flush=True)
+                drafts.append(row)
+    cells = [(d["model"], d["draft"], f"{d['proposed']:,}", f"{d['rate']:.0%}", f"{d['tokens_a_pass']:.2f}",
+              f"{d['ms_alone']:.0f}", f"{d['ms']:.0f}", f"{d['speed']:.2f} x", f"{d['equal']} of {prompts}")
+             for d in drafts]  # fmt: skip
+    table = ["| " + " | ".join(row) + " |" for row in (COLUMNS, ("---",) * len(COLUMNS), *cells)]
+    rows = [(d["model"], d["dtype"], f"{d['ms']:.1f}", f"{1e3 / d['ms']:.1f}", f"{d['cache_bytes'] / 2**20:.1f}")
+            for d in decode]  # fmt: skip
     report(
         results, "Decode on the CPU", [
-            f"One sequence, {context:,} tokens in the cache, {decode['hybrid']['dtype']}, medians of {tokens} steps.",
-            f"The hybrid as the teacher's draft, {drafted} tokens at a time, {prompts} prompts of {prompt_tokens} tokens of "
-            f"{text.name}, {tokens} new tokens each: {draft['accepted']} of {draft['proposed']} proposed tokens kept "
-            f"({draft['rate']:.0%}), {draft['tokens_a_pass']:.2f} tokens a pass of the teacher, "
-            f"{draft['speed']:.2f} x the teacher's speed without a draft.",
-        ], ("model", "ms a token", "tokens/s", "cache MiB"), rows, f"{device_name()}, commit {commit or 'not given'}",
+            f"Assisted generation: {prompts} beginnings of held-out documents, {prompt_tokens[0]:,} to {prompt_tokens[1]:,} "
+            f"tokens, {new_tokens} new tokens each, {drafted} proposed at a time, greedy, {dtypes[0]}; milliseconds are of "
+            f"tokens after the first pass, which reads the prompt.",
+            "\n".join(table),
+            f"Steps of one token: one sequence, {context:,} tokens in the cache, medians of {tokens} steps.",
+        ], ("model", "weights", "ms a token", "tokens/s", "cache MiB"), rows,
+        f"{device_name()}, commit {commit or 'not given'}",
     )  # fmt: skip
-    print(json.dumps({"benchmark": "cpu_decode", "context": context, "decode": decode, "draft": draft}))
+    print("\n".join(table))
+    print(json.dumps({"benchmark": "cpu_decode", "context": context, "decode": decode, "drafts": drafts}))
+
+
+def beginnings(documents: list[torch.Tensor], count: int, least: int, most: int) -> list[torch.Tensor]:
+    """Return `count` beginnings of documents, int64 [1, tokens], of lengths evenly spread from `least` to `most`."""
+    long = [document for document in documents if len(document) > most]
+    if len(long) < count:
+        raise SystemExit(f"{len(long)} held-out documents are longer than {most:,} tokens; take fewer --prompts than {count}")
+    lengths = torch.linspace(least, most, count).long().tolist()
+    return [long[i * len(long) // count][None, :length] for i, length in enumerate(lengths)]
 
 
 @torch.no_grad()
-def decode_rates(models: dict[str, Any], ids: torch.Tensor, steps: int) -> dict[str, dict[str, Any]]:
+def decode_rates(models: dict[str, Any], ids: torch.Tensor, steps: int) -> list[dict[str, Any]]:
     """Median CPU milliseconds of one-token steps after the same prompt, the models in turn."""
     caches = {name: model(ids, use_cache=True, logits_to_keep=1).past_key_values for name, model in models.items()}
     times: dict[str, list[float]] = {}
@@ -89,12 +128,11 @@ def decode_rates(models: dict[str, Any], ids: torch.Tensor, steps: int) -> dict[
             if step > 1:
                 times.setdefault(name, []).append(time.process_time() - start)
     HyloLatentAttention.absorbs = absorbs  # type: ignore[method-assign]
-    found = {}
-    for name, values in times.items():
-        key = name.partition(",")[0]
-        found[name] = {"ms": 1e3 * statistics.median(values), "cache_bytes": cache_bytes(caches[key]),
-                       "dtype": str(models[key].dtype).removeprefix("torch.")}  # fmt: skip
-    return found
+    return [
+        {"model": name, "ms": 1e3 * statistics.median(values), "cache_bytes": cache_bytes(caches[name.partition(",")[0]]),
+         "dtype": str(models[name.partition(",")[0]].dtype).removeprefix("torch.")}
+        for name, values in times.items()
+    ]  # fmt: skip
 
 
 def cache_bytes(cache: Any) -> int:
@@ -104,33 +142,63 @@ def cache_bytes(cache: Any) -> int:
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
+class _Passes:
+    """Streamer of transformers that notes each pass: CPU time at its end, and new tokens; the first one is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, then with the new tokens of each pass."""
+        self.times.append(time.process_time())
+        self.tokens.append(value.numel())
+
+    def end(self) -> None:
+        """Called at the end of the text."""
+
+    def after_the_first(self) -> tuple[float, int]:
+        """CPU seconds and new tokens of all passes but the first one, which reads the prompt."""
+        return self.times[-1] - self.times[1], sum(self.tokens[2:])
+
+
 @torch.no_grad()
-def acceptance(draft: Any, teacher: Any, prompts: list[torch.Tensor], tokens: int, drafted: int) -> dict[str, Any]:
-    """Share of the draft's tokens that the teacher keeps, and the speed against the teacher alone, in CPU time."""
-    draft.generation_config.update(
+def acceptance(model: Any, draft: dict[str, Any], prompts: list[torch.Tensor], tokens: int, drafted: int) -> dict[str, Any]:
+    """Share of a draft's tokens that the model keeps, and its speed against the model alone, in CPU time.
+
+    Args:
+        model: to be sped up.
+        draft: argument of `generate` that names the draft.
+        prompts: int64 [1, tokens] each.
+        tokens: new ones of each prompt.
+        drafted: tokens proposed at a time.
+    """
+    draft.get("assistant_model", model).generation_config.update(
         num_assistant_tokens=drafted, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
     )
     settings = dict(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
-    proposed = accepted = passes = made = 0
-    alone = assisted = 0.0
-    widths: list[int] = []  # tokens of the teacher's passes
-    hook = teacher.get_input_embeddings().register_forward_hook(lambda module, inputs, out: widths.append(out.shape[1]))
+    proposed = accepted = passes = equal = 0
+    seconds, made, whole = {"alone": 0.0, "with": 0.0}, {"alone": 0, "with": 0}, {"alone": 0.0, "with": 0.0}
+    widths: list[int] = []  # tokens of the model's passes; those that exit early do not come to the last layer
+    hook = model.model.layers[-1].register_forward_hook(lambda module, inputs, out: widths.append(inputs[0].shape[1]))
     for prompt in prompts:
-        start = time.process_time()
-        expected = teacher.generate(prompt, **settings)
-        middle = time.process_time()
-        widths.clear()
-        found = teacher.generate(prompt, assistant_model=draft, **settings)
-        end = time.process_time()
-        if not torch.equal(found, expected):
-            raise SystemExit("assisted generation gave another text than the teacher alone")
-        alone, assisted = alone + middle - start, assisted + end - middle
-        new = found.shape[1] - prompt.shape[1]
+        texts = {}
+        for name, how in (("alone", {}), ("with", draft)):
+            widths.clear()
+            noted, start = _Passes(), time.process_time()
+            texts[name] = model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=noted, **how, **settings)
+            whole[name] += time.process_time() - start
+            later, new = noted.after_the_first()
+            seconds[name], made[name] = seconds[name] + later, made[name] + new
+        equal += torch.equal(texts["alone"], texts["with"])
         proposed += sum(widths) - prompt.shape[1] + 1 - len(widths)
-        accepted, passes, made = accepted + new - len(widths), passes + len(widths), made + new
+        accepted, passes = accepted + tokens - len(widths), passes + len(widths)
     hook.remove()
-    return {"proposed": proposed, "accepted": accepted, "rate": accepted / proposed, "tokens_a_pass": made / passes,
-            "speed": alone / assisted}  # fmt: skip
+    ms = {name: 1e3 * seconds[name] / max(made[name], 1) for name in seconds}
+    return {"proposed": proposed, "accepted": accepted, "rate": accepted / max(proposed, 1),
+            "tokens_a_pass": (passes + accepted) / passes, "ms_alone": ms["alone"], "ms": ms["with"],
+            "speed": ms["alone"] / ms["with"] if ms["with"] else 1.0, "speed_with_prompt": whole["alone"] / whole["with"],
+            "equal": equal}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def export(
         from megatron_hylo.convert.model_card import CardFacts
         from megatron_hylo.convert.quantise import export_quantised
         from megatron_hylo.convert.to_hf import convert_megatron_to_hf
-        from megatron_hylo.eval.lm_facts import results_of
+        from megatron_hylo.eval.lm_facts import foreign_results, results_of
         from megatron_hylo.eval.results import read_results
         from megatron_hylo.models.checkpoint import read_description
         from megatron_hylo.platform.distributed import session
@@ -142,6 +142,11 @@ def export(
     found = results_of(model) if results is None else {folder: read_results(folder) for folder in results}
     for folder in found if results is None else ():
         console.print(f"results for the card: {folder}", markup=False, soft_wrap=True)
+    for folder in foreign_results(found, model) if results is not None else ():
+        console.print(
+            f"warning: {folder} was measured on {found[folder].model.get('path')}, whose weights are not those of {model} by "
+            f"their hash; its figures stand in the card all the same", markup=False, soft_wrap=True,
+        )  # fmt: skip
     facts = CardFacts([result.to_dict() for result in found.values()], license, base_model, datasets or ())
     size = int(shard_gb * 1e9)
     with session():

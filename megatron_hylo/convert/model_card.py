@@ -1,29 +1,59 @@
 """Model card of an export: README.md in the format of the Hugging Face Hub, out of what the folder's files already say."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
 from megatron_hylo.config import ModelConfig
-from megatron_hylo.config.evaluation import NEEDS_TEXT
 from megatron_hylo.config.layouts import kv_bytes_per_token
 from megatron_hylo.config.mixers import WINDOW_SYMBOL, get_mixer, tensor_parallel_sizes
 from megatron_hylo.config.mlps import EXPERTS_SYMBOL
-from megatron_hylo.convert.hf_config import is_own
+from megatron_hylo.convert.card_results import hub_result, results_tables, table
+from megatron_hylo.convert.hf_config import TRANSFORMERS_VERSIONS, is_own
+from megatron_hylo.hf import HyloConfig
+from megatron_hylo.hf.cache_hylo import cache_nbytes
 
-SETTINGS = ("stage", "layout", "pattern", "init", "calibration_tokens", "sequential", "seed", "converted_from")
+SETTINGS = (
+    "stage",
+    "sequence_length",
+    "layout",
+    "pattern",
+    "init",
+    "calibration_tokens",
+    "sequential",
+    "seed",
+    "converted_from",
+)
 RECIPE = (  # settings of a run that its row names where they are not the defaults; hylo_provenance.json has all
     "trainable", "optimizer.name", "optimizer.lr", "optimizer.mixer_lr", "optimizer.adam_beta2", "recall.share",
     "recall.answer_weight", "distil.kl_weight", "distil.ce_weight", "distil.kl_direction", "align.loss",
     "rope_scaling.rope_type", "rope_scaling.factor", "teacher_window.mode", "text.packing", "text.long_share",
     "packed_documents", "precision", "linear_precision", "seed",
 )  # fmt: skip
+STAGES = {  # objectives that a card explains
+    "align": "align: each new layer learns the teacher's layer output.",
+    "distil": "distil: the whole model learns the teacher's distribution of every next token, by the KL divergence.",
+    "pretrain": "pretrain: the model learns the text itself, by cross-entropy, without a teacher.",
+}
+EXERCISES = (
+    "recall.share: made-up facts, questions and answers take this part of the tokens, as exercises of recall in the text."
+)
 HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
-ROWS = 40  # of the table of results; results.json has all
+CHAT = """The tokenizer has a chat template:
+
+```python
+turns = [{"role": "user", "content": "Why is the sea salty?"}]
+inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+new = model.generate(**inputs, max_new_tokens=80, repetition_penalty=1.2)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(new, skip_special_tokens=True))
+```
+
+"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +83,7 @@ def model_card(
     provenance: Mapping[str, Any],
     facts: CardFacts = NO_FACTS,
     quantisation: str | None = None,
+    has_chat: bool = False,
 ) -> str:
     """Return the text of README.md.
 
@@ -63,6 +94,7 @@ def model_card(
         provenance: content of hylo_provenance.json.
         facts: that are not in the provenance.
         quantisation: what is quantised, and how; None for a folder that is not.
+        has_chat: whether the tokenizer has a chat template.
     """
     base_model = facts.base_model or _base_on_hub(provenance)
     is_hybrid = is_own(config)
@@ -75,24 +107,24 @@ def model_card(
         datasets=[*facts.datasets] or None,
         tags=_tags(config) if is_hybrid else None,
         model_name=name,
-        eval_results=[_for_the_hub(result, score) for result, score in scores] or None,
+        eval_results=[hub_result(result, score) for result, score in scores] or None,
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
-        _architecture(config, parameters),
+        _architecture(config, parameters, base_model),
         *_layout(config),
         "## Use",
-        _use(is_hybrid, _served_sizes(config) if quantisation is None else [], quantisation is not None),
+        _use(is_hybrid, _served_sizes(config) if quantisation is None else [], quantisation is not None, has_chat),
         *([] if quantisation is None else ["## Quantisation", quantisation]),
         "## Method",
         "Oldest step first; `hylo_provenance.json` has every setting, with the SHA-256 of every input.",
-        *_table(("step", "settings"), [(about["verb"], _settings(about)) for about in _steps(provenance)]),
+        *table(("step", "settings"), _method(list(_steps(provenance)))),
         *_training(provenance),
         "## Data",
         _data(provenance, facts.datasets),
         "## Results",
-        *_results(scores),
+        *results_tables(scores),
         "## Limits",
         _limits(config, provenance),
         "## Licence",
@@ -101,7 +133,15 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _architecture(config: ModelConfig, parameters: int) -> str:
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer of a Hugging Face folder has a chat template, in a file of its own or in its settings."""
+    settings = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or (
+        settings.is_file() and bool(json.loads(settings.read_text()).get("chat_template"))
+    )
+
+
+def _architecture(config: ModelConfig, parameters: int, base_model: str | None) -> str:
     mixers = config.hybrid_layer_pattern.replace("|", "")[0::2]
     counts = ", ".join(f"{mixers.count(symbol)} {get_mixer(symbol).name}" for symbol in dict.fromkeys(mixers))
     text = f"{parameters:,} parameters, {len(mixers)} layers: {counts} (`{mixers}`)."
@@ -110,9 +150,13 @@ def _architecture(config: ModelConfig, parameters: int) -> str:
     dense = config.with_mixers("*" * len(mixers))
     own, base = kv_bytes_per_token(config), kv_bytes_per_token(dense)
     where = f" of a sequence of {config.max_position_embeddings:,}" if WINDOW_SYMBOL in config.mixers else ""
+    unbounded = config.with_mixers(config.mixers.replace(WINDOW_SYMBOL, "*"))  # a window is counted with the tokens
+    states = cache_nbytes(HyloConfig(hylo=unbounded.to_dict()), 0, 2)
+    made = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained Transformer"
     return (
-        f"{text} A hybrid made from a pretrained Transformer ([HyLo](https://arxiv.org/abs/2604.24715)). Its cache takes "
-        f"{own:,} bytes a token{where} in bf16, {own / base:.1%} of the {base:,} that attention in every layer would need."
+        f"{text} A hybrid made from {made} by [HyLo](https://arxiv.org/abs/2604.24715). Its cache takes {own:,} bytes a "
+        f"token{where} in bf16, {own / base:.1%} of the {base:,} that attention in every layer would need"
+        + (f", and its recurrent states {states / 1e6:,.1f} MB a sequence of any length." if states else ".")
     )
 
 
@@ -139,7 +183,7 @@ def _layout(config: ModelConfig) -> list[str]:
                 f"{round(2 * mixer.cached_numbers(config, length) / length):,}",
             )
         )
-    return _table(("mixer", "layers, from 0", "sizes", "cache, bytes a token and layer"), rows)
+    return table(("mixer", "layers, from 0", "sizes", "cache, bytes a token and layer"), rows)
 
 
 def _base_on_hub(provenance: Mapping[str, Any]) -> str | None:
@@ -155,11 +199,17 @@ def _served_sizes(config: ModelConfig) -> list[int]:
     return [] if refused else tensor_parallel_sizes(config)
 
 
-def _use(is_hybrid: bool, sizes: Sequence[int], is_quantised: bool) -> str:
+def _use(is_hybrid: bool, sizes: Sequence[int], is_quantised: bool, has_chat: bool) -> str:
     trust = ", trust_remote_code=True" if is_hybrid else ""
-    needs = "transformers, torch and compressed-tensors" if is_quantised else "transformers and torch alone"
-    code = f"The modelling code is part of this folder and needs {needs}. " if is_hybrid else ""
+    needs = "torch and compressed-tensors" if is_quantised else "torch alone"
+    versions = "{} to {}".format(*TRANSFORMERS_VERSIONS)
+    code = (
+        f"The modelling code is part of this folder and needs transformers ({versions} were tested) and {needs}. "
+        if is_hybrid
+        else ""
+    )
     plugin = "`pip install '.[serve]'` in a checkout of megatron_hylo, then " if is_hybrid else ""
+    chat = "" if not has_chat else CHAT
     served = (
         ""
         if not sizes
@@ -170,11 +220,14 @@ def _use(is_hybrid: bool, sizes: Sequence[int], is_quantised: bool) -> str:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER, padding_side="left", trust_remote_code=False)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, padding_side="left"{trust})
 model = AutoModelForCausalLM.from_pretrained(FOLDER{trust}, dtype="auto")
 inputs = tokenizer(["The sea is"], return_tensors="pt")
-print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=40))[0])
+print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=40, repetition_penalty=1.2))[0])
 ```
+
+{chat}On a GPU add `.to("cuda")` to the model and to the inputs. `generate(..., prefill_chunk_size=8192)` reads a long prompt in
+pieces, which bounds the memory. Greedy text of a small model repeats itself, hence the penalty.
 
 {served}""".rstrip()
 
@@ -191,15 +244,23 @@ def _steps(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield provenance
 
 
-def _settings(step: Mapping[str, Any]) -> str:
-    named = [f"{key} {step[key]}" for key in SETTINGS if step.get(key) not in (None, False)]
-    read = [f"{key} `{Path(about['path']).name}`" for key, about in step.get("inputs", {}).items()]
-    return "; ".join([*named, *read])
+def _method(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Rows (step, settings); an input that an earlier step made is named by it, since folders are called alike."""
+    rows: list[tuple[str, str]] = []
+    for step in steps:
+        named = [f"{key} {step[key]}" for key in SETTINGS if step.get(key) not in (None, False)]
+        for key, about in step.get("inputs", {}).items():
+            made = about.get("provenance")
+            source = f"of step {steps.index(made) + 1}" if made in steps else f"`{Path(about['path']).name}`"
+            named.append(f"{key} {source}")
+        rows.append((f"{len(rows) + 1} {step['verb']}", "; ".join(named)))
+    return rows
 
 
 def _training(provenance: Mapping[str, Any]) -> list[str]:
     """Table of the training stages: tokens, length, recipe; nothing where none is recorded."""
-    rows, steps = [], [step for step in _steps(provenance) if step.get("train_steps")]
+    steps = [step for step in _steps(provenance) if step.get("train_steps")]
+    rows: list[tuple[str, ...]] = []
     for step in steps:
         recipe = step.get("recipe", {}) | {"seed": step.get("seed")}
         named = [f"{name} {recipe[name]}" for name in RECIPE if recipe.get(name) is not None]
@@ -209,7 +270,11 @@ def _training(provenance: Mapping[str, Any]) -> list[str]:
         return []
     total = sum(step.get("tokens", 0) for step in steps)
     told = f"{total:,} training tokens in all." if all("tokens" in step for step in steps) else ""
-    return ["## Training", *_table(("stage", "tokens", "sequence length", "steps", "recipe"), rows), *([told] if told else [])]
+    stages = [STAGES[name] for name in dict.fromkeys(step.get("stage", "") for step in steps) if name in STAGES]
+    if any(step.get("recipe", {}).get("recall.share") for step in steps):
+        stages.append(EXERCISES)
+    found = table(("stage", "tokens", "sequence length", "steps", "recipe"), rows)
+    return ["## Training", *found, " ".join([*([told] if told else []), *stages])]
 
 
 def _licence(license: str | None, base_model: str | None) -> str:
@@ -222,42 +287,11 @@ def _data(provenance: Mapping[str, Any], datasets: Sequence[str]) -> str:
     for step in _steps(provenance):
         about = step.get("inputs", {}).get("data")
         if about is not None:
-            found[Path(about["path"]).name] = about.get("content_sha256", "not hashed")
-    lines = [f"- `{name}` (SHA-256 of its tokens `{digest}`)" for name, digest in found.items()]
+            size = f"{about['documents']:,} documents of {about['tokens']:,} tokens, " if "documents" in about else ""
+            found[Path(about["path"]).name] = f"{size}SHA-256 of its tokens `{about.get('content_sha256', 'not known')}`"
+    lines = [f"- `{name}` ({text})" for name, text in found.items()]
     lines += [f"- [{name}](https://huggingface.co/datasets/{name})" for name in datasets]
     return "\n".join(lines) or "No training data is recorded: the model was not trained after its conversion."
-
-
-def _for_the_hub(result: Mapping[str, Any], score: Mapping[str, Any]) -> EvalResult:
-    parts = [score["task"], str(score.get("length") or ""), _text(result, score)]
-    config = " ".join(part for part in parts if part)  # what the Hub tells entries of one dataset type apart by
-    return EvalResult(
-        task_type="text-generation", dataset_type=score["suite"], dataset_name=f"{score['suite']} {config}",
-        dataset_config=config, metric_type=score["metric"], metric_name=score["metric"], metric_value=score["value"],
-    )  # fmt: skip
-
-
-def _text(result: Mapping[str, Any], score: Mapping[str, Any]) -> str:
-    """Name of the dataset folder that a score of a suite on held-out text was measured on; empty of others."""
-    data = result["run"].get("settings", {}).get("data") if score["suite"] in NEEDS_TEXT else None
-    return Path(data).name if data else ""
-
-
-def _results(scores: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
-    if not scores:
-        return ["None were given. `hylo eval` measures them; `hylo export --results FOLDER` puts them here."]
-    rows = []
-    for result, score in scores[:ROWS]:
-        error = "" if score.get("stderr") is None else f" ± {score['stderr']:.3g}"
-        length = score.get("length")
-        rows.append((
-            score["suite"], score["task"], _text(result, score), "" if length is None else f"{length:,}", score["metric"],
-            f"{score['value']:.4g}{error}", f"{score['examples']:,}", score.get("note", ""),
-        ))  # fmt: skip
-    runs = {f"`{result['run'].get('command')}`, commit {result['run'].get('commit')}" for result, _ in scores}
-    left = [f"{len(scores) - ROWS} more are in the results folder."] if len(scores) > ROWS else []
-    columns = ("suite", "task", "text", "tokens", "metric", "value", "examples", "note")
-    return [*_table(columns, rows), *left, "Measured by " + "; ".join(sorted(runs)) + "."]
 
 
 def _limits(config: ModelConfig, provenance: Mapping[str, Any]) -> str:
@@ -265,7 +299,7 @@ def _limits(config: ModelConfig, provenance: Mapping[str, Any]) -> str:
     quantised = {name for step in _steps(provenance) if (name := step.get("converted_from", "")).endswith(".gguf")}
     lines = [
         f"- {config.max_position_embeddings:,} tokens are the longest that the base model or a training stage was made for; "
-        f"longer prompts run, with quality that was not measured.",
+        f"longer prompts run, with a warning and with quality that was not measured.",
         f"- {steps:,} training steps followed the conversion." if steps else "- It was not trained after its conversion.",
         *(
             f"- Its base model's weights were dequantised from `{name}`, so they are not the original ones."
@@ -277,9 +311,3 @@ def _limits(config: ModelConfig, provenance: Mapping[str, Any]) -> str:
     if is_own(config):
         lines.append("- Masks other than padding, packed documents and caches of other models are refused.")
     return "\n".join(lines)
-
-
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    return ["\n".join(lines)]

@@ -29,7 +29,7 @@ from megatron_hylo.config.layouts import parameter_count
 from megatron_hylo.config.mlps import EXPERTS_SYMBOL
 from megatron_hylo.convert.gptq import FORMATS, Format, quantise
 from megatron_hylo.convert.hf_reader import load_transformers_model
-from megatron_hylo.convert.model_card import NO_FACTS, CardFacts, model_card
+from megatron_hylo.convert.model_card import NO_FACTS, CardFacts, has_chat_template, model_card
 from megatron_hylo.convert.open_model import open_model
 from megatron_hylo.convert.streaming import SHARD_BYTES
 from megatron_hylo.convert.to_hf import add_files
@@ -129,7 +129,9 @@ def export_quantised(
         )
         write_json(folder / EXPORTED, provenance)
         about = _about(form, group, used)
-        card = model_card(Path(output).name, config, parameter_count(config), provenance, facts, about)
+        card = model_card(
+            Path(output).name, config, parameter_count(config), provenance, facts, about, has_chat_template(folder)
+        )
         (folder / "README.md").write_text(card)
         if verify:
             _require_equal(model, folder)

@@ -13,7 +13,7 @@ from megatron_hylo.convert.folder_source import FolderSource
 from megatron_hylo.convert.hf_config import HYLO_MODEL_TYPE, hf_config_from_model
 from megatron_hylo.convert.hf_reader import open_source
 from megatron_hylo.convert.mapping import model_entries
-from megatron_hylo.convert.model_card import NO_FACTS, CardFacts, model_card
+from megatron_hylo.convert.model_card import NO_FACTS, CardFacts, has_chat_template, model_card
 from megatron_hylo.convert.safetensors_reader import is_finite
 from megatron_hylo.convert.streaming import SHARD_BYTES, Safetensors, model_groups, shards_of
 from megatron_hylo.convert.token_ids import stored_token_ids
@@ -104,7 +104,9 @@ def convert_megatron_to_hf(
             add_files(config, opened.dtype(), folder, Path(source) / "tokenizer")
             provenance = made_by("export", {"model": source})
             write_json(folder / EXPORTED, provenance)
-            card = model_card(Path(output).name, config, parameter_count(config), provenance, facts)
+            card = model_card(
+                Path(output).name, config, parameter_count(config), provenance, facts, has_chat=has_chat_template(folder)
+            )
             (folder / "README.md").write_text(card)
         barrier()
         opened.require_unchanged()

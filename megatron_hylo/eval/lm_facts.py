@@ -113,6 +113,14 @@ def results_of(model: str | Path) -> dict[Path, EvalResult]:
     return found
 
 
+def foreign_results(results: Mapping[Path, EvalResult], model: str | Path) -> list[Path]:
+    """Return the folders whose results another model gave, by the hash of weights; an export has those of its source too."""
+    own, made = {model_identity(Path(model), no_progress)}, describe_input(model).get("provenance", {})
+    if made.get("verb") == "export":
+        own.add(made["inputs"]["model"].get("content_sha256", ""))
+    return [folder for folder, result in results.items() if result.model.get("hash") not in own]
+
+
 def model_identity(path: Path, track: Track) -> str:
     """Return a sha256 of a model's weights: a model folder, checkpoint, Hugging Face folder or .gguf file."""
     if (path / "hylo.json").is_file():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
@@ -95,6 +96,8 @@ class HyloModel(HyloPreTrainedModel):
         cache = self._choose_cache(past_key_values, self.config.use_cache if use_cache is None else use_cache)
         check_cache(cache, self.config)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if not torch.compiler.is_compiling():
+            self.warn_of_length(x.shape[1] + (0 if cache is None else cache.length))
         inputs = sequence_inputs(x, attention_mask, position_ids, cache, every=bool(self.rotates_anew & set(self.mixers)))
         inputs.attentions = [] if attends else None
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -218,6 +221,7 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         ):
             graph = self._decode_graph(input_ids, attention_mask, position_ids, past_key_values)
             if graph is not None:
+                self.warn_of_length(graph.cache.length + 1)
                 return CausalLMOutputWithPast(logits=graph(input_ids).clone(), past_key_values=past_key_values)  # type: ignore[arg-type]
         outputs = self.model(
             input_ids,
@@ -302,6 +306,14 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             "use generate() with padding on the left, `hylo generate --batch` or vLLM"
         )
 
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        """Leave transformers' reminder of the trained length out; `warn_of_length` says what happens."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+        return criteria
+
     # transformers 4 and 5 hand over different arguments after the first three
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int, *_: Any
@@ -314,6 +326,8 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
                 "a prompt ends in padding, but generate() continues after the last position; pad on the left "
                 "(tokenizer.padding_side = 'left'), and give an attention_mask where a prompt itself ends in the padding token"
             )
+        if mask is not None:
+            self.warn_of_length(mask.shape[1])  # before it is read in pieces
         wanted = generation_config.cache_implementation
         if wanted not in (None, "dynamic", "dynamic_full", "static"):
             raise ValueError(

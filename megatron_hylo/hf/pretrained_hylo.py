@@ -34,6 +34,15 @@ FP32_PARAMETERS = {
 }
 
 
+def length_warning(name: str, longest: int, tokens: int, new_tokens: int = 0) -> str:
+    """Say what happens to a text of `tokens` and, where they are known, of `new_tokens` that a model goes on with."""
+    text = f"the prompt's {tokens:,} and {new_tokens:,} new ones" if new_tokens else f"the text's {tokens:,}"
+    return (
+        f"{name} was trained for {longest:,} tokens; {text} go past it: nothing is cut off, positions count on, but what the "
+        f"model says there may be poor"
+    )
+
+
 class HyloPreTrainedModel(PreTrainedModel):
     """Capabilities that transformers asks for, and the initialisation of new weights."""
 
@@ -44,6 +53,7 @@ class HyloPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HyloLayer"]
     _skip_keys_device_placement = ["past_key_values"]
 
+    has_warned_of_length = False
     write_code: Callable[[Path], Any] | None = None  # set where the code is part of a package, which a saved folder lacks
 
     def __init__(self, config: HyloConfig) -> None:
@@ -109,6 +119,19 @@ class HyloPreTrainedModel(PreTrainedModel):
             self.check_cache_fits(sequences, longest)
         except ValueError as error:
             logger.warning("texts that do not end before will fill the memory: %s", error)
+
+    def warn_of_length(self, tokens: int, new_tokens: int = 0) -> None:
+        """Warn, once a model, of a text that goes past what it was trained for.
+
+        Args:
+            tokens: of the longest sequence so far, padding included.
+            new_tokens: that a prompt of `tokens` is to be continued with.
+        """
+        longest = self.config.max_position_embeddings
+        said: Any = self.base_model  # shared by a backbone and the model around it
+        if tokens + new_tokens > longest and not said.has_warned_of_length:
+            logger.warning("%s", length_warning(self.name_or_path or "this model", longest, tokens, new_tokens))
+            said.has_warned_of_length = True
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize as other models do, in the description too."""

@@ -5,6 +5,7 @@ is kept in hylo.json under "provenance", and by an export in hylo_provenance.jso
 
 {"verb", "version", the verb's settings ...,
  "inputs": {name: {"path", "manifest_sha256", "content_sha256", "provenance"}     a folder of this project
+                | {"path", ..., "documents", "tokens"}                            a dataset folder, its training text
                 | {"path", "files": {name: sha256}, "provenance"?}                a Hugging Face folder or GGUF file
                 | {"path"}}}                                                     anything else, e.g. a teacher's address
 """
@@ -62,6 +63,9 @@ def describe_input(path: str | Path, track: Track = no_progress) -> dict[str, An
         found["files"] = {
             file.name: listed[file.name]["sha256"] if file.name in listed else unlisted[file.name].result() for file in files
         }
+    if (folder / "data.json").is_file():
+        text = read_json(folder / "data.json")
+        found |= {new: text[old] for new, old in (("documents", "train_documents"), ("tokens", "train_tokens")) if old in text}
     for name in ("hylo.json", EXPORTED):
         if (folder / name).is_file():
             content = read_json(folder / name)

@@ -16,6 +16,7 @@ from megatron_hylo.config.mixers import MLA_SYMBOL
 from megatron_hylo.convert.open_model import open_model
 from megatron_hylo.hf import HyloCache, HyloForCausalLM
 from megatron_hylo.hf.decode_hylo import unsupported
+from megatron_hylo.hf.pretrained_hylo import length_warning
 from megatron_hylo.hf.quantised_hylo import keep_weights_in_fp8
 from megatron_hylo.serve.split_prefill import Ring, split_prefill
 
@@ -255,14 +256,13 @@ def prompt_ids(model: Any, tokenizer: Any, path: str | Path, prompt: str, chat: 
 
 
 def warn_of_length(model: Any, path: str | Path, tokens: int, new_tokens: int) -> None:
-    """Warn where a prompt and its new tokens go past what the model was trained for."""
+    """Warn where a prompt and its new tokens go past what the model was trained for; of a hybrid the model itself does."""
+    if isinstance(model, HyloForCausalLM):
+        model.warn_of_length(tokens, new_tokens)
+        return
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and tokens + new_tokens > longest:
-        logger.warning(
-            "%s was trained for %s tokens; the prompt's %s and %s new ones go past it: nothing is cut off, positions count on, "
-            "but what the model says there may be poor (docs/long_context.md)",
-            path, f"{longest:,}", f"{tokens:,}", f"{new_tokens:,}",
-        )  # fmt: skip
+        logger.warning("%s", length_warning(str(path), longest, tokens, new_tokens))
 
 
 def _tokenise(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:

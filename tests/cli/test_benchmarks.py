@@ -1,5 +1,6 @@
 """Benchmarks end as the verbs do: a known error is a sentence."""
 
+import copy
 import runpy
 from pathlib import Path
 
@@ -39,8 +40,27 @@ def test_decode_on_the_cpu_is_timed_with_absorbed_and_with_expanded_keys(monkeyp
     monkeypatch.setattr(HyloLatentAttention, "absorbs", lambda *given: chosen.append(absorbs(*given)) or chosen[-1])
     ids = torch.randint(160, (1, 75))
     models = {"hybrid": random_model(serve_config("G+"), torch.float32), "dense": tiny_hf_model("llama")}
-    found = program["decode_rates"](models, ids, 2)
-    assert list(found) == ["hybrid", "hybrid, made anew", "dense"] and chosen.count(True) == 4  # steps, two of them untimed
-    assert found["hybrid"]["cache_bytes"] < found["dense"]["cache_bytes"]
-    draft = program["acceptance"](models["hybrid"], models["dense"], [ids[:, :20]], 4, 2)
-    assert draft["proposed"] >= draft["accepted"] >= 0 and draft["speed"] > 0
+    hybrid, anew, dense = program["decode_rates"](models, ids, 2)
+    assert (hybrid["model"], anew["model"], dense["model"]) == ("hybrid", "hybrid, made anew", "dense")
+    assert chosen.count(True) == 4  # steps, two of them untimed
+    assert hybrid["cache_bytes"] < dense["cache_bytes"]
+
+
+def test_drafts_of_every_kind_leave_the_text_as_it_is(monkeypatch):
+    """What is proposed and kept adds up; a model is kept where it drafts for itself."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    program = runpy.run_path(str(FOLDER / "cpu_decode.py"))
+    prompts = program["beginnings"]([torch.randint(160, (n,)) for n in (5, 40, 50)], 2, 10, 30)
+    assert [list(prompt.shape) for prompt in prompts] == [[1, 10], [1, 30]]
+    hybrid, dense = random_model(serve_config("G+"), torch.float32), tiny_hf_model("llama")
+    for model, draft in (
+        (dense, {"assistant_model": hybrid}), (hybrid, {"assistant_model": dense}),
+        (hybrid, {"assistant_early_exit": 1}), (hybrid, {"prompt_lookup_num_tokens": 2}),
+    ):  # fmt: skip
+        found = program["acceptance"](model, draft, prompts, 6, 2)
+        assert found["equal"] == 2 and 0 <= found["accepted"] <= found["proposed"] and found["speed"] > 0
+    found = program["acceptance"](hybrid, {"assistant_model": copy.deepcopy(hybrid)}, prompts, 6, 2)
+    # of 6 tokens the last is never proposed, and each pass adds one of its own: 2 + 1, 2 + 1
+    assert (found["proposed"], found["accepted"], found["tokens_a_pass"]) == (8, 8, 3)
+    with pytest.raises(SystemExit, match="longer than 45"):
+        program["beginnings"]([torch.zeros(50)], 2, 10, 45)

@@ -1,5 +1,6 @@
 """`hylo eval` from the command line to its results folder, on a tiny model of every stage and on what it must refuse."""
 
+import json
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from megatron_hylo.config.evaluation import SUITES
 from megatron_hylo.config.layouts import kv_percent, parameter_count
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.folders import evaluate_folder
+from megatron_hylo.eval.lm_facts import foreign_results
 from megatron_hylo.eval.results import read_results
 from tests.hf.conftest import serve_config
 
@@ -53,6 +55,26 @@ def test_results_of_a_model_and_of_its_export_are_those_of_evaluate(place, capsy
     assert len(one.model["hash"]) == len(other.model["hash"]) == 64 and one.run["settings"]["limit"] == 5
     assert len(one.samples) == 5 + 2 * len({s.example.split("/")[-1] for s in one.samples if s.task == "by_position"})
     assert "by_position" in shown and "model folder" in shown
+
+
+def test_results_of_another_model_are_not_passed_over_in_a_card(place, tmp_path, capsys):
+    """The model's own, its export's as seen from there, and another one's."""
+    options = ["--suite", "ppl", "--data", place / "data", "--sequence_length", 64, "--lengths", "[128]", "--limit", 2]
+    assert run(place, "model", *options, "--output", tmp_path / "a") == 0
+    found = {tmp_path / "a": read_results(tmp_path / "a")}
+    assert foreign_results(found, place / "model") == foreign_results(found, place / "hf") == []
+    changed = json.loads((tmp_path / "a" / "results.json").read_text())
+    changed["model"] |= {"hash": "0" * 64, "path": "/other"}
+    (tmp_path / "a" / "results.json").write_text(json.dumps(changed))
+    (tmp_path / "a" / "manifest.json").unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        words = ["export", place / "model", tmp_path / "hf", "--results", f"[{tmp_path / 'a'}]", "--no_verify"]
+        cli.main([str(word) for word in words])
+    assert (
+        f"{tmp_path / 'a'} was measured on /other, whose weights are not those of {place / 'model'}" in capsys.readouterr().err
+    )
+    assert "| ppl | heldout | data | perplexity |" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_smoke_is_every_suite_on_little(place, monkeypatch):

@@ -7,9 +7,11 @@ from huggingface_hub import ModelCard
 
 from megatron_hylo.config.layouts import get_layout
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
-from megatron_hylo.convert.model_card import CardFacts, model_card
+from megatron_hylo.convert.model_card import CardFacts, has_chat_template, model_card
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.eval.results import EvalResult, Score
+from megatron_hylo.hf import HyloConfig
+from megatron_hylo.hf.cache_hylo import cache_nbytes
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from tests.hf.conftest import serve_config
@@ -25,11 +27,11 @@ def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tm
     inputs = {"teacher": {"path": "/secret/teacher", "provenance": converted}}
     trained = {"verb": "train", "stage": "distil", "train_steps": 36, "seed": 7, "tokens": 4608, "sequence_length": 128}
     trained["recipe"] = {"optimizer.mixer_lr": 7e-4, "recall.share": 0.2, "checkpoint.keep": 1}
-    trained["inputs"] = inputs | {"data": {"path": "/secret/corpus", "content_sha256": "abc"}}
+    trained["inputs"] = inputs | {"data": {"path": "/secret/corpus", "content_sha256": "abc", "documents": 5, "tokens": 6000}}
     save_model(model, tmp_path / "model", None, trained)
     by_depth = replace(SCORE, depth=0.5, value=0.1)
     perplexity = Score("ppl", "heldout", "perplexity", 7.0, None, 3, length=2048)
-    about = {"command": "hylo eval model", "commit": "1234567"}
+    about = {"command": "hylo eval /secret/model", "commit": "1234567"}
     measured = EvalResult({"name": "model"}, about, [SCORE, by_depth]).to_dict()
     seen = EvalResult({"name": "model"}, about | {"settings": {"data": "/secret/corpus"}}, [replace(perplexity, value=6.0)])
     other = EvalResult({"name": "model"}, about | {"settings": {"data": "/secret/unseen"}}, [perplexity]).to_dict()
@@ -39,23 +41,58 @@ def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tm
     data = ModelCard(text).data
     assert (data.library_name, data.license, data.pipeline_tag) == ("transformers", "apache-2.0", "text-generation")
     assert data.eval_results[0].metric_value == 0.75 and data.eval_results[0].dataset_name == "ruler niah|1 4096"
-    assert "| ruler | niah\\|1 |  | 4,096 | exact | 0.75 ± 0.05 | 40 |" in text and "`hylo eval model`, commit 1234567" in text
-    assert "| ppl | heldout | unseen | 2,048 | perplexity | 7 | 3 |" in text and "0.1" not in text.split("## Results")[1]
+    assert "| suite | task | text | metric | 2,048 tokens | 4,096 tokens | examples | notes |" in text
+    assert "| ruler | niah\\|1 |  | exact |  | 0.75 ± 0.05 | 40 |" in text and "- `hylo eval model`, commit 1234567" in text
+    assert "| ppl | heldout | unseen | perplexity | 7 |  | 3 |" in text and "0.1" not in text.split("## Results")[1]
     names = {(result.dataset_name, result.metric_value) for result in data.eval_results}
     assert names == {("ruler niah|1 4096", 0.75), ("ppl heldout 2048 unseen", 7.0), ("ppl heldout 2048 corpus", 6.0)}
     assert "dequantised from `base.Q4_1.gguf`, so they are not the original ones" in text
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters, 4 layers: 1 " in text and "(`G+M*`)" in text
     # a latent of 24 and a rotary key of 6, keys and values of 2 x 16, 2 bytes each; attention alone 4 x 2 x 32 x 2
     assert "takes 188 bytes a token in bf16, 36.7% of the 512" in text
-    steps = [line for line in text.splitlines() if line.startswith(("| convert", "| train", "| export"))]
-    assert [line.split(" |")[0] for line in steps] == ["| convert", "| train", "| export"]
-    assert "stage distil; seed 7; teacher `teacher`; data `corpus`" in steps[1]
+    states = cache_nbytes(HyloConfig(hylo=config.to_dict()), 0, 2)
+    assert f"and its recurrent states {states / 1e6:.1f} MB a sequence of any length." in text
+    assert "A hybrid made from [org/base](https://huggingface.co/org/base) by [HyLo]" in text and "chat template" not in text
+    steps = [line for line in text.splitlines() if line.startswith(("| 1", "| 2", "| 3"))]
+    assert [line.split(" |")[0] for line in steps] == ["| 1 convert", "| 2 train", "| 3 export"]
+    assert "stage distil; sequence_length 128; seed 7; teacher of step 1; data `corpus` |" in steps[1]
+    assert "| 3 export | model of step 2 |" in text and "made-up facts, questions and answers take this part" in text
     assert "| distil | 4,608 | 128 | 36 | optimizer.mixer_lr 0.0007; recall.share 0.2; seed 7 |" in text
     assert "| `+` MLA | 1 | " in text and "kv_lora_rank 24" in text and "| 60 |" in text, "a latent of 24 and 6, 2 bytes each"
     assert data.base_model == "org/base" and data.datasets == ["org/text"] and "gated-deltanet" in data.tags
     assert "[org/base](https://huggingface.co/org/base), whose licence and terms apply" in text
-    assert "- `corpus` (SHA-256 of its tokens `abc`)" in text and "- 36 training steps followed" in text
+    assert (
+        "- `corpus` (5 documents of 6,000 tokens, SHA-256 of its tokens `abc`)" in text
+        and "- 36 training steps followed" in text
+    )
     assert "trust_remote_code=True" in text and "/secret" not in text and str(tmp_path) not in text
+
+
+def test_scores_of_several_lengths_share_a_row():
+    """All figures of a long-context model are in sight, each once, whatever lengths they were measured at."""
+    scores = [replace(SCORE, length=1024 * 2**i, value=i / 8, stderr=None, note="cut" if i == 6 else "") for i in range(7)]
+    bare = replace(SCORE, suite="commonsense", task="piqa", length=None, examples=500)
+    runs = [{"command": "hylo eval '/a/b/m' --lengths [1,2] --out runs/x/y", "version": "0.2", "devices": ["GPU"] * 2}, {}]
+    results = [EvalResult({}, runs[0], scores).to_dict(), EvalResult({}, runs[1], [scores[0], bare]).to_dict()]
+    results.append(EvalResult({}, runs[1], [replace(scores[1], value=0.9)]).to_dict())
+    text = model_card("m", serve_config("G+"), 1000, {}, CardFacts(results)).split("## Results")[1]
+    assert "| ruler | niah\\|1 |  | exact | 0 | 0.125 | 0.25 | 0.375 | 0.5 | 0.625 | 0.75 | 40 | 65,536: cut |" in text
+    assert "| suite | task | text | metric | value | examples | notes |" in text
+    assert "| commonsense | piqa |  | exact | 0.75 ± 0.05 | 500 |  |" in text and text.count("| ruler |") == 2
+    assert "| ruler | niah\\|1 |  | exact |  | 0.9 |  |  |  |  |  | 40 |  |" in text, "another figure of one length"
+    assert "- `hylo eval 'm' --lengths [1,2] --out runs/x/y`, version 0.2, GPU\n" in text and "None" not in text
+
+
+def test_a_chat_models_card_shows_how_to_chat(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert not has_chat_template(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert has_chat_template(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert has_chat_template(tmp_path)
+    text = model_card("m", serve_config("G+"), 1000, {}, has_chat=True)
+    assert "tokenizer.apply_chat_template(turns, add_generation_prompt=True" in text and text.count("```") == 4
 
 
 def test_a_windowed_llama_is_a_model_of_ours_and_a_mistral_is_not():

@@ -18,7 +18,7 @@ from tests.hf.test_export import CASES
 
 PROMPTS = ["the quick brown fox", "a", "jumps over"]
 ELSEWHERE = """
-import builtins, sys
+import builtins, logging, sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -77,6 +77,16 @@ for call in (lambda: model(ids, attention_mask=torch.ones(2, 1, 75, 75)),
         call()
     except ValueError as error:
         found["messages"].append(str(error))
+class Said(logging.Handler):
+    def emit(self, record):
+        found["said"].append(record.getMessage())
+
+found["said"] = []
+for name in ("", "transformers"):
+    logging.getLogger(name).addHandler(Said(logging.WARNING))
+model.config.max_position_embeddings = 22
+for _ in range(2):
+    model.generate(**one, pad_token_id=0)
 assert not asked, asked
 assert not [name for name in sys.modules if name.split(".")[0] in ("megatron", "megatron_hylo")]
 torch.save(found, output)
@@ -123,6 +133,8 @@ def test_a_stranger_gets_the_megatron_models_logits_and_the_full_forwards_text(o
     torch.testing.assert_close(found["loss"], model(ids, labels=ids).loss)
     assert found["fp32"] == sorted(n for n, _ in model.named_parameters() if n.endswith(("A_log", "dt_bias", ".D")))
 
+    (said,) = (text for text in found["said"] if " 22" in text or "maximum length" in text)
+    assert said.startswith(f"{tmp_path / 'hf'} was trained for 22 tokens; the text's 23 go past it: nothing is cut off")
     assert found["turn"] == dict(tokenizer("the <|turn|> fox")) and len(found["turn"]["input_ids"]) == 9
     alone = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
     assert list(found["ids"]) == ["input_ids", "attention_mask"]

@@ -1,5 +1,7 @@
 """Padding, positions and masks: every sequence of a batch against the same sequence alone, and against transformers."""
 
+import logging
+
 import pytest
 import torch
 import transformers
@@ -186,6 +188,40 @@ def test_a_batch_too_large_for_the_memory_is_refused_before_it_is_read(three, mo
     model.model.embed_tokens.register_forward_pre_hook(lambda module, inputs: pytest.fail("something was read"))
     with pytest.raises(ValueError, match=r"a cache of 75 tokens for 6 sequences takes .* GiB, but .*; use fewer sequences or"):
         model.generate(three, num_beams=2, **settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("given", "settings", "said"), [
+    ((1, 40), {}, "the text's 40"),  # the prompt
+    ((1, 40), {"prefill_chunk_size": 16}, "the text's 40"),  # not the piece that goes past
+    ((1, 30), {}, "the text's 33"),  # what it is continued with
+    ((2, 30), {"cache_implementation": "static"}, "the text's 33"),
+    ((1, 20), {}, None),
+])  # fmt: skip
+def test_a_text_past_the_trained_length_is_said_once_and_in_one_sentence(given, settings, said, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # its own reminder would be seen
+    model = random_model(serve_config("G+", max_position_embeddings=32))
+    model.decodes_with_fixed_shapes = True
+    ids = torch.randint(160, given)
+    for _ in range(2):
+        model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **settings)
+    found = [text for text in caplog.messages if "32" in text or "maximum length" in text]
+    expected = (
+        "this model was trained for 32 tokens; {} go past it: nothing is cut off, positions count on, but what the model "
+        "says there may be poor"
+    )
+    assert found == ([] if said is None else [expected.format(said)])
+
+
+@torch.no_grad()
+def test_forward_passes_past_the_trained_length_are_said_once(caplog):
+    """The backbone alone, and the model around it after it."""
+    model = random_model(serve_config("G+", max_position_embeddings=32))
+    past = model.model(torch.randint(160, (1, 32))).past_key_values
+    assert not caplog.messages
+    model.model(torch.randint(160, (1, 3)), past_key_values=past)
+    model(torch.randint(160, (1, 40)))
+    assert ["the text's 35 go past it" in text for text in caplog.messages] == [True]
 
 
 def test_generation_refuses_what_it_would_do_wrongly(three):
