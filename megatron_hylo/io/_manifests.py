@@ -26,6 +26,7 @@ from megatron_hylo.io._ranks import gather, on_all, rank
 
 logger = logging.getLogger("megatron_hylo.io")
 MANIFEST = "manifest.json"
+CARD = "README.md"  # a model card is for people, who edit it before they publish a model: it may change
 IGNORED = re.compile(r"(^|/)(__pycache__/|\.nfs)")  # created by Python and by NFS clients in directories that are in use
 ANNOUNCED_BYTES = 2 * 10**9  # hashing more than this is logged
 PROGRESS_SECONDS = 30.0
@@ -119,7 +120,7 @@ def verify_manifest_if_any(path: str | Path, only: Sequence[str] = ()) -> None:
 
 
 def verify_manifest(path: str | Path, only: Sequence[str] = (), hashes: bool = True) -> None:
-    """Check a directory against its manifest before it is used; all ranks call it and share the hashing.
+    """Check a directory against its manifest before it is used, but for its card; all ranks call it and share the hashing.
 
     Args:
         path: the directory.
@@ -134,6 +135,7 @@ def verify_manifest(path: str | Path, only: Sequence[str] = (), hashes: bool = T
     error: Exception | None = None
     try:
         entries = read_manifest(path)
+        entries.pop(CARD, None)
         entries = {n: e for n, e in entries.items() if not only or any(n == o or n.startswith(f"{o}/") for o in only)}
         identity = os.stat(path / MANIFEST)
         _check_sizes(path, entries)

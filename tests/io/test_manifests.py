@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io import DamagedError, _manifests, read_json, read_verified_json, verify_manifest, verify_manifest_if_any
+from megatron_hylo.io import (
+    DamagedError,
+    _manifests,
+    atomic_directory,
+    read_json,
+    read_verified_json,
+    verify_manifest,
+    verify_manifest_if_any,
+)
 from tests.io.conftest import make
 
 
@@ -27,6 +35,18 @@ def test_damage_is_found_and_the_file_named(tmp_path, kind):
         with pytest.raises(DamagedError, match=f"{tmp_path}/a/sub/file.*{kind}"):
             verify_manifest(tmp_path / "a")
     verify_manifest(tmp_path / "a", only=["su", "manifest.json"])  # another name, not the folder
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sha256", "missing"])
+def test_a_card_may_be_edited(tmp_path, kind):
+    with atomic_directory(tmp_path / "a") as partial:
+        for name in ("README.md", "weights"):
+            (partial / name).write_text("content")
+    damage(tmp_path / "a" / "README.md", kind)
+    verify_manifest(tmp_path / "a")
+    damage(tmp_path / "a" / "weights", kind)
+    with pytest.raises(DamagedError, match="a/weights"):
+        verify_manifest(tmp_path / "a")
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
