@@ -61,6 +61,7 @@ class HyloConfig(transformers.PretrainedConfig):
 
     Raises:
         ValueError: `hylo` is no dictionary, or has MLA settings that the modelling code would read wrongly.
+        AttributeError: `hylo` lacks a name.
     """
 
     model_type = "hylo"
@@ -94,18 +95,19 @@ class HyloConfig(transformers.PretrainedConfig):
         self.use_cache = use_cache
         self.initializer_range = initializer_range
         if hylo is not None:
+            c = self.architecture()
             if "+" in self.mixers:
-                _check_latent_attention(self.architecture(), self.mixers)
-            derived = {name: hylo[name] for name in ("vocab_size", "hidden_size", "max_position_embeddings")}
+                _check_latent_attention(c, self.mixers)
+            derived = {name: getattr(c, name) for name in ("vocab_size", "hidden_size", "max_position_embeddings")}
             for name, value in (derived | {"num_hidden_layers": len(self.mixers)}).items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
             if tie_word_embeddings is None:
-                tie_word_embeddings = not hylo["untie_embeddings_and_output_weights"]
+                tie_word_embeddings = not c.untie_embeddings_and_output_weights
         # transformers 4 takes these as arguments with defaults of its own; 5 sets what it does not know
         tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         standard: dict[str, Any] = {"tie_word_embeddings": bool(tie_word_embeddings), **tokens, **kwargs}
-        standard |= {name: hylo[field] for name, field in OTHERS_NAMES.items()} if hylo is not None else {}
+        standard |= {name: getattr(c, field) for name, field in OTHERS_NAMES.items()} if hylo is not None else {}
         super().__init__(**standard)
 
     @property
@@ -122,7 +124,10 @@ class HyloConfig(transformers.PretrainedConfig):
     def _pattern(self) -> str:
         if self.hylo is None:
             raise ValueError("config.json has no hylo, the architecture of the model; export the model again")
-        return self.hylo["hybrid_layer_pattern"].replace("|", "")
+        pattern = self.hylo.get("hybrid_layer_pattern")
+        if not isinstance(pattern, str):
+            raise ValueError(f"config.json: hybrid_layer_pattern of hylo must be text, got {pattern!r}; export the model again")
+        return pattern.replace("|", "")
 
     def architecture(self) -> SimpleNamespace:
         """Return `hylo` with attribute access, with `mla_whole_head_norm` and its RoPE scalings' `cos_sin_multiplier`.
@@ -132,21 +137,24 @@ class HyloConfig(transformers.PretrainedConfig):
 
         Raises:
             AttributeError: `hylo` lacks a name; also where that attribute is read later.
+            ValueError: a RoPE scaling is no mapping.
         """
         c = _Architecture(**{"mla_bias": False, "mla_rotary_pairs": (), **self.hylo})
         c.mla_whole_head_norm = c.qk_layernorm and c.qk_head_dim == c.kv_channels
         for name in ("rope_scaling", "mla_rope_scaling"):
-            scaling = SimpleNamespace(**getattr(c, name))
+            if not isinstance(given := getattr(c, name), dict):
+                raise ValueError(f"config.json: {name} of hylo must be a mapping, got {given!r}; export the model again")
+            scaling = _Architecture(**given)
             scaling.cos_sin_multiplier = 1.0
             if scaling.rope_type == "yarn":
-                given = scaling.attention_factor
-                scaling.cos_sin_multiplier = 0.1 * math.log(scaling.factor) + 1.0 if given is None else given
+                factor = scaling.attention_factor
+                scaling.cos_sin_multiplier = 0.1 * math.log(scaling.factor) + 1.0 if factor is None else factor
             setattr(c, name, scaling)
         return c
 
 
 class _Architecture(SimpleNamespace):
-    """Names of `hylo`, of which a missing one is said to be missing there."""
+    """Names of `hylo` or of a scaling in it, of which a missing one is said to be missing there."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"config.json: hylo has no {name}; export the model again")

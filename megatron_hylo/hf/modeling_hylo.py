@@ -123,7 +123,7 @@ class HyloModel(HyloPreTrainedModel):
             hidden_states: gets the embeddings, what each layer but the last gives, and the result.
         """
         ropes = self.ropes(inputs, x.shape[1])
-        for symbol, layer in zip(self.mixers, self.layers[: self.config.num_hidden_layers]):  # fewer: assistant_early_exit
+        for symbol, layer in zip(self.mixers[: self.config.num_hidden_layers], self.layers):  # fewer: assistant_early_exit
             if hidden_states is not None:
                 hidden_states.append(x)
             x = layer(x, inputs, position_embeddings=ropes.get(symbol), past_key_values=cache)
@@ -321,7 +321,12 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         """Make a HyloCache; called by generate() before the first pass, in place of transformers' own cache."""
         check_cache(model_kwargs.get("past_key_values"), self.config)
         mask = model_kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
+        if mask is not None and (mask.dim() != 2 or not mask.shape[1]):
+            raise ValueError(
+                f"generate() takes prompts [batch, tokens] of a token at least, with an attention_mask of the same shape; the "
+                f"mask, which is made of the prompts where none is given, is {list(mask.shape)}"
+            )
+        if mask is not None and not mask[:, -1].all():
             raise ValueError(
                 "a prompt ends in padding, but generate() continues after the last position; pad on the left "
                 "(tokenizer.padding_side = 'left'), and give an attention_mask where a prompt itself ends in the padding token"

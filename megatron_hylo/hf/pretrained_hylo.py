@@ -57,8 +57,14 @@ class HyloPreTrainedModel(PreTrainedModel):
     write_code: Callable[[Path], Any] | None = None  # set where the code is part of a package, which a saved folder lacks
 
     def __init__(self, config: HyloConfig) -> None:
+        """Check the layers that the configuration names.
+
+        Raises:
+            ValueError: unknown symbols in the layer pattern, or fewer layers there than num_hidden_layers.
+        """
         super().__init__(config)
         check_declared(getattr(config, "quantization_config", None))
+        _check_pattern(config)
         # transformers 4 refuses names that a model does not have
         kept = {name for mixer in set(config.mixers) for name in FP32_PARAMETERS[mixer]}
         self._keep_in_fp32_modules_strict = sorted(kept)
@@ -100,7 +106,7 @@ class HyloPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"a cache of {tokens:,} tokens for {sequences:,} sequences takes {wanted / 2**30:.1f} GiB, but "
                 f"{free / 2**30:.1f} GiB of the memory are free; use fewer sequences or tokens"
-                + ("" if latents else ", or latents='fp8'")
+                + (", or latents='fp8'" if "+" in self.config.mixers and not latents else "")
             )
 
     def check_growth(self, sequences: int, prompt: int, longest: int) -> None:
@@ -152,6 +158,18 @@ class HyloPreTrainedModel(PreTrainedModel):
             parameter.normal_(0.0, self.config.initializer_range)
         if isinstance(module, HyloLatentAttention) and module.aligned_norm:
             _fill(module.k_norm.get_parameter("rotary_mix"), torch.tensor(1.0))
+
+
+def _check_pattern(config: HyloConfig) -> None:
+    """Refuse a layer pattern that is damaged, or shorter than num_hidden_layers; fewer layers than it has are a model too."""
+    mixers, mlps = config.mixers, config.mlps
+    known = set(mixers) <= set(FP32_PARAMETERS) and set(mlps) <= set("-E") and len(mixers) == len(mlps)
+    if not known or config.num_hidden_layers > len(mixers):
+        raise ValueError(
+            f"config.json: hybrid_layer_pattern {config.hylo['hybrid_layer_pattern']!r} must have a mixer, one of "
+            f"{''.join(FP32_PARAMETERS)}, and then an MLP, - or E, for each of num_hidden_layers {config.num_hidden_layers}; "
+            f"export the model again"
+        )
 
 
 def _fill(parameter: nn.Parameter, value: Tensor) -> None:

@@ -234,6 +234,8 @@ def test_generation_refuses_what_it_would_do_wrongly(three):
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(tokens, max_new_tokens=2, **settings)
+    with pytest.raises(ValueError, match=r"takes prompts \[batch, tokens\] of a token at least, .* is \[3, 0\]"):
+        model.generate(tokens[:, :0], max_new_tokens=2)
     with pytest.raises(ValueError, match="generate_batch and continuous batching page keys and values, .* use generate"):
         model.generate_batch(tokens.tolist(), transformers.GenerationConfig(max_new_tokens=2))
 
@@ -252,3 +254,38 @@ def test_generation_refuses_what_it_would_do_wrongly(three):
 def test_a_damaged_description_says_what_it_lacks(hylo, sentence):
     with pytest.raises((ValueError, AttributeError), match=sentence):
         HyloForCausalLM(HyloConfig(hylo=hylo))
+
+
+def test_every_name_that_is_read_of_a_description_is_named_where_it_is_missing():
+    whole = serve_config("G+").to_dict()
+    for name in whole:
+        try:
+            HyloForCausalLM(HyloConfig(hylo={key: value for key, value in whole.items() if key != name}))
+        except (ValueError, AttributeError) as error:
+            assert f" {name}" in str(error) and "export the model again" in str(error), name
+    for name in ("vocab_size", "num_query_groups", "untie_embeddings_and_output_weights"):
+        with pytest.raises(AttributeError, match=f"hylo has no {name}"):
+            HyloConfig(hylo={key: value for key, value in whole.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(hybrid_layer_pattern="G-Q-"), r"hybrid_layer_pattern 'G-Q-' must have a mixer, one of \*\+MGKW, and then an MLP"),
+        (dict(hybrid_layer_pattern="G-+"), "hybrid_layer_pattern 'G-\\+' must have"),
+        (dict(hybrid_layer_pattern="G-+x"), "hybrid_layer_pattern 'G-\\+x' must have"),
+        (dict(hybrid_layer_pattern=5), "hybrid_layer_pattern of hylo must be text, got 5"),
+        (dict(rope_scaling=None), "rope_scaling of hylo must be a mapping, got None"),
+        (dict(mla_rope_scaling={}), "hylo has no rope_type"),
+    ],
+)
+def test_a_damaged_value_of_a_description_is_named(changes, sentence):
+    with pytest.raises((ValueError, AttributeError), match=f"config.json: {sentence}.*export the model again"):
+        HyloForCausalLM(HyloConfig(hylo=serve_config("G+").to_dict() | changes))
+
+
+def test_more_layers_than_the_pattern_has_are_refused():
+    hylo = serve_config("G+").to_dict()
+    assert len(HyloForCausalLM(HyloConfig(hylo=hylo, num_hidden_layers=1)).model.layers) == 1
+    with pytest.raises(ValueError, match="for each of num_hidden_layers 3"):
+        HyloForCausalLM(HyloConfig(hylo=hylo, num_hidden_layers=3))
