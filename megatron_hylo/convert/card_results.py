@@ -39,7 +39,7 @@ def results_tables(scores: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
         name, length = (score["suite"], score["task"], _text(result, score), score["metric"]), score.get("length")
         for number in count():  # two figures of one length have a row each, but one figure is not shown twice
             row = rows.setdefault((*name, number), {})
-            if row.setdefault(length, score)["value"] == score["value"]:
+            if _value(row.setdefault(length, score)) == _value(score):  # as text, since no number is equal to NaN
                 break
     lengths = sorted({length for row in rows.values() for length in row if length is not None})
     columns = ("suite", "task", "text", "metric")

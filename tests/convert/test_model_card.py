@@ -1,5 +1,6 @@
 """Model cards: parsed by huggingface_hub, against the folders that they describe."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -75,10 +76,12 @@ def test_scores_of_several_lengths_share_a_row():
     runs = [{"command": "hylo eval '/a/b/m' --lengths [1,2] --out runs/x/y", "version": "0.2", "devices": ["GPU"] * 2}, {}]
     results = [EvalResult({}, runs[0], scores).to_dict(), EvalResult({}, runs[1], [scores[0], bare]).to_dict()]
     results.append(EvalResult({}, runs[1], [replace(scores[1], value=0.9)]).to_dict())
+    results += [EvalResult({}, runs[1], [replace(SCORE, task="none", value=math.nan, stderr=None)]).to_dict()] * 2
     text = model_card("m", serve_config("G+"), 1000, {}, CardFacts(results)).split("## Results")[1]
     assert "| ruler | niah\\|1 |  | exact | 0 | 0.125 | 0.25 | 0.375 | 0.5 | 0.625 | 0.75 | 40 | 65,536: cut |" in text
     assert "| suite | task | text | metric | value | examples | notes |" in text
-    assert "| commonsense | piqa |  | exact | 0.75 ± 0.05 | 500 |  |" in text and text.count("| ruler |") == 2
+    assert "| commonsense | piqa |  | exact | 0.75 ± 0.05 | 500 |  |" in text and text.count("| ruler | niah") == 2
+    assert text.count("| ruler | none |  | exact |  |  | nan |") == 1, "a number that is not equal to itself"
     assert "| ruler | niah\\|1 |  | exact |  | 0.9 |  |  |  |  |  | 40 |  |" in text, "another figure of one length"
     assert "- `hylo eval 'm' --lengths [1,2] --out runs/x/y`, version 0.2, GPU\n" in text and "None" not in text
 
