@@ -89,10 +89,12 @@ class Program:
         """Exit status once it has ended.
 
         Raises:
-            subprocess.TimeoutExpired: it runs longer than that many seconds.
+            subprocess.TimeoutExpired: it runs longer than that many seconds; it is killed then, since this process waits for
+                all that it has started before it ends.
         """
         self.process.join(timeout)
         if self.returncode is None:
+            self.kill()
             raise subprocess.TimeoutExpired(str(self.process.name), timeout or 0)
         return self.returncode
 

@@ -1,6 +1,7 @@
 """Forked processes end, fail and print as fresh ones do."""
 
 import signal
+import subprocess
 
 import pytest
 
@@ -21,6 +22,10 @@ def test_a_rank_that_fails_or_hangs_ends_all_and_says_so(tmp_path):
         run_ranks("json.tool", [tmp_path / "nothing"], 2, tmp_path)
     with pytest.raises(RuntimeError, match="(?s)took more than 1 s.*rank 1, status None"):
         run_ranks("http.server", SERVE, 2, tmp_path, timeout=1)
+    program = Program("http.server", SERVE, tmp_path / "slow")
+    with pytest.raises(subprocess.TimeoutExpired):
+        program.wait(timeout=0.1)
+    assert program.wait(timeout=60) == -signal.SIGKILL
     program = Program("http.server", SERVE, tmp_path / "log")
     assert program.poll() is None
     program.send_signal(signal.SIGTERM)
