@@ -18,8 +18,8 @@ class TeacherWindow:
     Args:
         mode: none: it reads nothing longer; rope: other rotary positions stretch its window, which with answers at weight 1
             teaches recall better up to 4 times its length; windows: it reads overlapping windows of its own length, and every
-            token but those at a sequence's start has half a window or more before it; better for longer sequences, and what
-            recipes have for all, with heavy answers (recall.answer_weight 10).
+            token but those at a sequence's start has half a window or more before it; better beyond 4 times, and what recipes
+            have past the window at any length, with heavy answers (recall.answer_weight 10).
         rope_scaling: rope: takes the place of the teacher's own scaling. With neither it nor rotary_base: YaRN, by the smallest
             factor that reaches the sequence's length.
         rotary_base: rope: takes the place of the teacher's theta; null: its own.
