@@ -63,7 +63,9 @@ def results_tables(scores: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 def _value(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return ""
-    return f"{score['value']:.3g}" + ("" if score.get("stderr") is None else f" ± {score['stderr']:.2g}")
+    value = score["value"]
+    text = f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"  # a perplexity, say
+    return text + ("" if score.get("stderr") is None else f" ± {score['stderr']:.2g}")
 
 
 def _examples(scores: Iterable[Mapping[str, Any]]) -> str:

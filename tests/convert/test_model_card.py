@@ -82,6 +82,10 @@ def test_scores_of_several_lengths_share_a_row():
     assert "| suite | task | text | metric | value | examples | notes |" in text
     assert "| commonsense | piqa |  | exact | 0.75 ± 0.05 | 500 |  |" in text and text.count("| ruler | niah") == 2
     assert text.count("| ruler | none |  | exact |  |  | nan |") == 1, "a number that is not equal to itself"
+    high = EvalResult(
+        {}, runs[1], [replace(SCORE, suite="ppl", value=v, stderr=None, length=n) for v, n in ((999.7, 1), (12345.6, 2))]
+    )
+    assert "| 1,000 | 12,346 | 40 |" in model_card("m", serve_config("G+"), 1000, {}, CardFacts([high.to_dict()]))
     assert "| ruler | niah\\|1 |  | exact |  | 0.9 |  |  |  |  |  | 40 |  |" in text, "another figure of one length"
     assert "- `hylo eval 'm' --lengths [1,2] --out runs/x/y`, version 0.2, GPU\n" in text and "None" not in text
 
