@@ -135,7 +135,7 @@ class HyloPreTrainedModel(PreTrainedModel):
         """
         longest = self.config.max_position_embeddings
         said: Any = self.base_model  # shared by a backbone and the model around it
-        if tokens + new_tokens > longest and not said.has_warned_of_length:
+        if longest is not None and tokens + new_tokens > longest and not said.has_warned_of_length:
             logger.warning("%s", length_warning(self.name_or_path or "this model", longest, tokens, new_tokens))
             said.has_warned_of_length = True
 

@@ -75,7 +75,7 @@ class PackedCache(HyloCache):
             raise ValueError(
                 f"a cache of {tokens:,} tokens for {slots:,} sequences takes {wanted / 2**30:.1f} GiB, but {free / 2**30:.1f} "
                 f"GiB of the memory are free, which hold {tokens_that_fit(model, slots, free, latents):,} tokens; use fewer "
-                f"sequences or tokens" + ("" if latents else ", or latents='fp8'")
+                f"sequences or tokens" + (", or latents='fp8'" if "+" in model.config.mixers and not latents else "")
             )
         self.packed, self.batch_size = True, slots
         self.extents: list[Extent | None] = [None] * slots

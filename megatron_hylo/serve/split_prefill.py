@@ -32,7 +32,7 @@ class Ring:
     """
 
     def __init__(self, device: torch.device) -> None:
-        if device.type == "cuda" and int(os.environ.get(QUEUES, STREAMS)) < STREAMS:
+        if device.type == "cuda" and int(os.environ.get(QUEUES) or STREAMS) < STREAMS:
             raise ConfigError(
                 f"{QUEUES} is {os.environ[QUEUES]}: a prompt split over GPUs would wait for itself, as a GPU's messages and "
                 f"kernels need {STREAMS} queues; unset it, or give 8"

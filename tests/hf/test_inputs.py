@@ -221,6 +221,9 @@ def test_forward_passes_past_the_trained_length_are_said_once(caplog):
     assert not caplog.messages
     model.model(torch.randint(160, (1, 3)), past_key_values=past)
     model(torch.randint(160, (1, 40)))
+    other = random_model(serve_config("G+", max_position_embeddings=32))
+    other.config.max_position_embeddings = None  # not known: nothing is said
+    other(torch.randint(160, (1, 40)))
     assert ["the text's 35 go past it" in text for text in caplog.messages] == [True]
 
 
