@@ -104,6 +104,20 @@ class Program:
         return self.log.read_text(), None
 
 
+def output_of(process: subprocess.Popen, timeout: float) -> tuple[str, str]:
+    """(standard output, error) of a process with a session of its own, once it has ended.
+
+    Raises:
+        subprocess.TimeoutExpired: it runs longer than that many seconds; its session is killed then, for which Popen as a
+            context would wait without end.
+    """
+    try:
+        return process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
 class Ranks:
     """The ranks of one module, under torchrun's variables, each with a log in `scratch`."""
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tests.forked import Program, run_ranks
+from tests.forked import Program, output_of, run_ranks
 
 SERVE = ["0", "--bind", "127.0.0.1"]  # of http.server, which runs until it is stopped
 
@@ -26,6 +26,11 @@ def test_a_rank_that_fails_or_hangs_ends_all_and_says_so(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         program.wait(timeout=0.1)
     assert program.wait(timeout=60) == -signal.SIGKILL
+    sleeping = dict(stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with subprocess.Popen(["bash", "-c", "trap '' TERM; sleep 60 & wait"], **sleeping) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            output_of(process, timeout=0.1)
+    assert process.returncode == -signal.SIGKILL
     program = Program("http.server", SERVE, tmp_path / "log")
     assert program.poll() is None
     program.send_signal(signal.SIGTERM)

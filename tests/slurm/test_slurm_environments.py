@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import output_of
+
 ROOT = Path(__file__).parents[2]
 STAGES = sorted(path.stem for path in ROOT.glob("slurm/stage*.sh"))
 FAKES = {
@@ -282,11 +284,11 @@ def test_each_array_task_has_an_output_of_its_own_and_is_requeued_alone(cluster)
     task = {"SLURM_ARRAY_JOB_ID": "1234", "SLURM_ARRAY_TASK_ID": "3", "SLURM_NNODES": "1"}
     for requeued, code in (("0", 0), ("1", 3)):
         environment = cluster.environment(**(JOB | task | {"UNTIL_ASKED": "yes", "REQUEUE_EXIT": requeued}))
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
         with subprocess.Popen(["bash", str(STAGE)], env=environment, cwd=ROOT, **pipes) as script:
             wait_for_torchrun(cluster)
             script.send_signal(signal.SIGUSR1)
-            output, error = script.communicate(timeout=120)
+            output, error = output_of(script, timeout=120)
         assert script.returncode == code, error
         assert cluster.recorded()["scontrol"] == ["requeue", "1234_3"]
         assert ("submit it again" in error) == bool(code)
@@ -302,12 +304,12 @@ def test_each_array_task_has_an_output_of_its_own_and_is_requeued_alone(cluster)
 def test_a_job_that_is_cancelled_saves_and_stays_out_of_the_queue(cluster, number):
     environment = cluster.environment(**(JOB | {"SLURM_NNODES": "1", "UNTIL_ASKED": "yes"}))
     with subprocess.Popen(
-        ["bash", str(STAGE)], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        ["bash", str(STAGE)], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # where the tests run in the background it is ignored
     ) as script:  # fmt: skip
         wait_for_torchrun(cluster)
         script.send_signal(number)
-        output, _ = script.communicate(timeout=120)
+        output, _ = output_of(script, timeout=120)
     assert script.returncode == 3 and "checkpoints/step_00000001: run the same command to resume" in output
     assert "scontrol" not in cluster.recorded() and not (cluster.root / "stage2_ctx8k" / "stop_requested").exists()
 
@@ -319,11 +321,15 @@ def test_a_finished_run_that_is_extended_is_requeued_until_its_next_result(clust
     (model / "manifest.json").write_text("of the shorter run")
     changes = JOB | {"SLURM_NNODES": "1", "UNTIL_ASKED": "yes"} | ({"WRITES": str(model)} if writes else {})
     with subprocess.Popen(
-        ["bash", str(STAGE), "--extend_tokens", "9"], env=cluster.environment(**changes), stdout=subprocess.PIPE, text=True
+        ["bash", str(STAGE), "--extend_tokens", "9"],
+        env=cluster.environment(**changes),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as script:
         wait_for_torchrun(cluster)
         script.send_signal(signal.SIGUSR1)
-        output, _ = script.communicate(timeout=120)
+        output, _ = output_of(script, timeout=120)
     assert script.returncode == 0
     assert ("scontrol" in cluster.recorded(), "back into the queue" in output) == (not writes, not writes)
 
@@ -349,11 +355,16 @@ def test_a_job_stopped_before_its_first_checkpoint_is_requeued_until_max_requeue
     codes = []
     for _ in range(3):
         with subprocess.Popen(
-            ["bash", str(STAGE)], env=cluster.environment(**changes), cwd=ROOT, stderr=subprocess.PIPE, text=True
+            ["bash", str(STAGE)],
+            env=cluster.environment(**changes),
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         ) as script:
             wait_for_torchrun(cluster)
             script.send_signal(signal.SIGUSR1)
-            _, error = script.communicate(timeout=120)
+            _, error = output_of(script, timeout=120)
         codes.append(script.returncode)
         (cluster.folder / "record" / "torchrun").unlink()
     assert codes == [0, 0, 1] and "stopped 3 times before a checkpoint was saved (MAX_REQUEUES=2)" in error

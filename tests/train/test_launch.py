@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import output_of
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -44,12 +46,12 @@ def test_ctrl_c_reaches_ranks_that_work_or_wait_and_leaves_one_sentence(tmp_path
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where the tests run in the background, it is not
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=heard
+        command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=heard, start_new_session=True
     ) as started:
         deadline = time.monotonic() + 120
         while len(list(tmp_path.glob("*.ready"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         started.send_signal(signal.SIGINT)
-        _, said = started.communicate(timeout=60)
+        _, said = output_of(started, timeout=60)
     assert started.returncode == 130 and said.count("\n") == 1 and said.startswith("interrupted: "), said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.ready", "1.ready", "worker.py"]
