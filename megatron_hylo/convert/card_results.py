@@ -56,8 +56,8 @@ def results_tables(scores: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
             parts.append(f"{len(cells) - ROWS} more are in the results folder.")
     if any(_text(result, score) for result, score in scores):
         parts.append("A text is the held-out documents of a dataset, which its training text does not hold.")
-    runs = dict.fromkeys(f"- {_measured_by(result['run'])}" for result, _ in scores)
-    return [*parts, "Measured by:", "\n".join(runs)]
+    runs = dict.fromkeys(f"- {by}" for result, _ in scores if (by := _measured_by(result["run"])))
+    return [*parts, "Measured by:", "\n".join(runs)] if runs else parts
 
 
 def _value(score: Mapping[str, Any] | None) -> str:
@@ -83,11 +83,11 @@ def _notes(scores: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _measured_by(run: Mapping[str, Any]) -> str:
-    """Command of an evaluation, paths by their last names; commit or else version, dtype and devices where they are known."""
+    """Command of an evaluation, paths by their last names; commit or else version, dtype, devices; of these what is known."""
     code = f"commit {run['commit']}" if run.get("commit") else f"version {run['version']}" if run.get("version") else ""
     devices = ", ".join(dict.fromkeys(run.get("devices") or ()))
     command = ABSOLUTE_FOLDERS.sub("", run.get("command") or "")
-    return ", ".join(part for part in (f"`{command}`", code, run.get("dtype", ""), devices) if part)
+    return ", ".join(part for part in (f"`{command}`" if command else "", code, run.get("dtype", ""), devices) if part)
 
 
 def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -88,6 +88,7 @@ def test_scores_of_several_lengths_share_a_row():
     assert "| 1,000 | 12,346 | 40 |" in model_card("m", serve_config("G+"), 1000, {}, CardFacts([high.to_dict()]))
     assert "| ruler | niah\\|1 |  | exact |  | 0.9 |  |  |  |  |  | 40 |  |" in text, "another figure of one length"
     assert "- `hylo eval 'm' --lengths [1,2] --out runs/x/y`, version 0.2, GPU\n" in text and "None" not in text
+    assert text.split("Measured by:")[1].split("## Limits")[0].count("- ") == 1, "runs without a command have no line"
 
 
 def test_a_chat_models_card_shows_how_to_chat(tmp_path):
