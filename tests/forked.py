@@ -169,7 +169,8 @@ def run_ranks(
         deadline = time.monotonic() + timeout
         while None in started.statuses() and not any(started.statuses()) and time.monotonic() < deadline:
             running = [program.sentinel for program in started.programs if program.poll() is None]
-            wait(running, max(0.0, deadline - time.monotonic()))
+            if running:  # all may have ended since the line before, and nothing to wait for means the whole time
+                wait(running, max(0.0, deadline - time.monotonic()))
         if any(status != 0 for status in started.statuses()):
             time.sleep(0.5)  # for the others' own errors
             raise RuntimeError(f"{ranks} ranks of {module} failed, or took more than {timeout} s:\n{started.said()}")

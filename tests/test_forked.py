@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from tests import forked
 from tests.forked import Program, output_of, run_ranks
 
 SERVE = ["0", "--bind", "127.0.0.1"]  # of http.server, which runs until it is stopped
@@ -35,3 +36,21 @@ def test_a_rank_that_fails_or_hangs_ends_all_and_says_so(tmp_path):
     assert program.poll() is None
     program.send_signal(signal.SIGTERM)
     assert program.wait(timeout=60) == -signal.SIGTERM
+
+
+def test_ranks_that_end_between_two_looks_at_them_are_not_waited_for(tmp_path, monkeypatch):
+    looks = []
+
+    def statuses(ranks):
+        """Say at the first look that they run, and from then on what is so, which is that all have ended."""
+        looks.append(ranks)
+        if len(looks) > 1:
+            return [program.poll() for program in ranks.programs]
+        for program in ranks.programs:
+            program.wait(timeout=60)
+        return [None] * len(ranks.programs)
+
+    monkeypatch.setattr(forked.Ranks, "statuses", statuses)
+    monkeypatch.setattr(forked, "wait", lambda running, timeout: pytest.fail(f"waited {timeout} s for {running}"))
+    (tmp_path / "some.json").write_text("1")
+    assert run_ranks("json.tool", [tmp_path / "some.json"], 2, tmp_path) == "1\n" * 2
