@@ -72,10 +72,11 @@ class PackedCache(HyloCache):
         super().__init__(tokens, latents)
         wanted, free = pool_nbytes(model, slots, tokens, latents), free_bytes(model.device)
         if free is not None and wanted > free:
+            smaller = pool_nbytes(model, slots, tokens, "fp8") < wanted
             raise ValueError(
                 f"a cache of {tokens:,} tokens for {slots:,} sequences takes {wanted / 2**30:.1f} GiB, but {free / 2**30:.1f} "
                 f"GiB of the memory are free, which hold {tokens_that_fit(model, slots, free, latents):,} tokens; use fewer "
-                f"sequences or tokens" + (", or latents='fp8'" if "+" in model.config.mixers and not latents else "")
+                f"sequences or tokens" + (", or latents='fp8'" if smaller else "")
             )
         self.packed, self.batch_size = True, slots
         self.extents: list[Extent | None] = [None] * slots

@@ -44,11 +44,11 @@ def ended(program: Program, presses: int = 1) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("verb", ["preprocess", "convert"])
-def test_a_verb_that_is_interrupted_leaves_nothing_half_written(material, tmp_path, verb):
-    text = tmp_path / "text.txt"
+def test_a_verb_that_is_interrupted_leaves_nothing_half_written_and_goes_on(material, tmp_path, verb):
+    text, tokenizer = tmp_path / "text.txt", material.data / "tokenizer"
     text.write_text("some words of a text that is long enough to take a while\n" * 200_000)
     words = {
-        "preprocess": ["preprocess", text, tmp_path / "new", "--tokenizer", material.data / "tokenizer"],
+        "preprocess": ["preprocess", text, tmp_path / "new", "--tokenizer", tokenizer, "--heldout_fraction=0"],
         "convert": ["convert", material.teacher, tmp_path / "new", "--to", "hf"],
     }[verb]
     program = Program("megatron_hylo.cli", words, tmp_path / "log")
@@ -57,8 +57,10 @@ def test_a_verb_that_is_interrupted_leaves_nothing_half_written(material, tmp_pa
     time.sleep(0.05)
     code, said = ended(program)
     assert code == INTERRUPTED and len(said) == 1 and said[0].startswith("interrupted: ")
-    kept = {".new.shards"} if verb == "convert" else set()  # whole files, from which the same command would go on
+    kept = {".new.shards", ".new.parts"}  # from which the same command goes on, if it came so far
     assert {path.name for path in tmp_path.iterdir()} - kept == {"log", "text.txt"}
+    assert Program("megatron_hylo.cli", words, tmp_path / "log").wait(120) == 0
+    assert {path.name for path in tmp_path.iterdir()} - {".new.lock"} == {"log", "text.txt", "new"}
 
 
 def test_a_run_is_interrupted_in_its_start(settings):
