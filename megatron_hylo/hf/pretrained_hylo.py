@@ -101,12 +101,13 @@ class HyloPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: it is.
         """
-        free, wanted = free_bytes(self.device), sequences * cache_nbytes(self.config, tokens, self.dtype.itemsize, latents)
+        one, smallest = (cache_nbytes(self.config, tokens, self.dtype.itemsize, kind) for kind in (latents, "fp8"))
+        free, wanted = free_bytes(self.device), sequences * one
         if free is not None and wanted > free:
             raise ValueError(
                 f"a cache of {tokens:,} tokens for {sequences:,} sequences takes {wanted / 2**30:.1f} GiB, but "
                 f"{free / 2**30:.1f} GiB of the memory are free; use fewer sequences or tokens"
-                + (", or latents='fp8'" if "+" in self.config.mixers and not latents else "")
+                + (", or latents='fp8'" if smallest < one else "")
             )
 
     def check_growth(self, sequences: int, prompt: int, longest: int) -> None:
