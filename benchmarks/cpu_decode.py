@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import auto_cli
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from report import device_name, report
+from report import device_name, markdown, report
 
 from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.convert.open_model import open_model
@@ -87,7 +87,7 @@ def main(
     cells = [(d["model"], d["draft"], f"{d['proposed']:,}", f"{d['rate']:.0%}", f"{d['tokens_a_pass']:.2f}",
               f"{d['ms_alone']:.0f}", f"{d['ms']:.0f}", f"{d['speed']:.2f} x", f"{d['equal']} of {prompts}")
              for d in drafts]  # fmt: skip
-    table = ["| " + " | ".join(row) + " |" for row in (COLUMNS, ("---",) * len(COLUMNS), *cells)]
+    table = markdown(COLUMNS, cells)
     rows = [(d["model"], d["dtype"], f"{d['ms']:.1f}", f"{1e3 / d['ms']:.1f}", f"{d['cache_bytes'] / 2**20:.1f}")
             for d in decode]  # fmt: skip
     report(
@@ -95,12 +95,12 @@ def main(
             f"Assisted generation: {prompts} beginnings of held-out documents, {prompt_tokens[0]:,} to {prompt_tokens[1]:,} "
             f"tokens, {new_tokens} new tokens each, {drafted} proposed at a time, greedy, {dtypes[0]}; milliseconds are of "
             f"tokens after the first pass, which reads the prompt.",
-            "\n".join(table),
+            table,
             f"Steps of one token: one sequence, {context:,} tokens in the cache, medians of {tokens} steps.",
         ], ("model", "weights", "ms a token", "tokens/s", "cache MiB"), rows,
         f"{device_name()}, commit {commit or 'not given'}",
     )  # fmt: skip
-    print("\n".join(table))
+    print(table)
     print(json.dumps({"benchmark": "cpu_decode", "context": context, "decode": decode, "drafts": drafts}))
 
 

@@ -51,6 +51,12 @@ def architecture(name: str) -> ModelConfig:
     return config.replace(hybrid_layer_pattern="".join(f"{mixer}-" for mixer in mixers)) if mixers else config
 
 
+def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Return a table in Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
+
+
 def report(
     results: Path, title: str, intro: list[str], columns: tuple[str, ...], rows: list[tuple[str, ...]], how: str
 ) -> None:
@@ -70,7 +76,7 @@ def report(
     results.with_suffix(".md").write_text("\n".join([
         f"# {title}", "", *(line for paragraph in intro for line in (paragraph, "")),
         f"`{' '.join(sys.argv)}`, torch {torch.__version__}, {how}", "",
-        "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(row) + " |" for row in rows), "",
+        markdown(columns, rows), "",
     ]))  # fmt: skip
 
 
