@@ -47,7 +47,7 @@ def test_decode_on_the_cpu_is_timed_with_absorbed_and_with_expanded_keys(monkeyp
 
 
 def test_drafts_of_every_kind_leave_the_text_as_it_is(monkeypatch):
-    """What is proposed and kept adds up; a model is kept where it drafts for itself."""
+    """Counts of proposed and kept tokens agree; a model that drafts for itself is kept."""
     monkeypatch.syspath_prepend(str(FOLDER))
     program = runpy.run_path(str(FOLDER / "cpu_decode.py"))
     prompts = program["beginnings"]([torch.randint(160, (n,)) for n in (5, 40, 50)], 2, 10, 30)

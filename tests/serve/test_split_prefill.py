@@ -21,7 +21,7 @@ def test_two_ranks_fill_the_cache_that_one_rank_fills(save_hybrid, tmp_path):
 
 
 def test_too_few_queues_of_a_gpu_are_refused(monkeypatch):
-    """Where one is left, messages to a rank wait in it before what that rank waits for."""
+    """One queue has messages to a rank waiting in front of what that rank waits for."""
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with pytest.raises(ConfigError, match="CUDA_DEVICE_MAX_CONNECTIONS is 1: .* need 3 queues; unset it, or give 8"):
         Ring(torch.device("cuda"))

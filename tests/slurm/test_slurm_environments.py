@@ -119,6 +119,19 @@ def wait_for_torchrun(cluster: Cluster) -> None:
         time.sleep(0.02)
 
 
+def signalled(cluster: Cluster, environment: dict[str, str], number: int, *words: str) -> tuple[int, str, str]:
+    """(exit status, output, error) of the stage's script, which gets a signal once it has come to start torchrun."""
+    with subprocess.Popen(
+        ["bash", str(STAGE), *words], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # where the tests run in the background it is ignored
+    ) as script:  # fmt: skip
+        wait_for_torchrun(cluster)
+        script.send_signal(number)
+        output, error = output_of(script, timeout=120)
+    return script.returncode, output, error
+
+
 @pytest.fixture
 def cluster(tmp_path):
     return Cluster(tmp_path)
@@ -284,12 +297,8 @@ def test_each_array_task_has_an_output_of_its_own_and_is_requeued_alone(cluster)
     task = {"SLURM_ARRAY_JOB_ID": "1234", "SLURM_ARRAY_TASK_ID": "3", "SLURM_NNODES": "1"}
     for requeued, code in (("0", 0), ("1", 3)):
         environment = cluster.environment(**(JOB | task | {"UNTIL_ASKED": "yes", "REQUEUE_EXIT": requeued}))
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        with subprocess.Popen(["bash", str(STAGE)], env=environment, cwd=ROOT, **pipes) as script:
-            wait_for_torchrun(cluster)
-            script.send_signal(signal.SIGUSR1)
-            output, error = output_of(script, timeout=120)
-        assert script.returncode == code, error
+        status, output, error = signalled(cluster, environment, signal.SIGUSR1)
+        assert status == code, error
         assert cluster.recorded()["scontrol"] == ["requeue", "1234_3"]
         assert ("submit it again" in error) == bool(code)
         ran = Ran(code, output, error, cluster.recorded())
@@ -303,14 +312,8 @@ def test_each_array_task_has_an_output_of_its_own_and_is_requeued_alone(cluster)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_job_that_is_cancelled_saves_and_stays_out_of_the_queue(cluster, number):
     environment = cluster.environment(**(JOB | {"SLURM_NNODES": "1", "UNTIL_ASKED": "yes"}))
-    with subprocess.Popen(
-        ["bash", str(STAGE)], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # where the tests run in the background it is ignored
-    ) as script:  # fmt: skip
-        wait_for_torchrun(cluster)
-        script.send_signal(number)
-        output, _ = output_of(script, timeout=120)
-    assert script.returncode == 3 and "checkpoints/step_00000001: run the same command to resume" in output
+    status, output, _ = signalled(cluster, environment, number)
+    assert status == 3 and "checkpoints/step_00000001: run the same command to resume" in output
     assert "scontrol" not in cluster.recorded() and not (cluster.root / "stage2_ctx8k" / "stop_requested").exists()
 
 
@@ -320,17 +323,8 @@ def test_a_finished_run_that_is_extended_is_requeued_until_its_next_result(clust
     model.mkdir(parents=True)
     (model / "manifest.json").write_text("of the shorter run")
     changes = JOB | {"SLURM_NNODES": "1", "UNTIL_ASKED": "yes"} | ({"WRITES": str(model)} if writes else {})
-    with subprocess.Popen(
-        ["bash", str(STAGE), "--extend_tokens", "9"],
-        env=cluster.environment(**changes),
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as script:
-        wait_for_torchrun(cluster)
-        script.send_signal(signal.SIGUSR1)
-        output, _ = output_of(script, timeout=120)
-    assert script.returncode == 0
+    status, output, _ = signalled(cluster, cluster.environment(**changes), signal.SIGUSR1, "--extend_tokens", "9")
+    assert status == 0
     assert ("scontrol" in cluster.recorded(), "back into the queue" in output) == (not writes, not writes)
 
 
@@ -354,18 +348,8 @@ def test_a_job_stopped_before_its_first_checkpoint_is_requeued_until_max_requeue
     changes = JOB | {"SLURM_NNODES": "1", "UNTIL_ASKED": "without a checkpoint", "MAX_REQUEUES": "2"}
     codes = []
     for _ in range(3):
-        with subprocess.Popen(
-            ["bash", str(STAGE)],
-            env=cluster.environment(**changes),
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        ) as script:
-            wait_for_torchrun(cluster)
-            script.send_signal(signal.SIGUSR1)
-            _, error = output_of(script, timeout=120)
-        codes.append(script.returncode)
+        status, _, error = signalled(cluster, cluster.environment(**changes), signal.SIGUSR1)
+        codes.append(status)
         (cluster.folder / "record" / "torchrun").unlink()
     assert codes == [0, 0, 1] and "stopped 3 times before a checkpoint was saved (MAX_REQUEUES=2)" in error
 
