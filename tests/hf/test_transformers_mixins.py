@@ -82,6 +82,10 @@ class TestHybrid(common.ModelTesterMixin, common.GenerationTesterMixin, unittest
         self.enterContext(mock.patch.dict(common.MODEL_MAPPING_NAMES, hylo="HyloModel"))
         self.enterContext(mock.patch.dict(common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, hylo="HyloForCausalLM"))
 
+    @unittest.skip("the hybrid's tensors keep their names; conversions that other tests have registered are not its own")
+    def test_reverse_loading_mapping(self) -> None:
+        """Skipped."""
+
     @unittest.skip("two layers at most are allowed there; here is one of each mixer")
     def test_num_layers_is_small(self) -> None:
         """Skipped."""
