@@ -8,6 +8,7 @@ run ends, and compares every step's loss with a run that nothing happened to. Pr
 exits 1 if a step that a finished checkpoint held was lost, a damaged checkpoint was read, or a loss differs.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -35,6 +36,7 @@ from rich.table import Table
 
 from megatron_hylo.config import ModelConfig, ParallelConfig
 from megatron_hylo.config.train import CheckpointSettings, LoggingSettings, TrainConfig
+from megatron_hylo.eval.runs import read_records
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import session
@@ -90,16 +92,23 @@ class Run:
         try:
             output, _ = self.process.communicate(timeout=180)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.kill()
             raise DrillFailure("a run hung for three minutes after the fault") from None
         self.look()
         return self.process.returncode, output
 
+    def kill(self) -> None:
+        """End the launcher and its ranks, if they still run: nothing may write into a folder that is about to be removed."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.communicate()
+
     def losses(self) -> dict[int, float]:
-        """By step, out of metrics.jsonl."""
-        file = self.folder / "metrics.jsonl"
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        return {line["step"]: line["loss"] for line in lines if "loss" in line}
+        """By step, out of metrics.jsonl, whose last line may be half written while the run goes on."""
+        return {record["step"]: record["loss"] for record in read_records(self.folder) if "loss" in record}
 
     def rank_processes(self) -> list[psutil.Process]:
         """The ranks, not the launcher."""
@@ -308,6 +317,8 @@ def main(drills: int = 50, ranks: int = 2, seed: int = 0, faults: list[str] | No
             except DrillFailure as failure:
                 failures.append({"drill": number, "fault": fault, "what": str(failure)})
                 console.print(f"drill {number}, {fault}: {failure}", style="red")
+            finally:
+                run.kill()
             done[fault] += 1
             shutil.rmtree(run.folder, ignore_errors=True)
     table = Table("fault", "drills", "failed")

@@ -67,6 +67,10 @@ def fault_drill(monkeypatch):
                 program, arguments = "tests.faults.little_disk", [module.LARGEST_FILE, *arguments]
             self.process = Launcher(Ranks(program, arguments, self.ranks, self.recipe.parent))
 
+        def kill(self) -> None:
+            if self.process is not None:
+                self.process.ranks.kill()
+
         def rank_processes(self) -> list[psutil.Process]:
             return [psutil.Process(program.pid) for program in self.process.ranks.programs if program.poll() is None]
 
@@ -83,3 +87,8 @@ def test_nothing_is_lost_by_a_preemption_a_flipped_bit_or_a_full_disk(fault_dril
     assert ended.value.code == 0, output[-3000:]
     counted = json.loads(output.splitlines()[-1])
     assert counted["failures"] == [] and counted["by_fault"] == dict.fromkeys(faults, 1)
+
+
+def test_a_line_that_is_being_written_is_not_read_yet(fault_drill, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25, "slowest/pas')
+    assert fault_drill.Run(tmp_path, tmp_path / "recipe.yaml", 1).losses() == {1: 2.5}
