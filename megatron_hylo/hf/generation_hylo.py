@@ -18,6 +18,15 @@ class HyloGenerator(HyloPreTrainedModel, GenerationMixin):
 
     decodes_with_fixed_shapes = False  # on a CPU too, where nothing is captured: for tests
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Generate as other models do; the number of layers is restored where `assistant_early_exit` ends in an error."""
+        layers = self.config.num_hidden_layers
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.config.num_hidden_layers = layers
+
     def new_cache(self, batch_size: int = 1, max_cache_len: int | None = None, latents: str | None = None) -> HyloCache:
         """Make a cache for `past_key_values`, checked against the memory that is free.
 
