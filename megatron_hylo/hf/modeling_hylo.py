@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
@@ -247,9 +251,38 @@ class HyloForCausalLM(HyloGenerator):
 class HyloForSequenceClassification(GenericForSequenceClassification, HyloPreTrainedModel):
     """A HyLo model with scores of each sequence, from its last token that is no padding (reward models, classifiers)."""
 
+    accepts_loss_kwargs = False  # read by Trainer: the loss is the batch's mean, without a number of items over batches
+
     def __init__(self, config: HyloConfig) -> None:
         HyloPreTrainedModel.__init__(self, config)  # transformers' own would look for the backbone by an Auto class
         self.num_labels: int = config.num_labels or 1
         self.model = HyloModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+class HyloForTokenClassification(GenericForTokenClassification, HyloPreTrainedModel):
+    """A HyLo model with scores of each token (taggers, process reward models); `classifier_dropout` is .1 by default."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: HyloConfig) -> None:
+        HyloPreTrainedModel.__init__(self, config)
+        self.num_labels: int = config.num_labels or 1
+        self.model = HyloModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+
+class HyloForQuestionAnswering(GenericForQuestionAnswering, HyloPreTrainedModel):
+    """A HyLo model with scores of each token as the first and as the last one of an answer in the text."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: HyloConfig) -> None:
+        HyloPreTrainedModel.__init__(self, config)
+        self.model = HyloModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()

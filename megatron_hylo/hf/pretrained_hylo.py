@@ -23,6 +23,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_hylo.HyloModel",
     "AutoModelForCausalLM": "modeling_hylo.HyloForCausalLM",
     "AutoModelForSequenceClassification": "modeling_hylo.HyloForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_hylo.HyloForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_hylo.HyloForQuestionAnswering",
 }
 FP32_PARAMETERS = {
     "*": (),

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_hylo.hf import HyloForCausalLM, HyloForSequenceClassification
+from megatron_hylo.hf import HyloForCausalLM
 from megatron_hylo.hf.code_files import copy_modelling_code
 from tests.hf.conftest import ALIGNED, random_model, save_tokenizer, serve_config
 
@@ -24,23 +24,6 @@ def test_weights_offloaded_to_disk_give_the_same_text(tmp_path, ids):
     assert offloaded.model.layers[0].mlp.up_proj.weight.is_meta
     torch.testing.assert_close(offloaded(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
     assert torch.equal(offloaded.generate(ids[:, :20], **GREEDY), model.generate(ids[:, :20], **GREEDY))
-
-
-@torch.no_grad()
-def test_a_classifier_scores_the_last_token_of_each_sequence(tmp_path, ids):
-    base = random_model(serve_config("G+M*"), torch.float32)
-    base.config.pad_token_id = 0
-    base.save_pretrained(tmp_path)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3, dtype=torch.float32).eval()
-    assert type(model) is HyloForSequenceClassification
-    model.score.weight.normal_()
-    ids = ids.clamp(min=1)
-    ids[1, 60:] = 0
-    found = model(ids, attention_mask=(ids != 0).long(), labels=torch.tensor([0, 2]))
-    for row, length in enumerate((75, 60)):
-        expected = model.score(base.model(ids[row : row + 1, :length]).last_hidden_state[0, -1])
-        torch.testing.assert_close(found.logits[row], expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found.loss, torch.nn.functional.cross_entropy(found.logits, torch.tensor([0, 2])))
 
 
 @torch.no_grad()
