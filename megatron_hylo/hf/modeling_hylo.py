@@ -25,7 +25,7 @@ from .cache_hylo import HyloCache
 from .configuration_hylo import HyloConfig
 from .decode_hylo import decode_graph
 from .generation_hylo import HyloGenerator
-from .inputs_hylo import SequenceInputs, check_cache, sequence_inputs
+from .inputs_hylo import NO_PACKING, SequenceInputs, check_cache, sequence_inputs
 from .layers_hylo import HyloLayer
 from .pretrained_hylo import HyloPreTrainedModel
 
@@ -33,6 +33,7 @@ logger = logging.get_logger(__name__)
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # of transformers' loss functions
 fused_rope_cos_sin = on_request(rope_cos_sin)
 UNUSED_ARGUMENTS = ("cache_position",)  # transformers 4 gives it in generate(); the cache knows its own length
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # of transformers' DataCollatorWithFlattening
 
 
 def _check_keyword_arguments(given: dict[str, Any], used: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -43,7 +44,9 @@ def _check_keyword_arguments(given: dict[str, Any], used: tuple[str, ...] = ()) 
     """
     unknown = sorted(name for name, value in given.items() if value is not None and name not in used + UNUSED_ARGUMENTS)
     if unknown:
-        raise TypeError(f"a HyLo model does not use the argument {unknown[0]}; leave it out")
+        packed = [name for name in unknown if name in PACKING_ARGUMENTS]
+        name, advice = (packed[0], NO_PACKING) if packed else (unknown[0], "leave it out")
+        raise TypeError(f"a HyLo model does not use the argument {name}; {advice}")
     return {name: given[name] for name in used if name in given}
 
 
