@@ -92,6 +92,12 @@ class HyloPreTrainedModel(PreTrainedModel):
         if self.write_code is not None and Path(save_directory).is_dir():
             self.write_code(Path(save_directory))
 
+    def _upload_modified_files(self, working_dir: str | PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Upload the modelling code too; `save_pretrained(..., push_to_hub=True)` uploads before it returns."""
+        if self.write_code is not None:
+            self.write_code(Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
     def check_cache_fits(self, sequences: int, tokens: int, latents: str | None = None) -> None:
         """Refuse a cache of so many sequences of so many tokens that is larger than the free memory.
 

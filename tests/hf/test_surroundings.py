@@ -1,6 +1,8 @@
 """Models in other parts of transformers and in other libraries: offloading, classifiers, prompts that are learnt, programs."""
 
 import copy
+import types
+from pathlib import Path
 
 import peft
 import pytest
@@ -71,6 +73,39 @@ def test_a_saved_model_has_its_code_beside_it(tmp_path):
     for place in config["auto_map"].values():
         module, name = place.split(".")
         assert f"class {name}(" in (tmp_path / "saved" / f"{module}.py").read_text()
+
+
+@pytest.mark.parametrize("how", ["save_pretrained", "push_to_hub"])
+def test_an_upload_has_the_code_beside_the_weights(how, tmp_path, monkeypatch):
+    sent = []
+    hub = types.SimpleNamespace(
+        create_repo=lambda name, **_: types.SimpleNamespace(repo_id=name),
+        create_commit=lambda operations, **_: sent.extend(operation.path_in_repo for operation in operations),
+    )
+    card = types.SimpleNamespace(save=lambda file: Path(file).write_text("a card"))
+    for module in (transformers.modeling_utils, transformers.utils.hub):
+        monkeypatch.setattr(module, "hf_api", lambda: hub)
+        monkeypatch.setattr(module, "create_and_tag_model_card", lambda *_, **__: card)
+    model = random_model(serve_config("G+"), torch.float32)
+    model.save_pretrained(tmp_path / "saved")  # once more: what is there already is only sent if it is written again
+    if how == "push_to_hub":
+        model.push_to_hub("someone/model")
+    else:
+        model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="someone/model")
+    code = {file.name for file in copy_modelling_code(tmp_path)}
+    assert set(sent) == code | {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+
+
+def test_a_cache_of_inference_mode_is_continued_with_gradients(ids):
+    model = random_model(serve_config("GK+M*W"))
+    with torch.inference_mode():
+        cache = model(ids[:, :70]).past_key_values
+    found = model(ids[:, 70:], past_key_values=cache).logits
+    with torch.no_grad():
+        cache = model(ids[:, :70]).past_key_values
+    expected = model(ids[:, 70:], past_key_values=cache).logits
+    weight = model.model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(*(torch.autograd.grad(logits.square().sum(), weight)[0] for logits in (found, expected)))
 
 
 def test_a_stop_string_ends_the_text(tmp_path, ids):
