@@ -14,8 +14,8 @@ from transformers.utils import logging
 from .attention_hylo import HyloLatentAttention
 from .cache_hylo import cache_nbytes, free_bytes
 from .configuration_hylo import HyloConfig
-from .layers_hylo import HyloGatedDeltaNet, HyloMamba2
 from .quantised_hylo import check_declared, check_loaded, make_plain
+from .recurrent_hylo import HyloGatedDeltaNet, HyloMamba2
 
 logger = logging.get_logger(__name__)
 AUTO_MAP = {
