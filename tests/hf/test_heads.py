@@ -1,5 +1,8 @@
 """Heads for sequences, tokens and answers: against Llama's, against their formula, by Trainer, saved and loaded."""
 
+import copy
+
+import peft
 import pytest
 import torch
 import transformers
@@ -148,3 +151,23 @@ def test_trainer_takes_the_mean_loss_of_accumulated_batches_and_lowers_it(head, 
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert history[0] == pytest.approx(expected.item(), rel=1e-4) and history[-1] < 0.8 * history[0]
     assert trainer.evaluate()["eval_loss"] < 0.8 * history[0]
+
+
+@heads
+def test_peft_trains_a_head_with_its_adapters_and_loads_both(head, hybrid, tmp_path, ids):
+    kind = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "answer": "QUESTION_ANS"}[head]
+    base, given = hybrid(head), labels(head)
+    settings = dict(r=4, target_modules="all-linear", exclude_modules=["score", "qa_outputs"])  # which are trained as a whole
+    adapted = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(task_type=kind, **settings)).eval()
+    mask, optimizer = torch.ones_like(ids), torch.optim.Adam(adapted.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(3):
+        losses.append(adapted(input_ids=ids.clamp(min=1), attention_mask=mask, **given).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(scores(loaded(ids.clamp(min=1))), scores(adapted(ids.clamp(min=1))))
