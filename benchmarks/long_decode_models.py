@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from megatron_hylo.convert.hf_config import hf_config_from_model
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
-from megatron_hylo.hf.attention_hylo import KEYS_AT_ONCE
+from megatron_hylo.hf.attend_hylo import KEYS_AT_ONCE
 from megatron_hylo.hf.cache_hylo import HyloCache, cache_nbytes
 from megatron_hylo.hf.decode_hylo import DecodeGraph
 from megatron_hylo.hf.quantised_hylo import keep_weights_in_fp8

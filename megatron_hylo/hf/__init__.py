@@ -1,6 +1,13 @@
 """Hugging Face classes of HyLo models, registered with transformers' Auto classes when this package is imported."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from megatron_hylo.config.mixers import MIXERS as DESCRIPTIONS
 from megatron_hylo.config.mixers import complete
@@ -8,7 +15,13 @@ from megatron_hylo.hf.cache_hylo import CACHED, HyloCache
 from megatron_hylo.hf.code_files import copy_modelling_code
 from megatron_hylo.hf.configuration_hylo import HyloConfig
 from megatron_hylo.hf.layers_hylo import MIXERS
-from megatron_hylo.hf.modeling_hylo import HyloForCausalLM, HyloForSequenceClassification, HyloModel
+from megatron_hylo.hf.modeling_hylo import (
+    HyloForCausalLM,
+    HyloForQuestionAnswering,
+    HyloForSequenceClassification,
+    HyloForTokenClassification,
+    HyloModel,
+)
 from megatron_hylo.hf.pretrained_hylo import FP32_PARAMETERS, HyloPreTrainedModel
 
 complete(MIXERS, "hf/layers_hylo.py: MIXERS")
@@ -20,13 +33,17 @@ AutoConfig.register(HyloConfig.model_type, HyloConfig, exist_ok=True)
 AutoModel.register(HyloConfig, HyloModel, exist_ok=True)
 AutoModelForCausalLM.register(HyloConfig, HyloForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(HyloConfig, HyloForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(HyloConfig, HyloForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(HyloConfig, HyloForQuestionAnswering, exist_ok=True)
 HyloPreTrainedModel.write_code = staticmethod(copy_modelling_code)
 
 __all__ = [
     "HyloCache",
     "HyloConfig",
     "HyloForCausalLM",
+    "HyloForQuestionAnswering",
     "HyloForSequenceClassification",
+    "HyloForTokenClassification",
     "HyloModel",
     "HyloPreTrainedModel",
 ]

@@ -156,6 +156,8 @@ class HyloCache:
             The outputs [batch, new tokens, ...].
         """
         states: States = self.states.get(layer, (None, None))
+        if torch.is_grad_enabled() and states[1] is not None and states[1].is_inference():  # which autograd cannot keep
+            states = (None if states[0] is None else states[0].clone(), states[1].clone())
         if self.row is not None:  # states lie where a captured graph reads and writes them
             outputs, states = step(parts, padding, states, in_place=True)
             self._keep(layer, states)

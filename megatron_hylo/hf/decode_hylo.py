@@ -17,7 +17,7 @@ from megatron_hylo.kernels.elementwise import compile_on_request
 
 from .cache_hylo import HyloCache
 from .fused_hylo import join, linear, put_side_by_side
-from .inputs_hylo import SequenceInputs
+from .inputs_hylo import SequenceInputs, check_cache
 
 if TYPE_CHECKING:
     from .modeling_hylo import HyloForCausalLM
@@ -185,3 +185,27 @@ def unsupported(model: "HyloForCausalLM", cache: HyloCache) -> str | None:
     if len({p.device for p in model.parameters()}) > 1 or hasattr(model, "hf_device_map"):
         return "the model is on several devices"
     return None
+
+
+def decode_graph(
+    model: "HyloForCausalLM", ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: HyloCache | None
+) -> DecodeGraph | None:
+    """Return the graph that can read these tokens: one a sequence, after a prompt, on a GPU with a cache of fixed size."""
+    if not isinstance(cache, HyloCache) or cache.max_cache_len is None or not cache.length or ids.shape[1] != 1:
+        return None
+    settled = not model.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    check_cache(cache, model.config)
+    if not settled or not (ids.is_cuda or model.decodes_with_fixed_shapes) or unsupported(model, cache) is not None:
+        return None
+    if model.config.output_attentions or model.config.output_hidden_states or (mask is not None and mask.dim() != 2):
+        return None
+    if mask is not None and (mask.shape[1] != cache.length + 1 or not mask[:, -1].all()):  # padding within an answer
+        return None
+    last = cache.last_position
+    if positions is not None and (last is None or torch.ne(positions, last + 1).any()):
+        return None
+    if next(iter(cache.rows.values()), (ids,))[0].is_inference() != torch.is_inference_mode_enabled():
+        return None
+    if cache.graph is None or cache.graph.model is not model or not cache.graph.fits(cache):
+        cache.graph = DecodeGraph(model, cache)
+    return cache.graph

@@ -10,6 +10,11 @@ from megatron_hylo.kernels.registry import exporting
 
 from .cache_hylo import HyloCache
 
+NO_PACKING = (
+    "documents packed into one sequence are not supported, recurrent states would go from one into the next: give each "
+    "document a row of its own, padded, with an attention_mask"
+)
+
 
 @dataclass
 class SequenceInputs:
@@ -75,8 +80,9 @@ def sequence_inputs(
         every: return the positions of cached tokens too.
 
     Raises:
-        ValueError: no tokens, shapes that disagree, a 4-d or additive mask, positions that are no integers, start again or are
-            below 0, another padding of cached tokens, more tokens than a cache of fixed size has room for.
+        ValueError: no tokens, shapes that disagree, a mask that is 4-d, additive or of documents' numbers, positions that are
+            no integers, start again or are below 0, another padding of cached tokens, more tokens than a cache of fixed size
+            has room for.
     """
     if tokens.dim() != 3 or not tokens.shape[1]:
         raise ValueError(
@@ -140,13 +146,14 @@ def _padding_mask(mask: Tensor | None, batch: int, cached: int, new: int, cache:
         raise ValueError(
             f"attention_mask must be [{batch}, {cached + new}] for {cached} cached and {new} new tokens, got {list(mask.shape)}"
         )
-    if mask.is_floating_point() and not ((mask == 0) | (mask == 1)).all():
-        least, most = (float(end) for end in mask.aminmax())
+    real = mask == 1
+    complete = not exporting() and bool(real.all())
+    if not complete and not exporting() and not (real | (mask == 0)).all():
+        wrong = mask[~(real | (mask == 0))][0].item()
         raise ValueError(
-            f"attention_mask [batch, tokens] must hold 1 at tokens and 0 at padding, got {least:g} to {most:g}; additive masks "
-            f"are not read"
+            f"attention_mask [batch, tokens] must hold 1 at tokens and 0 at padding, got {wrong:g}; neither additive masks nor "
+            f"numbers of documents are read"
         )
-    real = mask.bool()
     if cached and (known is not None or not real[:, :cached].all()):
         before = real.new_ones(batch, cached) if known is None else known
         if not torch.equal(before.to(real.device), real[:, :cached]):
@@ -154,7 +161,7 @@ def _padding_mask(mask: Tensor | None, batch: int, cached: int, new: int, cache:
                 f"attention_mask marks other tokens as padding than when the {cached} cached ones were read, and recurrent "
                 f"states cannot forget a token; give the mask they were read with, or start without past_key_values"
             )
-    return None if not exporting() and real.all() else real
+    return None if complete else real
 
 
 def _check_rising(last: Tensor, positions: Tensor, real: Tensor | None) -> None:
@@ -171,6 +178,5 @@ def _check_rising(last: Tensor, positions: Tensor, real: Tensor | None) -> None:
             raise ValueError(f"positions start at 0, but position_ids holds {int(positions[row, place])} (sequence {row})")
         raise ValueError(
             f"position_ids must rise along each sequence, but {int(positions[row, place])} follows {int(highest[row, place])} "
-            f"(sequence {row}, new token {place}). Documents packed into one sequence are not supported, recurrent states "
-            f"would go from one into the next: give each document a row of its own, padded, with an attention_mask"
+            f"(sequence {row}, new token {place}); {NO_PACKING}"
         )

@@ -4,15 +4,15 @@ Prefill may be cut anywhere, and padding may stand anywhere. An exported folder 
 kernels' files beside its weights; it needs transformers and torch only.
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
@@ -23,8 +23,9 @@ from megatron_hylo.kernels.rope import rope_cos_sin, rope_frequencies
 from .attention_hylo import HyloRMSNorm, Rope
 from .cache_hylo import HyloCache
 from .configuration_hylo import HyloConfig
-from .decode_hylo import DecodeGraph, unsupported
-from .inputs_hylo import SequenceInputs, check_cache, sequence_inputs
+from .decode_hylo import decode_graph
+from .generation_hylo import HyloGenerator
+from .inputs_hylo import NO_PACKING, SequenceInputs, check_cache, sequence_inputs
 from .layers_hylo import HyloLayer
 from .pretrained_hylo import HyloPreTrainedModel
 
@@ -32,6 +33,7 @@ logger = logging.get_logger(__name__)
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # of transformers' loss functions
 fused_rope_cos_sin = on_request(rope_cos_sin)
 UNUSED_ARGUMENTS = ("cache_position",)  # transformers 4 gives it in generate(); the cache knows its own length
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # of transformers' DataCollatorWithFlattening
 
 
 def _check_keyword_arguments(given: dict[str, Any], used: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -42,7 +44,9 @@ def _check_keyword_arguments(given: dict[str, Any], used: tuple[str, ...] = ()) 
     """
     unknown = sorted(name for name, value in given.items() if value is not None and name not in used + UNUSED_ARGUMENTS)
     if unknown:
-        raise TypeError(f"a HyLo model does not use the argument {unknown[0]}; leave it out")
+        packed = [name for name in unknown if name in PACKING_ARGUMENTS]
+        name, advice = (packed[0], NO_PACKING) if packed else (unknown[0], "leave it out")
+        raise TypeError(f"a HyLo model does not use the argument {name}; {advice}")
     return {name: given[name] for name in used if name in given}
 
 
@@ -160,7 +164,7 @@ class HyloModel(HyloPreTrainedModel):
         return fused_rope_cos_sin(positions, frequencies, scaling.cos_sin_multiplier)
 
 
-class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
+class HyloForCausalLM(HyloGenerator):
     """A HyLo model with its output head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -169,7 +173,6 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = HyloModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.decodes_with_fixed_shapes = False  # on a CPU too, where nothing is captured: for tests
         self.post_init()
 
     @can_return_tuple
@@ -219,7 +222,7 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             and not output_attentions
             and not output_hidden_states
         ):
-            graph = self._decode_graph(input_ids, attention_mask, position_ids, past_key_values)
+            graph = decode_graph(self, input_ids, attention_mask, position_ids, past_key_values)
             if graph is not None:
                 self.warn_of_length(graph.cache.length + 1)
                 return CausalLMOutputWithPast(logits=graph(input_ids).clone(), past_key_values=past_key_values)  # type: ignore[arg-type]
@@ -247,114 +250,42 @@ class HyloForCausalLM(HyloPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def new_cache(self, batch_size: int = 1, max_cache_len: int | None = None, latents: str | None = None) -> HyloCache:
-        """Make a cache for `past_key_values`, checked against the memory that is free.
-
-        Args:
-            batch_size: sequences that will use it.
-            max_cache_len: tokens of a sequence; None for a cache that grows.
-            latents: "int8" or "fp8" keeps MLA's latents in 8 bits; None: the model's dtype.
-
-        Raises:
-            ValueError: it would be larger than the free memory, or as for `HyloCache`.
-        """
-        cache = HyloCache(max_cache_len, latents)
-        if max_cache_len is not None:
-            self.check_cache_fits(batch_size, max_cache_len, latents)
-        return cache
-
-    def _decode_graph(
-        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: HyloCache | None
-    ) -> DecodeGraph | None:
-        """Return the graph that can read these tokens: one a sequence, after a prompt, on a GPU with a cache of fixed size."""
-        if not isinstance(cache, HyloCache) or cache.max_cache_len is None or not cache.length or ids.shape[1] != 1:
-            return None
-        settled = not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        check_cache(cache, self.config)
-        if not settled or not (ids.is_cuda or self.decodes_with_fixed_shapes) or unsupported(self, cache) is not None:
-            return None
-        if self.config.output_attentions or self.config.output_hidden_states or (mask is not None and mask.dim() != 2):
-            return None
-        if mask is not None and (mask.shape[1] != cache.length + 1 or not mask[:, -1].all()):  # padding within an answer
-            return None
-        last = cache.last_position
-        if positions is not None and (last is None or torch.ne(positions, last + 1).any()):
-            return None
-        if next(iter(cache.rows.values()), (ids,))[0].is_inference() != torch.is_inference_mode_enabled():
-            return None
-        if cache.graph is None or cache.graph.model is not self or not cache.graph.fits(cache):
-            cache.graph = DecodeGraph(self, cache)
-        return cache.graph
-
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() looks at its parameters
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Drop positions that transformers 4 counts over padding, and the tokenizer of stop strings, before each pass."""
-        kwargs.pop("tokenizer", None)
-        positions, columns = kwargs.get("position_ids"), kwargs.get("cache_position")
-        if positions is not None and columns is not None and torch.equal(positions, columns[None]):
-            kwargs["position_ids"] = None  # they are counted from the mask then
-        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse transformers' continuous batching (`generate_batch`), whose pages hold keys and values alone.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "generate_batch and continuous batching page keys and values, but a HyLo model has latents and recurrent states; "
-            "use generate() with padding on the left, `hylo generate --batch` or vLLM"
-        )
-
-    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        """Leave transformers' reminder of the trained length out; `warn_of_length` says what happens."""
-        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
-        for criterion in criteria:
-            if isinstance(criterion, MaxLengthCriteria):
-                criterion.max_position_embeddings = None
-        return criteria
-
-    # transformers 4 and 5 hand over different arguments after the first three
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int, *_: Any
-    ) -> None:
-        """Make a HyloCache; called by generate() before the first pass, in place of transformers' own cache."""
-        check_cache(model_kwargs.get("past_key_values"), self.config)
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None and (mask.dim() != 2 or not mask.shape[1]):
-            raise ValueError(
-                f"generate() takes prompts [batch, tokens] of a token at least, with an attention_mask of the same shape; the "
-                f"mask, which is made of the prompts where none is given, is {list(mask.shape)}"
-            )
-        if mask is not None and not mask[:, -1].all():
-            raise ValueError(
-                "a prompt ends in padding, but generate() continues after the last position; pad on the left "
-                "(tokenizer.padding_side = 'left'), and give an attention_mask where a prompt itself ends in the padding token"
-            )
-        if mask is not None:
-            self.warn_of_length(mask.shape[1])  # before it is read in pieces
-        wanted = generation_config.cache_implementation
-        if wanted not in (None, "dynamic", "dynamic_full", "static"):
-            raise ValueError(
-                f"cache_implementation {wanted!r} is not supported; use 'static', or leave it out for a cache that grows"
-            )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            sequences = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
-            if wanted != "static":
-                self.check_growth(sequences, 0 if mask is None else mask.shape[1], longest)
-            model_kwargs["past_key_values"] = self.new_cache(sequences, longest if wanted == "static" else None)
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and (generation_config.is_assistant or mode == GenerationMode.ASSISTED_GENERATION):
-            cache.activate_past_recording()  # rejected tokens are taken out
-
 
 class HyloForSequenceClassification(GenericForSequenceClassification, HyloPreTrainedModel):
     """A HyLo model with scores of each sequence, from its last token that is no padding (reward models, classifiers)."""
+
+    accepts_loss_kwargs = False  # read by Trainer: the loss is the batch's mean, without a number of items over batches
 
     def __init__(self, config: HyloConfig) -> None:
         HyloPreTrainedModel.__init__(self, config)  # transformers' own would look for the backbone by an Auto class
         self.num_labels: int = config.num_labels or 1
         self.model = HyloModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+class HyloForTokenClassification(GenericForTokenClassification, HyloPreTrainedModel):
+    """A HyLo model with scores of each token (taggers, process reward models); `classifier_dropout` is .1 by default."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: HyloConfig) -> None:
+        HyloPreTrainedModel.__init__(self, config)
+        self.num_labels: int = config.num_labels or 1
+        self.model = HyloModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+
+class HyloForQuestionAnswering(GenericForQuestionAnswering, HyloPreTrainedModel):
+    """A HyLo model with scores of each token as the first and as the last one of an answer in the text."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: HyloConfig) -> None:
+        HyloPreTrainedModel.__init__(self, config)
+        self.model = HyloModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()

@@ -14,8 +14,8 @@ from transformers.utils import logging
 from .attention_hylo import HyloLatentAttention
 from .cache_hylo import cache_nbytes, free_bytes
 from .configuration_hylo import HyloConfig
-from .layers_hylo import HyloGatedDeltaNet, HyloMamba2
 from .quantised_hylo import check_declared, check_loaded, make_plain
+from .recurrent_hylo import HyloGatedDeltaNet, HyloMamba2
 
 logger = logging.get_logger(__name__)
 AUTO_MAP = {
@@ -23,6 +23,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_hylo.HyloModel",
     "AutoModelForCausalLM": "modeling_hylo.HyloForCausalLM",
     "AutoModelForSequenceClassification": "modeling_hylo.HyloForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_hylo.HyloForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_hylo.HyloForQuestionAnswering",
 }
 FP32_PARAMETERS = {
     "*": (),
@@ -89,6 +91,12 @@ class HyloPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.write_code is not None and Path(save_directory).is_dir():
             self.write_code(Path(save_directory))
+
+    def _upload_modified_files(self, working_dir: str | PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Upload the modelling code too; `save_pretrained(..., push_to_hub=True)` uploads before it returns."""
+        if self.write_code is not None:
+            self.write_code(Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def check_cache_fits(self, sequences: int, tokens: int, latents: str | None = None) -> None:
         """Refuse a cache of so many sequences of so many tokens that is larger than the free memory.

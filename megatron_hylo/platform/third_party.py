@@ -252,7 +252,7 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
     ),
     ThirdPartyChange(
         "model class in transformers",
-        "AutoConfig, AutoModel and its causal LM and classifier know the model type of exported models",
+        "AutoConfig, AutoModel and its causal LM, classifiers and question answering know the model type of exported models",
         "exported models load by their type, without code from their folder",
         "process",
         lambda: _loaded("megatron_hylo.hf.modeling_hylo") is not None,
@@ -262,6 +262,8 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
             "transformers.AutoModel.register",
             "transformers.AutoModelForCausalLM.register",
             "transformers.AutoModelForSequenceClassification.register",
+            "transformers.AutoModelForTokenClassification.register",
+            "transformers.AutoModelForQuestionAnswering.register",
         ),  # fmt: skip
     ),
     ThirdPartyChange(

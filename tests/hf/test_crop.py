@@ -93,3 +93,19 @@ def test_the_first_layers_draft_for_the_whole(ids):
         layer.register_forward_hook(lambda module, inputs, output, number=number: read[number].append(output.shape[1]))
     assert torch.equal(model.generate(prompt, **greedy, assistant_early_exit=2), expected)
     assert len(read[0]) == len(read[1]) > len(read[2]) == len(read[3])
+
+
+@torch.no_grad()
+def test_a_draft_that_is_interrupted_leaves_the_model_whole(ids):
+    model, settings = random_model(serve_config("GM+*"), torch.float32), dict(max_new_tokens=4, pad_token_id=0)
+    expected = model(ids).logits
+
+    def interrupt(*_):
+        if model.config.num_hidden_layers == 2:
+            raise KeyboardInterrupt
+
+    hook = model.model.layers[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids[:1], **settings, assistant_early_exit=2)
+    hook.remove()
+    assert torch.equal(model(ids).logits, expected) and model.config.num_hidden_layers == 4

@@ -27,7 +27,8 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, __version__, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import AutoModelForTokenClassification, AutoTokenizer, __version__, pipeline
 
 folder, output = sys.argv[1:]
 asked = []
@@ -48,6 +49,14 @@ with torch.no_grad():
     found["placed"] = placed(ids).logits
     base = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     found["base"] = model.lm_head(base(ids).last_hidden_state)
+    for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering):
+        head = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32, num_labels=2, pad_token_id=159).eval()
+        out, hidden = head(ids), head.model(ids).last_hidden_state
+        scores = torch.stack([out.start_logits, out.end_logits], -1) if hasattr(out, "start_logits") else out.logits
+        score = head.qa_outputs if hasattr(head, "qa_outputs") else head.score
+        whole = score(hidden[:, -1] if scores.dim() == 2 else hidden)
+        assert scores.std() > 0 and torch.allclose(scores, whole, atol=1e-5), auto
+        found[auto.__name__] = model.lm_head(hidden)
     embeddings = model.get_input_embeddings()(ids)
     found["embeddings"] = model(inputs_embeds=embeddings).logits
     found["text of embeddings"] = model.generate(inputs_embeds=embeddings, **greedy)
@@ -126,7 +135,8 @@ def test_a_stranger_gets_the_megatron_models_logits_and_the_full_forwards_text(o
     ids = torch.arange(150).view(2, 75)
     expected = megatron.logits(megatron(ids.to(one_rank))).cpu()
     assert expected.std() > 0.3
-    for name in ("logits", "again", "placed", "base", "embeddings"):
+    heads = [f"AutoModelFor{kind}" for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering")]
+    for name in ("logits", "again", "placed", "base", "embeddings", *heads):
         torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-4, msg=name)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()  # the project's class needs no trust
     assert type(model) is HyloForCausalLM

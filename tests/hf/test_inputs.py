@@ -107,6 +107,14 @@ def test_positions_and_padding_match_transformers(three):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32, torch.bfloat16])
+def test_a_mask_of_any_dtype_is_read(dtype, three):
+    model = random_model(serve_config("G+"))
+    tokens, mask = padded(three, "left")
+    assert torch.equal(model(tokens, attention_mask=mask.to(dtype)).logits, model(tokens, attention_mask=mask).logits)
+
+
+@torch.no_grad()
 def test_positions_count_on_from_those_given_before(three):
     model = random_model(serve_config("*+"))
     positions = torch.arange(WIDTH)[None] * 2
@@ -119,7 +127,11 @@ REFUSED = {
     "4-d mask": (dict(attention_mask=torch.ones(3, 1, WIDTH, WIDTH)), "only padding can be masked: give .batch, tokens."),
     "additive mask": (
         dict(attention_mask=torch.zeros(3, WIDTH) - 1.5),
-        r"must hold 1 at tokens and 0 at padding, got -1.5 to -1.5; additive masks are not read",
+        "must hold 1 at tokens and 0 at padding, got -1.5; neither additive masks nor numbers of documents are read",
+    ),
+    "numbers of documents": (
+        dict(attention_mask=1 + torch.arange(WIDTH).expand(3, -1) // 40),
+        "must hold 1 at tokens and 0 at padding, got 2; neither additive",
     ),
     "mask of another length": (dict(attention_mask=torch.ones(3, 4)), r"must be \[3, 75\] for 0 cached and 75 new tokens"),
     "positions of another length": (dict(position_ids=torch.arange(4)[None]), r"must be \[3 or 1, 75\]"),
@@ -141,8 +153,10 @@ def test_what_cannot_be_honoured_is_refused(settings, message, three):
     model = random_model(serve_config("G+"))
     with pytest.raises(ValueError, match=message):
         model(**({"input_ids": three} | settings))
-    with pytest.raises(TypeError, match="does not use the argument cu_seq_lens_q"):
-        model(three, cu_seq_lens_q=torch.tensor([0, WIDTH]))
+    with pytest.raises(TypeError, match="not use the argument cu_seq_lens_q; documents packed into one .* a row of its own"):
+        model(three, cu_seq_lens_q=torch.tensor([0, WIDTH]), alpha=1)
+    with pytest.raises(TypeError, match="does not use the argument num_logits_to_keep; leave it out"):
+        model(three, num_logits_to_keep=1)
 
 
 def test_a_cache_is_continued_only_as_it_was_begun(three):

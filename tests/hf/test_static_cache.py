@@ -7,7 +7,7 @@ import torch
 
 from megatron_hylo.config import RopeScaling
 from megatron_hylo.config.layouts import kv_bytes_per_token
-from megatron_hylo.hf import HyloCache, attention_hylo, fused_hylo
+from megatron_hylo.hf import HyloCache, attend_hylo, fused_hylo
 from megatron_hylo.hf.cache_hylo import cache_nbytes
 from megatron_hylo.hf.decode_hylo import DecodeGraph, join_projections, unsupported
 from megatron_hylo.kernels.matvec import matvec
@@ -37,8 +37,8 @@ def fixed(model):
 @torch.no_grad()
 def test_every_way_to_read_with_a_fixed_size_gives_the_full_forwards_logits(config, ids, monkeypatch):
     """Pieces, tokens with and without fixed shapes, a padded batch; more latents than are expanded at a time."""
-    monkeypatch.setattr(attention_hylo, "KEYS_AT_ONCE", 16)
-    monkeypatch.setattr(attention_hylo, "MASK_ELEMENTS", 100)
+    monkeypatch.setattr(attend_hylo, "KEYS_AT_ONCE", 16)
+    monkeypatch.setattr(attend_hylo, "MASK_ELEMENTS", 100)
     model, ids = random_model(config), ids[:, :40]
     mask = torch.ones(2, 47, dtype=torch.long)
     mask[0, :7] = mask[1, 7:9] = 0
@@ -125,7 +125,7 @@ def test_rows_are_rank_plus_rope_numbers_in_the_models_dtype_and_nothing_else(id
 @pytest.mark.parametrize("latents, bound", [("int8", 0.03), ("fp8", 0.12)])
 @torch.no_grad()
 def test_8_bit_latents_change_logits_by_their_rounding(latents, bound, ids, monkeypatch):
-    monkeypatch.setattr(attention_hylo, "KEYS_AT_ONCE", 16)
+    monkeypatch.setattr(attend_hylo, "KEYS_AT_ONCE", 16)
     model, ids = fixed(random_model(serve_config("G+*+"))), ids[:, :60]
     whole = model(ids, use_cache=False).logits
     results = []
@@ -138,7 +138,7 @@ def test_8_bit_latents_change_logits_by_their_rounding(latents, bound, ids, monk
     beams = dict(max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0)
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[0, :5] = 0
-    monkeypatch.setattr(attention_hylo, "MASK_ELEMENTS", 100)
+    monkeypatch.setattr(attend_hylo, "MASK_ELEMENTS", 100)
     texts = [
         model.generate(ids[:, :30].clamp(min=1), attention_mask=mask, past_key_values=HyloCache(length, latents), **beams)
         for length in (None, 40)

@@ -1,13 +1,15 @@
 """Models in other parts of transformers and in other libraries: offloading, classifiers, prompts that are learnt, programs."""
 
 import copy
+import types
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
 
-from megatron_hylo.hf import HyloForCausalLM, HyloForSequenceClassification
+from megatron_hylo.hf import HyloForCausalLM
 from megatron_hylo.hf.code_files import copy_modelling_code
 from tests.hf.conftest import ALIGNED, random_model, save_tokenizer, serve_config
 
@@ -24,23 +26,6 @@ def test_weights_offloaded_to_disk_give_the_same_text(tmp_path, ids):
     assert offloaded.model.layers[0].mlp.up_proj.weight.is_meta
     torch.testing.assert_close(offloaded(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
     assert torch.equal(offloaded.generate(ids[:, :20], **GREEDY), model.generate(ids[:, :20], **GREEDY))
-
-
-@torch.no_grad()
-def test_a_classifier_scores_the_last_token_of_each_sequence(tmp_path, ids):
-    base = random_model(serve_config("G+M*"), torch.float32)
-    base.config.pad_token_id = 0
-    base.save_pretrained(tmp_path)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3, dtype=torch.float32).eval()
-    assert type(model) is HyloForSequenceClassification
-    model.score.weight.normal_()
-    ids = ids.clamp(min=1)
-    ids[1, 60:] = 0
-    found = model(ids, attention_mask=(ids != 0).long(), labels=torch.tensor([0, 2]))
-    for row, length in enumerate((75, 60)):
-        expected = model.score(base.model(ids[row : row + 1, :length]).last_hidden_state[0, -1])
-        torch.testing.assert_close(found.logits[row], expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found.loss, torch.nn.functional.cross_entropy(found.logits, torch.tensor([0, 2])))
 
 
 @torch.no_grad()
@@ -88,6 +73,39 @@ def test_a_saved_model_has_its_code_beside_it(tmp_path):
     for place in config["auto_map"].values():
         module, name = place.split(".")
         assert f"class {name}(" in (tmp_path / "saved" / f"{module}.py").read_text()
+
+
+@pytest.mark.parametrize("how", ["save_pretrained", "push_to_hub"])
+def test_an_upload_has_the_code_beside_the_weights(how, tmp_path, monkeypatch):
+    sent = []
+    hub = types.SimpleNamespace(
+        create_repo=lambda name, **_: types.SimpleNamespace(repo_id=name),
+        create_commit=lambda operations, **_: sent.extend(operation.path_in_repo for operation in operations),
+    )
+    card = types.SimpleNamespace(save=lambda file: Path(file).write_text("a card"))
+    for module in (transformers.modeling_utils, transformers.utils.hub):
+        monkeypatch.setattr(module, "hf_api", lambda: hub)
+        monkeypatch.setattr(module, "create_and_tag_model_card", lambda *_, **__: card)
+    model = random_model(serve_config("G+"), torch.float32)
+    model.save_pretrained(tmp_path / "saved")  # once more: what is there already is only sent if it is written again
+    if how == "push_to_hub":
+        model.push_to_hub("someone/model")
+    else:
+        model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="someone/model")
+    code = {file.name for file in copy_modelling_code(tmp_path)}
+    assert set(sent) == code | {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+
+
+def test_a_cache_of_inference_mode_is_continued_with_gradients(ids):
+    model = random_model(serve_config("GK+M*W"))
+    with torch.inference_mode():
+        cache = model(ids[:, :70]).past_key_values
+    found = model(ids[:, 70:], past_key_values=cache).logits
+    with torch.no_grad():
+        cache = model(ids[:, :70]).past_key_values
+    expected = model(ids[:, 70:], past_key_values=cache).logits
+    weight = model.model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(*(torch.autograd.grad(logits.square().sum(), weight)[0] for logits in (found, expected)))
 
 
 def test_a_stop_string_ends_the_text(tmp_path, ids):

@@ -17,7 +17,15 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_hylo.hf import HyloCache, HyloConfig, HyloForCausalLM, HyloModel
+from megatron_hylo.hf import (
+    HyloCache,
+    HyloConfig,
+    HyloForCausalLM,
+    HyloForQuestionAnswering,
+    HyloForSequenceClassification,
+    HyloForTokenClassification,
+    HyloModel,
+)
 from tests.hf.conftest import serve_config
 
 SOURCE = Path(os.environ.get("HYLO_TRANSFORMERS_CHECKOUT") or Path(sys.prefix, "transformers-source"))
@@ -74,13 +82,25 @@ class Tester:
 class TestHybrid(common.ModelTesterMixin, common.GenerationTesterMixin, unittest.TestCase):
     """A layer of every mixer."""
 
-    all_model_classes = (HyloModel, HyloForCausalLM)
+    all_model_classes = (
+        HyloModel,
+        HyloForCausalLM,
+        HyloForSequenceClassification,
+        HyloForTokenClassification,
+        HyloForQuestionAnswering,
+    )
 
     def setUp(self) -> None:
         self.model_tester = Tester("*+GMK")
         # models outside transformers are in none of the lists by which its tests choose labels and skip the backbone
-        self.enterContext(mock.patch.dict(common.MODEL_MAPPING_NAMES, hylo="HyloModel"))
-        self.enterContext(mock.patch.dict(common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, hylo="HyloForCausalLM"))
+        for kind, name in (
+            ("MODEL", "HyloModel"),
+            ("MODEL_FOR_CAUSAL_LM", "HyloForCausalLM"),
+            ("MODEL_FOR_SEQUENCE_CLASSIFICATION", "HyloForSequenceClassification"),
+            ("MODEL_FOR_TOKEN_CLASSIFICATION", "HyloForTokenClassification"),
+            ("MODEL_FOR_QUESTION_ANSWERING", "HyloForQuestionAnswering"),
+        ):
+            self.enterContext(mock.patch.dict(getattr(common, f"{kind}_MAPPING_NAMES"), hylo=name))
 
     @unittest.skip("the hybrid's tensors keep their names; conversions that other tests have registered are not its own")
     def test_reverse_loading_mapping(self) -> None:
@@ -94,6 +114,11 @@ class TestHybrid(common.ModelTesterMixin, common.GenerationTesterMixin, unittest
         """As many attentions as layers are asked for: an attention and an MLA layer, without recurrent ones."""
         self.model_tester = Tester("*+")
         super().test_attention_outputs()
+
+    def test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions(self) -> None:
+        """Not skipped: transformers' own heads do not list `output_attentions`, which they pass on."""
+        self.all_model_classes = self.all_model_classes[:2]
+        super().test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions()
 
     def test_can_init_all_missing_weights(self) -> None:
         """Not skipped as one of an old model: its age is read from the licence in the configuration's file."""

@@ -10,7 +10,7 @@ import torch
 from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.config.mixers import tensor_parallel_sizes
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
-from megatron_hylo.hf.layers_hylo import HyloMamba2
+from megatron_hylo.hf.recurrent_hylo import HyloMamba2
 from megatron_hylo.serve.vllm import check_version
 from megatron_hylo.serve.vllm.latent_kernels import (
     Cached,
