@@ -24,7 +24,7 @@ from megatron_hylo.config import Fp8
 from megatron_hylo.config.layouts import BASES
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
-from megatron_hylo.data.packed import heldout_windows
+from megatron_hylo.data.heldout import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
 from megatron_hylo.io import has_manifest

@@ -21,7 +21,8 @@ from report import device_name, report
 from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
-from megatron_hylo.data.packed import DocumentStore, heldout_windows
+from megatron_hylo.data.heldout import heldout_windows
+from megatron_hylo.data.packed import DocumentStore
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.io import has_manifest
 from megatron_hylo.models.checkpoint import load_model

@@ -172,7 +172,7 @@ def evaluate(
     Raises:
         ConfigError: model and data of different tokenizers, or no document as long as a window.
     """
-    from megatron_hylo.data.packed import heldout_windows
+    from megatron_hylo.data.heldout import heldout_windows
     from megatron_hylo.eval.folders import evaluate_folder
     from megatron_hylo.eval.perplexity import evaluate as evaluate_model
     from megatron_hylo.models.checkpoint import load_model

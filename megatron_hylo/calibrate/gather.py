@@ -30,7 +30,8 @@ from megatron_hylo.calibrate.statistics import (
     save_whole,
 )
 from megatron_hylo.config import ConfigError, ParallelConfig
-from megatron_hylo.data.packed import PackedDataset, heldout_windows
+from megatron_hylo.data.heldout import heldout_windows
+from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.tokenizer import check_dataset, check_ids, copy_tokenizer
 from megatron_hylo.distill.alignment import mlp_layer
 from megatron_hylo.io import atomic_directory, check_free, on_main, staging_directory, write_json

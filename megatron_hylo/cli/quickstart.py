@@ -28,8 +28,8 @@ from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
 from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
+from megatron_hylo.data.heldout import heldout_windows
 from megatron_hylo.data.inputs import read_documents
-from megatron_hylo.data.packed import heldout_windows
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
 from megatron_hylo.eval.runs import read_records

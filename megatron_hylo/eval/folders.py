@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_hylo.config import ConfigError, TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
-from megatron_hylo.data.packed import heldout_windows
+from megatron_hylo.data.heldout import heldout_windows
 from megatron_hylo.data.tokenizer import check_dataset, check_ids
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.io.progress import Track, no_progress

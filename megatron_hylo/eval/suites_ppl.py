@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.packed import heldout_windows
+from megatron_hylo.data.heldout import heldout_windows
 from megatron_hylo.data.tokenizer import check_ids
 from megatron_hylo.eval.recall_haystack import check_tokenizer
 from megatron_hylo.eval.results import Sample, Score

@@ -8,7 +8,8 @@ import torch
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import short_names
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.data.packed import PackedDataset, heldout_windows
+from megatron_hylo.data.heldout import heldout_windows
+from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.tokenizer import check_dataset
 from megatron_hylo.data.training_windows import recall_windows
 from megatron_hylo.data.windows import WindowSource

@@ -14,7 +14,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.packed import IGNORED, PackedDataset, batches, heldout_windows
+from megatron_hylo.data.heldout import heldout_documents, heldout_windows
+from megatron_hylo.data.packed import IGNORED, PackedDataset, batches
 from megatron_hylo.io import DamagedError
 
 LENGTHS = np.random.default_rng(0).integers(1, 60, size=40).tolist() + [300]
@@ -187,6 +188,8 @@ def test_heldout_windows_lie_inside_documents(prefix):
     assert len(some) == 7
     places = [expected.index(window) for window in some.tolist()]
     assert set(np.diff(places)) <= {len(expected) // 7, len(expected) // 7 + 1}
+    edges = np.cumsum(LENGTHS)  # tokens are numbered
+    assert heldout_documents(prefix, LENGTH, 7) == [int(np.searchsorted(edges, w[0], side="right")) for w in some.tolist()]
 
 
 def test_heldout_tokens_of_no_window_are_said_as_counted_by_hand(prefix, caplog):
