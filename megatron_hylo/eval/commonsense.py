@@ -22,7 +22,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.artefacts import fetch_questions
 from megatron_hylo.eval.commonsense_rows import MAPPERS, NOTES, OVERRIDES, read_rows
-from megatron_hylo.eval.results import Sample, Score, Suite, mean
+from megatron_hylo.eval.results import Sample, Score, Suite, hash_of, mean
 from megatron_hylo.io.progress import Track, no_progress
 
 logger = logging.getLogger("megatron_hylo.eval")
@@ -195,6 +195,7 @@ def _choice(task: ConfigurableTask, metric: str, example: dict[str, Any]) -> Sam
     return Sample(
         "commonsense", name, metric, f"{name}/{example['doc_id']}", float(example[metric]), prompt_end=prompts[0][-SHOWN:],
         expected=texts[int(right)].strip(), output=texts[max(range(len(values)), key=values.__getitem__)].strip(),
+        read_sha256=hash_of("\0".join(map("\0".join, zip(prompts, choices)))),
     )  # fmt: skip
 
 
@@ -202,4 +203,5 @@ def _answer(example: dict[str, Any]) -> Sample:
     return Sample(
         "gsm8k", "gsm8k", "exact_match", f"gsm8k/{example['doc_id']}", float(example["exact_match"]),
         prompt_end=example["arguments"][0][0][-SHOWN:], expected=str(example["target"]), output=str(example["resps"][0][0]),
+        read_sha256=hash_of(example["arguments"][0][0]),
     )  # fmt: skip

@@ -2,11 +2,13 @@
 
 A quantity is one number of a results folder: a task at a length, or the mean of several tasks. Its difference between two
 models is the mean over examples that both were asked, which leaves out how hard the examples are and so has a smaller error
-than the difference of two means. Examples are the same when suite, task, metric, length, depth, name and right answer are.
+than the difference of two means. Examples are the same when suite, task, metric, length, depth, name and right answer are, and
+the text, of which results have a hash.
 
 Standard errors: of a mean of examples, the sample's standard deviation / sqrt(n), with deviations summed in each group of
-examples that are not independent (a text with several questions); of a mean of tasks, sqrt(sum of squares) / number of tasks.
-Intervals hold 95 % and have Student's t of (groups - 1) degrees of freedom. Perplexities are compared by their logarithms, so
+examples that are not independent (a text with several questions, a document with several windows); of a mean of tasks,
+sqrt(sum of squares) / number of tasks, since the tasks are all there are and not drawn. Intervals hold 95 % and have Student's
+t of (groups - 1) degrees of freedom, for a mean of tasks Satterthwaite's. Perplexities are compared by their logarithms, so
 that their "difference" is the logarithm of a ratio.
 """
 
@@ -16,10 +18,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.eval.intervals import FEWEST, constant_difference, degrees_of_mean, is_binary, t95, wilson
 from megatron_hylo.eval.results import EvalResult, Sample, Score, Suite, mean, mean_by_group
 
-Z95 = 1.959963984540054
-FEWEST = 5  # groups of examples without which an interval would say nothing
 SUITES: dict[Suite, str] = {
     "ppl": "Perplexity", "recall": "Recall", "ruler": "RULER", "commonsense": "Common sense", "gsm8k": "GSM8K",
 }  # fmt: skip
@@ -121,63 +122,39 @@ def compare(results: Sequence[EvalResult]) -> list[Row]:
             pair = [(scores[i], samples[i]) for i in (0, number)]
             differences.append(_difference(quantity, pair, first.higher_is_better))
         notes = list(dict.fromkeys(score.note for score in there if score is not None and score.note))
-        groups = [len({s.group or key for key, s in found.get(quantity, {}).items()}) or None for found in samples]
-        values = [None if score is None else estimate(score, count) for score, count in zip(there, groups)]
+        values = [
+            None if score is None else estimate(score, *_freedom(quantity, found, examples))
+            for score, found, examples in zip(there, scores, samples)
+        ]
         rows.append(Row(quantity, first.higher_is_better, values, differences, notes))
     return rows
 
 
-def estimate(score: Score, groups: int | None = None) -> Estimate:
+def estimate(score: Score, groups: int | None = None, degrees: float | None = None) -> Estimate:
     """A score with its 95 % interval.
 
-    A part of the independent examples of one task has Wilson's interval, as has one of which all or none are right, where the
-    standard error says nothing. Others have the value and its standard error; perplexities by their logarithm.
+    A part of the independent examples of one task, each of them right or wrong, has Wilson's interval, as has any part whose
+    standard error is 0 and says nothing. Others have the value and its standard error; perplexities by their logarithm.
 
     Args:
         score: a mean over examples.
         groups: of examples that are independent of each other; by default every example is.
+        degrees: of freedom of the standard error; by default one less than groups.
     """
     value, error, count = score.value, score.stderr, min(groups or score.examples, score.examples)
-    if error is None or count < FEWEST:
+    if error is None or count < FEWEST or not math.isfinite(value):
         return Estimate(value, error, None, None, score.examples)
-    half = t95(count - 1) * error
+    half = t95(count - 1 if degrees is None else degrees) * error
+    right_or_wrong = score.task != "mean" and count == score.examples and is_binary(value, error, count)
     if "perplexity" in score.metric and value > 0:
         low, high = value * math.exp(-half / value), value * math.exp(half / value)
-    elif _is_part(score) and score.task != "mean" and (error == 0 or count == score.examples):
+    elif _is_part(score) and (error == 0 or right_or_wrong):
         low, high = wilson(value, count)
     elif _is_part(score):
         low, high = max(0.0, value - half), min(1.0, value + half)
     else:
         low, high = value - half, value + half
     return Estimate(value, error, low, high, score.examples)
-
-
-def wilson(share: float, examples: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion (E. B. Wilson 1927).
-
-    Args:
-        share: part of the examples.
-        examples: number of them, independent of each other.
-    """
-    square = Z95**2 / examples
-    middle = (share + square / 2) / (1 + square)
-    half = Z95 / (1 + square) * math.sqrt(share * (1 - share) / examples + square / (4 * examples))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def t95(degrees: int) -> float:
-    """97.5 % quantile of Student's t distribution, to 0.1 % from 4 degrees of freedom on.
-
-    By the expansion in 1 / degrees of Abramowitz and Stegun 26.7.5.
-    """
-    z, n = Z95, degrees
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / n**power for power, term in enumerate(terms, 1))
 
 
 def rows_to_json(names: Sequence[str], results: Sequence[EvalResult], rows: Sequence[Row]) -> dict[str, Any]:
@@ -242,23 +219,34 @@ def _by_example(result: EvalResult) -> dict[Quantity, dict[Key, Sample]]:
 Found = tuple[dict[Quantity, Score], dict[Quantity, dict[Key, Sample]]]  # of one model
 
 
+def _freedom(
+    quantity: Quantity, scores: dict[Quantity, Score], samples: dict[Quantity, dict[Key, Sample]]
+) -> tuple[int | None, float | None]:
+    """Independent examples and degrees of freedom of a score, as `estimate` takes them; None where they are not known."""
+    if not quantity.is_mean:
+        return len({sample.group or key for key, sample in samples.get(quantity, {}).items()}) or None, None
+    tasks = sorted(_members(quantity, scores) or ())
+    counts = [_freedom(task, scores, samples)[0] or scores[task].examples for task in tasks]
+    errors = [error for task in tasks if (error := scores[task].stderr) is not None]
+    if not tasks or len(errors) < len(tasks) or min(counts) < 2:
+        return None, None
+    return len(counts) * min(counts), degrees_of_mean(errors, counts)
+
+
 def _difference(quantity: Quantity, pair: Sequence[Found], higher_is_better: bool) -> Difference | None:
     """Paired difference of a quantity; of a mean, the mean of its tasks' differences where both were asked the same tasks."""
     (our_scores, ours), (their_scores, theirs) = pair
     if not quantity.is_mean:
-        return _paired(quantity, ours.get(quantity, {}), theirs.get(quantity, {}), higher_is_better)
+        paired = _paired(quantity, ours.get(quantity, {}), theirs.get(quantity, {}))
+        return None if paired is None else _with_interval(paired, higher_is_better)
     members = _members(quantity, our_scores)
     if not members or members != _members(quantity, their_scores):
         return None
-    parts = [_paired(task, ours.get(task, {}), theirs.get(task, {}), higher_is_better) for task in sorted(members)]
+    parts = [_paired(task, ours.get(task, {}), theirs.get(task, {})) for task in sorted(members)]
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
         return None
-    errors = [part.stderr for part in known]
-    value = sum(part.value for part in known) / len(known)
-    error = None if None in errors else math.sqrt(sum((error or 0.0) ** 2 for error in errors)) / len(known)
-    counts = {name: sum(getattr(part, name) for part in known) for name in ("examples", "only_baseline", "only_model")}
-    return _with_interval(value, error, counts["examples"], counts, higher_is_better)
+    return _with_interval(_mean_of_pairs(known), higher_is_better)
 
 
 def _members(quantity: Quantity, scores: dict[Quantity, Score]) -> set[Quantity] | None:
@@ -277,10 +265,22 @@ def _members(quantity: Quantity, scores: dict[Quantity, Score]) -> set[Quantity]
     return None
 
 
-def _paired(
-    quantity: Quantity, ours: dict[Key, Sample], theirs: dict[Key, Sample], higher_is_better: bool
-) -> Difference | None:
-    both = [key for key in ours if key in theirs and ours[key].expected == theirs[key].expected]
+@dataclass(frozen=True)
+class _Pairs:
+    """Mean difference over pairs of examples, as of `Difference`; its error has `degrees` of freedom of `groups` of pairs."""
+
+    value: float
+    stderr: float | None
+    groups: int
+    degrees: float
+    are_shares: bool  # all scores are from 0 to 1
+    examples: int
+    only_baseline: int
+    only_model: int
+
+
+def _paired(quantity: Quantity, ours: dict[Key, Sample], theirs: dict[Key, Sample]) -> _Pairs | None:
+    both = [key for key in ours if key in theirs and _is_same(ours[key], theirs[key])]
     if not both:
         return None
     pairs = [(ours[key].score, theirs[key].score) for key in both]
@@ -288,17 +288,39 @@ def _paired(
         values = [math.log(theirs_) - math.log(ours_) for ours_, theirs_ in pairs]
     else:
         values = [theirs_ - ours_ for ours_, theirs_ in pairs]
-    groups = [ours[key].group or theirs[key].group or f"{key}" for key in both]
-    value, error = mean_by_group(values, groups)
-    counts = {"examples": len(both), "only_baseline": len(ours) - len(both), "only_model": len(theirs) - len(both)}
-    return _with_interval(value, error, len(set(groups)), counts, higher_is_better)
+    names = [ours[key].group or theirs[key].group or f"{key}" for key in both]
+    value, error = mean_by_group(values, names)
+    groups = len(set(names))
+    shares = not quantity.is_ratio and all(0 <= score <= 1 for pair in pairs for score in pair)
+    return _Pairs(value, error, groups, groups - 1, shares, len(both), len(ours) - len(both), len(theirs) - len(both))
 
 
-def _with_interval(
-    value: float, error: float | None, groups: int, counts: dict[str, int], higher_is_better: bool
-) -> Difference:
-    if error is None or groups < FEWEST:
-        return Difference(value, error, None, None, counts["examples"], counts["only_baseline"], counts["only_model"])
-    low, high = value - t95(groups - 1) * error, value + t95(groups - 1) * error
+def _is_same(ours: Sample, theirs: Sample) -> bool:
+    """Whether two examples of one name ask the same; of results without hashes what was read is not known."""
+    known = ours.read_sha256 and theirs.read_sha256
+    return ours.expected == theirs.expected and (not known or ours.read_sha256 == theirs.read_sha256)
+
+
+def _mean_of_pairs(parts: Sequence[_Pairs]) -> _Pairs:
+    """The mean of tasks' differences, which are independent of each other."""
+    errors, counts = [part.stderr for part in parts if part.stderr is not None], [part.groups for part in parts]
+    error = math.sqrt(sum(error**2 for error in errors)) / len(parts) if len(errors) == len(parts) else None
+    return _Pairs(
+        sum(part.value for part in parts) / len(parts),
+        error,
+        len(counts) * min(counts),
+        0.0 if error is None else degrees_of_mean(errors, counts),
+        all(part.are_shares for part in parts),
+        *(sum(getattr(part, name) for part in parts) for name in ("examples", "only_baseline", "only_model")),
+    )
+
+
+def _with_interval(pairs: _Pairs, higher_is_better: bool) -> Difference:
+    value, error = pairs.value, pairs.stderr
+    counts = (pairs.examples, pairs.only_baseline, pairs.only_model)
+    if error is None or pairs.groups < FEWEST or not math.isfinite(value):
+        return Difference(value, error, None, None, *counts)
+    half = t95(pairs.degrees) * error
+    low, high = (value - half, value + half) if error or not pairs.are_shares else constant_difference(value, pairs.groups)
     better = (value > 0) == higher_is_better if low > 0 or high < 0 else None
-    return Difference(value, error, low, high, counts["examples"], counts["only_baseline"], counts["only_model"], better)
+    return Difference(value, error, low, high, *counts, better)

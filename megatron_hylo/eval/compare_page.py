@@ -107,12 +107,14 @@ def difference_rows(names: Sequence[str], rows: Sequence[Row]) -> list[list[str]
         for name, difference in list(zip(names, row.differences))[1:]:
             if difference is None:
                 if any(value is not None for value in row.values[1:]) and row.values[0] is not None:
-                    found.append([row_name(row), name, "-", "no example is known to be the same", "", "0", ""])
+                    same = "other tasks, or no example" if row.quantity.is_mean else "no example"
+                    found.append([row_name(row), name, "-", f"{same} is known to be the same", "", "0", ""])
                 continue
             value, low, high = _in_points(row, difference)
             interval = "" if low is None or high is None else f"[{low:+.1f},\u00a0{high:+.1f}]"
             left_out = difference.only_baseline + difference.only_model
-            verdict = VERDICTS[difference.better] if interval else "too few examples"
+            few = "too few examples" if math.isfinite(value) else "no number"
+            verdict = VERDICTS[difference.better] if interval else few
             unit = " %" if row.quantity.is_ratio else ""
             found.append(
                 [row_name(row), name, f"{value:+.1f}{unit}", verdict, interval, f"{difference.examples:,}", f"{left_out:,}"]

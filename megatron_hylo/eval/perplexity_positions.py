@@ -11,7 +11,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.data.packed import DocumentStore
 from megatron_hylo.eval.recall import LENGTHS
 from megatron_hylo.eval.recall_haystack import TextEncoder, check_tokenizer, is_dataset, load_haystack
-from megatron_hylo.eval.results import Sample, Score, mean_by_group
+from megatron_hylo.eval.results import Sample, Score, hash_of, mean_by_group
 from megatron_hylo.io.progress import Track, no_progress
 
 WINDOWS = 8
@@ -58,6 +58,7 @@ def run_by_position(
     measured = sorted(pair for part in parts for pair in part)
     notes = [f"{joined} of {len(texts)} texts are documents end to end"] * (joined > 0)
     notes += [f"past the model's window of {lm.max_length:,}"] * (ends[-1] > lm.max_length)
+    hashes = [hash_of(text) for text in texts]
     scores, samples = [], []
     for bucket, end in enumerate(ends):
         values = [losses[bucket] for _, losses in measured]
@@ -71,9 +72,12 @@ def run_by_position(
             )
         )  # fmt: skip
         samples += [
-            Sample("ppl", "by_position", "perplexity", f"by_position/{end}/{i}", math.exp(min(losses[bucket], 700.0)), end)
+            Sample(
+                "ppl", "by_position", "perplexity", f"by_position/{end}/{i}", math.exp(min(losses[bucket], 700.0)), end,
+                read_sha256=hashes[i],
+            )
             for i, losses in measured
-        ]
+        ]  # fmt: skip
     return scores, samples
 
 

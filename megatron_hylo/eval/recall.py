@@ -30,7 +30,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.eval.recall_ask import Question, teacher_forced, written
 from megatron_hylo.eval.recall_haystack import Haystack, TextEncoder, load_haystack
 from megatron_hylo.eval.recall_text import FACTS, RECALL_EVAL_TASKS, RecallEvalTask, make_facts
-from megatron_hylo.eval.results import Sample, Score, mean, mean_by_group
+from megatron_hylo.eval.results import Sample, Score, hash_of, mean, mean_by_group
 from megatron_hylo.io.progress import Track, no_progress
 
 logger = logging.getLogger("megatron_hylo.eval")
@@ -236,7 +236,7 @@ def _sample(lm: Any, text: Text, number: int, score: float, output: str) -> Samp
     end = lm.tokenizer.decode(prompt)[-SHOWN:]
     return Sample(
         "recall", text.task, "exact", place.name, score, text.length, place.depth, end, question.answer, output,
-        group=f"{text.task}/{text.length}/{text.number}",
+        group=f"{text.task}/{text.length}/{text.number}", read_sha256=hash_of(text.ids + question.ids),
     )  # fmt: skip
 
 

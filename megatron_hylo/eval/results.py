@@ -4,11 +4,14 @@ A results folder holds results.json (model, run, scores) and samples.jsonl (one 
 pair by pair, since an example has the same name in both.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.evaluation import Suite
@@ -60,6 +63,8 @@ class Sample:
         output: the model's answer; for multiple choice the text of its choice.
         group: what examples share that are not independent of each other, such as the text that several questions are about;
             empty for an example of its own.
+        read_sha256: first digits of the hash of what the model read, so that examples of one name on other text are not taken
+            for the same; empty where it is not known.
     """
 
     suite: Suite
@@ -73,6 +78,7 @@ class Sample:
     expected: str = ""
     output: str = ""
     group: str = ""
+    read_sha256: str = ""
 
 
 @dataclass
@@ -138,6 +144,12 @@ def read_results(folder: str | Path) -> EvalResult:
         raise
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"{folder} cannot be read as a results folder: {error}; run `hylo eval` again") from error
+
+
+def hash_of(read: str | Sequence[int]) -> str:
+    """Return the first 16 digits of the sha256 of a text or of token ids, for `Sample.read_sha256`."""
+    content = read.encode() if isinstance(read, str) else np.asarray(read, np.int64).tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _known(kind: Any, values: dict[str, Any]) -> Any:

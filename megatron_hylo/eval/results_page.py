@@ -16,8 +16,8 @@ BY_POSITION = "by_position"  # task of perplexities whose length is the end of t
 SHOWN = 3  # examples of each task that were right, and as many that were wrong
 CHARACTERS = 600  # of a text of an example
 INTERVAL_NOTE = (
-    "Intervals hold 95 %: Wilson's for parts of one task's examples; otherwise from standard errors, which for a mean of tasks "
-    "take the tasks to be independent."
+    "Intervals hold 95 %: Wilson's for parts of one task's examples that are right, else Student's t of the standard error. "
+    "Questions about one text and windows of one document count once; the tasks of a mean are taken to be independent."
 )
 
 

@@ -69,14 +69,14 @@ def _lengths(lm: Any, settings: SuiteSettings, own: Sequence[int], most: int | N
 def _plan_ppl(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
     data = settings.data
     assert data is not None, "SuiteSettings refuses the suite without"
-    windows = suites_ppl.read_windows(lm, data, settings.sequence_length, settings.limit)
+    windows, documents = suites_ppl.read_windows(lm, data, settings.sequence_length, settings.limit)
     longest = int(DocumentStore(Path(data) / "heldout").lengths.max())
     lengths = _lengths(lm, settings, recall.LENGTHS, longest)
     count = min(settings.limit or perplexity_positions.WINDOWS, perplexity_positions.WINDOWS)
 
     def run() -> Found:
         """Measure perplexity on the held-out windows and, where there are lengths, by position."""
-        scores, samples = suites_ppl.run_heldout(lm, windows, track)
+        scores, samples = suites_ppl.run_heldout(lm, windows, documents, track)
         if lengths:
             more = perplexity_positions.run_by_position(lm, lengths, count, data=data, seed=settings.seed, track=track)
             scores, samples = scores + more[0], samples + more[1]

@@ -1,6 +1,7 @@
 """`hylo eval` from the command line to its results folder, on a tiny model of every stage and on what it must refuse."""
 
 import json
+import math
 import random
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from megatron_hylo.cli import main as cli
 from megatron_hylo.config.evaluation import SUITES
 from megatron_hylo.config.layouts import kv_percent, parameter_count
+from megatron_hylo.data.heldout import heldout_documents
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.folders import evaluate_folder
 from megatron_hylo.eval.lm_facts import foreign_results
-from megatron_hylo.eval.results import read_results
+from megatron_hylo.eval.results import mean_by_group, read_results
 from tests.hf.conftest import serve_config
 
 CONFIG = serve_config("G+M*", max_position_embeddings=256)
@@ -49,6 +51,9 @@ def test_results_of_a_model_and_of_its_export_are_those_of_evaluate(place, capsy
     assert [s.value for s in one.scores] == pytest.approx([s.value for s in other.scores], rel=1e-5)
     quality = evaluate_folder(place / "model", place / "data", sequence_length=64, windows=5)
     assert one.scores[0].value == pytest.approx(quality.perplexity, rel=1e-5)
+    documents = heldout_documents(place / "data" / "heldout", 64, 5)  # windows of one are alike
+    error = mean_by_group([math.log(s.score) for s in one.samples if s.task == "heldout"], documents)[1]
+    assert len(set(documents)) < 5 and one.scores[0].stderr == pytest.approx(quality.perplexity * error, rel=1e-5)
     assert (one.model["kind"], other.model["kind"]) == ("model folder", "exported model")
     assert one.model["parameters"] == other.model["parameters"] == parameter_count(CONFIG)
     assert one.model["kv_percent"] == other.model["kv_percent"] == kv_percent(CONFIG)

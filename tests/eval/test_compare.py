@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 
 from megatron_hylo.cli.compare import compare as compare_verb
 from megatron_hylo.config import ConfigError
-from megatron_hylo.eval.compare import Quantity, compare, estimate, t95, wilson
+from megatron_hylo.eval.compare import Quantity, compare, estimate
+from megatron_hylo.eval.compare_page import difference_rows
+from megatron_hylo.eval.intervals import constant_difference, degrees_of_mean, t95, wilson
 from megatron_hylo.eval.plots import LIGHT, draw_buckets
 from megatron_hylo.eval.results import EvalResult, Sample, Score, mean, mean_by_group
 from megatron_hylo.eval.results_page import length_name, write_report
@@ -64,10 +66,11 @@ def test_a_paired_interval_equals_scipys():
         assert found.better is (None if truth.low <= 0 <= truth.high else bool(truth.low > 0))
 
 
-@pytest.mark.parametrize("degrees", [4, 5, 9, 29, 999])
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 29, 999])
 def test_quantiles_and_proportions_equal_scipys(degrees):
     scipy = pytest.importorskip("scipy.stats")
     assert t95(degrees) == pytest.approx(scipy.t.ppf(0.975, degrees), rel=1e-3)
+    assert t95(degrees + 0.5) <= t95(degrees)
     for right in (0, 1, degrees // 2, degrees):
         truth = scipy.binomtest(right, degrees).proportion_ci(0.95, "wilson")
         assert wilson(right / degrees, degrees) == pytest.approx((truth.low, truth.high), abs=1e-9)
@@ -128,6 +131,65 @@ def test_a_means_difference_is_that_of_its_tasks():
     assert row(compare([ours, other]), "mean").differences[1] is None
 
 
+def test_degrees_of_freedom_of_a_mean_are_those_of_welchs_test():
+    """Of two means, scipy's; where one task of few texts makes most of the error, that task's."""
+    scipy = pytest.importorskip("scipy.stats")
+    one, other = [0.1, 0.5, 0.9, 0.4], [0.2, 0.3, 0.2, 0.4, 0.3, 0.1, 0.2]
+    errors = [mean_by_group(values, range(len(values)))[1] for values in (one, other)]
+    truth = scipy.ttest_ind(one, other, equal_var=False).df
+    assert degrees_of_mean(errors, [len(one), len(other)]) == pytest.approx(truth)
+    assert degrees_of_mean([0.01, 0.3], [100, 2]) == pytest.approx(1, abs=1e-2)
+    assert degrees_of_mean([0.0, 0.0], [100, 2]) == 1
+
+
+def test_a_mean_is_no_surer_than_its_tasks():
+    """Three texts of ten questions are three observations, in the mean's interval and in that of its difference."""
+    sure = answers([1.0, 0.0] * 20)
+    unsure = [replace(s, group=f"text {i // 10}") for i, s in enumerate(answers([1.0] * 15 + [0.0] * 15, "cwe"))]
+    zeros = result(answers([0.0] * 40), answers([0.0] * 30, "cwe"))
+    found = row(compare([result(sure, unsure), zeros]), "mean")
+    parts = [scored(samples) for samples in (sure, unsure)]
+    half = t95(degrees_of_mean([part.stderr for part in parts], [40, 3])) * found.values[0].stderr
+    assert half > 2 * 1.96 * found.values[0].stderr
+    assert (found.values[0].low, found.values[0].high) == (max(0.0, 0.5 - half), min(1.0, 0.5 + half))
+    assert found.differences[1].high == pytest.approx(-0.5 + half) and found.differences[1].better is None
+
+
+def test_pairs_that_all_differ_alike_have_an_interval():
+    """Ten pairs without a difference: as many may differ, either way, as Wilson's interval of 0 of 10 allows."""
+    alike = answers([1.0] * 10)
+    found = row(compare([result(alike), result(alike)])).differences[1]
+    assert (found.value, found.better) == (0.0, None)
+    assert (found.low, found.high) == pytest.approx((-wilson(0.0, 10)[1], wilson(0.0, 10)[1]))
+    assert constant_difference(-1.0, 10) == pytest.approx((-1.0, -1 + 2 * wilson(0.0, 10)[1]))
+    worse = row(compare([result(alike), result(answers([0.0] * 10))])).differences[1]
+    assert worse.better is False and worse.high < 0
+    texts = [Sample("ppl", "books", "perplexity", str(i), 10.0) for i in range(5)]  # the same model twice
+    both = [EvalResult({}, {}, [Score("ppl", "books", "perplexity", 10.0, 0.0, 5, higher_is_better=False)], texts)] * 2
+    assert (compare(both)[0].differences[1].low, compare(both)[0].differences[1].high) == (0, 0)
+
+
+def test_examples_that_read_another_text_are_not_the_same():
+    """Results without hashes are paired by name and right answer."""
+    ours = [replace(sample, read_sha256=f"{i}") for i, sample in enumerate(answers([1.0] * 6))]
+    theirs = [replace(sample, read_sha256="other") if i < 2 else sample for i, sample in enumerate(ours)]
+    found = row(compare([result(ours), result(theirs)])).differences[1]
+    assert (found.examples, found.only_baseline, found.only_model) == (4, 2, 2)
+    assert row(compare([result(ours), result(answers([0.0] * 6))])).differences[1].examples == 6
+
+
+def test_what_is_no_number_is_neither_better_nor_worse():
+    samples = [Sample("ppl", "books", "perplexity", str(i), 10.0) for i in range(6)]
+    broken = [replace(sample, score=math.nan) for sample in samples]
+    pair = [
+        EvalResult({}, {}, [Score("ppl", "books", "perplexity", value, error, 6, higher_is_better=False)], found)
+        for value, error, found in ((10.0, 1.0, samples), (math.nan, math.nan, broken))
+    ]
+    rows = compare(pair)
+    assert (rows[0].values[1].low, rows[0].differences[1].low, rows[0].differences[1].better) == (None, None, None)
+    assert difference_rows(["a", "b"], rows)[0][3] == "no number"
+
+
 def test_perplexities_are_compared_by_their_ratio():
     """Each text of the second model has 1.1 times the first one's, up to 1 %."""
     factors = [1.09, 1.10, 1.11, 1.10, 1.10]
@@ -147,6 +209,8 @@ def test_intervals_of_values():
     assert (ruler.low, ruler.high) == (pytest.approx(0.9 - t95(99) * 0.1), 1.0)
     assert estimate(Score("ruler", "vt", "match", 1.0, 0.0, 100), groups=10).low == pytest.approx(wilson(1.0, 10)[0])
     assert estimate(Score("ruler", "vt", "match", 0.5, None, 1)).low is None
+    partly = estimate(Score("ruler", "cwe", "match", 0.5, 0.01, 20))  # parts of answers, which vary less than right and wrong
+    assert partly.low == pytest.approx(0.5 - t95(19) * 0.01)
 
 
 def test_a_results_page_has_scores_errors_maps_and_examples(tmp_path):

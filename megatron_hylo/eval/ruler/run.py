@@ -11,7 +11,7 @@ from typing import Any
 from lm_eval.evaluator import evaluate
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.eval.results import Sample, Score, mean
+from megatron_hylo.eval.results import Sample, Score, hash_of, mean
 from megatron_hylo.eval.ruler.fit import Sized, cached_sizes, make_example, sized_examples
 from megatron_hylo.eval.ruler.sources import Haystack, Questions, load_essays, load_questions, versions
 from megatron_hylo.eval.ruler.tasks import METRIC, RulerTask, answer_tokens
@@ -219,6 +219,7 @@ def _sample(task: str, length: int, seed: int, found: Mapping[str, Any]) -> Samp
         prompt_end=found["arguments"][0][0][-SHOWN:],
         expected=", ".join(example["outputs"]),
         output=found["resps"][0][0],
+        read_sha256=hash_of(example["input"]),
     )
 
 
