@@ -11,11 +11,11 @@ from rich.table import Table
 
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveInt
-from megatron_hylo.config import TeacherWindow
+from megatron_hylo.config import ConfigError, TeacherWindow
 from megatron_hylo.config.evaluation import SMOKE, SUITES, SuiteSettings
 from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.eval.installed import require_lm_eval
-from megatron_hylo.io import is_launched_first
+from megatron_hylo.io import is_launched_first, on_main
 from megatron_hylo.io.start_up import model_imports
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def eval(
     usual: dict[str, Any] = SMOKE if suite == "smoke" else {"limit": None, "lengths": None, "sequence_length": 2048}
     names = list(SUITES) if suite in ("all", "smoke") else [name.strip() for name in suite.split(",") if name.strip()]
     known = [name for name in SUITES if name in names]
+    if not names:
+        raise ConfigError(f"--suite names none; choose out of {', '.join(SUITES)}, all or smoke")
     unknown: list[Any] = [name for name in names if name not in SUITES]  # SuiteSettings refuses them
     text, haystack, first, second = (None if path is None else str(path) for path in (data, essays, squad, hotpot))
     sizes = limit or usual["limit"], lengths or usual["lengths"], sequence_length or usual["sequence_length"]
@@ -81,18 +83,20 @@ def eval(
     require_lm_eval("hylo eval")
     if output is not None:
         check_free(output, overwrite, [model, data])
-    found = measure(model, settings, dtype, max_length, batch_size)
+    found = measure(model, settings, dtype, max_length, batch_size, output)
     if not is_launched_first():
         return
-    if output is not None:
-        from megatron_hylo.eval.results_page import REPORT, write_report
-
-        found.write(output, overwrite, also=write_report)
-        console.print(f"wrote {output}; open {output}/{REPORT}", soft_wrap=True)
-    if json:
+    if json:  # shown first, since the output's disk may be full
         print_json(found.to_dict())
     else:
         _show(found)
+    if output is not None:
+        from megatron_hylo.eval.parts import remove_parts
+        from megatron_hylo.eval.results_page import REPORT, write_report
+
+        found.write(output, overwrite, also=write_report)
+        remove_parts(output)
+        console.print(f"wrote {output}; open {output}/{REPORT}", soft_wrap=True)
 
 
 def evaluate(
@@ -123,12 +127,21 @@ def evaluate(
 
 
 def measure(
-    model: Path, settings: SuiteSettings, dtype: str = "auto", max_length: int | None = None, batch_size: str = "auto"
+    model: Path,
+    settings: SuiteSettings,
+    dtype: str = "auto",
+    max_length: int | None = None,
+    batch_size: str = "auto",
+    output: Path | None = None,
 ) -> "EvalResult":
-    """Open a model and run suites, on all ranks of a torchrun; complete on the first. Arguments as of `hylo eval`."""
+    """Open a model and run suites, on all ranks of a torchrun; complete on the first.
+
+    Arguments as of `hylo eval`. Finished parts are kept beside the output, if there is to be one, until `remove_parts`.
+    """
     with model_imports():
         from megatron_hylo.eval.lm import HyloLM
-        from megatron_hylo.eval.lm_facts import describe_model, describe_run
+        from megatron_hylo.eval.lm_facts import describe_model, describe_run, parts_key
+        from megatron_hylo.eval.parts import KeptParts, run_part
         from megatron_hylo.eval.results import EvalResult
         from megatron_hylo.eval.suites import fetch_inputs, run_suites
         from megatron_hylo.models.checks import require_finite
@@ -139,9 +152,15 @@ def measure(
     with session() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else contextlib.nullcontext():
         lm = HyloLM(model, dtype=dtype, max_length=max_length, batch_size=batch_size, seed=settings.seed, track=track)
         require_finite(lm.model, model)
-        scores, samples = run_suites(lm, settings, track)
-        about = describe_model(model, lm, track) if lm.rank == 0 else {}
-        return EvalResult(about, describe_run(lm, asdict(settings), started), scores, samples)
+        # before the suites: a training run may replace its checkpoint meanwhile
+        about = on_main(lambda: describe_model(model, lm, track))
+        kept = None
+        if output is not None:
+            key = on_main(lambda: parts_key(about, describe_run(lm, asdict(settings), started)))
+            kept = KeptParts(output, key)
+        scores, samples = run_suites(lm, settings, track, kept or run_part)
+        run = describe_run(lm, asdict(settings), started) | ({"kept_parts": len(kept.done)} if kept and kept.done else {})
+        return EvalResult(about, run, scores, samples)
 
 
 def _show(found: "EvalResult") -> None:

@@ -53,5 +53,5 @@ class SuiteSettings:
             )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit must be at least 1, got {self.limit}")
-        if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
-            raise ConfigError(f"lengths must be numbers of tokens of at least 1, got {self.lengths}")
+        if self.lengths is not None and (not self.lengths or min(self.lengths) < 2):
+            raise ConfigError(f"lengths must be numbers of tokens of at least 2, got {self.lengths}")

@@ -86,6 +86,19 @@ def describe_run(lm: Any, settings: Mapping[str, Any], started: float) -> dict[s
     }
 
 
+def parts_key(model: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what parts of an evaluation must have in common to be put together: weights, settings, inputs, code.
+
+    Args:
+        model, run: as of `describe_model` and `describe_run`.
+    """
+    settings = run["settings"]
+    files = [settings.get(name) for name in ("data", "essays", "squad", "hotpot")]
+    times = {file: os.stat(os.path.expanduser(file)).st_mtime_ns for file in files if file and os.path.exists(file)}
+    same = {name: run[name] for name in ("dtype", "settings", "commit", "version", "libraries")}
+    return {"hash": model["hash"], "max_length": model["max_length"], "files_changed": times, **same}
+
+
 def _name(path: Path) -> str:
     """The folder's name, with its run's where it is RUN/model or RUN/checkpoints/STEP."""
     if path.parent.name == "checkpoints":

@@ -30,7 +30,8 @@ def run_by_position(
 
     Args:
         lm: `HyloLM`.
-        lengths: ends of the buckets; each begins where the one before it ends, the first at 0.
+        lengths: ends of the buckets, 2 at least, since the first token is not predicted; each begins where the one before it
+            ends, the first at 0.
         windows: texts, at most; the longest documents' beginnings, and where there are too few of that length documents end to
             end, which the scores note.
         data: dataset folder made by `hylo preprocess`, whose held-out documents are used, or text files.

@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.eval.parts import Part, run_part
 from megatron_hylo.eval.recall_ask import Question, teacher_forced, written
 from megatron_hylo.eval.recall_haystack import Haystack, TextEncoder, load_haystack
 from megatron_hylo.eval.recall_text import FACTS, RECALL_EVAL_TASKS, RecallEvalTask, make_facts
-from megatron_hylo.eval.results import Sample, Score, hash_of, mean, mean_by_group
+from megatron_hylo.eval.results import Found, Sample, Score, hash_of, mean, mean_by_group
 from megatron_hylo.io.progress import Track, no_progress
 
 logger = logging.getLogger("megatron_hylo.eval")
@@ -87,7 +88,8 @@ def run_recall(
     generated: bool = False,
     seed: int = 0,
     track: Track = no_progress,
-) -> tuple[list[Score], list[Sample]]:
+    part: Part = run_part,
+) -> Found:
     """Measure recall of a model, longest texts first; the ranks of a torchrun share the texts.
 
     Args:
@@ -101,6 +103,7 @@ def run_recall(
         generated: let the model write the answers, instead of asking for each token after the right ones before it.
         seed: decides text, numbers and keys.
         track: progress display.
+        part: runs a length, or knows its results.
 
     Returns:
         Scores of metric "exact" for each task and length at each depth and over all depths, and the mean of the tasks by
@@ -113,19 +116,36 @@ def run_recall(
     _check(lm, lengths, depths, tasks, trials, generated)
     encoder = TextEncoder(lm.tokenizer)
     haystack = load_haystack(data, encoder, lm.tokenizer, max(lengths), seed)
-    cells = [(task, length) for length in sorted(set(lengths), reverse=True) for task in dict.fromkeys(tasks)]
     tokens = TOKENS_A_CALL.get(lm.device.type, TOKENS_A_CALL["cpu"])
-    calls = [(*cell, numbers) for cell in cells for numbers in _calls(cell[0], cell[1], trials, tokens)]
     make = partial(make_text, depths=depths, trials=trials, haystack=haystack, encoder=encoder, seed=seed)
-    found: list[tuple[Text, list[Sample]]] = []
-    for task, length, numbers in track(calls[lm.rank :: lm.world_size], "recall"):
-        texts = [make(task, length, number) for number in numbers]
-        found += [(text, samples) for text, samples in zip(texts, _measure(lm, texts, generated), strict=True)]
-    parts = lm.gather_object([(text.task, text.length, text.number, samples) for text, samples in found])
-    if parts is None:
-        return [], []
-    measured = sorted((text for part in parts for text in part), key=lambda m: (RECALL_EVAL_TASKS.index(m[0]), *m[1:3]))
-    return _scores(measured, lm.max_length, haystack.tokens), [sample for *_, samples in measured for sample in samples]
+
+    def measure(length: int) -> Found:
+        """Ask about all texts of a length, and score them."""
+        calls = [(task, numbers) for task in dict.fromkeys(tasks) for numbers in _calls(task, length, trials, tokens)]
+        found: list[tuple[RecallEvalTask, int, int, list[Sample]]] = []
+        for task, numbers in track(calls[lm.rank :: lm.world_size], f"recall at {length:,} tokens"):
+            texts = [make(task, length, number) for number in numbers]
+            answered = zip(texts, _measure(lm, texts, generated), strict=True)
+            found += [(task, length, text.number, samples) for text, samples in answered]
+        of_ranks = lm.gather_object(found)
+        if of_ranks is None:
+            return [], []
+        measured = sorted((text for one in of_ranks for text in one), key=lambda m: (RECALL_EVAL_TASKS.index(m[0]), *m[1:3]))
+        return _scores(measured, lm.max_length, haystack.tokens), [sample for *_, samples in measured for sample in samples]
+
+    scores: list[Score] = []
+    samples: list[Sample] = []
+    for length in track(sorted(set(lengths), reverse=True), "recall"):
+        found = part(f"recall-{length}", partial(measure, length))
+        scores += found[0]
+        samples += found[1]
+    return sorted(scores, key=_order), sorted(samples, key=_order)
+
+
+def _order(found: Score | Sample) -> tuple[int, int]:
+    """Place of a score or sample among others: by task, then length, means last."""
+    tasks: tuple[str, ...] = RECALL_EVAL_TASKS
+    return tasks.index(found.task) if found.task in tasks else len(tasks), found.length or 0
 
 
 def make_text(
@@ -241,6 +261,7 @@ def _sample(lm: Any, text: Text, number: int, score: float, output: str) -> Samp
 
 
 def _scores(measured: list[tuple[RecallEvalTask, int, int, list[Sample]]], window: int, tokens_of_text: int) -> list[Score]:
+    """Scores of each task and length, and the mean of the tasks by length."""
     scores: list[Score] = []
     for (task, length), group in groupby(measured, key=lambda m: m[:2]):
         cell = [(number, sample) for _, _, number, samples in group for sample in samples]

@@ -81,6 +81,9 @@ class Sample:
     read_sha256: str = ""
 
 
+Found = tuple[list[Score], list[Sample]]  # of a suite, or a part of one
+
+
 @dataclass
 class EvalResult:
     """Everything that one evaluation found.

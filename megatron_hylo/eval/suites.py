@@ -11,23 +11,24 @@ from megatron_hylo.config.evaluation import Suite, SuiteSettings
 from megatron_hylo.data.artefacts import fetch_essays, fetch_questions
 from megatron_hylo.data.packed import DocumentStore
 from megatron_hylo.eval import commonsense, perplexity_positions, recall, suites_ppl
-from megatron_hylo.eval.results import Sample, Score
+from megatron_hylo.eval.parts import Part, run_part
+from megatron_hylo.eval.results import Found, Sample, Score
 from megatron_hylo.eval.ruler import run as ruler
 from megatron_hylo.io.progress import Track, no_progress
 
 logger = logging.getLogger("megatron_hylo.eval")
 RULER_EXAMPLES = 500  # of a task and length, as published
-Found = tuple[list[Score], list[Sample]]
-Plan = Callable[[], Found]
+Plan = Callable[[Part], Found]
 
 
-def run_suites(lm: Any, settings: SuiteSettings, track: Track = no_progress) -> Found:
+def run_suites(lm: Any, settings: SuiteSettings, track: Track = no_progress, part: Part = run_part) -> Found:
     """Run suites one after the other.
 
     Args:
         lm: `HyloLM`.
         settings: which, and what they measure.
         track: progress display over the suites.
+        part: runs a part of a suite, or knows its results: a suite, recall at a length, a million tokens of RULER.
 
     Returns:
         All scores and samples; none on other ranks than the first.
@@ -40,7 +41,7 @@ def run_suites(lm: Any, settings: SuiteSettings, track: Track = no_progress) -> 
     samples: list[Sample] = []
     for name, plan in track(plans, ", ".join(settings.suites)):
         logger.info("suite %s", name)
-        found = plan()
+        found = plan(part)
         scores += found[0]
         samples += found[1]
     return scores, samples
@@ -74,7 +75,7 @@ def _plan_ppl(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
     lengths = _lengths(lm, settings, recall.LENGTHS, longest)
     count = min(settings.limit or perplexity_positions.WINDOWS, perplexity_positions.WINDOWS)
 
-    def run() -> Found:
+    def measure() -> Found:
         """Measure perplexity on the held-out windows and, where there are lengths, by position."""
         scores, samples = suites_ppl.run_heldout(lm, windows, documents, track)
         if lengths:
@@ -82,23 +83,23 @@ def _plan_ppl(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
             scores, samples = scores + more[0], samples + more[1]
         return scores, samples
 
-    return run
+    return lambda part: part("ppl", measure)
 
 
 def _plan_recall(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
-    lengths = _lengths(lm, settings, recall.LENGTHS)
-    assert settings.data is not None, "SuiteSettings refuses the suite without"
-    if not Path(settings.data).exists():
-        raise ConfigError(f"{settings.data} does not exist; give a dataset folder or text files to hide facts in")
+    lengths, data = _lengths(lm, settings, recall.LENGTHS), settings.data
+    assert data is not None, "SuiteSettings refuses the suite without"
+    if not Path(data).exists():
+        raise ConfigError(f"{data} does not exist; give a dataset folder or text files to hide facts in")
     if settings.generated and max(lengths) > lm.max_length:
         raise ConfigError(
             f"recall at {max(lengths):,} tokens with written answers is past the model's window of {lm.max_length:,}; give "
             f"smaller lengths, or a larger max_length"
         )
     recall.check_room(lm, lengths, settings.limit or recall.TRIALS, settings.seed)
-    return partial(
-        recall.run_recall, lm, lengths, trials=settings.limit or recall.TRIALS, data=settings.data,
-        generated=settings.generated, seed=settings.seed, track=track,
+    return lambda part: recall.run_recall(
+        lm, lengths, trials=settings.limit or recall.TRIALS, data=data, generated=settings.generated, seed=settings.seed,
+        track=track, part=part,
     )  # fmt: skip
 
 
@@ -122,12 +123,17 @@ def _plan_ruler(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
 
 def _plan_commonsense(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
     tasks = commonsense.load_tasks(commonsense.COMMONSENSE, settings.online)
-    return partial(commonsense.run_commonsense, lm, tasks, settings.limit, track)
+    return lambda part: part("commonsense", partial(commonsense.run_commonsense, lm, tasks, settings.limit, track))
 
 
 def _plan_gsm8k(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
+    if lm.max_length <= lm.max_gen_toks:
+        raise ConfigError(
+            f"GSM8K's answers have up to {lm.max_gen_toks} tokens and leave no room for a prompt in this model's window of "
+            f"{lm.max_length:,}; give a larger --max_length, or a --suite without gsm8k"
+        )
     tasks = commonsense.load_tasks(["gsm8k"], settings.online)
-    return partial(commonsense.run_gsm8k, lm, tasks, settings.limit, track)
+    return lambda part: part("gsm8k", partial(commonsense.run_gsm8k, lm, tasks, settings.limit, track))
 
 
 _PLANS: dict[Suite, Callable[[Any, SuiteSettings, Track], Plan]] = {

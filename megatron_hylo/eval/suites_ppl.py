@@ -62,7 +62,7 @@ def run_heldout(
     value, length = math.exp(min(loss, 700.0)), windows.shape[1] - 1
     score = Score(
         "ppl", "heldout", "perplexity", value, None if error is None else value * error, len(losses), length,
-        higher_is_better=False,
+        higher_is_better=False, note=f"past the model's window of {lm.max_length:,}" if length > lm.max_length else "",
     )  # fmt: skip
     return [score], [
         Sample(

@@ -1,8 +1,11 @@
 """`hylo eval` from the command line to its results folder, on a tiny model of every stage and on what it must refuse."""
 
+import errno
 import json
 import math
+import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -12,9 +15,11 @@ from megatron_hylo.config.evaluation import SUITES
 from megatron_hylo.config.layouts import kv_percent, parameter_count
 from megatron_hylo.data.heldout import heldout_documents
 from megatron_hylo.data.preprocess import preprocess
+from megatron_hylo.eval import recall, suites_ppl
 from megatron_hylo.eval.folders import evaluate_folder
 from megatron_hylo.eval.lm_facts import foreign_results
 from megatron_hylo.eval.results import mean_by_group, read_results
+from megatron_hylo.io.identity import content_identity
 from tests.hf.conftest import serve_config
 
 CONFIG = serve_config("G+M*", max_position_embeddings=256)
@@ -99,9 +104,74 @@ def test_smoke_is_every_suite_on_little(place, monkeypatch):
     ]
 
 
+def test_a_killed_evaluation_goes_on_where_it_was(place, tmp_path, monkeypatch):
+    """Its results are those of an undisturbed one, and nothing is asked twice; with other settings all is asked again."""
+    options = ["--suite", "ppl,recall", "--data", place / "data", "--sequence_length", 64, "--lengths", "[2400,2500]"]
+    assert run(place, "hf", *options, "--limit", 3, "--output", tmp_path / "whole") == 0
+    asked: list[int] = []
+    measured = recall._measure
+    stop = 6  # a call is a text here, five of a length (3 passkeys, 1 of each other task), the longest first
+
+    def measure(lm, texts, generated):
+        asked.append(texts[0].length)
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        return measured(lm, texts, generated)
+
+    monkeypatch.setattr(recall, "_measure", measure)
+    assert run(place, "hf", *options, "--limit", 3, "--output", tmp_path / "r") == 130
+    assert asked == [2500] * 5 + [2400] and not (tmp_path / "r").exists()
+    with monkeypatch.context() as changed:
+        changed.setattr(suites_ppl, "run_heldout", None)  # it would fail if it were called
+        asked, stop = [], 0
+        assert run(place, "hf", *options, "--limit", 3, "--output", tmp_path / "r") == 0
+    assert asked == [2400] * 5
+    found, whole = read_results(tmp_path / "r"), read_results(tmp_path / "whole")
+    assert (found.scores, found.samples) == (whole.scores, whole.samples) and found.run["kept_parts"] == 2
+    assert "kept_parts" not in whole.run and not list(tmp_path.glob(".*measured"))
+    asked, stop = [], 6
+    assert run(place, "hf", *options, "--limit", 3, "--output", tmp_path / "other") == 130
+    asked, stop = [], 0
+    assert run(place, "hf", *options, "--limit", 2, "--output", tmp_path / "other") == 0
+    assert asked == [2500] * 4 + [2400] * 4
+
+
+def test_a_model_that_is_replaced_meanwhile_is_described_as_it_was_read(place, tmp_path, monkeypatch):
+    """A training run removes its old checkpoints while one is measured."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    measured = suites_ppl.run_heldout
+
+    def remove(*arguments):
+        shutil.rmtree(tmp_path / "model")
+        return measured(*arguments)
+
+    monkeypatch.setattr(suites_ppl, "run_heldout", remove)
+    options = ["--suite", "ppl", "--data", place / "data", "--sequence_length", 64, "--lengths", "[128]", "--limit", 2]
+    assert run(place, tmp_path / "model", *options, "--output", tmp_path / "r") == 0
+    about = read_results(tmp_path / "r").model
+    assert (about["kind"], about["hash"]) == ("model folder", content_identity(place / "model"))
+
+
+def test_results_are_shown_where_they_cannot_be_written(place, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    options = ["--suite", "ppl", "--data", place / "data", "--sequence_length", 64, "--lengths", "[128]", "--limit", 2]
+    with monkeypatch.context() as changed:
+        changed.setattr("megatron_hylo.eval.results_page.write_report", full)
+        assert run(place, "hf", *options, "--output", tmp_path / "r") == 2
+    said = capsys.readouterr()
+    assert "by_position" in said.out and "the disk is full" in said.err and not (tmp_path / "r").exists()
+    monkeypatch.setattr(suites_ppl, "run_heldout", None)  # what was measured is kept for the next start
+    assert run(place, "hf", *options, "--output", tmp_path / "r") == 0
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
+        (["--suite", ""], "--suite names none"),
+        (["--suite", "ppl,gsm8k", "--data", "{place}/data", "--sequence_length", "64"], "GSM8K's answers have up to 256"),
+        (["--suite", "ppl", "--data", "{place}/data", "--lengths", "[1]"], "of at least 2, got [1]"),
         (["--suite", "rulers"], "no suite 'rulers'; choose out of ppl, recall, ruler, commonsense, gsm8k"),
         (["--suite", "ppl"], "suite ppl needs --data"),
         (["--suite", "ppl", "--data", "{place}/hf"], "is no dataset folder"),

@@ -196,12 +196,10 @@ def _check(search: _Search, texts: Texts, task: str, length: int) -> None:
     if search.fits == texts.most and search.tokens < FULL * length:
         raise ConfigError(
             f"{task} at {length:,} tokens: {texts.source} fill only {search.tokens:,}; "
-            f"choose shorter lengths, take the task out, or give longer text"
+            f"choose shorter lengths, or give longer text"
         )
     if not search.digest and texts.examples == UNLIMITED:  # questions differ in length: the next one may fit
-        raise ConfigError(
-            f"{task} does not fit {length:,} tokens: its shortest prompt has more; choose longer lengths, or take the task out"
-        )
+        raise ConfigError(f"{task} does not fit {length:,} tokens: its shortest prompt has more; choose longer lengths")
 
 
 def _hash(example: Example) -> str:

@@ -5,13 +5,15 @@ import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lm_eval.evaluator import evaluate
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.eval.results import Sample, Score, hash_of, mean
+from megatron_hylo.eval.parts import Part, run_part
+from megatron_hylo.eval.results import Found, Sample, Score, hash_of, mean
 from megatron_hylo.eval.ruler.fit import Sized, cached_sizes, make_example, sized_examples
 from megatron_hylo.eval.ruler.sources import Haystack, Questions, load_essays, load_questions, versions
 from megatron_hylo.eval.ruler.tasks import METRIC, RulerTask, answer_tokens
@@ -21,9 +23,7 @@ from megatron_hylo.io.progress import Track, no_progress
 
 logger = logging.getLogger("megatron_hylo.eval")
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
-TOGETHER = (
-    2**20
-)  # tokens of prompts that are made and answered at a time: few examples of several tasks are decoded as one batch
+TOGETHER = 2**20  # tokens of prompts that are answered at a time: few examples of several tasks are decoded as one batch
 SHOWN = 300  # characters of a prompt's end that a sample keeps
 
 
@@ -38,7 +38,7 @@ def plan_ruler(
     chat: bool = False,
     cache: Path | None = None,
     track: Track = no_progress,
-) -> Callable[[], tuple[list[Score], list[Sample]]]:
+) -> Callable[..., Found]:
     """Find the sizes of all examples of RULER, or read them from the cache; what cannot be run is refused here.
 
     Args:
@@ -55,8 +55,8 @@ def plan_ruler(
         track: shows progress.
 
     Returns:
-        A function that answers the examples; it returns the scores of each task at each length and, as task "mean", of each
-        length; and every example. Empty on ranks but the first.
+        A function that answers the examples, with an optional `Part` that runs or knows some tasks at a time; it returns the
+        scores of each task at each length and, as task "mean", of each length; and every example. Empty on ranks but the first.
 
     Raises:
         ConfigError: unknown task; missing data of a named task; a text too short for a length; a length beyond the window.
@@ -76,23 +76,31 @@ def plan_ruler(
         key = [*made_with, count([next(iter(cell.dataset["test"]))])[0] if chat else 0, _hash(source)]
         ready[length, task] = cell, texts, cached_sizes(texts, task, length, limit, seed, count, key, cache, track)
 
-    def answer() -> tuple[list[Score], list[Sample]]:
-        """Ask the model, some lengths at a time, and score; returns the scores, means by length last, and all samples."""
+    def ask(call: Sequence[tuple[int, str]]) -> Found:
+        """Ask the model the examples of some tasks and lengths, and score."""
+        tasks: dict[str, RulerTask] = {}
+        for length, task in call:
+            cell, texts, sizes = ready.pop((length, task))
+            cell.set_examples(sized_examples(texts, task, length, seed, sizes))
+            tasks[str(cell.config.task)] = cell
+        found = evaluate(lm, {"tasks": tasks, "groups": {}}, bootstrap_iters=0, apply_chat_template=chat)
+        scores: list[Score] = []
+        samples: list[Sample] = []
+        for (length, task), name in zip(call, tasks if found is not None else ()):
+            ordered = sorted(found["samples"][name], key=lambda one: one["doc_id"])  # several ranks' come rank by rank
+            measured = [_sample(task, length, seed, one) for one in ordered]
+            samples += measured
+            scores.append(_score(task, length, measured, _note(task, haystack, questions)))
+        return scores, samples
+
+    def answer(part: Part = run_part) -> Found:
+        """Ask everything; returns the scores, means by length last, and all samples."""
         scores: list[Score] = []
         samples: list[Sample] = []
         for call in track(_calls(cells, limit), "RULER: answers"):
-            tasks: dict[str, RulerTask] = {}
-            for length, task in call:
-                cell, texts, sizes = ready.pop((length, task))
-                cell.set_examples(sized_examples(texts, task, length, seed, sizes))
-                tasks[str(cell.config.task)] = cell
-            found = evaluate(lm, {"tasks": tasks, "groups": {}}, bootstrap_iters=0, apply_chat_template=chat)
-            if found is not None:
-                for (length, task), name in zip(call, tasks):
-                    ordered = sorted(found["samples"][name], key=lambda one: one["doc_id"])  # several ranks' come rank by rank
-                    measured = [_sample(task, length, seed, one) for one in ordered]
-                    samples += measured
-                    scores.append(_score(task, length, measured, _note(task, haystack, questions)))
+            found = part(f"ruler-{json_identity(call)[:12]}", partial(ask, call))
+            scores += found[0]
+            samples += found[1]
         return scores + _means(scores, chosen), samples
 
     return answer
