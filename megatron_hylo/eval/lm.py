@@ -24,7 +24,8 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.open_model import open_model
 from megatron_hylo.eval.lm_batches import BatchRunner
 from megatron_hylo.eval.lm_decode import Stopper, decode_greedily
-from megatron_hylo.eval.lm_reader import IGNORED, PREFILL_TOKENS, Reader, pad_right, read_prompts
+from megatron_hylo.eval.lm_reader import PREFILL_TOKENS
+from megatron_hylo.eval.lm_score import score_shared, score_tokens
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.platform.distributed import device as default_device
 
@@ -180,12 +181,12 @@ class HyloLM(TemplateLM):
             counts.append(len(continuation))
             groups[tuple(row[: -len(continuation)])].append(number)
         alone = [numbers[0] for numbers in groups.values() if len(numbers) == 1]
-        for number, (log_probs, greedy) in zip(
-            alone, self._score([rows[n] for n in alone], [counts[n] for n in alone], "log-likelihoods")
-        ):
+        found = score_tokens(self, [rows[n] for n in alone], [counts[n] for n in alone], "log-likelihoods")
+        for number, (log_probs, greedy) in zip(alone, found):
             results[number] = (float(log_probs.sum()), bool(greedy.all()))
         shared = [(list(prompt), numbers) for prompt, numbers in groups.items() if len(numbers) > 1]
-        self._score_shared(shared, [row[-count:] for row, count in zip(rows, counts)], results)
+        for number, result in score_shared(self, shared, [row[-count:] for row, count in zip(rows, counts)]).items():
+            results[number] = result
         for (text, _, _), result in zip(requests, results):
             if text is not None:  # windows of a long text have none
                 self.cache_hook.add_partial("loglikelihood", text, result)
@@ -201,7 +202,7 @@ class HyloLM(TemplateLM):
                 windows.append((None, context, continuation))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        scored = self._score([c + t for _, c, t in windows], [len(t) for _, _, t in windows], "log-likelihoods of texts")
+        scored = score_tokens(self, [c + t for _, c, t in windows], [len(t) for _, _, t in windows], "log-likelihoods of texts")
         for owner, (log_probs, _) in zip(owners, scored):
             totals[owner] += float(log_probs.double().sum())
         for request, total in zip(requests, totals):
@@ -263,12 +264,12 @@ class HyloLM(TemplateLM):
         """
         return [
             AnswerScore(bool(greedy.all()), float(log_probs.double().sum()), tuple(greedy.tolist()), tuple(log_probs.tolist()))
-            for log_probs, greedy in self._score(ids, answer_lengths, "answers")
+            for log_probs, greedy in score_tokens(self, ids, answer_lengths, "answers")
         ]
 
     def token_log_probs(self, ids: list[list[int]]) -> list[Tensor]:
         """Return the log-probability of every token but the first of each sequence, fp32 [tokens - 1], on the CPU."""
-        return [log_probs for log_probs, _ in self._score(ids, [len(row) - 1 for row in ids], "log-probabilities")]
+        return [log_probs for log_probs, _ in score_tokens(self, ids, [len(row) - 1 for row in ids], "log-probabilities")]
 
     def continuations(self, prompts: Sequence[list[int]], max_new_tokens: int | Sequence[int], stop: list[str]) -> list[str]:
         """Continue prompts greedily.
@@ -308,65 +309,6 @@ class HyloLM(TemplateLM):
 
         self.runner.run([len(prompt) for prompt in cut], work, self.track, "generate", new=limits)
         return results
-
-    def _score(self, rows: Sequence[list[int]], counts: Sequence[int], description: str) -> list[tuple[Tensor, Tensor]]:
-        """(log-probabilities, whether the most likely) of the last counts[i] tokens of rows[i], on the CPU."""
-        results: list[Any] = [None] * len(rows)
-
-        def work(batch: list[int]) -> None:
-            """Score one batch of rows, padded on the right, and put the results, on the CPU, in their places."""
-            ids = pad_right([rows[i][:-1] for i in batch], 0, self._device)
-            wanted = [[IGNORED] * (len(rows[i]) - 1 - counts[i]) + rows[i][len(rows[i]) - counts[i] :] for i in batch]
-            targets = pad_right(wanted, IGNORED, self._device)
-            reader = Reader(self.model, self.prefill_tokens)
-            log_probs, greedy = (found.cpu() for found in reader.score(ids, targets, self.logits_at_once))
-            for line, index in enumerate(batch):
-                end = len(rows[index]) - 1
-                place = slice(end - counts[index], end)
-                results[index] = (log_probs[line, place].clone(), greedy[line, place].clone())
-
-        if rows:
-            self.runner.run([len(row) for row in rows], work, self.track, description)
-        return results
-
-    def _score_shared(
-        self,
-        groups: Sequence[tuple[list[int], list[int]]],
-        answers: Sequence[list[int]],
-        results: list[tuple[float, bool]],
-    ) -> None:
-        """Score answers to the same prompt: it is read once, and its cache copied for each answer.
-
-        Args:
-            groups: (prompt, numbers of its answers).
-            answers: token ids by number.
-            results: set at the numbers of the groups.
-        """
-
-        def work(batch: list[int]) -> None:
-            """Read the prompts of one batch once each, and score all answers from copies of their caches."""
-            reader, logits = read_prompts(self.model, [groups[i][0] for i in batch], self._device, self.prefill_tokens)
-            owners = [line for line, i in enumerate(batch) for _ in groups[i][1]]
-            numbers = [number for i in batch for number in groups[i][1]]
-            rows = torch.tensor(owners, device=self._device)
-            first = torch.tensor([answers[number][0] for number in numbers], device=self._device)
-            log_probs = logits.float().log_softmax(-1)[rows, first]
-            greedy = logits.argmax(-1)[rows] == first
-            longer = [place for place, number in enumerate(numbers) if len(answers[number]) > 1]
-            if longer:
-                reader.select(rows[longer])
-                ids = pad_right([answers[numbers[place]][:-1] for place in longer], 0, self._device)
-                targets = pad_right([answers[numbers[place]][1:] for place in longer], IGNORED, self._device)
-                more, also = reader.score(ids, targets, self.logits_at_once)
-                log_probs[longer] += more.sum(1)
-                greedy[longer] &= (also | (targets == IGNORED)).all(1)
-            for number, log_prob, most in zip(numbers, log_probs.tolist(), greedy.tolist()):
-                results[number] = (log_prob, most)
-
-        if groups:
-            sizes = [len(prompt) + max(len(answers[number]) for number in numbers) for prompt, numbers in groups]
-            repeats = [len(numbers) for _, numbers in groups]
-            self.runner.run(sizes, work, self.track, "log-likelihoods, shared prompts", repeats)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
