@@ -28,9 +28,9 @@ from megatron_hylo.eval.results_page import (
 
 VERDICTS = {True: "better", False: "worse", None: "no difference seen"}
 PAIRED_NOTE = (
-    "Over the examples that both models were asked: the same name, task, length, depth and right answer. Parts of examples in "
-    "percentage points, perplexities in per cent of the baseline's. Better or worse: the 95 % interval leaves out 0, as that "
-    "of one in twenty rows without any difference does by chance."
+    "Over the examples that both models were asked: the same name, task, length, depth, right answer and text. Parts of "
+    "examples in percentage points, perplexities in per cent of the baseline's. Better or worse: the 95 % interval leaves out "
+    "0, as that of one in twenty rows without any difference does by chance."
 )
 
 
@@ -129,10 +129,13 @@ WORDS = ("model", "verdict")  # columns of these
 
 
 def differently_measured(names: Sequence[str], results: Sequence[EvalResult]) -> list[str]:
-    """Sentences on what was not the same when the models were measured: settings of the suites, seed, dtype."""
+    """Sentences on what was not the same when the models were measured: suites' settings, seed, dtype, version of lm-eval."""
     every = [
-        flatten({"seed": r.run.get("seed"), "dtype": r.run.get("dtype"), "settings": r.run.get("settings") or {}})
-        for r in results
+        flatten(
+            {name: run.get(name) for name in ("seed", "dtype")}
+            | {"lm-eval": (run.get("libraries") or {}).get("lm-eval"), "settings": run.get("settings") or {}}
+        )
+        for run in (result.run for result in results)
     ]
     keys = dict.fromkeys(key for found in every for key in found)
     said = []

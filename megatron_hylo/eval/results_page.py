@@ -17,7 +17,8 @@ SHOWN = 3  # examples of each task that were right, and as many that were wrong
 CHARACTERS = 600  # of a text of an example
 INTERVAL_NOTE = (
     "Intervals hold 95 %: Wilson's for parts of one task's examples that are right, else Student's t of the standard error. "
-    "Questions about one text and windows of one document count once; the tasks of a mean are taken to be independent."
+    "Questions about one text and windows of one document count once; the tasks of a mean are taken to be independent. "
+    "Recall and RULER at a length are means of their tasks."
 )
 
 
@@ -91,6 +92,10 @@ def shown_value(row: Row, value: Estimate | None) -> str:
     return f"{100 * value.value:.1f}" if is_share(row) else f"{value.value:,.2f}"
 
 
+def _unit(row: Row) -> str:
+    return "\u00a0%" if is_share(row) else ""
+
+
 def shown_interval(row: Row, value: Estimate | None) -> str:
     """Ends of an interval in brackets; empty where there is none."""
     if value is None or value.low is None or value.high is None:
@@ -104,7 +109,7 @@ def summary_table(rows: Sequence[Row]) -> str:
     cells = []
     for row in headline(rows):
         (value,) = row.values
-        unit = "\u00a0%" if is_share(row) else ""
+        unit = _unit(row)
         error = "" if value is None or value.stderr is None else f"{(100 if unit else 1) * value.stderr:,.2f}"
         count = f"{value.examples:,}" if value else ""
         cells.append(
@@ -223,7 +228,7 @@ def _tasks(rows: Sequence[Row]) -> Iterable[str]:
                 (value,) = row.values
                 count = f"{value.examples:,}" if value else ""
                 interval, note = shown_interval(row, value), "; ".join(row.notes)
-                cells.append((row_name(row), shown_value(row, value), interval, count, note))
+                cells.append((row_name(row), shown_value(row, value) + _unit(row), interval, count, note))
             body = table(("", "value", "95 % interval", "examples", "note"), cells, words=("note",))
             yield section(f"Tasks of {name}", details(f"{len(rest)} values", body))
 

@@ -111,6 +111,8 @@ def _plan_ruler(lm: Any, settings: SuiteSettings, track: Track) -> Plan:
             f"prompts would be cut and lose what is asked for; give --lengths up to that, a --suite without ruler, or a larger "
             f"--max_length"
         )
+    if settings.chat and not lm.tokenizer.chat_template:
+        raise ConfigError("RULER in a chat template: the model's tokenizer has none; leave --chat out")
     qa = {name: path for name, path in (("squad", settings.squad), ("hotpot", settings.hotpot)) if path is not None}
     for path in (*qa.values(), *([settings.essays] if settings.essays else [])):
         if not Path(path).exists():

@@ -6,12 +6,14 @@ import math
 import os
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_hylo.cli import main as cli
-from megatron_hylo.config.evaluation import SUITES
+from megatron_hylo.config import ConfigError
+from megatron_hylo.config.evaluation import SUITES, SuiteSettings
 from megatron_hylo.config.layouts import kv_percent, parameter_count
 from megatron_hylo.data.heldout import heldout_documents
 from megatron_hylo.data.preprocess import preprocess
@@ -19,6 +21,7 @@ from megatron_hylo.eval import recall, suites_ppl
 from megatron_hylo.eval.folders import evaluate_folder
 from megatron_hylo.eval.lm_facts import foreign_results
 from megatron_hylo.eval.results import mean_by_group, read_results
+from megatron_hylo.eval.suites import run_suites
 from megatron_hylo.io.identity import content_identity
 from tests.hf.conftest import serve_config
 
@@ -196,3 +199,9 @@ def test_what_cannot_work_is_refused_before_the_work(place, words, message, caps
     assert run(place, "hf", *(word.format(place=place) for word in words)) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert message in said and "suite ppl" not in caplog.text  # logged when it begins
+
+
+def test_a_chat_template_that_there_is_not_is_refused():
+    lm = SimpleNamespace(max_length=4096, tokenizer=SimpleNamespace(chat_template=None))
+    with pytest.raises(ConfigError, match="tokenizer has none; leave --chat out"):
+        run_suites(lm, SuiteSettings(["ruler"], lengths=[1024], chat=True))

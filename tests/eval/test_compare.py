@@ -223,6 +223,7 @@ def test_a_results_page_has_scores_errors_maps_and_examples(tmp_path):
     for text in (
         *(f"{100 * score.value:.1f}\u00a0%", f"{100 * score.stderr:.2f}", "subset", "11.1 % of the teacher"),
         *("0123456789abcdef" * 4, "Recall, passkey", "RULER, per cent", "Perplexity by position"),
+        *(f"<td>RULER cwe 4K (match)</td><td>{100 * next(result.select('ruler', 'cwe')).value:.1f}\u00a0%</td>",),
         *("&lt;b&gt;The number&lt;/b&gt;", "no idea"),
     ):
         assert text in page, text
@@ -259,7 +260,12 @@ def test_what_was_measured_otherwise_is_said(tmp_path, capsys):
     for seed in (0, 1):
         make_result("hybrid", 0.5, seed).write(tmp_path / f"seed{seed}")
     compare_verb([tmp_path / "seed0", tmp_path / "seed1"])
+    newer = make_result("hybrid", 0.5)
+    newer.run["libraries"]["lm-eval"] = "0.5.0"
+    newer.write(tmp_path / "newer")
+    compare_verb([tmp_path / "seed0", tmp_path / "newer"])
     said = capsys.readouterr()
+    assert 'measured differently: lm-eval null (seed0), "0.5.0" (newer)' in said.err
     assert "measured differently: seed 0 (seed0), 1 (seed1)" in said.err and "no example is known to be the same" in said.out
 
 
