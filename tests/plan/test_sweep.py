@@ -134,6 +134,11 @@ def test_a_sweep_that_is_stopped_while_its_cells_start_has_none_that_failed(spec
     assert [cell.state()[0] for cell in read_sweep(file).cells] == ["waiting"] * 3 and cell.attempts()[0]["code"] == 3
 
 
+def test_an_attempt_that_is_being_recorded_is_not_read_yet(tmp_path):
+    (tmp_path / "attempts.jsonl").write_text('{"code": 3, "seconds": 1.5, "message": ""}\n{"code": 1, "seco')
+    assert [attempt["code"] for attempt in Cell(0, "one", tmp_path, {}).attempts()] == [3]
+
+
 def test_a_specification_that_is_not_yaml_is_refused(tmp_path):
     (tmp_path / "torn.yaml").write_text("grid: {student.mla: [1")
     with pytest.raises(ConfigError, match="torn.yaml is not YAML: while parsing"):
