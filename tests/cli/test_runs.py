@@ -170,12 +170,18 @@ def test_what_is_no_run_is_refused(tmp_path, folder):
             verb(tmp_path / folder)
 
 
-def test_watching_prints_each_new_line_once_and_ends_with_the_run(run, capsys):
+def test_watching_prints_each_new_line_once_and_ends_with_the_run(run, capsys, monkeypatch):
     (run / "log.txt").write_text("".join(f"old {number}\n" for number in range(20)))
+
+    def new_lines(tail: LogTail) -> list[str]:
+        found = read(tail)
+        looked.set()
+        return found
 
     def train() -> None:
         with output_lock(run):
             ready.set()
+            looked.wait(120)  # at the old lines
             for number in range(3):
                 time.sleep(0.1)
                 with open(run / "log.txt", "a") as file:
@@ -185,7 +191,8 @@ def test_watching_prints_each_new_line_once_and_ends_with_the_run(run, capsys):
                     file.write(" a line\n")
             end(run, "failed", "the disk is full")
 
-    ready = threading.Event()
+    ready, looked, read = threading.Event(), threading.Event(), LogTail.new_lines
+    monkeypatch.setattr(LogTail, "new_lines", new_lines)
     thread = threading.Thread(target=train)
     thread.start()
     ready.wait()
