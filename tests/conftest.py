@@ -101,7 +101,7 @@ def transformers4() -> Callable[..., str]:
     def run(program: str, *arguments: object) -> str:
         command = [sys.executable, "-c", program, *map(str, arguments)]
         environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
 

@@ -101,7 +101,7 @@ class Cluster:
         """Run a script to its end."""
         done = subprocess.run(
             ["bash", "-euo", "pipefail", *map(str, command)],
-            env=self.environment(**changes), cwd=cwd, capture_output=True, text=True, timeout=60,
+            env=self.environment(**changes), cwd=cwd, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         return Ran(done.returncode, done.stdout, done.stderr, self.recorded())
 
