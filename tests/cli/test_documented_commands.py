@@ -42,8 +42,11 @@ def parser():
 
 
 def commands(text: str) -> list[tuple[str, list[str], list[str]]]:
-    """Commands of the shell blocks of a page or the comments of a script: program, names of its variables, its arguments."""
-    found = [SHOWN.match(line.strip()) for line in text.replace("\\\n", " ").splitlines()]
+    """Commands of the shell blocks of a page or the comments of a script: program, names of its variables, its arguments.
+
+    Redirections (`< FILE`) are left out.
+    """
+    found = [SHOWN.match(re.sub(r" [<>] \S+", "", line.strip())) for line in text.replace("\\\n", " ").splitlines()]
     return [
         (m[2].split("/")[-1] if m[2].endswith("hylo") else m[2], re.findall(r"(\w+)=", m[1]), shlex.split(m[3], comments=True))
         for m in found
