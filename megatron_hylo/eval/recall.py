@@ -187,7 +187,7 @@ def _facts(
         enough = math.ceil(1.25 * used / MOST_FACTS / 128) * 128  # another length has other facts, which may be longer
         raise ConfigError(
             f"recall at length {length:,}: the facts of {task} and a question take {used:,} tokens, more than half; give "
-            f"lengths of {enough:,} or more"
+            f"lengths of at least {enough:,}"
         )
     return inserted, asked, length - used
 
