@@ -78,10 +78,10 @@ def test_export_and_back_keeps_every_weight(teacher, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pattern", "GG"], "has 2 mixers, but the base model has 3 layers"),
+        (["--pattern", "GG"], "has 2 mixers, but the base model has 3 layers; give one for each"),
         (["--pattern", "GXG"], "holds 'X'"),
         (["--layout", "llama9"], "unknown layout 'llama9'; known: llama3.2-1b-4mla12gdn"),
-        (["--layout", "llama3.2-1b-4mla12gdn"], "has hidden_size 2048, the teacher 48"),
+        (["--layout", "llama3.2-1b-4mla12gdn"], "has hidden_size 2048, the teacher 48; upcycle a model of the sizes of"),
         (["--pattern", "G+G", "--overrides", "{kv_lora_rank: 999}"], "kv_lora_rank 999 is larger than 48"),
         (["--pattern", "G+G", "--overrides", "{rank: 9}"], "'rank' is not a field"),
         (["--pattern", "G+G", "--init", "magic"], "magic"),
