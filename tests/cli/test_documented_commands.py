@@ -30,10 +30,11 @@ FOREIGN = {"--option", "--standalone", "--nproc-per-node", "--signals-to-handle"
 FOREIGN |= {"--signal", "--time", "--export", "--wait", "--kill-on-invalid-dep", "--nodes", "--exclude", "--output"}  # Slurm's
 FOREIGN |= {"--work", "--append-eod"}  # a benchmark's, Megatron-LM's
 FOREIGN |= {  # vLLM's
-    "--additional-config", "--decode-context-parallel-size", "--dtype", "--enable-lora", "--enable-prefix-caching",
-    "--enforce-eager",
-    "--kv-cache-dtype", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--pipeline-parallel-size",
-    "--quantization", "--runner", "--speculative-config", "--tensor-parallel-size",
+    "--additional-config", "--cpu-offload-gb", "--decode-context-parallel-size", "--disable-hybrid-kv-cache-manager",
+    "--dtype", "--enable-lora", "--enable-prefix-caching", "--enforce-eager", "--hf-overrides", "--kv-cache-dtype",
+    "--kv-offloading-size", "--kv-transfer-config", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs",
+    "--offload-group-size", "--pipeline-parallel-size", "--quantization", "--runner", "--speculative-config",
+    "--structured-outputs-config", "--tensor-parallel-size",
 }  # fmt: skip
 
 
