@@ -53,6 +53,6 @@ def test_another_text_in_the_same_output_is_refused(tmp_path, tokenizer):  # noq
     run = tmp_path / "run"
     run.mkdir()
     for name in ("text", "text", "copy"):
-        _prepare_text(str(tmp_path / name), tmp_path / "teacher", run / "data", run)
+        _prepare_text(str(tmp_path / name), None, tmp_path / "teacher", run / "data", run)
     with pytest.raises(ConfigError, match="data was made of another text than .*other; give another --output"):
-        _prepare_text(str(tmp_path / "other"), tmp_path / "teacher", run / "data", run)
+        _prepare_text(str(tmp_path / "other"), None, tmp_path / "teacher", run / "data", run)
