@@ -176,6 +176,7 @@ def _run(
         "init": init,
         "layout": layout,
         "teacher": "SmolLM2-135M-Instruct, dequantised from 4 bits",
+        "text": results["text"],
         "generated": generated.text,
     }
     write_json(output / "summary.json", summary)
@@ -238,13 +239,14 @@ def _fetch_text(console: Console) -> Path:
 
 def _prepare_text(text: str | None, fetched: Path | None, teacher: Path, data: Path, output: Path) -> None:
     """Tokenise given or fetched text, or make sure that what is there was made of the same."""
-    identity = text_identity(text) if text else "documents"
-    if has_manifest(data):
-        if _results(output).get("text", identity) != identity:
-            raise ConfigError(f"{data} was made of another text than {text or 'the default'}; give another --output for it")
-    else:
+    made_of = _results(output).get("text")
+    wanted = [text_identity(text)] if text else ["documents", "manuals"]
+    if not has_manifest(data):
         preprocess(text or str(fetched), str(data), str(teacher))
-    _record(output, text=identity)
+        made_of = fetched.parent.name.partition("-")[0] if fetched else wanted[0]  # by the set's folder in the cache
+    elif made_of not in (None, *wanted):
+        raise ConfigError(f"{data} was made of another text than {text or 'the default'}; give another --output for it")
+    _record(output, text=made_of or wanted[0])
 
 
 def _calibrate(teacher: Path, data: Path, output: Path, budget: Budget, track: Track) -> None:
