@@ -130,7 +130,10 @@ def write_report(summary: dict[str, Any], prompt: str, output: Path, program: st
         f"{summary['teacher_ppl']:,.1f}.",
     )
     quality = table(("", "held-out perplexity", "KL to teacher, nats a token", "KV bytes a token"), quality_rows(summary))
-    measured = paragraph(f"Measured on {summary['heldout_tokens']:,} tokens of whole documents that were held out.")
+    measured = paragraph(
+        f"Measured on {summary['heldout_tokens']:,} tokens of whole documents that were held out"
+        + (", out of manuals from PyPI: figures of other text differ." if summary["text"] == "manuals" else ".")
+    )
     text = f"<blockquote><span class=muted>{escape(prompt)}</span>{escape(summary['generated'])}</blockquote>"
     commands = "".join(paragraph(why) + code(line) for why, line in next_commands(output, program))
     return write_page(

@@ -39,7 +39,7 @@ CASES: list[tuple] = [
     ("convert hf new --overwrit", "did you mean --overwrite?"),
     ("generate model --prompt words", "hylo generate takes PROMPT without --prompt, in the order MODEL PROMPT"),
     ("fetch", "hylo fetch needs WHAT"),
-    ("fetch techer", "unseen, qwen3-tokenizer, got techer; did you mean teacher?"),
+    ("fetch techer", "unseen, manuals, qwen3-tokenizer, got techer; did you mean teacher?"),
     ("evaluate model", "hylo evaluate needs DATA"),
     ("evaluate model data --windows many", "--windows must be an integer above 0, got many"),
     ("evaluate model data --windows", "--windows needs a value: an integer"),
