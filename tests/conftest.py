@@ -18,6 +18,7 @@ from megatron_hylo.config import ModelConfig
 from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.models.hylo_model import HyloModel, build_model
 from megatron_hylo.platform.distributed import session
+from tests.forked import Program, end_programs
 
 # Files that take longest. Workers of xdist take files in this order, so that neither begins a long one when the other is done.
 LONGEST = (
@@ -71,7 +72,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
             session.config.get_terminal_writer().line(f"tests left in {folder}: {', '.join(left)}", red=True)
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         else:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # torch's compile workers may still write there
 
 
 def pytest_collection_finish() -> None:
@@ -100,7 +101,7 @@ def transformers4() -> Callable[..., str]:
     def run(program: str, *arguments: object) -> str:
         command = [sys.executable, "-c", program, *map(str, arguments)]
         environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
 
@@ -113,6 +114,14 @@ def fixed_seed() -> None:
     if parallel_state.model_parallel_is_initialized():
         model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """Kill programs that a failed test leaves running: they would take the processor from the tests after it."""
+    before = list(Program.started)  # of fixtures for several tests
+    yield
+    end_programs(before)
 
 
 def tiny_hf_model(family: str, tied: bool = True, **changes):

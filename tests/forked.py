@@ -4,6 +4,7 @@
 with its own environment, its output goes to a file, and its exit status is the process's own.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -13,8 +14,12 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import ClassVar
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 # NVML's check of CUDA leaves nothing behind that forked processes could trip over
@@ -54,7 +59,12 @@ def _main(module: str, arguments: list[str], environment: dict[str, str], log: s
 
 
 class Program:
-    """`python -m MODULE ARGUMENTS`, leader of a session of its own, with the calls of subprocess.Popen that tests need."""
+    """`python -m MODULE ARGUMENTS`, leader of a session of its own, with the calls of subprocess.Popen that tests need.
+
+    This process would wait at its end for programs that still run, so it kills those that a failed fixture has left.
+    """
+
+    started: ClassVar[list["Program"]] = []
 
     def __init__(self, module: str, arguments: list, log: Path, environment: dict[str, str] | None = None) -> None:
         _start_server()
@@ -63,6 +73,7 @@ class Program:
         self.process = _context.Process(target=_main, args=(module, [str(a) for a in arguments], full, str(log)))
         self.process.start()
         self.pid, self.sentinel = self.process.pid, self.process.sentinel
+        self.started.append(self)
 
     @property
     def returncode(self) -> int | None:
@@ -80,10 +91,11 @@ class Program:
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill it and all that it has started in its session."""
+        """Kill it and all that it has started in its session, which it may not have begun yet."""
         if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+            for send in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError):
+                    send(self.pid, signal.SIGKILL)
 
     def wait(self, timeout: float | None = None) -> int:
         """Exit status once it has ended.
@@ -104,18 +116,35 @@ class Program:
         return self.log.read_text(), None
 
 
-def output_of(process: subprocess.Popen, timeout: float) -> tuple[str, str]:
-    """(standard output, error) of a process with a session of its own, once it has ended.
+def end_programs(kept: list[Program]) -> None:
+    """Kill the programs that run, but those of the list, and forget those that have ended."""
+    for program in Program.started:
+        if program not in kept:
+            program.kill()
+            program.process.join()
+    Program.started[:] = [program for program in Program.started if program.poll() is None]
 
-    Raises:
-        subprocess.TimeoutExpired: it runs longer than that many seconds; its session is killed then, for which Popen as a
-            context would wait without end.
-    """
-    try:
-        return process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+
+atexit.register(end_programs, [])
+
+
+def kill_family(process: subprocess.Popen) -> None:
+    """Kill a process, if it runs, and all that it has started, in whichever sessions: torchrun gives each worker its own."""
+    if process.poll() is None:
+        leader = psutil.Process(process.pid)
+        for member in (leader, *leader.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+
+
+@contextlib.contextmanager
+def running(command: Sequence[object], **options) -> Iterator[subprocess.Popen]:
+    """Popen as a context that does not wait without end where a test fails in it: the process and its family are killed."""
+    with subprocess.Popen(list(map(str, command)), text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            kill_family(process)
 
 
 class Ranks:

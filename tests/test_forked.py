@@ -1,12 +1,15 @@
 """Forked processes end, fail and print as fresh ones do."""
 
+import contextlib
 import signal
 import subprocess
+import time
 
+import psutil
 import pytest
 
 from tests import forked
-from tests.forked import Program, output_of, run_ranks
+from tests.forked import Program, end_programs, run_ranks, running
 
 SERVE = ["0", "--bind", "127.0.0.1"]  # of http.server, which runs until it is stopped
 
@@ -27,15 +30,34 @@ def test_a_rank_that_fails_or_hangs_ends_all_and_says_so(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         program.wait(timeout=0.1)
     assert program.wait(timeout=60) == -signal.SIGKILL
-    sleeping = dict(stdout=subprocess.PIPE, text=True, start_new_session=True)
-    with subprocess.Popen(["bash", "-c", "trap '' TERM; sleep 60 & wait"], **sleeping) as process:
-        with pytest.raises(subprocess.TimeoutExpired):
-            output_of(process, timeout=0.1)
-    assert process.returncode == -signal.SIGKILL
     program = Program("http.server", SERVE, tmp_path / "log")
     assert program.poll() is None
     program.send_signal(signal.SIGTERM)
     assert program.wait(timeout=60) == -signal.SIGTERM
+
+
+def test_a_program_is_killed_that_has_not_begun_its_session(tmp_path, monkeypatch):
+    program = Program("http.server", SERVE, tmp_path / "log")
+    monkeypatch.setattr(forked.os, "killpg", lambda *_: (_ for _ in ()).throw(ProcessLookupError))
+    program.kill()
+    assert program.wait(timeout=60) == -signal.SIGKILL
+
+
+def test_what_a_failed_test_leaves_running_is_killed(tmp_path):
+    kept, left = (Program("http.server", SERVE, tmp_path / "log") for _ in range(2))
+    end_programs([program for program in Program.started if program is not left])
+    assert (kept.poll(), left.poll()) == (None, -signal.SIGKILL) and left not in Program.started
+    kept.kill()
+    script = "trap '' TERM; setsid sleep 1000 & echo $!; wait"
+    with pytest.raises(KeyError), running(["bash", "-c", script], stdout=subprocess.PIPE) as process:
+        other = int(process.stdout.readline())  # of another session
+        raise KeyError
+    assert process.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(other).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_ranks_that_end_between_two_looks_at_them_are_not_waited_for(tmp_path, monkeypatch):

@@ -30,20 +30,21 @@ def layouts(json: bool = False) -> None:
     results.print(table)
 
 
-def scripts(folder: Path, layout: str | None = None) -> None:
+def scripts(folder: Path, layout: str | None = None, overwrite: bool = False) -> None:
     """Write the Slurm scripts and the recipes of all stages to a folder, for other layouts or where there is no checkout.
 
     Args:
         folder: to make; `sbatch FOLDER/slurm/stage1_ild.sh` then reads FOLDER/megatron_hylo/recipes.
         layout: a named layout (`hylo layouts`) whose recipes are written, at 2K, 8K, 32K, 64K and 128K; by default those of
             Llama-3.2-1B.
+        overwrite: replace what is there.
     """
     from megatron_hylo.config.recipes import recipe_files, stage_scripts
     from megatron_hylo.io import atomic_directory
 
     package = Path(megatron_hylo.__path__[0])
     recipes = None if layout is None else recipe_files(layout)  # refused before anything is made
-    with atomic_directory(folder) as made:
+    with atomic_directory(folder, overwrite) as made:
         shutil.copytree(package / "slurm", made / "slurm")
         kept = made / "megatron_hylo" / "recipes"
         if layout is None or recipes is None:

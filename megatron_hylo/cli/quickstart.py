@@ -27,9 +27,11 @@ from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.convert.verify import verify_conversion
-from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
+from megatron_hylo.data.artefacts import fetch_documents, fetch_manuals, fetch_teacher
+from megatron_hylo.data.debian import NotOffered
 from megatron_hylo.data.heldout import heldout_windows
 from megatron_hylo.data.inputs import read_documents
+from megatron_hylo.data.manuals import MANUALS
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
 from megatron_hylo.eval.runs import read_records
@@ -116,6 +118,7 @@ def _run(
             check_free(output / name, overwrite=False, sources=[text])
     if text is not None:
         next(iter(read_documents(text)), None)  # refuses what holds no text
+    fetched = _fetch_text(console) if text is None and not has_manifest(output / "data") else None
     output.mkdir(parents=True, exist_ok=True)
     teacher, hybrid, data = output / "teacher", output / "hybrid", output / "data"
     layout = LAYOUT[init, linear]
@@ -124,7 +127,7 @@ def _run(
     step("teacher: SmolLM2-135M-Instruct (4-bit GGUF, dequantised), converted and verified against transformers")
     _prepare_teacher(teacher, output, console)
     step("text: whole documents held out")
-    _prepare_text(text, teacher, data, output)
+    _prepare_text(text, fetched, teacher, data, output)
     if init == "calibrated":
         step("calibrate: what the teacher's layers do on some of that text")
         _calibrate(teacher, data, output, budget, track)
@@ -173,6 +176,7 @@ def _run(
         "init": init,
         "layout": layout,
         "teacher": "SmolLM2-135M-Instruct, dequantised from 4 bits",
+        "text": results["text"],
         "generated": generated.text,
     }
     write_json(output / "summary.json", summary)
@@ -219,15 +223,30 @@ def _prepare_teacher(folder: Path, output: Path, console: Console) -> None:
     _record(output, verified={"tensors": result.tensors, "max_logit_difference": result.max_logit_difference})
 
 
-def _prepare_text(text: str | None, teacher: Path, data: Path, output: Path) -> None:
-    """Tokenise, or make sure that what is there was made of the same text."""
-    identity = text_identity(text) if text else "documents"
-    if has_manifest(data):
-        if _results(output).get("text", identity) != identity:
-            raise ConfigError(f"{data} was made of another text than {text or 'the default'}; give another --output for it")
-    else:
-        preprocess(text or str(fetch_documents()), str(data), str(teacher))
-    _record(output, text=identity)
+def _fetch_text(console: Console) -> Path:
+    """Text of Debian's packages, of which the published figures are, or of PyPI's manuals where apt has none of these."""
+    try:
+        return fetch_documents()
+    except NotOffered as error:
+        manuals = " and ".join(f"{name} {manual.version}" for name, manual in MANUALS.items())
+        said = (
+            f"The text is the manuals of {manuals} from PyPI, so figures will differ from the README's, whose text is packages "
+            f"of Debian 12: {error.reason}."
+        )
+        console.print(said, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        return fetch_manuals()
+
+
+def _prepare_text(text: str | None, fetched: Path | None, teacher: Path, data: Path, output: Path) -> None:
+    """Tokenise given or fetched text, or make sure that what is there was made of the same."""
+    made_of = _results(output).get("text")
+    wanted = [text_identity(text)] if text else ["documents", "manuals"]
+    if not has_manifest(data):
+        preprocess(text or str(fetched), str(data), str(teacher))
+        made_of = fetched.parent.name.partition("-")[0] if fetched else wanted[0]  # by the set's folder in the cache
+    elif made_of not in (None, *wanted):
+        raise ConfigError(f"{data} was made of another text than {text or 'the default'}; give another --output for it")
+    _record(output, text=made_of or wanted[0])
 
 
 def _calibrate(teacher: Path, data: Path, output: Path, budget: Budget, track: Track) -> None:

@@ -88,7 +88,7 @@ def quality_rows(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def next_commands(output: Path, program: str = "hylo") -> list[tuple[str, str]]:
-    """List commands to try next: (reason, command).
+    """List commands to try next, the last one for a model of one's own: (reason, command).
 
     Args:
         output: the quickstart's run folder.
@@ -98,9 +98,14 @@ def next_commands(output: Path, program: str = "hylo") -> list[tuple[str, str]]:
     return [
         ("Continue another prompt", f'{program} generate {folder}/export "The Linux kernel is" --repetition_penalty 1.2'),
         ("Measure again", f"{program} evaluate {folder}/distil/model {folder}/data --teacher {folder}/teacher"),
+        (
+            "Measure recall, which perplexity hides and so little training does not bring back",
+            f'{program} eval {folder}/distil/model --suite recall --data {folder}/data --lengths "[512]" --limit 8',
+        ),
         ("See both stages' curves and settings", f"{program} report {folder}/align {folder}/distil"),
         ("Train longer from here", f"{program} quickstart --output {folder} --train_tokens 100000"),
         ("Mamba2 in place of Gated DeltaNet", f"{program} quickstart --linear mamba2"),
+        ("Begin with a model and text of your own (docs/tutorial.md)", f"{program} convert MODEL_FOLDER models/teacher"),
     ]
 
 
@@ -125,7 +130,10 @@ def write_report(summary: dict[str, Any], prompt: str, output: Path, program: st
         f"{summary['teacher_ppl']:,.1f}.",
     )
     quality = table(("", "held-out perplexity", "KL to teacher, nats a token", "KV bytes a token"), quality_rows(summary))
-    measured = paragraph(f"Measured on {summary['heldout_tokens']:,} tokens of whole documents that were held out.")
+    measured = paragraph(
+        f"Measured on {summary['heldout_tokens']:,} tokens of whole documents that were held out"
+        + (", out of manuals from PyPI: figures of other text differ." if summary["text"] == "manuals" else ".")
+    )
     text = f"<blockquote><span class=muted>{escape(prompt)}</span>{escape(summary['generated'])}</blockquote>"
     commands = "".join(paragraph(why) + code(line) for why, line in next_commands(output, program))
     return write_page(

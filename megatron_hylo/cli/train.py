@@ -24,7 +24,8 @@ def quickstart(
         linear: what three quarters of the layers become.
         init: how the hybrid starts: calibrated on data, or paper (HyLo's own, in its own shapes) for contrast.
         prompt: text to continue at the end; a default otherwise.
-        text: folder or .jsonl of own training text instead of the Debian documentation packages.
+        text: folder or .jsonl of own training text instead of Debian's documentation packages, or of manuals from PyPI
+            where apt does not have these.
         output: run folder, runs/quickstart by default (with _mamba2, _paper for those); the same command goes on where it was.
         train_tokens: tokens of stage 2; by default about six minutes' worth of the device.
     """

@@ -129,7 +129,9 @@ def expand_pattern(pattern: str, num_layers: int, base_mlps: str | None = None) 
             f"pattern {pattern!r} holds {unknown[0]!r}; use {' '.join(MIXER_SYMBOLS)} for mixers and - or E for MLPs"
         )
     if len(mixers) != num_layers:
-        raise ConfigError(f"pattern {pattern!r} has {len(mixers)} mixers, but the base model has {num_layers} layers")
+        raise ConfigError(
+            f"pattern {pattern!r} has {len(mixers)} mixers, but the base model has {num_layers} layers; give one for each"
+        )
     mlps = "".join(symbol for symbol in pattern if symbol in MLP_SYMBOLS)
     if mlps and (len(mlps) != len(mixers) or pattern.replace("|", "") != interleaved(mixers, mlps)):
         raise ConfigError(f"pattern {pattern!r}: every mixer must be followed by its MLP, e.g. 'G-+-G-'")

@@ -1,5 +1,6 @@
 """Open a Hugging Face folder (`safetensors_reader`) or a GGUF file (`gguf_reader`), and load the same through transformers."""
 
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,7 +89,9 @@ def open_source(path: str | Path) -> TensorSource:
     """
     path = Path(path)
     if not path.exists():
-        raise ConfigError(f"{path} does not exist; give a Hugging Face folder or a .gguf file")
+        hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists()
+        fetch = f"; if it is a name on the Hub, `hf download {path} --local-dir FOLDER` fetches it" if hub else ""
+        raise ConfigError(f"{path} does not exist; give a Hugging Face folder or a .gguf file{fetch}")
     verify_manifest_if_any(path)
     gguf = gguf_file(path)
     return SafetensorsSource(path) if gguf is None else GgufSource(gguf)

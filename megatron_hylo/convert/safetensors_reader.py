@@ -240,13 +240,13 @@ def _read_index(file: Path) -> dict[str, list[str]]:
 
 
 def _no_weights(folder: Path, there: Iterable[str]) -> str:
-    message = f"{folder} holds neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read"
-    if others := sorted(there) or [name for name in PICKLES if (folder / name).is_file()]:
-        message += (
-            f", not {', '.join(others)}: let transformers write one, "
-            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained(NEW_FOLDER)"
-        )
-    return message
+    message = f"{folder} holds neither {SINGLE} nor {INDEX}; "
+    if not (others := sorted(there) or [name for name in PICKLES if (folder / name).is_file()]):
+        return message + "it has no weights; if its download was interrupted, the same `hf download` command completes it"
+    return (
+        f"{message}only safetensors checkpoints are read, not {', '.join(others)}: let transformers write one, "
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained(NEW_FOLDER)"
+    )
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -257,8 +257,8 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.is_file():
-        there = "" if folder.exists() else "; there is no such folder"
-        raise ConfigError(f"{folder} is not a Hugging Face folder: it has no config.json{there}")
+        there = "give the folder that has config.json and the weights" if folder.exists() else "there is no such folder"
+        raise ConfigError(f"{folder} is not a Hugging Face folder: it has no config.json; {there}")
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:

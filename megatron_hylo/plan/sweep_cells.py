@@ -10,7 +10,7 @@ from megatron_hylo.config.evaluation import SuiteSettings
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.eval.results import RESULTS
-from megatron_hylo.eval.runs import read_run, run_state
+from megatron_hylo.eval.runs import read_lines, read_run, run_state
 from megatron_hylo.io import MANIFEST
 
 STOPPED = 3  # exit status of a cell that a signal ended
@@ -126,5 +126,4 @@ class Cell:
 
     def attempts(self) -> list[dict[str, Any]]:
         """Starts of this cell on this machine that ended, oldest first: {code, seconds, message}."""
-        file = self.folder / "attempts.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return read_lines(self.folder / "attempts.jsonl")  # to which a sweep may be adding one

@@ -323,5 +323,5 @@ def _check_length(model: HyloForCausalLM, settings: SampleSettings, teacher: str
     if longest is not None and settings.length > longest:
         raise ConfigError(
             f"rows of {settings.length:,} tokens are past the {longest:,} positions that {teacher} was made for, where what it "
-            f"writes is poor; give a length up to that"
+            f"writes is poor; give --length {longest}"
         )

@@ -18,7 +18,7 @@ from megatron_hylo.train.callback import Callback, Progress
 
 logger = logging.getLogger("megatron_hylo.train")
 STACKS = "stacks"  # folder of a run: rank_00003.txt, there while the run goes on and after a hang
-GRACE_SECONDS = 10.0  # after its own silence the main rank lets the others write their stacks
+GRACE_SECONDS = 10.0  # once the main rank has noticed its own silence it lets all write their stacks
 FRAME = re.compile(r'  File "(.*?)", line (\d+) in (\S+)')
 
 
@@ -84,7 +84,10 @@ class HangWatch(Callback):
     def _watch(self) -> None:
         told = -1
         while not self.ended.wait(min(self.seconds / 4, 10.0)):
-            if time.monotonic() - self.last > self.seconds + min(GRACE_SECONDS, self.seconds) and told != self.step:
+            last = self.last
+            if time.monotonic() - last > self.seconds and told != self.step:
+                if self.ended.wait(min(GRACE_SECONDS, self.seconds)) or self.last != last:
+                    continue
                 told = self.step
                 logger.warning("%s", describe_hang(self.folder, self.hosts, self.step, self.seconds))
 

@@ -65,7 +65,10 @@ def student_config(teacher: ModelConfig, settings: UpcycleConfig) -> ModelConfig
     config = named.config
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size"):
         if getattr(config, name) != getattr(teacher, name):
-            raise ConfigError(f"layout {layout} has {name} {getattr(config, name)}, the teacher {getattr(teacher, name)}")
+            raise ConfigError(
+                f"layout {layout} has {name} {getattr(config, name)}, the teacher {getattr(teacher, name)}; upcycle a model of "
+                f"the sizes of {named.base}, or give a pattern of {teacher.num_hidden_layers} mixers in place of the layout"
+            )
     return hybrid_config(teacher, config.mixers, base_name=named.base, shapes=named.shapes, **overrides)
 
 

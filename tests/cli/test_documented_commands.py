@@ -2,13 +2,14 @@
 
 import ast
 import contextlib
-import importlib
+import importlib.util
 import io
 import os
 import re
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,10 +30,11 @@ FOREIGN = {"--option", "--standalone", "--nproc-per-node", "--signals-to-handle"
 FOREIGN |= {"--signal", "--time", "--export", "--wait", "--kill-on-invalid-dep", "--nodes", "--exclude", "--output"}  # Slurm's
 FOREIGN |= {"--work", "--append-eod"}  # a benchmark's, Megatron-LM's
 FOREIGN |= {  # vLLM's
-    "--additional-config", "--decode-context-parallel-size", "--dtype", "--enable-lora", "--enable-prefix-caching",
-    "--enforce-eager",
-    "--kv-cache-dtype", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--pipeline-parallel-size",
-    "--quantization", "--runner", "--speculative-config", "--tensor-parallel-size",
+    "--additional-config", "--cpu-offload-gb", "--decode-context-parallel-size", "--disable-hybrid-kv-cache-manager",
+    "--dtype", "--enable-lora", "--enable-prefix-caching", "--enforce-eager", "--hf-overrides", "--kv-cache-dtype",
+    "--kv-offloading-size", "--kv-transfer-config", "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs",
+    "--offload-group-size", "--pipeline-parallel-size", "--quantization", "--runner", "--speculative-config",
+    "--structured-outputs-config", "--tensor-parallel-size",
 }  # fmt: skip
 
 
@@ -42,8 +44,11 @@ def parser():
 
 
 def commands(text: str) -> list[tuple[str, list[str], list[str]]]:
-    """Commands of the shell blocks of a page or the comments of a script: program, names of its variables, its arguments."""
-    found = [SHOWN.match(line.strip()) for line in text.replace("\\\n", " ").splitlines()]
+    """Commands of the shell blocks of a page or the comments of a script: program, names of its variables, its arguments.
+
+    Redirections (`< FILE`) are left out.
+    """
+    found = [SHOWN.match(re.sub(r" [<>] \S+", "", line.strip())) for line in text.replace("\\\n", " ").splitlines()]
     return [
         (m[2].split("/")[-1] if m[2].endswith("hylo") else m[2], re.findall(r"(\w+)=", m[1]), shlex.split(m[3], comments=True))
         for m in found
@@ -157,6 +162,35 @@ def test_links_between_files_lead_somewhere():
     links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())]
     assert len(links) > 100
     assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_links_of_the_site_lead_to_pages_and_headings():
+    """`make docs` refuses others, but is not part of `make test`; `docs/hooks.py` moves what lies outside docs/."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    spec.loader.exec_module(hooks := importlib.util.module_from_spec(spec))
+    places = {path.name: path for path in [*ROOT.glob("docs/*.*"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]}
+    places |= {f"results/{path.name}": path for path in ROOT.glob("benchmarks/results/*.*")}
+    texts = {}
+    for name, path in places.items():
+        if path.suffix == ".md":
+            page = SimpleNamespace(file=SimpleNamespace(src_uri=name))
+            text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+            texts[name] = hooks.on_page_markdown(text, page, None, None)
+    anchors = {
+        name: {
+            re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip())
+            for title in re.findall("^#+ (.*)", text, re.M)
+        }
+        for name, text in texts.items()
+    }
+    wrong, number = [], 0
+    for name, text in texts.items():
+        for link, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", text):
+            number += 1
+            target = os.path.normpath(os.path.join(os.path.dirname(name), link)) if link else name
+            if target not in places or (anchor and anchor not in anchors[target]):
+                wrong.append(f"{name}: {link}#{anchor}")
+    assert number > 300 and wrong == []
 
 
 def test_every_results_page_is_listed():

@@ -53,6 +53,20 @@ def test_another_text_in_the_same_output_is_refused(tmp_path, tokenizer):  # noq
     run = tmp_path / "run"
     run.mkdir()
     for name in ("text", "text", "copy"):
-        _prepare_text(str(tmp_path / name), tmp_path / "teacher", run / "data", run)
+        _prepare_text(str(tmp_path / name), None, tmp_path / "teacher", run / "data", run)
     with pytest.raises(ConfigError, match="data was made of another text than .*other; give another --output"):
-        _prepare_text(str(tmp_path / "other"), tmp_path / "teacher", run / "data", run)
+        _prepare_text(str(tmp_path / "other"), None, tmp_path / "teacher", run / "data", run)
+
+
+def test_either_default_text_goes_on_and_own_text_is_refused(tmp_path, tokenizer):  # noqa: F811
+    tokenizer.save_pretrained(tmp_path / "teacher" / "tokenizer")
+    fetched = tmp_path / "manuals-django-6.0.8" / "documents.jsonl"
+    fetched.parent.mkdir()
+    fetched.write_text("".join(json.dumps({"name": d.name, "text": d.text}) + "\n" for d in make_documents(20)))
+    run = tmp_path / "run"
+    run.mkdir()
+    for given in (fetched, None):  # the second time nothing is fetched
+        _prepare_text(None, given, tmp_path / "teacher", run / "data", run)
+        assert json.loads((run / "results.json").read_text()) == {"text": "manuals"}
+    with pytest.raises(ConfigError, match="data was made of another text than .*documents.jsonl; give another --output"):
+        _prepare_text(str(fetched), None, tmp_path / "teacher", run / "data", run)

@@ -22,7 +22,7 @@ SUMMARY = dict(
     teacher_ppl=20.0, init_ppl=60.0, aligned_ppl=55.0, distilled_ppl=40.0, paper_init_ppl=37138.0, init_kl=1.0, aligned_kl=0.9,
     distilled_kl=0.8, paper_init_kl=7.6, kv_percent=11.0, kv_bytes_per_token=2560, teacher_kv_bytes_per_token=23040,
     paper_kv_bytes_per_token=2048, train_tokens=1024, heldout_tokens=512, seconds=60.0, device="cpu", init="calibrated",
-    layout="made", teacher="SmolLM2", generated="</p> is <b>bold</b>",
+    layout="made", teacher="SmolLM2", text="documents", generated="</p> is <b>bold</b>",
 )  # fmt: skip
 
 
@@ -107,6 +107,7 @@ def test_the_quickstarts_page_has_text_table_plot_and_commands(runs):
     for text in ("A &amp; B", "&lt;/p&gt; is &lt;b&gt;bold", "11.0\u00a0%", "<td>after stage 2</td><td>40.00</td>"):
         assert text in page
     assert f".venv/bin/hylo report {runs}/align {runs}/distil" in page and page.count("<svg") == 2 and loaded(page) == []
+    assert "manuals" not in page and "manuals from PyPI" in write_report(SUMMARY | {"text": "manuals"}, "", runs).read_text()
 
 
 def test_each_kind_of_quickstart_has_a_folder_of_its_own():

@@ -171,6 +171,7 @@ def test_shards_that_contradict_each_other_are_refused(shards):
 def test_other_weight_files_are_named_with_what_to_do(folder):
     tensors = load_file(folder / SINGLE)
     (folder / SINGLE).unlink()
+    refused(folder, "it has no weights; if its download was interrupted, the same `hf download` command completes it")
     torch.save(tensors, folder / "pytorch_model.bin")
     refused(
         folder, r"only safetensors checkpoints are read, not pytorch_model.bin: let transformers write one, AutoModel.*save_pre"

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_hylo.data import make_dataset as module
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.io.progress import show_progress
 from tests.data.conftest import make_documents
+from tests.forked import running
 
 ROOT = Path(__file__).parents[2]
 SLOW = """
@@ -24,8 +24,8 @@ import sys, time
 from megatron_hylo.data import make_dataset as module
 module.SAVE_SECONDS, module.BATCH_DOCUMENTS = 0.0, 64
 from megatron_hylo.data.preprocess import preprocess
-write = module._write
-module._write = lambda *arguments: (time.sleep(0.02), write(*arguments))
+write, seconds = module._write, iter([0.02] * 40 + [600])  # it waits in the middle, however late it is killed
+module._write = lambda *arguments: (time.sleep(next(seconds)), write(*arguments))
 preprocess(sys.argv[1], sys.argv[2], sys.argv[3], 0.1, more_inputs=sys.argv[4:], workers=2)
 """
 
@@ -65,7 +65,7 @@ def test_a_killed_start_goes_on_and_makes_the_same_bytes(tmp_path, inputs, monke
     whole = made(inputs, tmp_path / "whole")
     out = tmp_path / "killed"
     command = [sys.executable, "-c", SLOW, text, out, tokenizer, *more]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as child:
+    with running(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as child:
         while documents_saved(out) < 700:
             assert child.poll() is None
             time.sleep(0.01)

@@ -348,9 +348,7 @@ def test_what_cannot_be_measured_is_refused(copier, text, data, tokenizer, tmp_p
         run(copier(), (LENGTH,), tasks=("riddle",), data=text)
     with pytest.raises(ConfigError, match="depths between 0 and 1"):
         run(copier(), (LENGTH,), (2.0,), data=text)
-    with pytest.raises(
-        ConfigError, match="recall at length 300: the facts of key_value and a question take .* give lengths of at"
-    ):
+    with pytest.raises(ConfigError, match="length 300: the facts of key_value .* give lengths of at least [0-9,]+$"):
         run(copier(), (300,), tasks=("key_value",), data=text)
     short = copier()
     short.max_length = 1000

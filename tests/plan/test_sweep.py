@@ -25,6 +25,7 @@ from megatron_hylo.plan.sweep_cells import Cell
 from megatron_hylo.plan.sweep_plots import draw_cells
 from megatron_hylo.plan.sweep_report import cell_name, comparable, fit_metric
 from megatron_hylo.plan.sweep_rows import row_of
+from tests.forked import running
 from tests.train.conftest import material, tokenizer  # noqa: F401  fixtures
 
 
@@ -124,14 +125,19 @@ def test_a_killed_sweep_goes_on_and_bad_input_is_not_tried_again(spec, material,
 @pytest.mark.slow
 def test_a_sweep_that_is_stopped_while_its_cells_start_has_none_that_failed(spec):
     file = spec(at_once=2)
-    first, deadline = subprocess.Popen([sys.executable, "-m", "megatron_hylo.cli", "sweep", str(file)]), time.monotonic() + 120
-    cell = read_sweep(file).cells[0]
-    while not (cell.folder / "log.txt").is_file():
-        assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    first.terminate()
-    assert first.wait(120) == 3
+    cell, deadline = read_sweep(file).cells[0], time.monotonic() + 120
+    with running([sys.executable, "-m", "megatron_hylo.cli", "sweep", file]) as first:
+        while not (cell.folder / "log.txt").is_file():
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        first.terminate()
+        assert first.wait(120) == 3
     assert [cell.state()[0] for cell in read_sweep(file).cells] == ["waiting"] * 3 and cell.attempts()[0]["code"] == 3
+
+
+def test_an_attempt_that_is_being_recorded_is_not_read_yet(tmp_path):
+    (tmp_path / "attempts.jsonl").write_text('{"code": 3, "seconds": 1.5, "message": ""}\n{"code": 1, "seco')
+    assert [attempt["code"] for attempt in Cell(0, "one", tmp_path, {}).attempts()] == [3]
 
 
 def test_a_specification_that_is_not_yaml_is_refused(tmp_path):

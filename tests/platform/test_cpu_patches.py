@@ -109,7 +109,7 @@ def main(ranks: int, folder: Path, names: list[str]) -> None:
 def launch(ranks: int, names: tuple[str, ...], folder: Path) -> dict[str, list[str]]:
     """`main` in a process in which no patch is in force yet and that sees no GPU."""
     program = Program("tests.platform.test_cpu_patches", [ranks, folder, *names], folder / "log")
-    assert program.wait(timeout=300) == 0, (folder / "log").read_text()[-4000:]
+    assert program.wait(timeout=600) == 0, (folder / "log").read_text()[-4000:]
     return json.loads((folder / "outcomes.json").read_text())
 
 

@@ -41,7 +41,7 @@ def test_a_limit_leaves_room_for_stacks_and_allocations_of_the_threads(monkeypat
 
 @pytest.mark.parametrize("mib", [44, 700])
 def test_process_groups_are_made_or_refused_and_do_not_hang(mib):
-    done = subprocess.run([sys.executable, "-c", SESSION.format(mib=mib)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", SESSION.format(mib=mib)], capture_output=True, text=True, timeout=300)
     made = mib > 640
     assert (done.returncode, "made" in done.stdout) == (0 if made else 1, made), done.stderr[-500:]
     assert made or "is too low for 72 threads of torch.distributed" in done.stderr.splitlines()[-1]

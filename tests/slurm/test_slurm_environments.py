@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import output_of
+from tests.forked import running
 
 ROOT = Path(__file__).parents[2]
 STAGES = sorted(path.stem for path in ROOT.glob("slurm/stage*.sh"))
@@ -101,7 +101,7 @@ class Cluster:
         """Run a script to its end."""
         done = subprocess.run(
             ["bash", "-euo", "pipefail", *map(str, command)],
-            env=self.environment(**changes), cwd=cwd, capture_output=True, text=True, timeout=60,
+            env=self.environment(**changes), cwd=cwd, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         return Ran(done.returncode, done.stdout, done.stderr, self.recorded())
 
@@ -111,24 +111,23 @@ class Cluster:
         return {file.name: file.read_text().split("\0")[:-1] for file in files if file.name not in ("pwd", "starts.txt")}
 
 
-def wait_for_torchrun(cluster: Cluster) -> None:
+def wait_for_torchrun(cluster: Cluster, script: subprocess.Popen) -> None:
     """Wait until the script has come to start torchrun."""
     deadline = time.monotonic() + 120
     while "torchrun" not in cluster.recorded():
-        assert time.monotonic() < deadline
+        assert script.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def signalled(cluster: Cluster, environment: dict[str, str], number: int, *words: str) -> tuple[int, str, str]:
     """(exit status, output, error) of the stage's script, which gets a signal once it has come to start torchrun."""
-    with subprocess.Popen(
-        ["bash", str(STAGE), *words], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+    with running(
+        ["bash", STAGE, *words], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # where the tests run in the background it is ignored
     ) as script:  # fmt: skip
-        wait_for_torchrun(cluster)
+        wait_for_torchrun(cluster, script)
         script.send_signal(number)
-        output, error = output_of(script, timeout=120)
+        output, error = script.communicate(timeout=120)
     return script.returncode, output, error
 
 

@@ -26,6 +26,7 @@ from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.eval.runs import read_lines
 from megatron_hylo.io import verify_manifest
+from tests.forked import running
 from tests.slurm.tiny_root import make_root
 
 ROOT = Path(__file__).parents[2]
@@ -178,17 +179,16 @@ def logged_steps(run: Path) -> list[int]:
 def stop_after_a_step(command: list[str], environment: dict[str, str], run: Path, number: int) -> tuple[int, str]:
     """Start the script, signal it once it has logged a step more; its exit status and what it printed."""
     before, output = len(logged_steps(run)), run.parent / "output.txt"
-    with open(output, "w") as file:
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-    try:
+    with (
+        open(output, "w") as file,
+        running(command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) as process,
+    ):
         deadline = time.monotonic() + 300
         while len(logged_steps(run)) == before:
             assert process.poll() is None and time.monotonic() < deadline, output.read_text()
             time.sleep(0.2)
         process.send_signal(number)
         return process.wait(timeout=300), output.read_text()
-    finally:
-        process.kill()
 
 
 @pytest.mark.multirank
@@ -202,10 +202,10 @@ def test_stage3_script_trains_on_two_ranks_saves_at_a_signal_and_resumes_to_its_
     assert newest.name == f"step_{steps[-1]:08d}" and not (run / "stop_requested").exists()
     total = steps[-1] + 2
     command, environment = script(hylo_root, steps=total)
-    result = subprocess.run(
-        [*command, "--allow_change=train_tokens"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with running([*command, "--allow_change=train_tokens"], env=environment, cwd=ROOT, **pipes) as process:
+        output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
     assert logged_steps(run) == list(range(1, total + 1))  # the second start went on where the first had stopped
     verify_manifest(run / "model")
     for line in [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]:

@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -88,15 +89,24 @@ def teacher(folder):
     return load_model(folder).eval()
 
 
+@contextlib.contextmanager
+def serving(folder: Path, log: Path) -> Iterator[Server]:
+    """A server that can be reached."""
+    started = Server(folder, log)
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv(remote_access.SECRET, THEIRS)
+            Connection(started.address, 0, "first", 120).link.end()
+        yield started
+    finally:
+        started.process.kill()
+        started.process.wait()
+
+
 @pytest.fixture(scope="module")
 def server(folder):
-    started = Server(folder, folder.parent / "server.log")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv(remote_access.SECRET, THEIRS)
-        Connection(started.address, 0, "first", 120).link.end()  # it is there
-    yield started
-    started.process.kill()
-    started.process.wait()
+    with serving(folder, folder.parent / "server.log") as started:
+        yield started
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +194,7 @@ def test_strangers_get_nothing_and_it_serves_on_like_the_model(server, teacher, 
     kept = STRANGERS[attack](server)
     serves(server, teacher)
     if kept is not None and attack != "no proof":  # dropped, and the head did not come
-        kept.settimeout(5)
+        kept.settimeout(60)
         answer = b""
         with contextlib.suppress(ConnectionResetError):
             while part := kept.recv(4096):
@@ -220,7 +230,7 @@ def test_slow_connections_do_not_keep_students_out(server, teacher):
         for _ in range(6):
             link.write(header(shape=(1, MOST)) + bytes(8 * MOST) + starts())
     serves(server, teacher)
-    slow[0].settimeout(5)
+    slow[0].settimeout(60)
     with contextlib.suppress(ConnectionResetError):
         assert slow[0].recv(1) == b""  # the oldest had to go
     for kept in [*slow, *(link.sock for link in unread)]:
@@ -234,17 +244,15 @@ def test_a_message_has_a_time_to_be_whole():
     stop = threading.Event()
 
     def drip() -> None:
-        for byte in ids(3):
+        for byte in ids(3)[:-1]:
             mine.sendall(bytes([byte]))
             if stop.wait(0.02):
                 return
 
     thread = threading.Thread(target=drip)
     thread.start()
-    began = time.monotonic()
-    with pytest.raises(GoneError, match="its message took too long"):
+    with pytest.raises(GoneError, match="its message took too long"):  # not that the other side was silent
         link.receive(lambda *_: True, within=0.3)
-    assert time.monotonic() - began < 2
     stop.set()
     thread.join()
     link.wait = 0.2
@@ -276,8 +284,9 @@ def test_strangers_have_a_time_to_prove_themselves(monkeypatch):
         ("127.0.0.1", free_port()), None, {}, torch.zeros(1), remote_listener.Limits(1, 1, 1), 60
     )
     sock = socket.create_connection(parse_address(listener.address), timeout=60)
-    sock.sendall(GREETING)
-    assert sock.recv(1) == b""
+    with contextlib.suppress(ConnectionError):  # it may have ended before it is greeted
+        sock.sendall(GREETING)
+        assert sock.recv(1) == b""
     sock.close()
     listener.close()
 
@@ -317,8 +326,9 @@ def test_gloo_stays_on_this_machine_where_all_ranks_do(monkeypatch, ranks, inter
 
 
 def test_lost_teachers_are_named(folder, server, monkeypatch):
-    student = Connection(server.address, 0, "a test", 1.0)
+    student = Connection(server.address, 0, "a test", 20)
     student.link.receive(lambda *_: True)
+    student.link.wait = 1.0
     server.process.send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(ConfigError, match=f"teacher at {server.address} is lost: it was silent for 1 s; it was stopped"):
@@ -361,7 +371,7 @@ def test_an_impostor_is_found_out(answer, said):
                 sock.sendall(b"\x01" + (proof or bytes(PROOF)))
             sock.close()
 
-        thread = threading.Thread(target=pretend)
+        thread = threading.Thread(target=pretend, daemon=True)
         thread.start()
         with pytest.raises(ConfigError, match=said):
             Connection("127.0.0.1:%d" % listening.getsockname()[1], 0, "a test", 5)
@@ -415,7 +425,13 @@ def test_addresses_and_secrets_are_checked(monkeypatch, tmp_path):
         read_secret()
 
 
-def test_a_student_that_leaves_is_named_and_a_killed_teacher_too(server):  # the last one: it kills the server
+def test_a_student_that_leaves_is_named_and_a_killed_teacher_too(folder, tmp_path):
+    with serving(folder, tmp_path / "log") as server:
+        leave_and_kill(server)
+
+
+def leave_and_kill(server: Server) -> None:
+    """A student leaves; then the server is killed beside another."""
     student = Connection(server.address, 0, "process 7 of node3", 20)
     student.link.receive(lambda *_: True)
     for _ in range(2):

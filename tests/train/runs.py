@@ -10,6 +10,7 @@ from megatron.core import dist_checkpointing
 
 from megatron_hylo.config.train import TrainConfig
 from tests.forked import Program
+from tests.held import Hold, held_program
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,8 +34,13 @@ def relative_difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.T
     return max((float((mine[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-30)), n) for n in mine)
 
 
-def start_train(config: TrainConfig) -> Program:
-    """`hylo train --config RECIPE` with the recipe beside the output folder, as leader of a process group."""
+def start_train(config: TrainConfig, held: Hold) -> Program:
+    """`hylo train --config RECIPE` with the recipe beside the output folder, as leader of a process group.
+
+    Args:
+        config: settings.
+        held: where it waits for a signal (tests/held.py), so that it has not ended when the test sends one.
+    """
     recipe = Path(f"{config.output}.yaml")
     recipe.write_text(yaml.safe_dump(asdict(config)))
-    return Program("megatron_hylo.cli", ["train", "--config", recipe], Path(f"{config.output}.log"))
+    return held_program(held, ["train", "--config", recipe], Path(f"{config.output}.log"))

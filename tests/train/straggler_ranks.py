@@ -14,12 +14,12 @@ from megatron_hylo.train.loop import train
 
 
 class Fast:
-    """A clock that runs a hundred times as fast, so that other processes of this machine cannot outweigh it."""
+    """A clock that runs ten thousand times as fast, so that other processes of this machine cannot outweigh it."""
 
     @staticmethod
     def perf_counter() -> float:
         """Seconds."""
-        return 100 * time.perf_counter()
+        return 10_000 * time.perf_counter()
 
 
 def late_batches(function):

@@ -4,7 +4,6 @@ Oracle of resuming: the same run on one rank without interruption.
 """
 
 import json
-import os
 import shutil
 import signal
 import time
@@ -16,11 +15,13 @@ from megatron.core import dist_checkpointing
 
 from megatron_hylo.config import ParallelConfig
 from megatron_hylo.config.train import OptimizerSettings
+from megatron_hylo.eval.runs import read_lines
 from megatron_hylo.io import DamagedError, has_manifest
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train.checkpoint import latest_checkpoint
 from megatron_hylo.train.loop import train
+from tests import held
 from tests.conftest import EXPERTS, tiny_config
 from tests.parity.worker import job, launch
 from tests.train.conftest import VOCABULARY
@@ -99,14 +100,13 @@ def test_resuming_under_another_parallelism_equals_one_rank_uninterrupted(settin
 
 def test_killed_save_leaves_no_checkpoint_and_the_earlier_one_is_used(settings, tmp_path):
     config = settings(steps=4, output=tmp_path / "killed", checkpoint=dict(save_interval=1, keep=4))
-    process = start_train(config)
+    process = start_train(config, held.folder(2))
     checkpoints = tmp_path / "killed" / "checkpoints"
     partial = checkpoints / ".step_00000002.partial"
     while process.poll() is None and not partial.is_dir():
         time.sleep(0.0005)
-    os.killpg(process.pid, signal.SIGKILL)  # with the processes that write files for it
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    process.kill()  # with the processes that write files for it
+    assert process.wait(timeout=60) == -signal.SIGKILL
     assert partial.is_dir() and not has_manifest(checkpoints / "step_00000002")
     assert latest_checkpoint(tmp_path / "killed") == checkpoints / "step_00000001"
 
@@ -127,7 +127,7 @@ def test_a_checkpoint_written_during_later_steps_holds_its_own(one_rank, setting
         request = right(*args, **kwargs)
 
         def write(*what):
-            while 3 not in metrics(tmp_path / "late"):
+            while 3 not in [line["step"] for line in read_lines(tmp_path / "late" / "metrics.jsonl")]:
                 time.sleep(0.01)
             request.async_fn(*what)
 

@@ -43,15 +43,14 @@ def test_a_rank_that_is_somewhere_else_than_the_others_is_named(tmp_path):
 
 
 def test_a_step_that_does_not_end_leaves_the_stack_and_a_warning(one_rank, tmp_path, caplog):
-    watch = HangWatch(tmp_path, 0.3, ["here"])
-
-    def stuck_in_a_library():
-        deadline = time.monotonic() + 20
+    def stuck_in_a_library() -> HangWatch:
+        watch, deadline = HangWatch(tmp_path, 0.6, ["here"]), time.monotonic() + 120
         while not caplog.records and time.monotonic() < deadline:
             time.sleep(0.02)
+        return watch
 
-    stuck_in_a_library()
-    assert "no step for 0.005 minutes after step 0: all ranks are in stuck_in_a_library" in caplog.text
+    watch = stuck_in_a_library()
+    assert "no step for 0.01 minutes after step 0: all ranks are in stuck_in_a_library" in caplog.text
     watch.close()
     assert "stuck_in_a_library" in (tmp_path / "stacks" / "rank_00000.txt").read_text()
     watch = HangWatch(tmp_path, 60.0, ["here"])

@@ -29,6 +29,7 @@ from megatron_hylo.train.checkpoint import checkpoint_path
 from megatron_hylo.train.loop import train, training_step
 from megatron_hylo.train.objectives import get_objective
 from megatron_hylo.train.optimizer import build_training_state
+from tests import held
 from tests.train.runs import metrics, start_train, weights
 
 
@@ -121,7 +122,7 @@ def test_a_teacher_whose_head_is_padded_further_teaches_the_same(settings, mater
 
 def test_interrupt_saves_and_the_same_command_resumes_bit_for_bit(settings, tmp_path):
     stopped = settings(steps=24, output=tmp_path / "stopped", precision="bf16")
-    process = start_train(stopped)
+    process = start_train(stopped, held.step(20))
     written = tmp_path / "stopped" / "metrics.jsonl"
     while process.poll() is None and not (written.is_file() and written.read_text().count("\n") >= 3):
         time.sleep(0.01)

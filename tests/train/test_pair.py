@@ -19,6 +19,7 @@ from megatron_hylo.io import verify_manifest
 from megatron_hylo.models.checkpoint import load_model, read_description, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train.loop import train
+from tests import held
 from tests.conftest import tiny_config
 from tests.parity.worker import job, launch
 from tests.train.conftest import VOCABULARY
@@ -79,7 +80,7 @@ def test_a_pair_equals_two_runs_bit_for_bit_with_clipping(settings, students, tm
 def test_interrupt_saves_both_and_the_same_command_resumes_bit_for_bit(settings, students, tmp_path):
     models = dict(model=students[0], second_model=students[1], precision="bf16")
     stopped = settings("align", steps=24, output=tmp_path / "stopped", **models)
-    process = start_train(stopped)
+    process = start_train(stopped, held.step(20))
     written = tmp_path / "stopped" / "metrics.jsonl"
     while process.poll() is None and not (written.is_file() and written.read_text().count("\n") >= 3):
         time.sleep(0.01)

@@ -41,16 +41,12 @@ class LatentBuilder(Builder):
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> LatentMetadata:
         """Divide the requests, and find the pages of all tokens that prefills see."""
-        m = common_attn_metadata
-        decodes = split_decodes_and_prefills(m, decode_threshold=1)[0]
+        m, decodes = common_attn_metadata, split_decodes_and_prefills(common_attn_metadata, decode_threshold=1)[0]
         starts, slots = m.query_start_loc_cpu.tolist(), m.slot_mapping[: m.num_actual_tokens]
-        lengths = m.seq_lens_cpu_upper_bound[decodes : m.num_reqs].tolist()  # exact; the GPU's are made by the step before
-        limits = [decodes, m.num_reqs] if sum(lengths) <= CACHED_TOKENS else range(decodes, m.num_reqs + 1)
-        prefills = [
-            self._prefill(starts[first : last + 1], lengths[first - decodes : last - decodes], m.block_table_tensor[first:last])
-            for first, last in pairwise(limits)
-            if first < last
-        ]
+        lengths = m.seq_lens_cpu_upper_bound[: m.num_reqs].tolist()  # exact of prefills; the GPU's are made by the step before
+        at_once = max(1, m.num_reqs - decodes) if sum(lengths[decodes:]) <= CACHED_TOKENS else 1
+        parts = pairwise(range(decodes, m.num_reqs + 1, at_once))
+        prefills = [self._prefill(starts[i : j + 1], lengths[i:j], m.block_table_tensor[i:j]) for i, j in parts]
         return LatentMetadata(slots, decodes, m.block_table_tensor[:decodes], m.seq_lens[:decodes], prefills)
 
     def _prefill(self, starts: list[int], keys: list[int], block_table: Tensor) -> Prefill:

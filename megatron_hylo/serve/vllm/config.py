@@ -66,14 +66,19 @@ def check_options(vllm_config: Any) -> None:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     check_tensor_parallel(model.hf_config.architecture(), parallel.tensor_parallel_size, "tensor_parallel_size")
     refused = {
-        f"--quantization, or `hylo export --quantize` ({model.quantization}),": model.quantization is not None,
+        f"--quantization, or `hylo export --quantize` ({model.quantization}),": model.quantization,
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
         "a mixture of experts": EXPERTS_SYMBOL in model.hf_config.mlps,
         "windowed attention `W`": WINDOW_SYMBOL in model.hf_config.mixers,
         f"--runner {model.runner_type}": model.runner_type != "generate",
-        "--enable-lora": vllm_config.lora_config is not None,
-        "--speculative-config": vllm_config.speculative_config is not None,
+        "--enable-lora": vllm_config.lora_config,
+        "--speculative-config": vllm_config.speculative_config,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+        "--kv-transfer-config or --kv-offloading-size": vllm_config.kv_transfer_config or cache.kv_offloading_size,
+        "--cpu-offload-gb": vllm_config.offload_config.uva.cpu_offload_gb,
+        "--offload-group-size": vllm_config.offload_config.prefetch.offload_group_size,
+        "--disable-hybrid-kv-cache-manager": vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
+        "--hf-overrides of the rotation, which is `hylo`'s in config.json,": "rope" in str(model.hf_overrides),
     }
     if found := [what for what, given in refused.items() if given]:
         raise ConfigError(f"{' and '.join(found)} is not supported for HyLo models; docs/serving.md lists what works")

@@ -46,8 +46,6 @@ def decode_torch(query: Tensor, offset: Tensor | None, cached: Cached, scale: fl
     heads, width = query.shape[1:]
     out = query.new_zeros(len(query), heads, rank)
     for i, length in enumerate(cached.lengths.tolist()):
-        if not length:
-            continue  # padding
         blocks = cached.table[i, : -(-length // pages.shape[1])].long()
         rows = pages[blocks].flatten(0, 1)[:length].to(query.dtype)
         scores = (query[i] @ rows[:, :width].T).float()

@@ -70,16 +70,17 @@ class HyloModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=c.layernorm_epsilon)
         latent = c.kv_channels if c.mla_rotary_pairs else c.qk_pos_emb_head_dim  # layers choose out of the base model's table
         rotations = {ATTENTION_SYMBOL: (c.kv_channels, c.rope_scaling), MLA_SYMBOL: (latent, c.mla_rope_scaling)}
-        self.rotations = {
-            symbol: (rope_frequencies(width, c.rotary_base, scaling, torch.get_default_device()), scaling.cos_sin_multiplier)
-            for symbol, (width, scaling) in rotations.items()
-            if symbol in config.mixers
-        }
+        self.multipliers: dict[str, float] = {}
+        for symbol in rotations.keys() & set(config.mixers):
+            width, scaling = rotations[symbol]
+            frequencies = rope_frequencies(width, c.rotary_base, scaling, torch.get_default_device())
+            self.register_buffer(f"frequencies_{symbol}", frequencies, persistent=False)  # vLLM's sleep mode keeps no others
+            self.multipliers[symbol] = scaling.cos_sin_multiplier
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Compute hidden states [tokens, hidden] of all requests' tokens from their embeddings x [tokens, hidden]."""
-        residual = None
-        ropes = {symbol: rope_cos_sin(positions, *rotation) for symbol, rotation in self.rotations.items()}
+        residual, scales = None, self.multipliers.items()
+        ropes = {symbol: rope_cos_sin(positions, self.get_buffer(f"frequencies_{symbol}"), scale) for symbol, scale in scales}
         for layer in self.layers:
             x, residual = layer(x, residual, ropes)
         return self.norm(x, residual)[0]
@@ -121,8 +122,8 @@ class HyloForCausalLM(nn.Module, HasInnerState, IsHybrid):
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [tokens, hidden] of ids [tokens]; those past the last, which vLLM lets clients send, are read as it."""
-        return self.model.embed_tokens(input_ids.clamp(max=self.config.vocab_size - 1))
+        """Embeddings [tokens, hidden] of ids [tokens]; those outside, which vLLM lets clients send, are read as the nearest."""
+        return self.model.embed_tokens(input_ids.clamp(0, self.config.vocab_size - 1))
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, intermediate_tensors: None = None, inputs_embeds: Tensor | None = None

@@ -32,6 +32,12 @@ def folder(tmp_path_factory):
     ({"runner": "pooling"}, "--runner pooling is not supported"),
     ({"pipeline_parallel_size": 2}, "[Pp]ipeline parallelism is not supported"),
     ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "--decode-context-parallel-size is not supported"),
+    ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "--kv-transfer-config or .* is not"),
+    ({"kv_offloading_size": 1.0}, "--kv-offloading-size is not supported"),
+    ({"cpu_offload_gb": 1}, "--cpu-offload-gb is not supported"),
+    ({"offload_group_size": 2}, "--offload-group-size is not supported"),
+    ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager is not supported"),
+    ({"hf_overrides": {"rope_theta": 500_000.0}}, "--hf-overrides of the rotation, which is `hylo`'s in config.json, is not"),
     ({"additional_config": {"hylo_kernels": "slow"}}, "hylo_kernels is 'reference', got 'slow'"),
 ])  # fmt: skip
 def test_what_does_not_work_is_refused_with_a_sentence(folder, settings, message):
@@ -54,11 +60,30 @@ def test_a_file_of_weights_that_is_cut_is_named_before_it_is_loaded(folder, tmp_
         EngineArgs(model=str(tmp_path), max_model_len=256, skip_tokenizer_init=True).create_engine_config()
 
 
-def test_a_token_beyond_the_vocabulary_ends_no_engine(folder):
+def test_a_token_outside_the_vocabulary_ends_no_engine(folder):
     """The tokenizer's size in place of its last id is what vLLM compares with; without a tokenizer, nothing."""
     with engine(folder) as llm:
-        found = tokens(complete(llm, [[5, 256, 7], [5, 255, 7], [300]], NEW))
-    assert found[0] == found[1] and len(found[2]) == NEW
+        found = tokens(complete(llm, [[5, 256, 7], [5, 255, 7], [300], [5, -1, 7], [5, 0, 7]], NEW))
+    assert found[0] == found[1] and len(found[2]) == NEW and found[3] == found[4]
+
+
+def test_every_tensor_of_the_model_is_a_parameter_or_a_buffer(folder):
+    """After `sleep?level=2`, which GPUs have alone, vLLM brings nothing else back."""
+    with engine(folder, enforce_eager=True) as llm:
+        (others,) = llm.apply_model(lambda model: [name for module in model.modules() for name in other_tensors(module)])
+    assert not others
+
+
+def other_tensors(module: torch.nn.Module) -> list[str]:
+    """Attributes of a module of this project that are tensors, or dictionaries and sequences of them, besides its pages."""
+    known = {"_parameters", "_buffers", "_modules", "kv_cache"}
+    ours = type(module).__module__.startswith("megatron_hylo")
+    return [name for name, value in vars(module).items() if ours and name not in known and holds_tensor(value)]
+
+
+def holds_tensor(value: object) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return isinstance(value, torch.Tensor) or any(holds_tensor(part) for part in parts)
 
 
 def test_what_works_gives_right_answers(folder):

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from tests.serve.vllm.models import greedy_tokens, log_probabilities, make_model
 from tests.serve.vllm.prompts import Prompts, random_prompts, text_prompts
 
@@ -50,9 +50,7 @@ def expected(folder, prompts) -> Prompts:
 @pytest.fixture(scope="module")
 def url(folder, tmp_path_factory):
     """A server in processes of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("server") / "log.txt"
     command = [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", "hybrid", "--host",

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_hylo.config.errors import ConfigError
 from megatron_hylo.config.mixers import tensor_parallel_sizes
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
 from megatron_hylo.hf.recurrent_hylo import HyloMamba2
+from megatron_hylo.serve import vllm as plugin
 from megatron_hylo.serve.vllm import check_version
 from megatron_hylo.serve.vllm.latent_kernels import (
     Cached,
@@ -37,6 +39,11 @@ try:
 except ImportError as error:
     print(error)
 """
+
+
+def test_the_plugin_is_small():
+    """1,200 lines at most: what vLLM has is not made again."""
+    assert sum(len(file.read_text().splitlines()) for file in Path(plugin.__file__).parent.glob("*.py")) <= 1200
 
 
 def config_of(name: str) -> HyloConfig:
