@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tests.forked import Program
 
+HELD = "held until a signal comes"  # printed when the call is reached
 Hold = tuple[str, int]  # "package.module:name" and the number of the call
 
 
@@ -46,6 +47,7 @@ def hold(target: str, call: int) -> None:
     def held(*arguments, **named):
         calls.append(1)
         if len(calls) == call:
+            print(HELD, flush=True)
             select.select([came], [], [])
         return function(*arguments, **named)
 
