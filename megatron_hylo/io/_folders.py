@@ -175,6 +175,11 @@ def remove_atomic_directory(path: Path) -> None:
     shutil.rmtree(old)
 
 
+def staging_path(output: Path, parts: str) -> Path:
+    """Return where `staging_directory` puts finished parts of that kind."""
+    return output.parent / f".{output.name}.{parts}"
+
+
 def staging_directory(output: Path, parts: str, key: str, description: dict[str, Any]) -> Path:
     """Return a directory beside an output for its finished parts, reused when the writer is restarted; all ranks call it.
 
@@ -187,7 +192,7 @@ def staging_directory(output: Path, parts: str, key: str, description: dict[str,
     Raises:
         ConfigError: not all ranks see the directory.
     """
-    work = output.parent / f".{output.name}.{parts}"
+    work = staging_path(output, parts)
     file = work / f"{key}.json"
 
     def prepare() -> None:

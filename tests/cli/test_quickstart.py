@@ -65,7 +65,7 @@ def test_either_default_text_goes_on_and_own_text_is_refused(tmp_path, tokenizer
     fetched.write_text("".join(json.dumps({"name": d.name, "text": d.text}) + "\n" for d in make_documents(20)))
     run = tmp_path / "run"
     run.mkdir()
-    for given in (fetched, None):  # the second time nothing is fetched
+    for given in (("manuals", fetched), None):  # the second time nothing is fetched
         _prepare_text(None, given, tmp_path / "teacher", run / "data", run)
         assert json.loads((run / "results.json").read_text()) == {"text": "manuals"}
     with pytest.raises(ConfigError, match="data was made of another text than .*documents.jsonl; give another --output"):

@@ -96,7 +96,7 @@ def test_quickstart_takes_manuals_where_apt_cannot_give_documents_and_says_so(ma
     make()
     monkeypatch.setenv("PATH", str(tmp_path))
     console = Console(record=True, width=500)
-    assert quickstart._fetch_text(console) == artefacts.fetch_manuals()
+    assert quickstart._fetch_text(console) == ("manuals", artefacts.fetch_manuals())
     said = console.export_text()
     assert said.count("\n") == 1 and "tiny_manual 1.0 from PyPI, so figures will differ from the README's" in said
     assert "apt-get is not installed." in said
@@ -115,7 +115,7 @@ def test_quickstart_prefers_debians_packages(monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart, "fetch_documents", lambda: tmp_path / "documents.jsonl")
     monkeypatch.setattr(quickstart, "fetch_manuals", lambda: pytest.fail("the manuals were fetched"))
     console = Console(record=True)
-    assert quickstart._fetch_text(console) == tmp_path / "documents.jsonl" and console.export_text() == ""
+    assert quickstart._fetch_text(console) == ("documents", tmp_path / "documents.jsonl") and console.export_text() == ""
 
 
 def test_a_package_that_apt_does_not_know_is_not_offered(monkeypatch, tmp_path):

@@ -132,7 +132,7 @@ def test_a_means_difference_is_that_of_its_tasks():
 
 
 def test_degrees_of_freedom_of_a_mean_are_those_of_welchs_test():
-    """Of two means, scipy's; where one task of few texts makes most of the error, that task's."""
+    """A mean of two tasks has scipy's degrees; one whose error is mostly that of a task of few texts has about that task's."""
     scipy = pytest.importorskip("scipy.stats")
     one, other = [0.1, 0.5, 0.9, 0.4], [0.2, 0.3, 0.2, 0.4, 0.3, 0.1, 0.2]
     errors = [mean_by_group(values, range(len(values)))[1] for values in (one, other)]

@@ -427,26 +427,21 @@ def test_addresses_and_secrets_are_checked(monkeypatch, tmp_path):
 
 def test_a_student_that_leaves_is_named_and_a_killed_teacher_too(folder, tmp_path):
     with serving(folder, tmp_path / "log") as server:
-        leave_and_kill(server)
-
-
-def leave_and_kill(server: Server) -> None:
-    """A student leaves; then the server is killed beside another."""
-    student = Connection(server.address, 0, "process 7 of node3", 20)
-    student.link.receive(lambda *_: True)
-    for _ in range(2):
-        student.ask(torch.zeros(1, 8, dtype=torch.int64), None)
-        student.receive(HIDDEN, (8, 1, 48), torch.float32)
-    name = f"student {student.link.sock.getsockname()[0]}:{student.link.sock.getsockname()[1]} (process 7 of node3)"
-    reset(student.link.sock)
-    last = Connection(server.address, 0, "last", 20)
-    last.link.receive(lambda *_: True)
-    deadline, said = time.monotonic() + 60, ""
-    while f"{name} left after" not in said and time.monotonic() < deadline:
-        time.sleep(0.01)
-        said = " ".join(server.log.read_text().split())
-    assert f"{name} left after 2 micro-batches: " in said
-    server.process.kill()
-    server.process.wait()
-    with pytest.raises(ConfigError, match=f"the teacher at {server.address} is lost: .*(clos|broke)"):
-        last.receive(HIDDEN, (8, 1, 48), torch.float32)
+        student = Connection(server.address, 0, "process 7 of node3", 20)
+        student.link.receive(lambda *_: True)
+        for _ in range(2):
+            student.ask(torch.zeros(1, 8, dtype=torch.int64), None)
+            student.receive(HIDDEN, (8, 1, 48), torch.float32)
+        name = f"student {student.link.sock.getsockname()[0]}:{student.link.sock.getsockname()[1]} (process 7 of node3)"
+        reset(student.link.sock)
+        last = Connection(server.address, 0, "last", 20)
+        last.link.receive(lambda *_: True)
+        deadline, said = time.monotonic() + 60, ""
+        while f"{name} left after" not in said and time.monotonic() < deadline:
+            time.sleep(0.01)
+            said = " ".join(server.log.read_text().split())
+        assert f"{name} left after 2 micro-batches: " in said
+        server.process.kill()
+        server.process.wait()
+        with pytest.raises(ConfigError, match=f"the teacher at {server.address} is lost: .*(clos|broke)"):
+            last.receive(HIDDEN, (8, 1, 48), torch.float32)

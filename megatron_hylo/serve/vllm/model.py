@@ -71,11 +71,11 @@ class HyloModel(nn.Module):
         latent = c.kv_channels if c.mla_rotary_pairs else c.qk_pos_emb_head_dim  # layers choose out of the base model's table
         rotations = {ATTENTION_SYMBOL: (c.kv_channels, c.rope_scaling), MLA_SYMBOL: (latent, c.mla_rope_scaling)}
         self.multipliers: dict[str, float] = {}
-        for symbol in rotations.keys() & set(config.mixers):
-            width, scaling = rotations[symbol]
-            frequencies = rope_frequencies(width, c.rotary_base, scaling, torch.get_default_device())
-            self.register_buffer(f"frequencies_{symbol}", frequencies, persistent=False)  # vLLM's sleep mode keeps no others
-            self.multipliers[symbol] = scaling.cos_sin_multiplier
+        for symbol, (width, scaling) in rotations.items():
+            if symbol in config.mixers:
+                frequencies = rope_frequencies(width, c.rotary_base, scaling, torch.get_default_device())
+                self.register_buffer(f"frequencies_{symbol}", frequencies, persistent=False)  # else lost in sleep mode
+                self.multipliers[symbol] = scaling.cos_sin_multiplier
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Compute hidden states [tokens, hidden] of all requests' tokens from their embeddings x [tokens, hidden]."""
