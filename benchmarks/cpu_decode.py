@@ -1,13 +1,13 @@
-"""Decode of a hybrid on the CPU beside its dense teacher, and assisted generation with drafts of different kinds.
+"""Decode of a hybrid beside its dense teacher, on the CPU or a GPU, and assisted generation with drafts of different kinds.
 
     python benchmarks/cpu_decode.py runs/quickstart/export TEACHER runs/quickstart/data   # TEACHER: Hugging Face folder or GGUF
 
-The models take turns, token by token, after the same prompt; seconds are those of this process on the CPU (one thread by
-default), so that other work on the machine weighs less. "made anew" makes all keys and values of MLA layers in every step.
-Drafts propose tokens, which the model that is to be sped up checks in one pass; greedy, so that the text is that model's own.
-They are the hybrid for its teacher, the teacher for the hybrid, the hybrid's first layers for itself (assistant_early_exit),
-and what followed the last tokens where they stood before (prompt_lookup_num_tokens). Each prompt is continued without and
-with the draft in turn. Prints tables and, last, one JSON line; writes RESULTS.md.
+The models take turns, token by token, after the same prompt. On the CPU seconds are those of this process (one thread by
+default), so that other work on the machine weighs less; on a GPU they are by the clock on the wall. "made anew" makes all keys
+and values of MLA layers in every step. Drafts propose tokens, which the model that is to be sped up checks in one pass; greedy,
+so that the text is that model's own. They are the hybrid for its teacher, the teacher for the hybrid, the hybrid's first layers
+for itself (assistant_early_exit), and what followed the last tokens where they stood before (prompt_lookup_num_tokens). Each
+prompt is continued without and with the draft in turn. Prints tables and, last, one JSON line; writes RESULTS.md.
 """
 
 import json
@@ -42,6 +42,7 @@ def main(
     drafted: int = 4,
     exits: list[int] = [8, 16],  # noqa: B006
     threads: int = 1,
+    device: str = "cpu",
     results: Path = Path("benchmarks/results/cpu_decode"),
     commit: str = "",
 ) -> None:
@@ -58,6 +59,7 @@ def main(
         drafted: tokens that a draft proposes at a time.
         exits: layers of the hybrid that draft for it.
         threads: of torch.
+        device: of both models, as torch names it.
         results: path without suffix of the .md to write.
         commit: of the code, for the results file.
     """
@@ -66,11 +68,12 @@ def main(
     ids = torch.cat(documents)[None]
     if ids.shape[1] < context:
         raise SystemExit(f"{data} holds {ids.shape[1]:,} held-out tokens, fewer than --context {context:,}")
-    starts = beginnings(documents, prompts, *prompt_tokens)
+    starts = [prompt.to(device) for prompt in beginnings(documents, prompts, *prompt_tokens)]
     decode, drafts = [], []
     for dtype in dtypes:
-        models = {name: open_model(path, getattr(torch, dtype))[0] for name, path in (("hybrid", hybrid), ("dense", teacher))}
-        decode += decode_rates(models, ids[:, :context], tokens)
+        paths = {"hybrid": hybrid, "dense": teacher}
+        models = {name: open_model(path, getattr(torch, dtype))[0].to(device) for name, path in paths.items()}
+        decode += decode_rates(models, ids[:, :context].to(device), tokens)
         if dtype == dtypes[0]:
             student, dense = models["hybrid"], models["dense"]
             kinds: list[tuple[str, Any, str, dict[str, Any]]] = [
@@ -91,7 +94,7 @@ def main(
     rows = [(d["model"], d["dtype"], f"{d['ms']:.1f}", f"{1e3 / d['ms']:.1f}", f"{d['cache_bytes'] / 2**20:.1f}")
             for d in decode]  # fmt: skip
     report(
-        results, "Decode on the CPU", [
+        results, f"Decode on the {'CPU' if device == 'cpu' else 'GPU'}", [
             f"Assisted generation: {prompts} beginnings of held-out documents, {prompt_tokens[0]:,} to {prompt_tokens[1]:,} "
             f"tokens, {new_tokens} new tokens each, {drafted} proposed at a time, greedy, {dtypes[0]}; milliseconds are of "
             f"tokens after the first pass, which reads the prompt.",
@@ -101,7 +104,15 @@ def main(
         f"{device_name()}, commit {commit or 'not given'}",
     )  # fmt: skip
     print(table)
-    print(json.dumps({"benchmark": "cpu_decode", "context": context, "decode": decode, "drafts": drafts}))
+    print(json.dumps({"benchmark": "cpu_decode", "device": device, "context": context, "decode": decode, "drafts": drafts}))
+
+
+def seconds_now() -> float:
+    """Seconds of a clock: of this process alone on the CPU, on the wall where a GPU works, after its work is done."""
+    if not torch.cuda.is_initialized():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def beginnings(documents: list[torch.Tensor], count: int, least: int, most: int) -> list[torch.Tensor]:
@@ -115,7 +126,7 @@ def beginnings(documents: list[torch.Tensor], count: int, least: int, most: int)
 
 @torch.no_grad()
 def decode_rates(models: dict[str, Any], ids: torch.Tensor, steps: int) -> list[dict[str, Any]]:
-    """Median CPU milliseconds of one-token steps after the same prompt, the models in turn."""
+    """Median milliseconds of one-token steps after the same prompt, the models in turn."""
     caches = {name: model(ids, use_cache=True, logits_to_keep=1).past_key_values for name, model in models.items()}
     times: dict[str, list[float]] = {}
     absorbs = HyloLatentAttention.absorbs
@@ -123,10 +134,10 @@ def decode_rates(models: dict[str, Any], ids: torch.Tensor, steps: int) -> list[
         for name in ("hybrid", "hybrid, made anew", "dense"):
             key = name.partition(",")[0]
             HyloLatentAttention.absorbs = (lambda *_: False) if "anew" in name else absorbs  # type: ignore[method-assign]
-            start = time.process_time()
+            start = seconds_now()
             models[key](ids[:, -1:], past_key_values=caches[key], use_cache=True)
             if step > 1:
-                times.setdefault(name, []).append(time.process_time() - start)
+                times.setdefault(name, []).append(seconds_now() - start)
     HyloLatentAttention.absorbs = absorbs  # type: ignore[method-assign]
     return [
         {"model": name, "ms": 1e3 * statistics.median(values), "cache_bytes": cache_bytes(caches[name.partition(",")[0]]),
@@ -143,7 +154,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 class _Passes:
-    """Streamer of transformers that notes each pass: CPU time at its end, and new tokens; the first one is the prompt."""
+    """Streamer of transformers that notes each pass: the time at its end, and new tokens; the first one is the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -151,20 +162,20 @@ class _Passes:
 
     def put(self, value: torch.Tensor) -> None:
         """Called with the prompt, then with the new tokens of each pass."""
-        self.times.append(time.process_time())
+        self.times.append(seconds_now())
         self.tokens.append(value.numel())
 
     def end(self) -> None:
         """Called at the end of the text."""
 
     def after_the_first(self) -> tuple[float, int]:
-        """CPU seconds and new tokens of all passes but the first one, which reads the prompt."""
+        """Seconds and new tokens of all passes but the first one, which reads the prompt."""
         return self.times[-1] - self.times[1], sum(self.tokens[2:])
 
 
 @torch.no_grad()
 def acceptance(model: Any, draft: dict[str, Any], prompts: list[torch.Tensor], tokens: int, drafted: int) -> dict[str, Any]:
-    """Share of a draft's tokens that the model keeps, and its speed against the model alone, in CPU time.
+    """Share of a draft's tokens that the model keeps, and its speed against the model alone.
 
     Args:
         model: to be sped up.
@@ -185,9 +196,9 @@ def acceptance(model: Any, draft: dict[str, Any], prompts: list[torch.Tensor], t
         texts = {}
         for name, how in (("alone", {}), ("with", draft)):
             widths.clear()
-            noted, start = _Passes(), time.process_time()
+            noted, start = _Passes(), seconds_now()
             texts[name] = model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=noted, **how, **settings)
-            whole[name] += time.process_time() - start
+            whole[name] += seconds_now() - start
             later, new = noted.after_the_first()
             seconds[name], made[name] = seconds[name] + later, made[name] + new
         equal += torch.equal(texts["alone"], texts["with"])
