@@ -32,12 +32,13 @@ def use_foreach_functions() -> None:
     """Replace Megatron-Core's own functions on lists of tensors by torch's.
 
     Its norm waits for the GPU once a tensor, and its scaling starts two kernels a tensor: of a small model's update that is
-    most of the time. Those of Transformer Engine and Apex stay.
+    most of the time. With a function that scales by a tensor it also leaves the norm on the GPU, so that nothing waits for it
+    and an update can be captured. Those of Transformer Engine and Apex stay.
     """
     if clip_grads.l2_norm_impl is not local_multi_tensor_l2_norm:  # a library's, or ours already
         return
     clip_grads.l2_norm_impl = l2_norm
-    clip_grads.multi_tensor_scale_impl = scale
+    clip_grads.multi_tensor_scale_impl = clip_grads.multi_tensor_scale_tensor_impl = scale
     megatron_optimizer.multi_tensor_scale_impl = scale
 
 
@@ -54,18 +55,21 @@ def l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]]
     return torch.nn.utils.get_total_norm(tensor_lists[0]).reshape(1), None
 
 
-def scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], factor: float) -> None:
+def scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], factor: float | Tensor) -> None:
     """Write tensors times a factor into others, with the arguments of Apex's multi_tensor_scale.
 
     Args:
         chunk_size, noop_flag: ignored.
         tensor_lists: sources and targets, of the same shapes; they may be the same list, and their dtypes may differ.
-        factor: rounded products are in the targets' dtype; Megatron-Core has 1.0 where the dtypes differ.
+        factor: a number, or a tensor [1] on the targets' device; rounded products are in the targets' dtype; Megatron-Core has
+            1.0 where the dtypes differ.
     """
     sources, targets = tensor_lists
     if not targets:
         return
     if targets is not sources:
         torch._foreach_copy_(targets, sources)
-    if factor != 1.0:
+    if isinstance(factor, Tensor):
+        torch._foreach_mul_(targets, factor.reshape(()))
+    elif factor != 1.0:
         torch._foreach_mul_(targets, factor)
