@@ -1,11 +1,14 @@
-"""All of an optimizer's tensors at once, where Transformer Engine and Apex are not installed: norm, clipping, copies, AdamW."""
+"""All of an optimizer's tensors at once: copies to weights, and without Transformer Engine and Apex norm, clipping, AdamW."""
 
 from collections.abc import Iterable
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer import optimizer as megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 
@@ -26,6 +29,26 @@ def fuse_adamw(optimizers: Iterable[Any]) -> None:
             for group in optimizer.param_groups:
                 if all(p.device.type in FUSED_ON for p in group["params"]):
                     group["fused"] = True
+
+
+def copy_weights_together(parts: Iterable[Any]) -> None:
+    """Have Megatron-Core's optimizers copy all fp32 parameters to bf16 weights at once after an update, not one by one.
+
+    Of an update's 320 operators of a 135M hybrid that was 251 with Muon and 295 with AdamW. What is copied stays the same; fp32
+    weights are updated themselves.
+
+    Args:
+        parts: Megatron-Core's optimizers.
+    """
+    for part in (part for part in parts if not part.is_stub_optimizer):  # which has no parameter on this rank
+        if isinstance(part, DistributedOptimizer):
+            weights, copies = part.shard_float16_groups, part.shard_fp32_from_float16_groups
+        elif isinstance(part, megatron_optimizer.Float16OptimizerWithFloat16Params):
+            weights, copies = part.float16_groups, part.fp32_from_float16_groups
+        else:
+            continue
+        both = [list(chain.from_iterable(copies)), [p.data for p in chain.from_iterable(weights)]]
+        part._copy_main_params_to_model_params = partial(scale, 0, None, both, 1.0)
 
 
 def use_foreach_functions() -> None:
@@ -55,7 +78,7 @@ def l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]]
     return torch.nn.utils.get_total_norm(tensor_lists[0]).reshape(1), None
 
 
-def scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], factor: float | Tensor) -> None:
+def scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Tensor]], factor: float | Tensor) -> None:
     """Write tensors times a factor into others, with the arguments of Apex's multi_tensor_scale.
 
     Args:

@@ -25,7 +25,7 @@ from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.plan.muon import ITERATIONS
-from megatron_hylo.train.multi_tensor import fuse_adamw, use_foreach_functions
+from megatron_hylo.train.multi_tensor import copy_weights_together, fuse_adamw, use_foreach_functions
 from megatron_hylo.train.muon import FP32_PARAMETERS, build_muon
 from megatron_hylo.train.optimizer_offload import OffloadedState
 
@@ -187,6 +187,7 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     build = build_muon if settings.name == "muon" else get_megatron_optimizer
     optimizer = build(optimizer_config, wrapped, config_overrides=overrides)
     fuse_adamw(part.optimizer for part in optimizer_parts(optimizer))
+    copy_weights_together(optimizer_parts(optimizer))
     if capturable:
         rates_as_tensors(optimizer)
     no_sync = [wrapper.no_sync for wrapper in wrapped]

@@ -134,6 +134,28 @@ def test_adamw_is_fused_on_a_gpu_alone_and_other_optimizers_stay():
     assert other.param_groups == groups
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weights_are_copied_together_as_megatron_core_does(settings, one_rank, name):
+    """Its own method, which each optimizer's class still has, is the oracle."""
+    model = build_model(tiny_config("G-+-M-*-"), params_dtype=torch.bfloat16).train()
+    optimizer = OptimizerSettings(name=name, use_distributed_optimizer=name == "adamw")
+    state = build_training_state([model], settings("pretrain", precision="bf16", optimizer=optimizer))
+    weights = {key: p.detach().clone() for key, p in model.named_parameters()}
+    for part in optimizer_parts(state.optimizer):
+        for p in part.get_parameters():
+            p.data += torch.randn_like(p)
+    found = []
+    for own in (True, False):
+        for key, p in model.named_parameters():
+            if p.dtype == torch.bfloat16:
+                p.data.copy_(weights[key])
+        for part in optimizer_parts(state.optimizer):
+            if hasattr(part, "_copy_main_params_to_model_params"):  # that of fp32 weights has none
+                part._copy_main_params_to_model_params() if own else type(part)._copy_main_params_to_model_params(part)
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *found)) and not any(map(torch.equal, found[0], weights.values()))
+
+
 def test_counts_of_steps_leave_the_gpu_before_they_are_saved():
     with FakeTensorMode():
         count, moment = torch.ones((), device="cuda"), torch.ones(3, device="cuda")
