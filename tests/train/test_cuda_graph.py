@@ -140,7 +140,7 @@ def training_state(settings, device, graphs, name, precision, distributed):
 
 
 def updates(state, numbers):
-    """Take an update for each number, from gradients that it is the seed of; returns their norms."""
+    """Take an update for each number, which is the seed of its gradients; returns the norms of these."""
     norms = []
     for number in numbers:
         generator = torch.Generator().manual_seed(number)
@@ -222,9 +222,10 @@ def test_an_update_that_can_be_captured_equals_the_other(settings, one_rank, mon
             assert float(mine[key]) == pytest.approx(x, rel=1e-7)
         else:
             torch.testing.assert_close(mine[key], x, rtol=1e-2 if x.dtype == torch.bfloat16 else 1e-6, atol=1e-8)
-    muon = optimizer_parts(states[0].optimizer)[0] if name == "muon" else None
-    for group, other in zip(muon.param_groups, optimizer_parts(states[1].optimizer)[0].param_groups) if muon else ():
-        assert group["params"] and all(map(torch.equal, group["params"], other["params"]))
+    if name == "muon":  # the first part
+        groups = [optimizer_parts(state.optimizer)[0].param_groups for state in states]
+        for group, other in zip(*groups, strict=True):
+            assert group["params"] and all(map(torch.equal, group["params"], other["params"]))
 
 
 @pytest.mark.gpu
