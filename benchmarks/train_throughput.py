@@ -22,7 +22,7 @@ from report import architecture, device_name, free_memory, random_text, report
 from megatron_hylo.cli.boundary import plain_errors
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import BASES
-from megatron_hylo.config.train import CheckpointSettings, LoggingSettings, TrainConfig
+from megatron_hylo.config.train import CheckpointSettings, LoggingSettings, OptimizerSettings, TrainConfig
 from megatron_hylo.kernels.registry import in_use
 from megatron_hylo.models.checkpoint import save_model
 from megatron_hylo.models.hylo_model import build_model
@@ -39,6 +39,7 @@ def main(
     lengths: list[int] = [2048],  # noqa: B006
     batches: list[int] = [8, 16],  # noqa: B006
     cuda_graphs: list[bool] = [False, True],  # noqa: B006
+    optimizer: Literal["adamw", "muon"] = "adamw",
     recompute: bool | str = False,
     teacher_precision: Literal["same", "fp8"] = "same",
     linear_precision: Literal["same", "fp8"] = "same",
@@ -57,6 +58,7 @@ def main(
         lengths: tokens of a sequence.
         batches: sequences of a step, all in one forward pass.
         cuda_graphs: without and with.
+        optimizer: of all runs.
         recompute: activations of every layer, or of those with these symbols.
         teacher_precision, linear_precision: as in training.
         peer: also measure hf_peer.py, and show each row's ratio to it (stages distil and pretrain).
@@ -89,6 +91,7 @@ def main(
                 teacher=None if stage == "pretrain" else str(folder / "teacher"), sequence_length=length,
                 global_batch_size=batch, micro_batch_size=batch, train_tokens=steps * batch * length, eval_windows=1,
                 checkpoint=CheckpointSettings(save_interval=10**9),
+                optimizer=OptimizerSettings(name=optimizer, use_distributed_optimizer=optimizer != "muon"),
                 logging=LoggingSettings(log_interval=1, tensorboard=False), cuda_graphs=graphs, recompute=recompute,
                 teacher_precision=teacher_precision, linear_precision=linear_precision, loss_chunk_tokens=4096,
                 precision="bf16" if torch.cuda.is_available() else "fp32",
@@ -110,7 +113,7 @@ def main(
         rows.append(dict(stage=f"{stage}, peer", sequence=length, batch=batch, cuda_graphs=False, tokens_per_second=rate,
                          peak_gib=peak))  # fmt: skip
         free_memory()
-    _show(rows, layout, second_layout, teacher, results, f"{device_name()}, commit {commit}, {kernels}")
+    _show(rows, layout, second_layout, teacher, results, f"{device_name()}, {optimizer}, commit {commit}, {kernels}")
 
 
 def _show(rows: list[dict[str, Any]], layout: str, second_layout: str | None, teacher: str, results: Path, how: str) -> None:

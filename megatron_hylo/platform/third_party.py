@@ -247,6 +247,7 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         (
             "megatron.core.optimizer.clip_grads.l2_norm_impl",
             "megatron.core.optimizer.clip_grads.multi_tensor_scale_impl",
+            "megatron.core.optimizer.clip_grads.multi_tensor_scale_tensor_impl",
             "megatron.core.optimizer.optimizer.multi_tensor_scale_impl",
         ),
     ),

@@ -262,19 +262,20 @@ def training_step(
             wrapper.zero_grad_buffer()
         state.optimizer.zero_grad()
     metrics = objective.forward_backward(states, batches, micro_batches)
+    found: dict[str, Any]
     if skipped.must_skip(states, metrics, step + 1):
-        values = {"skipped_steps": float(skipped.total)}
+        found = {"skipped_steps": skipped.total}
     else:
         kinds: dict[str, Any] = {}
         for prefix, state in zip(PREFIXES, states if norms_by_kind else ()):
             kinds |= {f"{prefix}gradient_norm/{kind}": norm for kind, norm in gradient_norms(state).items()}
         # each student has a gradient norm and clipping of its own, so two that share a run end as they would alone
         norms = {f"{prefix}gradient_norm": state.update() for prefix, state in zip(PREFIXES, states)}
-        values = {name: float(value) for name, value in (_mean_over_ranks(metrics) | norms | kinds).items()}
+        found = _mean_over_ranks(metrics) | norms | kinds
     rates = {f"learning_rate_{name}": rate for name, rate in states[0].learning_rates().items()}
     for state in states:
-        state.scheduler.step(1)
-    return values | rates
+        state.scheduler.step(1)  # while the GPU updates, which reading a number waits for
+    return {name: float(value) for name, value in found.items()} | rates
 
 
 def _mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,11 +1,14 @@
-"""All of an optimizer's tensors at once, where Transformer Engine and Apex are not installed: norm, clipping, copies, AdamW."""
+"""All of an optimizer's tensors at once: copies to weights, and without Transformer Engine and Apex norm, clipping, AdamW."""
 
 from collections.abc import Iterable
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer import optimizer as megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 
@@ -28,16 +31,37 @@ def fuse_adamw(optimizers: Iterable[Any]) -> None:
                     group["fused"] = True
 
 
+def copy_weights_together(parts: Iterable[Any]) -> None:
+    """Have Megatron-Core's optimizers copy all fp32 parameters to bf16 weights at once after an update, not one by one.
+
+    Of an update's 320 operators of a 135M hybrid that was 251 with Muon and 295 with AdamW. What is copied stays the same; fp32
+    weights are updated themselves.
+
+    Args:
+        parts: Megatron-Core's optimizers.
+    """
+    for part in (part for part in parts if not part.is_stub_optimizer):  # which has no parameter on this rank
+        if isinstance(part, DistributedOptimizer):
+            weights, copies = part.shard_float16_groups, part.shard_fp32_from_float16_groups
+        elif isinstance(part, megatron_optimizer.Float16OptimizerWithFloat16Params):
+            weights, copies = part.float16_groups, part.fp32_from_float16_groups
+        else:
+            continue
+        both = [list(chain.from_iterable(copies)), [p.data for p in chain.from_iterable(weights)]]
+        part._copy_main_params_to_model_params = partial(scale, 0, None, both, 1.0)
+
+
 def use_foreach_functions() -> None:
     """Replace Megatron-Core's own functions on lists of tensors by torch's.
 
     Its norm waits for the GPU once a tensor, and its scaling starts two kernels a tensor: of a small model's update that is
-    most of the time. Those of Transformer Engine and Apex stay.
+    most of the time. With a function that scales by a tensor it also leaves the norm on the GPU, so that nothing waits for it
+    and an update can be captured. Those of Transformer Engine and Apex stay.
     """
     if clip_grads.l2_norm_impl is not local_multi_tensor_l2_norm:  # a library's, or ours already
         return
     clip_grads.l2_norm_impl = l2_norm
-    clip_grads.multi_tensor_scale_impl = scale
+    clip_grads.multi_tensor_scale_impl = clip_grads.multi_tensor_scale_tensor_impl = scale
     megatron_optimizer.multi_tensor_scale_impl = scale
 
 
@@ -54,18 +78,21 @@ def l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]]
     return torch.nn.utils.get_total_norm(tensor_lists[0]).reshape(1), None
 
 
-def scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], factor: float) -> None:
+def scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Tensor]], factor: float | Tensor) -> None:
     """Write tensors times a factor into others, with the arguments of Apex's multi_tensor_scale.
 
     Args:
         chunk_size, noop_flag: ignored.
         tensor_lists: sources and targets, of the same shapes; they may be the same list, and their dtypes may differ.
-        factor: rounded products are in the targets' dtype; Megatron-Core has 1.0 where the dtypes differ.
+        factor: a number, or a tensor [1] on the targets' device; rounded products are in the targets' dtype; Megatron-Core has
+            1.0 where the dtypes differ.
     """
     sources, targets = tensor_lists
     if not targets:
         return
     if targets is not sources:
         torch._foreach_copy_(targets, sources)
-    if factor != 1.0:
+    if isinstance(factor, Tensor):
+        torch._foreach_mul_(targets, factor.reshape(()))
+    elif factor != 1.0:
         torch._foreach_mul_(targets, factor)

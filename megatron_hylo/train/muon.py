@@ -55,8 +55,6 @@ class BatchedMuon(TensorParallelMuon):
             matrices = [p for p in group["params"] if p.grad is not None]
             if not matrices:
                 continue
-            if group["weight_decay"]:  # decoupled, as the optimizer's settings have it
-                torch._foreach_add_(matrices, matrices, alpha=-group["weight_decay"] * group["lr"])
             gradients, moments = [p.grad for p in matrices], [self.state[p]["momentum_buffer"] for p in matrices]
             torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
             alike = defaultdict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tensor]]](list)
@@ -65,25 +63,28 @@ class BatchedMuon(TensorParallelMuon):
             for (rows, columns, divided), found in alike.items():
                 whole = rows * columns * (1 if divided == -1 else ranks)
                 for batch in batched(found, max(1, TOGETHER // whole)):
-                    self._take(batch, None if divided == -1 else divided, group["lr"], group["momentum"])
+                    self._take(batch, None if divided == -1 else divided, group)
 
-    def _take(self, batch: Sequence[tuple[Tensor, Tensor, Tensor]], divided: int | None, lr: float, momentum: float) -> None:
+    def _take(self, batch: Sequence[tuple[Tensor, Tensor, Tensor]], divided: int | None, group: dict[str, Any]) -> None:
         """Take steps of matrices of one shape, which tensor-parallel ranks divide by dimension `divided`.
 
         Args:
             batch: matrices [rows, columns], their gradients and new momenta; updates are made of these alone, for less memory.
             divided: None: every rank has them whole.
-            lr: learning rate.
-            momentum: weight of the momentum in Nesterov's update.
+            group: its "lr", a number or a tensor [], "weight_decay", and "momentum", that one's weight in Nesterov's update.
         """
         from emerging_optimizers.utils import fp32_matmul_precision
 
         matrices, gradients, moments = zip(*batch, strict=True)
-        updates = torch.stack(torch._foreach_lerp(gradients, moments, momentum) if self.nesterov else moments)
+        updates = torch.stack(torch._foreach_lerp(gradients, moments, group["momentum"]) if self.nesterov else moments)
         dimension = None if divided is None else divided - 2  # from the end, as the matrices are stacked
         with fp32_matmul_precision(self.fp32_matmul_prec):
             steps = self.scaled_orthogonalize_fn(updates, self.pg_collection.tp, dimension)
-        torch._foreach_add_(matrices, list(steps.unbind()), alpha=-lr)
+        steps = steps.contiguous()  # tall matrices come transposed, which foreach functions take one by one
+        if group["weight_decay"]:  # decoupled, as the optimizer's settings have it
+            torch._foreach_add_(steps.unbind(), matrices, alpha=group["weight_decay"])
+        steps *= group["lr"]
+        torch._foreach_sub_(matrices, steps.unbind())
 
 
 _EMERGING_OPTIMIZERS[NAME] = EmergingOptimizerEntry(optimizer_cls=BatchedMuon, config_to_kwargs=_muon_config_to_kwargs)

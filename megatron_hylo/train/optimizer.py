@@ -16,7 +16,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.distrib_optimizer import USING_TE_OPTIMIZER, DistributedOptimizer
+from megatron.core.optimizer.distrib_optimizer import USING_APEX_OPTIMIZER, DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -25,7 +25,7 @@ from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.transformer_config import HyloTransformerConfig
 from megatron_hylo.plan.muon import ITERATIONS
-from megatron_hylo.train.multi_tensor import fuse_adamw, use_foreach_functions
+from megatron_hylo.train.multi_tensor import copy_weights_together, fuse_adamw, use_foreach_functions
 from megatron_hylo.train.muon import FP32_PARAMETERS, build_muon
 from megatron_hylo.train.optimizer_offload import OffloadedState
 
@@ -43,7 +43,7 @@ class TrainingState:
     scheduler: OptimizerParamScheduler
     take_step: Callable[[], tuple[bool, Tensor | float | None, int | None]]  # the optimizer's step, or its CUDA graph
     offloaded: OffloadedState | None = None  # the optimizer's state, where it is on the CPU between steps
-    capturable: bool = False  # whether the update reads learning rates and its count of steps from tensors
+    capturable: bool = False  # whether the update reads all that changes from step to step from tensors that stay
 
     @property
     def chunks(self) -> list[HyloModel]:
@@ -93,6 +93,16 @@ def is_expert_parallel(parameter: Tensor) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
+def rates_as_tensors(optimizer: MegatronOptimizer) -> None:
+    """Turn each group's learning rate into an fp32 tensor [] beside its parameters, which the schedule fills.
+
+    Transformer Engine's Adam has such tensors by itself where it can be captured.
+    """
+    for group in (group for part in optimizer_parts(optimizer) for group in part.param_groups):
+        if group["params"] and not isinstance(group["lr"], Tensor):
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=group["params"][0].device)
+
+
 @contextlib.contextmanager
 def plain_numbers(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Context in which learning rates and step counts that are tensors are numbers; afterwards the tensors have the new values.
@@ -140,8 +150,8 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     wrapped = [DistributedDataParallel(transformer_config, ddp_config, chunk) for chunk in chunks]
     for wrapper in wrapped:
         wrapper.broadcast_params()
-    # torch's Adam would fix the rates, as Muon would
-    capturable = config.cuda_graphs and USING_TE_OPTIMIZER and not settings.offload and settings.name == "adamw"
+    # offloaded state has another place at every step; with Apex the gradient norm is a number in Python
+    capturable = config.cuda_graphs and not settings.offload and not USING_APEX_OPTIMIZER
     bf16 = config.precision == "bf16"
     optimizer_config = OptimizerConfig(
         optimizer="adam",
@@ -177,6 +187,9 @@ def build_training_state(chunks: Sequence[HyloModel], config: TrainConfig) -> Tr
     build = build_muon if settings.name == "muon" else get_megatron_optimizer
     optimizer = build(optimizer_config, wrapped, config_overrides=overrides)
     fuse_adamw(part.optimizer for part in optimizer_parts(optimizer))
+    copy_weights_together(optimizer_parts(optimizer))
+    if capturable:
+        rates_as_tensors(optimizer)
     no_sync = [wrapper.no_sync for wrapper in wrapped]
     transformer_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     offloaded = OffloadedState(optimizer, chunks) if settings.offload else None

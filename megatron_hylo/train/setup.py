@@ -85,13 +85,18 @@ class Run:
         return flops + teacher_flops_per_token(shape, config.sequence_length, window, head)
 
     def describe(self) -> str:
-        """Name the students, the amount of work, the precision and the ranks."""
+        """Name the students, the amount of work, the precision, the ranks and what CUDA graphs have."""
         config, shapes = self.config, [chunks[0].config.hylo for chunks in self.students]
         models = [f"{c.mixers} ({parameter_count(c) / 1e6:,.0f} M parameters)" for c in shapes]
         ranks = torch.distributed.get_world_size()
+        graphs = ""
+        if config.cuda_graphs:
+            why = "optimizer.offload moves its state" if config.optimizer.offload else "Apex"
+            captured = all(state.capturable for state in self.states)
+            graphs = ", CUDA graphs of " + ("passes and update" if captured else f"the passes, not of the update ({why})")
         return (
             f"{' and '.join(models)}, {config.train_steps} steps of {config.global_batch_size} x {config.sequence_length} "
-            f"tokens, {config.precision}, {ranks} rank{'s' if ranks > 1 else ''}"
+            f"tokens, {config.precision}, {ranks} rank{'s' if ranks > 1 else ''}{graphs}"
         )
 
     def predict_memory(self) -> Memory:

@@ -34,10 +34,12 @@ def check(device, own_norm):
     if own_norm:
         assert float(norm) == pytest.approx(float(local_multi_tensor_l2_norm(65_536, None, [tensors], False)[0]), rel=1e-6)
 
-    clipped, reference = lists(device), lists(device)
-    multi_tensor.scale(65_536, None, [clipped, clipped], 0.37)
+    reference = lists(device)
     local_multi_tensor_scale(65_536, None, [reference, reference], 0.37)
-    assert all(map(torch.equal, clipped, reference))
+    for factor in (0.37, torch.tensor([0.37], device=device)):
+        clipped = lists(device)
+        multi_tensor.scale(65_536, None, [clipped, clipped], factor)
+        assert all(map(torch.equal, clipped, reference))
 
     copies = [torch.full_like(x, 9.0, dtype=torch.bfloat16) for x in tensors]
     multi_tensor.scale(65_536, None, [tensors, copies], 1.0)
@@ -58,18 +60,33 @@ def test_it_equals_megatron_cores_own_functions_on_a_gpu():
 
 def test_a_run_uses_it_unless_a_library_is_there(settings, one_rank, monkeypatch):
     library = object()
-    for module in (clip_grads, megatron_optimizer):
-        monkeypatch.setattr(module, "multi_tensor_scale_impl", library)
-    monkeypatch.setattr(clip_grads, "l2_norm_impl", library)
+    scaling, by_tensor = "multi_tensor_scale_impl", "multi_tensor_scale_tensor_impl"
+    scales = (clip_grads, scaling), (clip_grads, by_tensor), (megatron_optimizer, scaling)
+    for module, name in (*scales, (clip_grads, "l2_norm_impl")):
+        monkeypatch.setattr(module, name, library)
     model = build_model(tiny_config("*-"), params_dtype=torch.float32)
     build_training_state([model], settings("pretrain"))
-    assert (
-        clip_grads.l2_norm_impl is clip_grads.multi_tensor_scale_impl is megatron_optimizer.multi_tensor_scale_impl is library
-    )
+    assert {clip_grads.l2_norm_impl, *(getattr(*where) for where in scales)} == {library}
     monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
     build_training_state([model], settings("pretrain"))
     assert clip_grads.l2_norm_impl is multi_tensor.l2_norm
-    assert clip_grads.multi_tensor_scale_impl is megatron_optimizer.multi_tensor_scale_impl is multi_tensor.scale
+    assert {getattr(*where) for where in scales} == {multi_tensor.scale}
+
+
+@pytest.mark.parametrize("clip_grad", [0.5, 1e6])
+def test_gradients_are_clipped_without_asking_for_their_norm(settings, one_rank, clip_grad):
+    """By Megatron-Core's functions with ours; the formula is the oracle. A norm below the limit changes no gradient."""
+    model = build_model(tiny_config("*-"), params_dtype=torch.float32)
+    state = build_training_state([model], settings("pretrain", optimizer=OptimizerSettings(clip_grad=clip_grad)))
+    for p in model.parameters():
+        p.main_grad.normal_()
+    gradients = [p.main_grad.clone() for p in model.parameters()]
+    expected = torch.cat([x.double().flatten() for x in gradients]).norm()
+    norm = state.update()
+    assert isinstance(norm, torch.Tensor) and float(norm) == pytest.approx(float(expected), rel=1e-6)
+    factor = min(1.0, clip_grad / (float(expected) + 1e-6))
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.main_grad, gradient * factor, rtol=1e-6 if factor < 1 else 0.0, atol=0.0)
 
 
 def adamw_updates(device, fused):
@@ -115,6 +132,28 @@ def test_adamw_is_fused_on_a_gpu_alone_and_other_optimizers_stay():
     groups = [dict(group) for group in other.param_groups]
     multi_tensor.fuse_adamw([other, None])
     assert other.param_groups == groups
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weights_are_copied_together_as_megatron_core_does(settings, one_rank, name):
+    """Its own method, which each optimizer's class still has, is the oracle."""
+    model = build_model(tiny_config("G-+-M-*-"), params_dtype=torch.bfloat16).train()
+    optimizer = OptimizerSettings(name=name, use_distributed_optimizer=name == "adamw")
+    state = build_training_state([model], settings("pretrain", precision="bf16", optimizer=optimizer))
+    weights = {key: p.detach().clone() for key, p in model.named_parameters()}
+    for part in optimizer_parts(state.optimizer):
+        for p in part.get_parameters():
+            p.data += torch.randn_like(p)
+    found = []
+    for own in (True, False):
+        for key, p in model.named_parameters():
+            if p.dtype == torch.bfloat16:
+                p.data.copy_(weights[key])
+        for part in optimizer_parts(state.optimizer):
+            if hasattr(part, "_copy_main_params_to_model_params"):  # that of fp32 weights has none
+                part._copy_main_params_to_model_params() if own else type(part)._copy_main_params_to_model_params(part)
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *found)) and not any(map(torch.equal, found[0], weights.values()))
 
 
 def test_counts_of_steps_leave_the_gpu_before_they_are_saved():
