@@ -137,7 +137,8 @@ def ruler_templates() -> dict[str, str]:
 def training_texts() -> list[str]:
     """All templates of the exercises, each with every noun and secret."""
     nouns, secrets = [("{noun}", noun) for noun in training.NOUNS], [("{secret}", secret) for secret in training.SECRETS]
-    nouns += [("{a}", training.with_article(noun)) for noun in training.NOUNS]
+    nouns += [(mark, word(noun)) for noun in training.NOUNS
+              for mark, word in (("{a}", training.with_article), ("{nouns}", training.plural))]  # fmt: skip
     secrets += [("{Secret}", secret) for secret in training.SECRETS]
     found = []
     for text in training.TEMPLATES:
@@ -170,7 +171,7 @@ def test_no_frame_of_training_makes_an_evaluations_sentence():
     plain = [re.sub("[ \n]+", " ", re.sub(r"\{(key|value)\}", r"\1\1\1", text).lower()) for text in held_out]
     assert "the special magic number for keykeykey mentioned in the provided text is valuevaluevalue" in plain
     kinds = {"key": "(the )?keykeykey", "value": "valuevaluevalue", "words": "[^.?!:=]+"}
-    kind_of = dict.fromkeys(("key", "the", "The", "name", "source"), "key") | dict.fromkeys(("value", "answer"), "value")
+    kind_of = dict.fromkeys(("key", "the", "The", "name", "source", "all"), "key") | dict.fromkeys(("value", "answer"), "value")
     for template in training.TEMPLATES:
         text = template.replace("{{", "{").replace("}}", "}").strip().strip(".")
         if not re.search(r"\{(value|answer)\}", text):
