@@ -40,8 +40,8 @@ T = TypeVar("T")
 MOST_KEYS = 12  # facts like each other
 MOST_QUESTIONS = 4  # about them
 ECHOED = 0.25  # part of the questions that are the fact's own first words, where these can ask
-LED_IN = 0.4  # part of the questions that allow it whose answer does not follow at once: on a new line, in a list
-ASKED_TOGETHER = 0.5  # part of the exercises of several keys, where a noun is said of them, whose questions are one
+LED_IN = 0.4  # part of the questions that end in one of ENDS whose answer follows a lead-in
+ASKED_TOGETHER = 0.5  # part of the exercises asking for several keys, where a noun is said of them, whose questions are one
 
 
 @dataclass(frozen=True)
@@ -202,13 +202,17 @@ class Exercises:
         return Question(fact, before, answer, after)
 
     def _question_of_several(self, templates: Sequence[str], values: Sequence[str], **words: str) -> Question:
-        """The question about all facts up to some, whose answer is in a sentence or a line each."""
+        """One question about an exercise's first facts, whose values are in a sentence or a line each.
+
+        The first line's mark is before the answer: nothing says which one it is, so it is not learnt as an answer.
+        """
         before, after = (part.format(**words) for part in self._pick(templates).split("{answer}"))
         if not before.endswith(ENDS) or self._random() >= LED_IN:
             return Question(0, before, listed(values), after)
         bullet = self._pick(BULLETS)
-        lines = [bullet.format(number=number) + value for number, value in enumerate(values, 1)]
-        return Question(0, _led_in(before, self._pick((":\n", ":\n\n"))), "\n".join(lines), "\n")
+        first, *others = [bullet.format(number=number) for number, _ in enumerate(values, 1)]
+        lines = [values[0], *(mark + value for mark, value in zip(others, values[1:]))]
+        return Question(0, _led_in(before, self._pick((":\n", ":\n\n")) + first), "\n".join(lines), "\n")
 
     def _below(self, bound: int) -> int:
         return int(self._random() * bound)

@@ -119,9 +119,11 @@ def test_answers_follow_at_once_or_after_a_lead_in_and_several_in_lines():
         (question,) = exercises.make("several_values", 4).questions
         if "\n" in question.answer:
             lines += 1
-            assert question.text.endswith((":\n", ":\n\n")) and question.rest == "\n"
-            assert len({re.sub("[0-9]+", "", line.removesuffix(value)) for line, value in
-                        zip(question.answer.split("\n"), answers_of(question.answer))}) == 1  # fmt: skip
+            first = re.fullmatch(r"[^\n].*:\n\n?([-*] |1[.)] |)", question.text, re.DOTALL)
+            assert first and question.rest == "\n"
+            values = answers_of(question.answer)  # the first line's mark is no part of the answer
+            marks = [first[1].replace("1", str(number)) for number in range(2, len(values) + 1)]
+            assert question.answer.split("\n") == [values[0], *map("".join, zip(marks, values[1:], strict=True))]
         else:
             sentences += question.text.endswith(ENDS)
     led = sum(text.endswith(LEAD_INS) and not text.endswith(ENDS) for text in texts)
