@@ -198,7 +198,7 @@ class Exercises:
         """The question, whose answer follows at once or after a lead-in."""
         before, after = (part.format(**words) for part in template.split("{answer}"))
         if before.endswith(ENDS) and self._random() < LED_IN:
-            before = _led_in(before, self._pick(LEAD_INS))
+            before = led_in(before, self._pick(LEAD_INS))
         return Question(fact, before, answer, after)
 
     def _question_of_several(self, templates: Sequence[str], values: Sequence[str], **words: str) -> Question:
@@ -212,7 +212,7 @@ class Exercises:
         bullet = self._pick(BULLETS)
         first, *others = [bullet.format(number=number) for number, _ in enumerate(values, 1)]
         lines = [values[0], *(mark + value for mark, value in zip(others, values[1:]))]
-        return Question(0, _led_in(before, self._pick((":\n", ":\n\n")) + first), "\n".join(lines), "\n")
+        return Question(0, led_in(before, self._pick((":\n", ":\n\n")) + first), "\n".join(lines), "\n")
 
     def _below(self, bound: int) -> int:
         return int(self._random() * bound)
@@ -287,7 +287,7 @@ class Exercises:
         return self._pick(self._kinds)(self)
 
 
-def _led_in(before: str, lead_in: str) -> str:
+def led_in(before: str, lead_in: str) -> str:
     """A question up to its answer, with a lead-in for the space at its end."""
     before = before.rstrip(" ")
     return (before.removesuffix(":") if lead_in.startswith(":") else before) + lead_in

@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data import recall_wording as training
 from megatron_hylo.data.preprocess import preprocess
+from megatron_hylo.data.recall_text import led_in
 from megatron_hylo.eval import recall_text
 from megatron_hylo.eval.lm import HyloLM
 from megatron_hylo.eval.perplexity_positions import run_by_position
@@ -147,6 +148,13 @@ def training_texts() -> list[str]:
     return found
 
 
+def with_lead_ins(template: str) -> list[str]:
+    """A template, and as it is with each lead-in that its answer may have."""
+    before, mark, after = template.partition("{answer}")
+    lead_ins = training.LEAD_INS if mark and before.endswith(training.ENDS) else ()
+    return [template, *(f"{led_in(before, lead_in)}{mark}{after}" for lead_in in lead_ins)]
+
+
 def test_templates_and_keys_are_none_of_the_training_exercises():
     """No template is shared, whatever stands for its values, nouns and secrets, and no word of a key."""
     assert not recall_text.KEY_WORDS & {word.lower() for word in training.KEY_WORDS}
@@ -172,7 +180,9 @@ def test_no_frame_of_training_makes_an_evaluations_sentence():
     assert "the special magic number for keykeykey mentioned in the provided text is valuevaluevalue" in plain
     kinds = {"key": "(the )?keykeykey", "value": "valuevaluevalue", "words": "[^.?!:=]+"}
     kind_of = dict.fromkeys(("key", "the", "The", "name", "source", "all"), "key") | dict.fromkeys(("value", "answer"), "value")
-    for template in training.TEMPLATES:
+    templates = [text for template in training.TEMPLATES for text in with_lead_ins(template)]
+    assert any("is: {answer}" in text for text in templates)  # as RULER's needles have it
+    for template in templates:
         text = template.replace("{{", "{").replace("}}", "}").strip().strip(".")
         if not re.search(r"\{(value|answer)\}", text):
             continue  # a fact that gives no value: a later one of a chain, one that is counted
