@@ -21,7 +21,7 @@ from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.data.recall_text import Exercise, Exercises
 from megatron_hylo.data.windows import Window, WindowSource
 
-LEAST_ROOM = 64  # tokens of a window's exercises; of facts and their questions 96 % take at most so many
+LEAST_ROOM = 64  # tokens of a window's exercises; of facts and their questions 91 % take at most so many
 FACT_TOKENS = 25  # room counted for each fact where their number is chosen
 CHARACTERS_A_TOKEN = 3.0  # of exercises, fewer than most tokenizers', so that one batch is nearly always enough
 AT_START = 0.2  # part of the exercises that have a fact at the window's start

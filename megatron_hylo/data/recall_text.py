@@ -11,12 +11,15 @@ from typing import NamedTuple, TypeVar
 
 from megatron_hylo.config.recall import RecallTask
 from megatron_hylo.data.recall_wording import (
+    BULLETS,
     CHAIN,
     COUNTING,
     ECHOES,
+    ENDS,
     EVENTS,
     FACTS,
     GOODS,
+    LEAD_INS,
     NOUNS,
     NUMBERS,
     PASSKEYS,
@@ -27,6 +30,9 @@ from megatron_hylo.data.recall_wording import (
     SEVERAL,
     SEVERAL_FRAMES,
     THINGS,
+    TOGETHER,
+    listed,
+    plural,
     with_article,
 )
 
@@ -34,13 +40,15 @@ T = TypeVar("T")
 MOST_KEYS = 12  # facts like each other
 MOST_QUESTIONS = 4  # about them
 ECHOED = 0.25  # part of the questions that are the fact's own first words, where these can ask
+LED_IN = 0.4  # part of the questions that end in one of ENDS whose answer follows a lead-in
+ASKED_TOGETHER = 0.5  # part of the exercises asking for several keys, where a noun is said of them, whose questions are one
 
 
 @dataclass(frozen=True)
 class Question:
     """A question about the facts of an exercise."""
 
-    fact: int  # the first fact that the answer takes, by number
+    fact: int  # that the answer takes, by number; of several the one that stands first
     text: str  # up to the answer
     answer: str
     rest: str  # what follows the answer
@@ -113,7 +121,12 @@ class Exercises:
         values = [kind(self) for _ in things]
         facts = tuple(wording.fact.format(**words, value=value) for words, value in zip(things, values))
         asked = range(self._between(1, min(len(things), MOST_QUESTIONS)))
-        return Exercise(facts, 1, tuple(_question(i, self._asked(wording), values[i], **things[i]) for i in asked))
+        able = len(asked) > 1 and "{noun}" in wording.fact and " and " not in values[0]
+        if able and self._random() < ASKED_TOGETHER:
+            order = self._some(asked, len(asked))
+            words = {"nouns": plural(wording.noun), "all": listed([things[i]["the"] for i in order])}
+            return Exercise(facts, len(asked), (self._question_of_several(TOGETHER, [values[i] for i in order], **words),))
+        return Exercise(facts, 1, tuple(self._question(i, self._asked(wording), values[i], **things[i]) for i in asked))
 
     def _several_values(self, most: int) -> Exercise:
         count = self._between(2, min(most, 4))
@@ -125,17 +138,22 @@ class Exercises:
             words = _Wording(fact, questions, noun=self._pick(NOUNS)).words(self._key(), "the ")
             code = self._pick(self._codes)
             values = [code(self) for _ in range(count)]
-        facts = (fact.format(**words, value=value) for value in values)
-        answer = f"{', '.join(values[:-1])} and {values[-1]}"
-        return _exercise(tuple(text[0].upper() + text[1:] for text in facts), self._pick(questions), answer, **words)
+        facts = tuple((text := fact.format(**words, value=value))[0].upper() + text[1:] for value in values)
+        return Exercise(facts, count, (self._question_of_several(questions, values, **words),))
 
     def _variable_chain(self, most: int) -> Exercise:
-        first, following, question = self._pick(CHAIN)
+        first, following, of_last, of_value = self._pick(CHAIN)
         names = [self._unused(self._name) for _ in range(self._between(2, min(most, 5)))]
-        value = self._digits()
-        facts = [first.format(name=names[0], value=value)]
-        facts += [following.format(name=name, source=source) for source, name in zip(names, names[1:])]
-        return _exercise(tuple(facts), question, value, name=names[-1])
+        value = self._unused(self._digits)
+        facts = (
+            first.format(name=names[0], value=value),
+            *(following.format(name=name, source=source) for source, name in zip(names, names[1:])),
+        )
+        if self._below(2):
+            question = self._question_of_several(of_value, names, value=value)
+        else:
+            question = self._question(0, self._pick(of_last), value, name=names[-1])
+        return Exercise(facts, len(facts), (question,))
 
     def _passkey(self, most: int) -> Exercise:
         left = [about for about in (*PASSKEYS, *SECRETS) if about not in self._used]
@@ -149,7 +167,8 @@ class Exercises:
         return self._single(wording, wording.words(), self._pick(self._codes)(self))
 
     def _single(self, wording: _Wording, words: dict[str, str], value: str) -> Exercise:
-        return _exercise((wording.fact.format(**words, value=value),), self._asked(wording), value, **words)
+        question = self._question(0, self._asked(wording), value, **words)
+        return Exercise((wording.fact.format(**words, value=value),), 1, (question,))
 
     def _attributes(self, count: int) -> tuple[_Wording, list[dict[str, str]]]:
         """One wording, and what stands for its placeholders for each of so many things of one style of name."""
@@ -173,7 +192,27 @@ class Exercises:
         key, event = self._key(), self._pick(EVENTS)
         count = self._between(1, min(most, len(NUMBERS) - 1))
         facts = (fact.format(key=key, event=event),) * count
-        return _exercise(facts, self._pick(questions), NUMBERS[count], key=key, event=event)
+        return Exercise(facts, count, (self._question(0, self._pick(questions), NUMBERS[count], key=key, event=event),))
+
+    def _question(self, fact: int, template: str, answer: str, **words: str) -> Question:
+        """The question, whose answer follows at once or after a lead-in."""
+        before, after = (part.format(**words) for part in template.split("{answer}"))
+        if before.endswith(ENDS) and self._random() < LED_IN:
+            before = led_in(before, self._pick(LEAD_INS))
+        return Question(fact, before, answer, after)
+
+    def _question_of_several(self, templates: Sequence[str], values: Sequence[str], **words: str) -> Question:
+        """One question about an exercise's first facts, whose values are in a sentence or a line each.
+
+        The first line's mark is before the answer: nothing says which one it is, so it is not learnt as an answer.
+        """
+        before, after = (part.format(**words) for part in self._pick(templates).split("{answer}"))
+        if not before.endswith(ENDS) or self._random() >= LED_IN:
+            return Question(0, before, listed(values), after)
+        bullet = self._pick(BULLETS)
+        first, *others = [bullet.format(number=number) for number, _ in enumerate(values, 1)]
+        lines = [values[0], *(mark + value for mark, value in zip(others, values[1:]))]
+        return Question(0, led_in(before, self._pick((":\n", ":\n\n")) + first), "\n".join(lines), "\n")
 
     def _below(self, bound: int) -> int:
         return int(self._random() * bound)
@@ -248,13 +287,10 @@ class Exercises:
         return self._pick(self._kinds)(self)
 
 
-def _exercise(facts: tuple[str, ...], template: str, answer: str, **words: str) -> Exercise:
-    return Exercise(facts, len(facts), (_question(0, template, answer, **words),))
-
-
-def _question(fact: int, template: str, answer: str, **words: str) -> Question:
-    before, after = template.split("{answer}")
-    return Question(fact, before.format(**words), answer, after.format(**words))
+def led_in(before: str, lead_in: str) -> str:
+    """A question up to its answer, with a lead-in for the space at its end."""
+    before = before.rstrip(" ")
+    return (before.removesuffix(":") if lead_in.startswith(":") else before) + lead_in
 
 
 def _camel_case(key: str) -> str:

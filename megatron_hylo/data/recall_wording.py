@@ -9,7 +9,8 @@ is what is said of it, {a} that after `a` or `an`, and {secret}, {Secret} what t
 where an answer begins.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 QUALITIES = (
     "amber", "brisk", "copper", "dappled", "earnest", "burred", "gilded", "bowed", "indigo", "cupped", "knotted", "lilac",
@@ -59,11 +60,17 @@ SEVERAL = (
     ("{value} was added to the stores of the {key}.",
      ("List what was added to the stores of the {key}: {answer}.", "The stores of the {key} received, in order, {answer}.")),
 )  # fmt: skip
+# a value handed on: (told first, told of each name that follows, what the last name has, which names have the value)
 CHAIN = (
     ("{name} was handed a card with {value} on it.", "{name} copied the card of {source}.",
-     "Q: What is on the card of {name}?\nA: {answer}\n"),
-    ("let {name} be {value};", "let {name} be {source};", "So {name} evaluates to {answer}"),
-    ("Cell {name} holds {value}.", "Cell {name} mirrors cell {source}.", "Reading cell {name} gives {answer}."),
+     ("Q: What is on the card of {name}?\nA: {answer}\n",),
+     ("Q: Whose cards say {value}?\nA: {answer}\n", "Those who hold a card with {value} on it are {answer}.")),
+    ("let {name} be {value};", "let {name} be {source};",
+     ("So {name} evaluates to {answer}",),
+     ("Which of these evaluate to {value}? Those which evaluate to {value} are {answer}.", "# equal to {value}: {answer}\n")),
+    ("Cell {name} holds {value}.", "Cell {name} mirrors cell {source}.",
+     ("Reading cell {name} gives {answer}.",),
+     ("Cells that read {value}: {answer}\n", "Q: Name every cell in which {value} is found.\nA: {answer}\n")),
 )  # fmt: skip
 PASSKEYS: Mapping[str, tuple[str, ...]] = {
     "Keep this in mind: the vault opens with {value}.": ("Which number opens the vault? The vault opens with {answer}.",),
@@ -200,6 +207,21 @@ SEVERAL_FRAMES = (
      ("[list] {key}, every {noun}: {answer}\n",
       "What was added to {key} as {a}? Added to {key} as {a}: {answer}.")),
 )  # fmt: skip
+# several things asked for at once: {all} is their names, {nouns} what is said of them
+TOGETHER = (
+    "What are the {nouns} of {all}? The {nouns} of {all} are {answer}.",
+    "Which {nouns} do {all} have? In the same order: {answer}.",
+    "Give the {nouns} of {all}, in that order: {answer}\n",
+    "Q: What are the {nouns} given for {all}?\nA: The {nouns} given for {all} are {answer}.\n",
+    "Q: Name the {nouns} of {all}.\nA: {answer}\n",
+    "User: Please look up the {nouns} of {all}.\nAssistant: The {nouns} of {all} that you asked for are {answer}.\n",
+    "The {nouns} of {all}, as was said above, are {answer}.",
+)  # fmt: skip
+# What may stand between a question that ends in one of ENDS and its answer, and before each line of an answer of several.
+# Models that had only seen answers follow at once often went on with ":" and a new line, and then with the question again.
+ENDS = (" is ", " are ", " was ", " were ", ": ")
+LEAD_INS = (": ", ":\n", ":\n\n", ":\n- ", ":\n\n* ", "\n", "\n\n")
+BULLETS = ("- ", "* ", "{number}. ", "{number}) ", "")
 
 # facts about a thing and the ways to ask for each: those written for it, or any frame
 FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -212,6 +234,18 @@ SECRET_WORDINGS = tuple((fact, SECRET_QUESTIONS) for fact in SECRET_FACTS)
 def with_article(noun: str) -> str:
     """The noun after `a` or `an`."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def plural(noun: str) -> str:
+    """The noun for several things."""
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith(("s", "x")) else f"{noun}s"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: a, b and c."""
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _echo(fact: str) -> str | None:
@@ -227,6 +261,6 @@ ECHOES: Mapping[str, str] = {
 _TOLD = (*FACTS, *SEVERAL, *SEVERAL_FRAMES, *PASSKEYS.items(), *SECRET_WORDINGS, *COUNTING)
 TEMPLATES: frozenset[str] = frozenset(
     [text for fact, asked in _TOLD for text in (fact, *asked)]
-    + [template for templates in CHAIN for template in templates]
-    + [*ECHOES.values()]
+    + [template for first, following, *asked in CHAIN for template in (first, following, *chain.from_iterable(asked))]
+    + [*ECHOES.values(), *TOGETHER]
 )

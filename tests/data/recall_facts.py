@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from megatron_hylo.data.recall_wording import FACTS, NOUNS, PASSKEYS, SECRET_FACTS, SECRETS
+from megatron_hylo.data.recall_wording import FACTS, NOUNS, PASSKEYS, PEOPLE, SECRET_FACTS, SECRETS
 
 GROUPS = {
     "KKKK": r"(?:[Tt]he )?(?P<key>[A-Za-z][\w -]*)",
@@ -45,3 +45,11 @@ def parse_fact(line: str) -> tuple[tuple[str, str], Parts] | None:
 def plain_key(name: str) -> str:
     """A name without hyphens, underscores and capitals: two names that differ in these alone are one."""
     return " ".join(re.findall(r"[A-Z]?[a-z]+|[0-9]+", name)).lower()
+
+
+def answers_of(answer: str) -> list[str]:
+    """Values of an answer: a sentence's, or a line each; one of a single fact stays whole."""
+    lines = [re.sub(r"^([-*]|[0-9][.)]) ", "", line) for line in answer.split("\n")]
+    if len(lines) > 1 or re.fullmatch(f"({'|'.join(PEOPLE)}) and ({'|'.join(PEOPLE)})", answer):
+        return lines
+    return re.split(", | and ", lines[0])

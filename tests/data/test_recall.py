@@ -12,7 +12,7 @@ from megatron_hylo.data import recall_wording
 from megatron_hylo.data.encode import plain_encoder
 from megatron_hylo.data.packed import PackedDataset, batches
 from megatron_hylo.data.recall import RecallWindows
-from tests.data.recall_facts import parse_fact
+from tests.data.recall_facts import answers_of, parse_fact
 from tests.data.test_packed import write
 
 TEXT, LENGTH = 1000, 2048  # ids of the text are from TEXT on, none of the tokenizer's
@@ -55,12 +55,13 @@ def test_a_window_is_the_sources_with_texts_between(source, tokenizer, within):
 def test_marks_are_on_the_answers_and_facts_come_before(source, tokenizer, task):
     """The text of each marked run is the answer of a question whose facts are above it, at the distance that is given."""
     windows = make(source, tokenizer, 4096, tasks=[task])
-    seen = 0
+    seen = several = 0
     for index in range(3):
         window = windows.window(index)
         edges = np.flatnonzero(np.diff(np.concatenate([[0], (window.answers > 0).astype(int), [0]])))
         for start, stop in zip(edges[::2], edges[1::2]):
             answer = tokenizer.decode(window.tokens[start:stop]).strip(" .,\"'|)}<\n")
+            values = answers_of(answer)
             first = start - int(window.answers[start])  # the fact's first token
             assert (window.answers[start:stop] == np.arange(start, stop) - first).all()
             between = window.tokens[first:start]
@@ -70,13 +71,15 @@ def test_marks_are_on_the_answers_and_facts_come_before(source, tokenizer, task)
                 event = re.search(r"At the (.*), (.*)\.", text.splitlines()[1])
                 assert text.count(event[0]) == recall_wording.NUMBERS.index(answer)
             elif task == "several_values":
-                values = re.split(", | and ", answer.lower())
-                lines = text.lower().split("\n")
+                values, lines = [value.lower() for value in values], text.lower().split("\n")
                 like = [line for line in lines if line in [lines[1].replace(values[0], value) for value in values]]
                 assert like == [lines[1].replace(values[0], value) for value in values]
             else:
-                assert answer in text.strip().splitlines()[0]
+                assert any(value in text.strip().splitlines()[0] for value in values)
+                assert all(value in text for value in values)
+                several += len(values) > 1
     assert seen > 5
+    assert (several > 0) == (task in ("several_keys", "variable_chain"))
 
 
 def test_within_documents_no_fact_is_in_another_document(source, tokenizer):

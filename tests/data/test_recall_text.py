@@ -4,19 +4,23 @@ import random
 import re
 from collections import Counter
 
-from megatron_hylo.data.recall_text import ECHOED, Exercises
+from megatron_hylo.data.recall_text import ASKED_TOGETHER, ECHOED, LED_IN, Exercises
 from megatron_hylo.data.recall_wording import (
     ECHOES,
+    ENDS,
     FACT_FRAMES,
     FACTS,
+    LEAD_INS,
     NOUNS,
     PASSKEYS,
     PEOPLE,
     QUESTION_FRAMES,
     RESTATED_QUESTION_FRAMES,
     SECRETS,
+    listed,
+    plural,
 )
-from tests.data.recall_facts import parse_fact, plain_key
+from tests.data.recall_facts import answers_of, parse_fact, plain_key
 
 STYLES = {
     "plain": r"[a-z]+ [a-z]+( of [A-Z][a-z]+)?", "number": "[a-z]+ [0-9]{3}", "hyphens": r"[a-z]+(-[a-z]+)+",
@@ -55,13 +59,17 @@ def test_a_question_names_what_its_fact_is_about():
     for number in range(1500):
         made = exercises.make(("key_value", "several_keys", "passkey")[number % 3], 5)
         for question in made.questions:
-            (fact, noun), parts = parse_fact(made.facts[question.fact])
-            assert question.answer == parts.value
+            facts = [parse_fact(fact) for fact in made.facts[question.fact :][: max(made.ordered, 1)]]
+            values = answers_of(question.answer)
+            assert sorted(values) == sorted(parts.value for _, parts in facts)
             text = question.text.lower()
-            if fact not in PASSKEYS:
-                assert parts.name.lower() in text
-            if fact in FACT_FRAMES:
-                assert re.search(rf"\b{noun}\b", text)
+            names = {parts.value: parts.name.lower() for _, parts in facts}
+            for (fact, noun), parts in facts:
+                assert fact in PASSKEYS or names[parts.value] in text
+                if fact in FACT_FRAMES:
+                    assert re.search(rf"\b{noun if len(facts) == 1 else plural(noun)}\b", text)
+            if len(values) > 1:  # the values in the order of the names
+                assert listed([names[value] for value in values]) in re.sub(r"\bthe ", "", text)
             assert not re.search(r"[{}]\w*[{}]", question.text + question.rest)  # no placeholder is left
 
 
@@ -82,6 +90,46 @@ def test_wordings_are_thousands():
     assert len(set(wordings)) > 0.93 * len(wordings)
     assert len(FACTS) * 0.6 < len(ECHOES)
     assert 0.8 * ECHOED < echoes / able < 1.2 * ECHOED  # a fact's own first words
+
+
+def test_several_things_are_asked_for_in_one_question():
+    """Half of the exercises of several keys that can: a question of all names, in another order than the facts."""
+    exercises, together, apart, turned = Exercises(random.Random(11)), 0, 0, 0
+    for _ in range(600):
+        made = exercises.make("several_keys", 5)
+        if made.ordered > 1:
+            (question,) = made.questions
+            together += 1
+            values = [parse_fact(fact)[1].value for fact in made.facts[: made.ordered]]
+            turned += answers_of(question.answer) != values
+        else:
+            apart += (
+                len(made.questions) > 1 and parse_fact(made.facts[0])[0][1] != "" and " and " not in made.questions[0].answer
+            )
+    assert 0.8 * ASKED_TOGETHER < together / (together + apart) < 1.2 * ASKED_TOGETHER
+    assert 0.4 < turned / together < 0.9
+
+
+def test_answers_follow_at_once_or_after_a_lead_in_and_several_in_lines():
+    """Where a question ends in one of ENDS, two fifths break the line or begin a list; of several values each has a line."""
+    exercises = Exercises(random.Random(12))
+    texts, lines, sentences = [], 0, 0
+    for _ in range(800):
+        texts += [question.text for question in exercises.make("key_value", 2).questions]
+        (question,) = exercises.make("several_values", 4).questions
+        if "\n" in question.answer:
+            lines += 1
+            first = re.fullmatch(r"[^\n].*:\n\n?([-*] |1[.)] |)", question.text, re.DOTALL)
+            assert first and question.rest == "\n"
+            values = answers_of(question.answer)  # the first line's mark is no part of the answer
+            marks = [first[1].replace("1", str(number)) for number in range(2, len(values) + 1)]
+            assert question.answer.split("\n") == [values[0], *map("".join, zip(marks, values[1:], strict=True))]
+        else:
+            sentences += question.text.endswith(ENDS)
+    led = sum(text.endswith(LEAD_INS) and not text.endswith(ENDS) for text in texts)
+    led /= led + sum(text.endswith(ENDS) for text in texts)
+    assert 0.75 * LED_IN < led < 1.1 * LED_IN  # less where a lead-in is itself one of ENDS
+    assert 0.8 * LED_IN < lines / (lines + sentences) < 1.2 * LED_IN
 
 
 def test_restated_questions_come_again_before_the_answer():

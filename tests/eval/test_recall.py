@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data import recall_wording as training
 from megatron_hylo.data.preprocess import preprocess
+from megatron_hylo.data.recall_text import led_in
 from megatron_hylo.eval import recall_text
 from megatron_hylo.eval.lm import HyloLM
 from megatron_hylo.eval.perplexity_positions import run_by_position
@@ -137,13 +138,21 @@ def ruler_templates() -> dict[str, str]:
 def training_texts() -> list[str]:
     """All templates of the exercises, each with every noun and secret."""
     nouns, secrets = [("{noun}", noun) for noun in training.NOUNS], [("{secret}", secret) for secret in training.SECRETS]
-    nouns += [("{a}", training.with_article(noun)) for noun in training.NOUNS]
+    nouns += [(mark, word(noun)) for noun in training.NOUNS
+              for mark, word in (("{a}", training.with_article), ("{nouns}", training.plural))]  # fmt: skip
     secrets += [("{Secret}", secret) for secret in training.SECRETS]
     found = []
     for text in training.TEMPLATES:
         names = [(mark, word) for mark, word in nouns + secrets if mark in text]
         found += [text.replace(mark, word) for mark, word in names] or [text]
     return found
+
+
+def with_lead_ins(template: str) -> list[str]:
+    """A template, and as it is with each lead-in that its answer may have."""
+    before, mark, after = template.partition("{answer}")
+    lead_ins = training.LEAD_INS if mark and before.endswith(training.ENDS) else ()
+    return [template, *(f"{led_in(before, lead_in)}{mark}{after}" for lead_in in lead_ins)]
 
 
 def test_templates_and_keys_are_none_of_the_training_exercises():
@@ -170,8 +179,10 @@ def test_no_frame_of_training_makes_an_evaluations_sentence():
     plain = [re.sub("[ \n]+", " ", re.sub(r"\{(key|value)\}", r"\1\1\1", text).lower()) for text in held_out]
     assert "the special magic number for keykeykey mentioned in the provided text is valuevaluevalue" in plain
     kinds = {"key": "(the )?keykeykey", "value": "valuevaluevalue", "words": "[^.?!:=]+"}
-    kind_of = dict.fromkeys(("key", "the", "The", "name", "source"), "key") | dict.fromkeys(("value", "answer"), "value")
-    for template in training.TEMPLATES:
+    kind_of = dict.fromkeys(("key", "the", "The", "name", "source", "all"), "key") | dict.fromkeys(("value", "answer"), "value")
+    templates = [text for template in training.TEMPLATES for text in with_lead_ins(template)]
+    assert any("is: {answer}" in text for text in templates)  # as RULER's needles have it
+    for template in templates:
         text = template.replace("{{", "{").replace("}}", "}").strip().strip(".")
         if not re.search(r"\{(value|answer)\}", text):
             continue  # a fact that gives no value: a later one of a chain, one that is counted
