@@ -35,7 +35,7 @@ from megatron_hylo.data.artefacts import fetch_documents, fetch_teacher
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.plots import short_number
 from megatron_hylo.io import has_manifest, write_json
-from megatron_hylo.models.checkpoint import read_description
+from megatron_hylo.models.description import read_description
 from megatron_hylo.platform.distributed import session
 from megatron_hylo.train.loop import train
 from megatron_hylo.upcycle.run import upcycle_folder

@@ -20,11 +20,10 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from megatron_hylo.calibrate.description import FORMAT, VERSION
 from megatron_hylo.calibrate.statistics import (
-    FORMAT,
     LOOK_BACK_TOKENS,
     RECEPTION_TOKENS,
-    VERSION,
     check_statistics,
     layer_file,
     save_whole,
@@ -37,8 +36,8 @@ from megatron_hylo.distill.alignment import mlp_layer
 from megatron_hylo.io import atomic_directory, check_free, on_main, staging_directory, write_json
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.io.progress import Track, no_progress
-from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.models.checks import require_finite, warn_beyond_context
+from megatron_hylo.models.description import read_description
 from megatron_hylo.models.streamed import ModelParts, open_parts
 from megatron_hylo.platform.distributed import device, is_main
 

@@ -34,12 +34,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_hylo.calibrate.description import read_calibration
 from megatron_hylo.config import ConfigError
-from megatron_hylo.io import read_verified_json, verify_manifest
+from megatron_hylo.io import verify_manifest
 from megatron_hylo.io.identity import is_made_of
 from megatron_hylo.platform.distributed import device
 
-FORMAT, VERSION = "megatron_hylo.calibration", 1
 LOOK_BACK_TOKENS, RECEPTION_TOKENS = 512, 32
 TOKENS_PER_CHANNEL = 4  # fewer tokens than this times the hidden size leave second moments mostly noise
 
@@ -79,13 +79,8 @@ class CalibrationFolder(Mapping[int, dict[str, Tensor]]):
 
     def __init__(self, path: str | Path, teacher: str | Path, device: torch.device | str = "cpu") -> None:
         self.path, self.device = Path(path), device
-        file = self.path / "calibration.json"
-        if not file.is_file():
-            raise ConfigError(f"{path} is not a calibration folder: it has no calibration.json; make one with `hylo calibrate`")
+        self.description = read_calibration(path)
         verify_manifest(self.path)
-        self.description = read_verified_json(self.path, "calibration.json", ("teacher", "layers", "tokens", "sequence_length"))
-        if (self.description.get("format"), self.description.get("version")) != (FORMAT, VERSION):
-            raise ConfigError(f"{file}: format {self.description.get('format')}, expected {FORMAT} {VERSION}")
         if not is_made_of(self.description["teacher"], teacher):
             raise ConfigError(f"{path} was made with another checkpoint than {teacher}; run `hylo calibrate` with that one")
 

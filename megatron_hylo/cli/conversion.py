@@ -7,9 +7,12 @@ from typing import Literal
 from megatron_hylo.cli.console import console, print_json, track
 from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.io import is_launched_first
+from megatron_hylo.convert.source_path import check_model, check_source
+from megatron_hylo.data.dataset_path import check_indexed_dataset
+from megatron_hylo.io import check_free, is_launched_first
 from megatron_hylo.io.provenance import hash_ahead
 from megatron_hylo.io.start_up import model_imports, reuse_memory
+from megatron_hylo.models.description import read_description
 
 
 def convert(
@@ -36,13 +39,17 @@ def convert(
         shard_gb: largest size of a file of weights, GB.
         json: print {output, format, mixers, parameters, verified}.
     """
+    check_free(output, overwrite, [source])
+    if to == "megatron":
+        check_source(source)
+    else:
+        read_description(source)
     reuse_memory()
     if to == "megatron" and is_launched_first():
         hash_ahead(source)
     with model_imports():
         from megatron_hylo.convert.to_hf import convert_megatron_to_hf
         from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
-        from megatron_hylo.models.checkpoint import read_description
         from megatron_hylo.platform.distributed import session
 
     with session():
@@ -72,6 +79,8 @@ def verify(
         tolerance: largest |delta logit| that passes, fp32; relative to the largest logit where that is above 1.
         json: print the comparison as JSON.
     """
+    check_source(hf_dir)
+    read_description(megatron_dir)
     reuse_memory()
     with model_imports():
         from megatron_hylo.convert.verify import Verification, verify_conversion
@@ -127,19 +136,24 @@ def export(
         calibration_tokens: of that text.
         json: print {output, format, mixers, parameters, verified}.
     """
+    from megatron_hylo.eval.results import read_results
+
+    if calibration_data is not None and quantize is None:
+        raise ConfigError("--calibration_data decides how weights are rounded; give --quantize fp8, int8 or int4 with it")
+    check_free(output, overwrite, [model, calibration_data])
+    check_model(model) if quantize else read_description(model)
+    if calibration_data is not None:
+        check_indexed_dataset(calibration_data / "train")
+    given = {folder: read_results(folder) for folder in results or ()}
     reuse_memory()
     with model_imports():
         from megatron_hylo.convert.model_card import CardFacts
         from megatron_hylo.convert.quantise import export_quantised
         from megatron_hylo.convert.to_hf import convert_megatron_to_hf
         from megatron_hylo.eval.lm_facts import foreign_results, results_of
-        from megatron_hylo.eval.results import read_results
-        from megatron_hylo.models.checkpoint import read_description
         from megatron_hylo.platform.distributed import session
 
-    if calibration_data is not None and quantize is None:
-        raise ConfigError("--calibration_data decides how weights are rounded; give --quantize fp8, int8 or int4 with it")
-    found = results_of(model) if results is None else {folder: read_results(folder) for folder in results}
+    found = results_of(model) if results is None else given
     for folder in found if results is None else ():
         console.print(f"results for the card: {folder}", markup=False, soft_wrap=True)
     for folder in foreign_results(found, model) if results is not None else ():

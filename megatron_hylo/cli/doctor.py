@@ -38,12 +38,13 @@ def doctor(
     if node:
         return _compare_ranks(json)
     from megatron_hylo.config.layouts import get_layout
+
+    if layout != "all":
+        get_layout(layout)  # before PyTorch is imported
     from megatron_hylo.models.decode_check import check_decode_kernels
     from megatron_hylo.models.kernel_check import Check, check_kernels
     from megatron_hylo.platform.distributed import device
 
-    if layout != "all":
-        get_layout(layout)  # before a table is printed
     where = device()
     if not json:
         _environment(where)

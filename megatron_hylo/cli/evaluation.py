@@ -14,9 +14,12 @@ from megatron_hylo.cli.types import PositiveInt
 from megatron_hylo.config import ConfigError, TeacherWindow
 from megatron_hylo.config.evaluation import SMOKE, SUITES, SuiteSettings
 from megatron_hylo.config.teacher_window import OWN_WINDOW
+from megatron_hylo.convert.source_path import check_model
+from megatron_hylo.data.dataset_path import check_indexed_dataset
 from megatron_hylo.eval.installed import require_lm_eval
 from megatron_hylo.io import is_launched_first, on_main
 from megatron_hylo.io.start_up import model_imports
+from megatron_hylo.models.description import read_description
 
 if TYPE_CHECKING:
     from megatron_hylo.eval.results import EvalResult
@@ -83,6 +86,9 @@ def eval(
     require_lm_eval("hylo eval")
     if output is not None:
         check_free(output, overwrite, [model, data])
+    check_model(model)
+    if data is not None and "ppl" in settings.suites:
+        check_indexed_dataset(data / "heldout")
     found = measure(model, settings, dtype, max_length, batch_size, output)
     if not is_launched_first():
         return
@@ -117,6 +123,10 @@ def evaluate(
         windows: windows at most.
         teacher_window: how the teacher reads more tokens than its window has: --teacher_window.mode rope or windows.
     """
+    for folder in (model, teacher):
+        if folder is not None:
+            read_description(folder)
+    check_indexed_dataset(data / "heldout")
     with model_imports():
         from megatron_hylo.eval.folders import evaluate_folder
         from megatron_hylo.platform.distributed import session

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from megatron_hylo.cli.console import console, print_json, results
 from megatron_hylo.cli.types import PositiveInt
+from megatron_hylo.convert.source_path import check_model
+from megatron_hylo.serve.requests import check_prompt, check_settings
 
 
 def generate(
@@ -48,10 +50,12 @@ def generate(
             object with "prompt" a line, and a JSON line is printed for each as it ends, with its number from 0.
         json: print text, tokens, speed and cache as JSON instead.
     """
+    check_model(model)
+    check_settings(max_new_tokens, temperature, top_p, repetition_penalty)
     import torch
 
     from megatron_hylo.platform.distributed import is_main, session
-    from megatron_hylo.serve.generate import check_prompt, generate_text
+    from megatron_hylo.serve.generate import generate_text
 
     if batch is not None:
         _generate_many(

@@ -24,6 +24,7 @@ from megatron_hylo.cli.text import fetch, preprocess, sample_text
 from megatron_hylo.cli.train import quickstart, train
 from megatron_hylo.cli.upcycle import assemble, cache_teacher, calibrate, select, serve_teacher, upcycle
 from megatron_hylo.cli.watch import watch
+from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import expand_home
 from megatron_hylo.config.renamed import refuse_renamed
 from megatron_hylo.io import is_launched_first
@@ -52,9 +53,21 @@ def main(command_line: list[str] | None = None) -> None:
         if verb not in QUICK and is_launched_first():  # libraries take seconds to load, or a download does
             console.print(f"hylo {shlex.join(words)}", style="dim", highlight=False, markup=False, soft_wrap=True)
         values = parser.instantiate(parsed)[parsed.verb]
+        if verb not in QUICK:
+            _check_kernels()
         code = _run(verb, {name: values[name] for name in parameters(verb)})
         quick_exit()
         sys.exit(code or 0)
+
+
+def _check_kernels() -> None:
+    """Refuse names of kernels in the environment that there are not."""
+    from megatron_hylo.kernels.implementations import ENVIRONMENT_VARIABLE, named
+
+    try:
+        named()
+    except ValueError as error:
+        raise ConfigError(f"{ENVIRONMENT_VARIABLE}: {error}") from error
 
 
 def _run(verb: Callable, values: dict[str, Any]) -> int | None:

@@ -30,7 +30,6 @@ from megatron_hylo.convert.verify import verify_conversion
 from megatron_hylo.data.artefacts import fetch_documents, fetch_manuals, fetch_teacher
 from megatron_hylo.data.debian import NotOffered
 from megatron_hylo.data.heldout import heldout_windows
-from megatron_hylo.data.inputs import read_documents
 from megatron_hylo.data.manuals import MANUALS
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
@@ -38,10 +37,11 @@ from megatron_hylo.eval.runs import read_records
 from megatron_hylo.io import check_free, has_manifest, output_lock, read_json, write_json
 from megatron_hylo.io.identity import text_identity
 from megatron_hylo.io.progress import Track, no_progress
-from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.description import read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import session
-from megatron_hylo.serve.generate import check_prompt, generate_text
+from megatron_hylo.serve.generate import generate_text
 from megatron_hylo.train.loop import train
 from megatron_hylo.upcycle.run import upcycle_folder
 
@@ -88,7 +88,6 @@ def run_quickstart(
         The content of summary.json.
     """
     start = time.perf_counter()
-    check_prompt(prompt or DEFAULT_PROMPT)
     output = output or default_output(linear, init)
     with output_lock(output):
         return _run(linear, init, prompt or DEFAULT_PROMPT, text, output, train_tokens, console, budget, track, start)
@@ -116,8 +115,6 @@ def _run(
     for name in FOLDERS:  # before hours of work of which one could not be written
         if not has_manifest(output / name):
             check_free(output / name, overwrite=False, sources=[text])
-    if text is not None:
-        next(iter(read_documents(text)), None)  # refuses what holds no text
     fetched = _fetch_text(console) if text is None and not has_manifest(output / "data") else None
     output.mkdir(parents=True, exist_ok=True)
     teacher, hybrid, data = output / "teacher", output / "hybrid", output / "data"

@@ -6,6 +6,12 @@ from typing import Literal
 
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.cli.types import PositiveInt
+from megatron_hylo.config.paths import expand_home
+from megatron_hylo.convert.source_path import check_model
+from megatron_hylo.data.dataset_path import check_indexed_dataset
+from megatron_hylo.data.inputs import InputReader
+from megatron_hylo.data.load_tokenizer import find_tokenizer
+from megatron_hylo.io import check_free
 from megatron_hylo.io.start_up import model_imports
 
 
@@ -66,6 +72,10 @@ def preprocess(
         overwrite: replace what is there.
         json: print what was made (OUTPUT/data.json without the names of held-out documents).
     """
+    inputs = [expand_home(path) for path in (input, *(more_inputs or ()))]
+    check_free(output, overwrite, [*inputs, tokenizer])
+    find_tokenizer(tokenizer)
+    InputReader(inputs)  # looks for files, reads none
     with model_imports():
         from megatron_hylo.data.preprocess import preprocess as preprocess_text
 
@@ -122,6 +132,10 @@ def sample_text(
         overwrite: replace what is there.
         json: print OUTPUT/sampled.json's figures of the text.
     """
+    check_free(output, overwrite, [teacher, starts])
+    check_model(teacher)
+    if starts is not None:
+        check_indexed_dataset(starts / "train")
     from megatron_hylo.cli.upcycle import chosen_dtype
     from megatron_hylo.serve.sample_text import sample_text as sample
 

@@ -8,6 +8,8 @@ from megatron_hylo.cli.boundary import EXIT_STOPPED
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.io.start_up import model_imports, stop_asked
+from megatron_hylo.train.inputs import check_inputs
+from megatron_hylo.train.run_folder import check_run_folder
 
 
 def quickstart(
@@ -29,6 +31,13 @@ def quickstart(
         output: run folder, runs/quickstart by default (with _mamba2, _paper for those); the same command goes on where it was.
         train_tokens: tokens of stage 2; by default about six minutes' worth of the device.
     """
+    from megatron_hylo.data.inputs import read_documents
+    from megatron_hylo.serve.requests import check_prompt
+
+    if prompt:
+        check_prompt(prompt)
+    if text is not None:
+        next(iter(read_documents(text)), None)  # refuses what holds no text
     from megatron_hylo.cli.quickstart import run_quickstart
     from megatron_hylo.train.callback import Stopped
 
@@ -59,6 +68,8 @@ def train(config: TrainConfig, json: bool = False, dry_run: bool = False, ranks:
         return print_dry_run(check(config, ranks), json)
     if stop_asked():
         return EXIT_STOPPED
+    check_run_folder(config, Path(config.output))
+    check_inputs(config)
     with model_imports():
         from megatron_hylo.platform.distributed import is_main
         from megatron_hylo.train.loop import Stopped

@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Literal
 
+from megatron_hylo.calibrate.description import read_calibration
 from megatron_hylo.cli.console import console, print_json, results, show_selection, show_upcycle, track
 from megatron_hylo.cli.types import PositiveFloat, PositiveInt
 from megatron_hylo.config import TeacherWindow
 from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.config.upcycle import UpcycleConfig
+from megatron_hylo.data.dataset_path import check_indexed_dataset
+from megatron_hylo.io import check_free
 from megatron_hylo.io.start_up import model_imports, reuse_memory
+from megatron_hylo.models.description import read_description
+from megatron_hylo.teachers.addresses import replica_address
 
 
 def chosen_dtype(precision: Literal["fp32", "bf16"] | None):
@@ -48,6 +53,9 @@ def calibrate(
         overwrite: replace what is there.
         json: print what OUTPUT/calibration.json holds: {tokens, sequence_length, layers, ...}.
     """
+    check_free(output, overwrite, [teacher, data])
+    read_description(teacher)
+    check_indexed_dataset(data / "train")
     import torch
 
     with model_imports():
@@ -101,6 +109,9 @@ def cache_teacher(
         overwrite: replace what is there.
         json: print tokens, bytes a token and KL as JSON.
     """
+    check_free(output, overwrite, [teacher, data])
+    read_description(teacher)
+    check_indexed_dataset(data / "train")
     with model_imports():
         from megatron_hylo.config import ParallelConfig
         from megatron_hylo.platform.distributed import is_main, session
@@ -157,6 +168,9 @@ def serve_teacher(
     """
     from datetime import timedelta
 
+    replica_address(address, 0)
+    read_description(teacher)
+
     from megatron_hylo.config import ParallelConfig
     from megatron_hylo.teachers.server import serve_teacher as serve
 
@@ -180,6 +194,10 @@ def upcycle(config: UpcycleConfig, json: bool = False) -> None:
         config: settings of the hybrid.
         json: print {pattern, quality, teacher_quality, layers} instead of tables.
     """
+    check_free(config.output, config.overwrite, [config.teacher, config.calibration])
+    config.hybrid(read_description(config.teacher)[0])
+    if config.calibration is not None:
+        read_calibration(config.calibration)
     reuse_memory()
     with model_imports():
         from megatron_hylo.platform.distributed import session
@@ -205,6 +223,9 @@ def assemble(mla: Path, linear: Path, base: Path, output: Path, *, pattern: str,
         pattern: one mixer a layer, e.g. "G+GG".
         overwrite: replace what is there.
     """
+    check_free(output, overwrite, [mla, linear, base])
+    for folder in (mla, linear, base):
+        read_description(folder)
     reuse_memory()
     with model_imports():
         from megatron_hylo.platform.distributed import session
@@ -250,8 +271,14 @@ def select(
         overwrite: replace what is there.
         json: print all that was measured instead of the pattern.
     """
-    from megatron_hylo.platform.distributed import session
-    from megatron_hylo.upcycle.select import select_folder
+    if output is not None:
+        check_free(output, overwrite, [teacher, mla, linear, data])
+    for folder in (teacher, mla, linear):
+        read_description(folder)
+    check_indexed_dataset(data / "train")
+    with model_imports():
+        from megatron_hylo.platform.distributed import session
+        from megatron_hylo.upcycle.select import select_folder
 
     with session():
         found = select_folder(

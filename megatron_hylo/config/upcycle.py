@@ -1,12 +1,17 @@
 """Settings of `hylo upcycle`. A YAML file holds these keys; the command line overrides them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from megatron_hylo.config.layouts import Shapes
+from megatron_hylo.config.errors import ConfigError
+from megatron_hylo.config.layouts import Shapes, get_layout, hybrid_config
+from megatron_hylo.config.model import ModelConfig
 from megatron_hylo.config.paths import expand_home
 
 CALIBRATED = ("calibrated", "taylor")  # initialisers that read a calibration folder, in shapes of the teacher
+SIZES = (  # that a layout and its teacher share
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size",
+)  # fmt: skip
 PATHS = ("teacher", "output", "calibration")  # `~` is expanded in these
 
 
@@ -62,3 +67,30 @@ class UpcycleConfig:
     def mixer_shapes(self) -> Shapes:
         """Shapes of a pattern's mixers, with the initialiser's default where none are given."""
         return self.shapes or ("teacher" if self.reads_statistics else "paper")
+
+    def hybrid(self, teacher: ModelConfig) -> ModelConfig:
+        """Configuration of the hybrid that is made of a teacher, from the layout's name or the pattern.
+
+        Raises:
+            ConfigError: both or neither given, a pattern that does not fit, a layout of another base, no calibration where the
+                initialiser reads it.
+        """
+        overrides: dict[str, Any] = {**(self.overrides or {})}
+        if (self.layout is None) == (self.pattern is None):
+            raise ConfigError(f"give either a layout name or a pattern, not {'neither' if self.layout is None else 'both'}")
+        if self.layout is None:
+            assert self.pattern is not None, "checked above"
+            made = hybrid_config(teacher, self.pattern, shapes=self.mixer_shapes, **overrides)
+        else:
+            named = get_layout(self.layout)
+            for name in SIZES:
+                ours, theirs = getattr(named.config, name), getattr(teacher, name)
+                if ours != theirs:
+                    raise ConfigError(
+                        f"layout {self.layout} has {name} {ours}, the teacher {theirs}; upcycle a model of the sizes of "
+                        f"{named.base}, or give a pattern of {teacher.num_hidden_layers} mixers in place of the layout"
+                    )
+            made = hybrid_config(teacher, named.config.mixers, base_name=named.base, shapes=named.shapes, **overrides)
+        if self.reads_statistics and self.calibration is None:
+            raise ConfigError(f"init `{self.init}` needs --calibration, a folder made by `hylo calibrate`; or use --init paper")
+        return made

@@ -11,7 +11,8 @@ from megatron_hylo.convert.mapping import Entry, model_entries
 from megatron_hylo.convert.safetensors_files import file_state, require_unchanged
 from megatron_hylo.convert.safetensors_reader import is_finite
 from megatron_hylo.io import verify_manifest
-from megatron_hylo.models.checkpoint import DTYPES, read_description
+from megatron_hylo.models.checkpoint import DTYPES
+from megatron_hylo.models.description import read_description
 from megatron_hylo.models.weights_files import StoredLayout, WeightsReader, skeleton
 
 

@@ -1,6 +1,5 @@
 """Open a Hugging Face folder (`safetensors_reader`) or a GGUF file (`gguf_reader`), and load the same through transformers."""
 
-import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +8,8 @@ from torch import Tensor
 
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.convert.gguf_reader import GgufSource
-from megatron_hylo.convert.safetensors_reader import SafetensorsSource, read_hf_config
+from megatron_hylo.convert.safetensors_reader import SafetensorsSource
+from megatron_hylo.convert.source_path import check_source, read_hf_config
 from megatron_hylo.io import verify_manifest_if_any
 from megatron_hylo.io.foreign import load_foreign_model, load_transformers
 from megatron_hylo.io.gguf_file import gguf_file, parsed_once
@@ -88,10 +88,7 @@ def open_source(path: str | Path) -> TensorSource:
         DamagedError: a folder that was exported here is not what its manifest says.
     """
     path = Path(path)
-    if not path.exists():
-        hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and not path.parent.exists()
-        fetch = f"; if it is a name on the Hub, `hf download {path} --local-dir FOLDER` fetches it" if hub else ""
-        raise ConfigError(f"{path} does not exist; give a Hugging Face folder or a .gguf file{fetch}")
+    check_source(path)
     verify_manifest_if_any(path)
     gguf = gguf_file(path)
     return SafetensorsSource(path) if gguf is None else GgufSource(gguf)

@@ -19,11 +19,12 @@ from megatron_hylo.config.paths import hugging_face_folder
 from megatron_hylo.config.tensor_names import tensor_names
 from megatron_hylo.convert.mapping import Entry, model_entries
 from megatron_hylo.convert.safetensors_reader import SafetensorsSource
+from megatron_hylo.convert.source_path import check_hf_folder
 from megatron_hylo.io import DamagedError, gather, listed_files, verify_manifest_if_any
-from megatron_hylo.io.gguf_file import gguf_file
 from megatron_hylo.io.identity import content_identity, json_identity
 from megatron_hylo.io.provenance import file_hash
-from megatron_hylo.models.checkpoint import load_chunks, read_description
+from megatron_hylo.models.checkpoint import load_chunks
+from megatron_hylo.models.description import read_description
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.specs import BackendName
 from megatron_hylo.models.weights_files import StoredLayout
@@ -39,15 +40,7 @@ def open_hf_folder(folder: Path) -> SafetensorsSource:
     Raises:
         ConfigError: a name on the Hub, a GGUF file, or a folder that `hylo convert` refuses as well.
     """
-    if not folder.exists():
-        raise ConfigError(
-            f"hf:{folder}: there is no such folder; hf: takes a folder on this machine and downloads nothing (`hf download "
-            f"{folder} --local-dir FOLDER` fetches a model)"
-        )
-    if (folder / "hylo.json").is_file():
-        raise ConfigError(f"hf:{folder} is a model folder of megatron_hylo; give {folder} without hf:")
-    if not folder.is_dir() or (gguf_file(folder) is not None and not (folder / "config.json").is_file()):
-        raise ConfigError(f"hf:{folder} is no Hugging Face folder with safetensors; `hylo convert` reads GGUF files")
+    check_hf_folder(folder)
     return SafetensorsSource(folder)
 
 

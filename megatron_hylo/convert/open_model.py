@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_hylo.config import ConfigError
-from megatron_hylo.convert.hf_reader import load_transformers_model, open_source, read_hf_config
+from megatron_hylo.convert.hf_reader import load_transformers_model, open_source
 from megatron_hylo.convert.mapping import model_entries
+from megatron_hylo.convert.source_path import check_model, read_hf_config
 from megatron_hylo.convert.token_ids import generation_settings
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.hf import HyloConfig, HyloForCausalLM
@@ -37,6 +38,7 @@ def open_model(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Any,
         DamagedError: the folder was made here and is not what its manifest says.
     """
     path = Path(path)
+    check_model(path)
     is_megatron = (path / "hylo.json").is_file()
     if not is_megatron:
         verify_manifest_if_any(path)

@@ -33,7 +33,7 @@ from megatron_hylo.convert.model_card import NO_FACTS, CardFacts, has_chat_templ
 from megatron_hylo.convert.open_model import open_model
 from megatron_hylo.convert.streaming import SHARD_BYTES
 from megatron_hylo.convert.to_hf import add_files
-from megatron_hylo.convert.to_megatron import save_tokenizer
+from megatron_hylo.convert.token_ids import save_tokenizer
 from megatron_hylo.data.packed import PackedDataset
 from megatron_hylo.data.tokenizer import check_dataset, check_ids
 from megatron_hylo.hf import HyloForCausalLM

@@ -21,6 +21,7 @@ from megatron_hylo.convert.quantised import HARMLESS as HARMLESS_IF_QUANTISED
 from megatron_hylo.convert.quantised import find_scaled, read_quantisation
 from megatron_hylo.convert.safetensors_files import SafetensorsFile, file_state, require_unchanged
 from megatron_hylo.convert.source_names import HARMLESS, refuse_adapter, refuse_unused
+from megatron_hylo.convert.source_path import read_hf_config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.pt")
@@ -247,19 +248,3 @@ def _no_weights(folder: Path, there: Iterable[str]) -> str:
         f"{message}only safetensors checkpoints are read, not {', '.join(others)}: let transformers write one, "
         f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained(NEW_FOLDER)"
     )
-
-
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Read config.json of a Hugging Face folder.
-
-    Raises:
-        ConfigError: the folder or the file is not there, or is not JSON.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        there = "give the folder that has config.json and the weights" if folder.exists() else "there is no such folder"
-        raise ConfigError(f"{folder} is not a Hugging Face folder: it has no config.json; {there}")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}") from error

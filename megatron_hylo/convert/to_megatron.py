@@ -8,11 +8,10 @@ from megatron_hylo.config import ModelConfig
 from megatron_hylo.convert.folder_source import FolderSource
 from megatron_hylo.convert.hf_reader import open_source
 from megatron_hylo.convert.streaming import SHARD_BYTES
-from megatron_hylo.convert.token_ids import GENERATION_CONFIG, generation_settings
+from megatron_hylo.convert.token_ids import save_tokenizer
 from megatron_hylo.convert.verify import require_equal
 from megatron_hylo.convert.write_folders import write_model_folder
-from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
-from megatron_hylo.io import check_free, rank, write_json
+from megatron_hylo.io import check_free, rank
 from megatron_hylo.io.foreign import load_transformers
 from megatron_hylo.io.gguf_file import gguf_file
 from megatron_hylo.io.progress import Track, no_progress
@@ -72,15 +71,3 @@ def convert_hf_to_megatron(
             lambda folder: save_tokenizer(Path(source), folder / "tokenizer"), check, overwrite, (source,), shard_bytes, track,
         )  # fmt: skip
     return opened.config
-
-
-def save_tokenizer(source: Path, folder: Path) -> None:
-    """Save tokenizer files and generation_config.json (for the ids that end generation), those that there are."""
-    tokenizer = load_transformers_tokenizer(source)
-    settings = generation_settings(source, tokenizer)
-    if tokenizer is not None or settings:
-        folder.mkdir()
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if settings:
-        write_json(folder / GENERATION_CONFIG, settings)

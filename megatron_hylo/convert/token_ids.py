@@ -6,6 +6,8 @@ from typing import Any
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.hf_keys import TOKEN_IDS
+from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
+from megatron_hylo.io import write_json
 from megatron_hylo.io.gguf_file import gguf_file, gguf_token_ids
 
 GENERATION_CONFIG = "generation_config.json"
@@ -43,10 +45,20 @@ def stored_token_ids(folder: Path | None) -> dict[str, Any]:
         return {}
     settings = _json_object(folder / GENERATION_CONFIG)
     if any(name not in settings for name in TOKEN_IDS):
-        from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
-
         settings = generation_settings(folder, load_transformers_tokenizer(folder))
     return {name: settings[name] for name in TOKEN_IDS if settings.get(name) is not None}
+
+
+def save_tokenizer(source: Path, folder: Path) -> None:
+    """Save tokenizer files and generation_config.json (for the ids that end generation), those that there are."""
+    tokenizer = load_transformers_tokenizer(source)
+    settings = generation_settings(source, tokenizer)
+    if tokenizer is not None or settings:
+        folder.mkdir()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if settings:
+        write_json(folder / GENERATION_CONFIG, settings)
 
 
 def _json_object(file: Path) -> dict[str, Any]:

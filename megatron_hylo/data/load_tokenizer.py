@@ -3,9 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_hylo.config import ConfigError
 from megatron_hylo.data.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 from megatron_hylo.io.foreign import load_foreign_tokenizer, load_transformers
 from megatron_hylo.io.gguf_file import gguf_fields, gguf_file
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a folder with one of these files has a tokenizer
+
+
+def find_tokenizer(path: Path) -> Path:
+    """The place of the tokenizer of a Hugging Face folder, model folder or GGUF file; nothing is read.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    place = path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    if not place.exists() or (gguf_file(place) is None and not any((place / name).is_file() for name in TOKENIZERS)):
+        raise ConfigError(f"{path} holds no tokenizer; give a folder with tokenizer.json, a .gguf file, or a model folder")
+    return place
 
 
 def load_transformers_tokenizer(path: str | Path) -> Any | None:
@@ -15,7 +30,7 @@ def load_transformers_tokenizer(path: str | Path) -> Any | None:
     gguf = gguf_file(path)
     if gguf:
         return _gguf_tokenizer(gguf)
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((path / name).is_file() for name in TOKENIZERS):
         return None
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return load_sentencepiece_tokenizer(path)

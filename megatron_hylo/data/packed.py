@@ -19,6 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.dataset_files import ANSWERS
+from megatron_hylo.data.dataset_path import check_indexed_dataset
 from megatron_hylo.data.windows import Window, WindowSource, divide
 from megatron_hylo.io import DamagedError, read_json, verify_manifest_if_any
 
@@ -42,8 +43,7 @@ class DocumentStore:
 
     def __init__(self, path_prefix: str | Path) -> None:
         prefix = str(path_prefix)
-        if not IndexedDataset.exists(prefix):
-            raise ConfigError(f"there is no dataset {prefix}.bin with {prefix}.idx; make one with `hylo preprocess`")
+        check_indexed_dataset(prefix)
         name = Path(prefix).name
         verify_manifest_if_any(Path(prefix).parent, (f"{name}.bin", f"{name}.idx", "data.json", "tokenizer"))
         try:

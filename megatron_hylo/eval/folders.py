@@ -8,8 +8,9 @@ from megatron_hylo.data.heldout import heldout_windows
 from megatron_hylo.data.tokenizer import check_dataset, check_ids
 from megatron_hylo.eval.perplexity import Quality, evaluate
 from megatron_hylo.io.progress import Track, no_progress
-from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.checks import require_finite, warn_beyond_context
+from megatron_hylo.models.description import read_description
 from megatron_hylo.models.frozen import freeze
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_hylo.config import ConfigError
 from megatron_hylo.data.heldout import heldout_documents, heldout_windows
 from megatron_hylo.data.tokenizer import check_ids
 from megatron_hylo.eval.recall_haystack import check_tokenizer
@@ -28,8 +27,6 @@ def read_windows(lm: Any, data: str | Path, sequence_length: int, limit: int | N
     Raises:
         ConfigError: no dataset folder, one of another tokenizer, or no document as long as a window.
     """
-    if not (Path(data) / "heldout.bin").is_file():
-        raise ConfigError(f"{data} is no dataset folder (it has no heldout.bin); `hylo preprocess` makes one")
     windows = heldout_windows(f"{data}/heldout", sequence_length, limit or WINDOWS)
     check_tokenizer(data, lm.tokenizer)
     check_ids(windows, lm.model.config.vocab_size, data, "the model")

@@ -12,7 +12,6 @@ import functools
 import importlib
 import importlib.util
 import logging
-import os
 import re
 import sys
 import types
@@ -21,26 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_hylo.kernels.implementations import check, named
 from megatron_hylo.kernels.tuned import install
-
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "attention": ("torch", "cudnn", "flash", "efficient", "math", "fa4"),
-    "attention_forward": ("torch", "fa3", "fa3_fp8"),
-    "causal_conv1d": ("torch", "fla", "gluon"),
-    "causal_conv1d_step": ("torch", "triton"),
-    "concatenate": ("torch", "triton"),
-    "decode_attention": ("torch", "triton"),
-    "delta_rule_state_pass": ("fla", "gluon"),
-    "elementwise": ("torch", "inductor"),
-    "gated_delta_rule": ("torch", "fla"),
-    "head_softmax": ("torch", "triton"),
-    "kda": ("torch", "fla"),
-    "matvec": ("torch", "triton"),
-    "rms_norm": ("torch", "triton"),
-    "ssd": ("torch", "mamba_ssm"),
-    "window_attention": ("torch",),
-}
-ENVIRONMENT_VARIABLE = "HYLO_KERNELS"
 
 logger = logging.getLogger("megatron_hylo.kernels")
 
@@ -54,18 +35,6 @@ class Unsupported(NamedTuple):
 
     reason: str
     advice: str = ""  # what to install; non-empty when the user would want the fast one, so it is worth a warning
-
-
-def check(op: str, implementation: str) -> None:
-    """Refuse an unknown operation or implementation.
-
-    Raises:
-        ValueError: naming the allowed ones.
-    """
-    if op not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown operation {op!r}; use one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation not in IMPLEMENTATIONS[op]:
-        raise ValueError(f"{op} has no implementation {implementation!r}; use one of {', '.join(IMPLEMENTATIONS[op])}")
 
 
 def use(op: str, implementation: str, reason: str, level: int = logging.DEBUG) -> None:
@@ -125,22 +94,12 @@ def untuned() -> Iterator[None]:
 
     Overrides of the environment variable go before.
     """
-    wanted = _parse(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    wanted = named()
     with contextlib.ExitStack() as stack:
         for op in ("causal_conv1d", "gated_delta_rule", "kda", "ssd"):
             if op not in wanted:
                 stack.enter_context(override(op, "torch"))
         yield
-
-
-@functools.cache
-def _parse(setting: str) -> dict[str, str]:
-    overrides = {}
-    for item in filter(None, (part.strip() for part in setting.split(","))):
-        op, _, implementation = item.partition("=")
-        check(op, implementation)
-        overrides[op] = implementation
-    return overrides
 
 
 def overridden(op: str) -> str | None:
@@ -149,7 +108,7 @@ def overridden(op: str) -> str | None:
     Raises:
         ValueError: the environment variable names an unknown operation or implementation.
     """
-    return _overrides.get(op) or _parse(os.environ.get(ENVIRONMENT_VARIABLE, "")).get(op)
+    return _overrides.get(op) or named().get(op)
 
 
 def select(op: str, fast: str, unsupported: Unsupported | None) -> str:

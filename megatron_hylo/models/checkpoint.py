@@ -23,23 +23,21 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
-from megatron_hylo.config import ConfigError, Fp8, ModelConfig, ParallelConfig, from_dict
+from megatron_hylo.config import ConfigError, Fp8, ModelConfig, ParallelConfig
 from megatron_hylo.io import (
     DamagedError,
     atomic_directory,
     barrier,
-    has_manifest,
     hash_for_manifest,
-    read_verified_json,
     verify_manifest,
     write_json,
 )
+from megatron_hylo.models.description import FORMAT, VERSION, read_description
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.models.specs import BackendName
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.platform.safe_loading import ADVICE, install_safe_loading, unpickling_reason
 
-FORMAT, VERSION = "megatron_hylo.model", 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -67,37 +65,6 @@ def describe(config: ModelConfig, params_dtype: torch.dtype, provenance: dict[st
     """Content of hylo.json."""
     name = next(k for k, v in DTYPES.items() if v == params_dtype)
     return {"format": FORMAT, "version": VERSION, "model": config.to_dict(), "params_dtype": name, "provenance": provenance}
-
-
-def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The configuration and the whole of hylo.json of a model folder.
-
-    Raises:
-        ConfigError: not a model folder, or one of another format version.
-    """
-    file = Path(path) / "hylo.json"
-    if not file.is_file():
-        raise ConfigError(f"{path} is not a megatron_hylo model folder: it has no hylo.json{_suggestion(Path(path))}")
-    description = read_verified_json(path, "hylo.json")
-    if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
-        raise ConfigError(
-            f"{file}: format {description.get('format')} {description.get('version')}, expected {FORMAT} {VERSION}"
-        )
-    return from_dict(ModelConfig, description["model"], str(file)), description
-
-
-def _suggestion(path: Path) -> str:
-    """Say what was probably meant by a folder: the model of a run, or a Hugging Face folder; empty for neither."""
-    for places in ("model", "checkpoints/step_*", "*/model", "*/checkpoints/step_*"):
-        found = [folder for folder in path.glob(places) if (folder / "hylo.json").is_file() and has_manifest(folder)]
-        if found:
-            newest = max(found, key=lambda folder: ((folder / "hylo.json").stat().st_mtime, folder.name))
-            return f"; did you mean {newest}?"
-    if (path / "config.json").is_file():
-        return (
-            f"; a Hugging Face folder is read by `hylo train` as hf:{path}, by other commands once `hylo convert` has read it"
-        )
-    return "" if path.exists() else "; there is no such folder"
 
 
 class BackgroundWrite:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from megatron_hylo.config import ParallelConfig
 from megatron_hylo.io import verify_manifest
-from megatron_hylo.models.checkpoint import DTYPES, read_description
+from megatron_hylo.models.checkpoint import DTYPES
+from megatron_hylo.models.description import read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.models.recompute import FeedForwardLayer, MixerLayer
 from megatron_hylo.models.weights_files import StoredLayout, WeightsReader, skeleton

@@ -18,6 +18,7 @@ from megatron_hylo.hf import HyloCache, HyloForCausalLM
 from megatron_hylo.hf.decode_hylo import unsupported
 from megatron_hylo.hf.pretrained_hylo import length_warning
 from megatron_hylo.hf.quantised_hylo import keep_weights_in_fp8
+from megatron_hylo.serve.requests import check_prompt, check_settings
 from megatron_hylo.serve.split_prefill import Ring, split_prefill
 
 logger = logging.getLogger("megatron_hylo.serve")
@@ -167,33 +168,6 @@ def _cache(model: Any, path: str | Path, tokens: int, new_tokens: int, latents: 
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return cache, reason or unsupported(model, cache) or "it ended before"
-
-
-def check_prompt(prompt: str) -> None:
-    """Refuse a prompt with half surrogate pairs, which invalid bytes of a command line become: no tokenizer takes them.
-
-    Raises:
-        ConfigError: it has some.
-    """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"the prompt is not text: invalid bytes, or half a surrogate pair, at character {error.start:,}; give it in UTF-8"
-        ) from error
-
-
-def check_settings(max_new_tokens: int, temperature: float, top_p: float, repetition_penalty: float) -> None:
-    """Refuse settings out of range.
-
-    Raises:
-        ConfigError: one is.
-    """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
-        raise ConfigError(
-            f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0, got {max_new_tokens}, "
-            f"{temperature}, {top_p} and {repetition_penalty}"
-        )
 
 
 def check_latents(model: Any, path: str | Path, latents: str | None) -> None:

@@ -25,8 +25,6 @@ from megatron_hylo.serve.generate import (
     DECODE,
     Generation,
     check_latents,
-    check_prompt,
-    check_settings,
     not_captured,
     open_for_generation,
     prompt_ids,
@@ -34,6 +32,7 @@ from megatron_hylo.serve.generate import (
     warn_of_length,
 )
 from megatron_hylo.serve.packed_cache import PackedCache, PackedDecodeGraph, decoded_alone, tokens_that_fit
+from megatron_hylo.serve.requests import check_prompt, check_settings
 from megatron_hylo.serve.text_sampler import choose_tokens
 
 logger = logging.getLogger("megatron_hylo.serve")

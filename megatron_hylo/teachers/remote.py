@@ -27,7 +27,8 @@ from megatron_hylo.data.prefetch import ahead
 from megatron_hylo.data.windows import WindowSource
 from megatron_hylo.distill.head_rows import head_part
 from megatron_hylo.platform.distributed import device, rank
-from megatron_hylo.teachers.remote_access import ADVICE, introduce, is_loopback, read_secret, replica_address
+from megatron_hylo.teachers.addresses import replica_address
+from megatron_hylo.teachers.remote_access import ADVICE, introduce, is_loopback, read_secret
 from megatron_hylo.teachers.remote_link import (
     ERROR,
     HEAD,

@@ -1,4 +1,4 @@
-"""Access to a remote teacher: addresses, the shared secret, and the handshake in which both sides prove that they have it.
+"""Access to a remote teacher: listening, the shared secret, and the handshake in which both sides prove that they have it.
 
 The secret is in HYLO_TEACHER_SECRET, or in a file that HYLO_TEACHER_SECRET_FILE names; it never travels. Each side sends 32
 random bytes and answers with HMAC-SHA256 of both sides' bytes, first the student, then the teacher. What follows is neither
@@ -23,37 +23,6 @@ ADVICE = f"set {SECRET}, or {SECRET_FILE} to a file, to the same {SHORTEST} char
 
 class RefusedError(ConfigError):
     """One side does not accept the other."""
-
-
-def parse_address(address: str) -> tuple[str, int]:
-    """Parse "HOST:PORT", ":PORT" or "PORT" into (host, port); 127.0.0.1 where no host is given.
-
-    Raises:
-        ConfigError: no port of 1 to 65535.
-    """
-    host, _, port = address.strip().rpartition(":")
-    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536) or ":" in host.strip("[]") and host[:1] != "[":
-        raise ConfigError(
-            f"teacher address {address!r} must be HOST:PORT, e.g. node7:29600 or [::1]:29600, or a PORT of 127.0.0.1, "
-            f"with a port from 1 to 65535"
-        )
-    return host.strip("[]") or "127.0.0.1", int(port)
-
-
-def replica_address(addresses: str, replica: int) -> tuple[str, int]:
-    """Address of one replica: its own out of several separated by commas, or the only one with its index added to the port.
-
-    Raises:
-        ConfigError: fewer addresses than copies.
-    """
-    parsed = [parse_address(address) for address in addresses.split(",")]
-    if len(parsed) == 1:
-        return parse_address(f"[{parsed[0][0]}]:{parsed[0][1] + replica}")
-    if replica >= len(parsed):
-        raise ConfigError(
-            f"{len(parsed)} teacher addresses ({addresses}) are too few for copy {replica} of the teacher: give one a copy"
-        )
-    return parsed[replica]
 
 
 def is_loopback(host: str) -> bool:

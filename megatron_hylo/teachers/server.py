@@ -24,12 +24,14 @@ from megatron_hylo.data.tokenizer import read_vocabulary
 from megatron_hylo.distill.head_rows import whole_head
 from megatron_hylo.io import on_main
 from megatron_hylo.io.identity import content_identity, json_identity
-from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.description import read_description
 from megatron_hylo.models.frozen import FrozenModel, freeze
 from megatron_hylo.parallel.context import sequence_shard, sequence_slice
 from megatron_hylo.parallel.documents import PackedDocuments
 from megatron_hylo.platform.distributed import device, session
-from megatron_hylo.teachers.remote_access import read_secret, replica_address, resolve
+from megatron_hylo.teachers.addresses import replica_address
+from megatron_hylo.teachers.remote_access import read_secret, resolve
 from megatron_hylo.teachers.remote_listener import Limits, Listener
 
 logger = logging.getLogger("megatron_hylo.distill")

@@ -26,8 +26,9 @@ from megatron_hylo.io import (
 )
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.io.progress import Track, no_progress
-from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.checks import require_finite
+from megatron_hylo.models.description import read_description
 from megatron_hylo.models.hylo_model import HyloModel
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.teachers.entropy_coding import compress_block

@@ -36,10 +36,10 @@ from megatron_hylo.models.checkpoint import (
     describe,
     load_weights,
     put_chunks,
-    read_description,
     sharded_chunks,
     sharding_metadata,
 )
+from megatron_hylo.models.description import read_description
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.train.optimizer import (
     TrainingState,

@@ -24,7 +24,7 @@ from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.convert.hf_start import model_identity
 from megatron_hylo.io import has_manifest, on_main, read_json, write_json
 from megatron_hylo.io.identity import content_identity, json_identity
-from megatron_hylo.models.checkpoint import read_description
+from megatron_hylo.models.description import read_description
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.train.checkpoint import checkpoint_step, latest_checkpoint
 

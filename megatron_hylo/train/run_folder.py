@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.paths import hugging_face_folder, plain_path
 from megatron_hylo.config.train import PREFIXES, TrainConfig
-from megatron_hylo.convert.to_megatron import save_tokenizer
+from megatron_hylo.convert.token_ids import save_tokenizer
 from megatron_hylo.io import check_apart, check_free, has_manifest, on_main
 
 

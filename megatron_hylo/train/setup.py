@@ -6,21 +6,19 @@ The training loop, the parity tests and the benchmarks build their runs here.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
 from megatron_hylo.config import ConfigError, ModelConfig, ParallelConfig
-from megatron_hylo.config.layouts import BASES, LAYOUTS, parameter_count, pipeline_layers
+from megatron_hylo.config.layouts import parameter_count, pipeline_layers
 from megatron_hylo.config.mlps import check_expert_parallel
 from megatron_hylo.config.teacher_window import rope_changes
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.convert.hf_start import load_model_chunks, read_model_config
 from megatron_hylo.data.training_windows import training_windows
 from megatron_hylo.data.windows import WindowSource
-from megatron_hylo.models.checkpoint import read_description
 from megatron_hylo.models.frozen import FrozenModel, as_frozen, freeze
 from megatron_hylo.models.hylo_model import HyloModel, build_chunks
 from megatron_hylo.plan.flops import forward_flops_per_token, mlp_flops, teacher_flops_per_token
@@ -29,6 +27,7 @@ from megatron_hylo.teachers.remote import RemoteTeacher
 from megatron_hylo.teachers.signal import TeacherSignal
 from megatron_hylo.teachers.store import StoredTeacher, TeacherStore
 from megatron_hylo.train.data_loader import TimedBatches, rank_batches
+from megatron_hylo.train.inputs import scratch_config
 from megatron_hylo.train.muon import check_muon
 from megatron_hylo.train.objectives import Objective, get_objective
 from megatron_hylo.train.optimizer import TrainingState, build_training_state, choose_trainable
@@ -209,7 +208,7 @@ def params_dtype(config: TrainConfig) -> torch.dtype:
 def architectures(config: TrainConfig) -> list[ModelConfig]:
     """Configurations of all models of a run: the student, a second one, the teacher."""
     folders = [folder for folder in (config.model, config.second_model, config.teacher) if folder]
-    scratch = [] if config.scratch is None or config.model else [_scratch_config(config.scratch)]
+    scratch = [] if config.scratch is None or config.model else [scratch_config(config.scratch)]
     return scratch + [read_model_config(folder) for folder in folders]
 
 
@@ -218,13 +217,3 @@ def _load_chunks(model: str, parallel: ParallelConfig, **settings: Any) -> list[
     if sum(parallel.pipeline_layers or ()) != read_model_config(model).num_hidden_layers:
         parallel = replace(parallel, pipeline_layers=None)
     return load_model_chunks(model, parallel, **settings)
-
-
-def _scratch_config(name: str) -> ModelConfig:
-    if name in LAYOUTS:
-        return LAYOUTS[name].config
-    if name in BASES:
-        return BASES[name]
-    if Path(name).is_dir():
-        return read_description(name)[0]
-    raise ConfigError(f"scratch {name!r} is no layout ({', '.join(LAYOUTS)}), no base ({', '.join(BASES)}) and no model folder")

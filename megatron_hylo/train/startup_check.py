@@ -18,7 +18,7 @@ from megatron_hylo import kernels
 from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.io import DamagedError, cache_dir, read_json, write_json
 from megatron_hylo.kernels.delta_rule_state_pass import OPERATION as STATE_PASS
-from megatron_hylo.kernels.registry import ENVIRONMENT_VARIABLE
+from megatron_hylo.kernels.implementations import ENVIRONMENT_VARIABLE
 from megatron_hylo.models import kernel_cases, kernel_check
 from megatron_hylo.models.kernel_check import Check, check_kernels
 

@@ -13,7 +13,7 @@ from megatron_hylo.calibrate.shares import check_ranks
 from megatron_hylo.calibrate.solve import LayerError, solve_outputs
 from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError, ModelConfig
-from megatron_hylo.config.layouts import expand_pattern, get_layout, hybrid_config
+from megatron_hylo.config.layouts import expand_pattern
 from megatron_hylo.config.mixers import LINEAR_SYMBOLS, MLA_SYMBOL
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.convert.folder_source import FolderSource
@@ -26,7 +26,7 @@ from megatron_hylo.io import check_free, on_all, output_lock, rank, world_size
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.io.provenance import made_by
 from megatron_hylo.kernels.registry import untuned
-from megatron_hylo.models.checkpoint import read_description
+from megatron_hylo.models.description import read_description
 from megatron_hylo.models.streamed import ModelParts
 from megatron_hylo.models.weights_files import skeleton
 from megatron_hylo.platform.distributed import device, is_main
@@ -49,29 +49,6 @@ class UpcycleReport:
         return {"pattern": self.config.mixers, **qualities, "layers": self.errors and [asdict(error) for error in self.errors]}
 
 
-def student_config(teacher: ModelConfig, settings: UpcycleConfig) -> ModelConfig:
-    """Configuration of the hybrid, from a layout's name or a pattern.
-
-    Raises:
-        ConfigError: both or neither given, a pattern that does not fit, a layout of another base.
-    """
-    layout, pattern = settings.layout, settings.pattern
-    overrides: dict[str, Any] = {**(settings.overrides or {})}
-    if pattern is not None and layout is None:
-        return hybrid_config(teacher, pattern, shapes=settings.mixer_shapes, **overrides)
-    if layout is None or pattern is not None:
-        raise ConfigError(f"give either a layout name or a pattern, not {'neither' if layout is None else 'both'}")
-    named = get_layout(layout)
-    config = named.config
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size"):
-        if getattr(config, name) != getattr(teacher, name):
-            raise ConfigError(
-                f"layout {layout} has {name} {getattr(config, name)}, the teacher {getattr(teacher, name)}; upcycle a model of "
-                f"the sizes of {named.base}, or give a pattern of {teacher.num_hidden_layers} mixers in place of the layout"
-            )
-    return hybrid_config(teacher, config.mixers, base_name=named.base, shapes=named.shapes, **overrides)
-
-
 def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> UpcycleReport:
     """Make a hybrid's model folder from a teacher's; `platform.initialize` must have run.
 
@@ -89,9 +66,7 @@ def upcycle_folder(settings: UpcycleConfig, track: Track = no_progress) -> Upcyc
     check_free(settings.output, settings.overwrite, [teacher, calibration])
     teacher_config, _ = read_description(teacher)
     calibrated = settings.reads_statistics
-    config = student_config(teacher_config, settings)
-    if calibrated and calibration is None:
-        raise ConfigError(f"init `{settings.init}` needs --calibration, a folder made by `hylo calibrate`; or use --init paper")
+    config = settings.hybrid(teacher_config)
     if calibrated:
         check_ranks()
     statistics = CalibrationFolder(calibration, teacher, device()) if calibration is not None else None

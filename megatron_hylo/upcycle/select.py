@@ -21,7 +21,8 @@ from megatron_hylo.config.mixers import LINEAR_SYMBOLS, MLA_SYMBOL
 from megatron_hylo.data.tokenizer import check_dataset, check_ids
 from megatron_hylo.io import atomic_directory, check_free, write_json
 from megatron_hylo.io.progress import Track, no_progress
-from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.description import read_description
 from megatron_hylo.platform.distributed import is_main
 from megatron_hylo.upcycle.assemble import Source, assembled
 from megatron_hylo.upcycle.select_losses import By, SwapEvaluation, SwapLoss, selection_windows

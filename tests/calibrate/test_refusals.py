@@ -11,7 +11,8 @@ from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.data.heldout import heldout_windows
 from megatron_hylo.eval.folders import evaluate_folder
-from megatron_hylo.models.checkpoint import load_model, read_description, save_model
+from megatron_hylo.models.checkpoint import load_model, save_model
+from megatron_hylo.models.description import read_description
 from tests.calibrate.conftest import SETTINGS
 
 

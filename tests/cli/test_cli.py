@@ -18,7 +18,8 @@ from megatron_hylo.cli.parser import command
 from megatron_hylo.config import ParallelConfig, RopeScaling
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.config.upcycle import UpcycleConfig
-from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.description import read_description
 from tests.conftest import tiny_hf_model
 
 ROOT = Path(__file__).parents[2]

@@ -109,8 +109,9 @@ def test_a_damaged_export_is_refused_by_all_that_read_it(one_rank, tmp_path, cap
         "convert": [tmp_path / "export", tmp_path / "again"],
         "verify": [tmp_path / "export", tmp_path / "model"],
         "generate": [tmp_path / "export", "the state", "--max_new_tokens", "2"],
-        "preprocess": [tmp_path / "hf", tmp_path / "data", "--tokenizer", tmp_path / "export"],
+        "preprocess": [tmp_path / "some.txt", tmp_path / "data", "--tokenizer", tmp_path / "export"],
     }
+    (tmp_path / "some.txt").write_text("the state")
     file = tmp_path / "export" / "model.safetensors"
     raw = file.read_bytes()
     file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))

@@ -177,7 +177,7 @@ def test_results_are_shown_where_they_cannot_be_written(place, tmp_path, monkeyp
         (["--suite", "ppl", "--data", "{place}/data", "--lengths", "[1]"], "of at least 2, got [1]"),
         (["--suite", "rulers"], "no suite 'rulers'; choose out of ppl, recall, ruler, commonsense, gsm8k"),
         (["--suite", "ppl"], "suite ppl needs --data"),
-        (["--suite", "ppl", "--data", "{place}/hf"], "is no dataset folder"),
+        (["--suite", "ppl", "--data", "{place}/hf"], "there is no dataset"),
         (["--suite", "ruler", "--lengths", "[4096]"], "longer than this model's window of 256"),
         (
             ["--suite", "ppl,ruler", "--data", "{place}/data", "--sequence_length", "64", "--lengths", "[512]"],

@@ -13,7 +13,7 @@ from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from megatron_hylo.io import provenance
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.io.provenance import base_models, made_by
-from megatron_hylo.models.checkpoint import read_description
+from megatron_hylo.models.description import read_description
 from megatron_hylo.upcycle.run import assemble_folder, upcycle_folder
 from tests.conftest import tiny_hf_model
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from megatron_hylo.convert.hf_config import TRANSFORMERS_VERSIONS, hf_config_from_model, model_config_from_hf
-from megatron_hylo.convert.hf_reader import read_hf_config
+from megatron_hylo.convert.source_path import read_hf_config
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.convert.to_megatron import convert_hf_to_megatron
 from tests.conftest import tiny_config, tiny_hf_model

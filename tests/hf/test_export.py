@@ -56,8 +56,8 @@ def test_all_files_that_are_imported_are_copied(tmp_path):
     kernels = {
         "attention.py", "attention_after_prefix.py", "blockwise_attention.py", "causal_conv1d.py",
         "decode_attention.py", "delta_rule_state_pass.py", "delta_rule_states.py", "elementwise.py",
-        "flash_attention_3.py", "flash_attention_4.py", "fused_inputs.py", "gated_delta_rule.py", "kda.py", "matvec.py",
-        "norm.py", "quantised_latents.py", "recurrence_step.py", "registry.py", "rope.py", "ssd.py",
+        "flash_attention_3.py", "flash_attention_4.py", "fused_inputs.py", "gated_delta_rule.py", "implementations.py",
+        "kda.py", "matvec.py", "norm.py", "quantised_latents.py", "recurrence_step.py", "registry.py", "rope.py", "ssd.py",
         "triton_causal_conv1d_step.py", "triton_decode_attention.py", "triton_matvec.py", "tuned.py",
         "window_attention.py",
     }  # fmt: skip

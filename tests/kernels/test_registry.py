@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_hylo.kernels import registry
+from megatron_hylo.kernels.implementations import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS
 from megatron_hylo.kernels.registry import Unsupported
 from megatron_hylo.kernels.ssd import ssd
 
@@ -14,7 +15,7 @@ from megatron_hylo.kernels.ssd import ssd
 def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_logged", set())
     monkeypatch.setattr(registry, "_chosen", {})
-    monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
 
 
 def test_choice_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
@@ -50,7 +51,7 @@ def test_an_override_wins_and_ends_with_its_block() -> None:
 
 
 def test_environment_variable_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "ssd=torch, attention=math")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "ssd=torch, attention=math")
     assert registry.select("ssd", "mamba_ssm", None) == "torch"
     assert registry.overridden("attention") == "math"
     assert registry.overridden("causal_conv1d") is None
@@ -63,11 +64,11 @@ def test_overriding_by_what_cannot_run_is_an_error() -> None:
 
 
 def test_unknown_names_list_the_allowed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=", ".join(sorted(registry.IMPLEMENTATIONS))), registry.override("sdd", "torch"):
+    with pytest.raises(ValueError, match=", ".join(sorted(IMPLEMENTATIONS))), registry.override("sdd", "torch"):
         pass
     with pytest.raises(ValueError, match="torch, mamba_ssm"):
         registry.use("ssd", "fla", "")
-    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "ssd")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "ssd")
     with pytest.raises(ValueError, match="torch, mamba_ssm"):
         registry.overridden("ssd")
 
@@ -78,7 +79,7 @@ def test_import_error_tells_why_a_module_is_missing() -> None:
 
 
 def test_untuned_runs_torch_but_where_the_user_demands_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "ssd=mamba_ssm")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "ssd=mamba_ssm")
     with registry.untuned():
         assert registry.select("gated_delta_rule", "fla", None) == "torch"
         assert registry.select("causal_conv1d", "fla", None) == "torch"

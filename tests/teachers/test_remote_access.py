@@ -24,6 +24,7 @@ from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.platform.distributed import _keep_gloo_local
 from megatron_hylo.teachers import remote_access
+from megatron_hylo.teachers.addresses import parse_address, replica_address
 from megatron_hylo.teachers.remote import Connection, RemoteTeacher
 from megatron_hylo.teachers.remote_access import (
     GREETING,
@@ -31,9 +32,7 @@ from megatron_hylo.teachers.remote_access import (
     PROOF,
     introduce,
     listen,
-    parse_address,
     read_secret,
-    replica_address,
 )
 from megatron_hylo.teachers.remote_link import (
     ERROR,

@@ -20,7 +20,7 @@ from megatron_hylo.convert.mapping import model_entries
 from megatron_hylo.convert.safetensors_reader import SafetensorsSource
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.eval.runs import read_run
-from megatron_hylo.models.checkpoint import read_description
+from megatron_hylo.models.description import read_description
 from megatron_hylo.plan.job import shape
 from megatron_hylo.train.checkpoint import latest_checkpoint
 from megatron_hylo.train.dry_run import dry_run

@@ -22,7 +22,8 @@ from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.convert.to_hf import convert_megatron_to_hf
 from megatron_hylo.eval.runs import read_run, run_state
 from megatron_hylo.io.identity import content_identity
-from megatron_hylo.models.checkpoint import load_model, read_description, save_model
+from megatron_hylo.models.checkpoint import load_model, save_model
+from megatron_hylo.models.description import read_description
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train import loop
 from megatron_hylo.train.checkpoint import checkpoint_path

@@ -16,7 +16,8 @@ from megatron_hylo.cli.main import EXIT_STOPPED
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.io import verify_manifest
-from megatron_hylo.models.checkpoint import load_model, read_description, save_model
+from megatron_hylo.models.checkpoint import load_model, save_model
+from megatron_hylo.models.description import read_description
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.train.loop import train
 from tests import held

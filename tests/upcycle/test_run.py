@@ -11,7 +11,8 @@ from megatron_hylo.config import ConfigError
 from megatron_hylo.config.upcycle import UpcycleConfig
 from megatron_hylo.eval.perplexity import evaluate
 from megatron_hylo.io.identity import content_identity
-from megatron_hylo.models.checkpoint import load_model, read_description
+from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.description import read_description
 from megatron_hylo.upcycle.run import upcycle_folder
 from megatron_hylo.upcycle.solved import SolvedLayers
 

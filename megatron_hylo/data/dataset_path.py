@@ -1,0 +1,18 @@
+"""Paths of datasets, looked at before PyTorch is imported, so that one at which there is no dataset is refused at once."""
+
+from pathlib import Path
+
+from megatron_hylo.config import ConfigError
+
+
+def check_indexed_dataset(prefix: str | Path) -> None:
+    """Refuse a path at which there is no indexed dataset; nothing is read.
+
+    Args:
+        prefix: path without .bin or .idx.
+
+    Raises:
+        ConfigError: one of the files is not there.
+    """
+    if not all(Path(f"{prefix}{suffix}").exists() for suffix in (".bin", ".idx")):
+        raise ConfigError(f"there is no dataset {prefix}.bin with {prefix}.idx; make one with `hylo preprocess`")
