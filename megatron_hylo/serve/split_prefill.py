@@ -72,9 +72,9 @@ class Ring:
         self.pending = []
 
     def close(self) -> None:
-        """Destroy the connections."""
+        """Destroy the connections, in one order on all ranks: NCCL waits there for the other rank of a group."""
         self.finish()
-        for number in (self.rank, (self.rank - 1) % self.size):
+        for number in sorted({self.rank, (self.rank - 1) % self.size}):
             dist.destroy_process_group(self.groups[number])
 
 
