@@ -138,7 +138,7 @@ def test_the_benchmark_of_recall_has_the_recipes_settings_at_each_length(script,
     (tmp_path / "runs").mkdir()
     (tmp_path / "out").rename(tmp_path / "runs" / "result")
     monkeypatch.chdir(tmp_path)
-    best, *weights = read_sweep(ROOT / "benchmarks" / "recall_135m.yaml").cells
+    best, *others = read_sweep(ROOT / "benchmarks" / "recall_135m.yaml").cells
     assert recall_by_stage(best) == recall_by_stage(ours) == [(0.2, 1.0)] * 2 + [(0.3, 10.0)] * 2
     for stage, same in zip(best.stages, ours.stages, strict=True):
         assert stage.train.teacher_window == same.train.teacher_window
@@ -146,7 +146,7 @@ def test_the_benchmark_of_recall_has_the_recipes_settings_at_each_length(script,
     for length in (32, 64):
         recipe = yaml.safe_load(recipe_files(LAYOUT)[f"stage3_ctx{length}k_{LAYOUT}.yaml"])
         assert {stage.name: stage.train.train_tokens for stage in best.stages}[f"{length}k"] == recipe["train_tokens"]
-    assert [recall_by_stage(cell) for cell in weights] == [[(0.2, 3.0)], [(0.2, 10.0)]]
+    assert {recall_by_stage(cell)[0] for cell in others} == {(0.2, 1.0)}
 
 
 SPECIFICATIONS = (*sorted(EXAMPLES.glob("ablations/*.yaml")), ROOT / "benchmarks" / "ablations_135m.yaml")
