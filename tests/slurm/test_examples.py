@@ -256,3 +256,4 @@ def test_the_whole_chain_runs_on_tiny_models(one_rank, tmp_path, tokenizer, caps
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and card.data.eval_results
     stages = [line for line in card.text.splitlines() if line.startswith(("| align |", "| distil |"))]
     assert ["distil.ce_weight 1.0" in line for line in stages] == [False, True, True, True]
+    assert "distil.ce_weight: cross-entropy on the text itself" in card.text
