@@ -2,31 +2,33 @@
 # The result: hybrids of SmolLM2-135M at three KV budgets, trained in stages from 2K to 64K tokens, measured after each stage:
 #     bash examples/smollm2/result.sh                                  # all parts: prepare select train table
 #     bash examples/smollm2/result.sh prepare select                   # some of them
-#     MLA_LAYERS=8 STAGES="align 2k 8k" bash examples/smollm2/result.sh train table   # one budget, the first stages
+#     MLA_LAYERS=8 STAGES="2k 8k" bash examples/smollm2/result.sh train table   # one budget, the first stages
 #
 #   prepare   teacher, training text (`hylo fetch library`), text of packages that are in no other set, calibration
 #   select    stage 1 of all-MLA and all-linear models, and the layers that matter by KL, recall and both
 #   train     OUT/result.yaml, a sweep: each cell is a hybrid, whose stages are trained and measured one after the other
 #   table     OUT/sweep/report.md (perplexity, recall and RULER by length, loss by position), exports with model cards
 #
-# Each part goes on where it was, inside a stage too. Other STAGES, budgets or seeds add to what is there; other TOKENS_... train
-# that stage and those after it again. Without a GPU it is one hybrid, of tiny sizes. Time: docs/results.md, "Repeat it".
+# Each part goes on where it was, inside a stage too. Other STAGES, budgets or seeds add to what is there; other
+# TOKENS_... or weights train their stages and those after them again. Without a GPU it is one hybrid, of tiny sizes. Time:
+# docs/results.md, "Repeat it".
 # shellcheck source=examples/smollm2/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 OUT="${OUT:-runs/result$([[ $LINEAR != mamba2 ]] || echo _mamba2)}"
-STAGES="${STAGES:-align 2k 8k 32k 64k}" # those before another must stay
+STAGES="${STAGES:-2k 8k 32k 64k}"    # those before another must stay; align, stage 1, may be first: 2.0M tokens changed nothing
 BY="${BY:-both}"                     # whose choice of layers is trained: kl, recall or both
 SEED="${SEED:-77}"                   # order of the text
 usual MLA_LAYERS "4 8 13" 8          # KV budgets: 5.6 %, 11.1 % and 18.1 % of the teacher's cache
 usual MORE_CELLS "8:$BY:78 8:even:77" - # more cells, LAYERS:BY:SEED; a second seed and evenly spread layers. - for none
 usual LENGTH 2048 256                # tokens a window of the first stages
 usual GROWTH "1 4 16 32" "1 2 4 8"   # windows of 2k, 8k, 32k and 64k over LENGTH
-usual TOKENS_ALIGN 3000000 2048      # training tokens of stage 1, of the pure models of select too
-usual TOKENS_2K 30000000 4096        # and of each later stage: 143,000,000 in all
-usual TOKENS_8K 40000000 4096
-usual TOKENS_32K 40000000 4096
-usual TOKENS_64K 30000000 4096
+usual TOKENS_ALIGN 3000000 2048      # training tokens of stage 1: of the pure models of select, and of align
+usual TOKENS_2K 40000000 4096        # and of each later stage: 76,000,000 in all
+usual TOKENS_8K 12000000 4096
+usual TOKENS_32K 10000000 4096
+usual TOKENS_64K 14000000 4096
+CE_WEIGHT="${CE_WEIGHT:-1.0}"        # of cross-entropy of all text beside the KL's 1, from 8k on
 usual RECALL 0.2 0.25                # part of a window that is facts and questions, in align, 2k and 8k
 ANSWER_WEIGHT="${ANSWER_WEIGHT:-1.0}" # of an answer's cross-entropy there; a token of text's KL is 1
 LONG_RECALL="${LONG_RECALL:-0.3}"    # and in 32k and 64k, where the teacher reads overlapping windows of its own length
@@ -49,11 +51,12 @@ read -ra times <<<"$GROWTH"
 declare -A factor=([align]=1 [2k]=${times[0]} [8k]=${times[1]} [32k]=${times[2]} [64k]=${times[3]})
 declare -A tokens=([align]=$TOKENS_ALIGN [2k]=$TOKENS_2K [8k]=$TOKENS_8K [32k]=$TOKENS_32K [64k]=$TOKENS_64K)
 declare -A recipe=([align]=stage1_ild [2k]=stage2_ctx8k [8k]=stage2_ctx8k [32k]=stage3_ctx32k [64k]=stage3_ctx64k)
-long="global_batch_size: 1, recall: {share: $LONG_RECALL, answer_weight: $LONG_ANSWER_WEIGHT}"
+loss="distil: {ce_weight: $CE_WEIGHT}"
+long="global_batch_size: 1, $loss, recall: {share: $LONG_RECALL, answer_weight: $LONG_ANSWER_WEIGHT}"
 windows=$((times[2] / times[1])) # of 8k, as many tokens a step as one of 32k
 declare -A more=([align]="stage: align, optimizer: {name: adamw, use_distributed_optimizer: true, lr: 1.0e-3, mixer_lr: null}"
   [2k]="global_batch_size: 8, micro_batch_size: 8, cuda_graphs: $GRAPHS"
-  [8k]="global_batch_size: $windows, micro_batch_size: $windows" [32k]=$long [64k]=$long)
+  [8k]="global_batch_size: $windows, micro_batch_size: $windows, $loss" [32k]=$long [64k]=$long)
 for name in $STAGES; do
   [[ -n ${factor[$name]:-} ]] || { echo "error: there is no stage $name; choose out of align 2k 8k 32k 64k" >&2; exit 2; }
 done

@@ -43,6 +43,7 @@ STAGES = {  # objectives that a card explains
 EXERCISES = (
     "recall.share: made-up facts, questions and answers take this part of the tokens, as exercises of recall in the text."
 )
+CROSS_ENTROPY = "distil.ce_weight: cross-entropy on the text itself has this weight beside the KL divergence."
 HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 CHAT = """The tokenizer has a chat template:
 
@@ -273,6 +274,8 @@ def _training(provenance: Mapping[str, Any]) -> list[str]:
     stages = [STAGES[name] for name in dict.fromkeys(step.get("stage", "") for step in steps) if name in STAGES]
     if any(step.get("recipe", {}).get("recall.share") for step in steps):
         stages.append(EXERCISES)
+    if any(step.get("recipe", {}).get("distil.ce_weight") for step in steps):
+        stages.append(CROSS_ENTROPY)
     found = table(("stage", "tokens", "sequence length", "steps", "recipe"), rows)
     return ["## Training", *found, " ".join([*([told] if told else []), *stages])]
 
