@@ -7,6 +7,10 @@ a rank of context parallelism that has gathered keys, cuDNN computes two blocks 
 the end by itself; the others need a mask in memory. Heads whose width is no multiple of 8 are padded, since fused kernels
 take no others. Where no gradient is needed, FlashAttention-3's forward kernels go before (flash_attention_3.py). The override
 `fa4` puts FlashAttention-4 before the backends, forward and backward (flash_attention_4.py).
+
+Where torch's deterministic algorithms are on, cuDNN does not run, since its backward pass adds up in another order each time.
+Those of flash and memory-efficient attention have a deterministic form, which torch takes in its strict mode alone: with
+`warn_only` it warns and adds up atomically. So they run in the strict mode (`_deterministic_backward`).
 """
 
 import contextlib
@@ -30,6 +34,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+DETERMINISTIC_WITH_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(
@@ -82,7 +87,9 @@ def attention(
     if mask is not None:  # torch chooses; with repeated heads its memory-efficient kernel can run, which has no grouped ones
         if hq != hkv:
             k, v = (x.repeat_interleave(hq // hkv, 1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)[..., :dv].transpose(1, 2)
+        with sdpa_kernel(DETERMINISTIC_WITH_MASK) if _is_deterministic(q) else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        return _deterministic_backward(out)[..., :dv].transpose(1, 2)
     is_causal, is_lower_right = causal and t == s and t > 1, causal and 1 < t < s
     backend = choose_backend(q, k, v, is_causal)
     if backend in ("cudnn", "flash", "efficient"):
@@ -101,8 +108,32 @@ def attention(
     with sdpa_kernel(BACKENDS[backend]) if backend in BACKENDS else contextlib.nullcontext():
         out = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )[..., :dv]
-    return out.transpose(1, 2)
+        )
+    return _deterministic_backward(out)[..., :dv].transpose(1, 2)
+
+
+def _is_deterministic(x: torch.Tensor) -> bool:
+    """Whether x is on a GPU and torch's deterministic algorithms are on."""
+    return x.is_cuda and torch.are_deterministic_algorithms_enabled()
+
+
+def _deterministic_backward(out: torch.Tensor) -> torch.Tensor:
+    """Return the output of scaled-dot-product attention, whose backward pass is deterministic where the switch is on."""
+    warns = torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    if warns and out.grad_fn is not None:
+        out.grad_fn.register_prehook(_be_strict)
+        out.grad_fn.register_hook(_warn_again)
+    return out
+
+
+def _be_strict(grads: tuple[torch.Tensor, ...]) -> None:
+    """Make torch's kernels choose their deterministic forms: a hook before a node of the backward pass."""
+    torch.use_deterministic_algorithms(True)
+
+
+def _warn_again(grad_inputs: tuple[torch.Tensor, ...], grad_outputs: tuple[torch.Tensor, ...]) -> None:
+    """Undo `_be_strict`, after the node: other operations have no deterministic form and would stop the run."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _asked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, grouped: bool) -> torch.backends.cuda.SDPAParams:
@@ -121,9 +152,17 @@ def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal:
     Returns:
         "cudnn", "flash" or "efficient", the first that torch says it can use; "math", with a warning, if none; "torch" off
         CUDA, where torch itself chooses. The override "fa4", which no backend answers to, leaves the choice as it is.
+
+    Raises:
+        RuntimeError: an override asks for cuDNN while torch's deterministic algorithms are on.
     """
     name = overridden("attention")
-    fa4 = name == FLASH_ATTENTION_4
+    fa4, deterministic = name == FLASH_ATTENTION_4, torch.are_deterministic_algorithms_enabled()
+    if name == "cudnn" and deterministic:
+        raise RuntimeError(
+            "attention: cudnn was asked for by an override, but its backward pass adds up in another order each time, and "
+            "`deterministic` is on; use flash or efficient"
+        )
     if name is not None and not fa4:
         use("attention", name, "override")
         return name
@@ -132,8 +171,7 @@ def choose_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal:
         return "torch"
     cuda, heads = torch.backends.cuda, q.shape[1]
     grouped = heads != k.shape[1]
-    cudnn = not torch.are_deterministic_algorithms_enabled()  # its backward pass is not
-    if cudnn and cuda.can_use_cudnn_attention(_asked(q, k, v, causal=is_causal, grouped=grouped), False):
+    if not deterministic and cuda.can_use_cudnn_attention(_asked(q, k, v, causal=is_causal, grouped=grouped), False):
         name = "cudnn"
     elif cuda.can_use_flash_attention(_asked(*same_width(q, k, v), causal=is_causal, grouped=grouped), False):
         name = "flash"

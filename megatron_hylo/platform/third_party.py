@@ -278,6 +278,15 @@ CHANGES: tuple[ThirdPartyChange, ...] = (
         ("os.environ[]", "torch.use_deterministic_algorithms", "torch.utils.deterministic.fill_uninitialized_memory"),
     ),
     ThirdPartyChange(
+        "strict determinism of attention",
+        "torch.use_deterministic_algorithms without `warn_only` in the backward pass of attention, where it was on with it",
+        "torch's flash and memory-efficient kernels have a deterministic backward pass, and take it in this mode alone",
+        "one layer's backward",
+        lambda: torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled(),
+        ("kernels/attention.py",),
+        ("torch.use_deterministic_algorithms",),
+    ),
+    ThirdPartyChange(
         "quiet libraries",
         "root logger, log level of torch.utils.cpp_extension, warning filters, HF_HUB_DISABLE_PROGRESS_BARS=1, TQDM_DISABLE=1",
         "the command line shows only errors of other packages, and no progress bars of theirs",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hylo.kernels import attention_after_prefix as after_prefix
 from megatron_hylo.kernels.attention import attention, readable
@@ -145,3 +146,55 @@ def test_sections_of_odd_width_on_gpu(backend: str) -> None:
     with override("attention", backend):
         found = attention(q, k, v[..., 10:], 0.25)
     assert relative_error(found, explicit(q.float(), k.float(), v[..., 10:].float(), 0.25)) < 1e-2
+
+
+@pytest.fixture
+def switch():
+    """Turn torch's deterministic algorithms on as a deterministic run has them."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Modes(TorchDispatchMode):
+    """Notes for each operation that runs whether torch's deterministic algorithms were strict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict: dict[str, bool] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert torch.are_deterministic_algorithms_enabled()
+        self.strict[func.overloadpacket.__name__] = not torch.is_deterministic_algorithms_warn_only_enabled()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_only_the_backward_pass_of_attention_is_strict(switch, masked: bool) -> None:
+    """With a warning alone torch's fused kernels add up atomically: dq by blocks of keys, in another order each time."""
+    values, mask = inputs(9, 9, 16, 16), torch.ones(9, 9, dtype=torch.bool).tril() if masked else None
+    with Modes() as modes:
+        attention(*values, 0.25, mask=mask).square().sum().backward()
+    fused = [name for name in modes.strict if name.startswith("_scaled_dot_product_")]
+    assert [name for name, strict in modes.strict.items() if strict] == [name for name in fused if name.endswith("_backward")]
+    assert len(fused) == 2 and torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_cudnn_is_refused_where_runs_are_to_be_deterministic(switch) -> None:
+    with override("attention", "cudnn"), pytest.raises(RuntimeError, match="`deterministic` is on; use flash or efficient"):
+        attention(*inputs(9, 9, 16, 16), 0.25)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("dtype", "masked"), [(torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)])
+def test_gradients_are_the_same_each_time_on_gpu(switch, dtype: torch.dtype, masked: bool) -> None:
+    """Sums over 16 blocks of keys; MLA's heads, whose values are narrower than their keys."""
+    q, k, v = inputs(2048, 2048, 96, 64, dtype=dtype, device="cuda")
+    mask = torch.ones(2048, 2048, dtype=torch.bool, device="cuda").tril() if masked else None
+    cotangent = torch.randn_like(q[..., :64])
+    first = None
+    for _ in range(20):
+        found = torch.autograd.grad(attention(q, k, v, 0.1, mask=mask), (q, k, v), cotangent)
+        first = first or found
+        assert all(torch.equal(x, y) for x, y in zip(found, first, strict=True))
