@@ -192,7 +192,7 @@ def compare(row: Row, time_fitted: bool, memory_fitted: bool) -> dict[str, Any]:
     """Predict one row; the flags say whether constants were fitted to its configuration."""
     ours, theirs = architecture(row.layout), BASES[row.teacher] if row.teacher else None
     time = step_time(row.config, row.gpus, ours, theirs, get_hardware(row.hardware))
-    memory = estimate_memory(row.config, row.gpus, [ours], [theirs] if theirs else []).total / GIB
+    memory = estimate_memory(row.config, row.gpus, [ours], [theirs] if theirs else []).allocated / GIB
     return dict(
         name=row.name, seconds=row.seconds, predicted=time.seconds, time_off=100 * (time.seconds / row.seconds - 1),
         peak=row.peak, predicted_peak=memory, memory_off=100 * (memory / row.peak - 1),

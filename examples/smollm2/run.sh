@@ -22,7 +22,7 @@ NPROC="${NPROC:-1}"                  # GPUs
 if [[ $device == cpu ]]; then
   echo "no GPU here: $TOKENS training tokens in windows of $LENGTH, fp32 (on a GPU 30,000,000 in windows of 2,048, bf16)" >&2
 fi
-graphs=$([[ $device == gpu && $NPROC == 1 ]] && echo true || echo false) # not tried with several ranks
+graphs=$([[ $device == gpu && $NPROC == 1 ]] && echo true || echo false) # which are of one GPU
 layout="smollm2-135m-8mla22$([[ $LINEAR == mamba2 ]] && echo m2 || echo gdn)-teacher"
 train() {
   if ((NPROC == 1)); then $hylo train "$@"; return; fi

@@ -1,5 +1,6 @@
 """`hylo train` and `hylo quickstart`: training, and all steps from a teacher to an evaluated hybrid in one go."""
 
+import os
 import signal
 from pathlib import Path
 from typing import Literal
@@ -68,6 +69,7 @@ def train(config: TrainConfig, json: bool = False, dry_run: bool = False, ranks:
         return print_dry_run(check(config, ranks), json)
     if stop_asked():
         return EXIT_STOPPED
+    config.check_graphs(int(os.environ.get("WORLD_SIZE", "1")))
     check_run_folder(config, Path(config.output))
     check_inputs(config)
     with model_imports():

@@ -206,11 +206,11 @@ class TrainConfig:
                 "precision bf16 needs optimizer.use_distributed_optimizer true: Megatron-Core's plain optimizer cannot save "
                 "bf16 weights beside the fp32 A_log and dt_bias of linear layers"
             )
-        if self.cuda_graphs and (self.recompute or self.packed_documents or self.parallel.pipeline_stages > 1):
+        if self.cuda_graphs and (self.recompute or self.packed_documents):
             asked = {f"recompute {self.recompute}": self.recompute, "packed_documents": self.packed_documents}
-            asked[f"{self.parallel.pipeline_stages} pipeline stages"] = self.parallel.pipeline_stages > 1
             said = " and ".join(name for name, given in asked.items() if given)
             raise ConfigError(f"cuda_graphs cannot capture {said}; set cuda_graphs false, or leave that out")
+        self.check_graphs()
         if self.teacher_store and self.text != TextSettings():
             raise ConfigError(
                 f"teacher_store {self.teacher_store} is of the documents of data, end to end; leave text as it is"
@@ -272,6 +272,26 @@ class TrainConfig:
             near = [RENAMED[key]] if key in RENAMED else near
             meant = f"did you mean {' or '.join(sorted(near))}? " if near else ""
             raise ConfigError(f"allow_change {key!r} is no setting of a run; {meant}`hylo train --help` lists them")
+
+    def check_graphs(self, ranks: int = 1) -> None:
+        """Refuse CUDA graphs on several ranks: what these exchange for gradients, updates and layers was never captured.
+
+        Args:
+            ranks: processes of the run; 1 where their number is not known yet.
+
+        Raises:
+            ConfigError: names the parallel sizes, or the number of ranks.
+        """
+        if not self.cuda_graphs:
+            return
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+                 "expert_model_parallel_size")  # fmt: skip
+        given = [f"parallel.{name} {size}" for name in names if (size := getattr(self.parallel, name)) > 1]
+        if given or ranks > 1:
+            raise ConfigError(
+                f"cuda_graphs is for one GPU, got {' and '.join(given) or f'{ranks} ranks'}: what ranks exchange was never "
+                f"captured; set cuda_graphs false, or train on one GPU"
+            )
 
     def _check_fp8(self, name: str, parts: int) -> None:
         """Refuse what is known to be wrong before there is a machine to ask; `parts` ranks share a sequence."""

@@ -69,14 +69,20 @@ class Memory:
     teacher: float  # its weights, or its head alone
     kept: float  # activations kept for the backward pass
     passing: float  # in use by a layer in its backward pass, a chunk of logits, the teacher's forward pass or Muon's update
+    graphs: float = 0.0  # reserved by CUDA graphs, idle at that moment
 
     @property
     def total(self) -> float:
-        """Sum of all."""
+        """Sum of all: memory that the GPU must have."""
         return sum(asdict(self).values())
 
+    @property
+    def allocated(self) -> float:
+        """Largest sum of tensors, as `torch.cuda.max_memory_allocated` counts it: without what graphs only reserve."""
+        return self.total - self.graphs
+
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in asdict(self).items())
+        parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in asdict(self).items() if value or name != "graphs")
         return f"{self.total / GIB:.1f} GiB ({parts})"
 
 
@@ -106,17 +112,21 @@ def predict_memory(
         theirs.append(head)
     theirs_shape = teacher[0].config.hylo if teacher else None
     kept, passing = max((activations(config, chunks[0].config.hylo, theirs_shape) for chunks in students), key=sum)
-    optimizer, matrices, tensor = 0.0, Counter[Matrix](), config.parallel.tensor_model_parallel_size
-    for p in trained:
-        of_muon = config.optimizer.name == "muon" and p.dim() == 2 and not getattr(p, "is_embedding_or_output_parameter", False)
-        if of_muon:
-            divided = getattr(p, "partition_dim", -1)
-            rows, columns = (size * tensor if dimension == divided else size for dimension, size in enumerate(p.shape))
-            matrices[Matrix(rows, columns, divided >= 0)] += 1
-        each = p.numel() * ((MOMENT if of_muon else MOMENTS) + (0 if p.element_size() == 4 else MASTER))
-        optimizer += each / (optimizer_shards if getattr(p, "allreduce", True) else expert_shards)
-    update = buffer_bytes(matrices, tensor, config.precision == "bf16")
-    optimizer, kept, passing = _fullest(config, optimizer, kept, passing, update)
+    optimizer, tensor, updates = 0.0, config.parallel.tensor_model_parallel_size, []
+    for chunks in students:
+        matrices = Counter[Matrix]()
+        for p in (p for chunk in chunks for p in chunk.parameters() if p.requires_grad):
+            of_muon = (
+                config.optimizer.name == "muon" and p.dim() == 2 and not getattr(p, "is_embedding_or_output_parameter", False)
+            )
+            if of_muon:
+                divided = getattr(p, "partition_dim", -1)
+                rows, columns = (size * tensor if dimension == divided else size for dimension, size in enumerate(p.shape))
+                matrices[Matrix(rows, columns, divided >= 0)] += 1
+            each = p.numel() * ((MOMENT if of_muon else MOMENTS) + (0 if p.element_size() == 4 else MASTER))
+            optimizer += each / (optimizer_shards if getattr(p, "allreduce", True) else expert_shards)
+        updates.append(buffer_bytes(matrices, tensor, config.precision == "bf16"))
+    optimizer, kept, passing, graphs = _fullest(config, optimizer, kept, passing, updates)
     return Memory(
         weights=_bytes(parameters),
         gradients=GRADIENT * count,
@@ -124,6 +134,7 @@ def predict_memory(
         teacher=_bytes(theirs) - (_on_cpu(teacher) if teacher and config.teacher_offload else 0),
         kept=kept,
         passing=passing,
+        graphs=graphs,
     )
 
 
@@ -163,11 +174,12 @@ def estimate_memory(
     theirs_shape = teachers[0] if teachers else None
     replicas = max(shards // p.context_parallel_size, 1)
     kept, passing = max((activations(config, c, theirs_shape, replicas) for c in students), key=sum)
-    optimizer, kept, passing = _fullest(config, optimizer, kept, passing, max(update_bytes(config, c) for c in students))
+    updates = [update_bytes(config, c) for c in students]
+    optimizer, kept, passing, graphs = _fullest(config, optimizer, kept, passing, updates)
     weights = number * count
     if config.linear_precision == "fp8":
         weights += FP8_COPIES * count / sum(map(model_parameters, students)) * sum(map(linear_parameters, students))
-    return Memory(weights, GRADIENT * trained, optimizer, _teacher_bytes(config, teachers), kept, passing)
+    return Memory(weights, GRADIENT * trained, optimizer, _teacher_bytes(config, teachers), kept, passing, graphs)
 
 
 def _teacher_bytes(config: TrainConfig, teachers: Sequence[ModelConfig]) -> float:
@@ -206,13 +218,20 @@ def update_bytes(config: TrainConfig, shape: ModelConfig) -> float:
     return max(buffer_bytes(matrices, tensor, bf16) for matrices in rank_matrices(config, shape))
 
 
-def _fullest(config: TrainConfig, optimizer: float, kept: float, passing: float, update: float) -> tuple[float, float, float]:
-    """Bytes of (optimizer, kept, passing) at the fuller moment: the passes, or the optimizer's update with its buffers.
+def _fullest(
+    config: TrainConfig, optimizer: float, kept: float, passing: float, updates: Sequence[float]
+) -> tuple[float, float, float, float]:
+    """Bytes of (optimizer, kept, passing) at the fuller moment, and what CUDA graphs reserve besides.
 
-    Activations are gone by the update; an offloaded optimizer's state is there for it alone.
+    The moments are the passes and the update with its buffers, of one student after the other. Activations are gone by the
+    update; an offloaded optimizer's state is there for it alone. What a graph has used stays reserved for its replays, so with
+    graphs the GPU must have the memory of all of them. The allocator counts what a capture has freed as free all the same, so
+    measured peaks are without it.
     """
-    during = 0.0 if config.optimizer.offload else optimizer
-    return (optimizer, 0.0, update) if optimizer + update > during + kept + passing else (during, kept, passing)
+    during, update = 0.0 if config.optimizer.offload else optimizer, max(updates)
+    passes, stepping = during + kept + passing, optimizer + update
+    graphs = optimizer + kept + passing + sum(updates) - max(passes, stepping) if config.cuda_graphs else 0.0
+    return (optimizer, 0.0, update, graphs) if stepping > passes else (during, kept, passing, graphs)
 
 
 def in_flight(pipeline: int, virtual: int, micro_batches: int) -> float:

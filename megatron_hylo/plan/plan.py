@@ -83,8 +83,12 @@ def describe(one: Candidate, job: Job, gpus: int, hardware: Hardware, price: flo
         "settings": one.settings(),
         "fits": one.memory.total <= MARGIN * hardware.memory_gib * GIB,
         "memory_gib": {
-            term: {"value": value / GIB, "source": "COUNTED" if term in COUNTED_MEMORY else known}
+            term: {
+                "value": value / GIB,
+                "source": "COUNTED" if term in COUNTED_MEMORY else "ESTIMATED" if term == "graphs" else known,
+            }
             for term, value in asdict(one.memory).items()
+            if value or term != "graphs"
         },
         "peak_gib": one.memory.total / GIB,
         "workspace_gib": {

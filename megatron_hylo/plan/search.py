@@ -99,9 +99,10 @@ def predict(job: Job, config: TrainConfig, gpus: int, hardware: Hardware, rates:
         rates: measured ones; None: those of rates.yaml.
 
     Raises:
-        ConfigError: settings that do not divide the GPUs, the batch or the heads.
+        ConfigError: settings that do not divide the GPUs, the batch or the heads, or CUDA graphs on several.
     """
     p = config.parallel
+    config.check_graphs(gpus)
     if gpus % p.model_parallel_size:
         raise ConfigError(
             f"{gpus} GPUs do not divide into groups of tensor {p.tensor_model_parallel_size} x pipeline "

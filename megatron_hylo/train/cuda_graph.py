@@ -1,10 +1,10 @@
 """CUDA graphs of a step: its forward and backward passes as one, its update as another, so that no GPU waits for Python.
 
 The first steps run eagerly; then one is captured, and from there on replayed with the next batches copied into its input
-tensors. Captured are both models, the losses, gradients and their reduction over the ranks; then the gradient norm, clipping,
-AdamW's or Muon's update and the copy to the model's weights. An update reads learning rates, counts of steps and the norm from
-tensors; the schedule writes the rates between replays. The NaN guard, between the two graphs, stays outside: Python decides
-whether there is an update at all.
+tensors. Captured are both models, the losses and gradients; then the gradient norm, clipping, AdamW's or Muon's update and the
+copy to the model's weights, all on one GPU: collectives of several ranks were never captured (`TrainConfig.check_graphs`). An
+update reads learning rates, counts of steps and the norm from tensors; the schedule writes the rates between replays. The NaN
+guard, between the two graphs, stays outside: Python decides whether there is an update at all.
 """
 
 import contextlib

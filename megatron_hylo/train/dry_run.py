@@ -160,6 +160,7 @@ def _check_ranks(config: TrainConfig, ranks: int, models: list[ModelConfig]) -> 
             f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} = {p.model_parallel_size}; start a multiple "
             f"of {p.model_parallel_size} ranks"
         )
+    config.check_graphs(ranks)
     data_parallel = ranks // p.model_parallel_size
     count = config.micro_batches(data_parallel)
     p.check_experts(ranks)

@@ -88,6 +88,7 @@ def train(config: TrainConfig) -> Quality | None:
         capturing(config.cuda_graphs, device),
         output_lock(folder),
     ):
+        config.check_graphs(torch.distributed.get_world_size())
         check_run_folder(config, folder)
         check_wandb(config)
         if "fp8" in (config.linear_precision, config.teacher_precision):

@@ -223,7 +223,7 @@ class Reporter(Callback):
         message = "" if error is None else " ".join(str(error).split())[:MESSAGE_LENGTH] or type(error).__name__
         self._append(self.step, {"ended": ended, "message": message})
         if self.memory is not None:
-            self.say(f"peak memory {peak_memory_gib(self.device):.1f} GiB, predicted {self.memory.total / GIB:.1f}")
+            self.say(f"peak memory {peak_memory_gib(self.device):.1f} GiB, predicted {self.memory.allocated / GIB:.1f}")
         if self.bar is not None:
             self.bar.stop()
         self._write(f"failed: {message}" if ended == "failed" else message or ended, shown=False)

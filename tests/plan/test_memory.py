@@ -1,5 +1,6 @@
 """Predicted memory: exact where it counts a model, near the peaks of H100s where it estimates, loud where it will not fit."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,17 +11,20 @@ from megatron_hylo.config import ModelConfig, ParallelConfig
 from megatron_hylo.config.layouts import BASES, get_layout, parameter_count
 from megatron_hylo.config.train import OptimizerSettings, TrainConfig
 from megatron_hylo.models.checkpoint import load_model
+from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.plan.communication import traffic
 from megatron_hylo.plan.memory import (
     GIB,
     activations,
     estimate_memory,
     predict_memory,
+    update_bytes,
 )
 from megatron_hylo.plan.parameters import rank_parameters, trained_parameters
 from megatron_hylo.train.loop import train
 from megatron_hylo.train.optimizer import build_training_state, choose_trainable
 from megatron_hylo.train.reporting import Reporter, peak_memory_gib
+from tests.conftest import tiny_config
 from tests.train.conftest import material, settings, tokenizer  # noqa: F401  fixtures
 
 
@@ -73,6 +77,39 @@ def test_predictions_are_near_what_was_measured(layout, teacher, length, batch, 
     student = Shape(get_layout(layout).config)
     found = predict_memory(config, [[student]], teacher and [teacher], None if teacher else HEAD, ranks)
     assert found.total / GIB == pytest.approx(peak, rel=0.06 if length == 262_144 else 0.05)
+
+
+@pytest.mark.parametrize(("batch", "peak"), [(4, 10.9), (8, 16.5)])  # peak GiB of an H200, with the update captured or not
+def test_a_captured_update_keeps_its_buffers_beside_the_activations(batch, peak):
+    """Measured peaks count a graph's idle memory as free; the GPU must have it."""
+    eager = TrainConfig(
+        "distil", "-", "-", model="-", teacher="-", sequence_length=2048, global_batch_size=batch, micro_batch_size=batch,
+        loss_chunk_tokens=4096, optimizer=OptimizerSettings(name="muon", use_distributed_optimizer=False),
+    )  # fmt: skip
+    captured, shape, base = replace(eager, cuda_graphs=True), get_layout(SMALL).config, BASES["smollm2-135m"]
+    without, found = (estimate_memory(config, 1, [shape], [base]) for config in (eager, captured))
+    assert found.allocated == without.total == without.allocated and found.allocated / GIB == pytest.approx(peak, rel=0.05)
+    update = 16 * 30 * 2 * 1536 * 576  # bytes an element, layers, gate and up of an MLP
+    assert (
+        found.total - without.total == found.graphs == update and "graphs 0.8)" in str(found) and "graphs" not in str(without)
+    )
+
+
+def test_graphs_keep_the_activations_where_the_update_is_the_fuller_moment(one_rank):
+    muon = OptimizerSettings(name="muon", use_distributed_optimizer=False)
+    eager = TrainConfig("pretrain", "-", "-", scratch="-", sequence_length=64, loss_chunk_tokens=1, optimizer=muon)
+    shape = get_layout(HYBRID).config.replace(vocab_size=1024)
+    for config in (eager, replace(eager, optimizer=replace(muon, offload=True))):
+        without, found = (estimate_memory(replace(config, cuda_graphs=graphs), 1, [shape], []) for graphs in (False, True))
+        assert without.passing == 2**30 and replace(found, graphs=0.0) == without
+        assert found.graphs == sum(activations(config, shape, None)) > 0, "with its state offloaded the update is not captured"
+    adamw = replace(eager, optimizer=OptimizerSettings(), cuda_graphs=True)
+    assert estimate_memory(adamw, 1, [shape], []).graphs == 0, "its update has no buffers"
+    model = build_model(tiny_config("G-*-"), params_dtype=torch.bfloat16)
+    pair = replace(eager, stage="align", scratch=None, model="-", second_model="-", teacher="-", cuda_graphs=True)
+    choose_trainable([model], pair)
+    one, two = (predict_memory(pair, [[model]] * count, None, None, 1) for count in (1, 2))
+    assert two.graphs - one.graphs == pytest.approx(update_bytes(pair, model.config.hylo)), "a graph for each student's update"
 
 
 @pytest.mark.parametrize(
@@ -151,14 +188,15 @@ def test_a_gpu_that_is_too_small_is_told(settings, monkeypatch, caplog, capsys, 
 
     def with_prediction(self, config, *rest):
         made(self, config, *rest)
-        self.predict(predict_memory(config, [[load_model(config.model)]], None, None, 1))
+        self.predict(replace(predict_memory(config, [[load_model(config.model)]], None, None, 1), graphs=3 * GIB))
 
     monkeypatch.setattr(Reporter, "__init__", with_prediction)
     with caplog.at_level("WARNING", logger="megatron_hylo.train"):
         train(settings("pretrain", steps=1))
     assert "will hardly fit into the 0 of this GPU" in caplog.text
     shown = " ".join(capsys.readouterr().err.split())
-    assert "memory of a GPU, predicted: 0.0 GiB (weights" in shown and "GiB, predicted 0.0" in shown
+    assert "memory of a GPU, predicted: 3.0 GiB (weights" in shown and "graphs 3.0)" in shown
+    assert "GiB, predicted 0.0" in shown, "beside the peak, which does not count what graphs reserve"
 
 
 def test_a_run_records_no_peak_of_the_one_before_it_in_the_process(settings, monkeypatch, tmp_path, one_rank):  # noqa: F811

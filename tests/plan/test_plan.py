@@ -47,6 +47,18 @@ def test_every_recipe_is_planned_as_it_is(file, capsys):
     assert {term["source"] for term in terms} == {"MEASURED", "ESTIMATED", "COUNTED"} and found["assumptions"]
 
 
+def test_graphs_are_planned_on_one_gpu_alone():
+    job, gpu = read_job(HYBRID, "stage2_ctx8k"), get_hardware("h200-141gb")
+    muon = replace(job.config.optimizer, name="muon", use_distributed_optimizer=False)
+    job = replace(job, config=replace(job.config, cuda_graphs=True, recompute=False, optimizer=muon))
+    with pytest.raises(ConfigError, match="cuda_graphs is for one GPU, got 2 ranks"):
+        predict(job, job.config, 2, gpu)
+    said = describe(predict(job, job.config, 1, gpu), job, 1, gpu)
+    assert said["memory_gib"]["graphs"] == {"value": said["workspace_gib"]["update"], "source": "ESTIMATED"}
+    assert said["peak_gib"] == pytest.approx(sum(term["value"] for term in said["memory_gib"].values()))
+    assert not any(one.config.cuda_graphs for one in search(job, 2, gpu).best)
+
+
 def test_a_plan_needs_no_torch():
     code = (
         "import sys; from megatron_hylo.cli.main import main\n"

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_hylo.cli import train as cli
 from megatron_hylo.config import ConfigError, ParallelConfig
 from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.train import OptimizerSettings
@@ -41,12 +42,36 @@ def test_refused_without_a_gpu(settings):
         (dict(recompute=True), "recompute True"),
         (dict(packed_documents=True), "packed_documents"),
         (dict(recompute="G", packed_documents=True), "recompute G and packed_documents"),
-        (dict(parallel=ParallelConfig(pipeline_model_parallel_size=2)), "2 pipeline stages"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(settings, changes, named):
     with pytest.raises(ConfigError, match=f"cuda_graphs cannot capture {named}; set cuda_graphs false"):
         settings(cuda_graphs=True, **changes)
+
+
+@pytest.mark.parametrize("name", ["tensor", "pipeline", "context", "expert"])
+def test_several_ranks_are_refused_by_their_parallel_size(settings, name):
+    key = f"{name}_parallel_size" if name == "context" else f"{name}_model_parallel_size"
+    with pytest.raises(
+        ConfigError, match=f"is for one GPU, got parallel.{key} 2: .*; set cuda_graphs false, or train on one GPU"
+    ):
+        settings(cuda_graphs=True, parallel=ParallelConfig(**{key: 2}))
+    settings(parallel=ParallelConfig(**{key: 2})).check_graphs(4)
+
+
+def test_data_parallel_ranks_are_refused_wherever_their_number_is_known(settings, one_rank, monkeypatch):
+    config, said = settings(cuda_graphs=True), "cuda_graphs is for one GPU, got 2 ranks: .*; set cuda_graphs false"
+    config.check_graphs(1)
+    with pytest.raises(ConfigError, match=said):
+        config.check_graphs(2)
+    with monkeypatch.context() as launched:
+        launched.setenv("WORLD_SIZE", "2")  # of torchrun, before PyTorch is imported
+        with pytest.raises(ConfigError, match=said):
+            cli.train(config)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *group: 2)
+    monkeypatch.setattr(loop, "capturing", lambda *given: contextlib.nullcontext())
+    with pytest.raises(ConfigError, match=said):
+        train(config)
 
 
 @pytest.mark.gpu

@@ -53,6 +53,7 @@ def test_every_recipe_can_start_with_its_models_on_eight_gpus(file, folders, tmp
         ({}, 3, "ranks", "global_batch_size 4 must be a multiple of micro_batch_size 2 x 3 data-parallel ranks"),
         ({"parallel": {"tensor_model_parallel_size": 4}}, 4, "ranks", "tensor_model_parallel_size 4 does not divide"),
         ({"parallel": {"pipeline_model_parallel_size": 2}}, 3, "ranks", "start a multiple of 2 ranks"),
+        ({"cuda_graphs": True}, 2, "ranks", "cuda_graphs is for one GPU, got 2 ranks"),
         ({"sequence_length": 1_000_000}, 1, "text", "1000000"),
         ({"output": "/dev/null/run"}, 1, "run folder", "/dev/null"),
         ({"eval_data": ["/nowhere"]}, 1, "text", "/nowhere"),
