@@ -24,12 +24,16 @@ class RecallSettings:
             have 10 there, as the best run had. Inside, more than 1 brought fewer of RULER's answers back (docs/text.md).
         kl_within: an answer's tokens have a KL only where the fact is at most so many tokens back. 0: none has, since a teacher
             that did not find the fact teaches a guess; null: all have.
+        cross_entropy: exercises' tokens that have the text's cross-entropy, which distil.ce_weight weighs and which is
+            pretrain's loss. all: all of them; answers: not facts and questions, so that it does not teach the model to write
+            them unasked. Their KL and answer_weight stay. Not measured yet.
     """
 
     share: float = 0.0
     tasks: list[RecallTask] = field(default_factory=lambda: list(RECALL_TASKS))
     answer_weight: float = 1.0
     kl_within: int | None = 0
+    cross_entropy: Literal["all", "answers"] = "all"
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 0.9:

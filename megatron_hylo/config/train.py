@@ -322,11 +322,13 @@ class TrainConfig:
     def loss_in_words(self) -> str:
         """Quantity and unit of the loss that a run logs."""
         recall = " + answer_weight x cross-entropy of recall answers" if self.recall.share else ""
+        answers_alone = self.recall.share and self.recall.cross_entropy == "answers"
+        text = "cross-entropy without recall's facts and questions" if answers_alone else "cross-entropy"
         if self.stage == "pretrain":
-            return f"cross-entropy{recall}, nats a token"
+            return f"{text}{recall}, nats a token"
         if self.stage == "distil":
             c = self.distil
-            weights = [f"{w:g} x {name}" for w, name in ((c.kl_weight, "KL"), (c.ce_weight, "cross-entropy")) if w]
+            weights = [f"{w:g} x {name}" for w, name in ((c.kl_weight, "KL"), (c.ce_weight, text)) if w]
             return f"{' + '.join(weights)}{recall}, nats a token"
         return {
             "mse": "squared error of a layer's mixer output / the teacher's energy, summed over layers; 1 a layer for output 0",

@@ -31,8 +31,8 @@ SETTINGS = (
 )
 RECIPE = (  # settings of a run that its row names where they are not the defaults; hylo_provenance.json has all
     "trainable", "optimizer.name", "optimizer.lr", "optimizer.mixer_lr", "optimizer.adam_beta2", "recall.share",
-    "recall.answer_weight", "distil.kl_weight", "distil.ce_weight", "distil.kl_direction", "align.loss",
-    "rope_scaling.rope_type", "rope_scaling.factor", "teacher_window.mode", "text.packing", "text.long_share",
+    "recall.answer_weight", "recall.cross_entropy", "distil.kl_weight", "distil.ce_weight", "distil.kl_direction",
+    "align.loss", "rope_scaling.rope_type", "rope_scaling.factor", "teacher_window.mode", "text.packing", "text.long_share",
     "packed_documents", "precision", "linear_precision", "seed",
 )  # fmt: skip
 STAGES = {  # objectives that a card explains
@@ -43,6 +43,7 @@ STAGES = {  # objectives that a card explains
 EXERCISES = (
     "recall.share: made-up facts, questions and answers take this part of the tokens, as exercises of recall in the text."
 )
+ANSWERS = "recall.cross_entropy answers: the exercises' facts and questions have no cross-entropy."
 CROSS_ENTROPY = "distil.ce_weight: cross-entropy on the text itself has this weight beside the KL divergence."
 HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 CHAT = """The tokenizer has a chat template:
@@ -276,6 +277,8 @@ def _training(provenance: Mapping[str, Any]) -> list[str]:
         stages.append(EXERCISES)
     if any(step.get("recipe", {}).get("distil.ce_weight") for step in steps):
         stages.append(CROSS_ENTROPY)
+    if any(step.get("recipe", {}).get("recall.cross_entropy") for step in steps):
+        stages.append(ANSWERS)
     found = table(("stage", "tokens", "sequence length", "steps", "recipe"), rows)
     return ["## Training", *found, " ".join([*([told] if told else []), *stages])]
 

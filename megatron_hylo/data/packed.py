@@ -248,8 +248,8 @@ def batches(
     Yields:
         {"input_ids", "labels"}, each [micro_batch_size, sequence_length] int64 on the CPU, and "windows", their numbers in the
         dataset. With `packed_documents` [1, micro_batch_size * sequence_length], the label of a document's last token is
-        IGNORED (it would be another document's), and "document_starts" is int64 [n]. The label of a token where a document was
-        cut is IGNORED. With recall two more of the labels' shape: "answers", int32, at a label that is part of an answer the
+        IGNORED (it would be another document's), and "document_starts" is int64 [n]. Labels that are `Window.unlabelled` are
+        IGNORED. With recall two more of the labels' shape: "answers", int32, at a label that is part of an answer the
         distance to the fact, 0 elsewhere; "source_places", int64, of each input token the place in the window that the
         exercises were inserted in, -1 at theirs. Of data of which only answers are learnt "loss_mask", bool of the labels'
         shape; the label of every other token is IGNORED.
@@ -281,8 +281,8 @@ def _batches(
         if inserted:
             batch["source_places"] = torch.from_numpy(np.stack(inserted))
         for row, window in enumerate(windows):
-            if window.cuts is not None:
-                batch["labels"][row, window.cuts - 1] = IGNORED
+            if window.unlabelled is not None:
+                batch["labels"][row, window.unlabelled - 1] = IGNORED
         if dataset.masked:
             masks = [np.ones(length + 1, bool) if window.loss_mask is None else window.loss_mask for window in windows]
             batch["loss_mask"] = torch.from_numpy(np.stack(masks)[:, 1:].copy())

@@ -112,7 +112,7 @@ class RecallWindows(WindowSource):
         for exercise in self._chosen(exercises, generator, room):
             room -= exercise.size
             pieces += self._place(exercise, base, line_ends, generator, len(pieces))
-        return _merge(base, pieces, self._filling(exercises, room))
+        return _merge(base, pieces, self._filling(exercises, room), self.settings.cross_entropy == "answers")
 
     @property
     def long_share(self) -> float:
@@ -231,8 +231,13 @@ def _texts(exercise: Exercise) -> list[tuple[str, tuple[int, int]]]:
     return texts
 
 
-def _merge(base: Window, pieces: list[_Piece], filling: np.ndarray) -> Window:
-    """The base window with the pieces before their places and the filling at the end."""
+def _merge(base: Window, pieces: list[_Piece], filling: np.ndarray, answers_alone: bool) -> Window:
+    """The base window with the pieces before their places and the filling at the end.
+
+    Args:
+        base, pieces, filling: what it is made of.
+        answers_alone: leave the exercises' other tokens without cross-entropy.
+    """
     ordered = sorted(pieces)
     sizes = np.array([len(piece.text.ids) for piece in ordered], dtype=np.int64)
     places = np.array([piece.place for piece in ordered], dtype=np.int64)
@@ -250,7 +255,6 @@ def _merge(base: Window, pieces: list[_Piece], filling: np.ndarray) -> Window:
     tokens = np.concatenate([*parts, base.tokens[done:], filling])
     document_starts = _moved(base.document_starts, places, before)
     document_starts[0] = 0
-    cuts = None if base.cuts is None else _moved(base.cuts, places, before)
     moved = _moved(np.arange(len(base.tokens)), places, before)
     mask = None
     if base.loss_mask is not None:  # of the exercises the answers alone are learnt, too
@@ -258,7 +262,10 @@ def _merge(base: Window, pieces: list[_Piece], filling: np.ndarray) -> Window:
         mask[moved] |= base.loss_mask
     source_places = np.full(len(tokens), -1, np.int64)
     source_places[moved] = np.arange(len(base.tokens))
-    return Window(tokens, document_starts, answers, mask, cuts, source_places)
+    left_out = (source_places < 0) & (answers == 0) & answers_alone
+    if base.unlabelled is not None:
+        left_out[_moved(base.unlabelled, places, before)] = True
+    return Window(tokens, document_starts, answers, mask, np.flatnonzero(left_out[1:]) + 1, source_places)
 
 
 def _moved(at: np.ndarray, places: np.ndarray, before: np.ndarray) -> np.ndarray:

@@ -27,7 +27,12 @@ def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tm
     converted = {"verb": "convert", "converted_from": "base.Q4_1.gguf", "inputs": {"source": source}}
     inputs = {"teacher": {"path": "/secret/teacher", "provenance": converted}}
     trained = {"verb": "train", "stage": "distil", "train_steps": 36, "seed": 7, "tokens": 4608, "sequence_length": 128}
-    trained["recipe"] = {"optimizer.mixer_lr": 7e-4, "recall.share": 0.2, "checkpoint.keep": 1}
+    trained["recipe"] = {
+        "optimizer.mixer_lr": 7e-4,
+        "recall.share": 0.2,
+        "recall.cross_entropy": "answers",
+        "checkpoint.keep": 1,
+    }
     trained["inputs"] = inputs | {"data": {"path": "/secret/corpus", "content_sha256": "abc", "documents": 5, "tokens": 6000}}
     save_model(model, tmp_path / "model", None, trained)
     by_depth = replace(SCORE, depth=0.5, value=0.1)
@@ -58,7 +63,9 @@ def test_an_exports_card_says_what_was_measured_and_how_it_was_made(one_rank, tm
     assert [line.split(" |")[0] for line in steps] == ["| 1 convert", "| 2 train", "| 3 export"]
     assert "stage distil; sequence_length 128; seed 7; teacher of step 1; data `corpus` |" in steps[1]
     assert "| 3 export | model of step 2 |" in text and "made-up facts, questions and answers take this part" in text
-    assert "| distil | 4,608 | 128 | 36 | optimizer.mixer_lr 0.0007; recall.share 0.2; seed 7 |" in text
+    recipe = "optimizer.mixer_lr 0.0007; recall.share 0.2; recall.cross_entropy answers; seed 7"
+    assert f"| distil | 4,608 | 128 | 36 | {recipe} |" in text
+    assert "facts and questions have no cross-entropy" in text
     assert "| `+` MLA | 1 | " in text and "kv_lora_rank 24" in text and "| 60 |" in text, "a latent of 24 and 6, 2 bytes each"
     assert data.base_model == "org/base" and data.datasets == ["org/text"] and "gated-deltanet" in data.tags
     assert "[org/base](https://huggingface.co/org/base), whose licence and terms apply" in text

@@ -1,16 +1,18 @@
 """Recall exercises in windows: the text stays, answers are where the marks say, and nothing but the number decides."""
 
 import re
+from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.recall import RECALL_TASKS, RecallSettings
 from megatron_hylo.data import recall_wording
 from megatron_hylo.data.encode import plain_encoder
-from megatron_hylo.data.packed import PackedDataset, batches
+from megatron_hylo.data.packed import IGNORED, PackedDataset, batches
 from megatron_hylo.data.recall import RecallWindows
 from tests.data.recall_facts import answers_of, parse_fact
 from tests.data.test_packed import write
@@ -32,8 +34,8 @@ def source(tmp_path):
     return lambda length: Shifted(prefix, length, seed=5)
 
 
-def make(source, tokenizer, length=LENGTH, share=0.5, tasks=RECALL_TASKS, within=False):
-    return RecallWindows(source, length, RecallSettings(share, list(tasks)), plain_encoder(tokenizer), 7, within)
+def make(source, tokenizer, length=LENGTH, share=0.5, tasks=RECALL_TASKS, within=False, **settings):
+    return RecallWindows(source, length, RecallSettings(share, list(tasks), **settings), plain_encoder(tokenizer), 7, within)
 
 
 @pytest.mark.parametrize("within", [False, True])
@@ -156,6 +158,19 @@ def test_windows_are_functions_of_seed_and_number(source, tokenizer):
     again = make(source, tokenizer).window(one.windows_per_epoch)  # an epoch later the exercises are others
     fresh = [w.tokens[w.tokens < TEXT].tolist() for w in (again, forward[0])]
     assert fresh[0] != fresh[1]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_facts_and_questions_without_cross_entropy_are_no_labels_and_nothing_else_changes(source, tokenizer, packed):
+    """Labels of the exercises' tokens but answers are ignored, those of the facts that fill a window too."""
+    usual, other = (make(source, tokenizer, within=packed, cross_entropy=which) for which in ("all", "answers"))
+    for whole, mine in zip(*(islice(batches(one, 0, 3, 0, 1, packed), 5) for one in (usual, other))):
+        windows = [usual.window(i) for i in whole["windows"].tolist()]
+        tokens, answers = (np.stack([getattr(w, name) for w in windows]) for name in ("tokens", "answers"))
+        left_out = torch.from_numpy((tokens < TEXT) & (answers == 0))[:, 1:].reshape(whole["labels"].shape)
+        assert mine["labels"].tolist() == whole["labels"].masked_fill(left_out, IGNORED).tolist()
+        assert whole.keys() == mine.keys()
+        assert all(whole[name].equal(mine[name]) for name in whole.keys() - {"labels"})
 
 
 def test_a_tokenizer_that_begins_every_text_with_a_mark_puts_none_in_the_middle(source):

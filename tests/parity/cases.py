@@ -33,7 +33,13 @@ STAGES = {
         stage="distil", teacher_window=dict(mode="windows", length=10), packed_documents=True, distil=dict(ce_weight=0.3)
     ),
     "packed_mse": dict(stage="align", packed_documents=True, align=dict(loss="mse")),
-    "recall": dict(stage="distil", packed_documents=True, sequence_length=256, recall=RecallSettings(0.7, ["key_value"], 3.0)),
+    "recall": dict(
+        stage="distil",
+        packed_documents=True,
+        distil=dict(ce_weight=0.3),
+        sequence_length=256,
+        recall=RecallSettings(0.7, ["key_value"], 3.0, cross_entropy="answers"),
+    ),
     # chat data, of which only answers are learnt
     "answers": dict(stage="distil", data="chat", distil=dict(ce_weight=0.3)),
     "packed_answers_recall_stored": dict(

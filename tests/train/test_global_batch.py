@@ -84,6 +84,59 @@ def test_unequal_numbers_of_labels_make_the_loss_of_plain_torch_on_the_global_ba
     assert difference < 1e-5, name
 
 
+@pytest.mark.parametrize("form", ["packed", "in fixed shapes"])
+@pytest.mark.parametrize(("stage", "within"), [("pretrain", 0), ("distil", 0), ("distil", None), ("distil", 40)])
+def test_answers_that_alone_have_cross_entropy_equal_a_plain_loop_over_tokens(settings, one_rank, stage, within, form):
+    """KL of all tokens but far answers, the text's cross-entropy without facts and questions, answers once more by weight.
+
+    One of four micro-batches has few labels.
+    """
+    recall, packed = RecallSettings(0.6, answer_weight=2.5, kl_within=within, cross_entropy="answers"), form == "packed"
+    config = settings(
+        stage, packed_documents=packed, micro_batch_size=1, sequence_length=192, distil=dict(ce_weight=0.3), recall=recall
+    )
+    run = build_run(config, one_rank)
+    config.cuda_graphs = not packed
+    for wrapper in run.states[0].wrapped:
+        wrapper.zero_grad_buffer()
+    batches = list(itertools.islice(run.batches(), 4))
+    batches[2]["labels"][:, 20:170] = -100
+    metrics = run.objective.forward_backward(run.states, iter(batches), run.micro_batches)
+    mine = {name: p.main_grad.clone() for name, p in run.students[0][0].named_parameters()}
+
+    models = [load_model(path).train() for path in (config.model, config.teacher) if path]
+    terms: dict[str, list[torch.Tensor]] = {"kl": [], "cross_entropy": [], "answers": []}
+    for number, window in enumerate(run.dataset.window(i) for i in range(4)):
+        tokens, starts = torch.from_numpy(window.tokens), window.document_starts.tolist() if packed else [0]
+        edges = [*(start for start in starts if start < len(tokens) - 1), len(tokens) - 1]
+        own, *theirs = (
+            torch.cat([m.logits(m(tokens[None, start:stop]))[0] for start, stop in zip(edges, edges[1:])]).log_softmax(-1)
+            for m in models
+        )
+        for at, (token, place, distance) in enumerate(zip(tokens[1:], window.source_places[1:], window.answers[1:])):
+            is_answer = distance > 0 and at + 1 not in starts
+            is_label = at + 1 not in starts and not (number == 2 and 20 <= at < 170)
+            counts = not theirs or within is None or not is_answer or distance <= within
+            if theirs and counts:
+                wanted = theirs[0][at].detach()
+                terms["kl"].append((wanted.exp() * (wanted - own[at])).sum())
+            if is_label and counts and (place >= 0 or is_answer):
+                terms["cross_entropy"].append(-own[at, token])
+            if is_label and is_answer:
+                terms["answers"].append(-own[at, token])
+    means = {name: torch.stack(found).mean() for name, found in terms.items() if found}
+    answers = 2.5 * torch.stack(terms["answers"]).sum() / len(terms["kl"] or terms["cross_entropy"])
+    text = means["cross_entropy"]
+    loss = answers + (means["kl"] + 0.3 * text if theirs else text)
+    truth = means | {"loss": loss, "answer_cross_entropy": means.pop("answers")}
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+        {name: float(truth[name]) for name in metrics}, rel=1e-5
+    )
+    loss.backward()
+    difference, name = relative_difference(mine, gradients(models[0]))
+    assert difference < 1e-5, name
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "distil"])
 def test_a_temperature_top_k_and_direction_leave_the_cross_entropy_alone(settings, one_rank, stage):
     """The reported mean over labels is the same whatever the KL is."""

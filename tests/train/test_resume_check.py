@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.renamed import RENAMED
 from megatron_hylo.config.train import AlignSettings, KLSettings, OptimizerSettings
 from megatron_hylo.data.preprocess import build_dataset
@@ -86,6 +87,14 @@ def test_other_content_at_the_same_path_is_refused_and_recorded_where_allowed(st
     with pytest.raises(ConfigError, match="was started with teacher"):
         check_resume(replace(allowed, allow_change=""), run)
     check_resume(replace(allowed, allow_change=["teacher"]), run)
+
+
+def test_other_exercises_or_another_loss_of_them_are_refused_unless_allowed(started):
+    changed = replace(started, recall=RecallSettings(cross_entropy="answers"))
+    with pytest.raises(ConfigError, match="recall.cross_entropy = all, now answers; .*--allow_change recall.cross_entropy"):
+        check_resume(changed, Path(started.output))
+    allowed = check_resume(replace(changed, allow_change="recall.cross_entropy"), Path(started.output))
+    assert allowed.changes == [{"key": "recall.cross_entropy", "from": "all", "to": "answers"}]
 
 
 @pytest.mark.parametrize(
