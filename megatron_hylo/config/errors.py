@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 
 class ConfigError(ValueError):
@@ -22,7 +22,7 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
         where: what to call the source in an error message (a file name, an option).
 
     Raises:
-        ConfigError: no mapping, an unknown key, or a required one that is missing.
+        ConfigError: no mapping, an unknown key, a required one that is missing, or a value that is none of its field's names.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must be a mapping of {cls.__name__}'s fields to values, got {values!r}")
@@ -39,9 +39,13 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 def _nested(kind: Any, value: Any, where: str) -> Any:
     """The value of a field; mappings become the dataclass that its type names, alone, in a union or in a list."""
+    parts = (kind, *get_args(kind))
+    names = [name for part in parts if get_origin(part) is Literal for name in get_args(part)]
+    if names and value not in names and not isinstance(value, tuple(part for part in parts if isinstance(part, type))):
+        raise ConfigError(f"{where} must be one of {', '.join(map(repr, names))}, got {value!r}")
     if not isinstance(value, (Mapping, list)):
         return value
-    for choice in (kind, *get_args(kind)):
+    for choice in parts:
         if isinstance(value, Mapping) and isinstance(choice, type) and dataclasses.is_dataclass(choice):
             return from_dict(choice, value, where)
         if isinstance(value, list) and get_origin(choice) is list:

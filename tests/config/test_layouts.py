@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -21,6 +22,7 @@ from megatron_hylo.config.layouts import (
     uniform_mixers,
 )
 from megatron_hylo.config.mixers import check_tensor_parallel, get_mixer
+from megatron_hylo.config.train import TrainConfig
 
 # parameters, KV % of the base, KV bytes a token: the seven released layouts, then their Mamba2 or GDN twins
 RELEASED = {
@@ -115,6 +117,19 @@ def test_config_survives_json_and_refuses_unknown_keys():
         from_dict(ModelConfig, values | {"rank": 3}, "test")
     with pytest.raises(ConfigError, match="unknown key 'beta'"):
         from_dict(ModelConfig, values | {"rope_scaling": {"beta": 3}}, "test")
+
+
+def test_a_value_that_is_no_name_of_its_field_is_refused():
+    """Also in groups, as in settings given to `megatron_hylo.train`; None where the field may have it."""
+    given = {"stage": "distil", "data": "data", "output": "out", "model": "model", "teacher": "teacher"}
+    with pytest.raises(ConfigError, match="train.recall.cross_entropy must be one of 'all', 'answers', got 'answer'"):
+        from_dict(TrainConfig, given | {"recall": {"share": 0.1, "cross_entropy": "answer"}}, "train")
+    with pytest.raises(ConfigError, match="train.stage must be one of .*'distil'.*, got 'distill'"):
+        from_dict(TrainConfig, given | {"stage": "distill"}, "train")
+    named = [f.name for f in dataclasses.fields(TrainConfig) if Literal in map(get_origin, (f.type, *get_args(f.type)))]
+    assert {"stage", "precision"} <= set(named)
+    config = from_dict(TrainConfig, given, "train")
+    assert from_dict(TrainConfig, given | {name: getattr(config, name) for name in named}, "train") == config
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4, 7])
