@@ -284,8 +284,11 @@ def _batches(
             if window.unlabelled is not None:
                 batch["labels"][row, window.unlabelled - 1] = IGNORED
         if dataset.masked:
-            masks = [np.ones(length + 1, bool) if window.loss_mask is None else window.loss_mask for window in windows]
-            batch["loss_mask"] = torch.from_numpy(np.stack(masks)[:, 1:].copy())
+            masks = np.ones((len(windows), length + 1), bool)
+            for mask, window in zip(masks, windows):
+                mask[:] = True if window.loss_mask is None else window.loss_mask
+                mask[len(mask) - window.padding :] = False
+            batch["loss_mask"] = torch.from_numpy(masks[:, 1:].copy())
             batch["labels"][~batch["loss_mask"]] = IGNORED
         if packed_documents:
             starts = [torch.from_numpy(window.document_starts) for window in windows]

@@ -260,6 +260,9 @@ def _merge(base: Window, pieces: list[_Piece], filling: np.ndarray, answers_alon
     if base.loss_mask is not None:  # of the exercises the answers alone are learnt, too
         mask = answers > 0
         mask[moved] |= base.loss_mask
+    elif base.padding:  # which may be between exercises now
+        mask = np.ones(len(tokens), bool)
+        mask[moved[-base.padding :]] = False
     source_places = np.full(len(tokens), -1, np.int64)
     source_places[moved] = np.arange(len(base.tokens))
     left_out = (source_places < 0) & (answers == 0) & answers_alone

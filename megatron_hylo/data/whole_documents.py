@@ -65,9 +65,9 @@ class BestFitWindows(PackedDataset):
         if not missing:
             return window
         tokens = np.concatenate([window.tokens, np.full(missing, window.tokens[-1])])
-        mask = np.ones(len(window.tokens), bool) if window.loss_mask is None else window.loss_mask
+        mask = None if window.loss_mask is None else np.pad(window.loss_mask, (0, missing))
         starts = np.concatenate([window.document_starts, [len(window.tokens)]])
-        return replace(window, tokens=tokens, document_starts=starts, loss_mask=np.pad(mask, (0, missing)))
+        return replace(window, tokens=tokens, document_starts=starts, loss_mask=mask, padding=missing)
 
     def document_starts(self, index: int) -> np.ndarray:
         """Places in window `index` where its pieces begin, int64 ascending; 0 is the first."""

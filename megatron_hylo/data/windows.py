@@ -16,11 +16,13 @@ class Window:
         document_starts: places where documents begin, int64 ascending, in [0, sequence_length]; 0 is always one.
         answers: [sequence_length + 1] int32: at a token of a recall answer the tokens between it and the first fact that it
             needs, 0 elsewhere; None where there are none.
-        loss_mask: [sequence_length + 1] bool: at a token whether it is learnt, as in data of which only answers are; None: all.
+        loss_mask: [sequence_length + 1] bool: at a token whether it is learnt, as in data of which only answers are; None: all
+            but the padding.
         unlabelled: places, from 1 on, of tokens that have no cross-entropy but a KL, int64 ascending: those that do not follow
             the one before, since a document was cut there, and of exercises what recall.cross_entropy leaves out; None: none.
         source_places: [sequence_length + 1] int64, where exercises were inserted in a window of another source: each token's
             place in that window, -1 at an inserted one; None: nothing was.
+        padding: tokens at the end that fill the window and are not learnt; with exercises in it loss_mask has them.
     """
 
     tokens: np.ndarray
@@ -29,6 +31,7 @@ class Window:
     loss_mask: np.ndarray | None = None
     unlabelled: np.ndarray | None = None
     source_places: np.ndarray | None = None
+    padding: int = 0
 
 
 def divide(index: int, size: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from megatron_hylo.data import recall_wording
 from megatron_hylo.data.encode import plain_encoder
 from megatron_hylo.data.packed import IGNORED, PackedDataset, batches
 from megatron_hylo.data.recall import RecallWindows
+from megatron_hylo.data.whole_documents import BestFitWindows
 from tests.data.recall_facts import answers_of, parse_fact
 from tests.data.test_packed import write
 
@@ -195,3 +196,18 @@ def test_what_cannot_be_is_refused(source, tokenizer):
         RecallSettings(0.1, ["riddle"])
     with pytest.raises(ConfigError, match="recall.share must be"):
         RecallSettings(1.0)
+
+
+def test_only_the_padding_of_windows_of_whole_documents_is_not_learnt(tokenizer, tmp_path):
+    """Exercises in a window that does not fill are learnt as in any other, wherever they stand."""
+    prefix = write(tmp_path / "train", [400, 350, 300, 450] * 6)
+    windows = make(lambda length: BestFitWindows(prefix, length, seed=5, most_documents=2), tokenizer)
+    batch = next(batches(windows, 0, 4))
+    padded = 0
+    for row in range(4):
+        base, places = windows.source.window(row), windows.window(row).source_places[1:]
+        padding = places >= len(base.tokens) - base.padding
+        padded += int(padding.sum())
+        assert batch["loss_mask"][row].tolist() == (~padding).tolist()
+        assert ((batch["labels"][row].numpy() == IGNORED) == padding).all()
+    assert padded > 100
