@@ -29,6 +29,7 @@ usual TOKENS_8K 12000000 4096
 usual TOKENS_32K 10000000 4096
 usual TOKENS_64K 14000000 4096
 CE_WEIGHT="${CE_WEIGHT:-1.0}"        # of cross-entropy of all text beside the KL's 1, from 8k on
+CROSS_ENTROPY="${CROSS_ENTROPY:-all}" # or answers: facts and questions of exercises have none of it, so that they are not written unasked
 usual RECALL 0.2 0.25                # part of a window that is facts and questions, in align, 2k and 8k
 ANSWER_WEIGHT="${ANSWER_WEIGHT:-1.0}" # of an answer's cross-entropy there; a token of text's KL is 1
 LONG_RECALL="${LONG_RECALL:-0.3}"    # and in 32k and 64k, where the teacher reads overlapping windows of its own length
@@ -51,12 +52,12 @@ read -ra times <<<"$GROWTH"
 declare -A factor=([align]=1 [2k]=${times[0]} [8k]=${times[1]} [32k]=${times[2]} [64k]=${times[3]})
 declare -A tokens=([align]=$TOKENS_ALIGN [2k]=$TOKENS_2K [8k]=$TOKENS_8K [32k]=$TOKENS_32K [64k]=$TOKENS_64K)
 declare -A recipe=([align]=stage1_ild [2k]=stage2_ctx8k [8k]=stage2_ctx8k [32k]=stage3_ctx32k [64k]=stage3_ctx64k)
-loss="distil: {ce_weight: $CE_WEIGHT}"
-long="global_batch_size: 1, $loss, recall: {share: $LONG_RECALL, answer_weight: $LONG_ANSWER_WEIGHT}"
+loss="distil: {ce_weight: $CE_WEIGHT}, recall: {cross_entropy: $CROSS_ENTROPY"
+long="global_batch_size: 1, $loss, share: $LONG_RECALL, answer_weight: $LONG_ANSWER_WEIGHT}"
 windows=$((times[2] / times[1])) # of 8k, as many tokens a step as one of 32k
 declare -A more=([align]="stage: align, optimizer: {name: adamw, use_distributed_optimizer: true, lr: 1.0e-3, mixer_lr: null}"
   [2k]="global_batch_size: 8, micro_batch_size: 8, cuda_graphs: $GRAPHS"
-  [8k]="global_batch_size: $windows, micro_batch_size: $windows, $loss" [32k]=$long [64k]=$long)
+  [8k]="global_batch_size: $windows, micro_batch_size: $windows, $loss}" [32k]=$long [64k]=$long)
 for name in $STAGES; do
   [[ -n ${factor[$name]:-} ]] || { echo "error: there is no stage $name; choose out of align 2k 8k 32k 64k" >&2; exit 2; }
 done

@@ -134,10 +134,12 @@ def test_its_specification_has_three_budgets_and_growing_lengths(script, tmp_pat
     assert alone.stages[0].folder in [cell.stages[0].folder for cell in hybrids], "what was trained of it stays"
     script(gpu, "train", STAGES="2k 64k", RECALL="0.4", ANSWER_WEIGHT="2", LONG_RECALL="0.5", LONG_ANSWER_WEIGHT="20")
     assert recall_by_stage(read_sweep(tmp_path / "out" / "result.yaml").cells[1]) == [(0.4, 2.0), (0.5, 20.0)]
-    script(gpu, "train", STAGES="align 2k 8k 64k", CE_WEIGHT="0.2")
+    script(gpu, "train", STAGES="align 2k 8k 64k", CE_WEIGHT="0.2", CROSS_ENTROPY="answers")
     longer = read_sweep(tmp_path / "out" / "result.yaml").cells[1]
     assert [stage.train.stage for stage in longer.stages] == ["align"] + ["distil"] * 3
     assert cross_entropy_by_stage(longer) == [0.0, 0.0, 0.2, 0.2]
+    assert [stage.train.recall.cross_entropy for stage in longer.stages] == ["all"] * 2 + ["answers"] * 2
+    assert recall_by_stage(longer)[2:] == recall_by_stage(hybrids[0])[1::2]
     assert longer.stages[0].train.train_tokens == (3_000_000 if gpu else 2048)
     done, calls = script(gpu, "train", STAGES="align 9k")
     assert done.returncode == 2 and "there is no stage 9k; choose out of align 2k" in done.stderr and not calls
