@@ -132,6 +132,27 @@ def test_a_value_that_is_no_name_of_its_field_is_refused():
     assert from_dict(TrainConfig, given | {name: getattr(config, name) for name in named}, "train") == config
 
 
+@dataclasses.dataclass
+class Chosen:
+    """Fields of several names, of names in lists, and of names beside numbers."""
+
+    several: list[Literal["a", "b"]] = dataclasses.field(default_factory=list)
+    perhaps: list[Literal["a", "b"]] | None = None
+    mixed: Literal["auto"] | int | None = None
+
+
+def test_names_in_lists_and_beside_other_types_are_read():
+    values = {"several": ["b", "a"], "perhaps": ["a"], "mixed": 3}
+    assert from_dict(Chosen, values, "x") == Chosen(**values)
+    assert from_dict(Chosen, {"perhaps": None, "mixed": "auto"}, "x") == Chosen(mixed="auto")
+    with pytest.raises(ConfigError, match=r"x.several\[1\] must be one of 'a', 'b', got 'c'"):
+        from_dict(Chosen, {"several": ["a", "c"]}, "x")
+    with pytest.raises(ConfigError, match=r"x.perhaps\[0\] must be one of 'a', 'b', got 'c'"):
+        from_dict(Chosen, {"perhaps": ["c"]}, "x")
+    with pytest.raises(ConfigError, match="x.mixed must be one of 'auto', got 'never'"):
+        from_dict(Chosen, {"mixed": "never"}, "x")
+
+
 @pytest.mark.parametrize("stages", [1, 2, 4, 7])
 def test_pipeline_pattern_is_the_best_of_all_splits(stages):
     config = BASES["smollm2-135m"].replace(hybrid_layer_pattern="*-" * 8)
