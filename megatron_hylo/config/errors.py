@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 class ConfigError(ValueError):
@@ -39,9 +40,10 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 def _nested(kind: Any, value: Any, where: str) -> Any:
     """The value of a field; mappings become the dataclass that its type names, alone, in a union or in a list."""
-    parts = (kind, *get_args(kind))
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     names = [name for part in parts if get_origin(part) is Literal for name in get_args(part)]
-    if names and value not in names and not isinstance(value, tuple(part for part in parts if isinstance(part, type))):
+    others = tuple(get_origin(part) or part for part in parts if get_origin(part) is not Literal)
+    if names and value not in names and not isinstance(value, others):
         raise ConfigError(f"{where} must be one of {', '.join(map(repr, names))}, got {value!r}")
     if not isinstance(value, (Mapping, list)):
         return value
