@@ -1,7 +1,6 @@
 """`hylo eval`: suites through lm-eval, on any model of any stage; `hylo evaluate`: held-out perplexity and KL to a teacher."""
 
 import contextlib
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from megatron_hylo.config.teacher_window import OWN_WINDOW
 from megatron_hylo.convert.source_path import check_model
 from megatron_hylo.data.dataset_path import check_indexed_dataset
 from megatron_hylo.eval.installed import require_lm_eval
-from megatron_hylo.io import is_launched_first, on_main
+from megatron_hylo.io import is_launched_first, launched_ranks, on_main
 from megatron_hylo.io.start_up import model_imports
 from megatron_hylo.models.description import read_description
 
@@ -159,7 +158,7 @@ def measure(
 
     started = time.time()
     fetch_inputs(settings)
-    with session() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else contextlib.nullcontext():
+    with session() if launched_ranks() > 1 else contextlib.nullcontext():
         lm = HyloLM(model, dtype=dtype, max_length=max_length, batch_size=batch_size, seed=settings.seed, track=track)
         require_finite(lm.model, model)
         # before the suites: a training run may replace its checkpoint meanwhile

@@ -1,7 +1,6 @@
 """`hylo generate`: continue a prompt, or many prompts together."""
 
 import contextlib
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from megatron_hylo.cli.console import console, print_json, results
 from megatron_hylo.cli.types import PositiveInt
 from megatron_hylo.convert.source_path import check_model
+from megatron_hylo.io import launched_ranks
 from megatron_hylo.serve.requests import check_prompt, check_settings
 
 
@@ -74,7 +74,7 @@ def generate(
             begun = True
         results.print(text, end="", highlight=False, markup=False, soft_wrap=True)
 
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = launched_ranks() > 1
     with session() if several else contextlib.nullcontext():
         if prompt == "-":  # the ranks of a machine share its standard input
             said = [_standard_input() if is_main() else ""]
@@ -106,7 +106,7 @@ def _generate_many(model: Path, lines: str, **settings: Any) -> None:
     from megatron_hylo.config import ConfigError
     from megatron_hylo.serve.generate_batch import generate_texts, read_prompts
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched_ranks() > 1:
         raise ConfigError("--batch decodes in one process; start it without torchrun, or leave --batch out")
     if lines == "-":
         lines = _standard_input()

@@ -1,6 +1,5 @@
 """`hylo train` and `hylo quickstart`: training, and all steps from a teacher to an evaluated hybrid in one go."""
 
-import os
 import signal
 from pathlib import Path
 from typing import Literal
@@ -8,6 +7,7 @@ from typing import Literal
 from megatron_hylo.cli.boundary import EXIT_STOPPED
 from megatron_hylo.cli.console import console, print_json, results, track
 from megatron_hylo.config.train import TrainConfig
+from megatron_hylo.io import launched_ranks
 from megatron_hylo.io.start_up import model_imports, stop_asked
 from megatron_hylo.train.inputs import check_inputs
 from megatron_hylo.train.run_folder import check_run_folder
@@ -69,7 +69,7 @@ def train(config: TrainConfig, json: bool = False, dry_run: bool = False, ranks:
         return print_dry_run(check(config, ranks), json)
     if stop_asked():
         return EXIT_STOPPED
-    config.check_graphs(int(os.environ.get("WORLD_SIZE", "1")))
+    config.check_graphs(launched_ranks())
     check_run_folder(config, Path(config.output))
     check_inputs(config)
     with model_imports():

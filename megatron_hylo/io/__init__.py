@@ -27,12 +27,22 @@ from megatron_hylo.io._manifests import (
     verify_manifest,
     verify_manifest_if_any,
 )
-from megatron_hylo.io._ranks import barrier, gather, is_launched_first, main_first, on_all, on_main, rank, world_size
+from megatron_hylo.io._ranks import (
+    barrier,
+    gather,
+    is_launched_first,
+    launched_ranks,
+    main_first,
+    on_all,
+    on_main,
+    rank,
+    world_size,
+)
 
 __all__ = [
     "MANIFEST", "DamagedError", "LockState", "atomic_directory", "barrier", "cache_dir", "check_apart", "check_free",
-    "gather", "has_manifest", "hash_for_manifest", "is_launched_first", "listed_files", "main_first", "on_all", "on_main",
-    "output_lock", "place_file", "plain_os_errors", "rank", "read_json", "read_lock", "read_manifest",
+    "gather", "has_manifest", "hash_for_manifest", "is_launched_first", "launched_ranks", "listed_files", "main_first",
+    "on_all", "on_main", "output_lock", "place_file", "plain_os_errors", "rank", "read_json", "read_lock", "read_manifest",
     "read_verified_json", "record_for_manifest", "remove_atomic_directory", "sha256", "staging_directory", "staging_path",
     "verify_manifest", "verify_manifest_if_any", "world_size", "write_json",
 ]  # fmt: skip

@@ -14,6 +14,11 @@ def is_launched_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def launched_ranks() -> int:
+    """Return how many ranks torchrun started, 1 without it; known before a process group is initialised."""
+    return int(os.environ.get("WORLD_SIZE") or 1)  # empty: unset
+
+
 def distributed() -> Any | None:
     """Return torch.distributed where a process group is initialised, else None; torch is not imported for it."""
     torch = sys.modules.get("torch")

@@ -52,6 +52,14 @@ def test_verify_passes_then_names_the_changed_weight_and_exits_1(teacher, tmp_pa
     assert code == 1 and "model.layers.2.mlp.up_proj.weight" in text and "NOT verified" in text
 
 
+def test_an_empty_world_size_is_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "")
+    train = "train --stage pretrain --scratch smollm2-135m --data nowhere --output run --cuda_graphs true"
+    code, text = run(capsys, *train.split())
+    assert code == 2 and "no dataset nowhere/train.bin" in text
+
+
 def test_upcycling_directly_equals_assembling_pure_models(teacher, tmp_path, capsys):
     for name, pattern in (("mla", "+++"), ("gdn", "GGG"), ("direct", "G+G")):
         assert run(capsys, "upcycle", teacher, tmp_path / name, "--pattern", pattern, "--init", "paper")[0] == 0

@@ -120,16 +120,22 @@ def test_config_survives_json_and_refuses_unknown_keys():
 
 
 def test_a_value_that_is_no_name_of_its_field_is_refused():
-    """Also in groups, as in settings given to `megatron_hylo.train`; None where the field may have it."""
+    """Also in groups and lists, as in settings given to `megatron_hylo.train`; None where the field may have it."""
     given = {"stage": "distil", "data": "data", "output": "out", "model": "model", "teacher": "teacher"}
     with pytest.raises(ConfigError, match="train.recall.cross_entropy must be one of 'all', 'answers', got 'answer'"):
         from_dict(TrainConfig, given | {"recall": {"share": 0.1, "cross_entropy": "answer"}}, "train")
     with pytest.raises(ConfigError, match="train.stage must be one of .*'distil'.*, got 'distill'"):
         from_dict(TrainConfig, given | {"stage": "distill"}, "train")
+    with pytest.raises(ConfigError, match=r"train.recall.tasks\[1\] must be one of 'key_value', .*, got 'passkeys'"):
+        from_dict(TrainConfig, given | {"recall": {"tasks": ["counting", "passkeys"]}}, "train")
+    with pytest.raises(ConfigError, match=r"train.recall.tasks\[1\] must be one of 'key_value', .*, got 'passkeys'"):
+        from_dict(TrainConfig, given | {"recall": {"tasks": ["counting", "passkeys"]}}, "train")
     named = [f.name for f in dataclasses.fields(TrainConfig) if Literal in map(get_origin, (f.type, *get_args(f.type)))]
     assert {"stage", "precision"} <= set(named)
     config = from_dict(TrainConfig, given, "train")
     assert from_dict(TrainConfig, given | {name: getattr(config, name) for name in named}, "train") == config
+    assert from_dict(TrainConfig, dataclasses.asdict(config), "train") == config
+    assert from_dict(TrainConfig, dataclasses.asdict(config), "train") == config
 
 
 @dataclasses.dataclass
