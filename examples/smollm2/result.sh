@@ -52,12 +52,12 @@ read -ra times <<<"$GROWTH"
 declare -A factor=([align]=1 [2k]=${times[0]} [8k]=${times[1]} [32k]=${times[2]} [64k]=${times[3]})
 declare -A tokens=([align]=$TOKENS_ALIGN [2k]=$TOKENS_2K [8k]=$TOKENS_8K [32k]=$TOKENS_32K [64k]=$TOKENS_64K)
 declare -A recipe=([align]=stage1_ild [2k]=stage2_ctx8k [8k]=stage2_ctx8k [32k]=stage3_ctx32k [64k]=stage3_ctx64k)
-loss="distil: {ce_weight: $CE_WEIGHT}, recall: {cross_entropy: $CROSS_ENTROPY"
-long="global_batch_size: 1, $loss, share: $LONG_RECALL, answer_weight: $LONG_ANSWER_WEIGHT}"
+loss="distil: {ce_weight: $CE_WEIGHT}" learnt="cross_entropy: $CROSS_ENTROPY"
+long="global_batch_size: 1, $loss, recall: {share: $LONG_RECALL, answer_weight: $LONG_ANSWER_WEIGHT, $learnt}"
 windows=$((times[2] / times[1])) # of 8k, as many tokens a step as one of 32k
 declare -A more=([align]="stage: align, optimizer: {name: adamw, use_distributed_optimizer: true, lr: 1.0e-3, mixer_lr: null}"
   [2k]="global_batch_size: 8, micro_batch_size: 8, cuda_graphs: $GRAPHS"
-  [8k]="global_batch_size: $windows, micro_batch_size: $windows, $loss}" [32k]=$long [64k]=$long)
+  [8k]="global_batch_size: $windows, micro_batch_size: $windows, $loss, recall: {$learnt}" [32k]=$long [64k]=$long)
 for name in $STAGES; do
   [[ -n ${factor[$name]:-} ]] || { echo "error: there is no stage $name; choose out of align 2k 8k 32k 64k" >&2; exit 2; }
 done

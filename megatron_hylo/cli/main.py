@@ -62,10 +62,10 @@ def main(command_line: list[str] | None = None) -> None:
 
 def _check_kernels() -> None:
     """Refuse names of kernels in the environment that there are not."""
-    from megatron_hylo.kernels.implementations import ENVIRONMENT_VARIABLE, named
+    from megatron_hylo.kernels.implementations import ENVIRONMENT_VARIABLE, asked_for
 
     try:
-        named()
+        asked_for()
     except ValueError as error:
         raise ConfigError(f"{ENVIRONMENT_VARIABLE}: {error}") from error
 

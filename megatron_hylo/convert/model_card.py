@@ -40,11 +40,13 @@ STAGES = {  # objectives that a card explains
     "distil": "distil: the whole model learns the teacher's distribution of every next token, by the KL divergence.",
     "pretrain": "pretrain: the model learns the text itself, by cross-entropy, without a teacher.",
 }
-EXERCISES = (
-    "recall.share: made-up facts, questions and answers take this part of the tokens, as exercises of recall in the text."
-)
-ANSWERS = "recall.cross_entropy answers: the exercises' facts and questions have no cross-entropy."
-CROSS_ENTROPY = "distil.ce_weight: cross-entropy on the text itself has this weight beside the KL divergence."
+EXPLAINED = {  # settings of a recipe that a card explains
+    "recall.share": (
+        "recall.share: made-up facts, questions and answers take this part of the tokens, as exercises of recall in the text."
+    ),
+    "distil.ce_weight": "distil.ce_weight: cross-entropy on the text itself has this weight beside the KL divergence.",
+    "recall.cross_entropy": "recall.cross_entropy answers: the exercises' facts and questions have no cross-entropy.",
+}
 HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
 CHAT = """The tokenizer has a chat template:
 
@@ -273,12 +275,7 @@ def _training(provenance: Mapping[str, Any]) -> list[str]:
     total = sum(step.get("tokens", 0) for step in steps)
     told = f"{total:,} training tokens in all." if all("tokens" in step for step in steps) else ""
     stages = [STAGES[name] for name in dict.fromkeys(step.get("stage", "") for step in steps) if name in STAGES]
-    if any(step.get("recipe", {}).get("recall.share") for step in steps):
-        stages.append(EXERCISES)
-    if any(step.get("recipe", {}).get("distil.ce_weight") for step in steps):
-        stages.append(CROSS_ENTROPY)
-    if any(step.get("recipe", {}).get("recall.cross_entropy") for step in steps):
-        stages.append(ANSWERS)
+    stages += [said for name, said in EXPLAINED.items() if any(step.get("recipe", {}).get(name) for step in steps)]
     found = table(("stage", "tokens", "sequence length", "steps", "recipe"), rows)
     return ["## Training", *found, " ".join([*([told] if told else []), *stages])]
 

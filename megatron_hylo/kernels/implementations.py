@@ -35,7 +35,7 @@ def check(op: str, implementation: str) -> None:
         raise ValueError(f"{op} has no implementation {implementation!r}; use one of {', '.join(IMPLEMENTATIONS[op])}")
 
 
-def named() -> dict[str, str]:
+def asked_for() -> dict[str, str]:
     """Operation -> implementation as the environment variable names them.
 
     Raises:

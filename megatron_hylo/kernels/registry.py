@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_hylo.kernels.implementations import check, named
+from megatron_hylo.kernels.implementations import asked_for, check
 from megatron_hylo.kernels.tuned import install
 
 logger = logging.getLogger("megatron_hylo.kernels")
@@ -94,7 +94,7 @@ def untuned() -> Iterator[None]:
 
     Overrides of the environment variable go before.
     """
-    wanted = named()
+    wanted = asked_for()
     with contextlib.ExitStack() as stack:
         for op in ("causal_conv1d", "gated_delta_rule", "kda", "ssd"):
             if op not in wanted:
@@ -108,7 +108,7 @@ def overridden(op: str) -> str | None:
     Raises:
         ValueError: the environment variable names an unknown operation or implementation.
     """
-    return _overrides.get(op) or named().get(op)
+    return _overrides.get(op) or asked_for().get(op)
 
 
 def select(op: str, fast: str, unsupported: Unsupported | None) -> str:

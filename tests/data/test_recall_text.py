@@ -111,7 +111,7 @@ def test_several_things_are_asked_for_in_one_question():
 
 
 def test_answers_follow_at_once_or_after_a_lead_in_and_several_in_lines():
-    """Where a question ends in one of ENDS, two fifths break the line or begin a list; of several values each has a line."""
+    """Two fifths of the questions that end in one of ENDS break the line or begin a list; several values have a line each."""
     exercises = Exercises(random.Random(12))
     texts, lines, sentences = [], 0, 0
     for _ in range(800):
