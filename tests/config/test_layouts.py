@@ -128,13 +128,10 @@ def test_a_value_that_is_no_name_of_its_field_is_refused():
         from_dict(TrainConfig, given | {"stage": "distill"}, "train")
     with pytest.raises(ConfigError, match=r"train.recall.tasks\[1\] must be one of 'key_value', .*, got 'passkeys'"):
         from_dict(TrainConfig, given | {"recall": {"tasks": ["counting", "passkeys"]}}, "train")
-    with pytest.raises(ConfigError, match=r"train.recall.tasks\[1\] must be one of 'key_value', .*, got 'passkeys'"):
-        from_dict(TrainConfig, given | {"recall": {"tasks": ["counting", "passkeys"]}}, "train")
     named = [f.name for f in dataclasses.fields(TrainConfig) if Literal in map(get_origin, (f.type, *get_args(f.type)))]
     assert {"stage", "precision"} <= set(named)
     config = from_dict(TrainConfig, given, "train")
     assert from_dict(TrainConfig, given | {name: getattr(config, name) for name in named}, "train") == config
-    assert from_dict(TrainConfig, dataclasses.asdict(config), "train") == config
     assert from_dict(TrainConfig, dataclasses.asdict(config), "train") == config
 
 
