@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -28,8 +29,10 @@ from .generation_hylo import HyloGenerator
 from .inputs_hylo import NO_PACKING, SequenceInputs, check_cache, sequence_inputs
 from .layers_hylo import HyloLayer
 from .pretrained_hylo import HyloPreTrainedModel
+from .pytree_hylo import register_cache_pytree
 
 logger = logging.get_logger(__name__)
+register_cache_pytree()  # an input and an output of torch.export
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # of transformers' loss functions
 fused_rope_cos_sin = on_request(rope_cos_sin)
 UNUSED_ARGUMENTS = ("cache_position",)  # transformers 4 gives it in generate(); the cache knows its own length
@@ -164,7 +167,7 @@ class HyloModel(HyloPreTrainedModel):
         return fused_rope_cos_sin(positions, frequencies, scaling.cos_sin_multiplier)
 
 
-class HyloForCausalLM(HyloGenerator):
+class HyloForCausalLM(HyloGenerator, GenerationMixin):  # by name, which transformers' own tests ask for
     """A HyLo model with its output head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

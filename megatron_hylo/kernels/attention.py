@@ -90,7 +90,7 @@ def attention(
         with sdpa_kernel(DETERMINISTIC_WITH_MASK) if _is_deterministic(q) else contextlib.nullcontext():
             out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         return _deterministic_backward(out)[..., :dv].transpose(1, 2)
-    is_causal, is_lower_right = causal and t == s and t > 1, causal and 1 < t < s
+    is_causal, is_lower_right = bool(causal and t == s and t > 1), bool(causal and 1 < t < s)
     backend = choose_backend(q, k, v, is_causal)
     if backend in ("cudnn", "flash", "efficient"):
         q, k, v = (readable(x) for x in (q, k, v))

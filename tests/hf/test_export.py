@@ -63,7 +63,7 @@ def test_all_files_that_are_imported_are_copied(tmp_path):
     }  # fmt: skip
     parts = (
         "modeling", "layers", "attention", "inputs", "configuration", "cache", "decode", "fused", "pretrained", "quantised",
-        "experts", "window", "generation", "recurrent", "attend",
+        "experts", "window", "generation", "recurrent", "attend", "pytree",
     )  # fmt: skip
     assert names == {f"{name}_hylo.py" for name in parts} | kernels
 

@@ -133,6 +133,28 @@ def test_an_exported_program_gives_the_models_logits(config, padded, ids):
     torch.testing.assert_close(found[:, 9:], expected[:, 9:], rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_exported_programs_read_a_prompt_and_decode_with_the_models_logits(ids):
+    """A cache leaves the program of the prompt and enters and leaves that of one token, for any number of sequences."""
+    model = random_model(serve_config("GK+M*W"), torch.float32)
+    prompt, token, sequences = ids[:, :40].clone(), ids[:, 40:41], {0: torch.export.Dim.DYNAMIC}
+    read = torch.export.export(model, (), {"input_ids": prompt}, dynamic_shapes={"input_ids": sequences}, strict=False).module()
+    decode = torch.export.export(
+        model, (), {"input_ids": token, "past_key_values": read(input_ids=prompt).past_key_values}
+    ).module()
+    for rows in ([0, 1], [1]):
+        found = read(input_ids=prompt[rows])
+        torch.testing.assert_close(found.logits, model(prompt[rows]).logits, rtol=0, atol=1e-4)
+    expected, held = model(prompt).past_key_values, read(input_ids=prompt).past_key_values
+    found, outputs = decode(input_ids=token, past_key_values=held), model(token, past_key_values=expected)
+    torch.testing.assert_close(found.logits, outputs.logits, rtol=0, atol=1e-4)
+    assert held.length == 40, "a program changes no input"
+    token = ids[:, 50:51]  # the model goes on with a cache that a program returned
+    found, outputs = model(token, past_key_values=found.past_key_values), model(token, past_key_values=expected)
+    torch.testing.assert_close(found.logits, outputs.logits, rtol=0, atol=1e-4)
+    assert found.past_key_values.length == expected.length == 42
+
+
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("mixers", ["*", "+", "M", "G", "K", "W"])
 @torch.no_grad()

@@ -58,6 +58,9 @@ for name, mixin in (("exporters.test_export", "ExportTesterMixin"), ("generation
     if not (SOURCE / "tests" / f"{name.replace('.', '/')}.py").is_file():
         module_of_transformers(f".{name.split('.')[0]}")
         setattr(module_of_transformers(f".{name}"), mixin, absent(mixin))
+    elif name == "exporters.test_export":  # which its tests of generation import by its own name, `tests.exporters.test_export`
+        for module in ("exporters", name):
+            sys.modules[f"tests.{module}"] = importlib.import_module(f"transformers_tests.{module}")
 common = importlib.import_module("transformers_tests.test_modeling_common")
 
 
@@ -119,6 +122,25 @@ class TestHybrid(common.ModelTesterMixin, common.GenerationTesterMixin, unittest
         """Not skipped: transformers' own heads do not list `output_attentions`, which they pass on."""
         self.all_model_classes = self.all_model_classes[:2]
         super().test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions()
+
+    def test_recurrent_layers_mask_padding_on_continued_forward(self) -> None:
+        """Not skipped: a HyLo configuration names its layers by a pattern."""
+        if not hasattr(super(), self._testMethodName):
+            self.skipTest("not in transformers' source package")
+        with mock.patch.object(
+            HyloConfig, "layer_types", ["linear_attention"] * self.model_tester.num_hidden_layers, create=True
+        ):
+            super().test_recurrent_layers_mask_padding_on_continued_forward()
+
+    def _check_outputs_close(self, actual, expected, **bounds) -> None:
+        """A program keeps a mask and positions of each sequence, where the model looks what they say, and no spare rows."""
+        kept = {f"past_key_values.{name}" for name in ("padding", "positions")} - expected.keys()
+        actual = {name: actual[name] for name in actual.keys() - kept}
+        if (last := "past_key_values.last_position") in expected:
+            expected = expected | {last: expected[last].expand_as(actual[last])}
+        rows = {name for name in actual if name.startswith("past_key_values.rows.")}
+        expected = expected | {name: expected[name][:, : actual[name].shape[1]] for name in rows}
+        super()._check_outputs_close(actual, expected, **bounds)
 
     def test_can_init_all_missing_weights(self) -> None:
         """Not skipped as one of an old model: its age is read from the licence in the configuration's file."""
