@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.io.gguf_file import gguf_file
-from megatron_hylo.models.description import read_description
+from megatron_hylo.models.description import read_description, suggestion
 
 
 def check_source(path: str | Path) -> None:
@@ -32,8 +32,11 @@ def check_model(path: str | Path) -> None:
         ConfigError: as `check_source`, or a model folder of another format version.
         DamagedError: hylo.json is not what the folder's manifest says.
     """
-    if (Path(path) / "hylo.json").is_file():
+    path = Path(path)
+    if (path / "hylo.json").is_file():
         read_description(path)
+    elif path.is_dir() and gguf_file(path) is None and not (path / "config.json").is_file():
+        raise ConfigError(f"{path} holds no model: it has no config.json and no hylo.json{suggestion(path)}")
     else:
         check_source(path)
 

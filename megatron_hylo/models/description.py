@@ -17,7 +17,7 @@ def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """
     file = Path(path) / "hylo.json"
     if not file.is_file():
-        raise ConfigError(f"{path} is not a megatron_hylo model folder: it has no hylo.json{_suggestion(Path(path))}")
+        raise ConfigError(f"{path} is not a megatron_hylo model folder: it has no hylo.json{suggestion(Path(path))}")
     description = read_verified_json(path, "hylo.json")
     if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
         raise ConfigError(
@@ -26,8 +26,8 @@ def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     return from_dict(ModelConfig, description["model"], str(file)), description
 
 
-def _suggestion(path: Path) -> str:
-    """Say what was probably meant by a folder: the model of a run, or a Hugging Face folder; empty for neither."""
+def suggestion(path: Path) -> str:
+    """Say what was probably meant by a folder without hylo.json: a run's model, or a Hugging Face folder; empty for neither."""
     for places in ("model", "checkpoints/step_*", "*/model", "*/checkpoints/step_*"):
         found = [folder for folder in path.glob(places) if (folder / "hylo.json").is_file() and has_manifest(folder)]
         if found:
