@@ -104,7 +104,7 @@ def load_model_chunks(
         return load_chunks(path, parallel, params_dtype, backend, recompute, fp8, **changes)
     verify_manifest_if_any(folder)
     source = open_hf_folder(folder)
-    chunks = build_chunks(source.config.replace(**changes), parallel, params_dtype, backend, recompute, fp8)
+    chunks = build_chunks(source.config.replace(**changes), parallel, params_dtype, backend, recompute, fp8, initialize=False)
     error: Exception | None = None
     try:
         fill_chunks(chunks, source)

@@ -238,6 +238,6 @@ def load_chunks(
     config, description = read_description(path)
     verify_manifest(path, hashes=verify_hashes)
     dtype = params_dtype or DTYPES[description["params_dtype"]]
-    chunks = build_chunks(config.replace(**changes), parallel, dtype, backend, recompute, fp8)
+    chunks = build_chunks(config.replace(**changes), parallel, dtype, backend, recompute, fp8, initialize=False)
     put_chunks(chunks, load_weights(sharded_chunks(chunks), Path(path) / "weights"))
     return chunks

@@ -105,6 +105,7 @@ def build_chunks(
     backend: BackendName = "auto",
     recompute: bool | str = False,
     fp8: Fp8 | None = None,
+    initialize: bool = True,
 ) -> list[HyloModel]:
     """Build this rank's part of a model with random weights, a chunk a virtual pipeline stage; after `platform.initialize`.
 
@@ -116,6 +117,7 @@ def build_chunks(
         backend: where linear maps and SwiGLU come from.
         recompute: compute activations again in the backward pass: of all layers, or of those with these symbols.
         fp8: linear maps compute in FP8: "e4m3" in a frozen model, "hybrid" in one that is trained; see models/fp8.py.
+        initialize: draw the weights; False where all of them are loaded next, until when they hold what the memory held.
 
     Raises:
         ConfigError: heads that tensor parallelism does not divide; more pipeline stages than layers; a symbol of
@@ -126,7 +128,8 @@ def build_chunks(
     parallel = parallel or ParallelConfig()
     chosen, pattern = get_backend(backend), pipeline_pattern(config, parallel.pipeline_stages, parallel.pipeline_layers)
     spec, fused = hybrid_stack_spec(chosen), chosen.activation is not None
-    transformer_config = build_transformer_config(config, parallel, params_dtype, recomputed_layers(recompute), fp8, fused)
+    layers = recomputed_layers(recompute)
+    transformer_config = build_transformer_config(config, parallel, params_dtype, layers, fp8, fused, initialize)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     if parallel.context_parallel_size == 1 < groups.cp.size():
         groups.cp = group_of_one()

@@ -112,8 +112,9 @@ class ReplicatedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, config: TransformerConfig, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=config.params_dtype, device=weights_device()))
-        with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):  # equal on all tensor-parallel ranks
-            config.init_method(self.weight)
+        if config.perform_initialization:
+            with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):  # equal on all tensor-parallel ranks
+                config.init_method(self.weight)
         zeros = torch.zeros(out_features, dtype=config.params_dtype, device=weights_device()) if bias else None
         self.bias = nn.Parameter(zeros) if zeros is not None else None
         for parameter in self.parameters():

@@ -28,6 +28,7 @@ def build_transformer_config(
     recompute: str = "",
     fp8: Fp8 | None = None,
     activation_module: bool = False,
+    initialize: bool = True,
 ) -> HyloTransformerConfig:
     """Megatron-Core configuration of a model.
 
@@ -38,6 +39,7 @@ def build_transformer_config(
         recompute: symbols of the layers whose activations are recomputed in the backward pass.
         fp8: formats that linear maps compute in, see models/fp8.py.
         activation_module: the MLP is given its SwiGLU (else Megatron-Core's, compiled on a GPU).
+        initialize: weights are drawn at random; False where all are loaded, which spares the drawing.
     """
     parallel = parallel or ParallelConfig()
     check_tensor_parallel(config, parallel.tensor_model_parallel_size)
@@ -71,6 +73,7 @@ def build_transformer_config(
         cp_comm_type=parallel.cp_comm_type,
         sequence_parallel=parallel.sequence_parallel,
         use_cpu_initialization=not cuda or weights_device().type == "meta",
+        perform_initialization=initialize,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=cuda and not activation_module,
         use_te_activation_func=activation_module,
