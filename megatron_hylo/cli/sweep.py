@@ -155,7 +155,21 @@ def make_student(cell: "Cell") -> None:
 
 
 def run_all(sweep: "Sweep", at_once: int) -> None:
-    """Run the cells that are not finished, `at_once` side by side, each as `hylo sweep SPEC --cell N`."""
+    """Run the cells that are not finished, `at_once` side by side, each as `hylo sweep SPEC --cell N`.
+
+    Raises:
+        ConfigError: the specification asks for more GPUs than there are.
+    """
+    from megatron_hylo.config import ConfigError
+    from megatron_hylo.platform.distributed import gpu_names
+
+    names = gpu_names()
+    if sweep.gpus is not None and sweep.gpus > len(names):
+        raise ConfigError(
+            f"{sweep.file}: gpus is {sweep.gpus}, but {len(names)} are visible here, and a cell without one would train on the "
+            f"CPU; leave gpus out for all there are"
+        )
+    names = names[: sweep.gpus]
     left = [cell for cell in sweep.cells if cell.state()[0] != "finished"]
     stopping, children, slots = threading.Event(), set[subprocess.Popen](), queue.SimpleQueue[int]()
     for slot in range(at_once):
@@ -165,7 +179,7 @@ def run_all(sweep: "Sweep", at_once: int) -> None:
         """Run a cell in a free slot; with several GPUs it sees one of them alone."""
         slot = slots.get()
         try:
-            start(cell, {"CUDA_VISIBLE_DEVICES": str(slot % sweep.gpus)} if sweep.gpus > 1 else {})
+            start(cell, {"CUDA_VISIBLE_DEVICES": names[slot % len(names)]} if names else {})
         finally:
             slots.put(slot)
 

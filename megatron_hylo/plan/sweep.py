@@ -24,7 +24,7 @@ SPEC.yaml:
       - {label: the teacher, student: null, stages: null, train.model: models/teacher}   # only measured
     retries: 1                      # times that a failed cell is started again
     at_once: 4                      # cells that run side by side on this machine, or tasks of the Slurm array
-    gpus: 2                         # GPUs of this machine over which those are spread
+    gpus: 2                         # of this machine's, over which those are spread; by default all that are visible
 
 `student` may be left out where `train` has a model or a scratch. A cell's name has a hash of its settings, and a stage's one of
 all settings up to it: what is done stays done when the grid or the stages grow, and cells that begin alike share that.
@@ -62,7 +62,7 @@ class Sweep:
         cells: in the order of the grid, then those of the list.
         retries: times that a failed cell is started again.
         at_once: cells side by side.
-        gpus: GPUs of this machine that they are spread over.
+        gpus: how many of this machine's they are spread over; None for all.
     """
 
     file: Path
@@ -70,7 +70,7 @@ class Sweep:
     cells: list[Cell]
     retries: int
     at_once: int
-    gpus: int = 1
+    gpus: int | None = None
 
 
 def read_sweep(file: Path) -> Sweep:
@@ -102,7 +102,8 @@ def read_sweep(file: Path) -> Sweep:
             raise ConfigError(f"{file}: cell {number} {varied} is there twice; leave one out")
         known.add(own)
         cells.append(cell)
-    return Sweep(file, output, cells, retries, at_once, whole_number(spec, file, "gpus", 1, 1))
+    gpus = whole_number(spec, file, "gpus", 1, 1) if "gpus" in spec else None
+    return Sweep(file, output, cells, retries, at_once, gpus)
 
 
 def _settings(base: dict[str, Any], varied: dict[str, Any]) -> dict[str, Any]:

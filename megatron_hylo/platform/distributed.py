@@ -27,6 +27,12 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def gpu_names() -> list[str]:
+    """Name this machine's visible GPUs as CUDA_VISIBLE_DEVICES does: by number, or as it has them where it is set."""
+    found, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(number) for number in range(found)] if named is None else [name.strip() for name in named.split(",")][:found]
+
+
 def rank() -> int:
     """Return the global rank; before initialisation torchrun's RANK, else 0."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else int(os.environ.get("RANK", "0"))

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,44 +13,16 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError, TeacherWindow
 from megatron_hylo.config.layouts import uniform_mixers
 from megatron_hylo.config.train import OptimizerSettings
 from megatron_hylo.config.upcycle import UpcycleConfig
-from megatron_hylo.io import read_lock
 from megatron_hylo.plan.sweep import read_sweep, selected_layers
 from megatron_hylo.plan.sweep_cells import Cell
 from megatron_hylo.plan.sweep_plots import draw_cells
 from megatron_hylo.plan.sweep_report import cell_name, comparable, fit_metric
 from megatron_hylo.plan.sweep_rows import row_of
-from tests.forked import running
-from tests.train.conftest import material, tokenizer  # noqa: F401  fixtures
-
-
-@pytest.fixture
-def spec(material, tmp_path):  # noqa: F811
-    """Write a specification of tiny runs with changes; returns its file."""
-
-    def write(**changes) -> Path:
-        values = dict(
-            output=str(tmp_path / "sweep"), teacher=str(material.teacher), student=dict(init="paper", linear="G"),
-            train=dict(
-                stage="distil", data=str(material.data), sequence_length=16, global_batch_size=4, micro_batch_size=4,
-                precision="fp32", eval_windows=4, logging=dict(log_interval=1, tensorboard=False),
-            ),
-            grid={"student.mla": [1], "train.train_tokens": [64, 128, 256]},
-        )  # fmt: skip
-        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values | changes))
-        return tmp_path / "tiny.yaml"
-
-    return write
-
-
-def run(*words: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(["sweep", *map(str, words)])
-    return ended.value.code
+from tests.plan.conftest import run
 
 
 def test_cells_run_each_by_itself_and_are_reported(spec, one_rank, capsys):
@@ -83,56 +54,6 @@ def test_cells_run_each_by_itself_and_are_reported(spec, one_rank, capsys):
     grown = read_sweep(spec(grid=more, cells=[{"student.mla": 1, "train.seed": 5}])).cells
     assert [cell.state()[0] for cell in grown] == ["finished"] * 3 + ["waiting"] * 4
     assert grown[3].upcycle.pattern == "+GG+" and grown[6].upcycle == grown[0].upcycle
-
-
-@pytest.mark.slow
-def test_a_killed_sweep_goes_on_and_bad_input_is_not_tried_again(spec, material, tmp_path, capsys):  # noqa: F811
-    """Two real cells side by side, killed in the middle; they save, and resume. A third cell has no text.
-
-    On a loaded machine one cell may start many seconds after the other, which would be through by then. So each is halted once
-    it trains, until the sweep is dead.
-    """
-    bad = {"student.mla": 1, "train.data": "/nowhere"}
-    file = spec(grid={"student.mla": [1], "train.train_tokens": [12_800, 25_600]}, cells=[bad], at_once=3)
-    command = [sys.executable, "-m", "megatron_hylo.cli", "sweep", str(file)]
-    first, deadline = subprocess.Popen(command), time.monotonic() + 600
-    *good, missing = read_sweep(file).cells
-    halted: dict[int, int] = {}  # process by cell
-    try:
-        while len(halted) < len(good):
-            assert first.poll() is None and time.monotonic() < deadline
-            for cell in good:
-                if cell.number not in halted and (cell.last.run / "metrics.jsonl").is_file():
-                    halted[cell.number] = read_lock(cell.last.run).about["pid"]
-                    os.kill(halted[cell.number], signal.SIGSTOP)
-            time.sleep(0.05)
-    finally:
-        first.kill()
-        first.wait()  # the cells have the signal of its death by now
-        for process in halted.values():
-            os.kill(process, signal.SIGCONT)
-    while any(cell.state()[0] in ("waiting", "running") for cell in good):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert [cell.state()[0] for cell in good] == ["stopped", "stopped"]
-    assert subprocess.run(command).returncode == 1
-    assert [cell.state()[0] for cell in (*good, missing)] == ["finished", "finished", "failed"]
-    assert all(len((cell.last.run / "starts.jsonl").read_text().splitlines()) == 2 for cell in good)
-    attempt = missing.attempts()[-1]
-    assert attempt["code"] == 2 and "/nowhere" in attempt["message"] and len(missing.attempts()) <= 2
-
-
-@pytest.mark.slow
-def test_a_sweep_that_is_stopped_while_its_cells_start_has_none_that_failed(spec):
-    file = spec(at_once=2)
-    cell, deadline = read_sweep(file).cells[0], time.monotonic() + 120
-    with running([sys.executable, "-m", "megatron_hylo.cli", "sweep", file]) as first:
-        while not (cell.folder / "log.txt").is_file():
-            assert first.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        first.terminate()
-        assert first.wait(120) == 3
-    assert [cell.state()[0] for cell in read_sweep(file).cells] == ["waiting"] * 3 and cell.attempts()[0]["code"] == 3
 
 
 def test_an_attempt_that_is_being_recorded_is_not_read_yet(tmp_path):
@@ -300,7 +221,7 @@ def test_a_slurm_array_takes_each_cell_through_its_stages(spec, tmp_path, monkey
 EVALUATE = {"text": {"suites": ["ppl"], "lengths": [64, 128, 4096], "limit": 1, "sequence_length": 16}}
 
 
-def test_stages_follow_each_other_are_shared_and_are_measured(spec, material, one_rank, tmp_path, capsys):  # noqa: F811
+def test_stages_follow_each_other_are_shared_and_are_measured(spec, material, one_rank, tmp_path, capsys):
     """Two hybrids of a common first stage and the teacher as it is; every run and evaluation is real."""
     (tmp_path / "longer.yaml").write_text(yaml.safe_dump({"sequence_length": 32, "global_batch_size": 1, "stage": "pretrain"}))
     base = spec(
