@@ -9,6 +9,7 @@ import logging
 import os
 import warnings
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Iterator
 
 import torch
@@ -18,6 +19,7 @@ from megatron_hylo.platform.cpu import install_cpu_patches
 from megatron_hylo.platform.limits import check_address_space
 
 logger = logging.getLogger("megatron_hylo.platform")
+DEVICES = Path("/dev")  # where NVIDIA's driver has a file for each GPU: nvidia0, ...
 
 
 def device() -> torch.device:
@@ -57,7 +59,8 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
         The device of this rank.
 
     Raises:
-        ConfigError: the world size is not divisible by the sizes of the groups, or `ulimit -v` is too low to make them.
+        ConfigError: the world size is not divisible by the sizes of the groups, there are more ranks on this machine than
+            GPUs, or `ulimit -v` is too low to make the groups.
     """
     parallel = parallel or ParallelConfig()
     install_cpu_patches()
@@ -66,8 +69,15 @@ def initialize(parallel: ParallelConfig | None = None, seed: int = 1234) -> torc
         from megatron.core import parallel_state, tensor_parallel
     here = device()
     if here.type == "cuda":
+        if here.index >= (count := torch.cuda.device_count()):
+            raise ConfigError(
+                f"rank {rank()} is number {here.index} of this machine (LOCAL_RANK), which has {count} visible GPUs; start as "
+                f"many ranks as GPUs: torchrun --nproc-per-node {count}"
+            )
         torch.cuda.set_device(here)
         os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # autotuning takes minutes; keep its results on disk
+    elif message := unseen_gpus():
+        _warn_once(message)
     if not torch.distributed.is_initialized():
         check_address_space()
         backend = "nccl" if here.type == "cuda" else "gloo"
@@ -108,6 +118,29 @@ def _keep_gloo_local() -> None:
     """Bind gloo's ports, which are not authenticated, to the loopback interface where all ranks are on this machine."""
     if "RANK" not in os.environ or os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def unseen_gpus() -> str:
+    """Say that the machine has NVIDIA GPUs of which PyTorch sees none, and why; empty where it has none, or that is meant."""
+    there, named = len(list(DEVICES.glob("nvidia[0-9]*"))), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not there or torch.cuda.device_count() or named in ("", "-1"):
+        return ""
+    if torch.version.cuda is None:
+        cause = f"torch {torch.__version__} is built without CUDA"
+    elif named is not None:
+        cause = f"CUDA_VISIBLE_DEVICES is {named}"
+    else:
+        cause = f"the driver may be too old for CUDA {torch.version.cuda}, see nvidia-smi"
+    return (
+        f"running on the CPU, as PyTorch sees none of this machine's NVIDIA GPUs ({there}; {cause}); where the CPU is meant, "
+        f"set CUDA_VISIBLE_DEVICES to nothing"
+    )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    if is_main():
+        logger.warning(message)
 
 
 @functools.cache
