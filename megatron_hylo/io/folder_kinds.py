@@ -30,7 +30,7 @@ KINDS = {  # the first that fits is said
     "calibration": Kind("a calibration folder", ("calibration.json",)),
     "store": Kind("a teacher store", ("store.json",)),
     "results": Kind("a results folder", ("results.json",)),
-    "Hugging Face": Kind("a Hugging Face folder", ("config.json",), (), is_finished=False),
+    "Hugging Face": Kind("a Hugging Face folder", ("config.json",), ("exports/step_*", "export"), is_finished=False),
 }
 
 
