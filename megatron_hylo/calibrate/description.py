@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.io import read_verified_json
+from megatron_hylo.io.folder_kinds import hint
 
 FORMAT, VERSION = "megatron_hylo.calibration", 1
 
@@ -18,7 +19,8 @@ def read_calibration(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / "calibration.json"
     if not file.is_file():
-        raise ConfigError(f"{path} is not a calibration folder: it has no calibration.json; make one with `hylo calibrate`")
+        meant = hint(path, "calibration")
+        raise ConfigError(f"{path} is not a calibration folder: it has no calibration.json{meant}; `hylo calibrate` makes one")
     description = read_verified_json(path, "calibration.json", ("teacher", "layers", "tokens", "sequence_length"))
     if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
         raise ConfigError(f"{file}: format {description.get('format')}, expected {FORMAT} {VERSION}")

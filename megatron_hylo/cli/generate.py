@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from megatron_hylo.cli.console import console, print_json, results
 from megatron_hylo.cli.types import PositiveInt
+from megatron_hylo.config import ConfigError
 from megatron_hylo.convert.source_path import check_model
 from megatron_hylo.io import launched_ranks
-from megatron_hylo.serve.requests import check_prompt, check_settings
+from megatron_hylo.serve.requests import check_prompt, check_settings, read_prompts
 
 
 def generate(
@@ -52,6 +53,15 @@ def generate(
     """
     check_model(model)
     check_settings(max_new_tokens, temperature, top_p, repetition_penalty)
+    several = launched_ranks() > 1
+    if batch is not None and several:
+        raise ConfigError("--batch decodes in one process; start it without torchrun, or leave --batch out")
+    shared = several and prompt == "-"  # the ranks of a machine share its standard input, which one of them reads
+    if prompt == "-" and not shared:
+        prompt = _standard_input()
+    prompts = [] if batch is None else read_prompts(prompt)
+    if batch is None and not shared:
+        check_prompt(prompt)
     import torch
 
     from megatron_hylo.platform.distributed import is_main, session
@@ -59,7 +69,7 @@ def generate(
 
     if batch is not None:
         _generate_many(
-            model, prompt, batch=batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            model, prompts, batch=batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
             repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, weights=weights,
             cuda_graphs=cuda_graphs,
         )  # fmt: skip
@@ -74,14 +84,12 @@ def generate(
             begun = True
         results.print(text, end="", highlight=False, markup=False, soft_wrap=True)
 
-    several = launched_ranks() > 1
     with session() if several else contextlib.nullcontext():
-        if prompt == "-":  # the ranks of a machine share its standard input
+        if shared:
             said = [_standard_input() if is_main() else ""]
-            if several:
-                torch.distributed.broadcast_object_list(said)
+            torch.distributed.broadcast_object_list(said)
             prompt = said[0]
-        check_prompt(prompt)
+            check_prompt(prompt)
         result = generate_text(
             model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
             repetition_penalty=repetition_penalty, seed=seed, chat=chat, latents=latents, weights=weights,
@@ -101,16 +109,11 @@ def generate(
     )
 
 
-def _generate_many(model: Path, lines: str, **settings: Any) -> None:
-    """Continue the prompts of JSON Lines and print a line for each as it ends, with its number from 0."""
-    from megatron_hylo.config import ConfigError
-    from megatron_hylo.serve.generate_batch import generate_texts, read_prompts
+def _generate_many(model: Path, prompts: list[dict[str, Any]], **settings: Any) -> None:
+    """Continue prompts of JSON Lines and print a line for each as it ends, with its number from 0."""
+    from megatron_hylo.serve.generate_batch import generate_texts
 
-    if launched_ranks() > 1:
-        raise ConfigError("--batch decodes in one process; start it without torchrun, or leave --batch out")
-    if lines == "-":
-        lines = _standard_input()
-    prompts, start = read_prompts(lines), time.perf_counter()
+    start = time.perf_counter()
 
     def show(number: int, result: Any) -> None:
         """Print one prompt's result as a JSON line, with the prompt's fields and number."""

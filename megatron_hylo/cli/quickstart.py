@@ -20,6 +20,7 @@ from rich.table import Table
 
 from megatron_hylo.calibrate.gather import calibrate
 from megatron_hylo.cli.quickstart_budgets import BUDGETS, Budget, stage_config
+from megatron_hylo.cli.quickstart_folders import LAYOUT, check_output, default_output, known_texts, read_results
 from megatron_hylo.cli.quickstart_report import next_commands, plot_quickstart, quality_rows, write_report
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import get_layout, kv_bytes_per_token, kv_percent
@@ -34,8 +35,7 @@ from megatron_hylo.data.manuals import MANUALS
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval.perplexity import evaluate
 from megatron_hylo.eval.runs import read_records
-from megatron_hylo.io import check_free, has_manifest, output_lock, read_json, write_json
-from megatron_hylo.io.identity import text_identity
+from megatron_hylo.io import has_manifest, output_lock, write_json
 from megatron_hylo.io.progress import Track, no_progress
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.description import read_description
@@ -45,14 +45,7 @@ from megatron_hylo.serve.generate import generate_text
 from megatron_hylo.train.loop import train
 from megatron_hylo.upcycle.run import upcycle_folder
 
-FOLDERS = ("teacher", "data", "calibration", "hybrid", "export")  # of OUTPUT, beside the runs align and distil
 DEFAULT_PROMPT = "The most important thing about free software is that"
-LAYOUT = {
-    ("paper", "gdn"): "smollm2-135m-8mla22gdn",
-    ("paper", "mamba2"): "smollm2-135m-8mla22m2",
-    ("calibrated", "gdn"): "smollm2-135m-8mla22gdn-teacher",
-    ("calibrated", "mamba2"): "smollm2-135m-8mla22m2-teacher",
-}
 ALIGN_LOSS = {
     "mse": "normalised error of its mixer's output",
     "ild": "Enhanced ILD",
@@ -93,12 +86,6 @@ def run_quickstart(
         return _run(linear, init, prompt or DEFAULT_PROMPT, text, output, train_tokens, console, budget, track, start)
 
 
-def default_output(linear: str, init: str) -> Path:
-    """Run folder of each kind of hybrid: runs/quickstart, runs/quickstart_mamba2, runs/quickstart_paper and so on."""
-    kind = [name for name, usual in ((linear, "gdn"), (init, "calibrated")) if name != usual]
-    return Path("runs") / "_".join(["quickstart", *kind])
-
-
 def _run(
     linear: str,
     init: str,
@@ -112,9 +99,7 @@ def _run(
     start: float,
 ) -> dict[str, Any]:
     budget = budget or BUDGETS["cuda" if torch.cuda.is_available() else "cpu", init]
-    for name in FOLDERS:  # before hours of work of which one could not be written
-        if not has_manifest(output / name):
-            check_free(output / name, overwrite=False, sources=[text])
+    check_output(output, linear, init, text)
     fetched = _fetch_text(console) if text is None and not has_manifest(output / "data") else None
     output.mkdir(parents=True, exist_ok=True)
     teacher, hybrid, data = output / "teacher", output / "hybrid", output / "data"
@@ -210,7 +195,7 @@ def _prepare_teacher(folder: Path, output: Path, console: Console) -> None:
     if not has_manifest(folder):
         with session():
             convert_hf_to_megatron(fetch_teacher(), folder, verify=False)  # below, from what was written
-    if "verified" in _results(output):
+    if "verified" in read_results(output):
         return
     with session():
         result = verify_conversion(fetch_teacher(), folder)
@@ -235,14 +220,13 @@ def _fetch_text(console: Console) -> tuple[str, Path]:
 
 
 def _prepare_text(text: str | None, fetched: tuple[str, Path] | None, teacher: Path, data: Path, output: Path) -> None:
-    """Tokenise given text, or a fetched set's, or make sure that what is there was made of the same."""
-    wanted = [text_identity(text)] if text else ["documents", "manuals"]
-    if not has_manifest(data):
-        made_of, file = fetched or (wanted[0], text)
+    """Tokenise given text, or a fetched set's, unless it was done."""
+    if has_manifest(data):
+        name = read_results(output).get("text") or known_texts(text)[0]
+    else:
+        name, file = fetched or (known_texts(text)[0], text)
         preprocess(str(file), str(data), str(teacher))
-    elif (made_of := _results(output).get("text", wanted[0])) not in wanted:
-        raise ConfigError(f"{data} was made of another text than {text or 'the default'}; give another --output for it")
-    _record(output, text=made_of)
+    _record(output, text=name)
 
 
 def _calibrate(teacher: Path, data: Path, output: Path, budget: Budget, track: Track) -> None:
@@ -255,16 +239,12 @@ def _calibrate(teacher: Path, data: Path, output: Path, budget: Budget, track: T
 
 
 def _upcycle(teacher: Path, hybrid: Path, linear: str, init: str, output: Path, budget: Budget, track: Track) -> None:
-    layout = LAYOUT[init, linear]
     if has_manifest(hybrid):
-        config, description = read_description(hybrid)
-        if config.mixers != get_layout(layout).config.mixers or description["provenance"].get("init") != init:
-            raise ConfigError(f"{hybrid} is another model than {layout}, {init}; give another --output for it")
         return
     with session():
         calibration = str(output / "calibration") if init == "calibrated" else None
         settings = UpcycleConfig(
-            str(teacher), str(hybrid), layout, init=init, calibration=calibration, sequential=budget.sequential
+            str(teacher), str(hybrid), LAYOUT[init, linear], init=init, calibration=calibration, sequential=budget.sequential
         )
         upcycle_folder(settings, track)
 
@@ -274,8 +254,8 @@ def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output
 
     Beside a calibrated hybrid also that of the paper's initialisation, in its own shapes.
     """
-    if "init" in _results(output):
-        return _results(output)
+    if "init" in read_results(output):
+        return read_results(output)
     dtype = torch.bfloat16 if budget.precision == "bf16" else torch.float32
     with session():
         windows = heldout_windows(data / "heldout", budget.sequence_length, budget.eval_windows)
@@ -292,16 +272,11 @@ def _evaluate_start(teacher: Path, hybrid: Path, linear: str, data: Path, output
                 upcycle_folder(UpcycleConfig(str(teacher), f"{scratch}/paper", LAYOUT["paper", linear], init="paper"))
                 found["paper_init"] = quality(load_model(Path(scratch) / "paper", params_dtype=dtype), reference)
         _record(output, **found)
-    return _results(output)
-
-
-def _results(output: Path) -> dict[str, Any]:
-    file = output / "results.json"
-    return read_json(file) if file.is_file() else {}
+    return read_results(output)
 
 
 def _record(output: Path, **values: Any) -> None:
-    write_json(output / "results.json", _results(output) | values)
+    write_json(output / "results.json", read_results(output) | values)
 
 
 def _trained_tokens(run: Path) -> int:

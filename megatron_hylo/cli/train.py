@@ -6,8 +6,11 @@ from typing import Literal
 
 from megatron_hylo.cli.boundary import EXIT_STOPPED
 from megatron_hylo.cli.console import console, print_json, results, track
+from megatron_hylo.cli.quickstart_folders import check_output, default_output
+from megatron_hylo.cli.types import PositiveInt
+from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig
-from megatron_hylo.io import launched_ranks
+from megatron_hylo.io import DamagedError, launched_ranks
 from megatron_hylo.io.start_up import model_imports, stop_asked
 from megatron_hylo.train.inputs import check_inputs
 from megatron_hylo.train.run_folder import check_run_folder
@@ -19,7 +22,7 @@ def quickstart(
     prompt: str | None = None,
     text: Path | None = None,
     output: Path | None = None,
-    train_tokens: int | None = None,
+    train_tokens: PositiveInt | None = None,
 ) -> int:
     """Real teacher to evaluated hybrid in one go: fetch, convert, verify, calibrate, upcycle, train, export, generate.
 
@@ -39,6 +42,7 @@ def quickstart(
         check_prompt(prompt)
     if text is not None:
         next(iter(read_documents(text)), None)  # refuses what holds no text
+    check_output(output or default_output(linear, init), linear, init, None if text is None else str(text))
     from megatron_hylo.cli.quickstart import run_quickstart
     from megatron_hylo.train.callback import Stopped
 
@@ -63,6 +67,7 @@ def train(config: TrainConfig, json: bool = False, dry_run: bool = False, ranks:
         ranks: processes that a dry run plans for, over all nodes.
     """
     if dry_run:
+        _say_missing_inputs(config)
         from megatron_hylo.cli.dry_run import print_dry_run
         from megatron_hylo.train.dry_run import dry_run as check
 
@@ -70,8 +75,7 @@ def train(config: TrainConfig, json: bool = False, dry_run: bool = False, ranks:
     if stop_asked():
         return EXIT_STOPPED
     config.check_graphs(launched_ranks())
-    check_run_folder(config, Path(config.output))
-    check_inputs(config)
+    _check_inputs(config)
     with model_imports():
         from megatron_hylo.platform.distributed import is_main
         from megatron_hylo.train.loop import Stopped
@@ -88,6 +92,19 @@ def train(config: TrainConfig, json: bool = False, dry_run: bool = False, ranks:
         else:
             results.print(f"model: {model}" + (f", held-out perplexity {quality.perplexity:.2f}" if quality else ""))
     return 0
+
+
+def _check_inputs(config: TrainConfig) -> None:
+    check_run_folder(config, Path(config.output))
+    check_inputs(config)
+
+
+def _say_missing_inputs(config: TrainConfig) -> None:
+    """Say at once what a dry run will find wrong with paths; its other checks import PyTorch, which takes seconds."""
+    try:
+        _check_inputs(config)
+    except (ConfigError, DamagedError, OSError) as error:
+        console.print(f"{error}\nall checks follow", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _stopped(stopped: BaseException) -> int:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.io.folder_kinds import hint, is_a
 from megatron_hylo.io.gguf_file import gguf_file
-from megatron_hylo.models.description import read_description, suggestion
+from megatron_hylo.models.description import read_description
 
 
 def check_source(path: str | Path) -> None:
@@ -35,8 +36,8 @@ def check_model(path: str | Path) -> None:
     path = Path(path)
     if (path / "hylo.json").is_file():
         read_description(path)
-    elif path.is_dir() and gguf_file(path) is None and not (path / "config.json").is_file():
-        raise ConfigError(f"{path} holds no model: it has no config.json and no hylo.json{suggestion(path)}")
+    elif path.is_dir() and gguf_file(path) is None and (not (path / "config.json").is_file() or is_a(path, "run")):
+        raise ConfigError(f"{path} holds no model: it has no hylo.json and no config.json of a model{hint(path, 'model')}")
     else:
         check_source(path)
 
@@ -66,9 +67,11 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         ConfigError: the folder or the file is not there, or is not JSON.
     """
     file = folder / "config.json"
-    if not file.is_file():
-        there = "give the folder that has config.json and the weights" if folder.exists() else "there is no such folder"
-        raise ConfigError(f"{folder} is not a Hugging Face folder: it has no config.json; {there}")
+    if not file.is_file() or is_a(folder, "run"):
+        there = "; give the folder that has config.json and the weights" if folder.exists() else ""
+        raise ConfigError(
+            f"{folder} is not a Hugging Face folder: it has no config.json of a model{hint(folder, 'Hugging Face')}{there}"
+        )
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:

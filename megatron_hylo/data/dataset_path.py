@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.io.folder_kinds import hint, is_a
 
 
 def check_indexed_dataset(prefix: str | Path) -> None:
@@ -15,4 +16,8 @@ def check_indexed_dataset(prefix: str | Path) -> None:
         ConfigError: one of the files is not there.
     """
     if not all(Path(f"{prefix}{suffix}").exists() for suffix in (".bin", ".idx")):
-        raise ConfigError(f"there is no dataset {prefix}.bin with {prefix}.idx; make one with `hylo preprocess`")
+        folder, split = Path(prefix).parent, Path(prefix).name
+        meant = hint(folder, "dataset")
+        if split == "heldout" and is_a(folder, "dataset"):
+            meant = f"; {folder} has no documents held out, as --heldout_fraction above 0 would have"
+        raise ConfigError(f"there is no dataset {prefix}.bin with {prefix}.idx{meant}; `hylo preprocess` makes one")

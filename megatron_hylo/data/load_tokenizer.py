@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from megatron_hylo.io.folder_kinds import hint
 from megatron_hylo.io.foreign import load_foreign_tokenizer, load_transformers
 from megatron_hylo.io.gguf_file import gguf_fields, gguf_file
 
@@ -19,8 +20,15 @@ def find_tokenizer(path: Path) -> Path:
     """
     place = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     if not place.exists() or (gguf_file(place) is None and not any((place / name).is_file() for name in TOKENIZERS)):
-        raise ConfigError(f"{path} holds no tokenizer; give a folder with tokenizer.json, a .gguf file, or a model folder")
+        raise no_tokenizer(path)
     return place
+
+
+def no_tokenizer(path: Path) -> ConfigError:
+    """The error about a path at which there is no tokenizer."""
+    return ConfigError(
+        f"{path} holds no tokenizer{hint(path, 'model')}; give a folder with tokenizer.json, a .gguf file, or a model folder"
+    )
 
 
 def load_transformers_tokenizer(path: str | Path) -> Any | None:

@@ -29,7 +29,7 @@ from megatron_hylo.data.chat import chat_field
 from megatron_hylo.data.documents import Document, OnBadText, TextField, Unreadable
 from megatron_hylo.data.encode_pool import cores
 from megatron_hylo.data.inputs import InputFile, InputReader
-from megatron_hylo.data.load_tokenizer import find_tokenizer, load_transformers_tokenizer
+from megatron_hylo.data.load_tokenizer import find_tokenizer, load_transformers_tokenizer, no_tokenizer
 from megatron_hylo.data.make_dataset import (
     DataDescription,
     Loss,
@@ -158,7 +158,7 @@ def preprocess(
     verify_manifest_if_any(folder, ("tokenizer",) if (folder / "tokenizer").is_dir() else ())
     found = load_transformers_tokenizer(find_tokenizer(folder))
     if found is None:
-        raise ConfigError(f"{tokenizer} holds no tokenizer; give a folder with tokenizer.json, or a model folder")
+        raise no_tokenizer(folder)
     if vocab_size is None and (folder / "hylo.json").is_file():
         vocab_size = read_verified_json(folder, "hylo.json", ("model",))["model"]["vocab_size"]
     field = chat_field(found, key or "messages", loss == "answers") if chat else TextField(key or "text")

@@ -1,6 +1,8 @@
 """The windows that a run trains on, as its settings say."""
 
 import functools
+import hashlib
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,13 @@ from megatron_hylo.data.encode import plain_encoder
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
 from megatron_hylo.data.packed import DocumentStore, PackedDataset
 from megatron_hylo.data.recall import RecallWindows
+from megatron_hylo.data.recall_text import Exercises
 from megatron_hylo.data.tokenizer import check_dataset
 from megatron_hylo.data.whole_documents import BestFitWindows
 from megatron_hylo.data.windows import WindowSource
+
+PROBED_TOKENS, MOST_PROBED = 2**16, 32  # of windows by which they are told apart
+PROBED_EXERCISES = 1000  # of each task, as text: each wording is among them
 
 
 def training_windows(config: TrainConfig) -> WindowSource:
@@ -31,6 +37,35 @@ def training_windows(config: TrainConfig) -> WindowSource:
     if not config.recall.share:
         return windows
     return recall_windows(config, lambda length: _text_windows(config, length), config.seed)
+
+
+def windows_identity(windows: WindowSource) -> dict[str, str]:
+    """Return the sha256 of some windows of the first epoch, spread evenly: {"text": ...}, with recall {"text", "recall"}.
+
+    They depend on what settings and folders do not tell, too: the wording of the exercises and the order of windows in this
+    version, and the dataset's tokenizer. Their number does not depend on the run's length.
+
+    Args:
+        windows: of the run.
+    """
+    if not isinstance(windows, RecallWindows):
+        return {"text": _digest(windows).hexdigest()}
+    recall = _digest(windows)
+    for task in windows.settings.tasks:
+        for number in range(PROBED_EXERCISES):
+            recall.update(repr(Exercises(random.Random(number)).make(task, 12)).encode())
+    return {"text": _digest(windows.source).hexdigest(), "recall": recall.hexdigest()}
+
+
+def _digest(source: WindowSource) -> "hashlib._Hash":
+    count = min(source.windows_per_epoch, MOST_PROBED, -(-PROBED_TOKENS // source.sequence_length))
+    digest = hashlib.sha256()
+    for number in range(count):
+        window = source.window(number * source.windows_per_epoch // count)
+        for name, value in vars(window).items():
+            digest.update(f"{name} {value if value is None or isinstance(value, int) else value.dtype}".encode())
+            digest.update(b"" if value is None or isinstance(value, int) else value.tobytes())
+    return digest
 
 
 def recall_windows(config: TrainConfig, source: Callable[[int], WindowSource], seed: int) -> RecallWindows:

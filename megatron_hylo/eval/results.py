@@ -16,6 +16,7 @@ import numpy as np
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.evaluation import Suite
 from megatron_hylo.io import atomic_directory, read_json, write_json
+from megatron_hylo.io.folder_kinds import hint
 
 SCHEMA = 1
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
@@ -132,7 +133,10 @@ def read_results(folder: str | Path) -> EvalResult:
     """
     file = Path(folder) / RESULTS
     if not file.is_file():
-        raise ConfigError(f"{folder} is no results folder: it has no {RESULTS}; `hylo eval MODEL --output FOLDER` makes one")
+        meant = hint(folder, "results")
+        raise ConfigError(
+            f"{folder} is no results folder: it has no {RESULTS}{meant}; `hylo eval MODEL --output FOLDER` makes one"
+        )
     try:
         if "schema" not in read_json(file):  # that of a quickstart, say
             raise ConfigError(f"{folder} is no results folder: its {RESULTS} is not of `hylo eval`")

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train_settings import flatten
 from megatron_hylo.io import has_manifest, read_json, read_lock
+from megatron_hylo.io.folder_kinds import hint
 
 State = Literal["running", "finished", "stopped", "failed", "killed"]
 STATES: dict[State, str] = {
@@ -98,6 +99,7 @@ def run_folders(folder: Path) -> list[Path]:
     if not inside:
         raise ConfigError(
             f"{folder} is not the output of a training run: it has no config.json with {METRICS}, nor has a folder in it"
+            f"{hint(folder, 'run')}"
         )
     return sorted(inside, key=_begun)
 

@@ -5,14 +5,13 @@ for; all that are in it advance by a token a pass. One that ends gives its slot 
 all there at the start: a server, with arrivals, priorities and preemption, is vLLM (docs/serving.md).
 """
 
-import json
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -107,36 +106,6 @@ def generate_texts(
         )
         on_result(number, found[number])
     return [found[number] for number in range(len(prompts))]
-
-
-def read_prompts(lines: str) -> list[dict[str, Any]]:
-    """Read prompts out of JSON Lines: a string, or an object with `prompt` and what else its result is to have, a line.
-
-    Returns:
-        An object with a `prompt` a line.
-
-    Raises:
-        ConfigError: a line that is neither, or has an empty prompt; none at all.
-    """
-    prompts: list[dict[str, Any]] = []
-    for number, line in enumerate(lines.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f'line {number} of the prompts is not JSON: {error}; give {{"prompt": "..."}} a line, and a file as - < FILE'
-            ) from error
-        one = found if isinstance(found, dict) else {"prompt": found}
-        if not isinstance(one.get("prompt"), str):
-            raise ConfigError(f'line {number} of the prompts is no string and no object with a string "prompt"')
-        if not one["prompt"]:
-            raise ConfigError(f"line {number} of the prompts: the prompt is empty")
-        prompts.append(one)
-    if not prompts:
-        raise ConfigError('there are no prompts; give {"prompt": "..."} a line')
-    return prompts
 
 
 def pool_for(sizes: Sequence[int], model: HyloForCausalLM, batch: int, latents: str | None) -> PackedCache:

@@ -1,14 +1,19 @@
 """Checks of prompts and of settings of generation, before PyTorch is imported."""
 
+import json
+from typing import Any
+
 from megatron_hylo.config import ConfigError
 
 
 def check_prompt(prompt: str) -> None:
-    """Refuse a prompt with half surrogate pairs, which invalid bytes of a command line become: no tokenizer takes them.
+    """Refuse an empty prompt, and half surrogate pairs, which invalid bytes of a command line become: no tokenizer takes them.
 
     Raises:
-        ConfigError: it has some.
+        ConfigError: it is empty, or has some.
     """
+    if not prompt:
+        raise ConfigError("the prompt is empty; give at least one word")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -28,3 +33,35 @@ def check_settings(max_new_tokens: int, temperature: float, top_p: float, repeti
             f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and repetition_penalty > 0, got {max_new_tokens}, "
             f"{temperature}, {top_p} and {repetition_penalty}"
         )
+
+
+def read_prompts(lines: str) -> list[dict[str, Any]]:
+    """Read prompts out of JSON Lines: a string, or an object with `prompt` and what else its result is to have, a line.
+
+    Returns:
+        An object with a `prompt` a line.
+
+    Raises:
+        ConfigError: a line that is neither, or whose prompt `check_prompt` refuses; none at all.
+    """
+    prompts: list[dict[str, Any]] = []
+    for number, line in enumerate(lines.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f'line {number} of the prompts is not JSON: {error}; give {{"prompt": "..."}} a line, and a file as - < FILE'
+            ) from error
+        one = found if isinstance(found, dict) else {"prompt": found}
+        if not isinstance(one.get("prompt"), str):
+            raise ConfigError(f'line {number} of the prompts is no string and no object with a string "prompt"')
+        try:
+            check_prompt(one["prompt"])
+        except ConfigError as error:
+            raise ConfigError(f"line {number} of the prompts: {error}") from error
+        prompts.append(one)
+    if not prompts:
+        raise ConfigError('there are no prompts; give {"prompt": "..."} a line')
+    return prompts

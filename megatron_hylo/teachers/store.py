@@ -43,6 +43,7 @@ from megatron_hylo.io import (
     read_verified_json,
     verify_manifest,
 )
+from megatron_hylo.io.folder_kinds import hint
 from megatron_hylo.io.identity import file_identity, is_made_of
 from megatron_hylo.parallel.context import sequence_shard
 from megatron_hylo.teachers.entropy_coding import decompress_block
@@ -80,7 +81,7 @@ class TeacherStore:
     def __init__(self, path: str | Path, data: str | Path, teacher: str | Path | None = None) -> None:
         self.path = Path(path)
         if not (has_manifest(self.path) and (self.path / "store.json").is_file()):
-            raise ConfigError(f"{path} is not a finished teacher store; make one with `hylo cache-teacher`")
+            raise ConfigError(f"{path} is not a finished teacher store{hint(path, 'store')}; `hylo cache-teacher` makes one")
         verify_manifest(self.path)
         self.description = read_verified_json(self.path, "store.json", ("version", "dataset", "teacher"))
         if self.description["version"] != VERSION:

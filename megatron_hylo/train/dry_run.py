@@ -14,7 +14,7 @@ from megatron_hylo.config import ConfigError, ModelConfig
 from megatron_hylo.config.layouts import parameter_count, pipeline_layers
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.config.train_settings import flatten
-from megatron_hylo.data.training_windows import training_windows
+from megatron_hylo.data.training_windows import training_windows, windows_identity
 from megatron_hylo.eval.runs import read_run
 from megatron_hylo.io import DamagedError
 from megatron_hylo.models.transformer_config import check_tensor_parallel
@@ -198,6 +198,8 @@ def _check_folder(config: TrainConfig, folder: Path) -> str:
     resume = check_resume(config, folder)
     if not resume.goes_on(config, newest):
         return f"{folder} is already trained: nothing would be done"
+    if resume.windows:
+        resume.check_windows(windows_identity(training_windows(config)))
     return f"{folder}, {f'goes on from {newest.name}' if newest else 'from the beginning'}"
 
 

@@ -18,6 +18,7 @@ from megatron_hylo.config import RunFailure
 from megatron_hylo.config.evaluation import SuiteSettings
 from megatron_hylo.config.paths import plain_path
 from megatron_hylo.config.train import PREFIXES, TrainConfig
+from megatron_hylo.data.training_windows import training_windows, windows_identity
 from megatron_hylo.eval.perplexity import Quality
 from megatron_hylo.io import main_first, on_main, output_lock, read_json
 from megatron_hylo.io.provenance import made_by
@@ -108,6 +109,7 @@ def train(config: TrainConfig) -> Quality | None:
             check_run_kernels(models, params_dtype(config), device, config.parallel.context_parallel_size > 1)
         check_run_tokens(config, models[0].vocab_size)
         check_teacher_window(config)
+        resume.check_windows(on_main(lambda: windows_identity(training_windows(config))))
         heldout = open_heldout(config)
         run = build_run(config, device, teacher_signal=_checked_teacher_signal(config, resume))
         keep_tokenizer(config, folder)

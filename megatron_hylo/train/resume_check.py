@@ -1,16 +1,19 @@
 """Resume check: compares a start of a run with what its run folder was started with.
 
     RUN/config.json     settings, a recipe that starts the same run
-    RUN/history.json    {"inputs": {key: {"path", "identity"}}, "changes": [{"time", "user", "step", "key", "from", "to"}]}
+    RUN/history.json    {"inputs": {key: {"path", "identity"}}, "windows": {"text": identity, "recall": identity},
+                        "changes": [{"time", "user", "step", "key", "from", "to"}]}
 
-Inputs are compared by what they hold (identity.py), settings by value. Some settings may always differ (where and how fast a
-run computes, what it records), others only where `allow_change` names them, a few never.
+Inputs are compared by what they hold (identity.py), settings by value, and then the training windows that both make with this
+version. Some settings may always differ (where and how fast a run computes, what it records), others only where `allow_change`
+names them, a few never.
 """
 
 import getpass
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +33,15 @@ from megatron_hylo.train.checkpoint import checkpoint_step, latest_checkpoint
 
 logger = logging.getLogger("megatron_hylo.train")
 SETTINGS, HISTORY = "config.json", "history.json"
-INPUTS = ("model", "second_model", "scratch", "teacher", "teacher_store", "data")
+BLEND = "text.blend"  # an input of several folders
+INPUTS = ("model", "second_model", "scratch", "teacher", "teacher_store", "data", BLEND)
 ADDRESS = "teacher_address"  # an input too, whose identity its server tells
 FREE = {
     "checkpoint", "logging", "profile", "eval_interval", "eval_windows", "eval_data", "evaluation", "parallel",
     "micro_batch_size", "recompute", "cuda_graphs", "backend", "deterministic", "loss_chunk_tokens", "output",
     "teacher_offload", "optimizer.offload", "allow_change",
 }  # fmt: skip
+WINDOW_SETTINGS = {"data", "seed", "packed_documents", "text", "recall", "teacher_store"}  # other values make other windows
 FIXED = {
     "stage": "its checkpoints are of that stage",
     "model": "its checkpoints are of that model",
@@ -64,8 +69,9 @@ class Resume:
     changes: list[dict[str, Any]] = field(default_factory=list)  # of this one
     is_new: bool = True
     is_translated: bool = False  # config.json has names of an earlier version
-    may_change_teacher: bool = False
     known_teacher: str | None = None  # identity of the teacher at an address, as an earlier start saw it
+    windows: dict[str, str] = field(default_factory=dict)  # identities of the training windows, of an earlier start or this one
+    allowed_changes: set[str] = field(default_factory=set)
 
     @property
     def first_train_tokens(self) -> int:
@@ -117,7 +123,7 @@ class Resume:
         if identity is None:
             return
         if self.known_teacher not in (None, identity):
-            if not self.may_change_teacher:
+            if ADDRESS not in self.allowed_changes:
                 raise ConfigError(
                     f"{self.run} learnt from another teacher (content {self.known_teacher[:12]}) than the one at "
                     f"{self.settings[ADDRESS]} ({identity[:12]}); serve that one, use another output, or give --allow_change "
@@ -125,6 +131,35 @@ class Resume:
                 )
             self.changes.append({"key": ADDRESS, "from": self.known_teacher, "to": identity})
         self.inputs[ADDRESS] = {"path": self.settings[ADDRESS], "identity": identity}
+
+    def check_windows(self, windows: Mapping[str, str]) -> None:
+        """Compare the training windows with those that the run learnt from so far.
+
+        Args:
+            windows: of `windows_identity`.
+
+        Raises:
+            ConfigError: others, though inputs and settings are the same, and `allow_change` does not name text or recall.
+        """
+        known, changed = self.windows, not WINDOW_SETTINGS.isdisjoint(change["key"].split(".")[0] for change in self.changes)
+        if not known and not self.is_new:
+            logger.warning(
+                "%s is of a version that did not keep which training windows it learns from: taken as they are now", self.run
+            )
+        for name, what in (("text", "text"), ("recall", "recall exercises")):
+            before, now = known.get(name, ""), windows.get(name, "")
+            if not before or before == now or changed:
+                continue
+            if name not in self.allowed_changes:
+                raise ConfigError(
+                    f"{self.run} learnt from other training windows (content {before[:12]}) than this version makes of the "
+                    f"same settings ({now[:12]}): their {what} differ, by the tokenizer in {self.settings['data']}, or since "
+                    f"megatron_hylo or a library is of another version ({self.run}/starts.jsonl has the run's); use those, use "
+                    f"another output, or go on with the new windows by --allow_change {name}"
+                )
+            self.changes.append({"key": name, "from": f"windows {before[:12]}", "to": f"windows {now[:12]}"})
+            changed = True  # exercises are inserted in the text
+        self.windows = dict(windows)
 
     def record(self, step: int) -> None:
         """Write settings, inputs and changes into the run folder; the main rank does, all may call it.
@@ -138,7 +173,7 @@ class Resume:
             for change in self.changes:
                 logger.warning("from step %d on: %s = %s instead of %s", step, change["key"], change["to"], change["from"])
             self.history += [about | change for change in self.changes]
-            write_json(self.run / HISTORY, {"inputs": self.inputs, "changes": self.history})
+            write_json(self.run / HISTORY, {"inputs": self.inputs, "windows": self.windows, "changes": self.history})
             if self.is_new or self.is_translated or self.changes:
                 write_json(self.run / SETTINGS, self.settings)
         self.changes = []
@@ -161,8 +196,9 @@ def check_resume(config: TrainConfig, run: Path) -> Resume:
 def _compare(config: TrainConfig, run: Path) -> Resume:
     settings = json.loads(json.dumps(asdict(config)))
     del settings["allow_change"]
-    inputs = {name: {"path": value, "identity": _identity(name, value)} for name in INPUTS if (value := settings[name])}
-    resume = Resume(run, settings, inputs, may_change_teacher=ADDRESS in config.allowed_changes)
+    ours = flatten(settings)
+    inputs = {name: {"path": value, "identity": _identity(name, value)} for name in INPUTS if (value := ours[name])}
+    resume = Resume(run, settings, inputs, allowed_changes=config.allowed_changes)
     if not (run / SETTINGS).is_file():
         if newest := latest_checkpoint(run):
             logger.warning(
@@ -176,12 +212,13 @@ def _compare(config: TrainConfig, run: Path) -> Resume:
     history = read_json(run / HISTORY) if (run / HISTORY).is_file() else {"inputs": {}, "changes": []}
     resume.history = [change | {"key": RENAMED.get(change["key"], change["key"])} for change in history["changes"]]
     known = history["inputs"]
+    resume.windows = history.get("windows", {})
     resume.known_teacher = known.get(ADDRESS, {}).get("identity")
     if ADDRESS in known:
         inputs[ADDRESS] = known[ADDRESS]
     # a setting that the run's version did not have yet had its default's effect
     defaults = asdict(TrainConfig(stage="pretrain", data="-", output="-", scratch="-"))
-    ours, theirs = flatten(settings), flatten(defaults) | flatten(saved)
+    theirs = flatten(defaults) | flatten(saved)
     for flat in (ours, theirs):  # by its total alone, however it is made up
         flat["train_tokens"] = _total_tokens(flat)
         flat.pop("extend_tokens", None)
@@ -192,7 +229,8 @@ def _compare(config: TrainConfig, run: Path) -> Resume:
         if name in INPUTS and value and former:
             before, now = _known_identity(name, former, value, known, run), inputs[name]["identity"]
             if before is not None and before != now:
-                _change(resume, config, name, f"{former} (content {before[:12]})", f"{value} (content {now[:12]})")
+                said = [_in_words(path) + f" (content {content[:12]})" for path, content in ((former, before), (value, now))]
+                _change(resume, config, name, *said)
         elif value != former:
             _change(resume, config, name, former, value)
     if unknown := [name for name in inputs if name not in known and name != ADDRESS]:
@@ -253,25 +291,33 @@ def _check_groups(resume: Resume, config: TrainConfig) -> None:
         )
 
 
-def _identity(name: str, value: str) -> str:
+def _in_words(value: str | list[dict[str, Any]]) -> str:
+    """Return an input as an error names it; of a blend its folders and their weights."""
+    return value if isinstance(value, str) else ", ".join(f"{part['data']} x {part['weight']:g}" for part in value)
+
+
+def _identity(name: str, value: Any) -> str:
     """Return the identity of an input's content; of `scratch`, whose weights are not read, that of the architecture."""
+    if name == BLEND:
+        return json_identity([part | {"data": content_identity(part["data"])} for part in value])
     if name != "scratch":
         return content_identity(value) if name in ("data", "teacher_store") else model_identity(value)
     named = value in LAYOUTS or value in BASES or not Path(value).is_dir()
     return value if named else json_identity(read_description(value)[1]["model"])
 
 
-def _known_identity(name: str, former: str, value: str, known: dict[str, dict[str, str]], run: Path) -> str | None:
+def _known_identity(name: str, former: Any, value: Any, known: dict[str, dict[str, str]], run: Path) -> str | None:
     """Return the identity of the run's own input; None where an older version kept none and the path is still the same."""
     if name in known:
         return known[name]["identity"]
-    if former == value or (name != "scratch" and Path(former).resolve() == Path(value).resolve()):
+    if former == value or (name not in ("scratch", BLEND) and Path(former).resolve() == Path(value).resolve()):
         return None
-    if name == "scratch" or (hugging_face_folder(former) or Path(former)).is_dir():
+    folders = [part["data"] for part in former] if name == BLEND else [former]
+    if name == "scratch" or all((hugging_face_folder(folder) or Path(folder)).is_dir() for folder in folders):
         return _identity(name, former)
     raise ConfigError(
-        f"{run} was started with {name} = {former}, which is not there any more, and kept no record of what it held, so that "
-        f"{value} cannot be compared with it; put it back at its place, or use another output"
+        f"{run} was started with {name} = {_in_words(former)}, which is not there any more, and kept no record of what it "
+        f"held, so that {_in_words(value)} cannot be compared with it; put it back at its place, or use another output"
     )
 
 

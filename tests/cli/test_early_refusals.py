@@ -17,6 +17,9 @@ SELECT = "select --count 1"
 MISTAKES = {  # command line -> what the sentence names
     "quickstart --text nowhere": "nowhere does not exist",
     "quickstart --linear gdm": "gdm",
+    "quickstart --train_tokens 0": "--train_tokens",
+    "quickstart --output text/a.txt": "text/a.txt is a file",
+    "quickstart --output other": "other/hybrid is another model than smollm2-135m-8mla22gdn-teacher, calibrated",
     "fetch teachr": "teachr",
     "convert nowhere out": "nowhere does not exist",
     "convert some-name/on-the-hub out": "hf download",
@@ -73,16 +76,21 @@ MISTAKES = {  # command line -> what the sentence names
     "export model out --quantize int8 --calibration_data nowhere": "no dataset nowhere/train.bin",
     "generate nowhere hello": "nowhere does not exist",
     "generate model hello --temperature -1": "temperature",
+    "generate model ": "the prompt is empty",
+    "generate model hello --batch 2": "line 1 of the prompts is not JSON",
     "doctor --layout llama": "unknown layout 'llama'",
     "HYLO_KERNELS=gated_delta=torch doctor": "HYLO_KERNELS: unknown operation 'gated_delta'",
     "HYLO_KERNELS=ssd=fast generate model hello": "HYLO_KERNELS: ssd has no implementation 'fast'",
 }
+DESCRIPTION = json.dumps(
+    {"format": FORMAT, "version": VERSION, "model": tiny_config("*-*-").to_dict(), "params_dtype": "float32", "provenance": {}}
+)
 PROGRAM = """
 import contextlib, io, json, os, sys
 from megatron_hylo.cli import console, main
 
 for line in json.load(sys.stdin):
-    words = line.split()
+    words = line.split(" ")
     os.environ["HYLO_KERNELS"] = words.pop(0).removeprefix("HYLO_KERNELS=") if line.startswith("HYLO_KERNELS") else ""
     console.console.file = said = io.StringIO()
     code = None
@@ -102,14 +110,14 @@ for line in json.load(sys.stdin):
 def answers(tmp_path_factory):
     """Line -> (exit code, sentence, slow libraries that are imported), of one process for all lines."""
     root = tmp_path_factory.mktemp("mistakes")
-    description = {"format": FORMAT, "version": VERSION, "model": tiny_config("*-*-").to_dict(), "params_dtype": "float32"}
     files = {
-        "model/hylo.json": json.dumps(description), "hf/config.json": "{}", "hf/tokenizer.json": "{}", "text/a.txt": "a text",
+        "model/hylo.json": DESCRIPTION, "hf/config.json": "{}", "hf/tokenizer.json": "{}", "text/a.txt": "a text",
         "recipe.yaml": "layuot: llama3.2-1b-4mla12gdn\n",
+        "other/hybrid/hylo.json": DESCRIPTION, "other/hybrid/manifest.json": json.dumps({"files": {}}),
         **{f"data/{split}.{suffix}": "" for split in ("train", "heldout") for suffix in ("bin", "idx")},
     }  # fmt: skip
     for name, text in files.items():
-        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     before = sorted(root.rglob("*"))
     done = subprocess.run(
@@ -133,3 +141,31 @@ def test_every_verb_has_a_mistake_here():
     """Verbs of `QUICK` never import PyTorch for a mistake; they have tests of their own."""
     tried = {word for line in MISTAKES for word in line.split()[:2]}
     assert {command(verb) for verb in VERBS if verb not in QUICK} <= tried
+
+
+DRY_RUN = """
+import sys
+
+class Import:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("PyTorch is imported", file=sys.stderr, flush=True)
+
+sys.meta_path.insert(0, Import())
+from megatron_hylo.cli import main
+main.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("wrong", ["--model nowhere --data data", "--model model --data nowhere"])
+def test_a_dry_run_says_what_is_missing_before_torch_is_imported(wrong, tmp_path):
+    """All checks come after it, as without a mistake."""
+    files = {"model/hylo.json": DESCRIPTION, "data/train.bin": "", "data/train.idx": ""}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    line = f"{TRAIN} --teacher model {wrong} --dry_run"
+    done = subprocess.run([sys.executable, "-c", DRY_RUN, *line.split()], cwd=tmp_path, capture_output=True, text=True)
+    before, said, _ = done.stderr.partition("PyTorch is imported")
+    assert said and "nowhere" in before.split(line)[-1].replace("\n", "")
+    assert done.returncode == 2 and "nowhere" in done.stdout and "the run would not start" in done.stdout

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from megatron_hylo.cli.quickstart import _prepare_text, run_quickstart
 from megatron_hylo.cli.quickstart_budgets import BUDGETS
+from megatron_hylo.cli.quickstart_folders import check_output
 from megatron_hylo.config import ConfigError
 from tests.data.conftest import make_documents, tokenizer  # noqa: F401  the fixture
 
@@ -53,9 +54,11 @@ def test_another_text_in_the_same_output_is_refused(tmp_path, tokenizer):  # noq
     run = tmp_path / "run"
     run.mkdir()
     for name in ("text", "text", "copy"):
+        check_output(run, "gdn", "calibrated", str(tmp_path / name))
         _prepare_text(str(tmp_path / name), None, tmp_path / "teacher", run / "data", run)
-    with pytest.raises(ConfigError, match="data was made of another text than .*other; give another --output"):
-        _prepare_text(str(tmp_path / "other"), None, tmp_path / "teacher", run / "data", run)
+    for text in (str(tmp_path / "other"), None):
+        with pytest.raises(ConfigError, match="data was made of another text than .*(other|default); give another --output"):
+            check_output(run, "gdn", "calibrated", text)
 
 
 def test_either_default_text_goes_on_and_own_text_is_refused(tmp_path, tokenizer):  # noqa: F811
@@ -66,7 +69,8 @@ def test_either_default_text_goes_on_and_own_text_is_refused(tmp_path, tokenizer
     run = tmp_path / "run"
     run.mkdir()
     for given in (("manuals", fetched), None):  # the second time nothing is fetched
+        check_output(run, "gdn", "calibrated", None)
         _prepare_text(None, given, tmp_path / "teacher", run / "data", run)
         assert json.loads((run / "results.json").read_text()) == {"text": "manuals"}
     with pytest.raises(ConfigError, match="data was made of another text than .*documents.jsonl; give another --output"):
-        _prepare_text(str(fetched), None, tmp_path / "teacher", run / "data", run)
+        check_output(run, "gdn", "calibrated", str(fetched))

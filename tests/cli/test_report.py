@@ -10,7 +10,7 @@ import matplotlib
 import pytest
 import torch
 
-from megatron_hylo.cli.quickstart import default_output
+from megatron_hylo.cli.quickstart_folders import default_output
 from megatron_hylo.cli.quickstart_report import heldout_points, plot_quickstart, write_report
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.train import TrainConfig

@@ -17,13 +17,17 @@ import torch
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.recall import RecallSettings
 from megatron_hylo.config.renamed import RENAMED
-from megatron_hylo.config.train import AlignSettings, KLSettings, OptimizerSettings
+from megatron_hylo.config.text import TextPart, TextSettings
+from megatron_hylo.config.train import AlignSettings, KLSettings, OptimizerSettings, TrainConfig
+from megatron_hylo.data import packed, recall, recall_text
 from megatron_hylo.data.preprocess import build_dataset
+from megatron_hylo.data.training_windows import training_windows, windows_identity
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.models.checkpoint import load_model, save_model
 from megatron_hylo.train.checkpoint import latest_checkpoint
+from megatron_hylo.train.dry_run import dry_run
 from megatron_hylo.train.loop import train
-from megatron_hylo.train.resume_check import check_resume
+from megatron_hylo.train.resume_check import Resume, check_resume
 from tests.data.conftest import make_documents
 from tests.train.runs import metrics, weights
 
@@ -95,6 +99,126 @@ def test_other_exercises_or_another_loss_of_them_are_refused_unless_allowed(star
         check_resume(changed, Path(started.output))
     allowed = check_resume(replace(changed, allow_change="recall.cross_entropy"), Path(started.output))
     assert allowed.changes == [{"key": "recall.cross_entropy", "from": "all", "to": "answers"}]
+
+
+def test_a_blend_is_compared_by_what_its_folders_hold(settings, material, tokenizer, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(material.data, tmp_path / name)
+    (tmp_path / "two").rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "two")
+
+    def blend(*parts: tuple[str, float], **changes) -> TrainConfig:
+        """A run of a blend of these (folder, weight)."""
+        return settings(text=TextSettings([TextPart(str(tmp_path / name), weight) for name, weight in parts]), **changes)
+
+    started = blend(("one", 1.0), ("two", 3.0))
+    run = Path(started.output)
+    check_resume(started, run).record(0)
+    assert check_resume(blend(("one", 1.0), ("moved", 3.0)), run).changes == []
+    with pytest.raises(ConfigError, match=r"text.blend = .*one x 1, .*two x 3 .*now .*two x 2 .*--allow_change text.blend"):
+        check_resume(blend(("one", 1.0), ("two", 2.0)), run)
+    build_dataset(make_documents(61), tokenizer, tmp_path / "two", heldout_fraction=0.1, overwrite=True)
+    with pytest.raises(
+        ConfigError, match=r"was started with text.blend = .*two x 3 \(content .* now .*--allow_change text.blend"
+    ):
+        check_resume(started, run)
+    check_resume(replace(started, allow_change="text.blend"), run).record(2)
+    assert check_resume(started, run).changes == []
+
+
+def in_a_run(config: TrainConfig) -> Resume:
+    """Compare a start as `train` does."""
+    resume = check_resume(config, Path(config.output))
+    resume.check_windows(windows_identity(training_windows(config)))
+    return resume
+
+
+RECALL = RecallSettings(share=0.5, tasks=["passkey"])
+
+
+def other_wording(monkeypatch):
+    """One question of the exercises has another word."""
+    first, *others = recall_text.SECRET_WORDINGS
+    changed = ((first[0], (first[1][0].replace("Someone", "Somebody"), *first[1][1:])), *others)
+    monkeypatch.setattr(recall_text, "SECRET_WORDINGS", changed)
+
+
+def other_places(monkeypatch):
+    """Exercises begin at a window's start more often."""
+    monkeypatch.setattr(recall, "AT_START", 0.9)
+
+
+def other_order(monkeypatch):
+    """Windows come in another order."""
+    monkeypatch.setattr(packed, "WINDOW_ORDER", 7)
+
+
+@pytest.mark.parametrize(
+    ("version", "key", "what"),
+    [
+        (other_wording, "recall", "recall exercises"),
+        (other_places, "recall", "recall exercises"),
+        (other_order, "text", "text"),
+    ],
+)
+def test_other_windows_of_the_same_settings_are_refused_unless_allowed(version, key, what, settings, monkeypatch):
+    """Another version of the package makes them, say."""
+    config = settings(sequence_length=128, recall=RECALL)
+    in_a_run(config).record(0)
+    assert in_a_run(replace(config, extend_tokens=10_000)).changes[0]["key"] == "train_tokens"
+    version(monkeypatch)
+    with pytest.raises(
+        ConfigError, match=rf"{config.output} learnt from other training windows .* their {what} differ, .*{key}$"
+    ):
+        in_a_run(config)
+    wrong = {what: said for what, said, well in dry_run(config).checks if not well}
+    assert f"their {what} differ" in wrong["run folder"]
+    in_a_run(replace(config, allow_change=key)).record(3)
+    history = json.loads((Path(config.output) / "history.json").read_text())
+    assert [(change["key"], change["step"]) for change in history["changes"]] == [(key, 3)]
+    assert in_a_run(config).changes == []
+
+
+def test_another_tokenizer_of_the_same_text_makes_other_exercises(settings, material, tmp_path):
+    shutil.copytree(material.data, tmp_path / "data")
+    config = settings(data=str(tmp_path / "data"), sequence_length=128, recall=RECALL)
+    in_a_run(config).record(0)
+    file = tmp_path / "data" / "tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-20]
+    file.write_text(json.dumps(tokenizer))
+    (tmp_path / "data" / "manifest.json").unlink()  # changed on purpose
+    with pytest.raises(
+        ConfigError, match=r"their recall exercises differ, by the tokenizer in .*data, .*--allow_change recall$"
+    ):
+        in_a_run(config)
+
+
+def test_windows_of_settings_that_may_change_are_taken(settings):
+    config = settings(sequence_length=128, recall=RECALL)
+    in_a_run(config).record(0)
+    changed = replace(config, recall=replace(RECALL, share=0.6), allow_change="recall.share")
+    in_a_run(changed).record(4)
+    assert in_a_run(replace(changed, allow_change="")).changes == []
+
+
+def test_a_run_that_kept_no_windows_takes_those_of_now(settings, monkeypatch, caplog):
+    config = settings(sequence_length=128, recall=RECALL)
+    check_resume(config, Path(config.output)).record(0)
+    in_a_run(config).record(1)
+    assert "did not keep which training windows it learns from" in caplog.text
+    other_wording(monkeypatch)
+    with pytest.raises(ConfigError, match="learnt from other training windows"):
+        in_a_run(config)
+
+
+def test_training_compares_windows_before_it_reads_weights(settings, monkeypatch):
+    config = settings(sequence_length=128, recall=RECALL)
+    train(config)
+    other_wording(monkeypatch)
+    monkeypatch.setattr("megatron_hylo.train.loop.build_run", lambda *given, **named: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError, match="learnt from other training windows"):
+        train(replace(config, extend_tokens=2 * config.train_tokens))
 
 
 @pytest.mark.parametrize(
