@@ -294,8 +294,6 @@ def _batches(
             starts = [torch.from_numpy(window.document_starts) for window in windows]
             for row, places in enumerate(starts):
                 batch["labels"][row, places[1:] - 1] = IGNORED
-                if answers:
-                    batch["answers"][row, places[1:] - 1] = 0
             batch = {name: tensor.view(1, -1) for name, tensor in batch.items()}
             # a document that begins at `length` has only a label in this window
             batch["document_starts"] = torch.cat([row * length + s[s < length] for row, s in enumerate(starts)])

@@ -19,7 +19,7 @@ from megatron_hylo.data.heldout import heldout_documents
 from megatron_hylo.data.preprocess import preprocess
 from megatron_hylo.eval import recall, suites_ppl
 from megatron_hylo.eval.folders import evaluate_folder
-from megatron_hylo.eval.lm_facts import foreign_results
+from megatron_hylo.eval.lm_facts import foreign_results, parts_key
 from megatron_hylo.eval.results import mean_by_group, read_results
 from megatron_hylo.eval.suites import run_suites
 from megatron_hylo.io.identity import content_identity
@@ -137,6 +137,21 @@ def test_a_killed_evaluation_goes_on_where_it_was(place, tmp_path, monkeypatch):
     asked, stop = [], 0
     assert run(place, "hf", *options, "--limit", 2, "--output", tmp_path / "other") == 0
     assert asked == [2500] * 4 + [2400] * 4
+
+
+def test_parts_of_other_weights_settings_inputs_or_code_are_not_put_together(tmp_path):
+    """Each of them makes another key; who ran it, where and for how long does not."""
+    (tmp_path / "essays.txt").write_text("one")
+    model = {"hash": "a", "max_length": 256, "path": "/here"}
+    run = {"dtype": "float32", "commit": "c", "version": "1", "libraries": {"torch": "2"}, "seconds": 1.0,
+           "settings": {"seed": 0, "data": None, "essays": str(tmp_path / "essays.txt")}}  # fmt: skip
+    first = parts_key(model, run)
+    assert parts_key(model | {"path": "/there"}, run | {"seconds": 2.0}) == first
+    changed = [parts_key(model | change, run) for change in ({"hash": "b"}, {"max_length": 512})]
+    others = {"dtype": "bfloat16", "commit": "d", "version": "2", "libraries": {"torch": "3"}, "settings": {"seed": 1}}
+    changed += [parts_key(model, run | {name: value}) for name, value in others.items()]
+    os.utime(tmp_path / "essays.txt", (1, 1))
+    assert first not in [*changed, parts_key(model, run)]
 
 
 def test_a_model_that_is_replaced_meanwhile_is_described_as_it_was_read(place, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import sentencepiece
 from megatron_hylo.config import ConfigError
 from megatron_hylo.data.artefacts import fetch_mistral_tokenizer
 from megatron_hylo.data.load_tokenizer import load_transformers_tokenizer
+from megatron_hylo.data.tokenizer import check_same_vocabulary
 
 TEXTS = ("Rotary  position   embeddings", " x = 1\n\n    return x", "Grüße, 世界 \U0001f600", "1234 5.67e-8\ttabs")
 
@@ -54,6 +55,15 @@ def test_settings_beside_a_tokenizer_model_are_taken_over(tmp_path) -> None:
     assert (tokenizer.eos_token_id, len(tokenizer)) == (420, 421)
     assert tokenizer("x<|end|>").input_ids[-1] == 420 and tokenizer("x").input_ids[0] != tokenizer.bos_token_id
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+
+
+def test_another_tokenizer_model_with_the_same_settings_is_another_vocabulary(tmp_path) -> None:
+    folders = [train(tmp_path / name) for name in ("one", "same")] + [train(tmp_path / "other", user_defined_symbols=["zebra"])]
+    for folder in folders:
+        (folder / "tokenizer_config.json").write_text("{}")
+    check_same_vocabulary(folders[0], folders[1])
+    with pytest.raises(ConfigError, match="have different tokenizers: id [0-9]+ is "):
+        check_same_vocabulary(folders[0], folders[2])
 
 
 def test_a_tokenizer_model_that_is_none_is_refused_in_words(tmp_path) -> None:

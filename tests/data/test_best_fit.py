@@ -69,6 +69,14 @@ def test_every_token_is_predicted_once_and_windows_are_full(seed, most):
     assert len(whole) == len(set(whole)) == len(packing.document) - packing.fragments
 
 
+@pytest.mark.parametrize("most", [None, 2])
+def test_documents_that_end_with_a_window_leave_nothing_over(most):
+    """Windows overlap by one token, so 1 + 3 * 9 tokens are three windows of ten; their last token is in no other piece."""
+    packing = pack_best_fit(np.full(5, 28), 10, most)
+    assert packing.length.tolist() == [10] * 15 and sorted(packing.start.tolist()) == [0] * 5 + [9] * 5 + [18] * 5
+    assert (packing.left_out, packing.padding) == (0, 0)
+
+
 def test_a_million_documents_take_seconds_and_few_are_cut():
     """Stream packing cuts one document a window; measured: see docs/text.md."""
     generator = np.random.default_rng(0)

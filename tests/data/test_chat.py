@@ -1,5 +1,6 @@
 """Chat data of which the answers alone are learnt: which tokens count, from the template to the labels of a batch."""
 
+import contextlib
 import itertools
 import json
 
@@ -10,7 +11,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.recall import RecallSettings
+from megatron_hylo.data import dataset_files
 from megatron_hylo.data.chat import chat_field
+from megatron_hylo.data.dataset_files import DatasetFiles
 from megatron_hylo.data.documents import Unreadable
 from megatron_hylo.data.encode import plain_encoder
 from megatron_hylo.data.packed import IGNORED, DocumentStore, PackedDataset, batches
@@ -93,6 +96,32 @@ def test_what_cannot_be_masked_rightly_is_left_out_and_said(tmp_path, templated)
     assert made.train_documents == 2 and made.skipped == {"no answer to learn": 1}
     assert write(tmp_path, templated, [[question], [question, answer]]).train_documents == 2
     assert not list((tmp_path / "data").glob("*.answers.npy"))
+
+
+def test_white_space_that_a_message_ends_in_is_learnt_and_a_templates_is_not(templated):
+    question, answer = {"role": "user", "content": "so?"}, {"role": "assistant", "content": "so it is \n"}
+    render = chat_field(templated, "messages", True).text
+    for template, learnt in (("{{ m.content }}", "so it is \n"), ("{{ m.content }}<|im_end|>\n", "so it is \n<|im_end|>")):
+        templated.chat_template = f"{{% for m in messages %}}{template}{{% endfor %}}"
+        text, spans = render([question, answer])
+        assert [text[start:stop] for start, stop in spans] == [learnt]
+
+
+def test_files_that_are_copied_in_chunks_are_whole(tmp_path, monkeypatch):
+    """Tokens and places of answers of several chunks, the last of them short."""
+    monkeypatch.setattr(dataset_files, "COPY", 7)
+    (tmp_path / "made").mkdir()
+    with contextlib.closing(DatasetFiles(tmp_path, ("train", "heldout"), np.dtype(np.uint16), True)) as files:
+        for number in range(10):
+            files.add("train", "", np.arange(number * 3, number * 3 + 3, dtype=np.uint16).tobytes(), [(0, 1), (2, 3)])
+            files.add("heldout", "", np.array([99, 100 + number], np.uint16).tobytes(), None)
+        files.save({})
+        files.finish(tmp_path / "made")
+        tokens = np.concatenate(list(files.token_chunks())).tolist()
+    assert tokens == [*range(30), *(token for number in range(10) for token in (99, 100 + number))]
+    for split, spans in (("train", [(3 * i + k, 3 * i + k + 1) for i in range(10) for k in (0, 2)]),
+                         ("heldout", [(2 * i, 2 * i + 2) for i in range(10)])):  # fmt: skip
+        assert np.load(tmp_path / "made" / f"{split}.answers.npy").T.tolist() == [list(span) for span in spans]
 
 
 @pytest.mark.parametrize("packed", [False, True])

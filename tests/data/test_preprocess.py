@@ -89,6 +89,7 @@ def test_large_vocabulary_is_stored_in_int32(tmp_path):
     [
         ({"vocab_size": 200}, r"made/0.txt holds token id 2\d\d, the vocabulary of the model has 200"),
         ({"end_token_id": 300}, "end_token_id 300"),
+        ({"vocab_size": 200, "end_token_id": 250}, "the end of every document holds token id 250, .* the model has 200"),
         ({"heldout_fraction": 1.0}, "heldout_fraction"),
         ({"max_documents": 0}, "max_documents"),
     ],

@@ -64,6 +64,8 @@ def test_marks_are_on_the_answers_and_facts_come_before(source, tokenizer, task)
         edges = np.flatnonzero(np.diff(np.concatenate([[0], (window.answers > 0).astype(int), [0]])))
         for start, stop in zip(edges[::2], edges[1::2]):
             answer = tokenizer.decode(window.tokens[start:stop]).strip(" .,\"'|)}<\n")
+            ends = [tokenizer.decode(window.tokens[[place]]).strip(" .,\"'|)}<\n") for place in (start, stop - 1)]
+            assert all(ends)  # a mark on a token next to the answer
             values = answers_of(answer)
             first = start - int(window.answers[start])  # the fact's first token
             assert (window.answers[start:stop] == np.arange(start, stop) - first).all()
@@ -90,11 +92,13 @@ def test_within_documents_no_fact_is_in_another_document(source, tokenizer):
     crossing = {}
     for within in (False, True):
         windows = make(source, tokenizer, 4096, within=within)
-        found = [windows.window(i) for i in range(4)]
+        found = [windows.window(i) for i in range(16)]
         crossing[within] = sum(
             int(((w.document_starts > at - w.answers[at]) & (w.document_starts <= at)).any())
             for w in found for at in np.flatnonzero(w.answers)
         )  # fmt: skip
+        if within:  # nor behind a document's end token
+            assert all((w.tokens[w.document_starts[1:] - 1] >= TEXT).all() for w in found)
     assert crossing[True] == 0 < crossing[False]
 
 
@@ -115,6 +119,14 @@ def test_some_facts_begin_the_window_and_are_asked_at_its_end(source, tokenizer)
     assert 10 < len(begins) < 30  # not all of them
     assert whole > 10
     assert all((window.answers == np.arange(len(window.answers)))[window.answers > 0].any() for window in begins[:5])
+
+
+def test_the_fact_that_begins_a_window_is_often_one_that_nothing_asks_about(source, tokenizer):
+    """Its place says nothing about what is asked: any of several facts may be the one at the start."""
+    windows = make(source, tokenizer, 4096, share=0.2, tasks=["several_keys"])
+    found = [window for window in (windows.window(i) for i in range(80)) if window.tokens[0] < TEXT]
+    asked = [bool((window.answers == np.arange(len(window.answers)))[window.answers > 0].any()) for window in found]
+    assert len(found) > 20 and 0.1 < np.mean(asked) < 0.8
 
 
 def test_a_token_that_begins_the_text_stays_the_first(source, tokenizer):
@@ -143,7 +155,7 @@ def test_the_latest_of_several_facts_is_seldom_the_right_one(source, tokenizer):
 
 
 def test_windows_are_functions_of_seed_and_number(source, tokenizer):
-    """The order of reading, another object and another division over ranks give the same; another number does not."""
+    """The order of reading, another object and another division over ranks give the same; another number or seed does not."""
     one, other = make(source, tokenizer), make(source, tokenizer)
     forward = [one.window(i) for i in range(6)]
     for i in reversed(range(6)):
@@ -157,8 +169,9 @@ def test_windows_are_functions_of_seed_and_number(source, tokenizer):
                     assert batch["input_ids"][row].tolist() == forward[number].tokens[:-1].tolist()
                     assert batch["answers"][row].tolist() == forward[number].answers[1:].tolist()
     again = make(source, tokenizer).window(one.windows_per_epoch)  # an epoch later the exercises are others
-    fresh = [w.tokens[w.tokens < TEXT].tolist() for w in (again, forward[0])]
-    assert fresh[0] != fresh[1]
+    one.seed = 8  # of another run
+    fresh = [w.tokens[w.tokens < TEXT].tolist() for w in (forward[0], again, one.window(0))]
+    assert fresh[0] != fresh[1] and fresh[0] != fresh[2]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -172,6 +185,18 @@ def test_facts_and_questions_without_cross_entropy_are_no_labels_and_nothing_els
         assert mine["labels"].tolist() == whole["labels"].masked_fill(left_out, IGNORED).tolist()
         assert whole.keys() == mine.keys()
         assert all(whole[name].equal(mine[name]) for name in whole.keys() - {"labels"})
+
+
+def test_places_where_documents_were_cut_stay_without_a_label(tokenizer, tmp_path):
+    """A token that does not follow the one before is none that an exercise moves another one to."""
+    prefix = write(tmp_path / "train", [4000, 900, 300, 450] * 6)
+    windows = make(lambda length: BestFitWindows(prefix, length, seed=5), tokenizer)
+    cuts = 0
+    for index in range(windows.windows_per_epoch):
+        base, mine = windows.source.window(index), windows.window(index)
+        assert mine.source_places[mine.unlabelled].tolist() == base.unlabelled.tolist()
+        cuts += len(base.unlabelled)
+    assert cuts > 3
 
 
 def test_a_tokenizer_that_begins_every_text_with_a_mark_puts_none_in_the_middle(source):

@@ -108,6 +108,18 @@ def stopped(inputs, out, monkeypatch, after=3, **changes):
     return documents_saved(out)
 
 
+def test_one_document_that_is_left_is_divided_as_in_a_whole_start(tmp_path, inputs, monkeypatch):
+    """The first batch decided for all; what a later start reads is no small set of its own, and is counted with the former."""
+    lines = [json.dumps({"text": document.text, "name": document.name}) for document in make_documents(70)]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    few = [tmp_path / "few.jsonl", inputs[1]]
+    assert stopped(few, tmp_path / "out", monkeypatch, after=1, max_documents=65) == 64
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "BATCH_DOCUMENTS", 64)
+        assert made(few, tmp_path / "out", max_documents=65) == made(few, tmp_path / "whole", max_documents=65)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("changed", ["setting", "input", "none", "damaged"])
 def test_changed_inputs_and_settings_begin_anew_and_say_so(tmp_path, inputs, monkeypatch, caplog, changed):
     assert stopped(inputs, tmp_path / "out", monkeypatch) == 192

@@ -85,6 +85,11 @@ def test_a_blend_reads_each_source_once_an_epoch_in_the_asked_proportions(tmp_pa
         assert numbers == list(range(len(numbers)))  # none left out, none twice
         counts = np.cumsum([which == source for which, _ in places])
         assert np.abs(counts - share * np.arange(1, len(places) + 1)).max() < 2
+        assert f"reads {len(numbers):,} windows" in blend.describe(len(places)).split("; b (")[source]
+    read = np.bincount([which for which, _ in places[: blend.windows_per_epoch]])
+    more = read - [source.windows_per_epoch for source in sources]
+    assert more.min() in (-1, 0, 1) and more.max() > 100  # until the slower one has been read once
+    assert [which for which, _ in places[:8]] == [0, 0, 1, 0, 0, 0, 1, 0]  # at the middles of 3,072 parts and of 1,024
     source, number = blend.place(BLOCK + 17)
     assert blend[BLOCK + 17].tolist() == sources[source][number].tolist()
 

@@ -96,6 +96,7 @@ def test_an_added_token_beyond_the_embedding_matters_where_it_occurs(folders, tm
     without = [Document("made", "a", "text about a linear state"), Document("made", "b", "no more")]
     described = build_dataset(without, larger, tmp_path / "without", 0.5, vocab_size=300)
     assert (described.vocab_size, described.largest_token_id < 300) == (301, True)
+    assert "the tokenizer has ids up to 300, the model's vocabulary is 300" in caplog.text
     check_dataset(tmp_path / "without", folders / "same", 300)
     text = [*without, Document("made", "c", "a linear layer"), Document("made", "d", "b")]
     with pytest.raises(ConfigError, match=r"made/c holds token id 300, the vocabulary of the model has 300 \(0 to 299\)"):
@@ -107,15 +108,17 @@ def test_an_added_token_beyond_the_embedding_matters_where_it_occurs(folders, tm
         check_dataset(tmp_path / "with", folders / "same", 301)
 
 
-@pytest.mark.parametrize("occurs", [True, False])
+@pytest.mark.parametrize("occurs", ["nowhere", "train", "heldout"])
 def test_a_dataset_of_an_earlier_version_is_read_for_its_largest_id(folders, tmp_path, occurs):
     larger = PreTrainedTokenizerFast.from_pretrained(folders / "added")
-    text = [Document("made", str(i), "a linear layer" if occurs else "a layer") for i in range(4)]
-    build_dataset(text, larger, tmp_path / "data", 0.5)
+    held = build_dataset([Document("made", str(i), "a layer") for i in range(4)], larger, tmp_path / "data", 0.5).heldout_names
+    parts = {i: "heldout" if f"made/{i}" in held else "train" for i in range(4)}
+    text = [Document("made", str(i), "a linear layer" if part == occurs else "a layer") for i, part in parts.items()]
+    build_dataset(text, larger, tmp_path / "data", 0.5, overwrite=True)
     described = json.loads((tmp_path / "data" / "data.json").read_text())
     del described["largest_token_id"]
     (tmp_path / "data" / "data.json").write_text(json.dumps(described))
-    if occurs:
+    if occurs != "nowhere":
         with pytest.raises(ConfigError, match="holds token id 300"):
             check_dataset(tmp_path / "data", folders / "added", 300)
     else:

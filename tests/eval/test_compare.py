@@ -77,11 +77,11 @@ def test_quantiles_and_proportions_equal_scipys(degrees):
 
 
 def test_examples_that_are_not_the_same_are_counted_and_not_paired():
-    """One of six is missing, one has another right answer, and the other model has one more."""
-    ours, theirs = answers([1, 0, 1, 1, 0, 0]), answers([0, 0, 0, 0, 0, 0, 1])[1:]
+    """One of six is missing, one has another right answer, and the other model has two more."""
+    ours, theirs = answers([1, 0, 1, 1, 0, 0]), answers([0, 0, 0, 0, 0, 0, 1, 1])[1:]
     theirs[0] = replace(theirs[0], expected="another")
     found = row(compare([result(ours), result(theirs)])).differences[1]
-    assert (found.examples, found.only_baseline, found.only_model) == (4, 2, 2)
+    assert (found.examples, found.only_baseline, found.only_model) == (4, 2, 3)
     assert (found.value, found.low) == (-0.5, None)  # four pairs are too few for an interval
 
 
@@ -107,6 +107,9 @@ def test_examples_of_one_text_are_not_independent():
     by_text = [replace(sample, group=f"text {i // 2}") for i, sample in enumerate(answers([0.0, 0.0, 1.0, 1.0] * 5))]
     found = row(compare([result(answers([1.0] * 20)), result(by_text)])).differences[1]
     assert found.stderr == pytest.approx(mean_by_group([-1.0, 0.0] * 5, list("abcdefghij"))[1])
+    assert found.high - found.value == pytest.approx(t95(9) * found.stderr)  # of ten texts
+    few = [replace(sample, group=f"text {i // 5}") for i, sample in enumerate(by_text)]
+    assert row(compare([result(answers([1.0] * 20)), result(few)])).differences[1].low is None  # four texts
 
 
 def test_a_means_difference_is_that_of_its_tasks():
@@ -209,6 +212,8 @@ def test_intervals_of_values():
     assert (ruler.low, ruler.high) == (pytest.approx(0.9 - t95(99) * 0.1), 1.0)
     assert estimate(Score("ruler", "vt", "match", 1.0, 0.0, 100), groups=10).low == pytest.approx(wilson(1.0, 10)[0])
     assert estimate(Score("ruler", "vt", "match", 0.5, None, 1)).low is None
+    right = answers([1.0] * 14 + [0.0] * 6)
+    assert estimate(scored(right)).low == pytest.approx(wilson(0.7, 20)[0])
     partly = estimate(Score("ruler", "cwe", "match", 0.5, 0.01, 20))  # parts of answers, which vary less than right and wrong
     assert partly.low == pytest.approx(0.5 - t95(19) * 0.01)
 

@@ -1,5 +1,6 @@
 """The model class of lm-eval against lm-eval's own for Hugging Face models, on the same weights."""
 
+import copy
 import random
 
 import pytest
@@ -57,9 +58,9 @@ def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Prompts with one answer and prompts that several share, of many lengths, two of them longer than the window."""
+    """Prompts with one answer and prompts that several share, of many lengths, three of them longer than the window."""
     generator = random.Random(0)
-    prompts = [text(generator, letters) for letters in (3, 9, 9, 21, 35, 44, 70)]
+    prompts = [text(generator, letters) for letters in (3, 9, 9, 21, 35, 44, 70, 71)]
     found = [
         (prompt, f" {text(generator, letters)}") for prompt in prompts for letters in (2, 2, 9)[: 1 + 2 * (len(prompt) % 2)]
     ]
@@ -183,6 +184,17 @@ def test_prompts_are_tokenised_together_as_one_by_one(tokenizer):
     lm = HyloLM(MODELS["llama"](), tokenizer, max_length=WINDOW)
     texts = ["abc", f"{tokenizer.decode(lm.prefix_token_id)}abc", "", "de f"]
     assert lm._tok_encode_all(texts) == [lm.tok_encode(text) for text in texts]
+
+
+def test_a_template_without_a_system_turn_gets_the_other_turns(tokenizer):
+    """Wherever the system's turn is; templates of Gemma and Mistral refuse it."""
+    lm = HyloLM(MODELS["llama"](), copy.deepcopy(tokenizer), max_length=WINDOW)
+    lm.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }};"
+        "{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("system", "b"), ("user", "c"))]
+    assert lm.apply_chat_template(turns) == lm.apply_chat_template([turns[1], turns[0], turns[2]]) == "a;c;>"
 
 
 def test_a_stop_string_ends_a_sequence_and_its_text(both, tokenizer):

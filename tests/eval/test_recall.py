@@ -249,6 +249,9 @@ def test_examples_are_the_same_whatever_else_is_asked_for(text, tokenizer):  # n
     )
     assert one == again and one.ids == few.ids and one.places[:3] == few.places and one.ids != other.ids
     assert few.places[0].name == "key_value/2400/0/10"
+    more = [make_text("passkey", LENGTH, number, (0.5,), 100, haystack, encoder, 3) for number in range(8)]
+    assert len({text.questions[0].answer for text in more}) == 8
+    assert len({tuple(text.ids[: LENGTH // 4]) for text in more}) > 4  # other stretches of the text, too
 
 
 def test_the_copier_gets_all_and_teacher_forcing_equals_generation(copier, text, data):
@@ -264,11 +267,21 @@ def test_the_copier_gets_all_and_teacher_forcing_equals_generation(copier, text,
     assert [(s.example, s.score) for s in samples] == [(s.example, s.score) for s in other]
     for task in RECALL_EVAL_TASKS:
         assert [value(forced, task, depth=d) for d in DEPTHS] == [0, 0, 1, 1, 1], task
+    for score in (s for s in forced if s.metric == "exact" and s.depth is None and s.task != "mean"):
+        of_task = [s for s in samples if s.task == score.task]  # five questions about a text, or ten, are no five texts
+        assert score.stderr == mean_by_group([s.score for s in of_task], [s.group for s in of_task])[1]
     assert value(forced, "several_needles", "all") == 0
     assert value(forced, "mean") == value(forced, "passkey") == 0.6
     for sample in other:
         assert (sample.output == sample.expected) == bool(sample.score)
         assert sample.prompt_end.endswith((" is", " stop", " card", "):"))
+
+
+def test_all_of_a_text_is_measured_on_whole_texts_alone(copier, text):
+    """Of 7 trials five are of one text, and two of a second, of which nobody knows whether all five would come back."""
+    scores, _ = run_recall(copier(), (LENGTH,), tasks=("several_needles",), trials=7, data=text)
+    counts = {s.metric: s.examples for s in scores if s.task == "several_needles" and s.depth is None}
+    assert counts == {"exact": 7, "all": 1}
 
 
 def test_ranks_share_the_texts_and_the_first_has_all_results(copier, text, monkeypatch):

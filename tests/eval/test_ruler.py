@@ -279,7 +279,20 @@ def test_sizes_are_read_from_the_cache(generator, tmp_path):
         fit.sized_examples(generator("niah_multikey_3"), "niah_multikey_2", 512, 7, first)
 
 
-def test_another_tokenizer_is_another_cache(tokenizer):
+def test_a_kill_while_sizes_are_written_leaves_none(generator, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    count = lambda examples: [len(example["input"].split()) for example in examples]  # noqa: E731
+    arguments = (generator("niah_multikey_2"), "niah_multikey_2", 512, 3, 7, count, "", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit.os, "replace", killed)
+        fit.cached_sizes(*arguments)
+    assert not list(tmp_path.glob("*.jsonl"))
+    assert fit.cached_sizes(*arguments) == fit.cached_sizes(*arguments) and list(tmp_path.glob("*.jsonl"))
+
+
+def test_another_tokenizer_or_text_is_another_cache(tokenizer, files, tmp_path):
     """Tokenizers of one vocabulary that split text in other ways have other hashes, and so have other chat templates."""
     import copy
 
@@ -288,6 +301,14 @@ def test_another_tokenizer_is_another_cache(tokenizer):
     chat.chat_template = "{{ messages[0].content }}"
     assert split.get_vocab() == tokenizer.get_vocab()
     assert len({run.tokenizer_hash(one) for one in (tokenizer, split, chat)}) == 3
+    words = (files / "essays.txt").read_text()
+    (tmp_path / "essays.txt").write_text(words.replace("city", "town"))
+    kept = []
+    for one, essays in ((tokenizer, files), (split, files), (tokenizer, files), (tokenizer, tmp_path)):
+        given = {"limit": 1, "essays": essays / "essays.txt", "cache": tmp_path}
+        run.plan_ruler(Reads(one, str), (800,), ["niah_single_2"], **given)
+        kept.append(len(list(tmp_path.glob("*.jsonl"))))
+    assert kept == [1, 2, 2, 3]
 
 
 def test_a_short_text_is_refused_with_its_true_length(generator, tokenizer):

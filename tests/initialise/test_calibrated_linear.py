@@ -60,6 +60,20 @@ def mixer(made, config: ModelConfig) -> dict[str, Tensor]:
     return {name.split(".", 1)[1]: tensor for name, tensor in tensors.items()}
 
 
+@pytest.mark.parametrize("shape", ["wide values", "more room than KV heads", "more room than there is"])
+def test_values_beyond_the_attentions_are_leading_directions_as_long_as_its_rows(shape, made):
+    """Each of length |W_V| / sqrt(rows), along the input moment's eigenvectors in falling order."""
+    heads, _, width = SHAPES[shape]
+    rows = mixer(made, student(made, "G", shape))["v_proj.weight"].unflatten(0, (heads, width))
+    source = made.layer["v_proj.weight"]
+    directions = torch.linalg.eigh(made.statistics["input_second_moment"]).eigenvectors.flip(-1).T[: width - 32]
+    length = source.norm(dim=1).square().mean().sqrt()
+    for head in rows:
+        assert head[:32].norm() == pytest.approx(float(source.norm()))
+        cosines = (head[32:][: len(directions)] / length * directions).sum(1)
+        torch.testing.assert_close(cosines.abs(), torch.ones(len(directions)), rtol=1e-3, atol=1e-3)
+
+
 ALL = [(symbol, shape) for symbol in "GK" for shape in SHAPES] + [("M", "the attention's heads")]
 
 

@@ -109,6 +109,19 @@ def test_error_falls_with_the_latent(family, case):
     assert all(b < a for a, b in zip(errors, errors[1:])), errors
 
 
+def test_what_a_latent_loses_of_the_mean_is_in_the_bias(case):
+    """Values of a short latent are the attention's on average."""
+    made = case(**FAMILIES["qwen2"])
+    tensors = made.mixer(made.student(kv_lora_rank=6))
+    down, up, bias = (
+        tensors[f"self_attn.{name}"].double() for name in ("kv_a_proj_with_mqa.weight", "kv_b_proj.weight", "kv_b_proj.bias")
+    )
+    mean = made.x.flatten(0, 1).double().mean(0)
+    found = (up @ (down[:6] @ mean) + bias).unflatten(0, (2, 32))[:, 16:].flatten()
+    wanted = made.layer["v_proj.weight"].double() @ mean + made.layer["v_proj.bias"].double()
+    assert relative_error(found, wanted) < 1e-4
+
+
 def blind(statistics):
     """Statistics of white noise: plain SVD instead of the data's."""
     made = dict(statistics)
@@ -154,6 +167,18 @@ def test_paper_shapes_lose_nothing_where_keys_need_no_more_channels(family, case
     assert low < (0.5 if made.base.qk_layernorm else ROUNDING) and full < 0.5
 
 
+def test_a_heads_weight_is_the_variance_of_what_it_can_write(one_rank):
+    """Attention that goes to another token changes the output by what their values differ in, so their mean costs nothing."""
+    made = Case()
+    x = made.x.flatten(0, 1).double()
+    value, output = (made.layer[f"{part}_proj.weight"].double() for part in "vo")
+    weight = attention_moments(made.layer, made.base, made.statistics).head_weight
+    for head in range(6):
+        written = x @ value[head // 3 * 16 :][:16].T @ output[:, head * 16 :][:, :16].T
+        assert float(weight[head]) == pytest.approx(float(written.var(0, correction=0).sum()), rel=1e-4)
+        assert written.mean(0).square().sum() > 0.01 * weight[head]  # a mean that is no variance
+
+
 def brute_force(made, slots: int, span: int) -> tuple[int, ...]:
     """Energy choice with plain loops over pairs, components and heads."""
     base, m = made.base, attention_moments(made.layer, made.base, made.statistics)
@@ -174,10 +199,16 @@ def brute_force(made, slots: int, span: int) -> tuple[int, ...]:
     return tuple(sorted(j for _, j in sorted(scores, key=lambda entry: -entry[0])[:slots]))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "second better"])
 @pytest.mark.parametrize("slots", [3, 8, 16])
 def test_energy_choice_equals_brute_force(family, slots, case):
-    made = case(**FAMILIES[family])
+    """Also where second components are worth more than the first ones, which are taken before them all the same."""
+    made = case(**FAMILIES.get(family, {}))
+    if family == "second better":
+        made.layer["k_proj.weight"][:16] *= 3  # the first KV head has the first component, and next to no query meets it
+        made.statistics["query_second_moment"][:3] *= 1e-4
+        m = attention_moments(made.layer, made.base, made.statistics)
+        assert (m.principal[:, 0, 0].square() > 0.5).all()
     config = made.student(qk_pos_emb_head_dim=2 * slots, qk_head_dim=16 if family == "qwen3" else 10,
                           mla_rotary_pairs=[[0] * slots])  # fmt: skip
     chosen = choose_rotary_pairs(made.layer, config, made.base, made.statistics, "energy", span=40)

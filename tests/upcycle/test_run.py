@@ -9,10 +9,13 @@ from megatron_hylo.calibrate import shares
 from megatron_hylo.calibrate.statistics import CalibrationFolder
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.upcycle import UpcycleConfig
+from megatron_hylo.convert.folder_source import FolderSource
 from megatron_hylo.eval.perplexity import evaluate
+from megatron_hylo.initialise.calibrated_mla import choose_rotary_pairs
 from megatron_hylo.io.identity import content_identity
 from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.description import read_description
+from megatron_hylo.upcycle.assemble import attention_tensors
 from megatron_hylo.upcycle.run import upcycle_folder
 from megatron_hylo.upcycle.solved import SolvedLayers
 
@@ -50,6 +53,17 @@ def test_the_folder_is_as_good_as_reported(upcycle, material):
     settings = UpcycleConfig(**{field.name: provenance[field.name] for field in fields(UpcycleConfig)})
     assert asdict(settings).items() <= provenance.items() and settings.overrides == SIZES  # it can be made again from these
     assert model.config.hylo.mla_rotary_pairs[0] and not model.config.hylo.mla_rotary_pairs[1]
+
+
+def test_rotary_pairs_are_chosen_for_distances_up_to_the_calibrations_length(upcycle, material):
+    """Windows of 40 tokens: slow pairs, which turn in thousands of tokens alone, are not worth a slot."""
+    config = load_model(upcycle("+GM")[1]).config.hylo
+    source, statistics = FolderSource(material.teacher), CalibrationFolder(material.done, material.teacher)
+    attention = attention_tensors(source.read, source.config, 0)
+    of_40, of_4000 = (
+        choose_rotary_pairs(attention, config, source.config, statistics[0], "energy", span) for span in (40, 4000)
+    )
+    assert tuple(config.mla_rotary_pairs[0]) == of_40 != of_4000
 
 
 @pytest.mark.parametrize("settings", [dict(sequential=False), dict(mlps=False)], ids=["one-shot", "mixers alone"])

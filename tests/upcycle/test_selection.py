@@ -80,6 +80,7 @@ def test_one_layer_is_the_most_sensitive_of_all_and_ties_go_to_the_lower_index()
     assert smart_layers([0.1, 0.5, 0.9, 0.2], 1) == (2,)
     assert smart_layers([0.5, 0.5, 0.5, 0.5], 1) == (0,)
     assert smart_layers([0.0] * 8, 2) == (0, 4)
+    assert smart_layers([0.0] * 7 + [1.0], 3) == (0, 3, 7)  # between two and three linear layers, and the other way round
 
 
 def test_greedy_adds_the_best_beside_those_before_and_reports_the_way():
