@@ -68,9 +68,10 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.is_file() or is_a(folder, "run"):
+        of_a_model = " of a model" if file.is_file() else ""
         there = "; give the folder that has config.json and the weights" if folder.exists() else ""
         raise ConfigError(
-            f"{folder} is not a Hugging Face folder: it has no config.json of a model{hint(folder, 'Hugging Face')}{there}"
+            f"{folder} is not a Hugging Face folder: it has no config.json{of_a_model}{hint(folder, 'Hugging Face')}{there}"
         )
     try:
         return json.loads(file.read_text())

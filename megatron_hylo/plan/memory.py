@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hylo.config import ModelConfig, recomputed_layers
 from megatron_hylo.config.layer import Matrix
-from megatron_hylo.config.mixers import get_mixer
+from megatron_hylo.config.mixers import ATTENTION_SYMBOL, MLA_SYMBOL, get_mixer
 from megatron_hylo.config.mlps import MLPS, get_mlp
 from megatron_hylo.config.train import TrainConfig
 from megatron_hylo.plan.muon import buffer_bytes, matrix_elements, rank_matrices
@@ -56,6 +56,7 @@ GIB = 2**30
 GRADIENT, MASTER, MOMENTS = 4, 4, 8  # bytes a trained parameter: fp32 gradient, fp32 copy of what is not fp32, Adam's two
 MOMENT = 4  # bytes a parameter of Muon's: its momentum
 FP8_COPIES = 2  # bytes a parameter of a linear map that computes in FP8: the weight and its transpose
+MULTIPROCESSORS = 132  # of an H100 or H200
 AROUND = 8  # tensors as wide as the model that live beside a layer in its backward pass
 
 
@@ -284,7 +285,8 @@ def activation_parts(
         forward = tokens * number * (widest + 4 * theirs.hidden_size)
     residual = h / ranks if p.sequence_parallel else h  # of hidden states and norms, which sequence parallelism divides
     saved = {symbol: kept_numbers(ours, symbol, ranks) - h + residual for symbol in times}
-    busy = max(2 * saved[symbol] + _scratch_numbers(ours, symbol, ranks) for symbol in times)
+    scratch = {symbol: _scratch_numbers(ours, symbol, ranks) + _split_numbers(config, ours, symbol) for symbol in times}
+    busy = max(2 * saved[symbol] + scratch[symbol] for symbol in times)
     layer = tokens * number * (busy + AROUND * residual)
     if config.stage == "align":
         return 2 * tokens * number * residual, {"layer": layer, "loss": 0.0, "teacher": forward}
@@ -305,3 +307,17 @@ def kept_numbers(c: ModelConfig, symbol: str, ranks: int = 1) -> float:
 
 def _scratch_numbers(c: ModelConfig, symbol: str, ranks: int) -> float:
     return 0.0 if symbol in MLPS else get_mixer(symbol).scratch_numbers(c, ranks)
+
+
+def _split_numbers(config: TrainConfig, c: ModelConfig, symbol: str) -> float:
+    """Numbers a token of flash attention's deterministic backward pass, by its source; not measured.
+
+    It adds up the queries' gradient in fp32 [splits, batch, tokens, heads, width], in ceil(multiprocessors / (batch * heads))
+    splits, so that there is work for each multiprocessor. In fp32 torch takes another kernel, which has none.
+    """
+    widths = {MLA_SYMBOL: max(c.qk_head_dim + c.qk_pos_emb_head_dim, c.v_head_dim), ATTENTION_SYMBOL: c.kv_channels}
+    if not config.deterministic or config.precision != "bf16" or symbol not in widths:
+        return 0.0
+    heads, step = c.num_attention_heads // config.parallel.tensor_model_parallel_size, 32 if widths[symbol] <= 128 else 64
+    splits, width = -(-MULTIPROCESSORS // (config.micro_batch_size * heads)), -(-widths[symbol] // step) * step
+    return 4 / 2 * splits * heads * width

@@ -14,9 +14,12 @@ from megatron_hylo.models.checkpoint import load_model
 from megatron_hylo.models.hylo_model import build_model
 from megatron_hylo.plan.communication import traffic
 from megatron_hylo.plan.memory import (
+    AROUND,
     GIB,
+    activation_parts,
     activations,
     estimate_memory,
+    kept_numbers,
     predict_memory,
     update_bytes,
 )
@@ -93,6 +96,31 @@ def test_a_captured_update_keeps_its_buffers_beside_the_activations(batch, peak)
     assert (
         found.total - without.total == found.graphs == update and "graphs 0.8)" in str(found) and "graphs" not in str(without)
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch", "tensor", "buffer"),  # fp32 [splits, batch, tokens, heads, width], by hand
+    [
+        (HYBRID, 1, 1, 4 * 5 * 1 * 65_536 * 32 * 64),  # 132 / 32 heads -> 5
+        (HYBRID, 1, 4, 4 * 17 * 1 * 65_536 * 8 * 64),  # 132 / 8 -> 17
+        (HYBRID, 4, 1, 4 * 2 * 4 * 65_536 * 32 * 64),  # 132 / 128 -> 2
+        (SMALL, 8, 1, 4 * 2 * 8 * 65_536 * 9 * 128),  # 132 / 72 -> 2; 48 + 64 channels -> 128
+        (SMALL, 1, 1, 4 * 15 * 1 * 65_536 * 9 * 128),  # 132 / 9 -> 15
+    ],
+)
+def test_deterministic_flash_attention_adds_up_in_splits(layout, batch, tensor, buffer):
+    """Oracle: the buffer that torch's source allocates."""
+    shape = get_layout(layout).config
+    shape = shape.replace(hybrid_layer_pattern="+-" * shape.num_hidden_layers)
+    config = TrainConfig(
+        "pretrain", "-", "-", scratch="-", sequence_length=65_536, micro_batch_size=batch, global_batch_size=batch,
+        recompute=True, parallel=ParallelConfig(tensor_model_parallel_size=tensor),
+    )  # fmt: skip
+    usual, exact = (activation_parts(replace(config, deterministic=on), shape, None)[1]["layer"] for on in (False, True))
+    mla = 2 * batch * 65_536 * (2 * kept_numbers(shape, "+", tensor) + AROUND * shape.hidden_size)  # without the buffer, bf16
+    assert usual >= mla and exact == pytest.approx(max(usual, mla + buffer))  # MLPs may need more
+    fp32 = replace(config, precision="fp32", deterministic=True)
+    assert activation_parts(fp32, shape, None) == activation_parts(replace(fp32, deterministic=False), shape, None)
 
 
 def test_graphs_keep_the_activations_where_the_update_is_the_fuller_moment(one_rank):
