@@ -107,6 +107,20 @@ def test_smoke_is_every_suite_on_little(place, monkeypatch):
     ]
 
 
+def test_a_seed_decides_texts_and_lengths_are_those_that_documents_have(place, tmp_path):
+    """Other recall and other documents end to end, the same held-out windows; without lengths none longer than a document."""
+    options = ["--data", place / "data", "--sequence_length", 64, "--limit", 1]
+    read = []
+    for seed in (0, 1):
+        more = ["--suite", "ppl,recall", "--lengths", "[2400]", "--seed", seed, "--output", tmp_path / f"{seed}"]
+        assert run(place, "hf", *options, *more) == 0
+        read.append({(s.suite, s.task): s.read_sha256 for s in read_results(tmp_path / f"{seed}").samples})
+    assert {name for name in read[0] if read[0][name] == read[1][name]} == {("ppl", "heldout")}
+    assert {suite for suite, _ in read[0]} == {"ppl", "recall"} and ("ppl", "by_position") in read[0]
+    assert run(place, "hf", *options, "--suite", "ppl", "--max_length", 4096, "--output", tmp_path / "own") == 0
+    assert [s.length for s in read_results(tmp_path / "own").scores] == [64, 1024]  # documents of 1,200 tokens
+
+
 def test_a_killed_evaluation_goes_on_where_it_was(place, tmp_path, monkeypatch):
     """Its results are those of an undisturbed one, and nothing is asked twice; with other settings all is asked again."""
     options = ["--suite", "ppl,recall", "--data", place / "data", "--sequence_length", 64, "--lengths", "[2400,2500]"]

@@ -157,6 +157,20 @@ def test_labels_of_a_batch_are_the_answers_alone(tmp_path, templated, source, pa
     assert short.min() >= 0 and short.sum() < (500 if source == "recall" else 200) < wanted.sum()
 
 
+def test_padding_behind_answers_is_not_learnt(tmp_path, templated):
+    """In a window that is not full, and where exercises are put into it, of which a batch does not know its padding."""
+    write(tmp_path, templated, chats(90), loss="answers")
+    padded = 0
+    source = lambda length: BestFitWindows(tmp_path / "data" / "train", length, seed=5, most_documents=1)  # noqa: E731
+    windows = RecallWindows(source, 400, RecallSettings(0.4), plain_encoder(templated), 5)
+    for number, batch in enumerate(itertools.islice(batches(windows, 0, 1), 20)):
+        base, places = windows.source.window(number), windows.window(number).source_places[1:]
+        padding = places >= len(base.tokens) - base.padding
+        assert not batch["loss_mask"][0][padding].any()
+        padded += int(padding.sum())
+    assert padded > 100
+
+
 def test_a_missing_file_of_answers_is_damage(tmp_path, templated):
     write(tmp_path, templated, chats(6), loss="answers")
     (tmp_path / "data" / "train.answers.npy").unlink()

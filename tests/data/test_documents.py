@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_hylo.cli.main import main
 from megatron_hylo.config import ConfigError
+from megatron_hylo.data import documents
 from megatron_hylo.data import text_files as reader
-from megatron_hylo.data.documents import Document, Unreadable
+from megatron_hylo.data.documents import Document, TextCheck, Unreadable
 from megatron_hylo.data.inputs import read_documents
 from megatron_hylo.data.preprocess import build_dataset, preprocess
 
@@ -79,6 +80,23 @@ def test_bad_lines_are_left_out_named_and_counted(tmp_path, tokenizer, caplog):
     assert json.loads((tmp_path / "data" / "data.json").read_text())["skipped"] == expected
     assert f"{file} line 3: invalid bytes (at character 3)" in caplog.text
     assert f"2 documents are used; left out or changed: 2 x invalid bytes ({file} line 3, {file} line 5)" in caplog.text
+
+
+def test_a_byte_order_mark_is_no_character_of_an_answer():
+    """Places of answers move with the text, one that began at the mark but by none."""
+    (found,) = TextCheck().usable([Document("s", "n", "\ufeffab cd", answers=((0, 3), (4, 6)))])
+    assert [found.text[start:stop] for start, stop in found.answers] == ["ab", "cd"]
+
+
+def test_a_check_that_goes_on_knows_what_could_be_used(monkeypatch):
+    """Nothing but damage from the first document on is hopeless, after a good one it is not."""
+    monkeypatch.setattr(documents, "HOPELESS", 3)
+    bad = [Unreadable(str(number), "not JSON") for number in range(5)]
+    former = TextCheck()
+    assert len(list(former.usable([Document("s", "n", "text")]))) == 1
+    assert not list(TextCheck("skip", former.state()).usable(bad))
+    with pytest.raises(ConfigError, match="nothing of the first 3 documents can be used: 3 x not JSON"):
+        list(TextCheck("skip", TextCheck().state()).usable(bad))
 
 
 def test_a_rare_byte_can_be_replaced_as_python_does(tmp_path, tokenizer):

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 
 import numpy as np
 import pytest
@@ -71,6 +72,36 @@ def test_parquet_rows_are_the_documents_of_the_same_lines(tmp_path):
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:1000])
     (bad,) = InputReader([tmp_path / "b.parquet"], BODY).items()
     assert bad.where == str(tmp_path / "b.parquet") and bad.reason == "file cannot be read"
+
+
+def test_items_from_any_place_on_are_those_behind_it(tmp_path, monkeypatch):
+    """Of folders, lines, compressed or not, and rows in batches of several."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("megatron_hylo.data.inputs.ROWS", 4)
+    (tmp_path / "folder").mkdir()
+    for row in ROWS[:3]:
+        (tmp_path / "folder" / row["name"]).write_text(row["body"])
+    lines = LINES.splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_bytes(b"".join([*lines[3:6], b"\n", b"no JSON\n", lines[6]]))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[7:10])))
+    parquet.write_table(pyarrow.Table.from_pylist([*ROWS[10:16], {"body": None}, *ROWS[16:19]]), tmp_path / "c.parquet")
+    given = [tmp_path / name for name in ("folder", "a.jsonl", "b.jsonl.gz", "c.parquet")]
+    reader = InputReader(given, BODY)
+    whole, places = [], [(0, 0)]
+    for item in reader.items():
+        whole.append(item)
+        places.append(reader.position)
+    assert sum(isinstance(item, Document) for item in whole) == 19 and len(whole) == 22
+    for number, place in enumerate(places):
+        assert list(InputReader(given, BODY).items(place)) == whole[number:]
+
+
+def test_a_file_that_was_written_again_is_another(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (before,) = (file.identity for file in InputReader([tmp_path / "a.jsonl"], BODY).files)
+    os.utime(tmp_path / "a.jsonl", (1, 1))  # as large as before
+    (after,) = (file.identity for file in InputReader([tmp_path / "a.jsonl"], BODY).files)
+    assert before[:2] == after[:2] == (str(tmp_path / "a.jsonl"), len(LINES)) and before != after
 
 
 def test_chats_are_written_by_the_template_and_its_special_tokens_are_tokens(tmp_path, tokenizer):

@@ -141,6 +141,28 @@ def test_changed_inputs_and_settings_begin_anew_and_say_so(tmp_path, inputs, mon
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("changed", ["tokenizer", "chat_template", "key"])
+def test_another_tokenizer_template_or_key_begins_anew(tmp_path, inputs, monkeypatch, caplog, changed):
+    """Ids and text of the documents that are there would be others."""
+    chats = [[{"role": "user", "content": document.text}] for document in make_documents(70)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat, "key": chat * 2}) for chat in chats))
+    few, template = [tmp_path / "chats.jsonl", inputs[1]], inputs[1] / "chat_template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert stopped(few, tmp_path / "out", monkeypatch, after=1, chat=True) == 64
+    if changed == "chat_template":
+        template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")
+    elif changed == "tokenizer":
+        text = json.loads((inputs[1] / "tokenizer.json").read_text())
+        vocabulary = text["model"]["vocab"]
+        vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+        (inputs[1] / "tokenizer.json").write_text(json.dumps(text))
+    key = "key" if changed == "key" else None
+    made(few, tmp_path / "out", chat=True, key=key)
+    assert f"had other inputs or settings ({changed}" in caplog.text and "beginning anew" in caplog.text
+    made(few, tmp_path / "whole", chat=True, key=key)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_progress_says_the_share_of_the_input_and_goes_on_from_there(tmp_path, inputs, monkeypatch, capsys):
     monkeypatch.setattr("megatron_hylo.io.progress.LINE_SECONDS", 0.0)
     monkeypatch.setattr(module, "BATCH_DOCUMENTS", 64)

@@ -157,6 +157,10 @@ def test_no_label_is_the_beginning_of_another_piece_where_a_document_was_cut(tmp
     assert (dataset.packing.padding > 0) == (most is not None)
     pieces = [len(dataset.pieces(i)) for i in range(dataset.windows_per_epoch)]
     assert max(pieces) <= (most or len(lengths))
+    for window in map(dataset.window, range(dataset.windows_per_epoch)):  # padding is a document of its own
+        assert (len(window.tokens) - window.padding in window.document_starts) == (window.padding > 0)
+    settings = config(TextPart(str(tmp_path)), packing="best_fit", most_documents=most)
+    assert training_windows(settings).describe(1) == dataset.describe(1)
 
 
 @pytest.mark.parametrize("packing", ["stream", "best_fit"])
@@ -192,5 +196,8 @@ def test_windows_of_64k_are_mostly_of_documents_as_long_and_say_so(tmp_path):
     assert windows.long_share == pytest.approx(0.6, abs=1e-3)
     assert f"{folder}, documents of 65,536 tokens and more (60.0% of the windows)" in windows.describe(10)
     assert "100.0% of them in documents as long as a window" in windows.describe(10)
-    for settings in (config(part, length=65536, long_share=0.0), config(part, length=16384)):
+    stored = config(part, length=65536)
+    stored.teacher_store = "store"  # of the windows as the text has them
+    for settings in (config(part, length=65536, long_share=0.0), config(part, length=16384), stored):
         assert training_windows(settings).long_share == pytest.approx(150 / 650)
+    assert training_windows(config(TextPart(folder, min_length=6000), length=65536)).long_share == 1  # no short one is used

@@ -11,11 +11,14 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from megatron_hylo.config import ConfigError
+from megatron_hylo.config.text import TextPart
 from megatron_hylo.data import tokenizer as compared
 from megatron_hylo.data.documents import Document
 from megatron_hylo.data.preprocess import build_dataset
 from megatron_hylo.data.tokenizer import check_dataset, check_ids, check_same_vocabulary, read_vocabulary, vocabulary_difference
+from megatron_hylo.data.training_windows import training_windows
 from tests.data.conftest import END, make_documents
+from tests.data.test_text_sources import config
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,15 @@ def test_a_dataset_of_an_earlier_version_is_read_for_its_largest_id(folders, tmp
             check_dataset(tmp_path / "data", folders / "added", 300)
     else:
         check_dataset(tmp_path / "data", folders / "added", 300)
+
+
+def test_parts_of_a_blend_of_another_tokenizer_are_refused(folders, tmp_path):
+    for name in ("same", "swapped"):
+        build_dataset(make_documents(30), PreTrainedTokenizerFast.from_pretrained(folders / name), tmp_path / name, 0.1)
+    data, same, swapped = (TextPart(str(path)) for path in (folders / "data", tmp_path / "same", tmp_path / "swapped"))
+    training_windows(config(data, same))
+    with pytest.raises(ConfigError, match="swapped was made with another tokenizer than that of .*data: id [0-9]+ is '[et]'"):
+        training_windows(config(data, same, swapped))
 
 
 def test_ids_outside_a_vocabulary_are_refused_on_either_side():

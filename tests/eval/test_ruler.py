@@ -347,6 +347,16 @@ def test_a_length_too_short_for_a_task_is_refused_before_any_suite_runs(tokenize
     assert began == []
 
 
+def test_another_seed_of_the_suites_is_other_examples(tokenizer, files):
+    """Of every task; the setting reaches the suite."""
+    given = {"suites": ["ruler"], "lengths": [800], "limit": 1, "essays": str(files / "essays.txt")}
+    found = [
+        suites.run_suites(Reads(tokenizer, lambda example: "none"), SuiteSettings(**given, seed=seed))[1] for seed in (0, 1)
+    ]
+    assert [len(samples) for samples in found] == [11, 11]
+    assert all(one.read_sha256 != other.read_sha256 for one, other in zip(*found))
+
+
 def test_chat_templates_are_counted(tokenizer):
     """With a template of 200 words the prompts are within the length; the answer's prefix begins the assistant's turn."""
     import copy

@@ -7,6 +7,7 @@ import torch
 
 from megatron_hylo.config import ConfigError
 from megatron_hylo.config.layouts import LAYOUTS
+from megatron_hylo.upcycle.select import Selection
 from megatron_hylo.upcycle.selection import backward_layers, greedy_layers, smart_layers
 
 # MLA layers of Zebra-Llama's models (arXiv:2505.17272, code and model cards): (layers, indices)
@@ -117,6 +118,15 @@ def test_backward_gives_up_the_layer_that_costs_least_beside_those_left():
 
     assert backward_layers(5, 1, measure) == [0, 1, 3, 4]
     assert asked[:2] == [((0, 1, 2, 3, 4), [0, 1, 2, 3, 4]), ((1, 2, 3, 4), [1, 2, 3, 4])] and len(asked) == 4
+
+
+def test_recall_per_nat_of_kl_is_none_where_a_layer_makes_the_kl_no_better():
+    """By hand: 2 nats at the answers for one of KL, KL that grows, KL that stays, and a ratio of 100, cut to 50."""
+    found = Selection(
+        "smart", "both", "+GGG", [0], None, 2.0, None, [1.0, 2.5, 2.0, 1.99], 1.0, 1.0, 5.0, None, [3.0, 1.0, 1.0, 4.0], 3.0,
+        64, 8, 5.0, 1.0,
+    )  # fmt: skip
+    assert found.recall_per_kl() == [2.0, None, None, 50.0]
 
 
 @pytest.mark.parametrize("count", [-1, 0, 6, 7])
