@@ -14,7 +14,6 @@ fi
 # usual KEY GPU CPU: the default of a variable on this machine
 device=cpu
 if [[ "${CUDA_VISIBLE_DEVICES-all}" != "" ]] && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU '; then device=gpu; fi
-IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --list-gpus 2>/dev/null | grep '^GPU ' | tr '\n' ',' || true)}"
 usual() { [[ -n "${!1:-}" ]] || printf -v "$1" %s "$([[ $device == gpu ]] && echo "$2" || echo "$3")"; }
 usual CALIBRATION_TOKENS 262144 16384 # text that the initialisation sees
 LINEAR="${LINEAR:-gdn}"              # gdn or mamba2

@@ -42,6 +42,7 @@ usual ORDERED 13 0                   # MLA layers that select puts in order, at 
 usual TRIALS 128 2                   # questions of a recall task and length, windows of perplexity
 usual EVAL_LENGTHS "512 1024 2048 4096 8192 16384 32768 65536" "512 1024 2048" # of recall and of loss by position
 usual RULER 20 0                     # examples of a RULER task and length: recall in words of no exercise; 0: none
+IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --list-gpus 2>/dev/null | grep '^GPU ' | tr '\n' ',' || true)}"
 usual AT_ONCE "$((2 * ${#visible[@]}))" 1 # hybrids trained side by side, spread over the GPUs there are: up to 50 GiB each at 64K
 usual PRECISION bf16 fp32
 usual GRAPHS true false              # CUDA graphs at 2K
