@@ -37,7 +37,9 @@ def check_model(path: str | Path) -> None:
     if (path / "hylo.json").is_file():
         read_description(path)
     elif path.is_dir() and gguf_file(path) is None and (not (path / "config.json").is_file() or is_a(path, "run")):
-        raise ConfigError(f"{path} holds no model: it has no hylo.json and no config.json of a model{hint(path, 'model')}")
+        raise ConfigError(
+            f"{path} holds no model: it has no config.json{_of_a_model(path)} and no hylo.json{hint(path, 'model')}"
+        )
     else:
         check_source(path)
 
@@ -68,12 +70,15 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.is_file() or is_a(folder, "run"):
-        of_a_model = " of a model" if file.is_file() else ""
-        there = "; give the folder that has config.json and the weights" if folder.exists() else ""
-        raise ConfigError(
-            f"{folder} is not a Hugging Face folder: it has no config.json{of_a_model}{hint(folder, 'Hugging Face')}{there}"
-        )
+        meant = hint(folder, "Hugging Face")
+        meant += "; give the folder that has config.json and the weights" if folder.exists() else ""
+        raise ConfigError(f"{folder} is not a Hugging Face folder: it has no config.json{_of_a_model(folder)}{meant}")
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from error
+
+
+def _of_a_model(folder: Path) -> str:
+    """Tell the config.json that a folder has not from the one that it has: a run's holds settings."""
+    return " of a model" if (folder / "config.json").is_file() else ""

@@ -111,6 +111,7 @@ def build_run(
     device: torch.device,
     *,
     models: tuple[Students, Teacher] | None = None,
+    dataset: WindowSource | None = None,
     teacher_signal: TeacherSignal | None = None,
 ) -> Run:
     """Build models, optimizers, data and objective of this rank; all ranks call it, after `initialize`.
@@ -120,13 +121,15 @@ def build_run(
         device: device of this rank.
         models: (students, teacher), this rank's chunks of each, as `build_models` returns them; by default they are loaded
             from the folders of `config`.
+        dataset: training windows that are open already; by default those of `config`.
         teacher_signal: a stored or remote teacher that is open already; by default that of `config`.
 
     Raises:
         ConfigError: ranks do not share the batch evenly, the text is too short, or a student does not fit its teacher.
     """
     micro_batches = config.micro_batches(parallel_state.get_data_parallel_world_size())
-    dataset = training_windows(config) if config.data != NO_PATH else None
+    if dataset is None and config.data != NO_PATH:
+        dataset = training_windows(config)
     signal = open_teacher_signal(config) if teacher_signal is None else teacher_signal
     students, chunks = models or build_models(config)
     teacher = as_frozen(chunks) if chunks is not None else None
