@@ -93,8 +93,8 @@ def test_log_likelihoods_of_whole_texts_match_lm_evals_class(both):
 def test_generations_match_lm_evals_class(both, settings):
     theirs, ours = both
     generator = random.Random(2)
-    prompts = [text(generator, letters) for letters in (4, 6, 6, 15, 30, 60)]
-    for until, most in (([], [12, 3, 12, 1, 7, 12]), (["a", "be"], [12] * 6)):
+    prompts = [text(generator, letters) for letters in (4, 6, 6, 15, 30, 60, 45)]
+    for until, most in (([], [12, 3, 12, 1, 7, 12, 2]), (["a", "be"], [12] * 7)):
         asked = requests(
             "generate_until",
             [(prompt, {"until": list(until), "max_gen_toks": tokens}) for prompt, tokens in zip(prompts, most)],

@@ -18,7 +18,7 @@ from megatron_hylo.data.recall_text import led_in
 from megatron_hylo.eval import recall_text
 from megatron_hylo.eval.lm import HyloLM
 from megatron_hylo.eval.perplexity_positions import run_by_position
-from megatron_hylo.eval.recall import DEPTHS, make_text, run_recall
+from megatron_hylo.eval.recall import DEPTHS, _edge, make_text, run_recall
 from megatron_hylo.eval.recall_haystack import TextEncoder, load_haystack
 from megatron_hylo.eval.recall_text import FACTS, RECALL_EVAL_TASKS
 from megatron_hylo.eval.results import mean_by_group
@@ -249,6 +249,7 @@ def test_examples_are_the_same_whatever_else_is_asked_for(text, tokenizer):  # n
     )
     assert one == again and one.ids == few.ids and one.places[:3] == few.places and one.ids != other.ids
     assert few.places[0].name == "key_value/2400/0/10"
+    assert load_haystack(text, encoder, tokenizer, LENGTH, 4).ids.tolist() != haystack.ids.tolist()
     more = [make_text("passkey", LENGTH, number, (0.5,), 100, haystack, encoder, 3) for number in range(8)]
     assert len({text.questions[0].answer for text in more}) == 8
     assert len({tuple(text.ids[: LENGTH // 4]) for text in more}) > 4  # other stretches of the text, too
@@ -270,6 +271,7 @@ def test_the_copier_gets_all_and_teacher_forcing_equals_generation(copier, text,
     for score in (s for s in forced if s.metric == "exact" and s.depth is None and s.task != "mean"):
         of_task = [s for s in samples if s.task == score.task]  # five questions about a text, or ten, are no five texts
         assert score.stderr == mean_by_group([s.score for s in of_task], [s.group for s in of_task])[1]
+    assert len({s.read_sha256 for s in samples}) == len(samples)  # of text and question
     assert value(forced, "several_needles", "all") == 0
     assert value(forced, "mean") == value(forced, "passkey") == 0.6
     for sample in other:
@@ -333,6 +335,12 @@ def test_questions_after_a_shared_text_are_answered_as_after_a_text_of_their_own
     assert [score for row in found for score in row] == right and any(right) and not all(right)
 
 
+def test_a_fact_moves_to_the_next_edge_or_not_at_all():
+    """To the nearer of two, and not as far as to one that is out of reach."""
+    edges = np.array([0, 100, 130, 1000])
+    assert [_edge(edges, place, 20) for place in (90, 118, 500, 150, 151, 985)] == [100, 130, 500, 130, 151, 1000]
+
+
 def test_standard_errors_count_texts():
     """Ten equal answers of each of two texts say no more than two answers; single questions give the usual error."""
     assert mean_by_group([1.0] * 10 + [0.0] * 10, [0] * 10 + [1] * 10) == (0.5, pytest.approx(0.5))
@@ -358,6 +366,9 @@ def test_perplexity_by_position_matches_logits(text, data, tokenizer):  # noqa: 
     stacked = torch.stack(losses).detach()
     for score, (low, high) in zip(scores, ((0, 15), (15, 63), (63, 199))):
         assert score.value == pytest.approx(stacked[:, low:high].mean().exp().item(), rel=1e-4)
+    lm.max_length = 100
+    scores, _ = run_by_position(lm, (64, 16, 200), 2, data=data)
+    assert [s.note for s in scores] == ["", "", "past the model's window of 100"]
     torch.nn.init.zeros_(model.lm_head.weight)
     for source, joined in ((text, "2 of 2"), (data, "")):
         scores, _ = run_by_position(lm, (100, 4000 if joined else 200), 2, data=source)

@@ -120,3 +120,24 @@ def test_a_killed_upcycling_goes_on_at_its_layer(upcycle, monkeypatch, tmp_path)
     again, folder = upcycle()
     assert solved == [0, 1, 2] and content_identity(folder) == wanted
     assert again.to_dict() == report.to_dict() and not (tmp_path / ".out.layers").exists()
+
+
+def test_layers_of_other_settings_are_not_taken_over(upcycle, monkeypatch):
+    """One-shot after a sequential start that was killed is what one-shot makes alone."""
+    wanted = content_identity(upcycle(sequential=False)[1])
+
+    def killed(self, error, mixer, mlp):
+        keep(self, error, mixer, mlp)
+        if error.layer == 1:
+            raise KeyboardInterrupt
+
+    keep = SolvedLayers.keep
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SolvedLayers, "keep", killed)
+        upcycle()
+    assert content_identity(upcycle(sequential=False)[1]) == wanted
+
+
+def test_the_seed_decides_what_is_random(upcycle):
+    made = [content_identity(upcycle("GGG", init="paper", shapes="paper", overrides=None, seed=s)[1]) for s in (0, 1, 0)]
+    assert made[0] == made[2] != made[1]
