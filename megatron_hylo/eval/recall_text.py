@@ -8,12 +8,11 @@ digits.
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 T = TypeVar("T")
 RecallEvalTask = Literal["passkey", "several_needles", "key_value"]
 RECALL_EVAL_TASKS: tuple[RecallEvalTask, ...] = get_args(RecallEvalTask)
-FACTS: Mapping[RecallEvalTask, int] = {"passkey": 1, "several_needles": 5, "key_value": 10}  # in one text
 
 COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "black", "white", "brown", "pink", "silver", "golden")
 MANNERS = (
@@ -24,7 +23,6 @@ ANIMALS = (
     "otter", "badger", "falcon", "tortoise", "giraffe", "penguin", "hamster", "leopard", "walrus", "beaver", "camel", "donkey",
     "lobster", "panther", "rabbit", "squirrel",
 )  # fmt: skip
-KEY_WORDS = frozenset(COLOURS + MANNERS + ANIMALS)
 
 # (the fact, its question up to the answer)
 PASSKEYS = (
@@ -46,10 +44,24 @@ PAIRS = (
     ("Member {key} has card {value}.", "Which card does member {key} have? Member {key} has card"),
     ("record({key}): {value}", "Look the record up again. record({key}):"),
 )
-TEMPLATES = frozenset(text for pair in (*PASSKEYS, *NEEDLES, *PAIRS) for text in pair)
-_TEMPLATES: Mapping[RecallEvalTask, tuple[tuple[str, str], ...]] = {
-    "passkey": PASSKEYS, "several_needles": NEEDLES, "key_value": PAIRS
-}  # fmt: skip
+
+
+class _Task(NamedTuple):
+    """Contents of a text of one task."""
+
+    facts: int  # in one text, and as many questions
+    templates: tuple[tuple[str, str], ...]  # (a fact, its question), of which a text has one
+    words: tuple[tuple[str, ...], ...]  # a key is one of each
+
+
+_TASKS: Mapping[RecallEvalTask, _Task] = {
+    "passkey": _Task(1, PASSKEYS, ()),
+    "several_needles": _Task(5, NEEDLES, (COLOURS,)),
+    "key_value": _Task(10, PAIRS, (MANNERS, ANIMALS)),
+}
+FACTS: Mapping[RecallEvalTask, int] = {task: _TASKS[task].facts for task in RECALL_EVAL_TASKS}
+TEMPLATES = tuple(pair for task in _TASKS.values() for pair in task.templates)
+KEY_WORDS = frozenset(word for task in _TASKS.values() for words in task.words for word in words)
 
 
 @dataclass(frozen=True)
@@ -63,28 +75,19 @@ class Fact:
 
 def make_facts(task: RecallEvalTask, generator: random.Random) -> list[Fact]:
     """Draw the facts of a text: `FACTS[task]`, of one template, with keys and values all different."""
-    fact, question = _pick(_TEMPLATES[task], generator)
-    keys, values = _different(_KEYS[task], FACTS[task], generator), _different(_value, FACTS[task], generator)
+    count, templates, words = _TASKS[task]
+    fact, question = _pick(templates, generator)
+    keys = _different(lambda: " ".join(_pick(some, generator) for some in words), count) if words else [""] * count
+    values = _different(lambda: str(10_000 + int(generator.random() * 90_000)), count)
     return [Fact(fact.format(key=k, value=v), question.format(key=k), f" {v}") for k, v in zip(keys, values, strict=True)]
 
 
-def _different(draw: Callable[[random.Random], str], count: int, generator: random.Random) -> list[str]:
+def _different(draw: Callable[[], str], count: int) -> list[str]:
     found: dict[str, None] = {}
     while len(found) < count:
-        found[draw(generator)] = None
+        found[draw()] = None
     return list(found)
 
 
 def _pick(items: tuple[T, ...], generator: random.Random) -> T:
     return items[int(generator.random() * len(items))]  # the same in all versions of Python, unlike `choice`
-
-
-def _value(generator: random.Random) -> str:
-    return str(10_000 + int(generator.random() * 90_000))
-
-
-_KEYS: Mapping[RecallEvalTask, Callable[[random.Random], str]] = {
-    "passkey": lambda generator: "",
-    "several_needles": lambda generator: _pick(COLOURS, generator),
-    "key_value": lambda generator: f"{_pick(MANNERS, generator)} {_pick(ANIMALS, generator)}",
-}

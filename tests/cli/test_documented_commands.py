@@ -10,11 +10,16 @@ import shlex
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 
 from megatron_hylo.cli.main import VERBS
 from megatron_hylo.cli.parser import build_parser
+from megatron_hylo.config.evaluation import SUITES
+from megatron_hylo.config.recall import RECALL_TASKS
+from megatron_hylo.config.train_settings import AlignSettings, KLSettings
+from megatron_hylo.eval.recall_text import RECALL_EVAL_TASKS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")])
@@ -217,6 +222,24 @@ def test_files_and_folders_that_documents_name_exist(page):
         if not found or (name and name.split(".")[-1] not in found[0].read_text()):
             missing.append(code)
     assert number > 5 and missing == []
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("text.md", RECALL_TASKS),
+        ("long_context.md", RECALL_EVAL_TASKS),
+        ("evaluation.md", SUITES),
+        ("training.md", get_args(get_type_hints(KLSettings)["kl_direction"])),
+        ("training.md", get_args(get_type_hints(AlignSettings)["loss"])),
+    ],
+    ids=["exercises", "recall", "suites", "divergences", "losses of layers"],
+)
+def test_pages_name_all_tasks_suites_and_losses(page, names):
+    """Each name is code, or in the row of a table; those that were added last are forgotten here first."""
+    text = (ROOT / "docs" / page).read_text()
+    told = "\n".join([*re.findall(r"`[^`\n]+`", text), *re.findall(r"^\| `tasks` .*", text, flags=re.M)])
+    assert len(names) > 1 and [name for name in names if not re.search(rf"\b{name}\b", told)] == []
 
 
 def test_what_python_blocks_import_is_there():

@@ -3,11 +3,16 @@
 import random
 import re
 from collections import Counter
+from string import Formatter
 
+import pytest
+
+from megatron_hylo.config.recall import RECALL_TASKS
 from megatron_hylo.data.recall_text import ASKED_TOGETHER, ECHOED, LED_IN, Exercises
 from megatron_hylo.data.recall_wording import (
     ECHOES,
     ENDS,
+    EVENTS,
     FACT_FRAMES,
     FACTS,
     LEAD_INS,
@@ -17,8 +22,10 @@ from megatron_hylo.data.recall_wording import (
     QUESTION_FRAMES,
     RESTATED_QUESTION_FRAMES,
     SECRETS,
+    TEMPLATES,
     listed,
     plural,
+    with_article,
 )
 from tests.data.recall_facts import answers_of, parse_fact, plain_key
 
@@ -35,6 +42,31 @@ VALUES = {
 def kinds(patterns, texts) -> Counter[str]:
     """How many of the texts are of each kind; all are of one."""
     return Counter(next(name for name, pattern in patterns.items() if re.fullmatch(pattern, text)) for text in texts)
+
+
+def as_pattern(template: str) -> re.Pattern[str]:
+    """A pattern of all texts that a fact's or a question's template can become, up to the answer and a lead-in."""
+    key, value = r"(the |The )?[\w-]+( [\w-]+)*", r"[\w-]+( [\w-]+)*"
+    words = dict.fromkeys(("key", "the", "The", "name", "source"), key) | {"value": value}
+    words |= {"noun": "|".join(NOUNS), "nouns": "|".join(map(plural, NOUNS)), "a": "|".join(map(with_article, NOUNS))}
+    words |= {"event": "|".join(EVENTS), "all": rf"{key}(, {key})*( and {key})?"}
+    words |= dict.fromkeys(("secret", "Secret"), f"(?i:{'|'.join(map(re.escape, SECRETS))})")
+    parts = Formatter().parse(template.partition("{answer}")[0].rstrip(" :\n\t"))
+    return re.compile("".join(re.escape(text) + (f"({words[name]})" if name else "") for text, name, _, _ in parts))
+
+
+@pytest.mark.parametrize("task", RECALL_TASKS)
+def test_all_that_exercises_say_is_in_the_templates(task):
+    """A wording outside of TEMPLATES would be compared with no sentence of an evaluation."""
+    told = [as_pattern(template) for template in TEMPLATES]
+    exercises = Exercises(random.Random(8))
+    for _ in range(200):
+        made = exercises.make(task, 6)
+        for fact in made.facts:
+            assert any(pattern.fullmatch(text) for pattern in told for text in (fact, fact[0].lower() + fact[1:])), fact
+        for question in made.questions:
+            text = re.sub(r"[:\s]*(- |\* |1[.)] )?$", "", question.text)
+            assert any(pattern.fullmatch(text) for pattern in told), question
 
 
 def test_no_thing_of_a_window_has_two_values():

@@ -162,7 +162,7 @@ def test_templates_and_keys_are_none_of_the_training_exercises():
     def plain(templates) -> set[str]:
         return {re.sub(r"\W+", " ", re.sub(r"\{\w+\}", "", text)).strip().lower() for text in templates} - {""}
 
-    ours, theirs = plain(recall_text.TEMPLATES), plain(training_texts())
+    ours, theirs = plain(text for pair in recall_text.TEMPLATES for text in pair), plain(training_texts())
     assert len(ours) > 15 and len(theirs) > 2000
     assert not [(a, b) for a in ours for b in theirs if a in b or b in a]
     ruler = plain(ruler_templates().values())
@@ -173,8 +173,7 @@ def test_templates_and_keys_are_none_of_the_training_exercises():
 
 def test_no_frame_of_training_makes_an_evaluations_sentence():
     """Whatever noun, secret or key is put into a frame, the sentence is none of our evaluation's and none of RULER's."""
-    held_out = [text for pair in (*recall_text.PASSKEYS, *recall_text.NEEDLES, *recall_text.PAIRS)
-                for text in (pair[0], pair[1] + " {value}")]  # fmt: skip
+    held_out = [text for fact, question in recall_text.TEMPLATES for text in (fact, question + " {value}")]
     held_out += list(ruler_templates().values())
     plain = [re.sub("[ \n]+", " ", re.sub(r"\{(key|value)\}", r"\1\1\1", text).lower()) for text in held_out]
     assert "the special magic number for keykeykey mentioned in the provided text is valuevaluevalue" in plain
