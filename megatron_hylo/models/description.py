@@ -20,7 +20,7 @@ def read_description(path: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not file.is_file():
         meant = hint(path, "model")
         if meant.endswith(KINDS["Hugging Face"].words):
-            meant += f", which `hylo train` reads as hf:{path}, other commands once `hylo convert` has read it"
+            meant = f"; a Hugging Face folder is read by `hylo train` as hf:{path}, by others once `hylo convert` has read it"
         raise ConfigError(f"{path} is not a megatron_hylo model folder: it has no hylo.json{meant}")
     description = read_verified_json(path, "hylo.json")
     if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
