@@ -75,7 +75,7 @@ def test_parquet_rows_are_the_documents_of_the_same_lines(tmp_path):
 
 
 def test_items_from_any_place_on_are_those_behind_it(tmp_path, monkeypatch):
-    """Of folders, lines, compressed or not, and rows in batches of several."""
+    """Places are files of folders, lines, compressed or not, and rows in batches of several."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr("megatron_hylo.data.inputs.ROWS", 4)
     (tmp_path / "folder").mkdir()

@@ -279,7 +279,7 @@ def test_the_copier_gets_all_and_teacher_forcing_equals_generation(copier, text,
 
 
 def test_all_of_a_text_is_measured_on_whole_texts_alone(copier, text):
-    """Of 7 trials five are of one text, and two of a second, of which nobody knows whether all five would come back."""
+    """Five of 7 trials are of one text, and two of a second, of which nobody knows whether all five would come back."""
     scores, _ = run_recall(copier(), (LENGTH,), tasks=("several_needles",), trials=7, data=text)
     counts = {s.metric: s.examples for s in scores if s.task == "several_needles" and s.depth is None}
     assert counts == {"exact": 7, "all": 1}

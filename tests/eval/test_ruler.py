@@ -348,7 +348,7 @@ def test_a_length_too_short_for_a_task_is_refused_before_any_suite_runs(tokenize
 
 
 def test_another_seed_of_the_suites_is_other_examples(tokenizer, files):
-    """Of every task; the setting reaches the suite."""
+    """Every task asks for other things; the setting reaches the suite."""
     given = {"suites": ["ruler"], "lengths": [800], "limit": 1, "essays": str(files / "essays.txt")}
     found = [
         suites.run_suites(Reads(tokenizer, lambda example: "none"), SuiteSettings(**given, seed=seed))[1] for seed in (0, 1)
