@@ -7,13 +7,13 @@ from megatron_hylo.config import ConfigError
 
 
 def check_prompt(prompt: str) -> None:
-    """Refuse an empty prompt, and half surrogate pairs, which invalid bytes of a command line become: no tokenizer takes them.
+    """Refuse a prompt with half surrogate pairs, which invalid bytes of a command line become: no tokenizer takes them.
+
+    An empty one is refused once it is tokenised: a chat template, or a token that begins every text, makes a prompt of it.
 
     Raises:
-        ConfigError: it is empty, or has some.
+        ConfigError: it has some.
     """
-    if not prompt:
-        raise ConfigError("the prompt is empty; give at least one word")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -42,7 +42,7 @@ def read_prompts(lines: str) -> list[dict[str, Any]]:
         An object with a `prompt` a line.
 
     Raises:
-        ConfigError: a line that is neither, or whose prompt `check_prompt` refuses; none at all.
+        ConfigError: a line that is neither, or whose prompt is empty or `check_prompt` refuses; none at all.
     """
     prompts: list[dict[str, Any]] = []
     for number, line in enumerate(lines.split("\n"), 1):
@@ -57,6 +57,8 @@ def read_prompts(lines: str) -> list[dict[str, Any]]:
         one = found if isinstance(found, dict) else {"prompt": found}
         if not isinstance(one.get("prompt"), str):
             raise ConfigError(f'line {number} of the prompts is no string and no object with a string "prompt"')
+        if not one["prompt"]:
+            raise ConfigError(f"line {number} of the prompts: the prompt is empty")
         try:
             check_prompt(one["prompt"])
         except ConfigError as error:

@@ -76,7 +76,6 @@ MISTAKES = {  # command line -> what the sentence names
     "export model out --quantize int8 --calibration_data nowhere": "no dataset nowhere/train.bin",
     "generate nowhere hello": "nowhere does not exist",
     "generate model hello --temperature -1": "temperature",
-    "generate model ": "the prompt is empty",
     "generate model hello --batch 2": "line 1 of the prompts is not JSON",
     "doctor --layout llama": "unknown layout 'llama'",
     "HYLO_KERNELS=gated_delta=torch doctor": "HYLO_KERNELS: unknown operation 'gated_delta'",

@@ -5,6 +5,7 @@ import json
 import logging
 
 import pytest
+import tokenizers
 import torch
 
 from megatron_hylo.cli import main as cli
@@ -213,6 +214,17 @@ def test_folder_without_tokenizer(folders):
         generate_text(folders[1], PROMPT)
     with pytest.raises(ConfigError, match="has no config.json"):
         generate_text(folders[1].parent, PROMPT)
+
+
+def test_an_empty_prompt_is_one_where_the_tokenizer_begins_a_text_or_a_template_holds_it(folders):
+    """Llama's tokenizer begins every text with a token, from which a model goes on without a word of the user's."""
+    file = folders[1] / "tokenizer.json"
+    (folders[1] / "manifest.json").unlink()  # the export is changed on purpose
+    assert generate_text(folders[1], "", max_new_tokens=2, chat=True).prompt_tokens == len(" answer")
+    core = tokenizers.Tokenizer.from_file(str(file))
+    core.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    core.save(str(file))
+    assert generate_text(folders[1], "", max_new_tokens=2).prompt_tokens == 1
 
 
 def without_end(folder):
